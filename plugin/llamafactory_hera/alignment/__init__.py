@@ -1,0 +1,7 @@
+"""Head alignment maths: tensors in, tensors out; knows no model and no framework beyond torch."""
+
+from .mknn import chance_level, mutual_knn, nearest_neighbors
+from .objectives import contrastive_loss
+
+
+__all__ = ["chance_level", "contrastive_loss", "mutual_knn", "nearest_neighbors"]

@@ -1,0 +1,45 @@
+"""The contrastive objective of HeRA: a multi-target InfoNCE loss over neighbours (paper, eq. 4 and 8)."""
+
+import torch
+from torch import Tensor
+
+from .mknn import neighbor_mask, similarity
+
+
+# Stands in for minus infinity in masked logits: a row whose every entry is masked must stay finite.
+MASKED = -1e9
+
+
+def multi_target_info_nce(similarities: Tensor, positives: Tensor, allowed: Tensor, temperature: Tensor) -> Tensor:
+    """The loss of each query: ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j`` (paper, eq. 4).
+
+    Args:
+        similarities: ``[..., N, M]`` similarities of N queries with M candidates.
+        positives: Boolean ``[N, M]``, the teacher's neighbours of each query; a subset of ``allowed``.
+        allowed: Boolean ``[N, M]``, the candidates of each query (never the query itself).
+        temperature: Scalar tensor, above 0.
+
+    Returns:
+        ``[..., N]``; 0 for a query without positives.
+    """
+    logits = (similarities / temperature).masked_fill(~allowed, MASKED)
+    log_probabilities = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0)
+    return -log_probabilities.sum(dim=-1) / positives.sum(dim=-1).clamp(min=1)
+
+
+def contrastive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, normalize: bool = True) -> Tensor:
+    """``L_RA`` averaged over samples (paper, eq. 4), and over heads where several are given (eq. 8).
+
+    Args:
+        z: Student representations ``[N, D]``, or ``[H, N, D]``.
+        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` on the teacher's features.
+        temperature: The softmax temperature, above 0; a tensor may carry gradient.
+        normalize: Cosine similarity when true, dot product otherwise.
+
+    Returns:
+        A scalar.
+    """
+    n = z.shape[-2]
+    allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
+    temperature = torch.as_tensor(temperature, device=z.device)
+    return multi_target_info_nce(similarity(z, z, normalize), neighbor_mask(neighbors, n), allowed, temperature).mean()

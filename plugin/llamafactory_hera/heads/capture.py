@@ -1,0 +1,250 @@
+"""Reading the contributions of chosen heads from one forward pass, with gradient.
+
+A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
+projection is linear, so the pooled head output is projected once. The output projection itself does that: while a
+mask is set, the pooled rows, each zero outside its head, are appended to the token axis of the module's input and
+split off its output. So the result is right whatever the module has become (LoRA, DoRA, 4-bit weights, parameters
+sharded by ZeRO-3 or FSDP), because the module projects; slicing its weight would be wrong or fail for most of these.
+
+Under gradient checkpointing the rows must be *returned* from the checkpointed function to carry gradient; the
+checkpointing function of the chosen layers is wrapped for that.
+"""
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .families import decoder_layers, head_layout, model_config, output_projection
+from .head_set import HeadId, HeadSet
+
+
+_CHECKPOINTING = "_gradient_checkpointing_func"
+
+
+def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of ``mask``; zero for a row without any.
+
+    Args:
+        hidden: ``[B, T, X]``.
+        mask: ``[B, T]``, true or 1 for the tokens that enter.
+
+    Returns:
+        ``[B, X]`` in the dtype of ``hidden``.
+    """
+    # 0/1 weights are exact in half precision, so the division comes after the product
+    weights = mask.to(hidden.dtype).unsqueeze(1)
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (torch.bmm(weights, hidden).squeeze(1) / count).to(hidden.dtype)
+
+
+class HeadCapture:
+    """Captures the pooled contributions of chosen heads while it is entered.
+
+    Two ways to use it. Name the tokens before the forward pass; this works under gradient checkpointing and every
+    sharding engine::
+
+        with HeadCapture(model, heads) as capture:
+            capture.pool(mask)
+            loss = model(**batch).loss
+            z = capture.representations()
+
+    Or after it, for a plain model without gradient checkpointing::
+
+        with HeadCapture(model, heads) as capture:
+            loss = model(**batch).loss
+            z = capture.representations(mask)
+
+    Args:
+        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
+        heads: ``HeadSet``, ``HeadId`` s, or text such as ``"L3H4,L7H6"``.
+
+    Raises:
+        ValueError: Unknown architecture, or a head outside the model.
+    """
+
+    def __init__(self, model: nn.Module, heads: HeadSet | str | Sequence[HeadId | str]) -> None:
+        if not isinstance(heads, HeadSet):
+            heads = HeadSet.parse(heads if isinstance(heads, str) else [str(head) for head in heads])
+        self.heads = heads.heads
+        self._layout = head_layout(model_config(model))
+        heads.check(self._layout.n_layers, self._layout.n_heads)
+        layers = decoder_layers(model)
+        self._layers = {index: layers[index] for index in sorted({head.layer for head in self.heads})}
+        self._heads_of = {
+            index: [head.head for head in self.heads if head.layer == index] for index in self._layers
+        }
+        self._mask: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}
+        self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
+        self._undo: list[Callable[[], None]] = []
+        self._project: dict[int, Callable[..., Tensor]] = {}
+        #: Layers whose pooled head outputs received a gradient since :meth:`pool`, when asked to watch.
+        self.gradient_seen: set[int] = set()
+        self.watch_gradients = False
+
+    def __enter__(self) -> "HeadCapture":
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def install(self) -> None:
+        """Hooks the chosen layers; call it once training has set up gradient checkpointing."""
+        if self._undo:
+            return
+        for index, layer in self._layers.items():
+            projection = output_projection(layer, self._layout.model_type)
+            self._replace(projection, "forward", self._projection_forward(index, projection))
+            if _CHECKPOINTING in vars(layer):
+                self._replace(layer, _CHECKPOINTING, self._checkpointing(index, layer))
+
+    def remove(self) -> None:
+        """Takes every hook away and forgets what was captured."""
+        while self._undo:
+            self._undo.pop()()
+        self._mask = None
+        self._rows.clear()
+        self._inputs.clear()
+        self._frames.clear()
+        self._project.clear()
+
+    def pool(self, mask: Tensor | None) -> None:
+        """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
+        self._mask = mask
+        self._rows.clear()
+        self._inputs.clear()
+        self.gradient_seen.clear()
+
+    def representations(self, mask: Tensor | None = None) -> Tensor:
+        """The pooled contributions of the last forward pass.
+
+        Args:
+            mask: ``[B, T]``, the tokens to average over; only when :meth:`pool` was not called before the pass.
+
+        Returns:
+            ``[n_heads, B, D]``, heads in the order in which they were given.
+
+        Raises:
+            RuntimeError: No forward pass was captured, or its activations cannot carry gradient.
+        """
+        if mask is not None:
+            self._project_inputs(mask)
+        missing = [index for index in self._layers if index not in self._rows]
+        if missing:
+            raise RuntimeError(
+                f"No forward pass through layers {missing} was captured: call the model inside the context, after "
+                "`capture.pool(mask)`, or pass the mask to `representations`."
+            )
+        by_head = {
+            HeadId(index, head): self._rows[index][:, position]
+            for index, heads in self._heads_of.items()
+            for position, head in enumerate(heads)
+        }
+        return torch.stack([by_head[head] for head in self.heads])
+
+    # -- inside the model ------------------------------------------------------------------------------------------
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        had, before = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if had:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
+    def _projection_forward(self, index: int, projection: nn.Module) -> Callable[..., Tensor]:
+        original = self._project[index] = projection.forward
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self._mask is None:
+                self._inputs.setdefault(index, hidden)
+                return original(hidden, *args, **kwargs)
+            pooled = pool_tokens(hidden, self._mask)
+            if self.watch_gradients and pooled.requires_grad:
+                pooled.register_hook(lambda gradient: self._note_gradient(index, gradient))
+            extended = torch.cat([hidden, self._head_rows(index, projection, pooled)], dim=1)
+            output = original(extended, *args, **kwargs)
+            rows = self._without_bias(output[:, hidden.shape[1] :], self._heads_of[index])
+            if index in self._frames:
+                self._frames[index].append(rows)
+            else:
+                self._rows.setdefault(index, rows)  # a later call is the recomputation of this one
+            return output[:, : hidden.shape[1]]
+
+        return forward
+
+    def _head_rows(self, index: int, projection: nn.Module, pooled: Tensor) -> Tensor:
+        """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
+        dim = self._layout.head_dim
+        selector = pooled.new_zeros(len(self._heads_of[index]), self._layout.n_heads, dim)
+        for position, head in enumerate(self._heads_of[index]):
+            selector[position, head] = 1
+        rows = pooled.unsqueeze(1) * selector.flatten(1)
+        if _has_bias(projection):  # the image of a zero row is the bias, whatever the module has become
+            rows = torch.cat([rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])], dim=1)
+        return rows
+
+    @staticmethod
+    def _without_bias(rows: Tensor, heads: list[int]) -> Tensor:
+        n = len(heads)
+        return rows if rows.shape[1] == n else rows[:, :n] - rows[:, n:]
+
+    def _note_gradient(self, index: int, gradient: Tensor) -> None:
+        if bool((gradient != 0).any()):
+            self.gradient_seen.add(index)
+
+    def _checkpointing(self, index: int, layer: nn.Module) -> Callable[..., Any]:
+        original = getattr(layer, _CHECKPOINTING)
+
+        def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mask = self._mask
+            if mask is None:
+                return original(function, *args, **kwargs)
+
+            def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
+                # runs again in the backward pass, when another mask may be set
+                outer_mask, self._mask, self._frames[index] = self._mask, mask, []
+                try:
+                    output = function(*run_args, **run_kwargs)
+                    rows = self._frames[index][0]
+                finally:
+                    self._mask = outer_mask
+                    del self._frames[index]
+                return (*output, rows) if isinstance(output, tuple) else (output, rows)
+
+            # the host's checkpointing function finds the layer as the `__self__` of what it is given
+            *output, rows = original(MethodType(run, layer), *args, **kwargs)
+            self._rows[index] = rows
+            return output[0] if len(output) == 1 else tuple(output)
+
+        return checkpointing
+
+    def _project_inputs(self, mask: Tensor) -> None:
+        for index, layer in self._layers.items():
+            hidden = self._inputs.get(index)
+            if hidden is None:
+                continue
+            if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
+                raise RuntimeError(
+                    "Under gradient checkpointing the activations seen here carry no gradient: call "
+                    "`capture.pool(mask)` before the forward pass and `representations()` without a mask."
+                )
+            projection = output_projection(layer, self._layout.model_type)
+            rows = self._head_rows(index, projection, pool_tokens(hidden, mask))
+            self._rows[index] = self._without_bias(self._project[index](rows), self._heads_of[index])
+
+
+def _has_bias(projection: nn.Module) -> bool:
+    base = projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
+    return getattr(base, "bias", None) is not None
+
+

@@ -1,0 +1,138 @@
+"""Where the heads are: from a model of transformers to the output projections of its text decoder.
+
+The table names, for each text backbone, the attention module of a decoder layer and its output projection. A new
+architecture needs one line here if its layers follow the usual layout: ``layer.<attention>.<output>`` whose input
+holds the heads side by side, ``head_dim`` values each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the modules inside a decoder layer."""
+
+    input_norm: str = "input_layernorm"
+    attention: str = "self_attn"
+    output: str = "o_proj"
+
+
+#: ``model_type`` of the text configuration -> layout of its decoder layers.
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen2_vl_text": Family(),
+    "qwen2_5_vl_text": Family(),
+    "qwen3": Family(),
+    "qwen3_vl_text": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+}
+
+_MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Sizes of the attention heads of a text decoder; read from a configuration alone."""
+
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_size: int
+
+
+def head_layout(config: Any) -> HeadLayout:
+    """Reads the head layout of a model's configuration, bare LLM or multimodal.
+
+    ``head_dim`` is the configuration's own value where it has one: it need not be ``hidden_size / heads``.
+
+    Raises:
+        ValueError: The architecture is not in :data:`FAMILIES`.
+    """
+    text = config.get_text_config()
+    if text.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_name_or_path: the text model type {text.model_type!r} is not known to heads/families.py; "
+            f"known are {', '.join(sorted(FAMILIES))}. If its layers have an output projection that takes the heads "
+            "side by side, add one line to FAMILIES."
+        )
+    n_heads = text.num_attention_heads
+    return HeadLayout(
+        model_type=text.model_type,
+        n_layers=text.num_hidden_layers,
+        n_heads=n_heads,
+        n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
+        hidden_size=text.hidden_size,
+    )
+
+
+def media_token_ids(config: Any) -> frozenset[int]:
+    """Placeholder ids of images and videos in ``input_ids``; empty for a bare LLM."""
+    ids = (getattr(config, key, None) for key in _MEDIA_TOKEN_KEYS)
+    return frozenset(i for i in ids if isinstance(i, int))
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether the configuration describes a model that sees images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def _text_decoders(model: nn.Module, layout: HeadLayout) -> Iterator[tuple[str, nn.ModuleList]]:
+    seen: set[int] = set()  # wrappers (FSDP, PEFT) answer for the attributes of what they wrap
+    for name, module in model.named_modules():
+        config = getattr(module, "config", None)
+        layers = getattr(module, "layers", None)
+        if (
+            getattr(config, "model_type", None) == layout.model_type
+            and isinstance(layers, nn.ModuleList)
+            and len(layers) == layout.n_layers
+            and id(layers) not in seen
+        ):
+            seen.add(id(layers))
+            yield name, layers
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's layers, in order, also under PEFT, DDP and FSDP wrappers.
+
+    Raises:
+        ValueError: Unknown architecture, or not exactly one text decoder in the model.
+    """
+    layout = head_layout(model_config(model))
+    found = list(_text_decoders(model, layout))
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ValueError(
+            f"model_name_or_path: expected one text decoder of type {layout.model_type!r} with {layout.n_layers} "
+            f"layers inside {type(model).__name__}, found {names}."
+        )
+    return list(found[0][1])
+
+
+def model_config(model: nn.Module) -> Any:
+    """The configuration of the outermost transformers model inside ``model``."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "get_text_config"):
+            return config
+    raise ValueError(f"{type(model).__name__} holds no transformers model: it has no configuration.")
+
+
+def attention_module(layer: nn.Module, model_type: str) -> nn.Module:
+    """The attention module of a decoder layer."""
+    return getattr(layer, FAMILIES[model_type].attention)
+
+
+def output_projection(layer: nn.Module, model_type: str) -> nn.Module:
+    """The output projection (``o_proj``) of a decoder layer; under PEFT the adapter's layer around it."""
+    return getattr(attention_module(layer, model_type), FAMILIES[model_type].output)

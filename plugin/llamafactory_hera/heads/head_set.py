@@ -1,0 +1,114 @@
+"""Which heads: the notation ``L3H4`` and the head set, with its JSON form and provenance."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+_HEAD = re.compile(r"[Ll](\d+)[Hh](\d+)")
+_SYNTAX = "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6"
+
+
+class HeadId(NamedTuple):
+    """One query head of one decoder layer, both zero-based; printed as ``L3H4``."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, text: str, key: str = "hera_heads") -> "HeadId":
+        """Reads ``L3H4``.
+
+        Raises:
+            ValueError: Another syntax; names ``key``, the value and the remedy.
+        """
+        match = _HEAD.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"{key}: {text!r} is not a head; {_SYNTAX}.")
+        return cls(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class HeadSet:
+    """The heads of a run, in the order in which they were chosen, and where they come from.
+
+    Attributes:
+        heads: The heads, least aligned first where they were selected by score.
+        provenance: Facts of their selection (model, teacher, data, settings, scores); empty when written by hand.
+    """
+
+    heads: tuple[HeadId, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.heads))
+
+    @classmethod
+    def parse(cls, heads: str | Iterable[str], key: str = "hera_heads") -> "HeadSet":
+        """Reads ``L13H12,L7H6`` or a list of such names.
+
+        Raises:
+            ValueError: No head, an unknown syntax, or a head named twice.
+        """
+        names = re.split(r"[,\s]+", heads.strip()) if isinstance(heads, str) else [str(name) for name in heads]
+        parsed = [HeadId.parse(name, key) for name in names if name]
+        if not parsed:
+            raise ValueError(f"{key}: no head is named; {_SYNTAX}.")
+        twice = sorted({head for head in parsed if parsed.count(head) > 1})
+        if twice:
+            raise ValueError(f"{key}: {', '.join(map(str, twice))} is named more than once; name each head once.")
+        return cls(tuple(parsed))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, key: str = "hera_heads") -> "HeadSet":
+        """Reads a heads file, the JSON that :meth:`save` and head selection write.
+
+        Raises:
+            ValueError: The file is missing or holds something else.
+        """
+        path = Path(path)
+        remedy = "give a heads.json that head selection wrote, or name the heads (L13H12,L7H6)"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{key}: the heads file {path} cannot be read ({error.strerror}); {remedy}.") from error
+        except ValueError as error:
+            raise ValueError(f"{key}: the heads file {path} is not JSON ({error}); {remedy}.") from error
+        if not isinstance(content, dict) or not isinstance(content.get("heads"), list):
+            raise ValueError(f'{key}: the heads file {path} has no list "heads"; {remedy}.')
+        return cls(cls.parse(content["heads"], key).heads, content.get("provenance") or {})
+
+    @classmethod
+    def resolve(cls, value: str, key: str = "hera_heads") -> "HeadSet":
+        """Reads the value of ``hera_heads``: head names, or the path of a heads file."""
+        if value.strip().endswith(".json") or os.path.sep in value or os.path.exists(value):
+            return cls.load(value, key)
+        return cls.parse(value, key)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the JSON form; the file appears complete or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+        content = {"heads": [str(head) for head in self.heads], "provenance": self.provenance}
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    def check(self, n_layers: int, n_heads: int, key: str = "hera_heads") -> None:
+        """Checks that every head exists in a model of ``n_layers`` layers with ``n_heads`` query heads each.
+
+        Raises:
+            ValueError: A head lies outside.
+        """
+        outside = [str(head) for head in self.heads if head.layer >= n_layers or head.head >= n_heads]
+        if outside:
+            raise ValueError(
+                f"{key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1} with heads "
+                f"H0 to H{n_heads - 1}; choose heads of this model (`llamafactory-hera select` finds them)."
+            )

@@ -1,0 +1,155 @@
+"""The HeRA term of one step: global batch, neighbours of the teacher, contrastive loss, statistics (paper, eq. 8-9)."""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..alignment.gather import common_row_count, gather_rows
+from ..alignment.memory import CrossBatchMemory
+from ..alignment.mknn import neighbor_mask, rank_neighbors, similarity
+from ..alignment.objectives import multi_target_info_nce
+
+
+logger = logging.getLogger(__name__)
+
+# Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
+SAME_IMAGE = 1 - 1e-5
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the teacher says about a batch of N queries and M candidates."""
+
+    allowed: Tensor  # [N, M]
+    positives: Tensor  # [N, M]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class TermOutput:
+    """The HeRA term of a step and what is worth logging of it.
+
+    Attributes:
+        loss: Scalar with gradient; 0 when no sample had a candidate.
+        mknn: In-batch agreement of student and teacher per head ``[n_heads]``; NaN without a sample.
+        n_samples: Samples of the global batch that entered.
+        n_duplicates: Pairs of samples that show the same image and were kept apart.
+        finite: False when a head gave a non-finite value and the term was left out.
+    """
+
+    loss: Tensor
+    mknn: Tensor
+    n_samples: int
+    n_duplicates: int
+    finite: bool = True
+
+
+def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k: int, normalize: bool) -> Candidates:
+    """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
+
+    A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
+    Where fewer than ``k`` candidates exist, all of them are neighbours.
+
+    Args:
+        teacher: ``[N, D_teacher]`` features of the batch; rows that are not valid may hold anything finite.
+        memory: ``[m, D_teacher]`` features of remembered samples.
+        valid: Boolean ``[N]``.
+        k: Neighbours per sample.
+        normalize: Cosine similarity when true, dot product otherwise.
+    """
+    n = teacher.shape[0]
+    everything = teacher if memory is None else torch.cat([teacher, memory.to(teacher)])
+    usable = torch.ones(everything.shape[0], dtype=torch.bool, device=teacher.device)
+    usable[:n] = valid
+    same_image = similarity(teacher, everything) > SAME_IMAGE
+    itself = torch.zeros_like(same_image)
+    itself.fill_diagonal_(True)
+    pairs = valid.unsqueeze(1) & usable & ~itself
+    allowed = pairs & ~same_image
+    ranked = rank_neighbors(
+        similarity(teacher, everything, normalize), min(k, everything.shape[0]), excluded=~allowed
+    )
+    positives = neighbor_mask(ranked, everything.shape[0]) & allowed
+    duplicates = int((pairs & same_image)[:, :n].sum()) // 2
+    return Candidates(allowed, positives, duplicates)
+
+
+class HeraTerm:
+    """Computes ``L_HeRA`` of a step over the global batch.
+
+    Every rank must call it in every step, also when none of its samples has an image: it gathers over ranks.
+
+    Args:
+        k: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
+        normalize: Cosine similarity when true, dot product otherwise; for student and teacher.
+        memory: Remembered pairs that extend the candidates.
+    """
+
+    def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
+        self.k = k
+        self.normalize = normalize
+        self.memory = memory if memory is not None else CrossBatchMemory(0)
+        self._warned = False
+
+    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor) -> TermOutput:
+        """Computes the term.
+
+        Args:
+            representations: ``[n_heads, B, D]`` of this rank, with gradient.
+            teacher: ``[B, D_teacher]`` of this rank; any finite value where not valid.
+            valid: Boolean ``[B]``: the sample has an image and pooled tokens.
+            temperature: Scalar tensor, above 0.
+        """
+        z, teacher, valid = self._gather(representations, teacher, valid)
+        memory_z = memory_teacher = None
+        if len(self.memory):
+            memory_z, memory_teacher = self.memory.representations.to(z), self.memory.teacher
+        candidates = teacher_candidates(teacher, memory_teacher, valid, self.k, self.normalize)
+        enters = candidates.positives.any(dim=1)
+        n_samples = int(enters.sum())
+        self._warn_when_few(candidates, enters, n_samples)
+
+        everything = z if memory_z is None else torch.cat([z, memory_z], dim=1)
+        similarities = similarity(z, everything, self.normalize)
+        losses = multi_target_info_nce(similarities, candidates.positives, candidates.allowed, temperature)
+        loss = torch.where(enters, losses, 0.0).sum() / max(n_samples * z.shape[0], 1)
+        if not math.isfinite(loss.item()):
+            return TermOutput(z.new_zeros(()), z.new_full((z.shape[0],), math.nan), n_samples, 0, finite=False)
+        mknn = self._mutual_knn(similarities.detach(), candidates, enters)
+        self.memory.append(z[:, valid], teacher[valid])
+        return TermOutput(loss, mknn, n_samples, candidates.duplicates)
+
+    def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_rows = common_row_count(valid.shape[0], valid.device)
+        missing = n_rows - valid.shape[0]
+        rows = z.transpose(0, 1).float()  # [B, n_heads, D]: ranks are concatenated along the first axis
+        # not a product with the mask: a non-finite value outside it must not spread
+        rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
+        if missing:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
+            teacher = torch.nn.functional.pad(teacher, (0, 0, 0, missing))
+            valid = torch.nn.functional.pad(valid, (0, missing))
+        gathered_valid = gather_rows(valid.to(torch.uint8)).bool()
+        return gather_rows(rows).transpose(0, 1), gather_rows(teacher.float()), gathered_valid
+
+    def _mutual_knn(self, similarities: Tensor, candidates: Candidates, enters: Tensor) -> Tensor:
+        if not enters.any():
+            return similarities.new_full((similarities.shape[0],), math.nan)
+        counts = candidates.positives.sum(dim=1)
+        ranked = rank_neighbors(similarities, min(self.k, similarities.shape[-1]), excluded=~candidates.allowed)
+        hits = candidates.positives.expand_as(similarities).gather(-1, ranked).sum(dim=-1)
+        return (hits / counts.clamp(min=1))[:, enters].mean(dim=1)
+
+    def _warn_when_few(self, candidates: Candidates, enters: Tensor, n_samples: int) -> None:
+        if self._warned or not n_samples:
+            return
+        fewest = int(candidates.allowed.sum(dim=1)[enters].min())
+        if fewest < self.k:
+            self._warned = True
+            logger.warning(
+                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates; k "
+                "shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
+            )
