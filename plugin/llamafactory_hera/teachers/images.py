@@ -1,0 +1,99 @@
+"""Images as datasets hold them: read them, and name them by their content."""
+
+import hashlib
+import os
+from io import BytesIO
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
+
+KEY_BYTES = 16
+
+
+def load_image(image: ImageLike) -> Image.Image:
+    """Decodes an image given as path, encoded bytes, ``{"path", "bytes"}``, file object or PIL image.
+
+    Orientation tags are not applied: the host does not apply them either, and teacher and model must see the same
+    picture.
+
+    Returns:
+        The decoded image in RGB.
+
+    Raises:
+        ValueError: Names the file when it is missing, corrupt or not an image.
+    """
+    source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
+    try:
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        return opened.convert("RGB")
+    # PIL's plugins raise errors of many kinds on broken files
+    except Exception as error:
+        raise ValueError(
+            f"The image {describe_image(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
+            "it or remove its sample from the dataset."
+        ) from error
+
+
+def image_key(image: ImageLike) -> bytes:
+    """A content digest: sha256 of the encoded file, cut to 16 bytes.
+
+    The same file has the same key under any name, as path, bytes, ``{"path", "bytes"}`` or file object. A PIL image
+    has no encoded form: its key is that of its RGB pixels and size, which differs from the key of the file that it
+    was read from, so its features are computed and cached apart.
+
+    Raises:
+        ValueError: Names the file when it cannot be read, or when a PIL image's own file cannot be decoded.
+    """
+    if isinstance(image, Image.Image):
+        pixels = load_image(image)
+        digest = hashlib.sha256(b"rgb pixels %d %d\0" % pixels.size)
+        digest.update(pixels.tobytes())
+    else:
+        digest = hashlib.sha256(_encoded(image))
+    return digest.digest()[:KEY_BYTES]
+
+
+def describe_image(image: ImageLike) -> str:
+    """A short name of an image for messages."""
+    if isinstance(image, dict):
+        return repr(image.get("path")) if image.get("path") else "given as bytes without a path"
+    if isinstance(image, str | os.PathLike):
+        return repr(os.fspath(image))
+    if isinstance(image, bytes):
+        return f"given as {len(image)} bytes"
+    if isinstance(image, Image.Image):
+        return repr(getattr(image, "filename", "")) if getattr(image, "filename", "") else "given as a PIL image"
+    return repr(getattr(image, "name", type(image).__name__))
+
+
+def _encoded(image: ImageLike) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, dict):
+        if image.get("bytes") is not None:
+            return image["bytes"]
+        if image.get("path") is None:
+            raise ValueError("An image is given as a dict without 'bytes' and without 'path'; it needs one of them.")
+        return _encoded(image["path"])
+    if isinstance(image, str | os.PathLike):
+        try:
+            with open(image, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(
+                f"The image file {os.fspath(image)!r} cannot be read ({error.strerror or error}). Check the path in "
+                "the dataset and `media_dir`."
+            ) from error
+    if hasattr(image, "read") and hasattr(image, "seek"):
+        # Whoever owns the file object reads it again: leave its position as it was.
+        position = image.tell()
+        image.seek(0)
+        content = image.read()
+        image.seek(position)
+        return content
+    raise ValueError(
+        f"An image is given as {type(image).__name__}; it must be a path, bytes, a dict with 'path' or 'bytes', a "
+        "file object or a PIL image."
+    )

@@ -1,0 +1,101 @@
+"""Tiny random teachers of every supported kind, saved as their users would have them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+
+torch.set_num_threads(1)
+
+SIDE = 32
+_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+_MLP = _VIT | {"intermediate_size": 48}
+_NAFLEX = {name: value for name, value in _MLP.items() if name != "image_size"} | {"num_patches": 16}
+_TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 50,
+    "max_position_embeddings": 8,
+}
+_SQUARE = {"height": SIDE, "width": SIDE}
+
+MODELS = {
+    "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**_VIT, mlp_ratio=2)),
+    "dinov2_classifier": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**_VIT, mlp_ratio=2)),
+    "dinov2_with_registers": lambda: tf.Dinov2WithRegistersModel(
+        tf.Dinov2WithRegistersConfig(**_VIT, mlp_ratio=2, num_register_tokens=3)
+    ),
+    "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**_MLP, num_register_tokens=3)),
+    "vit": lambda: tf.ViTModel(tf.ViTConfig(**_MLP)),
+    "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=_MLP, text_config=_TEXT)),
+    "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_MLP)),
+    "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=_MLP, text_config=_TEXT)),
+    "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**_MLP)),
+    "siglip2": lambda: tf.Siglip2Model(tf.Siglip2Config(vision_config=_NAFLEX, text_config=_TEXT)),
+    "siglip2_vision_model": lambda: tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**_NAFLEX)),
+}
+
+
+def _processor(kind: str):
+    if kind.startswith("dinov2"):
+        return tf.BitImageProcessor(size={"shortest_edge": 36}, crop_size=_SQUARE)
+    if kind.startswith("dinov3"):
+        return tf.DINOv3ViTImageProcessor(size=_SQUARE)
+    if kind.startswith("clip"):
+        return tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
+    if kind.startswith("siglip2"):
+        return tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    if kind.startswith("siglip"):
+        return tf.SiglipImageProcessor(size=_SQUARE)
+    return tf.ViTImageProcessor(size=_SQUARE)
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    # Fresh models have norms of one and biases of zero, which would hide a norm that is left out.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.fixture
+def save_teacher(tmp_path):
+    """save_teacher(kind, folder_name=kind, seed=0) -> the folder of a tiny random teacher with its processor."""
+
+    def save(kind: str, name: str | None = None, seed: int = 0) -> Path:
+        folder = tmp_path / (name or kind)
+        torch.manual_seed(seed)
+        model = MODELS[kind]()
+        _randomise(model)
+        model.save_pretrained(folder)
+        _processor(kind).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def edit_json():
+    """edit_json(path, **changes): changes keys of a JSON file; None removes the key."""
+
+    def edit(path: Path, **changes) -> None:
+        content = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+    return edit
+
+
+@pytest.fixture
+def make_images():
+    """make_images(n, size=(40, 56), seed=0) -> n different noise images in RGB."""
+
+    def make(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> list[Image.Image]:
+        noise = np.random.default_rng(seed)
+        return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
+
+    return make
