@@ -3,5 +3,4 @@
 from .mknn import chance_level, mutual_knn, nearest_neighbors
 from .objectives import contrastive_loss
 
-
 __all__ = ["chance_level", "contrastive_loss", "mutual_knn", "nearest_neighbors"]

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from .mknn import neighbor_mask, similarity
 
-
 # Stands in for minus infinity in masked logits: a row whose every entry is masked must stay finite.
 MASKED = -1e9
 

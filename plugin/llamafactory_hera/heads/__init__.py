@@ -3,5 +3,4 @@
 from .capture import HeadCapture
 from .head_set import HeadId, HeadSet
 
-
 __all__ = ["HeadCapture", "HeadId", "HeadSet"]

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .head_set import HeadId, HeadSet
 
-
 _CHECKPOINTING = "_gradient_checkpointing_func"
 
 
@@ -73,9 +72,7 @@ class HeadCapture:
         heads.check(self._layout.n_layers, self._layout.n_heads)
         layers = decoder_layers(model)
         self._layers = {index: layers[index] for index in sorted({head.layer for head in self.heads})}
-        self._heads_of = {
-            index: [head.head for head in self.heads if head.layer == index] for index in self._layers
-        }
+        self._heads_of = {index: [head.head for head in self.heads if head.layer == index] for index in self._layers}
         self._mask: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}
@@ -246,5 +243,3 @@ class HeadCapture:
 def _has_bias(projection: nn.Module) -> bool:
     base = projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
     return getattr(base, "bias", None) is not None
-
-

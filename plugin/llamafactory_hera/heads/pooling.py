@@ -6,7 +6,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-
 Pooling = Literal["answer", "text", "mean", "last"]
 IGNORE_INDEX = -100
 

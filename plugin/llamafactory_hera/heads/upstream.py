@@ -19,7 +19,9 @@ def trainable_upstream(model: nn.Module, layer: int) -> list[str]:
     """
     family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)
-    feeding = {id(p) for name in (family.input_norm, family.attention) for p in getattr(layers[layer], name).parameters()}
+    feeding = {
+        id(p) for name in (family.input_norm, family.attention) for p in getattr(layers[layer], name).parameters()
+    }
     behind = {id(p) for later in layers[layer:] for p in later.parameters()} - feeding
     behind |= _behind_the_decoder(model, layers)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind]

@@ -12,7 +12,6 @@ from ..alignment.memory import CrossBatchMemory
 from ..alignment.mknn import neighbor_mask, rank_neighbors, similarity
 from ..alignment.objectives import multi_target_info_nce
 
-
 logger = logging.getLogger(__name__)
 
 # Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
@@ -35,6 +34,7 @@ class TermOutput:
     Attributes:
         loss: Scalar with gradient; 0 when no sample had a candidate.
         mknn: In-batch agreement of student and teacher per head ``[n_heads]``; NaN without a sample.
+        chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN without a sample.
         n_samples: Samples of the global batch that entered.
         n_duplicates: Pairs of samples that show the same image and were kept apart.
         finite: False when a head gave a non-finite value and the term was left out.
@@ -42,6 +42,7 @@ class TermOutput:
 
     loss: Tensor
     mknn: Tensor
+    chance: Tensor
     n_samples: int
     n_duplicates: int
     finite: bool = True
@@ -69,9 +70,7 @@ def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k:
     itself.fill_diagonal_(True)
     pairs = valid.unsqueeze(1) & usable & ~itself
     allowed = pairs & ~same_image
-    ranked = rank_neighbors(
-        similarity(teacher, everything, normalize), min(k, everything.shape[0]), excluded=~allowed
-    )
+    ranked = rank_neighbors(similarity(teacher, everything, normalize), min(k, everything.shape[0]), excluded=~allowed)
     positives = neighbor_mask(ranked, everything.shape[0]) & allowed
     duplicates = int((pairs & same_image)[:, :n].sum()) // 2
     return Candidates(allowed, positives, duplicates)
@@ -117,10 +116,12 @@ class HeraTerm:
         losses = multi_target_info_nce(similarities, candidates.positives, candidates.allowed, temperature)
         loss = torch.where(enters, losses, 0.0).sum() / max(n_samples * z.shape[0], 1)
         if not math.isfinite(loss.item()):
-            return TermOutput(z.new_zeros(()), z.new_full((z.shape[0],), math.nan), n_samples, 0, finite=False)
+            unknown = z.new_full((z.shape[0],), math.nan)
+            return TermOutput(z.new_zeros(()), unknown, unknown[0], n_samples, 0, finite=False)
         mknn = self._mutual_knn(similarities.detach(), candidates, enters)
+        share = candidates.positives.sum(dim=1) / candidates.allowed.sum(dim=1).clamp(min=1)
         self.memory.append(z[:, valid], teacher[valid])
-        return TermOutput(loss, mknn, n_samples, candidates.duplicates)
+        return TermOutput(loss, mknn, share[enters].mean(), n_samples, candidates.duplicates)
 
     def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_rows = common_row_count(valid.shape[0], valid.device)

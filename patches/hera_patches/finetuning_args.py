@@ -1,0 +1,33 @@
+"""Adds the ``hera_*`` keys and the value ``stage: hera`` to the host's fine-tuning arguments.
+
+Why: the host parses exactly five dataclasses, so the keys must live in one of them. ``stage: hera`` becomes
+``stage: sft`` plus ``use_hera``: everywhere but in the trainer HeRA is supervised fine-tuning, and the host forbids
+SFT's options to any other stage value.
+
+Tested with 0.9.5. Can go when the host lets plugins add arguments.
+"""
+
+from dataclasses import is_dataclass
+from types import ModuleType
+
+WHAT = "stage: hera and the hera_* keys in FinetuningArguments"
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's class lacks, or None."""
+    host = getattr(module, "FinetuningArguments", None)
+    if not (isinstance(host, type) and is_dataclass(host)):
+        return "FinetuningArguments is not a dataclass"
+    if "stage" not in host.__dataclass_fields__:
+        return "FinetuningArguments has no field `stage`"
+    if not callable(getattr(host, "to_dict", None)) or not hasattr(host, "__post_init__"):
+        return "FinetuningArguments has no __post_init__ or to_dict"
+    taken = [name for name in host.__dataclass_fields__ if name.startswith("hera_")]
+    return f"FinetuningArguments already has {', '.join(taken)}" if taken else None
+
+
+def apply(module: ModuleType) -> None:
+    """Rebinds ``FinetuningArguments`` to a subclass."""
+    from llamafactory_hera.host.arguments import extend
+
+    module.FinetuningArguments = extend(module.FinetuningArguments)

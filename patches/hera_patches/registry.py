@@ -1,0 +1,77 @@
+"""Which host modules are changed, and what became of each change in this process.
+
+A patch module has ``TARGET`` (the host module), ``WHAT`` (one line) and two functions: ``check(module)`` returns None or
+says why the change does not fit this version of the host, ``apply(module)`` makes it.
+"""
+
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+#: Host module -> patch module of this package. Names only: nothing is imported before the host is.
+PATCHES: tuple[tuple[str, str], ...] = (
+    ("llamafactory.hparams.finetuning_args", "finetuning_args"),
+    ("llamafactory.train.sft.workflow", "sft_workflow"),
+    ("llamafactory.train.callbacks", "log_callback"),
+    ("llamafactory.data.template", "templates"),
+)
+
+_MARK = "__hera_patches__"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of one patch: ``applied``, ``not needed`` or ``does not fit``, with the reason."""
+
+    name: str
+    target: str
+    what: str
+    state: str
+    reason: str = ""
+
+
+_statuses: dict[str, Status] = {}
+
+
+def apply_to(module: ModuleType) -> None:
+    """Applies the patches of a freshly executed host module; a patch that does not fit warns and leaves it alone."""
+    for target, name in PATCHES:
+        if target != module.__name__ or name in vars(module).get(_MARK, ()):
+            continue
+        patch = import_module(f"{__package__}.{name}")
+        try:
+            reason = patch.check(module)
+            if reason is None:
+                patch.apply(module)
+        except Exception as error:  # a broken patch must not take the host down
+            reason = f"{type(error).__name__}: {error}"
+        if reason is None:
+            vars(module).setdefault(_MARK, set()).add(name)
+            _statuses[name] = Status(name, target, patch.WHAT, "applied")
+        else:
+            _statuses[name] = Status(name, target, patch.WHAT, "does not fit", reason)
+            print(
+                f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); `stage: hera` may "
+                "be unavailable. Run `llamafactory-hera doctor`.",
+                file=sys.stderr,
+            )
+
+
+def statuses() -> list[Status]:
+    """The state of every patch whose target was imported in this process."""
+    return [_statuses[name] for _, name in PATCHES if name in _statuses]
+
+
+def require() -> None:
+    """Checks that every patch that was tried fits.
+
+    Raises:
+        RuntimeError: One does not fit this version of the host.
+    """
+    misfits = [f"{status.name} ({status.reason})" for status in statuses() if status.state == "does not fit"]
+    if misfits:
+        raise RuntimeError(
+            f"stage: hera cannot run on this LLaMA-Factory: {'; '.join(misfits)}. Install a tested version "
+            '(`pip install "llamafactory-hera[pinned]"`), or see `llamafactory-hera doctor`.'
+        )

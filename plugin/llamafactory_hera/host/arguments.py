@@ -1,0 +1,167 @@
+# No `from __future__ import annotations` here: HfArgumentParser reads the annotations as types.
+"""The ``hera_*`` keys of a run: each declared once, with its default and its help."""
+
+import math
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from llamafactory_hera.heads.head_set import HeadSet
+from llamafactory_hera.heads.pooling import Pooling
+
+Similarity = Literal["cosine", "dot"]
+
+#: More heads than this wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0).
+MOST_HEADS = 5
+
+
+@dataclass
+class HeraArguments:
+    """Keys of ``stage: hera``."""
+
+    hera_heads: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a "
+                "heads.json, or auto to select them before training."
+            )
+        },
+    )
+    hera_weight: float = field(
+        default=0.01, metadata={"help": "Weight (lambda) of the HeRA loss beside the language-modeling loss."}
+    )
+    hera_k: int = field(default=10, metadata={"help": "Nearest neighbours in the teacher's space per sample."})
+    hera_temperature: float = field(
+        default=0.07, metadata={"help": "Initial softmax temperature of the contrastive loss, learned in log scale."}
+    )
+    hera_fixed_temperature: bool = field(
+        default=False, metadata={"help": "Keep the temperature at its initial value instead of learning it."}
+    )
+    hera_teacher: str = field(
+        default="facebook/dinov2-large",
+        metadata={"help": "Frozen vision teacher: a local folder or the id of a hub model."},
+    )
+    hera_teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps teacher features by image content; filled while training."},
+    )
+    hera_pooling: Pooling = field(
+        default="answer",
+        metadata={
+            "help": (
+                "Tokens that a head's output is averaged over: those with a label (answer), all text (text), all but "
+                "padding (mean), or the last one (last)."
+            )
+        },
+    )
+    hera_similarity: Similarity = field(
+        default="cosine", metadata={"help": "Similarity of representations: cosine, or the plain dot product (dot)."}
+    )
+    hera_memory: int = field(
+        default=0,
+        metadata={
+            "help": "Recent samples kept as further candidates, for global batches below hera_k + 1; 0 for none."
+        },
+    )
+    hera_image_index: int = field(
+        default=0,
+        metadata={"help": "Which image of a sample with several the teacher sees; negative counts from the last."},
+    )
+    hera_max_nan: int = field(
+        default=10, metadata={"help": "Steps in a row with a non-finite HeRA term after which the run stops."}
+    )
+
+    def check_hera(self) -> None:
+        """Checks the values that need nothing but themselves, and normalises ``hera_heads`` to text.
+
+        Raises:
+            ValueError: Names the key, the value and the remedy.
+        """
+        if isinstance(self.hera_heads, (list, tuple)):  # a YAML list
+            self.hera_heads = ",".join(map(str, self.hera_heads))
+        if not self.hera_heads:
+            raise ValueError(
+                "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
+            )
+        if self.hera_heads != "auto":
+            chosen = len(HeadSet.resolve(self.hera_heads).heads)
+            if chosen > MOST_HEADS:
+                warnings.warn(
+                    f"hera_heads: {chosen} heads are more than the {MOST_HEADS} that the paper recommends; ten of them "
+                    "wrecked Qwen2.5-3B there.",
+                    stacklevel=2,
+                )
+        _at_least("hera_k", self.hera_k, 1)
+        _at_least("hera_memory", self.hera_memory, 0)
+        _at_least("hera_max_nan", self.hera_max_nan, 1)
+        _finite("hera_weight", self.hera_weight, self.hera_weight >= 0, "0 or more, the paper uses 0.01")
+        _finite(
+            "hera_temperature", self.hera_temperature, self.hera_temperature > 0, "more than 0, the paper uses 0.07"
+        )
+        _one_of("hera_pooling", self.hera_pooling, get_args(Pooling))
+        _one_of("hera_similarity", self.hera_similarity, get_args(Similarity))
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}: {value} is too small; choose {least} or more.")
+
+
+def _finite(key: str, value: float, in_range: bool, remedy: str) -> None:
+    if not (math.isfinite(value) and in_range):
+        raise ValueError(f"{key}: {value} is out of range; choose {remedy}.")
+
+
+def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}.")
+
+
+def _bypasses(arguments: Any) -> str | None:
+    """The setting, if any, under which the host never reaches the trainer that HeRA extends."""
+    if getattr(arguments, "use_hyper_parallel", False):
+        return "use_hyper_parallel: true"
+    if os.environ.get("USE_MCA", "0").lower() in ("true", "y", "1"):
+        return "USE_MCA=1"
+    if getattr(arguments, "use_asft_loss", False):
+        return "use_asft_loss: true"
+    return None
+
+
+def extend(host: type) -> type:
+    """A subclass of the host's ``FinetuningArguments`` with the HeRA keys and ``stage: hera``.
+
+    Inside the host a HeRA run is ``stage: sft`` with ``use_hera`` set; ``to_dict`` reports ``hera`` again.
+    """
+    host_stage = host.__dataclass_fields__["stage"]
+
+    @dataclass
+    class FinetuningArguments(HeraArguments, host):
+        stage: Literal[(*get_args(host_stage.type), "hera")] = field(
+            default=host_stage.default, metadata=dict(host_stage.metadata)
+        )
+
+        def __post_init__(self) -> None:
+            self.use_hera = self.stage == "hera"
+            if self.use_hera:
+                self.stage = "sft"
+            super().__post_init__()
+            if self.use_hera:
+                setting = _bypasses(self)
+                if setting is not None:
+                    raise ValueError(f"stage: hera does not work with {setting}; remove that setting.")
+                self.check_hera()
+
+        def to_dict(self) -> dict[str, Any]:
+            content = super().to_dict()
+            if self.use_hera:
+                return {**content, "stage": "hera"}
+            return {key: value for key, value in content.items() if not key.startswith("hera_")}
+
+    # pickle finds the class where the host has it
+    FinetuningArguments.__module__ = host.__module__
+    FinetuningArguments.__qualname__ = host.__qualname__
+    FinetuningArguments.__doc__ = host.__doc__
+    return FinetuningArguments

@@ -1,0 +1,79 @@
+"""Refuses settings and models with which HeRA would be wrong or do nothing, before any weight is loaded."""
+
+from typing import Any
+
+from llamafactory_hera.alignment.gather import world_size
+from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.teachers.check import check_teacher
+
+# Key -> why it cannot work, and what to do.
+_MODEL_KEYS = {
+    "use_unsloth": "Unsloth replaces the attention that heads are read from; remove it",
+    "use_unsloth_gc": "its checkpointing cannot carry the heads' outputs; remove it, or set use_reentrant_gc: false",
+    "use_kt": "KTransformers runs layers outside of PyTorch; remove it",
+    "mixture_of_depths": "tokens skip layers, so a head has no average over them; remove it",
+    "shift_attn": "it moves tokens between heads; remove it",
+}
+_DATA_KEYS = {
+    "packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
+    "neat_packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
+}
+
+
+def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+    """Checks everything that needs no model.
+
+    Raises:
+        ValueError: Names the key, the value and the remedy.
+    """
+    for arguments, keys in ((model_args, _MODEL_KEYS), (data_args, _DATA_KEYS)):
+        for key, why in keys.items():
+            value = getattr(arguments, key, None)
+            if value:
+                raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
+    _check_parallelism(training_args)
+    if finetuning_args.hera_heads == "auto":
+        raise ValueError(
+            "hera_heads: auto is not built yet; name the heads (L13H12,L7H6) or give the path of a heads.json."
+        )
+    check_teacher(finetuning_args.hera_teacher)
+    others = training_args.per_device_train_batch_size * world_size() - 1
+    if others < 1 and finetuning_args.hera_memory == 0:
+        raise ValueError(
+            "per_device_train_batch_size: 1 on one process leaves a sample without another to be compared with; "
+            f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}."
+        )
+
+
+def _check_parallelism(training_args: Any) -> None:
+    parallelism = getattr(training_args, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
+    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    if deepspeed.get("sequence_parallel_size", 1) > 1:
+        split.append(f"sequence_parallel_size={deepspeed['sequence_parallel_size']}")
+    if split:
+        raise ValueError(
+            f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and stage: hera "
+            "needs whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
+        )
+
+
+def check_model(model_args: Any, heads: HeadSet) -> None:
+    """Checks from its configuration alone that the model sees images and has the heads.
+
+    Raises:
+        ValueError: A text-only model, an unknown architecture, or a head outside the model.
+    """
+    from llamafactory.model import load_config
+
+    config = load_config(model_args)
+    name = model_args.model_name_or_path
+    if not is_multimodal(config):
+        raise ValueError(
+            f"model_name_or_path: {name} is a text-only model ({config.model_type}), and HeRA aligns heads with what "
+            "images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
+        )
+    layout = head_layout(config)
+    heads.check(layout.n_layers, layout.n_heads)

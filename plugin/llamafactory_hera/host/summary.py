@@ -1,0 +1,36 @@
+"""What a HeRA run says of itself before its first step."""
+
+from typing import TYPE_CHECKING
+
+from llamafactory.extras import logging
+
+from llamafactory_hera.alignment.gather import world_size
+
+if TYPE_CHECKING:
+    from .trainer import HeraTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def start_summary(trainer: "HeraTrainer") -> None:
+    """Logs heads, teacher, batch sizes and candidates; warns when the candidates are few."""
+    args, hera = trainer.args, trainer.finetuning_args
+    micro_batch = args.per_device_train_batch_size * world_size()
+    candidates = micro_batch - 1 + hera.hera_memory
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    lines = {
+        "heads": str(trainer.hera.heads),
+        "teacher": f"{hera.hera_teacher} ({trainer.hera.teacher.dim} values)",
+        "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {hera.hera_temperature}",
+        "global batch": f"{micro_batch * args.gradient_accumulation_steps} ({world_size()} processes x "
+        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation steps)",
+        "candidates per sample": f"{candidates} at most ({micro_batch - 1} in the batch, {hera.hera_memory} in the memory)",
+        "trainable parameters": f"{trainable:,}",
+    }
+    for name, value in lines.items():
+        logger.info_rank0(f"HeRA | {name}: {value}")
+    if candidates < 2 * hera.hera_k:
+        logger.warning_rank0(
+            f"hera_k: {hera.hera_k} neighbours among {candidates} candidates say little; use a larger batch per "
+            f"device, more processes, or hera_memory: {max(4 * hera.hera_k, 64)}."
+        )

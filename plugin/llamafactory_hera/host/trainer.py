@@ -1,0 +1,131 @@
+"""The host's SFT trainer with the HeRA term added to its loss (paper, eq. 9)."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from typing_extensions import override
+
+from llamafactory_hera.alignment.gather import world_size
+from llamafactory_hera.heads import HeadSet
+
+from .collator import HeraCollator
+from .step import HeraStep
+from .summary import start_summary
+
+
+class HeraTrainer(CustomSeq2SeqTrainer):
+    """``L = L_LM + hera_weight * L_HeRA``; everything else is the host's.
+
+    Args:
+        heads: The heads to align.
+        **kwargs: As for the host's trainer.
+    """
+
+    def __init__(self, heads: HeadSet, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        dtype = torch.float32
+        if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        self.hera = HeraStep(self.model, heads, self.finetuning_args, self.args.device, dtype)
+        self.add_callback(_StepTemperature(self))
+        self._log_start = True
+
+    @override
+    def get_train_dataloader(self) -> DataLoader:
+        """As the host's, with the teacher's view of each sample; evaluation keeps the host's collator."""
+        host_collator = self.data_collator
+        self.data_collator = HeraCollator(
+            host_collator, self.hera.teacher.processor, self.hera.cache, self.finetuning_args.hera_image_index
+        )
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = host_collator
+
+    @override
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forward and backward."""
+        if self._log_start:
+            self._log_start = False
+            start_summary(self)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.hera.end()
+        return loss
+
+    @override
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The LM loss, plus the weighted HeRA term for batches of the training data."""
+        teacher_inputs = self.hera.take_inputs(inputs)
+        if not teacher_inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        mask = self.hera.begin(inputs)
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        loss, *outputs = result if return_outputs else (result,)
+        term = self.hera.finish(mask, teacher_inputs)
+        self.hera.statistics.add(lm_loss=loss.detach())
+        if self.compute_loss_func is not None:
+            # with a loss function of its own the trainer does not divide by the accumulation steps
+            term = term / self.current_gradient_accumulation_steps
+        loss = loss + term.to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    @override
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the HeRA curves to the training log lines."""
+        if "loss" in logs:
+            logs = {**logs, **self._mean_over_ranks(self.hera.logs())}
+        super().log(logs, *args, **kwargs)
+
+    def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        if world_size() == 1:
+            return values
+        names = sorted(values)
+        tensor = torch.tensor([values[name] for name in names], device=self.args.device, dtype=torch.float32)
+        dist.all_reduce(tensor)
+        return dict(zip(names, (tensor / world_size()).tolist(), strict=True))
+
+    @override
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # first, so that a checkpoint with weights is never without the HeRA state
+        if self.args.should_save and not self.args.save_only_model:
+            folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.hera.save(folder)
+        if self.hera.cache is not None:
+            self.hera.cache.flush()
+        super()._save_checkpoint(model, trial)
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.hera.load(checkpoint)
+
+
+class _StepTemperature(TrainerCallback):
+    """Steps the temperature together with the weights, and leaves the final state beside them."""
+
+    def __init__(self, trainer: HeraTrainer) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scaler = self._trainer.accelerator.scaler
+        gradient = self._trainer.hera.temperature.log_value.grad
+        if scaler is not None and gradient is not None:
+            gradient.div_(scaler.get_scale())
+        self._trainer.hera.temperature.step(self._trainer._get_learning_rate())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        hera = self._trainer.hera
+        hera.capture.remove()
+        if hera.cache is not None:
+            hera.cache.flush()
+        if args.should_save:
+            hera.save(args.output_dir)

@@ -1,0 +1,71 @@
+"""Runs the host's SFT workflow with the HeRA trainer in the place of its own."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from llamafactory_hera.heads import HeadSet
+
+from .checks import check_model, check_run
+from .dataset_checks import checked_dataset
+from .trainer import HeraTrainer
+
+#: Curves that `plot_loss: true` draws beside the host's.
+CURVES = ("lm_loss", "hera_loss", "hera_mknn", "hera_temperature")
+
+
+def run_hera(
+    workflow: ModuleType,
+    run_sft: Callable[..., None],
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    finetuning_args: Any,
+    generating_args: Any,
+    callbacks: list | None = None,
+) -> None:
+    """Trains with HeRA; without ``do_train`` it is the host's SFT workflow.
+
+    Args:
+        workflow: The host's ``train.sft.workflow`` module.
+        run_sft: Its unwrapped function.
+        model_args: The host's five sets of arguments and its callbacks.
+        data_args: See ``model_args``.
+        training_args: See ``model_args``.
+        finetuning_args: See ``model_args``; holds the ``hera_*`` keys.
+        generating_args: See ``model_args``.
+        callbacks: See ``model_args``.
+
+    Raises:
+        ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
+    """
+    arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+    if not training_args.do_train:
+        return run_sft(*arguments)
+    check_run(model_args, data_args, training_args, finetuning_args)
+    heads = HeadSet.resolve(finetuning_args.hera_heads)
+    check_model(model_args, heads)
+
+    def plot_loss(folder: str, keys: list[str]) -> None:
+        workflow_plot(folder, keys=[*keys, *CURVES])
+
+    workflow_plot = workflow.plot_loss
+    replacements = {
+        "get_dataset": checked_dataset(workflow.get_dataset),
+        "CustomSeq2SeqTrainer": partial(HeraTrainer, heads),
+        "plot_loss": plot_loss,
+    }
+    with _replaced(workflow, replacements):
+        return run_sft(*arguments)
+
+
+@contextmanager
+def _replaced(module: ModuleType, replacements: dict[str, Any]) -> Iterator[None]:
+    before = {name: getattr(module, name) for name in replacements}
+    vars(module).update(replacements)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
