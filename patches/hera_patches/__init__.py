@@ -1,7 +1,7 @@
 """Run-time changes to an unmodified LLaMA-Factory, applied when the host is imported.
 
-``install()`` is called at interpreter start by ``llamafactory_hera.pth`` (``.start`` from Python 3.15 on). It only adds
-an import hook; the host is neither imported nor searched for. ``HERA_DISABLE=1`` switches it off.
+``install()`` is called at interpreter start by ``llamafactory_hera.pth`` (``.start`` from Python 3.15 on). It only
+adds an import hook; the host is neither imported nor searched for. ``HERA_DISABLE=1`` switches it off.
 """
 
 import os

@@ -1,7 +1,6 @@
 """The import hook: runs a patch right after the host module that it changes."""
 
 import importlib.util
-import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -36,10 +35,3 @@ class PatchFinder:
         # on this one loader instance: `inspect.getsource` and `importlib.reload` keep working
         spec.loader.exec_module = exec_module
         return spec
-
-
-def patch_loaded() -> None:
-    """Patches host modules that were imported before the hook was added."""
-    for name in _TARGETS:
-        if name in sys.modules:
-            apply_to(sys.modules[name])

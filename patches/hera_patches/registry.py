@@ -1,7 +1,7 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``TARGET`` (the host module), ``WHAT`` (one line) and two functions: ``check(module)`` returns None or
-says why the change does not fit this version of the host, ``apply(module)`` makes it.
+A patch module has ``WHAT`` (one line) and two functions: ``check(module)`` returns None, or ``NOT_NEEDED``, or says why
+the change does not fit this version of the host; ``apply(module)`` makes it.
 """
 
 import sys
@@ -16,6 +16,9 @@ PATCHES: tuple[tuple[str, str], ...] = (
     ("llamafactory.train.callbacks", "log_callback"),
     ("llamafactory.data.template", "templates"),
 )
+
+#: What ``check`` returns where the host already does what the patch is for.
+NOT_NEEDED = "not needed"
 
 _MARK = "__hera_patches__"
 
@@ -46,9 +49,9 @@ def apply_to(module: ModuleType) -> None:
                 patch.apply(module)
         except Exception as error:  # a broken patch must not take the host down
             reason = f"{type(error).__name__}: {error}"
-        if reason is None:
+        if reason in (None, NOT_NEEDED):
             vars(module).setdefault(_MARK, set()).add(name)
-            _statuses[name] = Status(name, target, patch.WHAT, "applied")
+            _statuses[name] = Status(name, target, patch.WHAT, reason or "applied")
         else:
             _statuses[name] = Status(name, target, patch.WHAT, "does not fit", reason)
             print(

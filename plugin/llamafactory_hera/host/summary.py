@@ -24,7 +24,7 @@ def start_summary(trainer: "HeraTrainer") -> None:
         "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {hera.hera_temperature}",
         "global batch": f"{micro_batch * args.gradient_accumulation_steps} ({world_size()} processes x "
         f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation steps)",
-        "candidates per sample": f"{candidates} at most ({micro_batch - 1} in the batch, {hera.hera_memory} in the memory)",
+        "candidates per sample": f"{candidates} ({micro_batch - 1} of the batch, {hera.hera_memory} remembered)",
         "trainable parameters": f"{trainable:,}",
     }
     for name, value in lines.items():

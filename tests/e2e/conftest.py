@@ -1,0 +1,34 @@
+"""The demo model, built once, and the process that runs the host."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .runner import ROOT, HostServer, run_command
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds ``hera_demo`` of the small size; runs write beside it."""
+    folder = tmp_path_factory.mktemp("world")
+    code, output = run_command(["llamafactory-hera", "demo", "--size", "test"], folder)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[HostServer]:
+    """The host, imported once."""
+    server = HostServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def recipe() -> dict[str, Any]:
+    """The demo recipe, shortened to 6 steps that log each."""
+    args = yaml.safe_load((ROOT / "recipes/demo_hera.yaml").read_text(encoding="utf-8"))
+    return args | {"max_steps": 6, "logging_steps": 1, "plot_loss": False, "report_to": "none"}

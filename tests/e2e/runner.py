@@ -1,0 +1,132 @@
+"""Starts training runs in real processes: through the fork server, or through a command line."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a run: offline, one thread, this interpreter's commands first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, **OFFLINE, "PATH": path, **extra}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What became of a run: exit codes by rank, and everything it printed."""
+
+    codes: list[int]
+    output: str
+    folder: Path
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.codes)
+
+    def logs(self) -> list[dict[str, Any]]:
+        """The training lines of trainer_state.json."""
+        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [line for line in history if "loss" in line]
+
+
+class HostServer:
+    """The fork server of ``tests/e2e/server.py``."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.server"],
+            cwd=ROOT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._process.stdout.readline().strip() == "ready"
+
+    def run(
+        self,
+        args: dict[str, Any],
+        cwd: Path,
+        ranks: int = 1,
+        timeout: float = 180,
+        env: dict[str, str] | None = None,
+        call: str = "train",
+        kill_when: Path | None = None,
+    ) -> Run:
+        """Runs the host's ``train`` (or ``export``) with ``args``; kills it at the timeout or once a file exists."""
+        folder = Path(cwd) / args.get("output_dir", args.get("export_dir"))
+        logs = [f"{cwd}/{folder.name}.rank{rank}.log" for rank in range(ranks)]
+        job = {
+            "args": args,
+            "cwd": str(cwd),
+            "ranks": ranks,
+            "port": free_port(),
+            "timeout": timeout,
+            "env": env or {},
+            "logs": logs,
+            "call": call,
+            "kill_when": str(kill_when) if kill_when else None,
+        }
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        codes = json.loads(self._process.stdout.readline())
+        return Run(codes, "\n".join(Path(log).read_text(errors="replace") for log in logs), folder)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> tuple[int, str]:
+    """Runs a command with its own process group, killed as a whole at the timeout.
+
+    Returns:
+        Exit code (124 at the timeout) and what it printed.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(**env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return 124, output
+
+
+def write_recipe(path: Path, args: dict[str, Any]) -> Path:
+    """Writes ``args`` as a YAML recipe."""
+    path.write_text(yaml.safe_dump(args), encoding="utf-8")
+    return path

@@ -1,0 +1,100 @@
+"""A process that has imported the host and forks a child per training run, so that no case pays for the imports.
+
+It runs no tensor operation itself: a fork after OpenMP has started its threads can hang. Jobs come as JSON lines on
+standard input, answers go to standard output.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+
+
+def _child(job: dict, rank: int) -> None:
+    os.setsid()
+    log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.chdir(job["cwd"])
+    os.environ.update(job["env"])
+    if job["ranks"] > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(job["ranks"]),
+            LOCAL_WORLD_SIZE=str(job["ranks"]),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(job["port"]),
+        )
+    sys.argv = ["llamafactory-cli"]
+    code = 1
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        if job["call"] == "train":
+            from llamafactory.train.tuner import run_exp
+
+            run_exp(job["args"])
+        else:
+            from llamafactory.train.tuner import export_model
+
+            export_model(job["args"])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _run(job: dict) -> list[int]:
+    children: dict[int, int] = {}
+    for rank in range(job["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            _child(job, rank)
+        children[pid] = rank
+    codes = [124] * job["ranks"]
+    deadline = time.monotonic() + job["timeout"]
+    while children and time.monotonic() < deadline:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in children:
+            codes[children.pop(pid)] = os.waitstatus_to_exitcode(status)
+        elif job.get("kill_when") and os.path.exists(job["kill_when"]):
+            break
+        else:
+            time.sleep(0.02)
+    for pid in children:
+        _kill(pid)
+        os.waitpid(pid, 0)
+    return codes
+
+
+def main() -> None:
+    import llamafactory.train.tuner
+    import transformers.models.llava
+    import transformers.models.qwen3
+    import transformers.models.siglip  # noqa: F401
+
+    import llamafactory_hera.host.workflow  # noqa: F401
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
