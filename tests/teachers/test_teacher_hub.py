@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -62,7 +63,7 @@ def test_offline_what_is_not_cached_is_told_with_the_files_to_place(without, off
 
 def test_offline_a_cached_model_without_processor_is_told_so(offline, hub_cache, save_teacher):
     put_in_cache(hub_cache, save_teacher("dinov2"), ("preprocessor_config.json",))
-    with pytest.raises(ValueError, match="hera_teacher: .*holds no image processor"):
+    with pytest.raises(ValueError, match=r"hera_teacher: .*holds no image processor"):
         check_teacher(REPO)
 
 
@@ -106,7 +107,7 @@ class Hub:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -201,5 +202,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub_cache, monkeypatch):
     url = f"http://127.0.0.1:{server.server_port}"
     server.server_close()
     point_to(monkeypatch, url)
+    # the hub's client waits between its attempts
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(ValueError, match=f"hera_teacher: {REPO} is no folder here, {url} cannot be reached"):
         check_teacher(REPO)

@@ -31,7 +31,8 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """Reads the header of a safetensors file and checks that the file is whole.
 
     Returns:
-        The header (tensor name -> ``dtype``, ``shape``, ``data_offsets``) and the byte at which the data starts.
+        The header (tensor name -> ``dtype``, ``shape``, ``data_offsets``; perhaps ``__metadata__``) and the byte at
+        which the data starts.
 
     Raises:
         ValueError: The file is no safetensors file, or shorter or longer than its header says.
@@ -43,8 +44,8 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{path} is not a whole safetensors file")
         try:
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+            end = max((tensor["data_offsets"][1] for tensor in tensors), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"{path} has no valid safetensors header") from error
     if 8 + length + end != size:

@@ -1,8 +1,9 @@
 """One file of the feature cache: features sorted by image key, each row with its checksum.
 
-A shard is a safetensors file with ``keys`` uint8 ``[n, 16]`` (ascending), ``checksums`` uint32 ``[n]`` (crc32 of key
-and feature bytes) and ``features`` ``[n, D]``. Keys and checksums are held in memory (20 bytes a feature); features
-are read row by row, so opening a cache of any size is quick and damage is found when a row is read.
+A shard is a safetensors file with ``keys`` uint8 ``[n, 16]`` (ascending), ``checksums`` uint32 ``[n]`` (crc32 of the
+features' bytes), ``features`` ``[n, D]``, and in its metadata ``index_crc32``, the crc32 of keys and checksums. Keys
+and checksums are held in memory (20 bytes a feature) and checked on opening; features are read, and checked, row by
+row, so opening a cache of any size is quick and damage is found when it would matter.
 """
 
 import os
@@ -43,12 +44,12 @@ def write_shard(folder: Path, keys: NDArray[np.bytes_], features: NDArray[np.flo
     """
     order = np.argsort(keys)
     keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
-    checksums = np.fromiter(map(_checksum, keys, features), dtype=np.uint32, count=len(keys))
+    checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
     name = uuid.uuid4().hex
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
     tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
     try:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={"index_crc32": str(_index_checksum(keys, checksums))})
         os.replace(temporary, folder / f"{name}{SUFFIX}")
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -74,6 +75,7 @@ class Shard:
         self._row_dtype, self._dim = dtype, dim
         try:
             header, start = safetensors_header(path)
+            index_checksum = header.pop("__metadata__")["index_crc32"]
             shapes = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in header}
             n = shapes["keys"][1][0]
             if (
@@ -90,8 +92,8 @@ class Shard:
         self.keys = np.frombuffer(self._read(start + header["keys"]["data_offsets"][0], n * KEY_BYTES), KEY_DTYPE)
         checksums_at = start + header["checksums"]["data_offsets"][0]
         self._checksums = np.frombuffer(self._read(checksums_at, n * 4), np.uint32)
-        if not (self.keys[:-1] < self.keys[1:]).all():
-            raise CorruptShardError(f"{path}: its keys are not in order")
+        if str(_index_checksum(self.keys, self._checksums)) != index_checksum:
+            raise CorruptShardError(f"{path}: the checksum of its keys is wrong")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -111,7 +113,7 @@ class Shard:
         """``[D]`` of one row; `CorruptShardError` when it is not what was written."""
         size = self._dim * self._row_dtype.itemsize
         feature = np.frombuffer(self._read(self._features_at + row * size, size), self._row_dtype)
-        if _checksum(self.keys[row], feature) != self._checksums[row]:
+        if zlib.crc32(feature) != self._checksums[row]:
             raise CorruptShardError(f"{self.path}: the checksum of row {row} is wrong")
         return feature
 
@@ -129,6 +131,5 @@ class Shard:
         return content
 
 
-def _checksum(key: np.bytes_, feature: NDArray[np.floating]) -> int:
-    # numpy hands out byte strings without their trailing zeros
-    return zlib.crc32(feature, zlib.crc32(bytes(key).ljust(KEY_BYTES, b"\0")))
+def _index_checksum(keys: NDArray[np.bytes_], checksums: NDArray[np.uint32]) -> int:
+    return zlib.crc32(checksums, zlib.crc32(keys))

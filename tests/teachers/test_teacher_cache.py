@@ -1,0 +1,540 @@
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from llamafactory_hera.teachers import cache as cache_module
+from llamafactory_hera.teachers import shards
+from llamafactory_hera.teachers.cache import FeatureCache
+
+DIM = 8
+TEACHER, OTHER_TEACHER = "a" * 64, "b" * 64
+fork = multiprocessing.get_context("fork")
+
+
+def keys_of(names):
+    return [hashlib.sha256(str(name).encode()).digest()[:16] for name in names]
+
+
+def features_of(names):
+    return torch.stack([torch.randn(DIM, generator=torch.Generator().manual_seed(int(name))) for name in names])
+
+
+def put(cache, names):
+    return cache.put(keys_of(names), features_of(names))
+
+
+def holds(cache, names):
+    """Whether the cache holds exactly what `put` stored under these names."""
+    expected = features_of(names).to(cache.dtype)
+    return all(
+        found is not None and torch.equal(found, feature)
+        for found, feature in zip(cache.get(keys_of(names)), expected, strict=True)
+    )
+
+
+def run(processes, exitcode=0):
+    """Runs processes at the same time; they must all end with the exit code."""
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [exitcode] * len(processes)
+
+
+def shard_files(cache):
+    return sorted(cache.folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def cache(folder):
+    return FeatureCache(folder, TEACHER, DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_was_put_is_found_at_once_after_flushing_and_by_a_new_reader(dtype, folder):
+    cache = FeatureCache(folder, TEACHER, DIM, dtype)
+    names = list(range(50))
+    returned = put(cache, names)
+    assert torch.equal(returned, features_of(names).to(dtype))
+    assert holds(cache, names)
+    cache.flush()
+    assert holds(cache, names)
+    reader = FeatureCache(folder, TEACHER, DIM, dtype)
+    assert holds(reader, names)
+    assert len(reader) == len(cache) == 50
+
+
+def test_features_come_back_in_the_order_of_the_keys_with_none_for_what_is_missing(cache):
+    put(cache, [1, 2, 3])
+    cache.flush()
+    put(cache, [4])
+    found = cache.get(keys_of([3, 99, 4, 1, 3]))
+    assert [None if feature is None else feature.tolist() for feature in found] == [
+        feature.half().tolist() if feature is not None else None
+        for feature in [features_of([3])[0], None, features_of([4])[0], features_of([1])[0], features_of([3])[0]]
+    ]
+    assert cache.get([]) == []
+    assert keys_of([2])[0] in cache
+    assert keys_of([99])[0] not in cache
+
+
+def test_keys_with_zero_bytes_are_told_apart(cache, folder):
+    keys = [bytes(16), b"\1" + bytes(15), bytes(15) + b"\1", b"\xff" * 16, b"\0\xff" * 8]
+    cache.put(keys, features_of(range(5)))
+    cache.flush()
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert torch.equal(torch.stack(reader.get(keys)), features_of(range(5)).half())
+    assert reader.get([b"\1" + bytes(14) + b"\1"]) == [None]
+
+
+def test_the_first_feature_of_a_key_stays(cache):
+    put(cache, [1])
+    for _ in range(2):
+        returned = cache.put(
+            keys_of([1, 2, 2]), torch.stack([*features_of([7]), *features_of([2]), *features_of([8])])
+        )
+        assert torch.equal(returned, features_of([1, 2, 2]).half())
+        assert holds(cache, [1, 2])
+        cache.flush()
+    assert len(cache) == 2
+    assert len(shard_files(cache)) == 1
+
+
+def test_what_the_caller_does_with_its_tensors_does_not_reach_the_cache(cache):
+    features = features_of([1, 2])
+    returned = cache.put(keys_of([1, 2]), features)
+    features.zero_(), returned.zero_()
+    cache.flush()
+    cache.get(keys_of([1]))[0].zero_()
+    assert holds(cache, [1, 2])
+
+
+def test_waiting_features_are_written_when_there_are_enough(folder):
+    cache = FeatureCache(folder, TEACHER, DIM, flush_rows=10)
+    for name in range(25):
+        put(cache, [name])
+    assert len(shard_files(cache)) == 2
+    assert len(FeatureCache(folder, TEACHER, DIM)) == 20
+
+
+def test_refresh_shows_what_others_have_written(cache, folder):
+    reader = FeatureCache(folder, TEACHER, DIM)
+    put(cache, [1, 2])
+    cache.flush()
+    assert reader.get(keys_of([1])) == [None]
+    reader.refresh()
+    assert holds(reader, [1, 2])
+
+
+def test_teachers_and_dtypes_do_not_mix_and_the_manifest_names_the_teacher(folder):
+    caches = [
+        FeatureCache(folder, TEACHER, DIM, teacher_name="some-org/teacher"),
+        FeatureCache(folder, OTHER_TEACHER, DIM),
+        FeatureCache(folder, TEACHER, DIM, torch.float32),
+    ]
+    put(caches[0], [1])
+    caches[0].flush()
+    for cache in caches[1:]:
+        cache.refresh()
+        assert cache.get(keys_of([1])) == [None]
+    assert json.loads((caches[0].folder / "manifest.json").read_text()) == {
+        "teacher": TEACHER,
+        "dim": DIM,
+        "dtype": "float16",
+        "name": "some-org/teacher",
+    }
+
+
+def test_a_folder_of_another_teacher_is_refused(folder, cache):
+    # the same first 32 digits: only the manifest tells the two apart
+    with pytest.raises(ValueError, match=r"hera_teacher_cache: .*belongs to another teacher.*another teacher"):
+        FeatureCache(folder, TEACHER[:32] + OTHER_TEACHER[:32], DIM)
+    with pytest.raises(ValueError, match="has another dim"):
+        FeatureCache(folder, TEACHER, DIM + 1)
+
+
+def test_a_broken_manifest_is_written_again_with_a_warning(folder, cache, caplog):
+    put(cache, [1])
+    cache.flush()
+    (cache.folder / "manifest.json").write_text('{"teach')
+    assert holds(FeatureCache(folder, TEACHER, DIM), [1])
+    assert "manifest.json cannot be read and is written again" in caplog.text
+    assert json.loads((cache.folder / "manifest.json").read_text())["teacher"] == TEACHER
+
+
+def test_wrong_shapes_keys_and_dtypes_are_refused(cache, folder):
+    with pytest.raises(ValueError, match=r"not \[n, 8\]"):
+        cache.put(keys_of([1, 2]), features_of([1]))
+    with pytest.raises(ValueError, match="16 bytes"):
+        cache.get([b"short"])
+    with pytest.raises(ValueError, match="bfloat16"):
+        FeatureCache(folder, TEACHER, DIM, torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_a_feature_that_is_not_finite_in_the_dtype_is_refused_with_its_key(value, cache):
+    features = features_of([1, 2])
+    features[1, 3] = value
+    with pytest.raises(ValueError, match=f"{keys_of([2])[0].hex()} is not finite in torch.float16.*float32"):
+        cache.put(keys_of([1, 2]), features)
+    assert len(cache) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"hera_teacher_cache: the folder .*file/inner cannot be made or written"):
+        FeatureCache(tmp_path / "file" / "inner", TEACHER, DIM)
+
+
+# damage
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"not a shard at all",
+    "header": lambda content: content[:20] + b"\xff" * 20 + content[40:],
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_shard_that_is_not_whole_is_left_out_with_a_warning(damage, cache, folder, caplog):
+    put(cache, [1, 2])
+    cache.flush()
+    (broken,) = shard_files(cache)
+    put(cache, [3])
+    cache.flush()
+    broken.write_bytes(DAMAGE[damage](broken.read_bytes()))
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert holds(reader, [3])
+    assert reader.get(keys_of([1, 2])) == [None, None]
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert str(broken) in record.message
+    assert "will be computed again" in record.message
+    # the next reader does not stumble over it again, and what was lost can be stored again
+    caplog.clear()
+    put(reader, [1, 2])
+    reader.flush()
+    assert holds(FeatureCache(folder, TEACHER, DIM), [1, 2, 3])
+    assert not caplog.records
+
+
+def flip_last_bit(path, block):
+    """Damages the last row of a block of a shard."""
+    header, start = shards.safetensors_header(path)
+    content = bytearray(path.read_bytes())
+    content[start + header[block]["data_offsets"][1] - 1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("block", ["features", "checksums", "keys"])
+def test_a_flipped_bit_is_noticed_at_the_latest_when_the_row_is_read(block, cache, folder, caplog):
+    put(cache, range(20))
+    cache.flush()
+    (path,) = shard_files(cache)
+    flip_last_bit(path, block)
+    reader = FeatureCache(folder, TEACHER, DIM)
+    names = sorted(range(20), key=lambda name: keys_of([name])[0])
+    expected = features_of(names).half()
+    found = reader.get(keys_of(names))
+    # rows that are whole may have been read before the damage was met
+    assert found[-1] is None
+    assert all(f is None or torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert str(path) in caplog.text
+    assert len(reader) == 0
+
+
+def test_a_shard_of_another_width_is_left_out(cache, folder, caplog):
+    shards.write_shard(cache.folder, shards.key_array(keys_of([1])), np.zeros((1, DIM + 1), np.float16))
+    assert FeatureCache(folder, TEACHER, DIM).get(keys_of([1])) == [None]
+    assert "corrupt and left out" in caplog.text
+
+
+# several processes
+
+
+def test_readers_and_pickled_copies_hold_no_features_in_memory(folder, cache):
+    put(cache, range(2000))
+    cache.flush()
+    put(cache, [5000])
+    copy = pickle.loads(pickle.dumps(cache))
+    assert len(pickle.dumps(cache)) < 500
+    assert holds(copy, range(2000))
+    # what waits belongs to the process that computed it
+    assert copy.get(keys_of([5000])) == [None]
+    held = sum(shard.keys.nbytes + shard._checksums.nbytes for shard in copy._shards.values())
+    assert held == 2000 * 20
+
+
+class Lookup(torch.utils.data.Dataset):
+    def __init__(self, cache, names):
+        self.cache, self.names = cache, names
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        return self.cache.get(keys_of([self.names[i]]))[0]
+
+
+def test_loader_workers_read_it_at_the_same_time(folder):
+    cache = FeatureCache(folder, TEACHER, DIM, flush_rows=30)
+    names = list(range(200))
+    for name in names:
+        put(cache, [name])
+    cache.flush()
+    loader = DataLoader(Lookup(cache, names), batch_size=8, num_workers=2)
+    assert torch.equal(torch.cat(list(loader)), features_of(names).half())
+
+
+def test_a_forked_copy_does_not_write_what_its_parent_waits_to_write(folder, cache):
+    put(cache, [1])
+
+    def child():
+        put(cache, [2])
+        cache.flush()
+
+    run([fork.Process(target=child)])
+    (path,) = shard_files(cache)
+    assert len(shards.Shard(path, DIM, np.dtype(np.float16))) == 1
+    cache.flush()
+    cache.refresh()
+    assert holds(cache, [1, 2])
+    assert len(shard_files(cache)) == 2
+
+
+def test_two_processes_write_at_once_and_nothing_is_lost(folder):
+    barrier = fork.Barrier(2)
+
+    def write(start):
+        cache = FeatureCache(folder, TEACHER, DIM, flush_rows=7)
+        barrier.wait(20)
+        for name in range(start, start + 200):
+            put(cache, [name])
+        cache.flush()
+
+    # their images overlap: 100 to 199 are computed by both
+    run([fork.Process(target=write, args=(start,)) for start in (0, 100)])
+    cache = FeatureCache(folder, TEACHER, DIM)
+    assert len(cache) == 300
+    assert holds(cache, range(300))
+
+
+def test_a_writer_killed_before_the_rename_leaves_no_shard_and_its_leftover_is_swept(folder, cache):
+    put(cache, [1])
+    cache.flush()
+
+    def child():
+        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        put(cache, [2])
+        cache.flush()
+
+    run([fork.Process(target=child)], -signal.SIGKILL)
+    (leftover,) = cache.folder.glob(".writing-*")
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert holds(reader, [1])
+    assert reader.get(keys_of([2])) == [None]
+    # it may still have a writer; an hour later it has not
+    assert leftover.exists()
+    os.utime(leftover, (time.time() - 4000,) * 2)
+    FeatureCache(folder, TEACHER, DIM)
+    assert not leftover.exists()
+
+
+def test_a_full_disk_is_told_leaves_no_partial_file_and_loses_nothing(folder):
+    big = 4096
+    parent, child_end = fork.Pipe()
+
+    def child():
+        # files of this process may not grow beyond 100 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        cache = FeatureCache(folder, TEACHER, big)
+        cache.put(keys_of(range(40)), torch.ones(40, big))
+        try:
+            cache.flush()
+        except OSError as error:
+            left = sorted(path.name for path in cache.folder.iterdir())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            cache.flush()
+            child_end.send((str(error), left))
+
+    process = fork.Process(target=child)
+    process.start()
+    assert parent.poll(20)
+    message, left = parent.recv()
+    process.join(20)
+    assert str(folder) in message
+    assert "40 teacher features cannot be written" in message
+    assert left == [".compaction.lock", "manifest.json"]
+    assert len(FeatureCache(folder, TEACHER, big)) == 40
+
+
+def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):
+    put(cache, [1])
+    cache.flush()
+    # the user of these tests may be root, whom permissions do not stop
+    original = type(cache.folder).open
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if mode not in ("r", "rb"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(type(cache.folder), "open", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    assert holds(FeatureCache(folder, TEACHER, DIM), [1])
+
+
+# compaction
+
+
+@pytest.fixture
+def few_shards(monkeypatch):
+    monkeypatch.setattr(cache_module, "_MAX_SMALL_SHARDS", 5)
+
+
+def write_many(folder, names, per_shard=1):
+    cache = FeatureCache(folder, TEACHER, DIM, flush_rows=per_shard)
+    for name in names:
+        put(cache, [name])
+    cache.flush()
+    return cache
+
+
+def test_many_small_shards_are_merged_on_opening(folder, few_shards):
+    cache = write_many(folder, range(20))
+    assert len(shard_files(cache)) == 20
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert len(shard_files(reader)) == 1
+    assert holds(reader, range(20))
+    assert len(reader) == 20
+    # an older reader goes on with the files that it has open, and can follow
+    assert holds(cache, range(20))
+    cache.refresh()
+    assert holds(cache, range(20))
+    assert len(cache._shards) == 1
+
+
+def test_up_to_the_limit_and_large_shards_are_left_alone(folder, few_shards, monkeypatch):
+    cache = write_many(folder, range(5))
+    before = shard_files(cache)
+    assert shard_files(FeatureCache(folder, TEACHER, DIM)) == before
+    write_many(folder, range(100, 120))
+    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10)
+    before = shard_files(cache)
+    assert shard_files(FeatureCache(folder, TEACHER, DIM)) == before
+
+
+def test_merged_shards_keep_to_their_size(folder, few_shards, monkeypatch):
+    cache = write_many(folder, range(40))
+    size = shard_files(cache)[0].stat().st_size
+    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10 * size)
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert len(shard_files(reader)) == 4
+    assert holds(reader, range(40))
+
+
+def test_merging_leaves_damaged_shards_to_be_reported_and_keeps_the_rest(folder, few_shards, caplog):
+    cache = write_many(folder, range(20), per_shard=2)
+    broken = shard_files(cache)[3]
+    lost = bytes(shards.Shard(broken, DIM, np.dtype(np.float16)).keys[-1])
+    flip_last_bit(broken, "features")
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert len(shard_files(reader)) == 2
+    assert reader.get([lost]) == [None]
+    assert str(broken) in caplog.text
+    assert holds(reader, [name for name in range(20) if keys_of([name])[0] != lost])
+
+
+def test_only_one_process_merges(folder, few_shards):
+    cache = write_many(folder, range(20))
+    import fcntl
+
+    with (cache.folder / ".compaction.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        reader = FeatureCache(folder, TEACHER, DIM)
+        assert len(shard_files(reader)) == 20
+        assert holds(reader, range(20))
+    assert len(shard_files(FeatureCache(folder, TEACHER, DIM))) == 1
+
+
+def test_a_merge_killed_halfway_loses_nothing(folder, few_shards):
+    cache = write_many(folder, range(20))
+
+    def child():
+        type(cache.folder).unlink = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+        FeatureCache(folder, TEACHER, DIM)
+
+    run([fork.Process(target=child)], -signal.SIGKILL)
+    # the merged shard stands beside its parts
+    assert len(shard_files(cache)) == 21
+    reader = FeatureCache(folder, TEACHER, DIM)
+    assert holds(reader, range(20))
+    assert len(reader) == 20
+    assert len(shard_files(reader)) == 1
+
+
+def test_a_reader_that_lists_shards_while_they_are_merged_finds_everything(folder, few_shards, monkeypatch):
+    cache = write_many(folder, range(20))
+    merges = iter([lambda: FeatureCache(folder, TEACHER, DIM)])
+    original = cache_module.Shard
+
+    def open_after_the_merge(*args):
+        # between the listing and the first opening, another process merges all of them
+        merge = next(merges, None)
+        if merge:
+            monkeypatch.setattr(cache_module, "Shard", original)
+            merge()
+            monkeypatch.setattr(cache_module, "Shard", open_after_the_merge)
+        return original(*args)
+
+    cache._shards.clear()
+    monkeypatch.setattr(cache_module, "Shard", open_after_the_merge)
+    cache.refresh()
+    assert next(merges, None) is None
+    assert holds(cache, range(20))
+
+
+def test_several_processes_open_merge_and_write_at_once(folder, few_shards):
+    write_many(folder, range(30))
+
+    def child(start):
+        for round_ in range(5):
+            cache = FeatureCache(folder, TEACHER, DIM, flush_rows=1)
+            for name in range(start + 6 * round_, start + 6 * round_ + 6):
+                put(cache, [name])
+            assert holds(cache, range(30))
+
+    processes = [fork.Process(target=child, args=(start,)) for start in (1000, 2000)]
+    run(processes)
+    everything = [*range(30), *range(1000, 1030), *range(2000, 2030)]
+    assert holds(FeatureCache(folder, TEACHER, DIM), everything)
+
+
+def test_the_cache_can_be_moved(folder, cache, tmp_path):
+    put(cache, [1])
+    cache.flush()
+    shutil.move(folder, tmp_path / "elsewhere")
+    assert holds(FeatureCache(tmp_path / "elsewhere", TEACHER, DIM), [1])
