@@ -28,7 +28,9 @@ GENERATOR = 1  # raise it when the same request builds something else than befor
 
 
 @dataclass(frozen=True)
-class _Size:
+class Size:
+    """How much data is made, and how many updates each model gets."""
+
     train: Amounts
     held_out: Amounts
     language_steps: int
@@ -37,8 +39,8 @@ class _Size:
 
 
 SIZES = {
-    "demo": _Size(Amounts(512, 64, 64), Amounts(96, 16, 16), language_steps=300, vision_steps=200, teacher_steps=250),
-    "test": _Size(Amounts(72, 12, 12), Amounts(24, 4, 4), language_steps=30, vision_steps=20, teacher_steps=30),
+    "demo": Size(Amounts(512, 64, 64), Amounts(96, 16, 16), language_steps=300, vision_steps=200, teacher_steps=250),
+    "test": Size(Amounts(72, 12, 12), Amounts(24, 4, 4), language_steps=30, vision_steps=20, teacher_steps=30),
 }
 
 
@@ -128,7 +130,7 @@ def _is_finished(root: Path, request: dict[str, Any], force: bool) -> bool:
     return True
 
 
-def _build(work: Path, request: dict[str, Any], size: _Size) -> None:
+def _build(work: Path, request: dict[str, Any], size: Size) -> None:
     seed = request["seed"]
     paths = _paths(work)
     measured: dict[str, Any] = {}

@@ -3,12 +3,12 @@
 Written into one folder, which is the host's ``dataset_dir``; image names are relative to it (the host looks them up in
 ``media_dir``, by default the same folder):
 
-- ``dataset_info.json`` names four datasets: ``hera_demo`` (training conversations), ``hera_demo_heldout``,
-  ``hera_demo_captions``
-  (the training images, each with its caption alone: stage 1 and head selection) and ``hera_demo_text`` (no images).
+- ``dataset_info.json`` names four datasets: ``hera_demo`` (training conversations: some questions, and a caption
+  before or after them), ``hera_demo_heldout`` (the same on held-out images, caption always last),
+  ``hera_demo_captions`` (the training images, each with its caption alone: stage 1 and head selection) and
+  ``hera_demo_text`` (no images).
 - ``images/*.png``.
-- ``factors.json``: what each image shows, and the category of every question, for evaluation; no model is trained on
-  it.
+- ``factors.json``: what each image shows, and the category of every question, for evaluation; nothing trains on it.
 """
 
 import json
@@ -29,7 +29,7 @@ DESCRIBE = ("Describe the picture.", "What do you see?", "What is shown here?")
 
 @dataclass(frozen=True)
 class Amounts:
-    """How many images of one split, and texts, are made."""
+    """How many images of each kind one split has."""
 
     scenes: int
     digits: int
@@ -38,7 +38,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with everything that is said about it."""
+    """One image with everything that is said about it, and what it shows (``factors``)."""
 
     name: str
     image: Image.Image
@@ -46,8 +46,11 @@ class Sample:
     questions: tuple[Question, ...]
     factors: dict[str, Any]
 
-    def messages(self, rng: random.Random) -> list[dict[str, str]]:
-        turns = [(rng.choice(DESCRIBE), self.caption), *((q.text, q.answer) for q in self.questions)]
+    def messages(self, rng: random.Random, caption_first: bool) -> list[dict[str, str]]:
+        """The conversation; with the caption last, no answer can be copied from it."""
+        description = (rng.choice(DESCRIBE), self.caption)
+        asked = [(question.text, question.answer) for question in self.questions]
+        turns = [description, *asked] if caption_first else [*asked, description]
         return conversation([("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]])
 
 
@@ -118,8 +121,8 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         return {"messages": messages, "images": [f"images/{sample.name}"]}
 
     rows = {
-        "hera_demo": [row(sample, sample.messages(rng)) for sample in samples["train"]],
-        "hera_demo_heldout": [row(sample, sample.messages(rng)) for sample in samples["held_out"]],
+        "hera_demo": [row(s, s.messages(rng, caption_first=rng.random() < 0.5)) for s in samples["train"]],
+        "hera_demo_heldout": [row(s, s.messages(rng, caption_first=False)) for s in samples["held_out"]],
         "hera_demo_captions": [row(s, conversation([("<image>", s.caption)])) for s in samples["train"]],
         "hera_demo_text": [{"messages": messages} for messages in text_conversations(rng)],
     }
