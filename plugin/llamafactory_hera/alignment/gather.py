@@ -20,7 +20,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        # a copy: autograd may hand the same tensor to other nodes, and the reduction works in place
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.n_rows
         return gradient[start : start + ctx.n_rows]

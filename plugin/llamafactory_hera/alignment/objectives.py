@@ -9,14 +9,16 @@ from .mknn import neighbor_mask, similarity
 MASKED = -1e9
 
 
-def multi_target_info_nce(similarities: Tensor, positives: Tensor, allowed: Tensor, temperature: Tensor) -> Tensor:
+def multi_target_info_nce(
+    similarities: Tensor, positives: Tensor, allowed: Tensor, temperature: Tensor | float
+) -> Tensor:
     """The loss of each query: ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j`` (paper, eq. 4).
 
     Args:
         similarities: ``[..., N, M]`` similarities of N queries with M candidates.
         positives: Boolean ``[N, M]``, the teacher's neighbours of each query; a subset of ``allowed``.
         allowed: Boolean ``[N, M]``, the candidates of each query (never the query itself).
-        temperature: Scalar tensor, above 0.
+        temperature: Scalar, above 0.
 
     Returns:
         ``[..., N]``; 0 for a query without positives.
@@ -37,8 +39,20 @@ def contrastive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, 
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: ``neighbors`` belongs to other samples, or ``temperature`` is a number that is not above 0.
     """
     n = z.shape[-2]
+    if neighbors.dim() != 2 or neighbors.shape[0] != n:
+        raise ValueError(
+            f"neighbors of shape {list(neighbors.shape)} does not fit {n} samples: give the [{n}, k] that "
+            "nearest_neighbors finds for the teacher's features of the same samples."
+        )
+    # not asked of a tensor: reading it would make the host wait for the device
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(
+            f"temperature={temperature}: the softmax divides by it; choose a value above 0, such as 0.07."
+        )
     allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
-    temperature = torch.as_tensor(temperature, device=z.device)
     return multi_target_info_nce(similarity(z, z, normalize), neighbor_mask(neighbors, n), allowed, temperature).mean()

@@ -1,0 +1,153 @@
+"""Two real processes against one process with the whole batch; all cases share the two processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llamafactory_hera.alignment.gather import common_row_count, gather_rows, world_size
+from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.training.term import HeraTerm
+from tests.ranks import run_ranks
+
+RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
+
+#: Case -> which samples each rank holds, and which of all samples are valid.
+BATCHES: dict[str, tuple[list[range], list[bool]]] = {
+    "even": ([range(4), range(4, 8)], [True] * 8),
+    "uneven": ([range(2), range(2, 8)], [True] * 8),
+    "invalid rows": ([range(4), range(4, 8)], [True, False, True, True, False, True, True, True]),
+    "a rank without images": ([range(5), range(5, 8)], [True] * 5 + [False] * 3),
+    "no image anywhere": ([range(3), range(3, 6)], [False] * 6),
+}
+
+
+def samples(step: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs ``[8, D_IN]`` and teacher features ``[8, D_TEACHER]``, the same in every process."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(8, D_IN, generator=generator), torch.randn(8, D_TEACHER, generator=generator)
+
+
+def heads_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Representations ``[HEADS, B, D]``."""
+    return module(inputs).unflatten(1, (HEADS, D)).transpose(0, 1)
+
+
+def new_module() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(D_IN, 7), nn.Tanh(), nn.Linear(7, HEADS * D))
+
+
+def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
+    """Loss, statistics and gradients of two steps with a memory, of one rank or of the whole batch."""
+    rows, valid = BATCHES[batch]
+    mine = [i for part in rows for i in part] if rank is None else list(rows[rank])
+    module = new_module()
+    wrapped = DistributedDataParallel(module) if wrap else module
+    memory = CrossBatchMemory(5)
+    term = HeraTerm(k=3, memory=memory)
+    log_temperature = torch.tensor(-1.0, requires_grad=True)
+    results = {}
+    for step in range(2):
+        module.zero_grad()
+        log_temperature.grad = None
+        inputs, teacher = (tensor[mine] for tensor in samples(step))
+        output = term(heads_of(wrapped, inputs), teacher, torch.tensor(valid)[mine], log_temperature.exp())
+        output.loss.backward()
+        results[f"loss {step}"] = output.loss.detach()
+        results[f"mknn {step}"] = output.mknn
+        results[f"samples {step}"] = torch.tensor(output.n_samples)
+        results[f"gradient {step}"] = torch.cat([p.grad.flatten() for p in module.parameters()])
+        results[f"temperature gradient {step}"] = log_temperature.grad.clone()
+    results.update(memory.state_dict())
+    return results
+
+
+def plain_cases(rank: int) -> dict[str, Tensor]:
+    """What gather_rows does on this rank, without the term."""
+    results = {"world size": torch.tensor(world_size())}
+    results["rows"] = gather_rows(torch.arange(6.0).view(3, 2) + 100 * rank)
+    results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * rank).t())
+    results["integers"] = gather_rows(torch.tensor([rank, 7], dtype=torch.uint8))
+    results["largest"] = torch.tensor(common_row_count(3 + 4 * rank, torch.device("cpu")))
+
+    rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+    other_side = others * 1  # made before the gather, so that its gradient is passed on after it
+    # the sum hands one gradient tensor to both sides: the other side must not see the reduction over ranks
+    ((gather_rows(rows * 2) + other_side) * (rank + 1)).sum().backward()
+    results["gradient"], results["gradient of the other side"] = rows.grad, others.grad
+
+    rows = torch.ones(2, 3, requires_grad=True)
+    gathered = gather_rows(rows)
+    seen = []
+    gathered.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
+    (gathered.t() * weights_of_transpose()).sum().backward()
+    results["gradient of a transpose"], results["was contiguous"] = rows.grad, torch.tensor(seen)
+    return results
+
+
+def weights_of_transpose() -> Tensor:
+    return torch.arange(12.0).view(3, 4)
+
+
+def everything(rank: int) -> dict[str, dict[str, Tensor]]:
+    results = {"plain": plain_cases(rank)}
+    for batch in BATCHES:
+        dist.barrier()
+        results[batch] = term_of(batch, rank, wrap=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    return run_ranks(everything, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+def test_one_process_gathers_nothing():
+    rows = torch.randn(3, 2)
+    assert world_size() == 1
+    assert gather_rows(rows) is rows
+    assert common_row_count(3, rows.device) == 3
+
+
+@pytest.mark.slow
+def test_rows_come_in_rank_order_on_every_rank(ranks):
+    for result in (rank["plain"] for rank in ranks):
+        assert result["world size"] == RANKS
+        first = torch.arange(6.0).view(3, 2)
+        assert torch.equal(result["rows"], torch.cat([first, first + 100]))
+        first = torch.arange(6.0).view(2, 3).t()
+        assert torch.equal(result["non-contiguous rows"], torch.cat([first, first + 100]))
+        assert result["integers"].tolist() == [0, 7, 1, 7]
+        assert result["largest"] == 7
+
+
+@pytest.mark.slow
+def test_the_gradient_is_the_sum_over_ranks_of_this_ranks_slice(ranks):
+    for rank, result in enumerate(rank["plain"] for rank in ranks):
+        assert torch.equal(result["gradient"], torch.full((2, 3), 2.0 * (1 + 2)))
+        assert torch.equal(result["gradient of the other side"], torch.full((4, 3), rank + 1.0))
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_contiguous_is_reduced_rightly(ranks):
+    for rank, result in enumerate(rank["plain"] for rank in ranks):
+        assert not result["was contiguous"].any()
+        expected = RANKS * weights_of_transpose().t()[2 * rank : 2 * rank + 2]
+        assert torch.equal(result["gradient of a transpose"], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_term_under_data_parallel_is_that_of_one_process_with_the_global_batch(ranks, batch):
+    expected = term_of(batch, None, wrap=False)
+    for result in (rank[batch] for rank in ranks):
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                result[name], value, rtol=1e-5, atol=1e-7, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            )
+    if batch != "no image anywhere":
+        assert expected["gradient 1"].abs().max() > 1e-3
+        assert expected["temperature gradient 1"].abs() > 1e-3

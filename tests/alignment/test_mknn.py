@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamafactory_hera.alignment import chance_level, mutual_knn, nearest_neighbors
+
+
+def naive_neighbors(features: Tensor, k: int, normalize: bool) -> list[list[int]]:
+    """By definition, in float64: all others by falling similarity, ties by rising index."""
+    rows = features.double().tolist()
+    if normalize:
+        rows = [[x / (math.sqrt(sum(y * y for y in row)) or 1.0) for x in row] for row in rows]
+    found = []
+    for i, row in enumerate(rows):
+        scores = {j: sum(x * y for x, y in zip(row, other, strict=True)) for j, other in enumerate(rows) if j != i}
+        found.append(sorted(scores, key=lambda j, s=scores: (-s[j], j))[:k])
+    return found
+
+
+def naive_mutual_knn(student: Tensor, teacher: Tensor, k: int, normalize: bool) -> float:
+    pairs = zip(naive_neighbors(student, k, normalize), naive_neighbors(teacher, k, normalize), strict=True)
+    return sum(len(set(a) & set(b)) for a, b in pairs) / (k * teacher.shape[0])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_neighbors_are_the_most_similar_others_best_first(k, normalize):
+    features = torch.randn(13, 5) * torch.rand(13, 1).mul(3).exp()
+    assert nearest_neighbors(features, k, normalize).tolist() == naive_neighbors(features, k, normalize)
+
+
+def test_normalising_is_the_default_and_changes_the_neighbors():
+    features = torch.randn(13, 5) * torch.rand(13, 1).mul(3).exp()
+    cosine, dot = (nearest_neighbors(features, 3, normalize) for normalize in (True, False))
+    assert torch.equal(nearest_neighbors(features, 3), cosine)
+    assert not torch.equal(cosine, dot)
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 30])
+def test_ties_break_by_rising_index(k):
+    # small integers: their products are exact, so equal similarities are equal in every summation order
+    features = torch.randint(-1, 2, (40, 3)).float()
+    assert nearest_neighbors(features, k, normalize=False).tolist() == naive_neighbors(features, k, False)
+    nothing = torch.zeros(6, 3)
+    assert nearest_neighbors(nothing, 3).tolist() == naive_neighbors(nothing, 3, True)
+
+
+def test_many_sets_of_features_at_once_are_each_set_by_itself():
+    heads = torch.randn(4, 9, 6)
+    assert torch.equal(nearest_neighbors(heads, 3), torch.stack([nearest_neighbors(head, 3) for head in heads]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_features_are_ranked_in_single_precision(dtype, normalize):
+    # cosines around 0.999 differ by less than bfloat16 can tell: ranking in half precision would see ties
+    features = (1 + 0.05 * torch.randn(30, 16)).to(dtype)
+    assert nearest_neighbors(features, 5, normalize).tolist() == naive_neighbors(features, 5, normalize)
+    assert nearest_neighbors(features, 5, normalize).dtype == torch.int64
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("k", [1, 4])
+def test_mutual_knn_is_the_mean_shared_neighborhood(k, normalize):
+    teacher, noise = torch.randn(14, 7), torch.randn(3, 14, 7)
+    students = teacher + torch.tensor([0.3, 1.0, 3.0]).view(3, 1, 1) * noise
+    scores = mutual_knn(students, teacher, k, normalize)
+    expected = [naive_mutual_knn(student, teacher, k, normalize) for student in students]
+    assert scores.shape == (3,)
+    assert scores.tolist() == pytest.approx(expected, abs=1e-7)
+    assert mutual_knn(students[1], teacher, k, normalize).item() == pytest.approx(expected[1], abs=1e-7)
+    assert expected[2] < expected[0]
+
+
+def test_mutual_knn_ignores_the_order_inside_a_neighborhood_and_the_width_of_features():
+    teacher = torch.randn(10, 4)
+    rotation = torch.linalg.qr(torch.randn(9, 4)).Q
+    assert mutual_knn(teacher @ rotation.T, teacher, 3).item() == 1.0
+    assert mutual_knn(-torch.eye(3), torch.eye(3), 2).item() == 1.0  # the only two others, in whatever order
+
+
+def test_unrelated_features_score_at_chance_level():
+    scores = mutual_knn(torch.randn(200, 50, 8), torch.randn(50, 8), 10)
+    assert chance_level(50, 10) == 10 / 49
+    assert scores.mean().item() == pytest.approx(chance_level(50, 10), abs=0.01)
+
+
+@pytest.mark.parametrize("k", [0, -1, 5, 6])
+def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
+    with pytest.raises(ValueError, match=rf"k={k} neighbours of 5 samples: choose 1 <= k <= 4"):
+        nearest_neighbors(torch.randn(5, 3), k)
+    with pytest.raises(ValueError, match=rf"k={k} .* choose 1 <= k <= 4"):
+        mutual_knn(torch.randn(2, 5, 3), torch.randn(5, 3), k)
+
+
+def test_different_numbers_of_samples_are_refused():
+    with pytest.raises(ValueError, match="student holds 6 samples and teacher 5: give the same samples to both"):
+        mutual_knn(torch.randn(6, 3), torch.randn(5, 3), 2)

@@ -1,0 +1,55 @@
+"""Runs a function in several real processes that form a gloo group."""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        result = function(rank)
+        dist.destroy_process_group()
+    except Exception:
+        result = traceback.format_exc()
+    torch.save(result, f"{folder}/rank{rank}.pt")
+
+
+def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 60) -> list[Any]:
+    """What ``function(rank)`` returns on each rank of a gloo group.
+
+    Args:
+        function: A module-level function; returns anything ``torch.load`` can read with weights only.
+        world_size: Number of processes.
+        folder: An empty folder.
+        timeout: Seconds after which the processes are killed.
+
+    Raises:
+        AssertionError: A rank raised, died or did not finish in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    arguments = [(function, rank, world_size, str(folder)) for rank in range(world_size)]
+    processes = [context.Process(target=_run, args=args, daemon=True) for args in arguments]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+        process.join()
+    assert not alive, f"{len(alive)} of {world_size} ranks did not finish within {timeout} s"
+    codes = [process.exitcode for process in processes]
+    assert not any(codes), f"ranks ended with the exit codes {codes}"
+    results = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+    failures = [f"rank {rank}: {result}" for rank, result in enumerate(results) if isinstance(result, str)]
+    assert not failures, "\n".join(failures)
+    return results
