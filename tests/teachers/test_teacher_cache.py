@@ -341,16 +341,21 @@ def test_two_processes_write_at_once_and_nothing_is_lost(folder):
     assert holds(cache, range(300))
 
 
-def test_a_writer_killed_before_the_rename_leaves_no_shard_and_its_leftover_is_swept(folder, cache):
+@pytest.mark.parametrize("when", ["while writing", "before the rename"])
+def test_a_killed_writer_leaves_no_shard_and_its_leftover_is_swept(when, folder, cache):
     put(cache, [1])
     cache.flush()
 
     def child():
-        os.replace = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        if when == "before the rename":
+            os.replace = lambda *args: os.kill(os.getpid(), signal.SIGXFSZ)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         put(cache, [2])
         cache.flush()
 
-    run([fork.Process(target=child)], -signal.SIGKILL)
+    run([fork.Process(target=child)], -signal.SIGXFSZ)
     (leftover,) = cache.folder.glob(".writing-*")
     reader = FeatureCache(folder, TEACHER, DIM)
     assert holds(reader, [1])
@@ -389,6 +394,17 @@ def test_a_full_disk_is_told_leaves_no_partial_file_and_loses_nothing(folder):
     assert "40 teacher features cannot be written" in message
     assert left == [".compaction.lock", "manifest.json"]
     assert len(FeatureCache(folder, TEACHER, big)) == 40
+
+
+def test_a_shard_that_cannot_be_renamed_leaves_no_partial_file(cache, monkeypatch):
+    put(cache, [1])
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", lambda *args: os.listdir("/no/such/folder"))
+        with pytest.raises(OSError, match="1 teacher features cannot be written"):
+            cache.flush()
+    assert sorted(path.name for path in cache.folder.iterdir()) == [".compaction.lock", "manifest.json"]
+    cache.flush()
+    assert len(shard_files(cache)) == 1
 
 
 def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):

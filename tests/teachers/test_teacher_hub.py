@@ -128,6 +128,7 @@ def serve(hub_cache, monkeypatch):
 def point_to(monkeypatch, url):
     from huggingface_hub import hf_api
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(hf_api.api, "endpoint", url)
@@ -153,8 +154,10 @@ def test_online_a_teacher_is_fetched_and_works(part_size, serve, hub_cache, save
         model = transformers.Dinov2Model.from_pretrained(folder)
         (folder / "model.safetensors").unlink()
         model.save_pretrained(folder, max_shard_size=part_size)
-    serve(folder)
+    hub = serve(folder)
     teacher = VisionTeacher.from_pretrained(REPO)
+    # all files are of the commit that the config came from, even if the model changes meanwhile
+    assert {path.split("/")[4] for path in hub.asked if not path.endswith("/config.json")} == {COMMIT}
     assert teacher.fingerprint == teacher_fingerprint(folder)
     assert teacher.encode(teacher.preprocess(make_images(1))).shape == (1, 32)
 

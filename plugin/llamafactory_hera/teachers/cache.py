@@ -159,8 +159,7 @@ class FeatureCache:
         features = torch.stack(list(self._waiting.values())).numpy()
         try:
             path = write_shard(self.folder, key_array(list(self._waiting)), features)
-        # safetensors reports a failed write as its own error, which is no OSError
-        except Exception as error:
+        except OSError as error:
             raise OSError(
                 f"{len(self._waiting)} teacher features cannot be written to {self.folder} ({error}). Free space "
                 "there, make it writable, or choose another folder."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .files import safetensors_header
 from .images import KEY_BYTES
@@ -49,7 +49,8 @@ def write_shard(folder: Path, keys: NDArray[np.bytes_], features: NDArray[np.flo
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
     tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
     try:
-        save_file(tensors, temporary, metadata={"index_crc32": str(_index_checksum(keys, checksums))})
+        # Not safetensors' own file writing: killed halfway it leaves a file whose name says nothing.
+        temporary.write_bytes(save(tensors, metadata={"index_crc32": str(_index_checksum(keys, checksums))}))
         os.replace(temporary, folder / f"{name}{SUFFIX}")
     except BaseException:
         temporary.unlink(missing_ok=True)
