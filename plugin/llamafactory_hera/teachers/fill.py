@@ -19,6 +19,7 @@ Progress = Callable[[int, int], None]
 
 # What a killed run loses at most, in images.
 _FLUSH_EVERY = 4096
+_LOOK_UP_AT_ONCE = 1024
 
 
 def encode_images(
@@ -81,10 +82,7 @@ def fill_cache(
         raise ValueError(f"The feature cache {cache.folder} is of another teacher than {teacher.info.name}.")
     cache.refresh()
     keys = [image_key(image) for image in images]
-    first_index = {}
-    for i, key in enumerate(keys):
-        first_index.setdefault(key, i)
-    missing = [i for key, i in first_index.items() if key not in cache]
+    missing = _missing(cache, keys)
     waiting = 0
     try:
         for indices, computed in _compute(teacher, images, missing, batch_size, progress, num_workers):
@@ -96,6 +94,20 @@ def fill_cache(
     finally:
         cache.flush()
     return keys
+
+
+def _missing(cache: FeatureCache, keys: Sequence[bytes]) -> list[int]:
+    """The first index of every key that the cache does not hold whole."""
+    first_index: dict[bytes, int] = {}
+    for i, key in enumerate(keys):
+        first_index.setdefault(key, i)
+    different = list(first_index)
+    missing = []
+    for start in range(0, len(different), _LOOK_UP_AT_ONCE):
+        chunk = different[start : start + _LOOK_UP_AT_ONCE]
+        found = zip(chunk, cache.get(chunk), strict=True)
+        missing += [first_index[key] for key, feature in found if feature is None]
+    return missing
 
 
 class _Pixels(Dataset):
