@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamafactory_hera.alignment.gather import common_row_count, gather_rows, world_size
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.training.term import HeraTerm
-from tests.ranks import run_ranks
 
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
 

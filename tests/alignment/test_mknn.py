@@ -55,8 +55,8 @@ def test_many_sets_of_features_at_once_are_each_set_by_itself():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_features_are_ranked_in_single_precision(dtype, normalize):
-    # cosines around 0.999 differ by less than bfloat16 can tell: ranking in half precision would see ties
-    features = (1 + 0.05 * torch.randn(30, 16)).to(dtype)
+    # cosines around 0.92 often differ by less than half precision can tell: it would see ties
+    features = (1 + 0.3 * torch.randn(60, 16)).to(dtype)
     assert nearest_neighbors(features, 5, normalize).tolist() == naive_neighbors(features, 5, normalize)
     assert nearest_neighbors(features, 5, normalize).dtype == torch.int64
 

@@ -41,11 +41,11 @@ class Temperature(nn.Module):
         self._optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Value and optimizer state as flat tensors."""
-        state = {"temperature.log_value": self.log_value.detach()}
+        """Value and optimizer state as flat tensors, copies."""
+        state = {"temperature.log_value": self.log_value.detach().clone()}
         if self._optimizer is not None:
             for name, value in self._optimizer.state.get(self.log_value, {}).items():
-                state[f"temperature.optimizer.{name}"] = torch.as_tensor(value)
+                state[f"temperature.optimizer.{name}"] = value.clone()
         return state
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -54,8 +54,9 @@ class Temperature(nn.Module):
             self.log_value.copy_(state["temperature.log_value"])
         prefix = "temperature.optimizer."
         restored = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        if self._optimizer is not None and restored:
-            # the step count stays on the CPU, as torch.optim keeps it
+        if self._optimizer is not None:
+            # the step count stays on the CPU, as torch.optim keeps it; copies, because the optimizer works in place
             self._optimizer.state[self.log_value] = {
-                name: t.cpu() if name == "step" else t.to(self.log_value) for name, t in restored.items()
+                name: t.to("cpu" if name == "step" else self.log_value.device, copy=True)
+                for name, t in restored.items()
             }

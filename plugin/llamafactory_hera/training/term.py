@@ -1,4 +1,4 @@
-"""The HeRA term of one step: global batch, neighbours of the teacher, contrastive loss, statistics (paper, eq. 8-9)."""
+"""The HeRA term of one step: global batch, teacher neighbours, contrastive loss, statistics (paper, eq. 8-9)."""
 
 import logging
 import math
@@ -37,7 +37,7 @@ class TermOutput:
         chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN without a sample.
         n_samples: Samples of the global batch that entered.
         n_duplicates: Pairs of samples that show the same image and were kept apart.
-        finite: False when a head gave a non-finite value and the term was left out.
+        finite: False when a head or the teacher gave a non-finite value and the term was left out.
     """
 
     loss: Tensor
@@ -55,7 +55,7 @@ def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k:
     Where fewer than ``k`` candidates exist, all of them are neighbours.
 
     Args:
-        teacher: ``[N, D_teacher]`` features of the batch; rows that are not valid may hold anything finite.
+        teacher: ``[N, D_teacher]`` features of the batch; rows that are not valid may hold anything.
         memory: ``[m, D_teacher]`` features of remembered samples.
         valid: Boolean ``[N]``.
         k: Neighbours per sample.
@@ -98,7 +98,7 @@ class HeraTerm:
 
         Args:
             representations: ``[n_heads, B, D]`` of this rank, with gradient.
-            teacher: ``[B, D_teacher]`` of this rank; any finite value where not valid.
+            teacher: ``[B, D_teacher]`` of this rank; anything where not valid.
             valid: Boolean ``[B]``: the sample has an image and pooled tokens.
             temperature: Scalar tensor, above 0.
         """
@@ -115,7 +115,9 @@ class HeraTerm:
         similarities = similarity(z, everything, self.normalize)
         losses = multi_target_info_nce(similarities, candidates.positives, candidates.allowed, temperature)
         loss = torch.where(enters, losses, 0.0).sum() / max(n_samples * z.shape[0], 1)
-        if not math.isfinite(loss.item()):
+        # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
+        finite = loss.isfinite() & z.isfinite().all() & teacher.isfinite().all()
+        if not finite:
             unknown = z.new_full((z.shape[0],), math.nan)
             return TermOutput(z.new_zeros(()), unknown, unknown[0], n_samples, 0, finite=False)
         mknn = self._mutual_knn(similarities.detach(), candidates, enters)
@@ -129,12 +131,13 @@ class HeraTerm:
         rows = z.transpose(0, 1).float()  # [B, n_heads, D]: ranks are concatenated along the first axis
         # not a product with the mask: a non-finite value outside it must not spread
         rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
+        teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
         if missing:
             rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
             teacher = torch.nn.functional.pad(teacher, (0, 0, 0, missing))
             valid = torch.nn.functional.pad(valid, (0, missing))
         gathered_valid = gather_rows(valid.to(torch.uint8)).bool()
-        return gather_rows(rows).transpose(0, 1), gather_rows(teacher.float()), gathered_valid
+        return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
 
     def _mutual_knn(self, similarities: Tensor, candidates: Candidates, enters: Tensor) -> Tensor:
         if not enters.any():

@@ -1,0 +1,238 @@
+"""Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that hold them.
+
+``head_dim`` differs from ``hidden_size / heads`` wherever the architecture allows that, two query heads share a
+key-value head, and norms and biases are random, so that no mistake hides behind ones and zeros.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+VOCAB = 64
+PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 60, 61, 62, 63
+LAYERS, HEADS = 2, 4
+_SIDE, _PATCH = 16, 8
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_DECODER_WITH_HEAD_DIM = _DECODER | {"head_dim": 16}
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": _SIDE,
+    "patch_size": _PATCH,
+}
+
+
+def _mrope(pairs: int) -> dict[str, Any]:
+    """Multimodal rotary positions; the sections (time, height, width) share the ``head_dim / 2`` frequencies."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [pairs - 4, 2, 2]}
+
+
+#: ``model_type`` -> configuration of a tiny text decoder. Qwen2-VL and Qwen2.5-VL derive head_dim from hidden_size.
+TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
+    "llama": lambda **kw: tf.LlamaConfig(**_DECODER_WITH_HEAD_DIM | kw),
+    "mistral": lambda **kw: tf.MistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
+    "qwen2": lambda **kw: tf.Qwen2Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen3": lambda **kw: tf.Qwen3Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "qwen3_vl_text": lambda **kw: tf.Qwen3VLTextConfig(**_DECODER_WITH_HEAD_DIM | {"rope_parameters": _mrope(8)} | kw),
+    "gemma2": lambda **kw: tf.Gemma2Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "gemma3_text": lambda **kw: tf.Gemma3TextConfig(**_DECODER_WITH_HEAD_DIM | kw),
+    "phi3": lambda **kw: tf.Phi3Config(**_DECODER_WITH_HEAD_DIM | kw),
+}
+
+#: Families without a causal LM of their own: the decoder alone is the bare model.
+_TEXT_MODELS: dict[str, type[nn.Module]] = {
+    "qwen2_vl_text": tf.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLTextModel,
+    "qwen2_5_vl_text": tf.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLTextModel,
+    "qwen3_vl_text": tf.Qwen3VLTextModel,
+}
+
+
+def _llava(text: str, **kw: Any) -> nn.Module:
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            vision_config=tf.CLIPVisionConfig(**_VISION), text_config=TEXT_CONFIGS[text](**kw), image_token_index=IMAGE
+        )
+    )
+
+
+def _llava_next(**kw: Any) -> nn.Module:
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**_VISION),
+        text_config=TEXT_CONFIGS["mistral"](**kw),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE]],
+    )
+    return tf.LlavaNextForConditionalGeneration(config)
+
+
+def _internvl(**kw: Any) -> nn.Module:
+    return tf.InternVLForConditionalGeneration(
+        tf.InternVLConfig(
+            vision_config=tf.InternVLVisionConfig(**_VISION | {"patch_size": 4}),
+            text_config=TEXT_CONFIGS["qwen2"](**kw),
+            image_token_id=IMAGE,
+            downsample_ratio=0.5,
+        )
+    )
+
+
+def _gemma3(**kw: Any) -> nn.Module:
+    vision = tf.SiglipVisionConfig(**_VISION | {"vision_use_head": False})
+    return tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(
+            text_config=TEXT_CONFIGS["gemma3_text"](**kw),
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            boi_token_index=VISION_START,
+            eoi_token_index=VISION_END,
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def _paligemma(**kw: Any) -> nn.Module:
+    vision = tf.SiglipVisionConfig(**_VISION | {"vision_use_head": False, "projection_dim": 48})
+    return tf.PaliGemmaForConditionalGeneration(
+        tf.PaliGemmaConfig(
+            vision_config=vision, text_config=TEXT_CONFIGS["gemma2"](**kw), image_token_index=IMAGE, projection_dim=48
+        )
+    )
+
+
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def _qwen2_vl(**kw: Any) -> nn.Module:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": _PATCH, "mlp_ratio": 2}
+    text = TEXT_CONFIGS["qwen2_vl_text"](**kw).to_dict()
+    return tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
+
+
+def _qwen2_5_vl(**kw: Any) -> nn.Module:
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": _PATCH}
+    vision |= {"out_hidden_size": 48, "fullatt_block_indexes": [1], "window_size": 16}
+    text = TEXT_CONFIGS["qwen2_5_vl_text"](**kw).to_dict()
+    return tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS)
+    )
+
+
+def _qwen3_vl(**kw: Any) -> nn.Module:
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": _PATCH}
+    vision |= {"out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    text = TEXT_CONFIGS["qwen3_vl_text"](**kw).to_dict()
+    return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
+
+
+#: Name -> a tiny VLM; keyword arguments go to the text configuration.
+VLMS: dict[str, Callable[..., nn.Module]] = {
+    "llava-llama": lambda **kw: _llava("llama", **kw),
+    "llava-qwen2": lambda **kw: _llava("qwen2", **kw),
+    "llava-qwen3": lambda **kw: _llava("qwen3", **kw),
+    "llava-mistral": lambda **kw: _llava("mistral", **kw),
+    "llava-phi3": lambda **kw: _llava("phi3", **kw),
+    "llava_next-mistral": _llava_next,
+    "internvl-qwen2": _internvl,
+    "gemma3": _gemma3,
+    "paligemma-gemma2": _paligemma,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+}
+
+
+def _randomise(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def text_model(model_type: str, seed: int = 0, **config: Any) -> nn.Module:
+    """A causal LM of the family (the decoder alone where the family has none), in training mode."""
+    torch.manual_seed(seed)
+    configuration = TEXT_CONFIGS[model_type](**config)
+    build = _TEXT_MODELS.get(model_type, tf.AutoModelForCausalLM.from_config)
+    return _randomise(build(configuration), seed).train()
+
+
+def vlm(name: str, seed: int = 0, **config: Any) -> nn.Module:
+    """A VLM, in training mode."""
+    torch.manual_seed(seed)
+    return _randomise(VLMS[name](**config), seed).train()
+
+
+def text_batch(rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, Tensor]:
+    """Right-padded token rows of falling length."""
+    ids = torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+    attention = torch.ones_like(ids)
+    for row in range(1, rows):
+        attention[row, length - row :] = 0
+    return {"input_ids": ids.masked_fill(attention == 0, PAD), "attention_mask": attention}
+
+
+def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """One image a row in front of its text, with what this architecture's processor would add."""
+    generator = torch.Generator().manual_seed(seed)
+    kind = model.config.model_type
+    pixels, n_tokens, extra = _pixels(kind, rows, generator)
+    text = text_batch(rows, length, seed)
+    ones = torch.ones(rows, n_tokens, dtype=torch.long)
+    start, end = ones[:, :1] * VISION_START, ones[:, :1] * VISION_END
+    ids = torch.cat([start, ones * IMAGE, end, text["input_ids"]], dim=1)
+    attention = torch.cat([torch.ones(rows, n_tokens + 2, dtype=torch.long), text["attention_mask"]], dim=1)
+    batch = {"input_ids": ids, "attention_mask": attention, **pixels, **extra}
+    if kind in ("gemma3", "paligemma"):
+        # PaliGemma's prefix (image and prompt) is type 0, its suffix type 1; for Gemma 3 type 1 is the image
+        batch["token_type_ids"] = (ids == IMAGE).long() if kind == "gemma3" else (ids < 50).long()
+    if kind.startswith("qwen"):
+        batch["mm_token_type_ids"] = (ids == IMAGE).int()
+    return batch
+
+
+def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
+    """Pixel input, image tokens a row, further inputs."""
+    if kind.startswith("qwen"):
+        # 4 x 4 patches of 3 channels and 2 frames, merged 2 x 2
+        grid = torch.tensor([[1, 4, 4]] * rows)
+        values = torch.randn(rows * 16, 3 * 2 * _PATCH * _PATCH, generator=generator)
+        return {"pixel_values": values}, 4, {"image_grid_thw": grid}
+    if kind == "llava_next":
+        # a base view and two tiles; 2 x 4 patches with a newline a row, and the base view's 2 x 2
+        values = torch.randn(rows, 3, 3, _SIDE, _SIDE, generator=generator)
+        return {"pixel_values": values}, 4 + 2 * (4 + 1), {"image_sizes": torch.tensor([[_SIDE, 2 * _SIDE]] * rows)}
+    return {"pixel_values": torch.randn(rows, 3, _SIDE, _SIDE, generator=generator)}, 4, {}
+
+
+def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
+    """Labels on the text that follows the image and ``prompt`` text tokens."""
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(batch["attention_mask"] == 0, -100).masked_fill(ids >= IMAGE, -100)
+    text_start = int((ids[0] >= IMAGE).sum())
+    labels[:, : text_start + prompt] = -100
+    return labels
