@@ -4,6 +4,7 @@ It runs no tensor operation itself: a fork after OpenMP has started its threads 
 standard input, answers go to standard output.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -52,10 +53,8 @@ def _child(job: dict, rank: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _run(job: dict) -> list[int]:
@@ -82,7 +81,6 @@ def _run(job: dict) -> list[int]:
 
 
 def main() -> None:
-    import llamafactory.train.tuner
     import transformers.models.llava
     import transformers.models.qwen3
     import transformers.models.siglip  # noqa: F401

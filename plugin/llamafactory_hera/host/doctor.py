@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import llamafactory_hera
 
-
 TESTED_HOSTS = ("0.9.5",)
 _PACKAGES = ("llamafactory", "torch", "torchvision", "torchaudio", "transformers", "peft", "accelerate", "deepspeed")
 _PINNED = 'pip install "llamafactory-hera[pinned]"'
@@ -114,7 +113,7 @@ def _patches() -> Iterator[Finding]:
     if not any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
         yield Finding(
             "patches",
-            "not installed at interpreter start (llamafactory_hera.pth is not in a site-packages folder of this Python)",
+            "not installed at interpreter start: no llamafactory_hera.pth in a site-packages folder of this Python",
             "reinstall with `pip install --force-reinstall --no-deps llamafactory-hera`, and run Python without -S",
         )
         return

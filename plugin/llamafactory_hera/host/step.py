@@ -1,6 +1,7 @@
 """Everything of HeRA that lives as long as a training run: teacher, capture, term, temperature, statistics, state."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from llamafactory_hera.training.term import HeraTerm
 
 from .arguments import HeraArguments
 from .collator import CACHED, NO_IMAGE, PIXELS, PREFIX
+
+logger = logging.getLogger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 
 #: Folder beside the weights, in the output folder and in each checkpoint, that holds what belongs to HeRA.
 FOLDER = "hera"
@@ -126,12 +129,34 @@ class HeraStep:
             features = torch.where((source == CACHED).unsqueeze(1), inputs["hera_features"].to(features), features)
         if "hera_pixels" in inputs:
             rows = source == PIXELS
-            computed = self.teacher.encode(inputs["hera_pixels"][rows])
-            if self.cache is not None:
-                keys = [bytes(key.tolist()) for key in inputs["hera_keys"][rows].cpu()]
-                self.cache.put(keys, computed.cpu())
-            features[rows] = computed
+            features[rows] = self._remember(inputs, rows, self.teacher.encode(inputs["hera_pixels"][rows]))
         return features
+
+    def _remember(self, inputs: dict[str, Tensor], rows: Tensor, computed: Tensor) -> Tensor:
+        """Caches features and returns them rounded as they will be read, so that a resumed run sees the same."""
+        if self.cache is None:
+            return computed
+        keys = [bytes(key.tolist()) for key in inputs["hera_keys"][rows].cpu()]
+        try:
+            return self.cache.put(keys, computed.cpu()).to(computed)
+        except OSError as error:
+            self._drop_cache(error)
+            return computed
+
+    def flush_cache(self) -> None:
+        """Writes the features that wait in memory; a cache that cannot be written is no reason to stop."""
+        if self.cache is not None:
+            try:
+                self.cache.flush()
+            except OSError as error:
+                self._drop_cache(error)
+
+    def _drop_cache(self, error: OSError) -> None:
+        logger.warning(
+            f"hera_teacher_cache: {self.arguments.hera_teacher_cache} cannot be written ({error}); the run goes on and "
+            "computes features that are not in it."
+        )
+        self.cache = None
 
     def _count_non_finite(self, representations: Tensor, valid: Tensor) -> None:
         self._nan_in_a_row += 1
@@ -173,7 +198,7 @@ class HeraStep:
         }
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes heads, temperature, optimizer state and memory into ``folder/hera``; each file whole or not at all."""
+        """Writes heads, temperature, optimizer state and memory into ``folder/hera``; each file whole or not."""
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         state = {**self.temperature.state(), **self.memory.state_dict()}

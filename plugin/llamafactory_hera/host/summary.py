@@ -9,7 +9,7 @@ from llamafactory_hera.alignment.gather import world_size
 if TYPE_CHECKING:
     from .trainer import HeraTrainer
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 
 
 def start_summary(trainer: "HeraTrainer") -> None:

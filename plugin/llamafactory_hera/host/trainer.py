@@ -15,6 +15,7 @@ from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.heads import HeadSet
 
 from .collator import HeraCollator
+from .resume import load_renamed_weights
 from .step import HeraStep
 from .summary import start_summary
 
@@ -98,9 +99,14 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         if self.args.should_save and not self.args.save_only_model:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.hera.save(folder)
-        if self.hera.cache is not None:
-            self.hera.cache.flush()
+        self.hera.flush_cache()
         super()._save_checkpoint(model, trial)
+
+    @override
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -125,7 +131,6 @@ class _StepTemperature(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hera = self._trainer.hera
         hera.capture.remove()
-        if hera.cache is not None:
-            hera.cache.flush()
+        hera.flush_cache()
         if args.should_save:
             hera.save(args.output_dir)
