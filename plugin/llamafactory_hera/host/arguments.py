@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from llamafactory_hera.heads.head_set import HeadSet
 from llamafactory_hera.heads.pooling import Pooling
+from llamafactory_hera.selection.settings import Mode, StoredDtype, Strategy
 
 Similarity = Literal["cosine", "dot"]
 
@@ -72,6 +73,40 @@ class HeraArguments:
     hera_max_nan: int = field(
         default=10, metadata={"help": "Steps in a row with a non-finite HeRA term after which the run stops."}
     )
+    hera_heads_force: bool = field(
+        default=False,
+        metadata={"help": "Train with a heads.json that was selected on another model or teacher, or with another m."},
+    )
+    hera_select: Strategy = field(
+        default="worst",
+        metadata={
+            "help": "Heads to select: the least aligned (worst), the most (top), random ones, or the least aligned of "
+            "the middle layer (middle)."
+        },
+    )
+    hera_select_m: int = field(default=5, metadata={"help": "How many heads to select."})
+    hera_select_mode: Mode = field(
+        default="llm",
+        metadata={
+            "help": "Select on the language model alone, fed with captions (llm), or on the whole model with image "
+            "and text (mllm)."
+        },
+    )
+    hera_select_samples: int = field(default=1000, metadata={"help": "Image-caption pairs to score the heads on."})
+    hera_select_k: int = field(default=10, metadata={"help": "Nearest neighbours per sample when scoring heads."})
+    hera_select_batch_size: int = field(
+        default=16,
+        metadata={"help": "Samples per device in a forward pass of the selection; halved if memory runs out."},
+    )
+    hera_select_seed: int = field(
+        default=0, metadata={"help": "Seed of the draw of samples, and of the heads of hera_select: random."}
+    )
+    hera_select_dtype: StoredDtype = field(
+        default="fp32", metadata={"help": "Precision in which head outputs are stored for scoring: fp32 or fp16."}
+    )
+    hera_select_memory_gb: float = field(
+        default=4.0, metadata={"help": "Bound on the working memory of scoring, in GiB."}
+    )
 
     def check_hera(self) -> None:
         """Checks the values that need nothing but themselves, and normalises ``hera_heads`` to text.
@@ -89,8 +124,8 @@ class HeraArguments:
             chosen = len(HeadSet.resolve(self.hera_heads).heads)
             if chosen > MOST_HEADS:
                 warnings.warn(
-                    f"hera_heads: {chosen} heads are more than the {MOST_HEADS} that the paper recommends; ten of them "
-                    "wrecked Qwen2.5-3B there.",
+                    f"hera_heads: {chosen} heads are more than the {MOST_HEADS} that the paper recommends; ten of "
+                    "them wrecked Qwen2.5-3B there.",
                     stacklevel=2,
                 )
         _at_least("hera_k", self.hera_k, 1)
@@ -102,6 +137,17 @@ class HeraArguments:
         )
         _one_of("hera_pooling", self.hera_pooling, get_args(Pooling))
         _one_of("hera_similarity", self.hera_similarity, get_args(Similarity))
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        _one_of("hera_select", self.hera_select, get_args(Strategy))
+        _one_of("hera_select_mode", self.hera_select_mode, get_args(Mode))
+        _one_of("hera_select_dtype", self.hera_select_dtype, get_args(StoredDtype))
+        for key in ("hera_select_m", "hera_select_k", "hera_select_batch_size"):
+            _at_least(key, getattr(self, key), 1)
+        _at_least("hera_select_samples", self.hera_select_samples, self.hera_select_k + 2)
+        gib = self.hera_select_memory_gb
+        _finite("hera_select_memory_gb", gib, gib > 0, "more than 0, for instance 4")
 
 
 def _at_least(key: str, value: int, least: int) -> None:

@@ -1,0 +1,135 @@
+"""Reading every head and every layer at once: averages over tokens of one forward pass, without gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.gram import full_precision
+from .families import decoder_layers, head_layout, model_config, output_projection
+
+
+class PooledHeads:
+    """Captures the head outputs and layer outputs of a text decoder, averaged over tokens, while it is entered::
+
+        with PooledHeads(model) as pooled, torch.no_grad():
+            pooled.pool(mask)
+            model(**batch)
+            heads, layers = pooled.take()
+
+    A head's output is its slice of the output projection's input, before the projection. Each is averaged as soon as
+    its layer has run, so that no layer's tokens are kept.
+
+    Args:
+        model: A transformers model, bare or under PEFT, whole on this process.
+
+    Raises:
+        ValueError: Unknown architecture.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layout = head_layout(model_config(model))
+        self._layers = decoder_layers(model)
+        self._mask: Tensor | None = None
+        self._heads: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "PooledHeads":
+        for index, layer in enumerate(self._layers):
+            projection = output_projection(layer, self.layout.model_type)
+            self._handles.append(projection.register_forward_pre_hook(self._before_projection(index)))
+            self._handles.append(layer.register_forward_hook(self._after_layer(index)))
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._mask = None
+        self._heads.clear()
+        self._outputs.clear()
+
+    def pool(self, mask: Tensor) -> None:
+        """Sets the tokens over which the next forward pass averages, ``[B, T]``, and forgets the last pass."""
+        self._mask = mask
+        self._heads.clear()
+        self._outputs.clear()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The averages of the last forward pass.
+
+        Returns:
+            Head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device.
+
+        Raises:
+            RuntimeError: Not every layer ran since :meth:`pool`.
+        """
+        missing = [index for index in range(len(self._layers)) if index not in self._outputs]
+        if missing:
+            raise RuntimeError(f"No forward pass through layers {missing}: call `pool(mask)`, then the model.")
+        heads = torch.stack([self._heads[index] for index in range(len(self._layers))], dim=1)
+        layers = torch.stack([self._outputs[index] for index in range(len(self._layers))], dim=1)
+        return heads.unflatten(-1, (self.layout.n_heads, self.layout.head_dim)), layers
+
+    def _before_projection(self, index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._heads[index] = mean_over_tokens(inputs[0].detach(), self._mask)
+
+        return hook
+
+    def _after_layer(self, index: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._outputs[index] = mean_over_tokens(hidden.detach(), self._mask)
+
+        return hook
+
+
+def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of a mask, summed in fp32; what lies outside the mask has no influence, not even as NaN.
+
+    Args:
+        hidden: ``[B, T, X]``.
+        mask: Boolean ``[B, T]``.
+
+    Returns:
+        ``[B, X]`` in fp32; zero for a row without any token.
+    """
+    kept = hidden.masked_fill(~mask.unsqueeze(-1), 0)
+    return kept.sum(dim=1, dtype=torch.float32) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The module that holds the text decoder's layers: it runs on token ids alone and computes no logits."""
+    layers = decoder_layers(model)
+    return next(m for m in model.modules() if list(getattr(m, "layers", None) or []) == layers)
+
+
+def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
+    """The effective output projection of each decoder layer, one function a layer, so that one is held at a time.
+
+    The module projects the unit vectors, so the weight is right whatever the module has become (LoRA, DoRA, 4-bit).
+
+    Returns:
+        Functions that return ``[D, H * d]`` on the module's device.
+    """
+    layout = head_layout(model_config(model))
+    width = layout.n_heads * layout.head_dim
+
+    def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
+        projection = output_projection(layer, layout.model_type)
+
+        @torch.no_grad()
+        def weight() -> Tensor:
+            # packed 4-bit weights are integers: the layer's norm then says the type
+            candidates = [*projection.parameters(), *layer.parameters()]
+            like = next(p for p in candidates if p.is_floating_point())
+            unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last row is zero: the bias
+            with full_precision(like.device.type):
+                image = projection(unit.unsqueeze(0))[0]
+            return (image[:width] - image[width:]).T
+
+        return weight
+
+    return [weight_of(layer) for layer in decoder_layers(model)]

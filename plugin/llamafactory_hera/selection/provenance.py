@@ -1,0 +1,102 @@
+"""Where selected heads come from, as written to ``heads.json``, and how a run differs from that."""
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from .material import Material
+from .samples import Sample, samples_digest
+from .settings import SelectSettings
+
+if TYPE_CHECKING:
+    from .run import Scores
+
+_PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
+
+#: What two score files must share to be compared, with the words for it.
+COMPARABLE = {
+    "teacher_fingerprint": "teacher",
+    "samples_digest": "images",
+    "mode": "mode",
+    "k": "k",
+    "pooling": "pooling",
+    "similarity": "similarity",
+}
+
+#: What pooled outputs depend on, beside the samples' tokens.
+FEATURE_FACTS = ("model_fingerprint", "samples_digest", "mode", "pooling", "stored_dtype")
+
+
+def identity(model: str, teacher: str, samples: Sequence[Sample], settings: SelectSettings) -> dict[str, Any]:
+    """What the scores depend on.
+
+    Args:
+        model: Fingerprint of the language model.
+        teacher: Fingerprint of the teacher.
+        samples: As drawn.
+        settings: Of the selection.
+    """
+    return {
+        "model_fingerprint": model,
+        "teacher_fingerprint": teacher,
+        "samples_digest": samples_digest(samples),
+        "samples": len(samples),
+        "mode": settings.mode,
+        "k": settings.k,
+        "pooling": settings.pooling,
+        "similarity": settings.similarity,
+        "stored_dtype": settings.stored_dtype,
+    }
+
+
+def describe(
+    facts: dict[str, Any], material: Material, settings: SelectSettings, scores: "Scores", compute_dtype: str
+) -> dict[str, Any]:
+    """The provenance of a selection; scores that could not be computed are null.
+
+    Args:
+        facts: From :func:`identity`.
+        material: For names.
+        settings: Of the selection.
+        scores: Of all heads and layers.
+        compute_dtype: In which the model ran.
+    """
+    return {
+        "model": material.model_name,
+        "adapters": [str(folder) for folder in material.adapter_folders],
+        "teacher": material.teacher_name,
+        "dataset": material.dataset_name,
+        **facts,
+        "strategy": settings.strategy,
+        "m": settings.m,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "compute_dtype": compute_dtype,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "chance_level": scores.chance,
+        "layer_scores": _rounded(scores.layers.tolist()),
+        "scores": [_rounded(row) for row in scores.heads.tolist()],
+    }
+
+
+def differences(provenance: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """For each key that differs, ``key: was …, is …``; a key that the provenance lacks is not compared."""
+    return [
+        f"{key} was {provenance[key]}, is {now[key]}"
+        for key in keys
+        if key in provenance and provenance[key] != now[key]
+    ]
+
+
+def _rounded(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, 7) for value in values]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

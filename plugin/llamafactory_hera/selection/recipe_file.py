@@ -1,0 +1,87 @@
+"""Writing the selected heads into a recipe, keeping its comments and the order of its keys."""
+
+import os
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from ..heads.head_set import HeadSet
+
+KEY = "hera_heads"
+
+
+def write_run_recipe(
+    recipe: Path | None, overrides: dict[str, Any], heads: HeadSet, heads_file: Path, target: Path
+) -> None:
+    """Writes the recipe that trains with the selected heads.
+
+    ``hera_heads`` names the heads file, so that training checks where the heads come from and keeps their provenance.
+    Paths stay as they are: the host reads them relative to the folder in which it is started, not to the recipe.
+
+    Args:
+        recipe: The recipe that selection was started with.
+        overrides: Keys given beside it; they become part of it.
+        heads: The selected heads, for a comment.
+        heads_file: The file that holds them.
+        target: The file to write.
+    """
+    content = _load(recipe)
+    for key, value in overrides.items():
+        _set(content, key, value)
+    _set(content, "stage", "hera")
+    _set(content, KEY, str(heads_file))
+    content.yaml_add_eol_comment(str(heads).replace(",", " "), KEY)
+    header = (
+        f"# {recipe or 'The given settings'} with the heads that were selected. Start it in the same folder:\n"
+        f"#   llamafactory-cli train {target}\n\n"
+    )
+    _write(target, header + _dump(content))
+
+
+def set_heads_in_place(recipe: Path, heads: HeadSet) -> None:
+    """Writes the heads' names into the recipe itself; nothing else of it changes.
+
+    Raises:
+        ValueError: The recipe cannot be written.
+    """
+    content = _load(recipe)
+    _set(content, KEY, str(heads))
+    try:
+        _write(recipe, _dump(content))
+    except OSError as error:
+        raise ValueError(f"The recipe {recipe} cannot be written ({error.strerror or error}).") from error
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # no line of the recipe is folded
+    return yaml
+
+
+def _load(recipe: Path | None) -> CommentedMap:
+    content = _yaml().load(recipe.read_text(encoding="utf-8")) if recipe is not None else None
+    return content if content is not None else CommentedMap()
+
+
+def _set(content: CommentedMap, key: str, value: Any) -> None:
+    ours = [position for position, name in enumerate(content) if str(name).startswith("hera_")]
+    if key in content or not key.startswith("hera_") or not ours:
+        content[key] = value
+    else:  # heads first, everything else of HeRA behind
+        content.insert(ours[0] if key == KEY else ours[-1] + 1, key, value)
+
+
+def _dump(content: CommentedMap) -> str:
+    text = StringIO()
+    _yaml().dump(content, text)
+    return text.getvalue()
+
+
+def _write(target: Path, text: str) -> None:
+    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, target)

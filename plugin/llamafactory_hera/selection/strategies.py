@@ -1,0 +1,51 @@
+"""Which heads are taken, given their scores."""
+
+import math
+import random
+from collections.abc import Sequence
+
+from ..heads.head_set import HeadId
+from .settings import Strategy
+
+Scores = Sequence[Sequence[float]]
+
+
+def ranking(scores: Scores) -> list[HeadId]:
+    """All heads with a score, least aligned first; equal scores are ordered by (layer, head), NaN is left out."""
+    scored = [
+        (score, HeadId(layer, head))
+        for layer, row in enumerate(scores)
+        for head, score in enumerate(row)
+        if not math.isnan(score)
+    ]
+    return [head for _, head in sorted(scored)]
+
+
+def choose_heads(scores: Scores, strategy: Strategy, m: int, seed: int = 0) -> tuple[HeadId, ...]:
+    """Chooses ``m`` heads.
+
+    ``worst`` is the paper's choice: the least aligned, least first. ``top`` is the most aligned, most first;
+    ``random`` is drawn by seed, ordered by (layer, head). ``middle`` is this project's reading of the paper's ablation
+    "middle layer" for single heads: the least aligned of the middle decoder layer (``L // 2``), so that ``m`` is the
+    same in every strategy.
+
+    Args:
+        scores: ``[L][H]``; NaN where a head could not be scored, which is never chosen.
+        strategy: One of the four.
+        m: How many.
+        seed: For ``random``.
+
+    Raises:
+        ValueError: Fewer than ``m`` heads have a score.
+    """
+    heads = ranking(scores)
+    if strategy == "middle":
+        heads = [head for head in heads if head.layer == len(scores) // 2]
+    if len(heads) < m:
+        where = f"in layer L{len(scores) // 2} " if strategy == "middle" else ""
+        raise ValueError(f"hera_select_m: {m} heads are asked for, and {len(heads)} {where}have a score; lower it.")
+    if strategy == "top":
+        heads.sort(key=lambda head: (-scores[head.layer][head.head], head))
+    if strategy == "random":
+        return tuple(sorted(random.Random(seed).sample(sorted(heads), m)))
+    return tuple(heads[:m])
