@@ -6,7 +6,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from llamafactory_hera.demo.scenes import World, render
 from llamafactory_hera.demo.teacher import image_processor, new_teacher, random_view, train_teacher
-from llamafactory_hera.demo.training import reproducible
+from llamafactory_hera.demo.training import THREADS, reproducible
 
 
 def shared_pairs(scenes) -> torch.Tensor:
@@ -70,13 +70,18 @@ def test_reproducible_leaves_the_callers_random_state_and_threads():
 
     def fail() -> None:
         with reproducible(3):
-            drawn.append(torch.rand(4))
+            drawn.append((torch.rand(4), torch.get_num_threads()))
             raise KeyError
 
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    with pytest.raises(KeyError):
-        fail()
+    torch.set_num_threads(THREADS + 1)
+    try:
+        with pytest.raises(KeyError):
+            fail()
+        assert torch.get_num_threads() == THREADS + 1
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
     with reproducible(3):
-        assert torch.equal(torch.rand(4), drawn[0])
+        assert torch.equal(torch.rand(4), drawn[0][0])
+    assert drawn[0][1] == THREADS
