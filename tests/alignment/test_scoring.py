@@ -118,6 +118,20 @@ def test_copies_of_one_sample_and_empty_samples_rank_by_index():
     assert score_heads(torch.zeros_like(pooled), weights, lowest).tolist() == [[1.0, 1.0]]
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_outputs_that_the_projection_removes_count_as_zero(normalize):
+    pooled, weights, latent = model(60, 1, 1, 8, 5)
+    pooled, weight = pooled.double(), weights[0].double()
+    null_space = torch.linalg.svd(weight).Vh[5:]
+    pooled[::5, 0, 0] = pooled[::5, 0, 0, :3] @ null_space
+    neighbors = nearest_neighbors(latent, 10)
+    vectors = pooled[:, 0, 0] @ weight.T
+    assert 0 < vectors[::5].abs().max() < 1e-12  # rounding alone
+    vectors[::5] = 0
+    expected = naive_score(vectors, neighbors, normalize)
+    assert score_heads(pooled, [weight], neighbors, normalize).item() == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("spread", [1e-2, 1e-4, 1e-5])
 def test_nearly_constant_outputs_are_ranked_beyond_fp32(spread):
     pooled, weights, latent = model(120, 1, 2, 16, 48)

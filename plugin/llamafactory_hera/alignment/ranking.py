@@ -118,13 +118,9 @@ def _count_rows(similarities: Tensor, slack: Tensor, neighbors: Tensor, picked: 
 
 def _kth_lower_bound(similarities: Tensor, k: int) -> Tensor:
     """What ``k`` entries of a row reach at least: the ``k``-th largest of the maxima over disjoint column groups."""
-    n = similarities.shape[-1]
-    groups = min(n, max(_MIN_GROUPS, k + k // 2))
-    even = n - n % groups
-    maxima = similarities[..., :even].unflatten(-1, (groups, -1)).amax(-1)
-    if even < n:
-        rest = similarities[..., even:]
-        maxima[..., : n - even] = torch.maximum(maxima[..., : n - even], rest)
+    groups = min(similarities.shape[-1], max(_MIN_GROUPS, k + k // 2))
+    columns = similarities.shape[-1] // groups * groups  # a few columns left out only make the bound a little lower
+    maxima = similarities[..., :columns].unflatten(-1, (groups, -1)).amax(-1)
     return maxima.topk(k, dim=-1, sorted=False).values.amin(-1)
 
 
