@@ -33,10 +33,6 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
             if value:
                 raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
     _check_parallelism(training_args)
-    if finetuning_args.hera_heads == "auto":
-        raise ValueError(
-            "hera_heads: auto is not built yet; name the heads (L13H12,L7H6) or give the path of a heads.json."
-        )
     check_teacher(finetuning_args.hera_teacher)
     others = training_args.per_device_train_batch_size * world_size() - 1
     if others < 1 and finetuning_args.hera_memory == 0:
@@ -60,8 +56,8 @@ def _check_parallelism(training_args: Any) -> None:
         )
 
 
-def check_model(model_args: Any, heads: HeadSet) -> None:
-    """Checks from its configuration alone that the model sees images and has the heads.
+def check_model(model_args: Any, heads: HeadSet | None = None) -> None:
+    """Checks from its configuration alone that the model sees images and has the heads, where they are known.
 
     Raises:
         ValueError: A text-only model, an unknown architecture, or a head outside the model.
@@ -76,4 +72,5 @@ def check_model(model_args: Any, heads: HeadSet) -> None:
             "images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
     layout = head_layout(config)
-    heads.check(layout.n_layers, layout.n_heads)
+    if heads is not None:
+        heads.check(layout.n_layers, layout.n_heads)

@@ -6,8 +6,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from llamafactory_hera.heads import HeadSet
-
+from .auto import resolve_heads
 from .checks import check_model, check_run
 from .dataset_checks import checked_dataset
 from .trainer import HeraTrainer
@@ -45,7 +44,8 @@ def run_hera(
     if not training_args.do_train:
         return run_sft(*arguments)
     check_run(model_args, data_args, training_args, finetuning_args)
-    heads = HeadSet.resolve(finetuning_args.hera_heads)
+    check_model(model_args)
+    heads = resolve_heads(model_args, data_args, training_args, finetuning_args)
     check_model(model_args, heads)
 
     def plot_loss(folder: str, keys: list[str]) -> None:

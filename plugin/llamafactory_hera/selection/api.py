@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from ..heads.head_set import HeadSet
 
 RUN_RECIPE = "run.yaml"
-PICTURE = "heads.png"
 
 
 def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> "HeadSet":
@@ -29,11 +28,16 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
     from ..host.recipe import read_recipe
     from .processes import rank
     from .recipe_file import set_heads_in_place, write_run_recipe
-    from .run import FOLDER, HEADS_FILE
+    from .run import FOLDER, HEADS_FILE, select_heads
+    from .settings import SelectSettings
 
-    heads, read = _run(read_recipe(recipe, overrides), None)
+    read = read_recipe(recipe, overrides)
+    heads = select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args))
     if rank() == 0:
+        from .present import present
+
         folder = Path(read.training_args.output_dir) / FOLDER
+        present(folder / HEADS_FILE)
         write_run_recipe(read.path, read.overrides, heads, folder / HEADS_FILE, folder / RUN_RECIPE)
         if in_place:
             set_heads_in_place(read.path, heads)
@@ -84,6 +88,9 @@ def score_checkpoint(
         ValueError: Bad input; names the key, the value and the remedy.
     """
     from ..host.recipe import read_recipe
+    from .processes import rank
+    from .run import FOLDER, select_heads
+    from .settings import SelectSettings
 
     forced: dict[str, Any] = {}
     if checkpoint is not None and (Path(checkpoint) / "adapter_config.json").is_file():
@@ -93,24 +100,11 @@ def score_checkpoint(
     read = read_recipe(recipe, overrides, **forced)
     if output is None:
         local = checkpoint is not None and Path(checkpoint).is_dir()
-        output = Path(checkpoint if local else read.training_args.output_dir) / "hera" / "scores.json"
-    _run(read, Path(output))
-    return Path(output)
-
-
-def _run(read: Any, target: Path | None) -> "tuple[HeadSet, Any]":
-    from .heat_map import draw_heads
-    from .processes import rank
-    from .run import select_heads
-    from .score_file import ScoreFile
-    from .settings import SelectSettings
-    from .table import render_table
-
-    material = read.material()
-    heads = select_heads(material, SelectSettings.from_arguments(read.finetuning_args), target)
+        output = Path(checkpoint if local else read.training_args.output_dir) / FOLDER / "scores.json"
+    target = Path(output)
+    select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:
-        path = target or material.output_dir / "hera" / "heads.json"
-        scored = ScoreFile.load(path)
-        print(render_table(scored))
-        draw_heads(scored, path.with_suffix(".png"))
-    return heads, read
+        from .present import present
+
+        present(target)
+    return target

@@ -25,6 +25,22 @@ COMPARABLE = {
     "similarity": "similarity",
 }
 
+#: What a run must share with the selection whose heads it trains.
+TRAINED_ON = ("model_fingerprint", "teacher_fingerprint", "m")
+
+#: What a selection must share with another to be the same selection.
+SELECTED_BY = (
+    *TRAINED_ON,
+    "dataset",
+    "samples_asked",
+    "mode",
+    "k",
+    "pooling",
+    "similarity",
+    "strategy",
+    "seed",
+)
+
 #: What pooled outputs depend on, beside the samples' tokens.
 FEATURE_FACTS = ("model_fingerprint", "samples_digest", "mode", "pooling", "stored_dtype")
 
@@ -69,6 +85,7 @@ def describe(
         "teacher": material.teacher_name,
         "dataset": material.dataset_name,
         **facts,
+        "samples_asked": settings.samples,
         "strategy": settings.strategy,
         "m": settings.m,
         "seed": settings.seed,

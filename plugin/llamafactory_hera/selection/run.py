@@ -22,7 +22,7 @@ from .blocks import FeatureBlocks
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .forward import compute_features
 from .material import Material
-from .processes import barrier, rank
+from .processes import barrier, from_first, rank
 from .provenance import FEATURE_FACTS, describe, identity
 from .samples import Sample, draw_samples
 from .settings import SelectSettings
@@ -81,16 +81,17 @@ def select_heads(material: Material, settings: SelectSettings, target: Path | No
     facts = identity(fingerprint, teacher_fingerprint, samples, settings)
     key = str([facts[name] for name in FEATURE_FACTS])
     blocks = compute_features(model, material.collator(model), samples, material, settings, key)
+    heads = None
     if rank() == 0:
         scores = score(model, blocks, neighbors, settings)
         _check_finite(scores.heads)
         rows = scores.heads.tolist()
-        heads = choose_heads(rows, settings.strategy, settings.m, settings.seed)
+        chosen = choose_heads(rows, settings.strategy, settings.m, settings.seed)
         compute_dtype = material.autocast or next(model.parameters()).dtype
         provenance = describe(facts, material, settings, scores, str(compute_dtype).removeprefix("torch."))
-        _save(HeadSet(heads, provenance), target, folder)
-    barrier()
-    return HeadSet.load(target)
+        heads = HeadSet(chosen, provenance)
+        _save(heads, target, folder)
+    return from_first(heads)
 
 
 def score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, settings: SelectSettings) -> Scores:

@@ -1,0 +1,146 @@
+"""The heads of a run: as written, read from a file and checked, or selected before training (``hera_heads: auto``)."""
+
+import copy
+import gc
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llamafactory.extras import logging
+
+from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.selection.fingerprint import model_fingerprint
+from llamafactory_hera.selection.processes import from_first, rank
+from llamafactory_hera.selection.provenance import SELECTED_BY, TRAINED_ON, differences
+from llamafactory_hera.selection.run import FOLDER, HEADS_FILE, select_heads
+from llamafactory_hera.selection.settings import SelectSettings
+from llamafactory_hera.teachers.files import teacher_fingerprint
+from llamafactory_hera.teachers.hub import teacher_folder
+
+from .recipe import material, model_folder
+
+logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
+
+AUTO = "auto"
+
+
+def resolve_heads(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> HeadSet:
+    """The heads that a run trains; every process of the launch calls it.
+
+    Args:
+        model_args: The host's arguments.
+        data_args: See ``model_args``.
+        training_args: See ``model_args``.
+        finetuning_args: See ``model_args``; ``hera_heads`` becomes the names of the heads.
+
+    Raises:
+        ValueError: The heads file was selected for something else than this run, or selection is given bad input.
+    """
+    if finetuning_args.hera_heads != AUTO:
+        heads = HeadSet.resolve(finetuning_args.hera_heads)
+        if not heads.provenance:  # written by hand
+            return _with_provenance(heads, model_args, data_args, training_args, finetuning_args)
+        _check(heads, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
+        return heads
+    now = _facts(model_args, data_args, finetuning_args)
+    heads = from_first(_selected_before(now, training_args, finetuning_args))
+    if heads is None:
+        with _untouched_random_state():
+            plain = material(copy.deepcopy(model_args), copy.deepcopy(data_args), training_args, finetuning_args)
+            heads = select_heads(plain, SelectSettings.from_arguments(finetuning_args))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rank() == 0:
+            from llamafactory_hera.selection.present import present
+
+            present(Path(training_args.output_dir) / FOLDER / HEADS_FILE)
+    finetuning_args.hera_heads = str(heads)
+    return heads
+
+
+def _facts(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, Any]:
+    """What a selection made now would write."""
+    from llamafactory.model import load_config
+
+    folder = model_folder(model_args)
+    adapters = [Path(adapter) for adapter in model_args.adapter_name_or_path or []]
+    settings = SelectSettings.from_arguments(finetuning_args)
+    return {
+        "model_fingerprint": model_fingerprint(folder, head_layout(load_config(model_args)), adapters),
+        "teacher_fingerprint": teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher)),
+        "m": settings.m,
+        "dataset": ", ".join(data_args.dataset),
+        "samples_asked": settings.samples,
+        "mode": settings.mode,
+        "k": settings.k,
+        "pooling": settings.pooling,
+        "similarity": settings.similarity,
+        "strategy": settings.strategy,
+        "seed": settings.seed,
+    }
+
+
+def _selected_before(now: dict[str, Any], training_args: Any, finetuning_args: Any) -> HeadSet | None:
+    """The heads of an earlier selection of the same settings; a resumed run takes its own or stops."""
+    checkpoint = training_args.resume_from_checkpoint
+    folders = [Path(training_args.output_dir), *([Path(checkpoint)] if isinstance(checkpoint, str) else [])]
+    for folder in folders:
+        path = folder / FOLDER / HEADS_FILE
+        if not path.is_file():
+            continue
+        heads = HeadSet.load(path)
+        if heads.provenance and not differences(heads.provenance, now, SELECTED_BY):
+            logger.info_rank0(f"HeRA | hera_heads: {heads} of {path}, which was selected with the same settings")
+            return heads
+        if checkpoint is not None and heads.provenance:
+            _check(heads, now, SELECTED_BY, finetuning_args)
+            return heads
+    return None
+
+
+def _check(heads: HeadSet, now: dict[str, Any], keys: Sequence[str], finetuning_args: Any) -> None:
+    differing = differences(heads.provenance, now, keys)
+    if not differing:
+        return
+    said = f"hera_heads: the heads {heads} were selected for another run: {'; '.join(differing)}"
+    if finetuning_args.hera_heads_force:
+        logger.warning_rank0(f"{said}. Going on, as hera_heads_force is set.")
+        return
+    raise ValueError(
+        f"{said}. Select again (`llamafactory-hera select`, or hera_heads: auto in a new output_dir), restore these "
+        "settings, or set hera_heads_force: true to train these heads all the same."
+    )
+
+
+def _with_provenance(
+    heads: HeadSet, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> HeadSet:
+    """Heads written out by name, with the scores of the selection in the output folder if it chose them for this run.
+
+    Training writes the heads file of its output folder anew; without this the scores would be lost.
+    """
+    path = Path(training_args.output_dir) / FOLDER / HEADS_FILE
+    if path.is_file():
+        selected = HeadSet.load(path)
+        if selected.heads == heads.heads and selected.provenance:
+            now = _facts(model_args, data_args, finetuning_args)
+            return heads if differences(selected.provenance, now, TRAINED_ON) else selected
+    return heads
+
+
+@contextmanager
+def _untouched_random_state() -> Iterator[None]:
+    # training must draw the numbers that it draws when the same heads are written out
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
