@@ -67,9 +67,8 @@ def build_demo(
         host's ``dataset_dir``).
 
     Raises:
-        ValueError: If ``size`` is unknown, or if ``output_dir`` exists and was not built by this request (without
-            ``force``)
-            or by this function at all (always).
+        ValueError: If ``size`` is unknown; if ``output_dir`` exists and was not built by this function; or if it was
+            built by another request and ``force`` is not set.
         ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
     """
     if size not in SIZES:
@@ -147,7 +146,7 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         chats = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in documents]
         chats += [sample.caption + END_OF_TEXT for sample in samples["train"]]
         losses = pretrain_language_model(language_model, tokenizer, chats, size.language_steps)
-        note(measured.setdefault("language_model", _summary(losses)))
+        note(_told(measured.setdefault("language_model", _summary(losses))))
         language_model.save_pretrained(paths["language_model"])
         tokenizer.save_pretrained(paths["language_model"])
     with _phase("vision tower, images alone") as note:
@@ -155,13 +154,13 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         losses = vision.pretrain_vision_tower(
             tower, _pixels(vision.image_processor(), samples["train"]), size.vision_steps
         )
-        note(measured.setdefault("vision_tower", _summary(losses)))
+        note(_told(measured.setdefault("vision_tower", _summary(losses))))
         vision.assemble_llava(language_model, tower, tokenizer).save_pretrained(paths["model"])
         vision.new_processor(tokenizer).save_pretrained(paths["model"])
     with _phase("teacher, images alone") as note:
         teacher, processor = teachers.new_teacher(), teachers.image_processor()
         losses = teachers.train_teacher(teacher, _pixels(processor, samples["train"]), size.teacher_steps)
-        note(measured.setdefault("teacher", _summary(losses)))
+        note(_told(measured.setdefault("teacher", _summary(losses))))
         teacher.save_pretrained(paths["teacher"])
         processor.save_pretrained(paths["teacher"])
     libraries = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "scikit-image")
@@ -185,6 +184,10 @@ def _documents(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[list[dict[st
 
 def _pixels(processor: Any, samples: list[Sample]) -> torch.Tensor:
     return processor([sample.image for sample in samples], return_tensors="pt")["pixel_values"]
+
+
+def _told(summary: dict[str, float]) -> str:
+    return "{steps} steps, loss {first_loss:.2f} -> {last_loss:.2f}".format(**summary)
 
 
 def _summary(losses: list[float]) -> dict[str, float]:
