@@ -3,7 +3,7 @@
 import copy
 import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,17 @@ def resolve_heads(model_args: Any, data_args: Any, training_args: Any, finetunin
     now = _facts(model_args, data_args, finetuning_args)
     heads = from_first(_selected_before(now, training_args, finetuning_args))
     if heads is None:
+        target = Path(training_args.output_dir) / FOLDER / HEADS_FILE
         with _untouched_random_state():
             plain = material(copy.deepcopy(model_args), copy.deepcopy(data_args), training_args, finetuning_args)
-            heads = select_heads(plain, SelectSettings.from_arguments(finetuning_args))
+            heads = select_heads(plain, SelectSettings.from_arguments(finetuning_args), target)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if rank() == 0:
             from llamafactory_hera.selection.present import present
 
-            present(Path(training_args.output_dir) / FOLDER / HEADS_FILE)
+            present(target)
     finetuning_args.hera_heads = str(heads)
     return heads
 
@@ -72,6 +73,8 @@ def _facts(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, A
     adapters = [Path(adapter) for adapter in model_args.adapter_name_or_path or []]
     settings = SelectSettings.from_arguments(finetuning_args)
     return {
+        "model": model_args.model_name_or_path,
+        "teacher": finetuning_args.hera_teacher,
         "model_fingerprint": model_fingerprint(folder, head_layout(load_config(model_args)), adapters),
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher)),
         "m": settings.m,
@@ -104,7 +107,7 @@ def _selected_before(now: dict[str, Any], training_args: Any, finetuning_args: A
     return None
 
 
-def _check(heads: HeadSet, now: dict[str, Any], keys: Sequence[str], finetuning_args: Any) -> None:
+def _check(heads: HeadSet, now: dict[str, Any], keys: dict[str, str], finetuning_args: Any) -> None:
     differing = differences(heads.provenance, now, keys)
     if not differing:
         return

@@ -147,7 +147,6 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
         adapter_folders=[Path(folder) for folder in model_args.adapter_name_or_path or []],
         teacher_name=finetuning_args.hera_teacher,
         dataset_name=", ".join(data_args.dataset),
-        output_dir=Path(training_args.output_dir),
         teacher_cache=finetuning_args.hera_teacher_cache,
         autocast=half,
         num_workers=training_args.dataloader_num_workers,

@@ -32,13 +32,13 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
     from .settings import SelectSettings
 
     read = read_recipe(recipe, overrides)
-    heads = select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args))
+    target = Path(read.training_args.output_dir) / FOLDER / HEADS_FILE
+    heads = select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:
         from .present import present
 
-        folder = Path(read.training_args.output_dir) / FOLDER
-        present(folder / HEADS_FILE)
-        write_run_recipe(read.path, read.overrides, heads, folder / HEADS_FILE, folder / RUN_RECIPE)
+        present(target)
+        write_run_recipe(read.path, read.overrides, heads, target, target.with_name(RUN_RECIPE))
         if in_place:
             set_heads_in_place(read.path, heads)
     return heads
@@ -55,8 +55,8 @@ def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> in
     """
     from ..host.recipe import read_recipe
     from .processes import rank
-    from .run import fill_teacher_cache
     from .settings import SelectSettings
+    from .teacher import fill_teacher_cache
 
     read = read_recipe(recipe, overrides)
     held = fill_teacher_cache(read.material(), SelectSettings.from_arguments(read.finetuning_args))

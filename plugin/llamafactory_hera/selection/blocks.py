@@ -17,7 +17,8 @@ from .settings import StoredDtype
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-_PREFIX = "features-"
+#: Of the names of folders that are deleted once their features are scored.
+PREFIX = "features-"
 
 
 class FeatureBlocks:
@@ -34,7 +35,7 @@ class FeatureBlocks:
     def __init__(
         self, folder: Path, key: str, rows: list[list[int]], layout: HeadLayout, stored_dtype: StoredDtype
     ) -> None:
-        self.folder = folder / f"{_PREFIX}{key[:16]}"
+        self.folder = folder / f"{PREFIX}{key[:16]}"
         self.rows = rows
         self._layout = layout
         self._dtype = DTYPES[stored_dtype]
@@ -53,8 +54,7 @@ class FeatureBlocks:
             layers: ``[B, L, D]``.
 
         Raises:
-            ValueError: A finite value does not fit the storage type.
-            OSError: The file cannot be written.
+            ValueError: A finite value does not fit the storage type, or the file cannot be written.
         """
         tensors = {}
         for index in range(self._layout.n_layers):
@@ -63,10 +63,13 @@ class FeatureBlocks:
         temporary = self._path(block).with_suffix(f".tmp{os.getpid()}")
         try:
             save_file(tensors, temporary)
-        except SafetensorError as error:  # a full disk is reported as such
+            os.replace(temporary, self._path(block))
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             temporary.unlink(missing_ok=True)
-            raise OSError(f"{temporary}: {error}") from error
-        os.replace(temporary, self._path(block))
+            raise ValueError(
+                f"output_dir: {self._path(block)} cannot be written ({error}). Free space there, or give another "
+                "folder; what was computed before stays there and is used by the next run."
+            ) from error
 
     def heads(self, device: torch.device) -> Iterator[Tensor]:
         """Each layer's head outputs ``[N, H, d]``, in the order of the samples."""
@@ -81,7 +84,7 @@ class FeatureBlocks:
     @staticmethod
     def clear(folder: Path) -> None:
         """Deletes the features of this and of earlier runs."""
-        for path in folder.glob(f"{_PREFIX}*"):
+        for path in folder.glob(f"{PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, block: int) -> Path:

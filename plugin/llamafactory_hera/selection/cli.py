@@ -1,6 +1,7 @@
 """The subcommands ``select``, ``score`` and ``report``."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def _overrides_anywhere(parser: argparse.ArgumentParser) -> None:
 
 def run_select(args: argparse.Namespace) -> int:
     """``llamafactory-hera select``."""
+    _quiet_host()
     from .launch import relaunched
 
     status = relaunched()
@@ -68,6 +70,7 @@ def run_select(args: argparse.Namespace) -> int:
 
 def run_score(args: argparse.Namespace) -> int:
     """``llamafactory-hera score``."""
+    _quiet_host()
     from .api import score_checkpoint
     from .launch import relaunched
 
@@ -87,3 +90,8 @@ def run_report(args: argparse.Namespace) -> int:
     for path in write_report(args.files, args.output, args.names):
         print(path)
     return 0
+
+
+def _quiet_host() -> None:
+    # at its usual level the host prints every configuration that it loads, and the table would be lost in them
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")

@@ -5,7 +5,9 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from ..heads.pooled import PooledHeads, text_decoder
 from ..heads.pooling import token_mask
 from .batches import Batch, plan_batches, run_batches
 from .blocks import FeatureBlocks
-from .material import Collate, Material
+from .material import Material
 from .processes import barrier, rank
 from .samples import Sample
 from .settings import Mode, SelectSettings
@@ -55,20 +57,20 @@ def forward_call(model: nn.Module, mode: Mode) -> Callable[[dict[str, Any]], Non
 
 def compute_features(
     model: nn.Module,
-    collate: Collate,
     samples: Sequence[Sample],
     material: Material,
     settings: SelectSettings,
+    folder: Path,
     key: str,
 ) -> FeatureBlocks:
     """Runs all samples through the model, shared out over the processes of the launch.
 
     Args:
         model: Whole on this process, in evaluation mode.
-        collate: Makes batches.
         samples: N samples, the same on every process.
-        material: For its folder and worker processes.
+        material: For its collator and worker processes.
         settings: Of the selection.
+        folder: Where the blocks' folder is made.
         key: Digest of model and settings; features of the same key are taken from an earlier, killed run.
 
     Returns:
@@ -83,17 +85,13 @@ def compute_features(
     rows = [[row for batch in batches if batch.block == block for row in batch.rows] for block in range(n_blocks)]
     key = hashlib.sha256(json.dumps([key, [feature["input_ids"] for feature in features], rows]).encode()).hexdigest()
     layout = head_layout(model_config(model))
-    blocks = FeatureBlocks(material.output_dir / "hera", key, rows, layout, settings.stored_dtype)
+    blocks = FeatureBlocks(folder, key, rows, layout, settings.stored_dtype)
     missing = blocks.missing()
     barrier()  # nobody writes before everybody has looked
-    mine = missing[rank() :: world_size()]
     if rank() == 0 and len(missing) < n_blocks:
-        logger.warning(
-            "Going on from %s: %d of %d blocks are there.", blocks.folder, n_blocks - len(missing), n_blocks
-        )
-    _run(
-        model, collate, [batch for batch in batches if batch.block in set(mine)], features, blocks, material, settings
-    )
+        logger.warning("%s: %d of %d blocks are there; going on.", blocks.folder, n_blocks - len(missing), n_blocks)
+    mine = set(missing[rank() :: world_size()])
+    _run(model, [batch for batch in batches if batch.block in mine], features, blocks, material, settings)
     barrier()
     unseen = blocks.missing()
     if unseen:
@@ -106,7 +104,6 @@ def compute_features(
 
 def _run(
     model: nn.Module,
-    collate: Collate,
     batches: list[Batch],
     features: list[dict[str, Any]],
     blocks: FeatureBlocks,
@@ -114,11 +111,13 @@ def _run(
     settings: SelectSettings,
 ) -> None:
     call = forward_call(model, settings.mode)
+    collate = material.collator(model)
     device = next(model.parameters()).device
     media = media_token_ids(model_config(model))
     autocast = torch.autocast(device.type, material.autocast) if material.autocast is not None else nullcontext()
     waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row -> its heads and layers
     with (
+        ThreadPoolExecutor(1) as writer,  # a block is written while the next one is computed
         PooledHeads(model) as pooled,
         torch.no_grad(),
         autocast,
@@ -139,13 +138,16 @@ def _run(
             heads, layers = pooled.take()
             return heads.cpu(), layers.cpu()
 
+        written = writer.submit(lambda: None)
         for batch, (heads, layers) in run_batches(batches, features, collate, run, material.num_workers):
             waiting.update(zip(batch.rows, zip(heads, layers, strict=True), strict=True))
             rows = blocks.rows[batch.block]
             if all(row in waiting for row in rows):
+                written.result()
                 block_heads, block_layers = zip(*(waiting.pop(row) for row in rows), strict=True)
-                blocks.write(batch.block, torch.stack(block_heads), torch.stack(block_layers))
+                written = writer.submit(blocks.write, batch.block, torch.stack(block_heads), torch.stack(block_layers))
             bar.update(len(batch.rows))
+        written.result()
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -44,7 +44,6 @@ class Material:
         adapter_folders: Folders of the adapters that are loaded upon it.
         teacher_name: As the recipe names it.
         dataset_name: As the recipe names it.
-        output_dir: The run's output folder; files go into its sub-folder ``hera``.
         teacher_cache: Folder of the teacher's feature cache, if the run keeps one.
         autocast: The type in which the run computes, where it is not the weights' own.
         num_workers: Processes that decode images.
@@ -58,7 +57,6 @@ class Material:
     model_folder: Path
     teacher_name: str
     dataset_name: str
-    output_dir: Path
     adapter_folders: list[Path] = field(default_factory=list)
     teacher_cache: str | None = None
     autocast: torch.dtype | None = None

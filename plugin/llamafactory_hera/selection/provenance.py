@@ -25,21 +25,23 @@ COMPARABLE = {
     "similarity": "similarity",
 }
 
-#: What a run must share with the selection whose heads it trains.
-TRAINED_ON = ("model_fingerprint", "teacher_fingerprint", "m")
+#: What a run must share with the selection whose heads it trains: facts of a provenance and the keys that decide them.
+TRAINED_ON = {"model_fingerprint": "model_name_or_path", "teacher_fingerprint": "hera_teacher", "m": "hera_select_m"}
 
 #: What a selection must share with another to be the same selection.
-SELECTED_BY = (
-    *TRAINED_ON,
-    "dataset",
-    "samples_asked",
-    "mode",
-    "k",
-    "pooling",
-    "similarity",
-    "strategy",
-    "seed",
-)
+SELECTED_BY = {
+    **TRAINED_ON,
+    "dataset": "dataset",
+    "samples_asked": "hera_select_samples",
+    "mode": "hera_select_mode",
+    "k": "hera_select_k",
+    "pooling": "hera_pooling",
+    "similarity": "hera_similarity",
+    "strategy": "hera_select",
+    "seed": "hera_select_seed",
+}
+# Fingerprints are digests: the name that goes with each says more.
+_NAMES = {"model_fingerprint": "model", "teacher_fingerprint": "teacher"}
 
 #: What pooled outputs depend on, beside the samples' tokens.
 FEATURE_FACTS = ("model_fingerprint", "samples_digest", "mode", "pooling", "stored_dtype")
@@ -99,13 +101,28 @@ def describe(
     }
 
 
-def differences(provenance: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> list[str]:
-    """For each key that differs, ``key: was …, is …``; a key that the provenance lacks is not compared."""
+def differences(provenance: dict[str, Any], now: dict[str, Any], keys: dict[str, str]) -> list[str]:
+    """In which settings a run differs from the selection.
+
+    Args:
+        provenance: Of the selection; a fact that it lacks is not compared.
+        now: The same facts of the run.
+        keys: Facts to compare, with the config keys that decide them.
+
+    Returns:
+        For each difference ``key was …, is …``.
+    """
     return [
-        f"{key} was {provenance[key]}, is {now[key]}"
-        for key in keys
-        if key in provenance and provenance[key] != now[key]
+        f"{key} was {_shown(provenance, fact)}, is {_shown(now, fact)}"
+        for fact, key in keys.items()
+        if fact in provenance and provenance[fact] != now[fact]
     ]
+
+
+def _shown(facts: dict[str, Any], fact: str) -> str:
+    if fact in _NAMES:
+        return f"{facts.get(_NAMES[fact])} (fingerprint {facts[fact][:8]})"
+    return str(facts[fact])
 
 
 def _rounded(values: list[float]) -> list[float | None]:

@@ -50,7 +50,7 @@ def draw_samples(source: Source, settings: SelectSettings) -> list[Sample]:
         if not images:
             without_image += 1
             continue
-        image = images[max(-len(images), min(settings.image_index, len(images) - 1))]
+        image = sample_image(images, settings.image_index)
         key = image_key(image)
         if key in seen:
             continue
@@ -62,6 +62,11 @@ def draw_samples(source: Source, settings: SelectSettings) -> list[Sample]:
         drawn.append(Sample(features, image, key))
     _check_number(drawn, len(order), without_image, without_text, settings)
     return drawn
+
+
+def sample_image(images: Sequence[ImageLike], index: int) -> ImageLike:
+    """The image that stands for a sample: the one of that index, negative from the end, clamped to what there is."""
+    return images[max(-len(images), min(index, len(images) - 1))]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
