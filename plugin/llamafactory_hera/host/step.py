@@ -153,8 +153,8 @@ class HeraStep:
 
     def _drop_cache(self, error: OSError) -> None:
         logger.warning(
-            f"hera_teacher_cache: {self.arguments.hera_teacher_cache} cannot be written ({error}); the run goes on and "
-            "computes features that are not in it."
+            f"hera_teacher_cache: {self.arguments.hera_teacher_cache} cannot be written ({error}); the run goes on "
+            "and computes the features that are not in it."
         )
         self.cache = None
 

@@ -1,0 +1,97 @@
+"""Each bad input stops the run with an error that names key, value and remedy, before any weight is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .runner import HostServer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weightless(world: Path) -> Path:
+    """The demo model without its weights: whoever gets as far as loading them fails in another way."""
+    folder = world / "weightless"
+    shutil.copytree(world / "hera_demo/model", folder)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+# change of the recipe -> what the message must hold
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no heads": ({"hera_heads": None}, ["hera_heads", "L13H12"]),
+    "syntax": ({"hera_heads": "3.4"}, ["hera_heads", "'3.4'", "L13H12,L7H6"]),
+    "outside": ({"hera_heads": "L0H1,L9H8"}, ["hera_heads", "L9H8", "L0 to L4", "H0 to H7"]),
+    "twice": ({"hera_heads": "L1H2,L1H2"}, ["hera_heads", "L1H2", "more than once"]),
+    "heads file": ({"hera_heads": "nowhere/heads.json"}, ["hera_heads", "nowhere/heads.json", "cannot be read"]),
+    "k": ({"hera_k": 0}, ["hera_k", "0", "1 or more"]),
+    "temperature": ({"hera_temperature": 0.0}, ["hera_temperature", "0.0", "more than 0"]),
+    "weight": ({"hera_weight": -0.1}, ["hera_weight", "-0.1", "0 or more"]),
+    "memory": ({"hera_memory": -1}, ["hera_memory", "-1", "0 or more"]),
+    "pooling": ({"hera_pooling": "max"}, ["hera_pooling", "'max'", "answer, text, mean, last"]),
+    "similarity": ({"hera_similarity": "l2"}, ["hera_similarity", "'l2'", "cosine, dot"]),
+    "teacher missing": ({"hera_teacher": "./no_teacher"}, ["hera_teacher", "./no_teacher"]),
+    "teacher not vision": (
+        {"hera_teacher": "hera_demo/language_model"},
+        ["hera_teacher", "not a vision model", "qwen3"],
+    ),
+    "text-only data": ({"dataset": "hera_demo_text"}, ["dataset", "hera_demo_text", "no image"]),
+    "text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),
+    "cutoff": ({"cutoff_len": 12}, ["cutoff_len", "12", "image tokens"]),
+    "packing": ({"packing": True}, ["packing", "False".lower()]),
+    "neat_packing": ({"neat_packing": True}, ["packing", "several samples"]),
+    "hyper parallel": ({"use_hyper_parallel": True}, ["use_hyper_parallel", "remove"]),
+    "asft": ({"use_asft_loss": True}, ["use_asft_loss", "remove"]),
+    "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc", "remove"]),
+    "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(server: HostServer, world: Path, weightless: Path, recipe: dict, name: str) -> None:
+    change, expected = CASES[name]
+    args = {**recipe, "model_name_or_path": str(weightless), "output_dir": "saves/bad", **change}
+    run = server.run({key: value for key, value in args.items() if value is not None}, world)
+    assert not run.ok
+    error = run.output[run.output.rindex("ValueError: ") :]
+    assert all(part in error for part in expected), error
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_broken_image_names_the_sample(
+    server: HostServer, world: Path, weightless: Path, recipe: dict, damage: str
+) -> None:
+    data = world / f"data_{damage}"
+    shutil.copytree(world / "hera_demo/data", data)
+    info = json.loads((data / "dataset_info.json").read_text())
+    samples = json.loads((data / info["hera_demo"]["file_name"]).read_text())
+    image = data / samples[7]["images"][0]
+    image.unlink()
+    if damage == "corrupt":
+        image.write_bytes(b"not an image")
+    args = {"model_name_or_path": str(weightless), "dataset_dir": str(data), "output_dir": "saves/bad"}
+    run = server.run(recipe | args, world)
+    assert not run.ok
+    error = run.output[run.output.rindex("ValueError: ") :]
+    first = next(i for i, sample in enumerate(samples) if sample["images"][0] == samples[7]["images"][0])
+    assert f"sample {first} of hera_demo" in error
+    assert image.name in error
+
+
+def test_many_heads_warn_and_train(server: HostServer, world: Path, recipe: dict) -> None:
+    heads = ",".join(f"L1H{head}" for head in range(6))
+    run = server.run(recipe | {"hera_heads": heads, "output_dir": "saves/many", "max_steps": 1}, world)
+    assert run.ok, run.output
+    assert "hera_heads: 6 heads are more than the 5" in run.output
+
+
+def test_a_run_that_cannot_change_its_heads_stops(server: HostServer, world: Path, recipe: dict) -> None:
+    frozen = {"finetuning_type": "lora", "lora_target": "lm_head", "output_dir": "saves/idle"}
+    run = server.run({**recipe, **frozen}, world)
+    assert not run.ok
+    assert "cannot change L1H0" in run.output
+    assert "nothing that feeds them is trained" in run.output
