@@ -1,19 +1,25 @@
-"""Adds the chat templates of LLaVA-style models on other LLMs than Vicuna.
+"""Adds the chat templates of LLaVA-style models on the language models of the recipes.
 
-Why: the host has its ``llava`` data plugin for the Vicuna format alone.
+Why: the host has its ``llava`` data plugin for the Vicuna format alone, and no template for LLaVA's stage 1.
 
 Tested with 0.9.5. Can go when the host has these templates.
 """
 
 from types import ModuleType
 
-WHAT = "templates llava_qwen2_5, llava_qwen3, llava_llama3, llava_plain"
+from .registry import NOT_NEEDED
+
+WHAT = "templates llava_plain, llava_qwen2_5, llava_qwen3, llava_llama3, llava_vicuna"
 
 
 def check(module: ModuleType) -> str | None:
-    """Says what the host's module lacks, or None."""
-    missing = [name for name in ("register_template", "TEMPLATES", "StringFormatter") if not hasattr(module, name)]
-    return f"no {', '.join(missing)}" if missing else None
+    """Says what the host's module lacks, or None; nothing is needed where the host has all of them."""
+    from llamafactory_hera.host.templates import NAMES, lacking
+
+    lack = lacking(module)
+    if lack is None and all(name in module.TEMPLATES for name in NAMES):
+        return NOT_NEEDED
+    return lack
 
 
 def apply(module: ModuleType) -> None:

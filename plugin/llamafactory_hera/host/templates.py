@@ -1,22 +1,63 @@
-"""Chat templates of LLaVA-style models, registered with the host."""
+"""Chat templates of LLaVA-style models, registered with the host.
 
+Each is the host's own template of the language model, with the data plugin of LLaVA, which puts image tokens in.
+"""
+
+from dataclasses import fields
 from types import ModuleType
+from typing import Any
+
+IMAGE_TOKEN = "<image>"
+
+#: Name -> the host's template that it is made of, and what is changed of it.
+#:
+#: - ``llava_qwen3`` is without thinking: plain ChatML, as Qwen3's Instruct-2507 models have it. The empty thought that
+#:   the hybrid models put in front of an answer is left out in training and, by `build`, in the model's own template.
+#: - ``llava_llama3``: the host's second stop word is Llama 3.1's; here it would add a token to the vocabulary.
+#: - ``llava_vicuna``: LLaVA-1.5's format. The host's ``vicuna`` and ``llava`` leave the BOS token out.
+_BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava_qwen2_5": ("qwen", {}),
+    "llava_qwen3": ("qwen3_nothink", {}),
+    "llava_llama3": ("llama3", {"stop_words": ["<|eot_id|>"]}),
+    "llava_vicuna": ("vicuna", {"replace_jinja_template": False}),
+}
+_WITH_BOS = ("llava_vicuna",)
+
+PLAIN = "llava_plain"
+NAMES = (*_BASES, PLAIN)
+
+
+def lacking(host: ModuleType) -> str | None:
+    """Says what the host's ``data.template`` module lacks for :func:`register`, or None."""
+    needed = ("register_template", "TEMPLATES", "Template", "StringFormatter", "EmptyFormatter")
+    missing = [name for name in needed if not hasattr(host, name)]
+    if not missing:
+        missing = [f"template {base}" for base, _ in _BASES.values() if base not in host.TEMPLATES]
+    return f"no {', '.join(missing)}" if missing else None
 
 
 def register(host: ModuleType) -> None:
-    """Registers the templates with the host's ``data.template`` module, leaving names it already has alone."""
+    """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
     from llamafactory.data.mm_plugin import get_mm_plugin
 
-    chatml = {
-        "format_user": host.StringFormatter(
-            slots=["<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"]
-        ),
-        "format_assistant": host.StringFormatter(slots=["{{content}}<|im_end|>\n"]),
-        "format_system": host.StringFormatter(slots=["<|im_start|>system\n{{content}}<|im_end|>\n"]),
-        "stop_words": ["<|im_end|>"],
-        "replace_eos": True,
+    from .plain import PlainTemplate
+
+    bos = host.EmptyFormatter(slots=[{"bos_token"}])
+    settings: dict[str, dict[str, Any]] = {
+        PLAIN: {
+            "format_prefix": bos,
+            # LLaVA ends a caption by a line break and nothing else
+            "format_assistant": host.StringFormatter(slots=["{{content}}\n"]),
+            "template_class": PlainTemplate,
+        }
     }
-    templates = {"llava_qwen3": chatml}
-    for name, settings in templates.items():
+    for name, (base, changes) in _BASES.items():
+        template = host.TEMPLATES[base]
+        own = {field.name: getattr(template, field.name) for field in fields(template)}
+        settings[name] = {**own, "template_class": type(template), **changes}
+        if name in _WITH_BOS:
+            settings[name]["format_prefix"] = bos
+    for name in NAMES:
         if name not in host.TEMPLATES:
-            host.register_template(name=name, mm_plugin=get_mm_plugin(name="llava", image_token="<image>"), **settings)
+            plugin = get_mm_plugin(name="llava", image_token=IMAGE_TOKEN)
+            host.register_template(**settings[name] | {"name": name, "mm_plugin": plugin})

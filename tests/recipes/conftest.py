@@ -1,0 +1,22 @@
+"""The recipes in the repository, and the host's parser."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """The folder ``recipes/`` of the repository."""
+    return ROOT / "recipes"
+
+
+@pytest.fixture(scope="session")
+def values(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> keys of every generated recipe, read from its file."""
+    files = [file for file in folder.glob("*.yaml") if not file.name.startswith("demo_")]
+    return {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}

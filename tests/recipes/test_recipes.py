@@ -1,0 +1,132 @@
+"""The shipped recipes: generated, parsed by the host, and right for their backbone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamafactory_hera.backbones.memory import spread
+from llamafactory_hera.backbones.recipes import DEFAULT_GPUS, GPUS, all_recipes, write_recipes
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
+from llamafactory_hera.host.arguments import HeraArguments
+
+from .conftest import ROOT
+
+KINDS = ("pretrain", "hera", "hera_lora", "sft")
+
+
+@pytest.fixture(scope="module")
+def parsed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    files = [str(folder / f"{name}.yaml") for name in values]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.recipes.parse_all", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def test_the_committed_files_are_what_the_generator_writes(folder: Path, values: dict, tmp_path: Path) -> None:
+    written = write_recipes(tmp_path)
+    assert {file.stem for file in written} == set(values)
+    for file in written:
+        committed = (folder / file.name).read_text(encoding="utf-8")
+        assert committed == file.read_text(encoding="utf-8"), f"{file.name} is not what the generator writes"
+
+
+def test_every_backbone_has_its_recipes(values: dict) -> None:
+    expected = {f"{key}_{kind}" for key in LANGUAGE_MODELS for kind in KINDS}
+    expected |= {f"{key}_{kind}" for key in NATIVE_MODELS for kind in ("hera", "hera_lora")}
+    assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
+
+
+def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
+    assert set(parsed) == set(values)
+    for name, facts in parsed.items():
+        assert facts["template"], f"{name}: {values[name]['template']} is not registered"
+        assert facts["use_hera"] == (not name.endswith("_sft"))
+        assert facts["stage"] == values[name]["stage"]
+        assert facts["bf16"]
+        assert facts["warmup"] == 30  # 3 %
+        assert facts["zero3"] == (name.endswith(("_hera", "_sft"))), name
+
+
+def test_the_schedule_is_llavas(parsed: dict) -> None:
+    for key in LANGUAGE_MODELS:
+        assert parsed[f"{key}_pretrain"]["learning_rate"] == 1e-3
+        assert parsed[f"{key}_hera"]["learning_rate"] == 2e-5
+
+
+@pytest.mark.parametrize("key", LANGUAGE_MODELS)
+def test_the_baseline_differs_from_its_twin_in_the_hera_keys_alone(key: str, values: dict) -> None:
+    hera, sft = values[f"{key}_hera"], values[f"{key}_sft"]
+    changed = {"stage", "output_dir"}
+    assert {k: v for k, v in hera.items() if not k.startswith("hera_") and k not in changed} == {
+        k: v for k, v in sft.items() if k not in changed
+    }
+    assert (hera["stage"], sft["stage"]) == ("hera", "sft")
+    assert hera["output_dir"] != sft["output_dir"]
+
+
+@pytest.mark.parametrize("key", LANGUAGE_MODELS)
+def test_the_papers_settings_stand_in_both_stages(key: str, values: dict) -> None:
+    for kind in ("pretrain", "hera", "hera_lora"):
+        keys = values[f"{key}_{kind}"]
+        assert keys["hera_heads"] == LANGUAGE_MODELS[key].heads
+        assert (keys["hera_k"], keys["hera_weight"], keys["hera_temperature"]) == (10, 0.01, 0.07)
+        assert keys["hera_teacher"] == "facebook/dinov2-large"
+    assert values[f"{key}_hera"]["model_name_or_path"] == values[f"{key}_pretrain"]["output_dir"]
+    assert values[f"{key}_pretrain"]["template"] == "llava_plain"
+
+
+def test_native_models_select_their_heads_by_what_they_see(values: dict) -> None:
+    for key in NATIVE_MODELS:
+        for kind in ("hera", "hera_lora"):
+            keys = values[f"{key}_{kind}"]
+            assert (keys["hera_heads"], keys["hera_select_mode"]) == ("auto", "mllm")
+            assert keys["model_name_or_path"] == NATIVE_MODELS[key].checkpoint
+
+
+def test_only_keys_that_hera_declares_are_used(values: dict) -> None:
+    declared = set(HeraArguments.__dataclass_fields__)
+    for name, keys in values.items():
+        assert {key for key in keys if key.startswith("hera_")} <= declared, name
+
+
+def test_sequences_have_room_for_the_image(values: dict) -> None:
+    for name, keys in values.items():
+        native = NATIVE_MODELS.get(name.split("_hera")[0])
+        assert keys["cutoff_len"] >= (native.image_tokens if native else 729) + 1024, name
+
+
+@pytest.mark.parametrize("recipe", list(all_recipes()), ids=lambda recipe: recipe.name)
+def test_every_row_makes_the_global_batch_and_the_header_shows_it(recipe: Any, folder: Path) -> None:
+    text = (folder / f"{recipe.name}.yaml").read_text(encoding="utf-8")
+    header = [line.split() for line in text.splitlines() if line.startswith("# ") and line.split()[1:2] != []]
+    for plan in recipe.plans:
+        assert plan.gpus * plan.per_device * plan.accumulation == recipe.work.global_batch
+        candidates = plan.gpus * plan.per_device + plan.hera_memory
+        assert candidates == max(recipe.work.global_batch, 128)
+        row = [str(plan.gpus), str(plan.per_device), str(plan.accumulation)]
+        assert any(words[1:4] == row for words in header), row
+    chosen = next(plan for plan in recipe.plans if plan.gpus == (DEFAULT_GPUS if len(recipe.plans) > 1 else 1))
+    assert chosen.fits
+    assert recipe.keys["per_device_train_batch_size"] == chosen.per_device
+    assert recipe.keys["gradient_accumulation_steps"] == chosen.accumulation
+    assert recipe.keys.get("hera_memory", chosen.hera_memory) == chosen.hera_memory
+    assert [plan.gpus for plan in recipe.plans] in ([1], list(GPUS))
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_gpus_under_zero3() -> None:
+    work = next(recipe.work for recipe in all_recipes() if recipe.name == "qwen3_8b_hera")
+    assert work.memory(8, 8) > work.memory(8, 4) > work.memory(32, 4)
+    # 16 bytes for each of 8.2e9 parameters alone are more than a card
+    assert not spread(work, 1).fits
+    assert work.memory(1, 1) > 16 * 8.19e9 / 2**30
