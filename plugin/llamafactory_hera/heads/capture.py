@@ -19,24 +19,9 @@ from torch import Tensor, nn
 
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .head_set import HeadId, HeadSet
+from .pooling import pool_tokens
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
-
-
-def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of ``mask``; zero for a row without any.
-
-    Args:
-        hidden: ``[B, T, X]``.
-        mask: ``[B, T]``, true or 1 for the tokens that enter.
-
-    Returns:
-        ``[B, X]`` in the dtype of ``hidden``.
-    """
-    # 0/1 weights are exact in half precision, so the division comes after the product
-    weights = mask.to(hidden.dtype).unsqueeze(1)
-    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (torch.bmm(weights, hidden).squeeze(1) / count).to(hidden.dtype)
 
 
 class HeadCapture:
@@ -79,6 +64,7 @@ class HeadCapture:
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
         self._undo: list[Callable[[], None]] = []
         self._project: dict[int, Callable[..., Tensor]] = {}
+        self._wrapped: dict[int, Callable[..., Any]] = {}
         #: Layers whose pooled head outputs received a gradient since :meth:`pool`, when asked to watch.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
@@ -91,14 +77,12 @@ class HeadCapture:
         self.remove()
 
     def install(self) -> None:
-        """Hooks the chosen layers; call it once training has set up gradient checkpointing."""
+        """Hooks the chosen layers, once."""
         if self._undo:
             return
         for index, layer in self._layers.items():
             projection = output_projection(layer, self._layout.model_type)
             self._replace(projection, "forward", self._projection_forward(index, projection))
-            if _CHECKPOINTING in vars(layer):
-                self._replace(layer, _CHECKPOINTING, self._checkpointing(index, layer))
 
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
@@ -109,6 +93,7 @@ class HeadCapture:
         self._inputs.clear()
         self._frames.clear()
         self._project.clear()
+        self._wrapped.clear()
 
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
@@ -116,6 +101,8 @@ class HeadCapture:
         self._rows.clear()
         self._inputs.clear()
         self.gradient_seen.clear()
+        if self._undo:
+            self._wrap_checkpointing()
 
     def representations(self, mask: Tensor | None = None) -> Tensor:
         """The pooled contributions of the last forward pass.
@@ -151,6 +138,8 @@ class HeadCapture:
         setattr(owner, name, value)
 
         def undo() -> None:
+            if vars(owner).get(name) is not value:
+                return  # replaced since by someone else, whose it is now
             if had:
                 setattr(owner, name, before)
             else:
@@ -163,7 +152,8 @@ class HeadCapture:
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._mask is None:
-                self._inputs.setdefault(index, hidden)
+                if self._undo and not _in_backward():
+                    self._inputs[index] = hidden
                 return original(hidden, *args, **kwargs)
             pooled = pool_tokens(hidden, self._mask)
             if self.watch_gradients and pooled.requires_grad:
@@ -173,8 +163,8 @@ class HeadCapture:
             rows = self._without_bias(output[:, hidden.shape[1] :], self._heads_of[index])
             if index in self._frames:
                 self._frames[index].append(rows)
-            else:
-                self._rows.setdefault(index, rows)  # a later call is the recomputation of this one
+            elif not _in_backward():
+                self._rows[index] = rows
             return output[:, : hidden.shape[1]]
 
         return forward
@@ -198,6 +188,14 @@ class HeadCapture:
     def _note_gradient(self, index: int, gradient: Tensor) -> None:
         if bool((gradient != 0).any()):
             self.gradient_seen.add(index)
+
+    def _wrap_checkpointing(self) -> None:
+        # before every pass: a trainer sets up checkpointing when it starts, after the hooks may have been installed
+        for index, layer in self._layers.items():
+            function = vars(layer).get(_CHECKPOINTING)
+            if function is not None and function is not self._wrapped.get(index):
+                self._wrapped[index] = self._checkpointing(index, layer)
+                self._replace(layer, _CHECKPOINTING, self._wrapped[index])
 
     def _checkpointing(self, index: int, layer: nn.Module) -> Callable[..., Any]:
         original = getattr(layer, _CHECKPOINTING)
@@ -240,6 +238,11 @@ class HeadCapture:
             self._rows[index] = self._without_bias(self._project[index](rows), self._heads_of[index])
 
 
+def _in_backward() -> bool:
+    """Whether a backward pass is running: a forward call then is the recomputation of an earlier one."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _has_bias(projection: nn.Module) -> bool:
-    base = projection.get_base_layer() if hasattr(projection, "get_base_layer") else projection
-    return getattr(base, "bias", None) is not None
+    # its own, that of the layer inside an adapter, or the adapter's
+    return any(getattr(module, "bias", None) is not None for module in projection.modules())

@@ -1,4 +1,4 @@
-"""Which tokens a head representation is averaged over."""
+"""Which tokens a head representation is averaged over, and the average."""
 
 from collections.abc import Collection
 from typing import Literal, get_args
@@ -52,3 +52,21 @@ def token_mask(
         last = torch.where(attended, positions, -1).amax(dim=1, keepdim=True)
         return attended & (positions == last)
     raise ValueError(f"hera_pooling: {pooling!r} is unknown; choose one of {', '.join(get_args(Pooling))}.")
+
+
+def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the tokens of ``mask``; zero for a row without any.
+
+    Args:
+        hidden: ``[B, T, X]``.
+        mask: ``[B, T]``, true or 1 for the tokens that enter.
+
+    Returns:
+        ``[B, X]`` in the dtype of ``hidden``.
+    """
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(torch.promote_types(hidden.dtype, torch.float32))
+    # A sum of many tokens is more than float16 holds, so the division comes first; what its rounding costs is made up
+    # for afterwards, in single precision.
+    scale = count.reciprocal().to(hidden.dtype)
+    pooled = torch.bmm((mask * scale).to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
+    return (pooled / (count * scale)).to(hidden.dtype)

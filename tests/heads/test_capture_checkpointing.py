@@ -1,0 +1,213 @@
+"""Gradient checkpointing recomputes layers in the backward pass: the heads and all gradients must not change."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tests.tiny_models import answer_labels, text_batch, text_model, vlm, vlm_batch
+from torch import Tensor, nn
+
+from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
+from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads.families import decoder_layers
+
+HEADS = "L1H3,L0H2,L1H0,L1H1"
+ROWS = 4
+
+
+def host(reentrant: bool) -> Callable[[nn.Module], None]:
+    def enable(model: nn.Module) -> None:
+        checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing")
+        arguments = SimpleNamespace(
+            upcast_layernorm=False,
+            upcast_lmhead_output=False,
+            disable_gradient_checkpointing=False,
+            use_unsloth_gc=False,
+            use_reentrant_gc=reentrant,
+        )
+        checkpointing.prepare_model_for_training(model, arguments)
+
+    return enable
+
+
+def transformers(reentrant: bool) -> Callable[[nn.Module], None]:
+    def enable(model: nn.Module) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()  # as its Trainer and PEFT do for reentrant checkpointing of frozen inputs
+
+    return enable
+
+
+CHECKPOINTING: dict[str, Callable[[nn.Module], None]] = {
+    "host, reentrant": host(True),
+    "host, non-reentrant": host(False),
+    "transformers, reentrant": transformers(True),
+    "transformers, non-reentrant": transformers(False),
+}
+
+
+def everything(model: nn.Module) -> nn.Module:
+    return model
+
+
+def projector_only(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("multi_modal_projector" in name)
+    return model
+
+
+def lora(model: nn.Module) -> nn.Module:
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    return wrapped
+
+
+def step(
+    model: nn.Module, batch: dict[str, Tensor], mask: Tensor, lm_weight: float, hera_weight: float
+) -> dict[str, Tensor]:
+    """Losses, head representations and the gradient of each trainable parameter of one training step."""
+    teacher = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(5))
+    model.zero_grad()
+    with HeadCapture(model, HEADS) as capture:
+        capture.pool(mask)
+        lm_loss = model(**batch).loss
+        z = capture.representations()
+        assert z.requires_grad
+        hera_loss = contrastive_loss(z, nearest_neighbors(teacher, 2), 0.2)
+        (lm_weight * lm_loss + hera_weight * hera_loss).backward()
+    seen = {"lm loss": lm_loss.detach(), "hera loss": hera_loss.detach(), "z": z.detach()}
+    # a parameter that the loss does not reach may hold no gradient or one of zero
+    return seen | {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def compare(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        scale = max(1.0, wanted[name].abs().max().item())
+        torch.testing.assert_close(
+            got[name], wanted[name], rtol=0, atol=1e-6 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    batch = vlm_batch(model, rows=ROWS)
+    batch["labels"] = answer_labels(batch)
+    return batch, batch["labels"] != -100
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("training", [everything, projector_only, lora], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0)], ids=["both losses", "the term alone"])
+def test_gradients_equal_those_without_checkpointing(checkpointing, training, weights):
+    model = vlm("llava-qwen3")
+    batch, mask = inputs(model)
+    plain = step(training(model), batch, mask, *weights)
+    without_term = step(training(vlm("llava-qwen3")), batch, mask, weights[0], 0.0)
+
+    model = vlm("llava-qwen3")
+    CHECKPOINTING[checkpointing](model)
+    model = training(model)
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
+    compare(step(model, batch, mask, *weights), plain)
+
+    changed = [name for name in plain if not torch.allclose(plain[name], without_term[name], atol=1e-4)]
+    expected = {"everything": "q_proj.weight", "projector_only": "multi_modal_projector", "lora": "q_proj.lora_B"}
+    assert any(expected[training.__name__] in name for name in changed)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llava-llama", "llava-phi3", "gemma3", "paligemma-gemma2", "qwen2_vl", "qwen3_vl"])
+def test_every_kind_of_decoder_layer(name, reentrant):
+    model = vlm(name)
+    batch, mask = inputs(model)
+    plain = step(model, batch, mask, 1.0, 0.5)
+    transformers(reentrant)(model)
+    compare(step(model, batch, mask, 1.0, 0.5), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_that_is_switched_on_inside_the_context(reentrant):
+    model = vlm("llava-qwen3")
+    batch, mask = inputs(model)
+    plain = step(model, batch, mask, 1.0, 0.5)
+    with HeadCapture(model, HEADS) as capture:
+        capture.pool(mask)
+        model(**batch)
+        transformers(reentrant)(model)
+        functions = [layer._gradient_checkpointing_func for layer in decoder_layers(model)]
+        model.zero_grad()
+        capture.pool(mask)
+        lm_loss = model(**batch).loss
+        teacher = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(5))
+        z = capture.representations()
+        (lm_loss + 0.5 * contrastive_loss(z, nearest_neighbors(teacher, 2), 0.2)).backward()
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradient, plain[name], rtol=0, atol=1e-6 * max(1.0, plain[name].abs().max()))
+    assert [layer._gradient_checkpointing_func for layer in decoder_layers(model)] == functions
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_two_passes_with_different_tokens_before_one_backward_pass(reentrant):
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = 0.0
+        with HeadCapture(model, HEADS) as capture:
+            for seed, first in ((1, 2), (2, 5)):
+                batch = text_batch(seed=seed)
+                mask = batch["attention_mask"].bool()
+                mask[:, :first] = False
+                capture.pool(mask)
+                loss = loss + model(**batch, labels=batch["input_ids"]).loss
+                loss = loss + capture.representations().square().mean() * seed
+            capture.pool(None)
+            loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = text_model("llama", attention_bias=True)
+    plain = gradients(model)
+    transformers(reentrant)(model)
+    compare(gradients(model), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_it_says_which_layers_got_a_gradient(reentrant):
+    model = vlm("llava-qwen3")
+    transformers(reentrant)(model)
+    batch, mask = inputs(model)
+    with HeadCapture(model, "L0H1,L1H2") as capture:
+        capture.watch_gradients = True
+        for factors, expected in (((1.0, 1.0), {0, 1}), ((0.0, 1.0), {1}), ((0.0, 0.0), set())):
+            capture.pool(mask)
+            model(**batch)
+            (capture.representations() * torch.tensor(factors).view(2, 1, 1)).sum().backward()
+            assert capture.gradient_seen == expected
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_naming_the_tokens_afterwards_is_refused_while_training(reentrant):
+    model, batch = text_model("qwen3"), text_batch()
+    mask = batch["attention_mask"].bool()
+    with HeadCapture(model, HEADS) as capture:
+        model(**batch)
+        expected = capture.representations(mask).detach()
+    transformers(reentrant)(model)
+    with HeadCapture(model, HEADS) as capture:
+        model(**batch)
+        with pytest.raises(RuntimeError, match=r"gradient checkpointing .* call `capture.pool\(mask\)` before"):
+            capture.representations(mask)
+    with HeadCapture(model.eval(), HEADS) as capture:  # nothing is recomputed in evaluation
+        model(**batch)
+        torch.testing.assert_close(capture.representations(mask).detach(), expected, rtol=0, atol=1e-6)
+    with torch.no_grad(), HeadCapture(model.train(), HEADS) as capture:
+        model(**batch)
+        torch.testing.assert_close(capture.representations(mask), expected, rtol=0, atol=1e-6)

@@ -1,0 +1,96 @@
+"""For every text family, bare and inside a VLM: the captured contributions are the attention block, cut by heads."""
+
+import pytest
+import torch
+from tests.head_reference import check_heads
+from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, answer_labels, text_batch, text_model, vlm, vlm_batch
+
+from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads.families import (
+    FAMILIES,
+    decoder_layers,
+    head_layout,
+    is_multimodal,
+    media_token_ids,
+    output_projection,
+)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_bare_decoder(model_type):
+    model = text_model(model_type)
+    layout = head_layout(model.config)
+    assert layout.model_type == model_type
+    assert (layout.n_layers, layout.n_heads, layout.n_kv_heads) == (LAYERS, HEADS, 2)
+    if model_type not in ("qwen2_vl_text", "qwen2_5_vl_text"):  # these two know no head_dim of their own
+        assert layout.head_dim != layout.hidden_size // layout.n_heads
+    batch = text_batch()
+    mask = batch["attention_mask"].bool()
+    mask[:, :3] = False
+    check_heads(model, batch, mask)
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_inside_a_vlm(name):
+    model = vlm(name)
+    assert is_multimodal(model.config)
+    batch = vlm_batch(model)
+    check_heads(model, batch, answer_labels(batch) != -100)
+    check_heads(model, batch, batch["attention_mask"].bool())
+
+
+def test_every_family_appears_inside_a_vlm():
+    assert {head_layout(vlm(name).config).model_type for name in VLMS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_the_placeholders_of_images_are_known(name):
+    model = vlm(name)
+    assert IMAGE in media_token_ids(model.config)
+    text = model.config.get_text_config()
+    assert media_token_ids(text) == frozenset()
+    assert not is_multimodal(text)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl_text", "gemma2", "gemma3_text"])
+def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type):
+    model = text_model(model_type, attention_bias=True)
+    for layer in decoder_layers(model):
+        assert output_projection(layer, model_type).bias.abs().max() > 0.01
+    batch = text_batch()
+    check_heads(model, batch, batch["attention_mask"].bool())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_left_padding_and_a_row_without_tokens(attention):
+    model = text_model("qwen3", attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    ids = torch.randint(3, 50, (3, 8))
+    attended = torch.ones_like(ids)
+    attended[0, :4] = attended[1, :1] = 0
+    mask = attended.bool()
+    mask[:, -2:] = False
+    mask[2] = False
+    check_heads(model, {"input_ids": ids, "attention_mask": attended}, mask)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_half_precision_weights(dtype, tolerance):
+    model = text_model("qwen3").to(dtype)
+    batch = text_batch()
+    check_heads(model, batch, batch["attention_mask"].bool(), tolerance=tolerance)
+
+
+def test_autocast_to_bfloat16():
+    model, batch = text_model("qwen3"), text_batch()
+    mask = batch["attention_mask"].bool()
+    with HeadCapture(model, "L0H1,L1H2") as capture:
+        capture.pool(mask)
+        model(**batch)
+        expected = capture.representations()
+        capture.pool(mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch)
+        got = capture.representations()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=0.03 * expected.abs().max().item())
