@@ -109,7 +109,8 @@ def text_decoder(model: nn.Module) -> nn.Module:
 def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
     """The effective output projection of each decoder layer, one function a layer, so that one is held at a time.
 
-    The module projects the unit vectors, so the weight is right whatever the module has become (LoRA, DoRA, 4-bit).
+    Unless it is a plain linear layer, the module projects the unit vectors, so the weight is right whatever the module
+    has become (LoRA, DoRA, 4-bit).
 
     Returns:
         Functions that return ``[D, H * d]`` on the module's device.
@@ -122,6 +123,8 @@ def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
 
         @torch.no_grad()
         def weight() -> Tensor:
+            if type(projection) is nn.Linear:
+                return projection.weight.detach()
             # packed 4-bit weights are integers: the layer's norm then says the type
             candidates = [*projection.parameters(), *layer.parameters()]
             like = next(p for p in candidates if p.is_floating_point())

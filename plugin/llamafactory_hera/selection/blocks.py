@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ class FeatureBlocks:
             save_file(tensors, temporary)
             os.replace(temporary, self._path(block))
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise ValueError(
                 f"output_dir: {self._path(block)} cannot be written ({error}). Free space there, or give another "
                 "folder; what was computed before stays there and is used by the next run."

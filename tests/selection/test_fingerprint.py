@@ -1,0 +1,120 @@
+"""The fingerprint is that of the language model, wherever it lies; the teacher is compared with the vision tower."""
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from llamafactory_hera.heads.families import decoder_layers, head_layout
+from llamafactory_hera.selection.fingerprint import is_own_vision_tower, model_fingerprint
+from tests.tiny_models import text_model, vlm
+
+from .tiny import save_teacher
+
+
+def fingerprint(model, folder, adapters=(), **save):
+    model.save_pretrained(folder, **save)
+    return model_fingerprint(folder, head_layout(model.config), adapters)
+
+
+@pytest.fixture
+def llm():
+    return text_model("qwen3")
+
+
+@pytest.fixture
+def plain(llm, tmp_path):
+    return fingerprint(llm, tmp_path / "plain")
+
+
+def test_a_copy_has_the_same(llm, plain, tmp_path):
+    assert fingerprint(llm, tmp_path / "copy") == plain
+
+
+def test_a_copy_in_shards_has_the_same(llm, plain, tmp_path):
+    assert fingerprint(llm, tmp_path / "shards", max_shard_size="20KB") == plain
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+
+
+def test_a_pickled_copy_has_the_same(llm, plain, tmp_path):
+    torch.save(llm.state_dict(), tmp_path / "plain/pytorch_model.bin")
+    (tmp_path / "plain/model.safetensors").unlink()
+    assert model_fingerprint(tmp_path / "plain", head_layout(llm.config)) == plain
+
+
+def test_a_copy_in_half_precision_has_the_same(llm, plain, tmp_path):
+    assert fingerprint(llm.bfloat16(), tmp_path / "half") == plain
+
+
+@pytest.mark.parametrize("name", ["llava-qwen3", "llava-llama", "gemma3", "qwen3_vl", "internvl-qwen2"])
+def test_a_vlm_has_that_of_its_language_model(name, tmp_path):
+    model = vlm(name)
+    decoder = model.get_decoder()
+    text = head_layout(decoder.config)
+    whole = fingerprint(model, tmp_path / "vlm")
+    tf_state = {f"model.{key}": value.contiguous() for key, value in decoder.state_dict().items()}
+    (tmp_path / "llm").mkdir()
+    save_file(tf_state, tmp_path / "llm/model.safetensors")
+    assert model_fingerprint(tmp_path / "llm", text) == whole
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.data_ptr() not in {p.data_ptr() for p in decoder.parameters()}:
+                parameter.add_(1)
+    assert fingerprint(model, tmp_path / "other_tower") == whole
+
+
+def test_any_trained_weight_changes_it(llm, plain, tmp_path):
+    for index, name in enumerate(("input_layernorm", "self_attn.v_proj", "mlp.down_proj")):
+        model = text_model("qwen3")
+        weight = decoder_layers(model)[1].get_submodule(name).weight
+        with torch.no_grad():
+            weight.mul_(1.02)
+        assert fingerprint(model, tmp_path / str(index)) != plain
+
+
+def test_another_layout_changes_it(llm, plain, tmp_path):
+    llm.config.num_attention_heads *= 2
+    llm.config.head_dim //= 2
+    assert fingerprint(llm, tmp_path / "layout") != plain
+
+
+def test_an_adapter_changes_it(llm, plain, tmp_path):
+    get_peft_model(text_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    llm.save_pretrained(tmp_path / "llm")
+    layout = head_layout(llm.config)
+    adapted = model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"])
+    assert adapted != plain
+    file = tmp_path / "lora/adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
+    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) not in (plain, adapted)
+    with pytest.raises(ValueError, match=r"adapter_name_or_path: .*plain holds no adapter"):
+        model_fingerprint(tmp_path / "llm", layout, [tmp_path / "plain"])
+
+
+def test_weights_without_a_decoder_are_named(tmp_path):
+    save_teacher(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="model_name_or_path: no decoder layer"):
+        model_fingerprint(tmp_path / "teacher", head_layout(text_model("qwen3").config))
+
+
+def test_the_models_own_vision_tower_is_recognised(tmp_path):
+    model = vlm("llava-qwen3")
+    model.save_pretrained(tmp_path / "model")
+    tower = model.model.vision_tower
+    tower.save_pretrained(tmp_path / "own")
+    assert is_own_vision_tower(tmp_path / "model", tmp_path / "own")
+    whole = tf.CLIPModel(tf.CLIPConfig(vision_config=tower.config.to_dict()))
+    whole.vision_model.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    assert is_own_vision_tower(tmp_path / "model", tmp_path / "whole")
+
+
+def test_another_teacher_is_not_the_vision_tower(tmp_path):
+    vlm("llava-qwen3").save_pretrained(tmp_path / "model")
+    vlm("llava-qwen3", seed=1).model.vision_tower.save_pretrained(tmp_path / "other")
+    save_teacher(tmp_path / "dinov2")
+    text_model("qwen3").save_pretrained(tmp_path / "text_only")
+    assert not is_own_vision_tower(tmp_path / "model", tmp_path / "other")
+    assert not is_own_vision_tower(tmp_path / "model", tmp_path / "dinov2")
+    assert not is_own_vision_tower(tmp_path / "text_only", tmp_path / "dinov2")

@@ -1,0 +1,111 @@
+"""A whole selection in small: real models and a real teacher, noise images, captions of random tokens."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as tf
+from PIL import Image
+
+from llamafactory_hera.selection.captions import collate_captions
+from llamafactory_hera.selection.material import Material
+from llamafactory_hera.teachers.encoder import VisionTeacher
+from tests.tiny_models import PAD, text_model, vlm, vlm_batch
+
+_SIDE = 16
+
+
+def save_teacher(folder: Path, seed: int = 0) -> Path:
+    """A tiny random DINOv2 with its processor."""
+    torch.manual_seed(seed)
+    config = tf.Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=_SIDE, patch_size=8, mlp_ratio=2
+    )
+    model = tf.Dinov2Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    square = {"height": _SIDE, "width": _SIDE}
+    tf.BitImageProcessor(size={"shortest_edge": _SIDE}, crop_size=square).save_pretrained(folder)
+    return folder
+
+
+def noise_images(n: int, seed: int = 0) -> list[Image.Image]:
+    noise = np.random.default_rng(seed)
+    return [Image.fromarray(noise.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)) for _ in range(n)]
+
+
+class Rows:
+    """A dataset in memory: the images and the features of each row."""
+
+    def __init__(self, images: list[list], features: list[dict | None]) -> None:
+        self._images, self._features = images, features
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, row: int) -> list:
+        return self._images[row]
+
+    def encode(self, row: int) -> dict | None:
+        return self._features[row]
+
+
+def captions(n: int, seed: int = 0) -> list[dict]:
+    """Token rows of 4 to 11 tokens; the first takes no part in the loss."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(n):
+        length = int(torch.randint(4, 12, (1,), generator=generator))
+        ids = torch.randint(3, 50, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "attention_mask": [1] * length, "labels": [-100, *ids[1:]]})
+    return rows
+
+
+def text_material(folder: Path, n: int = 40, model_type: str = "qwen3", model=None) -> Material:
+    """A plain LLM with captions, as in the paper; loading it saves it first, for its fingerprint."""
+    return _material(
+        folder,
+        Rows([[image] for image in noise_images(n)], captions(n)),
+        model or text_model(model_type).eval(),
+        partial(collate_captions, pad_token_id=PAD),
+    )
+
+
+def vlm_material(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Material:
+    """A VLM with an image in front of each text."""
+    model = vlm(name).eval()
+    batch = vlm_batch(model, rows=n)
+    features = []
+    for row in range(n):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
+        labels = [-100] * (len(ids) - 3) + ids[-3:]
+        pixels = batch["pixel_values"][row]
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "pixels": pixels})
+
+    def collate(rows: list[dict]) -> dict:
+        return {
+            **collate_captions(rows, PAD),
+            "pixel_values": torch.stack([row["pixels"] for row in rows]),
+        }
+
+    return _material(folder, Rows([[image] for image in noise_images(n)], features), model, collate)
+
+
+def _material(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Material:
+    model_folder, teacher_folder = folder / "model", folder / "teacher"
+    if not teacher_folder.exists():
+        save_teacher(teacher_folder)
+        model.save_pretrained(model_folder)
+    return Material(
+        source=source,
+        load_model=lambda: model,
+        collator=lambda _: collate,
+        load_teacher=partial(VisionTeacher.from_pretrained, str(teacher_folder)),
+        model_name="tiny/model",
+        model_folder=model_folder,
+        teacher_name="tiny/teacher",
+        dataset_name="noise",
+    )
