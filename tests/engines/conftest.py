@@ -1,0 +1,50 @@
+"""The pair of processes that all cells share, and the table of errors that they leave."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from .tiny import CHECKPOINTING, DATA, TUNINGS
+from .workers import WorkerPair
+
+_ERRORS = pytest.StashKey[dict[tuple[str, str, str, str], float]]()
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPair]:
+    """Two gloo processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pair = WorkerPair()
+    yield pair
+    pair.close()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def errors(request: pytest.FixtureRequest) -> dict[tuple[str, str, str, str], float]:
+    """Largest error by engine, tuning, checkpointing and data; printed as a table at the end of the session."""
+    return request.config.stash.setdefault(_ERRORS, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints the table that docs/distributed.md keeps."""
+    found = config.stash.get(_ERRORS, {})
+    if not found:
+        return
+    engines = list(dict.fromkeys(engine for engine, *_ in found))
+    terminalreporter.section("largest relative gradient error: " + " / ".join(DATA))
+    terminalreporter.line(f"| tuning | checkpointing | {' | '.join(engines)} |")
+    terminalreporter.line(f"|---|---|{'---|' * len(engines)}")
+    for tuning in TUNINGS:
+        for checkpointing in CHECKPOINTING:
+            cells = [
+                " / ".join(_number(found.get((engine, tuning, checkpointing, data))) for data in DATA)
+                for engine in engines
+            ]
+            terminalreporter.line(f"| {tuning} | {checkpointing} | {' | '.join(cells)} |")
+
+
+def _number(error: float | None) -> str:
+    return "–" if error is None else f"{error:.1e}".replace("e-0", "e-") if error else "0"

@@ -1,0 +1,131 @@
+"""The engines by their own APIs: wrap a model, run a backward pass, read whole gradients."""
+
+from collections.abc import Callable
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+_LAYERS = (Qwen3DecoderLayer, SiglipEncoderLayer)
+
+# DeepSpeed's shared-memory reduction is for CPU clusters and compiled on first use, which takes minutes; without it
+# the reductions go through torch.distributed, as they do on GPUs.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """A wrapped model.
+
+    Attributes:
+        forward: Called with the model's inputs.
+    """
+
+    forward: Callable[..., object]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of the trainable parameters by the model's own names; every rank must call it."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forgets the gradients; the weights stay."""
+        raise NotImplementedError
+
+
+class DDP(Engine):
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.forward = DistributedDataParallel(model)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class FSDP1(Engine):
+    def __init__(self, model: nn.Module) -> None:
+        self.forward = self.model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy(_LAYERS),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+
+    def gradients(self) -> dict[str, Tensor]:
+        with FullyShardedDataParallel.summon_full_params(self.model, with_grads=True):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.grad.clone()
+                for name, p in self.model.named_parameters()
+                if p.requires_grad
+            }
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class FSDP2(Engine):
+    def __init__(self, model: nn.Module) -> None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in model.modules():
+            if isinstance(module, _LAYERS):
+                fully_shard(module, mesh=mesh)
+        self.forward = self.model = fully_shard(model, mesh=mesh)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.full_tensor() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+
+class ZeRO(Engine):
+    stage: int
+
+    def __init__(self, model: nn.Module) -> None:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": self.stage,
+                "reduce_bucket_size": 4096,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_prefetch_bucket_size": 4096,
+            },
+        }
+        optimizer = torch.optim.SGD(trainable, lr=0.0)
+        self.model = model
+        self.forward, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def backward(self, loss: Tensor) -> None:
+        self.forward.backward(loss)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: safe_get_full_grad(p).clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def clear(self) -> None:
+        self.forward.step()  # the learning rate is 0
+
+
+class ZeRO2(ZeRO):
+    stage = 2
+
+
+class ZeRO3(ZeRO):
+    stage = 3
+
+
+ENGINES: dict[str, type[Engine]] = {"DDP": DDP, "ZeRO-2": ZeRO2, "ZeRO-3": ZeRO3, "FSDP1": FSDP1, "FSDP2": FSDP2}

@@ -1,0 +1,198 @@
+"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, and global batches that split over two ranks."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from llamafactory.model.model_utils.checkpointing import _gradient_checkpointing_enable
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+HEADS = "L1H3,L2H0,L2H2"
+HEAD_DIM = 16
+K = 3
+RANKS = 2
+PER_RANK = 4
+TEACHER_DIM = 8
+IMAGE_TOKEN, PAD = 63, 0
+N_PATCHES, ANSWER, PROMPT = 4, 4, 3
+
+TUNINGS = ("full", "lora", "dora", "qlora", "freeze", "projector")
+CHECKPOINTING = ("off", "reentrant", "non-reentrant")
+DATA = ("images", "one rank without", "text only")
+
+
+def _new_model() -> LlavaForConditionalGeneration:
+    # attention_bias: the image of a pooled row must lose the bias of o_proj; head_dim is not hidden_size / heads
+    text = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=64,
+        attention_bias=True,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # the usual initialisation is too small to tell a wrong gradient from rounding
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5 if "embed" in name else parameter.shape[-1] ** -0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+@cache
+def _saved_model() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="tiny_llava_")
+    _new_model().save_pretrained(folder.name)
+    return folder
+
+
+def _quantized_model() -> LlavaForConditionalGeneration:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,  # as the host sets it: the compute type, for FSDP
+    )
+    return LlavaForConditionalGeneration.from_pretrained(
+        _saved_model().name, quantization_config=quantization, dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
+def _with_adapter(model: nn.Module, tuning: str) -> nn.Module:
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        use_dora=tuning == "dora",
+        target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        # the host quantises the projector too, and 4-bit weights cannot be trained
+        modules_to_save=None if tuning == "qlora" else ["multi_modal_projector"],
+    )
+    torch.manual_seed(2)
+    model = get_peft_model(model, config)
+    with torch.no_grad():  # B starts at zero, and A would get no gradient
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def build(tuning: str, checkpointing: str) -> nn.Module:
+    """The model of one cell, as the host prepares it; the same weights on every rank."""
+    model = _quantized_model() if tuning == "qlora" else _new_model()
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    if checkpointing != "off":
+        model.enable_input_require_grads()
+        enable: Callable[..., None] = partial(_gradient_checkpointing_enable, model)
+        enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"})
+        assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
+    if tuning in ("lora", "dora", "qlora"):
+        model = _with_adapter(model, tuning)
+    elif tuning == "full":
+        model.model.language_model.requires_grad_(True)
+        model.model.multi_modal_projector.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    elif tuning == "freeze":
+        for layer in model.model.language_model.layers[1:]:
+            layer.requires_grad_(True)
+    else:
+        model.model.multi_modal_projector.requires_grad_(True)
+    return model.train()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of the model, and what the teacher says of the samples."""
+
+    inputs: dict[str, Tensor]
+    teacher: Tensor
+    valid: Tensor
+
+
+def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[int]]:
+    def words(n: int) -> list[int]:
+        return torch.randint(1, 60, (n,), generator=generator).tolist()
+
+    length = int(torch.randint(0, 4, (), generator=generator))
+    prompt = [IMAGE_TOKEN] * (N_PATCHES * with_image) + words(PROMPT + length)
+    answer = words(ANSWER)  # as long everywhere: the mean over ranks of mean losses is then the mean of the batch
+    return prompt + answer, [-100] * len(prompt) + answer
+
+
+def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, teacher: Tensor, dummy: Tensor | None) -> Batch:
+    """Pads on the right; like the host, gives a batch without any image a masked dummy at the end of sample 0."""
+    attended = [[1] * len(ids) for ids, _ in rows]
+    rows = [(list(ids), list(labels)) for ids, labels in rows]
+    if dummy is not None:
+        rows[0][0].extend([IMAGE_TOKEN] * N_PATCHES)
+        rows[0][1].extend([-100] * N_PATCHES)
+        attended[0] = attended[0] + [0] * N_PATCHES
+        images = dummy
+    width = max(len(ids) for ids, _ in rows)
+
+    def padded(lists: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([row + [value] * (width - len(row)) for row in lists])
+
+    inputs: dict[str, Any] = {
+        "input_ids": padded([ids for ids, _ in rows], PAD),
+        "labels": padded([labels for _, labels in rows], -100),
+        "attention_mask": padded(attended, 0),
+    }
+    if len(images):
+        inputs["pixel_values"] = images
+    valid = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
+    return Batch(inputs, teacher, valid)
+
+
+def batches(data: str) -> tuple[Batch, list[Batch]]:
+    """The global batch, and its parts for the ranks; ``uneven`` gives the first rank 5 samples and the second 3."""
+    generator = torch.Generator().manual_seed(3)
+    n = RANKS * PER_RANK
+    shown = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n}[data]
+    bounds = [0, PER_RANK + (data == "uneven"), n]
+    rows = [_row(generator, with_image=i < shown) for i in range(n)]
+    images = torch.randn(shown, 3, 16, 16, generator=generator)
+    dummy = torch.ones(1, 3, 16, 16)
+    teacher = torch.randn(n, TEACHER_DIM, generator=generator)
+    parts = []
+    for start, stop in pairwise(bounds):
+        part = slice(start, stop)
+        needs_dummy = start >= shown
+        parts.append(_batch(rows[part], images[part], teacher[part], dummy if needs_dummy else None))
+    return _batch(rows, images, teacher, dummy if shown == 0 else None), parts

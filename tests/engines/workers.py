@@ -1,0 +1,99 @@
+"""Two gloo processes that are started once and run one function after the other."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from .tiny import RANKS
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    pipe.send((True, pickle.dumps("ready")))
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            # pickled here: the pipe would pass tensors by file descriptors, and run out of them
+            pipe.send((True, pickle.dumps(function(*arguments))))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class WorkerError(RuntimeError):
+    """A function failed on a rank; holds its traceback."""
+
+
+class WorkerPair:
+    """Starts the processes when they are needed; kills them, and no others, when one fails or takes too long."""
+
+    def __init__(self) -> None:
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 90) -> list[Any]:
+        """Calls a module-level function on every rank.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            TimeoutError: A rank gave no answer in time.
+            WorkerError: It failed on a rank.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        return self._receive(timeout)
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("spawn")
+        for rank in range(RANKS):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+        self._receive(timeout=180)
+
+    def _receive(self, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                self.close()
+                raise TimeoutError(f"rank {rank} gave no answer within {timeout} s; all ranks were killed")
+            ok, answer = pipe.recv()
+            if not ok:  # the others may wait for it in a collective
+                self.close()
+                raise WorkerError(f"rank {rank}: {answer}")
+            answers.append(pickle.loads(answer))
+        return answers
+
+    def close(self) -> None:
+        """Kills the processes; the next call starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
