@@ -26,6 +26,13 @@ demo: $(STAMP)
 	$(BIN)/llamafactory-hera demo
 	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml
 	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml
+	$(BIN)/llamafactory-hera score recipes/demo_hera.yaml --output saves/demo_before.json
+	$(BIN)/llamafactory-hera score saves/demo_sft --recipe recipes/demo_hera.yaml
+	$(BIN)/llamafactory-hera score saves/demo_hera --recipe recipes/demo_hera.yaml
+	$(BIN)/llamafactory-hera report saves/demo_before.json saves/demo_sft/hera/scores.json \
+		saves/demo_hera/hera/scores.json --names before SFT HeRA --output saves/demo_report
+	@cat saves/demo_report.md
+	@ls saves/demo_report.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

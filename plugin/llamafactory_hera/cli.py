@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .selection.cli import register as register_selection
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -39,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=("demo", "test"), default="demo", help="test: smaller and faster")
     demo.add_argument("--force", action="store_true", help="build again over an earlier demo")
     demo.set_defaults(run=_demo)
+
+    register_selection(commands)
     return parser
 
 
