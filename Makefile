@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CHROMIUM := $(VENV)/.chromium
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
@@ -34,7 +35,14 @@ demo: $(STAMP)
 	@cat saves/demo_report.md
 	@ls saves/demo_report.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
 
-test: $(STAMP)
+# a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
+$(CHROMIUM): $(STAMP)
+	test -x /usr/bin/chromium \
+	  || { test "$$(id -u)" = 0 && apt-get update && apt-get install -y chromium; } \
+	  || $(BIN)/playwright install chromium
+	touch $@
+
+test: $(STAMP) $(CHROMIUM)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
