@@ -41,15 +41,17 @@ def _heat_map(figure: Figure, axes: Axes, scores: np.ndarray, scored: ScoreFile,
     n_layers, n_heads = scores.shape
     axes.set_facecolor("white")
     image = axes.imshow(np.ma.masked_invalid(scores), cmap="cividis", aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(np.isnan(scores)):
         axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
     for layer, head in scored.heads:
         # a dark line around a light one shows on both ends of the colour scale
-        for colour, line_width in (("black", 3.4), ("white", 1.4)):
-            frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=colour, linewidth=line_width)
-            axes.add_patch(frame)
+        for colour, width in (("black", 3.4), ("white", 1.4)):
+            corner = (head - 0.5, layer - 0.5)
+            axes.add_patch(
+                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False, zorder=3)
+            )
     axes.set_xticks(range(0, n_heads, tick_step(n_heads, size[0], _LABEL)))
     axes.set_yticks(range(0, n_layers, tick_step(n_layers, size[1], _LABEL)))
     axes.tick_params(labelsize=8)
@@ -75,4 +77,4 @@ def _curves(axes: Axes, scores: np.ndarray, scored: ScoreFile) -> None:
     axes.set_ylim(bottom=0)
     axes.tick_params(labelsize=8)
     plain(axes)
-    axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.nodes import SequenceNode
 
 from ..heads.head_set import HeadSet
 
@@ -47,12 +48,24 @@ def set_heads_in_place(recipe: Path, heads: HeadSet) -> None:
     Raises:
         ValueError: The recipe cannot be written.
     """
-    content = _load(recipe)
-    _set(content, KEY, str(heads))
     try:
-        _write(recipe, _dump(content))
+        _write(recipe, _with_heads(recipe.read_text(encoding="utf-8"), str(heads)))
     except OSError as error:
         raise ValueError(f"The recipe {recipe} cannot be written ({error.strerror or error}).") from error
+
+
+def _with_heads(text: str, heads: str) -> str:
+    # writing the parsed recipe out again would indent its lists anew: only the value's own characters are replaced
+    root = YAML().compose(text)
+    nodes = {key.value: (key, value) for key, value in root.value} if root is not None else {}
+    if KEY in nodes:
+        key, value = nodes[KEY]
+        last = value.value[-1] if isinstance(value, SequenceNode) and not value.flow_style else value
+        return f"{text[: key.end_mark.index]}: {heads}{text[last.end_mark.index :]}"
+    ours = [key.start_mark.index for name, (key, _) in nodes.items() if name.startswith("hera_")]
+    place = min(ours, default=len(text))
+    before = text[:place] if ours or text.endswith("\n") or not text else f"{text}\n"
+    return f"{before}{KEY}: {heads}\n{text[place:]}"
 
 
 def _yaml() -> YAML:

@@ -1,0 +1,33 @@
+"""Score files of a made-up model."""
+
+import json
+import math
+from pathlib import Path
+
+from llamafactory_hera.selection.strategies import choose_heads
+
+
+def write_scores(path: Path, scores: list[list[float]], **provenance) -> Path:
+    """A file as selection writes it; NaN becomes null."""
+    shown = {
+        "model": "some/model",
+        "teacher": "facebook/dinov2-large",
+        "dataset": "captions",
+        "model_fingerprint": "a" * 64,
+        "teacher_fingerprint": "b" * 64,
+        "samples_digest": "c" * 64,
+        "samples": 1000,
+        "mode": "llm",
+        "k": 10,
+        "pooling": "answer",
+        "similarity": "cosine",
+        "strategy": "worst",
+        "m": 2,
+        "chance_level": 0.01,
+        "layer_scores": [0.2] * len(scores),
+        "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
+    }
+    heads = [str(head) for head in choose_heads(scores, "worst", 2)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"heads": heads, "provenance": shown | provenance}))
+    return path
