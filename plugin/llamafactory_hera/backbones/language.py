@@ -1,0 +1,108 @@
+"""The language model that a LLaVA-style model is built on: what is checked of it, and its tensors' new names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..heads.families import FAMILIES
+from .sources import StoredTensor, read_config, stored_tensors
+from .vision import NESTED, TOWERS
+
+KEY = "--language-model"
+IMAGE_TOKEN = "<image>"
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+
+# Buffers that old checkpoints hold and that are computed today.
+_COMPUTED = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class LanguageSource:
+    """A language model on disk.
+
+    Attributes:
+        folder: Its files.
+        config: Its configuration.
+        tensors: Name inside a LLaVA checkpoint -> tensor.
+    """
+
+    folder: Path
+    config: Any
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def tied(self) -> bool:
+        """Input and output embedding are one matrix."""
+        return bool(self.config.tie_word_embeddings)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its embedding is stored in."""
+        return self.tensors[EMBEDDING].dtype
+
+
+def open_language_model(folder: Path) -> LanguageSource:
+    """Reads configuration and tensor names of a language model.
+
+    Raises:
+        ValueError: Another kind of model, an architecture that ``heads/families.py`` lacks, or weights that are not
+            whole.
+    """
+    from transformers import AutoConfig
+
+    values = read_config(folder, KEY)
+    model_type = values.get("model_type", "")
+    if model_type in TOWERS or model_type in NESTED:
+        raise ValueError(
+            f"{KEY}: {folder} is a vision encoder ({model_type}); were {KEY} and --vision-model swapped? Give a "
+            "language model such as Qwen/Qwen3-8B."
+        )
+    if "vision_config" in values:
+        raise ValueError(
+            f"{KEY}: {folder} ({model_type}) is multimodal already; train it as it is with model_name_or_path, or "
+            "give its language model alone."
+        )
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{KEY}: the model type {model_type!r} of {folder} is missing from FAMILIES in heads/families.py, which "
+            "says where the heads of an architecture are. Add the line for it if its layers have an output projection "
+            f"that takes the heads side by side, or give one of these: {', '.join(sorted(FAMILIES))}."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    tensors = {}
+    for name, tensor in stored_tensors(folder, KEY).items():
+        if not name.endswith(_COMPUTED):
+            tensors[f"language_model.{name}"] = tensor
+    if config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    if EMBEDDING not in tensors:
+        raise ValueError(
+            f"{KEY}: the weights of {folder} hold no model.embed_tokens.weight; give the checkpoint of a causal "
+            "language model, as `save_pretrained` writes it."
+        )
+    return LanguageSource(folder, config, tensors)
+
+
+def add_image_token(tokenizer: Any) -> int:
+    """Makes ``<image>`` one special token of the tokenizer; returns its id.
+
+    A special token of that name that is there already is taken as it is.
+
+    Raises:
+        ValueError: ``<image>`` is an ordinary word of the vocabulary.
+    """
+    if IMAGE_TOKEN in tokenizer.get_vocab():
+        if IMAGE_TOKEN not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"{KEY}: its tokenizer has {IMAGE_TOKEN} as an ordinary word, whose embedding means something to the "
+                "model; rename that entry in the tokenizer's files, or give another language model."
+            )
+        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
