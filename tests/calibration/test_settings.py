@@ -1,0 +1,83 @@
+"""The rah_* keys: defaults, types, ranges, layers."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from llamafactory_hera.calibration.settings import RahSettings
+
+
+def test_the_papers_defaults() -> None:
+    s = RahSettings()
+    assert (s.p_isal, s.p_caf, s.k, s.w_v, s.w_o, s.trim, s.rho) == (15, 70, 3, 0.7, 0.3, 0.1, 0.6)
+    assert (s.rank, s.delta, s.alpha_max, s.probes, s.samples) == (8, 0.05, 0.15, 32, 100)
+    assert s.layer_indices(32) == list(range(16))
+
+
+def test_every_key_has_a_help_that_says_when_it_is_ours() -> None:
+    silent = {"held_out", "batch_size", "text", "positions", "caf_lambda", "beta", "halvings"}
+    for key in fields(RahSettings):
+        assert key.metadata["help"].endswith(".")
+        assert ("ours)" in key.metadata["help"]) == (key.name in silent), key.name
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("all", [0, 1, 2, 3, 4]),
+        ("first_half", [0, 1]),
+        ("1-3", [1, 2, 3]),
+        ("4,0-1", [0, 1, 4]),
+        (2, [2]),
+        ([0, 3], [0, 3]),
+    ],
+)
+def test_layers(text: Any, expected: list[int]) -> None:
+    assert RahSettings.from_values({"rah_layers": text}).layer_indices(5) == expected
+
+
+def test_a_single_layer_has_a_first_half() -> None:
+    assert RahSettings().layer_indices(1) == [0]
+
+
+def test_values_arrive_in_their_types() -> None:
+    s = RahSettings.from_values({"rah_p_isal": 20, "rah_k": 2.0, "rah_rank": "full", "rah_targets": "random"})
+    assert (s.p_isal, s.k, s.rank, s.max_rank, s.targets) == (20.0, 2, "full", None, "random")
+    assert isinstance(s.p_isal, float)
+    assert isinstance(s.k, int)
+    assert RahSettings().max_rank == 8
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown": ({"rah_rnak": 4}, ["rah_rnak", "rah_rank"]),
+    "text for a number": ({"rah_delta": "small"}, ["rah_delta", "'small'", "a number"]),
+    "fraction for a count": ({"rah_k": 2.5}, ["rah_k", "2.5", "whole number"]),
+    "truth for a count": ({"rah_k": True}, ["rah_k", "True", "whole number"]),
+    "not finite": ({"rah_delta": float("nan")}, ["rah_delta", "nan", "a number"]),
+    "null": ({"rah_delta": None}, ["rah_delta", "None", "a number"]),
+    "negative bound": ({"rah_delta": -0.1}, ["rah_delta", "-0.1", "0 or more"]),
+    "percentile": ({"rah_p_isal": 120}, ["rah_p_isal", "120", "0 to 100"]),
+    "trim": ({"rah_trim": 0.5}, ["rah_trim", "0.5", "below 0.5"]),
+    "alpha": ({"rah_alpha_max": 0}, ["rah_alpha_max", "0", "above 0"]),
+    "rank": ({"rah_rank": "half"}, ["rah_rank", "'half'", "full"]),
+    "rank 0": ({"rah_rank": 0}, ["rah_rank", "0", "1 or more, or full"]),
+    "rule": ({"rah_targets": "best"}, ["rah_targets", "'best'", "paper, no_caf, random, inverse"]),
+    "layers": ({"rah_layers": "0..3"}, ["rah_layers", "'0..3'", "0-15"]),
+    "layers backwards": ({"rah_layers": "5-3"}, ["rah_layers", "'5-3'"]),
+    "too few samples": ({"rah_samples": 50}, ["rah_samples", "50", "rah_probes", "32", "raise"]),
+    "no weights": ({"rah_w_v": 0, "rah_w_o": 0}, ["rah_w_v", "rah_w_o", "rah_rho: 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_values_are_named(name: str) -> None:
+    values, expected = BAD[name]
+    with pytest.raises(ValueError) as error:
+        RahSettings.from_values(values)
+    assert all(part in str(error.value) for part in expected), error.value
+
+
+def test_a_layer_that_the_model_lacks() -> None:
+    with pytest.raises(ValueError, match=r"rah_layers: 3-9 names layer 9.*layers 0 to 4"):
+        RahSettings(layers="3-9").layer_indices(5)
