@@ -3,6 +3,7 @@
 The chat templates are short forms of the real ones: the same text for conversations without tools.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +60,7 @@ FAMILIES = {
     "qwen3_hybrid": "llava_qwen3",
     "llama3": "llava_llama3",
     "vicuna": "llava_vicuna",
+    "vicuna_legacy": "llava_vicuna",
 }
 TOWERS = ("siglip", "siglip_alone", "clip", "dinov2")
 
@@ -92,7 +94,10 @@ def _sentencepiece_like() -> Tokenizer:
 @cache
 def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     """A tiny tokenizer with the family's special tokens and chat template."""
-    if family == "vicuna":
+    if family == "vicuna":  # a space in front of a text, and of nothing else
+        model = json.loads(_sentencepiece_like().to_str())["model"]
+        return tf.LlamaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    if family == "vicuna_legacy":  # a space in front of every piece between special tokens
         return tf.PreTrainedTokenizerFast(
             tokenizer_object=_sentencepiece_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
         )
@@ -114,14 +119,14 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
 def save_language_model(family: str, folder: Path, layers: int = 2, rows: int | None = None, **changes) -> Path:
     """A random language model of the family with its tokenizer; its embedding has ``rows``, or none to spare."""
     tokenizer = new_tokenizer(family)
-    model_type = {"vicuna": "llama", "llama3": "llama", "qwen2_5": "qwen2"}.get(family, "qwen3")
+    model_type = {"qwen2_5": "qwen2", "qwen3": "qwen3", "qwen3_hybrid": "qwen3"}.get(family, "llama")
     values = {
         "vocab_size": rows or len(tokenizer),
         "hidden_size": 48,
         "intermediate_size": 64,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family == "vicuna" else 2,
+        "num_key_value_heads": 4 if family.startswith("vicuna") else 2,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_token_id,

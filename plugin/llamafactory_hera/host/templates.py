@@ -21,7 +21,6 @@ _BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_llama3": ("llama3", {"stop_words": ["<|eot_id|>"]}),
     "llava_vicuna": ("vicuna", {"replace_jinja_template": False}),
 }
-_WITH_BOS = ("llava_vicuna",)
 
 PLAIN = "llava_plain"
 NAMES = (*_BASES, PLAIN)
@@ -40,7 +39,7 @@ def register(host: ModuleType) -> None:
     """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
     from llamafactory.data.mm_plugin import get_mm_plugin
 
-    from .plain import PlainTemplate
+    from .template_classes import PlainTemplate, VicunaTemplate
 
     bos = host.EmptyFormatter(slots=[{"bos_token"}])
     settings: dict[str, dict[str, Any]] = {
@@ -55,8 +54,7 @@ def register(host: ModuleType) -> None:
         template = host.TEMPLATES[base]
         own = {field.name: getattr(template, field.name) for field in fields(template)}
         settings[name] = {**own, "template_class": type(template), **changes}
-        if name in _WITH_BOS:
-            settings[name]["format_prefix"] = bos
+    settings["llava_vicuna"] |= {"format_prefix": bos, "template_class": VicunaTemplate}
     for name in NAMES:
         if name not in host.TEMPLATES:
             plugin = get_mm_plugin(name="llava", image_token=IMAGE_TOKEN)
