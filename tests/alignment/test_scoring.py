@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from llamafactory_hera.alignment import nearest_neighbors, scoring
+from llamafactory_hera.alignment import exact, nearest_neighbors, scoring
 from llamafactory_hera.alignment.gram import full_precision, head_grams, similarity_factors
 from llamafactory_hera.alignment.ranking import count_shared, plan_tiles
 from llamafactory_hera.alignment.scoring import score_features, score_heads
 
 CPU = torch.device("cpu")
+count = exact._count
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +149,20 @@ def test_nearly_constant_outputs_are_ranked_beyond_fp32(spread):
     assert score_heads(pooled, weights, neighbors)[0, 0].item() == pytest.approx(sum(shared) / 1200, abs=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_few_ties_are_settled_without_comparing_the_whole_head_again(normalize, monkeypatch):
+    pooled, weights, latent = model(150, 1, 12, 64, 128, aligned=0.3)
+    neighbors = nearest_neighbors(latent, 3)
+    for i in range(10):  # two equal samples, one of them a teacher neighbour of i, the other one mostly not
+        pooled[140 + i] = pooled[neighbors[i, 0]]
+    counted = []
+    monkeypatch.setattr(exact, "_count", lambda *args: counted.append(args[2].tolist()) or count(*args))
+    monkeypatch.setattr(exact, "head_grams", lambda *args: pytest.fail("the whole head was compared again"))
+    expected = naive_scores(pooled, weights, neighbors, normalize)
+    torch.testing.assert_close(score_heads(pooled, weights, neighbors, normalize), expected, atol=1e-6, rtol=0)
+    assert len(counted) > 3
+
+
 @pytest.mark.parametrize("heads", [1, 4, 6])
 @pytest.mark.parametrize("rows", [1, 7, 50, 101])
 def test_pieces_of_any_size_give_the_same_scores(heads, rows, monkeypatch):
@@ -265,11 +280,11 @@ def test_rounding_stays_within_its_bound(kind, normalize):
         weight[:, 32:] = weight[:, :32]
     elif kind == "shifted":
         weight = weight + 3
-    exact = outputs[0].double() @ weight.double().T
+    vectors = outputs[0].double() @ weight.double().T
     if normalize:
-        exact = torch.nn.functional.normalize(exact, dim=-1)
+        vectors = torch.nn.functional.normalize(vectors, dim=-1)
     factors = similarity_factors(outputs.clone(), head_grams(weight, 1), normalize)
-    error = ((factors.queries[0] @ factors.keys[0].T).double() - exact @ exact.T).abs()
+    error = ((factors.queries[0] @ factors.keys[0].T).double() - vectors @ vectors.T).abs()
     rounding = factors.rounding[0].double()
     share = error / torch.maximum(rounding[:, None], rounding)
     assert factors.sound.all()

@@ -1,8 +1,9 @@
-"""Which of the teacher's neighbours are among the student's ``k`` nearest, sorting as few rows as possible.
+"""Which of the teacher's neighbours are among the student's ``k`` nearest, without finding the student's neighbours.
 
-A cheap lower bound on the ``k``-th similarity of a row rules out most teacher neighbours; only rows that keep one are
-searched for their ``k``-th similarity. The first pass runs in fp32 and leaves a row open where rounding could decide
-(exact ties above all); open rows are ranked again in fp64.
+Teacher neighbour ``j`` of ``i`` is one of the student's ``k`` exactly when fewer than ``k`` others come before it. A
+cheap lower bound on the ``k``-th similarity of each row rules out most teacher neighbours; the few above it are ranked
+by counting, which costs far less than sorting their rows. The first pass runs in fp32 and leaves a row open where
+rounding could decide (exact ties above all); open rows are ranked again in fp64.
 """
 
 from dataclasses import dataclass
@@ -10,14 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .exact import EXACT_ROWS
 from .gram import Factors
 
 # On a CPU a similarity tile is read several times right after it is written: it should still be in the cache then.
 _CPU_TILE_BYTES = 16 << 20
 # Groups of columns whose maxima bound the k-th similarity. More groups: a tighter bound, a dearer top-k over them.
 _MIN_GROUPS = 16
-# Rows of N fp32 values that ranking one row in fp64 takes: similarities, differences, tolerances, comparisons.
-_EXACT_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Tiles:
         heads: Heads at a time.
         rows: Rows of ``N`` similarities, of each of those heads, at a time.
         similarities: ``heads * rows * N`` values in fp32.
-        picked: Room for a quarter of the rows, those to be searched.
+        picked: Room for some rows, twice: those in which a neighbour's rank is counted, and the comparisons.
     """
 
     heads: int
     rows: int
     similarities: Tensor
-    picked: Tensor
+    picked: tuple[Tensor, Tensor]
 
 
 def plan_tiles(
@@ -57,19 +57,20 @@ def plan_tiles(
     row_bytes = 4 * n_samples
     needed = fixed_bytes + 3 * head_bytes  # one head, and the same once more in fp64
     spare = memory_limit_bytes - needed
-    if spare < 4 * _EXACT_ROWS * row_bytes:
+    if spare < 4 * EXACT_ROWS * row_bytes:
         raise ValueError(
             f"memory_limit_bytes={memory_limit_bytes} is too little for {n_samples} samples of {dim} values: "
-            f"give at least {needed + 4 * _EXACT_ROWS * row_bytes}, or fewer samples."
+            f"give at least {needed + 4 * EXACT_ROWS * row_bytes}, or fewer samples."
         )
     tile_bytes = spare // 4
     if device.type == "cpu":
-        tile_bytes = min(tile_bytes, max(_CPU_TILE_BYTES, _EXACT_ROWS * row_bytes))
+        tile_bytes = min(tile_bytes, max(_CPU_TILE_BYTES, EXACT_ROWS * row_bytes))
     heads = max(1, min(n_heads, tile_bytes // (row_bytes * n_samples), spare // 4 // head_bytes))
     rows = min(n_samples, tile_bytes // (heads * row_bytes))
     similarities = torch.empty(heads * rows * n_samples, device=device)
-    picked = torch.empty(-(-heads * rows // 4), n_samples, device=device)
-    return Tiles(heads, rows, similarities, picked)
+    picked_rows = -(-heads * rows // 16) if device.type == "cpu" else -(-heads * rows // 4)
+    picked = torch.empty(2, picked_rows, n_samples, device=device)
+    return Tiles(heads, rows, similarities, (picked[0], picked[1]))
 
 
 def count_shared(factors: Factors, neighbors: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -98,22 +99,26 @@ def count_shared(factors: Factors, neighbors: Tensor, tiles: Tiles) -> tuple[Ten
     return torch.cat(counts, dim=1), torch.cat(open_rows, dim=1)
 
 
-def _count_rows(similarities: Tensor, slack: Tensor, neighbors: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+def _count_rows(
+    similarities: Tensor, slack: Tensor, neighbors: Tensor, picked: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     k = neighbors.shape[-1]
     targets = similarities.gather(2, neighbors.expand(len(similarities), -1, -1))
-    above_bound = targets >= _kth_lower_bound(similarities, k)[..., None] - slack
-    low, high = (targets - slack).flatten(0, 1), (targets + slack).flatten(0, 1)
-    rows_to_search = above_bound.any(-1).flatten().nonzero().squeeze(-1)
+    bound = _kth_lower_bound(similarities, k)[..., None]
+    candidates = (targets >= bound - slack).flatten().nonzero().squeeze(-1)
 
-    surely = torch.zeros_like(low, dtype=torch.bool)
-    perhaps = torch.zeros_like(surely)
-    for rows in rows_to_search.split(len(picked)):
-        searched = torch.index_select(similarities.flatten(0, 1), 0, rows, out=picked[: len(rows)])
-        kth, next_one = searched.topk(k + 1, dim=-1).values[:, -2:].split(1, dim=-1)
-        surely[rows] = low[rows] > next_one  # at most k reach it, and it is one of them
-        perhaps[rows] = high[rows] >= kth
-    is_open = (perhaps & ~surely).any(-1)
-    return surely.sum(-1).view(targets.shape[:2]), is_open.view(targets.shape[:2])
+    inside = torch.zeros(targets.numel(), dtype=torch.bool, device=targets.device)
+    undecided = torch.zeros_like(inside)
+    all_rows, low, high = similarities.flatten(0, 1), (targets - slack).flatten(), (targets + slack).flatten()
+    for part in candidates.split(len(picked[0])):
+        rows, before = picked[0][: len(part)], picked[1][: len(part)]
+        torch.index_select(all_rows, 0, part // k, out=rows)
+        # Comparisons are written as floats: summing those is several times faster than summing booleans.
+        surely_before = torch.gt(rows, high[part, None], out=before).sum(-1)
+        perhaps_before = torch.ge(rows, low[part, None], out=before).sum(-1) - 1  # a neighbour is not before itself
+        inside[part] = perhaps_before < k
+        undecided[part] = (perhaps_before >= k) & (surely_before < k)
+    return inside.view(targets.shape).sum(-1), undecided.view(targets.shape).any(-1)
 
 
 def _kth_lower_bound(similarities: Tensor, k: int) -> Tensor:
@@ -122,34 +127,3 @@ def _kth_lower_bound(similarities: Tensor, k: int) -> Tensor:
     columns = similarities.shape[-1] // groups * groups  # a few columns left out only make the bound a little lower
     maxima = similarities[..., :columns].unflatten(-1, (groups, -1)).amax(-1)
     return maxima.topk(k, dim=-1, sorted=False).values.amin(-1)
-
-
-def count_shared_exactly(factors: Factors, neighbors: Tensor, rows: Tensor, tiles: Tiles) -> Tensor:
-    """Teacher neighbours that are among the ``k`` nearest, ties by rising index, for the given rows of one head.
-
-    Args:
-        factors: Of one head (``B = 1``), in fp64. Similarities closer than their rounding errors are equal.
-        neighbors: Teacher neighbours ``[N, k]``.
-        rows: Row indices ``[R]``.
-        tiles: Sets how many rows are ranked at a time.
-
-    Returns:
-        Counts ``[R]`` (int64).
-    """
-    k = neighbors.shape[-1]
-    queries, keys = factors.queries[0], factors.keys[0]
-    # Wider than the error of a difference by a factor of four: a tie missed is worse than one too many at 1e-13.
-    slack = 8 * factors.rounding[0]
-    index = torch.arange(queries.shape[0], device=queries.device)
-    counts = []
-    for part in rows.split(max(1, tiles.heads * tiles.rows // _EXACT_ROWS)):
-        similarities = queries[part] @ keys.T
-        similarities.scatter_(1, part[:, None], -torch.inf)
-        shared = torch.zeros_like(part)
-        for column in neighbors[part].T[..., None]:
-            gaps = similarities - similarities.gather(1, column)
-            ties = torch.maximum(slack[None], torch.maximum(slack[part, None], slack[column]))
-            before = (gaps > ties) | ((gaps >= -ties) & (index < column))
-            shared += before.sum(-1) < k
-        counts.append(shared)
-    return torch.cat(counts)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .exact import EXACT_ROWS, recount
 from .gram import GRAM_ROWS, full_precision, head_grams, similarity_factors
-from .ranking import Tiles, count_shared, count_shared_exactly, plan_tiles
+from .ranking import Tiles, count_shared, plan_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -84,63 +85,48 @@ def score_features(
     neighbors = teacher_neighbors.to(sets.device)
     tiles = plan_tiles(sets.shape[1], sets.shape[2], sets.shape[0], 0, memory_limit_bytes, sets.device)
     with torch.no_grad(), full_precision(sets.device.type):
-        scores = _score_sets(sets, None, lambda _: None, neighbors, normalize, tiles)
+        scores = _score_sets(sets, None, neighbors, normalize, tiles)
     return scores if features.dim() == 3 else scores[0]
 
 
 def _score_layer(outputs: Tensor, weight: Tensor, teacher_neighbors: Tensor, normalize: bool, tiles: Tiles) -> Tensor:
-    _, n_heads, d = outputs.shape
-    weight = weight.detach().to(outputs.device)
-
-    def exact_gram(head: int) -> Tensor:
-        return head_grams(weight[:, head * d : (head + 1) * d], 1, torch.float64)
-
+    outputs, weight = outputs.detach(), weight.detach().to(outputs.device)
     with torch.no_grad(), full_precision(outputs.device.type):
-        neighbors = teacher_neighbors.to(outputs.device)
-        grams = head_grams(weight, n_heads)
-        return _score_sets(outputs.detach().transpose(0, 1), grams, exact_gram, neighbors, normalize, tiles)
+        return _score_sets(outputs.transpose(0, 1), weight, teacher_neighbors.to(outputs.device), normalize, tiles)
 
 
 def _plan_layer(outputs: Tensor, weight: Tensor, memory_limit_bytes: int) -> Tiles:
     n, n_heads, d = outputs.shape
-    weight_bytes = 4 * n_heads * d * (d + 2 * GRAM_ROWS)
+    # Gram matrices of all heads, the rows being multiplied, and the contributions and columns of one head in fp64.
+    weight_bytes = 4 * n_heads * d * (d + 2 * GRAM_ROWS) + 16 * weight.shape[0] * d
     if weight.device != outputs.device:
         weight_bytes += weight.nbytes
     return plan_tiles(n, d, n_heads, weight_bytes, memory_limit_bytes, outputs.device)
 
 
-def _score_sets(
-    features: Tensor,
-    grams: Tensor | None,
-    exact_gram: Callable[[int], Tensor | None],
-    neighbors: Tensor,
-    normalize: bool,
-    tiles: Tiles,
-) -> Tensor:
-    """Scores ``[B]`` of features ``[B, N, d]`` that go through a map with the given Gram matrices."""
-    n, k = neighbors.shape
-    scores = torch.empty(features.shape[0], dtype=torch.float64, device=features.device)
-    for start in range(0, features.shape[0], tiles.heads):
+def _score_sets(features: Tensor, weight: Tensor | None, neighbors: Tensor, normalize: bool, tiles: Tiles) -> Tensor:
+    """Scores ``[B]`` of features ``[B, N, d]`` that are compared after a projection ``[D, B * d]``, or as they are."""
+    n_sets, _, d = features.shape
+    broken = []
+    grams = None if weight is None else head_grams(weight, n_sets)
+    rows_at_a_time = max(1, tiles.heads * tiles.rows // EXACT_ROWS)
+    shared = torch.empty(n_sets, dtype=torch.float64, device=features.device)
+    for start in range(0, n_sets, tiles.heads):
         heads = slice(start, start + tiles.heads)
-        gram = None if grams is None else grams[heads]
-        factors = similarity_factors(_copy(features[heads], torch.float32), gram, normalize)
+        batch = torch.empty(features[heads].shape, device=features.device).copy_(features[heads])
+        factors = similarity_factors(batch, None if grams is None else grams[heads], normalize)
         counts, open_rows = count_shared(factors, neighbors, tiles)
         open_rows |= ~factors.sound[:, None]
-        scores[heads] = counts.sum(-1) / (n * k)
         for slot in open_rows.any(-1).nonzero().flatten().tolist():
             head, rows = start + slot, open_rows[slot].nonzero().squeeze(-1)
-            gram = exact_gram(head)
-            if not features[head].isfinite().all() or not (gram is None or gram.isfinite().all()):
-                scores[head] = torch.nan
-                continue
-            factors = similarity_factors(_copy(features[head, None], torch.float64), gram, normalize)
-            counts[slot, rows] = count_shared_exactly(factors, neighbors, rows, tiles)
-            scores[head] = counts[slot].sum() / (n * k)
-    return scores.float()
-
-
-def _copy(features: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(features.shape, dtype=dtype, device=features.device).copy_(features)
+            own, columns = features[head], None if weight is None else weight[:, head * d : (head + 1) * d]
+            if factors.sound[slot] or (own.isfinite().all() and (columns is None or columns.isfinite().all())):
+                counts[slot, rows] = recount(factors, slot, rows, neighbors, own, columns, normalize, rows_at_a_time)
+            else:
+                broken.append(head)
+        shared[heads] = counts.sum(-1).double()
+    shared[broken] = torch.nan
+    return (shared / neighbors.numel()).float()
 
 
 def _checked_shapes(outputs: Tensor, weight: Tensor, teacher_neighbors: Tensor) -> tuple[int, ...]:
