@@ -22,7 +22,8 @@ from llamafactory_hera.selection.settings import SelectSettings
 from llamafactory_hera.teachers.files import teacher_fingerprint
 from llamafactory_hera.teachers.hub import teacher_folder
 
-from .recipe import material, model_folder
+from .model_files import model_folder
+from .recipe import material
 
 logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 

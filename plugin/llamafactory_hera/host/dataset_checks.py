@@ -67,21 +67,40 @@ def _with_images(dataset: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[
 
 
 def _check_cutoff(dataset: Any, template: Any, data_args: Any, tokenizer: Any, processor: Any = None) -> None:
+    for row, sample in islice(_with_images(islice(dataset, N_CHECKED * N_CHECKED)), N_CHECKED):
+        check_image_tokens(row, sample, template, data_args, tokenizer, processor)
+
+
+def check_image_tokens(
+    row: int, sample: dict[str, Any], template: Any, data_args: Any, tokenizer: Any, processor: Any = None
+) -> None:
+    """Checks that ``cutoff_len`` left a sample all of its image tokens.
+
+    Args:
+        row: Its number, for the message.
+        sample: As the host encoded it.
+        template: The host's template, arguments, tokenizer and processor.
+        data_args: See ``template``.
+        tokenizer: See ``template``.
+        processor: See ``template``; None for a model without images.
+
+    Raises:
+        ValueError: Some are cut off; names the length that is needed.
+    """
     from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
 
     plugin = template.mm_plugin
     if processor is None or getattr(plugin, "image_token", None) is None or not plugin.expand_mm_tokens:
         return
     image_token_id = tokenizer.convert_tokens_to_ids(plugin.image_token)
-    for row, sample in islice(_with_images(islice(dataset, N_CHECKED * N_CHECKED)), N_CHECKED):
-        images = sample["images"]
-        message = [{"role": "user", "content": IMAGE_PLACEHOLDER * len(images)}]
-        expanded = plugin.process_messages(message, images, [], [], processor)[0]["content"]
-        needed = tokenizer.encode(expanded, add_special_tokens=False).count(image_token_id)
-        kept = sample["input_ids"].count(image_token_id)
-        if kept < needed:
-            length = len(sample["input_ids"]) + needed - kept
-            raise ValueError(
-                f"cutoff_len: {data_args.cutoff_len} cuts {needed - kept} of {needed} image tokens off sample {row} "
-                f"(counted from 0); set cutoff_len to {length} or more, plus room for its text."
-            )
+    images = sample["images"]
+    message = [{"role": "user", "content": IMAGE_PLACEHOLDER * len(images)}]
+    expanded = plugin.process_messages(message, images, [], [], processor)[0]["content"]
+    needed = tokenizer.encode(expanded, add_special_tokens=False).count(image_token_id)
+    kept = sample["input_ids"].count(image_token_id)
+    if kept < needed:
+        length = len(sample["input_ids"]) + needed - kept
+        raise ValueError(
+            f"cutoff_len: {data_args.cutoff_len} cuts {needed - kept} of {needed} image tokens off sample {row} "
+            f"(counted from 0); set cutoff_len to {length} or more, plus room for its text."
+        )

@@ -15,6 +15,9 @@ from llamafactory_hera.selection.material import Collate, Features, Material, So
 from llamafactory_hera.teachers.encoder import VisionTeacher, _whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
+from .dataset_checks import N_CHECKED, check_image_tokens
+from .model_files import model_folder
+
 #: Settings of training that scoring has no use for, and under which the host would ask for more than scoring needs.
 _NOT_TRAINING = {
     "do_train": False,
@@ -153,34 +156,6 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
     )
 
 
-def model_folder(model_args: Any) -> Path:
-    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights.
-
-    Raises:
-        ValueError: There is no such model, or it cannot be fetched.
-    """
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    name = model_args.model_name_or_path
-    if Path(name).is_dir():
-        return Path(name)
-    options = {
-        "cache_dir": model_args.cache_dir,
-        "revision": model_args.model_revision,
-        "token": model_args.hf_hub_token,
-    }
-    try:
-        for weights in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"):
-            found = cached_file(name, weights, _raise_exceptions_for_missing_entries=False, **options)
-            if found is not None:
-                if weights.endswith(".json"):
-                    get_checkpoint_shard_files(name, found, **options)
-                return Path(found).parent
-    except OSError as error:
-        raise ValueError(f"model_name_or_path: {name} is neither a folder nor a model at hand: {error}") from error
-    raise ValueError(f"model_name_or_path: {name} holds no weights that can be read.")
-
-
 def _aligned_dataset(model_args: Any, data_args: Any, training_args: Any, n_samples: int) -> Any:
     from llamafactory.data.data_utils import split_dataset
     from llamafactory.data.loader import _get_merged_dataset
@@ -208,6 +183,8 @@ class _HostSource:
         from llamafactory.data.loader import _get_dataset_processor
 
         self._aligned = aligned
+        self._check = partial(check_image_tokens, template=template, data_args=data_args, **tokenizer_module)
+        self._n_encoded = 0
         self._processor = _get_dataset_processor(data_args, "sft", template, **tokenizer_module)
 
     def __len__(self) -> int:
@@ -226,7 +203,13 @@ class _HostSource:
             for image in example["_images"]:
                 load_image(image)  # names the broken file
             raise
-        return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
+        if not encoded.get("input_ids"):
+            return None
+        features = {name: values[0] for name, values in encoded.items()}
+        if self._n_encoded < N_CHECKED and features["images"]:
+            self._check(row, features)
+        self._n_encoded += 1
+        return features
 
 
 def _host_collator(

@@ -1,0 +1,32 @@
+"""Where the files of a run's model are."""
+
+from pathlib import Path
+from typing import Any
+
+
+def model_folder(model_args: Any) -> Path:
+    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights.
+
+    Raises:
+        ValueError: There is no such model, or it cannot be fetched.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    name = model_args.model_name_or_path
+    if Path(name).is_dir():
+        return Path(name)
+    options = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.hf_hub_token,
+    }
+    try:
+        for weights in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            found = cached_file(name, weights, _raise_exceptions_for_missing_entries=False, **options)
+            if found is not None:
+                if weights.endswith(".json"):
+                    get_checkpoint_shard_files(name, found, **options)
+                return Path(found).parent
+    except OSError as error:
+        raise ValueError(f"model_name_or_path: {name} is neither a folder nor a model at hand: {error}") from error
+    raise ValueError(f"model_name_or_path: {name} holds no weights that can be read.")

@@ -1,0 +1,261 @@
+"""Head selection on the real host: from a recipe to heads, to a run that trains them, to the report afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.selection import score_checkpoint, select, write_report
+
+from .runner import HostServer, run_command, write_recipe
+
+pytestmark = pytest.mark.slow
+
+LORA = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "multi_modal_projector", "lora_rank": 4}
+
+
+@pytest.fixture
+def chosen(recipe: dict) -> dict[str, Any]:
+    """The recipe before any head is chosen."""
+    return recipe | {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
+
+
+@pytest.fixture
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The demo's folder as the current one."""
+    monkeypatch.chdir(world)
+    return world
+
+
+def write(here: Path, args: dict[str, Any], name: str = "recipe.yaml") -> Path:
+    args = {key: value for key, value in args.items() if value is not None}
+    return write_recipe(here / name, args)
+
+
+def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
+    server: HostServer, here: Path, chosen: dict
+) -> None:
+    args = {key: value for key, value in chosen.items() if key != "hera_heads"} | {"output_dir": "saves/select"}
+    path = write(here, args)
+    text = path.read_text()
+    code, output = run_command(
+        ["llamafactory-hera", "select", str(path), "--in-place", "hera_select_mode=mllm", "hera_select_m=3"], here
+    )
+    assert code == 0, output
+    assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
+    folder = here / "saves/select/hera"
+    assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "heads.png", "run.yaml"]
+    heads = HeadSet.load(folder / "heads.json")
+    assert len(heads.heads) == 3
+    assert f"selected (worst): {heads}" in output
+    assert heads.provenance["mode"] == "mllm"
+    place = next(line for line in text.splitlines() if line.startswith("hera_"))
+    assert path.read_text() == text.replace(place, f"hera_heads: {heads}\n{place}", 1)
+
+    run = server.run(yaml.safe_load((folder / "run.yaml").read_text()), here)
+    assert run.ok, run.output
+    assert f"HeRA | heads: {heads}" in run.output
+    assert HeadSet.load(run.folder / "hera/heads.json") == heads  # the scores are not lost
+
+
+def test_a_llava_is_selected_as_the_plain_llm_in_it(here: Path, chosen: dict) -> None:
+    path = write(here, chosen)
+    llava = select(path, ["output_dir=saves/llava"])
+    llm = select(path, ["output_dir=saves/llm", "model_name_or_path=hera_demo/language_model"])
+    assert llava.heads == llm.heads
+    for same in ("scores", "model_fingerprint", "samples_digest"):
+        assert llava.provenance[same] == llm.provenance[same]
+    mllm = select(path, ["output_dir=saves/mllm", "hera_select_mode=mllm"])
+    assert mllm.provenance["scores"] != llava.provenance["scores"]
+    assert mllm.provenance["samples_digest"] == llava.provenance["samples_digest"]
+
+
+def test_every_strategy_and_setting_reaches_the_result(here: Path, chosen: dict) -> None:
+    path = write(here, chosen)
+    worst = select(path, ["output_dir=saves/worst"])
+    scores = worst.provenance["scores"]
+    top = select(path, ["output_dir=saves/top", "hera_select=top", "hera_select_m=2"])
+    best = max((score, -layer, -head) for layer, row in enumerate(scores) for head, score in enumerate(row))
+    assert (top.heads[0].layer, top.heads[0].head) == (-best[1], -best[2])
+    assert len(top.heads) == 2
+    middle = select(path, ["output_dir=saves/middle", "hera_select=middle"])
+    assert {head.layer for head in middle.heads} == {2}
+    other = select(
+        path, ["output_dir=saves/other", "hera_select_seed=3", "hera_select_dtype=fp16", "hera_pooling=last"]
+    )
+    assert other.provenance["samples_digest"] != worst.provenance["samples_digest"]
+    assert (other.provenance["stored_dtype"], other.provenance["pooling"]) == ("fp16", "last")
+
+
+def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict) -> None:
+    path = write(here, chosen | {"hera_select_mode": "mllm"})
+    one = select(path, ["output_dir=saves/one"])
+    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two", "ddp_backend=gloo"]
+    code, output = run_command(command, here, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
+    assert code == 0, output
+    assert output.count("selected (worst)") == 1
+    two = HeadSet.load(here / "saves/two/hera/heads.json")
+    assert two.heads == one.heads
+    assert two.provenance["scores"] == one.provenance["scores"]
+
+
+def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
+    server: HostServer, here: Path, chosen: dict
+) -> None:
+    args = chosen | {"output_dir": "saves/auto", "save_steps": 2, "save_strategy": "steps", "max_steps": 4} | LORA
+    run = server.run(args, here)
+    assert run.ok, run.output
+    heads = HeadSet.load(run.folder / "hera/heads.json")
+    assert f"selected (worst): {heads}" in run.output
+    assert (run.folder / "hera/heads.png").stat().st_size > 10_000
+    written = server.run(args | {"hera_heads": str(heads), "output_dir": "saves/written"}, here)
+    assert written.ok, written.output
+    assert [line["loss"] for line in written.logs()] == [line["loss"] for line in run.logs()]
+
+    resumed = server.run(args | {"resume_from_checkpoint": "saves/auto/checkpoint-2", "max_steps": 4}, here)
+    assert resumed.ok, resumed.output
+    assert "which was selected with the same settings" in resumed.output
+    assert "scoring pass" not in resumed.output
+    assert resumed.logs()[-1]["loss"] == run.logs()[-1]["loss"]
+
+    changed = server.run(args | {"resume_from_checkpoint": "saves/auto/checkpoint-2", "hera_select_seed": 9}, here)
+    assert not changed.ok
+    assert "hera_select_seed was 0, is 9" in changed.output
+    anew = server.run(args | {"hera_select_seed": 9, "max_steps": 1}, here)
+    assert anew.ok, anew.output
+    assert "scoring pass" in anew.output
+
+
+def test_auto_on_two_processes(server: HostServer, here: Path, chosen: dict) -> None:
+    args = chosen | {"per_device_train_batch_size": 8, "max_steps": 2}
+    two = server.run(args | {"output_dir": "saves/auto_two", "ddp_backend": "gloo"}, here, ranks=2)
+    assert two.ok, two.output
+    one = select(write(here, args), ["output_dir=saves/auto_one"])
+    assert HeadSet.load(two.folder / "hera/heads.json").heads == one.heads
+
+
+def test_heads_of_another_run_are_refused_unless_forced(server: HostServer, here: Path, chosen: dict) -> None:
+    select(write(here, chosen), ["output_dir=saves/first", "hera_select_m=2"])
+    args = chosen | {"hera_heads": "saves/first/hera/heads.json", "output_dir": "saves/second", "hera_select_m": 2}
+    trained = server.run(args, here)
+    assert trained.ok, trained.output
+    shutil.copytree(here / "hera_demo/teacher", here / "other_teacher", dirs_exist_ok=True)
+    config = json.loads((here / "other_teacher/config.json").read_text())
+    (here / "other_teacher/config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
+    cases = {
+        "model_name_or_path was hera_demo/model (fingerprint": {"model_name_or_path": "saves/second"},
+        "hera_teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
+        "hera_select_m was 2, is 5": {"hera_select_m": 5},
+    }
+    for said, change in cases.items():
+        refused = server.run(args | change | {"output_dir": "saves/third"}, here)
+        assert not refused.ok
+        assert said in refused.output
+        assert "hera_heads_force" in refused.output
+    forced = server.run(args | change | {"output_dir": "saves/third", "hera_heads_force": True, "max_steps": 1}, here)
+    assert forced.ok, forced.output
+    assert said in forced.output
+    by_hand = server.run(args | {"hera_heads": "L0H0", "output_dir": "saves/fourth", "max_steps": 1}, here)
+    assert by_hand.ok, by_hand.output
+
+
+def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, here: Path, chosen: dict) -> None:
+    path = write(here, chosen)
+    full = server.run(chosen | {"hera_heads": "L1H0", "output_dir": "saves/full", "learning_rate": 5e-3}, here)
+    lora = server.run(chosen | LORA | {"hera_heads": "L1H0", "output_dir": "saves/lora", "learning_rate": 5e-3}, here)
+    assert full.ok, full.output
+    assert lora.ok, lora.output
+    before = score_checkpoint(None, path, "saves/before.json")
+    files = [before, *(score_checkpoint(run.folder, path) for run in (full, lora))]
+    assert files[1] == full.folder / "hera/scores.json"
+    scores = [json.loads(file.read_text())["provenance"] for file in files]
+    assert len({json.dumps(said["scores"]) for said in scores}) == 3
+    assert len({said["model_fingerprint"] for said in scores}) == 3
+    assert scores[2]["adapters"] == [str(lora.folder)]
+    assert files[1].with_suffix(".png").is_file()
+    picture, page = write_report(files, "saves/report", ["before", "full", "LoRA"])
+    assert picture.is_file()
+    assert "| head | before | full | LoRA | change |" in page.read_text()
+
+    code, output = run_command(
+        ["llamafactory-hera", "score", "saves/full", "--recipe", str(path), "--output", "saves/again.json"], here
+    )
+    assert code == 0, output
+    assert json.loads((here / "saves/again.json").read_text())["provenance"]["scores"] == scores[1]["scores"]
+    code, output = run_command(["llamafactory-hera", "report", "saves/before.json", "saves/again.json"], here)
+    assert code == 0, output
+    assert (here / "hera_report.png").is_file()
+
+
+def test_teacher_only_fills_the_cache_that_training_reads(server: HostServer, here: Path, chosen: dict) -> None:
+    path = write(here, chosen | {"hera_teacher_cache": "filled"})
+    code, output = run_command(["llamafactory-hera", "select", str(path), "--teacher-only"], here)
+    assert code == 0, output
+    assert "filled: features of 96 images" in output
+    files = sorted((here / "filled").rglob("*.safetensors"))
+    run = server.run(
+        chosen | {"hera_teacher_cache": "filled", "hera_heads": "L1H0", "output_dir": "saves/cached"}, here
+    )
+    assert run.ok, run.output
+    assert sorted((here / "filled").rglob("*.safetensors")) == files  # nothing was left to compute
+
+
+def without(samples: list[dict], what: str) -> list[dict]:
+    for sample in samples:
+        if what == "captions":
+            for message in sample["messages"]:
+                message["content"] = message["content"] if message["role"] == "user" else " "
+        elif what == "images":
+            sample["messages"][0]["content"] = sample["messages"][0]["content"].replace("<image>", "")
+            sample["images"] = []
+    return samples
+
+
+@pytest.mark.parametrize("mode", ["llm", "mllm"])
+@pytest.mark.parametrize(("what", "said"), [("captions", "has a caption"), ("images", "can be scored")])
+def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str, what: str, said: str) -> None:
+    data = here / f"data_without_{what}"
+    if not data.exists():
+        shutil.copytree(here / "hera_demo/data", data)
+        file = data / json.loads((data / "dataset_info.json").read_text())["hera_demo"]["file_name"]
+        file.write_text(json.dumps(without(json.loads(file.read_text()), what)))
+    path = write(here, chosen | {"dataset_dir": str(data), "hera_select_mode": mode})
+    with pytest.raises(ValueError, match=f"^dataset: .*{said}"):
+        select(path, ["output_dir=saves/none"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["hera_select_mode"], "hera_select_mode: it is neither a recipe nor key=value"),
+        (["hera_selct_m=3"], "hera_selct_m"),
+        (["hera_select=best"], "hera_select: 'best' is unknown; choose one of worst, top, random, middle"),
+        (["hera_select_mode=vlm"], "hera_select_mode: 'vlm' is unknown"),
+        (["hera_select_samples=5"], "hera_select_samples: 5 is too small; choose 10 or more"),
+        (["hera_select_memory_gb=0"], "hera_select_memory_gb: 0"),
+        (["hera_select_m=0"], "hera_select_m: 0 is too small"),
+        (["hera_select_k=95", "hera_select_samples=97"], "hera_select_k: 95 needs 97"),
+        (["hera_select_m=41"], "hera_select_m: 41 heads are asked for, and 40 have a score"),
+        (["hera_select_mode=mllm", "cutoff_len=12"], "cutoff_len: 12 cuts"),
+        (["model_name_or_path=hera_demo/nothing"], "model_name_or_path"),
+        (["hera_teacher=hera_demo/nothing"], "hera_teacher"),
+        (["dataset=null"], "dataset: none is named"),
+        (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
+    ],
+)
+def test_bad_settings_are_named(here: Path, chosen: dict, overrides: list[str], said: str) -> None:
+    with pytest.raises((ValueError, OSError)) as error:
+        select(write(here, chosen), ["output_dir=saves/bad", *overrides])
+    assert said in str(error.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_named(here: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing\.yaml cannot be read"):
+        select("nothing.yaml")
+    (here / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
+        select("broken.yaml")
