@@ -15,6 +15,13 @@ PATCHES: tuple[tuple[str, str], ...] = (
     ("llamafactory.train.sft.workflow", "sft_workflow"),
     ("llamafactory.train.callbacks", "log_callback"),
     ("llamafactory.data.template", "templates"),
+    ("llamafactory.extras.constants", "training_stages"),
+    ("llamafactory.extras.constants", "model_list"),
+    ("llamafactory.extras.ploting", "loss_plot"),
+    ("llamafactory.webui.common", "saved_settings"),
+    ("llamafactory.webui.locales", "locales"),
+    ("llamafactory.webui.components.train", "train_tab"),
+    ("llamafactory.webui.runner", "runner"),
 )
 
 #: What ``check`` returns where the host already does what the patch is for.

@@ -1,0 +1,28 @@
+"""Adds the labels and hints of HeRA's fields to those of the web UI.
+
+Why: the host takes them from one dictionary when the page's language changes.
+
+Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
+"""
+
+from types import ModuleType
+
+WHAT = "labels of HeRA's fields in the web UI's five languages"
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's module lacks, or None."""
+    locales = getattr(module, "LOCALES", None)
+    if not isinstance(locales, dict) or "en" not in locales.get("training_stage", {}):
+        return "LOCALES has no texts by element and language"
+    taken = [name for name in locales if name.startswith("hera_")]
+    return f"LOCALES already has {', '.join(taken)}" if taken else None
+
+
+def apply(module: ModuleType) -> None:
+    """Adds the texts; English stands for a language that the plugin does not have."""
+    from llamafactory_hera.host.board.texts import locales
+
+    languages = module.LOCALES["training_stage"]
+    for name, texts in locales().items():
+        module.LOCALES[name] = {lang: texts.get(lang, texts["en"]) for lang in languages}

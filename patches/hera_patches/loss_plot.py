@@ -1,0 +1,39 @@
+"""Draws HeRA's curves in the loss plot of the web UI.
+
+Why: the host draws one curve, the sum of both losses.
+
+Tested with 0.9.5. Can go when the host draws every logged curve.
+"""
+
+import inspect
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+WHAT = "LM loss, HeRA loss and MKNN in the web UI's plot"
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's module lacks, or None."""
+    for name, expected in (("gen_loss_plot", ["trainer_log"]), ("smooth", ["scalars"])):
+        if not hasattr(module, name):
+            return f"no function {name}"
+        parameters = list(inspect.signature(getattr(module, name)).parameters)
+        if parameters != expected:
+            return f"{name} takes {parameters}"
+    return None
+
+
+def apply(module: ModuleType) -> None:
+    """Wraps ``gen_loss_plot``."""
+    original = module.gen_loss_plot
+
+    @wraps(original)
+    def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
+        if not any("hera_loss" in line for line in trainer_log):
+            return original(trainer_log)
+        from llamafactory_hera.host.board.curves import loss_figure
+
+        return loss_figure(trainer_log, module.smooth)
+
+    module.gen_loss_plot = gen_loss_plot

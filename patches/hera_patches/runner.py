@@ -1,0 +1,62 @@
+"""Lets the web UI start HeRA runs, and compare their heads with before when they have finished.
+
+Why: the host's runner knows by name which fields a stage sends.
+
+Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
+"""
+
+import inspect
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+WHAT = "HeRA runs from the web UI"
+
+_METHODS = {
+    "_parse_train_args": ["self", "data"],
+    "_initialize": ["self", "data", "do_train", "from_preview"],
+    "_finalize": ["self", "lang", "finish_info"],
+}
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's runner lacks, or None."""
+    runner = getattr(module, "Runner", None)
+    for name, expected in _METHODS.items():
+        if not hasattr(runner, name):
+            return f"Runner has no {name}"
+        parameters = list(inspect.signature(getattr(runner, name)).parameters)
+        if parameters != expected:
+            return f"Runner.{name} takes {parameters}"
+    return None if "info_finished" in getattr(module, "ALERTS", {}) else "no ALERTS with info_finished"
+
+
+def apply(module: ModuleType) -> None:
+    """Wraps three methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
+    runner = module.Runner
+    parse, initialize, finalize = runner._parse_train_args, runner._initialize, runner._finalize
+
+    @wraps(parse)
+    def _parse_train_args(self: Any, data: dict[Any, Any]) -> dict[str, Any]:
+        args = parse(self, data)
+        if args["stage"] != "hera" or not hasattr(self, "hera"):
+            return args
+        from llamafactory_hera.host.board.arguments import with_hera
+
+        return with_hera(args, lambda id_: data[self.manager.get_elem_by_id(id_)])
+
+    @wraps(initialize)
+    def _initialize(self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
+        error = initialize(self, data, do_train, from_preview)
+        if error or from_preview or not hasattr(self, "hera"):
+            return error
+        return self.hera.refusal(data, do_train)
+
+    @wraps(finalize)
+    def _finalize(self: Any, lang: str, finish_info: str) -> None:
+        data = self.running_data if self.do_train and not self.aborted else None
+        finalize(self, lang, finish_info)
+        if data is not None and finish_info == module.ALERTS["info_finished"][lang] and hasattr(self, "hera"):
+            self.hera.trained(data)
+
+    runner._parse_train_args, runner._initialize, runner._finalize = _parse_train_args, _initialize, _finalize

@@ -1,0 +1,43 @@
+"""Lets settings that were saved by the web UI with HeRA open in one without it.
+
+Why: the host fails on an entry for which its page has no element.
+
+Tested with 0.9.5. Can go when the host skips such entries.
+"""
+
+import inspect
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+WHAT = "settings saved by the web UI open without the plugin"
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's module lacks, or None."""
+    for name, expected in (("save_args", ["config_path", "config_dict"]), ("load_args", ["config_path"])):
+        if not hasattr(module, name):
+            return f"no function {name}"
+        parameters = list(inspect.signature(getattr(module, name)).parameters)
+        if parameters != expected:
+            return f"{name} takes {parameters}"
+    return None
+
+
+def apply(module: ModuleType) -> None:
+    """Wraps ``save_args`` and ``load_args``."""
+    save, load = module.save_args, module.load_args
+
+    @wraps(save)
+    def save_args(config_path: str, config_dict: dict[str, Any]) -> None:
+        from llamafactory_hera.host.board.saved import write
+
+        write(config_path, config_dict, save)
+
+    @wraps(load)
+    def load_args(config_path: str) -> dict[str, Any] | None:
+        from llamafactory_hera.host.board.saved import read
+
+        return read(config_path, load)
+
+    module.save_args, module.load_args = save_args, load_args

@@ -1,0 +1,1 @@
+"""HeRA in the host's web UI (LlamaBoard)."""

@@ -1,0 +1,63 @@
+"""The loss plot of a HeRA run: both losses on an axis of their own, and the alignment of the heads below."""
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llamafactory_hera.selection.figure import BLUE, GREEN, GREY, ORANGE, new_figure
+
+Smooth = Callable[[list[float]], list[float]]
+
+
+def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | None:
+    """Draws the curves of a training log.
+
+    Args:
+        trainer_log: Lines of ``trainer_log.jsonl``.
+        smooth: The host's smoothing.
+
+    Returns:
+        None for a log without HeRA's curves.
+    """
+    lines = _latest(trainer_log)
+    if not any("hera_loss" in line for line in lines):
+        return None
+    figure = new_figure(6.0, 7.0)
+    losses, alignment = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
+    hera = losses.twinx()
+    _draw(hera, lines, "hera_loss", "HeRA loss", ORANGE, smooth)
+    hera.spines["top"].set_visible(False)
+    handles = [*losses.get_lines(), *hera.get_lines()]
+    named = [handle for handle in handles if not handle.get_label().startswith("_")]
+    losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    _draw(alignment, lines, "hera_mknn", "MKNN of the heads", GREEN, smooth)
+    chance = [line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line]
+    if chance:
+        alignment.axhline(chance[-1], color=GREY, linestyle="--", linewidth=1, label="chance")
+        alignment.legend(frameon=False, fontsize=8)
+    alignment.set_xlabel("step")
+    return figure
+
+
+def _latest(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log without the steps that a resumed run has made again."""
+    lines: list[dict[str, Any]] = []
+    for line in trainer_log:
+        # a line without a loss, such as the closing one, repeats the number of the last step
+        while lines and "loss" in line and lines[-1]["current_steps"] >= line["current_steps"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour: str, smooth: Smooth) -> None:
+    steps = [line["current_steps"] for line in lines if key in line]
+    values = [line[key] for line in lines if key in line]
+    axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
+    axes.plot(steps, smooth(values), color=colour, label=label, marker="o" if len(steps) == 1 else None)
+    axes.set_ylabel(label, color=colour)
+    axes.tick_params(axis="y", labelcolor=colour)
+    axes.spines["top"].set_visible(False)

@@ -1,0 +1,86 @@
+"""Saved settings of the web UI that also open where the plugin is not installed.
+
+The host looks up every entry of such a file among the elements of its page and fails on one that it does not have. So
+HeRA's entries are written as comments, which only the plugin reads, and a value that only the plugin offers is
+replaced by one of the host's: such a file opens there as supervised fine-tuning.
+"""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+from llamafactory.extras import logging
+
+from llamafactory_hera.host.templates import NAMES as TEMPLATES
+
+from .fields import FIELDS
+from .models import REGISTERED
+from .names import PREFIX, STAGE_TITLE, elem_id
+
+logger = logging.get_logger("llamafactory.hera")
+
+_MARK = "#HeRA "
+_HEADER = (
+    f"# The lines that start with {_MARK.strip()} are read by llamafactory-hera; without it this file opens as "
+    "supervised fine-tuning.\n"
+)
+#: Element -> values that only the plugin offers, and what stands for them without it.
+_INSTEAD: dict[str, tuple[Collection[str], str]] = {
+    "train.training_stage": ((STAGE_TITLE,), "Supervised Fine-Tuning"),
+    "top.model_name": (REGISTERED, "Custom"),
+    "top.template": (TEMPLATES, "default"),
+}
+
+
+def write(path: str, settings: dict[str, Any], host: Callable[[str, dict[str, Any]], None]) -> None:
+    """Saves settings, by the host's function, and HeRA's as comments behind them.
+
+    Args:
+        path: The file.
+        settings: Values by element id.
+        host: The host's ``save_args``.
+    """
+    ours = {key: value for key, value in settings.items() if key.startswith(PREFIX)}
+    plain = {key: value for key, value in settings.items() if key not in ours}
+    for key, (values, instead) in _INSTEAD.items():
+        if plain.get(key) in values:
+            ours[key], plain[key] = plain[key], instead
+    host(path, plain)
+    if any(value != _default(key) for key, value in ours.items()):
+        text = yaml.safe_dump(ours, allow_unicode=True, sort_keys=True)
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(_HEADER + "".join(f"{_MARK}{line}\n" for line in text.splitlines()))
+
+
+def read(path: str, host: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Reads what :func:`write` or the host has saved.
+
+    Args:
+        path: The file.
+        host: The host's ``load_args``.
+
+    Returns:
+        Values by element id; None if the host cannot read the file.
+    """
+    settings = host(path)
+    if not isinstance(settings, dict):
+        return settings
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        ours = yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
+        # a key that this version does not show has no element
+        return settings | {key: value for key, value in ours.items() if key in _INSTEAD or _is_shown(key)}
+    except (yaml.YAMLError, AttributeError) as error:
+        logger.warning_rank0(f"HeRA | {path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}")
+        return settings
+
+
+def _default(key: str) -> Any:
+    if key == elem_id("hera_compare"):
+        return True
+    return FIELDS[key.removeprefix("train.")].default if _is_shown(key) else None
+
+
+def _is_shown(key: str) -> bool:
+    return key.removeprefix("train.") in FIELDS or key == elem_id("hera_compare")
