@@ -1,6 +1,7 @@
 """The shipped recipes: generated, parsed by the host, and right for their backbone."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,3 +131,9 @@ def test_memory_grows_with_the_batch_and_shrinks_with_gpus_under_zero3() -> None
     # 16 bytes for each of 8.2e9 parameters alone are more than a card
     assert not spread(work, 1).fits
     assert work.memory(1, 1) > 16 * 8.19e9 / 2**30
+
+
+def test_the_index_links_every_recipe_and_nothing_else(folder: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert all((folder / link).is_file() for link in links)
+    assert {link for link in links if link.endswith(".yaml")} == {file.name for file in folder.glob("*.yaml")}
