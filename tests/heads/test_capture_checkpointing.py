@@ -135,10 +135,13 @@ def test_every_kind_of_decoder_layer(name, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_that_is_switched_on_inside_the_context(reentrant):
+@pytest.mark.parametrize("before", [True, False], ids=["anew", "first"])
+def test_checkpointing_that_is_switched_on_inside_the_context(reentrant, before):
     model = vlm("llava-qwen3")
     batch, mask = inputs(model)
     plain = step(model, batch, mask, 1.0, 0.5)
+    if before:
+        transformers(not reentrant)(model)
     with HeadCapture(model, HEADS) as capture:
         capture.pool(mask)
         model(**batch)

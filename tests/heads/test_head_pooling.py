@@ -96,9 +96,16 @@ def test_pooling_is_the_mean_over_the_masked_tokens():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pooling_of_many_tokens_in_half_precision_neither_overflows_nor_drifts(dtype):
-    hidden = (100 + torch.randn(2, 4099, 8)).to(dtype)  # their sum is beyond what float16 holds
-    mask = torch.rand(2, 4099) < 0.9
+    # neither their number nor their sum is one that float16 holds
+    hidden = (100 + torch.randn(2, 70_001, 4)).to(dtype)
+    mask = torch.rand(2, 70_001) < 0.99
     pooled = pool_tokens(hidden, mask)
     assert pooled.dtype == dtype
     expected = torch.stack([hidden[row].double()[mask[row]].mean(0) for row in range(2)])
-    torch.testing.assert_close(pooled.double(), expected, rtol=1.5 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(pooled.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_pooling_in_double_precision_is_exact():
+    hidden = torch.randn(1, 7, 3, dtype=torch.float64)
+    expected = hidden[:, :6].mean(1)
+    torch.testing.assert_close(pool_tokens(hidden, torch.arange(7)[None] < 6), expected, rtol=1e-14, atol=0)

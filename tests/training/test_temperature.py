@@ -117,6 +117,8 @@ def test_a_saved_state_does_not_change_with_later_steps():
     state = temperature.state()
     copies = {name: tensor.clone() for name, tensor in state.items()}
     train(temperature, [0.5, 0.1])
+    temperature.load_state(state)
+    train(temperature, [0.5, 0.1])
     assert state.keys() == copies.keys()
     assert all(torch.equal(state[name], copies[name]) for name in state)
 

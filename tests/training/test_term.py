@@ -235,6 +235,7 @@ def test_k_shrinks_to_the_candidates_with_one_warning(z, teacher, caplog):
         output = term(z, teacher, all_valid(), TAU)
     torch.testing.assert_close(output.loss, contrastive_loss(z, nearest_neighbors(teacher, N - 1), TAU))
     assert output.chance.item() == 1.0
+    assert output.mknn.tolist() == [1.0] * HEADS  # every candidate is a neighbour on both sides
     assert len(caplog.records) == 1
     assert "hera_k: 20 neighbours" in caplog.text
     assert f"has {N - 1} candidates" in caplog.text

@@ -64,9 +64,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     Returns:
         ``[B, X]`` in the dtype of ``hidden``.
     """
-    count = mask.sum(dim=1, keepdim=True).clamp(min=1).to(torch.promote_types(hidden.dtype, torch.float32))
-    # A sum of many tokens is more than float16 holds, so the division comes first; what its rounding costs is made up
-    # for afterwards, in single precision.
-    scale = count.reciprocal().to(hidden.dtype)
-    pooled = torch.bmm((mask * scale).to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
-    return (pooled / (count * scale)).to(hidden.dtype)
+    # divided in single precision and before the product: float16 can hold neither a large count nor a long sum
+    wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
+    weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
