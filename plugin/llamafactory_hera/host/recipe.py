@@ -32,6 +32,8 @@ _NOT_TRAINING = {
     "resume_from_checkpoint": None,
     "load_best_model_at_end": False,
     "tokenized_path": None,
+    "packing": False,
+    "neat_packing": False,
 }
 # Rows of a stream that are read for each sample to draw.
 _STREAM_ROWS = 4
@@ -109,6 +111,7 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
     from llamafactory.data import get_template_and_fix_tokenizer
     from llamafactory.model import load_model, load_tokenizer
 
+    folder = model_folder(model_args)
     tokenizer_module = load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
@@ -146,7 +149,7 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
             VisionTeacher.from_pretrained, finetuning_args.hera_teacher, training_args.device, teacher_dtype
         ),
         model_name=model_args.model_name_or_path,
-        model_folder=model_folder(model_args),
+        model_folder=folder,
         adapter_folders=[Path(folder) for folder in model_args.adapter_name_or_path or []],
         teacher_name=finetuning_args.hera_teacher,
         dataset_name=", ".join(data_args.dataset),

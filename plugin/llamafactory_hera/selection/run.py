@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..alignment.mknn import chance_level
 from ..alignment.scoring import score_features, score_heads
-from ..heads.families import head_layout, model_config
+from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.head_set import HeadSet
 from ..heads.pooled import projection_weights
 from .blocks import FeatureBlocks
@@ -66,6 +66,7 @@ def select_heads(material: Material, settings: SelectSettings, target: Path) -> 
     neighbors, teacher_fingerprint = find_neighbors(samples, material, settings, folder)
     model = material.load_model()
     layout = head_layout(model_config(model))
+    _check_number(layout, settings)
     fingerprint = model_fingerprint(material.model_folder, layout, material.adapter_folders)
     facts = identity(fingerprint, teacher_fingerprint, samples, settings)
     key = str([facts[name] for name in FEATURE_FACTS])
@@ -126,6 +127,15 @@ def check_writable(folder: Path) -> None:
             f"output_dir: {folder} cannot be written ({error.strerror or error}); give a folder that this user can "
             "write to."
         ) from error
+
+
+def _check_number(layout: HeadLayout, settings: SelectSettings) -> None:
+    number = layout.n_heads if settings.strategy == "middle" else layout.n_layers * layout.n_heads
+    if settings.m > number:
+        raise ValueError(
+            f"hera_select_m: {settings.m} heads are asked for, and hera_select: {settings.strategy} has {number} to "
+            "choose from in this model; lower it."
+        )
 
 
 def _save(heads: HeadSet, target: Path) -> None:
