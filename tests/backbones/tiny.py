@@ -65,7 +65,8 @@ FAMILIES = {
 TOWERS = ("siglip", "siglip_alone", "clip", "dinov2")
 
 
-def _byte_level(specials: list[str]) -> Tokenizer:
+def byte_level(specials: list[str]) -> Tokenizer:
+    """A byte-level BPE, as Qwen and Llama 3 have it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,12 +105,12 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     if family == "llama3":
         specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         return tf.PreTrainedTokenizerFast(
-            tokenizer_object=_byte_level(specials), bos_token=specials[0], eos_token="<|eot_id|>", chat_template=LLAMA3
+            tokenizer_object=byte_level(specials), bos_token=specials[0], eos_token="<|eot_id|>", chat_template=LLAMA3
         )
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     template = {"qwen2_5": QWEN2_5, "qwen3": QWEN3_INSTRUCT, "qwen3_hybrid": QWEN3_HYBRID}[family]
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level(specials),
+        tokenizer_object=byte_level(specials),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=template,

@@ -1,0 +1,153 @@
+"""Two steps of a recipe of every family through the real host, on tiny stand-ins.
+
+The recipes run as they are. Overridden are paths, sizes, and what this machine lacks: a GPU, and with it DeepSpeed.
+"""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
+
+from ..backbones.standins import save_native, save_paper_llm
+from ..backbones.tiny import save_tower
+from .runner import ROOT, HostServer, Run
+
+pytestmark = pytest.mark.slow
+
+N_IMAGES = 14
+#: A language model of each family, and the tiny one that stands in for it.
+LLMS = {"qwen2_5_3b": "qwen2_5", "qwen3_8b": "qwen3_hybrid", "vicuna_7b": "vicuna", "llama3_8b": "llama3"}
+#: Every finished VLM once, full and LoRA in turn.
+NATIVE = [f"{key}_{('hera', 'hera_lora')[i % 2]}" for i, key in enumerate(NATIVE_MODELS)]
+SIZES = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "preprocessing_num_workers": 1,
+    "dataloader_num_workers": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "plot_loss": False,
+    "overwrite_cache": True,
+    "hera_select_samples": N_IMAGES,
+}
+MACHINE = {"use_cpu": True, "deepspeed": None}
+
+
+def write_data(folder: Path) -> None:
+    """Captions and instructions in LLaVA's formats, no two pictures alike, and a conversation without a picture."""
+    draw = random.Random(0)
+    info = ROOT / "recipes/data/dataset_info.json"
+    folder.mkdir(parents=True)
+    shutil.copy(info, folder)
+    rows: dict[str, list[dict[str, Any]]] = {"llava_pretrain": [], "llava_instruct": []}
+    for number in range(N_IMAGES):
+        color, side = [draw.randrange(256) for _ in range(3)], draw.randrange(20, 60)
+        image = Image.new("RGB", (64, 48), tuple(color))
+        image.paste(tuple(255 - c for c in color), (5, 5, side, side // 2 + 10))
+        for name in rows:
+            (folder / name / "images").mkdir(parents=True, exist_ok=True)
+            image.save(folder / name / "images" / f"{number}.png")
+        caption = f"A box of {side} pixels on a ground of colour {color[0]}."
+        asked = [("<image>\nWhat is shown in this image?", caption), ("How wide is it?", f"{side} pixels.")]
+        for name, turns in (("llava_pretrain", asked[:1]), ("llava_instruct", asked)):
+            messages = [{"from": r, "value": v} for turn in turns for r, v in zip(("human", "gpt"), turn, strict=True)]
+            rows[name].append({"id": str(number), "image": f"{number}.png", "conversations": messages})
+    text = [{"from": "human", "value": "How many wheels does it have?"}, {"from": "gpt", "value": "Four."}]
+    rows["llava_instruct"].insert(1, {"id": "text", "conversations": text})
+    files = json.loads(info.read_text())
+    (folder / files["llava_pretrain"]["file_name"]).write_text(json.dumps(rows["llava_pretrain"]))
+    lines = "".join(json.dumps(row) + "\n" for row in rows["llava_instruct"])
+    (folder / files["llava_instruct"]["file_name"]).write_text(lines)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that recipes are run in: data, teacher, and the tower that models are built on."""
+    folder = tmp_path_factory.mktemp("place")
+    write_data(folder / "recipes/data")
+    save_tower("dinov2", folder / "teacher")
+    save_tower("siglip", folder / "tower")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_one(place: Path, server: HostServer) -> dict[str, Run]:
+    """Key -> the run of its stage 1, on a model that `build` made."""
+    runs = {}
+    for key, family in LLMS.items():
+        llm = save_paper_llm(family, LANGUAGE_MODELS[key].text, place / f"llm_{key}")
+        build_backbone(str(llm), str(place / "tower"), place / f"models/{key}")
+        runs[key] = train(f"{key}_pretrain", place, server)
+    return runs
+
+
+def train(name: str, place: Path, server: HostServer, **paths: str) -> Run:
+    keys = yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
+    overrides = SIZES | MACHINE | paths | ({"hera_teacher": "teacher"} if keys["stage"] == "hera" else {})
+    return server.run(keys | overrides, place)
+
+
+def check(run: Run, hera: bool = True) -> None:
+    assert run.ok, run.output[-4000:]
+    logs = run.logs()
+    assert len(logs) == 2
+    for line in logs:
+        assert math.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+        assert ("hera_loss" in line) == hera
+        if hera:
+            # chance is log of the candidates, at least 3 of a batch of 4 with one row of text
+            assert line["hera_loss"] > 0.1
+            assert 0 <= line["hera_mknn"] <= 1
+
+
+@pytest.mark.parametrize("key", LLMS)
+def test_stage_one_moves_the_projector_alone(key: str, place: Path, stage_one: dict[str, Run]) -> None:
+    check(stage_one[key])
+    files = (place / folder / "model.safetensors" for folder in (f"models/{key}", f"saves/{key}/pretrain"))
+    before, after = map(load_file, files)
+    # the run keeps the tower in the model's dtype
+    moved = {name for name, tensor in after.items() if not torch.equal(before[name].to(tensor.dtype), tensor)}
+    assert moved == {name for name in before if name.startswith("multi_modal_projector.")}
+    assert f"HeRA | heads: {LANGUAGE_MODELS[key].heads}" in stage_one[key].output
+
+
+@pytest.mark.parametrize("key", LLMS)
+def test_stage_two_starts_from_stage_one(key: str, place: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+    assert stage_one[key].ok
+    check(train(f"{key}_hera", place, server))
+
+
+def test_the_baseline_and_lora_run_too(place: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+    assert stage_one["qwen3_8b"].ok
+    check(train("qwen3_8b_sft", place, server), hera=False)
+    check(train("qwen3_8b_hera_lora", place, server))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_finished_vlms_choose_their_heads_and_train(name: str, place: Path, server: HostServer) -> None:
+    key = name.split("_hera")[0]
+    if not (place / f"native_{key}").is_dir():
+        save_native(key, place / f"native_{key}")
+    run = train(name, place, server, model_name_or_path=f"native_{key}")
+    check(run)
+    heads = json.loads((run.folder / "hera/heads.json").read_text())["heads"]
+    assert len(heads) == 5
+
+
+def test_qlora_trains_on_one_card(place: Path, server: HostServer) -> None:
+    if not (place / "native_qwen2_5_vl_7b").is_dir():
+        save_native("qwen2_5_vl_7b", place / "native_qwen2_5_vl_7b")
+    check(train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b"))
