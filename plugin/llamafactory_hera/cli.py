@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .backbones.cli import register as register_backbones
 from .selection.cli import register as register_selection
 
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     register_selection(commands)
+    register_backbones(commands)
     return parser
 
 

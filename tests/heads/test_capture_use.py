@@ -234,3 +234,14 @@ def test_it_says_which_layers_got_a_gradient():
             model(**batch)
             (capture.representations() * torch.tensor(factors).view(2, 1, 1)).sum().backward()
             assert capture.gradient_seen == expected
+
+
+def test_naming_the_tokens_before_keeps_no_activations_afterwards(model, batch, mask):
+    # a trainer leaves the hooks in place while it evaluates
+    with HeadCapture(model, HEADS) as capture:
+        capture.pool(mask)
+        model(**batch)
+        capture.pool(None)
+        model(**batch)
+        with pytest.raises(RuntimeError, match="No forward pass"):
+            capture.representations(mask)

@@ -61,6 +61,7 @@ class HeadCapture:
         self._mask: Tensor | None = None
         self._rows: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}
+        self._keeps_inputs = False
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
         self._undo: list[Callable[[], None]] = []
         self._project: dict[int, Callable[..., Tensor]] = {}
@@ -80,6 +81,7 @@ class HeadCapture:
         """Hooks the chosen layers, once."""
         if self._undo:
             return
+        self._keeps_inputs = True
         for index, layer in self._layers.items():
             projection = output_projection(layer, self._layout.model_type)
             self._replace(projection, "forward", self._projection_forward(index, projection))
@@ -89,6 +91,7 @@ class HeadCapture:
         while self._undo:
             self._undo.pop()()
         self._mask = None
+        self._keeps_inputs = False
         self._rows.clear()
         self._inputs.clear()
         self._frames.clear()
@@ -98,6 +101,7 @@ class HeadCapture:
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
         self._mask = mask
+        self._keeps_inputs = False  # whoever names the tokens before needs no activations kept, least in evaluation
         self._rows.clear()
         self._inputs.clear()
         self.gradient_seen.clear()
@@ -152,7 +156,7 @@ class HeadCapture:
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._mask is None:
-                if self._undo and not _in_backward():
+                if self._keeps_inputs and not _in_backward():
                     self._inputs[index] = hidden
                 return original(hidden, *args, **kwargs)
             pooled = pool_tokens(hidden, self._mask)
