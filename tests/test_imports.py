@@ -1,6 +1,7 @@
 """The import arrows of the project: packages point down, and only the host's side knows LLaMA-Factory."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,7 +170,10 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "PIL", "llamafactory", "matpl
 )
 def test_what_an_import_loads(statement, forbidden):
     code = f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, SOURCES.values()))}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
     loaded = set(result.stdout.split())
     assert not loaded & set(forbidden)
     assert (
