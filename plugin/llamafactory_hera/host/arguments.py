@@ -12,6 +12,7 @@ from llamafactory_hera.heads.pooling import Pooling
 from llamafactory_hera.selection.settings import Mode, StoredDtype, Strategy
 
 Similarity = Literal["cosine", "dot"]
+Accumulate = Literal["none", "gradcache"]
 
 #: More heads than this wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0).
 MOST_HEADS = 5
@@ -64,6 +65,15 @@ class HeraArguments:
         default=0,
         metadata={
             "help": "Recent samples kept as further candidates, for global batches below hera_k + 1; 0 for none."
+        },
+    )
+    hera_accumulate: Accumulate = field(
+        default="none",
+        metadata={
+            "help": (
+                "Candidates under gradient accumulation: those of the micro-batch (none), or of all micro-batches of "
+                "the step at the price of one more forward pass (gradcache)."
+            )
         },
     )
     hera_image_index: int = field(
@@ -137,6 +147,7 @@ class HeraArguments:
         )
         _one_of("hera_pooling", self.hera_pooling, get_args(Pooling))
         _one_of("hera_similarity", self.hera_similarity, get_args(Similarity))
+        _one_of("hera_accumulate", self.hera_accumulate, get_args(Accumulate))
         self._check_selection()
 
     def _check_selection(self) -> None:

@@ -35,6 +35,8 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     _check_parallelism(training_args)
     check_teacher(finetuning_args.hera_teacher)
     others = training_args.per_device_train_batch_size * world_size() - 1
+    if finetuning_args.hera_accumulate == "gradcache":
+        others += training_args.gradient_accumulation_steps - 1
     if others < 1 and finetuning_args.hera_memory == 0:
         raise ValueError(
             "per_device_train_batch_size: 1 on one process leaves a sample without another to be compared with; "

@@ -1,13 +1,9 @@
-"""Everything of HeRA that lives as long as a training run: teacher, capture, term, temperature, statistics, state."""
+"""The HeRA term of each micro-batch in the host's training loop: what lives as long as the run."""
 
-import json
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
@@ -17,24 +13,20 @@ from llamafactory_hera.heads.pooling import token_mask
 from llamafactory_hera.heads.upstream import trainable_upstream
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.training.gradcache import GradientCache
 from llamafactory_hera.training.statistics import RunningMeans
 from llamafactory_hera.training.temperature import Temperature
-from llamafactory_hera.training.term import HeraTerm
+from llamafactory_hera.training.term import HeraTerm, TermOutput
 
 from .arguments import HeraArguments
 from .collator import CACHED, NO_IMAGE, PIXELS, PREFIX
+from .state import RunState
 
 logger = logging.getLogger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 
-#: Folder beside the weights, in the output folder and in each checkpoint, that holds what belongs to HeRA.
-FOLDER = "hera"
-HEADS_FILE = "heads.json"
-STATE_FILE = "state.safetensors"
-RUN_FILE = "run.json"
-
 
 class HeraStep:
-    """Computes the weighted HeRA term of each micro-batch and keeps what outlives it.
+    """Computes the weighted HeRA term of each micro-batch, and keeps teacher, capture, temperature and statistics.
 
     Args:
         model: The model before any engine wraps it.
@@ -58,9 +50,12 @@ class HeraStep:
         self.memory = CrossBatchMemory(arguments.hera_memory)
         self.term = HeraTerm(arguments.hera_k, arguments.hera_similarity == "cosine", self.memory)
         self.temperature = Temperature(arguments.hera_temperature, not arguments.hera_fixed_temperature).to(device)
+        self.state = RunState(heads, self.teacher.fingerprint, arguments, self.temperature, self.memory)
         self.statistics = RunningMeans()
         self._media_token_ids = media_token_ids(model_config(model))
+        self.ahead = GradientCache()
         self._nan_in_a_row = 0
+        self._n_samples = 0  # that entered the last term
         self._gradient_checked = False
         self._entered = False
 
@@ -92,23 +87,32 @@ class HeraStep:
             RuntimeError: No head can carry a gradient, or too many non-finite terms in a row.
         """
         representations = self.capture.representations()
-        features = self._teacher_features(teacher_inputs)
-        valid = (teacher_inputs["hera_source"] != NO_IMAGE) & mask.any(dim=1)
-        output = self.term(representations, features, valid, self.temperature())
-        self._entered = False
-        if not output.finite:
-            self._count_non_finite(representations, valid)
-            return output.loss
-        self._nan_in_a_row = 0
-        if output.n_samples and not self._gradient_checked and not representations.requires_grad:
+        valid = self._valid(mask, teacher_inputs)
+        if len(self.ahead):
+            term = self.ahead.take(representations)
+        else:
+            output = self.term(representations, self._teacher_features(teacher_inputs), valid, self.temperature())
+            self._note(output)
+            term = self.arguments.hera_weight * output.loss
+        if self._n_samples and not self._gradient_checked and not representations.requires_grad:
             raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
         # a rank whose samples have no image gets a gradient of zero
-        self._entered = output.n_samples > 0 and bool(valid.any())
-        self.statistics.add(
-            hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
-        )
-        self.statistics.count(hera_duplicates=output.n_duplicates)
-        return self.arguments.hera_weight * output.loss
+        self._entered = self._n_samples > 0 and bool(valid.any())
+        return term
+
+    def collect(self, mask: Tensor, teacher_inputs: dict[str, Tensor]) -> None:
+        """Adds the forward pass just made, without a graph, to those that :meth:`solve` takes together."""
+        features = self._teacher_features(teacher_inputs)
+        self.ahead.add(self.capture.representations(), features, self._valid(mask, teacher_inputs))
+        self.capture.pool(None)
+
+    def solve(self, scale: float) -> None:
+        """Computes the term of the collected micro-batches; :meth:`finish` then hands out their parts.
+
+        Args:
+            scale: Factor of the loss scaler, 1 without one.
+        """
+        self._note(self.ahead.solve(self.term, self.temperature, self.arguments.hera_weight, scale))
 
     def end(self) -> None:
         """Called after the backward pass: stops pooling and, once, checks that gradient reached the heads.
@@ -121,6 +125,22 @@ class HeraStep:
                 raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
             self._gradient_checked = True
         self.capture.pool(None)
+
+    @staticmethod
+    def _valid(mask: Tensor, teacher_inputs: dict[str, Tensor]) -> Tensor:
+        return (teacher_inputs["hera_source"] != NO_IMAGE) & mask.any(dim=1)
+
+    def _note(self, output: TermOutput) -> None:
+        if output.broken is not None:
+            self._n_samples = 0
+            self._count_non_finite(output.broken)
+            return
+        self._n_samples = output.n_samples
+        self._nan_in_a_row = 0
+        self.statistics.add(
+            hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
+        )
+        self.statistics.count(hera_duplicates=output.n_duplicates)
 
     def _teacher_features(self, inputs: dict[str, Tensor]) -> Tensor:
         source = inputs["hera_source"]
@@ -158,17 +178,20 @@ class HeraStep:
         )
         self.cache = None
 
-    def _count_non_finite(self, representations: Tensor, valid: Tensor) -> None:
+    def _count_non_finite(self, broken: Tensor) -> None:
         self._nan_in_a_row += 1
         self.statistics.count(hera_nan_steps=1)
-        broken = ~representations.detach()[:, valid].isfinite().all(dim=-1).all(dim=-1)
-        names = ", ".join(str(head) for head, bad in zip(self.heads.heads, broken.tolist(), strict=True) if bad)
-        if self._nan_in_a_row >= self.arguments.hera_max_nan:
-            raise RuntimeError(
-                f"The HeRA term was not finite in {self._nan_in_a_row} steps in a row (hera_max_nan); the output of "
-                f"{names or 'a head on another rank'} is not finite. Lower the learning rate, or train in bf16 or "
-                "fp32 instead of fp16."
-            )
+        if self._nan_in_a_row < self.arguments.hera_max_nan:
+            return
+        names = [str(head) for head, bad in zip(self.heads.heads, broken.tolist(), strict=True) if bad]
+        if names:
+            where, remedy = ", ".join(names), "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        else:
+            where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
+        raise RuntimeError(
+            f"The HeRA term was not finite in {self._nan_in_a_row} steps in a row (hera_max_nan), because of {where}. "
+            f"{remedy}."
+        )
 
     # -- never a silent no-op --------------------------------------------------------------------------------------
 
@@ -185,58 +208,6 @@ class HeraStep:
             "(freeze_multi_modal_projector: false, freeze_language_model: false, or lora_target: all), or choose "
             "heads of later layers."
         )
-
-    # -- what is kept ----------------------------------------------------------------------------------------------
-
-    def identity(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and the run that resumes it."""
-        return {
-            "hera_heads": str(self.heads),
-            "hera_teacher": self.teacher.fingerprint,
-            "hera_pooling": self.arguments.hera_pooling,
-            "hera_similarity": self.arguments.hera_similarity,
-        }
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes heads, temperature, optimizer state and memory into ``folder/hera``; each file whole or not."""
-        target = Path(folder) / FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        state = {**self.temperature.state(), **self.memory.state_dict()}
-        temporary = target / f"{STATE_FILE}.tmp"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
-        os.replace(temporary, target / STATE_FILE)
-        self.heads.save(target / HEADS_FILE)
-        facts = {**self.identity(), "hera_teacher_name": self.arguments.hera_teacher, "tau": self.temperature.value}
-        temporary = target / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target / RUN_FILE)
-
-    def load(self, folder: str | os.PathLike) -> None:
-        """Restores what :meth:`save` wrote.
-
-        Raises:
-            ValueError: The checkpoint is not of a HeRA run, or of one with other heads or another teacher.
-        """
-        source = Path(folder) / FOLDER
-        try:
-            saved = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
-            state = load_file(source / STATE_FILE)
-        except OSError as error:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} holds no complete {FOLDER}/ folder ({error}), so it is not a "
-                "checkpoint of stage: hera. Resume a HeRA checkpoint, or start a new run from these weights with "
-                "model_name_or_path or adapter_name_or_path."
-            ) from error
-        now = self.identity()
-        changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
-        if changed:
-            raise ValueError(
-                f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
-                "Restore these settings, or start a new run."
-            )
-        self.temperature.load_state(state)
-        device = self.temperature.log_value.device
-        self.memory.load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
 
     def logs(self) -> dict[str, float]:
         """The running statistics since the last call, equal on every rank but for rounding."""

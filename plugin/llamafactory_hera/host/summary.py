@@ -16,15 +16,17 @@ def start_summary(trainer: "HeraTrainer") -> None:
     """Logs heads, teacher, batch sizes and candidates; warns when the candidates are few."""
     args, hera = trainer.args, trainer.finetuning_args
     micro_batch = args.per_device_train_batch_size * world_size()
-    candidates = micro_batch - 1 + hera.hera_memory
+    steps = args.gradient_accumulation_steps
+    together = micro_batch * (steps if hera.hera_accumulate == "gradcache" else 1)
+    candidates = together - 1 + hera.hera_memory
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     lines = {
         "heads": str(trainer.hera.heads),
         "teacher": f"{hera.hera_teacher} ({trainer.hera.teacher.dim} values)",
         "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {hera.hera_temperature}",
-        "global batch": f"{micro_batch * args.gradient_accumulation_steps} ({world_size()} processes x "
-        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulation steps)",
-        "candidates per sample": f"{candidates} ({micro_batch - 1} of the batch, {hera.hera_memory} remembered)",
+        "global batch": f"{micro_batch * steps} ({world_size()} processes x "
+        f"{args.per_device_train_batch_size} x {steps} accumulation steps)",
+        "candidates per sample": f"{candidates} ({together - 1} of the batch, {hera.hera_memory} remembered)",
         "trainable parameters": f"{trainable:,}",
     }
     for name, value in lines.items():

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.training.random_state import RandomState
 
 from .collator import HeraCollator
 from .resume import load_renamed_weights
@@ -36,6 +37,10 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         self.hera = HeraStep(self.model, heads, self.finetuning_args, self.args.device, dtype)
         self.add_callback(_StepTemperature(self))
         self._log_start = True
+        accumulates = self.args.gradient_accumulation_steps > 1
+        self._look_ahead = accumulates and self.finetuning_args.hera_accumulate == "gradcache"
+        self._to_collect: list[dict[str, Any]] = []
+        self._random_states: list[RandomState] = []
 
     @override
     def get_train_dataloader(self) -> DataLoader:
@@ -50,14 +55,41 @@ class HeraTrainer(CustomSeq2SeqTrainer):
             self.data_collator = host_collator
 
     @override
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
+        batches, n_items = super().get_batch_samples(*args, **kwargs)
+        if self._look_ahead:
+            self._to_collect = batches
+        return batches, n_items
+
+    @override
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
         if self._log_start:
             self._log_start = False
             start_summary(self)
+        if self._to_collect:
+            self._collect(model)
+        if self._random_states:
+            self._random_states.pop(0).restore()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.hera.end()
         return loss
+
+    def _collect(self, model: torch.nn.Module) -> None:
+        """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
+        batches, self._to_collect = self._to_collect, []
+        model.train()
+        for batch in batches:
+            self._random_states.append(RandomState(self.args.device))
+            inputs = self._prepare_inputs(dict(batch))
+            teacher_inputs = self.hera.take_inputs(inputs)
+            mask = self.hera.begin(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                super().compute_loss(model, inputs)
+            self.hera.collect(mask, teacher_inputs)
+        scaler = self.accelerator.scaler
+        self.hera.solve(1.0 if scaler is None else scaler.get_scale())
 
     @override
     def compute_loss(
@@ -98,7 +130,7 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         # first, so that a checkpoint with weights is never without the HeRA state
         if self.args.should_save and not self.args.save_only_model:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            self.hera.save(folder)
+            self.hera.state.save(folder)
         self.hera.flush_cache()
         super()._save_checkpoint(model, trial)
 
@@ -112,7 +144,7 @@ class HeraTrainer(CustomSeq2SeqTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.hera.load(checkpoint)
+            self.hera.state.load(checkpoint)
 
 
 class _StepTemperature(TrainerCallback):
@@ -133,4 +165,4 @@ class _StepTemperature(TrainerCallback):
         hera.capture.remove()
         hera.flush_cache()
         if args.should_save:
-            hera.save(args.output_dir)
+            hera.state.save(args.output_dir)

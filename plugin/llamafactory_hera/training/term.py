@@ -37,7 +37,8 @@ class TermOutput:
         chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN without a sample.
         n_samples: Samples of the global batch that entered.
         n_duplicates: Pairs of samples that show the same image and were kept apart.
-        finite: False when a head or the teacher gave a non-finite value and the term was left out.
+        broken: None, or when a value was not finite and the term was left out: boolean ``[n_heads]``, true for the
+            heads that gave it, false everywhere when it was the teacher. Equal on every rank.
     """
 
     loss: Tensor
@@ -45,7 +46,12 @@ class TermOutput:
     chance: Tensor
     n_samples: int
     n_duplicates: int
-    finite: bool = True
+    broken: Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the term is one: false when it was left out."""
+        return self.broken is None
 
 
 def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k: int, normalize: bool) -> Candidates:
@@ -114,16 +120,16 @@ class HeraTerm:
         everything = z if memory_z is None else torch.cat([z, memory_z], dim=1)
         similarities = similarity(z, everything, self.normalize)
         losses = multi_target_info_nce(similarities, candidates.positives, candidates.allowed, temperature)
-        loss = torch.where(enters, losses, 0.0).sum() / max(n_samples * z.shape[0], 1)
+        of_heads = torch.where(enters, losses, 0.0).sum(dim=1) / max(n_samples, 1)
         # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
-        finite = loss.isfinite() & z.isfinite().all() & teacher.isfinite().all()
-        if not finite:
+        sound = of_heads.isfinite() & z.isfinite().flatten(1).all(dim=1)
+        if not (sound.all() & teacher.isfinite().all()):
             unknown = z.new_full((z.shape[0],), math.nan)
-            return TermOutput(z.new_zeros(()), unknown, unknown[0], n_samples, 0, finite=False)
+            return TermOutput(z.new_zeros(()), unknown, unknown[0], n_samples, 0, ~sound)
         mknn = self._mutual_knn(similarities.detach(), candidates, enters)
         share = candidates.positives.sum(dim=1) / candidates.allowed.sum(dim=1).clamp(min=1)
         self.memory.append(z[:, valid], teacher[valid])
-        return TermOutput(loss, mknn, share[enters].mean(), n_samples, candidates.duplicates)
+        return TermOutput(of_heads.mean(), mknn, share[enters].mean(), n_samples, candidates.duplicates)
 
     def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_rows = common_row_count(valid.shape[0], valid.device)

@@ -1,0 +1,93 @@
+"""What of a HeRA run is kept beside the weights, and whether a checkpoint belongs to this run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.training.temperature import Temperature
+
+from .arguments import HeraArguments
+
+#: Folder beside the weights, in the output folder and in each checkpoint, that holds what belongs to HeRA.
+FOLDER = "hera"
+HEADS_FILE = "heads.json"
+STATE_FILE = "state.safetensors"
+RUN_FILE = "run.json"
+
+
+class RunState:
+    """Writes and restores heads, temperature with its optimizer, and memory.
+
+    Args:
+        heads: The heads of the run.
+        teacher_fingerprint: Of its teacher.
+        arguments: The ``hera_*`` keys.
+        temperature: The learned temperature.
+        memory: The cross-batch memory.
+    """
+
+    def __init__(
+        self,
+        heads: HeadSet,
+        teacher_fingerprint: str,
+        arguments: HeraArguments,
+        temperature: Temperature,
+        memory: CrossBatchMemory,
+    ) -> None:
+        self._heads = heads
+        self._teacher_name = arguments.hera_teacher
+        self._temperature = temperature
+        self._memory = memory
+        # what must not change between a checkpoint and the run that resumes it
+        self._identity = {
+            "hera_heads": str(heads),
+            "hera_teacher": teacher_fingerprint,
+            "hera_pooling": arguments.hera_pooling,
+            "hera_similarity": arguments.hera_similarity,
+        }
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes into ``folder/hera``; each file whole or not at all."""
+        target = Path(folder) / FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        state = {**self._temperature.state(), **self._memory.state_dict()}
+        temporary = target / f"{STATE_FILE}.tmp"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+        os.replace(temporary, target / STATE_FILE)
+        self._heads.save(target / HEADS_FILE)
+        facts = {**self._identity, "hera_teacher_name": self._teacher_name, "tau": self._temperature.value}
+        temporary = target / f"{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, target / RUN_FILE)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Restores what :meth:`save` wrote.
+
+        Raises:
+            ValueError: The checkpoint is not of a HeRA run, or of one with other heads or another teacher.
+        """
+        source = Path(folder) / FOLDER
+        try:
+            saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
+            state = load_file(source / STATE_FILE)
+        except OSError as error:
+            raise ValueError(
+                f"resume_from_checkpoint: {folder} holds no complete {FOLDER}/ folder ({error}), so it is not a "
+                "checkpoint of stage: hera. Resume a HeRA checkpoint, or start a new run from these weights with "
+                "model_name_or_path or adapter_name_or_path."
+            ) from error
+        now = self._identity
+        changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
+                "Restore these settings, or start a new run."
+            )
+        self._temperature.load_state(state)
+        device = self._temperature.log_value.device
+        self._memory.load_state_dict({name: tensor.to(device) for name, tensor in state.items()})

@@ -1,0 +1,92 @@
+"""The HeRA loss of all micro-batches of an optimizer step at once: gradient caching (Gao et al. 2021).
+
+Under gradient accumulation a contrastive loss sees one micro-batch at a time. Gradient caching (arXiv 2101.06983,
+sec. 3) makes it exact: a first pass without a graph collects the representations of every micro-batch; the loss of all
+of them gives its gradient at each representation; then every micro-batch runs again, with a graph, and is handed its
+part of that gradient. The price is one more forward pass; the memory stays that of a micro-batch.
+"""
+
+import torch
+from torch import Tensor
+
+from .temperature import Temperature
+from .term import HeraTerm, TermOutput
+
+
+# Larger than what kernels that are not deterministic do in half precision, smaller than what other dropout does.
+_TOLERANCE = 0.05
+
+
+class GradientCache:
+    """The micro-batches of one optimizer step, in order: added, solved together, taken out one by one."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._teacher: list[Tensor] = []
+        self._valid: list[Tensor] = []
+        self._n_batches = 0
+        self._value: Tensor | None = None
+        self._repeats = False  # seen to give the same representations again
+
+    def __len__(self) -> int:
+        """Micro-batches that are still to be run with a graph."""
+        return len(self._waiting)
+
+    def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
+        """Adds a micro-batch of this rank; arguments as for :class:`~.term.HeraTerm`."""
+        self._waiting.append(representations.detach().float().requires_grad_())
+        self._teacher.append(teacher)
+        self._valid.append(valid)
+
+    def solve(self, term: HeraTerm, temperature: Temperature, weight: float, scale: float = 1.0) -> TermOutput:
+        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks; the temperature gets its gradient.
+
+        Args:
+            term: The term; every rank must call it.
+            temperature: The learned temperature.
+            weight: Lambda.
+            scale: Factor of the temperature's gradient: that of a gradient scaler, which is divided out later.
+        """
+        teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
+        output = term(torch.cat(self._waiting, dim=1), teacher, valid, temperature())
+        loss = weight * output.loss
+        if loss.requires_grad:  # a term that is not finite is a constant 0
+            loss.backward()
+            if temperature.log_value.grad is not None:
+                temperature.log_value.grad.mul_(scale)
+        self._value, self._n_batches = loss.detach(), len(self._waiting)
+        self._teacher = []
+        return output
+
+    def take(self, representations: Tensor) -> Tensor:
+        """Stands for the weighted term in the next micro-batch, which has been run again with a graph.
+
+        The mean over the micro-batches has the value and the gradient of the step's term.
+
+        Args:
+            representations: ``[n_heads, B, D]``, equal to those that were added.
+
+        Raises:
+            RuntimeError: They differ, so the gradient would belong to another forward pass.
+        """
+        first = self._waiting.pop(0)
+        valid = self._valid.pop(0)
+        if first.grad is None:
+            return self._value
+        # not a product with the mask: a non-finite value outside it must not spread
+        rows = torch.where(valid.view(1, -1, 1), representations.float(), 0.0)
+        if not self._repeats:
+            self._check_repeats(rows[:, valid].detach(), first[:, valid].detach())
+        product = self._n_batches * (rows * first.grad).sum()
+        return product - product.detach() + self._value
+
+    def _check_repeats(self, rows: Tensor, first: Tensor) -> None:
+        if rows.numel() == 0:
+            return
+        difference = float((rows - first).norm() / first.norm())
+        if difference > _TOLERANCE:
+            raise RuntimeError(
+                f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other head outputs "
+                f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
+            )
+        self._repeats = True
