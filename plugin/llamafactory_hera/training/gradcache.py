@@ -12,7 +12,6 @@ from torch import Tensor
 from .temperature import Temperature
 from .term import HeraTerm, TermOutput
 
-
 # Larger than what kernels that are not deterministic do in half precision, smaller than what other dropout does.
 _TOLERANCE = 0.05
 
