@@ -1,5 +1,7 @@
 """The table of backbones, against models of full size on the meta device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -71,3 +73,12 @@ def test_a_native_model_has_the_sizes_of_the_table(backbone) -> None:
 )
 def test_the_vocabulary_grows_to_a_multiple_of_64_only_where_it_must(rows: int, tokens: int, expected: int) -> None:
     assert padded_vocabulary(rows, tokens) == expected
+
+
+def test_the_page_shows_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
+    for model in LANGUAGE_MODELS.values():
+        sizes = model.text
+        cells = [f"`{model.key}`", model.checkpoint, sizes.layers, sizes.heads, sizes.kv_heads, sizes.head_dim]
+        cells += [f"`{model.template}`", model.heads.replace(",", " ")]
+        assert f"| {' | '.join(map(str, cells))} |" in page
