@@ -92,11 +92,8 @@ class HeadCapture:
             self._undo.pop()()
         self._mask = None
         self._keeps_inputs = False
-        self._rows.clear()
-        self._inputs.clear()
-        self._frames.clear()
-        self._project.clear()
-        self._wrapped.clear()
+        for held in (self._rows, self._inputs, self._frames, self._project, self._wrapped):
+            held.clear()
 
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
