@@ -48,6 +48,7 @@ def test_every_backbone_has_its_recipes(values: dict) -> None:
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
 
 
+@pytest.mark.slow
 def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
     assert set(parsed) == set(values)
     for name, facts in parsed.items():
@@ -59,6 +60,7 @@ def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
         assert facts["zero3"] == (name.endswith(("_hera", "_sft"))), name
 
 
+@pytest.mark.slow
 def test_the_schedule_is_llavas(parsed: dict) -> None:
     for key in LANGUAGE_MODELS:
         assert parsed[f"{key}_pretrain"]["learning_rate"] == 1e-3
