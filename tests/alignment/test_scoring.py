@@ -74,6 +74,8 @@ def model(n, n_layers, n_heads, d, dim, seed=0, aligned=1.0):
         (12, 3, 4, 9, 10),
         (2, 1, 4, 9, 1),
         (64, 5, 8, 20, 10),
+        (40, 2, 3, 10, 5),
+        (40, 2, 1, 10, 5),
         (97, 2, 16, 64, 7),  # no column group divides 97
         (97, 2, 8, 5, 10),  # rank 5 of 8: the Gram matrix is singular
         (150, 4, 32, 1, 10),  # rank 1: cosines are 1 and -1, all rows are ties

@@ -56,11 +56,16 @@ def head_grams(weight: Tensor, n_heads: int, dtype: torch.dtype = torch.float32)
         ``[H, d, d]``.
     """
     d = weight.shape[1] // n_heads
-    grams = torch.zeros(n_heads, d, d, dtype=dtype, device=weight.device)
+    half = d // 2
+    # The upper right quarter is the lower left one, transposed: it is not computed.
+    left = torch.zeros(n_heads, d, half, dtype=dtype, device=weight.device)
+    corner = torch.zeros(n_heads, d - half, d - half, dtype=dtype, device=weight.device)
     for rows in weight.split(GRAM_ROWS):
         columns = rows.to(dtype).view(-1, n_heads, d).transpose(0, 1).contiguous()
-        grams.baddbmm_(columns.mT, columns)
-    return grams
+        left.baddbmm_(columns.mT, columns[..., :half])
+        corner.baddbmm_(columns[..., half:].mT, columns[..., half:])
+    right = torch.cat([left[:, half:].mT, corner], dim=1)
+    return torch.cat([left, right], dim=2)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def similarity_factors(features: Tensor, gram: Tensor | None, normalize: bool) -
     """
     d = features.shape[-1]
     eps = torch.finfo(features.dtype).eps
-    squares = features.square().sum(-1)
+    squares = torch.linalg.vector_norm(features, dim=-1).square()
     if gram is None:
         keys, scale = features, features.new_ones(features.shape[0])
         image_squares = squares

@@ -97,8 +97,8 @@ def _score_layer(outputs: Tensor, weight: Tensor, teacher_neighbors: Tensor, nor
 
 def _plan_layer(outputs: Tensor, weight: Tensor, memory_limit_bytes: int) -> Tiles:
     n, n_heads, d = outputs.shape
-    # Gram matrices of all heads, the rows being multiplied, and the contributions and columns of one head in fp64.
-    weight_bytes = 4 * n_heads * d * (d + 2 * GRAM_ROWS) + 16 * weight.shape[0] * d
+    # Gram matrices and their parts, the rows being multiplied, and one head's columns and contributions in fp64.
+    weight_bytes = 8 * n_heads * d * (d + GRAM_ROWS) + 16 * weight.shape[0] * d
     if weight.device != outputs.device:
         weight_bytes += weight.nbytes
     return plan_tiles(n, d, n_heads, weight_bytes, memory_limit_bytes, outputs.device)
