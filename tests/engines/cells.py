@@ -72,18 +72,27 @@ def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def gradients(engine_name: str, tuning: str, checkpointing: str, data: tuple[str, ...]) -> Gradients:
-    """Whole gradients through an engine; ranks other than the first give that of the temperature alone."""
+def gradients(engine_name: str, tuning: str, checkpointing: str, data: tuple[str, ...], n_micro: int = 1) -> Gradients:
+    """Whole gradients through an engine; ranks other than the first give that of the temperature alone.
+
+    With several micro-batches a rank, they are accumulated under gradient caching.
+    """
     model = build(tuning, checkpointing)
     step = Step(model)
-    engine = ENGINES[engine_name](model)
+    engine = ENGINES[engine_name](model, n_micro)
     found: Gradients = {}
     for case in data:
-        batch = batches(case)[1][dist.get_rank()]
+        start = dist.get_rank() * n_micro
+        mine = batches(case, n_micro)[1][start : start + n_micro]
         found[case] = {}
         for name, weights in LOSSES.items():
-            engine.backward(step.loss(engine.forward, batch, weights))
-            step.capture.pool(None)
+            if n_micro == 1:
+                losses = [step.loss(engine.forward, mine[0], weights)]
+            else:
+                losses = step.cached_losses(engine.forward, mine, weights)
+            for loss in losses:
+                engine.backward(loss)
+                step.capture.pool(None)
             whole = engine.gradients()
             found[case][name] = whole if dist.get_rank() == 0 else {}
             found[case][name][TAU] = step.take_temperature_gradient()

@@ -22,7 +22,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """A wrapped model.
+    """A wrapped model that accumulates the gradients of ``n_micro`` backward passes.
 
     Attributes:
         forward: Called with the model's inputs.
@@ -43,7 +43,7 @@ class Engine:
 
 
 class DDP(Engine):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, n_micro: int) -> None:
         self.model = model
         self.forward = DistributedDataParallel(model)
 
@@ -55,7 +55,7 @@ class DDP(Engine):
 
 
 class FSDP1(Engine):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, n_micro: int) -> None:
         self.forward = self.model = FullyShardedDataParallel(
             model,
             auto_wrap_policy=ModuleWrapPolicy(_LAYERS),
@@ -76,7 +76,7 @@ class FSDP1(Engine):
 
 
 class FSDP2(Engine):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, n_micro: int) -> None:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for module in model.modules():
             if isinstance(module, _LAYERS):
@@ -93,10 +93,11 @@ class FSDP2(Engine):
 class ZeRO(Engine):
     stage: int
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, n_micro: int) -> None:
         trainable = [p for p in model.parameters() if p.requires_grad]
         config = {
             "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": n_micro,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
@@ -111,7 +112,9 @@ class ZeRO(Engine):
         self.forward, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor) -> None:
-        self.forward.backward(loss)
+        self.forward.backward(loss, scale_wrt_gas=False)
+        if not self.forward.is_gradient_accumulation_boundary():
+            self.forward.step()  # counts the micro-batch
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: safe_get_full_grad(p).clone() for name, p in self.model.named_parameters() if p.requires_grad}

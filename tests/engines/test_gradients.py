@@ -4,28 +4,15 @@ In fp32 on a CPU, with two gloo processes, for ``L_LM + weight * L_HeRA`` and fo
 APIs of the engines (accelerate falls back from FSDP to DDP on a CPU).
 """
 
-from functools import cache
-
 import pytest
 import torch
-from torch import Tensor
 
-from .cells import TAU, Gradients, gradients, reference, remembered, sliced_reference
-from .tiny import CHECKPOINTING, DATA, RANKS, TUNINGS, batches, build
+from .cells import TAU, Gradients, gradients, remembered, sliced_reference
+from .compare import BOUND, expected_gradients, relative_error
+from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, RANKS, TUNINGS, batches, build
 from .workers import WorkerError, WorkerPair
 
 pytestmark = pytest.mark.slow
-
-ENGINE_NAMES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2")
-BOUND = 1e-5
-#: A reference below this share of the model's largest gradient is zero but for rounding (the HeRA gradient of the bias
-#: of o_proj): it has no relative error, and counts against the largest gradient.
-ZERO = 1e-6
-
-
-@cache
-def _reference(tuning: str, data: str) -> dict[str, dict[str, Tensor]]:
-    return reference(build(tuning, "off"), batches(data)[0])
 
 
 class _Cells:
@@ -52,19 +39,6 @@ def cells(workers: WorkerPair) -> _Cells:
     return _Cells(workers)
 
 
-def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest over parameters of the largest difference, relative to the parameter's largest gradient."""
-    assert found.keys() == expected.keys()
-    scales = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
-    largest = max(scales.values())
-    worst = 0.0
-    for name, tensor in expected.items():
-        difference = float((found[name] - tensor).abs().max())
-        scale = scales[name] if scales[name] > ZERO * largest else largest
-        worst = max(worst, difference / scale if difference else 0.0)
-    return worst
-
-
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
@@ -72,7 +46,7 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 def test_gradients_equal_those_of_one_process(
     cells: _Cells, errors: dict, engine: str, tuning: str, checkpointing: str, data: str
 ) -> None:
-    expected = _reference(tuning, data)
+    expected = expected_gradients(tuning, data)
     found = cells(engine, tuning, checkpointing)
     by_loss = {loss: relative_error(found[0][data][loss], expected[loss]) for loss in expected}
     errors[engine, tuning, checkpointing, data] = max(by_loss.values())
@@ -86,7 +60,7 @@ def test_gradients_equal_those_of_one_process(
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_reference_moves_with_hera_where_there_are_images(tuning: str) -> None:
     for data in DATA:
-        hera = _reference(tuning, data)["hera"]
+        hera = expected_gradients(tuning, data)["hera"]
         largest = max(float(tensor.abs().max()) for tensor in hera.values())
         assert largest == 0 if data == "text only" else largest > 1e-2
         assert (hera[TAU] != 0) == (data != "text only")
@@ -96,14 +70,16 @@ def test_reference_moves_with_hera_where_there_are_images(tuning: str) -> None:
 def test_reference_equals_slicing_the_weight(tuning: str) -> None:
     whole, _ = batches("one rank without")
     expected = sliced_reference(build(tuning, "off"), whole)
-    found = {name: tensor for name, tensor in _reference(tuning, "one rank without")["hera"].items() if name != TAU}
+    found = {
+        name: tensor for name, tensor in expected_gradients(tuning, "one rank without")["hera"].items() if name != TAU
+    }
     assert relative_error(found, expected) <= BOUND
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_ranks_with_batches_of_different_size(workers: WorkerPair, engine: str) -> None:
     # the LM losses of the ranks weigh alike whatever their sizes, so only the HeRA term is that of the global batch
-    expected = _reference("full", "uneven")
+    expected = expected_gradients("full", "uneven")
     found = workers.run(gradients, engine, "full", "off", ("uneven",))
     assert relative_error(found[0]["uneven"]["hera"], expected["hera"]) <= BOUND
 

@@ -30,6 +30,7 @@ N_PATCHES, ANSWER, PROMPT = 4, 4, 3
 
 TUNINGS = ("full", "lora", "dora", "qlora", "freeze", "projector")
 CHECKPOINTING = ("off", "reentrant", "non-reentrant")
+ENGINE_NAMES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2")
 DATA = ("images", "one rank without", "text only")
 
 
@@ -93,11 +94,11 @@ def _quantized_model() -> LlavaForConditionalGeneration:
     )
 
 
-def _with_adapter(model: nn.Module, tuning: str) -> nn.Module:
+def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
     config = LoraConfig(
         r=4,
         lora_alpha=8,
-        lora_dropout=0.0,
+        lora_dropout=dropout,
         use_dora=tuning == "dora",
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         # the host quantises the projector too, and 4-bit weights cannot be trained
@@ -112,8 +113,8 @@ def _with_adapter(model: nn.Module, tuning: str) -> nn.Module:
     return model
 
 
-def build(tuning: str, checkpointing: str) -> nn.Module:
-    """The model of one cell, as the host prepares it; the same weights on every rank."""
+def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
+    """The model of one cell, as the host prepares it; the same weights on every rank. ``dropout`` is the adapter's."""
     model = _quantized_model() if tuning == "qlora" else _new_model()
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -123,7 +124,7 @@ def build(tuning: str, checkpointing: str) -> nn.Module:
         enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"})
         assert all(layer.gradient_checkpointing for layer in model.model.language_model.layers)
     if tuning in ("lora", "dora", "qlora"):
-        model = _with_adapter(model, tuning)
+        model = _with_adapter(model, tuning, dropout)
     elif tuning == "full":
         model.model.language_model.requires_grad_(True)
         model.model.multi_modal_projector.requires_grad_(True)
@@ -180,12 +181,15 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, teacher: Ten
     return Batch(inputs, teacher, valid)
 
 
-def batches(data: str) -> tuple[Batch, list[Batch]]:
-    """The global batch, and its parts for the ranks; ``uneven`` gives the first rank 5 samples and the second 3."""
+def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
+    """The global batch, and its parts: ``n_micro`` for each rank, rank after rank.
+
+    ``uneven`` gives the first rank 5 samples and the second 3.
+    """
     generator = torch.Generator().manual_seed(3)
     n = RANKS * PER_RANK
     shown = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n}[data]
-    bounds = [0, PER_RANK + (data == "uneven"), n]
+    bounds = [0, PER_RANK + 1, n] if data == "uneven" else range(0, n + 1, PER_RANK // n_micro)
     rows = [_row(generator, with_image=i < shown) for i in range(n)]
     images = torch.randn(shown, 3, 16, 16, generator=generator)
     dummy = torch.ones(1, 3, 16, 16)

@@ -73,7 +73,7 @@ class WorkerPair:
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
-        self._receive(timeout=180)
+        self._receive(timeout=300)
 
     def _receive(self, timeout: float) -> list[Any]:
         deadline = time.monotonic() + timeout
