@@ -17,24 +17,8 @@ from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .dataset_checks import N_CHECKED, check_image_tokens
 from .model_files import model_folder
+from .recipe_values import read_values, without_training
 
-#: Settings of training that scoring has no use for, and under which the host would ask for more than scoring needs.
-_NOT_TRAINING = {
-    "do_train": False,
-    "do_eval": False,
-    "do_predict": False,
-    "predict_with_generate": False,
-    "plot_loss": False,
-    "report_to": "none",
-    "deepspeed": None,
-    "fsdp": None,
-    "fsdp_config": None,
-    "resume_from_checkpoint": None,
-    "load_best_model_at_end": False,
-    "tokenized_path": None,
-    "packing": False,
-    "neat_packing": False,
-}
 # Rows of a stream that are read for each sample to draw.
 _STREAM_ROWS = 4
 
@@ -76,30 +60,14 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
         ValueError: The file cannot be read, or a key or value is refused by the host.
     """
     from llamafactory.hparams import get_train_args
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override}: it is neither a recipe nor key=value; write for instance hera_select_m=3.")
-    changes = OmegaConf.from_cli(list(overrides))
-    try:
-        written = OmegaConf.load(Path(path)) if path is not None else OmegaConf.create({})
-        values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
-    except OSError as error:
-        raise ValueError(f"The recipe {path} cannot be read ({error.strerror or error}).") from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"The recipe {path} is no YAML that the host can read: {error}") from error
-    values = {key: value for key, value in values.items() if key not in _NOT_TRAINING}
-    values |= {key: value for key, value in _NOT_TRAINING.items() if value is not None}
+    values, changes = read_values(path, overrides)
     # which heads the recipe names is what selection is about to change
-    values |= {"stage": "hera", "hera_heads": "auto", **forced}
+    values = without_training(values) | {"stage": "hera", "hera_heads": "auto", **forced}
     if values.get("dataset") is None:
         raise ValueError("dataset: none is named; name one with image-caption pairs.")
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(values)
-    resolved = OmegaConf.to_container(changes, resolve=True)
-    return Recipe(Path(path) if path else None, resolved, model_args, data_args, training_args, finetuning_args)
+    return Recipe(Path(path) if path else None, changes, model_args, data_args, training_args, finetuning_args)
 
 
 def material(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Material:
@@ -115,7 +83,7 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
     tokenizer_module = load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    aligned = _aligned_dataset(model_args, data_args, training_args, finetuning_args.hera_select_samples)
+    aligned = aligned_dataset(model_args, data_args, training_args, finetuning_args.hera_select_samples)
 
     def whole_model() -> nn.Module:
         with _whole_model_on_every_rank():
@@ -132,11 +100,11 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
         )
         collate = partial(collate_captions, pad_token_id=tokenizer.pad_token_id or 0)
     else:
-        source = _HostSource(aligned, template, data_args, tokenizer_module)
+        source = HostSource(aligned, template, data_args, tokenizer_module)
         collate = None
 
     def collator(model: nn.Module) -> Collate:
-        return collate or _host_collator(model, template, model_args, data_args, tokenizer_module)
+        return collate or host_collator(model, template, model_args, data_args, tokenizer_module)
 
     half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
     on_accelerator = training_args.device.type != "cpu"
@@ -159,7 +127,8 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
     )
 
 
-def _aligned_dataset(model_args: Any, data_args: Any, training_args: Any, n_samples: int) -> Any:
+def aligned_dataset(model_args: Any, data_args: Any, training_args: Any, n_samples: int) -> Any:
+    """The training part of a run's dataset in the host's common form; of a stream, rows enough for ``n_samples``."""
     from llamafactory.data.data_utils import split_dataset
     from llamafactory.data.loader import _get_merged_dataset
 
@@ -179,7 +148,12 @@ def _caption(example: dict[str, Any]) -> str:
     return "\n".join(spoken).replace(IMAGE_PLACEHOLDER, "")
 
 
-class _HostSource:
+def has_answer(example: dict[str, Any]) -> bool:
+    """Whether the assistant says anything in the last turn of a sample."""
+    return any(response["content"].strip() for response in example["_response"])
+
+
+class HostSource:
     """Samples as training sees them."""
 
     def __init__(self, aligned: Any, template: Any, data_args: Any, tokenizer_module: dict[str, Any]) -> None:
@@ -198,26 +172,27 @@ class _HostSource:
 
     def encode(self, row: int) -> Features | None:
         example = self._aligned[row]
-        if not any(response["content"].strip() for response in example["_response"]):
-            return None
+        features = self._encode(example, self._processor) if has_answer(example) else None
+        if features is not None:
+            if self._n_encoded < N_CHECKED and features["images"]:
+                self._check(row, features)
+            self._n_encoded += 1
+        return features
+
+    def _encode(self, example: dict[str, Any], processor: Any) -> Features | None:
         try:
-            encoded = self._processor.preprocess_dataset({name: [value] for name, value in example.items()})
+            encoded = processor.preprocess_dataset({name: [value] for name, value in example.items()})
         except OSError:
             for image in example["_images"]:
                 load_image(image)  # names the broken file
             raise
-        if not encoded.get("input_ids"):
-            return None
-        features = {name: values[0] for name, values in encoded.items()}
-        if self._n_encoded < N_CHECKED and features["images"]:
-            self._check(row, features)
-        self._n_encoded += 1
-        return features
+        return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
 
 
-def _host_collator(
+def host_collator(
     model: nn.Module, template: Any, model_args: Any, data_args: Any, tokenizer_module: dict[str, Any]
 ) -> Collate:
+    """The collator of the host's supervised fine-tuning."""
     from llamafactory.data import SFTDataCollatorWith4DAttentionMask
     from llamafactory.extras.constants import IGNORE_INDEX
 

@@ -20,7 +20,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--teacher-only", action="store_true", help="only fill hera_teacher_cache for the whole dataset"
     )
     select.set_defaults(run=run_select)
-    _overrides_anywhere(select)
+    overrides_anywhere(select)
 
     score = subparsers.add_parser("score", help="score every attention head of a checkpoint or an adapter")
     score.add_argument("target", metavar="CHECKPOINT|RECIPE.yaml", help="a model, an adapter, or a recipe's own model")
@@ -28,7 +28,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     score.add_argument("--recipe", metavar="RECIPE.yaml", help="says dataset, template, teacher and settings")
     score.add_argument("--output", metavar="FILE.json", help="default: hera/scores.json in the checkpoint's folder")
     score.set_defaults(run=run_score)
-    _overrides_anywhere(score)
+    overrides_anywhere(score)
 
     report = subparsers.add_parser("report", help="compare head scores before and after training")
     report.add_argument("files", metavar="SCORES.json", nargs="+", help="score files, the one before training first")
@@ -37,7 +37,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     report.set_defaults(run=run_report)
 
 
-def _overrides_anywhere(parser: argparse.ArgumentParser) -> None:
+def overrides_anywhere(parser: argparse.ArgumentParser) -> None:
+    """Lets ``key=value`` s stand before and behind a parser's options; they become its ``overrides``."""
     # argparse takes a list of positional arguments from one place only, not from before and behind an option
     parse = parser.parse_known_args
 
