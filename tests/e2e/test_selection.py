@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from llamafactory_hera.heads import HeadSet
-from llamafactory_hera.selection import score_checkpoint, select, write_report
+from llamafactory_hera.selection.api import score_checkpoint, select
+from llamafactory_hera.selection.report import write_report
 
 from .runner import HostServer, run_command, write_recipe
 

@@ -1,6 +1,4 @@
-"""Head selection: scores every head against the teacher, chooses, writes the run's recipe, draws the pictures."""
+"""Head selection: scores every head against the teacher, chooses, writes the run's recipe, draws the pictures.
 
-from .api import score_checkpoint, select
-from .report import write_report
-
-__all__ = ["score_checkpoint", "select", "write_report"]
+The functions of a recipe are in :mod:`.api`. Nothing is imported here: the command line reads :mod:`.cli` alone.
+"""
