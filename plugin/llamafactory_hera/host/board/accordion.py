@@ -10,13 +10,13 @@ _HEADS_FILE = "hera_heads_file"
 
 def _widget(field: Field) -> Component:
     if field.kind == "text":
-        return gr.Textbox(value=field.default, scale=2)
+        return gr.Textbox(value=field.default, max_lines=1)
     if field.kind == "switch":
-        return gr.Checkbox(value=field.default, scale=1)
+        return gr.Checkbox(value=field.default)
     if field.kind == "choice":
-        return gr.Dropdown(choices=list(field.choices), value=field.default, scale=1)
+        return gr.Dropdown(choices=list(field.choices), value=field.default)
     precision = 0 if field.kind == "integer" else None
-    return gr.Number(value=field.default, precision=precision, step=1 if precision == 0 else 0.01, scale=1)
+    return gr.Number(value=field.default, precision=precision, step=1 if precision == 0 else 0.01)
 
 
 def create_accordion() -> tuple[dict[str, Component], set[Component]]:
@@ -32,20 +32,25 @@ def create_accordion() -> tuple[dict[str, Component], set[Component]]:
                 for key in row:
                     elements[key] = _widget(FIELDS[key])
                     if key == "hera_heads":
-                        elements[_HEADS_FILE] = gr.Dropdown(allow_custom_value=True, value=None, scale=2)
+                        elements[_HEADS_FILE] = gr.Dropdown(allow_custom_value=True, value=None)
         with gr.Row():
-            with gr.Column(scale=3):
+            with gr.Column():
                 with gr.Row():
                     elements["hera_select_btn"] = gr.Button(variant="primary")
                     elements["hera_compare_btn"] = gr.Button()
                     elements["hera_stop_btn"] = gr.Button(variant="stop")
                 elements["hera_compare"] = gr.Checkbox(value=True)
-                elements["hera_progress"] = gr.Slider(visible=False, interactive=False)
-                elements["hera_status"] = gr.Markdown()
-                elements["hera_report"] = gr.File(visible=False, interactive=False)
-            with gr.Column(scale=2):
+                elements["hera_progress"] = gr.Slider(visible=False, interactive=False, elem_id="hera_progress")
+                elements["hera_status"] = gr.Markdown(elem_id="hera_status")
+                elements["hera_report"] = gr.File(visible=False, interactive=False, elem_id="hera_report")
+            with gr.Column():
                 elements["hera_gallery"] = gr.Gallery(
-                    visible=False, interactive=False, format="png", columns=1, object_fit="contain", preview=True
+                    visible=False,
+                    interactive=False,
+                    format="png",
+                    object_fit="contain",
+                    preview=True,
+                    elem_id="hera_gallery",
                 )
     described = {elements[name] for name in (*FIELDS, "hera_compare")}
     return {"hera_tab": tab, **elements}, described

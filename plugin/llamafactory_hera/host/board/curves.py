@@ -24,7 +24,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | N
     lines = _latest(trainer_log)
     if not any("hera_loss" in line for line in lines):
         return None
-    figure = new_figure(6.0, 7.0)
+    figure = new_figure(4.6, 5.4)  # it is shown in a narrow column
     losses, alignment = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
     hera = losses.twinx()

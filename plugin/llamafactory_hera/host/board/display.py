@@ -9,14 +9,14 @@ from gradio.components import Component
 from llamafactory_hera.heads.head_set import HeadSet
 
 from .job import Job
-from .pictures import heads_shown, report_files, report_table, run_pictures
+from .pictures import heads_shown, report_files, report_pictures, report_table
 from .tasks import SELECT, heads_file
 from .texts import message
 
 Update = dict[Component, Any]
 
 #: What a job changes in the page.
-SHOWN = ("hera_status", "hera_progress", "hera_gallery", "hera_report", "hera_heads")
+SHOWN = ("hera_tab", "hera_status", "hera_progress", "hera_gallery", "hera_report", "hera_heads")
 
 
 class Display:
@@ -37,6 +37,10 @@ class Display:
     def nothing(self) -> Update:
         """Leaves the page as it is."""
         return {self._elements["hera_status"]: gr.skip()}
+
+    def opened(self) -> Update:
+        """Opens the accordion."""
+        return self._update(hera_tab=gr.Accordion(open=True))
 
     def said(self, text: str) -> Update:
         """A message alone."""
@@ -71,7 +75,7 @@ class Display:
         return self._update(
             hera_status=f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
             hera_progress=gr.Slider(visible=False),
-            hera_gallery=gr.Gallery(value=run_pictures(job.folder, job.lang), visible=True),
+            hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
             hera_report=gr.File(value=report_files(job.folder), visible=True),
         )
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from llamafactory_hera.host.arguments import HeraArguments
 
 #: Rows of the accordion. Keys that are not here go into the host's "Extra arguments".
-HEADS_ROW = ("hera_heads", "hera_teacher", "hera_teacher_cache")
+HEADS_ROW = ("hera_heads",)
+TEACHER_ROW = ("hera_teacher", "hera_teacher_cache")
 LOSS_ROW = (
     "hera_weight",
     "hera_k",
@@ -25,7 +26,7 @@ SELECT_ROW = (
     "hera_select_k",
     "hera_select_batch_size",
 )
-ROWS = (HEADS_ROW, LOSS_ROW, SELECT_ROW)
+ROWS = (HEADS_ROW, TEACHER_ROW, LOSS_ROW, SELECT_ROW)
 
 
 @dataclass(frozen=True)

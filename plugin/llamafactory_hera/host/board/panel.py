@@ -66,7 +66,9 @@ class Panel:
         """Heads files of earlier runs of a model, newest first, as choices."""
         model = (model_name or "*").replace(" ", "")
         found = glob.glob(os.path.join(DEFAULT_SAVE_DIR, model, "*", "*", FOLDER, HEADS_FILE))
-        return gr.Dropdown(choices=sorted(found, key=os.path.getmtime, reverse=True))
+        newest_first = sorted(found, key=os.path.getmtime, reverse=True)
+        # named by what comes in front of hera/heads.json: finetuning method and run
+        return gr.Dropdown(choices=[(os.path.join(*Path(path).parts[-4:-2]), path) for path in newest_first])
 
     def load_file(self, lang: str, path: str | None) -> Update:
         """Puts a heads file into the heads field and shows it."""
@@ -94,10 +96,14 @@ class Panel:
     def after_reload(self) -> Iterator[Update]:
         """What a freshly loaded page shows: the job that runs, or the result of the last one."""
         job = self.job
-        if job is not None and not job.running:
-            yield self._display.finished(job, fill=False)
-        else:
+        if job is None:
+            yield self._display.nothing()
+            return
+        yield self._display.opened()
+        if job.running:
             yield from self.follow()
+        else:
+            yield self._display.finished(job, fill=False)
 
     def _begin(self, data: Data, make: MakeJob) -> Iterator[Update]:
         lang = self._value(data, "top.lang")

@@ -37,13 +37,11 @@ def heads_shown(path: Path, lang: str) -> tuple[str, list[Picture]]:
     return f"```\n{render_table(scored)}\n```", [(picture, message("heads_picture", lang))]
 
 
-def run_pictures(folder: Path, lang: str) -> list[Picture]:
-    """The pictures in a run's folder: the comparison first, then the heads."""
-    named = {
-        folder / FOLDER / f"{REPORT}.png": "report_picture",
-        heads_file(folder).with_suffix(".png"): "heads_picture",
-    }
-    return [(_read(path), message(name, lang)) for path, name in named.items() if path.is_file()]
+def report_pictures(folder: Path, lang: str) -> list[Picture]:
+    """The comparison of a run with before, and the heads that it trained."""
+    heads = heads_file(folder)
+    trained = heads_shown(heads, lang)[1] if heads.is_file() else []
+    return [(_read(folder / FOLDER / f"{REPORT}.png"), message("report_picture", lang)), *trained]
 
 
 def report_files(folder: Path) -> list[str]:

@@ -29,7 +29,7 @@ WIDGETS = {
         "info": "Choose or type the path of a heads.json to use it and look at it.",
     },
     "hera_select_btn": {"value": "Select heads"},
-    "hera_compare_btn": {"value": "Compare with before"},
+    "hera_compare_btn": {"value": "Compare heads"},
     "hera_stop_btn": {"value": "Abort scoring"},
     "hera_compare": {
         "label": "Compare after training",

@@ -29,7 +29,7 @@ WIDGETS = {
         "info": "heads.json のパスを選ぶか入力すると、使用して表示できます。",
     },
     "hera_select_btn": {"value": "ヘッドを選択"},
-    "hera_compare_btn": {"value": "学習前と比較"},
+    "hera_compare_btn": {"value": "ヘッドを比較"},
     "hera_stop_btn": {"value": "採点を中断"},
     "hera_compare": {"label": "学習後に比較", "info": "学習が終わったらヘッドをもう一度採点します。"},
     "hera_gallery": {"label": "画像"},

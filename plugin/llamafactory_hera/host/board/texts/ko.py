@@ -29,7 +29,7 @@ WIDGETS = {
         "info": "heads.json의 경로를 고르거나 입력하면 사용하고 볼 수 있습니다.",
     },
     "hera_select_btn": {"value": "헤드 선택"},
-    "hera_compare_btn": {"value": "학습 전과 비교"},
+    "hera_compare_btn": {"value": "헤드 비교"},
     "hera_stop_btn": {"value": "점수 계산 중단"},
     "hera_compare": {"label": "학습 후 비교", "info": "학습이 끝나면 헤드 점수를 다시 계산합니다."},
     "hera_gallery": {"label": "그림"},

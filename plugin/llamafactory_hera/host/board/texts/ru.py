@@ -29,7 +29,7 @@ WIDGETS = {
         "info": "Выберите или введите путь к heads.json, чтобы использовать и посмотреть его.",
     },
     "hera_select_btn": {"value": "Выбрать головы"},
-    "hera_compare_btn": {"value": "Сравнить с исходным"},
+    "hera_compare_btn": {"value": "Сравнить головы"},
     "hera_stop_btn": {"value": "Прервать оценку"},
     "hera_compare": {
         "label": "Сравнить после обучения",

@@ -29,7 +29,7 @@ WIDGETS = {
         "info": "选择或输入 heads.json 的路径，以使用并查看它。",
     },
     "hera_select_btn": {"value": "选择注意力头"},
-    "hera_compare_btn": {"value": "与训练前比较"},
+    "hera_compare_btn": {"value": "比较注意力头"},
     "hera_stop_btn": {"value": "中断评分"},
     "hera_compare": {"label": "训练后比较", "info": "训练结束后再次为注意力头评分。"},
     "hera_gallery": {"label": "图片"},

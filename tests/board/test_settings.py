@@ -1,0 +1,83 @@
+"""Describing a run: the stage, its fields, the previewed command, saved settings, languages."""
+
+import pytest
+from playwright.sync_api import expect
+
+from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.host.board.fields import FIELDS
+from llamafactory_hera.host.board.texts import LANGUAGES
+
+from .page import BoardPage
+
+pytestmark = pytest.mark.slow
+
+
+def test_choosing_hera_opens_its_fields_with_the_defaults_of_the_dataclass(page: BoardPage) -> None:
+    texts = LANGUAGES["en"].FIELDS
+    weight = page.field(texts["hera_weight"][0])
+    expect(weight).not_to_be_visible()
+    page.choose("Stage", "HeRA")
+    expect(weight).to_be_visible()
+    page.shot("01_stage")
+    for key, field in FIELDS.items():
+        shown = page.field(texts[key][0])
+        if field.kind == "switch":
+            expect(shown).to_be_checked(checked=getattr(HeraArguments(), key))
+        else:
+            default = getattr(HeraArguments(), key)
+            expect(shown).to_have_value("" if default is None else str(default))
+
+
+def test_preview_names_every_key_under_every_finetuning_method(page: BoardPage) -> None:
+    page.describe_run("preview", Attention_heads="L4H1,L3H5", HeRA_weight="0.1", Memory="32")
+    for method in ("lora", "freeze", "full"):
+        page.choose("Finetuning method", method)
+        command = page.command(finetuning_type=method, stage="hera")
+        assert command["freeze_vision_tower"] == "True"  # the model is listed as multimodal
+        assert command["template"] == "llava_qwen3"
+        expected = {"hera_heads": "L4H1,L3H5", "hera_weight": "0.1", "hera_memory": "32"}
+        assert {key: command[key] for key in expected} == expected
+        assert {key for key in command if key.startswith("hera_")} == {
+            key for key, field in FIELDS.items() if field.kind != "switch"
+        }
+    page.shot("02_preview")
+    page.choose("Stage", "Supervised Fine-Tuning")  # the host empties the list of datasets
+    page.choose("Dataset", "hera_demo")
+    assert not [key for key in page.command(stage="sft") if key.startswith("hera_")]
+
+
+def test_saved_settings_come_back(page: BoardPage) -> None:
+    page.describe_run("saved", Attention_heads="L4H1", Temperature="0.2", extra={"hera_max_nan": 3})
+    before = page.command()
+    assert before["hera_max_nan"] == "3"
+    page.name("Config path", "saved.yaml")
+    page.press("Save arguments")
+    expect(page.page.get_by_text("Arguments have been saved at")).to_be_visible()
+    page.open()
+    page.name("Config path", "saved.yaml")
+    page.press("Load arguments")
+    expect(page.field("Temperature")).to_have_value("0.2")
+    expect(page.field("Stage")).to_have_value("HeRA")
+    expect(page.page.get_by_text("hera_demo", exact=True)).to_be_visible()  # the dataset is still chosen
+    page.shot("03_loaded")
+    after = page.command()
+    assert before | {"output_dir": ""} == after | {"output_dir": ""}
+
+
+def visible_widgets(widgets: dict[str, dict[str, str]]) -> list[dict[str, str]]:
+    """Texts of what is seen before heads are selected."""
+    return [texts for name, texts in widgets.items() if name not in ("hera_gallery", "hera_report")]
+
+
+def test_every_language_is_shown(page: BoardPage) -> None:
+    page.choose("Stage", "HeRA")
+    for lang, texts in reversed(LANGUAGES.items()):  # English, with whose labels the list is found, comes last
+        languages = page.page.get_by_role("listbox").first
+        languages.click()
+        languages.fill(lang)
+        page.page.get_by_role("option", name=lang, exact=True).click()
+        expect(page.page.get_by_text(texts.WIDGETS["hera_tab"]["label"])).to_be_visible()
+        shown = page.page.locator("body").inner_text()
+        words = [*texts.FIELDS.values(), *map(dict.values, visible_widgets(texts.WIDGETS))]
+        assert [word for texts in words for word in texts if word not in shown] == []
+        page.shot(f"04_language_{lang}")

@@ -1,0 +1,97 @@
+"""Training in the page: curves, reload, abort, resume, the comparison afterwards, and errors."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from .page import SLOW, BoardPage
+from .server import Board
+
+pytestmark = pytest.mark.slow
+
+HEADS = "L4H1,L3H5"
+
+
+def folder_of(board: Board, run: str) -> Path:
+    return board.folder / "saves/LLaVA-Qwen3-4B-HeRA/full" / run
+
+
+def log_of(board: Board, run: str) -> list[dict]:
+    text = (folder_of(board, run) / "trainer_log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines() if '"hera_loss"' in line]
+
+
+def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) -> None:
+    page.describe_run("trained", Attention_heads=HEADS, Epochs="6", Save_steps="10")
+    page.press("Start")
+    expect(page.plot).to_be_visible(timeout=SLOW)
+    first = page.plot.get_attribute("src")
+    expect(page.plot).not_to_have_attribute("src", first)
+    page.shot("20_training")
+
+    page.open()  # a reload while it runs
+    expect(page.plot).to_be_visible(timeout=SLOW)
+    expect(page.field("Stage")).to_have_value("HeRA")
+    expect(page.field("Attention heads")).to_have_value(HEADS)
+    page.shot("21_reloaded")
+    second = page.plot.get_attribute("src")
+    expect(page.plot).not_to_have_attribute("src", second)
+
+    page.page.get_by_text("Running 1").first.wait_for(timeout=SLOW)  # ten steps or more: there is a checkpoint
+    page.press("Abort")
+    expect(page.page.get_by_text("Aborted.").first).to_be_visible(timeout=SLOW)
+    aborted = log_of(board, "trained")
+    assert len(aborted) < 48
+    assert not any("llamafactory_hera.cli" in line for line in board.processes())  # no comparison of half a run
+
+    page.open()
+    page.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
+    page.choose("Finetuning method", "full")
+    page.name("Output dir", "trained")
+    expect(page.page.get_by_text("will resume training from here").first).to_be_visible()
+    expect(page.field("Attention heads")).to_have_value(HEADS)
+    expect(page.field("Stage")).to_have_value("HeRA")
+    page.fill("Model path", "hera_demo/model")
+    page.fill("Epochs", "3")
+    page.press("Start")
+    expect(page.page.get_by_text("Finished.").first).to_be_visible(timeout=SLOW)
+    resumed = log_of(board, "trained")[len(aborted) :]
+    assert resumed[0]["current_steps"] > 10
+    assert resumed[-1]["current_steps"] == 24
+    assert all(line["hera_loss"] > 0 and line["lm_loss"] > 0 and 0 <= line["hera_mknn"] <= 1 for line in resumed)
+    page.shot("22_finished")
+
+    expect(page.status).to_contain_text("Before and after training", timeout=SLOW)
+    expect(page.status).to_contain_text("worst-5 mean")
+    expect(page.picture).to_be_visible()
+    with page.page.expect_download() as download:
+        page.page.locator("#hera_report a").first.click()
+    assert "Head alignment before and after" in Path(download.value.path()).read_text()
+    page.shot("23_compared")
+
+
+def test_a_head_that_the_model_lacks_is_said_in_the_page(page: BoardPage) -> None:
+    page.describe_run("wrong_head", Attention_heads="L99H0")
+    page.press("Start")
+    expect(page.page.get_by_text(re.compile("L99H0 does not exist: this model has layers")).first).to_be_visible(
+        timeout=SLOW
+    )
+    page.shot("24_wrong_head")
+
+
+def test_a_missing_teacher_is_said_in_the_page(page: BoardPage) -> None:
+    page.describe_run("missing_teacher", Attention_heads=HEADS, Teacher="no_such_teacher")
+    page.press("Start")
+    expect(page.page.get_by_text(re.compile("hera_teacher: no_such_teacher")).first).to_be_visible(timeout=SLOW)
+    page.shot("25_missing_teacher")
+
+
+@pytest.mark.parametrize(("heads", "said"), [("", "press Select heads"), ("L4-1", "is not a head")])
+def test_heads_that_cannot_be_are_refused_at_once(heads: str, said: str, page: BoardPage, board: Board) -> None:
+    page.describe_run("refused_heads", Attention_heads=heads)
+    page.press("Start")
+    expect(page.page.get_by_text(said).first).to_be_visible()
+    assert not folder_of(board, "refused_heads").exists()
