@@ -113,49 +113,67 @@ def test_fp16_features_agree_up_to_a_neighbour(tmp_path):
     torch.testing.assert_close(torch.tensor(rounded), torch.tensor(exact), atol=2 / 160, rtol=0)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, caplog):
-    material, chosen = text_material(tmp_path, n=100), settings(samples=100)
-    whole = select_heads(material, chosen, tmp_path / "whole/heads.json")
+@pytest.fixture
+def kill_after(monkeypatch):
+    """kill_after(n) -> the sizes of the batches that go through the model; the one behind the n-th ends the run."""
     real = forward.forward_call
 
-    def killed_after(limit):
-        calls = []
+    def kill(limit):
+        sizes = []
 
         def counting(model, mode):
             call = real(model, mode)
 
             def run(batch):
-                calls.append(batch["input_ids"].shape[0])
-                if len(calls) > limit:
+                if len(sizes) == limit:
                     raise KeyboardInterrupt
+                sizes.append(batch["input_ids"].shape[0])
                 call(batch)
 
             return run
 
         monkeypatch.setattr(forward, "forward_call", counting)
-        return calls
+        return sizes
 
+    return kill
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, kill_after, caplog):
+    material, chosen = text_material(tmp_path, n=100), settings(samples=100)
+    whole = select_heads(material, chosen, tmp_path / "whole/heads.json")
     target = tmp_path / "killed/heads.json"
-    killed_after(9)  # two blocks of four batches, and one batch of the third
+    kill_after(9)  # two blocks of four batches, and one batch of the third
     with pytest.raises(KeyboardInterrupt):
         select_heads(material, chosen, target)
     assert not target.exists()
-    calls = killed_after(1000)
+    sizes = kill_after(1000)
     again = select_heads(material, chosen, target)
-    assert sum(calls) == 100 - 64
+    assert sum(sizes) == 100 - 64
     assert "2 of 4 blocks are there" in caplog.text
     assert again.provenance["scores"] == whole.provenance["scores"]
     assert [path.name for path in target.parent.iterdir()] == ["heads.json"]
 
 
-def test_other_samples_do_not_go_on_from_a_killed_run(tmp_path, monkeypatch):
-    material = text_material(tmp_path, n=60)
-    monkeypatch.setattr(forward, "forward_call", lambda model, mode: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        select_heads(material, settings(), tmp_path / "heads.json")
-    monkeypatch.undo()
-    first = select_heads(material, settings(seed=1), tmp_path / "heads.json")
-    assert first.provenance["scores"] != select_heads(material, settings(), tmp_path / "b.json").provenance["scores"]
+def test_nothing_of_a_killed_run_is_used_for_other_captions_or_another_model(tmp_path, kill_after):
+    material, chosen = text_material(tmp_path), settings()
+    kill_after(4)
+    with pytest.raises(KeyboardInterrupt):
+        select_heads(material, chosen, tmp_path / "heads.json")
+    others = [feature | {"input_ids": feature["input_ids"][::-1]} for feature in captions(40)]  # of the same lengths
+    material.source._features[:] = others
+    sizes = kill_after(1000)
+    select_heads(material, chosen, tmp_path / "heads.json")
+    assert sum(sizes) == 40
+
+    kill_after(4)
+    with pytest.raises(KeyboardInterrupt):
+        select_heads(material, chosen, tmp_path / "heads.json")
+    with torch.no_grad():
+        decoder_layers(material.load_model())[0].mlp.up_proj.weight.mul_(2)
+    material.load_model().save_pretrained(material.model_folder)
+    sizes = kill_after(1000)
+    select_heads(material, chosen, tmp_path / "heads.json")
+    assert sum(sizes) == 40
 
 
 def _select_on_a_rank(rank: int) -> tuple:
