@@ -1,7 +1,7 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``WHAT`` (one line) and two functions: ``check(module)`` returns None, or ``NOT_NEEDED``, or says why
-the change does not fit this version of the host; ``apply(module)`` makes it.
+A patch module has ``WHAT`` (one line) and two functions: ``check(module)`` returns None, or ``NOT_NEEDED``, or says
+why the change does not fit this version of the host; ``apply(module)`` makes it.
 """
 
 import sys
@@ -22,6 +22,7 @@ PATCHES: tuple[tuple[str, str], ...] = (
     ("llamafactory.webui.locales", "locales"),
     ("llamafactory.webui.components.train", "train_tab"),
     ("llamafactory.webui.runner", "runner"),
+    ("llamafactory.webui.engine", "engine"),
 )
 
 #: What ``check`` returns where the host already does what the patch is for.
