@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from llamafactory_hera.calibration.material import Features, Material
+from llamafactory_hera.calibration.profile import Profile
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 
 N_IMAGE = 4
@@ -73,3 +74,8 @@ def material(model: nn.Module, n: int = 24, images: list[list[Image.Image]] | No
         model_name="tiny/model",
         dataset_name="noise",
     )
+
+
+def random_profile() -> Profile:
+    """What profiling ``calibration_model`` could have measured."""
+    return Profile(torch.rand(4, 8).double(), torch.rand(4, 8, 5), torch.randn(6, 4, 8))

@@ -1,0 +1,102 @@
+"""Slices of the weights by head, with and without grouped queries, and models that cannot be sliced."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from llamafactory_hera.calibration.weights import HeadWeights
+from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout
+from tests.calibration.tiny import calibration_model
+from tests.tiny_models import VLMS, vlm, vlm_batch
+
+SLICED = [name for name in VLMS if "phi3" not in name]
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_a_heads_slices_are_what_its_output_is_made_of(name: str) -> None:
+    """With one key in sight, a head hands on that key's value: its output is its value block times the input."""
+    model = vlm(name).eval()
+    weights = HeadWeights(model)
+    layout, layer = weights.layout, 1
+    attention = attention_module(decoder_layers(model)[layer], layout.model_type)
+    seen: dict[str, torch.Tensor] = {}
+    attention.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
+    attention.o_proj.register_forward_hook(lambda _, __, output: seen.update(out=output))
+    with torch.no_grad():
+        if attention.v_proj.bias is not None:
+            attention.v_proj.bias.zero_()
+        if attention.o_proj.bias is not None:
+            attention.o_proj.bias.zero_()
+        batch = vlm_batch(model)
+        batch["attention_mask"][:, 1:] = 0  # every token sees the first one alone
+        batch.pop("token_type_ids", None)
+        model.config.get_text_config()._attn_implementation = "eager"
+        attention.config._attn_implementation = "eager"
+        model(**batch)
+    x, heads, out = (seen[name][0, 0] for name in ("x", "heads", "out"))
+    total = torch.zeros_like(out)
+    for index in range(layout.n_heads):
+        value, output = weights.of_head(HeadId(layer, index))
+        assert torch.allclose(heads[weights.block("output", index)], value @ x, atol=1e-4)
+        total += output @ (value @ x)
+    assert torch.allclose(out, total, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, group", [("llava-llama", 1), ("llava-qwen2", 2), ("llava-qwen3", 2)])
+def test_groups_share_a_value_block(name: str, group: int) -> None:
+    weights = HeadWeights(calibration_model(name))
+    assert weights.group_size == group
+    for head in (HeadId(1, 0), HeadId(1, 5)):
+        members = weights.group(head)
+        assert head in members
+        assert len(members) == group
+        blocks = {weights.of_head(member)[0].data_ptr() for member in members}
+        assert len(blocks) == 1
+        outside = HeadId(1, (members[-1].head + 1) % 8)
+        assert weights.of_head(outside)[0].data_ptr() not in blocks
+
+
+def test_slices_are_views_of_the_model() -> None:
+    model = calibration_model("llava-qwen3")
+    weights = HeadWeights(model)
+    weights.slice(2, "output", 3).zero_()
+    weights.slice(2, "value", 1).zero_()
+    attention = model.model.language_model.layers[2].self_attn
+    assert (attention.o_proj.weight.abs().sum(dim=0) == 0).nonzero().flatten().tolist() == list(range(24, 32))
+    assert (attention.v_proj.weight.abs().sum(dim=1) == 0).nonzero().flatten().tolist() == list(range(8, 16))
+    assert model.get_submodule(weights.name(2, "value")) is attention.v_proj
+    assert weights.shape(2, "output") == attention.o_proj.weight.shape
+
+
+def test_fused_projections_are_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"model_name_or_path.*phi3.*v_proj.*fused"):
+        HeadWeights(vlm("llava-phi3"))
+
+
+def _under_an_adapter(attention: nn.Module) -> None:
+    inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], r=2), attention)
+
+
+def _in_eight_bits(attention: nn.Module) -> None:
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [_under_an_adapter, _in_eight_bits])
+def test_weights_that_are_not_plain_are_refused_with_both_remedies(change: Callable[[nn.Module], None]) -> None:
+    model = calibration_model()
+    change(model.model.language_model.layers[1].self_attn)
+    with pytest.raises(ValueError, match=r"quantised.*base model without quantization_bit.*dequantise"):
+        HeadWeights(model)
+
+
+def test_a_projection_that_is_not_laid_out_by_heads_is_refused() -> None:
+    model = calibration_model()
+    width = head_layout(model.config).hidden_size
+    model.model.language_model.layers[0].self_attn.v_proj = nn.Linear(width, 60)
+    with pytest.raises(ValueError, match=r"value projection is 60 wide.*8 heads of 8"):
+        HeadWeights(model)
