@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..selection.batches import plan_batches, run_batches
 from .attention_maps import AttentionFlow
 from .forward import Forward
 from .gates import HeadGates
@@ -97,8 +98,6 @@ def profile_heads(
 def _attention_pass(
     forward: Forward, features: Sequence[Features], collate: Collate, batch_size: int, num_workers: int
 ) -> tuple[Tensor, Tensor]:
-    from ..selection.batches import plan_batches, run_batches
-
     bins = min(forward.count_image_tokens(sample["input_ids"]) for sample in features)
     batches = plan_batches([len(sample["input_ids"]) for sample in features], batch_size)
     flows: dict[int, Tensor] = {}
@@ -123,8 +122,6 @@ def _attention_pass(
 def _gradient_pass(
     forward: Forward, features: Sequence[Features], collate: Collate, batch_size: int, num_workers: int
 ) -> Tensor:
-    from ..selection.batches import plan_batches, run_batches
-
     batches = plan_batches([len(sample["input_ids"]) for sample in features], batch_size)
     gradients: dict[int, Tensor] = {}
     with HeadGates(forward.model) as gates, torch.enable_grad(), _bar("gates", len(features)) as bar:

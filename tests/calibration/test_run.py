@@ -1,0 +1,207 @@
+"""Whole calibrations of tiny models: the files, their content, what is done again and what is not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from llamafactory_hera.calibration import profile as profiling
+from llamafactory_hera.calibration import run as running
+from llamafactory_hera.calibration.run import calibrate_heads
+from llamafactory_hera.calibration.settings import RahSettings
+from llamafactory_hera.calibration.summary import render_summary
+from tests.calibration.tiny import calibration_model, material, noise_images
+
+SETTINGS = RahSettings(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "calibration.json",
+    "calibration.png",
+    "calibration_profile.safetensors",
+}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def without_run(report: dict[str, Any]) -> dict[str, Any]:
+    """A report without what differs from run to run."""
+    kept = {key: value for key, value in report["provenance"].items() if key not in ("date", "seconds")}
+    return report | {"provenance": kept}
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2", "llava-qwen3"])
+def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: str) -> None:
+    model = calibration_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    (report,) = calibrate_heads(material(model), SETTINGS, tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert names(tmp_path) == FILES
+    assert json.loads((tmp_path / "calibration.json").read_text()) == json.loads(json.dumps(report))
+    assert report["calibrated"]
+    assert report["nothing_because"] is None
+    assert 0 < report["kl"]["total"] <= report["kl"]["delta"] == 0.05
+    states = {target["head"]: target for target in report["targets"]}
+    for head in report["calibrated"]:
+        target = states[head]
+        assert 0 < target["alpha"] <= 0.15
+        assert target["kl"] == target["tried"][-1]["kl"] <= 0.05
+        assert target["anchors"]
+    assert sum(report["adapter_rank"].values()) > 0
+    picture = matplotlib.image.imread(tmp_path / "calibration.png")
+    assert picture[..., :3].std() > 0.05
+    # the adapter is what the report says, and its divergence is the reported one
+    adapted = PeftModel.from_pretrained(model, tmp_path).merge_and_unload()
+    changed = {key for key, value in adapted.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {f"{module}.weight" for module in report["adapter_rank"]}
+    assert report["heads"]["calibrated_share"] == pytest.approx(len(report["calibrated"]) / 32)
+    assert all(head in render_summary(report) for head in report["calibrated"])
+
+
+def test_scores_of_every_head_are_in_the_report(tmp_path: Path) -> None:
+    (report,) = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+    profile = profiling.Profile(**load_file(tmp_path / "calibration_profile.safetensors"))
+    for name, values in (
+        ("isal", profile.flow),
+        ("isal_standardized", profile.saliency),
+        ("caf", profile.influence(1.0)),
+    ):
+        assert torch.allclose(torch.tensor(report[name]).double(), values, rtol=1e-5, atol=1e-9)
+    assert report["provenance"]["samples"] == {"profiled": 16, "probes": 8, "held_out": 8, "without_image": 0}
+    assert report["settings"]["rah_rank"] == 4
+
+
+def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
+    reports = []
+    for name in ("one", "two"):
+        reports += calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / name)
+    assert without_run(reports[0]) == without_run(reports[1])
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_a_run_that_was_stopped_after_profiling_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "try_updates", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "stopped")
+    assert names(tmp_path / "stopped") == {"calibration_profile.safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "profile_heads", _stop)
+        resumed = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "stopped")
+    assert without_run(resumed[0]) == without_run(whole[0])
+    assert resumed[0]["provenance"]["seconds"]["profiling"] is None
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("change", ["another model", "other samples", "more probes"])
+def test_a_profile_of_something_else_is_not_used(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+    model, settings = calibration_model(), SETTINGS
+    if change == "another model":
+        with torch.no_grad():
+            model.model.multi_modal_projector.linear_1.weight.mul_(1.01)
+    settings = {"other samples": replace(SETTINGS, seed=1), "more probes": replace(SETTINGS, probes=9)}.get(
+        change, SETTINGS
+    )
+    monkeypatch.setattr(running, "profile_heads", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_heads(material(model), settings, tmp_path)
+    calibrate_heads(material(calibration_model()), replace(SETTINGS, k=1, delta=0.01), tmp_path)  # needs no new one
+
+
+NOTHING = {
+    "no change allowed": ({"delta": 0}, "rah_delta: 0"),
+    "no target": ({"p_caf": 100}, "no head is a target"),
+    "no anchor": ({"beta": 50}, "no target has an anchor"),
+    "all rolled back": ({"delta": 1e-12, "halvings": 1}, "no update stays"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_do_gives_a_report_and_no_adapter(tmp_path: Path, name: str) -> None:
+    change, words = NOTHING[name]
+    calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)  # an earlier adapter must not survive
+    assert names(tmp_path) == FILES
+    (report,) = calibrate_heads(material(calibration_model()), replace(SETTINGS, **change), tmp_path)
+    assert names(tmp_path) == {"calibration.json", "calibration.png", "calibration_profile.safetensors"}
+    assert words in report["nothing_because"]
+    assert (report["calibrated"], report["adapter_rank"], report["kl"]["total"]) == ([], {}, 0.0)
+    assert f"No adapter: {report['nothing_because']}" in render_summary(report)
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "random targets": {"targets": "random"},
+    "inverse targets": {"targets": "inverse"},
+    "no CAF": {"targets": "no_caf"},
+    "no function similarity": {"rho": 0},
+    "no weight similarity": {"rho": 1},
+    "single anchor": {"k": 1},
+    "full rank": {"rank": "full"},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_papers_ablations_run(tmp_path: Path, name: str) -> None:
+    (report,) = calibrate_heads(material(calibration_model()), replace(SETTINGS, **ABLATIONS[name]), tmp_path)
+    assert report["calibrated"]
+    if name == "full rank":
+        assert max(report["adapter_rank"].values()) % 8 == 0  # heads of 8 values
+    if name == "single anchor":
+        assert {len(target["anchors"]) for target in report["targets"]} == {1}
+
+
+@pytest.mark.parametrize("control", ["shuffled", "blank"])
+def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
+    normal, corrupted = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path, control)
+    (alone,) = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "alone")
+    assert without_run(normal) == without_run(alone)
+    folder = tmp_path / f"control_{control}"
+    assert names(folder) <= FILES
+    assert json.loads((folder / "calibration.json").read_text())["provenance"]["control"] == control
+    compared = corrupted["compared_with_uncorrupted"]
+    assert compared["targets_normal"] == [target["head"] for target in normal["targets"]]
+    assert compared["targets_control"] == [target["head"] for target in corrupted["targets"]]
+    assert set(compared["targets_in_both"]) == set(compared["targets_normal"]) & set(compared["targets_control"])
+    assert -1 <= compared["caf_rank_correlation"] < 1
+    assert compared["kl_normal"] == normal["kl"]["total"]
+    assert compared["kl_control"] == corrupted["kl"]["total"] != compared["kl_control_on_uncorrupted_samples"]
+    assert f"control {control}" in render_summary(corrupted)
+
+
+def test_somebody_elses_adapter_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote"):
+        calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+    assert names(tmp_path) == {"adapter_config.json"}
+
+
+def test_a_broken_model_leaves_no_file(tmp_path: Path) -> None:
+    model = calibration_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    with pytest.raises(ValueError, match="model_name_or_path"):
+        calibrate_heads(material(model), SETTINGS, tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_text_only_rows_are_left_out(tmp_path: Path) -> None:
+    images = [[image] for image in noise_images(24)]
+    images[3::4] = [[]] * len(images[3::4])
+    (report,) = calibrate_heads(material(calibration_model(), images=images), SETTINGS, tmp_path)
+    assert report["provenance"]["samples"]["without_image"] == 6
+    assert report["provenance"]["samples"]["profiled"] == 10
