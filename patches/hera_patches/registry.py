@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
-#: Host module -> patch module of this package. Names only: nothing is imported before the host is.
-PATCHES: tuple[tuple[str, str], ...] = (
+# What a training run needs.
+_TRAINING = (
     ("llamafactory.hparams.finetuning_args", "finetuning_args"),
     ("llamafactory.train.sft.workflow", "sft_workflow"),
     ("llamafactory.train.callbacks", "log_callback"),
     ("llamafactory.data.template", "templates"),
+)
+# What the host's web UI needs; training goes on without it.
+_WEB_UI = (
     ("llamafactory.extras.constants", "training_stages"),
     ("llamafactory.extras.constants", "model_list"),
     ("llamafactory.extras.ploting", "loss_plot"),
@@ -24,6 +27,9 @@ PATCHES: tuple[tuple[str, str], ...] = (
     ("llamafactory.webui.runner", "runner"),
     ("llamafactory.webui.engine", "engine"),
 )
+
+#: Host module -> patch module of this package. Names only: nothing is imported before the host is.
+PATCHES: tuple[tuple[str, str], ...] = _TRAINING + _WEB_UI
 
 #: What ``check`` returns where the host already does what the patch is for.
 NOT_NEEDED = "not needed"
@@ -62,9 +68,10 @@ def apply_to(module: ModuleType) -> None:
             _statuses[name] = Status(name, target, patch.WHAT, reason or "applied")
         else:
             _statuses[name] = Status(name, target, patch.WHAT, "does not fit", reason)
+            lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
             print(
-                f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); `stage: hera` may "
-                "be unavailable. Run `llamafactory-hera doctor`.",
+                f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
+                "unavailable. Run `llamafactory-hera doctor`.",
                 file=sys.stderr,
             )
 
@@ -75,12 +82,16 @@ def statuses() -> list[Status]:
 
 
 def require() -> None:
-    """Checks that every patch that was tried fits.
+    """Checks that every patch that a training run needs and that was tried fits.
 
     Raises:
         RuntimeError: One does not fit this version of the host.
     """
-    misfits = [f"{status.name} ({status.reason})" for status in statuses() if status.state == "does not fit"]
+    misfits = [
+        f"{status.name} ({status.reason})"
+        for status in statuses()
+        if status.state == "does not fit" and (status.target, status.name) in _TRAINING
+    ]
     if misfits:
         raise RuntimeError(
             f"stage: hera cannot run on this LLaMA-Factory: {'; '.join(misfits)}. Install a tested version "

@@ -28,6 +28,8 @@ def selected(board: Board, browser) -> str:
     expect(page.status).to_contain_text("Selected heads:", timeout=SLOW)
     expect(page.picture).to_be_visible()
     page.shot("11_selected")
+    expect(page.field("Selection batch size")).to_have_value("2")
+    expect(page.field("Output dir")).to_have_value("selected")
     path = page.field("Attention heads").input_value()
     page.page.close()
     return path

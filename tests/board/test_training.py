@@ -85,7 +85,9 @@ def test_a_head_that_the_model_lacks_is_said_in_the_page(page: BoardPage) -> Non
 def test_a_missing_teacher_is_said_in_the_page(page: BoardPage) -> None:
     page.describe_run("missing_teacher", Attention_heads=HEADS, Teacher="no_such_teacher")
     page.press("Start")
-    expect(page.page.get_by_text(re.compile("hera_teacher: no_such_teacher")).first).to_be_visible(timeout=SLOW)
+    expect(page.page.get_by_text("hera_teacher: the folder no_such_teacher does not exist").first).to_be_visible(
+        timeout=SLOW
+    )
     page.shot("25_missing_teacher")
 
 

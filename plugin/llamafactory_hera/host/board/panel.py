@@ -46,6 +46,7 @@ class Panel:
         self._display = display
         self.outputs = display.outputs
         self.job: Job | None = None
+        self._data: Data = {}
 
     # -- buttons ---------------------------------------------------------------------------------------------------
 
@@ -105,6 +106,11 @@ class Panel:
         else:
             yield self._display.finished(job, fill=False)
 
+    def settings_after_reload(self) -> Iterator[Update]:
+        """The fields of a freshly loaded page, as they were when the job that runs was started."""
+        if self.busy:
+            yield {element: type(element)(value=value) for element, value in self._data.items()}
+
     def _begin(self, data: Data, make: MakeJob) -> Iterator[Update]:
         lang = self._value(data, "top.lang")
         error = self._runner._initialize(data, do_train=True, from_preview=True)
@@ -130,7 +136,7 @@ class Panel:
         except (OSError, ValueError) as problem:
             yield self._display.said(str(problem))
             return
-        self.job = job
+        self.job, self._data = job, data
         yield from self.follow()
 
     # -- what the host's runner asks -------------------------------------------------------------------------------
@@ -157,7 +163,7 @@ class Panel:
         job = compare_job(folder, self._value(data, "top.lang"))
         if job is not None:
             job.start()
-            self.job = job
+            self.job, self._data = job, data
 
     def _is_hera(self, data: Data) -> bool:
         return TRAINING_STAGES[self._value(data, "train.training_stage")] == STAGE

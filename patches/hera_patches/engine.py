@@ -1,0 +1,33 @@
+"""Fills a reloaded page of the web UI again while heads are being scored.
+
+Why: the host does so while it trains, and knows nothing of what else may run.
+
+Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
+"""
+
+import inspect
+from collections.abc import Iterator
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+WHAT = "the web UI's settings after a reload"
+
+
+def check(module: ModuleType) -> str | None:
+    """Says what the host's engine lacks, or None."""
+    resume = getattr(getattr(module, "Engine", None), "resume", None)
+    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is no generator"
+
+
+def apply(module: ModuleType) -> None:
+    """Wraps ``Engine.resume``; ``hera`` is the panel that the train tab has given the runner."""
+    original = module.Engine.resume
+
+    @wraps(original)
+    def resume(self: Any) -> Iterator[dict[Any, Any]]:
+        yield from original(self)
+        if hasattr(self.runner, "hera"):
+            yield from self.runner.hera.settings_after_reload()
+
+    module.Engine.resume = resume
