@@ -99,6 +99,7 @@ def compute_features(
             f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
             "it must be a folder that all of them share."
         )
+    barrier()  # nobody deletes them before everybody has seen them
     return blocks
 
 
