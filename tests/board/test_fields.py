@@ -1,0 +1,76 @@
+"""Fields and texts of the web UI against the dataclass, and the arguments that a run gets from them."""
+
+import re
+import string
+from typing import get_args, get_type_hints
+
+import pytest
+
+from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.host.board.arguments import lacking, with_hera
+from llamafactory_hera.host.board.fields import FIELDS
+from llamafactory_hera.host.board.texts import LANGUAGES, locales, message
+
+
+def test_defaults_and_choices_are_the_dataclass_s() -> None:
+    defaults, hints = HeraArguments(), get_type_hints(HeraArguments)
+    for key, field in FIELDS.items():
+        assert field.default == ("" if getattr(defaults, key) is None else getattr(defaults, key))
+        assert field.choices == (get_args(hints[key]) if field.kind == "choice" else ())
+    assert {field.kind for field in FIELDS.values()} == {"text", "integer", "number", "switch", "choice"}
+
+
+def test_the_keys_of_heads_teacher_loss_and_selection_are_shown() -> None:
+    named = "heads teacher teacher_cache weight k temperature memory pooling select select_m"
+    assert {f"hera_{name}" for name in named.split()} <= set(FIELDS)
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_each_language_says_everything(lang: str) -> None:
+    texts, english = LANGUAGES[lang], LANGUAGES["en"]
+    assert list(texts.FIELDS) == list(FIELDS)
+    assert {name: set(shown) for name, shown in texts.WIDGETS.items()} == {
+        name: set(shown) for name, shown in english.WIDGETS.items()
+    }
+    assert list(texts.MESSAGES) == list(english.MESSAGES)
+    for name, text in texts.MESSAGES.items():
+        placeholders = {field for _, field, _, _ in string.Formatter().parse(text) if field}
+        assert placeholders == {field for _, field, _, _ in string.Formatter().parse(english.MESSAGES[name]) if field}
+    words = [word for pair in texts.FIELDS.values() for word in pair]
+    words += [word for shown in texts.WIDGETS.values() for word in shown.values()] + list(texts.MESSAGES.values())
+    assert all(word.strip() for word in words)
+    labels = [label for label, _ in texts.FIELDS.values()]
+    assert len(set(labels)) == len(labels)
+    own_letters = {"ru": "[а-я]", "zh": "[一-鿿]", "ko": "[가-힣]", "ja": "[ぁ-ヿ一-鿿]"}
+    if lang in own_letters:
+        assert [word for word in words if not re.search(own_letters[lang], word)] == []
+
+
+def test_locales_have_the_host_s_form() -> None:
+    from llamafactory.webui.locales import LOCALES
+
+    for name, texts in locales().items():
+        assert set(texts) == set(LOCALES["training_stage"])
+        assert LOCALES[name] == texts
+    assert message("aborted", "fr") == "Aborted."  # a language that the host may gain
+
+
+def test_extra_arguments_win_over_the_fields() -> None:
+    values = {f"train.{key}": field.default for key, field in FIELDS.items()}
+    values["train.hera_heads"] = " L1H2 "
+    args = with_hera({"stage": "hera", "hera_k": 3, "hera_max_nan": 7}, values.__getitem__)
+    assert args["hera_heads"] == "L1H2"
+    assert (args["hera_k"], args["hera_max_nan"]) == (3, 7)
+    assert set(args) == {"stage", "hera_max_nan", *FIELDS}
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"), [("", "press Select heads"), ("L1", "'L1' is not a head"), ("gone.json", "cannot be read")]
+)
+def test_heads_that_cannot_be_are_named(heads: str, said: str) -> None:
+    assert said in lacking({"hera_heads": heads}, "en")
+
+
+@pytest.mark.parametrize("heads", ["auto", "L1H2,L3H4"])
+def test_heads_that_may_be_are_let_pass(heads: str) -> None:
+    assert lacking({"hera_heads": heads}, "en") == ""

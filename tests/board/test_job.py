@@ -1,0 +1,109 @@
+"""Scoring jobs as processes, and the commands of a comparison."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from llamafactory_hera.host.board.job import Job, Progress
+
+
+def job(folder: Path, *commands: list[str]) -> Job:
+    return Job("select", commands, folder, folder / "hera" / "job.log", "en")
+
+
+def ended(started: Job, timeout: float = 120) -> Job:
+    until = time.monotonic() + timeout
+    while started.running and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not started.running
+    return started
+
+
+def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
+    started = job(tmp_path, ["--version"], ["report", "missing.json", "other.json"], ["--version"])
+    started.start()
+    ended(started)
+    assert started.code == 2
+    version, error = started.said().splitlines()
+    assert version.startswith("llamafactory-hera ")
+    assert "missing.json cannot be read" in error
+    assert not started.aborted
+
+
+def test_a_job_is_aborted_with_its_processes(tmp_path: Path) -> None:
+    started = job(tmp_path, ["demo", "--output", str(tmp_path / "demo"), "--size", "demo"], ["--version"])
+    started.start()
+    until = time.monotonic() + 60
+    while not psutil.Process().children() and time.monotonic() < until:
+        time.sleep(0.05)
+    processes = psutil.Process().children(recursive=True)
+    assert processes
+    started.abort()
+    ended(started)
+    assert started.aborted
+    assert started.code != 0
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert "llamafactory-hera " not in started.said()  # the command behind it was not run
+    started.abort()  # does nothing
+
+
+def test_progress_is_the_last_bar_of_the_log(tmp_path: Path) -> None:
+    started = job(tmp_path)
+    assert started.progress() is None
+    started.log.parent.mkdir()
+    bars = [
+        "[transformers] a warning",
+        "Loading weights: 100%|████| 61/61 [00:00<00:00, 40.0it/s]",
+        "HeRA | teacher:   0%|          | 0/96 [00:00<?, ?image/s]\rHeRA | teacher: 100%|███| 96/96 [00:01<00:00]",
+        "HeRA | scoring pass:   0%| | 0/96 [00:00<?, ?sample/s]\rHeRA | scoring pass:  67%|██▋ | 64/96 [00:00<00:00]",
+    ]
+    started.log.write_text("\n".join(bars[:3]))
+    assert started.progress() == Progress("teacher", 96, 96)
+    started.log.write_text("\n".join(bars))
+    assert started.progress() == Progress("scoring pass", 64, 96)
+    assert started.said() == bars[0]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a finished run."""
+    (tmp_path / "training_args.yaml").write_text(yaml.safe_dump({"stage": "hera"}))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hera").mkdir()
+    return tmp_path
+
+
+def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -> None:
+    from llamafactory_hera.host.board.tasks import compare_job
+
+    facts = {"mode": "mllm", "samples_asked": 64, "k": 5, "seed": 3, "stored_dtype": "fp16", "pooling": "mean"}
+    content = {"heads": ["L0H1"], "provenance": facts | {"similarity": "dot", "scores": [[0.1, 0.2]]}}
+    (run / "hera/heads.json").write_text(json.dumps(content))
+    score, report = compare_job(run, "en").commands
+    assert score[:2] == ["score", str(run)]
+    expected = ["mode=mllm", "samples=64", "k=5", "seed=3", "dtype=fp16"]
+    assert {f"hera_select_{setting}" for setting in expected} <= set(score)
+    assert {"hera_pooling=mean", "hera_similarity=dot"} <= set(score)
+    assert report[1:3] == [str(run / "hera/heads.json"), str(run / "hera/scores.json")]
+
+
+def test_heads_without_scores_have_the_model_before_training_scored_first(run: Path) -> None:
+    from llamafactory_hera.host.board.tasks import compare_job
+
+    (run / "hera/heads.json").write_text('{"heads": ["L0H1"]}')
+    before, score, report = compare_job(run, "en").commands
+    assert before == ["score", str(run / "training_args.yaml"), "--output", str(run / "hera/before.json")]
+    assert score[1] == str(run)
+    assert report[1] == str(run / "hera/before.json")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "training_args.yaml"])
+def test_there_is_nothing_to_compare_before_a_run_has_finished(missing: str, run: Path) -> None:
+    from llamafactory_hera.host.board.tasks import compare_job
+
+    (run / missing).unlink()
+    assert compare_job(run, "en") is None

@@ -1,0 +1,84 @@
+"""Saved settings: read back whole, and readable for a host without the plugin."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PLAIN = {
+    "top.model_name": "Custom",
+    "top.template": "qwen",
+    "train.training_stage": "Supervised Fine-Tuning",
+    "train.dataset": ["hera_demo"],
+    "train.learning_rate": "1e-3",
+}
+
+
+@pytest.fixture
+def host() -> tuple[Callable, Callable]:
+    """The host's own two functions."""
+    from llamafactory.webui import common
+
+    return common.save_args.__wrapped__, common.load_args.__wrapped__
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    from llamafactory_hera.host.board.fields import FIELDS
+
+    fields = {f"train.{key}": field.default for key, field in FIELDS.items()}
+    return PLAIN | fields | {"train.hera_compare": True} | changes
+
+
+HERA = {
+    "top.model_name": "LLaVA-Qwen3-4B-HeRA",
+    "top.template": "llava_qwen3",
+    "train.training_stage": "HeRA",
+    "train.hera_heads": "L1H2: «ж»\n# not a comment",
+    "train.hera_weight": 0.5,
+}
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    from llamafactory.webui.common import load_args, save_args
+
+    path = str(tmp_path / "saved.yaml")
+    for saved in (settings(**HERA), settings(**{"train.hera_compare": False}), settings(**HERA)):
+        save_args(path, saved)
+        assert load_args(path) == saved
+
+
+def test_the_host_reads_values_of_its_own_only(tmp_path: Path, host: tuple[Callable, Callable]) -> None:
+    from llamafactory.webui.common import save_args
+
+    save_args(str(tmp_path / "saved.yaml"), settings(**HERA))
+    assert host[1](str(tmp_path / "saved.yaml")) == PLAIN | {"top.template": "default"}
+
+
+def test_without_hera_the_file_is_the_host_s(tmp_path: Path, host: tuple[Callable, Callable]) -> None:
+    from llamafactory.webui.common import load_args, save_args
+
+    save_args(str(tmp_path / "ours.yaml"), settings())
+    host[0](str(tmp_path / "theirs.yaml"), PLAIN)
+    assert (tmp_path / "ours.yaml").read_bytes() == (tmp_path / "theirs.yaml").read_bytes()
+    assert load_args(str(tmp_path / "theirs.yaml")) == PLAIN
+    assert load_args(str(tmp_path / "missing.yaml")) is None
+
+
+@pytest.mark.parametrize("damage", ["#HeRA train.hera_heads: [", "#HeRA just text"])
+def test_damaged_lines_leave_the_rest_readable(damage: str, tmp_path: Path) -> None:
+    from llamafactory.webui.common import load_args, save_args
+
+    path = tmp_path / "saved.yaml"
+    save_args(str(path), PLAIN)
+    path.write_text(path.read_text() + damage + "\n")
+    assert load_args(str(path)) == PLAIN
+
+
+def test_a_key_that_is_shown_no_more_is_left_out(tmp_path: Path) -> None:
+    from llamafactory.webui.common import load_args, save_args
+
+    path = tmp_path / "saved.yaml"
+    save_args(str(path), settings(**HERA))
+    path.write_text(path.read_text() + "#HeRA train.hera_of_old: 1\n#HeRA train.seed: 1\n")
+    assert load_args(str(path)) == settings(**HERA)
