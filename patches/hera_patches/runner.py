@@ -6,6 +6,7 @@ Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
 """
 
 import inspect
+from collections.abc import Iterator
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ _METHODS = {
     "_parse_train_args": ["self", "data"],
     "_initialize": ["self", "data", "do_train", "from_preview"],
     "_finalize": ["self", "lang", "finish_info"],
+    "monitor": ["self"],
 }
 
 
@@ -32,8 +34,8 @@ def check(module: ModuleType) -> str | None:
 
 
 def apply(module: ModuleType) -> None:
-    """Wraps three methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
-    runner = module.Runner
+    """Wraps four methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
+    runner, monitor = module.Runner, module.Runner.monitor
     parse, initialize, finalize = runner._parse_train_args, runner._initialize, runner._finalize
 
     @wraps(parse)
@@ -59,4 +61,11 @@ def apply(module: ModuleType) -> None:
         if data is not None and finish_info == module.ALERTS["info_finished"][lang] and hasattr(self, "hera"):
             self.hera.trained(data)
 
+    @wraps(monitor)
+    def monitored(self: Any) -> Iterator[dict[Any, Any]]:
+        data = self.running_data
+        for update in monitor(self):
+            yield self.hera.explained(update, data) if hasattr(self, "hera") else update
+
+    runner.monitor = monitored
     runner._parse_train_args, runner._initialize, runner._finalize = _parse_train_args, _initialize, _finalize

@@ -81,9 +81,13 @@ class BoardPage:
         field.press("Enter")
         field.press("Escape")
 
+    def button(self, name: str) -> Locator:
+        """A button of the train tab."""
+        return self.page.get_by_role("button", name=name, exact=True).first
+
     def press(self, button: str) -> None:
         """Presses a button."""
-        self.page.get_by_role("button", name=button, exact=True).first.click()
+        self.button(button).click()
 
     def unfold(self, accordion: str) -> None:
         """Opens an accordion."""
@@ -139,7 +143,9 @@ class BoardPage:
             self.fill(label, value)
         self.name("Output dir", output_dir)
 
-    def shot(self, name: str, whole: bool = True) -> None:
-        """Keeps a picture of the page for people to look at."""
+    def shot(self, name: str, top: Locator | None = None) -> None:
+        """Keeps a picture for people to look at: of the whole page, or of what can be seen from an element on."""
         ARTIFACTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=whole)
+        if top is not None:
+            top.evaluate("element => element.scrollIntoView()")
+        self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=top is None)

@@ -17,6 +17,7 @@ from llamafactory_hera.selection.run import FOLDER, HEADS_FILE
 
 from .arguments import lacking, with_hera
 from .display import Display, Update
+from .failures import with_reason
 from .job import Job
 from .names import STAGE, elem_id
 from .tasks import SELECT, compare_job, select_job
@@ -164,6 +165,15 @@ class Panel:
         if job is not None:
             job.start()
             self.job, self._data = job, data
+
+    def explained(self, update: Update, data: Data) -> Update:
+        """What the host shows of a run, with the reason first where it has failed."""
+        if not self._is_hera(data):
+            return update
+        lang = self._value(data, "top.lang")
+        return {
+            element: with_reason(shown, lang) if isinstance(shown, str) else shown for element, shown in update.items()
+        }
 
     def _is_hera(self, data: Data) -> bool:
         return TRAINING_STAGES[self._value(data, "train.training_stage")] == STAGE
