@@ -25,7 +25,6 @@ class GradientCache:
         self._valid: list[Tensor] = []
         self._n_batches = 0
         self._value: Tensor | None = None
-        self._repeats = False  # seen to give the same representations again
 
     def __len__(self) -> int:
         """Micro-batches that are still to be run with a graph."""
@@ -74,18 +73,17 @@ class GradientCache:
             return self._value
         # not a product with the mask: a non-finite value outside it must not spread
         rows = torch.where(valid.view(1, -1, 1), representations.float(), 0.0)
-        if not self._repeats:
-            self._check_repeats(rows[:, valid].detach(), first[:, valid].detach())
+        _check_repeats(rows[:, valid].detach(), first[:, valid].detach())
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
-    def _check_repeats(self, rows: Tensor, first: Tensor) -> None:
-        if rows.numel() == 0:
-            return
-        difference = float((rows - first).norm() / first.norm())
-        if difference > _TOLERANCE:
-            raise RuntimeError(
-                f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other head outputs "
-                f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
-            )
-        self._repeats = True
+
+def _check_repeats(rows: Tensor, first: Tensor) -> None:
+    if rows.numel() == 0:
+        return
+    difference = float((rows - first).norm() / first.norm())
+    if difference > _TOLERANCE:
+        raise RuntimeError(
+            f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other head outputs "
+            f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
+        )
