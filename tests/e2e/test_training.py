@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import llamafactory
@@ -228,3 +229,63 @@ def test_cached_teacher_features_change_nothing(server: HostServer, world: Path,
     for a, b, c in zip(fresh.logs(), filling.logs(), cached.logs(), strict=True):
         assert a["hera_loss"] == pytest.approx(b["hera_loss"], rel=1e-3)  # a cache keeps fp16
         assert b["hera_loss"] == pytest.approx(c["hera_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "memory"), [(1, 1), (1, 40), (2, 0)])
+def test_a_single_candidate_in_the_first_step_is_no_idle_run(
+    server: HostServer, world: Path, recipe: dict, batch: int, memory: int
+) -> None:
+    # the loss among one candidate is log 1: no gradient yet, and nothing wrong with the heads
+    small = {"per_device_train_batch_size": batch, "hera_memory": memory, "output_dir": "saves/single"}
+    run = server.run(recipe | small, world)
+    assert run.ok, run.output
+
+
+def test_a_run_without_any_comparison_says_so(server: HostServer, world: Path, recipe: dict) -> None:
+    data = world / "data_same"
+    shutil.copytree(world / "hera_demo/data", data)
+    info = json.loads((data / "dataset_info.json").read_text())
+    file = data / info["hera_demo"]["file_name"]
+    samples = json.loads(file.read_text())
+    file.write_text(json.dumps([sample | {"images": samples[0]["images"]} for sample in samples]))
+    run = server.run(recipe | {"dataset_dir": str(data), "output_dir": "saves/same", "max_steps": 2}, world)
+    assert run.ok, run.output
+    assert "The HeRA term was 0 in all 2 steps so far" in run.output
+    assert "hera_mknn" not in run.logs()[-1]
+
+
+def test_the_best_model_is_what_is_saved(server: HostServer, world: Path, recipe: dict) -> None:
+    best = {
+        "val_size": 0.1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # so that the first is the best
+        "output_dir": "saves/best",
+    }
+    run = server.run(recipe | best, world)
+    assert run.ok, run.output
+    saved, first, last = (
+        load_file(folder / "model.safetensors")
+        for folder in (run.folder, run.folder / "checkpoint-2", run.folder / "checkpoint-6")
+    )
+    assert all(torch.equal(saved[name], first[name]) for name in first)
+    assert not all(torch.equal(saved[name], last[name]) for name in first)
+    final, kept = (
+        load_file(folder / "hera/state.safetensors") for folder in (run.folder, run.folder / "checkpoint-2")
+    )
+    assert torch.equal(final["temperature.log_value"], kept["temperature.log_value"])
+
+
+def test_a_damaged_state_is_named(server: HostServer, world: Path, recipe: dict) -> None:
+    saving = {"output_dir": "saves/damaged", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    assert server.run(recipe | saving, world).ok
+    state = world / "saves/damaged/checkpoint-2/hera/state.safetensors"
+    state.write_bytes(state.read_bytes()[:20])
+    resume = {"resume_from_checkpoint": "saves/damaged/checkpoint-2", "max_steps": 4}
+    run = server.run(recipe | saving | resume, world)
+    assert not run.ok
+    assert "ValueError: resume_from_checkpoint: saves/damaged/checkpoint-2 holds no whole hera/ folder" in run.output

@@ -102,3 +102,14 @@ def test_plugin_import_loads_nothing_heavy() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize(("value", "meant"), [("false", False), ("True", True), (False, False)])
+def test_a_quoted_truth_value_is_what_it_says(value: object, meant: bool) -> None:
+    assert _parse(hera_fixed_temperature=value).hera_fixed_temperature is meant
+
+
+def test_numbers_written_as_text_are_numbers() -> None:
+    arguments = _parse(hera_weight="1e-2", hera_k="7", hera_memory=32.0)
+    assert (arguments.hera_weight, arguments.hera_k, arguments.hera_memory) == (0.01, 7, 32)
+    assert isinstance(arguments.hera_memory, int)

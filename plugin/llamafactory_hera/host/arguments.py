@@ -4,7 +4,7 @@
 import math
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from llamafactory_hera.heads.head_set import HeadSet
@@ -126,6 +126,9 @@ class HeraArguments:
         """
         if isinstance(self.hera_heads, (list, tuple)):  # a YAML list
             self.hera_heads = ",".join(map(str, self.hera_heads))
+        for knob in fields(HeraArguments):
+            if type(knob.default) in _READERS:
+                setattr(self, knob.name, _typed(knob.name, getattr(self, knob.name), type(knob.default)))
         if not self.hera_heads:
             raise ValueError(
                 "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
@@ -159,6 +162,36 @@ class HeraArguments:
         _at_least("hera_select_samples", self.hera_select_samples, self.hera_select_k + 2)
         gib = self.hera_select_memory_gb
         _finite("hera_select_memory_gb", gib, gib > 0, "more than 0, for instance 4")
+
+
+def _read_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "false": False}[str(value).lower()]
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+# the host's parser hands over what YAML made of a value, whatever the field's type
+_READERS = {bool: (_read_bool, "true or false"), int: (_read_int, "a whole number"), float: (_read_float, "a number")}
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    reader, expected = _READERS[kind]
+    try:
+        return reader(value)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {value!r} is not {expected}; write {expected}.") from error
 
 
 def _at_least(key: str, value: int, least: int) -> None:

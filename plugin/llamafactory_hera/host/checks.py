@@ -16,8 +16,9 @@ _MODEL_KEYS = {
     "shift_attn": "it moves tokens between heads; remove it",
 }
 _DATA_KEYS = {
-    "packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
+    # first: the host sets packing where neat_packing is asked for
     "neat_packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
+    "packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
 }
 
 

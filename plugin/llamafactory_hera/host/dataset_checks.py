@@ -55,10 +55,11 @@ def _check_images(dataset: Any, data_args: Any) -> None:
         rows = dataset.select_columns(["images"])
     elif not hasattr(dataset, "__len__"):
         rows = islice(dataset, N_CHECKED * N_CHECKED)  # a stream has no end to look for
-    if not any(row.get("images") for row in rows):
+    found = len(list(islice((row for row in rows if row.get("images")), 2)))
+    if found < 2:
         raise ValueError(
-            f"dataset: {', '.join(data_args.dataset or [])} holds no image, and HeRA aligns heads with what images "
-            "show; use a dataset with an `images` column, or stage: sft."
+            f"dataset: {', '.join(data_args.dataset or [])} holds {'one sample with an' if found else 'no'} image, "
+            "and HeRA compares samples by what their images show; use a dataset with an `images` column or stage: sft."
         )
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
@@ -75,11 +76,11 @@ class RunState:
         try:
             saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
             state = load_file(source / STATE_FILE)
-        except OSError as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"resume_from_checkpoint: {folder} holds no complete {FOLDER}/ folder ({error}), so it is not a "
-                "checkpoint of stage: hera. Resume a HeRA checkpoint, or start a new run from these weights with "
-                "model_name_or_path or adapter_name_or_path."
+                f"resume_from_checkpoint: {folder} holds no whole {FOLDER}/ folder ({error}), so it is no checkpoint "
+                "of stage: hera, or a damaged one. Resume a HeRA checkpoint, or start a new run from these weights "
+                "with model_name_or_path or adapter_name_or_path."
             ) from error
         now = self._identity
         changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]

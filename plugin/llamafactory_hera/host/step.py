@@ -25,6 +25,10 @@ from .state import RunState
 logger = logging.getLogger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 
 
+#: Steps in a row from the start without any comparison, after which a run warns.
+IDLE_STEPS = 10
+
+
 class HeraStep:
     """Computes the weighted HeRA term of each micro-batch, and keeps teacher, capture, temperature and statistics.
 
@@ -56,8 +60,10 @@ class HeraStep:
         self.ahead = GradientCache()
         self._nan_in_a_row = 0
         self._n_samples = 0  # that entered the last term
+        self._comparable = False  # its samples had candidates enough for a gradient
         self._gradient_checked = False
-        self._entered = False
+        self._gradient_due = False
+        self._idle_steps: int | None = 0  # None once a sample has entered
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -97,7 +103,7 @@ class HeraStep:
         if self._n_samples and not self._gradient_checked and not representations.requires_grad:
             raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
         # a rank whose samples have no image gets a gradient of zero
-        self._entered = self._n_samples > 0 and bool(valid.any())
+        self._gradient_due = self._comparable and bool(valid.any())
         return term
 
     def collect(self, mask: Tensor, teacher_inputs: dict[str, Tensor]) -> None:
@@ -118,9 +124,9 @@ class HeraStep:
         """Called after the backward pass: stops pooling and, once, checks that gradient reached the heads.
 
         Raises:
-            RuntimeError: The first backward pass with HeRA samples left every head without gradient.
+            RuntimeError: The first backward pass with comparable samples left every head without gradient.
         """
-        if not self._gradient_checked and self._entered and self.arguments.hera_weight > 0:
+        if not self._gradient_checked and self._gradient_due and self.arguments.hera_weight > 0:
             if not self.capture.gradient_seen:
                 raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
             self._gradient_checked = True
@@ -131,12 +137,14 @@ class HeraStep:
         return (teacher_inputs["hera_source"] != NO_IMAGE) & mask.any(dim=1)
 
     def _note(self, output: TermOutput) -> None:
+        self._comparable = output.comparable
         if output.broken is not None:
             self._n_samples = 0
             self._count_non_finite(output.broken)
             return
         self._n_samples = output.n_samples
         self._nan_in_a_row = 0
+        self._count_idle(output.n_samples)
         self.statistics.add(
             hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
         )
@@ -194,6 +202,23 @@ class HeraStep:
         )
 
     # -- never a silent no-op --------------------------------------------------------------------------------------
+
+    def _count_idle(self, n_samples: int) -> None:
+        if n_samples:
+            self._idle_steps = None
+        elif self._idle_steps is not None:
+            self._idle_steps += 1
+            if self._idle_steps == IDLE_STEPS:
+                self.warn_when_idle()
+
+    def warn_when_idle(self) -> None:
+        """Warns when no sample of the run so far could be compared with another."""
+        if self._idle_steps:
+            logger.warning(
+                f"The HeRA term was 0 in all {self._idle_steps} steps so far: no sample with an image had another "
+                "one, with another image, to be compared with. Mix in more samples with images, use a larger batch, "
+                f"or set hera_memory: {4 * self.arguments.hera_k}."
+            )
 
     def _check_not_idle(self, model: nn.Module) -> None:
         layers = sorted({head.layer for head in self.heads.heads})

@@ -23,7 +23,7 @@ def start_summary(trainer: "HeraTrainer") -> None:
     lines = {
         "heads": str(trainer.hera.heads),
         "teacher": f"{hera.hera_teacher} ({trainer.hera.teacher.dim} values)",
-        "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {hera.hera_temperature}",
+        "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {trainer.hera.temperature.value:.4g}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x "
         f"{args.per_device_train_batch_size} x {steps} accumulation steps)",
         "candidates per sample": f"{candidates} ({together - 1} of the batch, {hera.hera_memory} remembered)",

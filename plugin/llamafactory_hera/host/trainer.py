@@ -128,7 +128,7 @@ class HeraTrainer(CustomSeq2SeqTrainer):
     @override
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # first, so that a checkpoint with weights is never without the HeRA state
-        if self.args.should_save and not self.args.save_only_model:
+        if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.hera.state.save(folder)
         self.hera.flush_cache()
@@ -139,6 +139,13 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         target = self.model if model is None else model
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @override
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
+            super()._load_best_model()
+        self.hera.state.load(best)
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -162,6 +169,7 @@ class _StepTemperature(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hera = self._trainer.hera
+        hera.warn_when_idle()
         hera.capture.remove()
         hera.flush_cache()
         if args.should_save:

@@ -39,6 +39,8 @@ class TermOutput:
         n_duplicates: Pairs of samples that show the same image and were kept apart.
         broken: None, or when a value was not finite and the term was left out: boolean ``[n_heads]``, true for the
             heads that gave it, false everywhere when it was the teacher. Equal on every rank.
+        comparable: Every sample with an image had at least two candidates, so each one's representation has a
+            gradient; with a single candidate the loss is the logarithm of 1.
     """
 
     loss: Tensor
@@ -47,6 +49,7 @@ class TermOutput:
     n_samples: int
     n_duplicates: int
     broken: Tensor | None = None
+    comparable: bool = False
 
     @property
     def finite(self) -> bool:
@@ -129,7 +132,15 @@ class HeraTerm:
         mknn = self._mutual_knn(similarities.detach(), candidates, enters)
         share = candidates.positives.sum(dim=1) / candidates.allowed.sum(dim=1).clamp(min=1)
         self.memory.append(z[:, valid], teacher[valid])
-        return TermOutput(of_heads.mean(), mknn, share[enters].mean(), n_samples, candidates.duplicates)
+        comparable = n_samples > 0 and bool((candidates.allowed.sum(dim=1)[valid] > 1).all())
+        return TermOutput(
+            of_heads.mean(),
+            mknn,
+            share[enters].mean(),
+            n_samples,
+            candidates.duplicates,
+            comparable=comparable,
+        )
 
     def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_rows = common_row_count(valid.shape[0], valid.device)
