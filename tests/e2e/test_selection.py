@@ -77,19 +77,15 @@ def test_a_llava_is_selected_as_the_plain_llm_in_it(here: Path, chosen: dict) ->
 
 def test_every_strategy_and_setting_reaches_the_result(here: Path, chosen: dict) -> None:
     path = write(here, chosen)
-    worst = select(path, ["output_dir=saves/worst"])
-    scores = worst.provenance["scores"]
+    scores = select(path, ["output_dir=saves/worst"]).provenance["scores"]
     top = select(path, ["output_dir=saves/top", "hera_select=top", "hera_select_m=2"])
     best = max((score, -layer, -head) for layer, row in enumerate(scores) for head, score in enumerate(row))
     assert (top.heads[0].layer, top.heads[0].head) == (-best[1], -best[2])
     assert len(top.heads) == 2
-    middle = select(path, ["output_dir=saves/middle", "hera_select=middle"])
-    assert {head.layer for head in middle.heads} == {2}
-    other = select(
-        path, ["output_dir=saves/other", "hera_select_seed=3", "hera_select_dtype=fp16", "hera_pooling=last"]
-    )
-    assert other.provenance["samples_digest"] != worst.provenance["samples_digest"]
-    assert (other.provenance["stored_dtype"], other.provenance["pooling"]) == ("fp16", "last")
+    assert {head.layer for head in select(path, ["output_dir=saves/middle", "hera_select=middle"]).heads} == {2}
+    other = select(path, ["output_dir=saves/other", "hera_pooling=last"])
+    assert other.provenance["pooling"] == "last"
+    assert other.provenance["scores"] != scores
 
 
 def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict) -> None:
@@ -100,8 +96,7 @@ def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict
     assert code == 0, output
     assert output.count("selected (worst)") == 1
     two = HeadSet.load(here / "saves/two/hera/heads.json")
-    assert two.heads == one.heads
-    assert two.provenance["scores"] == one.provenance["scores"]
+    assert (two.heads, two.provenance["scores"]) == (one.heads, one.provenance["scores"])
 
 
 def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
@@ -178,8 +173,7 @@ def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, he
     assert len({said["model_fingerprint"] for said in scores}) == 3
     assert scores[2]["adapters"] == [str(lora.folder)]
     assert files[1].with_suffix(".png").is_file()
-    picture, page = write_report(files, "saves/report", ["before", "full", "LoRA"])
-    assert picture.is_file()
+    _, page = write_report(files, "saves/report", ["before", "full", "LoRA"])
     assert "| head | before | full | LoRA | change |" in page.read_text()
 
     code, output = run_command(
@@ -234,15 +228,8 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
     [
         (["hera_select_mode"], "hera_select_mode: it is neither a recipe nor key=value"),
         (["hera_selct_m=3"], "hera_selct_m"),
-        (["hera_select=best"], "hera_select: 'best' is unknown; choose one of worst, top, random, middle"),
-        (["hera_select_mode=vlm"], "hera_select_mode: 'vlm' is unknown"),
-        (["hera_select_samples=5"], "hera_select_samples: 5 is too small; choose 10 or more"),
-        (["hera_select_memory_gb=0"], "hera_select_memory_gb: 0"),
-        (["hera_select_m=0"], "hera_select_m: 0 is too small"),
         (["hera_select_k=95", "hera_select_samples=97"], "hera_select_k: 95 needs 97"),
-        (["hera_select_m=41"], "hera_select_m: 41 heads are asked for, and hera_select: worst has 40"),
         (["hera_select_mode=mllm", "cutoff_len=12"], "cutoff_len: 12 cuts"),
-        (["hera_select_m=9", "hera_select=middle"], "hera_select: middle has 8"),
         (["model_name_or_path=hera_demo/nothing"], "model_name_or_path: hera_demo/nothing"),
         (["hera_teacher=hera_demo/nothing"], "hera_teacher"),
         (["dataset=null"], "dataset: none is named"),

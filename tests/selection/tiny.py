@@ -10,10 +10,16 @@ from PIL import Image
 
 from llamafactory_hera.selection.captions import collate_captions
 from llamafactory_hera.selection.material import Material
+from llamafactory_hera.selection.settings import SelectSettings
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from tests.tiny_models import PAD, text_model, vlm, vlm_batch
 
 _SIDE = 16
+
+
+def settings(**changes) -> SelectSettings:
+    """Settings for 40 samples."""
+    return SelectSettings(**{"samples": 40, "k": 4, "m": 3, "batch_size": 8, **changes})
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
