@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from llamafactory_hera.calibration.adapter import save_adapter
+from llamafactory_hera.calibration.adapter import adapter_ranks, save_adapter
 from llamafactory_hera.calibration.edits import Update, applied
 from llamafactory_hera.calibration.plan import make_plan
 from llamafactory_hera.calibration.settings import RahSettings
@@ -21,13 +21,13 @@ SETTINGS = RahSettings(p_isal=80, p_caf=10, beta=0.2, k=3, rank=3, layers="0,2")
 
 
 @pytest.fixture(params=["llava-llama", "llava-qwen2", "llava-qwen3"])
-def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, list[tuple[Update, float]], dict, Path]:
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, list[tuple[Update, float]], Path]:
     model = calibration_model(request.param)
     weights = HeadWeights(model)
     plan = make_plan(random_profile(), weights, SETTINGS)
     steps = [(update, 0.15 / 2 ** (index % 3)) for index, update in enumerate(plan.updates)]
-    ranks = save_adapter(tmp_path, weights, steps, "tiny/model")
-    return model, steps, ranks, tmp_path
+    save_adapter(tmp_path, weights, steps, "tiny/model")
+    return model, steps, tmp_path
 
 
 def batch() -> dict:
@@ -36,7 +36,7 @@ def batch() -> dict:
 
 
 def test_base_with_adapter_is_the_directly_edited_model(made: tuple) -> None:
-    model, steps, _, folder = made
+    model, steps, folder = made
     with torch.no_grad():
         base = model(**batch()).logits
         with applied(HeadWeights(model), steps):
@@ -53,7 +53,7 @@ def test_base_with_adapter_is_the_directly_edited_model(made: tuple) -> None:
 
 
 def test_heads_that_are_no_targets_are_bit_equal_after_merging(made: tuple) -> None:
-    model, steps, _, folder = made
+    model, steps, folder = made
     changed = {(edit.layer, edit.part, edit.index) for update, _ in steps for edit in update.edits}
     merged = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload()
     before, after = HeadWeights(model), HeadWeights(merged)
@@ -69,7 +69,7 @@ def test_heads_that_are_no_targets_are_bit_equal_after_merging(made: tuple) -> N
 
 
 def test_rank_is_what_each_layer_needs_and_the_others_have_none(made: tuple) -> None:
-    model, steps, ranks, folder = made
+    model, steps, folder = made
     weights = HeadWeights(model)
     needed: dict[str, int] = {}
     for update, _ in steps:
@@ -78,7 +78,7 @@ def test_rank_is_what_each_layer_needs_and_the_others_have_none(made: tuple) -> 
             needed[name] = needed.get(name, 0) + 3
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert ranks == needed == config["rank_pattern"] == config["alpha_pattern"]
+    assert adapter_ranks(weights, steps) == needed == config["rank_pattern"] == config["alpha_pattern"]
     assert config["target_modules"] == sorted(needed)
     assert len(set(needed.values())) > 1
     assert {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors} == set(needed)

@@ -1,6 +1,7 @@
 """The rah_* keys: defaults, types, ranges, layers."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,10 @@ def test_bad_values_are_named(name: str) -> None:
 def test_a_layer_that_the_model_lacks() -> None:
     with pytest.raises(ValueError, match=r"rah_layers: 3-9 names layer 9.*layers 0 to 4"):
         RahSettings(layers="3-9").layer_indices(5)
+
+
+def test_the_docs_list_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/calibration.md").read_text(encoding="utf-8")
+    for key in fields(RahSettings):
+        default = f"{key.default:g}" if isinstance(key.default, float) else key.default
+        assert f"| `rah_{key.name}` | {default} |" in page, key.name
