@@ -17,8 +17,10 @@ def hera_line(step: int, shift: float = 0.0) -> dict[str, Any]:
 
 
 def raw_curve(axes: Axes) -> dict[float, float]:
-    """The curve that is not smoothed, which is drawn first."""
-    return dict(zip(*map(np.ndarray.tolist, axes.get_lines()[0].get_data()), strict=True))
+    """The curve that is not smoothed, which is drawn first; its steps grow."""
+    steps, values = map(np.ndarray.tolist, axes.get_lines()[0].get_data())
+    assert steps == sorted(set(steps))
+    return dict(zip(steps, values, strict=True))
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ def log_of(board: Board, run: str) -> list[dict]:
 
 
 def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) -> None:
-    page.describe_run("trained", Attention_heads=HEADS, Epochs="6", Save_steps="10")
+    weights = {"HeRA_weight": "0.3", "Neighbours_(k)": "3"}
+    page.describe_run("trained", Attention_heads=HEADS, Epochs="6", Save_steps="10", **weights)
     page.press("Start")
     expect(page.plot).to_be_visible(timeout=SLOW)
     first = page.plot.get_attribute("src")
@@ -43,7 +44,7 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     ten_steps = page.page.get_by_text(re.compile(r"Running [1-4]\d/48"))  # there is a checkpoint
     expect(ten_steps).to_be_visible(timeout=SLOW)
     page.press("Abort")
-    expect(page.page.get_by_text("Finished.").first).to_be_visible(timeout=SLOW)
+    expect(page.page.get_by_text("Finished.", exact=True).first).to_be_visible(timeout=SLOW)
     aborted = log_of(board, "trained")
     assert len(aborted) < 48
     assert not any("llamafactory_hera.cli" in line for line in board.processes())  # no comparison of half a run
@@ -58,7 +59,7 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     page.fill("Model path", "hera_demo/model")
     page.fill("Epochs", "3")
     page.press("Start")
-    expect(page.page.get_by_text("Finished.").first).to_be_visible(timeout=SLOW)
+    expect(page.page.get_by_text("Finished.", exact=True).first).to_be_visible(timeout=SLOW)
     resumed = log_of(board, "trained")[len(aborted) :]
     assert resumed[0]["current_steps"] > 10
     assert resumed[-1]["current_steps"] == 24

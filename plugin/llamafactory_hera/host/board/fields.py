@@ -14,10 +14,8 @@ LOSS_ROW = (
     "hera_k",
     "hera_temperature",
     "hera_fixed_temperature",
-    "hera_memory",
-    "hera_pooling",
-    "hera_similarity",
 )
+BATCH_ROW = ("hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate")
 SELECT_ROW = (
     "hera_select",
     "hera_select_m",
@@ -26,7 +24,7 @@ SELECT_ROW = (
     "hera_select_k",
     "hera_select_batch_size",
 )
-ROWS = (HEADS_ROW, TEACHER_ROW, LOSS_ROW, SELECT_ROW)
+ROWS = (HEADS_ROW, TEACHER_ROW, LOSS_ROW, BATCH_ROW, SELECT_ROW)
 
 
 @dataclass(frozen=True)
