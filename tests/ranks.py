@@ -22,7 +22,7 @@ def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str
     torch.save(result, f"{folder}/rank{rank}.pt")
 
 
-def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 180) -> list[Any]:
     """What ``function(rank)`` returns on each rank of a gloo group.
 
     Args:

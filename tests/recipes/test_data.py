@@ -197,12 +197,13 @@ def test_dense_captions_load(model: Path, data: Path) -> None:
         1: {"objects": [], "dense_caption": {"caption": f" {caption}\n", "details": []}},
         2: {"objects": [], "short_captions": [{"caption": "a dog", "details": []}]},
         3: {"objects": [], "dense_caption": {"caption": "It has no picture here.", "details": []}},
+        4: {"objects": [], "dense_caption": {"caption": "A cat sleeps.", "details": []}},
     }.items():
         (annotations / f"sa_{number}.json").write_text(json.dumps({f"sa_{number}.jpg": entry}))
-    for number in (1, 2):
+    for number in (1, 2, 4):
         picture(data / f"grand_captions/images/sa_{number}.jpg")
     printed = prepare(data, "grand", str(annotations))
     assert "1 rows left out, no dense caption" in printed
     assert "1 rows left out, no picture" in printed
-    (sample,) = loaded(model, data, "grand_captions", "llava_plain")
-    assert answers(model, sample) == caption + "\n"
+    samples = loaded(model, data, "grand_captions", "llava_plain")
+    assert [answers(model, sample) for sample in samples] == [caption + "\n", "A cat sleeps.\n"]
