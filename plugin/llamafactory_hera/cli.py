@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .backbones.cli import register as register_backbones
+from .calibration.cli import register as register_calibration
 from .selection.cli import register as register_selection
 
 
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
     register_selection(commands)
     register_backbones(commands)
+    register_calibration(commands)
     return parser
 
 
