@@ -161,7 +161,8 @@ class HeadCapture:
                 pooled.register_hook(lambda gradient: self._note_gradient(index, gradient))
             extended = torch.cat([hidden, self._head_rows(index, projection, pooled)], dim=1)
             output = original(extended, *args, **kwargs)
-            rows = self._without_bias(output[:, hidden.shape[1] :], self._heads_of[index])
+            # a copy: a view would keep the layer's whole output alive for as long as the rows
+            rows = self._without_bias(output[:, hidden.shape[1] :].clone(), self._heads_of[index])
             if index in self._frames:
                 self._frames[index].append(rows)
             elif not _in_backward():
