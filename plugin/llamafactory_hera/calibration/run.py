@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..selection.provenance import package_versions
 from .adapter import save_adapter
 from .control import Control, corrupt
 from .edits import applied
@@ -27,8 +27,6 @@ from .trials import Outcome, try_updates
 from .weights import HeadWeights
 
 logger = logging.getLogger(__name__)
-
-_PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -157,12 +155,5 @@ def _facts(loaded: _Loaded, drawn: Drawn, control: Control | None) -> dict[str, 
         "compute_dtype": str(compute).removeprefix("torch."),
         "device": str(loaded.forward.device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": package_versions(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

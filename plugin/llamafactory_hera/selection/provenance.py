@@ -94,7 +94,7 @@ def describe(
         "batch_size": settings.batch_size,
         "compute_dtype": compute_dtype,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
+        "versions": package_versions(),
         "chance_level": scores.chance,
         "layer_scores": _rounded(scores.layers.tolist()),
         "scores": [_rounded(row) for row in scores.heads.tolist()],
@@ -127,6 +127,11 @@ def _shown(facts: dict[str, Any], fact: str) -> str:
 
 def _rounded(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 7) for value in values]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this project and of what it computes with, as far as they are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
 
 
 def _version(name: str) -> str | None:
