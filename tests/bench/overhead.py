@@ -1,0 +1,192 @@
+"""Training steps with HeRA against the same steps without: seconds and peak memory.
+
+    llamafactory-hera demo
+    python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--threads 1]
+
+On several processes:
+
+    torchrun --nproc_per_node 2 tests/bench/overhead.py recipes/demo_hera.yaml ddp_backend=gloo
+
+The host sets the recipe's own trainer up, which then takes three kinds of steps on the same batches, in turns and in
+random order: SFT without any hook of HeRA, HeRA with cached teacher features, HeRA with the teacher on the fly. A step
+is collating (in this process, not in a worker), forward, backward and optimizer. Seconds are medians over the rounds;
+CPU seconds are this process's. Peak memory is that of tensors: on a GPU all that is allocated, on a CPU what the step
+allocates on top of weights and optimizer, by the profiler.
+
+With ``--row`` the output is the row of a Markdown table.
+"""
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from llamafactory.train.tuner import run_exp
+from torch.profiler import ProfilerActivity, profile
+
+from llamafactory_hera.host.collator import HeraCollator
+from llamafactory_hera.host.trainer import HeraTrainer
+
+SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "HeRA, cached teacher", "HeRA, teacher on the fly")
+#: Different batches; a round takes one of them through all kinds of steps.
+N_BATCHES = 4
+MIB = 2**20
+
+
+class Finished(Exception):
+    """Leaves the host's workflow when everything is measured."""
+
+
+class Bench:
+    """Takes single steps with a trainer of the host.
+
+    Args:
+        trainer: After its first step: model, optimizer and engine are as in a run.
+    """
+
+    def __init__(self, trainer: HeraTrainer) -> None:
+        self.trainer = trainer
+        self.cuda = trainer.args.device.type == "cuda"
+        self.cache = trainer.hera.cache
+        host, processor = trainer.data_collator, trainer.hera.teacher.processor
+        with_teacher = partial(HeraCollator, host, processor, image_index=trainer.finetuning_args.hera_image_index)
+        self.collators = {SFT: host, CACHED: with_teacher(cache=self.cache), ON_THE_FLY: with_teacher(cache=None)}
+        size, first = trainer.args.per_device_train_batch_size, trainer.args.process_index * N_BATCHES
+        self.batches = [
+            [trainer.train_dataset[(batch * size + row) % len(trainer.train_dataset)] for row in range(size)]
+            for batch in range(first, first + N_BATCHES)
+        ]
+
+    def prepare(self, kind: str) -> None:
+        """What lasts as long as a run of this kind."""
+        hera = self.trainer.hera
+        hera.capture.remove()
+        if kind != SFT:
+            hera.capture.install()
+        hera.cache = self.cache if kind == CACHED else None
+
+    def step(self, kind: str, number: int) -> None:
+        """Everything that happens between two optimizer steps."""
+        trainer, model = self.trainer, self.trainer.model_wrapped
+        inputs = self.collators[kind]([dict(sample) for sample in self.batches[number % N_BATCHES]])
+        take = CustomSeq2SeqTrainer.training_step if kind == SFT else HeraTrainer.training_step
+        take(trainer, model, inputs)
+        trainer.optimizer.step()
+        if kind != SFT:
+            trainer.hera.temperature.step(trainer._get_learning_rate())
+        model.zero_grad()
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, rounds: int) -> dict[str, dict[str, float]]:
+        """Median wall and CPU seconds of a step by kind."""
+        wall, cpu = defaultdict(list), defaultdict(list)
+        order = random.Random(0)  # the same on every rank
+        for number in range(rounds):
+            for kind in order.sample(KINDS, len(KINDS)):
+                self.prepare(kind)
+                started, cpu_started = time.perf_counter(), time.process_time()
+                self.step(kind, number)
+                wall[kind].append(time.perf_counter() - started)
+                cpu[kind].append(time.process_time() - cpu_started)
+        return {kind: {"wall": statistics.median(wall[kind]), "cpu": statistics.median(cpu[kind])} for kind in KINDS}
+
+    def peak_bytes(self, kind: str) -> int:
+        """The largest number over the batches."""
+        self.prepare(kind)
+        return max(self._peak_bytes_of(kind, number) for number in range(N_BATCHES))
+
+    def _peak_bytes_of(self, kind: str, number: int) -> int:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.step(kind, number)
+            return torch.cuda.max_memory_allocated()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step(kind, number)
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+def report(bench: Bench, options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+    """Measures, and prints on the first rank."""
+    for number in range(N_BATCHES):  # fills the cache, and whatever is allocated once
+        for kind in (SFT, ON_THE_FLY, CACHED):
+            bench.prepare(kind)
+            bench.step(kind, number)
+    bench.trainer.hera.cache = bench.cache
+    bench.trainer.hera.flush_cache()
+    load = os.getloadavg()[0]
+    seconds = bench.seconds(options.rounds)
+    peaks = {kind: bench.peak_bytes(kind) for kind in KINDS}
+    if bench.trainer.args.process_index:
+        return
+    ratios = {
+        kind: (seconds[kind]["wall"] / seconds[SFT]["wall"], seconds[kind]["cpu"] / seconds[SFT]["cpu"],
+               peaks[kind] / peaks[SFT])
+        for kind in KINDS
+    }  # fmt: skip
+    tuning = arguments.get("finetuning_type", "lora")
+    checkpointing = "off" if arguments.get("disable_gradient_checkpointing") else "on"
+    world_size = bench.trainer.args.world_size
+    if options.row:
+        cells = [f"{a:.3f} / {b:.3f} / {c:.3f}" for a, b, c in (ratios[CACHED], ratios[ON_THE_FLY])]
+        sft = f"{1000 * seconds[SFT]['wall']:.0f} ms, {peaks[SFT] / MIB:.1f} MiB"
+        print(f"| {tuning} | {checkpointing} | {world_size} | {sft} | {' | '.join(cells)} |")
+        return
+    device = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()} CPU, {options.threads} threads"
+    print(f"{tuning}, checkpointing {checkpointing}, {world_size} processes; {device}, torch {torch.__version__}")
+    print(f"{options.rounds} rounds; load average before and after: {load:.1f}, {os.getloadavg()[0]:.1f}")
+    print(f"\n{'ms':>8} {'x':>6} {'CPU ms':>8} {'x':>6} {'peak MiB':>9} {'x':>6}")
+    for kind in KINDS:
+        wall, cpu, memory = ratios[kind]
+        print(
+            f"{1000 * seconds[kind]['wall']:8.1f} {wall:6.3f} {1000 * seconds[kind]['cpu']:8.1f} {cpu:6.3f} "
+            f"{peaks[kind] / MIB:9.1f} {memory:6.3f}  {kind}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--row", action="store_true")
+    options = parser.parse_args()
+    with open(options.recipe, encoding="utf-8") as file:
+        arguments = yaml.safe_load(file)
+    for override in options.overrides:
+        key, value = override.split("=", 1)
+        arguments[key] = yaml.safe_load(value)
+    torch.set_num_threads(options.threads)
+    train = HeraTrainer.train
+
+    def measure(trainer: HeraTrainer, **_: Any) -> None:
+        train(trainer)
+        report(Bench(trainer), options, arguments)
+        raise Finished
+
+    HeraTrainer.train = measure
+    with tempfile.TemporaryDirectory() as folder:
+        arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
+        arguments |= {"hera_teacher_cache": f"{folder}/cache", "report_to": "none", "overwrite_output_dir": True}
+        with contextlib.suppress(Finished):
+            run_exp(arguments)
+
+
+if __name__ == "__main__":
+    main()
