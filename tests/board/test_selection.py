@@ -22,9 +22,9 @@ def selected(board: Board, browser) -> str:
     page.describe_run("selected", Selection_batch_size="2")
     page.press("Select heads")
     expect(page.status).to_contain_text("Selecting heads")
+    page.open()  # a reload while it runs
     expect(page.page.get_by_text(re.compile(r"Scoring pass \d+/96"))).to_be_visible(timeout=SLOW)
     page.shot("10_selecting")
-    page.open()  # a reload while it runs
     expect(page.status).to_contain_text("Selected heads:", timeout=SLOW)
     expect(page.picture).to_be_visible()
     page.shot("11_selected")

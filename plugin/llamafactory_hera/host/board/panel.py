@@ -98,14 +98,12 @@ class Panel:
     def after_reload(self) -> Iterator[Update]:
         """What a freshly loaded page shows: the job that runs, or the result of the last one."""
         job = self.job
-        if job is None:
-            yield self._display.nothing()
-            return
-        yield self._display.opened()
-        if job.running:
-            yield from self.follow()
-        else:
+        if job is not None and not job.running:
             yield self._display.finished(job, fill=False)
+            return
+        if job is not None:
+            yield self._display.opened()
+        yield from self.follow()
 
     def settings_after_reload(self) -> Iterator[Update]:
         """The fields of a freshly loaded page, as they were when the job that runs was started."""
