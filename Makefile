@@ -1,7 +1,6 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
-#   make test        every test but those in a browser
-#   make test-board  the web UI in Chromium
+#   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own (under 3 minutes)
 #   make lint        ruff
 PYTHON ?= python3
@@ -15,7 +14,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-board test-fast lint setup clean
+.PHONY: demo test test-fast lint setup clean
 
 setup: $(STAMP)
 
@@ -43,12 +42,8 @@ $(CHROMIUM): $(STAMP)
 	  || $(BIN)/playwright install chromium
 	touch $@
 
-test: $(STAMP)
-	$(BIN)/python -m pytest --ignore tests/board
-
-# real host in a real browser; not yet stable on a loaded machine, so not yet part of `make test`
-test-board: $(STAMP) $(CHROMIUM)
-	$(BIN)/python -m pytest tests/board
+test: $(STAMP) $(CHROMIUM)
+	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,0 +1,23 @@
+"""What the pages link to inside the repository is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "patches").glob("*.md")),
+    ROOT / "recipes" / "README.md",
+    ROOT / "recipes" / "data" / "README.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
+    missing = [target for target in inside if target and not (page.parent / target).exists()]
+    assert not missing
