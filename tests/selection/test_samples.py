@@ -84,3 +84,11 @@ def test_an_unreadable_image_is_named(tmp_path):
 @pytest.mark.parametrize(("index", "taken"), [(0, "a"), (1, "b"), (-1, "c"), (9, "c"), (-9, "a")])
 def test_which_of_several_images(index, taken):
     assert sample_image(["a", "b", "c"], index) == taken
+
+
+@pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])
+def test_a_draw_on_which_chance_decides_is_warned_of(caplog, n_samples, warns):
+    source, _ = rows()
+    with caplog.at_level(logging.WARNING):
+        draw_samples(source, settings(samples=n_samples))
+    assert ("mostly noise" in caplog.text) == warns

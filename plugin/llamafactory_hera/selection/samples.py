@@ -6,12 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..alignment.mknn import chance_level
 from ..heads.pooling import IGNORE_INDEX
 from ..teachers.images import ImageLike, image_key
 from .material import Features, Source
 from .settings import SelectSettings
 
 logger = logging.getLogger(__name__)
+
+# Above this MKNN of unrelated features little room is left for heads to differ.
+_HIGH_CHANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -105,4 +109,13 @@ def _check_number(
             "hera_select_samples: %d are asked for, and the dataset has %d different images with text.",
             settings.samples,
             len(drawn),
+        )
+    chance = chance_level(len(drawn), settings.k)
+    if chance > _HIGH_CHANCE:
+        logger.warning(
+            "hera_select_samples: on %d samples even unrelated features reach an MKNN of %.2f with hera_select_k: %d, "
+            "so that the ranking of heads is mostly noise. Score on more samples; the paper takes 1,000.",
+            len(drawn),
+            chance,
+            settings.k,
         )
