@@ -42,15 +42,17 @@ class OwnParameters:
         """
         if self._optimizer is None:
             return
-        if self._averages and world_size() > 1:
-            self._average()
+        self.reduce_gradients()
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         if gradients and bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _average(self) -> None:
+    def reduce_gradients(self) -> None:
+        """Makes the gradients equal on all ranks, where they are not by themselves."""
+        if not self._averages or world_size() == 1:
+            return
         for parameter in self._trained.values():
             if parameter.grad is not None:  # a term is left out on every rank or on none
                 dist.all_reduce(parameter.grad)
