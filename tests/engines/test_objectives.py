@@ -1,4 +1,4 @@
-"""Every objective, on heads and on layers, gives on every engine the gradients of one process with the global batch."""
+"""Every objective, on heads or on layers, gives on every engine the gradients of one process with the whole batch."""
 
 import pytest
 import torch
