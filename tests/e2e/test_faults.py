@@ -206,4 +206,5 @@ def test_heads_or_teacher_changed_before_resuming_are_refused(
     run = server.run(settings | args, world)
     assert run.codes == [1]
     assert f"resume_from_checkpoint: this run differs from the one that wrote {whole.folder}" in run.output
+    assert "loading weights file" not in run.output
     assert f"{key} was " in run.output

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.heads import Sites
@@ -47,15 +48,7 @@ class RunState:
         self._objective = objective
         self._own = own
         self._memory = memory
-        # what must not change between a checkpoint and the run that resumes it
-        self._identity = {
-            "hera_objective": arguments.hera_objective,
-            "hera_granularity": arguments.hera_granularity,
-            sites.KEY: str(sites),
-            "hera_teacher": teacher_fingerprint,
-            "hera_pooling": arguments.hera_pooling,
-            "hera_similarity": arguments.hera_similarity,
-        }
+        self._identity = _identity(sites, teacher_fingerprint, arguments)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes into ``folder/hera``; each file whole or not at all."""
@@ -77,22 +70,49 @@ class RunState:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        source = Path(folder) / FOLDER
-        try:
-            saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
-            state = load_file(source / STATE_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} holds no whole {FOLDER}/ folder ({error}), so it is no checkpoint "
-                "of stage: hera, or a damaged one. Resume a HeRA checkpoint, or start a new run from these weights "
-                "with model_name_or_path or adapter_name_or_path."
-            ) from error
-        now = self._identity
-        changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
-        if changed:
-            raise ValueError(
-                f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
-                "Restore these settings, or start a new run."
-            )
+        state = _read(folder, self._identity)
         self._own.load_state(state)
         self._memory.load_state_dict(state)
+
+
+def check_checkpoint(
+    folder: str | os.PathLike, sites: Sites, teacher_fingerprint: str, arguments: HeraArguments
+) -> None:
+    """Checks that a checkpoint is one of this run, before anything is loaded.
+
+    Raises:
+        ValueError: As for :meth:`RunState.load`.
+    """
+    _read(folder, _identity(sites, teacher_fingerprint, arguments))
+
+
+def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) -> dict[str, str]:
+    """What must not change between a checkpoint and the run that resumes it."""
+    return {
+        "hera_objective": arguments.hera_objective,
+        "hera_granularity": arguments.hera_granularity,
+        sites.KEY: str(sites),
+        "hera_teacher": teacher_fingerprint,
+        "hera_pooling": arguments.hera_pooling,
+        "hera_similarity": arguments.hera_similarity,
+    }
+
+
+def _read(folder: str | os.PathLike, now: dict[str, str]) -> dict[str, Tensor]:
+    source = Path(folder) / FOLDER
+    try:
+        saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
+        state = load_file(source / STATE_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds no whole {FOLDER}/ folder ({error}), so it is no checkpoint of "
+            "stage: hera, or a damaged one. Resume a HeRA checkpoint, or start a new run from these weights with "
+            "model_name_or_path or adapter_name_or_path."
+        ) from error
+    changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+    if changed:
+        raise ValueError(
+            f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
+            "Restore these settings, or start a new run."
+        )
+    return state

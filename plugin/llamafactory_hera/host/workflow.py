@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from llamafactory_hera.objectives import find
+from llamafactory_hera.teachers.files import teacher_fingerprint
+from llamafactory_hera.teachers.hub import teacher_folder
 
 from .auto import resolve_sites
 from .checks import check_model, check_run
 from .dataset_checks import checked_dataset
+from .state import check_checkpoint
 from .trainer import HeraTrainer
 
 
@@ -46,6 +50,10 @@ def run_hera(
     check_model(model_args, finetuning_args)
     sites = resolve_sites(model_args, data_args, training_args, finetuning_args)
     check_model(model_args, finetuning_args, sites)
+    checkpoint = training_args.resume_from_checkpoint
+    if isinstance(checkpoint, str) and Path(checkpoint).is_dir():  # where it is not, the Trainer says so
+        fingerprint = teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher))
+        check_checkpoint(checkpoint, sites, fingerprint, finetuning_args)
     curves = _curves(finetuning_args.hera_objective)
 
     def plot_loss(folder: str, keys: list[str]) -> None:
