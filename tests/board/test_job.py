@@ -35,12 +35,12 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
 
 
 def test_a_job_is_aborted_with_its_processes(tmp_path: Path) -> None:
+    others = set(psutil.Process().children(recursive=True))  # of tests before this one
     started = job(tmp_path, ["demo", "--output", str(tmp_path / "demo"), "--size", "demo"], ["--version"])
     started.start()
     until = time.monotonic() + 60
-    while not psutil.Process().children() and time.monotonic() < until:
+    while not (processes := set(psutil.Process().children(recursive=True)) - others) and time.monotonic() < until:
         time.sleep(0.05)
-    processes = psutil.Process().children(recursive=True)
     assert processes
     started.abort()
     ended(started)
