@@ -22,7 +22,7 @@ def _chromium(playwright: Playwright) -> str:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """A headless Chromium with a profile of its own."""
     with sync_playwright() as playwright:
@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     """The web UI with the plugin, started in a folder with the demo."""
     folder = tmp_path_factory.mktemp("board")
@@ -42,7 +42,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     board.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def plain_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     """The web UI without the plugin."""
     board = Board(tmp_path_factory.mktemp("plain"), plugin=False)
