@@ -95,7 +95,7 @@ def test_resume_restores_weights_temperature_and_memory(
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
     before = load_file(whole.folder / "checkpoint-2/hera/state.safetensors")
-    assert before["temperature.optimizer.step"] == 2
-    assert theirs["temperature.optimizer.step"] == 4
+    assert before["optimizer.log_temperature.step"] == 2
+    assert theirs["optimizer.log_temperature.step"] == 4
     assert theirs["memory.teacher"].shape[0] == TWO["hera_memory"]
     assert theirs["objective.log_temperature"] != before["objective.log_temperature"]
