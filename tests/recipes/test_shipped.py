@@ -37,7 +37,9 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     keys = yaml.safe_load(Path("mine/qwen3_8b_hera.yaml").read_text())
     assert Path(keys["deepspeed"]).is_file()
     assert keys["dataset"] in json.loads(Path(keys["dataset_dir"], "dataset_info.json").read_text())
-    assert "recipes/" not in Path("mine/qwen3_8b_hera.yaml").read_text()
+    for page in ("qwen3_8b_hera.yaml", "README.md", "data/README.md", "data/prepare.py"):
+        assert " recipes/" not in Path("mine", page).read_text()
+    assert "python mine/data/prepare.py instruct mine/data/llava_instruct/" in Path("mine/data/README.md").read_text()
     copied = {file.relative_to("mine").with_suffix("").as_posix() for file in Path("mine").rglob("*.yaml")}
     assert copied == set(shipped_recipes())
     with pytest.raises(ValueError, match="--copy-to: mine is not empty"):
@@ -54,3 +56,11 @@ def test_data_that_a_user_has_fetched_is_not_copied(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shipped, "recipes_folder", lambda: source)
     copy_recipes(tmp_path / "copy")
     assert not (tmp_path / "copy/data/llava_pretrain").exists()
+
+
+def test_commands_quote_a_folder_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy_recipes("my own")
+    text = Path("my own/qwen3_8b_hera.yaml").read_text()
+    assert "llamafactory-cli train 'my own/qwen3_8b_hera.yaml'" in text
+    assert yaml.safe_load(text)["dataset_dir"] == "my own/data"

@@ -145,7 +145,7 @@ def _native(model: NativeModel, name: str) -> Recipe:
         work = Work(model.text, model.n_parameters, n_lora(model, kind.rank), cutoff, 128)
     else:
         work = Work(model.text, 0, model.n_parameters, cutoff, 128, zero3=True)
-    plans = [spread(work, gpus) for gpus in ((1,) if kind.four_bit else GPUS)]
+    plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[0 if kind.four_bit else GPUS.index(DEFAULT_GPUS)]
     keys = sections.lora(kind.rank, None if kind.four_bit else model.projector) if kind.rank else sections.FULL
     checkpoint = (model.checkpoint, "the model: fetched from the hub, or a local folder in model_name_or_path")

@@ -1,5 +1,7 @@
 """The recipes that come with the package: where they are, what they do, and a copy of them to work with."""
 
+import re
+import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -44,7 +46,7 @@ def shipped_recipes() -> dict[str, str]:
 def copy_recipes(target: str | Path) -> list[Path]:
     """Copies every recipe, ``dataset_info.json`` and the DeepSpeed files into a new folder.
 
-    Paths inside the recipes that begin with ``recipes/`` begin with the new folder.
+    Paths that begin with ``recipes/``, in the recipes and in what is to be read about them, begin with the new folder.
 
     Raises:
         ValueError: The folder is not empty.
@@ -58,11 +60,26 @@ def copy_recipes(target: str | Path) -> list[Path]:
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
+        if file.suffix in (".yaml", ".md", ".py"):
+            place.write_text(_moved(file.read_text(encoding="utf-8"), target.as_posix()), encoding="utf-8")
         if file.suffix == ".yaml":
-            text = file.read_text(encoding="utf-8").replace("recipes/", f"{target.as_posix()}/")
-            place.write_text(text, encoding="utf-8")
             copied.append(place)
     return copied
+
+
+def _moved(text: str, folder: str) -> str:
+    """The text with every path under ``recipes/`` leading into another folder, quoted for a shell in commands."""
+
+    def path(found: re.Match) -> str:
+        line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
+        moved = f"{folder}/{found[0].removeprefix('recipes/')}"
+        return (
+            shlex.quote(moved)
+            if re.search(r"(llamafactory-\w+|python|hf|unzip|tar|mkdir|--local-dir) ", line)
+            else moved
+        )
+
+    return re.sub(r"(?<![\w/])recipes/[\w./-]*", path, text)
 
 
 def _belongs(file: Path) -> bool:
