@@ -1,0 +1,81 @@
+"""The parts that all runs share, made from training images and text alone: tokenizer, vision tower, teacher, models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
+
+from ..demo import teacher as teachers
+from ..demo import vision
+from ..demo.language import MAX_LENGTH, new_language_model
+from ..demo.tokenizer import train_tokenizer
+from ..demo.training import reproducible
+from .dataset import TEXT, TRAIN
+from .settings import Settings
+
+
+def make_tokenizer(data: Path, target: Path) -> None:
+    """Train the tokenizer on the training split's text."""
+    texts = [row["text"] for row in _read(data / f"{TEXT}.json")]
+    for row in _read(data / f"{TRAIN}.json"):
+        for message in row["messages"]:
+            texts += [message["role"], "\n" + message["content"].removeprefix("<image>\n")]
+    train_tokenizer(texts, max_length=MAX_LENGTH).save_pretrained(target)
+
+
+def make_language_model(tokenizer: Path, target: Path, seed: int) -> None:
+    """A language model with random weights, for the host to pre-train."""
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    with reproducible(seed):
+        new_language_model(words).save_pretrained(target)
+    words.save_pretrained(target)
+
+
+def make_tower(data: Path, target: Path, settings: Settings) -> None:
+    """The vision tower: a masked autoencoder of the training images, frozen from then on."""
+    pixels = training_pixels(data, vision.image_processor())
+    with reproducible(0):
+        tower = vision.new_vision_tower()
+        losses = vision.pretrain_vision_tower(tower, pixels, settings.tower_steps)
+    tower.save_pretrained(target)
+    print(f"vision tower: pixel error {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+def make_teacher(data: Path, target: Path, settings: Settings) -> None:
+    """The teacher: self-supervised on the training images, with its own processor."""
+    processor = teachers.image_processor()
+    pixels = training_pixels(data, processor)
+    with reproducible(0):
+        teacher = teachers.new_teacher()
+        losses = teachers.train_teacher(teacher, pixels, settings.teacher_steps)
+    teacher.save_pretrained(target)
+    processor.save_pretrained(target)
+    print(f"teacher: contrastive loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+def make_llava(language_model: Path, tower: Path, target: Path, seed: int) -> None:
+    """A LLaVA of both parts with a random projector and the language model's tokenizer."""
+    words = AutoTokenizer.from_pretrained(language_model)
+    with reproducible(seed):
+        llava = vision.assemble_llava(
+            Qwen3ForCausalLM.from_pretrained(language_model), SiglipVisionModel.from_pretrained(tower), words
+        )
+    llava.save_pretrained(target)
+    vision.new_processor(words).save_pretrained(target)
+
+
+def training_pixels(data: Path, processor: Any) -> torch.Tensor:
+    """The training images in the order of their names, processed: [N, 3, 32, 32]."""
+    return pixels_of(sorted((data / "images").glob("train_*.png")), processor)
+
+
+def pixels_of(images: list[Path], processor: Any) -> torch.Tensor:
+    """Images of these files, processed: [N, 3, 32, 32]."""
+    return processor([Image.open(path).convert("RGB") for path in images], return_tensors="pt")["pixel_values"]
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""How large a study is: amounts, steps, seeds and methods; one frozen record that names a result."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .methods import METHODS
+
+#: Raise it when the same settings give another study than before.
+GENERATOR = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a study's numbers.
+
+    Attributes:
+        scenes: Training scenes.
+        turns: Questions in a training conversation.
+        questions: Questions of each category in validation and in test; every two need a scene.
+        tower_steps: Updates of the vision tower, by masked autoencoding of training images.
+        teacher_steps: Updates of the teacher, by contrast of training images.
+        language_steps: Updates of the language model on the training captions, 64 blocks of 128 tokens each.
+        stage1_steps: Updates of the projector alone, on captions.
+        stage2_steps: Updates of projector and language model, on conversations.
+        batch_size: Samples a step, in one micro-batch.
+        stage1_rate: Highest learning rate of stage 1.
+        stage2_rate: Highest learning rate of stage 2.
+        neighbours: ``hera_k`` of training.
+        scored: Captions that heads are selected and scored on, at most.
+        seeds: One run of every method each.
+        tuning_seed: The seed of the runs that choose settings on the validation split; none of ``seeds``.
+        weights: Loss weights that are tried in them.
+        methods: Names of ``methods.METHODS``.
+    """
+
+    scenes: int
+    turns: int
+    questions: int
+    tower_steps: int
+    teacher_steps: int
+    language_steps: int
+    stage1_steps: int
+    stage2_steps: int
+    batch_size: int
+    stage1_rate: float
+    stage2_rate: float
+    neighbours: int
+    scored: int
+    seeds: tuple[int, ...]
+    tuning_seed: int
+    weights: tuple[float, ...]
+    methods: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written beside the results."""
+        return {"generator": GENERATOR} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+
+_DEFAULT = Settings(
+    scenes=4000,
+    turns=4,
+    questions=200,
+    tower_steps=400,
+    teacher_steps=600,
+    language_steps=300,
+    stage1_steps=100,
+    stage2_steps=250,
+    batch_size=64,
+    stage1_rate=2e-3,
+    stage2_rate=2e-3,
+    neighbours=10,
+    scored=800,
+    seeds=(0, 1, 2),
+    tuning_seed=100,
+    weights=(0.03, 0.1, 0.3),
+    methods=tuple(METHODS),
+)
