@@ -7,8 +7,8 @@ In one folder, which is the host's ``dataset_dir``:
 - ``study_train``: training images with conversations of some questions: stage 2.
 - ``study_validation``, ``study_test``: one question on a held-out image each.
 - ``study_validation_captions``, ``study_test_captions``: held-out images with captions, for scoring heads.
-- ``key.json``: by held-out dataset and row, the image, category, question and answer; ``factors.json``: what each image
-  shows. Nothing trains on these two.
+- ``key.json``: by held-out dataset and row, the image, category, question and answer.
+- ``factors.json``: what each image shows. Nothing trains on these two.
 """
 
 import random

@@ -1,6 +1,6 @@
 """How large a study is: amounts, steps, seeds and methods; one frozen record that names a result."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .methods import METHODS
@@ -17,7 +17,6 @@ class Settings:
         scenes: Training scenes.
         turns: Questions in a training conversation.
         questions: Questions of each category in validation and in test; every two need a scene.
-        tower_steps: Updates of the vision tower, by masked autoencoding of training images.
         teacher_steps: Updates of the teacher, by contrast of training images.
         language_steps: Updates of the language model on the training captions, 64 blocks of 128 tokens each.
         stage1_steps: Updates of the projector alone, on captions.
@@ -36,7 +35,6 @@ class Settings:
     scenes: int
     turns: int
     questions: int
-    tower_steps: int
     teacher_steps: int
     language_steps: int
     stage1_steps: int
@@ -57,12 +55,18 @@ class Settings:
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Settings":
+        """The inverse of :meth:`to_dict`."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        values.pop("generator")
+        return cls(**values)
+
 
 _DEFAULT = Settings(
     scenes=4000,
     turns=4,
     questions=200,
-    tower_steps=400,
     teacher_steps=600,
     language_steps=300,
     stage1_steps=100,
@@ -77,3 +81,27 @@ _DEFAULT = Settings(
     weights=(0.03, 0.1, 0.3),
     methods=tuple(METHODS),
 )
+
+#: Sizes by name. ``smoke`` only takes every path once: its numbers say nothing.
+SIZES: dict[str, Settings] = {
+    "smoke": replace(
+        _DEFAULT,
+        scenes=128,
+        turns=2,
+        questions=6,
+        teacher_steps=10,
+        language_steps=4,
+        stage1_steps=2,
+        stage2_steps=3,
+        batch_size=16,
+        neighbours=5,
+        scored=24,
+        seeds=(0,),
+        weights=(0.1,),
+        methods=("sft", "worst5"),
+    ),
+    "default": _DEFAULT,
+    "full": replace(
+        _DEFAULT, stage1_steps=2 * _DEFAULT.stage1_steps, stage2_steps=2 * _DEFAULT.stage2_steps, seeds=tuple(range(8))
+    ),
+}

@@ -3,9 +3,9 @@
 Every combination of shape, colour and cell belongs to one split. For a shape in a cell one colour is kept for the
 test, another for validation, and four are for training; the two are never the shape's preferred colour, so that the
 language prior is the same in every cell. A training scene holds training combinations alone. A scene of another split
-holds at least one combination of that split and otherwise training combinations, and only that one object, or the whole
-scene, is asked about. Every colour of a shape is seen in training, in other cells: what is asked for is a new
-combination, and no training scene or caption answers it.
+holds at least one combination of that split and otherwise training combinations, and only objects of the former kind,
+or the whole scene, are asked about. Every colour of a shape is seen in training, in other cells: what is asked for is
+a new combination, and no training scene or caption answers it.
 """
 
 import random
