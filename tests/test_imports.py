@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"llamafactory_hera": ROOT / "plugin", "hera_patches": ROOT / "patches"}
 
 TOP = {"selection", "calibration", "backbones", "demo", "host"}
-BELOW = {"alignment", "heads", "teachers", "training"}
+BELOW = {"alignment", "heads", "objectives", "teachers", "training"}
 #: Package -> what it may import of the project besides itself and the version in ``llamafactory_hera``.
 ALLOWED: dict[str, set[str]] = {
     "alignment": set(),
     "heads": {"alignment"},
     "teachers": {"alignment"},
-    "training": {"alignment"},
+    "objectives": {"alignment"},
+    "training": {"alignment", "objectives"},
     **dict.fromkeys(TOP, BELOW | TOP),
     "study": BELOW | {"selection", "demo"},
     "cli": BELOW | TOP | {"study"},

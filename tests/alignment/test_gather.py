@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.ranks import run_ranks
+from tests.terms import ContrastiveTerm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamafactory_hera.alignment.gather import common_row_count, gather_rows, world_size
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.training.term import HeraTerm
 
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
 
@@ -46,7 +46,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
     module = new_module()
     wrapped = DistributedDataParallel(module) if wrap else module
     memory = CrossBatchMemory(5)
-    term = HeraTerm(k=3, memory=memory)
+    term = ContrastiveTerm(k=3, memory=memory)
     log_temperature = torch.tensor(-1.0, requires_grad=True)
     results = {}
     for step in range(2):

@@ -57,8 +57,8 @@ class Bench:
     def __init__(self, trainer: HeraTrainer) -> None:
         self.trainer = trainer
         self.cuda = trainer.args.device.type == "cuda"
-        self.cache = trainer.hera.cache
-        host, processor = trainer.data_collator, trainer.hera.teacher.processor
+        self.cache = trainer.hera.teaching.cache
+        host, processor = trainer.data_collator, trainer.hera.teaching.teacher.processor
         with_teacher = partial(HeraCollator, host, processor, image_index=trainer.finetuning_args.hera_image_index)
         self.collators = {SFT: host, CACHED: with_teacher(cache=self.cache), ON_THE_FLY: with_teacher(cache=None)}
         size, first = trainer.args.per_device_train_batch_size, trainer.args.process_index * N_BATCHES
@@ -73,7 +73,7 @@ class Bench:
         hera.capture.remove()
         if kind != SFT:
             hera.capture.install()
-        hera.cache = self.cache if kind == CACHED else None
+        hera.teaching.cache = self.cache if kind == CACHED else None
 
     def step(self, kind: str, number: int) -> None:
         """Everything that happens between two optimizer steps."""
@@ -83,7 +83,7 @@ class Bench:
         take(trainer, model, inputs)
         trainer.optimizer.step()
         if kind != SFT:
-            trainer.hera.temperature.step(trainer._get_learning_rate())
+            trainer.hera.own.step(trainer._get_learning_rate())
         model.zero_grad()
         if self.cuda:
             torch.cuda.synchronize()
@@ -127,7 +127,7 @@ def report(bench: Bench, options: argparse.Namespace, arguments: dict[str, Any])
         for kind in (SFT, ON_THE_FLY, CACHED):
             bench.prepare(kind)
             bench.step(kind, number)
-    bench.trainer.hera.cache = bench.cache
+    bench.trainer.hera.teaching.cache = bench.cache
     bench.trainer.hera.flush_cache()
     load = os.getloadavg()[0]
     seconds = bench.seconds(options.rounds)

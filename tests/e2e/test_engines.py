@@ -98,4 +98,4 @@ def test_resume_restores_weights_temperature_and_memory(
     assert before["temperature.optimizer.step"] == 2
     assert theirs["temperature.optimizer.step"] == 4
     assert theirs["memory.teacher"].shape[0] == TWO["hera_memory"]
-    assert theirs["temperature.log_value"] != before["temperature.log_value"]
+    assert theirs["objective.log_temperature"] != before["objective.log_temperature"]

@@ -277,7 +277,7 @@ def test_the_best_model_is_what_is_saved(server: HostServer, world: Path, recipe
     final, kept = (
         load_file(folder / "hera/state.safetensors") for folder in (run.folder, run.folder / "checkpoint-2")
     )
-    assert torch.equal(final["temperature.log_value"], kept["temperature.log_value"])
+    assert torch.equal(final["objective.log_temperature"], kept["objective.log_temperature"])
 
 
 def test_a_damaged_state_is_named(server: HostServer, world: Path, recipe: dict) -> None:

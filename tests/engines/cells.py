@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.heads import HeadSet
 from llamafactory_hera.heads.families import decoder_layers
-from llamafactory_hera.training.term import HeraTerm
+from tests.terms import ContrastiveTerm
 
 from .engines import ENGINES
 from .step import LOSSES, Step
@@ -16,12 +16,14 @@ from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
 #: By data, loss and parameter name.
 Gradients = dict[str, dict[str, dict[str, Tensor]]]
 
-TAU = "log_tau"
+TAU = "log_temperature"
 
 
-def reference(model: nn.Module, batch: Batch) -> dict[str, dict[str, Tensor]]:
+def reference(
+    model: nn.Module, batch: Batch, objective: str = "contrastive", sites: str = HEADS
+) -> dict[str, dict[str, Tensor]]:
     """Gradients by loss and parameter name, on one process with the global batch."""
-    step = Step(model)
+    step = Step(model, objective=objective, sites=sites)
     found = {}
     for name, weights in LOSSES.items():
         step.loss(model, batch, weights).backward()
@@ -31,7 +33,7 @@ def reference(model: nn.Module, batch: Batch) -> dict[str, dict[str, Tensor]]:
             for key, p in model.named_parameters()
             if p.requires_grad
         }
-        found[name][TAU] = step.take_temperature_gradient()
+        found[name] |= step.take_own_gradients()
         model.zero_grad(set_to_none=True)
     step.capture.remove()
     return found
@@ -61,7 +63,7 @@ def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             weight = weight + projection.scaling["default"] * b @ a
         part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         contributions.append(read[layer][:, part] @ weight[:, part].T)
-    output = HeraTerm(K)(torch.stack(contributions), batch.teacher, batch.valid, torch.tensor(0.07))
+    output = ContrastiveTerm(K)(torch.stack(contributions), batch.teacher, batch.valid, torch.tensor(0.07))
     output.loss.backward()
     for hook in hooks:
         hook.remove()
@@ -72,13 +74,21 @@ def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def gradients(engine_name: str, tuning: str, checkpointing: str, data: tuple[str, ...], n_micro: int = 1) -> Gradients:
-    """Whole gradients through an engine; ranks other than the first give that of the temperature alone.
+def gradients(
+    engine_name: str,
+    tuning: str,
+    checkpointing: str,
+    data: tuple[str, ...],
+    n_micro: int = 1,
+    objective: str = "contrastive",
+    sites: str = HEADS,
+) -> Gradients:
+    """Whole gradients through an engine; ranks other than the first give those of the objective's parameters alone.
 
     With several micro-batches a rank, they are accumulated under gradient caching.
     """
     model = build(tuning, checkpointing)
-    step = Step(model)
+    step = Step(model, objective=objective, sites=sites)
     engine = ENGINES[engine_name](model, n_micro)
     found: Gradients = {}
     for case in data:
@@ -95,7 +105,7 @@ def gradients(engine_name: str, tuning: str, checkpointing: str, data: tuple[str
                 step.capture.pool(None)
             whole = engine.gradients()
             found[case][name] = whole if dist.get_rank() == 0 else {}
-            found[case][name][TAU] = step.take_temperature_gradient()
+            found[case][name] |= step.take_own_gradients()
             engine.clear()
     return found
 

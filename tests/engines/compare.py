@@ -5,7 +5,7 @@ from functools import cache
 from torch import Tensor
 
 from .cells import reference
-from .tiny import batches, build
+from .tiny import HEADS, batches, build
 
 BOUND = 1e-5
 #: A reference below this share of the model's largest gradient is zero but for rounding (the HeRA gradient of the bias
@@ -14,9 +14,11 @@ ZERO = 1e-6
 
 
 @cache
-def expected_gradients(tuning: str, data: str) -> dict[str, dict[str, Tensor]]:
+def expected_gradients(
+    tuning: str, data: str, objective: str = "contrastive", sites: str = HEADS
+) -> dict[str, dict[str, Tensor]]:
     """Those of one process with the global batch and without checkpointing, by loss and parameter name."""
-    return reference(build(tuning, "off"), batches(data)[0])
+    return reference(build(tuning, "off"), batches(data)[0], objective, sites)
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -6,43 +6,68 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads import HeadCapture, LayerCapture
+from llamafactory_hera.host.visual_tokens import token_positions
+from llamafactory_hera.objectives import Options, create
 from llamafactory_hera.training.gradcache import GradientCache
+from llamafactory_hera.training.own_parameters import OwnParameters
+from llamafactory_hera.training.patch_term import PatchTerm
 from llamafactory_hera.training.random_state import RandomState
-from llamafactory_hera.training.temperature import Temperature
 from llamafactory_hera.training.term import HeraTerm
 
-from .tiny import HEADS, Batch, K
+from .tiny import HEADS, HIDDEN, IMAGE_TOKEN, N_PATCHES, TEACHER_DIM, Batch, K
 
 #: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP wants every parameter
 #: in the graph.
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
 
 
+def patches(teacher: Tensor) -> Tensor:
+    """Different features for the 3 x 3 patches of each image, ``[B, 3, 3, D_teacher]``, made of its one vector."""
+    return torch.stack([teacher.roll(shift, dims=1) for shift in range(9)], dim=1).unflatten(1, (3, 3))
+
+
 class Step:
-    """Capture, term and temperature of one model.
+    """Capture and term of one model.
 
     Args:
         model: The model before an engine wraps it.
         memory: Remembered pairs.
+        objective: Its name.
+        sites: Heads or layers.
     """
 
-    def __init__(self, model: nn.Module, memory: CrossBatchMemory | None = None) -> None:
-        self.capture = HeadCapture(model, HEADS)
-        self.term = HeraTerm(K, memory=memory)
-        self.temperature = Temperature(0.07)
+    def __init__(
+        self,
+        model: nn.Module,
+        memory: CrossBatchMemory | None = None,
+        objective: str = "contrastive",
+        sites: str = HEADS,
+    ) -> None:
+        self.capture = HeadCapture(model, sites) if "H" in sites else LayerCapture(model, sites)
+        options = Options(n_sites=len(sites.split(",")), dim=HIDDEN, teacher_dim=TEACHER_DIM)
+        self.objective = create(objective, options)
+        self.own = OwnParameters(self.objective)
+        self._patches = self.objective.view == "patches"
+        self.term = PatchTerm(self.objective) if self._patches else HeraTerm(self.objective, K, memory=memory)
 
     def forward(self, forward: Callable[..., object], batch: Batch) -> tuple[Tensor, Tensor]:
         """The LM loss and the representations."""
         self.capture.install()
-        self.capture.pool(batch.inputs["labels"] != -100)
+        if self._patches:
+            ids, attended = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+            image = torch.stack([torch.zeros_like(batch.valid), batch.valid], dim=1).long()
+            self.capture.tokens(token_positions(ids, attended, image, IMAGE_TOKEN, N_PATCHES))
+        else:
+            self.capture.pool(batch.inputs["labels"] != -100)
         lm_loss = forward(**batch.inputs).loss
         return lm_loss, self.capture.representations()
 
     def loss(self, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:
         """The weighted sum, with the forward pass through ``forward``."""
         lm_loss, representations = self.forward(forward, batch)
-        output = self.term(representations, batch.teacher, batch.valid, self.temperature())
+        teacher = patches(batch.teacher) if self._patches else batch.teacher
+        output = self.term(representations, teacher, batch.valid)
         assert output.finite
         return weights[0] * lm_loss + weights[1] * output.loss
 
@@ -64,15 +89,18 @@ class Step:
             with torch.no_grad():
                 cache.add(self.forward(forward, batch)[1], batch.teacher, batch.valid)
             self.capture.pool(None)
-        cache.solve(self.term, self.temperature, weights[1])
+        cache.solve(self.term, weights[1])
         for batch, state in zip(micro_batches, states, strict=True):
             if repeat:
                 state.restore()
             lm_loss, representations = self.forward(forward, batch)
             yield (weights[0] * lm_loss + cache.take(representations)) / len(micro_batches)
 
-    def take_temperature_gradient(self) -> Tensor:
-        """The gradient of log tau, then forgotten; 0 where there is none."""
-        gradient = self.temperature.log_value.grad
-        self.temperature.log_value.grad = None
-        return torch.zeros(()) if gradient is None else gradient
+    def take_own_gradients(self) -> dict[str, Tensor]:
+        """The gradients of what the objective trains, then forgotten; 0 where there is none."""
+        self.own.reduce_gradients()
+        found = {}
+        for name, parameter in self.objective.named_parameters():
+            found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+        return found

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.training.random_state import RandomState
 
-from .cells import TAU, gradients
+from .cells import gradients
 from .compare import BOUND, expected_gradients, relative_error
 from .step import LOSSES, Step
 from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, Batch, batches, build
@@ -32,7 +32,7 @@ def _with_one_graph(model: nn.Module, micro_batches: list[Batch], weights: tuple
     lm_losses, representations = zip(*[step.forward(model, batch) for batch in micro_batches], strict=True)
     teacher = torch.cat([batch.teacher for batch in micro_batches])
     valid = torch.cat([batch.valid for batch in micro_batches])
-    output = step.term(torch.cat(representations, dim=1), teacher, valid, step.temperature())
+    output = step.term(torch.cat(representations, dim=1), teacher, valid)
     (weights[0] * torch.stack(lm_losses).mean() + weights[1] * output.loss).backward()
     step.capture.remove()
     return _take_gradients(model, step)
@@ -41,7 +41,7 @@ def _with_one_graph(model: nn.Module, micro_batches: list[Batch], weights: tuple
 def _take_gradients(model: nn.Module, step: Step) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
-    return found | {TAU: step.take_temperature_gradient()}
+    return found | step.take_own_gradients()
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

@@ -21,6 +21,7 @@ from transformers import (
 
 HEADS = "L1H3,L2H0,L2H2"
 HEAD_DIM = 16
+HIDDEN = 32
 K = 3
 RANKS = 2
 PER_RANK = 4
@@ -38,7 +39,7 @@ def _new_model() -> LlavaForConditionalGeneration:
     # attention_bias: the image of a pooled row must lose the bias of o_proj; head_dim is not hidden_size / heads
     text = Qwen3Config(
         vocab_size=64,
-        hidden_size=32,
+        hidden_size=HIDDEN,
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,

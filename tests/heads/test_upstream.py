@@ -6,15 +6,15 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny_models import VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
-from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import FAMILIES
 from llamafactory_hera.heads.upstream import trainable_upstream
 
 
-def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int) -> set[str]:
-    """Parameters that get a gradient from a head of the layer."""
+def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_layer: bool = False) -> set[str]:
+    """Parameters that get a gradient from a head of the layer, or from its output."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with HeadCapture(model, f"L{layer}H1") as capture:
+    with LayerCapture(model, [layer]) if whole_layer else HeadCapture(model, f"L{layer}H1") as capture:
         capture.pool(batch["attention_mask"])
         model(**batch)
         z = capture.representations()
@@ -26,12 +26,14 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int) -> set
     return {n for n, g in zip(trainable, gradients, strict=True) if g is not None and g.abs().max() > 1e-6}
 
 
+@pytest.mark.parametrize("whole_layer", [False, True], ids=["head", "layer"])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_of_a_bare_decoder(model_type, layer):
+def test_of_a_bare_decoder(model_type, layer, whole_layer):
     model = text_model(model_type)
-    found = set(trainable_upstream(model, layer))
-    arrived = reached(model, text_batch(), layer)
+    found = set(trainable_upstream(model, layer, whole_layer))
+    arrived = reached(model, text_batch(), layer, whole_layer)
+    assert any("mlp" in name and f"layers.{layer}." in name for name in found) == whole_layer
     assert arrived <= found
     # the bias of the keys cancels out in the softmax
     assert not {name for name in found - arrived if "k_proj.bias" not in name}

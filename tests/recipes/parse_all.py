@@ -29,10 +29,11 @@ def main() -> None:
         # the only change: this machine has no GPU that supports bf16
         keys = yaml.safe_load(Path(file).read_text(encoding="utf-8")) | {"use_cpu": True}
         model, data, training, finetuning, _ = get_train_args(keys)
-        facts[Path(file).stem] = {
+        facts[file] = {
             "use_hera": finetuning.use_hera,
             "stage": finetuning.to_dict()["stage"],
             "heads": finetuning.hera_heads,
+            "aligned": [finetuning.hera_objective, finetuning.hera_granularity, finetuning.hera_layers],
             "bf16": training.bf16,
             "warmup": training.get_warmup_steps(1000),
             "zero3": training.deepspeed is not None and training.hf_deepspeed_config.is_zero3(),

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from llamafactory_hera.backbones.ablations import MARKS, MODELS, ROWS, index
 from llamafactory_hera.backbones.memory import spread
 from llamafactory_hera.backbones.recipes import DEFAULT_GPUS, GPUS, all_recipes, write_recipes
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
@@ -21,7 +23,7 @@ KINDS = ("pretrain", "hera", "hera_lora", "sft")
 
 @pytest.fixture(scope="module")
 def parsed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    files = [str(folder / f"{name}.yaml") for name in values]
+    files = {str(folder / f"{name}.yaml"): name for name in values}
     run = subprocess.run(
         [sys.executable, "-m", "tests.recipes.parse_all", *files],
         cwd=ROOT,
@@ -31,20 +33,21 @@ def parsed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return {files[file]: facts for file, facts in json.loads(run.stdout).items()}
 
 
 def test_the_committed_files_are_what_the_generator_writes(folder: Path, values: dict, tmp_path: Path) -> None:
     written = write_recipes(tmp_path)
-    assert {file.stem for file in written} == set(values)
+    assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
     for file in written:
-        committed = (folder / file.name).read_text(encoding="utf-8")
+        committed = (folder / file.relative_to(tmp_path)).read_text(encoding="utf-8")
         assert committed == file.read_text(encoding="utf-8"), f"{file.name} is not what the generator writes"
 
 
 def test_every_backbone_has_its_recipes(values: dict) -> None:
     expected = {f"{key}_{kind}" for key in LANGUAGE_MODELS for kind in KINDS}
     expected |= {f"{key}_{kind}" for key in NATIVE_MODELS for kind in ("hera", "hera_lora")}
+    expected |= {f"ablations/{key}_{row.name}" for key in MODELS for row in ROWS}
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
 
 
@@ -57,7 +60,7 @@ def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
         assert facts["stage"] == values[name]["stage"]
         assert facts["bf16"]
         assert facts["warmup"] == 30  # 3 %
-        assert facts["zero3"] == (name.endswith(("_hera", "_sft"))), name
+        assert facts["zero3"] == (name.endswith(("_hera", "_sft")) or name.startswith("ablations/")), name
 
 
 @pytest.mark.slow
@@ -138,4 +141,80 @@ def test_memory_grows_with_the_batch_and_shrinks_with_gpus_under_zero3() -> None
 def test_the_index_links_every_recipe_and_nothing_else(folder: Path) -> None:
     links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
     assert all((folder / link).is_file() for link in links)
-    assert {link for link in links if link.endswith(".yaml")} == {file.name for file in folder.glob("*.yaml")}
+    recipes = {file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml")}
+    assert {link for link in links if link.endswith(".yaml")} == recipes
+
+
+#: Of the paper's table 1 and section on other methods: objective, granularity, heads or layers, strategy, m.
+ROWS_OF_THE_PAPER = {
+    "feature_layer_middle": ("feature", "layer", "middle", None, None),
+    "feature_head_worst5": ("feature", "head", 5, None, None),
+    "contrastive_layer_middle": ("contrastive", "layer", "middle", None, None),
+    "contrastive_layer_worst5": ("contrastive", "layer", "auto", "worst", 5),
+    "head_random5": ("contrastive", "head", "auto", "random", 5),
+    "head_top5": ("contrastive", "head", "auto", "top", 5),
+    "head_worst1": ("contrastive", "head", 1, None, None),
+    "head_worst3": ("contrastive", "head", 3, None, None),
+    "head_worst10": ("contrastive", "head", "auto", "worst", 10),
+    "viral": ("viral", "layer", "middle", None, None),
+    "cmar": ("cka", "layer", "penultimate", None, None),
+}
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
+    assert {row.name for row in ROWS} == set(ROWS_OF_THE_PAPER)
+    twin = values[f"{key}_hera"]
+    for name, (objective, granularity, sites, strategy, m) in ROWS_OF_THE_PAPER.items():
+        keys = values[f"ablations/{key}_{name}"]
+        if isinstance(sites, int):
+            sites = ",".join(LANGUAGE_MODELS[key].heads.split(",")[:sites])
+        found = (
+            keys.get("hera_objective", "contrastive"),
+            keys.get("hera_granularity", "head"),
+            keys.get("hera_layers", keys.get("hera_heads")),
+            keys.get("hera_select"),
+            keys.get("hera_select_m"),
+        )
+        assert found == (objective, granularity, sites, strategy, m)
+        assert keys["hera_weight"] == (0.5 if name == "viral" else 0.01)
+        # nothing else differs from the HeRA recipe but the folders
+        folders = {"model_name_or_path", "output_dir"}
+        assert {k: v for k, v in keys.items() if not k.startswith("hera_") and k not in folders} == {
+            k: v for k, v in twin.items() if not k.startswith("hera_") and k not in folders
+        }
+
+
+@pytest.mark.parametrize("key", MODELS)
+def test_the_command_for_stage_one_makes_what_stage_two_starts_from(key: str, values: dict, folder: Path) -> None:
+    for row in ROWS:
+        name = f"ablations/{key}_{row.name}"
+        text = " ".join(line.lstrip("# ") for line in (folder / f"{name}.yaml").read_text().splitlines())
+        command = re.search(r"`llamafactory-cli train recipes/(\w+)\.yaml ([^`]+)`", text)
+        overrides = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in command[2].split())}
+        stage_one = values[command[1]] | overrides
+        assert stage_one["output_dir"] == values[name]["model_name_or_path"]
+        if row.both:
+            ours, theirs = (
+                {k: v for k, v in keys.items() if k.startswith("hera_") and v is not None}
+                for keys in (stage_one, values[name])
+            )
+            HeraArguments(**ours).check_hera()
+            unused = {"hera_k", "hera_temperature", "hera_memory"}
+            assert {k: v for k, v in ours.items() if k not in unused} == {
+                k: v for k, v in theirs.items() if k not in unused
+            }
+        else:
+            assert stage_one["stage"] == "sft"
+
+
+@pytest.mark.slow
+def test_the_host_reads_what_is_aligned(parsed: dict) -> None:
+    assert parsed["ablations/qwen3_4b_viral"]["aligned"] == ["viral", "layer", "middle"]
+    assert parsed["ablations/qwen3_4b_cmar"]["aligned"] == ["cka", "layer", "penultimate"]
+    assert parsed["qwen3_4b_hera"]["aligned"] == ["contrastive", "head", None]
+
+
+def test_the_index_holds_the_generated_table(folder: Path) -> None:
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"{MARKS[0]}\n{index()}\n{MARKS[1]}" in page

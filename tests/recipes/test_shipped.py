@@ -22,7 +22,8 @@ def test_the_list_names_every_recipe_with_what_it_does(folder: Path, capsys: pyt
     assert recipes_folder() == folder
     assert run() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(file.stem for file in folder.glob("*.yaml"))
+    files = [file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml")]
+    assert sorted(line.split()[0] for line in lines) == sorted(files)
     assert all(len(line.split()) > 4 for line in lines)
     run("qwen3_8b", "gemma")
     assert len(capsys.readouterr().out.splitlines()) == 6
@@ -37,7 +38,8 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert Path(keys["deepspeed"]).is_file()
     assert keys["dataset"] in json.loads(Path(keys["dataset_dir"], "dataset_info.json").read_text())
     assert "recipes/" not in Path("mine/qwen3_8b_hera.yaml").read_text()
-    assert {file.stem for file in Path("mine").glob("*.yaml")} == set(shipped_recipes())
+    copied = {file.relative_to("mine").with_suffix("").as_posix() for file in Path("mine").rglob("*.yaml")}
+    assert copied == set(shipped_recipes())
     with pytest.raises(ValueError, match="--copy-to: mine is not empty"):
         copy_recipes("mine")
 

@@ -3,11 +3,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.terms import ContrastiveTerm
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.training.term import HeraTerm
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
 TAU = torch.tensor(0.2)
@@ -90,7 +90,7 @@ def test_it_is_the_definition(z, normalize, remembered, gaps, copies):
     valid[list(gaps)] = False
     temperature = TAU.clone().requires_grad_()
 
-    output = HeraTerm(3, normalize, memory)(z, teacher, valid, temperature)
+    output = ContrastiveTerm(3, normalize, memory)(z, teacher, valid, temperature)
     expected = naive_term(
         torch.cat([z, memory_z], dim=1),
         torch.cat([teacher, memory_teacher]),
@@ -114,7 +114,7 @@ def test_it_is_the_definition(z, normalize, remembered, gaps, copies):
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "dot"])
 def test_without_memory_and_copies_it_is_the_public_functions(z, teacher, normalize):
-    output = HeraTerm(4, normalize)(z, teacher, all_valid(), TAU)
+    output = ContrastiveTerm(4, normalize)(z, teacher, all_valid(), TAU)
     neighbors = nearest_neighbors(teacher, 4, normalize)
     torch.testing.assert_close(output.loss, contrastive_loss(z, neighbors, TAU, normalize))
     torch.testing.assert_close(output.mknn, mutual_knn(z.detach(), teacher, 4, normalize))
@@ -123,14 +123,14 @@ def test_without_memory_and_copies_it_is_the_public_functions(z, teacher, normal
 
 def test_a_slightly_different_image_is_no_copy(z, teacher):
     teacher[1] = teacher[0] + 0.02 * torch.randn(D_TEACHER)
-    assert HeraTerm(3)(z, teacher, all_valid(), TAU).n_duplicates == 0
+    assert ContrastiveTerm(3)(z, teacher, all_valid(), TAU).n_duplicates == 0
 
 
 def test_half_precision_representations_are_compared_in_single_precision(z, teacher):
     half = z.detach().bfloat16().requires_grad_()
-    output = HeraTerm(3)(half, teacher, all_valid(), TAU)
+    output = ContrastiveTerm(3)(half, teacher, all_valid(), TAU)
     assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, HeraTerm(3)(half.float(), teacher, all_valid(), TAU).loss)
+    torch.testing.assert_close(output.loss, ContrastiveTerm(3)(half.float(), teacher, all_valid(), TAU).loss)
     output.loss.backward()
     assert half.grad.dtype == torch.bfloat16
 
@@ -139,7 +139,7 @@ def test_half_precision_representations_are_compared_in_single_precision(z, teac
 
 
 def test_a_batch_of_one_learns_from_the_memory():
-    term = HeraTerm(2, memory=CrossBatchMemory(3))
+    term = ContrastiveTerm(2, memory=CrossBatchMemory(3))
     losses = []
     for _ in range(4):
         z = torch.randn(HEADS, 1, D, requires_grad=True)
@@ -154,9 +154,9 @@ def test_a_batch_of_one_learns_from_the_memory():
 
 
 def test_the_memory_takes_in_a_batch_after_its_loss(z, teacher):
-    term = HeraTerm(3, memory=CrossBatchMemory(N))
+    term = ContrastiveTerm(3, memory=CrossBatchMemory(N))
     first = term(z, teacher, all_valid(), TAU)
-    torch.testing.assert_close(first.loss, HeraTerm(3)(z, teacher, all_valid(), TAU).loss)
+    torch.testing.assert_close(first.loss, ContrastiveTerm(3)(z, teacher, all_valid(), TAU).loss)
     # the same batch again: every remembered row is a copy of a sample, excluded for that sample alone
     again = term(z, teacher, all_valid(), TAU)
     assert again.n_duplicates == 0  # pairs of the batch only

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from tests.terms import ContrastiveTerm
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.training.term import HeraTerm
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
 TAU = torch.tensor(0.2)
@@ -40,9 +40,9 @@ def test_a_row_that_is_not_valid_changes_nothing_and_gets_no_gradient(z, teacher
     with torch.no_grad():
         z[:, [3, 7]] = value
         teacher[[3, 7]] = value
-    output = HeraTerm(3)(z, teacher, valid, TAU)
+    output = ContrastiveTerm(3)(z, teacher, valid, TAU)
     alone = z.detach()[:, keep].requires_grad_()
-    expected = HeraTerm(3)(alone, teacher[keep], all_valid(7), TAU)
+    expected = ContrastiveTerm(3)(alone, teacher[keep], all_valid(7), TAU)
     assert output.finite
     assert output.n_samples == 7
     torch.testing.assert_close(output.loss, expected.loss)
@@ -56,14 +56,14 @@ def test_a_row_that_is_not_valid_changes_nothing_and_gets_no_gradient(z, teacher
 def test_a_row_that_is_not_valid_is_not_remembered(z, teacher):
     valid = all_valid()
     valid[[0, 4]] = False
-    term = HeraTerm(3, memory=CrossBatchMemory(20))
+    term = ContrastiveTerm(3, memory=CrossBatchMemory(20))
     term(z, teacher, valid, TAU)
     assert torch.equal(term.memory.teacher, teacher[valid])
     assert torch.equal(term.memory.representations, z.detach()[:, valid])
 
 
 def test_a_batch_without_valid_rows_is_zero_with_a_gradient_of_zero(z, teacher):
-    output = HeraTerm(3, memory=CrossBatchMemory(4))(z, teacher, ~all_valid(), TAU)
+    output = ContrastiveTerm(3, memory=CrossBatchMemory(4))(z, teacher, ~all_valid(), TAU)
     assert (output.loss.item(), output.n_samples, output.finite) == (0.0, 0, True)
     assert output.mknn.isnan().all()
     assert output.chance.isnan()
@@ -74,14 +74,14 @@ def test_a_batch_without_valid_rows_is_zero_with_a_gradient_of_zero(z, teacher):
 def test_a_sample_alone_does_not_enter(z, teacher):
     valid = ~all_valid()
     valid[4] = True
-    output = HeraTerm(3)(z, teacher, valid, TAU)
+    output = ContrastiveTerm(3)(z, teacher, valid, TAU)
     assert (output.loss.item(), output.n_samples) == (0.0, 0)
     output.loss.backward()
     assert (z.grad == 0).all()
 
 
 def test_a_batch_of_one_image_only_does_not_enter(z, teacher):
-    output = HeraTerm(3)(z, teacher[:1].expand(N, -1), all_valid(), TAU)
+    output = ContrastiveTerm(3)(z, teacher[:1].expand(N, -1), all_valid(), TAU)
     assert (output.loss.item(), output.n_samples, output.n_duplicates) == (0.0, 0, N * (N - 1) // 2)
     assert output.finite
 
@@ -91,7 +91,7 @@ def test_a_batch_of_one_image_only_does_not_enter(z, teacher):
 
 def test_k_shrinks_to_the_candidates_with_one_warning(z, teacher, caplog):
     caplog.set_level(logging.WARNING)
-    term = HeraTerm(20)
+    term = ContrastiveTerm(20)
     for _ in range(3):
         output = term(z, teacher, all_valid(), TAU)
     torch.testing.assert_close(output.loss, contrastive_loss(z, nearest_neighbors(teacher, N - 1), TAU))
@@ -104,7 +104,7 @@ def test_k_shrinks_to_the_candidates_with_one_warning(z, teacher, caplog):
 
 
 def test_enough_candidates_give_no_warning(z, teacher, caplog):
-    term = HeraTerm(N - 1)
+    term = ContrastiveTerm(N - 1)
     term(z, teacher, all_valid(), TAU)
     term(z, teacher, ~all_valid(), TAU)  # a batch without images says nothing about k
     assert not caplog.records
@@ -112,7 +112,7 @@ def test_enough_candidates_give_no_warning(z, teacher, caplog):
 
 def test_a_copy_can_leave_a_sample_with_fewer_candidates_than_the_others(z, teacher, caplog):
     teacher[1] = teacher[0]
-    output = HeraTerm(N - 1)(z, teacher, all_valid(), TAU)
+    output = ContrastiveTerm(N - 1)(z, teacher, all_valid(), TAU)
     assert output.chance.item() == 1.0
     assert f"has {N - 2} candidates" in caplog.text
 
@@ -126,7 +126,7 @@ def test_a_copy_can_leave_a_sample_with_fewer_candidates_than_the_others(z, teac
 def test_a_value_that_is_not_finite_leaves_the_term_out(z, teacher, value, normalize, side):
     with torch.no_grad():
         (z[1, 4] if side == "student" else teacher[4])[2] = value
-    term = HeraTerm(3, normalize, CrossBatchMemory(20))
+    term = ContrastiveTerm(3, normalize, CrossBatchMemory(20))
     output = term(z, teacher, all_valid(), TAU)
     assert not output.finite
     assert output.loss.item() == 0
@@ -138,7 +138,7 @@ def test_a_value_that_is_not_finite_leaves_the_term_out(z, teacher, value, norma
 
 def test_a_value_that_is_not_finite_is_never_remembered(teacher):
     """Alone in its batch a sample has no candidates and gives no loss, but its memory would spoil all later ones."""
-    term = HeraTerm(3, memory=CrossBatchMemory(20))
+    term = ContrastiveTerm(3, memory=CrossBatchMemory(20))
     broken = torch.full((HEADS, 1, D), math.nan)
     assert not term(broken, teacher[:1], all_valid(1), TAU).finite
     output = term(torch.randn(HEADS, N, D), teacher, all_valid(), TAU)

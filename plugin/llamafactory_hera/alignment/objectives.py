@@ -1,4 +1,7 @@
-"""The contrastive objective of HeRA: a multi-target InfoNCE loss over neighbours (paper, eq. 4 and 8)."""
+"""The losses that pull representations towards the teacher.
+
+Neighbourhoods (HeRA's contrastive loss, paper, eq. 4 and 8), vectors (cosine), and whole similarity structures (CKA).
+"""
 
 import torch
 from torch import Tensor
@@ -56,3 +59,39 @@ def contrastive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, 
         )
     allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
     return multi_target_info_nce(similarity(z, z, normalize), neighbor_mask(neighbors, n), allowed, temperature).mean()
+
+
+def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """One minus the cosine of each vector and its target.
+
+    Args:
+        predicted: ``[..., D]``.
+        target: ``[..., D]``, broadcast.
+
+    Returns:
+        ``[...]``, between 0 and 2.
+    """
+    return 1 - torch.nn.functional.cosine_similarity(predicted, target, dim=-1)
+
+
+def cka_loss(z: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the linear CKA of two sets of features (Kornblith et al. 2019, arXiv 1905.00414, eq. 3 and sec. 3).
+
+    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features centred over samples. It does not change when
+    either side is rotated or scaled.
+
+    Args:
+        z: ``[..., N, D]``.
+        teacher: ``[N, D_teacher]``, of the same samples.
+
+    Returns:
+        ``[...]``, between 0 and 1; 1, without gradient, where all samples of a side are equal.
+    """
+    ours, theirs = _centred_gram(z), _centred_gram(teacher)
+    lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
+    return 1 - (ours * theirs).sum(dim=(-1, -2)) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+
+
+def _centred_gram(features: Tensor) -> Tensor:
+    centred = features - features.mean(dim=-2, keepdim=True)
+    return centred @ centred.transpose(-1, -2)

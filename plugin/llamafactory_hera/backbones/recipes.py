@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from . import recipe_sections as sections
+from .ablations import MARKS, ablations, index
+from .ablations import MODELS as ABLATED
 from .entries import LanguageModel, NativeModel
 from .memory import Work, spread
 from .recipe_text import Recipe, render
@@ -175,6 +177,8 @@ def all_recipes() -> Iterator[Recipe]:
         yield _native(native, "hera")
         yield _native(native, "hera_lora")
     yield _native(NATIVE_MODELS["qwen2_5_vl_7b"], "hera_qlora")
+    for key in ABLATED:
+        yield from ablations(LANGUAGE_MODELS[key], _stage_two(LANGUAGE_MODELS[key], "hera"))
 
 
 def write_recipes(folder: Path) -> list[Path]:
@@ -182,9 +186,18 @@ def write_recipes(folder: Path) -> list[Path]:
     files = []
     for recipe in all_recipes():
         files.append(folder / f"{recipe.name}.yaml")
+        files[-1].parent.mkdir(exist_ok=True)
         files[-1].write_text(render(recipe), encoding="utf-8")
     return files
 
 
+def write_index(page: Path) -> None:
+    """Writes the table of ablations into ``recipes/README.md``, between its marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    page.write_text(f"{before}{MARKS[0]}\n{index()}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    write_index(Path(sys.argv[1], "README.md"))
     print(f"{len(write_recipes(Path(sys.argv[1])))} recipes written")

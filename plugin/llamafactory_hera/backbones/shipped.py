@@ -33,8 +33,11 @@ def recipes_folder() -> Path:
 def shipped_recipes() -> dict[str, str]:
     """Name of each recipe -> its first comment line."""
     found = {}
-    for file in sorted(recipes_folder().glob("*.yaml")):
-        found[file.stem] = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+    folder = recipes_folder()
+    for file in sorted((*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml"))):
+        found[file.relative_to(folder).with_suffix("").as_posix()] = (
+            file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        )
     return found
 
 
@@ -64,4 +67,4 @@ def copy_recipes(target: str | Path) -> list[Path]:
 
 def _belongs(file: Path) -> bool:
     """Not the data that a user has put beside ``dataset_info.json``."""
-    return len(file.parts) == 1 or (len(file.parts) == 2 and file.parts[0] in ("data", "deepspeed"))
+    return len(file.parts) == 1 or (len(file.parts) == 2 and file.parts[0] in ("ablations", "data", "deepspeed"))

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import decoder_layers, head_layout, model_config, output_projection
+from .families import head_layout, model_config, output_projection
 from .head_set import HeadId, HeadSet
+from .hooks import LayerHooks, in_backward
 from .pooling import pool_tokens
 
-_CHECKPOINTING = "_gradient_checkpointing_func"
 
-
-class HeadCapture:
+class HeadCapture(LayerHooks):
     """Captures the pooled contributions of chosen heads while it is entered.
 
     Two ways to use it. Name the tokens before the forward pass; this works under gradient checkpointing and every
@@ -55,55 +54,34 @@ class HeadCapture:
         self.heads = heads.heads
         self._layout = head_layout(model_config(model))
         heads.check(self._layout.n_layers, self._layout.n_heads)
-        layers = decoder_layers(model)
-        self._layers = {index: layers[index] for index in sorted({head.layer for head in self.heads})}
+        super().__init__(model, (head.layer for head in self.heads))
         self._heads_of = {index: [head.head for head in self.heads if head.layer == index] for index in self._layers}
         self._mask: Tensor | None = None
-        self._rows: dict[int, Tensor] = {}
         self._inputs: dict[int, Tensor] = {}
         self._keeps_inputs = False
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
-        self._undo: list[Callable[[], None]] = []
         self._project: dict[int, Callable[..., Tensor]] = {}
-        self._wrapped: dict[int, Callable[..., Any]] = {}
-        #: Layers whose pooled head outputs received a gradient since :meth:`pool`, when asked to watch.
-        self.gradient_seen: set[int] = set()
-        self.watch_gradients = False
-
-    def __enter__(self) -> "HeadCapture":
-        self.install()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()
 
     def install(self) -> None:
         """Hooks the chosen layers, once."""
-        if self._undo:
-            return
-        self._keeps_inputs = True
-        for index, layer in self._layers.items():
-            projection = output_projection(layer, self._layout.model_type)
-            self._replace(projection, "forward", self._projection_forward(index, projection))
+        if not self._undo:
+            self._keeps_inputs = True
+        super().install()
 
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
-        while self._undo:
-            self._undo.pop()()
+        super().remove()
         self._mask = None
         self._keeps_inputs = False
-        for held in (self._rows, self._inputs, self._frames, self._project, self._wrapped):
+        for held in (self._inputs, self._frames, self._project):
             held.clear()
 
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
         self._mask = mask
         self._keeps_inputs = False  # whoever names the tokens before needs no activations kept, least in evaluation
-        self._rows.clear()
         self._inputs.clear()
-        self.gradient_seen.clear()
-        if self._undo:
-            self._wrap_checkpointing()
+        self._start_pass()
 
     def representations(self, mask: Tensor | None = None) -> Tensor:
         """The pooled contributions of the last forward pass.
@@ -119,12 +97,7 @@ class HeadCapture:
         """
         if mask is not None:
             self._project_inputs(mask)
-        missing = [index for index in self._layers if index not in self._rows]
-        if missing:
-            raise RuntimeError(
-                f"No forward pass through layers {missing} was captured: call the model inside the context, after "
-                "`capture.pool(mask)`, or pass the mask to `representations`."
-            )
+        self._check_captured()
         by_head = {
             HeadId(index, head): self._rows[index][:, position]
             for index, heads in self._heads_of.items()
@@ -134,38 +107,27 @@ class HeadCapture:
 
     # -- inside the model ------------------------------------------------------------------------------------------
 
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        had, before = name in vars(owner), vars(owner).get(name)
-        setattr(owner, name, value)
-
-        def undo() -> None:
-            if vars(owner).get(name) is not value:
-                return  # replaced since by someone else, whose it is now
-            if had:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-
-        self._undo.append(undo)
+    def _hook(self, index: int, layer: nn.Module) -> None:
+        projection = output_projection(layer, self._layout.model_type)
+        self._replace(projection, "forward", self._projection_forward(index, projection))
 
     def _projection_forward(self, index: int, projection: nn.Module) -> Callable[..., Tensor]:
         original = self._project[index] = projection.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._mask is None:
-                if self._keeps_inputs and not _in_backward():
+                if self._keeps_inputs and not in_backward():
                     self._inputs[index] = hidden
                 return original(hidden, *args, **kwargs)
             pooled = pool_tokens(hidden, self._mask)
-            if self.watch_gradients and pooled.requires_grad:
-                pooled.register_hook(lambda gradient: self._note_gradient(index, gradient))
+            self._watch(index, pooled)
             extended = torch.cat([hidden, self._head_rows(index, projection, pooled)], dim=1)
             output = original(extended, *args, **kwargs)
             # a copy: a view would keep the layer's whole output alive for as long as the rows
             rows = self._without_bias(output[:, hidden.shape[1] :].clone(), self._heads_of[index])
             if index in self._frames:
                 self._frames[index].append(rows)
-            elif not _in_backward():
+            elif not in_backward():
                 self._rows[index] = rows
             return output[:, : hidden.shape[1]]
 
@@ -187,21 +149,7 @@ class HeadCapture:
         n = len(heads)
         return rows if rows.shape[1] == n else rows[:, :n] - rows[:, n:]
 
-    def _note_gradient(self, index: int, gradient: Tensor) -> None:
-        if bool((gradient != 0).any()):
-            self.gradient_seen.add(index)
-
-    def _wrap_checkpointing(self) -> None:
-        # before every pass: a trainer sets up checkpointing when it starts, after the hooks may have been installed
-        for index, layer in self._layers.items():
-            function = vars(layer).get(_CHECKPOINTING)
-            if function is not None and function is not self._wrapped.get(index):
-                self._wrapped[index] = self._checkpointing(index, layer)
-                self._replace(layer, _CHECKPOINTING, self._wrapped[index])
-
-    def _checkpointing(self, index: int, layer: nn.Module) -> Callable[..., Any]:
-        original = getattr(layer, _CHECKPOINTING)
-
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             mask = self._mask
             if mask is None:
@@ -238,11 +186,6 @@ class HeadCapture:
             projection = output_projection(layer, self._layout.model_type)
             rows = self._head_rows(index, projection, pool_tokens(hidden, mask))
             self._rows[index] = self._without_bias(self._project[index](rows), self._heads_of[index])
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running: a forward call then is the recomputation of an earlier one."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _has_bias(projection: nn.Module) -> bool:

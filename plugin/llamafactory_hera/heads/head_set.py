@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 _HEAD = re.compile(r"[Ll](\d+)[Hh](\d+)")
 _SYNTAX = "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6"
@@ -43,11 +43,25 @@ class HeadSet:
         provenance: Facts of their selection (model, teacher, data, settings, scores); empty when written by hand.
     """
 
+    #: The key that names them, and the name of their file.
+    KEY: ClassVar[str] = "hera_heads"
+    FILE: ClassVar[str] = "heads.json"
+
     heads: tuple[HeadId, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.heads))
+        return ",".join(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``L3H4`` of each."""
+        return tuple(map(str, self.heads))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Their decoder layers, each once, in order."""
+        return tuple(sorted({head.layer for head in self.heads}))
 
     @classmethod
     def parse(cls, heads: str | Iterable[str], key: str = "hera_heads") -> "HeadSet":

@@ -1,4 +1,4 @@
-"""Which trainable parameters can change a head: the check that a HeRA run is not a silent no-op."""
+"""Which trainable parameters can change a head or a layer: the check that a HeRA run is not a silent no-op."""
 
 from collections.abc import Collection
 
@@ -7,21 +7,23 @@ from torch import nn
 from .families import FAMILIES, decoder_layers, head_layout, model_config
 
 
-def trainable_upstream(model: nn.Module, layer: int) -> list[str]:
-    """Names of the trainable parameters that feed the attention output of decoder layer ``layer``.
+def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
+    """Names of the trainable parameters that feed the attention output of decoder layer ``layer``, or the layer's own.
 
     That is everything before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention. Call it before a sharding engine renames or flattens parameters.
+    input norm and the attention, or all of it. Call it before a sharding engine renames or flattens parameters.
 
     Args:
         model: A transformers model, bare or under PEFT.
         layer: Zero-based index of the decoder layer.
+        whole_layer: The layer's output is meant, not that of its attention.
     """
     family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)
-    feeding = {
-        id(p) for name in (family.input_norm, family.attention) for p in getattr(layers[layer], name).parameters()
-    }
+    inside = (
+        [layers[layer]] if whole_layer else [getattr(layers[layer], n) for n in (family.input_norm, family.attention)]
+    )
+    feeding = {id(p) for module in inside for p in module.parameters()}
     behind = {id(p) for later in layers[layer:] for p in later.parameters()} - feeding
     behind |= _behind_the_decoder(model, layers)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind]

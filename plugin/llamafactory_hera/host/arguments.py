@@ -1,21 +1,15 @@
 # No `from __future__ import annotations` here: HfArgumentParser reads the annotations as types.
 """The ``hera_*`` keys of a run: each declared once, with its default and its help."""
 
-import math
 import os
-import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from llamafactory_hera.heads.head_set import HeadSet
 from llamafactory_hera.heads.pooling import Pooling
 from llamafactory_hera.selection.settings import Mode, StoredDtype, Strategy
 
-Similarity = Literal["cosine", "dot"]
-Accumulate = Literal["none", "gradcache"]
-
-#: More heads than this wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0).
-MOST_HEADS = 5
+from .argument_checks import Accumulate, Granularity, Similarity, check_values
+from .argument_values import READERS, typed
 
 
 @dataclass
@@ -31,8 +25,31 @@ class HeraArguments:
             )
         },
     )
+    hera_objective: str = field(
+        default="contrastive",
+        metadata={
+            "help": (
+                "What is minimised: HeRA's loss over neighbours (contrastive), the cosine of projected features "
+                "(feature), 1 - CKA over the batch (cka), visual tokens against the teacher's patches (viral), or an "
+                "objective registered by name."
+            )
+        },
+    )
+    hera_granularity: Granularity = field(
+        default="head",
+        metadata={"help": "Align attention heads (head, hera_heads) or decoder layers (layer, hera_layers)."},
+    )
+    hera_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), middle, "
+                "penultimate, or auto to select them before training."
+            )
+        },
+    )
     hera_weight: float = field(
-        default=0.01, metadata={"help": "Weight (lambda) of the HeRA loss beside the language-modeling loss."}
+        default=0.01, metadata={"help": "Weight (lambda) of the alignment loss beside the language-modeling loss."}
     )
     hera_k: int = field(default=10, metadata={"help": "Nearest neighbours in the teacher's space per sample."})
     hera_temperature: float = field(
@@ -90,11 +107,11 @@ class HeraArguments:
     hera_select: Strategy = field(
         default="worst",
         metadata={
-            "help": "Heads to select: the least aligned (worst), the most (top), random ones, or the least aligned of "
-            "the middle layer (middle)."
+            "help": "Heads or layers to select: the least aligned (worst), the most (top), random ones, or the least "
+            "aligned heads of the middle layer (middle)."
         },
     )
-    hera_select_m: int = field(default=5, metadata={"help": "How many heads to select."})
+    hera_select_m: int = field(default=5, metadata={"help": "How many heads or layers to select."})
     hera_select_mode: Mode = field(
         default="llm",
         metadata={
@@ -119,94 +136,18 @@ class HeraArguments:
     )
 
     def check_hera(self) -> None:
-        """Checks the values that need nothing but themselves, and normalises ``hera_heads`` to text.
+        """Checks the values that need nothing but themselves; lists of heads or layers become text.
 
         Raises:
             ValueError: Names the key, the value and the remedy.
         """
-        if isinstance(self.hera_heads, (list, tuple)):  # a YAML list
-            self.hera_heads = ",".join(map(str, self.hera_heads))
+        for key in ("hera_heads", "hera_layers"):
+            if isinstance(getattr(self, key), (list, tuple)):  # a YAML list
+                setattr(self, key, ",".join(map(str, getattr(self, key))))
         for knob in fields(HeraArguments):
-            if type(knob.default) in _READERS:
-                setattr(self, knob.name, _typed(knob.name, getattr(self, knob.name), type(knob.default)))
-        if not self.hera_heads:
-            raise ValueError(
-                "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
-            )
-        if self.hera_heads != "auto":
-            chosen = len(HeadSet.resolve(self.hera_heads).heads)
-            if chosen > MOST_HEADS:
-                warnings.warn(
-                    f"hera_heads: {chosen} heads are more than the {MOST_HEADS} that the paper recommends; ten of "
-                    "them wrecked Qwen2.5-3B there.",
-                    stacklevel=2,
-                )
-        _at_least("hera_k", self.hera_k, 1)
-        _at_least("hera_memory", self.hera_memory, 0)
-        _at_least("hera_max_nan", self.hera_max_nan, 1)
-        _finite("hera_weight", self.hera_weight, self.hera_weight >= 0, "0 or more, the paper uses 0.01")
-        _finite(
-            "hera_temperature", self.hera_temperature, self.hera_temperature > 0, "more than 0, the paper uses 0.07"
-        )
-        _one_of("hera_pooling", self.hera_pooling, get_args(Pooling))
-        _one_of("hera_similarity", self.hera_similarity, get_args(Similarity))
-        _one_of("hera_accumulate", self.hera_accumulate, get_args(Accumulate))
-        self._check_selection()
-
-    def _check_selection(self) -> None:
-        _one_of("hera_select", self.hera_select, get_args(Strategy))
-        _one_of("hera_select_mode", self.hera_select_mode, get_args(Mode))
-        _one_of("hera_select_dtype", self.hera_select_dtype, get_args(StoredDtype))
-        for key in ("hera_select_m", "hera_select_k", "hera_select_batch_size"):
-            _at_least(key, getattr(self, key), 1)
-        _at_least("hera_select_samples", self.hera_select_samples, self.hera_select_k + 2)
-        gib = self.hera_select_memory_gb
-        _finite("hera_select_memory_gb", gib, gib > 0, "more than 0, for instance 4")
-
-
-def _read_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or float(value) != int(float(value)):
-        raise ValueError
-    return int(float(value))
-
-
-def _read_float(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
-# the host's parser hands over what YAML made of a value, whatever the field's type
-_READERS = {bool: (_read_bool, "true or false"), int: (_read_int, "a whole number"), float: (_read_float, "a number")}
-
-
-def _typed(key: str, value: Any, kind: type) -> Any:
-    reader, expected = _READERS[kind]
-    try:
-        return reader(value)
-    except (KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {value!r} is not {expected}; write {expected}.") from error
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{key}: {value} is too small; choose {least} or more.")
-
-
-def _finite(key: str, value: float, in_range: bool, remedy: str) -> None:
-    if not (math.isfinite(value) and in_range):
-        raise ValueError(f"{key}: {value} is out of range; choose {remedy}.")
-
-
-def _one_of(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}.")
+            if type(knob.default) in READERS:
+                setattr(self, knob.name, typed(knob.name, getattr(self, knob.name), type(knob.default)))
+        check_values(self)
 
 
 def _bypasses(arguments: Any) -> str | None:

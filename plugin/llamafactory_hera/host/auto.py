@@ -1,4 +1,4 @@
-"""The heads of a run: as written, read from a file and checked, or selected before training (``hera_heads: auto``)."""
+"""The heads or layers of a run: as written, read from a file and checked, or selected before training (``auto``)."""
 
 import copy
 import gc
@@ -12,58 +12,83 @@ import numpy as np
 import torch
 from llamafactory.extras import logging
 
-from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads import HeadSet, LayerSet, Sites
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.processes import from_first, rank
 from llamafactory_hera.selection.provenance import SELECTED_BY, TRAINED_ON, differences
-from llamafactory_hera.selection.run import FOLDER, HEADS_FILE, select_heads
+from llamafactory_hera.selection.run import FOLDER, select_heads, select_layers
 from llamafactory_hera.selection.settings import SelectSettings
 from llamafactory_hera.teachers.files import teacher_fingerprint
 from llamafactory_hera.teachers.hub import teacher_folder
 
+from .argument_checks import AUTO
 from .model_files import model_folder
 from .recipe import material
 
 logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
 
-AUTO = "auto"
 
-
-def resolve_heads(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> HeadSet:
-    """The heads that a run trains; every process of the launch calls it.
+def resolve_sites(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Sites:
+    """The heads or layers that a run aligns; every process of the launch calls it.
 
     Args:
         model_args: The host's arguments.
         data_args: See ``model_args``.
         training_args: See ``model_args``.
-        finetuning_args: See ``model_args``; ``hera_heads`` becomes the names of the heads.
+        finetuning_args: See ``model_args``; ``hera_heads`` or ``hera_layers`` becomes their names.
 
     Raises:
         ValueError: The heads file was selected for something else than this run, or selection is given bad input.
     """
-    if finetuning_args.hera_heads != AUTO:
-        heads = HeadSet.resolve(finetuning_args.hera_heads)
-        if not heads.provenance:  # written by hand
-            return _with_provenance(heads, model_args, data_args, training_args, finetuning_args)
-        _check(heads, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
+    arguments = (model_args, data_args, training_args, finetuning_args)
+    if finetuning_args.hera_granularity == "layer":
+        if finetuning_args.hera_layers != AUTO:
+            return _named_layers(model_args, finetuning_args)
+        layers = _selected(*arguments, LayerSet)
+        finetuning_args.hera_layers = str(layers)
+        return layers
+    if finetuning_args.hera_heads == AUTO:
+        heads = _selected(*arguments, HeadSet)
+        finetuning_args.hera_heads = str(heads)
         return heads
-    now = _facts(model_args, data_args, finetuning_args)
-    heads = from_first(_selected_before(now, training_args, finetuning_args))
-    if heads is None:
-        target = Path(training_args.output_dir) / FOLDER / HEADS_FILE
-        with _untouched_random_state():
-            plain = material(copy.deepcopy(model_args), copy.deepcopy(data_args), training_args, finetuning_args)
-            heads = select_heads(plain, SelectSettings.from_arguments(finetuning_args), target)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if rank() == 0:
-            from llamafactory_hera.selection.present import present
-
-            present(target)
-    finetuning_args.hera_heads = str(heads)
+    heads = HeadSet.resolve(finetuning_args.hera_heads)
+    if not heads.provenance:  # written by hand
+        return _with_provenance(heads, *arguments)
+    _check(heads, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
     return heads
+
+
+def _named_layers(model_args: Any, finetuning_args: Any) -> LayerSet:
+    from llamafactory.model import load_config
+
+    n_layers = head_layout(load_config(model_args)).n_layers
+    named = {"middle": n_layers // 2, "penultimate": n_layers - 2}
+    value = finetuning_args.hera_layers
+    return LayerSet((named[value],)) if value in named else LayerSet.parse(value)
+
+
+def _selected(
+    model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, kind: type[HeadSet] | type[LayerSet]
+) -> Any:
+    """Heads or layers of an earlier selection of the same settings, or of one that is made now."""
+    now = _facts(model_args, data_args, finetuning_args)
+    chosen = from_first(_selected_before(now, training_args, finetuning_args, kind))
+    if chosen is not None:
+        return chosen
+    target = Path(training_args.output_dir) / FOLDER / kind.FILE
+    select = select_heads if kind is HeadSet else select_layers
+    with _untouched_random_state():
+        plain = material(copy.deepcopy(model_args), copy.deepcopy(data_args), training_args, finetuning_args)
+        chosen = select(plain, SelectSettings.from_arguments(finetuning_args), target)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if rank() == 0 and kind is HeadSet:
+        from llamafactory_hera.selection.present import present
+
+        present(target)
+    return chosen
 
 
 def _facts(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, Any]:
@@ -90,35 +115,38 @@ def _facts(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, A
     }
 
 
-def _selected_before(now: dict[str, Any], training_args: Any, finetuning_args: Any) -> HeadSet | None:
-    """The heads of an earlier selection of the same settings; a resumed run takes its own or stops."""
+def _selected_before(
+    now: dict[str, Any], training_args: Any, finetuning_args: Any, kind: type[HeadSet] | type[LayerSet]
+) -> Any:
+    """What an earlier selection of the same settings chose; a resumed run takes its own or stops."""
     checkpoint = training_args.resume_from_checkpoint
     folders = [Path(training_args.output_dir), *([Path(checkpoint)] if isinstance(checkpoint, str) else [])]
     for folder in folders:
-        path = folder / FOLDER / HEADS_FILE
+        path = folder / FOLDER / kind.FILE
         if not path.is_file():
             continue
-        heads = HeadSet.load(path)
-        if heads.provenance and not differences(heads.provenance, now, SELECTED_BY):
-            logger.info_rank0(f"HeRA | hera_heads: {heads} of {path}, which was selected with the same settings")
-            return heads
-        if checkpoint is not None and heads.provenance:
-            _check(heads, now, SELECTED_BY, finetuning_args)
-            return heads
+        chosen = kind.load(path)
+        if chosen.provenance and not differences(chosen.provenance, now, SELECTED_BY):
+            logger.info_rank0(f"HeRA | {kind.KEY}: {chosen} of {path}, which was selected with the same settings")
+            return chosen
+        if checkpoint is not None and chosen.provenance:
+            _check(chosen, now, SELECTED_BY, finetuning_args)
+            return chosen
     return None
 
 
-def _check(heads: HeadSet, now: dict[str, Any], keys: dict[str, str], finetuning_args: Any) -> None:
-    differing = differences(heads.provenance, now, keys)
+def _check(chosen: Sites, now: dict[str, Any], keys: dict[str, str], finetuning_args: Any) -> None:
+    differing = differences(chosen.provenance, now, keys)
     if not differing:
         return
-    said = f"hera_heads: the heads {heads} were selected for another run: {'; '.join(differing)}"
+    what = "heads" if isinstance(chosen, HeadSet) else "layers"
+    said = f"{chosen.KEY}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"
     if finetuning_args.hera_heads_force:
         logger.warning_rank0(f"{said}. Going on, as hera_heads_force is set.")
         return
     raise ValueError(
-        f"{said}. Select again (`llamafactory-hera select`, or hera_heads: auto in a new output_dir), restore these "
-        "settings, or set hera_heads_force: true to train these heads all the same."
+        f"{said}. Select again (`llamafactory-hera select`, or {chosen.KEY}: auto in a new output_dir), restore these "
+        f"settings, or set hera_heads_force: true to train these {what} all the same."
     )
 
 
@@ -129,7 +157,7 @@ def _with_provenance(
 
     Training writes the heads file of its output folder anew; without this the scores would be lost.
     """
-    path = Path(training_args.output_dir) / FOLDER / HEADS_FILE
+    path = Path(training_args.output_dir) / FOLDER / HeadSet.FILE
     if path.is_file():
         selected = HeadSet.load(path)
         if selected.heads == heads.heads and selected.provenance:

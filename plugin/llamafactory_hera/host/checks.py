@@ -3,9 +3,12 @@
 from typing import Any
 
 from llamafactory_hera.alignment.gather import world_size
-from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads import HeadSet, Sites
 from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.check import check_teacher
+
+from .visual_tokens import grid_side
 
 # Key -> why it cannot work, and what to do.
 _MODEL_KEYS = {
@@ -35,14 +38,26 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
                 raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
     _check_parallelism(training_args)
     check_teacher(finetuning_args.hera_teacher)
-    others = training_args.per_device_train_batch_size * world_size() - 1
+    _check_batch(training_args, finetuning_args)
+
+
+def _check_batch(training_args: Any, finetuning_args: Any) -> None:
+    objective = find(finetuning_args.hera_objective)
+    together = training_args.per_device_train_batch_size * world_size()
     if finetuning_args.hera_accumulate == "gradcache":
-        others += training_args.gradient_accumulation_steps - 1
-    if others < 1 and finetuning_args.hera_memory == 0:
+        together *= training_args.gradient_accumulation_steps
+    if together >= objective.least_samples or finetuning_args.hera_memory > 0:
+        return
+    size = training_args.per_device_train_batch_size
+    if objective.uses_candidates:
         raise ValueError(
-            "per_device_train_batch_size: 1 on one process leaves a sample without another to be compared with; "
+            f"per_device_train_batch_size: {size} on one process leaves a sample without another to be compared with; "
             f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}."
         )
+    raise ValueError(
+        f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
+        f"{finetuning_args.hera_objective} needs {objective.least_samples} samples together; raise it."
+    )
 
 
 def _check_parallelism(training_args: Any) -> None:
@@ -59,11 +74,12 @@ def _check_parallelism(training_args: Any) -> None:
         )
 
 
-def check_model(model_args: Any, heads: HeadSet | None = None) -> None:
-    """Checks from its configuration alone that the model sees images and has the heads, where they are known.
+def check_model(model_args: Any, finetuning_args: Any, sites: Sites | None = None) -> None:
+    """Checks from its configuration alone that the model sees images and has what is aligned, where that is known.
 
     Raises:
-        ValueError: A text-only model, an unknown architecture, or a head outside the model.
+        ValueError: A text-only model, an unknown architecture, a head or layer outside the model, or images that the
+            objective cannot read.
     """
     from llamafactory.model import load_config
 
@@ -75,5 +91,9 @@ def check_model(model_args: Any, heads: HeadSet | None = None) -> None:
             "images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
     layout = head_layout(config)
-    if heads is not None:
-        heads.check(layout.n_layers, layout.n_heads)
+    if find(finetuning_args.hera_objective).view == "patches":
+        grid_side(config, finetuning_args.hera_objective)
+    if isinstance(sites, HeadSet):
+        sites.check(layout.n_layers, layout.n_heads)
+    elif sites is not None:
+        sites.check(layout.n_layers)

@@ -21,13 +21,15 @@ class HeraCollator:
     """Wraps the host's collator; runs in the DataLoader's workers, so images are decoded there.
 
     Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
-    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` and ``hera_pixels [B, 3, h, w]``.
+    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]``, ``hera_pixels [B, 3, h, w]`` and ``hera_image
+    [B, 2]`` (which image of the sample the teacher sees, of how many).
 
     Args:
         collate: The host's collator.
         processor: The teacher's image processor.
         cache: Features computed before, or None.
         image_index: Which image of a sample with several; clamped to what there is.
+        names_image: Whether ``hera_image`` is added, for objectives that read an image's own tokens.
     """
 
     def __init__(
@@ -36,23 +38,32 @@ class HeraCollator:
         processor: TeacherProcessor,
         cache: FeatureCache | None = None,
         image_index: int = 0,
+        names_image: bool = False,
     ) -> None:
         self.collate = collate
         self.processor = processor
         self.cache = cache
         self.image_index = image_index
+        self.names_image = names_image
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collates ``features`` and adds the teacher's tensors."""
         # first: the host takes the images out of the features, and gives a batch without any a dummy image
-        teacher = self._teacher_inputs([self._image_of(feature) for feature in features])
+        shown = [self._shown(feature) for feature in features]
+        images = [
+            feature["images"][index] if count else None
+            for feature, (index, count) in zip(features, shown, strict=True)
+        ]
+        teacher = self._teacher_inputs(images)
+        if self.names_image:
+            teacher["hera_image"] = torch.tensor(shown)
         return {**self.collate(features), **teacher}
 
-    def _image_of(self, feature: dict[str, Any]) -> Any | None:
-        images = feature.get("images") or []
-        if not images:
-            return None
-        return images[max(-len(images), min(self.image_index, len(images) - 1))]
+    def _shown(self, feature: dict[str, Any]) -> tuple[int, int]:
+        """Which image of a sample the teacher sees, counted from the first, and how many there are."""
+        count = len(feature.get("images") or [])
+        index = self.image_index if self.image_index >= 0 else count + self.image_index
+        return max(0, min(index, count - 1)), count
 
     def _teacher_inputs(self, images: list[Any | None]) -> dict[str, Tensor]:
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)

@@ -19,6 +19,14 @@ from .dataset_checks import N_CHECKED, check_image_tokens
 from .model_files import model_folder
 from .recipe_values import read_values, without_training
 
+# Keys under which every head is scored, whatever the recipe trains.
+_SCORED = {
+    "stage": "hera",
+    "hera_heads": "auto",
+    "hera_granularity": "head",
+    "hera_layers": None,
+    "hera_objective": "contrastive",
+}
 # Rows of a stream that are read for each sample to draw.
 _STREAM_ROWS = 4
 
@@ -34,6 +42,7 @@ class Recipe:
         data_args: See ``model_args``.
         training_args: See ``model_args``.
         finetuning_args: See ``model_args``; holds the ``hera_*`` keys.
+        granularity: ``head`` or ``layer``: what the recipe aligns.
     """
 
     path: Path | None
@@ -42,6 +51,7 @@ class Recipe:
     data_args: Any
     training_args: Any
     finetuning_args: Any
+    granularity: str = "head"
 
     def material(self) -> Material:
         """Model, teacher and data, none of them loaded yet except for the dataset's index."""
@@ -62,12 +72,14 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     from llamafactory.hparams import get_train_args
 
     values, changes = read_values(path, overrides)
-    # which heads the recipe names is what selection is about to change
-    values = without_training(values) | {"stage": "hera", "hera_heads": "auto", **forced}
+    granularity = values.get("hera_granularity") or "head"
+    # what the recipe aligns, and how, is nothing to a score
+    values = without_training(values) | _SCORED | forced
     if values.get("dataset") is None:
         raise ValueError("dataset: none is named; name one with image-caption pairs.")
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(values)
-    return Recipe(Path(path) if path else None, changes, model_args, data_args, training_args, finetuning_args)
+    parsed = (model_args, data_args, training_args, finetuning_args)
+    return Recipe(Path(path) if path else None, changes, *parsed, granularity)
 
 
 def material(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Material:

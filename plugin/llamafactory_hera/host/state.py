@@ -9,44 +9,49 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.heads import HeadSet
-from llamafactory_hera.training.temperature import Temperature
+from llamafactory_hera.heads import Sites
+from llamafactory_hera.objectives import Objective
+from llamafactory_hera.training.own_parameters import OwnParameters
 
 from .arguments import HeraArguments
 
 #: Folder beside the weights, in the output folder and in each checkpoint, that holds what belongs to HeRA.
 FOLDER = "hera"
-HEADS_FILE = "heads.json"
 STATE_FILE = "state.safetensors"
 RUN_FILE = "run.json"
 
 
 class RunState:
-    """Writes and restores heads, temperature with its optimizer, and memory.
+    """Writes and restores heads or layers, what the objective trains with its optimizer, and memory.
 
     Args:
-        heads: The heads of the run.
+        sites: The heads or layers of the run.
         teacher_fingerprint: Of its teacher.
         arguments: The ``hera_*`` keys.
-        temperature: The learned temperature.
+        objective: For the values that it logs.
+        own: The objective's parameters.
         memory: The cross-batch memory.
     """
 
     def __init__(
         self,
-        heads: HeadSet,
+        sites: Sites,
         teacher_fingerprint: str,
         arguments: HeraArguments,
-        temperature: Temperature,
+        objective: Objective,
+        own: OwnParameters,
         memory: CrossBatchMemory,
     ) -> None:
-        self._heads = heads
+        self._sites = sites
         self._teacher_name = arguments.hera_teacher
-        self._temperature = temperature
+        self._objective = objective
+        self._own = own
         self._memory = memory
         # what must not change between a checkpoint and the run that resumes it
         self._identity = {
-            "hera_heads": str(heads),
+            "hera_objective": arguments.hera_objective,
+            "hera_granularity": arguments.hera_granularity,
+            sites.KEY: str(sites),
             "hera_teacher": teacher_fingerprint,
             "hera_pooling": arguments.hera_pooling,
             "hera_similarity": arguments.hera_similarity,
@@ -56,12 +61,12 @@ class RunState:
         """Writes into ``folder/hera``; each file whole or not at all."""
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
-        state = {**self._temperature.state(), **self._memory.state_dict()}
+        state = {**self._own.state(), **self._memory.state_dict()}
         temporary = target / f"{STATE_FILE}.tmp"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
         os.replace(temporary, target / STATE_FILE)
-        self._heads.save(target / HEADS_FILE)
-        facts = {**self._identity, "hera_teacher_name": self._teacher_name, "tau": self._temperature.value}
+        self._sites.save(target / self._sites.FILE)
+        facts = {**self._identity, "hera_teacher_name": self._teacher_name, **self._objective.values()}
         temporary = target / f"{RUN_FILE}.tmp"
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, target / RUN_FILE)
@@ -70,7 +75,7 @@ class RunState:
         """Restores what :meth:`save` wrote.
 
         Raises:
-            ValueError: The checkpoint is not of a HeRA run, or of one with other heads or another teacher.
+            ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
         source = Path(folder) / FOLDER
         try:
@@ -89,6 +94,5 @@ class RunState:
                 f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
                 "Restore these settings, or start a new run."
             )
-        self._temperature.load_state(state)
-        device = self._temperature.log_value.device
-        self._memory.load_state_dict({name: tensor.to(device) for name, tensor in state.items()})
+        self._own.load_state(state)
+        self._memory.load_state_dict(state)

@@ -13,25 +13,30 @@ logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger
 
 
 def start_summary(trainer: "HeraTrainer") -> None:
-    """Logs heads, teacher, batch sizes and candidates; warns when the candidates are few."""
+    """Logs objective, sites, teacher, batch sizes and candidates; warns when the candidates are few."""
     args, hera = trainer.args, trainer.finetuning_args
     micro_batch = args.per_device_train_batch_size * world_size()
     steps = args.gradient_accumulation_steps
     together = micro_batch * (steps if hera.hera_accumulate == "gradcache" else 1)
     candidates = together - 1 + hera.hera_memory
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    step = trainer.hera
+    own = sum(p.numel() for p in step.objective.parameters() if p.requires_grad)
     lines = {
-        "heads": str(trainer.hera.heads),
-        "teacher": f"{hera.hera_teacher} ({trainer.hera.teacher.dim} values)",
-        "weight, k, temperature": f"{hera.hera_weight}, {hera.hera_k}, {trainer.hera.temperature.value:.4g}",
+        step.sites.KEY.removeprefix("hera_"): str(step.sites),
+        "teacher": f"{hera.hera_teacher} ({step.teaching.teacher.dim} values)",
+        "objective": f"{hera.hera_objective}, weight {hera.hera_weight}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x "
         f"{args.per_device_train_batch_size} x {steps} accumulation steps)",
-        "candidates per sample": f"{candidates} ({together - 1} of the batch, {hera.hera_memory} remembered)",
-        "trainable parameters": f"{trainable:,}",
+        "trainable parameters": f"{trainable:,} of the model, {own:,} of the objective",
     }
+    lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in step.objective.values().items()}
+    if step.objective.uses_candidates:
+        lines["neighbours"] = str(hera.hera_k)
+        lines["candidates per sample"] = f"{candidates} ({together - 1} of the batch, {hera.hera_memory} remembered)"
     for name, value in lines.items():
         logger.info_rank0(f"HeRA | {name}: {value}")
-    if candidates < 2 * hera.hera_k:
+    if step.objective.uses_candidates and candidates < 2 * hera.hera_k:
         logger.warning_rank0(
             f"hera_k: {hera.hera_k} neighbours among {candidates} candidates say little; use a larger batch per "
             f"device, more processes, or hera_memory: {max(4 * hera.hera_k, 64)}."

@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
 from llamafactory_hera.alignment.gather import world_size
-from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads import Sites
 from llamafactory_hera.training.random_state import RandomState
 
 from .collator import HeraCollator
@@ -25,17 +25,17 @@ class HeraTrainer(CustomSeq2SeqTrainer):
     """``L = L_LM + hera_weight * L_HeRA``; everything else is the host's.
 
     Args:
-        heads: The heads to align.
+        sites: The heads or layers to align.
         **kwargs: As for the host's trainer.
     """
 
-    def __init__(self, heads: HeadSet, **kwargs: Any) -> None:
+    def __init__(self, sites: Sites, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         dtype = torch.float32
         if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16
-        self.hera = HeraStep(self.model, heads, self.finetuning_args, self.args.device, dtype)
-        self.add_callback(_StepTemperature(self))
+        self.hera = HeraStep(self.model, sites, self.finetuning_args, self.args.device, dtype, self.args.seed)
+        self.add_callback(_StepObjective(self))
         self._log_start = True
         accumulates = self.args.gradient_accumulation_steps > 1
         self._look_ahead = accumulates and self.finetuning_args.hera_accumulate == "gradcache"
@@ -47,7 +47,11 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         """As the host's, with the teacher's view of each sample; evaluation keeps the host's collator."""
         host_collator = self.data_collator
         self.data_collator = HeraCollator(
-            host_collator, self.hera.teacher.processor, self.hera.cache, self.finetuning_args.hera_image_index
+            host_collator,
+            self.hera.teaching.teacher.processor,
+            self.hera.teaching.cache,
+            self.finetuning_args.hera_image_index,
+            names_image=self.hera.objective.view == "patches",
         )
         try:
             return super().get_train_dataloader()
@@ -84,10 +88,10 @@ class HeraTrainer(CustomSeq2SeqTrainer):
             self._random_states.append(RandomState(self.args.device))
             inputs = self._prepare_inputs(dict(batch))
             teacher_inputs = self.hera.take_inputs(inputs)
-            mask = self.hera.begin(inputs)
+            valid = self.hera.begin(inputs, teacher_inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 super().compute_loss(model, inputs)
-            self.hera.collect(mask, teacher_inputs)
+            self.hera.collect(valid, teacher_inputs)
         scaler = self.accelerator.scaler
         self.hera.solve(1.0 if scaler is None else scaler.get_scale())
 
@@ -99,10 +103,10 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         teacher_inputs = self.hera.take_inputs(inputs)
         if not teacher_inputs:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        mask = self.hera.begin(inputs)
+        valid = self.hera.begin(inputs, teacher_inputs)
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         loss, *outputs = result if return_outputs else (result,)
-        term = self.hera.finish(mask, teacher_inputs)
+        term = self.hera.finish(valid, teacher_inputs)
         self.hera.statistics.add(lm_loss=loss.detach())
         if self.compute_loss_func is not None:
             # with a loss function of its own the trainer does not divide by the accumulation steps
@@ -131,7 +135,7 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.hera.state.save(folder)
-        self.hera.flush_cache()
+        self.hera.teaching.flush()
         super()._save_checkpoint(model, trial)
 
     @override
@@ -154,23 +158,22 @@ class HeraTrainer(CustomSeq2SeqTrainer):
             self.hera.state.load(checkpoint)
 
 
-class _StepTemperature(TrainerCallback):
-    """Steps the temperature together with the weights, and leaves the final state beside them."""
+class _StepObjective(TrainerCallback):
+    """Steps the objective's own parameters together with the weights, and leaves the final state beside them."""
 
     def __init__(self, trainer: HeraTrainer) -> None:
         self._trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scaler = self._trainer.accelerator.scaler
-        gradient = self._trainer.hera.temperature.log_value.grad
-        if scaler is not None and gradient is not None:
-            gradient.div_(scaler.get_scale())
-        self._trainer.hera.temperature.step(self._trainer._get_learning_rate())
+        if scaler is not None:
+            self._trainer.hera.own.scale_gradients(1 / scaler.get_scale())
+        self._trainer.hera.own.step(self._trainer._get_learning_rate())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         hera = self._trainer.hera
         hera.warn_when_idle()
         hera.capture.remove()
-        hera.flush_cache()
+        hera.teaching.flush()
         if args.should_save:
             hera.state.save(args.output_dir)

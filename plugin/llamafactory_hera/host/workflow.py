@@ -6,13 +6,12 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from .auto import resolve_heads
+from llamafactory_hera.objectives import find
+
+from .auto import resolve_sites
 from .checks import check_model, check_run
 from .dataset_checks import checked_dataset
 from .trainer import HeraTrainer
-
-#: Curves that `plot_loss: true` draws beside the host's.
-CURVES = ("lm_loss", "hera_loss", "hera_mknn", "hera_temperature")
 
 
 def run_hera(
@@ -44,21 +43,28 @@ def run_hera(
     if not training_args.do_train:
         return run_sft(*arguments)
     check_run(model_args, data_args, training_args, finetuning_args)
-    check_model(model_args)
-    heads = resolve_heads(model_args, data_args, training_args, finetuning_args)
-    check_model(model_args, heads)
+    check_model(model_args, finetuning_args)
+    sites = resolve_sites(model_args, data_args, training_args, finetuning_args)
+    check_model(model_args, finetuning_args, sites)
+    curves = _curves(finetuning_args.hera_objective)
 
     def plot_loss(folder: str, keys: list[str]) -> None:
-        workflow_plot(folder, keys=[*keys, *CURVES])
+        workflow_plot(folder, keys=[*keys, *curves])
 
     workflow_plot = workflow.plot_loss
     replacements = {
         "get_dataset": checked_dataset(workflow.get_dataset),
-        "CustomSeq2SeqTrainer": partial(HeraTrainer, heads),
+        "CustomSeq2SeqTrainer": partial(HeraTrainer, sites),
         "plot_loss": plot_loss,
     }
     with _replaced(workflow, replacements):
         return run_sft(*arguments)
+
+
+def _curves(objective: str) -> list[str]:
+    """What `plot_loss: true` draws beside the host's own."""
+    measured = ["hera_mknn"] if find(objective).view == "pooled" else []
+    return ["lm_loss", "hera_loss", *measured, *find(objective).logged]
 
 
 @contextmanager

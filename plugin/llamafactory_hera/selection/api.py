@@ -32,6 +32,11 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
     from .settings import SelectSettings
 
     read = read_recipe(recipe, overrides)
+    if read.granularity != "head":
+        raise ValueError(
+            f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
+            "before training."
+        )
     target = Path(read.training_args.output_dir) / FOLDER / HEADS_FILE
     heads = select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:

@@ -1,7 +1,9 @@
-"""A whole selection: samples, teacher, forward passes, scores, heads."""
+"""A whole selection: samples, teacher, forward passes, scores, heads or layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from ..alignment.mknn import chance_level
 from ..alignment.scoring import score_features, score_heads
 from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.head_set import HeadSet
+from ..heads.layer_set import LayerSet
 from ..heads.pooled import projection_weights
 from .blocks import FeatureBlocks
 from .fingerprint import model_fingerprint
@@ -19,12 +22,14 @@ from .processes import from_first, rank
 from .provenance import FEATURE_FACTS, describe, identity
 from .samples import draw_samples
 from .settings import SelectSettings
-from .strategies import choose_heads
+from .strategies import choose_heads, choose_layers
 from .teacher import find_neighbors
 
 #: In the run's output folder; training keeps its own state there too.
 FOLDER = "hera"
-HEADS_FILE = "heads.json"
+HEADS_FILE = HeadSet.FILE
+
+Chosen = TypeVar("Chosen", HeadSet, LayerSet)
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,47 @@ def select_heads(material: Material, settings: SelectSettings, target: Path) -> 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
+
+    def choose(scores: Scores, provenance: dict[str, Any]) -> HeadSet:
+        return HeadSet(choose_heads(scores.heads.tolist(), settings.strategy, settings.m, settings.seed), provenance)
+
+    def available(layout: HeadLayout) -> int:
+        return layout.n_heads if settings.strategy == "middle" else layout.n_layers * layout.n_heads
+
+    return _select(material, settings, target, choose, available, "heads")
+
+
+def select_layers(material: Material, settings: SelectSettings, target: Path) -> LayerSet:
+    """As :func:`select_heads`, for whole layers: scored by the averages of their own outputs."""
+
+    def choose(scores: Scores, provenance: dict[str, Any]) -> LayerSet:
+        return LayerSet(
+            choose_layers(scores.layers.tolist(), settings.strategy, settings.m, settings.seed), provenance
+        )
+
+    return _select(material, settings, target, choose, lambda layout: layout.n_layers, "layers")
+
+
+def _select(
+    material: Material,
+    settings: SelectSettings,
+    target: Path,
+    choose: Callable[[Scores, dict[str, Any]], Chosen],
+    available: Callable[[HeadLayout], int],
+    what: str,
+) -> Chosen:
     folder = target.parent
     check_writable(folder)
     samples = draw_samples(material.source, settings)
     neighbors, teacher_fingerprint = find_neighbors(samples, material, settings, folder)
     model = material.load_model()
     layout = head_layout(model_config(model))
-    _check_number(layout, settings)
+    _check_number(available(layout), settings, what)
     fingerprint = model_fingerprint(material.model_folder, layout, material.adapter_folders)
     facts = identity(fingerprint, teacher_fingerprint, samples, settings)
     key = str([facts[name] for name in FEATURE_FACTS])
     blocks = compute_features(model, samples, material, settings, folder, key)
-    heads = None
+    chosen = None
     if rank() == 0:
         scores = score(model, blocks, neighbors, settings)
         if scores.heads.isnan().all():
@@ -79,12 +113,11 @@ def select_heads(material: Material, settings: SelectSettings, target: Path) -> 
                 "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, or "
                 "its activations do not fit fp16: use bf16 or fp32."
             )
-        chosen = choose_heads(scores.heads.tolist(), settings.strategy, settings.m, settings.seed)
         compute_dtype = material.autocast or next(model.parameters()).dtype
         provenance = describe(facts, material, settings, scores, str(compute_dtype).removeprefix("torch."))
-        heads = HeadSet(chosen, provenance)
-        _save(heads, target)
-    return from_first(heads)
+        chosen = choose(scores, provenance)
+        _save(chosen, target)
+    return from_first(chosen)
 
 
 def score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, settings: SelectSettings) -> Scores:
@@ -129,18 +162,17 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _check_number(layout: HeadLayout, settings: SelectSettings) -> None:
-    number = layout.n_heads if settings.strategy == "middle" else layout.n_layers * layout.n_heads
+def _check_number(number: int, settings: SelectSettings, what: str) -> None:
     if settings.m > number:
         raise ValueError(
-            f"hera_select_m: {settings.m} heads are asked for, and hera_select: {settings.strategy} has {number} to "
+            f"hera_select_m: {settings.m} {what} are asked for, and hera_select: {settings.strategy} has {number} to "
             "choose from in this model; lower it."
         )
 
 
-def _save(heads: HeadSet, target: Path) -> None:
+def _save(chosen: HeadSet | LayerSet, target: Path) -> None:
     try:
-        heads.save(target)
+        chosen.save(target)
     except OSError as error:
         raise ValueError(
             f"output_dir: {target} cannot be written ({error.strerror or error}); what was computed stays beside it "

@@ -49,3 +49,21 @@ def choose_heads(scores: Scores, strategy: Strategy, m: int, seed: int = 0) -> t
     if strategy == "random":
         return tuple(sorted(random.Random(seed).sample(sorted(heads), m)))
     return tuple(heads[:m])
+
+
+def choose_layers(scores: Sequence[float], strategy: Strategy, m: int, seed: int = 0) -> tuple[int, ...]:
+    """Chooses ``m`` layers by the scores of their own outputs, as :func:`choose_heads` chooses heads.
+
+    Args:
+        scores: ``[L]``; NaN where a layer could not be scored, which is never chosen.
+        strategy: ``worst``, ``top`` or ``random``.
+        m: How many.
+        seed: For ``random``.
+
+    Raises:
+        ValueError: Fewer than ``m`` layers have a score.
+    """
+    scored = sum(not math.isnan(score) for score in scores)
+    if scored < m:
+        raise ValueError(f"hera_select_m: {m} layers are asked for, and {scored} have a score; lower it.")
+    return tuple(head.layer for head in choose_heads([[score] for score in scores], strategy, m, seed))

@@ -79,6 +79,12 @@ class VisionTeacher:
         """Length D of a feature."""
         return self.info.hidden_size
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        height, width = self.processor.pixel_size
+        return height // self._model.config.patch_size, width // self._model.config.patch_size
+
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Processes images of any mode with the teacher's own processor into ``[B, 3, h, w]`` on the CPU."""
         return self.processor.batch(images)
@@ -94,20 +100,39 @@ class VisionTeacher:
             ``[B, D]`` in float32 on the teacher's device, without gradient: the output CLS token after the final
             norm (paper, sec. 3), or the mean of the patch tokens for encoders without one.
         """
-        if self._model.training:
-            self._model.eval()
-        pixel_values = pixel_values.to(self.device, self._dtype)
+        output = self._forward(pixel_values)
         family = self.info.family
-        # The training step's autocast must not reach in here: features would depend on where they were computed.
-        with torch.autocast(self.device.type, enabled=False):
-            if family.naflex:
-                output = self._model(**patch_inputs(pixel_values, self._model.config.patch_size))
-            else:
-                output = self._model(pixel_values)
         if family.output == "pooled":
             return output.pooler_output.float()
         tokens = output.last_hidden_state.float()
         return tokens[:, 0] if family.output == "cls" else tokens.mean(dim=1)
+
+    @torch.no_grad()
+    def encode_patches(self, pixel_values: Tensor) -> Tensor:
+        """Computes the features of the patches of preprocessed images.
+
+        Args:
+            pixel_values: ``[B, 3, H, W]`` on any device.
+
+        Returns:
+            ``[B, h, w, D]`` in float32 on the teacher's device, without gradient: the output's patch tokens as the
+            grid that they are, without CLS and register tokens.
+        """
+        patch = self._model.config.patch_size
+        height, width = (side // patch for side in pixel_values.shape[2:])
+        tokens = self._forward(pixel_values).last_hidden_state.float()
+        # whatever else there is (CLS, registers) comes first
+        return tokens[:, -height * width :].unflatten(1, (height, width))
+
+    def _forward(self, pixel_values: Tensor) -> Any:
+        if self._model.training:
+            self._model.eval()
+        pixel_values = pixel_values.to(self.device, self._dtype)
+        # The training step's autocast must not reach in here: features would depend on where they were computed.
+        with torch.autocast(self.device.type, enabled=False):
+            if self.info.family.naflex:
+                return self._model(**patch_inputs(pixel_values, self._model.config.patch_size))
+            return self._model(pixel_values)
 
 
 def _load_model(info: TeacherInfo, folder: Path, dtype: torch.dtype, key: str) -> torch.nn.Module:

@@ -1,1 +1,1 @@
-"""The HeRA term of a training step: from head representations and teacher features to a loss; knows no host."""
+"""The alignment term of a training step: from representations and teacher features to a loss; knows no host."""

@@ -9,7 +9,6 @@ part of that gradient. The price is one more forward pass; the memory stays that
 import torch
 from torch import Tensor
 
-from .temperature import Temperature
 from .term import HeraTerm, TermOutput
 
 # Larger than what kernels that are not deterministic do in half precision, smaller than what other dropout does.
@@ -36,22 +35,22 @@ class GradientCache:
         self._teacher.append(teacher)
         self._valid.append(valid)
 
-    def solve(self, term: HeraTerm, temperature: Temperature, weight: float, scale: float = 1.0) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks; the temperature gets its gradient.
+    def solve(self, term: HeraTerm, weight: float, scale: float = 1.0) -> TermOutput:
+        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks; the objective gets its own gradient.
 
         Args:
             term: The term; every rank must call it.
-            temperature: The learned temperature.
             weight: Lambda.
-            scale: Factor of the temperature's gradient: that of a gradient scaler, which is divided out later.
+            scale: Factor of that gradient: that of a gradient scaler, which is divided out later.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
-        output = term(torch.cat(self._waiting, dim=1), teacher, valid, temperature())
+        output = term(torch.cat(self._waiting, dim=1), teacher, valid)
         loss = weight * output.loss
         if loss.requires_grad:  # a term that is not finite is a constant 0
             loss.backward()
-            if temperature.log_value.grad is not None:
-                temperature.log_value.grad.mul_(scale)
+            for parameter in term.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
         self._value, self._n_batches = loss.detach(), len(self._waiting)
         self._teacher = []
         return output
@@ -62,7 +61,7 @@ class GradientCache:
         The mean over the micro-batches has the value and the gradient of the step's term.
 
         Args:
-            representations: ``[n_heads, B, D]``, equal to those that were added.
+            representations: ``[n_sites, B, D]``, equal to those that were added.
 
         Raises:
             RuntimeError: They differ, so the gradient would belong to another forward pass.
@@ -84,6 +83,6 @@ def _check_repeats(rows: Tensor, first: Tensor) -> None:
     difference = float((rows - first).norm() / first.norm())
     if difference > _TOLERANCE:
         raise RuntimeError(
-            f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other head outputs "
+            f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
             f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
         )

@@ -24,6 +24,8 @@ def with_hera(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str,
 def lacking(args: dict[str, Any], lang: str) -> str:
     """What keeps a HeRA run from being started, in words for the user; empty if nothing is seen without a model."""
     heads = args.get("hera_heads") or ""
+    if args.get("hera_layers"):  # given in "Extra arguments"; the run's own checks say more
+        return ""
     if not heads:
         return message("no_heads", lang)
     try:

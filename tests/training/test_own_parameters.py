@@ -5,7 +5,27 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llamafactory_hera.training.temperature import Temperature
+from llamafactory_hera.objectives import Options
+from llamafactory_hera.objectives.contrastive import Contrastive
+from llamafactory_hera.training.own_parameters import OwnParameters
+
+
+class Temperature:
+    """The contrastive objective's only parameter, and what trains it."""
+
+    def __init__(self, initial: float, learned: bool = True) -> None:
+        options = Options(n_sites=1, dim=1, teacher_dim=1, temperature=initial, learn_temperature=learned)
+        self.objective = Contrastive(options)
+        self.own = OwnParameters(self.objective)
+        self.log_value = self.objective.log_temperature
+        self.step, self.state, self.load_state = self.own.step, self.own.state, self.own.load_state
+
+    def __call__(self) -> Tensor:
+        return self.objective.temperature()
+
+    @property
+    def value(self) -> float:
+        return self.objective.values()["hera_temperature"]
 
 
 def train(temperature: Temperature, targets: list[float], learning_rate: float = 0.05) -> list[float]:
@@ -90,7 +110,7 @@ def test_a_fixed_temperature_stays_and_has_no_gradient():
     assert not temperature().requires_grad
     temperature.step(0.1)
     assert temperature.value == pytest.approx(0.07, rel=1e-6)
-    assert set(temperature.state()) == {"temperature.log_value"}
+    assert set(temperature.state()) == {"objective.log_temperature"}
 
 
 def saved(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,109 @@
+"""What every capture of a forward pass with gradient shares: when it is hooked, what it keeps, checkpointed layers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .families import decoder_layers
+
+_CHECKPOINTING = "_gradient_checkpointing_func"
+
+
+class LayerHooks(ABC):
+    """Hooks on chosen decoder layers that keep rows of the next forward pass.
+
+    Under gradient checkpointing what is seen inside a layer carries no gradient of its own: the checkpointing function
+    of the layers is wrapped, so that rows leave the layer with it.
+
+    Args:
+        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
+        layers: Decoder layers, zero-based.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
+        modules = decoder_layers(model)
+        self._layers = {index: modules[index] for index in sorted(set(layers))}
+        self._rows: dict[int, Tensor] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._wrapped: dict[int, Callable[..., Any]] = {}
+        #: Layers whose rows received a gradient since the pass was started, when asked to watch.
+        self.gradient_seen: set[int] = set()
+        self.watch_gradients = False
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def install(self) -> None:
+        """Hooks the chosen layers, once."""
+        if not self._undo:
+            for index, layer in self._layers.items():
+                self._hook(index, layer)
+
+    def remove(self) -> None:
+        """Takes every hook away and forgets what was captured."""
+        while self._undo:
+            self._undo.pop()()
+        self._rows.clear()
+        self._wrapped.clear()
+
+    @abstractmethod
+    def _hook(self, index: int, layer: nn.Module) -> None:
+        """Hooks a layer; what takes it back goes to ``_undo``."""
+
+    @abstractmethod
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A checkpointing function that calls the layer's ``original`` and keeps the layer's rows."""
+
+    def _start_pass(self) -> None:
+        self._rows.clear()
+        self.gradient_seen.clear()
+        if not self._undo:
+            return
+        # before every pass: a trainer sets up checkpointing when it starts, after the hooks may have been installed
+        for index, layer in self._layers.items():
+            function = vars(layer).get(_CHECKPOINTING)
+            if function is not None and function is not self._wrapped.get(index):
+                self._wrapped[index] = self._checkpointed(index, layer, function)
+                self._replace(layer, _CHECKPOINTING, self._wrapped[index])
+
+    def _check_captured(self) -> None:
+        missing = [index for index in self._layers if index not in self._rows]
+        if missing:
+            raise RuntimeError(
+                f"No forward pass through layers {missing} was captured: call the model inside the context, after "
+                "the tokens have been named (`capture.pool(mask)`)."
+            )
+
+    def _watch(self, index: int, rows: Tensor) -> None:
+        if self.watch_gradients and rows.requires_grad:
+            rows.register_hook(lambda gradient: self._note_gradient(index, gradient))
+
+    def _note_gradient(self, index: int, gradient: Tensor) -> None:
+        if bool((gradient != 0).any()):
+            self.gradient_seen.add(index)
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        had, before = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not value:
+                return  # replaced since by someone else, whose it is now
+            if had:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running: a forward call then is the recomputation of an earlier one."""
+    return torch._C._current_graph_task_id() != -1

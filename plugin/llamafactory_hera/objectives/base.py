@@ -1,0 +1,167 @@
+"""What an alignment objective is, what it is given, and the registry that finds it by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.candidates import Candidates
+from ..alignment.mknn import similarity
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an objective is made for.
+
+    Attributes:
+        n_sites: Heads or layers that are aligned.
+        dim: Size of a representation.
+        teacher_dim: Size of a teacher's feature.
+        temperature: Initial softmax temperature.
+        learn_temperature: Whether it is trained.
+    """
+
+    n_sites: int
+    dim: int
+    teacher_dim: int
+    temperature: float = 0.07
+    learn_temperature: bool = True
+
+
+@dataclass(frozen=True)
+class PooledBatch:
+    """The global batch: one vector a sample and site. Rows that are not valid hold zeros.
+
+    Attributes:
+        z: ``[n_sites, N, D]`` in fp32, with gradient.
+        everything: ``[n_sites, M, D]``: ``z``, and remembered representations behind it.
+        teacher: ``[N, D_teacher]`` in fp32.
+        valid: Boolean ``[N]``: the sample has an image and pooled tokens.
+        candidates: Whom each sample is compared with, and its neighbours in the teacher's space.
+        normalize: Cosine similarity when true, dot product otherwise.
+    """
+
+    z: Tensor
+    everything: Tensor
+    teacher: Tensor
+    valid: Tensor
+    candidates: Candidates
+    normalize: bool = True
+
+    @cached_property
+    def similarities(self) -> Tensor:
+        """Of every sample with every candidate, ``[n_sites, N, M]``."""
+        return similarity(self.z, self.everything, self.normalize)
+
+
+@dataclass(frozen=True)
+class PatchBatch:
+    """The samples of one process: a vector for each visual token. Rows that are not valid hold zeros.
+
+    Attributes:
+        z: ``[n_sites, B, T, D]`` in fp32, with gradient; the T tokens of an image are a square grid, row by row.
+        teacher: ``[B, h, w, D_teacher]`` in fp32.
+        valid: Boolean ``[B]``: the sample has an image.
+    """
+
+    z: Tensor
+    teacher: Tensor
+    valid: Tensor
+
+
+class Objective(nn.Module):
+    """A loss between representations of the student and features of the teacher, and what it trains for that.
+
+    Its parameters are kept apart from the model: they have an optimizer of their own, are saved for resuming, and are
+    in no exported model.
+
+    Args:
+        options: What it is made for.
+    """
+
+    #: ``pooled``: the global batch (:class:`PooledBatch`), gathered over processes with gradient, the same on each.
+    #: ``patches``: visual tokens of the samples of a process (:class:`PatchBatch`).
+    view: ClassVar[Literal["pooled", "patches"]] = "pooled"
+    #: What can be aligned with it: ``head``, ``layer``.
+    granularities: ClassVar[tuple[str, ...]] = ("head", "layer")
+    #: Samples are compared with candidates: ``hera_k`` and ``hera_memory`` have a meaning.
+    uses_candidates: ClassVar[bool] = False
+    #: Samples with an image below which the term is 0.
+    least_samples: ClassVar[int] = 1
+    #: Names of :meth:`values`.
+    logged: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, batch: PooledBatch | PatchBatch) -> Tensor:
+        """The loss.
+
+        Returns:
+            ``[n_sites]`` for a pooled batch; ``[n_sites, B]``, of each sample, for visual tokens.
+        """
+        raise NotImplementedError
+
+    def entering(self, batch: PooledBatch) -> Tensor:
+        """Which samples of a pooled batch enter the loss, boolean ``[N]``."""
+        return batch.valid & (batch.valid.sum() >= self.least_samples)
+
+    def comparable(self, batch: PooledBatch) -> bool:
+        """Whether every sample that enters must get a gradient."""
+        return bool(self.entering(batch).any())
+
+    def values(self) -> dict[str, float]:
+        """Numbers worth logging, by their names in the log."""
+        return {}
+
+
+_REGISTRY: dict[str, type[Objective]] = {}
+
+
+def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Makes an objective known by the name that ``hera_objective`` gives.
+
+    Raises:
+        ValueError: Another class has the name.
+    """
+
+    def add(objective: type[Objective]) -> type[Objective]:
+        if name in _REGISTRY:
+            raise ValueError(f"hera_objective: {name!r} is {_REGISTRY[name].__name__} already; choose another name.")
+        _REGISTRY[name] = objective
+        return objective
+
+    return add
+
+
+def names() -> tuple[str, ...]:
+    """The names of all objectives."""
+    return tuple(_REGISTRY)
+
+
+def find(name: str) -> type[Objective]:
+    """The class of an objective.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"hera_objective: {name!r} is unknown; choose one of {', '.join(names())}.")
+    return _REGISTRY[name]
+
+
+def create(name: str, options: Options, seed: int = 0) -> Objective:
+    """Makes an objective; its initial values depend on the seed alone, and no other random number is touched.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    objective = find(name)
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which seeds the accelerators too
+        torch.default_generator.manual_seed(seed)
+        return objective(options)

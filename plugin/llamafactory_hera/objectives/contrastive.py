@@ -1,0 +1,49 @@
+"""HeRA's objective: a sample's neighbours in the teacher's space must be near (paper, eq. 4 and 8)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.objectives import multi_target_info_nce
+from .base import Objective, Options, PooledBatch, register
+
+
+@register("contrastive")
+class Contrastive(Objective):
+    """Multi-target InfoNCE with a temperature that is learned in log scale (paper, sec. 3)."""
+
+    uses_candidates = True
+    least_samples = 2
+    logged = ("hera_temperature",)
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        log_temperature = torch.tensor(math.log(options.temperature))
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=options.learn_temperature)
+
+    def temperature(self) -> Tensor:
+        """The temperature, with gradient while it is learned."""
+        return self.log_temperature.exp()
+
+    def forward(self, batch: PooledBatch) -> Tensor:
+        """The loss of each site: the mean over samples that have a neighbour."""
+        candidates = batch.candidates
+        losses = multi_target_info_nce(
+            batch.similarities, candidates.positives, candidates.allowed, self.temperature()
+        )
+        enters = self.entering(batch)
+        return torch.where(enters, losses, 0.0).sum(dim=1) / max(int(enters.sum()), 1)
+
+    def entering(self, batch: PooledBatch) -> Tensor:
+        """Samples with a neighbour."""
+        return batch.candidates.positives.any(dim=1)
+
+    def comparable(self, batch: PooledBatch) -> bool:
+        """With a single candidate the loss is the logarithm of 1, which has no gradient."""
+        several = batch.candidates.allowed.sum(dim=1)[batch.valid] > 1
+        return bool(self.entering(batch).any()) and bool(several.all())
+
+    def values(self) -> dict[str, float]:
+        """The temperature."""
+        return {"hera_temperature": math.exp(self.log_temperature.item())}

@@ -1,0 +1,55 @@
+"""Every objective, on heads or on layers, gives on every engine the gradients of one process with the whole batch."""
+
+import pytest
+import torch
+
+from .cells import gradients
+from .compare import BOUND, expected_gradients, relative_error
+from .tiny import DATA, ENGINE_NAMES, HEADS, RANKS
+from .workers import WorkerPair
+
+pytestmark = pytest.mark.slow
+
+LAYERS = "L1,L2"
+#: Objective, sites, kind of checkpointing: each kind once on layers, whose outputs carry gradient outside of it alone.
+CASES = {
+    "feature, heads": ("feature", HEADS, "reentrant"),
+    "cka, heads": ("cka", HEADS, "off"),
+    "contrastive, layers": ("contrastive", LAYERS, "non-reentrant"),
+    "cka, layers": ("cka", LAYERS, "reentrant"),
+    "viral, layers": ("viral", LAYERS, "reentrant"),
+    "viral, one layer": ("viral", "L1", "off"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, tuning: str, case: str) -> None:
+    objective, sites, checkpointing = CASES[case]
+    found = workers.run(gradients, engine, tuning, checkpointing, DATA, 1, objective, sites)
+    for data in DATA:
+        for loss, expected in expected_gradients(tuning, data, objective, sites).items():
+            assert relative_error(found[0][data][loss], expected) <= BOUND, (data, loss)
+            # no engine reduces the gradients of the objective's own parameters: they must come out equal
+            for rank in range(1, RANKS):
+                for name, gradient in found[rank][data][loss].items():
+                    torch.testing.assert_close(gradient, found[0][data][loss][name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_moves_with_the_objective_where_there_are_images(case: str) -> None:
+    objective, sites, _ = CASES[case]
+    for data in DATA:
+        hera = expected_gradients("full", data, objective, sites)["hera"]
+        largest = max(float(tensor.abs().max()) for tensor in hera.values())
+        assert largest == 0 if data == "text only" else largest > 1e-3
+
+
+@pytest.mark.parametrize("objective, sites", [("feature", HEADS), ("cka", LAYERS)])
+def test_gradient_caching(workers: WorkerPair, objective: str, sites: str) -> None:
+    data = DATA[:2]
+    found = workers.run(gradients, "DDP", "lora", "reentrant", data, 2, objective, sites)
+    for case in data:
+        for loss, expected in expected_gradients("lora", case, objective, sites).items():
+            assert relative_error(found[0][case][loss], expected) <= BOUND, (case, loss)

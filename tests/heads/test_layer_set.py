@@ -1,0 +1,43 @@
+"""The notation of layers, and their file."""
+
+from pathlib import Path
+
+import pytest
+
+from llamafactory_hera.heads import LayerSet
+
+
+def test_text_and_back() -> None:
+    layers = LayerSet.parse(" L14, l3 L0")
+    assert layers.layers == (14, 3, 0)
+    assert str(layers) == "L14,L3,L0"
+    assert LayerSet.parse(["L1", "L2"]) == LayerSet((1, 2))
+
+
+@pytest.mark.parametrize("wrong", ["14", "L3H4", "middle", "L-1", "L"])
+def test_another_syntax_is_named(wrong: str) -> None:
+    with pytest.raises(ValueError, match=f"^hera_layers: '{wrong}' is not a layer; write layers as .* L14,L15"):
+        LayerSet.parse(wrong)
+
+
+def test_none_and_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^hera_layers: no layer is named"):
+        LayerSet.parse(" , ")
+    with pytest.raises(ValueError, match=r"^hera_layers: L2 is named more than once"):
+        LayerSet.parse("L2,L1,L2")
+    LayerSet.parse("L0,L4").check(5)
+    with pytest.raises(ValueError, match=r"^hera_layers: L5 does not exist: this model has layers L0 to L4; choose"):
+        LayerSet.parse("L0,L5").check(5)
+
+
+def test_a_file_keeps_order_and_provenance(tmp_path: Path) -> None:
+    layers = LayerSet((3, 1), {"m": 2})
+    layers.save(tmp_path / LayerSet.FILE)
+    assert LayerSet.load(tmp_path / LayerSet.FILE) == layers
+    assert [path.name for path in tmp_path.iterdir()] == [LayerSet.FILE]
+    for content in ("", "[]", '{"heads": ["L0H1"]}', '{"layers": 3}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"^hera_layers: the layers file .*bad\.json cannot be read .*; remove it"
+        ):
+            LayerSet.load(tmp_path / "bad.json")

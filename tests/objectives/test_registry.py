@@ -1,0 +1,66 @@
+"""A new objective is one class: the one of CONTRIBUTING.md is registered, accepted as a key, and trained with."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.objectives import base, create, find, names, register
+from llamafactory_hera.training.own_parameters import OwnParameters
+from llamafactory_hera.training.term import HeraTerm
+
+from .batches import D_TEACHER, OPTIONS, SITES, D, N
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of the page's objective, registered for one test."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) < 30
+    exec(code.replace("from .base", "from llamafactory_hera.objectives.base"), {})  # as a file of the folder
+    return names()[-1]
+
+
+def test_the_example_of_the_page_trains(example: str) -> None:
+    objective = create(example, OPTIONS)
+    own, term = OwnParameters(objective), HeraTerm(objective, k=2)
+    z = torch.randn(SITES, N, D, requires_grad=True)
+    teacher, valid = torch.randn(N, D_TEACHER), torch.ones(N, dtype=torch.bool)
+    student = torch.optim.Adam([z], lr=0.05)
+    losses = []
+    for _ in range(60):
+        output = term(z, teacher, valid)
+        output.loss.backward()
+        student.step()
+        student.zero_grad()
+        own.step(0.05)
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert output.finite
+    assert output.n_samples == N
+    assert any(name.startswith("optimizer.") for name in own.state())
+
+
+def test_its_name_is_a_value_of_the_key(example: str) -> None:
+    HeraArguments(hera_heads="L0H1", hera_objective=example).check_hera()
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}"):
+        HeraArguments(hera_heads="L0H1", hera_objective="nothing").check_hera()
+
+
+def test_the_four_objectives_are_there() -> None:
+    assert set(names()) == {"contrastive", "feature", "cka", "viral"}
+    assert {name for name in names() if find(name).view == "patches"} == {"viral"}
+    assert {name for name in names() if find(name).uses_candidates} == {"contrastive"}
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ValueError, match="hera_objective: 'cka' is CKA already"):
+        register("cka")(find("feature"))
+    with pytest.raises(ValueError, match="hera_objective: 'nothing' is unknown; choose one of"):
+        create("nothing", OPTIONS)

@@ -1,0 +1,26 @@
+"""HeRA's term at a temperature that is given with each batch, as a tensor of any origin."""
+
+from torch import Tensor
+
+from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.objectives import Options
+from llamafactory_hera.objectives.contrastive import Contrastive
+from llamafactory_hera.training.term import HeraTerm, TermOutput
+
+
+class _AtTemperature(Contrastive):
+    given: Tensor
+
+    def temperature(self) -> Tensor:
+        return self.given
+
+
+class ContrastiveTerm(HeraTerm):
+    """The term of the contrastive objective."""
+
+    def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
+        super().__init__(_AtTemperature(Options(n_sites=1, dim=1, teacher_dim=1)), k, normalize, memory)
+
+    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor) -> TermOutput:
+        self.objective.given = temperature
+        return super().__call__(representations, teacher, valid)
