@@ -18,7 +18,7 @@ USUAL = dict(zip(SHAPES, ("red", "green", "blue", "yellow"), strict=True))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study") / "data"
-    write_study_data(folder, replace(SIZES["smoke"], scenes=1500, questions=60, turns=4))
+    write_study_data(folder, replace(SIZES["smoke"], scenes=1500, questions=60, asked=4))
     return folder
 
 

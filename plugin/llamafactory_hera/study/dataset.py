@@ -2,9 +2,10 @@
 
 In one folder, which is the host's ``dataset_dir``:
 
-- ``study_text``: the training captions' text alone, for pre-training the language model.
+- ``study_text``: text alone, for pre-training the language model: the training captions, and conversations in which
+  a caption stands in the place of the image, so that the model can answer from what it is told before it sees.
 - ``study_captions``: training images with their captions: stage 1, and head selection.
-- ``study_train``: training images with conversations of some questions: stage 2.
+- ``study_train``: training images with one question each, several rows an image: stage 2.
 - ``study_validation``, ``study_test``: one question on a held-out image each.
 - ``study_validation_captions``, ``study_test_captions``: held-out images with captions, for scoring heads.
 - ``key.json``: by held-out dataset and row, the image, category, question and answer.
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..demo.dataset import conversation, write_json
-from ..demo.scene_text import caption
+from ..demo.scene_text import Question, caption
 from ..demo.scenes import Scene, render
+from ..demo.tokenizer import END_OF_TEXT, TURN_END, TURN_START
 from .questions import evaluation_questions, training_questions
 from .settings import Settings
 from .world import StudySplit, StudyWorld
@@ -58,20 +60,20 @@ def write_study_data(folder: Path, settings: Settings, data_seed: int = 0) -> No
             render(world, scene).save(folder / name)
         return name
 
-    def add(dataset: str, image: str, turns: list[tuple[str, str]]) -> None:
-        first, *rest = turns
-        asked = [("<image>" + ("\n" + first[0] if first[0] else ""), first[1]), *rest]
-        rows.setdefault(dataset, []).append({"messages": conversation(asked), "images": [image]})
+    def add(dataset: str, image: str, question: str, answer: str) -> None:
+        messages = conversation([("\n".join(filter(None, ("<image>", question))), answer)])
+        rows.setdefault(dataset, []).append({"messages": messages, "images": [image]})
 
     rng = random.Random(f"study train {data_seed}")
     texts = []
     for number in range(settings.scenes):
         scene = world.draw(rng, "train")
         image, text = draw("train", number, scene), caption(world, scene, rng)
-        texts.append({"text": text})
-        add(CAPTIONS, image, [("", text)])
-        asked = training_questions(world, scene, rng, settings.turns)
-        add(TRAIN, image, [(question.text, question.answer) for question in asked])
+        add(CAPTIONS, image, "", text)
+        asked = training_questions(world, scene, rng, settings.asked)
+        for question in asked:
+            add(TRAIN, image, question.text, question.answer)
+        texts += [{"text": text + END_OF_TEXT}, {"text": _read_conversation(text, asked)}]
     key: dict[str, list[dict[str, str]]] = {}
     for split in ("validation", "test"):
         rng = random.Random(f"study {split} {data_seed}")
@@ -79,8 +81,8 @@ def write_study_data(folder: Path, settings: Settings, data_seed: int = 0) -> No
             is_new = f"images/{split}_{number:05d}.png" not in factors
             image = draw(split, number, scene)
             if is_new:
-                add(captions_of(split), image, [("", caption(world, scene, rng))])
-            add(questions_of(split), image, [(question.text, question.answer)])
+                add(captions_of(split), image, "", caption(world, scene, rng))
+            add(questions_of(split), image, question.text, question.answer)
             entry = {"image": image, "category": category, "question": question.text, "answer": question.answer}
             key.setdefault(questions_of(split), []).append(entry)
 
@@ -93,3 +95,12 @@ def write_study_data(folder: Path, settings: Settings, data_seed: int = 0) -> No
     write_json(folder / "dataset_info.json", info)
     write_json(folder / "key.json", key)
     write_json(folder / "factors.json", factors)
+
+
+def _read_conversation(text: str, asked: list[Question]) -> str:
+    """Questions and answers about a caption, in the format of the host's template."""
+    (first, *rest) = asked
+    turns = [(f"{text}\n{first.text}", first.answer), *((question.text, question.answer) for question in rest)]
+    return "".join(
+        f"{TURN_START}{message['role']}\n{message['content']}{TURN_END}\n" for message in conversation(turns)
+    )

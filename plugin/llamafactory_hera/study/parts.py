@@ -6,31 +6,47 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from ..demo import teacher as teachers
 from ..demo import vision
-from ..demo.language import MAX_LENGTH, new_language_model
+from ..demo.language import MAX_LENGTH, generation_config
 from ..demo.tokenizer import train_tokenizer
 from ..demo.training import reproducible
-from .dataset import TEXT, TRAIN
+from .dataset import CAPTIONS, TRAIN
 from .settings import Settings
 
 
 def make_tokenizer(data: Path, target: Path) -> None:
     """Train the tokenizer on the training split's text."""
-    texts = [row["text"] for row in _read(data / f"{TEXT}.json")]
+    texts = [message["content"] for row in _read(data / f"{CAPTIONS}.json") for message in row["messages"]]
     for row in _read(data / f"{TRAIN}.json"):
         for message in row["messages"]:
             texts += [message["role"], "\n" + message["content"].removeprefix("<image>\n")]
-    train_tokenizer(texts, max_length=MAX_LENGTH).save_pretrained(target)
+    train_tokenizer([text for text in texts if text != "<image>"], max_length=MAX_LENGTH).save_pretrained(target)
 
 
 def make_language_model(tokenizer: Path, target: Path, seed: int) -> None:
-    """A language model with random weights, for the host to pre-train."""
+    """A language model with random weights, for the host to pre-train: five layers of eight heads of 12."""
     words = AutoTokenizer.from_pretrained(tokenizer)
+    config = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=12,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
     with reproducible(seed):
-        new_language_model(words).save_pretrained(target)
+        model = Qwen3ForCausalLM(config)
+    model.generation_config = generation_config(words)
+    model.save_pretrained(target)
     words.save_pretrained(target)
 
 

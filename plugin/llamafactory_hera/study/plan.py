@@ -13,7 +13,7 @@ from .settings import Settings
 from .tuning import choose_weight, chosen_weight
 from .world import StudySplit
 
-_SHARED = ("data", "tower", "teacher", "teacher_cache", "tokenized/stage1")
+_SHARED = ("teacher_cache", "tokenized/stage1")
 
 
 def plan(root: Path, settings: Settings) -> list[Unit]:
@@ -24,7 +24,7 @@ def plan(root: Path, settings: Settings) -> list[Unit]:
         settings: What is to be done.
     """
     units = _shared(root, settings)
-    for seed in dict.fromkeys((settings.tuning_seed, *settings.seeds)):
+    for seed in settings.all_seeds:
         units += _seed(root, settings, Seed(seed))
     tuning = []
     for weight in settings.weights:
@@ -49,15 +49,13 @@ def _shared(root: Path, settings: Settings) -> list[Unit]:
     listed = [f"parts/cache_{split}.yaml" for split in ("train", "validation", "test")]
     llava = f"{Seed(settings.tuning_seed).folder}/llava"
     units = [
-        Unit("data", "data", (work.command(work.data),), (layout.DATA,)),
-        Unit("tokenizer", "tokenizer", (work.command(work.tokenizer),), (layout.TOKENIZER,), ("data",)),
-        Unit("tower", "tower", (work.command(work.tower),), (layout.TOWER,)),
+        Unit("parts", "parts", (work.command(work.parts),), (layout.DATA, layout.TOKENIZER, layout.TOWER)),
         Unit(
             "teacher",
             "teacher",
             (work.command(work.teacher),),
-            (layout.TEACHER, layout.TEACHER_CACHE, layout.CONTROL),
-            ("data",),
+            (layout.TEACHER, layout.CONTROL),
+            ("parts",),
         ),
         Unit(
             "teacher_cache",
@@ -109,9 +107,9 @@ def _seed(root: Path, settings: Settings, seed: Seed) -> list[Unit]:
         Unit(
             f"{seed.folder}/language_model",
             "language_model",
-            (work.command(work.untrained, number), command_line("llamafactory-cli", "train", pretrain)),
-            (seed.untrained, seed.language_model),
-            ("tokenizer",),
+            (command_line("llamafactory-cli", "train", pretrain),),
+            (seed.language_model,),
+            ("parts",),
             write_pretraining,
         ),
         Unit(
@@ -119,12 +117,12 @@ def _seed(root: Path, settings: Settings, seed: Seed) -> list[Unit]:
             "llava",
             (work.command(work.llava, number),),
             (seed.llava,),
-            (f"{seed.folder}/language_model", "tower"),
+            (f"{seed.folder}/language_model",),
         ),
         Unit(
             f"{seed.folder}/selection",
             "selection",
-            (work.command(work.select, select), work.command(work.score, score, *targets)),
+            (work.command(work.select, select, score, *targets),),
             (seed.selection, f"{seed.folder}/scores"),
             (f"{seed.folder}/llava", "teacher_cache"),
             write_scoring,

@@ -33,15 +33,15 @@ _HERA = {"hera_teacher": layout.TEACHER, "hera_teacher_cache": layout.TEACHER_CA
 
 
 def pretraining(settings: Settings, seed: Seed) -> dict[str, Any]:
-    """The language model on the captions' text alone."""
+    """The language model on text alone."""
     return _HOST | {
         "model_name_or_path": seed.untrained,
         "stage": "pt",
         "dataset": TEXT,
         "template": "empty",
-        "cutoff_len": 128,
+        "cutoff_len": 256,
         "output_dir": seed.language_model,
-        "per_device_train_batch_size": 64,
+        "per_device_train_batch_size": 16,
         "learning_rate": 4.0e-3,
         "max_steps": settings.language_steps,
         "seed": seed.number,
@@ -72,7 +72,7 @@ def stage1(settings: Settings, seed: int, output: str, hera: dict[str, Any] | No
 def stage2(
     settings: Settings, seed: int, model: str, output: str, hera: dict[str, Any] | None, split: StudySplit
 ) -> dict[str, Any]:
-    """LLaVA's stage 2: projector and language model on conversations, then answers to a split's questions."""
+    """LLaVA's stage 2: projector and language model on questions, then answers to a split's questions."""
     return (
         _HOST
         | _MULTIMODAL

@@ -15,25 +15,26 @@ class Settings:
 
     Attributes:
         scenes: Training scenes.
-        turns: Questions in a training conversation.
+        asked: Questions about a training scene, each a sample of its own.
         questions: Questions of each category in validation and in test; every two need a scene.
         teacher_steps: Updates of the teacher, by contrast of training images.
-        language_steps: Updates of the language model on the training captions, 64 blocks of 128 tokens each.
+        language_steps: Updates of the language model on text alone, 16 blocks of 256 tokens each.
         stage1_steps: Updates of the projector alone, on captions.
-        stage2_steps: Updates of projector and language model, on conversations.
+        stage2_steps: Updates of projector and language model, on questions.
         batch_size: Samples a step, in one micro-batch.
         stage1_rate: Highest learning rate of stage 1.
         stage2_rate: Highest learning rate of stage 2.
         neighbours: ``hera_k`` of training.
         scored: Captions that heads are selected and scored on, at most.
         seeds: One run of every method each.
-        tuning_seed: The seed of the runs that choose settings on the validation split; none of ``seeds``.
+        tuning_seed: The seed of the runs that choose settings on the validation split; none of ``seeds`` but in a
+            smoke test.
         weights: Loss weights that are tried in them.
         methods: Names of ``methods.METHODS``.
     """
 
     scenes: int
-    turns: int
+    asked: int
     questions: int
     teacher_steps: int
     language_steps: int
@@ -48,6 +49,11 @@ class Settings:
     tuning_seed: int
     weights: tuple[float, ...]
     methods: tuple[str, ...]
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The tuning seed, then those of the final runs."""
+        return tuple(dict.fromkeys((self.tuning_seed, *self.seeds)))
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written beside the results."""
@@ -65,7 +71,7 @@ class Settings:
 
 _DEFAULT = Settings(
     scenes=4000,
-    turns=4,
+    asked=4,
     questions=200,
     teacher_steps=600,
     language_steps=300,
@@ -87,7 +93,7 @@ SIZES: dict[str, Settings] = {
     "smoke": replace(
         _DEFAULT,
         scenes=128,
-        turns=2,
+        asked=2,
         questions=6,
         teacher_steps=10,
         language_steps=4,
@@ -97,6 +103,7 @@ SIZES: dict[str, Settings] = {
         neighbours=5,
         scored=24,
         seeds=(0,),
+        tuning_seed=0,
         weights=(0.1,),
         methods=("sft", "worst5"),
     ),

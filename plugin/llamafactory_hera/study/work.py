@@ -12,25 +12,17 @@ from .settings import Settings
 ROOT = Path(".")
 
 
-def data() -> None:
-    """Scenes and conversations."""
+def parts() -> None:
+    """Scenes and what is said of them, tokenizer, vision tower, and each seed's language model before training."""
     from .dataset import write_study_data
+    from .parts import make_language_model, make_tokenizer, make_tower
 
-    write_study_data(ROOT / layout.DATA, _settings())
-
-
-def tokenizer() -> None:
-    """The tokenizer."""
-    from .parts import make_tokenizer
-
+    settings = _settings()
+    write_study_data(ROOT / layout.DATA, settings)
     make_tokenizer(ROOT / layout.DATA, ROOT / layout.TOKENIZER)
-
-
-def tower() -> None:
-    """The vision tower."""
-    from .parts import make_tower
-
     make_tower(ROOT / layout.TOWER)
+    for number in settings.all_seeds:
+        make_language_model(ROOT / layout.TOKENIZER, ROOT / layout.Seed(number).untrained, number)
 
 
 def teacher() -> None:
@@ -50,14 +42,6 @@ def teacher_cache(*recipes: str) -> None:
         fill_teacher(recipe)
 
 
-def untrained(seed: str) -> None:
-    """A seed's language model before any training."""
-    from .parts import make_language_model
-
-    made = layout.Seed(int(seed))
-    make_language_model(ROOT / layout.TOKENIZER, ROOT / made.untrained, made.number)
-
-
 def llava(seed: str) -> None:
     """A seed's LLaVA before any multimodal training."""
     from .parts import make_llava
@@ -66,11 +50,12 @@ def llava(seed: str) -> None:
     make_llava(ROOT / made.language_model, ROOT / layout.TOWER, ROOT / made.llava, made.number)
 
 
-def select(recipe: str) -> None:
-    """The scores that heads are taken by, on the language model alone."""
+def select(recipe: str, *scoring: str) -> None:
+    """The scores that heads are taken by, on the language model alone; then those on held-out captions."""
     from ..selection import api
 
     api.select(recipe, ["hera_select_mode=llm"])
+    score(*scoring)
 
 
 def score(recipe: str, *targets: str) -> None:
@@ -83,12 +68,9 @@ def score(recipe: str, *targets: str) -> None:
 
 
 WORKS: tuple[Callable[..., None], ...] = (
-    data,
-    tokenizer,
-    tower,
+    parts,
     teacher,
     teacher_cache,
-    untrained,
     llava,
     select,
     score,
