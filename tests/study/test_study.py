@@ -35,7 +35,7 @@ def test_the_report_holds_every_measured_quantity(study):
     for mode in ("llm", "mllm"):
         assert set(measured["mechanism"][mode]) == {"base", "sft", "worst5"}
     assert report["tuning"]["chosen"] == 0.1
-    assert set(report["teacher"]["factors"]) == {"count", "colour", "shape"}
+    assert set(report["teacher"]["scenes"]["validation"]) == {"count", "colour", "shape", "size"}
     page = (study / "report.md").read_text()
     assert "HeRA worst-5" in page
     for picture in ("mechanism.png", "accuracy.png"):

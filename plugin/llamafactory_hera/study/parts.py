@@ -100,12 +100,8 @@ def make_llava(language_model: Path, tower: Path, target: Path, seed: int) -> No
 
 def training_pixels(data: Path, processor: Any) -> torch.Tensor:
     """The training images in the order of their names, processed: [N, 3, 32, 32]."""
-    return pixels_of(sorted((data / "images").glob("train_*.png")), processor)
-
-
-def pixels_of(images: list[Path], processor: Any) -> torch.Tensor:
-    """Images of these files, processed: [N, 3, 32, 32]."""
-    return processor([Image.open(path).convert("RGB") for path in images], return_tensors="pt")["pixel_values"]
+    images = [Image.open(path).convert("RGB") for path in sorted((data / "images").glob("train_*.png"))]
+    return processor(images, return_tensors="pt")["pixel_values"]
 
 
 def _read(path: Path) -> Any:

@@ -78,13 +78,15 @@ def _teacher(control: dict[str, Any]) -> str:
     lines = [
         "## What the teacher knows",
         "",
-        f"kNN accuracy (k={NEIGHBOURS}, neighbours among training images) of its CLS token on validation images, %.",
+        f"kNN accuracy (k={NEIGHBOURS}) of its CLS token, %, with the share of the most frequent answer in brackets: "
+        "of validation images by neighbours among training images, where colour and shape go together otherwise than "
+        "in training, and of scenes with independent factors among their like.",
         "",
-        _header("factor", "accuracy", "most frequent answer", "images"),
+        _header("scenes", *next(iter(control["scenes"].values()))),
     ]
     lines += [
-        _row(name, f"{100 * found['accuracy']:.1f}", f"{100 * found['majority']:.1f}", str(found["images"]))
-        for name, found in control["factors"].items()
+        _row(name, *(f"{100 * cell['accuracy']:.1f} ({100 * cell['majority']:.1f})" for cell in found.values()))
+        for name, found in control["scenes"].items()
     ]
     return "\n".join(lines)
 
