@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, SiglipVisionModel
 
 from ..demo import teacher as teachers
 from ..demo import vision
@@ -50,29 +50,14 @@ def make_language_model(tokenizer: Path, target: Path, seed: int) -> None:
     words.save_pretrained(target)
 
 
-def make_tower(target: Path) -> None:
-    """A frozen vision tower that neither loses nor learns anything: it turns each 8×8 patch's 192 values about.
-
-    A SigLIP model of width 192 whose patch embedding is a random rotation, without positions, and whose one layer adds
-    nothing. What a patch shows is left to the projector and the language model.
-    """
-    width = 3 * vision.PATCH**2
-    config = SiglipVisionConfig(
-        image_size=vision.IMAGE_SIDE,
-        patch_size=vision.PATCH,
-        hidden_size=width,
-        intermediate_size=width,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
+def make_tower(data: Path, target: Path, settings: Settings) -> None:
+    """The vision tower: a masked autoencoder of the training images, frozen from then on."""
+    pixels = training_pixels(data, vision.image_processor())
     with reproducible(0):
-        tower = SiglipVisionModel(config)
-        for name, parameter in tower.named_parameters():
-            if name.endswith("patch_embedding.weight"):
-                torch.nn.init.orthogonal_(parameter.data.view(width, width))
-            elif any(part in name for part in ("patch_embedding.bias", "position_embedding", "out_proj", "fc2")):
-                torch.nn.init.zeros_(parameter)
+        tower = vision.new_vision_tower()
+        losses = vision.pretrain_vision_tower(tower, pixels, settings.tower_steps)
     tower.save_pretrained(target)
+    print(f"vision tower: pixel error {losses[0]:.4f} -> {losses[-1]:.4f}")
 
 
 def make_teacher(data: Path, target: Path, settings: Settings) -> None:

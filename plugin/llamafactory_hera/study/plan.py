@@ -49,7 +49,8 @@ def _shared(root: Path, settings: Settings) -> list[Unit]:
     listed = [f"parts/cache_{split}.yaml" for split in ("train", "validation", "test")]
     llava = f"{Seed(settings.tuning_seed).folder}/llava"
     units = [
-        Unit("parts", "parts", (work.command(work.parts),), (layout.DATA, layout.TOKENIZER, layout.TOWER)),
+        Unit("parts", "parts", (work.command(work.parts),), (layout.DATA, layout.TOKENIZER)),
+        Unit("tower", "tower", (work.command(work.tower),), (layout.TOWER,), ("parts",)),
         Unit(
             "teacher",
             "teacher",
@@ -117,7 +118,7 @@ def _seed(root: Path, settings: Settings, seed: Seed) -> list[Unit]:
             "llava",
             (work.command(work.llava, number),),
             (seed.llava,),
-            (f"{seed.folder}/language_model",),
+            (f"{seed.folder}/language_model", "tower"),
         ),
         Unit(
             f"{seed.folder}/selection",

@@ -17,6 +17,7 @@ class Settings:
         scenes: Training scenes.
         asked: Questions about a training scene, each a sample of its own.
         questions: Questions of each category in validation and in test; every two need a scene.
+        tower_steps: Updates of the vision tower, by masked autoencoding of training images.
         teacher_steps: Updates of the teacher, by contrast of training images.
         language_steps: Updates of the language model on text alone, 16 blocks of 256 tokens each.
         stage1_steps: Updates of the projector alone, on captions.
@@ -36,6 +37,7 @@ class Settings:
     scenes: int
     asked: int
     questions: int
+    tower_steps: int
     teacher_steps: int
     language_steps: int
     stage1_steps: int
@@ -73,6 +75,7 @@ _DEFAULT = Settings(
     scenes=4000,
     asked=4,
     questions=200,
+    tower_steps=2500,
     teacher_steps=600,
     language_steps=300,
     stage1_steps=100,
@@ -95,6 +98,7 @@ SIZES: dict[str, Settings] = {
         scenes=128,
         asked=2,
         questions=6,
+        tower_steps=10,
         teacher_steps=10,
         language_steps=4,
         stage1_steps=2,

@@ -13,16 +13,22 @@ ROOT = Path(".")
 
 
 def parts() -> None:
-    """Scenes and what is said of them, tokenizer, vision tower, and each seed's language model before training."""
+    """Scenes and what is said of them, tokenizer, and each seed's language model before training."""
     from .dataset import write_study_data
-    from .parts import make_language_model, make_tokenizer, make_tower
+    from .parts import make_language_model, make_tokenizer
 
     settings = _settings()
     write_study_data(ROOT / layout.DATA, settings)
     make_tokenizer(ROOT / layout.DATA, ROOT / layout.TOKENIZER)
-    make_tower(ROOT / layout.TOWER)
     for number in settings.all_seeds:
         make_language_model(ROOT / layout.TOKENIZER, ROOT / layout.Seed(number).untrained, number)
+
+
+def tower() -> None:
+    """The vision tower."""
+    from .parts import make_tower
+
+    make_tower(ROOT / layout.DATA, ROOT / layout.TOWER, _settings())
 
 
 def teacher() -> None:
@@ -69,6 +75,7 @@ def score(recipe: str, *targets: str) -> None:
 
 WORKS: tuple[Callable[..., None], ...] = (
     parts,
+    tower,
     teacher,
     teacher_cache,
     llava,
