@@ -33,7 +33,7 @@ def plot() -> Any:
 def test_both_losses_have_a_labelled_axis_and_mknn_its_own(plot: Any) -> None:
     log = [hera_line(step) for step in range(1, 21)]
     losses, alignment, hera = plot(log).axes
-    assert [axes.get_ylabel() for axes in (losses, hera, alignment)] == ["LM loss", "HeRA loss", "MKNN of the heads"]
+    assert [axes.get_ylabel() for axes in (losses, hera, alignment)] == ["LM loss", "HeRA loss", "MKNN"]
     for axes, key in ((losses, "lm_loss"), (hera, "hera_loss"), (alignment, "hera_mknn")):
         assert raw_curve(axes) == pytest.approx({entry["current_steps"]: entry[key] for entry in log})
     assert losses.get_position().bounds == hera.get_position().bounds
@@ -59,3 +59,12 @@ def test_lines_without_the_curves_leave_gaps(plot: Any) -> None:
 def test_a_log_of_plain_training_is_plotted_by_the_host(plot: Any) -> None:
     (axes,) = plot([line(step, loss=1.0) for step in range(1, 5)]).axes
     assert axes.get_ylabel() == "loss"
+
+
+@pytest.mark.parametrize("missing", [(), ("hera_mknn", "hera_mknn_chance")], ids=["no temperature", "no mknn"])
+def test_an_objective_without_some_curve_is_drawn_without_it(plot: Any, missing: tuple[str, ...]) -> None:
+    log = [{key: value for key, value in hera_line(step).items() if key not in missing} for step in range(1, 9)]
+    figure = plot(log)
+    drawn = [axes for axes in figure.axes if axes.get_ylabel() == "HeRA loss"]
+    assert raw_curve(drawn[0]) == pytest.approx({entry["current_steps"]: entry["hera_loss"] for entry in log})
+    assert len(figure.axes) == (2 if missing else 3)

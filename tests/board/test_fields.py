@@ -74,3 +74,7 @@ def test_heads_that_cannot_be_are_named(heads: str, said: str) -> None:
 @pytest.mark.parametrize("heads", ["auto", "L1H2,L3H4"])
 def test_heads_that_may_be_are_let_pass(heads: str) -> None:
     assert lacking({"hera_heads": heads}, "en") == ""
+
+
+def test_layers_in_the_extra_arguments_need_no_heads() -> None:
+    assert lacking({"hera_heads": "", "hera_granularity": "layer", "hera_layers": "L1"}, "en") == ""

@@ -21,6 +21,8 @@ def weightless(world: Path) -> Path:
     return folder
 
 
+LAYER = {"hera_heads": None, "hera_granularity": "layer"}
+
 # change of the recipe -> what the message must hold
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no heads": ({"hera_heads": None}, ["hera_heads", "L13H12"]),
@@ -53,6 +55,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "hyper parallel": ({"use_hyper_parallel": True}, ["use_hyper_parallel", "remove"]),
     "asft": ({"use_asft_loss": True}, ["use_asft_loss", "remove"]),
     "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc", "remove"]),
+    "unknown objective": ({"hera_objective": "cosine"}, ["hera_objective", "'cosine'", "contrastive", "viral"]),
+    "viral heads": ({"hera_objective": "viral"}, ["hera_granularity", "head", "viral", "layer"]),
+    "layer outside": ({**LAYER, "hera_layers": "L9"}, ["hera_layers", "L9", "L0 to L4"]),
+    "heads and layers": ({"hera_layers": "L1"}, ["hera_layers", "hera_granularity: layer"]),
+    "cka of two": (
+        {"hera_objective": "cka", "per_device_train_batch_size": 2},
+        ["per_device_train_batch_size", "hera_objective: cka", "3 samples"],
+    ),
+    "viral and a cache": (
+        {**LAYER, "hera_layers": "L1", "hera_objective": "viral", "hera_teacher_cache": "cache"},
+        ["hera_teacher_cache", "viral", "remove it"],
+    ),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
 }
 

@@ -113,3 +113,47 @@ def test_numbers_written_as_text_are_numbers() -> None:
     arguments = _parse(hera_weight="1e-2", hera_k="7", hera_memory=32.0)
     assert (arguments.hera_weight, arguments.hera_k, arguments.hera_memory) == (0.01, 7, 32)
     assert isinstance(arguments.hera_memory, int)
+
+
+LAYER = {"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L1"}
+
+
+@pytest.mark.parametrize("layers", ["L1,L2", "middle", "penultimate", "auto", ["L1", "L2"]])
+@pytest.mark.parametrize("objective", ["contrastive", "feature", "cka", "viral"])
+def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> None:
+    arguments = _parse(**LAYER | {"hera_layers": layers, "hera_objective": objective})
+    assert arguments.hera_layers == ("L1,L2" if isinstance(layers, list) else layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hera_objective": "cosine"}, "hera_objective: 'cosine' is unknown; choose one of .*viral"),
+        ({"hera_granularity": "neuron"}, "hera_granularity: 'neuron' is unknown; choose one of head, layer"),
+        ({"hera_layers": "L1"}, "hera_layers: L1 is for hera_granularity: layer; set that, or remove"),
+        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 is for hera_granularity: head; set that, or remove"),
+        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers such as L14,L15"),
+        (LAYER | {"hera_layers": "last"}, "hera_layers: 'last' is not a layer; write layers as"),
+        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
+        (
+            {"hera_objective": "viral"},
+            "hera_granularity: head does not work with .* viral; .* hera_granularity: layer",
+        ),
+        (
+            {"hera_objective": "cka", "hera_memory": 4},
+            "hera_memory: 4 has no use with .* cka.* set it to 0",
+        ),
+        (LAYER | {"hera_objective": "feature", "hera_memory": 4}, "hera_memory: 4 has no use with .* feature"),
+        (
+            LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
+            "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
+        ),
+        (
+            LAYER | {"hera_objective": "viral", "hera_teacher_cache": "cache"},
+            "hera_teacher_cache: cache holds one vector an image.* remove it",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _parse(**change)

@@ -87,3 +87,13 @@ def test_a_broken_image_is_named(teacher: VisionTeacher, tmp_path: Path) -> None
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         HeraCollator(_host, teacher.processor)([{"images": [str(path)]}])
+
+
+@pytest.mark.parametrize("index, expected", [(0, 0), (1, 1), (-1, 2), (9, 2), (-9, 0)])
+def test_it_says_which_image_of_how_many_the_teacher_sees(
+    teacher: VisionTeacher, images: list[str], index: int, expected: int
+) -> None:
+    collate = HeraCollator(_host, teacher.processor, image_index=index, names_image=True)
+    batch = collate([{"images": images}, {}, {"images": images[:1]}])
+    assert batch["hera_image"].tolist() == [[expected, 3], [0, 0], [0, 1]]
+    assert torch.equal(batch["hera_pixels"][0], teacher.preprocess([Image.open(images[expected])])[0])

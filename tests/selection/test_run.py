@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llamafactory_hera.alignment import mutual_knn
-from llamafactory_hera.heads import HeadCapture, HeadSet
+from llamafactory_hera.heads import HeadCapture, HeadSet, LayerSet
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import forward
-from llamafactory_hera.selection.run import select_heads
+from llamafactory_hera.selection.run import select_heads, select_layers
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.teacher import fill_teacher_cache, nearest_in_blocks
 from tests.ranks import run_ranks
@@ -75,6 +75,20 @@ def test_layer_scores_are_those_of_the_layers_output(tmp_path):
     features = torch.cat([teacher.encode(teacher.preprocess([sample.image])) for sample in samples])
     expected = mutual_knn(pooled, features.half(), chosen.k)
     assert heads.provenance["layer_scores"][0] == round(expected.item(), 7)
+
+
+def test_layers_are_chosen_by_their_own_scores(tmp_path):
+    material = text_material(tmp_path)
+    target = tmp_path / "layers.json"
+    layers = select_layers(material, settings(m=1), target)
+    assert LayerSet.load(target) == layers
+    scores = layers.provenance["layer_scores"]
+    assert len(scores) == LAYERS
+    assert layers.layers == (scores.index(min(scores)),)
+    top = select_layers(material, settings(m=1, strategy="top"), target)
+    assert top.layers == (scores.index(max(scores)),)
+    with pytest.raises(ValueError, match=rf"hera_select_m: {LAYERS + 1} layers are asked for.* lower it"):
+        select_layers(material, settings(m=LAYERS + 1), target)
 
 
 def test_the_file_says_where_the_heads_come_from(tmp_path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llamafactory_hera.selection.strategies import choose_heads, ranking
+from llamafactory_hera.selection.strategies import choose_heads, choose_layers, ranking
 
 NAN = math.nan
 SCORES = [[0.5, 0.1, 0.3], [0.1, 0.9, NAN], [0.2, 0.2, 0.1], [0.4, 0.6, 0.5]]
@@ -50,3 +50,14 @@ def test_a_head_without_a_score_is_never_taken(strategy):
 def test_too_few_heads_name_the_key(strategy, m):
     with pytest.raises(ValueError, match=f"hera_select_m: {m} "):
         choose_heads(SCORES, strategy, m)
+
+
+def test_layers_are_chosen_as_heads_are():
+    scores = [0.3, 0.1, float("nan"), 0.2, 0.1]
+    assert choose_layers(scores, "worst", 3) == (1, 4, 3)
+    assert choose_layers(scores, "top", 2) == (0, 3)
+    chosen = choose_layers(scores, "random", 3, seed=1)
+    assert chosen == choose_layers(scores, "random", 3, seed=1) == tuple(sorted(chosen))
+    assert 2 not in chosen
+    with pytest.raises(ValueError, match="hera_select_m: 5 layers are asked for, and 4 have a score; lower it"):
+        choose_layers(scores, "worst", 5)

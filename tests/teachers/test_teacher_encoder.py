@@ -41,6 +41,22 @@ def test_the_feature_is_the_output_cls_token_or_the_mean_of_the_patches(kind, sa
     assert (features[0] - features[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, "dinov2_classifier"])
+def test_patches_are_the_grid_without_cls_and_registers(kind, save_teacher, make_images):
+    folder = save_teacher(kind)
+    teacher = VisionTeacher.from_pretrained(str(folder))
+    inputs = tf.AutoImageProcessor.from_pretrained(folder)(images=make_images(2, size=(32, 32)), return_tensors="pt")
+    model = tf.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        tokens = getattr(model, "vision_model", model)(**inputs).last_hidden_state
+    extra = {"dinov2_with_registers": 4, "dinov3_vit": 4}.get(kind, 0 if "siglip" in kind else 1)
+    patches = teacher.encode_patches(teacher.preprocess(make_images(2, size=(32, 32))))
+    assert patches.shape == (2, *teacher.grid, teacher.dim) == (2, 4, 4, 32)
+    assert patches.dtype == torch.float32
+    torch.testing.assert_close(patches.flatten(1, 2), tokens[:, extra:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(patches[:, 0, 1], patches[:, 1, 0])
+
+
 def test_the_final_norm_is_applied(save_teacher, make_images):
     folder = save_teacher("dinov2")
     teacher = VisionTeacher.from_pretrained(str(folder))

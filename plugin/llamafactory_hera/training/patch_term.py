@@ -39,8 +39,9 @@ class PatchTerm:
         z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
         batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
         of_sites = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
-        sound = of_sites.isfinite() & z.isfinite().flatten(1).all(dim=1)
-        facts = torch.cat([valid.sum().view(1), ~batch.teacher.isfinite().all().view(1), ~sound]).float()
+        finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
+        sound = finite & (of_sites.isfinite() | ~teacher_finite)  # a teacher's NaN is no site's
+        facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
         if world_size() > 1:
             dist.all_reduce(facts)
         n_samples, broken = int(facts[0]), facts[2:] > 0

@@ -83,8 +83,9 @@ class HeraTerm:
         of_sites = self.objective(batch)
         z, candidates = batch.z, batch.candidates
         # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
-        sound = of_sites.isfinite() & z.isfinite().flatten(1).all(dim=1)
-        if not (sound.all() & batch.teacher.isfinite().all()):
+        finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
+        sound = finite & (of_sites.isfinite() | ~teacher_finite)  # a teacher's NaN is no site's
+        if not (sound.all() & teacher_finite):
             return left_out(~sound, n_samples)
         mknn, chance = self._agreement(batch)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])

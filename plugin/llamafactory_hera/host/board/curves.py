@@ -1,4 +1,4 @@
-"""The loss plot of a HeRA run: both losses on an axis of their own, and the alignment of the heads below."""
+"""The loss plot of a HeRA run: both losses on an axis of their own, and the agreement with the teacher below."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +24,10 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | N
     lines = _latest(trainer_log)
     if not any("hera_loss" in line for line in lines):
         return None
-    figure = new_figure(4.6, 5.4)  # it is shown in a narrow column
-    losses, alignment = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    measured = any("hera_mknn" in line for line in lines)  # not every objective has it
+    figure = new_figure(4.6, 5.4 if measured else 3.6)  # it is shown in a narrow column
+    panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
+    losses, below = panels[0], panels[-1]
     _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
     hera = losses.twinx()
     _draw(hera, lines, "hera_loss", "HeRA loss", ORANGE, smooth)
@@ -33,12 +35,13 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | N
     handles = [*losses.get_lines(), *hera.get_lines()]
     named = [handle for handle in handles if not handle.get_label().startswith("_")]
     losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    _draw(alignment, lines, "hera_mknn", "MKNN of the heads", GREEN, smooth)
-    chance = [line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line]
-    if chance:
-        alignment.axhline(chance[-1], color=GREY, linestyle="--", linewidth=1, label="chance")
-        alignment.legend(frameon=False, fontsize=8)
-    alignment.set_xlabel("step")
+    if measured:
+        _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
+        chance = [line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line]
+        if chance:
+            below.axhline(chance[-1], color=GREY, linestyle="--", linewidth=1, label="chance")
+            below.legend(frameon=False, fontsize=8)
+    below.set_xlabel("step")
     return figure
 
 
