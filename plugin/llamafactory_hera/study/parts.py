@@ -66,7 +66,7 @@ def make_teacher(data: Path, target: Path, settings: Settings) -> None:
     pixels = training_pixels(data, processor)
     with reproducible(0):
         teacher = teachers.new_teacher()
-        losses = teachers.train_teacher(teacher, pixels, settings.teacher_steps)
+        losses = teachers.train_teacher(teacher, pixels, settings.teacher_steps, settings.teacher_batch)
     teacher.save_pretrained(target)
     processor.save_pretrained(target)
     print(f"teacher: contrastive loss {losses[0]:.4f} -> {losses[-1]:.4f}")
