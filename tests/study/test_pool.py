@@ -66,19 +66,33 @@ def test_a_failed_unit_is_named_with_its_log_and_done_again(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
+from llamafactory_hera.study.run import terminated_like_interrupted
 from tests.study.test_pool import run, unit
-run(Path(sys.argv[1]), [unit("a"), unit("b", "a", seconds=float(sys.argv[2])), unit("c", "b")], 1)
+with terminated_like_interrupted():
+    run(Path(sys.argv[1]), [unit("a"), unit("b", "a", seconds=float(sys.argv[2])), unit("c", "b")], 1)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_in_the_middle_it_goes_on_there(tmp_path, number):
+def start_and_kill(root: Path, number: int) -> None:
+    """Sends a signal to a study while its second unit is under way for six more seconds."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), "6"], env=environment)
-    wait_for(lambda: (tmp_path / "order.txt").exists() and "b" in order(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), "6"], env=environment)
+    wait_for(lambda: (root / "order.txt").exists() and "b" in order(root))
     process.send_signal(number)
     process.wait(timeout=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle_it_stops_its_units_and_goes_on_there(tmp_path, number):
+    start_and_kill(tmp_path, number)
+    run(tmp_path, [unit("a"), unit("b", "a"), unit("c", "b")], 1)  # at once: nothing holds the folder
+    assert order(tmp_path) == ["a", "b", "b", "c"]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_once_its_unit_has_ended(tmp_path):
+    start_and_kill(tmp_path, signal.SIGKILL)
     # the unit that was under way still runs, and a second study must not write beside it
     with pytest.raises(ValueError, match="has not ended yet"):
         run(tmp_path, [])

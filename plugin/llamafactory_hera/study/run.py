@@ -5,6 +5,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = W
     root, settings = Path(output).absolute(), SIZES[size]
     _require_packages()
     _claim(root, settings, output)
-    with locked(root) as lock, _terminated_like_interrupted():
+    with locked(root) as lock, terminated_like_interrupted():
         Pool(root, workers, lock, lambda line: print(f"[hera study] {line}", flush=True)).run(plan(root, settings))
         return write_study_report(root, settings, workers, size)
 
@@ -131,7 +132,7 @@ def _processor() -> str:
 
 
 @contextmanager
-def _terminated_like_interrupted():
+def terminated_like_interrupted() -> Iterator[None]:
     """Lets SIGTERM stop the processes as Ctrl-C does."""
 
     def stop(number: int, frame: Any) -> None:

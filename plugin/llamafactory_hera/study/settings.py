@@ -88,7 +88,7 @@ _DEFAULT = Settings(
     stage2_rate=1e-3,
     neighbours=10,
     scored=800,
-    seeds=(0, 1, 2),
+    seeds=(1, 2, 3),
     tuning_seed=100,
     weights=(0.03, 0.1, 0.3),
     methods=tuple(METHODS),
@@ -117,6 +117,9 @@ SIZES: dict[str, Settings] = {
     ),
     "default": _DEFAULT,
     "full": replace(
-        _DEFAULT, stage1_steps=2 * _DEFAULT.stage1_steps, stage2_steps=2 * _DEFAULT.stage2_steps, seeds=tuple(range(8))
+        _DEFAULT,
+        stage1_steps=2 * _DEFAULT.stage1_steps,
+        stage2_steps=2 * _DEFAULT.stage2_steps,
+        seeds=tuple(range(1, 9)),
     ),
 }
