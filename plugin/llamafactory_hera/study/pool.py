@@ -183,12 +183,12 @@ class Pool:
         for path in (self._root / "done").rglob("*.json"):
             mark = read_json(path)
             walls.setdefault(mark["kind"], []).append(mark["wall_s"])
-        known = [sum(walls[unit.kind]) / len(walls[unit.kind]) for unit in units if unit.kind in walls]
-        unknown = len(units) - len(known)
         if not units:
             return ""
-        minutes = sum(known) / self._workers / 60
-        return f"; {minutes:.0f} min left" + (f" and {unknown} of kinds not measured yet" if unknown else "")
+        seconds = [sum(walls[unit.kind]) / len(walls[unit.kind]) for unit in units if unit.kind in walls]
+        unknown = {unit.kind for unit in units} - walls.keys()
+        minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
+        return f"; {minutes}, and what {', '.join(sorted(unknown))} will take" if unknown else f"; {minutes}"
 
 
 def command_line(name: str, *arguments: str) -> tuple[str, ...]:
