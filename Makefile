@@ -1,5 +1,6 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
+#   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU, hours: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own (under 3 minutes)
 #   make lint        ruff
@@ -8,13 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(VENV)/.chromium
+STUDY ?= default
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-fast lint setup clean
+.PHONY: demo study test test-fast lint setup clean
 
 setup: $(STAMP)
 
@@ -35,6 +37,10 @@ demo: $(STAMP)
 	@cat saves/demo_report.md
 	@ls saves/demo_report.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
 
+# goes on where it was stopped
+study: $(STAMP)
+	$(BIN)/llamafactory-hera study --size $(STUDY)
+
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
 $(CHROMIUM): $(STAMP)
 	test -x /usr/bin/chromium \
@@ -53,4 +59,4 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .cache hera_demo saves artifacts
+	rm -rf $(VENV) .cache hera_demo hera_study saves artifacts

@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"alignment"},
     "training": {"alignment", "objectives"},
     **dict.fromkeys(TOP, BELOW | TOP),
-    "cli": BELOW | TOP,
+    "study": BELOW | {"selection", "demo"},
+    "cli": BELOW | TOP | {"study"},
     "hera_patches": {"host"},
 }
 #: Module -> what it may import against the arrows, and why.

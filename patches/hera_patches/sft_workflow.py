@@ -14,7 +14,7 @@ from typing import Any
 WHAT = "stage: hera in run_sft"
 
 _PARAMETERS = ["model_args", "data_args", "training_args", "finetuning_args", "generating_args", "callbacks"]
-_REPLACED = ("get_dataset", "CustomSeq2SeqTrainer", "plot_loss")
+_REPLACED = ("get_dataset", "CustomSeq2SeqTrainer", "plot_loss", "create_modelcard_and_push")
 
 
 def check(module: ModuleType) -> str | None:

@@ -122,7 +122,9 @@ def test_every_row_makes_the_global_batch_and_the_header_shows_it(recipe: Any, f
         assert candidates == max(recipe.work.global_batch, 128)
         row = [str(plan.gpus), str(plan.per_device), str(plan.accumulation)]
         assert any(words[1:4] == row for words in header), row
-    chosen = next(plan for plan in recipe.plans if plan.gpus == (1 if "quantization_bit" in recipe.keys else DEFAULT_GPUS))
+    chosen = next(
+        plan for plan in recipe.plans if plan.gpus == (1 if "quantization_bit" in recipe.keys else DEFAULT_GPUS)
+    )
     assert chosen.fits
     assert recipe.keys["per_device_train_batch_size"] == chosen.per_device
     assert recipe.keys["gradient_accumulation_steps"] == chosen.accumulation

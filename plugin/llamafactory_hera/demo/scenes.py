@@ -138,6 +138,10 @@ class World:
         else:
             usual = {self.preferred_colour(shape), self.held_out_colour(shape)}
             colour = rng.choice([name for name in PALETTE if name not in usual])
+        return self.place(rng, shape, colour, size, row, column)
+
+    def place(self, rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
+        """An object with these factors somewhere in its cell."""
         radius = self.cell * 3 // 8 if size == "large" else self.cell * 3 // 16
         # One free pixel on every side of the cell keeps objects of neighbouring cells apart.
         slack = self.cell // 2 - radius - 1

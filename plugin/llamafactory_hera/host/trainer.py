@@ -16,6 +16,7 @@ from llamafactory_hera.heads import Sites
 from llamafactory_hera.training.random_state import RandomState
 
 from .collator import HeraCollator
+from .model_card import write_card
 from .resume import load_renamed_weights
 from .step import HeraStep
 from .summary import start_summary
@@ -128,6 +129,12 @@ class HeraTrainer(CustomSeq2SeqTrainer):
         tensor = torch.tensor([values[name] for name in names], device=self.args.device, dtype=torch.float32)
         dist.all_reduce(tensor)
         return dict(zip(names, (tensor / world_size()).tolist(), strict=True))
+
+    @override
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the host's, with the section on alignment: what ``push_to_hub`` uploads has it."""
+        super().create_model_card(*args, **kwargs)
+        write_card(self)
 
     @override
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

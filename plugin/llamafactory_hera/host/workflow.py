@@ -14,6 +14,7 @@ from llamafactory_hera.teachers.hub import teacher_folder
 from .auto import resolve_sites
 from .checks import check_model, check_run
 from .dataset_checks import checked_dataset
+from .model_card import write_card
 from .state import check_checkpoint
 from .trainer import HeraTrainer
 
@@ -59,11 +60,16 @@ def run_hera(
     def plot_loss(folder: str, keys: list[str]) -> None:
         workflow_plot(folder, keys=[*keys, *curves])
 
-    workflow_plot = workflow.plot_loss
+    def create_card(trainer: HeraTrainer, *rest: Any) -> None:
+        workflow_card(trainer, *rest)
+        write_card(trainer)  # the host goes by the trainer's own method only when it pushes
+
+    workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements = {
         "get_dataset": checked_dataset(workflow.get_dataset),
         "CustomSeq2SeqTrainer": partial(HeraTrainer, sites),
         "plot_loss": plot_loss,
+        "create_modelcard_and_push": create_card,
     }
     with _replaced(workflow, replacements):
         return run_sft(*arguments)

@@ -1,0 +1,151 @@
+"""What a finished run says of itself: a section of the host's model card, and the same facts as JSON."""
+
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamafactory_hera.heads import HeadSet, LayerSet
+from llamafactory_hera.objectives import find
+from llamafactory_hera.selection.provenance import package_versions
+from llamafactory_hera.selection.run import FOLDER
+
+if TYPE_CHECKING:
+    from .trainer import HeraTrainer
+
+CARD = "README.md"
+FACTS = "card.json"
+PAPER = "https://arxiv.org/abs/2606.23885"
+_CITATION = """@article{caffagni2026hera,
+  title   = {Mind the Heads: Topological Representation Alignment for Multimodal LLMs},
+  author  = {Caffagni, Davide and Compagnoni, Alberto and Melis, Federico and Sarto, Sara and Dovesi, Pier Luigi and
+             Granroth-Wilding, Mark and Cornia, Marcella and Baraldi, Lorenzo},
+  journal = {arXiv preprint arXiv:2606.23885},
+  year    = {2026}
+}"""
+_BEGIN, _END = "<!-- llamafactory-hera -->", "<!-- /llamafactory-hera -->"
+# Measured during training, first and last log line of the run.
+_CURVES = {
+    "hera_mknn": "MKNN in training batches",
+    "hera_mknn_chance": "MKNN of unrelated features",
+    "lm_loss": "language-modeling loss",
+    "hera_loss": "alignment loss, unweighted",
+    "hera_temperature": "temperature",
+}
+_SELECTION = ("mode", "strategy", "samples", "k", "chance_level", "dataset", "date")
+
+
+def write_card(trainer: "HeraTrainer") -> None:
+    """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
+
+    Args:
+        trainer: After training; only the process that writes files does anything.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    facts = card_facts(trainer)
+    folder = Path(trainer.args.output_dir)
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    _replace(folder / FOLDER / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    page = folder / CARD
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
+    _replace(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
+
+
+def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
+    """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
+    step, keys = trainer.hera, trainer.finetuning_args
+    sites = step.sites
+    lines = [line for line in trainer.state.log_history if "hera_loss" in line]
+    curves = {
+        name: {"first": lines[0][name], "last": lines[-1][name]}
+        for name in _CURVES
+        if lines and name in lines[0] and name in lines[-1]
+    }
+    facts: dict[str, Any] = {
+        sites.KEY.removeprefix("hera_"): list(sites.names),
+        "objective": keys.hera_objective,
+        "weight": keys.hera_weight,
+        "teacher": keys.hera_teacher,
+        "teacher_fingerprint": step.teaching.teacher.fingerprint,
+        "steps": trainer.state.global_step,
+        "curves": curves,
+        "versions": package_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "paper": PAPER,
+    }
+    if find(keys.hera_objective).uses_candidates:
+        facts["k"] = keys.hera_k
+    if sites.provenance:
+        facts["selection"] = {key: sites.provenance[key] for key in _SELECTION if key in sites.provenance}
+        scores = _scores(sites)
+        if scores:
+            facts["selection"]["mknn"] = scores
+    return facts
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The section as Markdown."""
+    kind = "heads" if "heads" in facts else "layers"
+    lines = [
+        "## Alignment with a vision encoder",
+        "",
+        f"Trained with llamafactory-hera: the {facts['objective']} "
+        f"objective aligned {kind} {', '.join(facts[kind])} with {facts['teacher']}, at weight {facts['weight']} "
+        f"beside the language-modeling loss, for {facts['steps']} steps.",
+    ]
+    if facts["curves"]:
+        lines += ["", "| measured in training | first | last |", "|---|--:|--:|"]
+        lines += [
+            f"| {_CURVES[name]} | {value['first']:.4g} | {value['last']:.4g} |"
+            for name, value in facts["curves"].items()
+        ]
+    selection = facts.get("selection", {})
+    if "mknn" in selection:
+        lines += [
+            "",
+            f"Selected before training ({selection.get('strategy')}, mode {selection.get('mode')}, "
+            f"{selection.get('samples')} samples of {selection.get('dataset')}, k={selection.get('k')}, chance "
+            f"{selection.get('chance_level', float('nan')):.4f}); MKNN then: "
+            + ", ".join(f"{name} {score:.4f}" for name, score in selection["mknn"].items())
+            + ".",
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines += [
+        "",
+        f"{versions}. The same facts: `{FOLDER}/{FACTS}`.",
+        "",
+        f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({PAPER}).",
+        "",
+        "```bibtex",
+        _CITATION,
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(sites: HeadSet | LayerSet) -> dict[str, float]:
+    """MKNN at selection of each head or layer, as far as it is known."""
+    known = sites.provenance
+    if isinstance(sites, HeadSet):
+        found = {str(head): _at(known.get("scores"), head.layer, head.head) for head in sites.heads}
+    else:
+        found = {f"L{layer}": _at(known.get("layer_scores"), layer) for layer in sites.layers}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _at(values: Any, *places: int) -> float | None:
+    for place in places:
+        if values is None or place >= len(values):
+            return None
+        values = values[place]
+    return values
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

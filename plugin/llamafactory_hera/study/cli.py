@@ -1,0 +1,20 @@
+"""The subcommand ``study``."""
+
+import argparse
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the subcommand."""
+    study = subparsers.add_parser("study", help="compare the objectives in a small rendered world (CPU, an hour)")
+    study.add_argument("--size", default="default", help="smoke, default or full (default: %(default)s)")
+    study.add_argument("--output", help="folder of the study (default: hera_study/SIZE)")
+    study.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (%(default)s)")
+    study.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """``llamafactory-hera study``."""
+    from .run import run_study
+
+    print(run_study(args.output or f"hera_study/{args.size}", args.size, args.workers))
+    return 0

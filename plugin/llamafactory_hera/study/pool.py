@@ -1,0 +1,197 @@
+"""Runs a study's units of work, some side by side, and remembers which are done."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import read_json, replace_json
+
+# One thread each: as many runs as cores side by side is the fastest way, and a run's numbers do not depend on cores.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done as a whole or done again.
+
+    Attributes:
+        name: Names its log and its mark, for instance ``runs/sft-s0/stage1``.
+        kind: Units of one kind take about as long; the time left is told by it.
+        commands: Processes, one after another, started in the study's folder.
+        outputs: What it makes; removed before it is tried again.
+        after: Names of units that must be done before.
+        prepare: Called in this process before the commands.
+    """
+
+    name: str
+    kind: str
+    commands: tuple[tuple[str, ...], ...] = ()
+    outputs: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    prepare: Callable[[], None] | None = None
+
+
+def mark_of(root: Path, name: str) -> Path:
+    """The file that says that a unit is done, and what it took."""
+    return root / "done" / f"{name}.json"
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[int]:
+    """Holds the study's folder; its processes inherit the lock, so it outlives a killed command until they end.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    with open(root / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"output={str(root)!r}: a study runs in it already, or a process of a killed one has not ended yet; "
+                "wait for it, or choose another folder"
+            ) from error
+        yield file.fileno()
+
+
+class Pool:
+    """Works through units.
+
+    Args:
+        root: The study's folder.
+        workers: Units side by side.
+        lock: File descriptor that the processes inherit.
+        tell: Takes a line about progress.
+    """
+
+    def __init__(self, root: Path, workers: int, lock: int, tell: Callable[[str], None] = print) -> None:
+        self._root, self._workers, self._lock, self._tell = root, workers, lock, tell
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def run(self, units: Sequence[Unit]) -> None:
+        """Runs every unit that is not done, in order of the list as far as ``after`` allows.
+
+        Raises:
+            ValueError: A unit failed; names its log. The units that ran beside it are stopped.
+        """
+        done = {unit.name for unit in units if mark_of(self._root, unit.name).exists()}
+        waiting = [unit for unit in units if unit.name not in done]
+        if done:
+            self._tell(f"{len(done)} of {len(units)} are done already")
+        running: dict[Future[float], Unit] = {}
+        with ThreadPoolExecutor(self._workers) as executor:
+            try:
+                while waiting or running:
+                    for unit in [unit for unit in waiting if done.issuperset(unit.after)]:
+                        if len(running) < self._workers:
+                            waiting.remove(unit)
+                            running[executor.submit(self._run_unit, unit)] = unit
+                    if not running:
+                        missing = {name for unit in waiting for name in unit.after} - {unit.name for unit in units}
+                        raise RuntimeError(f"units wait for {sorted(missing)} in vain")
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        unit = running.pop(future)
+                        wall = future.result()
+                        done.add(unit.name)
+                        left = self._left([*waiting, *running.values()])
+                        self._tell(f"{len(done)}/{len(units)} {unit.name} {wall:.0f} s{left}")
+            except BaseException:
+                self._stop()
+                raise
+
+    def _run_unit(self, unit: Unit) -> float:
+        for output in unit.outputs:
+            path = self._root / output
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+        started = time.time()
+        if unit.prepare is not None:
+            unit.prepare()
+        log = self._root / "logs" / f"{unit.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        used = [self._run_command(unit, command, log) for command in unit.commands]
+        wall = time.time() - started
+        mark = {"kind": unit.kind, "started": round(started), "wall_s": round(wall, 2), "processes": used}
+        replace_json(mark_of(self._root, unit.name), mark)
+        return wall
+
+    def _run_command(self, unit: Unit, command: tuple[str, ...], log: Path) -> dict[str, Any]:
+        started = time.time()
+        with open(log, "ab") as file:
+            file.write(f"$ {' '.join(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                command,
+                cwd=self._root,
+                env={**os.environ, **_ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(self._lock,),
+            )
+            self._running.add(process)
+            if self._stopped:
+                self._stop()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self._running.discard(process)
+        if process.returncode:
+            tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+            raise ValueError(
+                f"{unit.name} failed with status {process.returncode}; see {log}. The same command goes on from "
+                f"there. It ended with:\n" + "\n".join(tail)
+            )
+        return {
+            "command": " ".join(command),
+            "wall_s": round(time.time() - started, 2),
+            "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
+            "peak_mib": round(usage.ru_maxrss / 1024, 1),
+        }
+
+    def _stop(self) -> None:
+        self._stopped = True
+        for process in list(self._running):
+            if process.returncode is None:
+                try:
+                    os.killpg(process.pid, signal.SIGTERM)
+                except ProcessLookupError:
+                    continue
+
+    def _left(self, units: list[Unit]) -> str:
+        walls: dict[str, list[float]] = {}
+        for path in (self._root / "done").rglob("*.json"):
+            mark = read_json(path)
+            walls.setdefault(mark["kind"], []).append(mark["wall_s"])
+        if not units:
+            return ""
+        seconds = [sum(walls[unit.kind]) / len(walls[unit.kind]) for unit in units if unit.kind in walls]
+        unknown = {unit.kind for unit in units} - walls.keys()
+        minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
+        return f"; {minutes}, and what {', '.join(sorted(unknown))} will take" if unknown else f"; {minutes}"
+
+
+def command_line(name: str, *arguments: str) -> tuple[str, ...]:
+    """A command of this environment: ``llamafactory-cli`` and the like lie beside the interpreter."""
+    beside = Path(sys.executable).with_name(name)
+    return (str(beside) if beside.exists() else name, *arguments)

@@ -1,0 +1,145 @@
+"""A whole study: from nothing, or from where it was stopped, to its report."""
+
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..selection.provenance import package_versions
+from . import layout
+from .figures import draw_accuracy, draw_mechanism
+from .files import read_json, replace_json, replace_text
+from .plan import plan
+from .pool import Pool, locked
+from .results import gather
+from .settings import SIZES, Settings
+from .tables import render
+
+WORKERS = 2
+
+
+def run_study(output: str | os.PathLike, size: str = "default", workers: int = WORKERS) -> Path:
+    """Runs what of a study is not done yet, and writes ``report.md``, ``report.json`` and the figures.
+
+    Args:
+        output: The study's folder.
+        size: One of ``SIZES``.
+        workers: Runs side by side; numbers do not depend on it, times do.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: The size is unknown, the folder holds a study of other settings or something else, a package is
+            missing, or a unit failed.
+    """
+    if size not in SIZES:
+        raise ValueError(f"STUDY={size!r}: choose one of {', '.join(SIZES)}")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: choose 1 or more")
+    root, settings = Path(output).absolute(), SIZES[size]
+    _require_packages()
+    _claim(root, settings, output)
+    with locked(root) as lock, terminated_like_interrupted():
+        Pool(root, workers, lock, lambda line: print(f"[hera study] {line}", flush=True)).run(plan(root, settings))
+        return write_study_report(root, settings, workers, size)
+
+
+def write_study_report(root: Path, settings: Settings, workers: int, size: str) -> Path:
+    """Writes the report of a finished study from its files."""
+    report = {
+        "settings": settings.to_dict(),
+        "command": f"make study STUDY={size}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _machine(workers),
+        "versions": package_versions(),
+        "elapsed_s": _elapsed(root),
+        "teacher": read_json(root / layout.CONTROL),
+        "tuning": read_json(root / layout.TUNING),
+        "measured": gather(root, settings),
+    }
+    replace_json(root / "report.json", report)
+    draw_mechanism(report["measured"], root / "mechanism.png")
+    draw_accuracy(report["measured"], root / "accuracy.png")
+    page = root / "report.md"
+    replace_text(page, render(report, {"mechanism": "mechanism.png", "accuracy": "accuracy.png"}))
+    return page
+
+
+def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
+    """Writes the settings into an empty folder; refuses one that belongs to something else."""
+    file = root / layout.SETTINGS
+    if file.exists():
+        found = read_json(file)["settings"]
+        asked = settings.to_dict()
+        if found != asked:
+            other = sorted(key for key in asked.keys() | found.keys() if found.get(key) != asked.get(key))
+            raise ValueError(
+                f"output={str(output)!r} holds a study with other settings ({', '.join(other)}): choose another "
+                "folder, or remove it yourself"
+            )
+    elif root.exists() and any(root.iterdir()):
+        raise ValueError(f"output={str(output)!r} exists and holds no study: choose another folder")
+    else:
+        replace_json(file, {"settings": settings.to_dict()})
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("jieba", "nltk", "rouge_chinese", "scipy") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} cannot be imported, and the host predicts with them: "
+            "pip install 'llamafactory-hera[study]'"
+        )
+
+
+def _elapsed(root: Path) -> float:
+    """Wall time that the units took, side by side counted once."""
+    spans = sorted(
+        (mark["started"], mark["started"] + mark["wall_s"]) for mark in map(read_json, (root / "done").rglob("*.json"))
+    )
+    total, reached = 0.0, 0.0
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return round(total, 1)
+
+
+def _machine(workers: int) -> dict[str, Any]:
+    return {
+        "workers": workers,
+        "cores": len(os.sched_getaffinity(0)),
+        "processor": _processor(),
+        "load": os.getloadavg()[2],
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Lets SIGTERM stop the processes as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,60 @@
+"""Every method is a row of keys that the host's side accepts, and differs from the others."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.study import layout, recipes
+from llamafactory_hera.study.methods import BASELINE, METHODS, PAPER_WEIGHT, TUNED
+from llamafactory_hera.study.settings import SIZES, Settings
+
+SETTINGS = SIZES["default"]
+
+
+def select(strategy: str, m: int) -> list[str]:
+    return [f"L{('worst', 'top', 'random').index(strategy)}H{i}" for i in range(m)]
+
+
+def stage2(method: str) -> dict[str, Any]:
+    keys = None if METHODS[method].plain else METHODS[method].hera_keys(0.3, select)
+    return recipes.stage2(SETTINGS, 1, "model", "out", keys, "test")
+
+
+@pytest.mark.filterwarnings("ignore:hera_heads. 10 heads")
+@pytest.mark.parametrize("method", [name for name in METHODS if name != BASELINE])
+def test_its_keys_are_valid(method):
+    recipe = stage2(method)
+    known = {field.name for field in fields(HeraArguments)}
+    keys = {key: value for key, value in recipe.items() if key.startswith("hera_")}
+    assert keys.keys() <= known
+    HeraArguments(**keys).check_hera()
+    assert recipe["stage"] == "hera"
+
+
+def test_weights_and_heads_are_those_of_the_method():
+    assert stage2("worst5_paper")["hera_weight"] == PAPER_WEIGHT == 0.01
+    assert stage2("worst5")["hera_weight"] == 0.3
+    assert stage2("viral")["hera_weight"] == 0.5
+    assert stage2("worst10")["hera_heads"].count(",") == 9
+    assert stage2("random5")["hera_heads"] == "L2H0,L2H1,L2H2,L2H3,L2H4"
+    assert not [key for key in stage2(BASELINE) if key.startswith("hera_")]
+    assert TUNED in METHODS
+
+
+def test_no_two_methods_are_the_same():
+    seen = [sorted((key, str(value)) for key, value in stage2(name).items()) for name in METHODS]
+    assert len({str(row) for row in seen}) == len(METHODS)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_settings_survive_their_file(size):
+    assert Settings.from_dict(SIZES[size].to_dict()) == SIZES[size]
+
+
+def test_final_seeds_choose_nothing():
+    for size in ("default", "full"):
+        assert SIZES[size].tuning_seed not in SIZES[size].seeds
+        assert len(SIZES[size].seeds) >= 3
+    assert layout.final_run("sft", 1).path != layout.tuning_run("sft", 0.1, 1).path
