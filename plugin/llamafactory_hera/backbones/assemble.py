@@ -14,9 +14,10 @@ from .. import __version__
 from ..teachers.hub import teacher_folder
 from .chat import chat_template, host_template
 from .entries import padded_vocabulary
-from .language import IMAGE_TOKEN, LanguageSource, add_image_token, open_language_model
+from .language import LanguageSource, open_language_model
 from .plan import PlannedTensor, plan_tensors
 from .sources import language_model_folder
+from .tokenizer import IMAGE_TOKEN, add_image_token, open_tokenizer
 from .vision import VisionSource, image_size, open_vision
 from .writer import bytes_to_write, write_shards
 
@@ -116,9 +117,9 @@ def build_backbone(
 
 def _processor(language: LanguageSource, vision: VisionSource) -> tuple[Any, str | None]:
     """The model's processor, and the host's template that fits it."""
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+    from transformers import AutoImageProcessor, LlavaProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(language.folder)
+    tokenizer = open_tokenizer(language)
     add_image_token(tokenizer)
     template = host_template(language.config.model_type, tokenizer)
     tokenizer.chat_template = chat_template(tokenizer, template)

@@ -11,7 +11,6 @@ from .sources import StoredTensor, read_config, stored_tensors
 from .vision import NESTED, TOWERS
 
 KEY = "--language-model"
-IMAGE_TOKEN = "<image>"
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -85,24 +84,3 @@ def open_language_model(folder: Path) -> LanguageSource:
             "language model, as `save_pretrained` writes it."
         )
     return LanguageSource(folder, config, tensors)
-
-
-def add_image_token(tokenizer: Any) -> int:
-    """Makes ``<image>`` one special token of the tokenizer; returns its id.
-
-    A special token of that name that is there already is taken as it is.
-
-    Raises:
-        ValueError: ``<image>`` is an ordinary word of the vocabulary.
-    """
-    if IMAGE_TOKEN in tokenizer.get_vocab():
-        if IMAGE_TOKEN not in tokenizer.get_added_vocab():
-            raise ValueError(
-                f"{KEY}: its tokenizer has {IMAGE_TOKEN} as an ordinary word, whose embedding means something to the "
-                "model; rename that entry in the tokenizer's files, or give another language model."
-            )
-        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
