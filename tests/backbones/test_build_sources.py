@@ -1,11 +1,15 @@
 """`build` looks at what it is given before it makes anything: each fault names its option, value and remedy."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from .test_assemble import stored
 from .test_build_faults import build
 from .tiny import new_tokenizer, save_language_model
 
@@ -59,3 +63,65 @@ def test_a_token_that_was_added_behind_the_embedding_gets_a_row(checkpoints: dic
     tokenizer.add_tokens(["<pad>"], special_tokens=True)
     tokenizer.save_pretrained(llm)
     assert build(checkpoints, tmp_path / "built", llm=llm).image_token_id == 404
+
+
+QUANTISED = r"{key}: .* is quantised \(quantization_config in config.json, method {method}\).* unquantised checkpoint"
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_quantised_models_are_refused_before_their_weights_are_read(
+    method: str, checkpoints: dict, tmp_path: Path
+) -> None:
+    for key, name in (("--language-model", "qwen3"), ("--vision-model", "siglip")):
+        folder = copy(checkpoints[name], tmp_path / name)
+        edit(folder / "config.json", quantization_config={"quant_method": method})
+        (folder / "model.safetensors").unlink()
+        option = {"llm" if name == "qwen3" else "tower": folder}
+        refused(checkpoints, tmp_path / "built", QUANTISED.format(key=key, method=method), **option)
+
+
+def test_eight_bit_weights_are_refused_without_a_word_of_it_in_the_configuration(
+    checkpoints: dict, tmp_path: Path
+) -> None:
+    llm = copy(checkpoints["qwen3"], tmp_path / "llm")
+    weights = stored(llm)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, llm / "model.safetensors")
+    refused(checkpoints, tmp_path / "built", rf"--language-model: .*{name} as F8_E4M3.* unquantised", llm=llm)
+
+
+def test_a_configuration_that_transformers_refuses_is_told(checkpoints: dict, tmp_path: Path) -> None:
+    llm, tower = copy(checkpoints["qwen3"], tmp_path / "llm"), copy(checkpoints["siglip"], tmp_path / "tower")
+    good = (llm / "config.json").read_text()
+    edit(llm / "config.json", num_hidden_layers=3)
+    message = refused(checkpoints, tmp_path / "built", r"--language-model: .* no valid configuration", llm=llm)
+    assert "`num_hidden_layers` (3) must be equal" in message
+    assert "\n" not in message
+    (llm / "config.json").write_text(good)
+    edit(llm / "config.json", hidden_act="nothing_known")
+    refused(checkpoints, tmp_path / "built", r"no model can be made of config.json .*nothing_known", llm=llm)
+    for text, match in (
+        ("{", r"config.json cannot be read as JSON.* whole"),
+        ("{}", r"config.json has no model_type"),
+    ):
+        (llm / "config.json").write_text(text)
+        refused(checkpoints, tmp_path / "built", r"--language-model: .*" + match, llm=llm)
+        (tower / "config.json").write_text(text)
+        refused(checkpoints, tmp_path / "built", r"--vision-model: .*" + match, tower=tower)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"junk" * 100, b"", pickle.dumps({"a": 1}, protocol=2), "list", "nested"],
+    ids=["junk", "empty", "number", "list", "nested"],
+)
+def test_pickled_weights_that_cannot_be_read_are_told(content: bytes | str, checkpoints: dict, tmp_path: Path) -> None:
+    llm = copy(checkpoints["qwen3"], tmp_path / "llm")
+    (llm / "model.safetensors").unlink()
+    file = llm / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save([torch.ones(2)] if content == "list" else {"state_dict": {"a": torch.ones(2)}}, file)
+    match = rf"--language-model: {file} (cannot be read|holds something else).* Copy or download llm again, whole"
+    refused(checkpoints, tmp_path / "built", match, llm=llm)

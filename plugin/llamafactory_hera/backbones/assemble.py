@@ -16,7 +16,7 @@ from .chat import chat_template, host_template
 from .entries import padded_vocabulary
 from .language import LanguageSource, open_language_model
 from .plan import PlannedTensor, plan_tensors
-from .sources import language_model_folder
+from .sources import language_model_folder, read_config
 from .tokenizer import IMAGE_TOKEN, add_image_token, open_tokenizer
 from .vision import VisionSource, image_size, open_vision
 from .writer import bytes_to_write, write_shards
@@ -77,6 +77,7 @@ def build_backbone(
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output: {output} is not empty; give another folder, or remove it yourself.")
+    read_config(teacher_folder(vision_model, "--vision-model", weights=False), "--vision-model")
     language = open_language_model(language_model_folder(language_model, "--language-model"))
     vision = open_vision(teacher_folder(vision_model, "--vision-model"))
     processor, template = _processor(language, vision)

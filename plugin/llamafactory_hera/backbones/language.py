@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..heads.families import FAMILIES
-from .sources import StoredTensor, read_config, stored_tensors
+from .sources import StoredTensor, open_config, read_config, stored_tensors
 from .vision import NESTED, TOWERS
 
 KEY = "--language-model"
@@ -51,10 +51,8 @@ def open_language_model(folder: Path) -> LanguageSource:
         ValueError: Another kind of model, an architecture that ``heads/families.py`` lacks, or weights that are not
             whole.
     """
-    from transformers import AutoConfig
-
     values = read_config(folder, KEY)
-    model_type = values.get("model_type", "")
+    model_type = values["model_type"]
     if model_type in TOWERS or model_type in NESTED:
         raise ValueError(
             f"{KEY}: {folder} is a vision encoder ({model_type}); were {KEY} and --vision-model swapped? Give a "
@@ -71,7 +69,7 @@ def open_language_model(folder: Path) -> LanguageSource:
             "says where the heads of an architecture are. Add the line for it if its layers have an output projection "
             f"that takes the heads side by side, or give one of these: {', '.join(sorted(FAMILIES))}."
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder, KEY)
     tensors = {}
     for name, tensor in stored_tensors(folder, KEY).items():
         if not name.endswith(_COMPUTED):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .language import KEY, LanguageSource
+from .sources import one_line
 
 IMAGE_TOKEN = "<image>"
 
@@ -49,7 +50,7 @@ def open_tokenizer(language: LanguageSource) -> Any:
         ) from error
     except Exception as error:  # transformers and its parsers raise whatever a broken file leads to
         raise ValueError(
-            f"{KEY}: the tokenizer in {folder} cannot be opened ({type(error).__name__}: {error}). Copy or download "
+            f"{KEY}: the tokenizer in {folder} cannot be opened ({one_line(error)}). Copy or download "
             "its files again, whole."
         ) from error
     return tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from ..heads.families import FAMILIES as TEXT_FAMILIES
-from .sources import StoredTensor, read_config, stored_tensors
+from .sources import StoredTensor, open_config, read_config, stored_tensors
 
 KEY = "--vision-model"
 
@@ -78,15 +78,13 @@ def open_vision(folder: Path) -> VisionSource:
     Raises:
         ValueError: Not a vision encoder of :data:`TOWERS`, or its weights are not whole.
     """
-    from transformers import AutoConfig
-
     values = read_config(folder, KEY)
-    model_type = values.get("model_type", "")
+    model_type = values["model_type"]
     vision_type = NESTED.get(model_type, model_type)
     if vision_type not in TOWERS:
         raise ValueError(_refusal(folder, model_type, values))
     tower = TOWERS[vision_type]
-    whole = AutoConfig.from_pretrained(folder)
+    whole = open_config(folder, KEY)
     config = whole.vision_config if model_type in NESTED else whole
     if "head." in tower.unused:
         config.vision_use_head = False
@@ -114,7 +112,7 @@ def _refusal(folder: Path, model_type: str, values: dict[str, Any]) -> str:
         )
     if model_type == "dinov2_with_registers":
         remedy = "its register tokens cannot be told from patches by LLaVA; give facebook/dinov2-large"
-    return f"{KEY}: {folder} ({model_type or 'no model_type'}) cannot be the vision tower: {remedy}."
+    return f"{KEY}: {folder} ({model_type}) cannot be the vision tower: {remedy}."
 
 
 def image_size(image_processor: Any, folder: Path) -> tuple[int, int]:
