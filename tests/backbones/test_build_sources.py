@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
+from PIL import Image
 from safetensors.torch import save_file
 
-from .test_assemble import stored
+from .test_assemble import load, stored
 from .test_build_faults import build
 from .tiny import new_tokenizer, save_language_model
 
@@ -125,3 +127,31 @@ def test_pickled_weights_that_cannot_be_read_are_told(content: bytes | str, chec
         torch.save([torch.ones(2)] if content == "list" else {"state_dict": {"a": torch.ones(2)}}, file)
     match = rf"--language-model: {file} (cannot be read|holds something else).* Copy or download llm again, whole"
     refused(checkpoints, tmp_path / "built", match, llm=llm)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_images_of_another_size_than_the_towers_are_refused(kind: str, checkpoints: dict, tmp_path: Path) -> None:
+    tower, square = copy(checkpoints[kind], tmp_path / "tower"), {"height": 64, "width": 64}
+    edit(tower / "preprocessor_config.json", size=square, crop_size=square)
+    match = r"--vision-model: .* 64 x 64 pixels \(size .*\), the vision tower takes 32 x 32 .* Set them to 32 x 32"
+    refused(checkpoints, tmp_path / "built", match, tower=tower)
+
+
+def test_dinov2_takes_images_of_another_size_than_it_was_trained_on(checkpoints: dict, tmp_path: Path) -> None:
+    tower = copy(checkpoints["dinov2"], tmp_path / "tower")  # as the hub's: trained at 518 pixels, used at 224
+    edit(tower / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    built = build(checkpoints, tmp_path / "built", tower=tower)
+    assert built.image_tokens == 64
+    inputs = tf.AutoProcessor.from_pretrained(built.folder)(
+        images=Image.new("RGB", (40, 30)), text="<image>\nWhat is it?", return_tensors="pt"
+    )
+    assert load(built.folder)(**inputs).logits.isfinite().all()
+
+
+def test_a_tower_without_its_image_processor_is_refused(checkpoints: dict, tmp_path: Path) -> None:
+    tower = copy(checkpoints["clip"], tmp_path / "tower")
+    edit(tower / "preprocessor_config.json", image_mean="none")
+    refused(checkpoints, tmp_path / "built", r"--vision-model: the image processor .* cannot be used", tower=tower)
+    (tower / "preprocessor_config.json").unlink()
+    match = rf"--vision-model: {tower} holds no preprocessor_config.json.* copy that of the same model"
+    refused(checkpoints, tmp_path / "built", match, tower=tower)

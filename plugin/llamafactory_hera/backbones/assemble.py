@@ -14,11 +14,12 @@ from .. import __version__
 from ..teachers.hub import teacher_folder
 from .chat import chat_template, host_template
 from .entries import padded_vocabulary
+from .images import open_image_processor
 from .language import LanguageSource, open_language_model
 from .plan import PlannedTensor, plan_tensors
 from .sources import language_model_folder, read_config
 from .tokenizer import IMAGE_TOKEN, add_image_token, open_tokenizer
-from .vision import VisionSource, image_size, open_vision
+from .vision import VisionSource, open_vision
 from .writer import bytes_to_write, write_shards
 
 GIB = 2**30
@@ -80,8 +81,9 @@ def build_backbone(
     read_config(teacher_folder(vision_model, "--vision-model", weights=False), "--vision-model")
     language = open_language_model(language_model_folder(language_model, "--language-model"))
     vision = open_vision(teacher_folder(vision_model, "--vision-model"))
-    processor, template = _processor(language, vision)
-    config = _config(language, vision, processor)
+    image_processor, size = open_image_processor(vision)
+    processor, template = _processor(language, vision, image_processor)
+    config = _config(language, vision, processor, size)
     planned = plan_tensors(language, vision, config, seed)
     backbone = Backbone(
         folder=output,
@@ -116,16 +118,16 @@ def build_backbone(
     return backbone
 
 
-def _processor(language: LanguageSource, vision: VisionSource) -> tuple[Any, str | None]:
+def _processor(language: LanguageSource, vision: VisionSource, image_processor: Any) -> tuple[Any, str | None]:
     """The model's processor, and the host's template that fits it."""
-    from transformers import AutoImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
     tokenizer = open_tokenizer(language)
     add_image_token(tokenizer)
     template = host_template(language.config.model_type, tokenizer)
     tokenizer.chat_template = chat_template(tokenizer, template)
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision.folder),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=vision.select_strategy,
@@ -136,17 +138,16 @@ def _processor(language: LanguageSource, vision: VisionSource) -> tuple[Any, str
     return processor, template
 
 
-def _config(language: LanguageSource, vision: VisionSource, processor: Any) -> Any:
+def _config(language: LanguageSource, vision: VisionSource, processor: Any, size: tuple[int, int]) -> Any:
     from transformers import LlavaConfig
 
     text, patch = language.config, vision.config.patch_size
-    height, width = image_size(processor.image_processor, vision.folder)
     pad = text.pad_token_id if text.pad_token_id is not None else processor.tokenizer.pad_token_id
     return LlavaConfig(
         text_config=text.to_dict() | {"vocab_size": padded_vocabulary(text.vocab_size, len(processor.tokenizer))},
         vision_config=vision.config.to_dict(),
         image_token_index=processor.image_token_id,
-        image_seq_length=(height // patch) * (width // patch),
+        image_seq_length=(size[0] // patch) * (size[1] // patch),
         vision_feature_layer=-1,
         vision_feature_select_strategy=vision.select_strategy,
         projector_hidden_act="gelu",

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..heads.families import FAMILIES as TEXT_FAMILIES
 from .sources import StoredTensor, open_config, read_config, stored_tensors
 
@@ -21,12 +19,14 @@ class Tower:
         stored_prefix: In front of them inside a LLaVA checkpoint, as every version of transformers reads it.
         has_cls: Its first token is a CLS token, which is left out of the image's tokens.
         unused: Parts that LLaVA never reads.
+        any_size: Its position embeddings are interpolated to the image.
     """
 
     own_prefix: str
     stored_prefix: str
     has_cls: bool
     unused: tuple[str, ...] = ()
+    any_size: bool = False
 
 
 _CLIP = Tower("vision_model.", "vision_tower.vision_model.", has_cls=True)
@@ -36,7 +36,7 @@ _SIGLIP = Tower("vision_model.", "vision_tower.vision_model.", has_cls=False, un
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": _CLIP,
     "siglip_vision_model": _SIGLIP,
-    "dinov2": Tower("dinov2.", "vision_tower.", has_cls=True, unused=("classifier.",)),
+    "dinov2": Tower("dinov2.", "vision_tower.", has_cls=True, unused=("classifier.",), any_size=True),
 }
 #: Checkpoints with a text half -> the type of their vision half.
 NESTED = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -113,21 +113,3 @@ def _refusal(folder: Path, model_type: str, values: dict[str, Any]) -> str:
     if model_type == "dinov2_with_registers":
         remedy = "its register tokens cannot be told from patches by LLaVA; give facebook/dinov2-large"
     return f"{KEY}: {folder} ({model_type}) cannot be the vision tower: {remedy}."
-
-
-def image_size(image_processor: Any, folder: Path) -> tuple[int, int]:
-    """Height and width, in pixels, that the processor makes of every image.
-
-    Raises:
-        ValueError: They depend on the image.
-    """
-    shapes = set()
-    for size in ((64, 48), (48, 80)):
-        pixels = image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"]
-        shapes.add(tuple(pixels.shape[-2:]))
-    if len(shapes) != 1:
-        raise ValueError(
-            f"{KEY}: the image processor of {folder} makes images of different sizes ({sorted(shapes)}); LLaVA needs "
-            "one size. Set do_center_crop, or a height and a width, in its preprocessor_config.json."
-        )
-    return shapes.pop()
