@@ -11,7 +11,7 @@ import transformers as tf
 from PIL import Image
 from safetensors.torch import save_file
 
-from .test_assemble import load, stored
+from .test_assemble import PROMPT, load, stored
 from .test_build_faults import build
 from .tiny import new_tokenizer, save_language_model
 
@@ -155,3 +155,43 @@ def test_a_tower_without_its_image_processor_is_refused(checkpoints: dict, tmp_p
     (tower / "preprocessor_config.json").unlink()
     match = rf"--vision-model: {tower} holds no preprocessor_config.json.* copy that of the same model"
     refused(checkpoints, tmp_path / "built", match, tower=tower)
+
+
+@pytest.mark.parametrize("stated, head_only", [(440, False), (500, False), (448, True)])
+def test_a_vocabulary_that_is_not_the_stored_one_is_refused(
+    stated: int, head_only: bool, checkpoints: dict, tmp_path: Path
+) -> None:
+    llm = save_language_model("qwen3", tmp_path / "llm", rows=448)
+    edit(llm / "config.json", vocab_size=stated)
+    name = "lm_head.weight" if head_only else "model.embed_tokens.weight"
+    if head_only:
+        weights = stored(llm)
+        save_file(weights | {name: weights[name][:440].contiguous()}, llm / "model.safetensors")
+    rows = 440 if head_only else 448
+    match = rf"--language-model: vocab_size in .* is {stated}, and {name} is stored with {rows} rows"
+    refused(checkpoints, tmp_path / "built", match, llm=llm)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_a_stored_head_beside_tied_embeddings_is_kept_where_it_differs(
+    same: bool, pickled: bool, checkpoints: dict, tmp_path: Path
+) -> None:
+    llm = save_language_model("qwen3", tmp_path / "llm", rows=9000)  # more than is compared at a time
+    edit(llm / "config.json", tie_word_embeddings=True)
+    weights = stored(llm)
+    head = weights["model.embed_tokens.weight"].clone()
+    if not same:
+        head[-1, -1] += 1
+    weights["lm_head.weight"] = head
+    (llm / "model.safetensors").unlink()
+    if pickled:
+        torch.save(weights, llm / "pytorch_model.bin")
+    else:
+        save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    llava = load(build(checkpoints, tmp_path / "built", llm=llm).folder)
+    assert (llava.lm_head.weight is llava.get_input_embeddings().weight) is same
+    assert torch.equal(llava.lm_head.weight, head.float())
+    reference = tf.AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(llava(input_ids=PROMPT).logits, reference(PROMPT).logits)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..heads.families import FAMILIES
+from ..teachers.files import CONFIG_FILE
 from .sources import StoredTensor, open_config, read_config, stored_tensors
 from .vision import NESTED, TOWERS
 
@@ -49,7 +50,7 @@ def open_language_model(folder: Path) -> LanguageSource:
 
     Raises:
         ValueError: Another kind of model, an architecture that ``heads/families.py`` lacks, or weights that are not
-            whole.
+            whole or have other rows than ``vocab_size``.
     """
     values = read_config(folder, KEY)
     model_type = values["model_type"]
@@ -74,11 +75,21 @@ def open_language_model(folder: Path) -> LanguageSource:
     for name, tensor in stored_tensors(folder, KEY).items():
         if not name.endswith(_COMPUTED):
             tensors[f"language_model.{name}"] = tensor
-    if config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
     if EMBEDDING not in tensors:
         raise ValueError(
             f"{KEY}: the weights of {folder} hold no model.embed_tokens.weight; give the checkpoint of a causal "
             "language model, as `save_pretrained` writes it."
         )
+    for name in (EMBEDDING, HEAD):
+        if name in tensors and tensors[name].shape[0] != config.vocab_size:
+            raise ValueError(
+                f"{KEY}: vocab_size in {folder / CONFIG_FILE} is {config.vocab_size}, and {tensors[name].name} is "
+                f"stored with {tensors[name].shape[0]} rows. Give configuration and weights of the same model, or set "
+                "vocab_size to the stored rows."
+            )
+    if config.tie_word_embeddings and HEAD in tensors:
+        if tensors[HEAD].equals(tensors[EMBEDDING]):
+            del tensors[HEAD]
+        else:
+            config.tie_word_embeddings = False  # as transformers loads it: its logits come from the stored head
     return LanguageSource(folder, config, tensors)

@@ -1,5 +1,7 @@
 """Reads a checkpoint tensor by tensor: where its files are, what they hold, and one tensor at a time."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_BLOCK_ROWS = 4096
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -46,6 +49,22 @@ class StoredTensor:
             with safe_open(self.file, "pt") as opened:
                 return opened.get_tensor(self.name)
         return _pickled(self.file)[self.name]
+
+    def equals(self, other: "StoredTensor") -> bool:
+        """Same shape and values; at most a few thousand rows of each are in memory."""
+        if self.shape != other.shape:
+            return False
+        pairs = zip(self._blocks(), other._blocks(), strict=True)
+        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        with ExitStack() as stack:
+            if self.file.suffix == ".safetensors":
+                rows = stack.enter_context(safe_open(self.file, "pt")).get_slice(self.name)
+            else:
+                rows = _pickled(self.file)[self.name]
+            for first in range(0, self.shape[0], _BLOCK_ROWS):
+                yield rows[first : first + _BLOCK_ROWS]
 
 
 def stored_tensors(folder: Path, key: str) -> dict[str, StoredTensor]:
