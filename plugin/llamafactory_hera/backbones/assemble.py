@@ -1,9 +1,7 @@
 """Builds a LLaVA-style model from a language model and a vision encoder: ``llamafactory-hera build``."""
 
 import hashlib
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +15,15 @@ from .entries import padded_vocabulary
 from .images import open_image_processor
 from .language import LanguageSource, open_language_model
 from .plan import PlannedTensor, plan_tensors
-from .sources import language_model_folder, read_config
+from .sources import language_model_folder, one_line, read_config
 from .tokenizer import IMAGE_TOKEN, add_image_token, open_tokenizer
 from .vision import VisionSource, open_vision
-from .writer import bytes_to_write, write_shards
+from .work_folder import WorkFolder
+from .writer import write_json, write_shards
 
 GIB = 2**30
 #: What was built from what; beside the weights.
 PROVENANCE = "backbone.json"
-#: Of an unfinished build: which request it belongs to.
-REQUEST = "build.json"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -75,9 +72,9 @@ def build_backbone(
     Raises:
         ValueError: Names the option, its value and the remedy.
     """
-    output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} is not empty; give another folder, or remove it yourself.")
+    if not 0 < shard_gib < math.inf:
+        raise ValueError(f"--shard-gib: {shard_gib} is no size of a file; give a number above 0, such as 4.")
+    work = WorkFolder(output)
     read_config(teacher_folder(vision_model, "--vision-model", weights=False), "--vision-model")
     language = open_language_model(language_model_folder(language_model, "--language-model"))
     vision = open_vision(teacher_folder(vision_model, "--vision-model"))
@@ -86,35 +83,27 @@ def build_backbone(
     config = _config(language, vision, processor, size)
     planned = plan_tensors(language, vision, config, seed)
     backbone = Backbone(
-        folder=output,
+        folder=work.output,
         n_parameters=sum(math.prod(tensor.shape) for tensor in planned),
         image_token_id=config.image_token_id,
         image_tokens=config.image_seq_length,
         vocabulary=config.text_config.vocab_size,
         template=template,
     )
-    partial = output.with_name(f"{output.name}.partial")
     notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
+    request = _digest(planned, shard_gib)
     try:
-        _start(partial, planned, shard_gib)
-        needed = bytes_to_write(planned, partial)
-        if shutil.disk_usage(partial).free < needed:
-            raise OSError(f"{needed / GIB:.1f} GB are needed, {shutil.disk_usage(partial).free / GIB:.1f} GB are free")
-        processor.save_pretrained(partial)
-        _write_json(partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
-        if (language.folder / GENERATION_FILE).is_file():
-            shutil.copyfile(language.folder / GENERATION_FILE, partial / GENERATION_FILE)
-        write_shards(planned, partial, int(shard_gib * GIB), report)
-        config.save_pretrained(partial)  # last: without it nothing loads the folder
-        (partial / REQUEST).unlink()
-        if output.exists():
-            output.rmdir()
-        os.replace(partial, output)
+        if not work.is_finished(request):
+            work.start(planned, request)
+            _save_processor(processor, work.partial)
+            write_json(work.partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
+            if (language.folder / GENERATION_FILE).is_file():
+                shutil.copyfile(language.folder / GENERATION_FILE, work.partial / GENERATION_FILE)
+            write_shards(planned, work.partial, int(shard_gib * GIB), report)
+            config.save_pretrained(work.partial)  # last: without it nothing loads the folder
+        work.finish()
     except OSError as error:
-        raise ValueError(
-            f"--output: {output} cannot be written ({error}). What is finished is kept in {partial}: make room and "
-            "run the same command again, or remove it."
-        ) from error
+        raise work.failure(error) from error
     return backbone
 
 
@@ -136,6 +125,15 @@ def _processor(language: LanguageSource, vision: VisionSource, image_processor: 
         chat_template=tokenizer.chat_template,
     )
     return processor, template
+
+
+def _save_processor(processor: Any, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of a full disk the tokenizers library makes an exception without a type
+        raise OSError(one_line(error)) from error
 
 
 def _config(language: LanguageSource, vision: VisionSource, processor: Any, size: tuple[int, int]) -> Any:
@@ -160,23 +158,9 @@ def _config(language: LanguageSource, vision: VisionSource, processor: Any, size
     )
 
 
-def _start(partial: Path, planned: list[PlannedTensor], shard_gib: float) -> None:
-    """Makes the working folder, or checks that the one that is there belongs to the same request."""
+def _digest(planned: list[PlannedTensor], shard_gib: float) -> str:
+    """What the weights are made of and how they are cut."""
     digest = hashlib.sha256(repr(shard_gib).encode())
     for tensor in planned:
         digest.update(repr((tensor.name, tensor.shape, str(tensor.dtype), tensor.source)).encode())
-    request = {"request": digest.hexdigest()}
-    partial.mkdir(parents=True, exist_ok=True)
-    notes = partial / REQUEST
-    if notes.is_file() and json.loads(notes.read_text(encoding="utf-8") or "null") == request:
-        return
-    if any(partial.iterdir()):
-        raise ValueError(
-            f"--output: {partial} holds an unfinished build of other models or with other options; remove it, or give "
-            "another --output."
-        )
-    _write_json(notes, request)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return digest.hexdigest()
