@@ -197,7 +197,8 @@ def test_without_the_hub_the_files_to_place_are_named(
         build(checkpoints, tmp_path / "built", llm="Qwen/Qwen3-8B")
     assert "--language-model: Qwen/Qwen3-8B is no folder here" in str(caught.value)
     assert "hf download Qwen/Qwen3-8B --local-dir models/Qwen3-8B" in str(caught.value)
-    with pytest.raises(ValueError, match=r"--vision-model: google/siglip2-so400m-patch14-384 is no folder here"):
+    match = r"--vision-model: google/siglip2-so400m-patch14-384 is no folder here.* and give --vision-model FOLDER\.$"
+    with pytest.raises(ValueError, match=match):
         build(checkpoints, tmp_path / "built", tower="google/siglip2-so400m-patch14-384")
     with pytest.raises(ValueError, match="the folder no/such/folder does not exist"):
         build(checkpoints, tmp_path / "built", llm="no/such/folder")

@@ -121,6 +121,9 @@ def test_pickled_weights_that_cannot_be_read_are_told(content: bytes | str, chec
     llm = copy(checkpoints["qwen3"], tmp_path / "llm")
     (llm / "model.safetensors").unlink()
     file = llm / "pytorch_model.bin"
+    torch.save(stored(checkpoints["qwen3"]), file)
+    build(checkpoints, tmp_path / "good", llm=llm)  # what was read is not remembered under the file's name
+    file.unlink()
     if isinstance(content, bytes):
         file.write_bytes(content)
     else:

@@ -102,8 +102,13 @@ def _contents(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-@lru_cache(maxsize=1)
 def _pickled(file: Path) -> dict[str, Tensor]:
+    stat = file.stat()
+    return _unpickled(file, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(file: Path, _size: int, _mtime_ns: int) -> dict[str, Tensor]:
     try:
         try:
             tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)

@@ -37,7 +37,8 @@ class WorkFolder:
     def _check(self) -> None:
         empty = self.output.is_dir() and not any(self.output.iterdir())
         if self.output.exists() and not empty and not (self.output / REQUEST).is_file():
-            raise ValueError(f"--output: {self.output} is not empty; give another folder, or remove it yourself.")
+            what = "not empty" if self.output.is_dir() else "a file"
+            raise ValueError(f"--output: {self.output} is {what}; give another folder, or remove it yourself.")
         parent = _nearest(self.output.parent)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             why = "cannot be written" if parent.is_dir() else "is a file"
