@@ -1,9 +1,7 @@
 """Builds a LLaVA-style model from a language model and a vision encoder: ``llamafactory-hera build``."""
 
 import hashlib
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,17 +12,18 @@ from .. import __version__
 from ..teachers.hub import teacher_folder
 from .chat import chat_template, host_template
 from .entries import padded_vocabulary
-from .language import IMAGE_TOKEN, LanguageSource, add_image_token, open_language_model
+from .images import open_image_processor
+from .language import LanguageSource, open_language_model
 from .plan import PlannedTensor, plan_tensors
-from .sources import language_model_folder
-from .vision import VisionSource, image_size, open_vision
-from .writer import bytes_to_write, write_shards
+from .sources import language_model_folder, one_line, read_config
+from .tokenizer import IMAGE_TOKEN, add_image_token, open_tokenizer
+from .vision import VisionSource, open_vision
+from .work_folder import WorkFolder
+from .writer import write_json, write_shards
 
 GIB = 2**30
 #: What was built from what; beside the weights.
 PROVENANCE = "backbone.json"
-#: Of an unfinished build: which request it belongs to.
-REQUEST = "build.json"
 GENERATION_FILE = "generation_config.json"
 
 
@@ -73,57 +72,51 @@ def build_backbone(
     Raises:
         ValueError: Names the option, its value and the remedy.
     """
-    output = Path(output).absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output: {output} is not empty; give another folder, or remove it yourself.")
+    if not 0 < shard_gib < math.inf:
+        raise ValueError(f"--shard-gib: {shard_gib} is no size of a file; give a number above 0, such as 4.")
+    work = WorkFolder(output)
+    read_config(teacher_folder(vision_model, "--vision-model", weights=False), "--vision-model")
     language = open_language_model(language_model_folder(language_model, "--language-model"))
     vision = open_vision(teacher_folder(vision_model, "--vision-model"))
-    processor, template = _processor(language, vision)
-    config = _config(language, vision, processor)
+    image_processor, size = open_image_processor(vision)
+    processor, template = _processor(language, vision, image_processor)
+    config = _config(language, vision, processor, size)
     planned = plan_tensors(language, vision, config, seed)
     backbone = Backbone(
-        folder=output,
+        folder=work.output,
         n_parameters=sum(math.prod(tensor.shape) for tensor in planned),
         image_token_id=config.image_token_id,
         image_tokens=config.image_seq_length,
         vocabulary=config.text_config.vocab_size,
         template=template,
     )
-    partial = output.with_name(f"{output.name}.partial")
     notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
+    request = _digest(planned, shard_gib)
     try:
-        _start(partial, planned, shard_gib)
-        needed = bytes_to_write(planned, partial)
-        if shutil.disk_usage(partial).free < needed:
-            raise OSError(f"{needed / GIB:.1f} GB are needed, {shutil.disk_usage(partial).free / GIB:.1f} GB are free")
-        processor.save_pretrained(partial)
-        _write_json(partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
-        if (language.folder / GENERATION_FILE).is_file():
-            shutil.copyfile(language.folder / GENERATION_FILE, partial / GENERATION_FILE)
-        write_shards(planned, partial, int(shard_gib * GIB), report)
-        config.save_pretrained(partial)  # last: without it nothing loads the folder
-        (partial / REQUEST).unlink()
-        if output.exists():
-            output.rmdir()
-        os.replace(partial, output)
+        if not work.is_finished(request):
+            work.start(planned, request)
+            _save_processor(processor, work.partial)
+            write_json(work.partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
+            if (language.folder / GENERATION_FILE).is_file():
+                shutil.copyfile(language.folder / GENERATION_FILE, work.partial / GENERATION_FILE)
+            write_shards(planned, work.partial, int(shard_gib * GIB), report)
+            config.save_pretrained(work.partial)  # last: without it nothing loads the folder
+        work.finish()
     except OSError as error:
-        raise ValueError(
-            f"--output: {output} cannot be written ({error}). What is finished is kept in {partial}: make room and "
-            "run the same command again, or remove it."
-        ) from error
+        raise work.failure(error) from error
     return backbone
 
 
-def _processor(language: LanguageSource, vision: VisionSource) -> tuple[Any, str | None]:
+def _processor(language: LanguageSource, vision: VisionSource, image_processor: Any) -> tuple[Any, str | None]:
     """The model's processor, and the host's template that fits it."""
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
+    from transformers import LlavaProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(language.folder)
+    tokenizer = open_tokenizer(language)
     add_image_token(tokenizer)
     template = host_template(language.config.model_type, tokenizer)
     tokenizer.chat_template = chat_template(tokenizer, template)
     processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision.folder),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy=vision.select_strategy,
@@ -134,17 +127,25 @@ def _processor(language: LanguageSource, vision: VisionSource) -> tuple[Any, str
     return processor, template
 
 
-def _config(language: LanguageSource, vision: VisionSource, processor: Any) -> Any:
+def _save_processor(processor: Any, folder: Path) -> None:
+    try:
+        processor.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # of a full disk the tokenizers library makes an exception without a type
+        raise OSError(one_line(error)) from error
+
+
+def _config(language: LanguageSource, vision: VisionSource, processor: Any, size: tuple[int, int]) -> Any:
     from transformers import LlavaConfig
 
     text, patch = language.config, vision.config.patch_size
-    height, width = image_size(processor.image_processor, vision.folder)
     pad = text.pad_token_id if text.pad_token_id is not None else processor.tokenizer.pad_token_id
     return LlavaConfig(
         text_config=text.to_dict() | {"vocab_size": padded_vocabulary(text.vocab_size, len(processor.tokenizer))},
         vision_config=vision.config.to_dict(),
         image_token_index=processor.image_token_id,
-        image_seq_length=(height // patch) * (width // patch),
+        image_seq_length=(size[0] // patch) * (size[1] // patch),
         vision_feature_layer=-1,
         vision_feature_select_strategy=vision.select_strategy,
         projector_hidden_act="gelu",
@@ -157,23 +158,9 @@ def _config(language: LanguageSource, vision: VisionSource, processor: Any) -> A
     )
 
 
-def _start(partial: Path, planned: list[PlannedTensor], shard_gib: float) -> None:
-    """Makes the working folder, or checks that the one that is there belongs to the same request."""
+def _digest(planned: list[PlannedTensor], shard_gib: float) -> str:
+    """What the weights are made of and how they are cut."""
     digest = hashlib.sha256(repr(shard_gib).encode())
     for tensor in planned:
         digest.update(repr((tensor.name, tensor.shape, str(tensor.dtype), tensor.source)).encode())
-    request = {"request": digest.hexdigest()}
-    partial.mkdir(parents=True, exist_ok=True)
-    notes = partial / REQUEST
-    if notes.is_file() and json.loads(notes.read_text(encoding="utf-8") or "null") == request:
-        return
-    if any(partial.iterdir()):
-        raise ValueError(
-            f"--output: {partial} holds an unfinished build of other models or with other options; remove it, or give "
-            "another --output."
-        )
-    _write_json(notes, request)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ template renders what the host's template of the same name makes of the conversa
 
 from typing import Any
 
-from .language import IMAGE_TOKEN
+from .tokenizer import IMAGE_TOKEN
 
 # In front of a template that takes strings: contents become strings, images become the image token.
 _FLATTEN = (

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from ..heads.families import FAMILIES
-from .sources import StoredTensor, read_config, stored_tensors
+from ..teachers.files import CONFIG_FILE
+from .sources import StoredTensor, open_config, read_config, stored_tensors
 from .vision import NESTED, TOWERS
 
 KEY = "--language-model"
-IMAGE_TOKEN = "<image>"
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
@@ -50,12 +50,10 @@ def open_language_model(folder: Path) -> LanguageSource:
 
     Raises:
         ValueError: Another kind of model, an architecture that ``heads/families.py`` lacks, or weights that are not
-            whole.
+            whole or have other rows than ``vocab_size``.
     """
-    from transformers import AutoConfig
-
     values = read_config(folder, KEY)
-    model_type = values.get("model_type", "")
+    model_type = values["model_type"]
     if model_type in TOWERS or model_type in NESTED:
         raise ValueError(
             f"{KEY}: {folder} is a vision encoder ({model_type}); were {KEY} and --vision-model swapped? Give a "
@@ -72,37 +70,26 @@ def open_language_model(folder: Path) -> LanguageSource:
             "says where the heads of an architecture are. Add the line for it if its layers have an output projection "
             f"that takes the heads side by side, or give one of these: {', '.join(sorted(FAMILIES))}."
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = open_config(folder, KEY)
     tensors = {}
     for name, tensor in stored_tensors(folder, KEY).items():
         if not name.endswith(_COMPUTED):
             tensors[f"language_model.{name}"] = tensor
-    if config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
     if EMBEDDING not in tensors:
         raise ValueError(
             f"{KEY}: the weights of {folder} hold no model.embed_tokens.weight; give the checkpoint of a causal "
             "language model, as `save_pretrained` writes it."
         )
-    return LanguageSource(folder, config, tensors)
-
-
-def add_image_token(tokenizer: Any) -> int:
-    """Makes ``<image>`` one special token of the tokenizer; returns its id.
-
-    A special token of that name that is there already is taken as it is.
-
-    Raises:
-        ValueError: ``<image>`` is an ordinary word of the vocabulary.
-    """
-    if IMAGE_TOKEN in tokenizer.get_vocab():
-        if IMAGE_TOKEN not in tokenizer.get_added_vocab():
+    for name in (EMBEDDING, HEAD):
+        if name in tensors and tensors[name].shape[0] != config.vocab_size:
             raise ValueError(
-                f"{KEY}: its tokenizer has {IMAGE_TOKEN} as an ordinary word, whose embedding means something to the "
-                "model; rename that entry in the tokenizer's files, or give another language model."
+                f"{KEY}: vocab_size in {folder / CONFIG_FILE} is {config.vocab_size}, and {tensors[name].name} is "
+                f"stored with {tensors[name].shape[0]} rows. Give configuration and weights of the same model, or set "
+                "vocab_size to the stored rows."
             )
-        return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if config.tie_word_embeddings and HEAD in tensors:
+        if tensors[HEAD].equals(tensors[EMBEDDING]):
+            del tensors[HEAD]
+        else:
+            config.tie_word_embeddings = False  # as transformers loads it: its logits come from the stored head
+    return LanguageSource(folder, config, tensors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .language import EMBEDDING, HEAD, LanguageSource
-from .sources import StoredTensor
+from .sources import StoredTensor, one_line
 from .vision import VisionSource
 
 PROJECTOR = "multi_modal_projector."
@@ -100,8 +100,14 @@ def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> Iterat
 def _check(planned: list[PlannedTensor], config: Any, language: LanguageSource, vision: VisionSource) -> None:
     from transformers import LlavaForConditionalGeneration
 
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = LlavaForConditionalGeneration(config)
+    except Exception as error:  # each model class has its own checks and errors
+        raise ValueError(
+            f"--language-model, --vision-model: no model can be made of config.json in {language.folder} and in "
+            f"{vision.folder} ({one_line(error)}). Correct the value, or copy or download them again, whole."
+        ) from error
     tied = {"lm_head.weight"} if language.tied else set()
     prefixes = {
         "model.language_model.": "language_model.model.",

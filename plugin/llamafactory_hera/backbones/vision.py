@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..heads.families import FAMILIES as TEXT_FAMILIES
-from .sources import StoredTensor, read_config, stored_tensors
+from .sources import StoredTensor, open_config, read_config, stored_tensors
 
 KEY = "--vision-model"
 
@@ -21,12 +19,14 @@ class Tower:
         stored_prefix: In front of them inside a LLaVA checkpoint, as every version of transformers reads it.
         has_cls: Its first token is a CLS token, which is left out of the image's tokens.
         unused: Parts that LLaVA never reads.
+        any_size: Its position embeddings are interpolated to the image.
     """
 
     own_prefix: str
     stored_prefix: str
     has_cls: bool
     unused: tuple[str, ...] = ()
+    any_size: bool = False
 
 
 _CLIP = Tower("vision_model.", "vision_tower.vision_model.", has_cls=True)
@@ -36,7 +36,7 @@ _SIGLIP = Tower("vision_model.", "vision_tower.vision_model.", has_cls=False, un
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": _CLIP,
     "siglip_vision_model": _SIGLIP,
-    "dinov2": Tower("dinov2.", "vision_tower.", has_cls=True, unused=("classifier.",)),
+    "dinov2": Tower("dinov2.", "vision_tower.", has_cls=True, unused=("classifier.",), any_size=True),
 }
 #: Checkpoints with a text half -> the type of their vision half.
 NESTED = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
@@ -78,15 +78,13 @@ def open_vision(folder: Path) -> VisionSource:
     Raises:
         ValueError: Not a vision encoder of :data:`TOWERS`, or its weights are not whole.
     """
-    from transformers import AutoConfig
-
     values = read_config(folder, KEY)
-    model_type = values.get("model_type", "")
+    model_type = values["model_type"]
     vision_type = NESTED.get(model_type, model_type)
     if vision_type not in TOWERS:
         raise ValueError(_refusal(folder, model_type, values))
     tower = TOWERS[vision_type]
-    whole = AutoConfig.from_pretrained(folder)
+    whole = open_config(folder, KEY)
     config = whole.vision_config if model_type in NESTED else whole
     if "head." in tower.unused:
         config.vision_use_head = False
@@ -114,22 +112,4 @@ def _refusal(folder: Path, model_type: str, values: dict[str, Any]) -> str:
         )
     if model_type == "dinov2_with_registers":
         remedy = "its register tokens cannot be told from patches by LLaVA; give facebook/dinov2-large"
-    return f"{KEY}: {folder} ({model_type or 'no model_type'}) cannot be the vision tower: {remedy}."
-
-
-def image_size(image_processor: Any, folder: Path) -> tuple[int, int]:
-    """Height and width, in pixels, that the processor makes of every image.
-
-    Raises:
-        ValueError: They depend on the image.
-    """
-    shapes = set()
-    for size in ((64, 48), (48, 80)):
-        pixels = image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"]
-        shapes.add(tuple(pixels.shape[-2:]))
-    if len(shapes) != 1:
-        raise ValueError(
-            f"{KEY}: the image processor of {folder} makes images of different sizes ({sorted(shapes)}); LLaVA needs "
-            "one size. Set do_center_crop, or a height and a width, in its preprocessor_config.json."
-        )
-    return shapes.pop()
+    return f"{KEY}: {folder} ({model_type}) cannot be the vision tower: {remedy}."

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -58,7 +59,14 @@ def write_shards(
     if len(shards) > 1:
         total = sum(tensor.n_bytes for tensor in planned)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file, which appears whole or not at all."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def bytes_to_write(planned: list[PlannedTensor], folder: Path) -> int:

@@ -114,9 +114,10 @@ def _exists(repo: str, name: str, commit: str) -> bool:
 def _unreachable(repo: str, key: str) -> str:
     from huggingface_hub import constants
 
+    remedy = f"give {key} FOLDER" if key.startswith("--") else f"set {key}: FOLDER"
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
     return (
         f"{key}: {repo} is no folder here, {offline}, and the hub cache {constants.HF_HUB_CACHE} does not hold the "
         f"whole model. On a machine with access run `hf download {repo} {CONFIG_FILE} {PROCESSOR_FILES[0]} "
-        f"{WEIGHT_FILES[0]} --local-dir FOLDER`, copy FOLDER here, and set {key}: FOLDER."
+        f"{WEIGHT_FILES[0]} --local-dir FOLDER`, copy FOLDER here, and {remedy}."
     )
