@@ -65,8 +65,8 @@ def make_tower(data: Path, target: Path, settings: Settings) -> None:
 def make_teacher(data: Path, target: Path, settings: Settings) -> None:
     """The teacher: self-supervised on the training images, with its own processor.
 
-    The demo's training, but a view is often grey: in these scenes colours and places alone tell almost every image from
-    the others, and a teacher that always sees colours learns little about shapes.
+    The demo's training, but a view is often grey. Colours and places alone tell almost every image of these scenes
+    from the others, and a teacher that always sees colours learns little about shapes.
     """
     processor = teachers.image_processor()
     pixels = training_pixels(data, processor)
