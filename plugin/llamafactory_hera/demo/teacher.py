@@ -6,6 +6,8 @@ place, scale, brightness, contrast, colour cast and noise. They are never mirror
 and right, and colour, are things that the captions speak of. No text, label or scene factor is used.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
@@ -56,7 +58,12 @@ def random_view(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_teacher(
-    teacher: Dinov2Model, pixels: torch.Tensor, steps: int, batch_size: int = 128, learning_rate: float = 2e-3
+    teacher: Dinov2Model,
+    pixels: torch.Tensor,
+    steps: int,
+    batch_size: int = 128,
+    learning_rate: float = 2e-3,
+    view: Callable[[torch.Tensor], torch.Tensor] = random_view,
 ) -> list[float]:
     """Contrastive training on the images alone, in place.
 
@@ -66,6 +73,7 @@ def train_teacher(
         steps: Number of updates.
         batch_size: Images a step, all different; at most N.
         learning_rate: Highest learning rate.
+        view: From normalised pixels to one random view of every image.
 
     Returns:
         The InfoNCE loss of every step, in nats.
@@ -77,7 +85,7 @@ def train_teacher(
 
     def loss(step: int) -> torch.Tensor:
         images = pixels[torch.randperm(len(pixels))[:batch_size]]
-        views = torch.cat([random_view(images), random_view(images)])
+        views = torch.cat([view(images), view(images)])
         vectors = F.normalize(head(teacher(views).last_hidden_state[:, 0]), dim=-1)
         similarity = (vectors @ vectors.T / TEMPERATURE).fill_diagonal_(float("-inf"))
         return F.cross_entropy(similarity, partners)

@@ -16,6 +16,8 @@ from ..demo.training import reproducible
 from .dataset import CAPTIONS, TRAIN
 from .settings import Settings
 
+GREY = 0.4
+
 
 def make_tokenizer(data: Path, target: Path) -> None:
     """Train the tokenizer on the training split's text."""
@@ -61,15 +63,26 @@ def make_tower(data: Path, target: Path, settings: Settings) -> None:
 
 
 def make_teacher(data: Path, target: Path, settings: Settings) -> None:
-    """The teacher: self-supervised on the training images, with its own processor."""
+    """The teacher: self-supervised on the training images, with its own processor.
+
+    The demo's training, but a view is often grey. Colours and places alone tell almost every image of these scenes
+    from the others, and a teacher that always sees colours learns little about shapes.
+    """
     processor = teachers.image_processor()
     pixels = training_pixels(data, processor)
     with reproducible(0):
         teacher = teachers.new_teacher()
-        losses = teachers.train_teacher(teacher, pixels, settings.teacher_steps, settings.teacher_batch)
+        losses = teachers.train_teacher(teacher, pixels, settings.teacher_steps, view=_partly_grey_view)
     teacher.save_pretrained(target)
     processor.save_pretrained(target)
     print(f"teacher: contrastive loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+def _partly_grey_view(pixels: torch.Tensor) -> torch.Tensor:
+    """A random view of every image, grey with probability ``GREY``: [B, 3, S, S] -> [B, 3, S, S]."""
+    view = teachers.random_view(pixels)
+    grey = torch.rand(len(view), 1, 1, 1) < GREY
+    return torch.where(grey, view.mean(dim=1, keepdim=True), view)
 
 
 def make_llava(language_model: Path, tower: Path, target: Path, seed: int) -> None:

@@ -19,7 +19,6 @@ class Settings:
         questions: Questions of each category in validation and in test; every two need a scene.
         tower_steps: Updates of the vision tower, by masked autoencoding of training images.
         teacher_steps: Updates of the teacher, by contrast of training images.
-        teacher_batch: Images that the teacher tells apart in a step.
         language_steps: Updates of the language model on text alone, 16 blocks of 256 tokens each.
         stage1_steps: Updates of the projector alone, on captions.
         stage2_steps: Updates of projector and language model, on questions.
@@ -40,7 +39,6 @@ class Settings:
     questions: int
     tower_steps: int
     teacher_steps: int
-    teacher_batch: int
     language_steps: int
     stage1_steps: int
     stage2_steps: int
@@ -78,8 +76,7 @@ _DEFAULT = Settings(
     asked=4,
     questions=200,
     tower_steps=2500,
-    teacher_steps=800,
-    teacher_batch=256,
+    teacher_steps=1200,
     language_steps=600,
     stage1_steps=60,
     stage2_steps=700,
@@ -103,7 +100,6 @@ SIZES: dict[str, Settings] = {
         questions=6,
         tower_steps=10,
         teacher_steps=10,
-        teacher_batch=32,
         language_steps=4,
         stage1_steps=2,
         stage2_steps=3,
