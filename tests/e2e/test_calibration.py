@@ -1,6 +1,7 @@
 """Calibration on the real host: the demo recipe, its adapter in the host, bad input, data without answers."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,15 +87,44 @@ def test_export_merges_exactly_the_calibrated_heads(world: Path, server: HostSer
     assert changed == len(report["adapter_rank"])
 
 
-def test_the_host_chats_with_the_adapter_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
-    chat = (
-        "from llamafactory.chat import ChatModel; "
-        f"model = ChatModel({UPON | {'infer_dtype': 'float32'}!r}); "
-        "print('ANSWER', model.chat([{'role': 'user', 'content': 'how many circles?'}], max_new_tokens=4)[0])"
-    )
-    status, output = run_command(["python", "-c", chat], world, HERA_DISABLE="1")
+def documented(file: str, command: str, **values: str) -> list[str]:
+    """A command of the host as it stands in a page or header, with values for its names."""
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
+    (line,) = re.findall(rf"^(?:#\s+)?(llamafactory-cli {command} .*)$", text, re.MULTILINE)
+    return [values.get(word, word) for word in line.split()]
+
+
+MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["template"]}
+EXPORTS = {
+    "page": ("docs/calibration.md", MODEL | {"MERGED": "saves/documented"}, {"HERA_DISABLE": "1"}),
+    "recipe": (
+        "recipes/llava1_5_7b_calibrate.yaml",
+        {
+            "llava-hf/llava-1.5-7b-hf": "hera_demo/model",
+            "saves/llava1_5_7b/calibrate": OUTPUT,
+            "saves/llava1_5_7b/calibrated": "saves/documented_recipe",
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("where", EXPORTS)
+def test_the_documented_export_merges(world: Path, report: dict[str, Any], where: str) -> None:
+    file, values, env = EXPORTS[where]
+    command = documented(file, "export", **values)
+    status, output = run_command(command, world, **env)
     assert status == 0, output
-    assert "ANSWER" in output
+    merged = load_file(world / command[-1] / "model.safetensors")
+    base = load_file(world / "hera_demo/model/model.safetensors")
+    assert sum(not torch.equal(merged[name], base[name]) for name in base) == len(report["adapter_rank"])
+
+
+def test_the_documented_chat_starts_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
+    command = documented("docs/calibration.md", "chat", **MODEL)
+    status, output = run_command(command, world, stdin="how many circles?\nexit\n", HERA_DISABLE="1")
+    assert status == 0, output
+    assert "Assistant:" in output
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["new adapter", "same adapter"])
