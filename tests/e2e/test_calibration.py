@@ -1,6 +1,7 @@
 """Calibration on the real host: the demo recipe, its adapter in the host, bad input, data without answers."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from .runner import ROOT, HostServer, environment, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
 
+_PATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 OUTPUT = "saves/demo_calibrate"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "calibration.json", "calibration.png"}
 UPON = {
@@ -33,7 +35,7 @@ def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str], str | None]]) ->
         [sys.executable, "-m", "tests.e2e.calibrate_many"],
         input=json.dumps([[str(recipe), overrides, control] for recipe, overrides, control in jobs]),
         cwd=cwd,
-        env=environment(PYTHONPATH=str(ROOT), LLAMAFACTORY_VERBOSITY="WARNING"),
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *_PATH]), LLAMAFACTORY_VERBOSITY="WARNING"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -155,7 +157,17 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["rah_anchors=3"], ["rah_anchors", "rah_k"]),
     "bad value": (["rah_delta=-1"], ["rah_delta", "-1", "0 or more"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
-    "no override": (["rah_delta"], ["rah_delta", "key=value"]),
+    "no override": (["rah_delta"], ["rah_delta", "key=value", "output_dir=saves/run"]),
+    "no output": (["output_dir="], ["output_dir: none is named", "output_dir=saves/calibration"]),
+    "unnamed model": (["model_name_or_path="], ["model_name_or_path: none is named", "folder"]),
+    "no config": (["model_name_or_path=hera_demo"], ["model_name_or_path: hera_demo", "config.json"]),
+    "no adapter": (["adapter_name_or_path=nope"], ["adapter_name_or_path: nope", "adapter_config.json", "give"]),
+    "unknown dataset": (["dataset=hera_demo,nope"], ["dataset: nope", "dataset_info.json", "hera_demo_text"]),
+    "no data folder": (["dataset_dir=nope"], ["dataset_dir: nope/dataset_info.json", "No such file", "give"]),
+    "unknown template": (["template=llava_qwen4"], ["template: llava_qwen4", "llava_qwen3"]),
+    "no template": (["template="], ["template: none is named"]),
+    "cutoff without value": (["cutoff_len="], ["cutoff_len", "no value"]),
+    "samples in words": (["max_samples=many"], ["max_samples", "'many'", "a whole number"]),
     "no dataset": (["dataset=null"], ["dataset: none is named"]),
     "fused": (["model_name_or_path=fused_model"], ["model_name_or_path", "phi3", "fused"]),
     "broken": (["model_name_or_path=broken_model"], ["model_name_or_path", "NaN or infinity", "bf16 or fp32"]),
