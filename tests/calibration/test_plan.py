@@ -129,6 +129,6 @@ def test_a_head_that_equals_its_anchors_has_nothing_to_learn() -> None:
                 weights.of_head(HeadId(layer, head)), weights.of_head(HeadId(layer, 0)), strict=True
             ):
                 ours.copy_(first)
-    plan = make_plan(profile, weights, replace(SETTINGS, beta=-50))
+    plan = make_plan(profile, weights, replace(SETTINGS, beta=0))
     assert plan.updates
     assert all(not update.edits for update in plan.updates)

@@ -1,6 +1,8 @@
 """Whole calibrations of tiny models: the files, their content, what is done again and what is not."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.calibration import profile as profiling
 from llamafactory_hera.calibration import run as running
@@ -20,6 +22,7 @@ from llamafactory_hera.calibration.settings import RahSettings
 from llamafactory_hera.calibration.summary import render_summary
 from tests.calibration.tiny import calibration_model, collate, material, noise_images
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = RahSettings(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
 FILES = {
     "adapter_config.json",
@@ -200,6 +203,49 @@ def test_somebody_elses_adapter_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote"):
         calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
     assert names(tmp_path) == {"adapter_config.json"}
+
+
+@pytest.mark.parametrize("change", ["trained", "another file", "after a report without adapter"])
+def test_an_adapter_that_was_trained_since_is_not_replaced(tmp_path: Path, change: str) -> None:
+    without = replace(SETTINGS, delta=0)
+    if change == "after a report without adapter":
+        calibrate_heads(material(calibration_model()), without, tmp_path)
+        (tmp_path / "adapter_config.json").write_text("{}")
+    file = tmp_path / "adapter_model.safetensors"
+    if change != "after a report without adapter":
+        calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+        tensors = {name: value + 1e-3 for name, value in load_file(file).items()}
+        file.unlink()
+    if change == "trained":
+        save_file(tensors, file)
+    if change == "another file":
+        torch.save(tensors, tmp_path / "adapter_model.bin")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote, or that was trained since"):
+        calibrate_heads(material(calibration_model()), without, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("limit", [1000, 8000])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path, limit: int) -> None:
+    """A limit on the size of a file stands for the disk: the profile is smaller than the adapter."""
+    script = f"""
+import resource, signal, sys
+from pathlib import Path
+from tests.calibration.test_run import SETTINGS, calibrate_heads, calibration_model, material
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+model = calibration_model()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    calibrate_heads(material(model), SETTINGS, Path({str(tmp_path)!r}))
+except ValueError as error:
+    sys.exit(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"output_dir: {tmp_path} cannot be written (" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) <= {"calibration_profile.safetensors"}
 
 
 def test_a_broken_model_leaves_no_file(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ class HostServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> tuple[int, str]:
-    """Runs a command with its own process group, killed as a whole at the timeout.
+def run_command(command: list[str], cwd: Path, timeout: float = 180, stdin: str = "", **env: str) -> tuple[int, str]:
+    """Runs a command with its own process group, killed as a whole at the timeout; ``stdin`` is typed into it.
 
     Returns:
         Exit code (124 at the timeout) and what it printed.
@@ -109,7 +109,7 @@ def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str)
         command,
         cwd=cwd,
         env=environment(**env),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -117,7 +117,7 @@ def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str)
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate(stdin, timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,8 @@
 """Calibration on the real host: the demo recipe, its adapter in the host, bad input, data without answers."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from .runner import ROOT, HostServer, environment, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
 
+_PATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 OUTPUT = "saves/demo_calibrate"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "calibration.json", "calibration.png"}
 UPON = {
@@ -32,7 +35,7 @@ def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str], str | None]]) ->
         [sys.executable, "-m", "tests.e2e.calibrate_many"],
         input=json.dumps([[str(recipe), overrides, control] for recipe, overrides, control in jobs]),
         cwd=cwd,
-        env=environment(PYTHONPATH=str(ROOT), LLAMAFACTORY_VERBOSITY="WARNING"),
+        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *_PATH]), LLAMAFACTORY_VERBOSITY="WARNING"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,12 +52,13 @@ def report(world: Path) -> dict[str, Any]:
     return answer["reports"][0]
 
 
-def deltas(world: Path) -> dict[str, torch.Tensor]:
-    """The update of each weight that the adapter changes."""
-    tensors = load_file(world / OUTPUT / "adapter_model.safetensors")
+def deltas(world: Path, folder: str = OUTPUT, scaling: float = 1.0) -> dict[str, torch.Tensor]:
+    """The update of each weight that an adapter changes."""
+    tensors = load_file(world / folder / "adapter_model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
     modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors}
     a, b = ({m: tensors[f"base_model.model.{m}.lora_{side}.weight"] for m in modules} for side in "AB")
-    return {f"{module}.weight": b[module] @ a[module] for module in modules}
+    return {f"{module}.weight": scaling * b[module] @ a[module] for module in modules}
 
 
 def test_the_demo_recipe_makes_an_adapter(world: Path, report: dict[str, Any]) -> None:
@@ -86,15 +90,44 @@ def test_export_merges_exactly_the_calibrated_heads(world: Path, server: HostSer
     assert changed == len(report["adapter_rank"])
 
 
-def test_the_host_chats_with_the_adapter_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
-    chat = (
-        "from llamafactory.chat import ChatModel; "
-        f"model = ChatModel({UPON | {'infer_dtype': 'float32'}!r}); "
-        "print('ANSWER', model.chat([{'role': 'user', 'content': 'how many circles?'}], max_new_tokens=4)[0])"
-    )
-    status, output = run_command(["python", "-c", chat], world, HERA_DISABLE="1")
+def documented(file: str, command: str, **values: str) -> list[str]:
+    """A command of the host as it stands in a page or header, with values for its names."""
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
+    (line,) = re.findall(rf"^(?:#\s+)?(llamafactory-cli {command} .*)$", text, re.MULTILINE)
+    return [values.get(word, word) for word in line.split()]
+
+
+MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["template"]}
+EXPORTS = {
+    "page": ("docs/calibration.md", MODEL | {"MERGED": "saves/documented"}, {"HERA_DISABLE": "1"}),
+    "recipe": (
+        "recipes/llava1_5_7b_calibrate.yaml",
+        {
+            "llava-hf/llava-1.5-7b-hf": "hera_demo/model",
+            "saves/llava1_5_7b/calibrate": OUTPUT,
+            "saves/llava1_5_7b/calibrated": "saves/documented_recipe",
+        },
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("where", EXPORTS)
+def test_the_documented_export_merges(world: Path, report: dict[str, Any], where: str) -> None:
+    file, values, env = EXPORTS[where]
+    command = documented(file, "export", **values)
+    status, output = run_command(command, world, **env)
     assert status == 0, output
-    assert "ANSWER" in output
+    merged = load_file(world / command[-1] / "model.safetensors")
+    base = load_file(world / "hera_demo/model/model.safetensors")
+    assert sum(not torch.equal(merged[name], base[name]) for name in base) == len(report["adapter_rank"])
+
+
+def test_the_documented_chat_starts_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
+    command = documented("docs/calibration.md", "chat", **MODEL)
+    status, output = run_command(command, world, stdin="how many circles?\nexit\n", HERA_DISABLE="1")
+    assert status == 0, output
+    assert "Assistant:" in output
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["new adapter", "same adapter"])
@@ -108,6 +141,15 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
     calibrated = load_file(world / OUTPUT / "adapter_model.safetensors")
     if new:
         assert {tensor.shape[0] for name, tensor in trained.items() if "lora_A" in name} == {4}
+        both = UPON | {"adapter_name_or_path": f"{OUTPUT},{run.folder}", "export_dir": "saves/both"}
+        assert server.run(both, world, call="export").ok
+        config = json.loads((run.folder / "adapter_config.json").read_text())
+        top = deltas(world, str(run.folder), config["lora_alpha"] / config["r"])
+        merged, base = (load_file(world / f / "model.safetensors") for f in ("saves/both", "hera_demo/model"))
+        tails = {name.split("layers.", 1)[1]: name for name in base if "language_model" in name and "layers." in name}
+        for name, delta in deltas(world).items():
+            stored = tails[name.split("layers.", 1)[1]]
+            assert (merged[stored] - (base[stored] + delta + top[name])).abs().max() <= 1e-6
     else:
         assert trained.keys() == calibrated.keys()
         assert all(trained[name].shape == calibrated[name].shape for name in trained)
@@ -125,7 +167,17 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["rah_anchors=3"], ["rah_anchors", "rah_k"]),
     "bad value": (["rah_delta=-1"], ["rah_delta", "-1", "0 or more"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
-    "no override": (["rah_delta"], ["rah_delta", "key=value"]),
+    "no override": (["rah_delta"], ["rah_delta", "key=value", "output_dir=saves/run"]),
+    "no output": (["output_dir="], ["output_dir: none is named", "output_dir=saves/calibration"]),
+    "unnamed model": (["model_name_or_path="], ["model_name_or_path: none is named", "folder"]),
+    "no config": (["model_name_or_path=hera_demo"], ["model_name_or_path: hera_demo", "config.json"]),
+    "no adapter": (["adapter_name_or_path=nope"], ["adapter_name_or_path: nope", "adapter_config.json", "give"]),
+    "unknown dataset": (["dataset=hera_demo,nope"], ["dataset: nope", "dataset_info.json", "hera_demo_text"]),
+    "no data folder": (["dataset_dir=nope"], ["dataset_dir: nope/dataset_info.json", "No such file", "give"]),
+    "unknown template": (["template=llava_qwen4"], ["template: llava_qwen4", "llava_qwen3"]),
+    "no template": (["template="], ["template: none is named"]),
+    "cutoff without value": (["cutoff_len="], ["cutoff_len", "no value"]),
+    "samples in words": (["max_samples=many"], ["max_samples", "'many'", "a whole number"]),
     "no dataset": (["dataset=null"], ["dataset: none is named"]),
     "fused": (["model_name_or_path=fused_model"], ["model_name_or_path", "phi3", "fused"]),
     "broken": (["model_name_or_path=broken_model"], ["model_name_or_path", "NaN or infinity", "bf16 or fp32"]),

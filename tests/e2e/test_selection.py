@@ -233,6 +233,15 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["model_name_or_path=hera_demo/nothing"], "model_name_or_path: hera_demo/nothing"),
         (["hera_teacher=hera_demo/nothing"], "hera_teacher"),
         (["dataset=null"], "dataset: none is named"),
+        (["dataset=nope"], "dataset: nope is not in"),
+        (["template=nope"], "template: nope does not exist"),
+        (["adapter_name_or_path=nope", "finetuning_type=full"], "adapter_name_or_path: nope is loaded under"),
+        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: nope is neither a folder"),
+        (["model_name_or_path="], "model_name_or_path: none is named"),
+        (["hera_teacher="], "hera_teacher: it has no value"),
+        (["hera_select_m="], "hera_select_m: it has no value; write a whole number"),
+        (["hera_pooling="], "hera_pooling: it has no value; choose one of"),
+        (["output_dir="], "output_dir: none is named"),
         (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
     ],
 )
@@ -240,6 +249,12 @@ def test_bad_settings_are_named(here: Path, chosen: dict, overrides: list[str], 
     with pytest.raises((ValueError, OSError)) as error:
         select(write(here, chosen), ["output_dir=saves/bad", *overrides])
     assert said in str(error.value)
+
+
+def test_a_score_of_a_recipe_needs_a_place_too(here: Path, chosen: dict) -> None:
+    with pytest.raises(ValueError, match=r"^output_dir: none is named"):
+        score_checkpoint(None, write(here, chosen), overrides=["output_dir="])
+    assert not (here / "trainer_output").exists()
 
 
 def test_a_recipe_that_cannot_be_read_is_named(here: Path) -> None:

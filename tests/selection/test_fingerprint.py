@@ -1,5 +1,7 @@
 """The fingerprint is that of the language model, wherever it lies; the teacher is compared with the vision tower."""
 
+import json
+
 import pytest
 import torch
 import transformers as tf
@@ -73,6 +75,21 @@ def test_any_trained_weight_changes_it(llm, plain, tmp_path):
         assert fingerprint(model, tmp_path / str(index)) != plain
 
 
+@pytest.mark.parametrize("part", ["o_proj", "v_proj"])
+@pytest.mark.parametrize("head", [0, 5, 15])
+def test_a_change_of_one_head_changes_it(part, head, tmp_path):
+    """What a merged calibration leaves: one head's columns or rows, in a matrix that is wider than any sample."""
+    n, d = 16, 64
+    shape = {"hidden_size": 64, "num_attention_heads": n, "num_key_value_heads": n, "head_dim": d}
+    model = text_model("qwen3", **shape)
+    before = fingerprint(model, tmp_path / "before")
+    block = slice(head * d, (head + 1) * d)
+    with torch.no_grad():
+        weight = decoder_layers(model)[1].get_submodule(f"self_attn.{part}").weight
+        (weight[:, block] if part == "o_proj" else weight[block]).mul_(1.02)
+    assert fingerprint(model, tmp_path / "after") != before
+
+
 def test_another_layout_changes_it(llm, plain, tmp_path):
     llm.config.num_attention_heads *= 2
     llm.config.head_dim //= 2
@@ -88,6 +105,13 @@ def test_an_adapter_changes_it(llm, plain, tmp_path):
     file = tmp_path / "lora/adapter_model.safetensors"
     save_file({name: value + 1 for name, value in load_file(file).items()}, file)
     assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) not in (plain, adapted)
+    changed = model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"])
+    config = tmp_path / "lora/adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"base_model_name_or_path": "elsewhere"}))
+    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) == changed
+    config.write_text(json.dumps(settings | {"lora_alpha": 99}))
+    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) != changed
     with pytest.raises(ValueError, match=r"adapter_name_or_path: .*plain holds no adapter"):
         model_fingerprint(tmp_path / "llm", layout, [tmp_path / "plain"])
 

@@ -32,7 +32,8 @@ def anchor_pool(saliency: Tensor, layer: int, beta: float) -> list[HeadId]:
 def candidates(saliency: Tensor, target: HeadId, beta: float) -> list[HeadId]:
     """A target's candidates: the pool of its own layer, else of the layers beside it, else of those two away.
 
-    A target that belongs to the pool itself (random and inverse targets can) is left out.
+    A target that belongs to the pool itself (random and inverse targets can) is left out; other targets are not, since
+    eq. 8 asks for nothing but I-SAL.
     """
     for distance in (0, 1, 2):
         layers = {target.layer - distance, target.layer + distance} & set(range(saliency.shape[0]))

@@ -46,10 +46,19 @@ class Profile:
         return causal_attention_flow(self.gradients, curvature_weight)
 
     def save(self, path: Path, key: str) -> None:
-        """Writes the file; it appears complete or not at all."""
+        """Writes the file; it appears complete or not at all.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, temporary, {"key": key})
-        os.replace(temporary, path)
+        try:
+            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, temporary, {"key": key})
+            os.replace(temporary, path)
+        except SafetensorError as error:  # a full disk
+            raise OSError(str(error)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":

@@ -17,7 +17,7 @@ from .fingerprint import model_fingerprint
 from .forward import Forward
 from .held_out import HeldOut
 from .material import Collate, Material
-from .outputs import PROFILE_FILE, check_folder, write_outputs
+from .outputs import PROFILE_FILE, cannot_be_written, check_folder, write_outputs
 from .plan import make_plan
 from .profile import Profile, profile_heads
 from .result import Result, compare, describe, reason_for_nothing
@@ -132,7 +132,10 @@ def _profile(loaded: _Loaded, drawn: Drawn, path: Path) -> tuple[Profile, bool]:
     profile = profile_heads(
         loaded.forward, features, loaded.collate, settings.probes, settings.batch_size, loaded.material.num_workers
     )
-    profile.save(path, key)
+    try:
+        profile.save(path, key)
+    except OSError as error:
+        raise cannot_be_written(path.parent, error) from error
     return profile, False
 
 

@@ -40,7 +40,7 @@ class RahSettings:
     )
     held_out: int = field(default=32, metadata=_count("How many of them only the trust region sees (ours)."))
     probes: int = field(default=32, metadata=_count("How many of the others CAF is computed on."))
-    seed: int = field(default=0, metadata=_about("Of the draw of samples and of random targets."))
+    seed: int = field(default=0, metadata=_count("Of the draw of samples and of random targets.", least=0))
     batch_size: int = field(
         default=4, metadata=_count("Samples in a forward pass; halved when memory runs out (ours).")
     )
@@ -83,7 +83,9 @@ class RahSettings:
     beta: float = field(
         default=1.0,
         metadata=_about(
-            "Standard deviations of I-SAL above its layer's mean beyond which a head is an anchor (eq. 8; ours)."
+            "Standard deviations of I-SAL above its layer's mean beyond which a head is an anchor (eq. 8; ours).",
+            lambda value: value >= 0,
+            "0 or more: anchors look across text and image more than their layer's mean",
         ),
     )
     k: int = field(
@@ -214,4 +216,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     wanted = {int: "a whole number", float: "a number", str: _LAYERS}.get(kind)
     if wanted is None:
         wanted = ", ".join(map(str, get_args(kind))) if kind != int | Literal["full"] else "a whole number, or full"
+    if value is None:
+        raise ValueError(f"{PREFIX}{name}: it has no value; choose {wanted}, or remove the key.")
     raise ValueError(f"{PREFIX}{name}: {value!r} is not possible; choose {wanted}.")

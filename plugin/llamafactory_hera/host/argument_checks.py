@@ -35,6 +35,10 @@ def check_values(arguments: Any) -> None:
     else:
         _check_layers(arguments)
     _check_objective(arguments)
+    if not arguments.hera_teacher:
+        raise ValueError(
+            "hera_teacher: it has no value; write a folder or a hub id, for instance facebook/dinov2-large."
+        )
     at_least("hera_k", arguments.hera_k, 1)
     at_least("hera_memory", arguments.hera_memory, 0)
     at_least("hera_max_nan", arguments.hera_max_nan, 1)

@@ -34,6 +34,8 @@ def typed(key: str, value: Any, kind: type) -> Any:
         ValueError: It is none.
     """
     reader, expected = READERS[kind]
+    if value is None:
+        raise ValueError(f"{key}: it has no value; write {expected}, or remove the key.")
     try:
         return reader(value)
     except (KeyError, OverflowError, TypeError, ValueError) as error:
@@ -55,4 +57,5 @@ def finite(key: str, value: float, in_range: bool, remedy: str) -> None:
 def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
     """Raises ``ValueError`` for a value that is not among ``choices``."""
     if value not in choices:
-        raise ValueError(f"{key}: {value!r} is unknown; choose one of {', '.join(choices)}.")
+        said = "it has no value" if value is None else f"{value!r} is unknown"
+        raise ValueError(f"{key}: {said}; choose one of {', '.join(choices)}.")

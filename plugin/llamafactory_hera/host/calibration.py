@@ -17,6 +17,7 @@ from llamafactory_hera.teachers.images import ImageLike
 
 from .model_files import model_folder
 from .recipe import HostSource, aligned_dataset, has_answer, host_collator
+from .recipe_arguments import host_arguments, named_output
 from .recipe_values import read_values, without_training
 
 # Keys under which the model is not what its checkpoint says -> why.
@@ -54,20 +55,21 @@ def read_calibration(path: str | os.PathLike | None, overrides: Sequence[str] = 
     Raises:
         ValueError: The file cannot be read, a key or value is refused, or the model cannot be calibrated.
     """
-    from llamafactory.hparams import get_train_args
-
     _one_process()
     values, _ = read_values(path, overrides)
     settings = RahSettings.from_values({key: value for key, value in values.items() if key.startswith(PREFIX)})
     values = {key: value for key, value in without_training(values).items() if not key.startswith(PREFIX)}
     if values.get("dataset") is None:
         raise ValueError("dataset: none is named; name one with images and text.")
+    if values.get("template") is None:
+        raise ValueError("template: none is named; name the one of the model, without which the host reads no image.")
+    output_dir = named_output(values, "saves/calibration")
     # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
     values |= {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
-    model_args, data_args, training_args, finetuning_args, _ = get_train_args(values)
+    model_args, data_args, training_args, finetuning_args = host_arguments(values)
     _check_model(model_args)
     material = _material(model_args, data_args, training_args, finetuning_args, settings)
-    return CalibrationRecipe(settings, material, Path(training_args.output_dir))
+    return CalibrationRecipe(settings, material, output_dir)
 
 
 def _one_process() -> None:

@@ -14,6 +14,8 @@ def model_folder(model_args: Any) -> Path:
 
     name = model_args.model_name_or_path
     if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"model_name_or_path: {name} holds no config.json; give the folder of a whole model.")
         return Path(name)
     options = {
         "cache_dir": model_args.cache_dir,
@@ -28,5 +30,12 @@ def model_folder(model_args: Any) -> Path:
                     get_checkpoint_shard_files(name, found, **options)
                 return Path(found).parent
     except OSError as error:
-        raise ValueError(f"model_name_or_path: {name} is neither a folder nor a model at hand: {error}") from error
-    raise ValueError(f"model_name_or_path: {name} holds no weights that can be read.")
+        raise _missing(name, str(error)) from error
+    raise _missing(name, "no weights of that name are found")
+
+
+def _missing(name: str, why: str) -> ValueError:
+    return ValueError(
+        f"model_name_or_path: {name} is neither a folder nor a model at hand ({why}); give the folder of a model, "
+        "or a hub id that can be reached or was fetched before."
+    )

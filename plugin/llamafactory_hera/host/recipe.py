@@ -17,6 +17,7 @@ from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .dataset_checks import N_CHECKED, check_image_tokens
 from .model_files import model_folder
+from .recipe_arguments import host_arguments, named_output
 from .recipe_values import read_values, without_training
 
 # Keys under which every head is scored, whatever the recipe trains.
@@ -38,7 +39,8 @@ class Recipe:
     Attributes:
         path: The file, if there is one.
         overrides: Keys given beside it, with their values.
-        model_args: What the host's parser made of both, set to score instead of train.
+        values: All keys with their values, set to score instead of train.
+        model_args: What the host's parser made of them.
         data_args: See ``model_args``.
         training_args: See ``model_args``.
         finetuning_args: See ``model_args``; holds the ``hera_*`` keys.
@@ -47,11 +49,20 @@ class Recipe:
 
     path: Path | None
     overrides: dict[str, Any]
+    values: dict[str, Any]
     model_args: Any
     data_args: Any
     training_args: Any
     finetuning_args: Any
     granularity: str = "head"
+
+    def output_dir(self) -> Path:
+        """Where the result goes.
+
+        Raises:
+            ValueError: The recipe does not say.
+        """
+        return named_output(self.values, "saves/selection")
 
     def material(self) -> Material:
         """Model, teacher and data, none of them loaded yet except for the dataset's index."""
@@ -69,17 +80,13 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     Raises:
         ValueError: The file cannot be read, or a key or value is refused by the host.
     """
-    from llamafactory.hparams import get_train_args
-
     values, changes = read_values(path, overrides)
     granularity = values.get("hera_granularity") or "head"
     # what the recipe aligns, and how, is nothing to a score
     values = without_training(values) | _SCORED | forced
     if values.get("dataset") is None:
         raise ValueError("dataset: none is named; name one with image-caption pairs.")
-    model_args, data_args, training_args, finetuning_args, _ = get_train_args(values)
-    parsed = (model_args, data_args, training_args, finetuning_args)
-    return Recipe(Path(path) if path else None, changes, *parsed, granularity)
+    return Recipe(Path(path) if path else None, changes, values, *host_arguments(values), granularity)
 
 
 def material(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Material:

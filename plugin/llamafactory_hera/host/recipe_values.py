@@ -45,7 +45,9 @@ def read_values(
 
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"{override}: it is neither a recipe nor key=value; write for instance hera_select_m=3.")
+            raise ValueError(
+                f"{override}: it is neither a recipe nor key=value; write for instance output_dir=saves/run."
+            )
     changes = OmegaConf.from_cli(list(overrides))
     try:
         written = OmegaConf.load(Path(path)) if path is not None else OmegaConf.create({})

@@ -37,7 +37,7 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
             f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
             "before training."
         )
-    target = Path(read.training_args.output_dir) / FOLDER / HEADS_FILE
+    target = read.output_dir() / FOLDER / HEADS_FILE
     heads = select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:
         from .present import present
@@ -105,7 +105,7 @@ def score_checkpoint(
     read = read_recipe(recipe, overrides, **forced)
     if output is None:
         local = checkpoint is not None and Path(checkpoint).is_dir()
-        output = Path(checkpoint if local else read.training_args.output_dir) / FOLDER / "scores.json"
+        output = (Path(checkpoint) if local else read.output_dir()) / FOLDER / "scores.json"
     target = Path(output)
     select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:

@@ -1,8 +1,10 @@
 """A fingerprint of the language model in a checkpoint, and whether the teacher is the model's own vision tower.
 
-Both read a sample of every weight, not every byte: any training changes all of them, and reading a few rows of each
-takes a moment where hashing tens of gigabytes takes minutes. Names and storage type are made equal first, so that an
-LLM and the multimodal checkpoint that was built on it have the same fingerprint.
+Both read some rows of every weight, not every byte: one row in a hundred takes seconds where hashing tens of gigabytes
+takes minutes. Rows are whole and no further apart than a head is wide: training changes everything, but a merged
+calibration changes some heads alone, which are columns of an output projection and rows of a value projection.
+Names and storage type are made equal first, so that an LLM and the multimodal checkpoint that was built on it have the
+same fingerprint.
 """
 
 import hashlib
@@ -22,7 +24,8 @@ from ..teachers.files import weight_files
 _TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
 _VISION_LAYER = re.compile(r"(?:^|\.)(encoder\.layers?\.\d+\..+)$")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_ROWS, _COLUMNS = 8, 256
+_ADAPTER_CONFIG = "adapter_config.json"
+_ROWS = 8
 
 
 def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path] = ()) -> str:
@@ -43,7 +46,7 @@ def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path]
         ValueError: The folder holds no whole weights, or none of a text decoder.
     """
     digest = hashlib.sha256(json.dumps(asdict(layout) | {"model_type": None}, sort_keys=True).encode())
-    weights = dict(_sampled(weight_files(folder), _TEXT_LAYER))
+    weights = dict(_sampled(weight_files(folder), _TEXT_LAYER, layout.head_dim))
     if not weights:
         raise ValueError(f"model_name_or_path: no decoder layer is found among the weights in {folder}.")
     for name in sorted(weights):
@@ -62,16 +65,16 @@ def is_own_vision_tower(model_folder: Path, teacher_folder: Path) -> bool:
     return bool(common) and all(model[name] == teacher[name] for name in common)
 
 
-def _sampled(files: Sequence[Path], pattern: re.Pattern) -> Iterator[tuple[str, bytes]]:
+def _sampled(files: Sequence[Path], pattern: re.Pattern, gap: int | None = None) -> Iterator[tuple[str, bytes]]:
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 for name, short in _matching(file.keys(), pattern):
-                    yield short, _sample(file.get_slice(name), file.get_slice(name).get_shape())
+                    yield short, _sample(file.get_slice(name), file.get_slice(name).get_shape(), gap)
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             for name, short in _matching(state.keys(), pattern):
-                yield short, _sample(state[name], list(state[name].shape))
+                yield short, _sample(state[name], list(state[name].shape), gap)
 
 
 def _matching(names: Any, pattern: re.Pattern) -> Iterator[tuple[str, str]]:
@@ -81,22 +84,28 @@ def _matching(names: Any, pattern: re.Pattern) -> Iterator[tuple[str, str]]:
             yield name, match[1]
 
 
-def _sample(tensor: Any, shape: list[int]) -> bytes:
-    if len(shape) == 0:
-        values = tensor[...]
-    elif len(shape) == 1:
-        values = tensor[:_COLUMNS]
+def _sample(tensor: Any, shape: list[int], gap: int | None) -> bytes:
+    if len(shape) < 2:
+        values = tensor[...] if len(shape) == 0 else tensor[:]
     else:
-        step = max(1, shape[0] // _ROWS)
-        values = torch.cat([tensor[row : row + 1, :_COLUMNS].flatten() for row in range(0, shape[0], step)])
+        step = max(1, min(shape[0] // _ROWS, gap or shape[0]))
+        values = torch.cat([tensor[row : row + 1].flatten() for row in range(0, shape[0], step)])
     # a copy in another precision is the same model
     return values.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def _adapter_digest(folder: Path) -> bytes:
-    digest = hashlib.sha256()
-    for name in _ADAPTER_FILES:
-        if (folder / name).is_file():
-            digest.update((folder / name).read_bytes())
-            return digest.digest()
-    raise ValueError(f"adapter_name_or_path: {folder} holds no adapter ({' or '.join(_ADAPTER_FILES)}).")
+    weights = next((folder / name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+    if weights is None or not (folder / _ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"adapter_name_or_path: {folder} holds no adapter ({_ADAPTER_CONFIG} and {' or '.join(_ADAPTER_FILES)})."
+        )
+    digest = hashlib.sha256(weights.read_bytes())
+    # its ranks and scalings are part of it; the path of its base model is not
+    config = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config.pop("base_model_name_or_path", None)
+    for value in config.values():
+        if isinstance(value, list):  # PEFT writes sets, in any order
+            value.sort(key=str)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    return digest.digest()
