@@ -55,7 +55,7 @@ class Method:
 
 #: The first is what the others are compared with.
 METHODS: dict[str, Method] = {
-    "sft": Method("SFT", keys=None),
+    "sft": Method("SFT", weight="own", keys=None),
     "worst5_paper": Method("HeRA worst-5, paper's weight", ("worst", 5), "paper"),
     "worst5": Method("HeRA worst-5", ("worst", 5)),
     "top5": Method("HeRA top-5", ("top", 5)),

@@ -159,7 +159,7 @@ def _run(
         recipes.write(root / run.recipe("score"), recipes.scoring(settings, run.stage(2), split, run.path))
 
     needed = (*_SHARED, tokenized, f"{made.folder}/selection")
-    if run.folder == "runs":
+    if run.folder == "runs" and method.weight == "chosen":
         needed += ("tuning/choice",)
     targets = [f"{mode}={run.scores(mode)}" for mode in layout.MODES]
     stage1, stage2 = (command_line("llamafactory-cli", "train", run.recipe(f"stage{n}")) for n in (1, 2))

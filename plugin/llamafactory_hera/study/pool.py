@@ -188,7 +188,7 @@ class Pool:
         seconds = [sum(walls[unit.kind]) / len(walls[unit.kind]) for unit in units if unit.kind in walls]
         unknown = {unit.kind for unit in units} - walls.keys()
         minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
-        return f"; {minutes}, and what {', '.join(sorted(unknown))} will take" if unknown else f"; {minutes}"
+        return f"; {minutes} and {len(unknown)} kinds of work not timed yet" if unknown else f"; {minutes}"
 
 
 def command_line(name: str, *arguments: str) -> tuple[str, ...]:
