@@ -1,6 +1,6 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
-#   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU, hours: docs/study.md)
+#   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own (under 3 minutes)
 #   make lint        ruff

@@ -48,6 +48,7 @@ def test_every_held_out_scene_holds_a_combination_that_no_other_split_has(factor
         assert len(new) == 4 * 4
         assert not new & seen[other]
         assert all(scene & new for scene in combinations(factors, split))
+        assert any(scene - new for scene in combinations(factors, split))  # beside others that training knows
 
 
 def test_every_colour_of_every_shape_is_seen_in_training(factors):

@@ -5,7 +5,9 @@ import argparse
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Adds the subcommand."""
-    study = subparsers.add_parser("study", help="compare the objectives in a small rendered world (CPU, an hour)")
+    study = subparsers.add_parser(
+        "study", help="compare the objectives in a small rendered world (CPU, about 80 minutes)"
+    )
     study.add_argument("--size", default="default", help="smoke, default or full (default: %(default)s)")
     study.add_argument("--output", help="folder of the study (default: hera_study/SIZE)")
     study.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (%(default)s)")
