@@ -134,7 +134,8 @@ def test_checkpoint_is_a_plain_model(server: HostServer, world: Path, recipe: di
     base = _names(world / "hera_demo/model/model.safetensors")
     for folder in (run.folder, run.folder / "checkpoint-3"):
         assert _names(folder / "model.safetensors") == base
-        assert {path.name for path in (folder / "hera").iterdir()} == {"heads.json", "run.json", "state.safetensors"}
+        beside = {path.name for path in (folder / "hera").iterdir()}
+        assert beside - {"card.json"} == {"heads.json", "run.json", "state.safetensors"}
     code = (
         "import sys; from transformers import AutoModelForImageTextToText, AutoProcessor; "
         f"AutoModelForImageTextToText.from_pretrained({str(run.folder)!r}); "
