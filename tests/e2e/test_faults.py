@@ -208,3 +208,13 @@ def test_heads_or_teacher_changed_before_resuming_are_refused(
     assert f"resume_from_checkpoint: this run differs from the one that wrote {whole.folder}" in run.output
     assert "loading weights file" not in run.output
     assert f"{key} was " in run.output
+
+
+def test_other_settings_than_the_checkpoint_s_are_warned_of(
+    server: HostServer, world: Path, settings: dict, whole: Run
+) -> None:
+    args = {"resume_from_checkpoint": str(whole.folder / "checkpoint-2"), "output_dir": "saves/other_k", "hera_k": 3}
+    run = server.run(settings | args, world)
+    assert run.ok, run.output
+    assert "hera_k was 10, is 3" in run.output
+    assert "hera_weight was" not in run.output

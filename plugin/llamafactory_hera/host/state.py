@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llamafactory.extras import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,10 +17,15 @@ from llamafactory_hera.training.own_parameters import OwnParameters
 
 from .arguments import HeraArguments
 
+logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
+
 #: Folder beside the weights, in the output folder and in each checkpoint, that holds what belongs to HeRA.
 FOLDER = "hera"
 STATE_FILE = "state.safetensors"
 RUN_FILE = "run.json"
+
+# What a resumed run may change, with a warning.
+_SETTINGS = ("hera_weight", "hera_k", "hera_memory", "hera_accumulate", "hera_image_index")
 
 
 class RunState:
@@ -49,6 +55,7 @@ class RunState:
         self._own = own
         self._memory = memory
         self._identity = _identity(sites, teacher_fingerprint, arguments)
+        self._settings = {key: getattr(arguments, key) for key in _SETTINGS}
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes into ``folder/hera``; each file whole or not at all."""
@@ -59,7 +66,12 @@ class RunState:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
         os.replace(temporary, target / STATE_FILE)
         self._sites.save(target / self._sites.FILE)
-        facts = {**self._identity, "hera_teacher_name": self._teacher_name, **self._objective.values()}
+        facts = {
+            **self._identity,
+            **self._settings,
+            "hera_teacher_name": self._teacher_name,
+            **self._objective.values(),
+        }
         temporary = target / f"{RUN_FILE}.tmp"
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, target / RUN_FILE)
@@ -70,7 +82,7 @@ class RunState:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        state = _read(folder, self._identity)
+        _, state = _read(folder, self._identity)
         self._own.load_state(state)
         self._memory.load_state_dict(state)
 
@@ -78,12 +90,19 @@ class RunState:
 def check_checkpoint(
     folder: str | os.PathLike, sites: Sites, teacher_fingerprint: str, arguments: HeraArguments
 ) -> None:
-    """Checks that a checkpoint is one of this run, before anything is loaded.
+    """Checks that a checkpoint is one of this run, before anything is loaded; warns of what may change and did.
 
     Raises:
         ValueError: As for :meth:`RunState.load`.
     """
-    _read(folder, _identity(sites, teacher_fingerprint, arguments))
+    saved, _ = _read(folder, _identity(sites, teacher_fingerprint, arguments))
+    now = {key: getattr(arguments, key) for key in _SETTINGS}
+    changed = [f"{key} was {saved[key]}, is {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
+    if changed:
+        logger.warning_rank0(
+            f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
+            "curves do not continue those of the checkpoint."
+        )
 
 
 def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) -> dict[str, str]:
@@ -98,7 +117,7 @@ def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) 
     }
 
 
-def _read(folder: str | os.PathLike, now: dict[str, str]) -> dict[str, Tensor]:
+def _read(folder: str | os.PathLike, now: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source = Path(folder) / FOLDER
     try:
         saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
@@ -115,4 +134,4 @@ def _read(folder: str | os.PathLike, now: dict[str, str]) -> dict[str, Tensor]:
             f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
             "Restore these settings, or start a new run."
         )
-    return state
+    return saved, state
