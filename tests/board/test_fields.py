@@ -78,3 +78,10 @@ def test_heads_that_may_be_are_let_pass(heads: str) -> None:
 
 def test_layers_in_the_extra_arguments_need_no_heads() -> None:
     assert lacking({"hera_heads": "", "hera_granularity": "layer", "hera_layers": "L1"}, "en") == ""
+
+
+@pytest.mark.parametrize(("key", "value"), [("hera_k", 0), ("hera_weight", -3.0), ("hera_select_m", 0)])
+def test_values_out_of_range_are_named_before_anything_starts(key: str, value: float) -> None:
+    assert f"{key}: {value} is" in lacking({"hera_heads": "L1H2", key: value}, "en")
+    assert f"{key}: {value} is" in lacking({"hera_heads": "", key: value}, "en", selecting=True)
+    assert lacking({"hera_heads": ""}, "en", selecting=True) == ""

@@ -82,3 +82,23 @@ def test_a_key_that_is_shown_no_more_is_left_out(tmp_path: Path) -> None:
     save_args(str(path), settings(**HERA))
     path.write_text(path.read_text() + "#HeRA train.hera_of_old: 1\n#HeRA train.seed: 1\n")
     assert load_args(str(path)) == settings(**HERA)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.hera_unknown: 1",
+        "train.hera_k: nine",
+        "#HeRA train.hera_k: nine",
+        "#HeRA train.hera_pooling: nonsense",
+        "#HeRA train.training_stage: Hera",
+        "#HeRA train.hera_fixed_temperature: 3",
+    ],
+)
+def test_what_no_field_takes_is_left_out(line: str, tmp_path: Path) -> None:
+    from llamafactory.webui.common import load_args, save_args
+
+    path = tmp_path / "saved.yaml"
+    save_args(str(path), PLAIN)
+    path.write_text(path.read_text() + line + "\n#HeRA train.hera_weight: 0.5\n")
+    assert load_args(str(path)) == PLAIN | {"train.hera_weight": 0.5}

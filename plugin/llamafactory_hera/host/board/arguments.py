@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from llamafactory_hera.heads.head_set import HeadSet
+from llamafactory_hera.host.argument_checks import AUTO
+from llamafactory_hera.host.arguments import HeraArguments
 
 from .fields import FIELDS
 from .names import elem_id
@@ -21,16 +22,21 @@ def with_hera(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str,
     return args | {key: value.strip() if isinstance(value, str) else value for key, value in shown.items()}
 
 
-def lacking(args: dict[str, Any], lang: str) -> str:
-    """What keeps a HeRA run from being started, in words for the user; empty if nothing is seen without a model."""
-    heads = args.get("hera_heads") or ""
-    if args.get("hera_layers"):  # given in "Extra arguments"; the run's own checks say more
-        return ""
-    if not heads:
+def lacking(args: dict[str, Any], lang: str, selecting: bool = False) -> str:
+    """What keeps a HeRA run from being started, in words for the user; empty if nothing is seen without a model.
+
+    Args:
+        args: Of the run; empty ones are not sent.
+        lang: Of the page.
+        selecting: Heads are about to be selected, so that none need be named.
+    """
+    values = {key: args[key] for key in HeraArguments.__dataclass_fields__ if args.get(key) not in (None, "")}
+    if selecting and "hera_layers" not in values:
+        values["hera_heads"] = AUTO
+    if "hera_heads" not in values and "hera_layers" not in values:
         return message("no_heads", lang)
     try:
-        if heads != "auto":
-            HeadSet.resolve(heads)
+        HeraArguments(**values).check_hera()
     except ValueError as error:
         return str(error)
     return ""

@@ -53,7 +53,7 @@ class Panel:
 
     def select(self, data: Data) -> Iterator[Update]:
         """Selects heads for the run that the page describes, and follows the selection."""
-        yield from self._begin(data, select_job)
+        yield from self._begin(data, select_job, selecting=True)
 
     def compare(self, data: Data) -> Iterator[Update]:
         """Compares the finished run in the output folder with before."""
@@ -110,18 +110,21 @@ class Panel:
         if self.busy:
             yield {element: type(element)(value=value) for element, value in self._data.items()}
 
-    def _begin(self, data: Data, make: MakeJob) -> Iterator[Update]:
+    def _begin(self, data: Data, make: MakeJob, selecting: bool = False) -> Iterator[Update]:
         lang = self._value(data, "top.lang")
         error = self._runner._initialize(data, do_train=True, from_preview=True)
         if self._demo_mode:
             error = ALERTS["err_demo"][lang]
         elif self.busy:
             error = ALERTS["err_conflict"][lang]
+        if not error:
+            args = with_hera(self._runner._parse_train_args(data), lambda id_: self._value(data, id_))
+            if selecting:  # before anything of an earlier run in the folder is written anew
+                error = lacking(args, lang, selecting=True)
         if error:
             gr.Warning(error)
             yield self._display.said(error)
             return
-        args = with_hera(self._runner._parse_train_args(data), lambda id_: self._value(data, id_))
         try:
             job = make(args, lang)
             if job is None:

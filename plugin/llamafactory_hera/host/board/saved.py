@@ -69,11 +69,30 @@ def read(path: str, host: Callable[[str], dict[str, Any] | None]) -> dict[str, A
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
         ours = yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
-        # a key that this version does not show has no element
-        return settings | {key: value for key, value in ours.items() if key in _INSTEAD or _is_shown(key)}
+        entries = [(key, value, _may_stand(key, value)) for key, value in ours.items()]
     except (yaml.YAMLError, AttributeError) as error:
         logger.warning_rank0(f"HeRA | {path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}")
-        return settings
+        entries = []
+    plain = [(key, value, not key.startswith(PREFIX) or _may_stand(key, value)) for key, value in settings.items()]
+    wrong = [key for key, _, stands in (*plain, *entries) if not stands]
+    if wrong:
+        logger.warning_rank0(f"HeRA | {path}: no field takes {', '.join(wrong)} as the file has it; left out.")
+    return {key: value for key, value, stands in (*plain, *entries) if stands}
+
+
+def _may_stand(key: str, value: Any) -> bool:
+    """Whether an entry of HeRA's has an element, and the element takes the value."""
+    if key in _INSTEAD:
+        return value in _INSTEAD[key][0]
+    if key == elem_id("hera_compare"):
+        return isinstance(value, bool)
+    if not _is_shown(key):
+        return False
+    field = FIELDS[key.removeprefix("train.")]
+    if field.kind == "choice":
+        return value in field.choices
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {"text": isinstance(value, str), "switch": isinstance(value, bool)}.get(field.kind, number or value is None)
 
 
 def _default(key: str) -> Any:
