@@ -132,10 +132,10 @@ def test_checkpoint_is_a_plain_model(server: HostServer, world: Path, recipe: di
     run = server.run(recipe | {"output_dir": "saves/plain_model", "save_strategy": "steps", "save_steps": 3}, world)
     assert run.ok, run.output
     base = _names(world / "hera_demo/model/model.safetensors")
-    for folder in (run.folder, run.folder / "checkpoint-3"):
+    beside = {"heads.json", "run.json", "state.safetensors"}
+    for folder, expected in ((run.folder, beside | {"card.json"}), (run.folder / "checkpoint-3", beside)):
         assert _names(folder / "model.safetensors") == base
-        beside = {path.name for path in (folder / "hera").iterdir()}
-        assert beside - {"card.json"} == {"heads.json", "run.json", "state.safetensors"}
+        assert {path.name for path in (folder / "hera").iterdir()} == expected
     code = (
         "import sys; from transformers import AutoModelForImageTextToText, AutoProcessor; "
         f"AutoModelForImageTextToText.from_pretrained({str(run.folder)!r}); "
