@@ -7,7 +7,9 @@ import pytest
 
 from llamafactory_hera.host.arguments import HeraArguments
 from llamafactory_hera.study import layout, recipes
+from llamafactory_hera.study.layout import final_run
 from llamafactory_hera.study.methods import BASELINE, METHODS, PAPER_WEIGHT, TUNED
+from llamafactory_hera.study.plan import plan
 from llamafactory_hera.study.settings import SIZES, Settings
 
 SETTINGS = SIZES["default"]
@@ -18,7 +20,7 @@ def select(strategy: str, m: int) -> list[str]:
 
 
 def stage2(method: str) -> dict[str, Any]:
-    keys = None if METHODS[method].plain else METHODS[method].hera_keys(0.3, select)
+    keys = None if METHODS[method].plain else METHODS[method].hera_keys(lambda: 0.3, select)
     return recipes.stage2(SETTINGS, 1, "model", "out", keys, "test")
 
 
@@ -43,6 +45,19 @@ def test_weights_and_heads_are_those_of_the_method():
     assert TUNED in METHODS
 
 
+def test_rows_of_a_fixed_weight_do_not_wait_for_the_chosen_one(tmp_path):
+    """The study starts them while the choice is still being made."""
+
+    def ready(unit, units):
+        return "tuning/choice" not in unit.after and all(ready(units[name], units) for name in unit.after)
+
+    units = {unit.name: unit for unit in plan(tmp_path, SETTINGS)}
+    early = [f"runs/{name}-s1/stage1" for name in ("sft", "worst5_paper", "viral")]
+    assert [name for name in units if name.endswith("-s1/stage1") and ready(units[name], units)] == early
+    units["runs/viral-s1/stage2"].prepare()
+    assert (tmp_path / final_run("viral", 1).recipe("stage2")).is_file()
+
+
 def test_no_two_methods_are_the_same():
     seen = [sorted((key, str(value)) for key, value in stage2(name).items()) for name in METHODS]
     assert len({str(row) for row in seen}) == len(METHODS)
@@ -57,4 +72,4 @@ def test_final_seeds_choose_nothing():
     for size in ("default", "full"):
         assert SIZES[size].tuning_seed not in SIZES[size].seeds
         assert len(SIZES[size].seeds) >= 3
-    assert layout.final_run("sft", 1).path != layout.tuning_run("sft", 0.1, 1).path
+    assert final_run("sft", 1).path != layout.tuning_run("sft", 0.1, 1).path

@@ -38,16 +38,18 @@ class Method:
         """Whether no alignment loss is used at all."""
         return self.keys is None
 
-    def hera_keys(self, weight: float, select: Callable[[Strategy, int], Sequence[str]]) -> dict[str, Any]:
+    def hera_keys(
+        self, weight: Callable[[], float], select: Callable[[Strategy, int], Sequence[str]]
+    ) -> dict[str, Any]:
         """The ``hera_*`` keys of a run.
 
         Args:
-            weight: The weight that was chosen on the validation split.
+            weight: Gives the weight that was chosen on the validation split; asked only by methods that take it.
             select: From a strategy and a number to the names of heads.
         """
         found: dict[str, Any] = dict(self.keys or {})
         if self.weight != "own":
-            found["hera_weight"] = PAPER_WEIGHT if self.weight == "paper" else weight
+            found["hera_weight"] = PAPER_WEIGHT if self.weight == "paper" else weight()
         if self.heads is not None:
             found["hera_heads"] = ",".join(select(*self.heads))
         return found

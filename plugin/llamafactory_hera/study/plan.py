@@ -146,7 +146,7 @@ def _run(
     def keys(stage: int) -> dict[str, Any] | None:
         if method.plain or stage not in method.stages:
             return None
-        return method.hera_keys(weight(), partial(ranked_heads, root / made.heads, seed))
+        return method.hera_keys(weight, partial(ranked_heads, root / made.heads, seed))
 
     def write_stage1() -> None:
         recipes.write(root / run.recipe("stage1"), recipes.stage1(settings, seed, run.stage(1), keys(1)))
