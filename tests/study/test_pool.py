@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamafactory_hera.study.files import read_json
+from llamafactory_hera.files import read_json
 from llamafactory_hera.study.pool import Pool, Unit, locked, mark_of
 
 NOTE = "import sys, time; open('order.txt', 'a').write(sys.argv[1] + '\\n'); time.sleep(float(sys.argv[2]))"

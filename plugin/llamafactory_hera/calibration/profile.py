@@ -1,16 +1,15 @@
 """Profiling: I-SAL by forward passes, gate gradients by backward passes, kept on disk for the next run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import write_safetensors
 from ..selection.batches import plan_batches, run_batches
 from .attention_maps import AttentionFlow
 from .forward import Forward
@@ -51,14 +50,7 @@ class Profile:
         Raises:
             OSError: It cannot be written.
         """
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        try:
-            save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, temporary, {"key": key})
-            os.replace(temporary, path)
-        except SafetensorError as error:  # a full disk
-            raise OSError(str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_safetensors(path, {name: getattr(self, name) for name in _TENSORS}, {"key": key})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":

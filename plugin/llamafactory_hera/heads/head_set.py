@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from ..files import write_json
+
 _HEAD = re.compile(r"[Ll](\d+)[Hh](\d+)")
 _SYNTAX = "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6"
 
@@ -107,11 +109,7 @@ class HeadSet:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON form; the file appears complete or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        content = {"heads": [str(head) for head in self.heads], "provenance": self.provenance}
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"heads": [str(head) for head in self.heads], "provenance": self.provenance})
 
     def check(self, n_layers: int, n_heads: int, key: str = "hera_heads") -> None:
         """Checks that every head exists in a model of ``n_layers`` layers with ``n_heads`` query heads each.

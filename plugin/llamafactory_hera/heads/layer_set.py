@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..files import write_json
+
 _LAYER = re.compile(r"[Ll](\d+)")
 _SYNTAX = "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15"
 
@@ -74,11 +76,7 @@ class LayerSet:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON form; the file appears complete or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        content = {"layers": list(self.names), "provenance": self.provenance}
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"layers": list(self.names), "provenance": self.provenance})
 
     def check(self, n_layers: int) -> None:
         """Checks that every layer exists in a model of ``n_layers`` layers.

@@ -1,12 +1,11 @@
 """What a finished run says of itself: a section of the host's model card, and the same facts as JSON."""
 
-import json
-import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamafactory_hera.files import write_json, write_text
 from llamafactory_hera.heads import HeadSet, LayerSet
 from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.provenance import package_versions
@@ -48,11 +47,11 @@ def write_card(trainer: "HeraTrainer") -> None:
     facts = card_facts(trainer)
     folder = Path(trainer.args.output_dir)
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    _replace(folder / FOLDER / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / FOLDER / FACTS, facts)
     page = folder / CARD
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
-    _replace(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
+    write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
 
 
 def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
@@ -143,9 +142,3 @@ def _at(values: Any, *places: int) -> float | None:
             return None
         values = values[place]
     return values
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

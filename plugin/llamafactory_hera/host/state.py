@@ -1,16 +1,16 @@
 """What of a HeRA run is kept beside the weights, and whether a checkpoint belongs to this run."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from llamafactory.extras import logging
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.files import read_json, write_json, write_safetensors
 from llamafactory_hera.heads import Sites
 from llamafactory_hera.objectives import Objective
 from llamafactory_hera.training.own_parameters import OwnParameters
@@ -62,9 +62,7 @@ class RunState:
         target = Path(folder) / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         state = {**self._own.state(), **self._memory.state_dict()}
-        temporary = target / f"{STATE_FILE}.tmp"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
-        os.replace(temporary, target / STATE_FILE)
+        write_safetensors(target / STATE_FILE, state)
         self._sites.save(target / self._sites.FILE)
         facts = {
             **self._identity,
@@ -72,9 +70,7 @@ class RunState:
             "hera_teacher_name": self._teacher_name,
             **self._objective.values(),
         }
-        temporary = target / f"{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, target / RUN_FILE)
+        write_json(target / RUN_FILE, facts)
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores what :meth:`save` wrote.
@@ -120,7 +116,7 @@ def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) 
 def _read(folder: str | os.PathLike, now: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     source = Path(folder) / FOLDER
     try:
-        saved: dict[str, Any] = json.loads((source / RUN_FILE).read_text(encoding="utf-8"))
+        saved: dict[str, Any] = read_json(source / RUN_FILE)
         state = load_file(source / STATE_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(

@@ -1,17 +1,15 @@
 """Pooled outputs on disk, in blocks of samples, so that a killed run goes on and memory holds one layer at a time."""
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import write_safetensors
 from ..heads.families import HeadLayout
 from .settings import StoredDtype
 
@@ -61,13 +59,9 @@ class FeatureBlocks:
         for index in range(self._layout.n_layers):
             tensors[f"heads.{index}"] = self._stored(heads[:, index])
             tensors[f"layer.{index}"] = self._stored(layers[:, index])
-        temporary = self._path(block).with_suffix(f".tmp{os.getpid()}")
         try:
-            save_file(tensors, temporary)
-            os.replace(temporary, self._path(block))
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-            with suppress(OSError):
-                temporary.unlink()
+            write_safetensors(self._path(block), tensors)
+        except OSError as error:
             raise ValueError(
                 f"output_dir: {self._path(block)} cannot be written ({error}). Free space there, or give another "
                 "folder; what was computed before stays there and is used by the next run."

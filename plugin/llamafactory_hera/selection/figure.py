@@ -1,11 +1,12 @@
 """What the pictures have in common: a canvas without a display, colours that colour-blind readers can tell apart."""
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from ..files import whole_file
 
 # From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -38,6 +39,5 @@ def tick_step(count: int, room: float, label_size: float) -> int:
 
 def save_figure(figure: Figure, target: Path) -> None:
     """Writes a PNG; the file appears complete or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, target)
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

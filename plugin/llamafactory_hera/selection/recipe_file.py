@@ -1,6 +1,5 @@
 """Writing the selected heads into a recipe, keeping its comments and the order of its keys."""
 
-import os
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.nodes import SequenceNode
 
+from ..files import write_text
 from ..heads.head_set import HeadSet
 
 KEY = "hera_heads"
@@ -39,7 +39,7 @@ def write_run_recipe(
         f"# {recipe or 'The given settings'} with the heads that were selected. Start it in the same folder:\n"
         f"#   llamafactory-cli train {target}\n\n"
     )
-    _write(target, header + _dump(content))
+    write_text(target, header + _dump(content))
 
 
 def set_heads_in_place(recipe: Path, heads: HeadSet) -> None:
@@ -49,7 +49,7 @@ def set_heads_in_place(recipe: Path, heads: HeadSet) -> None:
         ValueError: The recipe cannot be written.
     """
     try:
-        _write(recipe, _with_heads(recipe.read_text(encoding="utf-8"), str(heads)))
+        write_text(recipe, _with_heads(recipe.read_text(encoding="utf-8"), str(heads)))
     except OSError as error:
         raise ValueError(f"The recipe {recipe} cannot be written ({error.strerror or error}).") from error
 
@@ -92,9 +92,3 @@ def _dump(content: CommentedMap) -> str:
     text = StringIO()
     _yaml().dump(content, text)
     return text.getvalue()
-
-
-def _write(target: Path, text: str) -> None:
-    temporary = target.with_name(f"{target.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, target)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import write_text
 from ..heads.head_set import HeadId
 from .provenance import COMPARABLE
 from .score_file import ScoreFile
@@ -92,9 +93,7 @@ def write_report(
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         _draw(comparison, picture)
-        temporary = page.with_name(f"{page.name}.tmp{os.getpid()}")
-        temporary.write_text(render_markdown(comparison, picture.name), encoding="utf-8")
-        os.replace(temporary, page)
+        write_text(page, render_markdown(comparison, picture.name))
     except OSError as error:
         raise ValueError(
             f"report: {base} cannot be written ({error.strerror or error}); give another path."

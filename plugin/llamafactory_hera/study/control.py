@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 from ..demo.scenes import PALETTE, SHAPES, SIZES, Scene, render
-from .files import read_json, replace_json
+from ..files import read_json, write_json
 from .world import StudyWorld
 
 NEIGHBOURS = 10
@@ -65,7 +65,7 @@ def write_control(data: Path, teacher: Path, target: Path) -> None:
         "validation": _accuracies(scenes_of("train"), scenes_of("validation")),
         "independent": _accuracies(*drawn),
     }
-    replace_json(target, {"k": NEIGHBOURS, "scenes": found})
+    write_json(target, {"k": NEIGHBOURS, "scenes": found})
 
 
 @dataclass(frozen=True)

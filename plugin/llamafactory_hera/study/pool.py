@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import read_json, replace_json
+from ..files import read_json, write_json
 
 # One thread each: as many runs as cores side by side is the fastest way, and a run's numbers do not depend on cores.
 _ENVIRONMENT = {
@@ -132,7 +132,7 @@ class Pool:
         used = [self._run_command(unit, command, log) for command in unit.commands]
         wall = time.time() - started
         mark = {"kind": unit.kind, "started": round(started), "wall_s": round(wall, 2), "processes": used}
-        replace_json(mark_of(self._root, unit.name), mark)
+        write_json(mark_of(self._root, unit.name), mark)
         return wall
 
     def _run_command(self, unit: Unit, command: tuple[str, ...], log: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
+from ..files import write_text
 from . import layout
 from .dataset import CAPTIONS, TEXT, TRAIN, captions_of, questions_of
-from .files import replace_text
 from .layout import Seed
 from .settings import Settings
 from .world import StudySplit
@@ -118,7 +118,7 @@ def scoring(settings: Settings, model: str, split: StudySplit, output: str) -> d
 
 def write(path: Path, recipe: dict[str, Any]) -> None:
     """Write a recipe as YAML."""
-    replace_text(path, yaml.safe_dump(recipe, sort_keys=False))
+    write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
 
 def _method(settings: Settings, hera: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..selection.score_file import ScoreFile
 from ..selection.strategies import choose_heads
 from . import layout
 from .dataset import questions_of
-from .files import read_json
 from .intervals import mean_interval, paired_interval
 from .layout import Run, Seed, final_run
 from .methods import BASELINE, METHODS

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json, write_json, write_text
 from ..selection.provenance import package_versions
 from . import layout
 from .figures import draw_accuracy, draw_mechanism
-from .files import read_json, replace_json, replace_text
 from .plan import plan
 from .pool import Pool, locked
 from .results import gather
@@ -63,11 +63,11 @@ def write_study_report(root: Path, settings: Settings, workers: int, size: str) 
         "tuning": read_json(root / layout.TUNING),
         "measured": gather(root, settings),
     }
-    replace_json(root / "report.json", report)
+    write_json(root / "report.json", report)
     draw_mechanism(report["measured"], root / "mechanism.png")
     draw_accuracy(report["measured"], root / "accuracy.png")
     page = root / "report.md"
-    replace_text(page, render(report, {"mechanism": "mechanism.png", "accuracy": "accuracy.png"}))
+    write_text(page, render(report, {"mechanism": "mechanism.png", "accuracy": "accuracy.png"}))
     return page
 
 
@@ -86,7 +86,7 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
     elif root.exists() and any(root.iterdir()):
         raise ValueError(f"output={str(output)!r} exists and holds no study: choose another folder")
     else:
-        replace_json(file, {"settings": settings.to_dict()})
+        write_json(file, {"settings": settings.to_dict()})
 
 
 def _require_packages() -> None:

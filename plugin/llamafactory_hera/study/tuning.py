@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from ..files import read_json, write_json
 from . import layout
 from .dataset import questions_of
-from .files import read_json, replace_json
 from .layout import tuning_run
 from .methods import TUNED
 from .scoring import accuracy_of
@@ -20,7 +20,7 @@ def choose_weight(root: Path, settings: Settings) -> None:
         found = accuracy_of(root / run.predictions, root / layout.DATA / "key.json", dataset)
         tried.append({"weight": weight, "method": TUNED, "seed": settings.tuning_seed, "accuracy": found})
     best = max(tried, key=lambda entry: (entry["accuracy"]["mean"], -entry["weight"]))
-    replace_json(root / layout.TUNING, {"chosen": best["weight"], "tried": tried})
+    write_json(root / layout.TUNING, {"chosen": best["weight"], "tried": tried})
 
 
 def chosen_weight(root: Path) -> float:

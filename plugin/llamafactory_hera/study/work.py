@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..files import read_json
 from . import layout
-from .files import read_json
 from .settings import Settings
 
 ROOT = Path(".")

@@ -1,0 +1,62 @@
+"""Files appear whole or not at all."""
+
+import os
+import resource
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamafactory_hera.files import read_json, whole_file, write_json, write_safetensors, write_text
+
+
+def test_a_text_replaces_what_was_there_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_text(path, "first")
+    write_text(path, "zweitens: ä")
+    assert path.read_text(encoding="utf-8") == "zweitens: ä"
+    assert os.listdir(path.parent) == ["a.txt"]
+
+
+def test_json_comes_back_as_it_was(tmp_path):
+    content = {"heads": ["L0H1"], "name": "頭", "score": 0.25, "none": None}
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == content
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyError), whole_file(path) as temporary:
+        temporary.write_text("half of")
+        raise KeyError("interrupted")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_nothing_is_seen_under_the_name_before_the_end(tmp_path):
+    with whole_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("all")
+        assert not (tmp_path / "a.txt").exists()
+    assert (tmp_path / "a.txt").read_text() == "all"
+
+
+def test_tensors_of_any_layout_are_written(tmp_path):
+    tensor = torch.arange(6.0).view(2, 3).t().requires_grad_()
+    write_safetensors(tmp_path / "a.safetensors", {"a": tensor})
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor.detach())
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": torch.zeros(4)})
+    # The kernel refuses to let a file grow beyond this, as a full disk does.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        with pytest.raises(OSError):
+            write_safetensors(path, {"a": torch.ones(4096)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.equal(load_file(path)["a"], torch.zeros(4))
+    assert os.listdir(tmp_path) == ["a.safetensors"]
