@@ -27,9 +27,14 @@ def test_json_comes_back_as_it_was(tmp_path):
 def test_a_failed_write_keeps_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(KeyError), whole_file(path) as temporary:
-        temporary.write_text("half of")
-        raise KeyError("interrupted")
+
+    def interrupted():
+        with whole_file(path) as temporary:
+            temporary.write_text("half of")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -16,13 +16,14 @@ ROOT = Path(__file__).parents[1]
 SOURCES = {"llamafactory_hera": ROOT / "plugin", "hera_patches": ROOT / "patches"}
 
 TOP = {"selection", "calibration", "backbones", "demo", "host"}
-BELOW = {"alignment", "heads", "objectives", "teachers", "training"}
+BELOW = {"alignment", "heads", "objectives", "samples", "teachers", "training"}
 #: Package -> what it may import of the project besides itself and the version in ``llamafactory_hera``.
 ALLOWED: dict[str, set[str]] = {
     "alignment": set(),
     "heads": {"alignment"},
     "teachers": {"alignment"},
     "objectives": {"alignment"},
+    "samples": {"teachers"},
     "training": {"alignment", "objectives"},
     **dict.fromkeys(TOP, BELOW | TOP),
     "study": BELOW | {"selection", "demo"},

@@ -26,9 +26,10 @@ from llamafactory_hera.calibration.forward import Forward
 from llamafactory_hera.calibration.gates import HeadGates
 from llamafactory_hera.calibration.held_out import HeldOut
 from llamafactory_hera.calibration.influence import margin_loss
-from llamafactory_hera.calibration.material import Features, Material
+from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.settings import RahSettings
+from llamafactory_hera.samples.source import Features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE = 1

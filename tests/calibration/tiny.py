@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from llamafactory_hera.calibration.material import Features, Material
+from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.profile import Profile
+from llamafactory_hera.samples.source import Features
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 
 N_IMAGE = 4

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from llamafactory_hera.selection.samples import draw_samples, sample_image, samples_digest
+from llamafactory_hera.selection.samples import draw_samples, samples_digest
 from llamafactory_hera.selection.settings import SelectSettings
 
 from .tiny import Rows, captions, noise_images
@@ -79,11 +79,6 @@ def test_an_unreadable_image_is_named(tmp_path):
     images[0] = [str(tmp_path / "gone.png")]
     with pytest.raises(ValueError, match=r"gone\.png"):
         draw_samples(Rows(images, captions(30)), settings(samples=30))
-
-
-@pytest.mark.parametrize(("index", "taken"), [(0, "a"), (1, "b"), (-1, "c"), (9, "c"), (-9, "a")])
-def test_which_of_several_images(index, taken):
-    assert sample_image(["a", "b", "c"], index) == taken
 
 
 @pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])

@@ -8,14 +8,15 @@ from typing import Literal
 
 from PIL import Image
 
+from ..samples.draw import Sample
 from ..teachers.images import ImageLike, image_key, load_image
-from .material import Source
-from .samples import Drawn, Sample
+from .material import CalibrationSource
+from .samples import Drawn
 
 Control = Literal["shuffled", "blank"]
 
 
-def corrupt(drawn: Drawn, source: Source, control: Control, seed: int) -> Drawn:
+def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:
     """The same samples with other images, profiled and held-out ones each among themselves.
 
     ``shuffled`` gives every sample the images of another one; ``blank`` white images of the same sizes (ours: the
@@ -28,10 +29,10 @@ def corrupt(drawn: Drawn, source: Source, control: Control, seed: int) -> Drawn:
     return replace(drawn, profiled=profiled, held_out=held_out)
 
 
-def _corrupt(samples: Sequence[Sample], source: Source, control: Control, seed: int) -> list[Sample]:
+def _corrupt(samples: Sequence[Sample], source: CalibrationSource, control: Control, seed: int) -> list[Sample]:
     images = [_blank(sample.images) for sample in samples] if control == "blank" else _exchanged(samples, seed)
     return [
-        replace(sample, images=other, features=source.encode(sample.row, other), key=image_key(other[0]))
+        Sample(sample.row, other, other[0], image_key(other[0]), source.encode(sample.row, other))
         for sample, other in zip(samples, images, strict=True)
     ]
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection.batches import plan_batches, run_batches
+from ..samples.batches import plan_batches, run_batches
+from ..samples.source import Collate, Features
 from .forward import Forward
-from .material import Collate, Features
 from .trust_region import check_finite, divergence
 
 

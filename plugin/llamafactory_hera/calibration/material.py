@@ -2,26 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from ..samples.source import Collate, Features, Source
 from ..teachers.images import ImageLike
 
-#: ``input_ids``, ``attention_mask`` and what the collator makes pixels of.
-Features = dict[str, Any]
-Collate = Callable[[list[Features]], dict[str, Any]]
 
-
-class Source(Protocol):
-    """A dataset of which single samples are encoded when asked for."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, row: int) -> list[ImageLike]:
-        """The images of a sample, not decoded; empty without any."""
-        ...
+class CalibrationSource(Source, Protocol):
+    """A dataset whose samples can be seen with other images."""
 
     def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
         """What the model sees of a sample, with other images in place of its own if given; None if it has no text."""
@@ -43,7 +34,7 @@ class Material:
         num_workers: Processes that decode images.
     """
 
-    source: Source
+    source: CalibrationSource
     load_model: Callable[[], nn.Module]
     collator: Callable[[nn.Module], Collate]
     model_name: str

@@ -10,12 +10,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_safetensors
-from ..selection.batches import plan_batches, run_batches
+from ..samples.batches import plan_batches, run_batches
+from ..samples.source import Collate, Features
 from .attention_maps import AttentionFlow
 from .forward import Forward
 from .gates import HeadGates
 from .influence import causal_attention_flow, margin_loss
-from .material import Collate, Features
 from .saliency import standardize
 
 _TENSORS = ("flow", "maps", "gradients")

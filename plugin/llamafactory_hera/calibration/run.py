@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..samples.source import Collate
 from ..selection.provenance import package_versions
 from .adapter import save_adapter
 from .control import Control, corrupt
@@ -16,7 +17,7 @@ from .figure import draw_calibration
 from .fingerprint import model_fingerprint
 from .forward import Forward
 from .held_out import HeldOut
-from .material import Collate, Material
+from .material import Material
 from .outputs import PROFILE_FILE, cannot_be_written, check_folder, write_outputs
 from .plan import make_plan
 from .profile import Profile, profile_heads

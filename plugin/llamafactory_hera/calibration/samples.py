@@ -3,32 +3,14 @@
 import hashlib
 import json
 import logging
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..teachers.images import ImageLike, image_key
-from .material import Features, Source
+from ..samples.draw import Draw, Sample, draw
+from ..samples.source import Source
 from .settings import RahSettings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image-text sample.
-
-    Attributes:
-        row: Its row in the dataset.
-        images: Its images, not decoded.
-        features: What the model sees.
-        key: Content digest of its first image.
-    """
-
-    row: int
-    images: list[ImageLike]
-    features: Features
-    key: bytes
 
 
 @dataclass(frozen=True)
@@ -59,30 +41,10 @@ def draw_samples(source: Source, settings: RahSettings) -> Drawn:
     Raises:
         ValueError: No image at all, fewer samples than probes and held-out ones need, or an image that cannot be read.
     """
-    order = list(range(len(source)))
-    random.Random(settings.seed).shuffle(order)
-    drawn: list[Sample] = []
-    seen: set[bytes] = set()
-    without_image = without_text = 0
-    for row in order:
-        if len(drawn) == settings.samples:
-            break
-        images = source.images(row)
-        if not images:
-            without_image += 1
-            continue
-        key = image_key(images[0])
-        if key in seen:
-            continue
-        features = source.encode(row)
-        if features is None:
-            without_text += 1
-            continue
-        seen.add(key)
-        drawn.append(Sample(row, list(images), features, key))
-    _check_number(len(drawn), len(order), without_image, without_text, settings)
-    n = len(drawn) - settings.held_out
-    return Drawn(drawn[:n], drawn[n:], without_image)
+    found = draw(source, settings.samples, settings.seed)
+    _check_number(found, settings)
+    n = len(found.samples) - settings.held_out
+    return Drawn(found.samples[:n], found.samples[n:], found.without_image)
 
 
 def check_tokens(samples: Sequence[Sample], image_tokens: Sequence[int]) -> None:
@@ -104,8 +66,9 @@ def check_tokens(samples: Sequence[Sample], image_tokens: Sequence[int]) -> None
             )
 
 
-def _check_number(drawn: int, rows: int, without_image: int, without_text: int, settings: RahSettings) -> None:
-    if not drawn and without_image == rows:
+def _check_number(found: Draw, settings: RahSettings) -> None:
+    drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
+    if not drawn and without_image == found.rows:
         raise ValueError(
             "dataset: none of its samples has an image, and calibration looks at attention between text and image; "
             "use a dataset with an `images` column."
@@ -113,7 +76,7 @@ def _check_number(drawn: int, rows: int, without_image: int, without_text: int, 
     needed = settings.probes + settings.held_out
     if drawn < needed:
         raise ValueError(
-            f"dataset: {drawn} of its {rows} samples can be used, fewer than rah_probes: {settings.probes} and "
+            f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {settings.probes} and "
             f"rah_held_out: {settings.held_out} need together ({without_image} have no image, {without_text} no text; "
             "each image counts once). Use more data, or lower rah_probes or rah_held_out."
         )

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..heads.pooling import IGNORE_INDEX
+from ..samples.source import Features
 from ..teachers.images import ImageLike
-from .material import Features
 
 
 class CaptionSource:

@@ -18,11 +18,11 @@ from ..alignment.gather import world_size
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.pooled import PooledHeads, text_decoder
 from ..heads.pooling import token_mask
-from .batches import Batch, plan_batches, run_batches
+from ..samples.batches import Batch, plan_batches, run_batches
+from ..samples.draw import Sample
 from .blocks import FeatureBlocks
 from .material import Material
 from .processes import barrier, rank
-from .samples import Sample
 from .settings import Mode, SelectSettings
 
 logger = logging.getLogger(__name__)

@@ -3,31 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from ..samples.source import Collate, Source
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import ImageLike
-
-#: ``input_ids``, ``attention_mask`` and ``labels`` as lists; in mllm mode also the images, as its collator takes them.
-Features = dict[str, Any]
-Collate = Callable[[list[Features]], dict[str, Any]]
-
-
-class Source(Protocol):
-    """A dataset of which single samples are encoded when asked for."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, row: int) -> list[ImageLike]:
-        """The images of a sample, not decoded; empty without any."""
-        ...
-
-    def encode(self, row: int) -> Features | None:
-        """What the model sees of a sample; None for one that cannot be used."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from ..samples.draw import Sample
 from .material import Material
-from .samples import Sample, samples_digest
+from .samples import samples_digest
 from .settings import SelectSettings
 
 if TYPE_CHECKING:

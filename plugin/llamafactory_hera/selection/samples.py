@@ -2,14 +2,12 @@
 
 import hashlib
 import logging
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..alignment.mknn import chance_level
 from ..heads.pooling import IGNORE_INDEX
-from ..teachers.images import ImageLike, image_key
-from .material import Features, Source
+from ..samples.draw import Draw, Sample, draw
+from ..samples.source import Features, Source
 from .settings import SelectSettings
 
 logger = logging.getLogger(__name__)
@@ -18,59 +16,24 @@ logger = logging.getLogger(__name__)
 _HIGH_CHANCE = 0.2
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image with its text.
-
-    Attributes:
-        features: What the model sees.
-        image: What the teacher sees.
-        key: The image's content digest.
-    """
-
-    features: Features
-    image: ImageLike
-    key: bytes
-
-
 def draw_samples(source: Source, settings: SelectSettings) -> list[Sample]:
     """Draws ``settings.samples`` samples in an order that depends on the seed alone.
 
-    A further sample of an image that was drawn already is passed over: the two would be each other's nearest neighbour
-    for the teacher, whatever the head. The paper does not say how it treats them.
+    Two samples of one image would be each other's nearest neighbour for the teacher, whatever the head, so the second
+    is passed over. The paper does not say how it treats them.
 
     Raises:
         ValueError: Fewer than ``k + 2`` usable samples, saying what the others lack; or an image that cannot be read.
     """
-    order = list(range(len(source)))
-    random.Random(settings.seed).shuffle(order)
-    drawn: list[Sample] = []
-    seen: set[bytes] = set()
-    without_image = without_text = 0
-    for row in order:
-        if len(drawn) == settings.samples:
-            break
-        images = source.images(row)
-        if not images:
-            without_image += 1
-            continue
-        image = sample_image(images, settings.image_index)
-        key = image_key(image)
-        if key in seen:
-            continue
-        features = source.encode(row)
-        if features is None or not _has_tokens(features, settings.pooling):
-            without_text += 1
-            continue
-        seen.add(key)
-        drawn.append(Sample(features, image, key))
-    _check_number(drawn, len(order), without_image, without_text, settings)
-    return drawn
-
-
-def sample_image(images: Sequence[ImageLike], index: int) -> ImageLike:
-    """The image that stands for a sample: the one of that index, negative from the end, clamped to what there is."""
-    return images[max(-len(images), min(index, len(images) - 1))]
+    found = draw(
+        source,
+        settings.samples,
+        settings.seed,
+        settings.image_index,
+        usable=lambda features: _has_tokens(features, settings.pooling),
+    )
+    _check_number(found, settings)
+    return found.samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -87,9 +50,8 @@ def _has_tokens(features: Features, pooling: str) -> bool:
     return len(features["input_ids"]) > 0
 
 
-def _check_number(
-    drawn: list[Sample], n_rows: int, without_image: int, without_text: int, settings: SelectSettings
-) -> None:
+def _check_number(found: Draw, settings: SelectSettings) -> None:
+    drawn, without_text = found.samples, found.without_text
     least = settings.k + 2
     if len(drawn) < least:
         if without_text and not drawn:
@@ -98,9 +60,9 @@ def _check_number(
                 "missing or leaves no token. Use a dataset whose assistant turns describe the image."
             )
         raise ValueError(
-            f"dataset: {len(drawn)} of its {n_rows} samples can be scored, and hera_select_k: {settings.k} needs "
-            f"{least} or more ({without_image} have no image, {without_text} no text that leaves a token; each image "
-            "counts once). Use more data, or lower hera_select_k."
+            f"dataset: {len(drawn)} of its {found.rows} samples can be scored, and hera_select_k: {settings.k} needs "
+            f"{least} or more ({found.without_image} have no image, {without_text} no text that leaves a token; each "
+            "image counts once). Use more data, or lower hera_select_k."
         )
     if without_text:
         logger.warning("dataset: %d samples leave no token to average over and were passed over.", without_text)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..alignment.gather import world_size
 from ..alignment.mknn import rank_neighbors, similarity
+from ..samples.draw import Sample, sample_image
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
@@ -19,7 +20,6 @@ from .blocks import PREFIX
 from .fingerprint import is_own_vision_tower
 from .material import Material
 from .processes import barrier, rank
-from .samples import Sample, sample_image
 from .settings import SelectSettings
 
 logger = logging.getLogger(__name__)

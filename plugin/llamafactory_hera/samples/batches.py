@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from .material import Collate, Features
+from .source import Collate, Features
 
 logger = logging.getLogger(__name__)
 
