@@ -10,18 +10,22 @@ from llamafactory_hera.host.arguments import HeraArguments
 from llamafactory_hera.host.board.arguments import lacking, with_hera
 from llamafactory_hera.host.board.fields import FIELDS
 from llamafactory_hera.host.board.texts import LANGUAGES, locales, message
+from llamafactory_hera.objectives import names
 
 
 def test_defaults_and_choices_are_the_dataclass_s() -> None:
     defaults, hints = HeraArguments(), get_type_hints(HeraArguments)
     for key, field in FIELDS.items():
         assert field.default == ("" if getattr(defaults, key) is None else getattr(defaults, key))
-        assert field.choices == (get_args(hints[key]) if field.kind == "choice" else ())
+        declared = tuple(names()) if key == "hera_objective" else get_args(hints[key])
+        assert field.choices == (declared if field.kind == "choice" else ())
     assert {field.kind for field in FIELDS.values()} == {"text", "integer", "number", "switch", "choice"}
 
 
 def test_the_keys_of_heads_teacher_loss_and_selection_are_shown() -> None:
-    named = "heads teacher teacher_cache weight k temperature memory pooling select select_m"
+    named = (
+        "heads objective granularity layers teacher teacher_cache weight k temperature memory pooling select select_m"
+    )
     assert {f"hera_{name}" for name in named.split()} <= set(FIELDS)
 
 
@@ -76,8 +80,25 @@ def test_heads_that_may_be_are_let_pass(heads: str) -> None:
     assert lacking({"hera_heads": heads}, "en") == ""
 
 
-def test_layers_in_the_extra_arguments_need_no_heads() -> None:
-    assert lacking({"hera_heads": "", "hera_granularity": "layer", "hera_layers": "L1"}, "en") == ""
+def test_layers_need_no_heads() -> None:
+    layers = {"hera_heads": "", "hera_granularity": "layer", "hera_layers": "L1"}
+    assert lacking(layers, "en") == ""
+    assert "hera_layers: no layer is named" in lacking(layers | {"hera_layers": ""}, "en")
+    assert "hera_heads: L1H2 is for hera_granularity: head" in lacking(layers | {"hera_heads": "L1H2"}, "en")
+    assert "hera_layers: L1 is for hera_granularity: layer" in lacking(
+        layers | {"hera_granularity": "head"}, "en", True
+    )
+
+
+def test_layers_are_not_selected_before_a_run() -> None:
+    said = lacking({"hera_heads": "", "hera_granularity": "layer", "hera_layers": "auto"}, "en", selecting=True)
+    assert "write auto as decoder layers" in said
+
+
+def test_an_objective_that_aligns_no_heads_says_so_in_the_page() -> None:
+    assert "hera_granularity: head does not work with hera_objective: viral" in lacking(
+        {"hera_heads": "L1H2", "hera_objective": "viral"}, "en"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("hera_k", 0), ("hera_weight", -3.0), ("hera_select_m", 0)])

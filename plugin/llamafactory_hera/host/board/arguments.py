@@ -31,9 +31,12 @@ def lacking(args: dict[str, Any], lang: str, selecting: bool = False) -> str:
         selecting: Heads are about to be selected, so that none need be named.
     """
     values = {key: args[key] for key in HeraArguments.__dataclass_fields__ if args.get(key) not in (None, "")}
-    if selecting and "hera_layers" not in values:
+    if values.get("hera_granularity") == "layer":
+        if selecting:
+            return message("select_layers", lang)
+    elif selecting:
         values["hera_heads"] = AUTO
-    if "hera_heads" not in values and "hera_layers" not in values:
+    elif "hera_heads" not in values:
         return message("no_heads", lang)
     try:
         HeraArguments(**values).check_hera()

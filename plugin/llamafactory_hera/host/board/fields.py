@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.objectives import names
 
 #: Rows of the accordion. Keys that are not here go into the host's "Extra arguments".
 HEADS_ROW = ("hera_heads",)
+OBJECTIVE_ROW = ("hera_objective", "hera_granularity", "hera_layers")
 TEACHER_ROW = ("hera_teacher", "hera_teacher_cache")
 LOSS_ROW = (
     "hera_weight",
@@ -24,7 +26,7 @@ SELECT_ROW = (
     "hera_select_k",
     "hera_select_batch_size",
 )
-ROWS = (HEADS_ROW, TEACHER_ROW, LOSS_ROW, BATCH_ROW, SELECT_ROW)
+ROWS = (HEADS_ROW, OBJECTIVE_ROW, TEACHER_ROW, LOSS_ROW, BATCH_ROW, SELECT_ROW)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Field:
 
 def _field(key: str) -> Field:
     declared = HeraArguments.__dataclass_fields__[key]
+    if key == "hera_objective":  # any that is registered
+        return Field(key, "choice", declared.default, tuple(names()))
     hint = get_type_hints(HeraArguments)[key]
     if isinstance(hint, types.UnionType):
         (hint,) = (option for option in get_args(hint) if option is not types.NoneType)

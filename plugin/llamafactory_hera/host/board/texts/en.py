@@ -5,6 +5,9 @@ FIELDS = {
         "Attention heads",
         "Names such as L13H12,L7H6, the path of a heads.json, or auto to select them before training.",
     ),
+    "hera_objective": ("Objective", "What is minimised; contrastive is HeRA's."),
+    "hera_granularity": ("Granularity", "Align attention heads or whole decoder layers."),
+    "hera_layers": ("Decoder layers", "For granularity layer: names such as L14,L15, or middle, penultimate, auto."),
     "hera_teacher": ("Teacher", "Frozen vision model: a local folder or a hub id."),
     "hera_teacher_cache": ("Teacher cache", "Folder that keeps the teacher's features (optional)."),
     "hera_weight": ("HeRA weight", "Weight (lambda) of the HeRA loss."),
@@ -42,6 +45,7 @@ WIDGETS = {
 
 MESSAGES = {
     "no_heads": "Name the attention heads, press Select heads, or write auto (HeRA configurations).",
+    "select_layers": "Granularity is layer: write auto as decoder layers, and they are selected when training starts.",
     "selecting": "Selecting heads …",
     "comparing": "Scoring the trained model's heads …",
     "teacher": "Teacher",

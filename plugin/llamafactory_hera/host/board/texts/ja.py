@@ -5,6 +5,9 @@ FIELDS = {
         "アテンションヘッド",
         "L13H12,L7H6 のような名前、heads.json のパス、または学習前に自動選択する auto。",
     ),
+    "hera_objective": ("目的関数", "最小化する対象。contrastive が HeRA の損失。"),
+    "hera_granularity": ("粒度", "アテンションヘッド (head) またはデコーダー層 (layer) を揃える。"),
+    "hera_layers": ("デコーダー層", "粒度が layer の場合：L14,L15 のような名前、または middle、penultimate、auto。"),
     "hera_teacher": ("教師モデル", "固定された視覚モデル：ローカルフォルダーまたはハブの名前。"),
     "hera_teacher_cache": ("教師特徴のキャッシュ", "教師の特徴を保存するフォルダー（任意）。"),
     "hera_weight": ("HeRA の重み", "HeRA 損失の重み（lambda）。"),
@@ -39,6 +42,7 @@ WIDGETS = {
 
 MESSAGES = {
     "no_heads": "HeRA 設定でアテンションヘッドを入力するか、「ヘッドを選択」を押すか、auto と入力してください。",
+    "select_layers": "粒度が layer です。デコーダー層に auto と入力すると、学習開始時に選択されます。",
     "selecting": "ヘッドを選択しています…",
     "comparing": "学習後のモデルのヘッドを採点しています…",
     "teacher": "教師モデル",

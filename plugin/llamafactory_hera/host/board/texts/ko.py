@@ -5,6 +5,9 @@ FIELDS = {
         "어텐션 헤드",
         "L13H12,L7H6 같은 이름, heads.json의 경로, 또는 학습 전에 자동으로 선택하려면 auto.",
     ),
+    "hera_objective": ("목적 함수", "최소화할 대상; contrastive가 HeRA의 손실."),
+    "hera_granularity": ("정렬 단위", "어텐션 헤드(head) 또는 디코더 레이어(layer)를 정렬."),
+    "hera_layers": ("디코더 레이어", "정렬 단위가 layer일 때: L14,L15 같은 이름, 또는 middle, penultimate, auto."),
     "hera_teacher": ("교사 모델", "고정된 비전 모델: 로컬 폴더 또는 허브 이름."),
     "hera_teacher_cache": ("교사 특징 캐시", "교사 특징을 보관하는 폴더 (선택 사항)."),
     "hera_weight": ("HeRA 가중치", "HeRA 손실의 가중치(lambda)."),
@@ -39,6 +42,7 @@ WIDGETS = {
 
 MESSAGES = {
     "no_heads": "HeRA 구성에서 어텐션 헤드를 입력하거나, 헤드 선택을 누르거나, auto를 입력하십시오.",
+    "select_layers": "정렬 단위가 layer입니다: 디코더 레이어에 auto를 입력하면 학습이 시작될 때 선택됩니다.",
     "selecting": "헤드를 선택하는 중 …",
     "comparing": "학습된 모델의 헤드 점수를 계산하는 중 …",
     "teacher": "교사 모델",

@@ -5,6 +5,9 @@ FIELDS = {
         "注意力头",
         "形如 L13H12,L7H6 的名称、heads.json 的路径，或填 auto 在训练前自动选择。",
     ),
+    "hera_objective": ("目标函数", "要最小化的内容；contrastive 即 HeRA 的损失。"),
+    "hera_granularity": ("粒度", "对齐注意力头 (head) 或整个解码器层 (layer)。"),
+    "hera_layers": ("解码器层", "粒度为 layer 时：形如 L14,L15 的名称，或 middle、penultimate、auto。"),
     "hera_teacher": ("教师模型", "冻结的视觉模型：本地文件夹或模型仓库名称。"),
     "hera_teacher_cache": ("教师特征缓存", "保存教师特征的文件夹（可选）。"),
     "hera_weight": ("HeRA 权重", "HeRA 损失的权重（lambda）。"),
@@ -39,6 +42,7 @@ WIDGETS = {
 
 MESSAGES = {
     "no_heads": "请在 HeRA 参数设置中填写注意力头、点击“选择注意力头”，或填写 auto。",
+    "select_layers": "粒度为 layer：请在解码器层中填 auto，训练开始时会自动选择。",
     "selecting": "正在选择注意力头……",
     "comparing": "正在为训练后的模型评分……",
     "teacher": "教师模型",
