@@ -82,6 +82,16 @@ def test_quantised_models_are_refused_before_their_weights_are_read(
         refused(checkpoints, tmp_path / "built", QUANTISED.format(key=key, method=method), **option)
 
 
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_quantised_models_that_say_so_in_a_file_of_its_own_are_refused(
+    name: str, checkpoints: dict, tmp_path: Path
+) -> None:
+    llm = copy(checkpoints["qwen3"], tmp_path / "llm")
+    (llm / name).write_text('{"bits": 4}')
+    told = rf"--language-model: .* is quantised \({name}\).* unquantised checkpoint"
+    refused(checkpoints, tmp_path / "built", told, llm=llm)
+
+
 def test_eight_bit_weights_are_refused_without_a_word_of_it_in_the_configuration(
     checkpoints: dict, tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _BLOCK_ROWS = 4096
+# As the first releases of AutoGPTQ and AutoAWQ wrote them, without a word in the model's own configuration.
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
 _TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
@@ -140,16 +142,23 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
             f"{key}: {folder / CONFIG_FILE} has no model_type, so it does not say what the model is; give the folder "
             "of a transformers model with its own config.json."
         )
-    for part in (values, values.get("vision_config")):
+    quantised_by = _quantisation(folder, values)
+    if quantised_by:
+        raise ValueError(
+            f"{key}: {folder} is quantised ({quantised_by}), and weights are copied as they are; give the unquantised "
+            "checkpoint. Training can quantise the built model (quantization_bit)."
+        )
+    return values
+
+
+def _quantisation(folder: Path, config: dict[str, Any]) -> str | None:
+    """Where a checkpoint says that it is quantised, and how; None if it does not."""
+    for part in (config, config.get("vision_config")):
         quantised = part.get("quantization_config") if isinstance(part, dict) else None
         if quantised:
             method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-            raise ValueError(
-                f"{key}: {folder} is quantised (quantization_config in {CONFIG_FILE}, method {method}), and weights "
-                "are copied as they are; give the unquantised checkpoint. Training can quantise the built model "
-                "(quantization_bit)."
-            )
-    return values
+            return f"quantization_config in {CONFIG_FILE}, method {method}"
+    return next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None)
 
 
 def open_config(folder: Path, key: str) -> Any:
