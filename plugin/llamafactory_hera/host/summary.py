@@ -33,7 +33,10 @@ def start_summary(trainer: "HeraTrainer") -> None:
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in step.objective.values().items()}
     if step.objective.uses_candidates:
         lines["neighbours"] = str(hera.hera_k)
-        lines["candidates per sample"] = f"{candidates} ({together - 1} of the batch, {hera.hera_memory} remembered)"
+        up_to = "up to " if hera.hera_memory else ""  # the memory fills while training
+        lines["candidates per sample"] = (
+            f"{up_to}{candidates} ({together - 1} of the batch, {up_to}{hera.hera_memory} remembered)"
+        )
     for name, value in lines.items():
         logger.info_rank0(f"HeRA | {name}: {value}")
     if step.objective.uses_candidates and candidates < 2 * hera.hera_k:
