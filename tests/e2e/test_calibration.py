@@ -101,11 +101,11 @@ MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["templat
 EXPORTS = {
     "page": ("docs/calibration.md", MODEL | {"MERGED": "saves/documented"}, {"HERA_DISABLE": "1"}),
     "recipe": (
-        "recipes/llava1_5_7b_calibrate.yaml",
+        "recipes/llava_1_5_7b_calibrate.yaml",
         {
             "llava-hf/llava-1.5-7b-hf": "hera_demo/model",
-            "saves/llava1_5_7b/calibrate": OUTPUT,
-            "saves/llava1_5_7b/calibrated": "saves/documented_recipe",
+            "saves/llava_1_5_7b/calibrate": OUTPUT,
+            "saves/llava_1_5_7b/calibrated": "saves/documented_recipe",
         },
         {},
     ),

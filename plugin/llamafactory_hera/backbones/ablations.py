@@ -149,7 +149,11 @@ def index() -> str:
     """The table of recipes/README.md."""
     lines = ["| Row | Qwen2.5-3B | Qwen3-4B | the paper's vision average |", "| --- | --- | --- | --- |"]
     rows = [
-        ("without HeRA", [f"{key}_sft" for key in MODELS], "50.5 / 56.3"),
+        (
+            "without HeRA in either stage: with `model_name_or_path=saves/NAME/pretrain_sft`",
+            [f"{key}_sft" for key in MODELS],
+            "50.5 / 56.3",
+        ),
         ("HeRA: the contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 / 58.5"),
     ]
     rows += [

@@ -88,18 +88,22 @@ def _batches(recipe: Recipe) -> list[str]:
     if hera:
         text += " HeRA compares a sample with the others of its micro-batch over all GPUs and with hera_memory more."
     lines = [*_wrap(text), "#", f"#   GPUs  per device  accumulation{'  hera_memory' if hera else ''}  memory a GPU"]
+    chosen = (keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"])
     for plan in recipe.plans:
         row = f"#   {plan.gpus:>4}  {plan.per_device:>10}  {plan.accumulation:>12}"
         row += f"  {plan.hera_memory:>11}" if hera else ""
         row += f"  {plan.gib:.0f} GB" + ("" if plan.fits else ", more than a card holds: use LoRA")
-        chosen = (keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"])
         lines.append(row + ("  <- below" if chosen == (plan.per_device, plan.accumulation) else ""))
     text = (
         f"For GPUs of {work.card} GB. The memory is computed from tensor sizes for sequences of {work.tokens} tokens, "
         "on the high side; it was not measured."
     )
-    if len(recipe.plans) > 1:
-        text += " For another row append its values to the command, for instance gradient_accumulation_steps=1."
+    others = [plan for plan in recipe.plans if plan.fits and (plan.per_device, plan.accumulation) != chosen]
+    if others:
+        other = others[-1]
+        values = {"per_device_train_batch_size": other.per_device, "gradient_accumulation_steps": other.accumulation}
+        values |= {"hera_memory": other.hera_memory} if hera else {}
+        text += f" For {other.gpus} GPUs append {' '.join(f'{key}={value}' for key, value in values.items())}."
     if work.zero3:
         text += f" A checkpoint with the optimizer's state takes {work.checkpoint:.0f} GB."
     return [*lines, "#", *_wrap(text)]
