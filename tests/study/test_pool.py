@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llamafactory_hera.files import read_json
-from llamafactory_hera.study.pool import Pool, Unit, locked, mark_of
+from llamafactory_hera.study.pool import Pool, Unit, UnitFailed, locked, mark_of
 
 NOTE = "import sys, time; open('order.txt', 'a').write(sys.argv[1] + '\\n'); time.sleep(float(sys.argv[2]))"
 
@@ -61,6 +61,13 @@ def test_a_failed_unit_is_named_with_its_log_and_done_again(tmp_path):
     again = unit("b", "a", code="import os; assert not os.path.exists('b.out'); open('order.txt', 'a').write('b')")
     run(tmp_path, [unit("a"), again])
     assert order(tmp_path) == ["a", "b"]
+
+
+def test_what_does_not_need_a_failed_unit_is_done_all_the_same(tmp_path):
+    fails = unit("b", "a", code="raise SystemExit('the reason')")
+    with pytest.raises(UnitFailed, match=r"(?s)b failed with status 1.*the reason.*2 units that need this"):
+        run(tmp_path, [unit("a"), fails, unit("c", "b"), unit("d", "c"), unit("e", "a")], 1)
+    assert order(tmp_path) == ["a", "e"]
 
 
 DRIVER = """

@@ -9,6 +9,7 @@ from .questions import CATEGORIES
 from .results import label
 
 _GROUPS = (("worst5", "worst-5", ORANGE, "o"), ("top5", "top-5", BLUE, "s"))
+_NOTHING = {"mean": float("nan"), "low": None, "high": None}  # no seed in common with the baseline
 _MODES = {"llm": "captions alone", "mllm": "image and caption"}
 
 
@@ -38,11 +39,12 @@ def draw_accuracy(measured: dict[str, Any], target: Path) -> None:
     names = (*CATEGORIES, "mean")
     figure = new_figure(12, 1.2 + 0.34 * max(2, len(rows)))
     for axes, name in zip(figure.subplots(1, len(names), sharey=True, sharex=True), names, strict=True):
-        values = [_scaled(measured["accuracy"][row][name]["minus_baseline"]) for row in rows]
+        values = [_scaled(measured["accuracy"][row][name].get("minus_baseline", _NOTHING)) for row in rows]
         _points(axes, values, BLUE if name == "mean" else GREY, "o", None, 0)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-        axes.set_title(f"{name}\nSFT {100 * measured['accuracy'][BASELINE][name]['mean']:.1f} %", fontsize=9)
+        sft, text = measured["accuracy"][BASELINE][name]["mean"], measured["floor"]["text_alone"][name]
+        axes.set_title(f"{name}\nSFT {100 * sft:.1f} %\ntext {100 * text:.1f} %", fontsize=9)
         plain(axes)
     axes.invert_yaxis()
     figure.supxlabel(f"accuracy minus {label(BASELINE)}'s, percentage points", fontsize=9)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json
+from ..selection.provenance import package_versions
 
 # One thread each: as many runs as cores side by side is the fastest way, and a run's numbers do not depend on cores.
 _ENVIRONMENT = {
@@ -24,6 +25,10 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
+
+
+class UnitFailed(ValueError):
+    """Processes of a unit, or several units, ended with an error."""
 
 
 @dataclass(frozen=True)
@@ -82,20 +87,25 @@ class Pool:
 
     def __init__(self, root: Path, workers: int, lock: int, tell: Callable[[str], None] = print) -> None:
         self._root, self._workers, self._lock, self._tell = root, workers, lock, tell
+        self._versions = package_versions()
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
 
     def run(self, units: Sequence[Unit]) -> None:
         """Runs every unit that is not done, in order of the list as far as ``after`` allows.
 
+        What does not need a unit that failed is done all the same: one run out of many that cannot be trained must
+        not keep the others from being reported.
+
         Raises:
-            ValueError: A unit failed; names its log. The units that ran beside it are stopped.
+            UnitFailed: At the end, if a unit failed; names its log.
         """
         done = {unit.name for unit in units if mark_of(self._root, unit.name).exists()}
         waiting = [unit for unit in units if unit.name not in done]
         if done:
             self._tell(f"{len(done)} of {len(units)} are done already")
         running: dict[Future[float], Unit] = {}
+        failed: dict[str, UnitFailed | None] = {}  # None for a unit that needs one that failed
         with ThreadPoolExecutor(self._workers) as executor:
             try:
                 while waiting or running:
@@ -109,13 +119,23 @@ class Pool:
                     finished, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in finished:
                         unit = running.pop(future)
-                        wall = future.result()
+                        try:
+                            wall = future.result()
+                        except UnitFailed as error:
+                            self._tell(f"{unit.name} failed, going on with what does not need it")
+                            failed[unit.name] = error
+                            waiting = _without_those_after(waiting, failed)
+                            continue
                         done.add(unit.name)
                         left = self._left([*waiting, *running.values()])
                         self._tell(f"{len(done)}/{len(units)} {unit.name} {wall:.0f} s{left}")
             except BaseException:
                 self._stop()
                 raise
+        if failed:
+            lost = sum(error is None for error in failed.values())
+            told = "\n".join(str(error) for error in failed.values() if error is not None)
+            raise UnitFailed(f"{told}\n{lost} units that need this were left out." if lost else told)
 
     def _run_unit(self, unit: Unit) -> float:
         for output in unit.outputs:
@@ -132,6 +152,7 @@ class Pool:
         used = [self._run_command(unit, command, log) for command in unit.commands]
         wall = time.time() - started
         mark = {"kind": unit.kind, "started": round(started), "wall_s": round(wall, 2), "processes": used}
+        mark |= {"workers": self._workers, "versions": self._versions}
         write_json(mark_of(self._root, unit.name), mark)
         return wall
 
@@ -158,7 +179,7 @@ class Pool:
             self._running.discard(process)
         if process.returncode:
             tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            raise ValueError(
+            raise UnitFailed(
                 f"{unit.name} failed with status {process.returncode}; see {log}. The same command goes on from "
                 f"there. It ended with:\n" + "\n".join(tail)
             )
@@ -189,6 +210,17 @@ class Pool:
         unknown = {unit.kind for unit in units} - walls.keys()
         minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
         return f"; {minutes} and {len(unknown)} kinds of work not timed yet" if unknown else f"; {minutes}"
+
+
+def _without_those_after(waiting: list[Unit], failed: dict[str, UnitFailed | None]) -> list[Unit]:
+    """What can still be done; the rest joins ``failed``."""
+    left = []
+    for unit in waiting:  # each stands behind those that it needs
+        if failed.keys() & set(unit.after):
+            failed[unit.name] = None
+        else:
+            left.append(unit)
+    return left
 
 
 def command_line(name: str, *arguments: str) -> tuple[str, ...]:

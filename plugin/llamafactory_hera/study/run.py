@@ -14,8 +14,10 @@ from ..files import read_json, write_json, write_text
 from ..selection.provenance import package_versions
 from . import layout
 from .figures import draw_accuracy, draw_mechanism
+from .layout import final_run
+from .methods import BASELINE
 from .plan import plan
-from .pool import Pool, locked
+from .pool import Pool, UnitFailed, locked, mark_of
 from .results import gather
 from .settings import SIZES, Settings
 from .tables import render
@@ -46,19 +48,35 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = W
     _require_packages()
     _claim(root, settings, output)
     with locked(root) as lock, terminated_like_interrupted():
-        Pool(root, workers, lock, lambda line: print(f"[hera study] {line}", flush=True)).run(plan(root, settings))
+        pool = Pool(root, workers, lock, lambda line: print(f"[hera study] {line}", flush=True))
+        try:
+            pool.run(plan(root, settings))
+        except UnitFailed as error:
+            if not _is_reportable(root, settings):
+                raise
+            page = write_study_report(root, settings, workers, size)
+            raise UnitFailed(f"{error}\nThe report holds the runs that have finished: {page}") from error
         return write_study_report(root, settings, workers, size)
 
 
+def _is_reportable(root: Path, settings: Settings) -> bool:
+    runs = [final_run(BASELINE, seed) for seed in settings.seeds]
+    return (root / layout.TUNING).exists() and any(mark_of(root, f"{run.path}/score").exists() for run in runs)
+
+
 def write_study_report(root: Path, settings: Settings, workers: int, size: str) -> Path:
-    """Writes the report of a finished study from its files."""
+    """Writes the report of a study from its files."""
+    marks = list(map(read_json, (root / "done").rglob("*.json")))
     report = {
         "settings": settings.to_dict(),
         "command": f"make study STUDY={size}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": _machine(workers),
-        "versions": package_versions(),
-        "elapsed_s": _elapsed(root),
+        "machine": _machine() | {"workers": _all(marks, "workers", workers)},
+        "versions": {
+            name: ", ".join(_all([mark.get("versions", {}) for mark in marks], name, found))
+            for name, found in package_versions().items()
+        },
+        "elapsed_s": _elapsed(marks),
         "teacher": read_json(root / layout.CONTROL),
         "tuning": read_json(root / layout.TUNING),
         "measured": gather(root, settings),
@@ -100,11 +118,14 @@ def _require_packages() -> None:
         )
 
 
-def _elapsed(root: Path) -> float:
+def _all(marks: list[dict[str, Any]], key: str, now: Any) -> list[Any]:
+    """What the units were done with; what it is now where no unit says."""
+    return sorted({mark[key] for mark in marks if key in mark}) or [now]
+
+
+def _elapsed(marks: list[dict[str, Any]]) -> float:
     """Wall time that the units took, side by side counted once."""
-    spans = sorted(
-        (mark["started"], mark["started"] + mark["wall_s"]) for mark in map(read_json, (root / "done").rglob("*.json"))
-    )
+    spans = sorted((mark["started"], mark["started"] + mark["wall_s"]) for mark in marks)
     total, reached = 0.0, 0.0
     for start, end in spans:
         total += max(0.0, end - max(start, reached))
@@ -112,9 +133,8 @@ def _elapsed(root: Path) -> float:
     return round(total, 1)
 
 
-def _machine(workers: int) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     return {
-        "workers": workers,
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
         "load": os.getloadavg()[2],

@@ -9,8 +9,9 @@ from .results import COSTS, label
 
 _MODES = {
     "llm": "Captions alone, without the image (the paper's way of selecting)",
-    "mllm": "Image and caption together, as in training",
+    "mllm": "Image and caption together, as in training (base: with a projector that nothing has trained)",
 }
+_READERS = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
 _COSTS = {
     "step_s": "step, s",
     "process_cpu_s": "CPU of the process, s",
@@ -27,7 +28,7 @@ def render(report: dict[str, Any], figures: dict[str, str]) -> str:
     """
     parts = [_head(report), _choice(report["tuning"]), _teacher(report["teacher"])]
     measured = report["measured"]
-    parts.append(_mechanism(measured, figures["mechanism"]))
+    parts += [_selection(measured), _mechanism(measured, figures["mechanism"])]
     parts.append(_accuracy(measured, figures["accuracy"]))
     parts.append(_cost(measured["cost"], report))
     return "\n\n".join(parts) + "\n"
@@ -38,22 +39,27 @@ def _head(report: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, settings["seeds"]))
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     hours = report["elapsed_s"] / 3600
+    workers = " or ".join(map(str, machine["workers"]))
+    missing = report["measured"]["missing"]
     return "\n".join(
         (
             "# Study",
             "",
-            f"{report['measured']['runs']} runs, seeds {seeds}; {report['date']}; {machine['workers']} runs side by "
+            f"{report['measured']['runs']} runs, seeds {seeds}; {report['date']}; {workers} runs side by "
             f"side on {machine['cores']} cores ({machine['processor']}), {machine['load']:.1f} mean load at the end; "
             f"{hours:.2f} h of finished work. {versions}.",
             "",
             f"Command: `{report['command']}`",
             "",
+            *([f"**Failed, and in no row below: {', '.join(missing)}.**", ""] if missing else []),
             f"{settings['scenes']} training scenes, {settings['questions']} questions of each category on scenes with "
             "held-out combinations of shape, colour and cell. "
             f"Steps: {settings['language_steps']} of text alone, {settings['stage1_steps']} of stage 1, "
             f"{settings['stage2_steps']} of stage 2, at batch {settings['batch_size']}. Brackets hold 95 % intervals "
-            "over seeds (Student's t); those of differences to SFT are paired by seed. An interval that holds 0 shows "
-            "no difference at this number of seeds.",
+            "over seeds (Student's t); those of differences are paired by seed. An interval that holds 0 does not "
+            "show a difference. They are not corrected for their number: of a hundred, five miss by chance. Data, "
+            "questions, vision tower and teacher are the same for all seeds, so that an interval covers the language "
+            "model, the projector, the order of samples and the draw of random heads alone.",
         )
     )
 
@@ -91,25 +97,41 @@ def _teacher(control: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _selection(measured: dict[str, Any]) -> str:
+    found = measured["selection"]
+    lines = [
+        "## The heads",
+        "",
+        "MKNN of the pre-trained language model's heads on the training captions that they were selected on, and the "
+        "rank correlation (Spearman) of all heads' scores there with those on test captions: near 1 the choice of "
+        "worst heads is a fact of the model, near 0 of the captions.",
+        "",
+        _header("seed", "worst-5", "all", "top-5", "rank correlation", "worst-5", "top-5"),
+    ]
+    for seed, heads in measured["heads"].items():
+        scores = [f"{found[name]['by_seed'][seed]:.4f}" for name in ("worst5", "all", "top5")]
+        names = [" ".join(heads[group]) for group in ("worst5", "top5")]
+        lines.append(_row(seed, *scores, f"{found['rank_correlation']['by_seed'][seed]:.2f}", *names))
+    return "\n".join(lines)
+
+
 def _mechanism(measured: dict[str, Any], figure: str) -> str:
     lines = [
         "## Mechanism: MKNN of the heads that were worst and top before training",
         "",
-        "On test captions, which nothing was trained or selected on. Heads by seed: "
-        + "; ".join(
-            f"{seed}: worst {' '.join(groups['worst5'])}, top {' '.join(groups['top5'])}"
-            for seed, groups in measured["heads"].items()
-        )
-        + ".",
+        "On test captions, which nothing was trained or selected on.",
         "",
         f"![MKNN of worst and top heads]({figure})",
     ]
-    groups = ("worst5", "top5", "all")
+    groups, differences = {"worst5": "worst-5", "top5": "top-5", "all": "all"}, {"base": "base", "baseline": "SFT"}
     for mode, rows in measured["mechanism"].items():
         lines += ["", f"{_MODES[mode]}; chance {measured['chance'][mode]:.4f}:", ""]
-        lines.append(_header("", *(f"{name}, {what}" for name in groups for what in ("MKNN", "minus SFT"))))
+        what = ["MKNN", *(f"minus {name}" for name in differences.values())]
+        lines.append(_header("", *(f"{group}, {name}" for group in groups.values() for name in what)))
         for name, row in rows.items():
-            cells = [cell for group in groups for cell in (_interval(row[group], 4), _difference(row[group], 4))]
+            cells = []
+            for group in groups:
+                cells += [_interval(row[group], 4), *(_difference(row[group], 4, to=other) for other in differences)]
             lines.append(_row(label(name), *cells))
     return "\n".join(lines)
 
@@ -121,11 +143,19 @@ def _accuracy(measured: dict[str, Any], figure: str) -> str:
         "",
         f"![Accuracy by category]({figure})",
         "",
+        "Below the methods stand two that never see the image: the answer that the question had most often in "
+        "training, and for every question of a category the one answer that is right most often. A method that is no "
+        "better than these has not learned the category.",
+        "",
         _header("", *CATEGORIES, "mean"),
     ]
     lines += [
         _row(label(name), *(_interval(row[category], 1, 100) for category in (*CATEGORIES, "mean")))
         for name, row in rows.items()
+    ]
+    lines += [
+        _row(_READERS[name], *(f"{100 * row[category]:.1f}" for category in (*CATEGORIES, "mean")))
+        for name, row in measured["floor"].items()
     ]
     lines += ["", "Minus SFT, percentage points:", "", _header("", *CATEGORIES, "mean")]
     lines += [
@@ -137,20 +167,26 @@ def _accuracy(measured: dict[str, Any], figure: str) -> str:
 
 
 def _cost(rows: dict[str, Any], report: dict[str, Any]) -> str:
-    workers = report["machine"]["workers"]
+    workers = " or ".join(map(str, report["machine"]["workers"]))
     lines = [
         "## Cost of stage 2, relative to SFT",
         "",
         f"Taken from the runs themselves, {workers} side by side with one thread each, so that a run's pace depends "
-        "on its neighbour's; peak memory and CPU are of the whole process, with imports and predictions.",
+        "on its neighbour's; peak memory and CPU are of the whole process, with imports and predictions. "
+        "The teacher's features of all images were computed beforehand, which no row is charged for; VIRAL needs "
+        "those of patches and runs the teacher in every step. × SFT: ratios of the runs of a seed.",
         "",
         _header("", *(f"{_COSTS[name]}{what}" for name in COSTS for what in ("", ", × SFT"))),
     ]
     for name, row in rows.items():
         cells = []
         for quantity in COSTS:
+            if quantity not in row:  # no seed in common with SFT
+                cells += ["", ""]
+                continue
             mean = row[quantity]["mean"]
-            cells += [f"{mean:.3g}" if mean < 100 else f"{mean:.0f}", f"{mean / rows[BASELINE][quantity]['mean']:.3f}"]
+            ratio = "" if name == BASELINE else _interval(row[quantity]["over_baseline"], 3)
+            cells += [f"{mean:.3g}" if mean < 100 else f"{mean:.0f}", ratio]
         lines.append(_row(label(name), *cells))
     return "\n".join(lines)
 
@@ -162,10 +198,10 @@ def _interval(value: dict[str, Any], digits: int, scale: float = 1) -> str:
     return f"{text} [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
 
 
-def _difference(value: dict[str, Any], digits: int, scale: float = 1) -> str:
-    if "minus_baseline" not in value:
+def _difference(value: dict[str, Any], digits: int, scale: float = 1, to: str = "baseline") -> str:
+    if f"minus_{to}" not in value:
         return ""
-    found = value["minus_baseline"]
+    found = value[f"minus_{to}"]
     text = f"{scale * found['mean']:+.{digits}f}"
     if found["low"] is None:
         return text
