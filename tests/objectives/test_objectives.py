@@ -86,6 +86,12 @@ def test_cka_of_one_image_only_is_finite_and_has_nothing_to_learn() -> None:
     assert not objective.comparable(batch)
 
 
+def test_cka_of_a_head_that_says_the_same_of_every_sample_has_a_finite_gradient() -> None:
+    z = torch.ones(SITES, N, D, requires_grad=True)
+    create("cka", OPTIONS)(pooled(z, 100 * torch.randn(N, D_TEACHER))).sum().backward()
+    assert z.grad.isfinite().all()
+
+
 def bilinear(patches: Tensor, side: int) -> Tensor:
     """``[h, w, D]`` to ``[side, side, D]``: the mean of the four patches around each place, by their distance."""
     h, w, _ = patches.shape

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from tests.ranks import run_ranks
 
-from llamafactory_hera.training.statistics import RunningMeans
+from llamafactory_hera.training.statistics import RunningMeans, mean_over_ranks
 
 
 def test_means_and_counts_since_the_last_time():
@@ -21,7 +22,21 @@ def test_means_and_counts_since_the_last_time():
 def test_a_value_that_is_never_known_is_not_reported():
     statistics = RunningMeans()
     statistics.add(mknn=torch.tensor(math.nan))
-    assert statistics.take() == {}
+    taken = statistics.take()
+    assert math.isnan(taken["mknn"])
+    assert mean_over_ranks(taken | {"loss": 2.0}, torch.device("cpu")) == {"loss": 2.0}
+
+
+def _means(rank: int) -> dict[str, float]:
+    statistics = RunningMeans()
+    statistics.add(
+        loss=torch.tensor(math.nan if rank else 3.0), mknn=torch.tensor(0.25 + rank), lost=torch.tensor(math.nan)
+    )
+    return mean_over_ranks(statistics.take(), torch.device("cpu"))
+
+
+def test_a_value_that_one_rank_does_not_know_is_the_others(tmp_path):
+    assert run_ranks(_means, 2, tmp_path) == [{"loss": 3.0, "mknn": 0.75}] * 2
 
 
 def test_many_small_values_add_up_in_double_precision():

@@ -89,7 +89,8 @@ def cka_loss(z: Tensor, teacher: Tensor) -> Tensor:
     """
     ours, theirs = _centred_gram(z), _centred_gram(teacher)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
-    return 1 - (ours * theirs).sum(dim=(-1, -2)) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+    # a side of length 0 has the product 0; divided by a tiny number its gradient would overflow
+    return 1 - (ours * theirs).sum(dim=(-1, -2)) / torch.where(lengths > 0, lengths, 1.0)
 
 
 def _centred_gram(features: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ def _check_objective(arguments: Any) -> None:
         )
     if objective.view == "patches" and arguments.hera_accumulate == "gradcache":
         raise ValueError(
-            f"hera_accumulate: gradcache has no use with {said}, a mean over samples that accumulates exactly by "
-            "itself; set it to none."
+            f"hera_accumulate: gradcache has no use with {said}, a mean over samples, none of which is compared with "
+            "another; set it to none."
         )
     if objective.view == "patches" and arguments.hera_teacher_cache is not None:
         raise ValueError(

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -11,9 +10,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
-from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.heads import Sites
 from llamafactory_hera.training.random_state import RandomState
+from llamafactory_hera.training.statistics import mean_over_ranks
 
 from .collator import HeraCollator
 from .model_card import write_card
@@ -119,16 +118,8 @@ class HeraTrainer(CustomSeq2SeqTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the HeRA curves to the training log lines."""
         if "loss" in logs:
-            logs = {**logs, **self._mean_over_ranks(self.hera.logs())}
+            logs = {**logs, **mean_over_ranks(self.hera.logs(), self.args.device)}
         super().log(logs, *args, **kwargs)
-
-    def _mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
-        if world_size() == 1:
-            return values
-        names = sorted(values)
-        tensor = torch.tensor([values[name] for name in names], device=self.args.device, dtype=torch.float32)
-        dist.all_reduce(tensor)
-        return dict(zip(names, (tensor / world_size()).tolist(), strict=True))
 
     @override
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
