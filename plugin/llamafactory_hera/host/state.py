@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory.extras import logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.files import read_json, write_json, write_safetensors
@@ -78,7 +77,8 @@ class RunState:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        _, state = _read(folder, self._identity)
+        _checked_facts(folder, self._identity)
+        state = load_file(Path(folder) / FOLDER / STATE_FILE)
         self._own.load_state(state)
         self._memory.load_state_dict(state)
 
@@ -91,7 +91,7 @@ def check_checkpoint(
     Raises:
         ValueError: As for :meth:`RunState.load`.
     """
-    saved, _ = _read(folder, _identity(sites, teacher_fingerprint, arguments))
+    saved = _checked_facts(folder, _identity(sites, teacher_fingerprint, arguments))
     now = {key: getattr(arguments, key) for key in _SETTINGS}
     changed = [f"{key} was {saved[key]}, is {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
     if changed:
@@ -113,11 +113,13 @@ def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) 
     }
 
 
-def _read(folder: str | os.PathLike, now: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _checked_facts(folder: str | os.PathLike, now: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of its run; that its state is whole is seen from the file's header and length."""
     source = Path(folder) / FOLDER
     try:
         saved: dict[str, Any] = read_json(source / RUN_FILE)
-        state = load_file(source / STATE_FILE)
+        with safe_open(source / STATE_FILE, "pt"):
+            pass
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {folder} holds no whole {FOLDER}/ folder ({error}), so it is no checkpoint of "
@@ -130,4 +132,4 @@ def _read(folder: str | os.PathLike, now: dict[str, str]) -> tuple[dict[str, Any
             f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
             "Restore these settings, or start a new run."
         )
-    return saved, state
+    return saved
