@@ -39,7 +39,14 @@ def test_both_losses_have_a_labelled_axis_and_mknn_its_own(plot: Any) -> None:
     assert losses.get_position().bounds == hera.get_position().bounds
     assert hera.yaxis.get_label_position() == "right"
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["LM loss", "HeRA loss"]
-    assert set(alignment.get_lines()[-1].get_ydata()) == {0.25}
+
+
+def test_chance_is_drawn_as_it_was_in_each_step(plot: Any) -> None:
+    """It falls while the memory fills."""
+    log = [hera_line(step) | {"hera_mknn_chance": 1 / step} for step in range(1, 9)]
+    chance = plot(log).axes[1].get_lines()[-1]
+    assert chance.get_label() == "chance"
+    assert list(chance.get_ydata()) == [1 / step for step in range(1, 9)]
 
 
 def test_steps_that_a_resumed_run_makes_again_replace_the_first(plot: Any) -> None:

@@ -37,9 +37,11 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | N
     losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     if measured:
         _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
-        chance = [line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line]
+        # it falls while the memory fills: of few candidates many are neighbours by chance
+        chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
-            below.axhline(chance[-1], color=GREY, linestyle="--", linewidth=1, label="chance")
+            alone = "_" if len(chance) == 1 else None
+            below.plot(*zip(*chance.items()), color=GREY, linestyle="--", linewidth=1, marker=alone, label="chance")
             below.legend(frameon=False, fontsize=8)
     below.set_xlabel("step")
     return figure
