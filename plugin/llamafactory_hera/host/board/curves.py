@@ -41,7 +41,15 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | N
         chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
             alone = "_" if len(chance) == 1 else None
-            below.plot(*zip(*chance.items()), color=GREY, linestyle="--", linewidth=1, marker=alone, label="chance")
+            below.plot(
+                list(chance),
+                list(chance.values()),
+                color=GREY,
+                linestyle="--",
+                linewidth=1,
+                marker=alone,
+                label="chance",
+            )
             below.legend(frameon=False, fontsize=8)
     below.set_xlabel("step")
     return figure
