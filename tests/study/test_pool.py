@@ -66,7 +66,7 @@ def test_a_failed_unit_is_named_with_its_log_and_done_again(tmp_path):
 def test_what_does_not_need_a_failed_unit_is_done_all_the_same(tmp_path):
     fails = unit("b", "a", code="raise SystemExit('the reason')")
     with pytest.raises(UnitFailed, match=r"(?s)b failed with status 1.*the reason.*2 units that need this"):
-        run(tmp_path, [unit("a"), fails, unit("c", "b"), unit("d", "c"), unit("e", "a")], 1)
+        run(tmp_path, [unit("d", "c"), unit("a"), fails, unit("c", "b"), unit("e", "a")], 1)
     assert order(tmp_path) == ["a", "e"]
 
 

@@ -214,13 +214,10 @@ class Pool:
 
 def _without_those_after(waiting: list[Unit], failed: dict[str, UnitFailed | None]) -> list[Unit]:
     """What can still be done; the rest joins ``failed``."""
-    left = []
-    for unit in waiting:  # each stands behind those that it needs
-        if failed.keys() & set(unit.after):
-            failed[unit.name] = None
-        else:
-            left.append(unit)
-    return left
+    while lost := [unit for unit in waiting if failed.keys() & set(unit.after)]:
+        failed |= dict.fromkeys(unit.name for unit in lost)
+        waiting = [unit for unit in waiting if unit not in lost]
+    return waiting
 
 
 def command_line(name: str, *arguments: str) -> tuple[str, ...]:

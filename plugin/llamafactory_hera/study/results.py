@@ -66,7 +66,7 @@ def gather(root: Path, settings: Settings) -> dict[str, Any]:
         and group; each measured value as in :meth:`Measured.record`. ``missing`` names the runs that failed.
 
     Raises:
-        ValueError: A method, or the baseline, has no finished run.
+        ValueError: The baseline has no finished run.
     """
     finished = {method: [s for s in settings.seeds if _is_finished(root, method, s)] for method in settings.methods}
     if not finished[BASELINE]:
