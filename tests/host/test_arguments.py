@@ -63,6 +63,26 @@ def test_a_yaml_list_of_heads_is_accepted() -> None:
     assert _parse(hera_heads=["L0H1", "L1H2"]).hera_heads == "L0H1,L1H2"
 
 
+@pytest.mark.parametrize("value", [3, [3, 4], 0.5])
+def test_a_bare_number_is_no_head_and_no_layer(value: object) -> None:
+    with pytest.raises(ValueError, match=r"hera_heads: .* is not a head"):
+        _parse(hera_heads=value)
+    with pytest.raises(ValueError, match=r"hera_layers: .* is not a layer"):
+        _parse(hera_heads=None, hera_granularity="layer", hera_layers=value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"hera_heads": "auto", "hera_select_m": 10}, "hera_select_m: 10"),
+        ({"hera_heads": "L0H0,L0H1,L0H2,L0H3,L0H4,L0H5"}, "hera_heads: 6"),
+    ],
+)
+def test_more_heads_than_the_paper_recommends_are_warned_of(keys: dict, named: str) -> None:
+    with pytest.warns(UserWarning, match=f"{named} heads are more than the 5"):
+        _parse(**keys)
+
+
 def test_arguments_travel_to_other_processes() -> None:
     assert FinetuningArguments.__qualname__ == "FinetuningArguments"
     copy = pickle.loads(pickle.dumps(_parse(hera_k=4)))

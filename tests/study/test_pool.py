@@ -12,7 +12,10 @@ import pytest
 from llamafactory_hera.files import read_json
 from llamafactory_hera.study.pool import Pool, Unit, UnitFailed, locked, mark_of
 
-NOTE = "import sys, time; open('order.txt', 'a').write(sys.argv[1] + '\\n'); time.sleep(float(sys.argv[2]))"
+NOTE = (
+    "import sys, time; open('order.txt', 'a').write(sys.argv[1] + '\\n'); time.sleep(float(sys.argv[2])); "
+    "open(sys.argv[1] + '.out', 'w').close()"
+)
 
 
 def unit(name: str, *after: str, seconds: float = 0.0, code: str = NOTE) -> Unit:
@@ -46,7 +49,7 @@ def test_so_many_run_side_by_side(tmp_path, workers):
     code = (
         "import os, sys, time; n = sys.argv[1]; open(n + '.on', 'w').close(); time.sleep(0.4); "
         "open('seen.txt', 'a').write(f\"{sum(f.endswith('.on') for f in os.listdir())}\\n\"); "
-        "time.sleep(0.2); os.remove(n + '.on')"
+        "time.sleep(0.2); os.remove(n + '.on'); open(n + '.out', 'w').close()"
     )
     run(tmp_path, [unit(name, code=code) for name in "abcd"], workers)
     assert max(map(int, (tmp_path / "seen.txt").read_text().split())) == workers
@@ -61,6 +64,17 @@ def test_a_failed_unit_is_named_with_its_log_and_done_again(tmp_path):
     again = unit("b", "a", code="import os; assert not os.path.exists('b.out'); open('order.txt', 'a').write('b')")
     run(tmp_path, [unit("a"), again])
     assert order(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["empty mark", "other mark", "output gone"])
+def test_a_damaged_unit_is_done_again(tmp_path, damage):
+    run(tmp_path, [unit("a"), unit("b", "a")])
+    if damage == "output gone":
+        (tmp_path / "b.out").unlink()
+    else:
+        mark_of(tmp_path, "b").write_text("" if damage == "empty mark" else "[]")
+    run(tmp_path, [unit("a"), unit("b", "a")])
+    assert order(tmp_path) == ["a", "b", "b"]
 
 
 def test_what_does_not_need_a_failed_unit_is_done_all_the_same(tmp_path):

@@ -58,3 +58,5 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(study, capsys):
         run_study(study, "default")
     with pytest.raises(ValueError, match="holds no study"):
         run_study(study / "data", "smoke")
+    with pytest.raises(ValueError, match="holds no study"):
+        run_study(study / "report.md", "smoke")

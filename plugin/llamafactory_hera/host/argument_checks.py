@@ -60,14 +60,14 @@ def _check_heads(arguments: Any) -> None:
         raise ValueError(
             "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
         )
-    if arguments.hera_heads != AUTO:
-        chosen = len(HeadSet.resolve(arguments.hera_heads).heads)
-        if chosen > MOST_HEADS:
-            warnings.warn(
-                f"hera_heads: {chosen} heads are more than the {MOST_HEADS} that the paper recommends; ten of "
-                "them wrecked Qwen2.5-3B there.",
-                stacklevel=4,
-            )
+    auto = arguments.hera_heads == AUTO
+    chosen = arguments.hera_select_m if auto else len(HeadSet.resolve(arguments.hera_heads).heads)
+    if chosen > MOST_HEADS:
+        warnings.warn(
+            f"{'hera_select_m' if auto else 'hera_heads'}: {chosen} heads are more than the {MOST_HEADS} that the "
+            "paper recommends; ten of them wrecked Qwen2.5-3B there.",
+            stacklevel=4,
+        )
 
 
 def _check_layers(arguments: Any) -> None:

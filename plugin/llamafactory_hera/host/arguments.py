@@ -136,14 +136,17 @@ class HeraArguments:
     )
 
     def check_hera(self) -> None:
-        """Checks the values that need nothing but themselves; lists of heads or layers become text.
+        """Checks the values that need nothing but themselves; heads and layers become text.
 
         Raises:
             ValueError: Names the key, the value and the remedy.
         """
         for key in ("hera_heads", "hera_layers"):
-            if isinstance(getattr(self, key), (list, tuple)):  # a YAML list
-                setattr(self, key, ",".join(map(str, getattr(self, key))))
+            value = getattr(self, key)
+            if isinstance(value, (list, tuple)):  # a YAML list
+                setattr(self, key, ",".join(map(str, value)))
+            elif value is not None:  # a bare number, say, which is then refused as any other word
+                setattr(self, key, str(value))
         for knob in fields(HeraArguments):
             if type(knob.default) in READERS:
                 setattr(self, knob.name, typed(knob.name, getattr(self, knob.name), type(knob.default)))

@@ -58,7 +58,9 @@ def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
     """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
     step, keys = trainer.hera, trainer.finetuning_args
     sites = step.sites
-    lines = [line for line in trainer.state.log_history if "hera_loss" in line]
+    # where no sample could be compared there is a loss, 0, and nothing was measured
+    measured = "hera_mknn" if find(keys.hera_objective).view == "pooled" else "hera_loss"
+    lines = [line for line in trainer.state.log_history if measured in line]
     curves = {
         name: {"first": lines[0][name], "last": lines[-1][name]}
         for name in _CURVES
@@ -72,6 +74,7 @@ def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
         "teacher_fingerprint": step.teaching.teacher.fingerprint,
         "steps": trainer.state.global_step,
         "curves": curves,
+        "log_lines": len(lines),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": PAPER,
@@ -97,9 +100,11 @@ def render(facts: dict[str, Any]) -> str:
         f"beside the language-modeling loss, for {facts['steps']} steps.",
     ]
     if facts["curves"]:
-        lines += ["", "| measured in training | first | last |", "|---|--:|--:|"]
+        columns = ["first", "last"] if facts["log_lines"] > 1 else ["last"]
+        shown = ["first log line", "last log line"] if facts["log_lines"] > 1 else ["the only log line"]
+        lines += ["", f"| measured in training | {' | '.join(shown)} |", "|---|" + "--:|" * len(shown)]
         lines += [
-            f"| {_CURVES[name]} | {value['first']:.4g} | {value['last']:.4g} |"
+            f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in columns)} |"
             for name, value in facts["curves"].items()
         ]
     selection = facts.get("selection", {})
@@ -110,7 +115,7 @@ def render(facts: dict[str, Any]) -> str:
             f"{selection.get('samples')} samples of {selection.get('dataset')}, k={selection.get('k')}, chance "
             f"{selection.get('chance_level', float('nan')):.4f}); MKNN then: "
             + ", ".join(f"{name} {score:.4f}" for name, score in selection["mknn"].items())
-            + ".",
+            + ". `llamafactory-hera score` measures it on this model.",
         ]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [

@@ -1,6 +1,7 @@
 """The subcommand ``study``."""
 
 import argparse
+import sys
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -18,5 +19,9 @@ def run(args: argparse.Namespace) -> int:
     """``llamafactory-hera study``."""
     from .run import run_study
 
-    print(run_study(args.output or f"hera_study/{args.size}", args.size, args.workers))
+    try:
+        print(run_study(args.output or f"hera_study/{args.size}", args.size, args.workers))
+    except KeyboardInterrupt:
+        print("llamafactory-hera: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0

@@ -57,6 +57,20 @@ def mark_of(root: Path, name: str) -> Path:
     return root / "done" / f"{name}.json"
 
 
+def marks(root: Path) -> list[dict[str, Any]]:
+    """What finished units took; a damaged mark counts as none."""
+    found = map(_read_mark, (root / "done").rglob("*.json"))
+    return [mark for mark in found if mark is not None]
+
+
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    try:
+        mark = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return mark if isinstance(mark, dict) and "kind" in mark else None
+
+
 @contextmanager
 def locked(root: Path) -> Iterator[int]:
     """Holds the study's folder; its processes inherit the lock, so it outlives a killed command until they end.
@@ -100,7 +114,7 @@ class Pool:
         Raises:
             UnitFailed: At the end, if a unit failed; names its log.
         """
-        done = {unit.name for unit in units if mark_of(self._root, unit.name).exists()}
+        done = {unit.name for unit in units if self._is_done(unit)}
         waiting = [unit for unit in units if unit.name not in done]
         if done:
             self._tell(f"{len(done)} of {len(units)} are done already")
@@ -136,6 +150,10 @@ class Pool:
             lost = sum(error is None for error in failed.values())
             told = "\n".join(str(error) for error in failed.values() if error is not None)
             raise UnitFailed(f"{told}\n{lost} units that need this were left out." if lost else told)
+
+    def _is_done(self, unit: Unit) -> bool:
+        there = all((self._root / output).exists() for output in unit.outputs)
+        return there and _read_mark(mark_of(self._root, unit.name)) is not None
 
     def _run_unit(self, unit: Unit) -> float:
         for output in unit.outputs:
@@ -201,15 +219,14 @@ class Pool:
 
     def _left(self, units: list[Unit]) -> str:
         walls: dict[str, list[float]] = {}
-        for path in (self._root / "done").rglob("*.json"):
-            mark = read_json(path)
+        for mark in marks(self._root):
             walls.setdefault(mark["kind"], []).append(mark["wall_s"])
         if not units:
             return ""
         seconds = [sum(walls[unit.kind]) / len(walls[unit.kind]) for unit in units if unit.kind in walls]
         unknown = {unit.kind for unit in units} - walls.keys()
         minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
-        return f"; {minutes} and {len(unknown)} kinds of work not timed yet" if unknown else f"; {minutes}"
+        return f"; {minutes} beside {len(unknown)} kinds of work not timed yet" if unknown else f"; {minutes}"
 
 
 def _without_those_after(waiting: list[Unit], failed: dict[str, UnitFailed | None]) -> list[Unit]:

@@ -17,7 +17,7 @@ from .figures import draw_accuracy, draw_mechanism
 from .layout import final_run
 from .methods import BASELINE
 from .plan import plan
-from .pool import Pool, UnitFailed, locked, mark_of
+from .pool import Pool, UnitFailed, locked, mark_of, marks
 from .results import gather
 from .settings import SIZES, Settings
 from .tables import render
@@ -38,7 +38,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = W
 
     Raises:
         ValueError: The size is unknown, the folder holds a study of other settings or something else, a package is
-            missing, or a unit failed.
+            missing, the folder cannot be made, or a unit failed.
     """
     if size not in SIZES:
         raise ValueError(f"STUDY={size!r}: choose one of {', '.join(SIZES)}")
@@ -66,17 +66,17 @@ def _is_reportable(root: Path, settings: Settings) -> bool:
 
 def write_study_report(root: Path, settings: Settings, workers: int, size: str) -> Path:
     """Writes the report of a study from its files."""
-    marks = list(map(read_json, (root / "done").rglob("*.json")))
+    finished = marks(root)
     report = {
         "settings": settings.to_dict(),
-        "command": f"make study STUDY={size}",
+        "command": f"llamafactory-hera study --size {size}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": _machine() | {"workers": _all(marks, "workers", workers)},
+        "machine": _machine() | {"workers": _all(finished, "workers", workers)},
         "versions": {
-            name: ", ".join(_all([mark.get("versions", {}) for mark in marks], name, found))
+            name: ", ".join(_all([mark.get("versions", {}) for mark in finished], name, found))
             for name, found in package_versions().items()
         },
-        "elapsed_s": _elapsed(marks),
+        "elapsed_s": _elapsed(finished),
         "teacher": read_json(root / layout.CONTROL),
         "tuning": read_json(root / layout.TUNING),
         "measured": gather(root, settings),
@@ -101,10 +101,15 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
                 f"output={str(output)!r} holds a study with other settings ({', '.join(other)}): choose another "
                 "folder, or remove it yourself"
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and holds no study: choose another folder")
     else:
-        write_json(file, {"settings": settings.to_dict()})
+        try:
+            write_json(file, {"settings": settings.to_dict()})
+        except OSError as error:
+            raise ValueError(
+                f"output={str(output)!r} cannot be made ({error.strerror}): choose another folder"
+            ) from error
 
 
 def _require_packages() -> None:

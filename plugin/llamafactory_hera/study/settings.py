@@ -91,7 +91,7 @@ _DEFAULT = Settings(
     methods=tuple(METHODS),
 )
 
-#: Sizes by name. ``smoke`` only takes every path once: its numbers say nothing.
+#: Sizes by name. ``smoke`` only takes the way once, with two methods: its numbers say nothing.
 SIZES: dict[str, Settings] = {
     "smoke": replace(
         _DEFAULT,
