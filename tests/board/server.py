@@ -40,6 +40,7 @@ class Board:
             GRADIO_SERVER_PORT=port,
             GRADIO_ANALYTICS_ENABLED="False",
             BROWSER="/bin/true",
+            PYTHONUNBUFFERED="1",  # the line that is waited for would stay in a buffer of the page's process
             HERA_DISABLE="0" if plugin else "1",
         )
         for _ in range(3):  # Gradio gives up when its first answer to itself takes seconds, as on busy cores
