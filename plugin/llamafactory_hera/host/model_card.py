@@ -100,11 +100,12 @@ def render(facts: dict[str, Any]) -> str:
         f"beside the language-modeling loss, for {facts['steps']} steps.",
     ]
     if facts["curves"]:
-        columns = ["first", "last"] if facts["log_lines"] > 1 else ["last"]
-        shown = ["first log line", "last log line"] if facts["log_lines"] > 1 else ["the only log line"]
-        lines += ["", f"| measured in training | {' | '.join(shown)} |", "|---|" + "--:|" * len(shown)]
+        shown = {"first": "first log line", "last": "last log line"}
+        if facts["log_lines"] == 1:
+            shown = {"last": "the only log line"}
+        lines += ["", f"| measured in training | {' | '.join(shown.values())} |", "|---|" + "--:|" * len(shown)]
         lines += [
-            f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in columns)} |"
+            f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in shown)} |"
             for name, value in facts["curves"].items()
         ]
     selection = facts.get("selection", {})

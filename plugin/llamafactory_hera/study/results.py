@@ -68,7 +68,7 @@ def gather(root: Path, settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: The baseline has no finished run.
     """
-    finished = {method: [s for s in settings.seeds if _is_finished(root, method, s)] for method in settings.methods}
+    finished = {method: [s for s in settings.seeds if is_finished(root, method, s)] for method in settings.methods}
     if not finished[BASELINE]:
         raise ValueError(
             f"{root}: no run of {METHODS[BASELINE].label} has finished, so there is nothing to compare with"
@@ -105,7 +105,8 @@ def gather(root: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _is_finished(root: Path, method: str, seed: int) -> bool:
+def is_finished(root: Path, method: str, seed: int) -> bool:
+    """Whether a method's run of a seed has been trained and scored."""
     return mark_of(root, f"{final_run(method, seed).path}/score").exists()
 
 

@@ -14,11 +14,10 @@ from ..files import read_json, write_json, write_text
 from ..selection.provenance import package_versions
 from . import layout
 from .figures import draw_accuracy, draw_mechanism
-from .layout import final_run
 from .methods import BASELINE
 from .plan import plan
-from .pool import Pool, UnitFailed, locked, mark_of, marks
-from .results import gather
+from .pool import Pool, UnitFailed, locked, marks
+from .results import gather, is_finished
 from .settings import SIZES, Settings
 from .tables import render
 
@@ -60,8 +59,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = W
 
 
 def _is_reportable(root: Path, settings: Settings) -> bool:
-    runs = [final_run(BASELINE, seed) for seed in settings.seeds]
-    return (root / layout.TUNING).exists() and any(mark_of(root, f"{run.path}/score").exists() for run in runs)
+    return (root / layout.TUNING).exists() and any(is_finished(root, BASELINE, seed) for seed in settings.seeds)
 
 
 def write_study_report(root: Path, settings: Settings, workers: int, size: str) -> Path:
