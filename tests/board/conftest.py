@@ -68,5 +68,6 @@ def open_page(browser: Browser) -> Iterator[Callable[[Board], BoardPage]]:
 
 @pytest.fixture
 def page(board: Board, open_page: Callable[[Board], BoardPage]) -> BoardPage:
-    """A fresh page of the web UI with the plugin."""
+    """A fresh page of the web UI with the plugin, in which nothing runs."""
+    board.wait_until_idle()
     return open_page(board)

@@ -82,6 +82,13 @@ class Board:
                 continue
         return [line for line in found if line]  # a zombie has none
 
+    def wait_until_idle(self, timeout: float = 180) -> None:
+        """Waits until nothing runs that a page has started: a test must not be refused because of one before it."""
+        until = time.monotonic() + timeout
+        while busy := [line for line in self.processes() if "llamafactory" in line]:
+            assert time.monotonic() < until, f"still running after {timeout} s: {busy}"
+            time.sleep(0.3)
+
     def listening(self) -> set[int]:
         """TCP ports on which the process group listens."""
         import psutil

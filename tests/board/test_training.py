@@ -13,6 +13,7 @@ from .server import Board
 pytestmark = pytest.mark.slow
 
 HEADS = "L4H1,L3H5"
+STEPS_PER_EPOCH = 8
 
 
 def folder_of(board: Board, run: str) -> Path:
@@ -26,7 +27,7 @@ def log_of(board: Board, run: str) -> list[dict]:
 
 def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) -> None:
     weights = {"HeRA_weight": "0.3", "Neighbours_(k)": "3"}
-    page.describe_run("trained", Attention_heads=HEADS, Epochs="6", Save_steps="10", **weights)
+    page.describe_run("trained", Attention_heads=HEADS, Epochs="50", Save_steps="25", **weights)
     page.press("Start")
     expect(page.plot).to_be_visible(timeout=SLOW)
     first = page.plot.get_attribute("src")
@@ -41,12 +42,13 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     second = page.plot.get_attribute("src")
     expect(page.plot).not_to_have_attribute("src", second)
 
-    ten_steps = page.page.get_by_text(re.compile(r"Running [1-4]\d/48"))  # there is a checkpoint
-    expect(ten_steps).to_be_visible(timeout=SLOW)
+    # there is a checkpoint of step 25; far from the last step, so that the abort is in time at any speed
+    expect(page.page.get_by_text(re.compile(r"Running (2[7-9]|[3-9]\d|\d{3})/400"))).to_be_visible(timeout=SLOW)
     page.press("Abort")
     expect(page.page.get_by_text("Finished.", exact=True).first).to_be_visible(timeout=SLOW)
     aborted = log_of(board, "trained")
-    assert len(aborted) < 48
+    assert 25 < len(aborted) < 400
+    last_step = aborted[-1]["current_steps"] // STEPS_PER_EPOCH * STEPS_PER_EPOCH + 2 * STEPS_PER_EPOCH
     assert not any("llamafactory_hera.cli" in line for line in board.processes())  # no comparison of half a run
 
     page.open()
@@ -57,12 +59,13 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     expect(page.field("Attention heads")).to_have_value(HEADS)
     expect(page.field("Stage")).to_have_value("HeRA")
     page.fill("Model path", "hera_demo/model")
-    page.fill("Epochs", "3")
+    page.fill("Epochs", last_step // STEPS_PER_EPOCH)
     page.press("Start")
     expect(page.page.get_by_text("Finished.", exact=True).first).to_be_visible(timeout=SLOW)
     resumed = log_of(board, "trained")[len(aborted) :]
-    assert resumed[0]["current_steps"] > 10
-    assert resumed[-1]["current_steps"] == 24
+    assert resumed[0]["current_steps"] % 25 == 1
+    assert resumed[0]["current_steps"] > 25
+    assert resumed[-1]["current_steps"] == last_step
     assert all(line["hera_loss"] > 0 and line["lm_loss"] > 0 and 0 <= line["hera_mknn"] <= 1 for line in resumed)
     page.shot("22_finished", top=page.button("Start"))
 

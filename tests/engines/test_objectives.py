@@ -31,10 +31,10 @@ def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, 
     for data in DATA:
         for loss, expected in expected_gradients(tuning, data, objective, sites).items():
             assert relative_error(found[0][data][loss], expected) <= BOUND, (data, loss)
-            # no engine reduces the gradients of the objective's own parameters: they must come out equal
+            # no engine reduces the gradients of the objective's own parameters: replicas must not drift apart
             for rank in range(1, RANKS):
                 for name, gradient in found[rank][data][loss].items():
-                    torch.testing.assert_close(gradient, found[0][data][loss][name], rtol=1e-6, atol=0)
+                    assert torch.equal(gradient, found[0][data][loss][name])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load, save
+from tests.ranks import run_ranks
 from torch import Tensor
 
 from llamafactory_hera.objectives import Options
@@ -148,3 +149,16 @@ def test_a_fixed_temperature_takes_the_saved_value_alone():
     train(learned, [0.5])
     fixed.load_state(saved(learned.state()))
     assert fixed.value == learned.value
+
+
+def _replica(rank: int) -> Tensor:
+    temperature = Temperature(0.07)
+    for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
+        temperature.log_value.grad = torch.tensor(noise * (1 if rank else -0.5))
+        temperature.step(0.05)
+    return temperature.log_value.detach()
+
+
+def test_replicas_stay_equal_where_gradients_differ_in_rounding(tmp_path):
+    first, second = run_ranks(_replica, 2, tmp_path)
+    assert torch.equal(first, second)

@@ -13,9 +13,10 @@ _VALUES, _OPTIMIZER = "objective.", "optimizer."
 class OwnParameters:
     """Trains an objective's parameters by an AdamW of their own, without weight decay.
 
-    They are kept apart from the model, so that neither the saved model nor a sharding engine knows of them. Where
-    every rank computes the loss of the global batch, every rank holds the same gradient; where each rank computes the
-    loss of its own samples, the gradients are averaged.
+    They are kept apart from the model, so that neither the saved model nor a sharding engine knows of them. Every rank
+    steps its own replica with the average of all ranks' gradients: where each rank computes the loss of its own
+    samples, that is the gradient of the global batch; where each computes the loss of the global batch, the gradients
+    differ in rounding alone, which AdamW would still blow up to whole steps where a gradient is zero but for rounding.
 
     Args:
         objective: On the device where the step runs, the same on every rank.
@@ -24,7 +25,6 @@ class OwnParameters:
     def __init__(self, objective: Objective) -> None:
         self._parameters = dict(objective.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._averages = objective.view == "patches"
         self._optimizer = (
             torch.optim.AdamW(self._trained.values(), lr=0.0, weight_decay=0.0) if self._trained else None
         )
@@ -50,8 +50,8 @@ class OwnParameters:
         self._optimizer.zero_grad(set_to_none=True)
 
     def reduce_gradients(self) -> None:
-        """Makes the gradients equal on all ranks, where they are not by themselves."""
-        if not self._averages or world_size() == 1:
+        """Averages the gradients over the ranks; every rank must call it."""
+        if world_size() == 1:
             return
         for parameter in self._trained.values():
             if parameter.grad is not None:  # a term is left out on every rank or on none
