@@ -129,9 +129,21 @@ def test_layers_are_selected_once(server: HostServer, world: Path, recipe: dict)
     ranked = sorted(range(len(scores)), key=lambda layer: (scores[layer], layer))
     assert chosen["layers"] == [f"L{layer}" for layer in ranked[:2]]
     assert f"HeRA | layers: {','.join(chosen['layers'])}" in run.output
+    assert "5 layers on 48 samples" in run.output
+    assert (run.folder / "hera/layers.png").is_file()
     again = server.run(args, world)
     assert again.ok, again.output
     assert "which was selected with the same settings" in again.output
+
+    of_file = {"hera_layers": "saves/layers_auto/hera/layers.json", "output_dir": "saves/layers_file"}
+    other = server.run(_args(args, of_file), world)
+    assert other.ok, other.output
+    assert f"HeRA | layers: {','.join(chosen['layers'])}" in other.output
+    assert json.loads((other.folder / "hera/layers.json").read_text()) == chosen  # the scores are not lost
+    refused = server.run(_args(args, of_file, {"hera_select_m": 3}), world)
+    assert not refused.ok
+    assert "hera_layers: the layers" in refused.output
+    assert "hera_select_m was 2, is 3" in refused.output
 
 
 def test_a_checkpoint_of_another_objective_is_refused(server: HostServer, world: Path, recipe: dict) -> None:

@@ -35,9 +35,26 @@ def test_a_file_keeps_order_and_provenance(tmp_path: Path) -> None:
     layers.save(tmp_path / LayerSet.FILE)
     assert LayerSet.load(tmp_path / LayerSet.FILE) == layers
     assert [path.name for path in tmp_path.iterdir()] == [LayerSet.FILE]
-    for content in ("", "[]", '{"heads": ["L0H1"]}', '{"layers": 3}'):
-        (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(
-            ValueError, match=r"^hera_layers: the layers file .*bad\.json cannot be read .*; remove it"
-        ):
-            LayerSet.load(tmp_path / "bad.json")
+    assert LayerSet.resolve(str(tmp_path / LayerSet.FILE)) == layers
+    assert LayerSet.resolve("L3,L1") == LayerSet((3, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "is not JSON"),
+        ("[]", 'has no list "layers"'),
+        ('{"heads": ["L0H1"]}', 'has no list "layers"'),
+        ('{"layers": 3}', 'has no list "layers"'),
+        (None, "cannot be read .No such file"),
+    ],
+)
+def test_another_file_is_named_with_the_remedy(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "bad.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(
+        ValueError,
+        match=rf"^hera_layers: the layers file .*bad\.json {said}.*; give a layers\.json .* name the layers",
+    ):
+        LayerSet.resolve(str(path))

@@ -153,6 +153,10 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
         ({"hera_layers": "L1"}, "hera_layers: L1 is for hera_granularity: layer; set that, or remove"),
         (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 is for hera_granularity: head; set that, or remove"),
         (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers such as L14,L15"),
+        (
+            LAYER | {"hera_layers": "missing/layers.json"},
+            "hera_layers: the layers file missing/layers.json cannot be read",
+        ),
         (LAYER | {"hera_layers": "last"}, "hera_layers: 'last' is not a layer; write layers as"),
         (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
         (

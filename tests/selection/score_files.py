@@ -7,8 +7,8 @@ from pathlib import Path
 from llamafactory_hera.selection.strategies import choose_heads
 
 
-def write_scores(path: Path, scores: list[list[float]], **provenance) -> Path:
-    """A file as selection writes it; NaN becomes null."""
+def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance) -> Path:
+    """A file as selection writes it, of the worst two heads or of given layers; NaN becomes null."""
     shown = {
         "model": "some/model",
         "teacher": "facebook/dinov2-large",
@@ -27,7 +27,9 @@ def write_scores(path: Path, scores: list[list[float]], **provenance) -> Path:
         "layer_scores": [0.2] * len(scores),
         "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
     }
-    heads = [str(head) for head in choose_heads(scores, "worst", 2)]
+    chosen = (
+        {"heads": [str(head) for head in choose_heads(scores, "worst", 2)]} if layers is None else {"layers": layers}
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"heads": heads, "provenance": shown | provenance}))
+    path.write_text(json.dumps({**chosen, "provenance": shown | provenance}))
     return path

@@ -24,12 +24,12 @@ def scored(path, n_layers, n_heads, **provenance):
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """drawn(n_layers, n_heads) -> the figure."""
+    """drawn(n_layers, n_heads, layers) -> the figure."""
 
-    def draw(n_layers, n_heads):
+    def draw(n_layers, n_heads, layers=None):
         figures = []
         monkeypatch.setattr(heat_map, "save_figure", lambda figure, target: figures.append(figure))
-        heat_map.draw_heads(scored(tmp_path, n_layers, n_heads), tmp_path / "x.png")
+        heat_map.draw_scores(scored(tmp_path, n_layers, n_heads, layers=layers), tmp_path / "x.png")
         figures[0].canvas.draw()
         return figures[0]
 
@@ -48,9 +48,10 @@ def ticks(axis):
     return [label for tick in drawn for label in (tick.label1, tick.label2)]
 
 
+@pytest.mark.parametrize("layers", [None, ["L1", "L0"]], ids=["heads", "layers"])
 @pytest.mark.parametrize(("n_layers", "n_heads"), [(2, 4), (24, 16), (36, 32), (48, 64), (80, 128)])
-def test_no_labels_overlap_and_none_is_cut_off(drawn, n_layers, n_heads):
-    figure = drawn(n_layers, n_heads)
+def test_no_labels_overlap_and_none_is_cut_off(drawn, n_layers, n_heads, layers):
+    figure = drawn(n_layers, n_heads, layers)
     renderer = figure.canvas.get_renderer()
     texts = boxes([figure._suptitle], renderer)
     for axes in figure.axes:
@@ -85,6 +86,26 @@ def test_the_curves_are_best_layer_and_worst(drawn, tmp_path):
     np.testing.assert_allclose(curves["chance"], file.chance)
 
 
+def test_selected_layers_are_ringed_in_the_curve_of_layers(drawn):
+    (axes,) = drawn(6, 8, ["L4", "L1"]).axes
+    assert "layer output" in [line.get_label() for line in axes.lines]
+    (rings,) = [found for found in axes.collections if found.get_label() == "selected (worst) L4 L1"]
+    np.testing.assert_allclose(rings.get_offsets(), [(4, 0.2), (1, 0.2)])
+
+
+def test_the_table_of_layers(tmp_path):
+    own = [0.3, 0.02, None, 0.1]
+    target = write_scores(tmp_path / "layers.json", [[0.2]] * 4, layers=["L1", "L3"], layer_scores=own)
+    table = render_table(ScoreFile.load(target)).splitlines()
+    assert table[0] == "3 layers on 1000 samples, k=10, chance level 0.0100"
+    assert [line.split() for line in table[3:6]] == [
+        ["1", "L1*", "0.0200", "2.00x", "L0", "0.3000", "30.00x"],
+        ["2", "L3*", "0.1000", "10.00x", "L3*", "0.1000", "10.00x"],
+        ["3", "L0", "0.3000", "30.00x", "L1*", "0.0200", "2.00x"],
+    ]
+    assert table[6:] == ["not scored (NaN or infinity): L2", "selected (worst): L1,L3"]
+
+
 def test_a_layer_without_any_score_is_drawn(tmp_path):
     path = write_scores(tmp_path / "heads.json", [[0.2, 0.3], [math.nan, math.nan]])
     present(path)
@@ -106,4 +127,4 @@ def test_the_table_names_extremes_choice_and_what_is_broken(tmp_path):
     assert f"{file.score(worst) / 0.01:.2f}x" in first
     assert "11 heads on 1000 samples, k=10, chance level 0.0100" in table
     assert "not scored (NaN or infinity): L0H1" in table
-    assert table.splitlines()[-1] == f"selected (worst): {','.join(map(str, file.heads))}"
+    assert table.splitlines()[-1] == f"selected (worst): {','.join(map(str, file.chosen.heads))}"

@@ -141,7 +141,7 @@ def _stage_one(model: LanguageModel, row: Row, values: dict[str, Any], folder: s
     if values.get("hera_heads") == "auto":
         text += f" For the heads that it selected append hera_heads={folder}/hera/heads.json to the command above."
     if values.get("hera_layers") == "auto":
-        text += f" For the layers that it selected name those of {folder}/hera/layers.json in hera_layers."
+        text += f" For the layers that it selected append hera_layers={folder}/hera/layers.json to the command above."
     return text
 
 

@@ -1,14 +1,11 @@
 """Which heads: the notation ``L3H4`` and the head set, with its JSON form and provenance."""
 
-import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from ..files import write_json
+from .site_file import SiteFile
 
 _HEAD = re.compile(r"[Ll](\d+)[Hh](\d+)")
 _SYNTAX = "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6"
@@ -37,7 +34,7 @@ class HeadId(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeadSet:
+class HeadSet(SiteFile):
     """The heads of a run, in the order in which they were chosen, and where they come from.
 
     Attributes:
@@ -45,15 +42,13 @@ class HeadSet:
         provenance: Facts of their selection (model, teacher, data, settings, scores); empty when written by hand.
     """
 
-    #: The key that names them, and the name of their file.
     KEY: ClassVar[str] = "hera_heads"
     FILE: ClassVar[str] = "heads.json"
+    WHAT: ClassVar[str] = "heads"
+    EXAMPLE: ClassVar[str] = "L13H12,L7H6"
 
     heads: tuple[HeadId, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return ",".join(self.names)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,12 +61,13 @@ class HeadSet:
         return tuple(sorted({head.layer for head in self.heads}))
 
     @classmethod
-    def parse(cls, heads: str | Iterable[str], key: str = "hera_heads") -> "HeadSet":
+    def parse(cls, heads: str | Iterable[str], key: str | None = None) -> "HeadSet":
         """Reads ``L13H12,L7H6`` or a list of such names.
 
         Raises:
             ValueError: No head, an unknown syntax, or a head named twice.
         """
+        key = key or cls.KEY
         names = re.split(r"[,\s]+", heads.strip()) if isinstance(heads, str) else [str(name) for name in heads]
         parsed = [HeadId.parse(name, key) for name in names if name]
         if not parsed:
@@ -80,36 +76,6 @@ class HeadSet:
         if twice:
             raise ValueError(f"{key}: {', '.join(map(str, twice))} is named more than once; name each head once.")
         return cls(tuple(parsed))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, key: str = "hera_heads") -> "HeadSet":
-        """Reads a heads file, the JSON that :meth:`save` and head selection write.
-
-        Raises:
-            ValueError: The file is missing or holds something else.
-        """
-        path = Path(path)
-        remedy = "give a heads.json that head selection wrote, or name the heads (L13H12,L7H6)"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{key}: the heads file {path} cannot be read ({error.strerror}); {remedy}.") from error
-        except ValueError as error:
-            raise ValueError(f"{key}: the heads file {path} is not JSON ({error}); {remedy}.") from error
-        if not isinstance(content, dict) or not isinstance(content.get("heads"), list):
-            raise ValueError(f'{key}: the heads file {path} has no list "heads"; {remedy}.')
-        return cls(cls.parse(content["heads"], key).heads, content.get("provenance") or {})
-
-    @classmethod
-    def resolve(cls, value: str, key: str = "hera_heads") -> "HeadSet":
-        """Reads the value of ``hera_heads``: head names, or the path of a heads file."""
-        if value.strip().endswith(".json") or os.path.sep in value or os.path.exists(value):
-            return cls.load(value, key)
-        return cls.parse(value, key)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the JSON form; the file appears complete or not at all."""
-        write_json(path, {"heads": [str(head) for head in self.heads], "provenance": self.provenance})
 
     def check(self, n_layers: int, n_heads: int, key: str = "hera_heads") -> None:
         """Checks that every head exists in a model of ``n_layers`` layers with ``n_heads`` query heads each.

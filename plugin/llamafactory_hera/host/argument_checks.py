@@ -77,12 +77,13 @@ def _check_layers(arguments: Any) -> None:
         )
     if not arguments.hera_layers:
         raise ValueError(
-            "hera_layers: no layer is named; write layers such as L14,L15, or middle, penultimate or auto."
+            "hera_layers: no layer is named; write layers such as L14,L15, give a layers.json, or write middle, "
+            "penultimate or auto."
         )
     if arguments.hera_layers == AUTO and arguments.hera_select == "middle":
         raise ValueError("hera_select: middle chooses among heads; write hera_layers: middle for that layer.")
     if arguments.hera_layers not in (*NAMED_LAYERS, AUTO):
-        LayerSet.parse(arguments.hera_layers)
+        LayerSet.resolve(arguments.hera_layers)
 
 
 def _check_objective(arguments: Any) -> None:

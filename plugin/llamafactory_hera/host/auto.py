@@ -22,7 +22,7 @@ from llamafactory_hera.selection.settings import SelectSettings
 from llamafactory_hera.teachers.files import teacher_fingerprint
 from llamafactory_hera.teachers.hub import teacher_folder
 
-from .argument_checks import AUTO
+from .argument_checks import AUTO, NAMED_LAYERS
 from .model_files import model_folder
 from .recipe import material
 
@@ -42,30 +42,26 @@ def resolve_sites(model_args: Any, data_args: Any, training_args: Any, finetunin
         ValueError: The heads file was selected for something else than this run, or selection is given bad input.
     """
     arguments = (model_args, data_args, training_args, finetuning_args)
-    if finetuning_args.hera_granularity == "layer":
-        if finetuning_args.hera_layers != AUTO:
-            return _named_layers(model_args, finetuning_args)
-        layers = _selected(*arguments, LayerSet)
-        finetuning_args.hera_layers = str(layers)
-        return layers
-    if finetuning_args.hera_heads == AUTO:
-        heads = _selected(*arguments, HeadSet)
-        finetuning_args.hera_heads = str(heads)
-        return heads
-    heads = HeadSet.resolve(finetuning_args.hera_heads)
-    if not heads.provenance:  # written by hand
-        return _with_provenance(heads, *arguments)
-    _check(heads, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
-    return heads
+    kind = LayerSet if finetuning_args.hera_granularity == "layer" else HeadSet
+    value = getattr(finetuning_args, kind.KEY)
+    if value in NAMED_LAYERS and kind is LayerSet:
+        return _named_layer(value, model_args)
+    if value == AUTO:
+        selected = _selected(*arguments, kind)
+        setattr(finetuning_args, kind.KEY, str(selected))
+        return selected
+    given = kind.resolve(value)
+    if not given.provenance:  # written by hand
+        return _with_provenance(given, *arguments)
+    _check(given, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
+    return given
 
 
-def _named_layers(model_args: Any, finetuning_args: Any) -> LayerSet:
+def _named_layer(name: str, model_args: Any) -> LayerSet:
     from llamafactory.model import load_config
 
     n_layers = head_layout(load_config(model_args)).n_layers
-    named = {"middle": n_layers // 2, "penultimate": n_layers - 2}
-    value = finetuning_args.hera_layers
-    return LayerSet((named[value],)) if value in named else LayerSet.parse(value)
+    return LayerSet(({"middle": n_layers // 2, "penultimate": n_layers - 2}[name],))
 
 
 def _selected(
@@ -84,7 +80,7 @@ def _selected(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if rank() == 0 and kind is HeadSet:
+    if rank() == 0:
         from llamafactory_hera.selection.present import present
 
         present(target)
@@ -139,31 +135,28 @@ def _check(chosen: Sites, now: dict[str, Any], keys: dict[str, str], finetuning_
     differing = differences(chosen.provenance, now, keys)
     if not differing:
         return
-    what = "heads" if isinstance(chosen, HeadSet) else "layers"
-    said = f"{chosen.KEY}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"
+    said = f"{chosen.KEY}: the {chosen.WHAT} {chosen} were selected for another run: {'; '.join(differing)}"
     if finetuning_args.hera_heads_force:
         logger.warning_rank0(f"{said}. Going on, as hera_heads_force is set.")
         return
     raise ValueError(
         f"{said}. Select again (`llamafactory-hera select`, or {chosen.KEY}: auto in a new output_dir), restore these "
-        f"settings, or set hera_heads_force: true to train these {what} all the same."
+        f"settings, or set hera_heads_force: true to train these {chosen.WHAT} all the same."
     )
 
 
-def _with_provenance(
-    heads: HeadSet, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
-) -> HeadSet:
-    """Heads written out by name, with the scores of the selection in the output folder if it chose them for this run.
+def _with_provenance(given: Sites, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Sites:
+    """What is written out by name, with the scores of the selection in the output folder if it chose that for this run.
 
-    Training writes the heads file of its output folder anew; without this the scores would be lost.
+    Training writes the file of its output folder anew; without this the scores would be lost.
     """
-    path = Path(training_args.output_dir) / FOLDER / HeadSet.FILE
+    path = Path(training_args.output_dir) / FOLDER / given.FILE
     if path.is_file():
-        selected = HeadSet.load(path)
-        if selected.heads == heads.heads and selected.provenance:
+        selected = type(given).load(path)
+        if selected.names == given.names and selected.provenance:
             now = _facts(model_args, data_args, finetuning_args)
-            return heads if differences(selected.provenance, now, TRAINED_ON) else selected
-    return heads
+            return given if differences(selected.provenance, now, TRAINED_ON) else selected
+    return given
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``heads.png``: the score of every head, and beside it layers against heads (paper, fig. 3 left)."""
+"""``heads.png``: the score of every head, and beside it layers against heads (paper, fig. 3 left); ``layers.png``."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..heads.layer_set import LayerSet
 from .figure import BLUE, GREY, ORANGE, new_figure, plain, save_figure, tick_step
 from .score_file import ScoreFile
 
@@ -14,20 +15,20 @@ _CELL = 0.16  # inches
 _LABEL = 0.2  # inches along the axis that a tick label needs
 
 
-def draw_heads(scored: ScoreFile, target: Path) -> None:
-    """Draws all scores with the chosen heads marked, and the MKNN of each layer beside its best and worst head.
+def draw_scores(scored: ScoreFile, target: Path) -> None:
+    """Draws the MKNN of each layer beside its best and worst head, and the choice: all heads, chosen ones framed, in a
+    picture beside it, or the chosen layers in the curve.
 
     Args:
         scored: The scores.
         target: The PNG to write.
     """
     scores = np.array(scored.scores)
-    n_layers, n_heads = scores.shape
-    map_width, height = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
-    figure = new_figure(map_width + 6.2, height + 1.2)
-    heat, curves = figure.subplots(1, 2, width_ratios=[map_width + 1.2, 5.0])
-    _heat_map(figure, heat, scores, scored, (map_width, height))
-    _curves(curves, scores, scored)
+    if isinstance(scored.chosen, LayerSet):
+        figure = new_figure(7.0, 5.0)
+        _curves(figure.subplots(), scores, scored)
+    else:
+        figure = _beside_a_map(scores, scored)
     provenance = scored.provenance
     figure.suptitle(
         f"{provenance['model']} ({provenance['mode']}) against {provenance['teacher']}\n"
@@ -35,6 +36,16 @@ def draw_heads(scored: ScoreFile, target: Path) -> None:
         fontsize=10,
     )
     save_figure(figure, target)
+
+
+def _beside_a_map(scores: np.ndarray, scored: ScoreFile) -> Figure:
+    n_layers, n_heads = scores.shape
+    map_width, height = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
+    figure = new_figure(map_width + 6.2, height + 1.2)
+    heat, curves = figure.subplots(1, 2, width_ratios=[map_width + 1.2, 5.0])
+    _heat_map(figure, heat, scores, scored, (map_width, height))
+    _curves(curves, scores, scored)
+    return figure
 
 
 def _heat_map(figure: Figure, axes: Axes, scores: np.ndarray, scored: ScoreFile, size: tuple[float, float]) -> None:
@@ -45,7 +56,7 @@ def _heat_map(figure: Figure, axes: Axes, scores: np.ndarray, scored: ScoreFile,
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(np.isnan(scores)):
         axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
-    for layer, head in scored.heads:
+    for layer, head in scored.chosen.heads:
         # a dark line around a light one shows on both ends of the colour scale
         for colour, width in (("black", 3.4), ("white", 1.4)):
             corner = (head - 0.5, layer - 0.5)
@@ -57,9 +68,12 @@ def _heat_map(figure: Figure, axes: Axes, scores: np.ndarray, scored: ScoreFile,
     axes.tick_params(labelsize=8)
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    chosen = [str(head) for head in scored.heads]
-    shown = " ".join(chosen[:8]) + (" …" if len(chosen) > 8 else "")
-    axes.set_title(f"framed: selected ({scored.strategy}) {shown}", fontsize=9)
+    axes.set_title(f"framed: {_selected(scored)}", fontsize=9)
+
+
+def _selected(scored: ScoreFile) -> str:
+    names = scored.chosen.names
+    return f"selected ({scored.strategy}) {' '.join(names[:8])}{' …' if len(names) > 8 else ''}"
 
 
 def _curves(axes: Axes, scores: np.ndarray, scored: ScoreFile) -> None:
@@ -70,6 +84,11 @@ def _curves(axes: Axes, scores: np.ndarray, scored: ScoreFile) -> None:
     axes.plot(layers, best, color=BLUE, marker="^", markersize=4, label="best head of the layer")
     axes.plot(layers, scored.layer_scores, color="black", marker="o", markersize=3, label="layer output")
     axes.plot(layers, worst, color=ORANGE, marker="v", markersize=4, label="worst head of the layer")
+    if isinstance(scored.chosen, LayerSet):
+        chosen = list(scored.chosen.layers)
+        values = [scored.layer_scores[layer] for layer in chosen]
+        ring = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
+        axes.scatter(chosen, values, s=110, **ring, label=_selected(scored), zorder=3)
     axes.axhline(scored.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
     axes.set_xlabel("layer")
     axes.set_ylabel("MKNN")

@@ -1,29 +1,37 @@
 """The result of a selection as a table for the terminal."""
 
-from ..heads.head_set import HeadId
+from ..heads.layer_set import LayerSet
 from .score_file import ScoreFile
 
 _ROWS = 10
 
 
 def render_table(scored: ScoreFile) -> str:
-    """The least and the most aligned heads side by side, chosen heads starred, and each against chance."""
-    ranked = scored.ranking()
+    """The least and the most aligned heads side by side, chosen ones starred, and each against chance; or layers."""
+    scores = _scores(scored)
+    ranked, what = list(scores), scored.chosen.WHAT
     rows = min(_ROWS, len(ranked))
     worst, top = ranked[:rows], ranked[::-1][:rows]
-    chosen = set(scored.heads)
+    chosen = set(scored.chosen.names)
 
-    def cell(head: HeadId) -> str:
-        score = scored.score(head)
-        return f"{head!s:>7}{'*' if head in chosen else ' '} {score:6.4f} {score / scored.chance:6.2f}x"
+    def cell(name: str) -> str:
+        return f"{name:>7}{'*' if name in chosen else ' '} {scores[name]:6.4f} {scores[name] / scored.chance:6.2f}x"
 
+    title = what.removesuffix("s")
     lines = [
-        f"{len(ranked)} heads on {scored.n_samples} samples, k={scored.k}, chance level {scored.chance:.4f}",
+        f"{len(ranked)} {what} on {scored.n_samples} samples, k={scored.k}, chance level {scored.chance:.4f}",
         f"{'':3}  {'least aligned':<24}  most aligned",
-        f"{'':3}  {'   head    MKNN  /chance':<24}     head    MKNN  /chance",
+        f"{'':3}  {f'{title:>7}    MKNN  /chance':<24}  {title:>7}    MKNN  /chance",
     ]
     lines += [f"{n:3}  {cell(a):<24}  {cell(b)}" for n, (a, b) in enumerate(zip(worst, top, strict=True), start=1)]
     if scored.broken:
-        lines.append(f"not scored (NaN or infinity): {' '.join(map(str, scored.broken))}")
-    lines.append(f"selected ({scored.strategy}): {','.join(map(str, scored.heads))}")
+        lines.append(f"not scored (NaN or infinity): {' '.join(scored.broken)}")
+    lines.append(f"selected ({scored.strategy}): {scored.chosen}")
     return "\n".join(lines)
+
+
+def _scores(scored: ScoreFile) -> dict[str, float]:
+    """MKNN by name, least aligned first."""
+    if isinstance(scored.chosen, LayerSet):
+        return {f"L{layer}": scored.layer_scores[layer] for layer in scored.layer_ranking()}
+    return {str(head): scored.score(head) for head in scored.ranking()}

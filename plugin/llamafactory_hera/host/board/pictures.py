@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from llamafactory_hera.heads.head_set import HeadSet
-from llamafactory_hera.selection.heat_map import draw_heads
+from llamafactory_hera.selection.heat_map import draw_scores
 from llamafactory_hera.selection.run import FOLDER
 from llamafactory_hera.selection.score_file import ScoreFile
 from llamafactory_hera.selection.table import render_table
@@ -32,7 +32,7 @@ def heads_shown(path: Path, lang: str) -> tuple[str, list[Picture]]:
     # never a file that lies there: any path can be typed into the page
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "heads.png"
-        draw_heads(scored, target)
+        draw_scores(scored, target)
         picture = _read(target)
     return f"```\n{render_table(scored)}\n```", [(picture, message("heads_picture", lang))]
 

@@ -7,7 +7,10 @@ FIELDS = {
     ),
     "hera_objective": ("Objective", "What is minimised; contrastive is HeRA's."),
     "hera_granularity": ("Granularity", "Align attention heads or whole decoder layers."),
-    "hera_layers": ("Decoder layers", "For granularity layer: names such as L14,L15, or middle, penultimate, auto."),
+    "hera_layers": (
+        "Decoder layers",
+        "For granularity layer: names such as L14,L15, the path of a layers.json, or middle, penultimate, auto.",
+    ),
     "hera_teacher": ("Teacher", "Frozen vision model: a local folder or a hub id."),
     "hera_teacher_cache": ("Teacher cache", "Folder that keeps the teacher's features (optional)."),
     "hera_weight": ("HeRA weight", "Weight (lambda) of the HeRA loss."),

@@ -7,7 +7,10 @@ FIELDS = {
     ),
     "hera_objective": ("目的関数", "最小化する対象。contrastive が HeRA の損失。"),
     "hera_granularity": ("粒度", "アテンションヘッド (head) またはデコーダー層 (layer) を揃える。"),
-    "hera_layers": ("デコーダー層", "粒度が layer の場合：L14,L15 のような名前、または middle、penultimate、auto。"),
+    "hera_layers": (
+        "デコーダー層",
+        "粒度が layer の場合：L14,L15 のような名前、layers.json のパス、または middle、penultimate、auto。",
+    ),
     "hera_teacher": ("教師モデル", "固定された視覚モデル：ローカルフォルダーまたはハブの名前。"),
     "hera_teacher_cache": ("教師特徴のキャッシュ", "教師の特徴を保存するフォルダー（任意）。"),
     "hera_weight": ("HeRA の重み", "HeRA 損失の重み（lambda）。"),

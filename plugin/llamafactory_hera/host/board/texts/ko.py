@@ -7,7 +7,10 @@ FIELDS = {
     ),
     "hera_objective": ("목적 함수", "최소화할 대상; contrastive가 HeRA의 손실."),
     "hera_granularity": ("정렬 단위", "어텐션 헤드(head) 또는 디코더 레이어(layer)를 정렬."),
-    "hera_layers": ("디코더 레이어", "정렬 단위가 layer일 때: L14,L15 같은 이름, 또는 middle, penultimate, auto."),
+    "hera_layers": (
+        "디코더 레이어",
+        "정렬 단위가 layer일 때: L14,L15 같은 이름, layers.json 경로, 또는 middle, penultimate, auto.",
+    ),
     "hera_teacher": ("교사 모델", "고정된 비전 모델: 로컬 폴더 또는 허브 이름."),
     "hera_teacher_cache": ("교사 특징 캐시", "교사 특징을 보관하는 폴더 (선택 사항)."),
     "hera_weight": ("HeRA 가중치", "HeRA 손실의 가중치(lambda)."),

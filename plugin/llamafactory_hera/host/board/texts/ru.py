@@ -7,7 +7,10 @@ FIELDS = {
     ),
     "hera_objective": ("Целевая функция", "Что минимизируется; contrastive — функция HeRA."),
     "hera_granularity": ("Уровень", "Выравнивать головы внимания (head) или слои декодера (layer)."),
-    "hera_layers": ("Слои декодера", "Для уровня layer: имена вида L14,L15 или middle, penultimate, auto."),
+    "hera_layers": (
+        "Слои декодера",
+        "Для уровня layer: имена вида L14,L15, путь к layers.json или middle, penultimate, auto.",
+    ),
     "hera_teacher": ("Учитель", "Замороженная визуальная модель: локальная папка или имя на хабе."),
     "hera_teacher_cache": ("Кэш учителя", "Папка для признаков учителя (необязательно)."),
     "hera_weight": ("Вес HeRA", "Вес (лямбда) функции потерь HeRA."),

@@ -7,7 +7,10 @@ FIELDS = {
     ),
     "hera_objective": ("目标函数", "要最小化的内容；contrastive 即 HeRA 的损失。"),
     "hera_granularity": ("粒度", "对齐注意力头 (head) 或整个解码器层 (layer)。"),
-    "hera_layers": ("解码器层", "粒度为 layer 时：形如 L14,L15 的名称，或 middle、penultimate、auto。"),
+    "hera_layers": (
+        "解码器层",
+        "粒度为 layer 时：形如 L14,L15 的名称、layers.json 的路径，或 middle、penultimate、auto。",
+    ),
     "hera_teacher": ("教师模型", "冻结的视觉模型：本地文件夹或模型仓库名称。"),
     "hera_teacher_cache": ("教师特征缓存", "保存教师特征的文件夹（可选）。"),
     "hera_weight": ("HeRA 权重", "HeRA 损失的权重（lambda）。"),
