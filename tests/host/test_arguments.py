@@ -169,6 +169,10 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
         ),
         (LAYER | {"hera_objective": "feature", "hera_memory": 4}, "hera_memory: 4 has no use with .* feature"),
         (
+            {"hera_objective": "feature", "hera_accumulate": "gradcache"},
+            "hera_accumulate: gradcache has no use with hera_objective: feature.* set it to none",
+        ),
+        (
             LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
             "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
         ),

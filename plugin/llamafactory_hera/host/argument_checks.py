@@ -98,7 +98,7 @@ def _check_objective(arguments: Any) -> None:
             f"hera_memory: {arguments.hera_memory} has no use with {said}, which compares no sample with remembered "
             "ones; set it to 0."
         )
-    if objective.view == "patches" and arguments.hera_accumulate == "gradcache":
+    if objective.least_samples == 1 and arguments.hera_accumulate == "gradcache":
         raise ValueError(
             f"hera_accumulate: gradcache has no use with {said}, a mean over samples, none of which is compared with "
             "another; set it to none."
