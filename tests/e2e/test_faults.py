@@ -25,8 +25,8 @@ HEAD_DIM = 16
 
 @pytest.fixture(scope="module")
 def settings(recipe: dict) -> dict[str, Any]:
-    """Six steps with a memory, saved after every second."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "overwrite_output_dir": False}
+    """Twelve steps with a memory, saved after every fourth: what is done after a save is done before the next one."""
+    saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12, "overwrite_output_dir": False}
     return recipe | saving | {"per_device_train_batch_size": 4, "hera_memory": 16}
 
 
@@ -69,10 +69,10 @@ def _assert_equal_weights(ours: Path, theirs: Path) -> None:
 
 
 def test_killed_at_a_random_step_and_resumed(server: HostServer, world: Path, settings: dict, whole: Run) -> None:
-    step = random.SystemRandom().choice([2, 3, 5])
+    step = random.SystemRandom().choice([4, 5, 8, 9])
     args = settings | {"output_dir": f"saves/killed_{step}"}
     folder, stop = world / args["output_dir"], world / f"stop_{step}"
-    saved = folder / f"checkpoint-{step - step % 2}/trainer_state.json"
+    saved = folder / f"checkpoint-{step - step % 4}/trainer_state.json"
     killed = _meanwhile(
         lambda: server.run(args, world, kill_when=stop),
         lambda: _steps_logged(folder) >= step and saved.exists(),
@@ -106,12 +106,17 @@ def test_no_room_while_saving_leaves_the_checkpoint_before(
         resource.prlimit(_ranks(server)[0], resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
 
     failed = _meanwhile(
-        lambda: server.run(args, world), (folder / "checkpoint-2/trainer_state.json").exists, forbid_large_files
+        lambda: server.run(args, world), (folder / "checkpoint-4/trainer_state.json").exists, forbid_large_files
     )
     assert failed.codes == [1]
     assert "File too large" in failed.output
-    assert not (folder / "checkpoint-4/trainer_state.json").exists()
-    before = str(folder / "checkpoint-2")
+    assert not (folder / "checkpoint-8/trainer_state.json").exists()
+    refused = server.run(args | {"resume_from_checkpoint": True}, world)
+    assert refused.codes == [1]
+    unfinished, before = args["output_dir"] + "/checkpoint-8", args["output_dir"] + "/checkpoint-4"
+    assert f"resume_from_checkpoint: {unfinished} has no trainer_state.json" in refused.output
+    assert f"Remove it, and resume {before}." in refused.output
+    assert "loading weights file" not in refused.output
     resumed = server.run(settings | {"output_dir": "saves/full_resumed", "resume_from_checkpoint": before}, world)
     assert resumed.ok, resumed.output
     _assert_equal_weights(resumed.folder, whole.folder)
@@ -189,7 +194,7 @@ def test_a_corrupt_cache_file_is_rebuilt(
 def test_heads_or_teacher_changed_before_resuming_are_refused(
     server: HostServer, world: Path, settings: dict, whole: Run, changed: str
 ) -> None:
-    args = {"resume_from_checkpoint": str(whole.folder / "checkpoint-2"), "output_dir": f"saves/changed_{changed}"}
+    args = {"resume_from_checkpoint": str(whole.folder / "checkpoint-4"), "output_dir": f"saves/changed_{changed}"}
     key = "hera_heads"
     if changed == "heads":
         args[key] = "L1H0,L1H3,L2H5,L3H2,L3H6"
@@ -213,7 +218,7 @@ def test_heads_or_teacher_changed_before_resuming_are_refused(
 def test_other_settings_than_the_checkpoint_s_are_warned_of(
     server: HostServer, world: Path, settings: dict, whole: Run
 ) -> None:
-    args = {"resume_from_checkpoint": str(whole.folder / "checkpoint-2"), "output_dir": "saves/other_k", "hera_k": 3}
+    args = {"resume_from_checkpoint": str(whole.folder / "checkpoint-4"), "output_dir": "saves/other_k", "hera_k": 3}
     run = server.run(settings | args, world)
     assert run.ok, run.output
     assert "hera_k was 10, is 3" in run.output

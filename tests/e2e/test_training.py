@@ -183,11 +183,11 @@ def test_resume_after_a_kill_gives_the_weights_of_an_uninterrupted_run(
         | tuning
         | {
             "save_strategy": "steps",
-            "save_steps": 2,
+            "save_steps": 4,  # the kill comes before the next save
             "hera_memory": 24,
             "per_device_train_batch_size": 4,
             "overwrite_output_dir": False,
-            "max_steps": 8,
+            "max_steps": 12,
         }
     )
     name = f"resume_{'lora' if tuning else 'full'}"
@@ -195,7 +195,7 @@ def test_resume_after_a_kill_gives_the_weights_of_an_uninterrupted_run(
     killed_at = world / f"saves/{name}/checkpoint-4/trainer_state.json"
     killed = server.run(settings | {"output_dir": f"saves/{name}"}, world, kill_when=killed_at)
     assert killed.codes == [124]
-    assert not (killed.folder / "checkpoint-8").exists()
+    assert not (killed.folder / "checkpoint-12").exists()
     resumed = server.run(settings | {"output_dir": f"saves/{name}", "resume_from_checkpoint": True}, world)
     assert whole.ok, whole.output
     assert resumed.ok, resumed.output

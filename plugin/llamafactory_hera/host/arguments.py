@@ -43,8 +43,8 @@ class HeraArguments:
         default=None,
         metadata={
             "help": (
-                "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), the path of "
-                "a layers.json, middle, penultimate, or auto to select them before training."
+                "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), the path "
+                "of a layers.json, middle, penultimate, or auto to select them before training."
             )
         },
     )

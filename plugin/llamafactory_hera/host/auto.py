@@ -146,7 +146,7 @@ def _check(chosen: Sites, now: dict[str, Any], keys: dict[str, str], finetuning_
 
 
 def _with_provenance(given: Sites, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Sites:
-    """What is written out by name, with the scores of the selection in the output folder if it chose that for this run.
+    """Sites written out by name, with the scores of the selection in the output folder if it chose them for this run.
 
     Training writes the file of its output folder anew; without this the scores would be lost.
     """

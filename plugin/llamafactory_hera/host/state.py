@@ -7,6 +7,8 @@ from typing import Any
 from llamafactory.extras import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.files import read_json, write_json, write_safetensors
@@ -89,9 +91,16 @@ def check_checkpoint(
     """Checks that a checkpoint is one of this run, before anything is loaded; warns of what may change and did.
 
     Raises:
-        ValueError: As for :meth:`RunState.load`.
+        ValueError: As for :meth:`RunState.load`, or it was not saved to its end.
     """
     saved = _checked_facts(folder, _identity(sites, teacher_fingerprint, arguments))
+    if not _finished(Path(folder)):
+        others = [path for path in Path(folder).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _finished(path)]
+        last = max(others, key=lambda path: path.stat().st_mtime, default=None)
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
+            f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
+        )
     now = {key: getattr(arguments, key) for key in _SETTINGS}
     changed = [f"{key} was {saved[key]}, is {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
     if changed:
@@ -99,6 +108,10 @@ def check_checkpoint(
             f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
             "curves do not continue those of the checkpoint."
         )
+
+
+def _finished(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
 def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) -> dict[str, str]:

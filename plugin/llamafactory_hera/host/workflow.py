@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.files import teacher_fingerprint
 from llamafactory_hera.teachers.hub import teacher_folder
@@ -52,6 +54,10 @@ def run_hera(
     sites = resolve_sites(model_args, data_args, training_args, finetuning_args)
     check_model(model_args, finetuning_args, sites)
     checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is True and Path(training_args.output_dir).is_dir():
+        checkpoint = get_last_checkpoint(
+            training_args.output_dir
+        )  # as the Trainer does, but before weights are loaded
     if isinstance(checkpoint, str) and Path(checkpoint).is_dir():  # where it is not, the Trainer says so
         fingerprint = teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher))
         check_checkpoint(checkpoint, sites, fingerprint, finetuning_args)
