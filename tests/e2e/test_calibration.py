@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -126,9 +127,9 @@ def test_the_documented_export_merges(world: Path, report: dict[str, Any], where
 def test_the_documented_chat_starts_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
     short = ["--max_new_tokens", "8"]  # an untrained model does not end its answer
     command = documented("docs/calibration.md", "chat", **MODEL) + short
-    # not its exit code: the host leaves while its generating thread may still run, which now and then aborts
-    output = run_command(command, world, stdin="how many circles?\nexit\n", HERA_DISABLE="1")[1]
-    assert "Traceback" not in output, output
+    status, output = run_command(command, world, stdin="how many circles?\nexit\n", HERA_DISABLE="1")
+    # the host leaves while its generating thread may still run, which now and then aborts behind the last word
+    assert status in (0, -signal.SIGABRT), output
     assert "Assistant:" in output
 
 
