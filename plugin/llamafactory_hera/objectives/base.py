@@ -1,5 +1,6 @@
 """What an alignment objective is, what it is given, and the registry that finds it by name."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ class PatchBatch:
     valid: Tensor
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A loss between representations of the student and features of the teacher, and what it trains for that.
 
     Its parameters are kept apart from the model: they have an optimizer of their own, are saved for resuming, and are
@@ -98,13 +99,13 @@ class Objective(nn.Module):
         super().__init__()
         self.options = options
 
+    @abstractmethod
     def forward(self, batch: PooledBatch | PatchBatch) -> Tensor:
         """The loss.
 
         Returns:
             ``[n_sites]`` for a pooled batch; ``[n_sites, B]``, of each sample, for visual tokens.
         """
-        raise NotImplementedError
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Which samples of a pooled batch enter the loss, boolean ``[N]``."""
