@@ -67,6 +67,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {**LAYER, "hera_layers": "L1", "hera_objective": "viral", "hera_teacher_cache": "cache"},
         ["hera_teacher_cache", "viral", "remove it"],
     ),
+    "no such checkpoint": (
+        {"resume_from_checkpoint": "saves/nope/checkpoint-2"},
+        ["resume_from_checkpoint", "saves/nope/checkpoint-2 is no folder"],
+    ),
+    "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint: true", "output_dir: saves/bad"]),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
 }
 

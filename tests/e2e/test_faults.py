@@ -190,7 +190,7 @@ def test_a_corrupt_cache_file_is_rebuilt(
     assert "corrupt" not in third.output
 
 
-@pytest.mark.parametrize("changed", ["heads", "heads file", "teacher"])
+@pytest.mark.parametrize("changed", ["heads", "heads file", "teacher", "temperature"])
 def test_heads_or_teacher_changed_before_resuming_are_refused(
     server: HostServer, world: Path, settings: dict, whole: Run, changed: str
 ) -> None:
@@ -201,6 +201,9 @@ def test_heads_or_teacher_changed_before_resuming_are_refused(
     elif changed == "heads file":
         (world / "changed.json").write_text('{"heads": ["L1H0"]}')
         args[key] = "changed.json"
+    elif changed == "temperature":
+        key = "hera_fixed_temperature"
+        args |= {key: True, "hera_temperature": 0.5}
     else:
         key = "hera_teacher"
         shutil.copytree(world / "hera_demo/teacher", world / "changed_teacher")

@@ -160,14 +160,16 @@ def test_a_checkpoint_of_another_objective_is_refused(server: HostServer, world:
         assert said in run.output
 
 
-def test_heads_are_scored_for_a_recipe_of_layers_and_not_selected(world: Path, recipe: dict) -> None:
+def test_layers_are_scored_for_a_recipe_of_layers_and_not_selected(world: Path, recipe: dict) -> None:
     import yaml
 
     short = {"hera_select_samples": 32, "output_dir": "saves/scored"}
     (world / "layers.yaml").write_text(yaml.safe_dump(_args(recipe, VIRAL, short)))
     code, output = run_command(["llamafactory-hera", "score", "layers.yaml"], world)
     assert code == 0, output
-    assert (world / "saves/scored/hera/scores.json").is_file()
+    assert "5 layers on 32 samples" in output
+    assert (world / "saves/scored/hera/scores.png").is_file()
+    assert len(json.loads((world / "saves/scored/hera/scores.json").read_text())["layers"]) == 5
     code, output = run_command(["llamafactory-hera", "select", "layers.yaml"], world)
     assert code == 2
     assert "hera_granularity: layers.yaml aligns layers" in output

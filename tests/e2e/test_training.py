@@ -217,6 +217,7 @@ def test_text_only_batches_and_samples_train(server: HostServer, world: Path, re
     assert run.ok, run.output
     assert any(line.get("hera_loss", 0) > 0 for line in run.logs())
     assert all(line["loss"] > 0 for line in run.logs())
+    assert all(("hera_empty_steps" in line) == (line["hera_loss"] == 0) for line in run.logs())
 
 
 def test_cached_teacher_features_change_nothing(server: HostServer, world: Path, recipe: dict) -> None:
@@ -279,6 +280,8 @@ def test_the_best_model_is_what_is_saved(server: HostServer, world: Path, recipe
         load_file(folder / "hera/state.safetensors") for folder in (run.folder, run.folder / "checkpoint-2")
     )
     assert torch.equal(final["objective.log_temperature"], kept["objective.log_temperature"])
+    assert json.loads((run.folder / "hera/card.json").read_text())["weights_of_step"] == 2
+    assert "The weights are those of step 2, the best one." in (run.folder / "README.md").read_text()
 
 
 def test_a_damaged_state_is_named(server: HostServer, world: Path, recipe: dict) -> None:

@@ -37,6 +37,21 @@ def test_the_page_holds_every_head_and_the_means(files):
     assert "![MKNN of the worst and top heads](x.png)" in page
 
 
+def test_layers_are_compared_where_the_first_file_names_layers(tmp_path):
+    own = ([0.3, 0.1, None], [0.35, 0.4, 0.2])
+    files = [
+        write_scores(tmp_path / f"{name}/hera/scores.json", BEFORE, layers=["L1"], layer_scores=scores)
+        for name, scores in zip(("base", "run"), own, strict=True)
+    ]
+    page = render_markdown(compare(files), "x.png")
+    assert "| layer | base | run | change |" in page
+    assert "| L1 | 0.1000 | 0.4000 | +0.3000 |" in page
+    assert "| **worst-2 mean** | 0.2000 | 0.3750 | +0.1750 |" in page
+    assert "Worst and top layers are those of base." in page
+    write_report(files, tmp_path / "report")
+    assert Image.open(tmp_path / "report.png").size[0] > 1000
+
+
 def test_picture_and_page_are_written(files, tmp_path):
     third = write_scores(tmp_path / "other/hera/scores.json", BEFORE)
     picture, page = write_report([*files, third], tmp_path / "new/report", names=["before", "after", "sft"])

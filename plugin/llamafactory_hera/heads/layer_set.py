@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from .site_file import SiteFile
 
 _LAYER = re.compile(r"[Ll](\d+)")
-_SYNTAX = "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15"
+_SYNTAX = (
+    "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or middle, penultimate, auto"
+)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ def check_values(arguments: Any) -> None:
 def _check_heads(arguments: Any) -> None:
     if arguments.hera_layers:
         raise ValueError(
-            f"hera_layers: {arguments.hera_layers} is for hera_granularity: layer; set that, or remove hera_layers."
+            f"hera_layers: {arguments.hera_layers} is for hera_granularity: layer; set that, or remove hera_layers "
+            "(hera_layers=null on a command line)."
         )
     if not arguments.hera_heads:
         raise ValueError(
@@ -73,7 +74,8 @@ def _check_heads(arguments: Any) -> None:
 def _check_layers(arguments: Any) -> None:
     if arguments.hera_heads:
         raise ValueError(
-            f"hera_heads: {arguments.hera_heads} is for hera_granularity: head; set that, or remove hera_heads."
+            f"hera_heads: {arguments.hera_heads} is for hera_granularity: head; set that, or remove hera_heads "
+            "(hera_heads=null on a command line)."
         )
     if not arguments.hera_layers:
         raise ValueError(

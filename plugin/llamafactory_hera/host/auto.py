@@ -139,8 +139,9 @@ def _check(chosen: Sites, now: dict[str, Any], keys: dict[str, str], finetuning_
     if finetuning_args.hera_heads_force:
         logger.warning_rank0(f"{said}. Going on, as hera_heads_force is set.")
         return
+    command = "`llamafactory-hera select`, or " if isinstance(chosen, HeadSet) else ""
     raise ValueError(
-        f"{said}. Select again (`llamafactory-hera select`, or {chosen.KEY}: auto in a new output_dir), restore these "
+        f"{said}. Select again ({command}{chosen.KEY}: auto in a new output_dir), restore these "
         f"settings, or set hera_heads_force: true to train these {chosen.WHAT} all the same."
     )
 

@@ -52,11 +52,13 @@ def _check_batch(training_args: Any, finetuning_args: Any) -> None:
     if objective.uses_candidates:
         raise ValueError(
             f"per_device_train_batch_size: {size} on one process leaves a sample without another to be compared with; "
-            f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}."
+            f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}; under gradient "
+            "accumulation hera_accumulate: gradcache takes the step's micro-batches together."
         )
     raise ValueError(
         f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-        f"{finetuning_args.hera_objective} needs {objective.least_samples} samples together; raise it."
+        f"{finetuning_args.hera_objective} needs {objective.least_samples} samples together; raise it, use more "
+        "processes or, under gradient accumulation, hera_accumulate: gradcache."
     )
 
 

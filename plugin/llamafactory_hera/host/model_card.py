@@ -79,6 +79,8 @@ def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": PAPER,
     }
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        facts["weights_of_step"] = trainer.state.best_global_step
     if find(keys.hera_objective).uses_candidates:
         facts["k"] = keys.hera_k
     if sites.provenance:
@@ -99,6 +101,8 @@ def render(facts: dict[str, Any]) -> str:
         f"objective aligned {kind} {', '.join(facts[kind])} with {facts['teacher']}, at weight {facts['weight']} "
         f"beside the language-modeling loss, for {facts['steps']} steps.",
     ]
+    if "weights_of_step" in facts:
+        lines[-1] += f" The weights are those of step {facts['weights_of_step']}, the best one."
     if facts["curves"]:
         shown = {"first": "first log line", "last": "last log line"}
         if facts["log_lines"] == 1:

@@ -8,7 +8,7 @@ from llamafactory.extras import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.files import read_json, write_json, write_safetensors
@@ -85,6 +85,30 @@ class RunState:
         self._memory.load_state_dict(state)
 
 
+def checkpoint_of(training_args: Any) -> str | None:
+    """The checkpoint that a run resumes, found as the Trainer finds it, and before weights are loaded.
+
+    Raises:
+        ValueError: There is none where one is asked for.
+    """
+    asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if not asked:
+        return None
+    if asked is True:
+        found = get_last_checkpoint(folder) if folder.is_dir() else None
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint: true, and output_dir: {folder} holds no checkpoint; give a path, or "
+                "remove the key to start anew."
+            )
+        return found
+    if not Path(asked).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: {asked} is no folder; give the path of a checkpoint, or remove it to start anew."
+        )
+    return asked
+
+
 def check_checkpoint(
     folder: str | os.PathLike, sites: Sites, teacher_fingerprint: str, arguments: HeraArguments
 ) -> None:
@@ -93,14 +117,15 @@ def check_checkpoint(
     Raises:
         ValueError: As for :meth:`RunState.load`, or it was not saved to its end.
     """
-    saved = _checked_facts(folder, _identity(sites, teacher_fingerprint, arguments))
-    if not _finished(Path(folder)):
-        others = [path for path in Path(folder).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _finished(path)]
-        last = max(others, key=lambda path: path.stat().st_mtime, default=None)
+    checkpoint = Path(folder)
+    if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not _finished(checkpoint):
+        others = [path for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _finished(path)]
+        last = max(others, key=_step, default=None)
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
             f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
         )
+    saved = _checked_facts(folder, _identity(sites, teacher_fingerprint, arguments))
     now = {key: getattr(arguments, key) for key in _SETTINGS}
     changed = [f"{key} was {saved[key]}, is {now[key]}" for key in now if saved.get(key, now[key]) != now[key]]
     if changed:
@@ -114,7 +139,12 @@ def _finished(checkpoint: Path) -> bool:
     return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
-def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) -> dict[str, str]:
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
+
+
+def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes it."""
     return {
         "hera_objective": arguments.hera_objective,
@@ -123,10 +153,12 @@ def _identity(sites: Sites, teacher_fingerprint: str, arguments: HeraArguments) 
         "hera_teacher": teacher_fingerprint,
         "hera_pooling": arguments.hera_pooling,
         "hera_similarity": arguments.hera_similarity,
+        # a learned one goes on from the checkpoint's value, whatever it started from
+        "hera_fixed_temperature": arguments.hera_fixed_temperature and arguments.hera_temperature,
     }
 
 
-def _checked_facts(folder: str | os.PathLike, now: dict[str, str]) -> dict[str, Any]:
+def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its run; that its state is whole is seen from the file's header and length."""
     source = Path(folder) / FOLDER
     try:

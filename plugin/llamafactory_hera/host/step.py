@@ -173,7 +173,7 @@ class HeraStep:
         self.statistics.add(
             hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
         )
-        self.statistics.count(hera_duplicates=output.n_duplicates)
+        self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(output.n_samples == 0))
 
     def _count_non_finite(self, broken: Tensor) -> None:
         self._nan_in_a_row += 1

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from transformers.trainer_utils import get_last_checkpoint
 
 from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.files import teacher_fingerprint
@@ -17,7 +14,7 @@ from .auto import resolve_sites
 from .checks import check_model, check_run
 from .dataset_checks import checked_dataset
 from .model_card import write_card
-from .state import check_checkpoint
+from .state import check_checkpoint, checkpoint_of
 from .trainer import HeraTrainer
 
 
@@ -51,14 +48,10 @@ def run_hera(
         return run_sft(*arguments)
     check_run(model_args, data_args, training_args, finetuning_args)
     check_model(model_args, finetuning_args)
+    checkpoint = checkpoint_of(training_args)
     sites = resolve_sites(model_args, data_args, training_args, finetuning_args)
     check_model(model_args, finetuning_args, sites)
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is True and Path(training_args.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(
-            training_args.output_dir
-        )  # as the Trainer does, but before weights are loaded
-    if isinstance(checkpoint, str) and Path(checkpoint).is_dir():  # where it is not, the Trainer says so
+    if checkpoint is not None:
         fingerprint = teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher))
         check_checkpoint(checkpoint, sites, fingerprint, finetuning_args)
     curves = _curves(finetuning_args.hera_objective)

@@ -76,7 +76,9 @@ def score_checkpoint(
     output: str | os.PathLike | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Scores every head of a checkpoint or adapter, as :func:`select` does, and writes one file that reports compare.
+    """Scores the heads and layers of a checkpoint or adapter, as a selection does, and writes a file to be compared.
+
+    The file names heads, or layers where the recipe aligns layers; both have the scores of both.
 
     Args:
         checkpoint: A model's folder or hub id, or an adapter's folder, which is loaded upon the recipe's model; None
@@ -94,7 +96,7 @@ def score_checkpoint(
     """
     from ..host.recipe import read_recipe
     from .processes import rank
-    from .run import FOLDER, select_heads
+    from .run import FOLDER, select_heads, select_layers
     from .settings import SelectSettings
 
     forced: dict[str, Any] = {}
@@ -107,7 +109,8 @@ def score_checkpoint(
         local = checkpoint is not None and Path(checkpoint).is_dir()
         output = (Path(checkpoint) if local else read.output_dir()) / FOLDER / "scores.json"
     target = Path(output)
-    select_heads(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
+    score = select_layers if read.granularity == "layer" else select_heads
+    score(read.material(), SelectSettings.from_arguments(read.finetuning_args), target)
     if rank() == 0:
         from .present import present
 

@@ -1,12 +1,12 @@
-"""Worst and top heads before and after training (paper, fig. 3 right), as a picture and as Markdown."""
+"""Worst and top heads, or layers, before and after training (paper, fig. 3 right), as a picture and as Markdown."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import write_text
-from ..heads.head_set import HeadId
 from .provenance import COMPARABLE
 from .score_file import ScoreFile
 
@@ -16,23 +16,30 @@ N_HEADS = 5
 
 @dataclass(frozen=True)
 class Comparison:
-    """Score files of one model at several times.
+    """Score files of one model at several times, by heads, or by layers where the first file names layers.
 
     Attributes:
         files: The first is "before".
         names: A short name for each.
-        worst: The least aligned heads of the first file, least first.
-        top: Its most aligned heads, most first.
+        worst: The least aligned of the first file, least first.
+        top: Its most aligned, most first.
     """
 
     files: tuple[ScoreFile, ...]
     names: tuple[str, ...]
-    worst: tuple[HeadId, ...]
-    top: tuple[HeadId, ...]
+    worst: tuple[str, ...]
+    top: tuple[str, ...]
 
-    def mean(self, file: ScoreFile, heads: Sequence[HeadId]) -> float:
-        """Mean MKNN of some heads in one file."""
-        return sum(file.score(head) for head in heads) / len(heads)
+    @property
+    def what(self) -> str:
+        """``heads`` or ``layers``."""
+        return self.files[0].chosen.WHAT
+
+    def values(self, file: ScoreFile, names: Sequence[str]) -> list[float]:
+        """MKNN of some heads or layers in one file, NaN where it has none, and their mean."""
+        known = file.by_name(self.what)
+        values = [known.get(name, math.nan) for name in names]
+        return [*values, sum(values) / len(values)]
 
 
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
@@ -66,7 +73,7 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Co
                 f"report: {first.path} and {file.path} cannot be compared, they differ in {', '.join(other)}; score "
                 "both with the same recipe."
             )
-    ranked = first.ranking()
+    ranked = list(first.by_name(first.chosen.WHAT))
     n = min(N_HEADS, len(ranked))
     return Comparison(files, tuple(names) or _short_names(paths), tuple(ranked[:n]), tuple(ranked[::-1][:n]))
 
@@ -114,19 +121,18 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
         "",
         f"MKNN against {first.provenance['teacher']} on {first.n_samples} samples of {first.provenance['dataset']}, "
         f"k={first.k}, mode {first.provenance['mode']}; unrelated features reach {first.chance:.4f}. Worst and top "
-        f"heads are those of {comparison.names[0]}.",
+        f"{comparison.what} are those of {comparison.names[0]}.",
         "",
-        f"![MKNN of the worst and top heads]({picture})",
+        f"![MKNN of the worst and top {comparison.what}]({picture})",
         "",
-        "| head | " + " | ".join(comparison.names) + " | change |",
+        f"| {comparison.what.removesuffix('s')} | " + " | ".join(comparison.names) + " | change |",
         "|---|" + "--:|" * (len(comparison.files) + 1),
     ]
-    for title, heads in (("worst", comparison.worst), ("top", comparison.top)):
-        rows = [(str(head), [file.score(head) for file in comparison.files]) for head in heads]
-        rows.append((f"**{title}-{len(heads)} mean**", [comparison.mean(file, heads) for file in comparison.files]))
+    for title, names in (("worst", comparison.worst), ("top", comparison.top)):
+        columns = [comparison.values(file, names) for file in comparison.files]
         lines += [
             f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + f" | {values[-1] - values[0]:+.4f} |"
-            for name, values in rows
+            for name, *values in zip([*names, f"**{title}-{len(names)} mean**"], *columns, strict=True)
         ]
     return "\n".join(lines) + "\n"
 
@@ -138,16 +144,16 @@ def _draw(comparison: Comparison, target: Path) -> None:
     figure = new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
     both = figure.subplots(1, 2, sharey=True)
     groups = ((f"worst-{len(comparison.worst)}", comparison.worst), (f"top-{len(comparison.top)}", comparison.top))
-    for axes, (title, heads) in zip(both, groups, strict=True):
+    for axes, (title, sites) in zip(both, groups, strict=True):
         width = 0.8 / n_files
         for position, (file, name) in enumerate(zip(comparison.files, comparison.names, strict=True)):
-            places = [place + (position - (n_files - 1) / 2) * width for place in range(len(heads) + 1)]
-            values = [*(file.score(head) for head in heads), comparison.mean(file, heads)]
+            places = [place + (position - (n_files - 1) / 2) * width for place in range(len(sites) + 1)]
+            values = comparison.values(file, sites)
             axes.bar(places, values, width * 0.92, color=SERIES[position % len(SERIES)], label=name)
         axes.axhline(comparison.files[0].chance, color="black", linestyle="--", linewidth=1, label="chance")
-        axes.axvline(len(heads) - 0.5, color="black", linewidth=0.6)
-        axes.set_xticks(range(len(heads) + 1), [*map(str, heads), "mean"], fontsize=8)
-        axes.set_title(f"{title} heads of {comparison.names[0]}", fontsize=10)
+        axes.axvline(len(sites) - 0.5, color="black", linewidth=0.6)
+        axes.set_xticks(range(len(sites) + 1), [*sites, "mean"], fontsize=8)
+        axes.set_title(f"{title} {comparison.what} of {comparison.names[0]}", fontsize=10)
         plain(axes)
     both[0].set_ylabel("MKNN")
     chance, *bars = zip(*both[0].get_legend_handles_labels(), strict=True)

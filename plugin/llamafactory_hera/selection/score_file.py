@@ -94,9 +94,12 @@ class ScoreFile:
         """All heads with a score, least aligned first."""
         return ranking(self.scores)
 
-    def layer_ranking(self) -> list[int]:
-        """All layers with a score of their own output, least aligned first."""
-        return [head.layer for head in ranking([[score] for score in self.layer_scores])]
+    def by_name(self, what: str) -> dict[str, float]:
+        """MKNN of all heads (``heads``) or layers' own outputs (``layers``) with a score, least aligned first."""
+        if what == LayerSet.WHAT:
+            layers = [head.layer for head in ranking([[score] for score in self.layer_scores])]
+            return {f"L{layer}": self.layer_scores[layer] for layer in layers}
+        return {str(head): self.score(head) for head in self.ranking()}
 
 
 def _names_layers(path: str | os.PathLike) -> bool:

@@ -1,6 +1,5 @@
 """The result of a selection as a table for the terminal."""
 
-from ..heads.layer_set import LayerSet
 from .score_file import ScoreFile
 
 _ROWS = 10
@@ -8,8 +7,9 @@ _ROWS = 10
 
 def render_table(scored: ScoreFile) -> str:
     """The least and the most aligned heads side by side, chosen ones starred, and each against chance; or layers."""
-    scores = _scores(scored)
-    ranked, what = list(scores), scored.chosen.WHAT
+    what = scored.chosen.WHAT
+    scores = scored.by_name(what)
+    ranked = list(scores)
     rows = min(_ROWS, len(ranked))
     worst, top = ranked[:rows], ranked[::-1][:rows]
     chosen = set(scored.chosen.names)
@@ -28,10 +28,3 @@ def render_table(scored: ScoreFile) -> str:
         lines.append(f"not scored (NaN or infinity): {' '.join(scored.broken)}")
     lines.append(f"selected ({scored.strategy}): {scored.chosen}")
     return "\n".join(lines)
-
-
-def _scores(scored: ScoreFile) -> dict[str, float]:
-    """MKNN by name, least aligned first."""
-    if isinstance(scored.chosen, LayerSet):
-        return {f"L{layer}": scored.layer_scores[layer] for layer in scored.layer_ranking()}
-    return {str(head): scored.score(head) for head in scored.ranking()}
