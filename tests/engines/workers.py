@@ -22,7 +22,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     pipe.send((True, pickle.dumps("ready")))
     while True:
         function, arguments = pipe.recv()
@@ -44,7 +44,7 @@ class WorkerPair:
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 90) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
         """Calls a module-level function on every rank.
 
         Returns:
