@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 #: Module -> what it may import against the arrows, and why.
 EXCEPTIONS = {
-    "llamafactory_hera.host.doctor": {"hera_patches"},  # reports on the patches
+    "llamafactory_hera.integrations.llamafactory.doctor": {"hera_patches"},  # reports on the patches
 }
 
 
@@ -166,7 +166,7 @@ HEAVY = ("torch", "transformers", "peft", "numpy", "PIL", "llamafactory", "matpl
         ("import hera_patches", HEAVY),
         (
             "from llamafactory_hera import alignment, heads; from llamafactory_hera.training import term; "
-            "from llamafactory_hera.host import arguments",
+            "from llamafactory_hera.integrations.llamafactory import arguments",
             ("transformers", "peft", "llamafactory"),
         ),
     ],

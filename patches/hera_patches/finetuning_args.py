@@ -28,6 +28,6 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Rebinds ``FinetuningArguments`` to a subclass."""
-    from llamafactory_hera.host.arguments import extend
+    from llamafactory_hera.integrations.llamafactory.arguments import extend
 
     module.FinetuningArguments = extend(module.FinetuningArguments)

@@ -32,7 +32,7 @@ def apply(module: ModuleType) -> None:
     def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
         if not any("hera_loss" in line for line in trainer_log):
             return original(trainer_log)
-        from llamafactory_hera.host.board.curves import loss_figure
+        from llamafactory_hera.integrations.llamaboard.curves import loss_figure
 
         return loss_figure(trainer_log, module.smooth)
 

@@ -25,6 +25,6 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Registers the backbones that the host does not list."""
-    from llamafactory_hera.host.board.models import register
+    from llamafactory_hera.integrations.llamaboard.models import register
 
     register(module)

@@ -43,7 +43,7 @@ def apply(module: ModuleType) -> None:
         args = parse(self, data)
         if args["stage"] != "hera" or not hasattr(self, "hera"):
             return args
-        from llamafactory_hera.host.board.arguments import with_hera
+        from llamafactory_hera.integrations.llamaboard.arguments import with_hera
 
         return with_hera(args, lambda id_: data[self.manager.get_elem_by_id(id_)])
 

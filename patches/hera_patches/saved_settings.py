@@ -30,13 +30,13 @@ def apply(module: ModuleType) -> None:
 
     @wraps(save)
     def save_args(config_path: str, config_dict: dict[str, Any]) -> None:
-        from llamafactory_hera.host.board.saved import write
+        from llamafactory_hera.integrations.llamaboard.saved import write
 
         write(config_path, config_dict, save)
 
     @wraps(load)
     def load_args(config_path: str) -> dict[str, Any] | None:
-        from llamafactory_hera.host.board.saved import read
+        from llamafactory_hera.integrations.llamaboard.saved import read
 
         return read(config_path, load)
 

@@ -46,7 +46,7 @@ def apply(module: ModuleType) -> None:
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
         if not getattr(finetuning_args, "use_hera", False):
             return original(*arguments)
-        from llamafactory_hera.host.workflow import run_hera
+        from llamafactory_hera.integrations.llamafactory.workflow import run_hera
 
         from .registry import require
 

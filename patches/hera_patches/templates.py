@@ -14,7 +14,7 @@ WHAT = "templates llava_plain, llava_qwen2_5, llava_qwen3, llava_llama3, llava_v
 
 def check(module: ModuleType) -> str | None:
     """Says what the host's module lacks, or None; nothing is needed where the host has all of them."""
-    from llamafactory_hera.host.templates import NAMES, lacking
+    from llamafactory_hera.integrations.llamafactory.templates import NAMES, lacking
 
     lack = lacking(module)
     if lack is None and all(name in module.TEMPLATES for name in NAMES):
@@ -24,6 +24,6 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Registers the templates that the host does not have."""
-    from llamafactory_hera.host.templates import register
+    from llamafactory_hera.integrations.llamafactory.templates import register
 
     register(module)

@@ -36,13 +36,13 @@ def apply(module: ModuleType) -> None:
 
     @wraps(original)
     def create_train_tab(engine: Any) -> dict[str, Any]:
-        from llamafactory_hera.host.board import train_tab
+        from llamafactory_hera.integrations.llamaboard import train_tab
 
         return train_tab.create_train_tab(engine, original)
 
     @wraps(original_change)
     def change_stage(training_stage: str) -> tuple[Any, Any]:
-        from llamafactory_hera.host.board import train_tab
+        from llamafactory_hera.integrations.llamaboard import train_tab
 
         return train_tab.change_stage(training_stage, original_change)
 

@@ -22,6 +22,6 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Adds the entry."""
-    from llamafactory_hera.host.board.names import STAGE, STAGE_TITLE
+    from llamafactory_hera.integrations.llamaboard.names import STAGE, STAGE_TITLE
 
     module.TRAINING_STAGES[STAGE_TITLE] = STAGE

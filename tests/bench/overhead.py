@@ -34,8 +34,8 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import run_exp
 from torch.profiler import ProfilerActivity, profile
 
-from llamafactory_hera.host.collator import HeraCollator
-from llamafactory_hera.host.trainer import HeraTrainer
+from llamafactory_hera.integrations.llamafactory.collator import HeraCollator
+from llamafactory_hera.integrations.llamafactory.trainer import HeraTrainer
 
 SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "HeRA, cached teacher", "HeRA, teacher on the fly")
 #: Different batches; a round takes one of them through all kinds of steps.

@@ -28,8 +28,8 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.samples.batches import plan_batches
-from llamafactory_hera.samples.source import Features
+from llamafactory_hera.selection.batches import plan_batches
+from llamafactory_hera.selection.source import Features
 from llamafactory_hera.selection import run
 from llamafactory_hera.selection.captions import collate_captions
 from llamafactory_hera.selection.forward import forward_call

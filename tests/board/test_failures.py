@@ -1,6 +1,6 @@
 """The reason of a failed run, taken out of what it printed."""
 
-from llamafactory_hera.host.board.failures import with_reason
+from llamafactory_hera.integrations.llamaboard.failures import with_reason
 
 FAILED = """Failed. Exit code: 1
 

@@ -6,10 +6,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from llamafactory_hera.host.arguments import HeraArguments
-from llamafactory_hera.host.board.arguments import lacking, with_hera
-from llamafactory_hera.host.board.fields import FIELDS
-from llamafactory_hera.host.board.texts import LANGUAGES, locales, message
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.integrations.llamaboard.arguments import lacking, with_hera
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS
+from llamafactory_hera.integrations.llamaboard.texts import LANGUAGES, locales, message
 from llamafactory_hera.objectives import names
 
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import yaml
 
-from llamafactory_hera.host.board.job import Job, Progress
+from llamafactory_hera.integrations.llamaboard.job import Job, Progress
 
 
 def job(folder: Path, *commands: list[str]) -> Job:
@@ -78,7 +78,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -> None:
-    from llamafactory_hera.host.board.tasks import compare_job
+    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
 
     facts = {"mode": "mllm", "samples_asked": 64, "k": 5, "seed": 3, "stored_dtype": "fp16", "pooling": "mean"}
     content = {"heads": ["L0H1"], "provenance": facts | {"similarity": "dot", "scores": [[0.1, 0.2]]}}
@@ -92,7 +92,7 @@ def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -
 
 
 def test_heads_without_scores_have_the_model_before_training_scored_first(run: Path) -> None:
-    from llamafactory_hera.host.board.tasks import compare_job
+    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
 
     (run / "hera/heads.json").write_text('{"heads": ["L0H1"]}')
     before, score, report = compare_job(run, "en").commands
@@ -103,7 +103,7 @@ def test_heads_without_scores_have_the_model_before_training_scored_first(run: P
 
 @pytest.mark.parametrize("missing", ["config.json", "training_args.yaml"])
 def test_there_is_nothing_to_compare_before_a_run_has_finished(missing: str, run: Path) -> None:
-    from llamafactory_hera.host.board.tasks import compare_job
+    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
 
     (run / missing).unlink()
     assert compare_job(run, "en") is None

@@ -24,7 +24,7 @@ def test_each_backbone_is_listed_once_as_multimodal_with_its_template(path: str,
 def test_a_model_that_the_host_lists_is_not_listed_again() -> None:
     from llamafactory.extras import constants
 
-    from llamafactory_hera.host.board.models import REGISTERED
+    from llamafactory_hera.integrations.llamaboard.models import REGISTERED
 
     assert len(REGISTERED) == len(set(REGISTERED)) < len(BACKBONES)
     assert all(name.endswith("-HeRA") for name in REGISTERED)

@@ -24,7 +24,7 @@ def host() -> tuple[Callable, Callable]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    from llamafactory_hera.host.board.fields import FIELDS
+    from llamafactory_hera.integrations.llamaboard.fields import FIELDS
 
     fields = {f"train.{key}": field.default for key, field in FIELDS.items()}
     return PLAIN | fields | {"train.hera_compare": True} | changes

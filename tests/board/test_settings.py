@@ -3,9 +3,9 @@
 import pytest
 from playwright.sync_api import expect
 
-from llamafactory_hera.host.arguments import HeraArguments
-from llamafactory_hera.host.board.fields import FIELDS
-from llamafactory_hera.host.board.texts import LANGUAGES
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS
+from llamafactory_hera.integrations.llamaboard.texts import LANGUAGES
 
 from .page import BoardPage
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.profile import Profile
-from llamafactory_hera.samples.source import Features
+from llamafactory_hera.selection.source import Features
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 
 N_IMAGE = 4

@@ -85,7 +85,7 @@ def main() -> None:
     import transformers.models.qwen3
     import transformers.models.siglip  # noqa: F401
 
-    import llamafactory_hera.host.workflow  # noqa: F401
+    import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.heads import HeadCapture, LayerCapture
-from llamafactory_hera.host.visual_tokens import token_positions
+from llamafactory_hera.integrations.llamafactory.visual_tokens import token_positions
 from llamafactory_hera.objectives import Options, create
 from llamafactory_hera.training.gradcache import GradientCache
 from llamafactory_hera.training.own_parameters import OwnParameters

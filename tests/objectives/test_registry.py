@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 from llamafactory_hera.objectives import base, create, find, names, register
 from llamafactory_hera.training.own_parameters import OwnParameters
 from llamafactory_hera.training.term import HeraTerm

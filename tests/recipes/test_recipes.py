@@ -14,7 +14,7 @@ from llamafactory_hera.backbones.ablations import MARKS, MODELS, ROWS, index
 from llamafactory_hera.backbones.memory import spread
 from llamafactory_hera.backbones.recipes import DEFAULT_GPUS, GPUS, all_recipes, write_recipes
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 
 from .conftest import ROOT
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import pytest
 
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 from llamafactory_hera.selection.settings import SelectSettings
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 from llamafactory_hera.study import layout, recipes
 from llamafactory_hera.study.layout import final_run
 from llamafactory_hera.study.methods import BASELINE, METHODS, PAPER_WEIGHT, TUNED

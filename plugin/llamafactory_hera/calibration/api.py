@@ -25,7 +25,7 @@ def calibrate(
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
-    from ..host.calibration import read_calibration
+    from ..integrations.llamafactory.calibration import read_calibration
     from .run import calibrate_heads
 
     read = read_calibration(recipe, overrides)

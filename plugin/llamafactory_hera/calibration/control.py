@@ -8,7 +8,7 @@ from typing import Literal
 
 from PIL import Image
 
-from ..samples.draw import Sample
+from ..selection.draw import Sample
 from ..teachers.images import ImageLike, image_key, load_image
 from .material import CalibrationSource
 from .samples import Drawn

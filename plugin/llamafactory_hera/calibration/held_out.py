@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samples.batches import plan_batches, run_batches
-from ..samples.source import Collate, Features
+from ..selection.batches import plan_batches, run_batches
+from ..selection.source import Collate, Features
 from .forward import Forward
 from .trust_region import check_finite, divergence
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..samples.source import Collate, Features, Source
+from ..selection.source import Collate, Features, Source
 from ..teachers.images import ImageLike
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_safetensors
-from ..samples.batches import plan_batches, run_batches
-from ..samples.source import Collate, Features
+from ..selection.batches import plan_batches, run_batches
+from ..selection.source import Collate, Features
 from .attention_maps import AttentionFlow
 from .forward import Forward
 from .gates import HeadGates

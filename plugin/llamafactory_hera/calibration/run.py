@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..samples.source import Collate
+from ..selection.source import Collate
 from ..selection.provenance import package_versions
 from .adapter import save_adapter
 from .control import Control, corrupt

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..samples.draw import Draw, Sample, draw
-from ..samples.source import Source
+from ..selection.draw import Draw, Sample, draw
+from ..selection.source import Source
 from .settings import RahSettings
 
 logger = logging.getLogger(__name__)

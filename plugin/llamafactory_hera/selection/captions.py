@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..heads.pooling import IGNORE_INDEX
-from ..samples.source import Features
+from .source import Features
 from ..teachers.images import ImageLike
 
 

@@ -18,8 +18,8 @@ from ..alignment.gather import world_size
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.pooled import PooledHeads, text_decoder
 from ..heads.pooling import token_mask
-from ..samples.batches import Batch, plan_batches, run_batches
-from ..samples.draw import Sample
+from .batches import Batch, plan_batches, run_batches
+from .draw import Sample
 from .blocks import FeatureBlocks
 from .material import Material
 from .processes import barrier, rank

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..samples.source import Collate, Source
+from .source import Collate, Source
 from ..teachers.encoder import VisionTeacher
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from ..samples.draw import Sample
+from .draw import Sample
 from .material import Material
 from .samples import samples_digest
 from .settings import SelectSettings

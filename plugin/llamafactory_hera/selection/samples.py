@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ..alignment.mknn import chance_level
 from ..heads.pooling import IGNORE_INDEX
-from ..samples.draw import Draw, Sample, draw
-from ..samples.source import Features, Source
+from .draw import Draw, Sample, draw
+from .source import Features, Source
 from .settings import SelectSettings
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..alignment.gather import world_size
 from ..alignment.mknn import rank_neighbors, similarity
-from ..samples.draw import Sample, sample_image
+from .draw import Sample, sample_image
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache

@@ -4,7 +4,7 @@ import types
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 from llamafactory_hera.objectives import names
 
 #: Rows of the accordion. Keys that are not here go into the host's "Extra arguments".

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamafactory_hera.host.visual_tokens import grid_side, image_token_id, token_positions
+from llamafactory_hera.integrations.llamafactory.visual_tokens import grid_side, image_token_id, token_positions
 from tests.tiny_models import VLMS, vlm
 
 IMAGE, PER_IMAGE = 9, 4

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from llamafactory_hera.samples.draw import draw, sample_image
+from llamafactory_hera.selection.draw import draw, sample_image
 
 
 class Pairs:

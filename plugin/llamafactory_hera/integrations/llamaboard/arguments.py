@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from llamafactory_hera.host.argument_checks import AUTO
-from llamafactory_hera.host.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.argument_checks import AUTO
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
 
 from .fields import FIELDS
 from .names import elem_id

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from llamafactory.extras import logging
 
-from llamafactory_hera.host.templates import NAMES as TEMPLATES
+from llamafactory_hera.integrations.llamafactory.templates import NAMES as TEMPLATES
 
 from .fields import FIELDS
 from .models import REGISTERED

@@ -11,7 +11,7 @@ from llamafactory.hparams import FinetuningArguments
 from llamafactory.hparams.parser import _TRAIN_ARGS
 from transformers import HfArgumentParser
 
-from llamafactory_hera.host.arguments import HeraArguments, extend
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments, extend
 
 
 def _parse(**values: Any) -> Any:

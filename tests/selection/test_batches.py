@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamafactory_hera.samples.batches import plan_batches, run_batches
+from llamafactory_hera.selection.batches import plan_batches, run_batches
 
 FEATURES = [{"input_ids": [row] * (1 + row % 5)} for row in range(21)]
 

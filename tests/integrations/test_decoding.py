@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llamafactory_hera.host import collator
-from llamafactory_hera.host.collator import HeraCollator
+from llamafactory_hera.integrations.llamafactory import collator
+from llamafactory_hera.integrations.llamafactory.collator import HeraCollator
 from llamafactory_hera.teachers.processor import TeacherProcessor
 
 from ..backbones.tiny import save_tower

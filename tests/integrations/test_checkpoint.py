@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from llamafactory_hera.heads import HeadSet
-from llamafactory_hera.host.arguments import HeraArguments
-from llamafactory_hera.host.state import check_checkpoint, checkpoint_of
+from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.integrations.llamafactory.state import check_checkpoint, checkpoint_of
 
 
 def arguments(asked: object, folder: Path) -> SimpleNamespace:

@@ -13,7 +13,7 @@ from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.settings import PREFIX, RahSettings, Text
 from llamafactory_hera.heads.families import head_layout, is_multimodal
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
-from llamafactory_hera.samples.source import Features
+from llamafactory_hera.selection.source import Features
 from llamafactory_hera.teachers.images import ImageLike
 
 from .model_files import model_folder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llamafactory_hera.samples.source import Collate, Features, Source
+from llamafactory_hera.selection.source import Collate, Features, Source
 from llamafactory_hera.selection.captions import CaptionSource, collate_captions
 from llamafactory_hera.selection.material import Material
 from llamafactory_hera.teachers.encoder import VisionTeacher, _whole_model_on_every_rank

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from llamafactory_hera.host.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
+from llamafactory_hera.integrations.llamafactory.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
