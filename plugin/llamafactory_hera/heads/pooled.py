@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.gram import full_precision
+from ..alignment.scoring import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .hooks import Hooks
 from .pooling import mean_over_tokens
