@@ -91,7 +91,9 @@ def card_facts(
     if aligner.objective.uses_candidates:
         facts["k"] = config.k
     if targets.provenance:
-        facts["selection"] = {name: targets.provenance[name] for name in _selection_facts() if name in targets.provenance}
+        facts["selection"] = {
+            name: targets.provenance[name] for name in _selection_facts() if name in targets.provenance
+        }
         scores = _scores(targets)
         if scores:
             facts["selection"]["mknn"] = scores

@@ -234,7 +234,7 @@ class HeraTrainerMixin(_Base):
 class HeraTrainer(HeraTrainerMixin, Trainer):
     """transformers' Trainer with HeRA::
 
-        HeraTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=rows, data_collator=collate)
+    HeraTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=rows, data_collator=collate)
     """
 
 

@@ -1,6 +1,6 @@
-"""The alignment of one run (paper, eq. 9): reads the targets, looks through the teacher, computes the weighted term.
+"""The alignment of one run (paper, eq. 9): reads the targets, asks the teacher, computes the weighted term.
 
-Any training loop can use it; :class:`~llamafactory_hera.integrations.transformers.HeraTrainerMixin` does for Trainers::
+Any training loop can use it; integrations/transformers.py does for every Trainer::
 
     aligner = Aligner(model, HeraConfig(heads="L13H12,L7H6", teacher="facebook/dinov2-large"))
     loader = DataLoader(dataset, batch_size, collate_fn=aligner.collator(collate))
@@ -162,9 +162,7 @@ class Aligner:
             )
             self.capture.tokens(positions)
             return MicroBatch(shown, inputs)
-        mask = token_mask(
-            self.config.pooling, input_ids, attention_mask, batch.get("labels"), self._media_token_ids
-        )
+        mask = token_mask(self.config.pooling, input_ids, attention_mask, batch.get("labels"), self._media_token_ids)
         self.capture.pool(mask)
         return MicroBatch(shown & mask.any(dim=1), inputs)
 

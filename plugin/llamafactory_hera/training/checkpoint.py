@@ -166,7 +166,7 @@ def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, 
     return saved
 
 
-# -- weights whose names changed ---------------------------------------------------------------------------------------
+# -- weights whose names changed -------------------------------------------------------------------------------------
 
 
 def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> bool:
