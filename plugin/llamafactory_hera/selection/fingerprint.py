@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from ..heads.families import HeadLayout
-from ..teachers.files import weight_files
+from ..hub import weight_files
 
 _TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
 _VISION_LAYER = re.compile(r"(?:^|\.)(encoder\.layers?\.\d+\..+)$")

@@ -6,7 +6,7 @@ from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.heads import HeadSet, Sites
 from llamafactory_hera.heads.families import head_layout, is_multimodal
 from llamafactory_hera.objectives import find
-from llamafactory_hera.teachers.check import check_teacher
+from llamafactory_hera.teachers.checkpoint import check_teacher
 
 from .visual_tokens import grid_side
 

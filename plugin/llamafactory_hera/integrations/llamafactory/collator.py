@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.images import KEY_BYTES, image_key, load_image
-from llamafactory_hera.teachers.processor import TeacherProcessor
+from llamafactory_hera.teachers.encoder import TeacherProcessor
 
 #: Where the teacher's feature of a sample comes from.
 NO_IMAGE, CACHED, PIXELS = 0, 1, 2

@@ -7,8 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from llamafactory_hera.objectives import find
-from llamafactory_hera.teachers.files import teacher_fingerprint
-from llamafactory_hera.teachers.hub import teacher_folder
+from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
 
 from .auto import resolve_sites
 from .checks import check_model, check_run
