@@ -37,7 +37,7 @@ def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path]
     Args:
         folder: A checkpoint's folder.
         layout: Of its text decoder.
-        adapters: Folders of adapters that are loaded upon it.
+        adapters: Folders of the adapters on top of it.
 
     Returns:
         64 hexadecimal digits.
