@@ -19,8 +19,7 @@ from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.provenance import SELECTED_BY, TRAINED_ON, differences
 from llamafactory_hera.selection.run import FOLDER, select_heads, select_layers
 from llamafactory_hera.selection.settings import SelectSettings
-from llamafactory_hera.teachers.files import teacher_fingerprint
-from llamafactory_hera.teachers.hub import teacher_folder
+from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
 
 from .argument_checks import AUTO, NAMED_LAYERS
 from .model_files import model_folder

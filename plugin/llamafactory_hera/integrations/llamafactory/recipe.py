@@ -13,7 +13,7 @@ from torch import nn
 from llamafactory_hera.selection.source import Collate, Features, Source
 from llamafactory_hera.selection.captions import CaptionSource, collate_captions
 from llamafactory_hera.selection.material import Material
-from llamafactory_hera.teachers.encoder import VisionTeacher, _whole_model_on_every_rank
+from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .dataset_checks import N_CHECKED, check_image_tokens
@@ -106,7 +106,7 @@ def material(model_args: Any, data_args: Any, training_args: Any, finetuning_arg
     aligned = aligned_dataset(model_args, data_args, training_args, finetuning_args.hera_select_samples)
 
     def whole_model() -> nn.Module:
-        with _whole_model_on_every_rank():
+        with whole_model_on_every_rank():
             return load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
 
     source: Source
