@@ -11,7 +11,7 @@ from llamafactory_hera.selection.samples import Collate, Features, SelectionInpu
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
-from .dataset_checks import N_CHECKED, check_image_tokens
+from .checks import N_CHECKED, check_image_tokens
 from .recipe import adapter_folders, model_folder
 
 # Rows of a stream that are read for each sample to draw.
