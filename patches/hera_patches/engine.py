@@ -17,7 +17,7 @@ WHAT = "the web UI's settings after a reload"
 def check(module: ModuleType) -> str | None:
     """Says what the host's engine lacks, or None."""
     resume = getattr(getattr(module, "Engine", None), "resume", None)
-    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is no generator"
+    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is not a generator"
 
 
 def apply(module: ModuleType) -> None:

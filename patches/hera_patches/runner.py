@@ -5,11 +5,12 @@ Why: the host's runner knows by name which fields a stage sends.
 Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
 """
 
-import inspect
 from collections.abc import Iterator
 from functools import wraps
 from types import ModuleType
 from typing import Any
+
+from .registry import differs
 
 WHAT = "HeRA runs from the web UI"
 
@@ -23,14 +24,9 @@ _METHODS = {
 
 def check(module: ModuleType) -> str | None:
     """Says what the host's runner lacks, or None."""
-    runner = getattr(module, "Runner", None)
-    for name, expected in _METHODS.items():
-        if not hasattr(runner, name):
-            return f"Runner has no {name}"
-        parameters = list(inspect.signature(getattr(runner, name)).parameters)
-        if parameters != expected:
-            return f"Runner.{name} takes {parameters}"
-    return None if "info_finished" in getattr(module, "ALERTS", {}) else "no ALERTS with info_finished"
+    if "info_finished" not in getattr(module, "ALERTS", {}):
+        return "no ALERTS with info_finished"
+    return differs(getattr(module, "Runner", None), **_METHODS)
 
 
 def apply(module: ModuleType) -> None:

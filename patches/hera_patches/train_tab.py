@@ -5,10 +5,11 @@ Why: the host builds the tab in one function, which also says what its buttons s
 Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
 """
 
-import inspect
 from functools import wraps
 from types import ModuleType
 from typing import Any
+
+from .registry import differs
 
 WHAT = "the HeRA accordion in the web UI's train tab"
 
@@ -17,17 +18,12 @@ _USED = ("get_base_elems", "mm_tab", "start_btn", "output_box", "training_stage"
 
 def check(module: ModuleType) -> str | None:
     """Says what the host's module lacks, or None."""
-    create = getattr(module, "create_train_tab", None)
-    if create is None:
-        return "no function create_train_tab"
-    parameters = list(inspect.signature(create).parameters)
-    if parameters != ["engine"]:
-        return f"create_train_tab takes {parameters}"
-    known = create.__code__.co_names + create.__code__.co_varnames
+    if difference := differs(module, create_train_tab=["engine"], change_stage=["training_stage"]):
+        return difference
+    code = module.create_train_tab.__code__
+    known = code.co_names + code.co_varnames
     missing = [name for name in _USED if name not in known]
-    if missing:
-        return f"create_train_tab does not use {', '.join(missing)}"
-    return None if hasattr(module, "change_stage") else "no function change_stage"
+    return f"create_train_tab does not use {', '.join(missing)}" if missing else None
 
 
 def apply(module: ModuleType) -> None:
