@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.heads import HeadSet
+from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
 from tests.terms import ContrastiveTerm
 
@@ -41,7 +41,7 @@ def reference(
 
 def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Gradients of the HeRA term alone by name, its heads read by slicing the weight of a plain or LoRA ``o_proj``."""
-    heads = HeadSet.parse(HEADS).heads
+    heads = Targets.parse(HEADS).heads
     layers = decoder_layers(model)
     mask = batch.inputs["labels"] != -100
     read: dict[int, Tensor] = {}

@@ -9,8 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..alignment.candidates import Candidates
-from ..alignment.mknn import similarity
+from ..alignment.neighbors import Candidates, similarity
 
 
 @dataclass(frozen=True)

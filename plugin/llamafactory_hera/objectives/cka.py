@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..alignment.objectives import cka_loss
+from ..alignment.losses import cka_loss
 from .base import Objective, PooledBatch, register
 
 

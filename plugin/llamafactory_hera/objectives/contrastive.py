@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..alignment.objectives import multi_target_info_nce
+from ..alignment.losses import multi_target_info_nce
 from .base import Objective, Options, PooledBatch, register
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..alignment.objectives import cosine_loss
+from ..alignment.losses import cosine_loss
 from .base import Objective, Options, PooledBatch, register
 from .projector import Projector
 

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..alignment.objectives import cosine_loss
+from ..alignment.losses import cosine_loss
 from .base import Objective, Options, PatchBatch, register
 from .projector import Projector
 

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..alignment.gather import world_size
+from ..alignment.gather import barrier, rank, world_size
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.pooled import PooledHeads, text_decoder
 from ..heads.pooling import token_mask
 from .batches import Batch, plan_batches, run_batches
-from .draw import Sample
 from .blocks import FeatureBlocks
+from .draw import Sample
 from .material import Material
-from .processes import barrier, rank
 from .settings import Mode, SelectSettings
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..alignment.mknn import chance_level
+from ..alignment.gather import from_first, rank
+from ..alignment.neighbors import chance_level
 from ..alignment.scoring import score_features, score_heads
 from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.head_set import HeadSet
@@ -18,7 +19,6 @@ from .blocks import FeatureBlocks
 from .fingerprint import model_fingerprint
 from .forward import compute_features
 from .material import Material
-from .processes import from_first, rank
 from .provenance import FEATURE_FACTS, describe, identity
 from .samples import draw_samples
 from .settings import SelectSettings

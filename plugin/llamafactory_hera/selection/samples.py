@@ -4,11 +4,11 @@ import hashlib
 import logging
 from collections.abc import Sequence
 
-from ..alignment.mknn import chance_level
+from ..alignment.neighbors import chance_level
 from ..heads.pooling import IGNORE_INDEX
 from .draw import Draw, Sample, draw
-from .source import Features, Source
 from .settings import SelectSettings
+from .source import Features, Source
 
 logger = logging.getLogger(__name__)
 

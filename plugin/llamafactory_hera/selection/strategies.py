@@ -4,16 +4,16 @@ import math
 import random
 from collections.abc import Sequence
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from .settings import Strategy
 
 Scores = Sequence[Sequence[float]]
 
 
-def ranking(scores: Scores) -> list[HeadId]:
+def ranking(scores: Scores) -> list[Target]:
     """All heads with a score, least aligned first; equal scores are ordered by (layer, head), NaN is left out."""
     scored = [
-        (score, HeadId(layer, head))
+        (score, Target(layer, head))
         for layer, row in enumerate(scores)
         for head, score in enumerate(row)
         if not math.isnan(score)
@@ -21,7 +21,7 @@ def ranking(scores: Scores) -> list[HeadId]:
     return [head for _, head in sorted(scored)]
 
 
-def choose_heads(scores: Scores, strategy: Strategy, m: int, seed: int = 0) -> tuple[HeadId, ...]:
+def choose_heads(scores: Scores, strategy: Strategy, m: int, seed: int = 0) -> tuple[Target, ...]:
     """Chooses ``m`` heads.
 
     ``worst`` is the paper's choice: the least aligned, least first. ``top`` is the most aligned, most first;

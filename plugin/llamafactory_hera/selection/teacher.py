@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..alignment.gather import world_size
-from ..alignment.mknn import rank_neighbors, similarity
-from .draw import Sample, sample_image
+from ..alignment.gather import barrier, rank, world_size
+from ..alignment.neighbors import rank_neighbors, similarity
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike
 from .blocks import PREFIX
+from .draw import Sample, sample_image
 from .fingerprint import is_own_vision_tower
 from .material import Material
-from .processes import barrier, rank
 from .settings import SelectSettings
 
 logger = logging.getLogger(__name__)

@@ -4,10 +4,7 @@ import math
 from collections import defaultdict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from ..alignment.gather import world_size
 
 
 class RunningMeans:
@@ -42,21 +39,3 @@ class RunningMeans:
         counts = {name: value for name, value in self._counts.items() if value}
         self._sums, self._numbers, self._counts = {}, {}, defaultdict(int)
         return means | counts
-
-
-def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean of each value over the ranks that know it; left out where none does.
-
-    Args:
-        values: NaN where unknown; every rank has the same names, so that all take part in one reduction.
-        device: Of the process group's tensors.
-    """
-    if world_size() == 1:
-        return {name: value for name, value in values.items() if not math.isnan(value)}
-    names = sorted(values)
-    mine = torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)
-    known = ~mine.isnan()
-    table = torch.stack([torch.where(known, mine, 0.0), known.float()])
-    dist.all_reduce(table)
-    sums, numbers = table.tolist()
-    return {name: total / n for name, total, n in zip(names, sums, numbers, strict=True) if n}

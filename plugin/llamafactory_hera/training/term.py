@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..alignment.candidates import Candidates, teacher_candidates
 from ..alignment.gather import common_row_count, gather_rows
 from ..alignment.memory import CrossBatchMemory
-from ..alignment.mknn import rank_neighbors
+from ..alignment.neighbors import Candidates, rank_neighbors, teacher_candidates
 from ..objectives.base import Objective, PooledBatch
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
+from llamafactory_hera.alignment.gather import mean_over_ranks
 from llamafactory_hera.heads import Sites
 from llamafactory_hera.training.random_state import RandomState
-from llamafactory_hera.training.statistics import mean_over_ranks
 
 from .collator import HeraCollator
 from .model_card import write_card
