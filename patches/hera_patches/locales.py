@@ -21,7 +21,7 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Adds the texts; English stands for a language that the plugin does not have."""
-    from llamafactory_hera.integrations.llamaboard.texts import locales
+    from llamafactory_hera.integrations.llamaboard.names import locales
 
     languages = module.LOCALES["training_stage"]
     for name, texts in locales().items():

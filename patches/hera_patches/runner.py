@@ -39,7 +39,7 @@ def apply(module: ModuleType) -> None:
         args = parse(self, data)
         if args["stage"] != "hera" or not hasattr(self, "hera"):
             return args
-        from llamafactory_hera.integrations.llamaboard.arguments import with_hera
+        from llamafactory_hera.integrations.llamaboard.fields import with_hera
 
         return with_hera(args, lambda id_: data[self.manager.get_elem_by_id(id_)])
 
@@ -61,7 +61,7 @@ def apply(module: ModuleType) -> None:
     def monitored(self: Any) -> Iterator[dict[Any, Any]]:
         data = self.running_data
         for update in monitor(self):
-            yield self.hera.explained(update, data) if hasattr(self, "hera") else update
+            yield self.hera.with_reason(update, data) if hasattr(self, "hera") else update
 
     runner.monitor = monitored
     runner._parse_train_args, runner._initialize, runner._finalize = _parse_train_args, _initialize, _finalize

@@ -21,18 +21,16 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Wraps ``save_args`` and ``load_args``."""
+    from llamafactory_hera.integrations.llamaboard import saved
+
     save, load = module.save_args, module.load_args
 
     @wraps(save)
     def save_args(config_path: str, config_dict: dict[str, Any]) -> None:
-        from llamafactory_hera.integrations.llamaboard.saved import write
-
-        write(config_path, config_dict, save)
+        saved.write(config_path, config_dict, save)
 
     @wraps(load)
     def load_args(config_path: str) -> dict[str, Any] | None:
-        from llamafactory_hera.integrations.llamaboard.saved import read
-
-        return read(config_path, load)
+        return saved.read(config_path, load)
 
     module.save_args, module.load_args = save_args, load_args

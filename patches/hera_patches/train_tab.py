@@ -28,18 +28,16 @@ def check(module: ModuleType) -> str | None:
 
 def apply(module: ModuleType) -> None:
     """Wraps ``create_train_tab``, and ``change_stage`` as the tab sees it."""
+    from llamafactory_hera.integrations.llamaboard import train_tab
+
     original, original_change = module.create_train_tab, module.change_stage
 
     @wraps(original)
     def create_train_tab(engine: Any) -> dict[str, Any]:
-        from llamafactory_hera.integrations.llamaboard import train_tab
-
         return train_tab.create_train_tab(engine, original)
 
     @wraps(original_change)
     def change_stage(training_stage: str) -> tuple[Any, Any]:
-        from llamafactory_hera.integrations.llamaboard import train_tab
-
         return train_tab.change_stage(training_stage, original_change)
 
     module.create_train_tab, module.change_stage = create_train_tab, change_stage
