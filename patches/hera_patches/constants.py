@@ -6,7 +6,7 @@ the web UI sends no options for freezing parts and for pixels.
 Tested with 0.9.5. Can go when the host lets plugins add stages, and sends these options for every model.
 """
 
-from types import ModuleType
+from typing import Any
 
 from .registry import differs
 
@@ -15,7 +15,7 @@ WHAT = "HeRA in the web UI's stage list, backbones in its model list"
 _NAMES = ("SUPPORTED_MODELS", "MULTIMODAL_SUPPORTED_MODELS", "DEFAULT_TEMPLATE", "DownloadSource")
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
     stages = getattr(module, "TRAINING_STAGES", None)
     if not isinstance(stages, dict) or "sft" not in stages.values():
@@ -26,7 +26,7 @@ def check(module: ModuleType) -> str | None:
     return differs(module, register_model_group=["models", "template", "multimodal"])
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Adds the stage, and the backbones that the host does not list."""
     from llamafactory_hera.integrations.llamaboard.names import STAGE, STAGE_TITLE, register_models
 

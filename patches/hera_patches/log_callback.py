@@ -6,7 +6,6 @@ Tested with 0.9.5. Can go when the host writes every logged key.
 """
 
 from functools import partial, wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs
@@ -14,20 +13,22 @@ from .registry import differs
 WHAT = "lm_loss and hera_* in trainer_log.jsonl"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's callback lacks, or None."""
-    callback = getattr(module, "LogCallback", None)
     parameters = ["self", "args", "state", "control", "kwargs"]
-    if difference := differs(callback, on_log=parameters, _write_log=["self", "output_dir", "logs"]):
+    if difference := differs(
+        getattr(module, "LogCallback", None), on_log=parameters, _write_log=["self", "output_dir", "logs"]
+    ):
         return difference
-    return None if "_write_log" in callback.on_log.__code__.co_names else "LogCallback.on_log does not call _write_log"
+    called = module.LogCallback.on_log.__code__.co_names
+    return None if "_write_log" in called else "LogCallback.on_log does not call _write_log"
 
 
 def _write_with(write: Any, extra: dict[str, Any], output_dir: str, logs: dict[str, Any]) -> None:
     write(output_dir, {**logs, **extra})
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``LogCallback.on_log``."""
     callback = module.LogCallback
     original = callback.on_log

@@ -6,7 +6,6 @@ Tested with 0.9.5. Can go when the host draws every logged curve.
 """
 
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs
@@ -14,12 +13,12 @@ from .registry import differs
 WHAT = "LM loss, HeRA loss and MKNN in the web UI's plot"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
     return differs(module, gen_loss_plot=["trainer_log"], smooth=["scalars"])
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``gen_loss_plot``."""
     original = module.gen_loss_plot
 

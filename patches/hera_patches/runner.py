@@ -7,7 +7,6 @@ Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
 
 from collections.abc import Iterator
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs
@@ -22,14 +21,14 @@ _METHODS = {
 }
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's runner lacks, or None."""
     if "info_finished" not in getattr(module, "ALERTS", {}):
         return "no ALERTS with info_finished"
     return differs(getattr(module, "Runner", None), **_METHODS)
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps four methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
     runner, monitor = module.Runner, module.Runner.monitor
     parse, initialize, finalize = runner._parse_train_args, runner._initialize, runner._finalize

@@ -6,7 +6,6 @@ Tested with 0.9.5. Can go when the host skips such entries.
 """
 
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs
@@ -14,12 +13,12 @@ from .registry import differs
 WHAT = "settings saved by the web UI open without the plugin"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
     return differs(module, save_args=["config_path", "config_dict"], load_args=["config_path"])
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``save_args`` and ``load_args``."""
     from llamafactory_hera.integrations.llamaboard import saved
 

@@ -7,7 +7,6 @@ Tested with 0.9.5. Can go when the host lets plugins add stages.
 """
 
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs, require
@@ -18,7 +17,7 @@ _PARAMETERS = ["model_args", "data_args", "training_args", "finetuning_args", "g
 _REPLACED = ("get_dataset", "CustomSeq2SeqTrainer", "plot_loss", "create_modelcard_and_push")
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's workflow lacks, or None."""
     if difference := differs(module, run_sft=_PARAMETERS):
         return difference
@@ -27,7 +26,7 @@ def check(module: ModuleType) -> str | None:
     return f"run_sft does not use {', '.join(missing)}" if missing else None
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``run_sft``."""
     original = module.run_sft
 

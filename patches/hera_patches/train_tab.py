@@ -6,7 +6,6 @@ Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
 """
 
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 from .registry import differs
@@ -16,7 +15,7 @@ WHAT = "the HeRA accordion in the web UI's train tab"
 _USED = ("get_base_elems", "mm_tab", "start_btn", "output_box", "training_stage")
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
     if difference := differs(module, create_train_tab=["engine"], change_stage=["training_stage"]):
         return difference
@@ -26,7 +25,7 @@ def check(module: ModuleType) -> str | None:
     return f"create_train_tab does not use {', '.join(missing)}" if missing else None
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``create_train_tab``, and ``change_stage`` as the tab sees it."""
     from llamafactory_hera.integrations.llamaboard import train_tab
 

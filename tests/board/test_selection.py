@@ -74,7 +74,7 @@ def test_a_selection_is_aborted_with_all_its_processes(board: Board, page: Board
     page.shot("12_aborted")
 
 
-def test_what_is_wrong_with_a_selection_is_said_in_the_page(page: BoardPage) -> None:
+def test_why_a_selection_has_failed_is_shown(page: BoardPage) -> None:
     page.describe_run("refused", Teacher="no_such_teacher")
     page.press("Select heads")
     expect(page.status).to_contain_text("Failed with exit code 2", timeout=SLOW)
