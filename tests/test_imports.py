@@ -26,8 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "samples": {"teachers"},
     "training": {"alignment", "objectives"},
     **dict.fromkeys(TOP, BELOW | TOP),
-    "study": BELOW | {"selection", "demo"},
-    "cli": BELOW | TOP | {"study"},
+    "cli": BELOW | TOP,
     "hera_patches": {"host"},
 }
 #: Module -> what it may import against the arrows, and why.
