@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, HeadId
+from llamafactory_hera.heads import HeadCapture, Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
 
 from .tiny_models import HEADS, LAYERS
@@ -51,7 +51,7 @@ def check_heads(
         projections: Weight ``[D, H * d]`` and bias of each layer's output projection; by default the module's own.
         tolerance: Largest difference, relative to the largest value of the block's output.
     """
-    with HeadCapture(model, [HeadId(layer, head) for layer in range(LAYERS) for head in range(HEADS)]) as capture:
+    with HeadCapture(model, [Target(layer, head) for layer in range(LAYERS) for head in range(HEADS)]) as capture:
         capture.pool(mask)
         model(**batch)
         captured = capture.representations().detach()

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Folder beside a run's weights, in its output folder and in each checkpoint, that holds what belongs to HeRA.
+RUN_FOLDER = "hera"
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
@@ -35,8 +38,17 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """A JSON file's content."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """A JSON file's content.
+
+    Raises:
+        ValueError: The file cannot be read, or is not JSON; names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -19,8 +19,7 @@ import time
 import torch
 
 from llamafactory_hera.alignment import chance_level, nearest_neighbors
-from llamafactory_hera.alignment.gram import full_precision, head_grams
-from llamafactory_hera.alignment.scoring import score_heads
+from llamafactory_hera.alignment.scoring import full_precision, head_grams, score_heads
 
 VARIANTS = {
     "published": "published procedure (D-vectors, argsort, N x N masks)",

@@ -13,7 +13,7 @@ from llamafactory_hera.calibration.anchors import (
     parametric_similarity,
 )
 from llamafactory_hera.calibration.saliency import standardize
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -26,30 +26,30 @@ def test_anchors_lie_beta_deviations_above_the_mean() -> None:
     for beta in (0.0, 0.5, 1.0):
         row = raw[1].double()
         bound = row.mean() + beta * row.std(correction=0)
-        expected = [HeadId(1, head) for head in range(16) if row[head] > bound]
+        expected = [Target(1, head) for head in range(16) if row[head] > bound]
         assert anchor_pool(saliency, 1, beta) == expected
 
 
 def test_a_layer_without_anchors_looks_beside_itself_and_then_two_away() -> None:
     saliency = torch.zeros(6, 3)
-    target = HeadId(2, 0)
+    target = Target(2, 0)
     assert candidates(saliency, target, 1.0) == []
     saliency[5, 1] = 2.0  # three layers away
     assert candidates(saliency, target, 1.0) == []
     saliency[0, 2] = 2.0
-    assert candidates(saliency, target, 1.0) == [HeadId(0, 2)]
+    assert candidates(saliency, target, 1.0) == [Target(0, 2)]
     saliency[4, 1] = 2.0
-    assert candidates(saliency, target, 1.0) == [HeadId(0, 2), HeadId(4, 1)]
+    assert candidates(saliency, target, 1.0) == [Target(0, 2), Target(4, 1)]
     saliency[3, 0] = 2.0
-    assert candidates(saliency, target, 1.0) == [HeadId(3, 0)]
+    assert candidates(saliency, target, 1.0) == [Target(3, 0)]
     saliency[2, 1] = 2.0
-    assert candidates(saliency, target, 1.0) == [HeadId(2, 1)]
+    assert candidates(saliency, target, 1.0) == [Target(2, 1)]
 
 
 def test_a_target_is_never_its_own_anchor() -> None:
     saliency = torch.tensor([[3.0, 2.0, 0.0]])
-    assert candidates(saliency, HeadId(0, 0), 1.0) == [HeadId(0, 1)]
-    assert candidates(saliency[:, ::2], HeadId(0, 0), 1.0) == []
+    assert candidates(saliency, Target(0, 0), 1.0) == [Target(0, 1)]
+    assert candidates(saliency[:, ::2], Target(0, 0), 1.0) == []
 
 
 def test_functional_similarity_is_the_cosine_of_the_maps() -> None:
@@ -64,8 +64,8 @@ def test_parametric_similarity_weighs_the_cosines_of_value_and_output() -> None:
     assert parametric_similarity(target, anchor, (0.7, 0.3)) == pytest.approx(expected, rel=1e-5)
 
 
-FUNCTIONAL = {HeadId(0, 0): 0.9, HeadId(0, 1): 0.1, HeadId(0, 2): 0.5, HeadId(0, 3): 0.5}
-PARAMETRIC = {HeadId(0, 0): 0.0, HeadId(0, 1): 1.0, HeadId(0, 2): 0.5, HeadId(0, 3): 0.5}
+FUNCTIONAL = {Target(0, 0): 0.9, Target(0, 1): 0.1, Target(0, 2): 0.5, Target(0, 3): 0.5}
+PARAMETRIC = {Target(0, 0): 0.0, Target(0, 1): 1.0, Target(0, 2): 0.5, Target(0, 3): 0.5}
 
 
 @pytest.mark.parametrize("rho, expected", [(1.0, [0, 2, 3]), (0.0, [1, 2, 3]), (0.6, [0, 2, 3]), (0.5, [1, 2, 3])])

@@ -5,7 +5,7 @@ import torch
 
 from llamafactory_hera.calibration.edits import Edit, Update, applied
 from llamafactory_hera.calibration.weights import HeadWeights
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 from tests.calibration.tiny import calibration_model
 
 
@@ -13,7 +13,7 @@ def updates(weights: HeadWeights) -> list[tuple[Update, float]]:
     hidden, d = weights.layout.hidden_size, weights.layout.head_dim
     output = Edit(1, "output", 3, torch.randn(hidden, 2), torch.randn(2, d))
     value = Edit(0, "value", 2, torch.randn(d, 3), torch.randn(3, hidden))
-    return [(Update((HeadId(1, 3),), (output,)), 0.1), (Update((HeadId(0, 2),), (value,)), 0.05)]
+    return [(Update((Target(1, 3),), (output,)), 0.1), (Update((Target(0, 2),), (value,)), 0.05)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

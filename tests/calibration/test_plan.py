@@ -10,7 +10,7 @@ from llamafactory_hera.calibration.plan import Plan, make_plan, units
 from llamafactory_hera.calibration.profile import Profile
 from llamafactory_hera.calibration.settings import RahSettings
 from llamafactory_hera.calibration.weights import HeadWeights
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 from tests.calibration.tiny import calibration_model, random_profile
 
 HEADS, D = 8, 8
@@ -22,7 +22,7 @@ def planned(name: str, settings: RahSettings = SETTINGS) -> tuple[Plan, Profile,
     return make_plan(profile, weights, settings), profile, weights
 
 
-def slices(weights: HeadWeights, head: HeadId) -> tuple[torch.Tensor, torch.Tensor]:
+def slices(weights: HeadWeights, head: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """A head's value rows and output columns, cut by hand."""
     share = weights.layout.n_heads // weights.layout.n_kv_heads
     value, output = (weights._modules[head.layer, part].weight.detach() for part in ("value", "output"))
@@ -40,7 +40,7 @@ def test_anchors_are_the_nearest_of_the_pool(name: str) -> None:
     plan, profile, weights = planned(name)
     assert plan.targets
     for target in plan.targets:
-        pool = [HeadId(target.layer, h) for h in range(HEADS) if profile.saliency[target.layer, h] > 0.5]
+        pool = [Target(target.layer, h) for h in range(HEADS) if profile.saliency[target.layer, h] > 0.5]
         if not pool:
             continue
         scores = {}
@@ -79,7 +79,7 @@ def test_a_shared_value_block_changes_only_with_its_whole_group() -> None:
     assert whole
     for update in alone:
         assert [edit.part for edit in update.edits] == ["output"]
-        partner = HeadId(update.heads[0].layer, update.heads[0].head ^ 1)
+        partner = Target(update.heads[0].layer, update.heads[0].head ^ 1)
         assert not plan.anchors.get(partner)
     for update in whole:
         first, second = update.heads
@@ -101,8 +101,8 @@ def test_every_target_with_anchors_is_in_one_update() -> None:
     plan, _, weights = planned("llava-qwen2", replace(SETTINGS, p_isal=80, p_caf=10))
     heads = [head for update in plan.updates for head in update.heads]
     assert sorted(heads) == sorted(target for target in plan.targets if plan.anchors[target])
-    grouped = units([HeadId(0, 5), HeadId(0, 1), HeadId(0, 4)], weights)
-    assert grouped == [(HeadId(0, 4), HeadId(0, 5)), (HeadId(0, 1),)]
+    grouped = units([Target(0, 5), Target(0, 1), Target(0, 4)], weights)
+    assert grouped == [(Target(0, 4), Target(0, 5)), (Target(0, 1),)]
 
 
 def test_full_rank_reaches_the_representative() -> None:
@@ -126,7 +126,7 @@ def test_a_head_that_equals_its_anchors_has_nothing_to_learn() -> None:
     for layer in range(weights.layout.n_layers):
         for head in range(1, HEADS):
             for ours, first in zip(
-                weights.of_head(HeadId(layer, head)), weights.of_head(HeadId(layer, 0)), strict=True
+                weights.of_head(Target(layer, head)), weights.of_head(Target(layer, 0)), strict=True
             ):
                 ours.copy_(first)
     plan = make_plan(profile, weights, replace(SETTINGS, beta=0))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from llamafactory_hera.calibration.targets import choose_targets
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 
 LAYERS, HEADS = 6, 32
 
@@ -67,4 +67,4 @@ def test_equal_heads_have_no_outlier() -> None:
 def test_heads_are_named_by_layer_and_head() -> None:
     saliency = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, -3.0]])
     influence = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
-    assert choose_targets(saliency, influence, [0, 1], 15.0, 70.0) == [HeadId(1, 2)]
+    assert choose_targets(saliency, influence, [0, 1], 15.0, 70.0) == [Target(1, 2)]

@@ -9,7 +9,7 @@ from llamafactory_hera.calibration.held_out import HeldOut
 from llamafactory_hera.calibration.settings import RahSettings
 from llamafactory_hera.calibration.trials import try_updates
 from llamafactory_hera.calibration.weights import HeadWeights
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 from tests.calibration.tiny import Rows, calibration_model, collate, noise_images
 
 
@@ -22,7 +22,7 @@ def parts() -> tuple[HeadWeights, HeldOut, list[Update]]:
     updates = []
     for index in range(4):
         edit = Edit(1, "output", index, torch.randn(48, 2), torch.randn(2, 8))
-        updates.append(Update((HeadId(1, index),), (edit,)))
+        updates.append(Update((Target(1, index),), (edit,)))
     return weights, held_out, updates
 
 
@@ -69,7 +69,7 @@ def test_an_update_for_which_no_step_holds_is_rolled_back(parts: tuple) -> None:
 
 def test_an_update_without_edits_is_not_tried(parts: tuple) -> None:
     weights, held_out, updates = parts
-    outcome = try_updates([Update((HeadId(0, 0),), ()), updates[0]], weights, held_out, RahSettings(delta=10))
+    outcome = try_updates([Update((Target(0, 0),), ()), updates[0]], weights, held_out, RahSettings(delta=10))
     assert [trial.state for trial in outcome.trials] == ["equals its anchors", "calibrated"]
     assert [update for update, _ in outcome.accepted] == [updates[0]]
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from llamafactory_hera.calibration.weights import HeadWeights
-from llamafactory_hera.heads import HeadId
+from llamafactory_hera.heads import Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout
 from tests.calibration.tiny import calibration_model
 from tests.tiny_models import VLMS, vlm, vlm_batch
@@ -41,7 +41,7 @@ def test_a_heads_slices_are_what_its_output_is_made_of(name: str) -> None:
     x, heads, out = (seen[name][0, 0] for name in ("x", "heads", "out"))
     total = torch.zeros_like(out)
     for index in range(layout.n_heads):
-        value, output = weights.of_head(HeadId(layer, index))
+        value, output = weights.of_head(Target(layer, index))
         assert torch.allclose(heads[weights.block("output", index)], value @ x, atol=1e-4)
         total += output @ (value @ x)
     assert torch.allclose(out, total, atol=1e-3)
@@ -51,13 +51,13 @@ def test_a_heads_slices_are_what_its_output_is_made_of(name: str) -> None:
 def test_groups_share_a_value_block(name: str, group: int) -> None:
     weights = HeadWeights(calibration_model(name))
     assert weights.group_size == group
-    for head in (HeadId(1, 0), HeadId(1, 5)):
+    for head in (Target(1, 0), Target(1, 5)):
         members = weights.group(head)
         assert head in members
         assert len(members) == group
         blocks = {weights.of_head(member)[0].data_ptr() for member in members}
         assert len(blocks) == 1
-        outside = HeadId(1, (members[-1].head + 1) % 8)
+        outside = Target(1, (members[-1].head + 1) % 8)
         assert weights.of_head(outside)[0].data_ptr() not in blocks
 
 

@@ -8,7 +8,7 @@ import torch
 from tests.tiny_models import text_batch, text_model, vlm, vlm_batch
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, HeadId, HeadSet
+from llamafactory_hera.heads import HeadCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
 
 HEADS = "L1H3,L0H2,L1H0,L1H1"
@@ -66,8 +66,8 @@ def test_representations_come_in_the_order_of_the_heads(model, batch, mask):
 
 def test_heads_are_given_as_text_ids_or_a_head_set(model, batch, mask):
     expected = captured(model, batch, mask)
-    ids = [HeadId(1, 3), HeadId(0, 2), HeadId(1, 0), HeadId(1, 1)]
-    for heads in (ids, [str(head) for head in ids], HeadSet(tuple(ids)), "L1H3 L0H2\nL1H0, L1H1"):
+    ids = [Target(1, 3), Target(0, 2), Target(1, 0), Target(1, 1)]
+    for heads in (ids, [str(head) for head in ids], Targets(tuple(ids)), "L1H3 L0H2\nL1H0, L1H1"):
         assert torch.equal(captured(model, batch, mask, heads), expected)
 
 

@@ -4,27 +4,27 @@ from pathlib import Path
 
 import pytest
 
-from llamafactory_hera.heads import HeadId, HeadSet
+from llamafactory_hera.heads import Target, Targets
 
-HEADS = HeadSet((HeadId(13, 12), HeadId(7, 6), HeadId(0, 31)))
+HEADS = Targets((Target(13, 12), Target(7, 6), Target(0, 31)))
 
 
 @pytest.mark.parametrize("text", ["L13H12,L7H6,L0H31", " l13h12, L7H6 L0H31\n", "L13H12\tL7H6,,L0H31,"])
 def test_names_are_read_in_their_order(text):
-    assert HeadSet.parse(text) == HEADS
-    assert HeadSet.resolve(text) == HEADS
+    assert Targets.parse(text) == HEADS
+    assert Targets.resolve(text) == HEADS
 
 
 def test_it_is_written_as_it_is_read():
     assert str(HEADS) == "L13H12,L7H6,L0H31"
     assert str(HEADS.heads[0]) == f"{HEADS.heads[0]}" == "L13H12"
-    assert HeadSet.parse(str(HEADS)) == HEADS
-    assert HeadSet.parse(["L13H12", "L7H6", "L0H31"]) == HEADS
-    assert HeadSet.parse(HEADS.heads) == HEADS
+    assert Targets.parse(str(HEADS)) == HEADS
+    assert Targets.parse(["L13H12", "L7H6", "L0H31"]) == HEADS
+    assert Targets.parse(HEADS.heads) == HEADS
 
 
 def test_heads_sort_by_layer_then_head():
-    assert sorted(HEADS.heads) == [HeadId(0, 31), HeadId(7, 6), HeadId(13, 12)]
+    assert sorted(HEADS.heads) == [Target(0, 31), Target(7, 6), Target(13, 12)]
 
 
 @pytest.mark.parametrize(
@@ -33,22 +33,22 @@ def test_heads_sort_by_layer_then_head():
 def test_another_syntax_is_refused_with_an_example(text):
     wrong = text.removeprefix("L3H4,").split()[0]
     with pytest.raises(ValueError, match=f"^hera_heads: '{wrong}' is not a head; write heads as .* L13H12,L7H6"):
-        HeadSet.parse(text)
+        Targets.parse(text)
 
 
 @pytest.mark.parametrize("text", ["", "  ", ",", " , \n"])
 def test_no_head_is_refused(text):
     with pytest.raises(ValueError, match=r"^hera_heads: no head is named; write heads as"):
-        HeadSet.parse(text)
+        Targets.parse(text)
 
 
 def test_a_head_named_twice_is_refused():
     with pytest.raises(ValueError, match=r"^hera_heads: L1H2, L3H4 is named more than once; name each head once"):
-        HeadSet.parse("L3H4,L1H2,L5H0,L3H4,l1h2")
+        Targets.parse("L3H4,L1H2,L5H0,L3H4,l1h2")
 
 
 def test_errors_name_the_callers_key():
-    for call in (HeadSet.parse, HeadId.parse, HeadSet.resolve):
+    for call in (Targets.parse, Target.parse, Targets.resolve):
         with pytest.raises(ValueError, match=r"^--heads: "):
             call("nonsense", key="--heads")
 
@@ -65,10 +65,10 @@ def test_heads_outside_a_model_are_refused(n_layers, n_heads, outside):
 
 
 def test_round_trip_through_a_file(tmp_path: Path):
-    heads = HeadSet(HEADS.heads, {"model": "Modell Ä", "scores": [0.1, 0.2], "k": 10})
+    heads = Targets(HEADS.heads, {"model": "Modell Ä", "scores": [0.1, 0.2], "k": 10})
     path = tmp_path / "heads.json"
     heads.save(path)
-    for read in (HeadSet.load(path), HeadSet.load(str(path)), HeadSet.resolve(str(path))):
+    for read in (Targets.load(path), Targets.load(str(path)), Targets.resolve(str(path))):
         assert read == heads
         assert read.provenance == heads.provenance
     assert json.loads(path.read_text(encoding="utf-8"))["heads"] == ["L13H12", "L7H6", "L0H31"]
@@ -79,16 +79,16 @@ def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     for name in ("mine.json", "heads_of_mine"):
         HEADS.save(name)
-        assert HeadSet.resolve(name) == HEADS
-        assert HeadSet.resolve(f"./{name}") == HEADS
+        assert Targets.resolve(name) == HEADS
+        assert Targets.resolve(f"./{name}") == HEADS
     for missing in ("missing.json", "folder/missing"):
         with pytest.raises(ValueError, match=f"^hera_heads: the heads file {missing} cannot be read .No such file"):
-            HeadSet.resolve(missing)
+            Targets.resolve(missing)
 
 
 def test_a_file_without_provenance_is_read(tmp_path: Path):
     (tmp_path / "heads.json").write_text('{"heads": ["L1H2"]}')
-    assert HeadSet.load(tmp_path / "heads.json") == HeadSet((HeadId(1, 2),))
+    assert Targets.load(tmp_path / "heads.json") == Targets((Target(1, 2),))
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, content, me
     path = tmp_path / "heads.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^hera_heads: .*{message}"):
-        HeadSet.load(path)
+        Targets.load(path)
 
 
 def test_a_folder_is_no_heads_file(tmp_path: Path):
     with pytest.raises(ValueError, match=r"^hera_heads: the heads file .* cannot be read .Is a directory"):
-        HeadSet.resolve(str(tmp_path))
+        Targets.resolve(str(tmp_path))
 
 
 @pytest.mark.parametrize("broken", ["content", "disk", "rename"])
@@ -123,7 +123,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch, broken):
     path = tmp_path / "heads.json"
     HEADS.save(path)
     before = path.read_bytes()
-    new = HeadSet((HeadId(1, 2),), {"bad": object()} if broken == "content" else {})
+    new = Targets((Target(1, 2),), {"bad": object()} if broken == "content" else {})
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
@@ -137,4 +137,4 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch, broken):
         new.save(path)
     monkeypatch.undo()
     assert path.read_bytes() == before
-    assert HeadSet.load(path) == HEADS
+    assert Targets.load(path) == HEADS

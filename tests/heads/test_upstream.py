@@ -8,7 +8,7 @@ from torch import nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import FAMILIES
-from llamafactory_hera.heads.upstream import trainable_upstream
+from llamafactory_hera.heads.families import trainable_upstream
 
 
 def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_layer: bool = False) -> set[str]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llamafactory_hera.alignment.candidates import teacher_candidates
+from llamafactory_hera.alignment.neighbors import teacher_candidates
 from llamafactory_hera.objectives import Options, PooledBatch
 
 SITES, N, D, D_TEACHER = 2, 6, 4, 3

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tests.ranks import run_ranks
 
-from llamafactory_hera.training.statistics import RunningMeans, mean_over_ranks
+from llamafactory_hera.alignment.gather import mean_over_ranks
+from llamafactory_hera.training.statistics import RunningMeans
 
 
 def test_means_and_counts_since_the_last_time():

@@ -1,6 +1,16 @@
 """Head alignment maths: tensors in, tensors out; knows no model and no framework beyond torch."""
 
-from .mknn import chance_level, mutual_knn, nearest_neighbors
-from .objectives import cka_loss, contrastive_loss, cosine_loss
+from .losses import cka_loss, contrastive_loss, cosine_loss
+from .neighbors import chance_level, mutual_knn, nearest_neighbors
+from .scoring import score_features, score_heads
 
-__all__ = ["chance_level", "cka_loss", "contrastive_loss", "cosine_loss", "mutual_knn", "nearest_neighbors"]
+__all__ = [
+    "chance_level",
+    "cka_loss",
+    "contrastive_loss",
+    "cosine_loss",
+    "mutual_knn",
+    "nearest_neighbors",
+    "score_features",
+    "score_heads",
+]

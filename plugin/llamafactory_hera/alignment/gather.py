@@ -1,8 +1,15 @@
-"""Gathering rows of all ranks into the global batch, with gradient."""
+"""The processes of a launch, and gathering their rows into the global batch with gradient."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+Result = TypeVar("Result")
 
 
 class _AllGather(torch.autograd.Function):
@@ -32,6 +39,44 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number; 0 without a launcher."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, on every process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_first(compute: Callable[[], Result]) -> Result:
+    """What the first process computes, on every process; if it refuses its input, every process does.
+
+    Raises:
+        ValueError: As ``compute``.
+    """
+    result: Any = None
+    if rank() == 0:
+        try:
+            result = compute()
+        except ValueError as error:
+            result = error
+    result = from_first(result)
+    if isinstance(result, ValueError):
+        raise result
+    return result
+
+
 def common_row_count(n_rows: int, device: torch.device) -> int:
     """The largest ``n_rows`` over all ranks: what each rank pads to before :func:`gather_rows`."""
     if world_size() == 1:
@@ -55,3 +100,21 @@ def gather_rows(rows: Tensor) -> Tensor:
         ``[world_size * B, ...]``; ``rows`` itself with one process.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
+
+
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each value over the ranks that know it; left out where none does.
+
+    Args:
+        values: NaN where unknown; every rank has the same names, so that all take part in one reduction.
+        device: Of the process group's tensors.
+    """
+    if world_size() == 1:
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+    names = sorted(values)
+    mine = torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)
+    known = ~mine.isnan()
+    table = torch.stack([torch.where(known, mine, 0.0), known.float()])
+    dist.all_reduce(table)
+    sums, numbers = table.tolist()
+    return {name: total / n for name, total, n in zip(names, sums, numbers, strict=True) if n}

@@ -6,19 +6,19 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 
 
 class Anchor(NamedTuple):
     """An anchor of one target, with the parts of its similarity."""
 
-    head: HeadId
+    head: Target
     similarity: float
     functional: float
     parametric: float
 
 
-def anchor_pool(saliency: Tensor, layer: int, beta: float) -> list[HeadId]:
+def anchor_pool(saliency: Tensor, layer: int, beta: float) -> list[Target]:
     """Heads of a layer whose I-SAL lies ``beta`` deviations above the layer's mean (eq. 8).
 
     Args:
@@ -26,10 +26,10 @@ def anchor_pool(saliency: Tensor, layer: int, beta: float) -> list[HeadId]:
         layer: The layer.
         beta: The paper's beta.
     """
-    return [HeadId(layer, head) for head in (saliency[layer] > beta).nonzero().flatten().tolist()]
+    return [Target(layer, head) for head in (saliency[layer] > beta).nonzero().flatten().tolist()]
 
 
-def candidates(saliency: Tensor, target: HeadId, beta: float) -> list[HeadId]:
+def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
     """A target's candidates: the pool of its own layer, else of the layers beside it, else of those two away.
 
     A target that belongs to the pool itself (random and inverse targets can) is left out; other targets are not, since
@@ -63,9 +63,9 @@ def parametric_similarity(target: Sequence[Tensor], anchor: Sequence[Tensor], we
 
 
 def nearest_anchors(
-    pool: Sequence[HeadId],
-    functional: Callable[[HeadId], float],
-    parametric: Callable[[HeadId], float],
+    pool: Sequence[Target],
+    functional: Callable[[Target], float],
+    parametric: Callable[[Target], float],
     rho: float,
     k: int,
 ) -> list[Anchor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from .weights import HeadWeights, Part
 
 
@@ -41,7 +41,7 @@ class Update:
         edits: Their slices; empty where target and anchors are equal.
     """
 
-    heads: tuple[HeadId, ...]
+    heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from ..selection.figure import new_figure, save_figure, tick_step
 
 _CELL, _LABEL = 0.2, 0.22  # inches
@@ -65,7 +65,7 @@ def _mark(axes: Axes, report: dict[str, Any]) -> list[Line2D]:
     )
     shown = []
     for heads, marker, face, label in marks:
-        places = [HeadId.parse(head) for head in heads]
+        places = [Target.parse(head) for head in heads]
         # a white line within a black one shows on every colour of the scale
         for colour, line_width in (("black", 3.0), ("white", 1.2)):
             axes.scatter(

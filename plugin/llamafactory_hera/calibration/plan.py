@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from .anchors import Anchor, candidates, functional_similarity, nearest_anchors, parametric_similarity
 from .edits import Edit, Update
 from .profile import Profile
@@ -25,8 +25,8 @@ class Plan:
         updates: What is changed together, in the order of its first target.
     """
 
-    targets: list[HeadId]
-    anchors: dict[HeadId, list[Anchor]]
+    targets: list[Target]
+    anchors: dict[Target, list[Anchor]]
     updates: list[Update]
 
 
@@ -57,7 +57,7 @@ def make_plan(profile: Profile, weights: HeadWeights, settings: RahSettings) -> 
 
 
 def find_anchors(
-    target: HeadId, profile: Profile, saliency: Tensor, weights: HeadWeights, settings: RahSettings
+    target: Target, profile: Profile, saliency: Tensor, weights: HeadWeights, settings: RahSettings
 ) -> list[Anchor]:
     """A target's anchors (eq. 8 to 11), nearest first."""
     return nearest_anchors(
@@ -71,14 +71,14 @@ def find_anchors(
     )
 
 
-def units(targets: list[HeadId], weights: HeadWeights) -> list[tuple[HeadId, ...]]:
+def units(targets: list[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
     """Targets that are changed together: a whole group that shares a value block, else each for itself.
 
     Args:
         targets: Targets with anchors, in order.
         weights: Says which heads share a block.
     """
-    found: list[tuple[HeadId, ...]] = []
+    found: list[tuple[Target, ...]] = []
     for target in targets:
         group = weights.group(target)
         together = tuple(group) if set(group) <= set(targets) else (target,)
@@ -88,7 +88,7 @@ def units(targets: list[HeadId], weights: HeadWeights) -> list[tuple[HeadId, ...
 
 
 def make_update(
-    heads: tuple[HeadId, ...], anchors: dict[HeadId, list[Anchor]], weights: HeadWeights, settings: RahSettings
+    heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, settings: RahSettings
 ) -> Update:
     """The update of one unit (eq. 12 and 13).
 
@@ -106,7 +106,7 @@ def make_update(
 
 
 def _aim(
-    head: HeadId, part: int, anchors: dict[HeadId, list[Anchor]], weights: HeadWeights, settings: RahSettings
+    head: Target, part: int, anchors: dict[Target, list[Anchor]], weights: HeadWeights, settings: RahSettings
 ) -> Tensor:
     stack = torch.stack([weights.of_head(anchor.head)[part] for anchor in anchors[head]])
     return trimmed_mean(stack, settings.trim)

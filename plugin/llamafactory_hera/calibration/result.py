@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from .adapter import adapter_ranks
 from .plan import Plan
 from .profile import Profile
@@ -98,7 +98,7 @@ def _describe_kl(outcome: Outcome | None, settings: RahSettings) -> dict[str, An
     }
 
 
-def _describe_target(head: HeadId, result: Result, trial: Trial | None, isal: float, caf: float) -> dict[str, Any]:
+def _describe_target(head: Target, result: Result, trial: Trial | None, isal: float, caf: float) -> dict[str, Any]:
     anchors = result.plan.anchors[head]
     if trial is not None:
         state: str = trial.state

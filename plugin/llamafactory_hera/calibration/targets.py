@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 from .settings import TargetRule
 
 
@@ -44,7 +44,7 @@ def choose_targets(
     p_caf: float,
     rule: TargetRule = "paper",
     seed: int = 0,
-) -> list[HeadId]:
+) -> list[Target]:
     """The targets (eq. 6 and 7), highest CAF first.
 
     ``no_caf`` leaves the second condition out. ``inverse`` takes heads above the mirrored percentile of I-SAL.
@@ -64,12 +64,12 @@ def choose_targets(
         weak = weak_heads(-saliency, p_isal)
     chosen = weak if rule == "no_caf" else weak & influential
     draw = random.Random(seed)
-    heads: list[HeadId] = []
+    heads: list[Target] = []
     for layer in layers:
         found = chosen[layer].nonzero().flatten().tolist()
         if rule == "random":
             found = draw.sample(range(saliency.shape[1]), len(found))
-        heads += [HeadId(layer, head) for head in found]
+        heads += [Target(layer, head) for head in found]
     return sorted(heads, key=lambda head: (-influence[head].item(), head))
 
 

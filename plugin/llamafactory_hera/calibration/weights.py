@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
-from ..heads.head_set import HeadId
+from ..heads.targets import Target
 
 #: The value rows of a key-value head, or the output columns of a query head.
 Part = Literal["value", "output"]
@@ -49,14 +49,14 @@ class HeadWeights:
         """Query heads that share a value block; 1 is multi-head attention."""
         return self.layout.n_heads // self.layout.n_kv_heads
 
-    def kv_head(self, head: HeadId) -> int:
+    def kv_head(self, head: Target) -> int:
         """The key-value head that serves a query head."""
         return head.head // self.group_size
 
-    def group(self, head: HeadId) -> list[HeadId]:
+    def group(self, head: Target) -> list[Target]:
         """All query heads that share a head's value block, itself included."""
         first = self.kv_head(head) * self.group_size
-        return [HeadId(head.layer, first + offset) for offset in range(self.group_size)]
+        return [Target(head.layer, first + offset) for offset in range(self.group_size)]
 
     def name(self, layer: int, part: Part) -> str:
         """The name of a projection inside the model."""
@@ -76,7 +76,7 @@ class HeadWeights:
         block = self.block(part, index)
         return weight[block] if part == "value" else weight[:, block]
 
-    def of_head(self, head: HeadId) -> tuple[Tensor, Tensor]:
+    def of_head(self, head: Target) -> tuple[Tensor, Tensor]:
         """Value and output slice of a query head, the former of its key-value head."""
         return self.slice(head.layer, "value", self.kv_head(head)), self.slice(head.layer, "output", head.head)
 

@@ -10,7 +10,7 @@ Under gradient checkpointing the rows must be *returned* from the checkpointed f
 checkpointing function of the chosen layers is wrapped for that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .families import head_layout, model_config, output_projection
-from .head_set import HeadId, HeadSet
 from .hooks import LayerHooks, in_backward
 from .pooling import pool_tokens
+from .targets import Target, Targets
 
 
 class HeadCapture(LayerHooks):
@@ -42,20 +42,19 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``HeadSet``, ``HeadId`` s, or text such as ``"L3H4,L7H6"``.
+        heads: ``Targets`` of heads, or their names: ``"L3H4,L7H6"``, or one by one.
 
     Raises:
         ValueError: Unknown architecture, or a head outside the model.
     """
 
-    def __init__(self, model: nn.Module, heads: HeadSet | str | Sequence[HeadId | str]) -> None:
-        if not isinstance(heads, HeadSet):
-            heads = HeadSet.parse(heads if isinstance(heads, str) else [str(head) for head in heads])
-        self.heads = heads.heads
+    def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
+        targets = heads if isinstance(heads, Targets) else Targets.parse(heads)
+        self.heads = targets.items
         self._layout = head_layout(model_config(model))
-        heads.check(self._layout.n_layers, self._layout.n_heads)
-        super().__init__(model, (head.layer for head in self.heads))
-        self._heads_of = {index: [head.head for head in self.heads if head.layer == index] for index in self._layers}
+        targets.check(self._layout)
+        super().__init__(model, targets.layers)
+        self._heads_of = {index: [item.head for item in self.heads if item.layer == index] for index in self._layers}
         self._mask: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self._keeps_inputs = False
@@ -99,7 +98,7 @@ class HeadCapture(LayerHooks):
             self._project_inputs(mask)
         self._check_captured()
         by_head = {
-            HeadId(index, head): self._rows[index][:, position]
+            Target(index, head): self._rows[index][:, position]
             for index, heads in self._heads_of.items()
             for position, head in enumerate(heads)
         }
@@ -107,9 +106,10 @@ class HeadCapture(LayerHooks):
 
     # -- inside the model ------------------------------------------------------------------------------------------
 
-    def _hook(self, index: int, layer: nn.Module) -> None:
-        projection = output_projection(layer, self._layout.model_type)
-        self._replace(projection, "forward", self._projection_forward(index, projection))
+    def _hook(self) -> None:
+        for index, layer in self._layers.items():
+            projection = output_projection(layer, self._layout.model_type)
+            self._replace(projection, "forward", self._projection_forward(index, projection))
 
     def _projection_forward(self, index: int, projection: nn.Module) -> Callable[..., Tensor]:
         original = self._project[index] = projection.forward

@@ -1,4 +1,4 @@
-"""What every capture of a forward pass with gradient shares: when it is hooked, what it keeps, checkpointed layers."""
+"""What every reader of a model shares: hooks that go as they came, and rows that leave checkpointed layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -12,8 +12,50 @@ from .families import decoder_layers
 _CHECKPOINTING = "_gradient_checkpointing_func"
 
 
-class LayerHooks(ABC):
-    """Hooks on chosen decoder layers that keep rows of the next forward pass.
+class Hooks(ABC):
+    """Changes to a model that last while they are entered, or from :meth:`install` to :meth:`remove`."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.remove()
+
+    def install(self) -> None:
+        """Hooks the model, once."""
+        if not self._undo:
+            self._hook()
+
+    def remove(self) -> None:
+        """Takes every hook away, the last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+    @abstractmethod
+    def _hook(self) -> None:
+        """Hooks the model; what takes a hook back goes to ``_undo``."""
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        had, before = name in vars(owner), vars(owner).get(name)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if vars(owner).get(name) is not value:
+                return  # replaced since by someone else, whose it is now
+            if had:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self._undo.append(undo)
+
+
+class LayerHooks(Hooks):
+    """Hooks on chosen decoder layers that keep rows of the next forward pass, with gradient.
 
     Under gradient checkpointing what is seen inside a layer carries no gradient of its own: the checkpointing function
     of the layers is wrapped, so that rows leave the layer with it.
@@ -24,38 +66,20 @@ class LayerHooks(ABC):
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
+        super().__init__()
         modules = decoder_layers(model)
         self._layers = {index: modules[index] for index in sorted(set(layers))}
         self._rows: dict[int, Tensor] = {}
-        self._undo: list[Callable[[], None]] = []
         self._wrapped: dict[int, Callable[..., Any]] = {}
         #: Layers whose rows received a gradient since the pass was started, when asked to watch.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
 
-    def __enter__(self) -> Self:
-        self.install()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.remove()
-
-    def install(self) -> None:
-        """Hooks the chosen layers, once."""
-        if not self._undo:
-            for index, layer in self._layers.items():
-                self._hook(index, layer)
-
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
-        while self._undo:
-            self._undo.pop()()
+        super().remove()
         self._rows.clear()
         self._wrapped.clear()
-
-    @abstractmethod
-    def _hook(self, index: int, layer: nn.Module) -> None:
-        """Hooks a layer; what takes it back goes to ``_undo``."""
 
     @abstractmethod
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,20 +112,6 @@ class LayerHooks(ABC):
     def _note_gradient(self, index: int, gradient: Tensor) -> None:
         if bool((gradient != 0).any()):
             self.gradient_seen.add(index)
-
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        had, before = name in vars(owner), vars(owner).get(name)
-        setattr(owner, name, value)
-
-        def undo() -> None:
-            if vars(owner).get(name) is not value:
-                return  # replaced since by someone else, whose it is now
-            if had:
-                setattr(owner, name, before)
-            else:
-                delattr(owner, name)
-
-        self._undo.append(undo)
 
 
 def in_backward() -> bool:

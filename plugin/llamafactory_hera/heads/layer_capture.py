@@ -4,7 +4,8 @@ Under gradient checkpointing a layer's output carries gradient only outside the 
 read from what that function returns, and otherwise by a forward hook.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from .families import head_layout, model_config
 from .hooks import LayerHooks, in_backward
-from .layer_set import LayerSet
 from .pooling import pool_tokens
+from .targets import Target, Targets
 
 
 class LayerCapture(LayerHooks):
@@ -26,18 +27,17 @@ class LayerCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        layers: ``LayerSet``, layer numbers, or text such as ``"L14,L15"``.
+        layers: ``Targets`` of layers, or their names: ``"L14,L15"``, or one by one.
 
     Raises:
         ValueError: Unknown architecture, or a layer outside the model.
     """
 
-    def __init__(self, model: nn.Module, layers: LayerSet | str | Sequence[int]) -> None:
-        if not isinstance(layers, LayerSet):
-            layers = LayerSet.parse(layers) if isinstance(layers, str) else LayerSet(tuple(layers))
-        layers.check(head_layout(model_config(model)).n_layers)
-        super().__init__(model, layers.layers)
-        self._order = layers.layers
+    def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
+        targets = layers if isinstance(layers, Targets) else Targets.parse(layers, "layer")
+        targets.check(head_layout(model_config(model)))
+        super().__init__(model, targets.layers)
+        self._order = [item.layer for item in targets.items]
         self._read: Callable[[Tensor], Tensor] | None = None
         self._inside: set[int] = set()  # layers whose checkpointed function is running
 
@@ -69,12 +69,13 @@ class LayerCapture(LayerHooks):
         self._check_captured()
         return torch.stack([self._rows[index] for index in self._order])
 
-    def _hook(self, index: int, layer: nn.Module) -> None:
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            if index not in self._inside and not in_backward():
-                self._keep(index, output)
+    def _hook(self) -> None:
+        for index, layer in self._layers.items():
+            self._undo.append(layer.register_forward_hook(partial(self._after, index)).remove)
 
-        self._undo.append(layer.register_forward_hook(after).remove)
+    def _after(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        if index not in self._inside and not in_backward():
+            self._keep(index, output)
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(*args: Any, **kwargs: Any) -> Any:

@@ -1,16 +1,19 @@
 """Reading every head and every layer at once: averages over tokens of one forward pass, without gradient."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.gram import full_precision
+from ..alignment.scoring import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
+from .hooks import Hooks
+from .pooling import mean_over_tokens
 
 
-class PooledHeads:
+class PooledHeads(Hooks):
     """Captures the head outputs and layer outputs of a text decoder, averaged over tokens, while it is entered::
 
         with PooledHeads(model) as pooled, torch.no_grad():
@@ -29,23 +32,22 @@ class PooledHeads:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.layout = head_layout(model_config(model))
         self._layers = decoder_layers(model)
         self._mask: Tensor | None = None
         self._heads: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
 
-    def __enter__(self) -> "PooledHeads":
+    def _hook(self) -> None:
         for index, layer in enumerate(self._layers):
             projection = output_projection(layer, self.layout.model_type)
-            self._handles.append(projection.register_forward_pre_hook(self._before_projection(index)))
-            self._handles.append(layer.register_forward_hook(self._after_layer(index)))
-        return self
+            self._undo.append(projection.register_forward_pre_hook(partial(self._before_projection, index)).remove)
+            self._undo.append(layer.register_forward_hook(partial(self._after_layer, index)).remove)
 
-    def __exit__(self, *exc_info: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def remove(self) -> None:
+        """Takes every hook away and forgets what was captured."""
+        super().remove()
         self._mask = None
         self._heads.clear()
         self._outputs.clear()
@@ -72,32 +74,14 @@ class PooledHeads:
         layers = torch.stack([self._outputs[index] for index in range(len(self._layers))], dim=1)
         return heads.unflatten(-1, (self.layout.n_heads, self.layout.head_dim)), layers
 
-    def _before_projection(self, index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._heads[index] = mean_over_tokens(inputs[0].detach(), self._mask)
+    def _before_projection(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert self._mask is not None
+        self._heads[index] = mean_over_tokens(inputs[0].detach(), self._mask)
 
-        return hook
-
-    def _after_layer(self, index: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self._outputs[index] = mean_over_tokens(hidden.detach(), self._mask)
-
-        return hook
-
-
-def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of a mask, summed in fp32; what lies outside the mask has no influence, not even as NaN.
-
-    Args:
-        hidden: ``[B, T, X]``.
-        mask: Boolean ``[B, T]``.
-
-    Returns:
-        ``[B, X]`` in fp32; zero for a row without any token.
-    """
-    kept = hidden.masked_fill(~mask.unsqueeze(-1), 0)
-    return kept.sum(dim=1, dtype=torch.float32) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    def _after_layer(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        assert self._mask is not None
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._outputs[index] = mean_over_tokens(hidden.detach(), self._mask)
 
 
 def text_decoder(model: nn.Module) -> nn.Module:

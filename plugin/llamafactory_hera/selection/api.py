@@ -25,8 +25,8 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
+    from ..alignment.gather import rank
     from ..integrations.llamafactory.recipe import read_recipe
-    from .processes import rank
     from .recipe_file import set_heads_in_place, write_run_recipe
     from .run import FOLDER, HEADS_FILE, select_heads
     from .settings import SelectSettings
@@ -58,8 +58,8 @@ def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> in
     Raises:
         ValueError: The recipe names no cache, or an image is broken.
     """
+    from ..alignment.gather import rank
     from ..integrations.llamafactory.recipe import read_recipe
-    from .processes import rank
     from .settings import SelectSettings
     from .teacher import fill_teacher_cache
 
@@ -94,8 +94,8 @@ def score_checkpoint(
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
+    from ..alignment.gather import rank
     from ..integrations.llamafactory.recipe import read_recipe
-    from .processes import rank
     from .run import FOLDER, select_heads, select_layers
     from .settings import SelectSettings
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from llamafactory.extras import logging
 
+from llamafactory_hera.alignment.gather import from_first, rank
 from llamafactory_hera.heads import HeadSet, LayerSet, Sites
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.selection.fingerprint import model_fingerprint
-from llamafactory_hera.selection.processes import from_first, rank
 from llamafactory_hera.selection.provenance import SELECTED_BY, TRAINED_ON, differences
 from llamafactory_hera.selection.run import FOLDER, select_heads, select_layers
 from llamafactory_hera.selection.settings import SelectSettings

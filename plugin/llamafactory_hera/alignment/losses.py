@@ -6,7 +6,7 @@ Neighbourhoods (HeRA's contrastive loss, paper, eq. 4 and 8), vectors (cosine), 
 import torch
 from torch import Tensor
 
-from .mknn import neighbor_mask, similarity
+from .neighbors import neighbor_mask, similarity
 
 # Stands in for minus infinity in masked logits: a row whose every entry is masked must stay finite.
 MASKED = -1e9

@@ -3,8 +3,15 @@
 One tie rule holds everywhere: neighbours are ordered by falling similarity, and equal similarities by rising index.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+# Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
+SAME_IMAGE = 1 - 1e-5
+# Rows of similarities that are held at a time, where all of them would take memory by the square.
+_ROWS = 1024
 
 
 def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> Tensor:
@@ -60,8 +67,12 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True) -> Tenso
     n = features.shape[-2]
     if not 1 <= k <= n - 1:
         raise ValueError(f"k={k} neighbours of {n} samples: choose 1 <= k <= {n - 1}, or give more samples.")
-    itself = torch.eye(n, dtype=torch.bool, device=features.device)
-    return rank_neighbors(similarity(features, features, normalize), k, excluded=itself)
+    index = torch.arange(n, device=features.device)
+    parts = [
+        rank_neighbors(similarity(features[..., rows, :], features, normalize), k, excluded=rows[:, None] == index)
+        for rows in index.split(_ROWS)
+    ]
+    return torch.cat(parts, dim=-2)
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
@@ -96,3 +107,40 @@ def mutual_knn(student: Tensor, teacher: Tensor, k: int, normalize: bool = True)
 def chance_level(n_samples: int, k: int) -> float:
     """The MKNN that unrelated features reach on average: ``k / (N - 1)``."""
     return k / (n_samples - 1)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the teacher says about a batch of N queries and M candidates."""
+
+    allowed: Tensor  # [N, M]
+    positives: Tensor  # [N, M]
+    duplicates: int
+
+
+def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k: int, normalize: bool) -> Candidates:
+    """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
+
+    A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
+    Where fewer than ``k`` candidates exist, all of them are neighbours.
+
+    Args:
+        teacher: ``[N, D_teacher]`` features of the batch; rows that are not valid may hold anything.
+        memory: ``[m, D_teacher]`` features of remembered samples.
+        valid: Boolean ``[N]``.
+        k: Neighbours per sample.
+        normalize: Cosine similarity when true, dot product otherwise.
+    """
+    n = teacher.shape[0]
+    everything = teacher if memory is None else torch.cat([teacher, memory.to(teacher)])
+    usable = torch.ones(everything.shape[0], dtype=torch.bool, device=teacher.device)
+    usable[:n] = valid
+    same_image = similarity(teacher, everything) > SAME_IMAGE
+    itself = torch.zeros_like(same_image)
+    itself.fill_diagonal_(True)
+    pairs = valid.unsqueeze(1) & usable & ~itself
+    allowed = pairs & ~same_image
+    ranked = rank_neighbors(similarity(teacher, everything, normalize), min(k, everything.shape[0]), excluded=~allowed)
+    positives = neighbor_mask(ranked, everything.shape[0]) & allowed
+    duplicates = int((pairs & same_image)[:, :n].sum()) // 2
+    return Candidates(allowed, positives, duplicates)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
-from llamafactory_hera.alignment.objectives import multi_target_info_nce
+from llamafactory_hera.alignment.losses import multi_target_info_nce
 
 N, D, K = 7, 5, 3
 

@@ -1,0 +1,238 @@
+# No `from __future__ import annotations` here: the annotations are read as types.
+"""Every ``hera_*`` key of a run, once; see :mod:`~llamafactory_hera.knobs` for what a key declares and who reads it."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from .heads.pooling import Pooling
+from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Targets
+from .knobs import KeyedConfig, Role, knob
+from .objectives import find
+
+#: More heads than this wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0).
+MOST_HEADS = 5
+
+Similarity = Literal["cosine", "dot"]
+Accumulate = Literal["none", "gradcache"]
+Strategy = Literal["worst", "top", "random", "middle"]
+Mode = Literal["llm", "mllm"]
+StoredDtype = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class SelectConfig(KeyedConfig):
+    """Keys of a selection of heads or layers; a field ``x`` is the key ``hera_select_x``."""
+
+    PREFIX: ClassVar[str] = "hera_select_"
+
+    strategy: Strategy = knob(
+        "worst",
+        "Heads or layers to select: the least aligned (worst), the most (top), random ones, or the least aligned heads "
+        "of the middle layer (middle).",
+        Role.SELECTS,
+        key="hera_select",
+    )
+    m: int = knob(5, "How many heads or layers to select.", Role.SELECTS, Role.TRAINS, at_least=1)
+    mode: Mode = knob(
+        "llm",
+        "Select on the language model alone, fed with captions (llm), or on the whole model with image and text "
+        "(mllm).",
+        Role.SELECTS,
+        Role.SCORES,
+    )
+    samples: int = knob(
+        1000, "Image-caption pairs to score the heads on.", Role.SELECTS, at_least=1, fact="samples_asked"
+    )
+    k: int = knob(10, "Nearest neighbours per sample when scoring heads.", Role.SELECTS, Role.SCORES, at_least=1)
+    batch_size: int = knob(
+        16, "Samples per device in a forward pass of the selection; halved if memory runs out.", at_least=1
+    )
+    seed: int = knob(0, "Seed of the draw of samples, and of the heads of hera_select: random.", Role.SELECTS)
+    dtype: StoredDtype = knob(
+        "fp32", "Precision in which head outputs are stored for scoring: fp32 or fp16.", fact="stored_dtype"
+    )
+    memory_gb: float = knob(4.0, "Bound on the working memory of scoring, in GiB.", above=0, hint="for instance 4")
+
+    def check(self) -> None:
+        """There must be neighbours to choose among."""
+        least = self.k + 2
+        if self.samples < least:
+            raise ValueError(f"hera_select_samples: {self.samples} is out of range; choose {least} or more.")
+
+
+@dataclass(frozen=True)
+class HeraConfig(KeyedConfig):
+    """Keys of a run with HeRA; a field ``x`` is the key ``hera_x``. Defaults are the paper's where it has one.
+
+    Raises:
+        ValueError: A value is impossible or does not fit another; names the key, the value and the remedy.
+    """
+
+    PREFIX: ClassVar[str] = "hera_"
+
+    heads: str | None = knob(
+        None,
+        "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a heads.json, "
+        "or auto to select them before training.",
+    )
+    objective: str = knob(
+        "contrastive",
+        "What is minimised: HeRA's loss over neighbours (contrastive), the cosine of projected features (feature), "
+        "1 - CKA over the batch (cka), visual tokens against the teacher's patches (viral), or a class of your own as "
+        "my_package.my_module:MyObjective.",
+        Role.FIXED,
+    )
+    granularity: Granularity = knob(
+        "head", "Align attention heads (head, hera_heads) or decoder layers (layer, hera_layers).", Role.FIXED
+    )
+    layers: str | None = knob(
+        None,
+        "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), the path of a "
+        "layers.json, middle, penultimate, or auto to select them before training.",
+    )
+    weight: float = knob(
+        0.01,
+        "Weight (lambda) of the alignment loss beside the language-modeling loss.",
+        Role.RESUMABLE,
+        at_least=0,
+        hint="the paper uses 0.01",
+    )
+    k: int = knob(10, "Nearest neighbours in the teacher's space per sample.", Role.RESUMABLE, at_least=1)
+    temperature: float = knob(
+        0.07,
+        "Initial softmax temperature of the contrastive loss, learned in log scale.",
+        above=0,
+        hint="the paper uses 0.07",
+    )
+    fixed_temperature: bool = knob(
+        False, "Keep the temperature at its initial value instead of learning it.", Role.FIXED
+    )
+    teacher: str = knob(
+        "facebook/dinov2-large",
+        "Frozen vision teacher: a local folder or the id of a hub model.",
+        Role.SELECTS,
+        Role.SCORES,
+        Role.TRAINS,
+        Role.FIXED,
+        fact="teacher_fingerprint",
+    )
+    teacher_cache: str | None = knob(
+        None, "Folder that keeps teacher features by image content; filled while training."
+    )
+    pooling: Pooling = knob(
+        "answer",
+        "Tokens that a head's output is averaged over: those with a label (answer), all text (text), all but padding "
+        "(mean), or the last one (last).",
+        Role.SELECTS,
+        Role.SCORES,
+        Role.FIXED,
+    )
+    similarity: Similarity = knob(
+        "cosine",
+        "Similarity of representations: cosine, or the plain dot product (dot).",
+        Role.SELECTS,
+        Role.SCORES,
+        Role.FIXED,
+    )
+    memory: int = knob(
+        0,
+        "Recent samples kept as further candidates, for global batches below hera_k + 1; 0 for none.",
+        Role.RESUMABLE,
+        at_least=0,
+    )
+    accumulate: Accumulate = knob(
+        "none",
+        "Candidates under gradient accumulation: those of the micro-batch (none), or of all micro-batches of the step "
+        "at the price of one more forward pass (gradcache).",
+        Role.RESUMABLE,
+    )
+    image_index: int = knob(
+        0,
+        "Which image of a sample with several the teacher sees; negative counts from the last.",
+        Role.RESUMABLE,
+    )
+    max_nan: int = knob(10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1)
+    heads_force: bool = knob(
+        False, "Train with a heads.json that was selected on another model or teacher, or with another m."
+    )
+    select: SelectConfig = field(default_factory=SelectConfig)
+
+    @property
+    def targets_key(self) -> str:
+        """The key that names what is aligned."""
+        return "hera_layers" if self.granularity == "layer" else "hera_heads"
+
+    @property
+    def named_targets(self) -> str:
+        """The value of that key: names, a path, ``auto``, or a layer by its place."""
+        return (self.layers if self.granularity == "layer" else self.heads) or ""
+
+    @property
+    def normalize(self) -> bool:
+        """Cosine similarity when true, dot product otherwise."""
+        return self.similarity == "cosine"
+
+    def check(self) -> None:
+        """Checks the values with one another."""
+        if not self.teacher:
+            raise ValueError(
+                "hera_teacher: it has no value; write a folder or a hub id, for instance facebook/dinov2-large."
+            )
+        self._check_targets()
+        self._check_objective()
+
+    def _check_targets(self) -> None:
+        other, value = ("hera_heads", self.heads) if self.granularity == "layer" else ("hera_layers", self.layers)
+        if value:
+            raise ValueError(
+                f"{other}: {value} is for hera_granularity: {'head' if other == 'hera_heads' else 'layer'}; set that, "
+                f"or remove {other} ({other}=null on a command line)."
+            )
+        named = self.named_targets
+        if not named and self.granularity == "layer":
+            raise ValueError(
+                "hera_layers: no layer is named; write layers such as L14,L15, give a layers.json, or write middle, "
+                "penultimate or auto."
+            )
+        if not named:
+            raise ValueError(
+                "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
+            )
+        auto = named == AUTO
+        if self.granularity == "layer":
+            if auto and self.select.strategy == "middle":
+                raise ValueError("hera_select: middle chooses among heads; write hera_layers: middle for that layer.")
+            if not auto and named not in NAMED_LAYERS:
+                Targets.resolve(named, "layer")
+            return
+        chosen = self.select.m if auto else len(Targets.resolve(named).items)
+        if chosen > MOST_HEADS:
+            warnings.warn(
+                f"{'hera_select_m' if auto else 'hera_heads'}: {chosen} heads are more than the {MOST_HEADS} that the "
+                "paper recommends; ten of them wrecked Qwen2.5-3B there.",
+                stacklevel=5,
+            )
+
+    def _check_objective(self) -> None:
+        objective, named = find(self.objective), f"hera_objective: {self.objective}"
+        if self.granularity not in objective.granularities:
+            raise ValueError(
+                f"hera_granularity: {self.granularity} does not work with {named}; write hera_granularity: "
+                f"{' or '.join(objective.granularities)}."
+            )
+        if self.memory > 0 and not objective.uses_candidates:
+            raise ValueError(
+                f"hera_memory: {self.memory} has no use with {named}, which compares no sample with remembered ones; "
+                "set it to 0."
+            )
+        if objective.least_samples == 1 and self.accumulate == "gradcache":
+            raise ValueError(
+                f"hera_accumulate: gradcache has no use with {named}, a mean over samples, none of which is compared "
+                "with another; set it to none."
+            )
+        if objective.view == "patches" and self.teacher_cache is not None:
+            raise ValueError(
+                f"hera_teacher_cache: {self.teacher_cache} holds one vector an image, and {named} needs those of its "
+                "patches, which are computed in every step; remove it."
+            )

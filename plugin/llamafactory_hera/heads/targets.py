@@ -1,0 +1,181 @@
+"""What a run aligns: attention heads (``L3H4``) or decoder layers (``L3``), and the file that names them."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from ..files import read_json, write_json
+from .families import HeadLayout
+
+Granularity = Literal["head", "layer"]
+
+#: The value of ``hera_heads`` or ``hera_layers`` that asks for a selection before training.
+AUTO = "auto"
+#: Values of ``hera_layers`` that mean a layer of any model.
+NAMED_LAYERS = ("middle", "penultimate")
+
+_NAME = re.compile(r"[Ll](\d+)(?:[Hh](\d+))?")
+_SYNTAX = {
+    "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
+    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or middle, "
+    "penultimate, auto",
+}
+
+
+class Target(NamedTuple):
+    """One query head of a decoder layer, or, without a head, the layer itself; zero-based."""
+
+    layer: int
+    head: int | None = None
+
+    def __str__(self) -> str:
+        return f"L{self.layer}" if self.head is None else f"L{self.layer}H{self.head}"
+
+    @classmethod
+    def parse(cls, text: str, granularity: Granularity = "head", key: str | None = None) -> Self:
+        """Reads ``L3H4``, or ``L3``.
+
+        Raises:
+            ValueError: Another syntax; names ``key``, the value and the remedy.
+        """
+        match = _NAME.fullmatch(text.strip())
+        if match is None or (match[2] is None) == (granularity == "head"):
+            raise ValueError(f"{key or _key(granularity)}: {text!r} is not a {granularity}; {_SYNTAX[granularity]}.")
+        return cls(int(match[1]), None if match[2] is None else int(match[2]))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The heads or layers of a run, in the order in which they were chosen, and where they come from.
+
+    Attributes:
+        items: Heads or layers, all of one kind; least aligned first where they were selected by score.
+        provenance: Facts of their selection (model, teacher, data, settings, scores); empty when written by hand.
+    """
+
+    items: tuple[Target, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def granularity(self) -> Granularity:
+        """``head`` or ``layer``."""
+        return "layer" if self.items[0].head is None else "head"
+
+    @property
+    def key(self) -> str:
+        """The setting that names them: ``hera_heads`` or ``hera_layers``."""
+        return _key(self.granularity)
+
+    @property
+    def what(self) -> str:
+        """``heads`` or ``layers``, also the name of the list in the file."""
+        return f"{self.granularity}s"
+
+    @property
+    def file_name(self) -> str:
+        """``heads.json`` or ``layers.json``."""
+        return file_name(self.granularity)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """``L3H4`` or ``L3`` of each."""
+        return tuple(map(str, self.items))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Their decoder layers, each once, in order."""
+        return tuple(sorted({item.layer for item in self.items}))
+
+    def __str__(self) -> str:
+        return ",".join(self.names)
+
+    @classmethod
+    def parse(cls, text: str | Iterable[Any], granularity: Granularity = "head", key: str | None = None) -> Self:
+        """Reads ``L13H12,L7H6`` (or ``L14,L15``), or a list of such names.
+
+        Raises:
+            ValueError: No name, an unknown syntax, or something named twice.
+        """
+        key = key or _key(granularity)
+        names = re.split(r"[,\s]+", text.strip()) if isinstance(text, str) else [str(name) for name in text]
+        items = [Target.parse(name, granularity, key) for name in names if name]
+        if not items:
+            raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}.")
+        twice = sorted({item for item in items if items.count(item) > 1})
+        if twice:
+            repeated = ", ".join(map(str, twice))
+            raise ValueError(f"{key}: {repeated} is named more than once; name each {granularity} once.")
+        return cls(tuple(items))
+
+    @classmethod
+    def resolve(cls, value: str, granularity: Granularity = "head", key: str | None = None) -> Self:
+        """Reads the value of a setting: names, or the path of a file."""
+        is_path = value.strip().endswith(".json") or os.path.sep in value or os.path.isfile(value)
+        return cls.load(value, granularity, key) if is_path else cls.parse(value, granularity, key)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None) -> Self:
+        """Reads the JSON that :meth:`save` and selection write.
+
+        Args:
+            path: The file.
+            granularity: What it must name; None takes either.
+            key: The setting to name in errors, by default that of the granularity.
+
+        Raises:
+            ValueError: The file is missing or holds something else.
+        """
+        expected = granularity or "head"
+        key = key or _key(expected)
+        example = "L13H12,L7H6" if expected == "head" else "L14,L15"
+        remedy = f"give a {file_name(expected)} that a selection wrote, or name the {expected}s ({example})"
+        try:
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; {remedy}.") from error
+        listed = content if isinstance(content, dict) else {}
+        found = [kind for kind in ("head", "layer") if isinstance(listed.get(f"{kind}s"), list)]
+        if (granularity or next(iter(found), None)) not in found:
+            raise ValueError(f'{key}: {path} has no list "{expected}s"; {remedy}.')
+        named: Granularity = granularity or found[0]  # type: ignore[assignment]
+        return replace(cls.parse(content[f"{named}s"], named, key), provenance=content.get("provenance") or {})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the JSON form; the file appears complete or not at all."""
+        write_json(path, {self.what: list(self.names), "provenance": self.provenance})
+
+    def check(self, layout: HeadLayout, key: str | None = None) -> None:
+        """Checks that everything that is named exists in a model.
+
+        Raises:
+            ValueError: A head or layer lies outside.
+        """
+        outside = [
+            str(item)
+            for item in self.items
+            if not 0 <= item.layer < layout.n_layers or (item.head or 0) >= layout.n_heads
+        ]
+        if outside:
+            heads = f" with heads H0 to H{layout.n_heads - 1}" if self.granularity == "head" else ""
+            found_by = " (`llamafactory-hera select` finds them)" if self.granularity == "head" else ""
+            raise ValueError(
+                f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to "
+                f"L{layout.n_layers - 1}{heads}; choose {self.what} of this model{found_by}."
+            )
+
+
+def named_layer(name: str, layout: HeadLayout) -> Targets:
+    """The layer that a value of :data:`NAMED_LAYERS` means in a model."""
+    return Targets((Target({"middle": layout.n_layers // 2, "penultimate": layout.n_layers - 2}[name]),))
+
+
+def file_name(granularity: Granularity) -> str:
+    """The name of the file that a selection writes: ``heads.json`` or ``layers.json``."""
+    return f"{granularity}s.json"
+
+
+def _key(granularity: Granularity) -> str:
+    return f"hera_{granularity}s"

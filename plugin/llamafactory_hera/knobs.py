@@ -1,0 +1,255 @@
+# No `from __future__ import annotations` here: the annotations are read as types.
+"""Settings classes that declare each key once: type, range, default, help, and what it is part of.
+
+A host's argument class, a command line, a form, the provenance of a file and the checks of a resumed run read the keys
+from the class; nothing repeats them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, field, fields
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
+
+
+class Role(Enum):
+    """What a key is part of, beside the run that it sets up."""
+
+    #: Two selections that share all of these are the same selection (``auto`` uses an earlier one again).
+    SELECTS = "selects"
+    #: Two files of scores must share these to be compared.
+    SCORES = "scores"
+    #: A run must share these with the selection whose heads it trains.
+    TRAINS = "trains"
+    #: A resumed run must share these with its checkpoint.
+    FIXED = "fixed"
+    #: A resumed run may change these; it warns that curves do not go on.
+    RESUMABLE = "resumable"
+
+
+def knob(
+    default: Any,
+    help: str,
+    *roles: Role,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    hint: str = "",
+    key: str = "",
+    fact: str = "",
+) -> Any:
+    """Declares a key.
+
+    Args:
+        default: Its value where none is given.
+        help: One or two sentences, shown by every host.
+        *roles: What it is part of.
+        at_least: Smallest value.
+        above: Bound that the value must exceed.
+        at_most: Largest value.
+        below: Bound that the value must stay under.
+        hint: Follows the range in an error message.
+        key: Its name where that is not the prefix and the field's name.
+        fact: Its name in a file's provenance where that is not the field's.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "roles": roles, "hint": hint, "key": key, "fact": fact, **bounds}
+    return field(default=default, metadata=metadata)
+
+
+class KeyedConfig:
+    """Base of the settings classes: reads, checks and lists their keys. Subclasses are dataclasses of :func:`knob` s.
+
+    A field may be another such class; its keys then belong to the whole.
+    """
+
+    PREFIX: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for declared in fields(self):  # type: ignore[arg-type]
+            if not _is_config(declared):
+                value = _checked(key_of(self, declared), declared, getattr(self, declared.name))
+                object.__setattr__(self, declared.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Checks values with one another; a subclass raises ``ValueError`` with key, value and remedy."""
+
+    @classmethod
+    def knobs(cls) -> dict[str, Field]:
+        """Every key with the field that declares it."""
+        found: dict[str, Field] = {}
+        for declared in fields(cls):  # type: ignore[arg-type]
+            found |= declared.type.knobs() if _is_config(declared) else {key_of(cls, declared): declared}
+        return found
+
+    @classmethod
+    def from_keys(cls, source: Mapping[str, Any] | object) -> Self:
+        """Reads keys from a mapping or from an object's attributes; a key that is absent has its default.
+
+        Raises:
+            ValueError: A value of another type or out of range, values that do not fit together, or, in a mapping, an
+                unknown key of the prefix; names the key and the remedy.
+        """
+        if isinstance(source, Mapping):
+            known = cls.knobs()
+            unknown = next((key for key in source if key.startswith(cls.PREFIX) and key not in known), None)
+            if unknown is not None:
+                raise ValueError(f"{unknown}: there is no such key; known are {', '.join(known)}.")
+        return cls._read(source)
+
+    @classmethod
+    def _read(cls, source: Mapping[str, Any] | object) -> Self:
+        values: dict[str, Any] = {}
+        for declared in fields(cls):  # type: ignore[arg-type]
+            if _is_config(declared):
+                values[declared.name] = declared.type._read(source)
+                continue
+            key = key_of(cls, declared)
+            value = source.get(key, MISSING) if isinstance(source, Mapping) else getattr(source, key, MISSING)
+            if value is not MISSING:
+                values[declared.name] = value
+        return cls(**values)
+
+    def keys(self) -> dict[str, Any]:
+        """Every key with its value."""
+        return {key: value for key, _, value in self._items()}
+
+    def with_role(self, role: Role) -> dict[str, Any]:
+        """The keys of a role with their values."""
+        return {key: value for key, declared, value in self._items() if role in declared.metadata["roles"]}
+
+    def facts(self, *roles: Role) -> dict[str, Any]:
+        """The values of these roles by their names in provenance."""
+        return {
+            fact_of(declared): value
+            for _, declared, value in self._items()
+            if set(roles) & set(declared.metadata["roles"])
+        }
+
+    @classmethod
+    def fact_keys(cls, role: Role) -> dict[str, str]:
+        """Names in provenance of the facts of a role, each with the key that decides it."""
+        return {fact_of(d): key for key, d in cls.knobs().items() if role in d.metadata["roles"]}
+
+    def _items(self) -> Iterator[tuple[str, Field, Any]]:
+        for declared in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, declared.name)
+            if _is_config(declared):
+                yield from value._items()
+            else:
+                yield key_of(self, declared), declared, value
+
+
+def key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
+    """The key of a field."""
+    return declared.metadata["key"] or f"{config.PREFIX}{declared.name}"
+
+
+def fact_of(declared: Field) -> str:
+    """A field's name in the provenance of a file."""
+    return declared.metadata["fact"] or declared.name
+
+
+def choices(declared: Field) -> tuple[Any, ...]:
+    """The values that a field may have where they are listed, else nothing."""
+    return get_args(declared.type) if get_origin(declared.type) is Literal else ()
+
+
+def _is_config(declared: Field) -> bool:
+    return isinstance(declared.type, type) and issubclass(declared.type, KeyedConfig)
+
+
+# -- one value -------------------------------------------------------------------------------------------------------
+
+
+def typed(key: str, value: Any, kind: Any) -> Any:
+    """A value, as YAML, a command line or Python gives it, in the type of its key.
+
+    Args:
+        key: To name in an error.
+        value: Numbers and truth values may be written as text; a list of names becomes one text.
+        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
+
+    Raises:
+        ValueError: It cannot be read so.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return None
+    readers = [_reader(option) for option in kinds if option is not NoneType]
+    expected = " or ".join(words for _, words in readers)
+    for read, _ in readers:
+        try:
+            if value is not None:
+                return read(value)
+        except (KeyError, OverflowError, TypeError, ValueError):
+            pass
+    if value is None:
+        raise ValueError(f"{key}: it has no value; write {expected}, or remove the key.")
+    if all(get_origin(option) is Literal for option in kinds):
+        raise ValueError(f"{key}: {value!r} is unknown; choose {expected}.")
+    raise ValueError(f"{key}: {value!r} is not {expected}; write {expected}.")
+
+
+def _reader(kind: Any) -> tuple[Callable[[Any], Any], str]:
+    if get_origin(kind) is Literal:
+        return (lambda value: {choice: choice for choice in get_args(kind)}[value]), _one_of(get_args(kind))
+    return {
+        bool: (_read_bool, "true or false"),
+        int: (_read_int, "a whole number"),
+        float: (_read_float, "a number"),
+        str: (_read_text, "a text"),
+    }[kind]
+
+
+def _one_of(options: tuple[Any, ...]) -> str:
+    return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
+
+
+def _read_bool(value: Any) -> bool:
+    return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _read_text(value: Any) -> str:
+    # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _checked(key: str, declared: Field, value: Any) -> Any:
+    value = typed(key, value, declared.type)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        limits = declared.metadata
+        low, above, high, below = (limits[name] for name in ("at_least", "above", "at_most", "below"))
+        fits = (
+            math.isfinite(value)
+            and (low is None or value >= low)
+            and (above is None or value > above)
+            and (high is None or value <= high)
+            and (below is None or value < below)
+        )
+        if not fits:
+            parts = [
+                *([f"{low:g} or more"] if low is not None else []),
+                *([f"more than {above:g}"] if above is not None else []),
+                *([f"up to {high:g}"] if high is not None else []),
+                *([f"less than {below:g}"] if below is not None else []),
+            ]
+            remedy = ", ".join(parts) or "a finite number"
+            hint = f" ({limits['hint']})" if limits["hint"] else ""
+            raise ValueError(f"{key}: {value} is out of range; choose {remedy}{hint}.")
+    return value
