@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from llamafactory_hera.config import Strategy
 from llamafactory_hera.files import read_json, write_json, write_text
-from llamafactory_hera.selection.score_file import ScoreFile
-from llamafactory_hera.selection.strategies import choose_heads
+from llamafactory_hera.selection.scores import ScoreFile, choose_targets
 from pool import Unit
 from results import accuracy_of
 from settings import (
@@ -244,9 +244,9 @@ def _run(
 ) -> list[Unit]:
     method, seed = METHODS[name], Seed(number)
 
-    def select(strategy: str, m: int) -> list[str]:
+    def select(strategy: Strategy, m: int) -> list[str]:
         scores = ScoreFile.load(root / seed.heads).scores
-        return [str(head) for head in choose_heads(scores, strategy, m, number)]
+        return [str(head) for head in choose_targets(scores, strategy, m, number)]
 
     def write_stage1() -> None:
         _write(

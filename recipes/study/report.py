@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_hera.files import write_json, write_text
-from llamafactory_hera.selection.figure import BLUE, GREY, ORANGE, new_figure, plain, save_figure
+from llamafactory_hera.selection.pictures import BLUE, GREY, ORANGE, new_figure, plain, save_figure
 from results import COSTS, label
 from settings import BASELINE, METHODS, TUNED
 from world import CATEGORIES

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamafactory_hera.config import Strategy
 from llamafactory_hera.files import read_json
-from llamafactory_hera.selection.score_file import ScoreFile
-from llamafactory_hera.selection.strategies import choose_heads
+from llamafactory_hera.heads.targets import Target
+from llamafactory_hera.selection.scores import ScoreFile, choose_targets
 from pool import mark_of
 from settings import BASELINE, DATA, KEY, METHODS, MODES, Run, Seed, Settings, final_run
 from world import CATEGORIES, TRAIN, StudySplit, questions_of
@@ -18,7 +19,7 @@ from world import CATEGORIES, TRAIN, StudySplit, questions_of
 LEVEL = 0.95
 #: The untrained LLaVA, whose language model is the pre-trained one: the mechanism's "before".
 BASE = "base"
-GROUPS = (("worst5", "worst", 5), ("top5", "top", 5))
+GROUPS: tuple[tuple[str, Strategy, int], ...] = (("worst5", "worst", 5), ("top5", "top", 5))
 COSTS = ("step_s", "process_cpu_s", "process_peak_mib")
 
 
@@ -222,15 +223,16 @@ def _cost(root: Path, run: Run) -> dict[str, float]:
     return dict(zip(COSTS, values, strict=True))
 
 
-def _heads(root: Path, seed: int) -> dict[str, Sequence[Any]]:
+def _heads(root: Path, seed: int) -> dict[str, Sequence[Target]]:
     """The heads that were worst and top before training."""
     scores = ScoreFile.load(root / Seed(seed).heads).scores
-    return {group: choose_heads(scores, strategy, m) for group, strategy, m in GROUPS}
+    return {group: choose_targets(scores, strategy, m) for group, strategy, m in GROUPS}
 
 
 def _group_means(root: Path, seed: int, scored: ScoreFile) -> dict[str, float]:
-    groups = {**_heads(root, seed), "all": scored.ranking()}
-    return {group: sum(scored.score(head) for head in heads) / len(heads) for group, heads in groups.items()}
+    scores = scored.ranked("head")
+    groups = {**_heads(root, seed), "all": list(scores)}
+    return {group: sum(scores[head] for head in heads) / len(heads) for group, heads in groups.items()}
 
 
 def _selection(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -241,8 +243,8 @@ def _selection(root: Path, seeds: Sequence[int]) -> dict[str, Any]:
     for seed in seeds:
         chosen_on = ScoreFile.load(root / Seed(seed).heads)
         before = ScoreFile.load(root / Seed(seed).scores("test", "llm"))
-        heads = chosen_on.ranking()
-        ranks = spearmanr([chosen_on.score(head) for head in heads], [before.score(head) for head in heads])
+        ours, theirs = chosen_on.ranked("head"), before.ranked("head")
+        ranks = spearmanr(list(ours.values()), [theirs[head] for head in ours])
         found[seed] = {**_group_means(root, seed, chosen_on), "rank_correlation": float(ranks.statistic)}
     return {name: measured.record() for name, measured in _by_quantity(found).items()}
 

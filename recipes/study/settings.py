@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from llamafactory_hera.config import Strategy
+
 #: Raise it when the same settings give another study than before.
 GENERATOR = 1
 PAPER_WEIGHT = 0.01
@@ -23,13 +25,13 @@ class Method:
     """
 
     label: str
-    heads: tuple[str, int] | None = None
+    heads: tuple[Strategy, int] | None = None
     weight: Literal["paper", "chosen", "own"] = "chosen"
     keys: dict[str, Any] | None = field(default_factory=dict)
     stages: tuple[int, ...] = (1, 2)
 
     def hera_keys(
-        self, stage: int, weight: Callable[[], float], select: Callable[[str, int], Sequence[str]]
+        self, stage: int, weight: Callable[[], float], select: Callable[[Strategy, int], Sequence[str]]
     ) -> dict[str, Any] | None:
         """The ``hera_*`` keys of a stage; None for plain fine-tuning.
 

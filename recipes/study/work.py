@@ -4,7 +4,6 @@ Here are made the pieces that all runs share, from training images and text alon
 models. Beside the teacher lies what its CLS token tells of scenes that it has not seen.
 """
 
-import os
 import random
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, Qwen3ForCausalLM, SiglipVisionModel
 
+from llamafactory_hera.cli import main
 from llamafactory_hera.demo import models
 from llamafactory_hera.demo.scenes import GRID, PALETTE, SHAPES, SIZES, Scene, place, render
 from llamafactory_hera.files import read_json, write_json
@@ -74,10 +74,8 @@ def teacher() -> None:
 
 def teacher_cache(*recipes: str) -> None:
     """The teacher's features of all images that runs read."""
-    from llamafactory_hera.selection.api import fill_teacher
-
     for recipe in recipes:
-        fill_teacher(recipe)
+        _hera("select", "--teacher-only", recipe)
 
 
 def llava(number: str) -> None:
@@ -94,19 +92,22 @@ def llava(number: str) -> None:
 
 def select(recipe: str, *scoring: str) -> None:
     """The scores that heads are taken by, on the language model alone; then those on held-out captions."""
-    from llamafactory_hera.selection import api
-
-    api.select(recipe, ["hera_select_mode=llm"])
+    _hera("select", recipe, "hera_select_mode=llm")
     score(*scoring)
 
 
 def score(recipe: str, *targets: str) -> None:
     """Scores of all heads, ``MODE=FILE`` each."""
-    from llamafactory_hera.selection.api import score_checkpoint
-
     for target in targets:
         mode, file = target.split("=", 1)
-        score_checkpoint(None, recipe, file, [f"hera_select_mode={mode}"])
+        _hera("score", recipe, f"hera_select_mode={mode}", "--output", file)
+
+
+def _hera(*arguments: str) -> None:
+    """A command of ``llamafactory-hera``, in this process."""
+    status = main(arguments)
+    if status:
+        sys.exit(status)
 
 
 def _settings() -> Settings:
@@ -218,6 +219,5 @@ def nearest_vote(train: torch.Tensor, labels: Sequence[str], queries: torch.Tens
 WORKS = {work.__name__: work for work in (parts, tower, teacher, teacher_cache, llava, select, score)}
 
 if __name__ == "__main__":
-    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     name, *given = sys.argv[1:]
     WORKS[name](*given)

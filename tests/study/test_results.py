@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from llamafactory_hera.files import read_json, write_json
-from llamafactory_hera.heads.head_set import HeadSet
+from llamafactory_hera.heads.targets import Targets
 from pool import mark_of
 from results import accuracy, mean_interval, paired_interval
 from run import write_study_report
@@ -34,7 +34,7 @@ def scores(shift: float) -> list[list[float]]:
 def write_scores(path: Path, shift: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"scores": scores(shift), "layer_scores": [0.2, 0.3], "samples": 50, "k": 10, "chance_level": 10 / 49}
-    HeadSet(HeadSet.parse("L0H0").heads, facts).save(path)  # any head: the study takes its own from the scores
+    Targets(Targets.parse("L0H0").items, facts).save(path)  # any head: the study takes its own from the scores
 
 
 def write_run(root: Path, key: list[dict], method: str, seed: int) -> None:
