@@ -145,10 +145,10 @@ def plan(root: Path, settings: Settings) -> list[Unit]:
     units = _shared(root, settings)
     for number in settings.all_seeds:
         units += _seed(root, settings, Seed(number))
-    tuning = []
+    tuning: list[Unit] = []
     for weight in settings.weights:
         run = tuning_run(weight, settings.tuning_seed)
-        tuning += _run(root, settings, run, TUNED, settings.tuning_seed, "validation", lambda weight=weight: weight)
+        tuning += _run(root, settings, run, TUNED, settings.tuning_seed, "validation", partial(float, weight))
     after = tuple(unit.name for unit in tuning)
     choice = Unit("tuning/choice", "choice", (), (), after, partial(choose_weight, root, settings))
     units += [*tuning, choice]
@@ -161,7 +161,7 @@ def plan(root: Path, settings: Settings) -> list[Unit]:
 
 def choose_weight(root: Path, settings: Settings) -> None:
     """Takes the weight with the best mean accuracy over the categories, the smaller one of equals; logs all tried."""
-    tried = []
+    tried: list[dict[str, Any]] = []
     for weight in sorted(settings.weights):
         run = tuning_run(weight, settings.tuning_seed)
         accuracy = accuracy_of(root / run.predictions, root / KEY, questions_of("validation"))

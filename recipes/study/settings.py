@@ -132,7 +132,7 @@ class Settings:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Settings":
         """The inverse of :meth:`to_dict`."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
         values.pop("generator")
         return cls(**values)
 

@@ -4,8 +4,6 @@ import importlib.metadata
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,59 +115,54 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
     """Makes everything in a folder of its own, where nobody looks before it is complete."""
     paths = _paths(work)
     losses: dict[str, dict[str, float]] = {}
+    started = time.perf_counter()
 
-    def summary(name: str, values: list[float]) -> str:
+    def done(phase: str, note: str) -> None:
+        nonlocal started
+        print(f"[hera demo] {phase}: {note} ({time.perf_counter() - started:.1f} s)", flush=True)
+        started = time.perf_counter()
+
+    def trained(phase: str, name: str, values: list[float]) -> None:
         tail = values[-max(1, len(values) // 10) :]
         first, last = round(values[0], 4), round(sum(tail) / len(tail), 4)
         losses[name] = {"steps": len(values), "first_loss": first, "last_loss": last}
-        return f"{len(values)} steps, loss {first:.2f} -> {last:.2f}"
+        done(phase, f"{len(values)} steps, loss {first:.2f} -> {last:.2f}")
 
-    with _phase("data") as note:
-        samples = make_samples(size.train, size.held_out, request["seed"])
-        rows = write_dataset(paths["data"], samples, request["seed"])
-        note(", ".join(f"{len(content)} {name}" for name, content in rows.items()))
+    samples = make_samples(size.train, size.held_out, request["seed"])
+    rows = write_dataset(paths["data"], samples, request["seed"])
     images = [sample.image for sample in samples["train"]]
-    with _phase("tokenizer") as note:
-        conversations = [
-            [
-                message | {"content": message["content"].replace("<image>", "").lstrip("\n")}
-                for message in row["messages"]
-            ]
-            for name in ("hera_demo", "hera_demo_captions", "hera_demo_text")
-            for row in rows[name]
-        ]
-        # The roles are trained in too, so that a turn's head costs few tokens.
-        tokenizer = models.train_tokenizer(
-            text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"])
-        )
-        note(f"{len(tokenizer)} tokens")
-    with _phase("language model, text alone") as note:
-        language_model = models.new_language_model(tokenizer)
-        texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations]
-        texts += [sample.caption + models.END_OF_TEXT for sample in samples["train"]]
-        values = models.train_language_model(language_model, tokenizer, texts, size.language_steps)
-        note(summary("language_model", values))
-        for part in (language_model, tokenizer):
-            part.save_pretrained(paths["language_model"])
-    with _phase("vision tower, images alone") as note:
-        tower, values = models.train_vision_tower(images, size.vision_steps)
-        note(summary("vision_tower", values))
-        for part in models.assemble_llava(language_model, tower, tokenizer):
-            part.save_pretrained(paths["model"])
-    with _phase("teacher, images alone") as note:
-        teacher, processor, values = models.train_teacher(images, size.teacher_steps)
-        note(summary("teacher", values))
-        for part in (teacher, processor):
-            part.save_pretrained(paths["teacher"])
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
-    write_json(
-        work / PROVENANCE, {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}
+    done("data", ", ".join(f"{len(content)} {name}" for name, content in rows.items()))
+
+    conversations = [
+        [turn | {"content": turn["content"].replace("<image>", "").lstrip("\n")} for turn in row["messages"]]
+        for name in ("hera_demo", "hera_demo_captions", "hera_demo_text")
+        for row in rows[name]
+    ]
+    # The roles are trained in too, so that a turn's head costs few tokens.
+    tokenizer = models.train_tokenizer(
+        text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"])
     )
+    done("tokenizer", f"{len(tokenizer)} tokens")
 
+    language_model = models.new_language_model(tokenizer)
+    texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
+    texts += [sample.caption + models.END_OF_TEXT for sample in samples["train"]]
+    values = models.train_language_model(language_model, tokenizer, texts, size.language_steps)
+    language_model.save_pretrained(paths["language_model"])
+    tokenizer.save_pretrained(paths["language_model"])
+    trained("language model, text alone", "language_model", values)
 
-@contextmanager
-def _phase(name: str) -> Iterator[Any]:
-    """Print what a phase noted and the seconds it took."""
-    start, notes = time.perf_counter(), []
-    yield notes.append
-    print(f"[hera demo] {name}: {' '.join(notes)} ({time.perf_counter() - start:.1f} s)", flush=True)
+    tower, values = models.train_vision_tower(images, size.vision_steps)
+    llava, processor = models.assemble_llava(language_model, tower, tokenizer)
+    llava.save_pretrained(paths["model"])
+    processor.save_pretrained(paths["model"])
+    trained("vision tower, images alone", "vision_tower", values)
+
+    teacher, teacher_processor, values = models.train_teacher(images, size.teacher_steps)
+    teacher.save_pretrained(paths["teacher"])
+    teacher_processor.save_pretrained(paths["teacher"])
+    trained("teacher, images alone", "teacher", values)
+
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
+    record = {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}
+    write_json(work / PROVENANCE, record)

@@ -8,6 +8,7 @@ projector stays random: training it is what stage 1 is for.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +107,14 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
 
 
 def new_language_model(
-    tokenizer: hf.PreTrainedTokenizerFast, head_dim: int = 16, intermediate_size: int = 256
+    tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
 ) -> hf.Qwen3ForCausalLM:
     """Five layers of eight query heads over four key-value heads with random weights; it decodes greedily.
 
     ``head_dim`` is not ``hidden_size / heads`` here, as in Qwen3-4B, so code that divides instead of reading the
     config fails.
     """
-    stops = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf.Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -134,7 +135,7 @@ def new_language_model(
 
 def train_language_model(
     model: hf.Qwen3ForCausalLM,
-    tokenizer: hf.PreTrainedTokenizerFast,
+    tokenizer: hf.PreTrainedTokenizerBase,
     documents: list[str],
     steps: int,
 ) -> list[float]:
@@ -167,7 +168,12 @@ def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.Siglip
     Returns:
         The tower, and the mean squared pixel error of every step (pixels in -1…1).
     """
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **shape))
     read_out = torch.nn.Linear(tower.config.hidden_size, 3 * PATCH * PATCH)
     pixels = _vision_processor()(images, return_tensors="pt")["pixel_values"]
@@ -189,19 +195,22 @@ def _vision_processor() -> hf.SiglipImageProcessor:
 def assemble_llava(
     language_model: hf.Qwen3ForCausalLM,
     tower: hf.SiglipVisionModel,
-    tokenizer: hf.PreTrainedTokenizerFast,
+    tokenizer: hf.PreTrainedTokenizerBase,
 ) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
     """A LLaVA with the weights of both, a random two-layer projector, and its processor: 16 image tokens an image."""
+    ids: dict[str, Any] = {
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = hf.LlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=language_model.config.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     llava = hf.LlavaForConditionalGeneration(config).eval()
     llava.model.vision_tower.load_state_dict(tower.state_dict())
@@ -259,7 +268,7 @@ def train_teacher(
     Returns:
         The teacher, its processor, and the InfoNCE loss of every step, in nats.
     """
-    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2}
+    shape: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2}
     teacher = hf.Dinov2Model(hf.Dinov2Config(image_size=SIDE, patch_size=PATCH, **shape))
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     processor = hf.BitImageProcessor(
