@@ -196,8 +196,9 @@ def gather(root: Path, settings: Settings) -> dict[str, Any]:
 
 
 def is_finished(root: Path, method: str, seed: int) -> bool:
-    """Whether a method's run of a seed has been trained and scored."""
-    return mark_of(root, f"{final_run(method, seed).path}/score").exists()
+    """Whether a method's run of a seed has been trained and scored, and the seed's heads have."""
+    needed = (f"{final_run(method, seed).path}/score", f"{Seed(seed).folder}/selection")
+    return all(mark_of(root, name).exists() for name in needed)
 
 
 def _by_quantity(by_seed: dict[int, dict[str, float]]) -> dict[str, Measured]:

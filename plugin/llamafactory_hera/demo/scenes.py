@@ -214,12 +214,9 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
         first, second, a, b = names[i], names[j], scene.objects[i], scene.objects[j]
         if first is None or second is None:
             continue
-        if a.column != b.column:
-            pair = ("left of", "right of") if a.column < b.column else ("right of", "left of")
-            found.append((i, j, first, second, *pair))
-        if a.row != b.row:
-            pair = ("above", "below") if a.row < b.row else ("below", "above")
-            found.append((i, j, first, second, *pair))
+        for low, high, difference in (("left of", "right of", a.column - b.column), ("above", "below", a.row - b.row)):
+            if difference:
+                found.append((i, j, first, second, *((low, high) if difference < 0 else (high, low))))
     return found
 
 
