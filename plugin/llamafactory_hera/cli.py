@@ -11,7 +11,7 @@ from .integrations.llamafactory.selection import register as register_selection
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from .integrations.llamafactory.doctor import run_doctor
+    from hera_patches.doctor import run_doctor
 
     return run_doctor()
 
