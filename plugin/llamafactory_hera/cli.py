@@ -8,7 +8,6 @@ from . import __version__
 from .backbones.cli import register as register_backbones
 from .calibration.cli import register as register_calibration
 from .integrations.llamafactory.selection import register as register_selection
-from .study.cli import register as register_study
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -47,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     register_selection(commands)
     register_backbones(commands)
     register_calibration(commands)
-    register_study(commands)
     return parser
 
 

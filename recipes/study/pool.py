@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json
-from ..selection.provenance import package_versions
+from llamafactory_hera.files import read_json, write_json
+from llamafactory_hera.selection.provenance import package_versions
 
 # One thread each: as many runs as cores side by side is the fastest way, and a run's numbers do not depend on cores.
 _ENVIRONMENT = {
@@ -37,7 +36,7 @@ class Unit:
 
     Attributes:
         name: Names its log and its mark, for instance ``runs/sft-s0/stage1``.
-        kind: Units of one kind take about as long; the time left is told by it.
+        kind: Units of one kind take about as long; the time left is estimated by it.
         commands: Processes, one after another, started in the study's folder.
         outputs: What it makes; removed before it is tried again.
         after: Names of units that must be done before.
@@ -96,11 +95,11 @@ class Pool:
         root: The study's folder.
         workers: Units side by side.
         lock: File descriptor that the processes inherit.
-        tell: Takes a line about progress.
+        show: Takes a line about progress.
     """
 
-    def __init__(self, root: Path, workers: int, lock: int, tell: Callable[[str], None] = print) -> None:
-        self._root, self._workers, self._lock, self._tell = root, workers, lock, tell
+    def __init__(self, root: Path, workers: int, lock: int, show: Callable[[str], None] = print) -> None:
+        self._root, self._workers, self._lock, self._show = root, workers, lock, show
         self._versions = package_versions()
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
@@ -117,7 +116,7 @@ class Pool:
         done = {unit.name for unit in units if self._is_done(unit)}
         waiting = [unit for unit in units if unit.name not in done]
         if done:
-            self._tell(f"{len(done)} of {len(units)} are done already")
+            self._show(f"{len(done)} of {len(units)} are done already")
         running: dict[Future[float], Unit] = {}
         failed: dict[str, UnitFailed | None] = {}  # None for a unit that needs one that failed
         with ThreadPoolExecutor(self._workers) as executor:
@@ -129,31 +128,33 @@ class Pool:
                             running[executor.submit(self._run_unit, unit)] = unit
                     if not running:
                         missing = {name for unit in waiting for name in unit.after} - {unit.name for unit in units}
-                        raise RuntimeError(f"units wait for {sorted(missing)} in vain")
+                        raise RuntimeError(f"units wait for {sorted(missing)}, which is not planned")
                     finished, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in finished:
                         unit = running.pop(future)
                         try:
                             wall = future.result()
                         except UnitFailed as error:
-                            self._tell(f"{unit.name} failed, going on with what does not need it")
+                            self._show(f"{unit.name} failed, going on with what does not need it")
                             failed[unit.name] = error
-                            waiting = _without_those_after(waiting, failed)
+                            while lost := [unit for unit in waiting if failed.keys() & set(unit.after)]:
+                                failed |= dict.fromkeys(unit.name for unit in lost)
+                                waiting = [unit for unit in waiting if unit not in lost]
                             continue
                         done.add(unit.name)
                         left = self._left([*waiting, *running.values()])
-                        self._tell(f"{len(done)}/{len(units)} {unit.name} {wall:.0f} s{left}")
+                        self._show(f"{len(done)}/{len(units)} {unit.name} {wall:.0f} s{left}")
             except BaseException:
                 self._stop()
                 raise
         if failed:
-            lost = sum(error is None for error in failed.values())
-            told = "\n".join(str(error) for error in failed.values() if error is not None)
-            raise UnitFailed(f"{told}\n{lost} units that need this were left out." if lost else told)
+            left_out = sum(error is None for error in failed.values())
+            message = "\n".join(str(error) for error in failed.values() if error is not None)
+            raise UnitFailed(f"{message}\n{left_out} units that need this were left out." if left_out else message)
 
     def _is_done(self, unit: Unit) -> bool:
-        there = all((self._root / output).exists() for output in unit.outputs)
-        return there and _read_mark(mark_of(self._root, unit.name)) is not None
+        made = all((self._root / output).exists() for output in unit.outputs)
+        return made and _read_mark(mark_of(self._root, unit.name)) is not None
 
     def _run_unit(self, unit: Unit) -> float:
         for output in unit.outputs:
@@ -227,17 +228,3 @@ class Pool:
         unknown = {unit.kind for unit in units} - walls.keys()
         minutes = f"{sum(seconds) / self._workers / 60:.0f} min left"
         return f"; {minutes} beside {len(unknown)} kinds of work not timed yet" if unknown else f"; {minutes}"
-
-
-def _without_those_after(waiting: list[Unit], failed: dict[str, UnitFailed | None]) -> list[Unit]:
-    """What can still be done; the rest joins ``failed``."""
-    while lost := [unit for unit in waiting if failed.keys() & set(unit.after)]:
-        failed |= dict.fromkeys(unit.name for unit in lost)
-        waiting = [unit for unit in waiting if unit not in lost]
-    return waiting
-
-
-def command_line(name: str, *arguments: str) -> tuple[str, ...]:
-    """A command of this environment: ``llamafactory-cli`` and the like lie beside the interpreter."""
-    beside = Path(sys.executable).with_name(name)
-    return (str(beside) if beside.exists() else name, *arguments)

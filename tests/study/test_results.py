@@ -1,20 +1,21 @@
-"""The report of several seeds, from files as a finished study leaves them, against numbers worked out here."""
+"""Intervals, exact match, and the report of several seeds from files as a finished study leaves them."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import pytest
+from scipy import stats
 
 from llamafactory_hera.files import read_json, write_json
-from llamafactory_hera.heads.head_set import HeadSet
-from llamafactory_hera.study import layout
-from llamafactory_hera.study.layout import Seed, final_run
-from llamafactory_hera.study.pool import mark_of
-from llamafactory_hera.study.questions import CATEGORIES
-from llamafactory_hera.study.run import write_study_report
-from llamafactory_hera.study.settings import SIZES
+from llamafactory_hera.heads.targets import Targets
+from pool import mark_of
+from results import accuracy, mean_interval, paired_interval
+from run import write_study_report
+from settings import CONTROL, KEY, MODES, SIZES, TUNING, Seed, final_run
+from world import CATEGORIES
 
 SEEDS, METHODS = (1, 2, 3), ("sft", "worst5", "cmar")
 SETTINGS = replace(SIZES["default"], seeds=SEEDS, methods=METHODS)
@@ -33,7 +34,7 @@ def scores(shift: float) -> list[list[float]]:
 def write_scores(path: Path, shift: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"scores": scores(shift), "layer_scores": [0.2, 0.3], "samples": 50, "k": 10, "chance_level": 10 / 49}
-    HeadSet(HeadSet.parse("L0H0").heads, facts).save(path)  # any head: the study takes its own from the scores
+    Targets(Targets.parse("L0H0").items, facts).save(path)  # any head: the study takes its own from the scores
 
 
 def write_run(root: Path, key: list[dict], method: str, seed: int) -> None:
@@ -49,7 +50,7 @@ def write_run(root: Path, key: list[dict], method: str, seed: int) -> None:
     factor = 1.0 + 0.1 * METHODS.index(method)
     write_json(folder / "train_results.json", {"train_runtime": 100.0 * seed * factor})
     write_json(folder / "trainer_state.json", {"global_step": 100})
-    for mode in layout.MODES:
+    for mode in MODES:
         write_scores(root / run.scores(mode), 0.02 * METHODS.index(method) + 0.001 * seed)
     for number, unit in enumerate(("stage1", "stage2", "score")):
         process = {"command": "", "wall_s": 1.0, "cpu_s": 50.0 * factor, "peak_mib": 900.0}
@@ -64,22 +65,22 @@ def root(tmp_path: Path) -> Path:
         for category in CATEGORIES
         for number in range(4)
     ]
-    write_json(tmp_path / layout.DATA / "key.json", {"study_test": key})
+    write_json(tmp_path / KEY, {"study_test": key})
     training = [
         {"messages": [{"content": f"<image>\n{category}?"}, {"content": answer}]}
         for category in CATEGORIES
         for answer in ("1", "1", "0", "red")
     ]
-    write_json(tmp_path / layout.DATA / "study_train.json", training)
-    accuracy = dict.fromkeys((*CATEGORIES, "mean"), 0.5)
-    tried = [{"weight": 0.1, "method": "worst5", "seed": 100, "accuracy": accuracy}]
-    write_json(tmp_path / layout.TUNING, {"chosen": 0.1, "tried": tried})
+    write_json(tmp_path / "data/study_train.json", training)
+    shares = dict.fromkeys((*CATEGORIES, "mean"), 0.5)
+    tried = [{"weight": 0.1, "method": "worst5", "seed": 100, "accuracy": shares}]
+    write_json(tmp_path / TUNING, {"chosen": 0.1, "tried": tried})
     cell = {"accuracy": 0.9, "majority": 0.4}
     known = dict.fromkeys(("count", "colour", "shape", "size"), cell)
-    write_json(tmp_path / layout.CONTROL, {"k": 10, "scenes": {"validation": known}})
+    write_json(tmp_path / CONTROL, {"k": 10, "scenes": {"validation": known}})
     for seed in SEEDS:
         write_scores(tmp_path / Seed(seed).heads, 0.0)
-        for mode in layout.MODES:
+        for mode in MODES:
             write_scores(tmp_path / Seed(seed).scores("test", mode), -0.01)
         write_json(mark_of(tmp_path, f"{Seed(seed).folder}/selection"), {"kind": "s", "started": 0, "wall_s": 5.0})
         for method in METHODS:
@@ -118,7 +119,7 @@ def test_costs_are_ratios_of_the_runs_of_a_seed(root):
     assert found["process_peak_mib"]["over_baseline"]["mean"] == 1
 
 
-def test_readers_without_the_image_and_the_order_of_heads_are_told(root):
+def test_readers_without_the_image_and_the_order_of_heads_are_in_the_record(root):
     found = measured(root)
     assert found["floor"]["text_alone"] == dict.fromkeys((*CATEGORIES, "mean"), 0.5)
     assert found["floor"]["one_answer"]["mean"] == 0.5
@@ -142,3 +143,62 @@ def test_a_run_that_failed_is_named_and_the_others_stay(root):
     for seed in SEEDS:
         mark_of(root, f"runs/cmar-s{seed}/score").unlink(missing_ok=True)
     assert "cmar" not in measured(root)["accuracy"]
+
+
+# 97.5 % points of Student's t, from a printed table
+T_TABLE = {1: 12.706, 2: 4.303, 4: 2.776, 7: 2.365}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_against_the_formula_and_scipy(count):
+    values = [0.3 + 0.1 * math.sin(5 * i) for i in range(count)]
+    found = mean_interval(values)
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = T_TABLE[count - 1] * deviation / math.sqrt(count)
+    assert found.mean == pytest.approx(mean)
+    assert (found.low, found.high) == (pytest.approx(mean - half, abs=1e-4), pytest.approx(mean + half, abs=1e-4))
+    theirs = stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(theirs)
+
+
+def test_differences_are_taken_seed_by_seed():
+    baseline = {0: 0.1, 1: 0.5, 2: 0.9}
+    # the seeds differ much, the methods by little: unpaired the interval would be wide
+    found = paired_interval({2: 0.92, 0: 0.12, 1: 0.51}, baseline)
+    theirs = stats.ttest_rel([0.12, 0.51, 0.92], [0.1, 0.5, 0.9]).confidence_interval(0.95)
+    assert found.mean == pytest.approx(0.05 / 3)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs))
+    assert found.high - found.low < 0.05
+
+
+def test_one_value_has_no_interval():
+    found = mean_interval([0.5])
+    assert (found.mean, found.low, found.high, found.count) == (0.5, None, None, 1)
+
+
+def rows(*pairs: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"predict": predicted, "label": f"{label}\n"} for predicted, label in pairs]
+
+
+ANSWERS = [
+    {"category": "colour", "answer": "red"},
+    {"category": "colour", "answer": "red"},
+    {"category": "colour", "answer": "red"},
+    {"category": "size", "answer": "the red circle"},
+]
+
+
+def test_only_the_exact_answer_counts():
+    given = rows((" red\n", "red"), ("red circle", "red"), ("Red", "red"), ("the red circle", "the red circle"))
+    found = accuracy(given, ANSWERS)
+    assert found["colour"] == pytest.approx(1 / 3)
+    assert found["size"] == 1
+    assert found["mean"] == pytest.approx((1 / 3 + 1) / 2)  # each category counts the same
+
+
+def test_predictions_of_another_dataset_are_refused():
+    with pytest.raises(ValueError, match="row 3"):
+        accuracy(rows(("red", "red"), ("red", "red"), ("red", "red"), ("red", "red")), ANSWERS)
+    with pytest.raises(ValueError, match="1 for 4 questions"):
+        accuracy(rows(("red", "red")), ANSWERS)

@@ -1,5 +1,9 @@
-"""A whole study: from nothing, or from where it was stopped, to its report."""
+"""The objectives side by side in a small rendered world: do HeRA's findings show on a CPU, with whatever answer.
 
+A whole study, from nothing or from where it was stopped, to its report; docs/study.md says what it is and found.
+"""
+
+import argparse
 import os
 import platform
 import signal
@@ -7,24 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json, write_text
-from ..selection.provenance import package_versions
-from . import layout
-from .figures import draw_accuracy, draw_mechanism
-from .methods import BASELINE
-from .plan import plan
-from .pool import Pool, UnitFailed, locked, marks
-from .results import gather, is_finished
-from .settings import SIZES, Settings
-from .tables import render
-
-WORKERS = 2
+from llamafactory_hera.files import read_json, write_json
+from llamafactory_hera.selection.provenance import package_versions
+from plan import plan
+from pool import Pool, UnitFailed, locked, marks
+from report import write_report
+from results import gather, is_finished
+from settings import BASELINE, CONTROL, SIZES, STUDY, TUNING, Settings
 
 
-def run_study(output: str | os.PathLike, size: str = "default", workers: int = WORKERS) -> Path:
+def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2) -> Path:
     """Runs what of a study is not done yet, and writes ``report.md``, ``report.json`` and the figures.
 
     Args:
@@ -59,7 +59,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = W
 
 
 def _is_reportable(root: Path, settings: Settings) -> bool:
-    return (root / layout.TUNING).exists() and any(is_finished(root, BASELINE, seed) for seed in settings.seeds)
+    return (root / TUNING).exists() and any(is_finished(root, BASELINE, seed) for seed in settings.seeds)
 
 
 def write_study_report(root: Path, settings: Settings, workers: int, size: str) -> Path:
@@ -67,29 +67,30 @@ def write_study_report(root: Path, settings: Settings, workers: int, size: str) 
     finished = marks(root)
     report = {
         "settings": settings.to_dict(),
-        "command": f"llamafactory-hera study --size {size}",
+        "command": f"python recipes/study --size {size}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": _machine() | {"workers": _all(finished, "workers", workers)},
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "processor": _processor(),
+            "load": os.getloadavg()[2],
+            "python": platform.python_version(),
+            "workers": _all(finished, "workers", workers),
+        },
         "versions": {
             name: ", ".join(_all([mark.get("versions", {}) for mark in finished], name, found))
             for name, found in package_versions().items()
         },
         "elapsed_s": _elapsed(finished),
-        "teacher": read_json(root / layout.CONTROL),
-        "tuning": read_json(root / layout.TUNING),
+        "teacher": read_json(root / CONTROL),
+        "tuning": read_json(root / TUNING),
         "measured": gather(root, settings),
     }
-    write_json(root / "report.json", report)
-    draw_mechanism(report["measured"], root / "mechanism.png")
-    draw_accuracy(report["measured"], root / "accuracy.png")
-    page = root / "report.md"
-    write_text(page, render(report, {"mechanism": "mechanism.png", "accuracy": "accuracy.png"}))
-    return page
+    return write_report(root, report)
 
 
 def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
     """Writes the settings into an empty folder; refuses one that belongs to something else."""
-    file = root / layout.SETTINGS
+    file = root / STUDY
     if file.exists():
         found = read_json(file)["settings"]
         asked = settings.to_dict()
@@ -111,8 +112,6 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
 
 
 def _require_packages() -> None:
-    from importlib.util import find_spec
-
     missing = [name for name in ("jieba", "nltk", "rouge_chinese", "scipy") if find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -136,15 +135,6 @@ def _elapsed(marks: list[dict[str, Any]]) -> float:
     return round(total, 1)
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
-        "load": os.getloadavg()[2],
-        "python": platform.python_version(),
-    }
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -166,3 +156,27 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit status: 0, 2 for bad input or a failed run, 130 when it was stopped.
+    """
+    parser = argparse.ArgumentParser(
+        prog="study", description="Compare the objectives in a small rendered world (CPU, about 80 minutes)."
+    )
+    parser.add_argument("--size", default="default", help="smoke, default or full (default: %(default)s)")
+    parser.add_argument("--output", help="folder of the study (default: hera_study/SIZE)")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side, one thread each (%(default)s)")
+    parsed = parser.parse_args(arguments)
+    try:
+        print(run_study(parsed.output or f"hera_study/{parsed.size}", parsed.size, parsed.workers))
+    except ValueError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("study: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

@@ -78,7 +78,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, few, monkeypatch):
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(build.teachers, "train_teacher", fail)
+    monkeypatch.setattr(build.models, "train_teacher", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         build_demo(tmp_path / "hera_demo", size="test")
     assert not list(tmp_path.iterdir())
