@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import llamafactory.data.template  # before the plugin's templates, which its patch imports
 import yaml
 from llamafactory.extras import logging
 
