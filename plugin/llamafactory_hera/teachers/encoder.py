@@ -206,21 +206,10 @@ def _load_model(info: TeacherInfo, dtype: torch.dtype, key: str) -> torch.nn.Mod
     import transformers
 
     model_class = getattr(transformers, info.family.model_class)
-<<<<<<< HEAD
     config = model_class.config_class.from_pretrained(info.path)
     if info.family.output == "mean":
         config.vision_use_head = False  # the attention-pooling head of SigLIP is not what is read
     options: dict[str, Any] = {"add_pooling_layer": False} if info.model_type == "vit" else {}
-=======
-    config = model_class.config_class.from_pretrained(folder)
-    if info.model_type == "vit":
-        options: dict[str, Any] = {"add_pooling_layer": False}
-    else:
-        options = {}
-        if not info.has_cls:
-            # The attention-pooling head of SigLIP is not what is read.
-            config.vision_use_head = False
->>>>>>> selection
     with whole_model_on_every_rank(), _quiet(transformers.utils.logging):
         model, loading = model_class.from_pretrained(
             info.path, config=config, dtype=dtype, output_loading_info=True, **options
@@ -249,17 +238,11 @@ def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInf
 
 @contextmanager
 def whole_model_on_every_rank() -> Iterator[None]:
-<<<<<<< HEAD
     """Loads models that no engine will hold, under ZeRO-3 and FSDP too.
 
     While a ZeRO-3 config lives, ``from_pretrained`` partitions every model that it loads, and with FSDP's efficient
     loading it leaves all ranks but one without weights: both wait for an engine to gather them.
     """
-=======
-    # While a ZeRO-3 config lives, from_pretrained partitions every model that it loads, and with FSDP's efficient
-    # loading it leaves all ranks but one without weights. Both wait for an engine to gather them, and no engine ever
-    # holds the teacher.
->>>>>>> selection
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref
