@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llamafactory_hera.heads import HeadSet
-from llamafactory_hera.selection.recipe_file import set_heads_in_place, write_run_recipe
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
 
 ROOT = Path(__file__).parents[2]
-HEADS = HeadSet.parse("L13H12,L7H6")
+HEADS = Targets.parse("L13H12,L7H6")
 RECIPE = """\
 # a comment on top
 
@@ -109,7 +109,7 @@ def test_a_recipe_that_cannot_be_written_is_named(tmp_path, recipe, monkeypatch)
 def test_the_run_recipe_is_the_recipe_with_overrides_and_heads(recipe, tmp_path):
     target = tmp_path / "run.yaml"
     heads_file = tmp_path / "saves/hera/heads.json"
-    write_run_recipe(recipe, {"hera_select_m": 2, "learning_rate": 0.1, "new": "key"}, HEADS, heads_file, target)
+    write_run_yaml(recipe, {"hera_select_m": 2, "learning_rate": 0.1, "new": "key"}, HEADS, heads_file, target)
     expected = yaml.safe_load(RECIPE) | {"hera_heads": str(heads_file), "hera_select_m": 2, "learning_rate": 0.1}
     assert yaml.safe_load(target.read_text()) == expected | {"new": "key"}
     text = target.read_text()
@@ -121,7 +121,7 @@ def test_the_run_recipe_is_the_recipe_with_overrides_and_heads(recipe, tmp_path)
 
 def test_a_run_recipe_without_a_recipe(tmp_path):
     target = tmp_path / "run.yaml"
-    write_run_recipe(None, {"model_name_or_path": "x"}, HEADS, tmp_path / "heads.json", target)
+    write_run_yaml(None, {"model_name_or_path": "x"}, HEADS, tmp_path / "heads.json", target)
     assert yaml.safe_load(target.read_text()) == {
         "model_name_or_path": "x",
         "stage": "hera",
