@@ -14,7 +14,6 @@ from llamafactory_hera.selection.samples import (
     draw,
     draw_samples,
     encode_caption,
-    sample_image,
     samples_digest,
 )
 
@@ -42,11 +41,6 @@ class Pairs:
 
     def encode(self, row):
         return {"input_ids": [row]}
-
-
-@pytest.mark.parametrize(("index", "taken"), [(0, "a"), (1, "b"), (-1, "c"), (9, "c"), (-9, "a")])
-def test_which_of_several_images(index, taken):
-    assert sample_image(["a", "b", "c"], index) == taken
 
 
 def test_the_image_that_stands_for_a_sample_decides_what_is_a_repetition():

@@ -87,7 +87,7 @@ def test_the_table_names_extremes_choice_and_what_is_broken(tmp_path):
     values[0, 1] = NAN
     file = ScoreFile.load(write_scores(tmp_path / "heads.json", values.tolist()))
     table, ranked = render_table(file), file.ranked()
-    (worst, low), (top, high) = list(ranked.items())[0], list(ranked.items())[-1]
+    (worst, low), *_, (top, high) = ranked.items()
     first = next(line for line in table.splitlines() if line.startswith("  1"))
     assert f"{worst}* {low:.4f}" in first
     assert f"{top}  {high:.4f}" in first

@@ -107,7 +107,9 @@ def test_the_file_says_where_the_heads_come_from(tmp_path):
     expected |= {"strategy": "worst", "seed": 0, "stored_dtype": "fp32", "batch_size": 8, "compute_dtype": "float32"}
     assert {name: facts[name] for name in expected} == expected
     assert facts["chance_level"] == 4 / 39
-    assert {len(facts[f"{what}_fingerprint"]) for what in ("model", "teacher")} == {len(facts["samples_digest"])} == {64}
+    assert (
+        {len(facts[f"{what}_fingerprint"]) for what in ("model", "teacher")} == {len(facts["samples_digest"])} == {64}
+    )
     assert facts["versions"]["torch"] == version("torch")
     assert [len(row) for row in facts["scores"]] == [HEADS] * LAYERS
     assert [file.name for file in path.parent.iterdir()] == ["heads.json"]

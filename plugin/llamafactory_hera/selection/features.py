@@ -37,10 +37,12 @@ class FeatureBlocks:
         key: Digest of all that the features depend on.
         rows: For each block, the samples that it holds.
         n_layers: Decoder layers of the model.
-        stored_dtype: Precision on disk.
+        dtype: Precision on disk.
     """
 
-    def __init__(self, folder: Path, key: str, rows: list[list[int]], n_layers: int, stored_dtype: StoredDtype) -> None:
+    def __init__(
+        self, folder: Path, key: str, rows: list[list[int]], n_layers: int, stored_dtype: StoredDtype
+    ) -> None:
         self.folder = folder / f"{PREFIX}{key[:16]}"
         self.rows = rows
         self._n_layers = n_layers

@@ -97,7 +97,9 @@ def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, 
         # a dark line around a light one shows on both ends of the colour scale
         for colour, line in (("black", 3.4), ("white", 1.4)):
             corner = (head - 0.5, layer - 0.5)
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3))
+            axes.add_patch(
+                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3)
+            )
     axes.set_xticks(range(0, n_heads, tick_step(n_heads, size[0], _LABEL)))
     axes.set_yticks(range(0, n_layers, tick_step(n_layers, size[1], _LABEL)))
     axes.tick_params(labelsize=8)
