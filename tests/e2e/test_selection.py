@@ -10,7 +10,7 @@ import yaml
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.selection import score_checkpoint, select
-from llamafactory_hera.selection.scores import write_report
+from llamafactory_hera.selection.pictures import write_report
 
 from .runner import HostServer, run_command, write_recipe
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from llamafactory_hera.heads import Target
+from llamafactory_hera.selection.pictures import write_report
 from llamafactory_hera.selection.scores import (
     ScoreFile,
     choose_targets,
@@ -14,7 +15,6 @@ from llamafactory_hera.selection.scores import (
     rank_targets,
     render_markdown,
     render_table,
-    write_report,
 )
 
 from .score_files import write_scores

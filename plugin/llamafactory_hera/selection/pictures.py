@@ -1,7 +1,10 @@
 """The pictures: ``heads.png``, the score of every head and beside it layers against heads (paper, fig. 3 left);
 ``layers.png``; and the comparison of two runs (fig. 3 right)."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..files import whole_file
-from .scores import Comparison, ScoreFile, render_table
+from ..files import whole_file, write_text
+from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
 
 # From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -161,3 +164,33 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
     handles, labels = zip(*bars, chance, strict=True)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, n_files + 1), fontsize=8, frameon=False)
     save_figure(figure, target)
+
+
+def write_report(
+    paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
+) -> tuple[Path, Path]:
+    """Writes ``OUTPUT.png`` and ``OUTPUT.md``.
+
+    Args:
+        paths: Score files, "before" first.
+        output: Path without a suffix.
+        names: A name for each file.
+
+    Returns:
+        The picture and the Markdown file.
+
+    Raises:
+        ValueError: As :func:`compare`, or the output cannot be written.
+    """
+    comparison = compare(paths, names)
+    base = Path(output)
+    picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        draw_comparison(comparison, picture)
+        write_text(page, render_markdown(comparison, picture.name))
+    except OSError as error:
+        raise ValueError(
+            f"report: {base} cannot be written ({error.strerror or error}); give another path."
+        ) from error
+    return picture, page

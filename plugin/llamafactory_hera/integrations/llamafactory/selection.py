@@ -200,7 +200,7 @@ def run_score(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """``llamafactory-hera report``."""
-    from llamafactory_hera.selection.scores import write_report
+    from llamafactory_hera.selection.pictures import write_report
 
     for path in write_report(args.files, args.output, args.names):
         print(path)
