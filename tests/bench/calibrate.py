@@ -29,7 +29,7 @@ from llamafactory_hera.calibration.influence import margin_loss
 from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.settings import RahSettings
-from llamafactory_hera.selection.samples import Features
+from llamafactory_hera.selection.source import Features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE = 1
