@@ -4,6 +4,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -93,12 +94,13 @@ def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, 
     image = axes.imshow(known, cmap="cividis", aspect="auto", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
-    for layer, head in scored.broken():
+    for layer, head in np.argwhere(np.isnan(scored.scores)):
         axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
-    for layer, head in scored.chosen.items:
+    for target in scored.chosen.items:
+        assert target.head is not None
+        corner = (target.head - 0.5, target.layer - 0.5)
         # a dark line around a light one shows on both ends of the colour scale
         for colour, line in (("black", 3.4), ("white", 1.4)):
-            corner = (head - 0.5, layer - 0.5)
             axes.add_patch(
                 Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3)
             )
@@ -125,7 +127,7 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
     axes.plot(layers, worst, color=ORANGE, marker="v", markersize=4, label="worst head of the layer")
     if scored.chosen.granularity == "layer":
         chosen = [target.layer for target in scored.chosen.items]
-        ring = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
         axes.scatter(chosen, scored.layer_scores[chosen], s=110, **ring, label=_selected(scored), zorder=3)
     axes.axhline(scored.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
     axes.set_xlabel("layer")

@@ -157,12 +157,8 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
             return any(label != IGNORE_INDEX for label in features["labels"])
         return len(features["input_ids"]) > 0
 
-    found = draw(source, config.select.samples, config.select.seed, config.image_index, has_tokens)
-    _check_number(found, config.select.samples, config.select.k)
-    return found.samples
-
-
-def _check_number(found: Draw, asked: int, k: int) -> None:
+    asked, k = config.select.samples, config.select.k
+    found = draw(source, asked, config.select.seed, config.image_index, has_tokens)
     drawn, without_text = len(found.samples), found.without_text
     if without_text and not drawn:
         raise ValueError(
@@ -190,6 +186,7 @@ def _check_number(found: Draw, asked: int, k: int) -> None:
             chance,
             k,
         )
+    return found.samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
