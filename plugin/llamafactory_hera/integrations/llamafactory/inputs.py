@@ -1,5 +1,6 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -135,7 +136,9 @@ class HostSource(_Rows):
         from llamafactory.data.loader import _get_dataset_processor
 
         super().__init__(aligned)
-        self._check = partial(check_image_tokens, template=template, data_args=data_args, **tokenizer_module)
+        self._check: Callable[[int, Features], None] = partial(
+            check_image_tokens, template=template, data_args=data_args, **tokenizer_module
+        )
         self._n_encoded = 0
         self._processor = _get_dataset_processor(data_args, "sft", template, **tokenizer_module)
 

@@ -1,9 +1,10 @@
-"""Batches: every sample once, longest first, and halved when memory runs out."""
+"""The forward passes: every sample in one batch, longest first, halved when memory runs out; which logits are made."""
 
 import pytest
 import torch
 
-from llamafactory_hera.selection.batches import plan_batches, run_batches
+from llamafactory_hera.selection.forward import Forward, plan_batches, run_batches
+from tests.tiny_models import text_model
 
 FEATURES = [{"input_ids": [row] * (1 + row % 5)} for row in range(21)]
 
@@ -61,17 +62,37 @@ def test_batches_are_halved_when_memory_runs_out(error, caplog):
     assert all(blocks[row] == batch.block for batch, _ in seen for row in batch.rows)
 
 
-def test_one_sample_that_does_not_fit_is_an_error():
+@pytest.mark.parametrize(
+    ("error", "passes"), [(torch.OutOfMemoryError("CUDA out of memory."), 4), (RuntimeError("shapes do not fit"), 1)]
+)
+def test_one_sample_that_does_not_fit_and_any_other_error_are_raised(error, passes):
+    tried = []
+
     def run(batch):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        tried.append(len(batch["rows"]))
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error), match=str(error)):
         list(run_batches(plan(), FEATURES, collate, run))
+    assert tried == [8, 4, 2, 1][:passes]
 
 
-def test_another_error_is_not_mistaken_for_memory():
-    def run(batch):
-        raise RuntimeError("shapes do not fit")
+@pytest.mark.parametrize("skips", [True, False], ids=["logits_to_keep", "without"])
+def test_logits_are_those_of_the_positions(skips):
+    model = text_model("qwen3").eval()
+    batch = {"input_ids": torch.randint(3, 50, (2, 9)), "labels": torch.zeros(2, 9, dtype=torch.long)}
+    with torch.no_grad():
+        expected = model(batch["input_ids"]).logits
+    forward = Forward(model)
+    assert forward._can_skip_logits
+    forward._can_skip_logits = skips
+    positions = torch.tensor([1, 4, 8])
+    with torch.no_grad():
+        torch.testing.assert_close(forward.logits(batch, positions), expected[:, positions])
 
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        list(run_batches(plan(), FEATURES, collate, run))
+
+def test_the_language_model_alone_runs_without_a_head():
+    model = text_model("qwen3").eval()
+    model.lm_head.forward = None
+    with torch.no_grad():
+        Forward(model, "llm").run({"input_ids": torch.randint(3, 50, (2, 9)), "labels": None})

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from llamafactory_hera.heads.families import HeadLayout
-from llamafactory_hera.selection.blocks import FeatureBlocks
+from llamafactory_hera.selection.features import FeatureBlocks
 
-LAYOUT = HeadLayout("qwen3", n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, hidden_size=5)
+LAYERS = 3
 ROWS = [[4, 1], [0, 3], [2]]
 CPU = torch.device("cpu")
 
@@ -17,7 +16,7 @@ def values():
 
 def written(folder, dtype="fp32", key="a" * 64):
     heads, layers = values()
-    blocks = FeatureBlocks(folder, key, ROWS, LAYOUT, dtype)
+    blocks = FeatureBlocks(folder, key, ROWS, LAYERS, dtype)
     for block, rows in enumerate(ROWS):
         blocks.write(block, heads[rows], layers[rows])
     return blocks, heads, layers
@@ -25,26 +24,21 @@ def written(folder, dtype="fp32", key="a" * 64):
 
 def test_what_is_read_is_in_the_order_of_the_samples(tmp_path):
     blocks, heads, layers = written(tmp_path)
-    assert torch.equal(torch.stack(list(blocks.heads(CPU)), 1), heads)
-    assert torch.equal(torch.stack(list(blocks.layers(CPU)), 1), layers)
+    assert torch.equal(torch.stack(list(blocks.read("heads", CPU)), 1), heads)
+    assert torch.equal(torch.stack(list(blocks.read("layer", CPU)), 1), layers)
 
 
 def test_fp16_is_stored_rounded(tmp_path):
     blocks, heads, _ = written(tmp_path, "fp16")
-    assert torch.equal(torch.stack(list(blocks.heads(CPU)), 1), heads.half())
+    assert torch.equal(torch.stack(list(blocks.read("heads", CPU)), 1), heads.half())
 
 
-def test_what_fp16_cannot_hold_names_the_key(tmp_path):
-    blocks = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYOUT, "fp16")
+def test_what_fp16_cannot_hold_names_the_key_and_infinity_of_the_model_itself_is_stored(tmp_path):
+    blocks = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYERS, "fp16")
     heads, layers = values()
     with pytest.raises(ValueError, match=r"hera_select_dtype: fp16 .* 7e\+04"):
         blocks.write(0, heads[:2] * 0 + 7e4, layers[:2])
     assert blocks.missing() == [0, 1, 2]
-
-
-def test_infinity_of_the_model_itself_is_stored(tmp_path):
-    blocks = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYOUT, "fp16")
-    heads, layers = values()
     heads[0, 0, 0, 0] = torch.inf
     blocks.write(0, heads[:2], layers[:2])
     assert blocks.missing() == [1, 2]
@@ -53,10 +47,10 @@ def test_infinity_of_the_model_itself_is_stored(tmp_path):
 def test_another_run_goes_on_with_the_blocks_that_are_there(tmp_path):
     blocks, heads, layers = written(tmp_path)
     blocks._path(1).unlink()
-    again = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYOUT, "fp32")
+    again = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYERS, "fp32")
     assert again.missing() == [1]
     again.write(1, heads[ROWS[1]], layers[ROWS[1]])
-    assert torch.equal(torch.stack(list(again.heads(CPU)), 1), heads)
+    assert torch.equal(torch.stack(list(again.read("heads", CPU)), 1), heads)
 
 
 def test_a_damaged_block_is_missing(tmp_path, caplog):
@@ -67,21 +61,16 @@ def test_a_damaged_block_is_missing(tmp_path, caplog):
     assert "block-00002" in caplog.text
 
 
-def test_features_of_another_key_are_not_seen(tmp_path):
+def test_features_of_another_key_are_not_seen_and_all_are_cleared_together(tmp_path):
     written(tmp_path)
-    assert FeatureBlocks(tmp_path, "b" * 64, ROWS, LAYOUT, "fp32").missing() == [0, 1, 2]
-
-
-def test_clearing_leaves_everything_else(tmp_path):
-    written(tmp_path)
-    written(tmp_path, key="b" * 64)
+    assert FeatureBlocks(tmp_path, "b" * 64, ROWS, LAYERS, "fp32").missing() == [0, 1, 2]
     (tmp_path / "heads.json").write_text("{}")
     FeatureBlocks.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["heads.json"]
 
 
 def test_a_block_that_cannot_be_written_names_the_key(tmp_path):
-    blocks = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYOUT, "fp32")
+    blocks = FeatureBlocks(tmp_path, "a" * 64, ROWS, LAYERS, "fp32")
     blocks.folder.rmdir()
     blocks.folder.write_text("a file where the folder should be")
     heads, layers = values()
