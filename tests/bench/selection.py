@@ -28,13 +28,13 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.selection.batches import plan_batches
-from llamafactory_hera.selection.source import Features
 from llamafactory_hera.selection import run
+from llamafactory_hera.selection.batches import plan_batches
 from llamafactory_hera.selection.captions import collate_captions
 from llamafactory_hera.selection.forward import forward_call
 from llamafactory_hera.selection.material import Material
 from llamafactory_hera.selection.settings import SelectSettings
+from llamafactory_hera.selection.source import Features
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 

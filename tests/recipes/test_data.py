@@ -12,7 +12,7 @@ import transformers as tf
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.build import build_backbone
 
 from ..backbones.tiny import save_language_model, save_tower
 from .conftest import ROOT
