@@ -1,4 +1,4 @@
-"""Configurations of the table's models at full size, for models on the meta device."""
+"""The generator of recipes, and configurations of the table's models at full size, for the meta device."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,10 @@ from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 
 sys.path.append(str(Path(__file__).parents[2] / "recipes"))
+from generate import ablations, memory, recipes
 from generate.sizes import SIZES
+
+__all__ = ["NATIVE", "SIZES", "VISION", "ablations", "memory", "on_meta", "recipes", "text_config", "vlm_config"]
 
 #: Configuration of the paper's vision encoder: 27 x 27 patch tokens, no CLS token.
 VISION = {

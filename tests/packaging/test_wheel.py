@@ -46,7 +46,11 @@ def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
     assert {"llamafactory_hera/cli.py", "hera_patches/registry.py"} <= set(names)
     assert "llamafactory_hera/integrations/llamaboard/texts.yaml" in names
     recipes = {name.split("share/llamafactory-hera/recipes/")[1] for name in names if "/share/" in name}
-    shipped = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*") if path.is_file()}
+    shipped = {
+        str(path.relative_to(ROOT / "recipes"))
+        for path in (ROOT / "recipes").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert recipes == shipped
 
 

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import yaml
 
-from ..backbones import full_size  # noqa: F401 (puts recipes/ on the path)
-
 ROOT = Path(__file__).parents[2]
 
 

@@ -113,7 +113,7 @@ def loaded(model: Path, data: Path, dataset: str, template: str) -> list[dict[st
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from llamafactory_hera.integrations.llamafactory.dataset_checks import checked_dataset
+    from llamafactory_hera.integrations.llamafactory.checks import checked_dataset
 
     keys = {
         "model_name_or_path": str(model),

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.config import HeraConfig
 
-from ..backbones.full_size import SIZES
-from .conftest import ROOT, ablations, memory, recipes
+from ..backbones.full_size import SIZES, ablations, memory, recipes
+from .conftest import ROOT
 
 KINDS = ("pretrain", "hera", "hera_lora", "sft")
 
@@ -98,7 +98,7 @@ def test_native_models_select_their_heads_by_what_they_see(values: dict) -> None
 
 
 def test_only_keys_that_hera_declares_are_used(values: dict) -> None:
-    declared = set(HeraArguments.__dataclass_fields__)
+    declared = set(HeraConfig.knobs())
     for name, keys in values.items():
         assert {key for key in keys if key.startswith("hera_")} <= declared, name
 
@@ -119,11 +119,8 @@ def test_every_row_makes_the_global_batch_and_the_header_shows_it(recipe: Any, f
         assert candidates == max(recipe.work.global_batch, 128)
         row = [str(plan.gpus), str(plan.per_device), str(plan.accumulation)]
         assert any(words[1:4] == row for words in header), row
-    chosen = next(
-        plan
-        for plan in recipe.plans
-        if plan.gpus == (1 if "quantization_bit" in recipe.keys else recipes.DEFAULT_GPUS)
-    )
+    gpus = 1 if "quantization_bit" in recipe.keys else recipes.DEFAULT_GPUS
+    chosen = next(plan for plan in recipe.plans if plan.gpus == gpus)
     assert chosen.fits
     assert recipe.keys["per_device_train_batch_size"] == chosen.per_device
     assert recipe.keys["gradient_accumulation_steps"] == chosen.accumulation
@@ -202,7 +199,7 @@ def test_the_command_for_stage_one_makes_what_stage_two_starts_from(key: str, va
                 {k: v for k, v in keys.items() if k.startswith("hera_") and v is not None}
                 for keys in (stage_one, values[name])
             )
-            HeraArguments(**ours).check_hera()
+            HeraConfig.from_keys(ours)
             unused = {"hera_k", "hera_temperature", "hera_memory"}
             assert {k: v for k, v in ours.items() if k not in unused} == {
                 k: v for k, v in theirs.items() if k not in unused

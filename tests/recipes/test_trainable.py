@@ -9,8 +9,7 @@ from torch import nn
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 
-from ..backbones.full_size import SIZES, on_meta, vlm_config
-from .conftest import recipes
+from ..backbones.full_size import SIZES, on_meta, recipes, vlm_config
 
 RECIPES = {recipe.name: recipe for recipe in recipes.all_recipes()}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
