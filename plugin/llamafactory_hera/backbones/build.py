@@ -118,11 +118,12 @@ def padded_vocabulary(rows: int, tokens: int) -> int:
 
 
 def _config(language: Source, vision: Source, processor: Any, size: tuple[int, int]) -> Any:
-    from transformers import LlavaConfig
+    import transformers
 
+    llava: Any = transformers.LlavaConfig
     text, patch = language.config, vision.config.patch_size
     pad = text.pad_token_id if text.pad_token_id is not None else processor.tokenizer.pad_token_id
-    return LlavaConfig(
+    return llava(
         text_config=text.to_dict() | {"vocab_size": padded_vocabulary(text.vocab_size, len(processor.tokenizer))},
         vision_config=vision.config.to_dict(),
         image_token_index=processor.image_token_id,
@@ -154,7 +155,7 @@ def _weights(language: Source, vision: Source, config: Any, seed: int) -> dict[s
 
 def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Two linear layers with PyTorch's default initialisation, as LLaVA-1.5 begins; a generator for each tensor."""
-    projector = {}
+    projector: dict[str, Tensor] = {}
     for layer, inputs in ((1, width), (2, hidden)):
         for kind, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):
             generator = torch.Generator().manual_seed(4 * seed + len(projector))
@@ -169,10 +170,11 @@ def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: So
     Raises:
         ValueError: No model can be made of the configuration, or a tensor is missing, left over, or of another shape.
     """
-    from transformers import LlavaForConditionalGeneration
+    import transformers
 
+    llava: Any = transformers.LlavaForConditionalGeneration
     try:
-        model, found = LlavaForConditionalGeneration.from_pretrained(
+        model, found = llava.from_pretrained(
             None,
             config=config,
             state_dict={name: tensor.to("meta") for name, tensor in weights.items()},
@@ -191,11 +193,10 @@ def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: So
         wrong[name] = f"{tuple(stored)}, config.json asks for {tuple(asked)}"
     if wrong:
         name = min(wrong)
-        is_vision = "vision_tower" in name
-        key, folder = (VISION_KEY, vision.folder) if is_vision else (LANGUAGE_KEY, language.folder)
+        key, source = (VISION_KEY, vision) if "vision_tower" in name else (LANGUAGE_KEY, language)
         raise ValueError(
-            f"{key}: configuration and weights of {folder} do not belong together in {len(wrong)} tensors. The first: "
-            f"{name} is {wrong[name]}. Download it again, whole."
+            f"{key}: configuration and weights of {source.folder} do not belong together in {len(wrong)} tensors. "
+            f"The first: {name} is {wrong[name]}. Download it again, whole."
         )
     return sum(parameter.numel() for parameter in model.parameters())
 
