@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .entries import TextSizes
+from .sizes import Sizes
 
 GIB = 2**30
 
@@ -25,7 +25,7 @@ class Work:
     """What a recipe trains.
 
     Attributes:
-        text: Sizes of the text decoder.
+        sizes: Of the model.
         n_frozen: Frozen parameters.
         n_trained: Trained parameters.
         tokens: Length of a padded sequence.
@@ -35,7 +35,7 @@ class Work:
         four_bit: The frozen linear layers are kept in 4 bits.
     """
 
-    text: TextSizes
+    sizes: Sizes
     n_frozen: int
     n_trained: int
     tokens: int
@@ -51,8 +51,8 @@ class Work:
 
     def memory(self, gpus: int, per_device: int) -> float:
         """GiB a GPU with gradient checkpointing, an estimate on the high side."""
-        text = self.text
-        embeddings = text.hidden * text.vocabulary * (1 if text.tied else 2)
+        sizes = self.sizes
+        embeddings = sizes.hidden * sizes.vocabulary * (1 if sizes.tied else 2)
         frozen = 2.0 * self.n_frozen
         if self.four_bit:
             frozen = 2.0 * embeddings + NF4_BYTES * (self.n_frozen - embeddings)
@@ -60,9 +60,9 @@ class Work:
         if self.zero3:
             gathered = 2.0 * 2 * embeddings  # the largest parameters, whole while they are used
             weights = weights / gpus + gathered
-        checkpoints = 2 * text.layers * text.hidden
-        one_layer = 2 * (8 * text.hidden + 6 * text.intermediate)
-        per_token = checkpoints + one_layer + LOGIT_BYTES * text.vocabulary
+        checkpoints = 2 * sizes.layers * sizes.hidden
+        one_layer = 2 * (8 * sizes.hidden + 6 * sizes.intermediate)
+        per_token = checkpoints + one_layer + LOGIT_BYTES * sizes.vocabulary
         return (weights + per_device * self.tokens * per_token + OVERHEAD) / GIB
 
 

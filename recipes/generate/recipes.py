@@ -1,23 +1,23 @@
-"""Generates the recipes from the table of backbones: ``python -m llamafactory_hera.backbones.recipes recipes``.
+"""The recipes, made of the table of backbones.
 
 Hyper-parameters are LLaVA-1.5's, which the paper uses (arXiv 2606.23885): stage 1 with global batch 256 and learning
 rate 1e-3 on the projector, stage 2 with 128 and 2e-5; cosine, 3 % warm-up, one epoch, bf16. Learning rates of LoRA and
 of finished VLMs are this project's choice.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import recipe_sections as sections
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS, TEACHER, VISION_MODEL, Backbone
+
+from . import sections
 from .ablations import MARKS, ablations, index
 from .ablations import MODELS as ABLATED
-from .entries import LanguageModel, NativeModel
 from .memory import Work, spread
-from .recipe_text import Recipe, render
-from .table import LANGUAGE_MODELS, NATIVE_MODELS, TEACHER, VISION_MODEL
+from .sizes import SIZES, Sizes
+from .text import Recipe, render
 
 GPUS = (1, 8, 32)
 #: GPUs that the values of a recipe are for; the other rows stand in its header.
@@ -37,22 +37,14 @@ _INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions and their i
 _QUANT_NEED = ("bitsandbytes", 'pip install "llamafactory-hera[quant]"')
 
 
-def n_projector(model: LanguageModel) -> int:
+def n_projector(sizes: Sizes) -> int:
     """Parameters of the two-layer projector into an LLM."""
-    hidden = model.text.hidden
-    return VISION_WIDTH * hidden + hidden * hidden + 2 * hidden
+    return VISION_WIDTH * sizes.hidden + sizes.hidden**2 + 2 * sizes.hidden
 
 
-def n_lora(model: LanguageModel | NativeModel, rank: int) -> int:
-    """Parameters of LoRA adapters on every linear layer of the text decoder."""
-    text = model.text
-    query, key = text.heads * text.head_dim, text.kv_heads * text.head_dim
-    widths = 2 * (text.hidden + query) + 2 * (text.hidden + key) + 3 * (text.hidden + text.intermediate)
-    return rank * widths * text.layers
-
-
-def _pretrain(model: LanguageModel) -> Recipe:
-    work = Work(model.text, model.n_parameters + N_VISION, n_projector(model), CAPTION_TOKENS, 256)
+def _pretrain(model: Backbone) -> Recipe:
+    sizes = SIZES[model.key]
+    work = Work(sizes, sizes.n_parameters + N_VISION, n_projector(sizes), CAPTION_TOKENS, 256)
     plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[GPUS.index(DEFAULT_GPUS)]
     build = f"llamafactory-hera build --language-model {model.checkpoint} --vision-model {VISION_MODEL}"
@@ -73,14 +65,15 @@ def _pretrain(model: LanguageModel) -> Recipe:
     )
 
 
-def _stage_two(model: LanguageModel, kind: Literal["hera", "hera_lora"]) -> Recipe:
+def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
+    sizes = SIZES[model.key]
     if kind == "hera_lora":
-        trained = n_lora(model, LORA_RANK) + n_projector(model)
-        work = Work(model.text, model.n_parameters + N_VISION, trained, CUTOFF, 128)
+        trained = sizes.lora(LORA_RANK) + n_projector(sizes)
+        work = Work(sizes, sizes.n_parameters + N_VISION, trained, CUTOFF, 128)
         what, rate = "with HeRA by LoRA: adapters on the LLM, and the projector.", "2.0e-4"
         keys = sections.lora(LORA_RANK, "multi_modal_projector")
     else:
-        work = Work(model.text, N_VISION, model.n_parameters + n_projector(model), CUTOFF, 128, zero3=True)
+        work = Work(sizes, N_VISION, sizes.n_parameters + n_projector(sizes), CUTOFF, 128, zero3=True)
         what, rate = "with HeRA: LLM and projector learn from instructions.", "2.0e-5"
         keys = sections.FULL
     plans = [spread(work, gpus) for gpus in GPUS]
@@ -103,7 +96,7 @@ def _stage_two(model: LanguageModel, kind: Literal["hera", "hera_lora"]) -> Reci
     )
 
 
-def _baseline(model: LanguageModel) -> Recipe:
+def _baseline(model: Backbone) -> Recipe:
     hera = _stage_two(model, "hera")
     stage_one = f"saves/{model.key}/pretrain_sft"
     notes = (
@@ -134,20 +127,20 @@ _NATIVE_KINDS = {
 }
 
 
-def _native(model: NativeModel, name: str) -> Recipe:
-    kind = _NATIVE_KINDS[name]
-    cutoff = LONG_CUTOFF if model.image_tokens > CUTOFF // 2 else CUTOFF
+def _native(model: Backbone, name: str) -> Recipe:
+    kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
+    cutoff = LONG_CUTOFF if sizes.image_tokens > CUTOFF // 2 else CUTOFF
     # the vision half is small beside the text decoder, and is counted with it
     if kind.four_bit:
-        trained = n_lora(model, kind.rank)
-        work = Work(model.text, model.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)
+        trained = sizes.lora(kind.rank)
+        work = Work(sizes, sizes.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)
     elif kind.rank:
-        work = Work(model.text, model.n_parameters, n_lora(model, kind.rank), cutoff, 128)
+        work = Work(sizes, sizes.n_parameters, sizes.lora(kind.rank), cutoff, 128)
     else:
-        work = Work(model.text, 0, model.n_parameters, cutoff, 128, zero3=True)
+        work = Work(sizes, 0, sizes.n_parameters, cutoff, 128, zero3=True)
     plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[0 if kind.four_bit else GPUS.index(DEFAULT_GPUS)]
-    keys = sections.lora(kind.rank, None if kind.four_bit else model.projector) if kind.rank else sections.FULL
+    keys = sections.lora(kind.rank, None if kind.four_bit else sizes.projector) if kind.rank else sections.FULL
     checkpoint = (model.checkpoint, "the model: fetched from the hub, or a local folder in model_name_or_path")
     return Recipe(
         f"{model.key}_{name}",
@@ -196,8 +189,3 @@ def write_index(page: Path) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     page.write_text(f"{before}{MARKS[0]}\n{index()}\n{MARKS[1]}{after}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_index(Path(sys.argv[1], "README.md"))
-    print(f"{len(write_recipes(Path(sys.argv[1])))} recipes written")

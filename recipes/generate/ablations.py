@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .entries import LanguageModel
-from .recipe_text import Recipe
-from .table import TEACHER
+from llamafactory_hera.backbones.table import TEACHER, Backbone
+
+from .text import Recipe
 
 FOLDER = "ablations"
 #: The two LLMs of the paper's table.
@@ -38,7 +38,7 @@ class Row:
     paper: tuple[str, ...] = ("", "")
     note: str = ""
 
-    def values(self, model: LanguageModel) -> dict[str, Any]:
+    def values(self, model: Backbone) -> dict[str, Any]:
         """The keys with the model's heads written out."""
         count = self.keys.get("hera_heads")
         if not isinstance(count, int):
@@ -100,7 +100,7 @@ ROWS = (
 )
 
 
-def ablations(model: LanguageModel, hera: Recipe) -> Iterator[Recipe]:
+def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
     """The rows for one LLM.
 
     Args:
@@ -128,7 +128,7 @@ def _hera(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     return {**values, "hera_teacher": TEACHER, **{key: keys[key] for key in _CONTRASTIVE}}
 
 
-def _stage_one(model: LanguageModel, row: Row, values: dict[str, Any], folder: str) -> str:
+def _stage_one(model: Backbone, row: Row, values: dict[str, Any], folder: str) -> str:
     command = f"llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder}"
     if not row.both:
         return f"Stage 1 goes without it: `{command} stage=sft`."

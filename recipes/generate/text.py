@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .memory import Batches, Work
-from .recipe_sections import Section
+from .sections import Section
 
 WIDTH = 118
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from llamafactory_hera.backbones.table import TEACHER
+
 from .memory import Batches
-from .table import TEACHER
 
 #: Name of a section and its keys.
 Section = tuple[str, dict[str, Any]]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 import transformers as tf
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from llamafactory_hera.backbones.assemble import build_backbone
 from llamafactory_hera.backbones.cli import register
 
+from .conftest import Build
 from .tiny import FAMILIES, TOWERS, save_language_model
 
 PROMPT = torch.tensor([[5, 70, 300, 41, 7, 260]])
@@ -34,9 +36,14 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def same(folder: Path, other: Path) -> bool:
+    ours, theirs = stored(folder), stored(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_language_model_is_inside_bit_by_bit(family: str, checkpoints: dict, tmp_path: Path) -> None:
-    built = build_backbone(str(checkpoints[family]), str(checkpoints["siglip"]), tmp_path / "built")
+def test_the_language_model_is_inside_bit_by_bit(family: str, checkpoints: dict, build: Build) -> None:
+    built = build(family)
     theirs, ours = stored(checkpoints[family]), stored(built.folder)
     for name, tensor in theirs.items():
         inside = ours[f"language_model.{name}"]
@@ -60,8 +67,8 @@ def test_the_language_model_is_inside_bit_by_bit(family: str, checkpoints: dict,
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_the_towers_patch_tokens_are_the_images_tokens(tower: str, checkpoints: dict, tmp_path: Path) -> None:
-    built = build_backbone(str(checkpoints["qwen3"]), str(checkpoints[tower]), tmp_path / "built")
+def test_the_towers_patch_tokens_are_the_images_tokens(tower: str, checkpoints: dict, build: Build) -> None:
+    built = build(tower=tower)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
     image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
     inputs = processor(images=image, text="<image>\nWhat is it?", return_tensors="pt")
@@ -84,13 +91,11 @@ def test_the_towers_patch_tokens_are_the_images_tokens(tower: str, checkpoints: 
         seen = llava(**inputs).logits[:, -1]
         other = llava(**inputs | {"pixel_values": -inputs["pixel_values"]}).logits[:, -1]
     assert not torch.allclose(seen, other)
-    names = {name for name in stored(built.folder) if name.startswith("vision_tower.")}
-    assert {stored(built.folder)[name].dtype for name in names} == {torch.float32}
 
 
-def test_tied_embeddings_stay_tied(checkpoints: dict, tmp_path: Path) -> None:
+def test_tied_embeddings_stay_tied(build: Build, tmp_path: Path) -> None:
     llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
-    built = build_backbone(str(llm), str(checkpoints["siglip"]), tmp_path / "built")
+    built = build(llm)
     llava = load(built.folder)
     assert llava.lm_head.weight is llava.get_input_embeddings().weight
     assert "language_model.lm_head.weight" not in stored(built.folder)
@@ -99,25 +104,25 @@ def test_tied_embeddings_stay_tied(checkpoints: dict, tmp_path: Path) -> None:
         assert torch.equal(llava(input_ids=PROMPT).logits[..., :403], reference(PROMPT).logits)
 
 
-def test_rows_to_spare_are_used_before_the_embedding_grows(checkpoints: dict, tmp_path: Path) -> None:
+def test_rows_to_spare_are_used_before_the_embedding_grows(build: Build, tmp_path: Path) -> None:
     llm = save_language_model("qwen3", tmp_path / "llm", rows=448)
-    built = build_backbone(str(llm), str(checkpoints["siglip"]), tmp_path / "built")
+    built = build(llm)
     assert (built.image_token_id, built.vocabulary) == (403, 448)
     embedding = "model.embed_tokens.weight"
     assert torch.equal(stored(built.folder)[f"language_model.{embedding}"], stored(llm)[embedding])
 
 
-def test_a_special_image_token_that_is_there_is_used(checkpoints: dict, tmp_path: Path) -> None:
+def test_a_special_image_token_that_is_there_is_used(build: Build, tmp_path: Path) -> None:
     llm = save_language_model("qwen3", tmp_path / "llm", rows=448)
     tokenizer = tf.AutoTokenizer.from_pretrained(llm)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.save_pretrained(llm)
-    built = build_backbone(str(llm), str(checkpoints["siglip"]), tmp_path / "built")
+    built = build(llm)
     assert built.image_token_id == 403
     assert len(tf.AutoTokenizer.from_pretrained(built.folder)) == 404
 
 
-def test_old_pickled_checkpoints_are_read(checkpoints: dict, tmp_path: Path) -> None:
+def test_old_pickled_checkpoints_are_read(checkpoints: dict, build: Build, tmp_path: Path) -> None:
     source = checkpoints["vicuna"]
     folder = tmp_path / "pickled"
     folder.mkdir()
@@ -132,22 +137,33 @@ def test_old_pickled_checkpoints_are_read(checkpoints: dict, tmp_path: Path) -> 
         torch.save(half, folder / name)
     weight_map = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    built = build_backbone(str(folder), str(checkpoints["siglip"]), tmp_path / "built")
-    plain = build_backbone(str(source), str(checkpoints["siglip"]), tmp_path / "plain")
-    expected = stored(plain.folder)
-    assert stored(built.folder).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(built.folder).items())
+    built = build(folder)
+    assert same(built.folder, build(source, output="plain").folder)
 
 
-def test_the_seed_decides_the_projector_and_nothing_else(checkpoints: dict, tmp_path: Path) -> None:
-    models = {
-        name: stored(
-            build_backbone(str(checkpoints["qwen3"]), str(checkpoints["siglip"]), tmp_path / name, seed=seed).folder
-        )
-        for name, seed in (("a", 0), ("again", 0), ("b", 1))
-    }
-    same = {name for name, tensor in models["a"].items() if torch.equal(tensor, models["b"][name])}
-    assert {name for name in models["a"] if name not in same} == {
+def test_large_models_are_cut_into_files_of_the_size_asked_for(build: Build) -> None:
+    whole, cut = build(output="whole"), build(output="cut", shard_gib=60_000 / 2**30)
+    files = list(cut.folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 65_000
+    assert same(cut.folder, whole.folder)
+    load(cut.folder)
+
+
+def test_every_tensor_keeps_its_own_dtype(checkpoints: dict, build: Build, tmp_path: Path) -> None:
+    llm = shutil.copytree(checkpoints["qwen3"], tmp_path / "llm")
+    weights = {name: t.float() if "norm" in name else t for name, t in stored(llm).items()}
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    built = build(llm).folder
+    assert json.loads((built / "config.json").read_text())["dtype"] == "bfloat16"
+    dtypes = {name: tensor.dtype for name, tensor in stored(built).items()}
+    assert {dtypes[f"language_model.{name}"] == tensor.dtype for name, tensor in weights.items()} == {True}
+    assert {dtype for name, dtype in dtypes.items() if name.startswith("vision_tower.")} == {torch.float32}
+
+
+def test_the_seed_decides_the_projector_and_nothing_else(build: Build) -> None:
+    models = {name: stored(build(output=name, seed=seed).folder) for name, seed in (("a", 0), ("again", 0), ("b", 1))}
+    assert {name for name, tensor in models["a"].items() if not torch.equal(tensor, models["b"][name])} == {
         f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
     }
     assert all(torch.equal(tensor, models["again"][name]) for name, tensor in models["a"].items())
