@@ -462,14 +462,14 @@ def test_up_to_the_limit_and_large_shards_are_left_alone(folder, few_shards, mon
     before = shard_files(cache)
     assert shard_files(FeatureCache(folder, TEACHER, DIM)) == before
     write_many(folder, range(100, 120))
-    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10)
+    monkeypatch.setattr(cache_module, "_MERGED_ROWS", 2)
     before = shard_files(cache)
     assert shard_files(FeatureCache(folder, TEACHER, DIM)) == before
 
 
 def test_merged_shards_keep_to_their_size(folder, few_shards, monkeypatch):
     write_many(folder, range(40))
-    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10 * 2 * DIM)
+    monkeypatch.setattr(cache_module, "_MERGED_ROWS", 10)
     reader = FeatureCache(folder, TEACHER, DIM)
     assert len(shard_files(reader)) == 4
     assert holds(reader, range(40))

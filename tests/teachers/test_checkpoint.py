@@ -102,8 +102,8 @@ def cut_weights(folder):
 def test_what_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
     folder = save_teacher("dinov2")
     damage(folder)
-    with pytest.raises(ValueError, match=f"^my_key: .*{message}") as caught:
-        check_teacher(str(folder), key="my_key")
+    with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}") as caught:
+        check_teacher(str(folder))
     assert str(folder) in str(caught.value)
 
 

@@ -86,7 +86,7 @@ def load_image(image: ImageLike) -> Image.Image:
     # PIL's plugins raise errors of many kinds on broken files
     except Exception as error:
         raise ValueError(
-            f"The image {describe_image(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
+            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
             "it or remove its sample from the dataset."
         ) from error
 
@@ -110,17 +110,11 @@ def image_key(image: ImageLike) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
-def describe_image(image: ImageLike) -> str:
-    """A short name of an image for messages."""
-    if isinstance(image, dict):
-        return repr(image.get("path")) if image.get("path") else "given as bytes without a path"
+def _name(image: ImageLike) -> str:
     if isinstance(image, str | os.PathLike):
         return repr(os.fspath(image))
-    if isinstance(image, bytes):
-        return f"given as {len(image)} bytes"
-    if isinstance(image, Image.Image):
-        return repr(getattr(image, "filename", "")) if getattr(image, "filename", "") else "given as a PIL image"
-    return repr(getattr(image, "name", type(image).__name__))
+    path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", getattr(image, "name", None))
+    return repr(path) if path else f"given as {type(image).__name__} without a path"
 
 
 def _encoded(image: ImageLike) -> bytes:
