@@ -118,7 +118,7 @@ def test_the_decoder_is_found_inside_wrappers(wrap):
     assert model_config(wrapped) is model.config
 
 
-# -- which parameters feed a head ---------------------------------------------------------------------------------------
+# -- which parameters feed a head ------------------------------------------------------------------------------------
 
 
 def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_layer: bool = False) -> set[str]:

@@ -61,7 +61,9 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, text: str) 
 @both
 def test_none_and_the_same_twice_are_refused(targets: Targets) -> None:
     for text in ("", "  ", ",", " , \n"):
-        with pytest.raises(ValueError, match=rf"^{targets.key}: no {targets.granularity} is named; write {targets.what}"):
+        with pytest.raises(
+            ValueError, match=rf"^{targets.key}: no {targets.granularity} is named; write {targets.what}"
+        ):
             Targets.parse(text, targets.granularity)
     first, second, third = targets.names
     for text in (f"{second},{first},{third},{second},{first.lower()}", [third, second, third, second]):
@@ -122,9 +124,15 @@ def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
         targets.save(name)
         assert Targets.resolve(name, targets.granularity) == targets
         assert Targets.resolve(f"./{name}", targets.granularity) == targets
-    for missing, why in (("missing.json", "No such file"), ("folder/missing", "No such file"), (".", "Is a directory")):
+    for missing, why in (
+        ("missing.json", "No such file"),
+        ("folder/missing", "No such file"),
+        (".", "Is a directory"),
+    ):
         value = missing if why == "No such file" else str(tmp_path)
-        with pytest.raises(ValueError, match=rf"^{targets.key}: {value} cannot be read .{why}.*; give a .* or name the"):
+        with pytest.raises(
+            ValueError, match=rf"^{targets.key}: {value} cannot be read .{why}.*; give a .* or name the"
+        ):
             Targets.resolve(value, targets.granularity)
 
 
