@@ -9,6 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import llamafactory_hera
 
+from . import installed
+from .registry import PATCHES, statuses
+
 TESTED_HOSTS = ("0.9.5",)
 _PACKAGES = ("llamafactory", "torch", "torchvision", "torchaudio", "transformers", "peft", "accelerate", "deepspeed")
 _PINNED = 'pip install "llamafactory-hera[pinned]"'
@@ -103,13 +106,10 @@ def _deepspeed() -> Iterator[Finding]:
 
 
 def _patches() -> Iterator[Finding]:
-    import hera_patches
-    from hera_patches.registry import PATCHES, statuses
-
     if os.environ.get("HERA_DISABLE", "0") not in ("", "0"):
         yield Finding("patches", "switched off by HERA_DISABLE", "unset HERA_DISABLE to train with stage: hera")
         return
-    if not hera_patches.installed():
+    if not installed():
         yield Finding(
             "patches",
             "not installed at interpreter start: no llamafactory_hera.pth in a site-packages folder of this Python",
