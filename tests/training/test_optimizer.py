@@ -1,3 +1,5 @@
+"""What an objective trains beside the model, against AdamW written out; resumed, skipped, and equal on every rank."""
+
 import math
 
 import pytest
@@ -6,20 +8,20 @@ from safetensors.torch import load, save
 from tests.ranks import run_ranks
 from torch import Tensor
 
-from llamafactory_hera.objectives import Options
+from llamafactory_hera.objectives import Options, PatchBatch, create
 from llamafactory_hera.objectives.contrastive import Contrastive
-from llamafactory_hera.training.own_parameters import OwnParameters
+from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 
 
 class Temperature:
     """The contrastive objective's only parameter, and what trains it."""
 
     def __init__(self, initial: float, learned: bool = True) -> None:
-        options = Options(n_sites=1, dim=1, teacher_dim=1, temperature=initial, learn_temperature=learned)
+        options = Options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, learn_temperature=learned)
         self.objective = Contrastive(options)
-        self.own = OwnParameters(self.objective)
+        own = ObjectiveOptimizer(self.objective)
         self.log_value = self.objective.log_temperature
-        self.step, self.state, self.load_state = self.own.step, self.own.state, self.own.load_state
+        self.step, self.state, self.load_state = own.step, own.state, own.load_state
 
     def __call__(self) -> Tensor:
         return self.objective.temperature()
@@ -55,8 +57,7 @@ def reference(initial: float, targets: list[float], learning_rate: float = 0.05)
 
 def test_it_starts_at_the_given_value_with_gradient():
     temperature = Temperature(0.07)
-    assert temperature.value == pytest.approx(0.07, rel=1e-6)
-    assert temperature().item() == pytest.approx(0.07, rel=1e-6)
+    assert (temperature.value, temperature().item()) == pytest.approx((0.07, 0.07), rel=1e-6)
     assert temperature().shape == ()
     temperature().backward()
     assert temperature.log_value.grad.item() == pytest.approx(0.07, rel=1e-6)  # d exp(x) / dx
@@ -106,12 +107,23 @@ def test_a_gradient_that_is_not_finite_is_skipped(gradient):
     assert train(temperature, [0.5, 0.2]) == train(untouched, [0.5, 0.2])
 
 
-def test_a_fixed_temperature_stays_and_has_no_gradient():
-    temperature = Temperature(0.07, learned=False)
-    assert not temperature().requires_grad
-    temperature.step(0.1)
-    assert temperature.value == pytest.approx(0.07, rel=1e-6)
-    assert set(temperature.state()) == {"objective.log_temperature"}
+def test_the_factor_of_a_loss_scaler_is_divided_out():
+    plain, scaled = Temperature(0.07), Temperature(0.07)
+    for temperature, scale in ((plain, 1.0), (scaled, 1024.0)):
+        temperature.log_value.grad = torch.tensor(1e-7 * scale)  # as large as the epsilon of AdamW
+        temperature.step(0.05, scale)
+    assert scaled.value == plain.value != pytest.approx(0.07, rel=1e-3)
+
+
+def test_a_fixed_temperature_stays_and_takes_the_saved_value_alone():
+    learned, fixed = Temperature(0.07), Temperature(0.5, learned=False)
+    assert not fixed().requires_grad
+    fixed.step(0.1)
+    assert fixed.value == pytest.approx(0.5, rel=1e-6)
+    assert set(fixed.state()) == {"objective.log_temperature"}
+    train(learned, [0.5])
+    fixed.load_state(saved(learned.state()))
+    assert fixed.value == learned.value
 
 
 def saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,11 +156,24 @@ def test_a_saved_state_does_not_change_with_later_steps():
     assert all(torch.equal(state[name], copies[name]) for name in state)
 
 
-def test_a_fixed_temperature_takes_the_saved_value_alone():
-    learned, fixed = Temperature(0.07), Temperature(0.5, learned=False)
-    train(learned, [0.5])
-    fixed.load_state(saved(learned.state()))
-    assert fixed.value == learned.value
+def test_projectors_resume_to_the_last_bit():
+    z, teacher, valid = torch.randn(2, 4, 4, 5), torch.randn(4, 3, 3, 3), torch.ones(4, dtype=torch.bool)
+
+    def steps(objective, optimizer, n):
+        losses = []
+        for _ in range(n):
+            loss = objective(PatchBatch(z, teacher, valid)).mean()
+            loss.backward()
+            optimizer.step(0.01)
+            losses.append(loss.item())
+        return losses
+
+    options = Options(2, 5, 3)
+    straight, resumed = create("viral", options), create("viral", options, seed=9)
+    first, second = ObjectiveOptimizer(straight), ObjectiveOptimizer(resumed)
+    before = steps(straight, first, 3)
+    second.load_state(saved(first.state()))
+    assert steps(straight, first, 3) == steps(resumed, second, 3) < before
 
 
 def _replica(rank: int) -> Tensor:
