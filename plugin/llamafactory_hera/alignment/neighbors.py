@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
 SAME_IMAGE = 1 - 1e-5
+# Rows of similarities that are held at a time, where all of them would take memory by the square.
+_ROWS = 1024
 
 
 def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> Tensor:
@@ -65,8 +67,12 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True) -> Tenso
     n = features.shape[-2]
     if not 1 <= k <= n - 1:
         raise ValueError(f"k={k} neighbours of {n} samples: choose 1 <= k <= {n - 1}, or give more samples.")
-    itself = torch.eye(n, dtype=torch.bool, device=features.device)
-    return rank_neighbors(similarity(features, features, normalize), k, excluded=itself)
+    index = torch.arange(n, device=features.device)
+    parts = [
+        rank_neighbors(similarity(features[..., rows, :], features, normalize), k, excluded=rows[:, None] == index)
+        for rows in index.split(_ROWS)
+    ]
+    return torch.cat(parts, dim=-2)
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:

@@ -27,7 +27,7 @@ class Contrastive(Objective):
         return self.log_temperature.exp()
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each site: the mean over samples that have a neighbour."""
+        """The loss of each target: the mean over samples that have a neighbour."""
         candidates = batch.candidates
         losses = multi_target_info_nce(
             batch.similarities, candidates.positives, candidates.allowed, self.temperature()

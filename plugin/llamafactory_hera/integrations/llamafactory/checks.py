@@ -3,12 +3,12 @@
 from typing import Any
 
 from llamafactory_hera.alignment.gather import world_size
-from llamafactory_hera.heads import HeadSet, Sites
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import find
-from llamafactory_hera.teachers.check import check_teacher
-
-from .visual_tokens import grid_side
+from llamafactory_hera.teachers.checkpoint import check_teacher
 
 # Key -> why it cannot work, and what to do.
 _MODEL_KEYS = {
@@ -25,7 +25,7 @@ _DATA_KEYS = {
 }
 
 
-def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+def check_run(config: HeraConfig, model_args: Any, data_args: Any, training_args: Any) -> None:
     """Checks everything that needs no model.
 
     Raises:
@@ -37,27 +37,27 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
             if value:
                 raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
     _check_parallelism(training_args)
-    check_teacher(finetuning_args.hera_teacher)
-    _check_batch(training_args, finetuning_args)
+    check_teacher(config.teacher)
+    _check_batch(config, training_args)
 
 
-def _check_batch(training_args: Any, finetuning_args: Any) -> None:
-    objective = find(finetuning_args.hera_objective)
+def _check_batch(config: HeraConfig, training_args: Any) -> None:
+    objective = find(config.objective)
     together = training_args.per_device_train_batch_size * world_size()
-    if finetuning_args.hera_accumulate == "gradcache":
+    if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if together >= objective.least_samples or finetuning_args.hera_memory > 0:
+    if together >= objective.least_samples or config.memory > 0:
         return
     size = training_args.per_device_train_batch_size
     if objective.uses_candidates:
         raise ValueError(
             f"per_device_train_batch_size: {size} on one process leaves a sample without another to be compared with; "
-            f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}; under gradient "
+            f"raise it, use more processes, or set hera_memory: {4 * config.k}; under gradient "
             "accumulation hera_accumulate: gradcache takes the step's micro-batches together."
         )
     raise ValueError(
         f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-        f"{finetuning_args.hera_objective} needs {objective.least_samples} samples together; raise it, use more "
+        f"{config.objective} needs {objective.least_samples} samples together; raise it, use more "
         "processes or, under gradient accumulation, hera_accumulate: gradcache."
     )
 
@@ -76,7 +76,7 @@ def _check_parallelism(training_args: Any) -> None:
         )
 
 
-def check_model(model_args: Any, finetuning_args: Any, sites: Sites | None = None) -> None:
+def check_model(config: HeraConfig, model_args: Any, targets: Targets | None = None) -> None:
     """Checks from its configuration alone that the model sees images and has what is aligned, where that is known.
 
     Raises:
@@ -85,17 +85,15 @@ def check_model(model_args: Any, finetuning_args: Any, sites: Sites | None = Non
     """
     from llamafactory.model import load_config
 
-    config = load_config(model_args)
+    model_config = load_config(model_args)
     name = model_args.model_name_or_path
-    if not is_multimodal(config):
+    if not is_multimodal(model_config):
         raise ValueError(
-            f"model_name_or_path: {name} is a text-only model ({config.model_type}), and HeRA aligns heads with what "
-            "images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
+            f"model_name_or_path: {name} is a text-only model ({model_config.model_type}), and HeRA aligns heads with "
+            "what images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
-    layout = head_layout(config)
-    if find(finetuning_args.hera_objective).view == "patches":
-        grid_side(config, finetuning_args.hera_objective)
-    if isinstance(sites, HeadSet):
-        sites.check(layout.n_layers, layout.n_heads)
-    elif sites is not None:
-        sites.check(layout.n_layers)
+    layout = head_layout(model_config)
+    if find(config.objective).view == "patches":
+        grid_side(model_config, config.objective)
+    if targets is not None:
+        targets.check(layout)

@@ -10,7 +10,7 @@ from ..objectives.base import Objective
 _VALUES, _OPTIMIZER = "objective.", "optimizer."
 
 
-class OwnParameters:
+class ObjectiveOptimizer:
     """Trains an objective's parameters by an AdamW of their own, without weight decay.
 
     They are kept apart from the model, so that neither the saved model nor a sharding engine knows of them. Every rank
@@ -29,21 +29,22 @@ class OwnParameters:
             torch.optim.AdamW(self._trained.values(), lr=0.0, weight_decay=0.0) if self._trained else None
         )
 
-    def scale_gradients(self, factor: float) -> None:
-        """Multiplies the gradients."""
-        for parameter in self._trained.values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """One optimizer step with the run's current learning rate, then forgets the gradients.
 
         Every rank must call it. A gradient that is not finite leaves the step out.
+
+        Args:
+            learning_rate: Of the model's optimizer at this step.
+            scale: Factor of a gradient scaler, divided out first.
         """
         if self._optimizer is None:
             return
         self.reduce_gradients()
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        if scale != 1.0:
+            for gradient in gradients:
+                gradient.mul_(1 / scale)
         if gradients and bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
             self._optimizer.param_groups[0]["lr"] = learning_rate
             self._optimizer.step()

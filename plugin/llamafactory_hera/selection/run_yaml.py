@@ -9,13 +9,13 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.nodes import SequenceNode
 
 from ..files import write_text
-from ..heads.head_set import HeadSet
+from ..heads.targets import Targets
 
 KEY = "hera_heads"
 
 
-def write_run_recipe(
-    recipe: Path | None, overrides: dict[str, Any], heads: HeadSet, heads_file: Path, target: Path
+def write_run_yaml(
+    recipe: Path | None, overrides: dict[str, Any], heads: Targets, heads_file: Path, target: Path
 ) -> None:
     """Writes the recipe that trains with the selected heads.
 
@@ -29,7 +29,11 @@ def write_run_recipe(
         heads_file: The file that holds them.
         target: The file to write.
     """
-    content = _load(recipe)
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # no line of the recipe is folded
+    content = yaml.load(recipe.read_text(encoding="utf-8")) if recipe is not None else None
+    content = CommentedMap() if content is None else content
     for key, value in overrides.items():
         _set(content, key, value)
     _set(content, "stage", "hera")
@@ -39,10 +43,12 @@ def write_run_recipe(
         f"# {recipe or 'The given settings'} with the heads that were selected. Start it in the same folder:\n"
         f"#   llamafactory-cli train {target}\n\n"
     )
-    write_text(target, header + _dump(content))
+    text = StringIO()
+    yaml.dump(content, text)
+    write_text(target, header + text.getvalue())
 
 
-def set_heads_in_place(recipe: Path, heads: HeadSet) -> None:
+def set_heads_in_place(recipe: Path, heads: Targets) -> None:
     """Writes the heads' names into the recipe itself; nothing else of it changes.
 
     Raises:
@@ -68,18 +74,6 @@ def _with_heads(text: str, heads: str) -> str:
     return f"{before}{KEY}: {heads}\n{text[place:]}"
 
 
-def _yaml() -> YAML:
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096  # no line of the recipe is folded
-    return yaml
-
-
-def _load(recipe: Path | None) -> CommentedMap:
-    content = _yaml().load(recipe.read_text(encoding="utf-8")) if recipe is not None else None
-    return content if content is not None else CommentedMap()
-
-
 def _set(content: CommentedMap, key: str, value: Any) -> None:
     ours = [position for position, name in enumerate(content) if str(name).startswith("hera_")]
     if key in content or not key.startswith("hera_") or not ours:
@@ -87,8 +81,3 @@ def _set(content: CommentedMap, key: str, value: Any) -> None:
     else:  # heads first, everything else of HeRA behind
         content.insert(ours[0] if key == KEY else ours[-1] + 1, key, value)
 
-
-def _dump(content: CommentedMap) -> str:
-    text = StringIO()
-    _yaml().dump(content, text)
-    return text.getvalue()

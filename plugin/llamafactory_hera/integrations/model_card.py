@@ -1,18 +1,17 @@
 """What a finished run says of itself: a section of the host's model card, and the same facts as JSON."""
 
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llamafactory_hera.files import write_json, write_text
-from llamafactory_hera.heads import HeadSet, LayerSet
-from llamafactory_hera.objectives import find
-from llamafactory_hera.selection.provenance import package_versions
-from llamafactory_hera.selection.run import FOLDER
-
-if TYPE_CHECKING:
-    from .trainer import HeraTrainer
+from ..config import HeraConfig
+from ..files import RUN_FOLDER, write_json, write_text
+from ..heads import Targets
+from ..knobs import Role
+from ..selection.provenance import package_versions
+from ..training import Aligner
 
 CARD = "README.md"
 FACTS = "card.json"
@@ -33,59 +32,69 @@ _CURVES = {
     "hera_loss": "alignment loss, unweighted",
     "hera_temperature": "temperature",
 }
-_SELECTION = ("mode", "strategy", "samples", "k", "chance_level", "dataset", "date")
 
 
-def write_card(trainer: "HeraTrainer") -> None:
+def write_card(
+    output_dir: str | os.PathLike,
+    aligner: Aligner,
+    log_history: list[dict[str, float]],
+    steps: int,
+    best_step: int | None = None,
+) -> None:
     """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
 
     Args:
-        trainer: After training; only the process that writes files does anything.
+        output_dir: Of the run.
+        aligner: After training.
+        log_history: The run's log lines.
+        steps: Optimizer steps that were made.
+        best_step: The step whose weights were kept, where that is not the last.
     """
-    if not trainer.is_world_process_zero():
-        return
-    facts = card_facts(trainer)
-    folder = Path(trainer.args.output_dir)
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(folder / FOLDER / FACTS, facts)
+    facts = card_facts(aligner, log_history, steps, best_step)
+    folder = Path(output_dir)
+    (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN_FOLDER / FACTS, facts)
     page = folder / CARD
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
     write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
 
 
-def card_facts(trainer: "HeraTrainer") -> dict[str, Any]:
+def card_facts(
+    aligner: Aligner, log_history: list[dict[str, float]], steps: int, best_step: int | None
+) -> dict[str, Any]:
     """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
-    step, keys = trainer.hera, trainer.finetuning_args
-    sites = step.sites
+    config, targets = aligner.config, aligner.targets
     # where no sample could be compared there is a loss, 0, and nothing was measured
-    measured = "hera_mknn" if find(keys.hera_objective).view == "pooled" else "hera_loss"
-    lines = [line for line in trainer.state.log_history if measured in line]
+    measured = "hera_mknn" if aligner.objective.view == "pooled" else "hera_loss"
+    lines = [line for line in log_history if measured in line]
     curves = {
         name: {"first": lines[0][name], "last": lines[-1][name]}
         for name in _CURVES
         if lines and name in lines[0] and name in lines[-1]
     }
     facts: dict[str, Any] = {
-        sites.KEY.removeprefix("hera_"): list(sites.names),
-        "objective": keys.hera_objective,
-        "weight": keys.hera_weight,
-        "teacher": keys.hera_teacher,
-        "teacher_fingerprint": step.teaching.teacher.fingerprint,
-        "steps": trainer.state.global_step,
+        targets.what: list(targets.names),
+        "objective": config.objective,
+        "weight": config.weight,
+        "teacher": config.teacher,
+        "teacher_fingerprint": aligner.teacher.encoder.fingerprint,
+        "steps": steps,
         "curves": curves,
         "log_lines": len(lines),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": PAPER,
     }
-    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
-        facts["weights_of_step"] = trainer.state.best_global_step
-    if find(keys.hera_objective).uses_candidates:
-        facts["k"] = keys.hera_k
-    if sites.provenance:
-        facts["selection"] = {key: sites.provenance[key] for key in _SELECTION if key in sites.provenance}
-        scores = _scores(sites)
+    if best_step:
+        facts["weights_of_step"] = best_step
+    if aligner.objective.uses_candidates:
+        facts["k"] = config.k
+    if targets.provenance:
+        facts["selection"] = {
+            name: targets.provenance[name] for name in _selection_facts() if name in targets.provenance
+        }
+        scores = _scores(targets)
         if scores:
             facts["selection"]["mknn"] = scores
     return facts
@@ -125,7 +134,7 @@ def render(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"{versions}. The same facts: `{FOLDER}/{FACTS}`.",
+        f"{versions}. The same facts: `{RUN_FOLDER}/{FACTS}`.",
         "",
         f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({PAPER}).",
         "",
@@ -136,13 +145,18 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _scores(sites: HeadSet | LayerSet) -> dict[str, float]:
+def _selection_facts() -> list[str]:
+    measured = ["samples", "chance_level", "dataset", "date"]
+    return [*HeraConfig.fact_keys(Role.SELECTS), *measured]
+
+
+def _scores(targets: Targets) -> dict[str, float]:
     """MKNN at selection of each head or layer, as far as it is known."""
-    known = sites.provenance
-    if isinstance(sites, HeadSet):
-        found = {str(head): _at(known.get("scores"), head.layer, head.head) for head in sites.heads}
+    known = targets.provenance
+    if targets.granularity == "head":
+        found = {str(item): _at(known.get("scores"), item.layer, item.head) for item in targets.items}
     else:
-        found = {f"L{layer}": _at(known.get("layer_scores"), layer) for layer in sites.layers}
+        found = {str(item): _at(known.get("layer_scores"), item.layer) for item in targets.items}
     return {name: score for name, score in found.items() if score is not None}
 
 
