@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .weights import Edit, HeadWeights, Slice, Update
+from .weights import Edit, HeadWeights, Scaled, Slice
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[tuple[Update, float]], base_model: str) -> None:
+def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
     """Writes the adapter's two files.
 
     Its rank differs from projection to projection and is what their edits need; its scaling is 1, since the step
@@ -29,8 +29,8 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[tuple[Updat
 
     tensors: dict[str, Tensor] = {}
     for (layer, kind), edits in _by_projection(steps).items():
-        prefix = f"base_model.model.{weights.name(layer, kind)}"
-        a, b = lora_factors(weights, layer, kind, edits)
+        prefix = f"base_model.model.{weights.names[layer, kind]}"
+        a, b = _lora_factors(weights, layer, kind, edits)
         tensors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
     ranks = adapter_ranks(weights, steps)
     config = LoraConfig(
@@ -53,15 +53,15 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[tuple[Updat
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
 
 
-def adapter_ranks(weights: HeadWeights, steps: Sequence[tuple[Update, float]]) -> dict[str, int]:
+def adapter_ranks(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, int]:
     """The rank that each projection needs, by its name: the sum of what its heads' edits need."""
     return {
-        weights.name(layer, kind): sum(edit.left.shape[1] for edit, _ in edits)
+        weights.names[layer, kind]: sum(edit.left.shape[1] for edit, _ in edits)
         for (layer, kind), edits in _by_projection(steps).items()
     }
 
 
-def lora_factors(
+def _lora_factors(
     weights: HeadWeights, layer: int, kind: Slice, edits: Sequence[tuple[Edit, float]]
 ) -> tuple[Tensor, Tensor]:
     """The edits of one projection as LoRA factors: their directions side by side, zero outside of their blocks.
@@ -70,7 +70,7 @@ def lora_factors(
         ``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]``, where ``R`` is the sum of the edits' ranks; the update of
         the whole weight is ``lora_B @ lora_A``.
     """
-    n_out, n_in = weights.shape(layer, kind)
+    n_out, n_in = weights.projections[layer, kind].weight.shape
     rank = sum(edit.left.shape[1] for edit, _ in edits)
     a, b = torch.zeros(rank, n_in), torch.zeros(n_out, rank)
     start = 0
@@ -82,7 +82,7 @@ def lora_factors(
     return a, b
 
 
-def _by_projection(steps: Sequence[tuple[Update, float]]) -> dict[tuple[int, Slice], list[tuple[Edit, float]]]:
+def _by_projection(steps: Sequence[Scaled]) -> dict[tuple[int, Slice], list[tuple[Edit, float]]]:
     found: dict[tuple[int, Slice], list[tuple[Edit, float]]] = {}
     for update, alpha in steps:
         for edit in update.edits:

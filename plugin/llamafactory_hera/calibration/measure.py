@@ -10,23 +10,22 @@ from torch import Tensor, nn
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
 from ..heads.hooks import Hooks
 
-# -- I-SAL, eq. 3 and 4 ----------------------------------------------------------------------------------------------
+# -- I-SAL, eq. 3 ----------------------------------------------------------------------------------------------------
 
 
 def attention_flow(attention: Tensor, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """Mean attention between text and image in both directions (eq. 3), and from text to each image token.
 
-    Under a causal mask a text token behind the image is seen by no image token, so that the image-to-text half is
-    what image tokens give to the text in front of them; it is kept as the paper has it.
+    Under a causal mask an image token sees only the text in front of it; the image-to-text half is kept as the paper
+    has it.
 
     Args:
         attention: One sample's weights ``[H, T, T]``, queries before keys.
-        text: Positions of its text tokens, ``[n_text]``.
-        image: Positions of its image tokens, ``[n_image]``.
+        text: Positions of its text tokens.
+        image: Positions of its image tokens.
 
     Returns:
-        ``r`` of eq. 3, ``[H]``, and the mean over text tokens of the attention to each image token, the
-        ``A^{T->I}`` of eq. 10, ``[H, n_image]``; both in fp32.
+        ``r`` of eq. 3 ``[H]``, and ``A^{T->I}`` of eq. 10, the mean over text tokens, ``[H, n_image]``; in fp32.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -36,26 +35,11 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor) -> tuple[Tens
 def resize_map(attention_map: Tensor, size: int) -> Tensor:
     """An attention map over image tokens, in raster order, with ``size`` bins that keep its mass.
 
-    Models with images of several resolutions give maps of several lengths, and their average needs one.
-
-    Args:
-        attention_map: ``[H, n_image]``.
-        size: At most ``n_image``.
-
-    Returns:
-        ``[H, size]``.
+    Models with images of several resolutions give maps of several lengths, and their average needs one: ``[H,
+    n_image]`` becomes ``[H, size]``, where ``size`` is at most ``n_image``.
     """
     length = attention_map.shape[-1]
     return torch.nn.functional.adaptive_avg_pool1d(attention_map, size) * (length / size)
-
-
-def standardize(saliency: Tensor) -> Tensor:
-    """Standard scores of ``r`` ``[L, H]`` within each layer (eq. 4), in fp64; zero where all heads are equal."""
-    values = saliency.double()
-    centred = values - values.mean(dim=1, keepdim=True)
-    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-    # the paper's epsilon, far below any deviation that attention weights have, so that the unit stays a deviation
-    return centred / (deviation + 1e-12)
 
 
 class AttentionFlow(Hooks):
@@ -72,9 +56,6 @@ class AttentionFlow(Hooks):
     Args:
         model: A transformers model, bare, whole on this process.
         bins: Length of the maps; at most the image tokens of any sample.
-
-    Raises:
-        ValueError: Unknown architecture.
     """
 
     def __init__(self, model: nn.Module, bins: int) -> None:
@@ -96,11 +77,7 @@ class AttentionFlow(Hooks):
         self._found.clear()
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """What the last forward pass showed.
-
-        Returns:
-            ``r`` of eq. 3 ``[B, L, H]`` and the maps of eq. 10 ``[B, L, H, bins]``, in fp32 on the model's device.
-        """
+        """``r`` of eq. 3 ``[B, L, H]`` and the maps of eq. 10 ``[B, L, H, bins]`` of the last pass, in fp32."""
         layers = [self._found.pop(index) for index in range(len(self._attentions))]
         by_layer = [[torch.stack(kind) for kind in zip(*samples, strict=True)] for samples in layers]
         flows, maps = zip(*by_layer, strict=True)
@@ -136,7 +113,7 @@ def margin_loss(logits: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         logits: ``[B, T, V]``.
-        positions: Boolean ``[B, T]``, the tokens ``t``; at least one in each row.
+        positions: The tokens ``t``, boolean ``[B, T]``; at least one in each row.
 
     Returns:
         ``[B]`` in fp32; 0 or less.
@@ -144,22 +121,6 @@ def margin_loss(logits: Tensor, positions: Tensor) -> Tensor:
     top = torch.topk(logits, 2, dim=-1).values.float()
     margin = (top[..., 0] - top[..., 1]).masked_fill(~positions, 0)
     return -margin.sum(dim=1) / positions.sum(dim=1)
-
-
-def causal_attention_flow(gradients: Tensor, curvature_weight: float) -> Tensor:
-    """CAF (eq. 5): the mean gradient of the loss with respect to a head's gate, plus the mean of its square.
-
-    As in the paper the first term keeps its sign.
-
-    Args:
-        gradients: ``dL/dgamma`` at ``gamma = 1`` of each probe sample, ``[N, L, H]``.
-        curvature_weight: The paper's lambda.
-
-    Returns:
-        ``[L, H]`` in fp64.
-    """
-    values = gradients.double()
-    return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
 
 class HeadGates(Hooks):
@@ -171,13 +132,7 @@ class HeadGates(Hooks):
 
     A head's output is its slice of the output projection's input. Weights are frozen meanwhile, so that autograd
     keeps nothing for them. Samples do not mix, so that the gradient of a sum of losses with respect to a sample's
-    gate is that of its own loss.
-
-    Args:
-        model: A transformers model, bare, whole on this process.
-
-    Raises:
-        ValueError: Unknown architecture.
+    gate is that of its own loss. The model is bare and whole on this process.
     """
 
     def __init__(self, model: nn.Module) -> None:

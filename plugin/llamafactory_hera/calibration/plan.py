@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from ..heads.targets import Target
 from .profile import Profile
 from .settings import RahConfig
-from .weights import Edit, HeadWeights, Slice, Update
+from .weights import SLICES, Edit, HeadWeights, Slice, Update
 
 
 class Anchor(NamedTuple):
@@ -31,7 +31,7 @@ class Plan:
     Attributes:
         targets: Heads to calibrate, highest CAF first.
         anchors: Anchors of each target, nearest first; none where no layer within two has any.
-        updates: What is changed together, in the order of its first target.
+        updates: In the order of their first targets.
     """
 
     targets: list[Target]
@@ -40,11 +40,7 @@ class Plan:
 
 
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
-    """Chooses targets and anchors and computes the low-rank updates.
-
-    Raises:
-        ValueError: ``rah_layers`` names a layer that the model does not have.
-    """
+    """Chooses targets and anchors and computes the low-rank updates."""
     targets = choose_targets(profile.saliency, profile.influence(config.caf_lambda), config)
     anchors = {target: find_anchors(target, profile, weights, config) for target in targets}
     ready = [target for target in targets if anchors[target]]
@@ -88,11 +84,7 @@ def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
 
     They are those whose I-SAL lies ``beta`` deviations above their layer's mean (eq. 8), the target itself left out:
     random and inverse targets can lie there, too. Other targets are not left out, since eq. 8 asks for nothing else.
-
-    Args:
-        saliency: Standardised, ``[L, H]``: its mean is 0 and its deviation 1 in each layer.
-        target: The target.
-        beta: The paper's beta.
+    In standardised I-SAL ``[L, H]`` each layer's mean is 0 and its deviation 1.
     """
     for distance in (0, 1, 2):
         layers = {target.layer - distance, target.layer + distance} & set(range(saliency.shape[0]))
@@ -116,17 +108,13 @@ def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config:
     anchors = []
     for head in candidates(profile.saliency, target, config.beta):
         functional = _cosine(profile.maps[target].double(), profile.maps[head].double())
-        parametric = sum(
-            weight * _cosine(weights.of_head(target, kind).float(), weights.of_head(head, kind).float())
-            for weight, kind in _weighted_slices(config)
+        value, output = (
+            _cosine(weights.of_head(target, kind).float(), weights.of_head(head, kind).float()) for kind in SLICES
         )
+        parametric = config.w_v * value + config.w_o * output
         similarity = config.rho * functional + (1 - config.rho) * parametric
         anchors.append(Anchor(head, similarity, functional, parametric))
     return sorted(anchors, key=lambda anchor: (-anchor.similarity, anchor.head))[: config.k]
-
-
-def _weighted_slices(config: RahConfig) -> tuple[tuple[float, Slice], ...]:
-    return (config.w_v, "value"), (config.w_o, "output")
 
 
 def _cosine(ours: Tensor, theirs: Tensor) -> float:
@@ -170,32 +158,24 @@ def make_update(
 
 
 def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
-    """Element-wise mean without the ``floor(trim * k)`` lowest and as many highest values (eq. 12).
+    """Element-wise mean of ``[k, ...]`` without the ``floor(trim * k)`` lowest and as many highest values (eq. 12).
 
     With the paper's three anchors and 0.1 nothing is cut off, and this is the mean.
-
-    Args:
-        stack: The anchors' slices, ``[k, ...]``.
-        trim: Fraction at either end, below 0.5.
-
-    Returns:
-        ``[...]`` in fp32.
     """
-    k = stack.shape[0]
+    k = len(stack)
     cut = int(trim * k)
     return stack.float().sort(dim=0).values[cut : k - cut].mean(dim=0)
 
 
 def low_rank(difference: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The largest singular directions of a difference as a product (eq. 13), singular values shared by both factors.
+    """The largest singular directions of ``W_RAH - W`` (eq. 13) as a product that shares the singular values.
 
     Args:
-        difference: ``W_RAH - W``, ``[m, n]``.
+        difference: ``[m, n]``.
         rank: How many directions are kept; None keeps all.
 
     Returns:
-        Left ``[m, r]`` and right ``[r, n]`` in fp32. Directions without weight are dropped, so ``r`` is 0 where there
-        is no difference.
+        Left ``[m, r]`` and right ``[r, n]`` in fp32. Directions without weight are dropped, so ``r`` may be 0.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]

@@ -15,7 +15,7 @@ from ..files import write_safetensors
 from ..heads.pooling import Pooling
 from ..selection.forward import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
-from .measure import AttentionFlow, HeadGates, causal_attention_flow, margin_loss, standardize
+from .measure import AttentionFlow, HeadGates, margin_loss
 from .settings import Positions, RahConfig
 
 _TENSORS = ("flow", "maps", "gradients")
@@ -39,12 +39,19 @@ class Profile:
 
     @property
     def saliency(self) -> Tensor:
-        """Standardised I-SAL (eq. 4), ``[L, H]``."""
-        return standardize(self.flow)
+        """I-SAL: standard scores of ``r`` within each layer (eq. 4), ``[L, H]``; zero where all heads are equal."""
+        centred = self.flow - self.flow.mean(dim=1, keepdim=True)
+        deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+        # the paper's epsilon, far below any deviation that attention weights have, so that the unit stays a deviation
+        return centred / (deviation + 1e-12)
 
     def influence(self, curvature_weight: float) -> Tensor:
-        """CAF (eq. 5), ``[L, H]``."""
-        return causal_attention_flow(self.gradients, curvature_weight)
+        """CAF (eq. 5): the mean gradient with respect to a head's gate, plus lambda times its mean square, ``[L, H]``.
+
+        As in the paper the first term keeps its sign.
+        """
+        values = self.gradients.double()
+        return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
     def save(self, path: Path, key: str) -> None:
         """Writes the file; it appears complete or not at all.

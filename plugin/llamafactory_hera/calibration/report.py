@@ -1,4 +1,4 @@
-"""What a calibration found: the content of ``calibration.json``, the lines for the terminal and ``calibration.png``."""
+"""What a calibration found: the content of ``calibration.json``, lines for the terminal, ``calibration.png``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -25,7 +25,7 @@ from .report import compare, describe, draw_calibration
 from .samples import CalibrationInputs, Control, Drawn, check_tokens, corrupt, draw_samples
 from .settings import RahConfig
 from .trust_region import HeldOut, Outcome, try_updates
-from .weights import HeadWeights, applied
+from .weights import HeadWeights
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class _Calibration:
         plan = make_plan(profile, self._weights, self._config)
         outcome = Outcome()
         if plan.updates and self._config.delta > 0:
-            outcome = try_updates(plan.updates, self._weights, self._held_out(drawn.held_out), self._config)
+            outcome = try_updates(plan.updates, self._held_out(drawn.held_out).kl, self._config)
         seconds = {
             "profiling": None if reused else round(profiled - started, 3),
             "trust_region": round(time.perf_counter() - profiled, 3),
@@ -107,15 +107,16 @@ class _Calibration:
         facts = self._facts(drawn, control) | {"seconds": seconds}
         report = describe(profile, plan, outcome, self._weights, self._config, facts)
         if normal is not None and uncorrupted is not None:
-            clean = self._held_out(uncorrupted)
-            with applied(self._weights, outcome.accepted):
-                changed = {"kl_control_on_uncorrupted_samples": clean.kl()}
-            report["compared_with_uncorrupted"] = compare(normal, report) | changed
+            clean = self._held_out(uncorrupted).kl(outcome.accepted)
+            report["compared_with_uncorrupted"] = compare(normal, report) | {
+                "kl_control_on_uncorrupted_samples": clean
+            }
         self._write(folder, report, outcome)
         return report
 
     def _held_out(self, samples: list[Sample]) -> HeldOut:
-        return HeldOut(self._forward, [sample.features for sample in samples], self._collate, self._config)
+        features = [sample.features for sample in samples]
+        return HeldOut(self._forward, self._weights, features, self._collate, self._config)
 
     def _profile(self, drawn: Drawn, path: Path) -> tuple[Profile, bool]:
         """The profile, and whether an earlier run had made it."""

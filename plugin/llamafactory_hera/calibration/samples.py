@@ -1,4 +1,4 @@
-"""What calibrates: model and data, samples drawn by seed with the last ones held out, and corrupted ones as a control."""
+"""What a calibration reads: model and data, samples drawn by seed, the last ones held out, and corrupted ones."""
 
 import hashlib
 import json
@@ -114,11 +114,7 @@ def _check_number(found: Draw, config: RahConfig) -> None:
 
 
 def check_tokens(samples: Sequence[Sample], count_image_tokens: Callable[[Features], int]) -> None:
-    """Checks that every sample has tokens of both kinds.
-
-    Raises:
-        ValueError: One lacks a kind; names its row.
-    """
+    """Refuses a sample without tokens of both kinds; names its row."""
     for sample in samples:
         count, total = count_image_tokens(sample.features), len(sample.features["input_ids"])
         if count in (0, total):

@@ -43,8 +43,8 @@ class RahConfig(KeyedConfig):
     layers: str = knob("first_half", f"Layers that are calibrated: {_LAYERS}.")
     targets: TargetRule = knob(
         "paper",
-        "How targets are chosen: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many at random (random), "
-        "or high I-SAL and high CAF (inverse).",
+        "How targets are chosen: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many at random "
+        "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
         15.0,
@@ -72,19 +72,13 @@ class RahConfig(KeyedConfig):
         at_least=0,
         at_most=1,
     )
-    w_v: float = knob(
-        0.7, "Weight of the value slice in parametric similarity (eq. 11).", at_least=0, at_most=1
-    )
-    w_o: float = knob(
-        0.3, "Weight of the output slice in parametric similarity (eq. 11).", at_least=0, at_most=1
-    )
+    w_v: float = knob(0.7, "Weight of the value slice in parametric similarity (eq. 11).", at_least=0, at_most=1)
+    w_o: float = knob(0.3, "Weight of the output slice in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
         0.1, "Fraction of anchors that is cut off at either end, element by element (eq. 12).", at_least=0, below=0.5
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1, hint="or full")
-    delta: float = knob(
-        0.05, "Bound on the mean KL divergence, in nats (eq. 15); 0 allows no change.", at_least=0
-    )
+    delta: float = knob(0.05, "Bound on the mean KL divergence, in nats (eq. 15); 0 allows no change.", at_least=0)
     alpha_max: float = knob(0.15, "Largest step, tried first (eq. 15).", above=0, at_most=1)
     halvings: int = knob(10, "How often the step is halved before its head is rolled back (ours).", at_least=0)
 

@@ -13,7 +13,7 @@ from ..selection.forward import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
 from .profile import counted_logits
 from .settings import RahConfig
-from .weights import HeadWeights, Update, applied
+from .weights import HeadWeights, Scaled, Update, applied
 
 State = Literal["calibrated", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"]
 
@@ -27,14 +27,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of an update.
-
-    Attributes:
-        update: The update.
-        state: In words.
-        alpha: Its step size; 0 where it was given up.
-        tried: The steps that were tried, with the divergence of this update alone.
-    """
+    """What became of an update: its state, its step (0 where it was given up), and the steps tried on it alone."""
 
     update: Update
     state: State
@@ -55,7 +48,7 @@ class Outcome:
     totals: list[Step] = field(default_factory=list)
 
     @property
-    def accepted(self) -> list[tuple[Update, float]]:
+    def accepted(self) -> list[Scaled]:
         """The updates that stay, with their step sizes."""
         return [(trial.update, trial.alpha) for trial in self.trials if trial.state == "calibrated"]
 
@@ -65,6 +58,42 @@ class Outcome:
         return self.totals[-1].kl if self.accepted else 0.0
 
 
+def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Outcome:
+    """Finds each update's step alone, then gives the last ones up, one by one, until all together hold.
+
+    The step is the first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq.
+    15). The updates come with the highest CAF first, so that the least influential ones are given up.
+
+    Args:
+        updates: Of the plan.
+        kl: Divergence of the model with some updates: :meth:`HeldOut.kl`.
+        config: The bound, where to start, and after how many halvings an update is given up.
+    """
+    trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
+    kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
+    totals: list[Step] = []
+    while kept:
+        together = kl([(trials[index].update, trials[index].alpha) for index in kept])
+        totals.append(Step(len(kept), together))
+        if together <= config.delta:
+            break
+        last = kept.pop()
+        trials[last] = replace(trials[last], state="rolled back: total too large", alpha=0.0)
+    return Outcome(trials, totals)
+
+
+def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Trial:
+    if not update.edits:
+        return Trial(update, "equals its anchors")
+    tried: list[Step] = []
+    for halving in range(config.halvings + 1):
+        alpha = config.alpha_max / 2**halving
+        tried.append(Step(alpha, kl([(update, alpha)])))
+        if tried[-1].kl <= config.delta:
+            return Trial(update, "calibrated", alpha, tried)
+    return Trial(update, "rolled back: no step holds", 0.0, tried)
+
+
 class HeldOut:
     """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model.
 
@@ -72,6 +101,7 @@ class HeldOut:
 
     Args:
         forward: Around the model as it is.
+        weights: Of the model.
         features: The samples.
         collate: From samples to a batch.
         config: Positions and batch size.
@@ -80,8 +110,15 @@ class HeldOut:
         ValueError: The logits are not finite.
     """
 
-    def __init__(self, forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig) -> None:
-        self._forward, self._positions = forward, config.positions
+    def __init__(
+        self,
+        forward: Forward,
+        weights: HeadWeights,
+        features: Sequence[Features],
+        collate: Collate,
+        config: RahConfig,
+    ) -> None:
+        self._forward, self._weights, self._positions = forward, weights, config.positions
         batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)
 
         @torch.no_grad()
@@ -89,108 +126,34 @@ class HeldOut:
             return batch, counted_logits(forward, batch, config.positions)[0].cpu()
 
         self._batches = [result for _, result in run_batches(batches, features, collate, run)]
-        _check_finite(self.kl())
+        self.kl()
 
     @torch.no_grad()
-    def kl(self) -> float:
-        """Mean over samples of the mean divergence over their tokens, of the model as it is now from what it was."""
+    def kl(self, steps: Sequence[Scaled] = ()) -> float:
+        """Mean over samples of the mean divergence over their tokens, in nats, of the model with updates applied.
+
+        Raises:
+            ValueError: It is not finite.
+        """
         values: list[Tensor] = []
-        for batch, before in self._batches:
-            now, counted = counted_logits(self._forward, batch, self._positions)
-            # one sample at a time: two distributions over the vocabulary in single precision are large
-            for row in range(len(now)):
-                kept = counted[row]
-                earlier = before[row][kept.cpu()].to(now.device)
-                values.append(divergence(earlier, now[row][kept]).double().mean())
-        return torch.stack(values).mean().item()
+        with applied(self._weights, steps):
+            for batch, before in self._batches:
+                now, counted = counted_logits(self._forward, batch, self._positions)
+                # one sample at a time: two distributions over the vocabulary in single precision are large
+                for row, kept in enumerate(counted):
+                    earlier = before[row][kept.cpu()].to(now.device)
+                    values.append(divergence(earlier, now[row][kept]).double().mean())
+        kl = torch.stack(values).mean().item()
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"model_name_or_path: the KL divergence between the model and its changed copy is {kl}: its logits "
+                "hold NaN or infinity, or its activations do not fit fp16. Use bf16 or fp32, or another checkpoint."
+            )
+        return kl
 
 
 def divergence(base: Tensor, changed: Tensor) -> Tensor:
-    """KL(p || p') of next-token distributions (the expectation's argument in eq. 15).
-
-    Args:
-        base: Logits of the model as it is, ``[..., V]``.
-        changed: Logits of the changed model, ``[..., V]``.
-
-    Returns:
-        ``[...]`` in fp32, in nats.
-    """
+    """KL(p || p') of next-token distributions (inside eq. 15): from logits ``[..., V]``, ``[...]`` in nats."""
     log_p = torch.log_softmax(base.float(), dim=-1)
     log_q = torch.log_softmax(changed.float(), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def try_updates(updates: Sequence[Update], weights: HeadWeights, held_out: HeldOut, config: RahConfig) -> Outcome:
-    """Finds each update's step alone, then rolls the last ones back until all together hold.
-
-    The updates come with the highest CAF first, so that the least influential ones are given up. The model's weights
-    are as before afterwards.
-
-    Raises:
-        ValueError: A divergence is not finite.
-    """
-
-    def kl(steps: Sequence[tuple[Update, float]]) -> float:
-        with applied(weights, steps):
-            return held_out.kl()
-
-    def attempt(update: Update) -> Trial:
-        if not update.edits:
-            return Trial(update, "equals its anchors")
-        alpha, tried = largest_step(lambda alpha: kl([(update, alpha)]), config)
-        return Trial(update, "calibrated" if alpha > 0 else "rolled back: no step holds", alpha, tried)
-
-    trials = [attempt(update) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
-    stepped = [index for index, trial in enumerate(trials) if trial.alpha > 0]
-    steps = [(trials[index].update, trials[index].alpha) for index in stepped]
-    kept, totals = roll_back(lambda n: kl(steps[:n]), len(steps), config.delta)
-    for index in stepped[kept:]:
-        trials[index] = replace(trials[index], state="rolled back: total too large", alpha=0.0)
-    return Outcome(trials, totals)
-
-
-def largest_step(kl: Callable[[float], float], config: RahConfig) -> tuple[float, list[Step]]:
-    """The first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq. 15).
-
-    Args:
-        kl: Mean divergence of a step.
-        config: Where to start, the bound, and after how many halvings the update is given up.
-
-    Returns:
-        The step, 0 where none holds, and all that were tried.
-    """
-    tried: list[Step] = []
-    for halving in range(config.halvings + 1):
-        alpha = config.alpha_max / 2**halving
-        tried.append(Step(alpha, _check_finite(kl(alpha))))
-        if tried[-1].kl <= config.delta:
-            return alpha, tried
-    return 0.0, tried
-
-
-def roll_back(kl: Callable[[int], float], n: int, delta: float) -> tuple[int, list[Step]]:
-    """How many of ``n`` updates, the first ones, stay together within ``delta``; the last are given up one by one.
-
-    Args:
-        kl: Mean divergence of the first so many updates together.
-        n: Number of updates.
-        delta: The bound.
-
-    Returns:
-        How many stay, and what was measured on the way, ``alpha`` being the number of updates.
-    """
-    measured: list[Step] = []
-    for kept in range(n, 0, -1):
-        measured.append(Step(kept, _check_finite(kl(kept))))
-        if measured[-1].kl <= delta:
-            return kept, measured
-    return 0, measured
-
-
-def _check_finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(
-            f"model_name_or_path: the KL divergence between the model and its changed copy is {value}: its logits "
-            "hold NaN or infinity, or its activations do not fit fp16. Use bf16 or fp32, or another checkpoint."
-        )
-    return value

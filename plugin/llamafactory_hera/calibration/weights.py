@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..heads.targets import Target
 
 #: The value rows of a key-value head, or the output columns of a query head.
 Slice = Literal["value", "output"]
+SLICES: tuple[Slice, ...] = get_args(Slice)
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _VALUE = "v_proj"
@@ -20,14 +21,9 @@ _VALUE = "v_proj"
 
 @dataclass(frozen=True)
 class Edit:
-    """The update of one slice, ``left @ right``, without its step size.
+    """The update of one slice without its step size: ``left @ right``, ``[m, r]`` and ``[r, n]`` in fp32.
 
-    Attributes:
-        layer: Decoder layer.
-        kind: Of which projection.
-        index: Key-value head of a value slice, query head of an output slice.
-        left: ``[m, r]`` in fp32.
-        right: ``[r, n]`` in fp32.
+    ``index`` is the key-value head of a value slice, the query head of an output slice.
     """
 
     layer: int
@@ -42,15 +38,16 @@ class Update:
     """What is changed together, under one step size.
 
     With multi-head attention that is a head's value and output slice. A value block that several query heads share
-    is changed only if all of them are targets, and then they are one update; else a head's output slice is.
-
-    Attributes:
-        heads: The targets.
-        edits: Their slices; empty where target and anchors are equal.
+    is changed only if all of them are targets, and then they are one update; else a head's output slice is. There is
+    no edit where target and anchors are equal.
     """
 
     heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
+
+
+#: An update with its step size, alpha of eq. 14.
+Scaled = tuple[Update, float]
 
 
 class HeadWeights:
@@ -71,17 +68,18 @@ class HeadWeights:
         #: Query heads that share a value block; 1 is multi-head attention.
         self.group_size = self.layout.n_heads // self.layout.n_kv_heads
         names = {id(module): name for name, module in model.named_modules()}
-        self._modules: dict[tuple[int, Slice], nn.Linear] = {}
-        self._names: dict[tuple[int, Slice], str] = {}
+        #: The projections, by layer and kind, and their names inside the model.
+        self.projections: dict[tuple[int, Slice], nn.Linear] = {}
+        self.names: dict[tuple[int, Slice], str] = {}
         for layer, module in enumerate(decoder_layers(model)):
             attention = attention_module(module, self.layout.model_type)
-            projections: dict[Slice, nn.Module | None] = {
+            found: dict[Slice, nn.Module | None] = {
                 "value": getattr(attention, _VALUE, None),
                 "output": output_projection(module, self.layout.model_type),
             }
-            for kind, projection in projections.items():
-                self._modules[layer, kind] = self._checked(projection, kind)
-                self._names[layer, kind] = names[id(projection)]
+            for kind, projection in found.items():
+                self.projections[layer, kind] = self._checked(projection, kind)
+                self.names[layer, kind] = names[id(projection)]
 
     def index(self, head: Target, kind: Slice) -> int:
         """Which block of a projection serves a query head: its key-value head's, or its own."""
@@ -93,21 +91,13 @@ class HeadWeights:
         first = self.index(head, "value") * self.group_size
         return tuple(Target(head.layer, first + offset) for offset in range(self.group_size))
 
-    def name(self, layer: int, kind: Slice) -> str:
-        """The name of a projection inside the model."""
-        return self._names[layer, kind]
-
-    def shape(self, layer: int, kind: Slice) -> torch.Size:
-        """The shape of a projection's whole weight."""
-        return self._modules[layer, kind].weight.shape
-
     def block(self, index: int) -> slice:
         """The rows of a value projection, or the columns of an output projection, that a block takes."""
         return slice(index * self.layout.head_dim, (index + 1) * self.layout.head_dim)
 
     def slice(self, layer: int, kind: Slice, index: int) -> Tensor:
         """The weights themselves: ``[d, D]`` of a key-value head's value, ``[D, d]`` of a query head's output."""
-        weight = self._modules[layer, kind].weight.detach()
+        weight = self.projections[layer, kind].weight.detach()
         return weight[self.block(index)] if kind == "value" else weight[:, self.block(index)]
 
     def of_head(self, head: Target, kind: Slice) -> Tensor:
@@ -142,13 +132,8 @@ class HeadWeights:
 
 
 @contextmanager
-def applied(weights: HeadWeights, steps: Sequence[tuple[Update, float]]) -> Iterator[None]:
-    """Changes the weights in place, ``W + alpha * left @ right`` (eq. 14), and gives them back bit by bit.
-
-    Args:
-        weights: Of the model.
-        steps: Updates with their step sizes.
-    """
+def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
+    """Changes the weights in place, ``W + alpha * left @ right`` (eq. 14), and gives them back bit by bit."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for update, alpha in steps:
