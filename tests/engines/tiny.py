@@ -209,8 +209,9 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
     teacher = {
         "hera_source": torch.where(shown, PIXELS, NO_IMAGE),
         "hera_image": torch.stack([torch.zeros_like(shown), shown], dim=1).long(),
-        "hera_pixels": pixels,
     }
+    if shown.any():
+        teacher["hera_pixels"] = pixels
     return Batch(inputs, teacher)
 
 

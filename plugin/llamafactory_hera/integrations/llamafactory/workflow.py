@@ -16,8 +16,7 @@ from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_f
 from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
 
 from .auto import resolve_targets
-from .checks import check_model, check_run
-from .dataset_checks import checked_dataset
+from .checks import check_model, check_run, checked_dataset
 
 
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
