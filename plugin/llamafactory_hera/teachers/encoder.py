@@ -147,7 +147,7 @@ def _load_model(info: TeacherInfo, folder: Path, dtype: torch.dtype, key: str) -
         if not info.has_cls:
             # The attention-pooling head of SigLIP is not what is read.
             config.vision_use_head = False
-    with _whole_model_on_every_rank(), _quiet(transformers.utils.logging):
+    with whole_model_on_every_rank(), _quiet(transformers.utils.logging):
         model, loading = model_class.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, **options
         )
@@ -174,7 +174,7 @@ def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInf
 
 
 @contextmanager
-def _whole_model_on_every_rank() -> Iterator[None]:
+def whole_model_on_every_rank() -> Iterator[None]:
     # While a ZeRO-3 config lives, from_pretrained partitions every model that it loads, and with FSDP's efficient
     # loading it leaves all ranks but one without weights. Both wait for an engine to gather them, and no engine ever
     # holds the teacher.
