@@ -12,7 +12,7 @@ from .study.cli import register as register_study
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from .integrations.llamafactory.doctor import run_doctor
+    from hera_patches.doctor import run_doctor
 
     return run_doctor()
 

@@ -35,7 +35,7 @@ def naive_scores(material, chosen):
             rows.append(capture.representations()[:, 0])
     heads = torch.stack(rows, dim=1)
     teacher = material.load_teacher()
-    features = torch.cat([teacher.encode(teacher.preprocess([sample.image])) for sample in samples])
+    features = torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples])
     return mutual_knn(heads, features.half(), chosen.k, chosen.similarity == "cosine").view(LAYERS, HEADS)
 
 
@@ -72,7 +72,7 @@ def test_layer_scores_are_those_of_the_layers_output(tmp_path):
     hook.remove()
     pooled = torch.stack([output[0, 1:].mean(0) for output in outputs])
     teacher = material.load_teacher()
-    features = torch.cat([teacher.encode(teacher.preprocess([sample.image])) for sample in samples])
+    features = torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples])
     expected = mutual_knn(pooled, features.half(), chosen.k)
     assert heads.provenance["layer_scores"][0] == round(expected.item(), 7)
 

@@ -160,9 +160,9 @@ def _scores(targets: Targets) -> dict[str, float]:
     return {name: score for name, score in found.items() if score is not None}
 
 
-def _at(values: Any, *places: int) -> float | None:
+def _at(values: Any, *places: int | None) -> float | None:
     for place in places:
-        if values is None or place >= len(values):
+        if values is None or place is None or place >= len(values):
             return None
         values = values[place]
     return values

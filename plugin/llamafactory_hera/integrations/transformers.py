@@ -25,8 +25,11 @@ from .model_card import write_card
 
 logger = logging.getLogger("llamafactory_hera")
 
-# what a type checker takes the mixin for; at run time it goes in front of any trainer
-_Base = Trainer if TYPE_CHECKING else object
+# for a type checker the mixin is a Trainer; at run time it goes in front of any
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class HeraTrainerMixin(_Base):
@@ -43,6 +46,9 @@ class HeraTrainerMixin(_Base):
     Raises:
         ValueError: A target outside the model, nothing trainable in front of it, or a teacher that does not fit.
     """
+
+    data_collator: Any
+    _signature_columns: Any
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,11 @@ class Objective(nn.Module, ABC):
         self.options = options
 
     @abstractmethod
-    def forward(self, batch: PooledBatch | PatchBatch) -> Tensor:
+    def forward(self, batch: Any) -> Tensor:
         """The loss.
+
+        Args:
+            batch: :class:`PooledBatch` or :class:`PatchBatch`, by :attr:`view`.
 
         Returns:
             ``[n_targets]`` for a pooled batch; ``[n_targets, B]``, of each sample, for visual tokens.
@@ -170,11 +173,14 @@ def _imported(name: str) -> type[Objective]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of an installed module, of one "
+            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of an installed module, or one "
             "in the working directory, or of one on PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(f"hera_objective: {name!r} is not a subclass of llamafactory_hera.objectives.Objective.")
+        raise ValueError(
+            f"hera_objective: {name!r} is not an objective; make it a subclass of "
+            "llamafactory_hera.objectives.Objective."
+        )
     return found
 
 

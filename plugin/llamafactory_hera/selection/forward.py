@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -1,4 +1,4 @@
-"""The teacher's view of a batch: put in by the collator, in the loader's workers, and made into features by the run."""
+"""The teacher's view of a batch: put in by the collator, in the loader's workers; made into features in the step."""
 
 import logging
 from collections.abc import Callable

@@ -23,7 +23,7 @@ class GradientCache:
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._n_batches = 0
-        self._value: Tensor | None = None
+        self._value = torch.zeros(())
 
     def __len__(self) -> int:
         """Micro-batches that are still to be run with a graph."""

@@ -73,6 +73,8 @@ class ObjectiveOptimizer:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state[_VALUES + name])
+        if self._optimizer is None:
+            return
         for name, parameter in self._trained.items():
             prefix = f"{_OPTIMIZER}{name}."
             slots = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

@@ -51,7 +51,8 @@ def extend(host: type) -> type:
                 if setting is not None:
                     raise ValueError(f"stage: hera does not work with {setting}; remove that setting.")
                 # read once here, so that every value has its type wherever the host shows it
-                vars(self).update(HeraConfig.from_keys(self).keys())
+                for key, value in HeraConfig.from_keys(self).keys().items():
+                    setattr(self, key, value)
 
         def to_dict(self) -> dict[str, Any]:
             content = super().to_dict()

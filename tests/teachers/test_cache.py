@@ -8,18 +8,19 @@ import resource
 import shutil
 import signal
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers import cache as cache_module
-from llamafactory_hera.teachers import shards
-from llamafactory_hera.teachers.cache import FeatureCache
+from llamafactory_hera.teachers.cache import FeatureCache, Shard, key_array, write_shard
 
 DIM = 8
-TEACHER, OTHER_TEACHER = "a" * 64, "b" * 64
+TEACHER = "a" * 64
 fork = multiprocessing.get_context("fork")
 
 
@@ -37,7 +38,7 @@ def put(cache, names):
 
 def holds(cache, names):
     """Whether the cache holds exactly what `put` stored under these names."""
-    expected = features_of(names).to(cache.dtype)
+    expected = features_of(names).half()
     return all(
         found is not None and torch.equal(found, feature)
         for found, feature in zip(cache.get(keys_of(names)), expected, strict=True)
@@ -70,16 +71,13 @@ def cache(folder):
     return FeatureCache(folder, TEACHER, DIM)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_what_was_put_is_found_at_once_after_flushing_and_by_a_new_reader(dtype, folder):
-    cache = FeatureCache(folder, TEACHER, DIM, dtype)
+def test_what_was_put_is_found_at_once_after_flushing_and_by_a_new_reader(folder, cache):
     names = list(range(50))
-    returned = put(cache, names)
-    assert torch.equal(returned, features_of(names).to(dtype))
+    assert torch.equal(put(cache, names), features_of(names).half())
     assert holds(cache, names)
     cache.flush()
     assert holds(cache, names)
-    reader = FeatureCache(folder, TEACHER, DIM, dtype)
+    reader = FeatureCache(folder, TEACHER, DIM)
     assert holds(reader, names)
     assert len(reader) == len(cache) == 50
 
@@ -89,13 +87,27 @@ def test_features_come_back_in_the_order_of_the_keys_with_none_for_what_is_missi
     cache.flush()
     put(cache, [4])
     found = cache.get(keys_of([3, 99, 4, 1, 3]))
-    assert [None if feature is None else feature.tolist() for feature in found] == [
-        feature.half().tolist() if feature is not None else None
-        for feature in [features_of([3])[0], None, features_of([4])[0], features_of([1])[0], features_of([3])[0]]
-    ]
+    assert found.pop(1) is None
+    assert torch.equal(torch.stack(found), features_of([3, 4, 1, 3]).half())
     assert cache.get([]) == []
-    assert keys_of([2])[0] in cache
-    assert keys_of([99])[0] not in cache
+
+
+def test_a_cache_of_earlier_versions_is_read(folder):
+    # its layout, written out
+    inside = folder / f"{TEACHER[:32]}-float16"
+    inside.mkdir(parents=True)
+    manifest = {"teacher": TEACHER, "dim": DIM, "dtype": "float16", "name": "some-org/teacher"}
+    (inside / "manifest.json").write_text(json.dumps(manifest))
+    (inside / ".compaction.lock").touch()
+    names = sorted(range(20), key=lambda name: keys_of([name]))
+    features = features_of(names).half().numpy()
+    keys = np.frombuffer(b"".join(keys_of(names)), np.uint8).reshape(20, 16)
+    checksums = np.array([zlib.crc32(row.tobytes()) for row in features], np.uint32)
+    tensors = {"keys": keys, "checksums": checksums, "features": features}
+    index = zlib.crc32(keys.tobytes() + checksums.tobytes())
+    (inside / f"{'0' * 32}.safetensors").write_bytes(save(tensors, metadata={"index_crc32": str(index)}))
+    assert holds(FeatureCache(folder, TEACHER, DIM), range(20))
+    assert sorted(path.name for path in inside.iterdir())[1:] == [f"{'0' * 32}.safetensors", "manifest.json"]
 
 
 def test_keys_with_zero_bytes_are_told_apart(cache, folder):
@@ -146,29 +158,23 @@ def test_refresh_shows_what_others_have_written(cache, folder):
     assert holds(reader, [1, 2])
 
 
-def test_teachers_and_dtypes_do_not_mix_and_the_manifest_names_the_teacher(folder):
-    caches = [
+def test_teachers_do_not_mix_and_the_manifest_names_the_teacher(folder):
+    cache, other = (
         FeatureCache(folder, TEACHER, DIM, teacher_name="some-org/teacher"),
-        FeatureCache(folder, OTHER_TEACHER, DIM),
-        FeatureCache(folder, TEACHER, DIM, torch.float32),
-    ]
-    put(caches[0], [1])
-    caches[0].flush()
-    for cache in caches[1:]:
-        cache.refresh()
-        assert cache.get(keys_of([1])) == [None]
-    assert json.loads((caches[0].folder / "manifest.json").read_text()) == {
-        "teacher": TEACHER,
-        "dim": DIM,
-        "dtype": "float16",
-        "name": "some-org/teacher",
-    }
+        FeatureCache(folder, "b" * 64, DIM),
+    )
+    put(cache, [1])
+    cache.flush()
+    other.refresh()
+    assert other.get(keys_of([1])) == [None]
+    expected = {"teacher": TEACHER, "dim": DIM, "dtype": "float16", "name": "some-org/teacher"}
+    assert json.loads((cache.folder / "manifest.json").read_text()) == expected
 
 
 def test_a_folder_of_another_teacher_is_refused(folder, cache):
     # the same first 32 digits: only the manifest tells the two apart
     with pytest.raises(ValueError, match=r"hera_teacher_cache: .*belongs to another teacher.*another teacher"):
-        FeatureCache(folder, TEACHER[:32] + OTHER_TEACHER[:32], DIM)
+        FeatureCache(folder, TEACHER[:32] + "b" * 32, DIM)
     with pytest.raises(ValueError, match="has another dim"):
         FeatureCache(folder, TEACHER, DIM + 1)
 
@@ -178,24 +184,23 @@ def test_a_broken_manifest_is_written_again_with_a_warning(folder, cache, caplog
     cache.flush()
     (cache.folder / "manifest.json").write_text('{"teach')
     assert holds(FeatureCache(folder, TEACHER, DIM), [1])
-    assert "manifest.json cannot be read and is written again" in caplog.text
+    assert "manifest.json is not JSON" in caplog.text
+    assert "it is written again" in caplog.text
     assert json.loads((cache.folder / "manifest.json").read_text())["teacher"] == TEACHER
 
 
-def test_wrong_shapes_keys_and_dtypes_are_refused(cache, folder):
+def test_wrong_shapes_and_keys_are_refused(cache):
     with pytest.raises(ValueError, match=r"not \[n, 8\]"):
         cache.put(keys_of([1, 2]), features_of([1]))
     with pytest.raises(ValueError, match="16 bytes"):
         cache.get([b"short"])
-    with pytest.raises(ValueError, match="bfloat16"):
-        FeatureCache(folder, TEACHER, DIM, torch.bfloat16)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_a_feature_that_is_not_finite_in_the_dtype_is_refused_with_its_key(value, cache):
+def test_a_feature_that_is_not_finite_in_float16_is_refused_with_its_key(value, cache):
     features = features_of([1, 2])
     features[1, 3] = value
-    with pytest.raises(ValueError, match=f"{keys_of([2])[0].hex()} is not finite in torch.float16.*float32"):
+    with pytest.raises(ValueError, match=f"{keys_of([2])[0].hex()} is not finite in float16.*hera_teacher_cache"):
         cache.put(keys_of([1, 2]), features)
     assert len(cache) == 0
 
@@ -242,9 +247,9 @@ def test_a_shard_that_is_not_whole_is_left_out_with_a_warning(damage, cache, fol
 
 def flip_last_bit(path, block):
     """Damages the last row of a block of a shard."""
-    header, start = shards.safetensors_header(path)
     content = bytearray(path.read_bytes())
-    content[start + header[block]["data_offsets"][1] - 1] ^= 1
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])[block]["data_offsets"][1] - 1] ^= 1
     path.write_bytes(content)
 
 
@@ -266,7 +271,7 @@ def test_a_flipped_bit_is_noticed_at_the_latest_when_the_row_is_read(block, cach
 
 
 def test_a_shard_of_another_width_is_left_out(cache, folder, caplog):
-    shards.write_shard(cache.folder, shards.key_array(keys_of([1])), np.zeros((1, DIM + 1), np.float16))
+    write_shard(cache.folder / "wide.safetensors", key_array(keys_of([1])), np.zeros((1, DIM + 1), np.float16))
     assert FeatureCache(folder, TEACHER, DIM).get(keys_of([1])) == [None]
     assert "corrupt and left out" in caplog.text
 
@@ -283,7 +288,7 @@ def test_readers_and_pickled_copies_hold_no_features_in_memory(folder, cache):
     assert holds(copy, range(2000))
     # what waits belongs to the process that computed it
     assert copy.get(keys_of([5000])) == [None]
-    held = sum(shard.keys.nbytes + shard._checksums.nbytes for shard in copy._shards.values())
+    held = sum(shard.keys.nbytes + shard.checksums.nbytes for shard in copy._shards.values())
     assert held == 2000 * 20
 
 
@@ -317,7 +322,7 @@ def test_a_forked_copy_does_not_write_what_its_parent_waits_to_write(folder, cac
 
     run([fork.Process(target=child)])
     (path,) = shard_files(cache)
-    assert len(shards.Shard(path, DIM, np.dtype(np.float16))) == 1
+    assert len(Shard(path, DIM).keys) == 1
     cache.flush()
     cache.refresh()
     assert holds(cache, [1, 2])
@@ -392,7 +397,7 @@ def test_a_full_disk_is_told_leaves_no_partial_file_and_loses_nothing(folder):
     process.join(20)
     assert str(folder) in message
     assert "40 teacher features cannot be written" in message
-    assert left == [".compaction.lock", "manifest.json"]
+    assert left == ["manifest.json"]
     assert len(FeatureCache(folder, TEACHER, big)) == 40
 
 
@@ -402,7 +407,7 @@ def test_a_shard_that_cannot_be_renamed_leaves_no_partial_file(cache, monkeypatc
         context.setattr(os, "replace", lambda *args: os.listdir("/no/such/folder"))
         with pytest.raises(OSError, match="1 teacher features cannot be written"):
             cache.flush()
-    assert sorted(path.name for path in cache.folder.iterdir()) == [".compaction.lock", "manifest.json"]
+    assert [path.name for path in cache.folder.iterdir()] == ["manifest.json"]
     cache.flush()
     assert len(shard_files(cache)) == 1
 
@@ -423,7 +428,7 @@ def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):
     assert holds(FeatureCache(folder, TEACHER, DIM), [1])
 
 
-# compaction
+# merging
 
 
 @pytest.fixture
@@ -446,9 +451,8 @@ def test_many_small_shards_are_merged_on_opening(folder, few_shards):
     assert len(shard_files(reader)) == 1
     assert holds(reader, range(20))
     assert len(reader) == 20
-    # an older reader goes on with the files that it has open, and can follow
-    assert holds(cache, range(20))
-    cache.refresh()
+    # an older reader follows when it misses a file
+    assert len(cache._shards) == 20
     assert holds(cache, range(20))
     assert len(cache._shards) == 1
 
@@ -464,37 +468,55 @@ def test_up_to_the_limit_and_large_shards_are_left_alone(folder, few_shards, mon
 
 
 def test_merged_shards_keep_to_their_size(folder, few_shards, monkeypatch):
-    cache = write_many(folder, range(40))
-    size = shard_files(cache)[0].stat().st_size
-    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10 * size)
+    write_many(folder, range(40))
+    monkeypatch.setattr(cache_module, "_MERGED_SHARD_BYTES", 10 * 2 * DIM)
     reader = FeatureCache(folder, TEACHER, DIM)
     assert len(shard_files(reader)) == 4
     assert holds(reader, range(40))
 
 
-def test_merging_leaves_damaged_shards_to_be_reported_and_keeps_the_rest(folder, few_shards, caplog):
+def test_merging_reports_damaged_shards_and_keeps_the_rest(folder, few_shards, caplog):
     cache = write_many(folder, range(20), per_shard=2)
     broken = shard_files(cache)[3]
     # numpy takes NULs at the end of its strings for padding
-    lost = bytes(shards.Shard(broken, DIM, np.dtype(np.float16)).keys[-1]).ljust(16, b"\0")
+    lost = {bytes(key).ljust(16, b"\0") for key in Shard(broken, DIM).keys}
     flip_last_bit(broken, "features")
     reader = FeatureCache(folder, TEACHER, DIM)
-    assert len(shard_files(reader)) == 2
-    assert reader.get([lost]) == [None]
+    assert len(shard_files(reader)) == 1
+    assert reader.get(sorted(lost)) == [None, None]
     assert str(broken) in caplog.text
-    assert holds(reader, [name for name in range(20) if keys_of([name])[0] != lost])
+    assert holds(reader, [name for name in range(20) if keys_of([name])[0] not in lost])
 
 
-def test_only_one_process_merges(folder, few_shards):
+def test_processes_that_merge_the_same_shards_at_once_write_the_same_file(folder, few_shards):
     cache = write_many(folder, range(20))
-    import fcntl
+    barrier = fork.Barrier(3)
 
-    with (cache.folder / ".compaction.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        reader = FeatureCache(folder, TEACHER, DIM)
-        assert len(shard_files(reader)) == 20
-        assert holds(reader, range(20))
-    assert len(shard_files(FeatureCache(folder, TEACHER, DIM))) == 1
+    def child():
+        # all have seen the parts before anyone writes, and have written before anyone unlinks
+        write, unlink = cache_module.write_shard, type(cache.folder).unlink
+        cache_module.write_shard = lambda *args: (barrier.wait(20), write(*args), barrier.wait(20))
+        type(cache.folder).unlink = lambda path, missing_ok=False: unlink(path, missing_ok=True)
+        assert holds(FeatureCache(folder, TEACHER, DIM), range(20))
+
+    run([fork.Process(target=child) for _ in range(3)])
+    assert len(shard_files(cache)) == 1
+    assert holds(FeatureCache(folder, TEACHER, DIM), range(20))
+
+
+def test_a_merge_that_another_process_overtakes_is_given_up(folder, few_shards, monkeypatch):
+    write_many(folder, range(20))
+    original = Shard.read
+
+    def overtaken(shard, rows):
+        monkeypatch.setattr(Shard, "read", original)
+        FeatureCache(folder, TEACHER, DIM)
+        return original(shard, rows)
+
+    monkeypatch.setattr(Shard, "read", overtaken)
+    cache = FeatureCache(folder, TEACHER, DIM)
+    assert len(shard_files(cache)) == 1
+    assert holds(cache, range(20))
 
 
 def test_a_merge_killed_halfway_loses_nothing(folder, few_shards):
@@ -544,8 +566,7 @@ def test_several_processes_open_merge_and_write_at_once(folder, few_shards):
                 put(cache, [name])
             assert holds(cache, range(30))
 
-    processes = [fork.Process(target=child, args=(start,)) for start in (1000, 2000)]
-    run(processes)
+    run([fork.Process(target=child, args=(start,)) for start in (1000, 2000)])
     everything = [*range(30), *range(1000, 1030), *range(2000, 2030)]
     assert holds(FeatureCache(folder, TEACHER, DIM), everything)
 
