@@ -1,4 +1,4 @@
-"""The picture: both heat maps, and each mark on its head."""
+"""The picture, each mark on its head, and the comparison with a control."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from llamafactory_hera.calibration import figure
-from llamafactory_hera.calibration.figure import draw_calibration
+from llamafactory_hera.calibration import report as reporting
+from llamafactory_hera.calibration.report import draw_calibration, mean_rank_correlation
 
 LAYERS, HEADS = 3, 40
 
@@ -35,7 +35,7 @@ TARGETS = [
 
 def drawn(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Figure:
     figures: list[Figure] = []
-    monkeypatch.setattr(figure, "save_figure", lambda made, _: figures.append(made))
+    monkeypatch.setattr(reporting, "save_figure", lambda made, _: figures.append(made))
     draw_calibration(content, Path("unused.png"))
     return figures[0]
 
@@ -50,12 +50,8 @@ def test_maps_show_the_scores_and_marks_stand_on_their_heads(monkeypatch: pytest
         assert marks == 2 * [{(31, 0)}] + 2 * [{(5, 2)}] + 2 * [{(2, 0), (7, 1)}]
     labels = [text.get_text() for text in made.legends[0].get_texts()]
     assert labels == ["target, calibrated (1)", "target, not changed (1)", "anchor (2)"]
-
-
-def test_equal_colours_mean_equal_distance_from_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    image = drawn(report(TARGETS, ["L0H31"]), monkeypatch).axes[1].images[0]
-    low, high = image.get_clim()
-    assert low == -high
+    low, high = made.axes[1].images[0].get_clim()
+    assert low == -high  # equal colours mean equal distance from the mean
 
 
 def test_a_calibration_of_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +64,18 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     draw_calibration(report(TARGETS, []), tmp_path / "calibration.png")
     assert matplotlib.image.imread(tmp_path / "calibration.png")[..., :3].std() > 0.05
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.png"]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [
+        ([[1, 2, 3, 4]], [[10, 20, 30, 40]], 1.0),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], [[4, 3, 2, 1], [1, 2, 3, 4]], 0.0),  # the mean over layers
+        ([[1, 1, 2, 2]], [[1, 2, 1, 2]], 0.0),  # heads that are equal share a rank
+        ([[1, 1, 2, 3]], [[3, 1, 2, 1]], -1.75 / 4.5),
+        ([[5, 5, 5], [1, 2, 3]], [[1, 2, 3], [2, 4, 9]], 1.0),  # a layer of equal heads has no order
+        ([[5, 5, 5]], [[1, 2, 3]], 0.0),
+    ],
+)
+def test_rank_correlation_of_heads(ours: list[list[float]], theirs: list[list[float]], expected: float) -> None:
+    assert mean_rank_correlation(ours, theirs) == pytest.approx(expected, abs=1e-6)
