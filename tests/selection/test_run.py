@@ -12,7 +12,7 @@ from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import forward
 from llamafactory_hera.selection.run import select_heads, select_layers
 from llamafactory_hera.selection.samples import draw_samples
-from llamafactory_hera.selection.teacher import fill_teacher_cache, nearest_in_blocks
+from llamafactory_hera.selection.teacher import fill_teacher_cache
 from tests.ranks import run_ranks
 from tests.tiny_models import HEADS, LAYERS
 
@@ -231,13 +231,3 @@ def test_teacher_only_fills_the_cache_for_the_whole_dataset(tmp_path):
         fill_teacher_cache(dataclasses.replace(material, teacher_cache=None), settings())
     with pytest.raises(ValueError, match="dataset: noise holds no image"):
         fill_teacher_cache(dataclasses.replace(material, source=Rows([[]], captions(1))), settings())
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_neighbours_by_blocks_are_those_of_the_whole(normalize, monkeypatch):
-    from llamafactory_hera.alignment import nearest_neighbors
-
-    features = torch.randn(50, 6)
-    features[10:20] = features[:10]  # exact ties
-    monkeypatch.setattr("llamafactory_hera.selection.teacher._ROWS", 7)
-    assert torch.equal(nearest_in_blocks(features, 5, normalize), nearest_neighbors(features, 5, normalize))

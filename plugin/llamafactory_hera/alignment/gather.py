@@ -37,18 +37,18 @@ def world_size() -> int:
 
 def rank() -> int:
     """This process's number; 0 without a launcher."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
     """Waits for all processes."""
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
 
 
 def from_first(value: Any) -> Any:
-    """The first process's value, on every process."""
-    if not (dist.is_available() and dist.is_initialized()):
+    """The first process's value, on every process; it must be one that can be pickled."""
+    if world_size() == 1:
         return value
     values = [value]
     dist.broadcast_object_list(values, src=0)

@@ -3,13 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.neighbors import Candidates, similarity
+from ..alignment.neighbors import Candidates
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ class PooledBatch:
     valid: Tensor
     candidates: Candidates
     normalize: bool = True
-
-    @cached_property
-    def similarities(self) -> Tensor:
-        """Of every sample with every candidate, ``[n_sites, N, M]``."""
-        return similarity(self.z, self.everything, self.normalize)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..alignment.gather import barrier, rank, world_size
-from ..alignment.neighbors import rank_neighbors, similarity
+from ..alignment.neighbors import nearest_neighbors
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
@@ -24,8 +24,6 @@ from .settings import SelectSettings
 logger = logging.getLogger(__name__)
 
 _SCRATCH = f"{PREFIX}teacher"
-# Rows of teacher similarities that are ranked at a time.
-_ROWS = 1024
 
 
 def find_neighbors(
@@ -58,7 +56,7 @@ def find_neighbors(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return nearest_in_blocks(features, settings.k, settings.similarity == "cosine"), fingerprint
+    return nearest_neighbors(features, settings.k, settings.similarity == "cosine"), fingerprint
 
 
 def fill_teacher_cache(material: Material, settings: SelectSettings) -> int:
@@ -80,25 +78,6 @@ def fill_teacher_cache(material: Material, settings: SelectSettings) -> int:
     cache = _open_cache(material.teacher_cache, teacher, material)
     _fill(teacher, cache, images, material, settings)
     return len(cache)
-
-
-def nearest_in_blocks(features: Tensor, k: int, normalize: bool) -> Tensor:
-    """As :func:`~llamafactory_hera.alignment.nearest_neighbors`, holding some rows of the similarities at a time.
-
-    Args:
-        features: ``[N, D]``.
-        k: Neighbours per sample.
-        normalize: Cosine similarity when true, dot product otherwise.
-
-    Returns:
-        ``[N, k]``.
-    """
-    index = torch.arange(features.shape[0], device=features.device)
-    parts = []
-    for rows in index.split(_ROWS):
-        similarities = similarity(features[rows], features, normalize)
-        parts.append(rank_neighbors(similarities, k, excluded=rows[:, None] == index))
-    return torch.cat(parts)
 
 
 def _open_cache(folder: str | Path, teacher: VisionTeacher, material: Material) -> FeatureCache:
