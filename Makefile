@@ -3,7 +3,7 @@
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own (under 3 minutes)
-#   make lint        ruff
+#   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,9 @@ test-fast: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/deptry .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .cache hera_demo hera_study saves artifacts

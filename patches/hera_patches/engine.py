@@ -8,19 +8,18 @@ Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
 import inspect
 from collections.abc import Iterator
 from functools import wraps
-from types import ModuleType
 from typing import Any
 
 WHAT = "the web UI's settings after a reload"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's engine lacks, or None."""
     resume = getattr(getattr(module, "Engine", None), "resume", None)
-    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is no generator"
+    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is not a generator"
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``Engine.resume``; ``hera`` is the panel that the train tab has given the runner."""
     original = module.Engine.resume
 

@@ -8,12 +8,12 @@ Tested with 0.9.5. Can go when the host lets plugins add arguments.
 """
 
 from dataclasses import is_dataclass
-from types import ModuleType
+from typing import Any
 
 WHAT = "stage: hera and the hera_* keys in FinetuningArguments"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's class lacks, or None."""
     host = getattr(module, "FinetuningArguments", None)
     if not (isinstance(host, type) and is_dataclass(host)):
@@ -26,7 +26,7 @@ def check(module: ModuleType) -> str | None:
     return f"FinetuningArguments already has {', '.join(taken)}" if taken else None
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Rebinds ``FinetuningArguments`` to a subclass."""
     from llamafactory_hera.integrations.llamafactory.arguments import extend
 

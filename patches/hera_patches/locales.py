@@ -5,12 +5,12 @@ Why: the host takes them from one dictionary when the page's language changes.
 Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
 """
 
-from types import ModuleType
+from typing import Any
 
 WHAT = "labels of HeRA's fields in the web UI's five languages"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
     locales = getattr(module, "LOCALES", None)
     if not isinstance(locales, dict) or "en" not in locales.get("training_stage", {}):
@@ -19,9 +19,9 @@ def check(module: ModuleType) -> str | None:
     return f"LOCALES already has {', '.join(taken)}" if taken else None
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Adds the texts; English stands for a language that the plugin does not have."""
-    from llamafactory_hera.integrations.llamaboard.texts import locales
+    from llamafactory_hera.integrations.llamaboard.names import locales
 
     languages = module.LOCALES["training_stage"]
     for name, texts in locales().items():

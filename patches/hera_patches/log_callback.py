@@ -5,32 +5,30 @@ Why: the host's callback writes a fixed set of keys.
 Tested with 0.9.5. Can go when the host writes every logged key.
 """
 
-import inspect
 from functools import partial, wraps
-from types import ModuleType
 from typing import Any
+
+from .registry import differs
 
 WHAT = "lm_loss and hera_* in trainer_log.jsonl"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's callback lacks, or None."""
-    callback = getattr(module, "LogCallback", None)
-    if callback is None or not hasattr(callback, "on_log") or not hasattr(callback, "_write_log"):
-        return "LogCallback has no on_log or _write_log"
-    parameters = list(inspect.signature(callback._write_log).parameters)
-    if parameters != ["self", "output_dir", "logs"]:
-        return f"LogCallback._write_log takes {parameters}"
-    if "_write_log" not in callback.on_log.__code__.co_names:
-        return "LogCallback.on_log does not call _write_log"
-    return None
+    parameters = ["self", "args", "state", "control", "kwargs"]
+    if difference := differs(
+        getattr(module, "LogCallback", None), on_log=parameters, _write_log=["self", "output_dir", "logs"]
+    ):
+        return difference
+    called = module.LogCallback.on_log.__code__.co_names
+    return None if "_write_log" in called else "LogCallback.on_log does not call _write_log"
 
 
 def _write_with(write: Any, extra: dict[str, Any], output_dir: str, logs: dict[str, Any]) -> None:
     write(output_dir, {**logs, **extra})
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``LogCallback.on_log``."""
     callback = module.LogCallback
     original = callback.on_log

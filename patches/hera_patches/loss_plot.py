@@ -5,26 +5,20 @@ Why: the host draws one curve, the sum of both losses.
 Tested with 0.9.5. Can go when the host draws every logged curve.
 """
 
-import inspect
 from functools import wraps
-from types import ModuleType
 from typing import Any
+
+from .registry import differs
 
 WHAT = "LM loss, HeRA loss and MKNN in the web UI's plot"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None."""
-    for name, expected in (("gen_loss_plot", ["trainer_log"]), ("smooth", ["scalars"])):
-        if not hasattr(module, name):
-            return f"no function {name}"
-        parameters = list(inspect.signature(getattr(module, name)).parameters)
-        if parameters != expected:
-            return f"{name} takes {parameters}"
-    return None
+    return differs(module, gen_loss_plot=["trainer_log"], smooth=["scalars"])
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``gen_loss_plot``."""
     original = module.gen_loss_plot
 
@@ -32,7 +26,7 @@ def apply(module: ModuleType) -> None:
     def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
         if not any("hera_loss" in line for line in trainer_log):
             return original(trainer_log)
-        from llamafactory_hera.integrations.llamaboard.curves import loss_figure
+        from llamafactory_hera.integrations.llamaboard.pictures import loss_figure
 
         return loss_figure(trainer_log, module.smooth)
 

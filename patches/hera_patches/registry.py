@@ -4,10 +4,12 @@ A patch module has ``WHAT`` (one line) and two functions: ``check(module)`` retu
 why the change does not fit this version of the host; ``apply(module)`` makes it.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 # What a training run needs.
 _TRAINING = (
@@ -18,8 +20,7 @@ _TRAINING = (
 )
 # What the host's web UI needs; training goes on without it.
 _WEB_UI = (
-    ("llamafactory.extras.constants", "training_stages"),
-    ("llamafactory.extras.constants", "model_list"),
+    ("llamafactory.extras.constants", "constants"),
     ("llamafactory.extras.ploting", "loss_plot"),
     ("llamafactory.webui.common", "saved_settings"),
     ("llamafactory.webui.locales", "locales"),
@@ -30,11 +31,10 @@ _WEB_UI = (
 
 #: Host module -> patch module of this package. Names only: nothing is imported before the host is.
 PATCHES: tuple[tuple[str, str], ...] = _TRAINING + _WEB_UI
+HOST_MODULES = frozenset(target for target, _ in PATCHES)
 
 #: What ``check`` returns where the host already does what the patch is for.
 NOT_NEEDED = "not needed"
-
-_MARK = "__hera_patches__"
 
 
 @dataclass(frozen=True)
@@ -51,29 +51,38 @@ class Status:
 _statuses: dict[str, Status] = {}
 
 
+def differs(owner: Any, **functions: list[str]) -> str | None:
+    """Says which function of a host's module or class is missing or takes other parameters than listed, or None."""
+    of = f"{owner.__name__}." if isinstance(owner, type) else ""
+    for name, expected in functions.items():
+        if not hasattr(owner, name):
+            return f"no function {of}{name}"
+        parameters = list(inspect.signature(getattr(owner, name)).parameters)
+        if parameters != expected:
+            return f"{of}{name} takes {parameters}"
+    return None
+
+
 def apply_to(module: ModuleType) -> None:
-    """Applies the patches of a freshly executed host module; a patch that does not fit warns and leaves it alone."""
-    for target, name in PATCHES:
-        if target != module.__name__ or name in vars(module).get(_MARK, ()):
-            continue
-        patch = import_module(f"{__package__}.{name}")
-        try:
-            reason = patch.check(module)
-            if reason is None:
-                patch.apply(module)
-        except Exception as error:  # a broken patch must not take the host down
-            reason = f"{type(error).__name__}: {error}"
-        if reason in (None, NOT_NEEDED):
-            vars(module).setdefault(_MARK, set()).add(name)
-            _statuses[name] = Status(name, target, patch.WHAT, reason or "applied")
-        else:
-            _statuses[name] = Status(name, target, patch.WHAT, "does not fit", reason)
-            lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
-            print(
-                f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
-                "unavailable. Run `llamafactory-hera doctor`.",
-                file=sys.stderr,
-            )
+    """Applies the patch of a freshly executed host module; one that does not fit warns and leaves it alone."""
+    name = next(name for target, name in PATCHES if target == module.__name__)
+    patch = import_module(f"{__package__}.{name}")
+    try:
+        reason = patch.check(module)
+        if reason is None:
+            patch.apply(module)
+    except Exception as error:  # a broken patch must not take the host down
+        reason = f"{type(error).__name__}: {error}"
+    if reason in (None, NOT_NEEDED):
+        _statuses[name] = Status(name, module.__name__, patch.WHAT, reason or "applied")
+        return
+    _statuses[name] = Status(name, module.__name__, patch.WHAT, "does not fit", reason)
+    lost = "`stage: hera`" if (module.__name__, name) in _TRAINING else "HeRA in the web UI"
+    print(
+        f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
+        "unavailable. Run `llamafactory-hera doctor`.",
+        file=sys.stderr,
+    )
 
 
 def statuses() -> list[Status]:

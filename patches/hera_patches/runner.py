@@ -5,11 +5,11 @@ Why: the host's runner knows by name which fields a stage sends.
 Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
 """
 
-import inspect
 from collections.abc import Iterator
 from functools import wraps
-from types import ModuleType
 from typing import Any
+
+from .registry import differs
 
 WHAT = "HeRA runs from the web UI"
 
@@ -21,19 +21,14 @@ _METHODS = {
 }
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's runner lacks, or None."""
-    runner = getattr(module, "Runner", None)
-    for name, expected in _METHODS.items():
-        if not hasattr(runner, name):
-            return f"Runner has no {name}"
-        parameters = list(inspect.signature(getattr(runner, name)).parameters)
-        if parameters != expected:
-            return f"Runner.{name} takes {parameters}"
-    return None if "info_finished" in getattr(module, "ALERTS", {}) else "no ALERTS with info_finished"
+    if "info_finished" not in getattr(module, "ALERTS", {}):
+        return "no ALERTS with info_finished"
+    return differs(getattr(module, "Runner", None), **_METHODS)
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps four methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
     runner, monitor = module.Runner, module.Runner.monitor
     parse, initialize, finalize = runner._parse_train_args, runner._initialize, runner._finalize
@@ -43,7 +38,7 @@ def apply(module: ModuleType) -> None:
         args = parse(self, data)
         if args["stage"] != "hera" or not hasattr(self, "hera"):
             return args
-        from llamafactory_hera.integrations.llamaboard.arguments import with_hera
+        from llamafactory_hera.integrations.llamaboard.fields import with_hera
 
         return with_hera(args, lambda id_: data[self.manager.get_elem_by_id(id_)])
 
@@ -65,7 +60,7 @@ def apply(module: ModuleType) -> None:
     def monitored(self: Any) -> Iterator[dict[Any, Any]]:
         data = self.running_data
         for update in monitor(self):
-            yield self.hera.explained(update, data) if hasattr(self, "hera") else update
+            yield self.hera.with_reason(update, data) if hasattr(self, "hera") else update
 
     runner.monitor = monitored
     runner._parse_train_args, runner._initialize, runner._finalize = _parse_train_args, _initialize, _finalize

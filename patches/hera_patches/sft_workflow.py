@@ -6,10 +6,10 @@ Why: the host chooses its trainer inside ``run_sft``. The wrapper calls the orig
 Tested with 0.9.5. Can go when the host lets plugins add stages.
 """
 
-import inspect
 from functools import wraps
-from types import ModuleType
 from typing import Any
+
+from .registry import differs, require
 
 WHAT = "stage: hera in run_sft"
 
@@ -17,20 +17,16 @@ _PARAMETERS = ["model_args", "data_args", "training_args", "finetuning_args", "g
 _REPLACED = ("get_dataset", "CustomSeq2SeqTrainer", "plot_loss", "create_modelcard_and_push")
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's workflow lacks, or None."""
-    run_sft = getattr(module, "run_sft", None)
-    if run_sft is None:
-        return "no function run_sft"
-    parameters = list(inspect.signature(run_sft).parameters)
-    if parameters != _PARAMETERS:
-        return f"run_sft takes {parameters}"
-    used = run_sft.__code__.co_names
+    if difference := differs(module, run_sft=_PARAMETERS):
+        return difference
+    used = module.run_sft.__code__.co_names
     missing = [name for name in _REPLACED if not hasattr(module, name) or name not in used]
     return f"run_sft does not use {', '.join(missing)}" if missing else None
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Wraps ``run_sft``."""
     original = module.run_sft
 
@@ -47,8 +43,6 @@ def apply(module: ModuleType) -> None:
         if not getattr(finetuning_args, "use_hera", False):
             return original(*arguments)
         from llamafactory_hera.integrations.llamafactory.workflow import run_hera
-
-        from .registry import require
 
         require()
         return run_hera(module, original, *arguments)

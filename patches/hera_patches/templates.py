@@ -5,14 +5,14 @@ Why: the host has its ``llava`` data plugin for the Vicuna format alone, and no 
 Tested with 0.9.5. Can go when the host has these templates.
 """
 
-from types import ModuleType
+from typing import Any
 
 from .registry import NOT_NEEDED
 
 WHAT = "templates llava_plain, llava_qwen2_5, llava_qwen3, llava_llama3, llava_vicuna"
 
 
-def check(module: ModuleType) -> str | None:
+def check(module: Any) -> str | None:
     """Says what the host's module lacks, or None; nothing is needed where the host has all of them."""
     from llamafactory_hera.integrations.llamafactory.templates import NAMES, lacking
 
@@ -22,7 +22,7 @@ def check(module: ModuleType) -> str | None:
     return lack
 
 
-def apply(module: ModuleType) -> None:
+def apply(module: Any) -> None:
     """Registers the templates that the host does not have."""
     from llamafactory_hera.integrations.llamafactory.templates import register
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import __version__
 from .backbones.cli import register as register_backbones
 from .calibration.cli import register as register_calibration
-from .selection.cli import register as register_selection
+from .integrations.llamafactory.selection import register as register_selection
 from .study.cli import register as register_study
 
 

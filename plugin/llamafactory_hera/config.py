@@ -1,5 +1,5 @@
 # No `from __future__ import annotations` here: the annotations are read as types.
-"""Every ``hera_*`` key of a run, once; see :mod:`~llamafactory_hera.knobs` for what a key declares and who reads it."""
+"""Every ``hera_*`` key of a run, once; ``knobs.py`` says what a key declares and who reads it."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class SelectConfig(KeyedConfig):
 
     strategy: Strategy = knob(
         "worst",
-        "Heads or layers to select: the least aligned (worst), the most (top), random ones, or the least aligned heads "
-        "of the middle layer (middle).",
+        "Heads or layers to select: the least aligned (worst), the most (top), random ones, or the least aligned "
+        "heads of the middle layer (middle).",
         Role.SELECTS,
         key="hera_select",
     )
@@ -152,9 +152,7 @@ class HeraConfig(KeyedConfig):
         "Which image of a sample with several the teacher sees; negative counts from the last.",
         Role.RESUMABLE,
     )
-    max_nan: int = knob(
-        10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1
-    )
+    max_nan: int = knob(10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1)
     heads_force: bool = knob(
         False, "Train with a heads.json that was selected on another model or teacher, or with another m."
     )

@@ -69,7 +69,7 @@ class KeyedConfig:
 
     def __post_init__(self) -> None:
         for declared in fields(self):  # type: ignore[arg-type]
-            if not _is_config(declared):
+            if _config_type(declared) is None:
                 value = _checked(key_of(self, declared), declared, getattr(self, declared.name))
                 object.__setattr__(self, declared.name, value)
         self.check()
@@ -82,7 +82,8 @@ class KeyedConfig:
         """Every key with the field that declares it."""
         found: dict[str, Field] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
-            found |= declared.type.knobs() if _is_config(declared) else {key_of(cls, declared): declared}
+            nested = _config_type(declared)
+            found |= nested.knobs() if nested else {key_of(cls, declared): declared}
         return found
 
     @classmethod
@@ -104,8 +105,9 @@ class KeyedConfig:
     def _read(cls, source: Mapping[str, Any] | object) -> Self:
         values: dict[str, Any] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
-            if _is_config(declared):
-                values[declared.name] = declared.type._read(source)
+            nested = _config_type(declared)
+            if nested:
+                values[declared.name] = nested._read(source)
                 continue
             key = key_of(cls, declared)
             value = source.get(key, MISSING) if isinstance(source, Mapping) else getattr(source, key, MISSING)
@@ -137,7 +139,7 @@ class KeyedConfig:
     def _items(self) -> Iterator[tuple[str, Field, Any]]:
         for declared in fields(self):  # type: ignore[arg-type]
             value = getattr(self, declared.name)
-            if _is_config(declared):
+            if _config_type(declared):
                 yield from value._items()
             else:
                 yield key_of(self, declared), declared, value
@@ -158,8 +160,9 @@ def choices(declared: Field) -> tuple[Any, ...]:
     return get_args(declared.type) if get_origin(declared.type) is Literal else ()
 
 
-def _is_config(declared: Field) -> bool:
-    return isinstance(declared.type, type) and issubclass(declared.type, KeyedConfig)
+def _config_type(declared: Field) -> type[KeyedConfig] | None:
+    kind = declared.type
+    return kind if isinstance(kind, type) and issubclass(kind, KeyedConfig) else None
 
 
 # -- one value -------------------------------------------------------------------------------------------------------

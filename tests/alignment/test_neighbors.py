@@ -83,8 +83,8 @@ def test_neighbors_are_the_same_whatever_rows_are_ranked_at_a_time(monkeypatch):
     assert torch.equal(nearest_neighbors(features, 5, normalize=False), expected)
 
 
-def naive_among(features: Tensor, allowed: Tensor, k: int) -> list[list[int]]:
-    order = naive_neighbors(features, len(features) - 1, True)[: len(allowed)]
+def naive_among(features: Tensor, allowed: Tensor, k: int, normalize: bool = True) -> list[list[int]]:
+    order = naive_neighbors(features, len(features) - 1, normalize)[: len(allowed)]
     found = [[j for j in order[i] if row[j]][:k] for i, row in enumerate(allowed.tolist())]
     return [row + [-1] * (min(k, len(features)) - len(row)) for row in found]
 
@@ -109,16 +109,16 @@ def test_only_allowed_candidates_are_neighbors_and_minus_one_stands_for_none(k):
 
 
 def test_candidates_are_other_valid_images_and_remembered_ones():
-    teacher = torch.randn(7, 5)  # of a batch of 5 and of 2 remembered samples
+    teacher = torch.randint(-9, 10, (7, 9)).float()  # of a batch of 5 and of 2 remembered samples; exact products
     teacher[3] = 2 * teacher[0]  # one image
     teacher[6] = teacher[1]
     teacher[4] = torch.nan
     valid = torch.tensor([True, True, True, True, False])
-    candidates = teacher_candidates(teacher, valid, 3, normalize=True)
+    candidates = teacher_candidates(teacher, valid, 3, normalize=False)
     allowed = [[1, 2, 5, 6], [0, 2, 3, 5], [0, 1, 3, 5, 6], [1, 2, 5, 6], []]
     assert [row.nonzero().flatten().tolist() for row in candidates.allowed] == allowed
     teacher[4] = 0
-    assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3)
+    assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3, normalize=False)
     assert candidates.duplicates == 1
     assert candidates.known.tolist() == valid.tolist()
     assert candidates.chance.item() == pytest.approx((3 / 4 * 3 + 3 / 5) / 4)

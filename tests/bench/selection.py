@@ -119,7 +119,7 @@ def bare_passes(material: Material, settings: SelectSettings) -> Callable[[], di
     plan = plan_batches([len(feature["input_ids"]) for feature in features], settings.batch_size)
     model, teacher = material.load_model(), material.load_teacher()
     batches = [collate_captions([dict(features[row]) for row in batch.rows]) for batch in plan]
-    pixels = teacher.preprocess([load_image(sample.image) for sample in samples]).split(settings.batch_size)
+    pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(settings.batch_size)
     call = forward_call(model, settings.mode)
 
     def passes() -> dict[str, float]:

@@ -1,66 +1,80 @@
-"""Fields and texts of the web UI against the dataclass, and the arguments that a run gets from them."""
+"""Fields and texts of the web UI against the declared keys, what a run gets from them, and the host's lists."""
 
 import re
 import string
-from typing import get_args, get_type_hints
 
 import pytest
 
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
-from llamafactory_hera.integrations.llamaboard.arguments import lacking, with_hera
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS
-from llamafactory_hera.integrations.llamaboard.texts import LANGUAGES, locales, message
-from llamafactory_hera.objectives import names
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, options, problem_with, takes, with_hera
+from llamafactory_hera.integrations.llamaboard.names import MODELS, locales, message, texts
+
+NAMED = "heads objective granularity layers teacher teacher_cache weight k temperature memory pooling select select_m"
 
 
-def test_defaults_and_choices_are_the_dataclass_s() -> None:
-    defaults, hints = HeraArguments(), get_type_hints(HeraArguments)
-    for key, field in FIELDS.items():
-        assert field.default == ("" if getattr(defaults, key) is None else getattr(defaults, key))
-        declared = tuple(names()) if key == "hera_objective" else get_args(hints[key])
-        assert field.choices == (declared if field.kind == "choice" else ())
-    assert {field.kind for field in FIELDS.values()} == {"text", "integer", "number", "switch", "choice"}
+def test_the_keys_of_heads_teacher_loss_and_selection_are_shown_with_their_defaults() -> None:
+    assert {f"hera_{name}" for name in NAMED.split()} <= set(FIELDS)
+    shown = {key: default(key) for key in FIELDS}
+    declared = HeraConfig(heads="L0H1").keys() | {"hera_heads": None}
+    assert shown == {key: "" if declared[key] is None else declared[key] for key in FIELDS}
+    assert all(value in options(key) for key, value in shown.items() if options(key))
+    # the host sends nothing for false, so that a ticked box could not be unticked
+    assert [key for key, value in shown.items() if value is True] == []
 
 
-def test_the_keys_of_heads_teacher_loss_and_selection_are_shown() -> None:
-    named = (
-        "heads objective granularity layers teacher teacher_cache weight k temperature memory pooling select select_m"
-    )
-    assert {f"hera_{name}" for name in named.split()} <= set(FIELDS)
+@pytest.mark.parametrize(
+    ("key", "good", "bad"),
+    [
+        ("hera_heads", "L1H2", 5),
+        ("hera_k", 9, "nine"),
+        ("hera_k", None, True),  # an emptied field
+        ("hera_weight", 0.5, "0.5"),
+        ("hera_fixed_temperature", True, 3),
+        ("hera_pooling", "mean", "nonsense"),
+        ("hera_objective", "cka", "nonsense"),
+    ],
+)
+def test_a_field_takes_values_of_its_key(key: str, good: object, bad: object) -> None:
+    assert takes(key, good)
+    assert not takes(key, bad)
 
 
-@pytest.mark.parametrize("lang", LANGUAGES)
+@pytest.mark.parametrize("lang", texts())
 def test_each_language_says_everything(lang: str) -> None:
-    texts, english = LANGUAGES[lang], LANGUAGES["en"]
-    assert list(texts.FIELDS) == list(FIELDS)
-    assert {name: set(shown) for name, shown in texts.WIDGETS.items()} == {
-        name: set(shown) for name, shown in english.WIDGETS.items()
+    def properties(lang: str) -> dict[str, list[str]]:
+        return {name: list(shown) for name, shown in texts()[lang]["elements"].items()}
+
+    def placeholders(text: str) -> set[str]:
+        return {field for _, field, _, _ in string.Formatter().parse(text) if field}
+
+    elements, messages, english = texts()[lang]["elements"], texts()[lang]["messages"], texts()["en"]["messages"]
+    assert properties(lang) == properties("en")
+    assert all(properties(lang)[key] == ["label", "info"] for key in FIELDS)
+    assert list(messages) == list(english)
+    assert {name: placeholders(messages[name]) for name in english} == {
+        name: placeholders(text) for name, text in english.items()
     }
-    assert list(texts.MESSAGES) == list(english.MESSAGES)
-    for name, text in texts.MESSAGES.items():
-        placeholders = {field for _, field, _, _ in string.Formatter().parse(text) if field}
-        assert placeholders == {field for _, field, _, _ in string.Formatter().parse(english.MESSAGES[name]) if field}
-    words = [word for pair in texts.FIELDS.values() for word in pair]
-    words += [word for shown in texts.WIDGETS.values() for word in shown.values()] + list(texts.MESSAGES.values())
-    assert all(word.strip() for word in words)
-    labels = [label for label, _ in texts.FIELDS.values()]
+    labels = [elements[key]["label"] for key in FIELDS]
     assert len(set(labels)) == len(labels)
+    words = [word for shown in elements.values() for word in shown.values()] + list(messages.values())
+    assert all(word.strip() for word in words)
     own_letters = {"ru": "[а-я]", "zh": "[一-鿿]", "ko": "[가-힣]", "ja": "[ぁ-ヿ一-鿿]"}
     if lang in own_letters:
         assert [word for word in words if not re.search(own_letters[lang], word)] == []
 
 
-def test_locales_have_the_host_s_form() -> None:
+def test_the_host_has_the_texts_in_its_languages() -> None:
     from llamafactory.webui.locales import LOCALES
 
-    for name, texts in locales().items():
-        assert set(texts) == set(LOCALES["training_stage"])
-        assert LOCALES[name] == texts
+    for name, by_language in locales().items():
+        assert set(by_language) == set(LOCALES["training_stage"])
+        assert LOCALES[name] == by_language
     assert message("aborted", "fr") == "Aborted."  # a language that the host may gain
 
 
 def test_extra_arguments_win_over_the_fields() -> None:
-    values = {f"train.{key}": field.default for key, field in FIELDS.items()}
+    values = {f"train.{key}": default(key) for key in FIELDS}
     values["train.hera_heads"] = " L1H2 "
     args = with_hera({"stage": "hera", "hera_k": 3, "hera_max_nan": 7}, values.__getitem__)
     assert args["hera_heads"] == "L1H2"
@@ -68,41 +82,71 @@ def test_extra_arguments_win_over_the_fields() -> None:
     assert set(args) == {"stage", "hera_max_nan", *FIELDS}
 
 
+LAYER = {"hera_granularity": "layer", "hera_layers": "L1"}
+
+
 @pytest.mark.parametrize(
-    ("heads", "said"), [("", "press Select heads"), ("L1", "'L1' is not a head"), ("gone.json", "cannot be read")]
+    ("args", "text"),
+    [
+        ({"hera_heads": ""}, "press Select heads"),
+        ({"hera_heads": "L1"}, "'L1' is not a head"),
+        ({"hera_heads": "gone.json"}, "cannot be read"),
+        ({"hera_heads": "", **LAYER, "hera_layers": ""}, "hera_layers: no layer is named"),
+        ({"hera_heads": "L1H2", **LAYER}, "hera_heads: L1H2 is for hera_granularity: head"),
+        (
+            {"hera_heads": "L1H2", "hera_objective": "viral"},
+            "hera_granularity: head does not work with hera_objective: viral",
+        ),
+        ({"hera_heads": "L1H2", "hera_k": 0}, "hera_k: 0 is"),
+        ({"hera_heads": "L1H2", "hera_weight": -3.0}, "hera_weight: -3.0 is"),
+        ({"hera_heads": "L1H2", "hera_select_m": 0}, "hera_select_m: 0 is"),
+    ],
 )
-def test_heads_that_cannot_be_are_named(heads: str, said: str) -> None:
-    assert said in lacking({"hera_heads": heads}, "en")
+def test_what_keeps_a_run_from_starting_is_named(args: dict, text: str) -> None:
+    assert text in problem_with(args, "en")
 
 
-@pytest.mark.parametrize("heads", ["auto", "L1H2,L3H4"])
-def test_heads_that_may_be_are_let_pass(heads: str) -> None:
-    assert lacking({"hera_heads": heads}, "en") == ""
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ({"hera_heads": "", "hera_k": 0}, "hera_k: 0 is"),
+        ({"hera_heads": "", "hera_weight": -3.0}, "hera_weight: -3.0 is"),
+        ({"hera_heads": "", "hera_select_m": 0}, "hera_select_m: 0 is"),
+        ({"hera_heads": "", **LAYER, "hera_layers": "auto"}, "write auto as decoder layers"),
+        ({**LAYER, "hera_granularity": "head"}, "hera_layers: L1 is for hera_granularity: layer"),
+    ],
+)
+def test_what_keeps_a_selection_from_starting_is_named(args: dict, text: str) -> None:
+    assert text in problem_with(args, "en", selecting=True)
 
 
-def test_layers_need_no_heads() -> None:
-    layers = {"hera_heads": "", "hera_granularity": "layer", "hera_layers": "L1"}
-    assert lacking(layers, "en") == ""
-    assert "hera_layers: no layer is named" in lacking(layers | {"hera_layers": ""}, "en")
-    assert "hera_heads: L1H2 is for hera_granularity: head" in lacking(layers | {"hera_heads": "L1H2"}, "en")
-    assert "hera_layers: L1 is for hera_granularity: layer" in lacking(
-        layers | {"hera_granularity": "head"}, "en", True
-    )
+@pytest.mark.parametrize("args", [{"hera_heads": "auto"}, {"hera_heads": "L1H2,L3H4"}, {"hera_heads": "", **LAYER}])
+def test_what_can_be_run_is_let_pass(args: dict) -> None:
+    assert problem_with(args, "en") == ""
+    assert problem_with({"hera_heads": ""}, "en", selecting=True) == ""
 
 
-def test_layers_are_not_selected_before_a_run() -> None:
-    said = lacking({"hera_heads": "", "hera_granularity": "layer", "hera_layers": "auto"}, "en", selecting=True)
-    assert "write auto as decoder layers" in said
+BACKBONES = [(f"models/{model.key}", model.template) for model in LANGUAGE_MODELS.values()]
+BACKBONES += [(model.checkpoint, model.template) for model in NATIVE_MODELS.values()]
 
 
-def test_an_objective_that_aligns_no_heads_says_so_in_the_page() -> None:
-    assert "hera_granularity: head does not work with hera_objective: viral" in lacking(
-        {"hera_heads": "L1H2", "hera_objective": "viral"}, "en"
-    )
+@pytest.mark.parametrize(("path", "template"), BACKBONES)
+def test_each_backbone_is_listed_once_as_multimodal_with_its_template(path: str, template: str) -> None:
+    from llamafactory.extras import constants
+
+    names = [
+        name
+        for name, paths in constants.SUPPORTED_MODELS.items()
+        if paths.get(constants.DownloadSource.DEFAULT) == path and constants.DEFAULT_TEMPLATE.get(name) == template
+    ]
+    assert len(names) == 1
+    assert names[0] in constants.MULTIMODAL_SUPPORTED_MODELS
 
 
-@pytest.mark.parametrize(("key", "value"), [("hera_k", 0), ("hera_weight", -3.0), ("hera_select_m", 0)])
-def test_values_out_of_range_are_named_before_anything_starts(key: str, value: float) -> None:
-    assert f"{key}: {value} is" in lacking({"hera_heads": "L1H2", key: value}, "en")
-    assert f"{key}: {value} is" in lacking({"hera_heads": "", key: value}, "en", selecting=True)
-    assert lacking({"hera_heads": ""}, "en", selecting=True) == ""
+def test_a_model_that_the_host_lists_is_not_listed_again() -> None:
+    from llamafactory.extras import constants
+
+    assert len(MODELS) == len(set(MODELS)) < len(BACKBONES)
+    assert all(name.endswith("-HeRA") for name in MODELS)
+    assert "Qwen2.5-VL-7B-Instruct" in constants.SUPPORTED_MODELS
+    assert "Qwen2.5-VL-7B-HeRA" not in constants.SUPPORTED_MODELS

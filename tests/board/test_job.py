@@ -1,4 +1,4 @@
-"""Scoring jobs as processes, and the commands of a comparison."""
+"""Scoring jobs as processes, the commands of a comparison, and the reason of a run that has failed."""
 
 import json
 import time
@@ -8,11 +8,11 @@ import psutil
 import pytest
 import yaml
 
-from llamafactory_hera.integrations.llamaboard.job import Job, Progress
+from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, Progress, compare_job, select_job
 
 
 def job(folder: Path, *commands: list[str]) -> Job:
-    return Job("select", commands, folder, folder / "hera" / "job.log", "en")
+    return Job(SELECT, commands, folder, "en")
 
 
 def ended(started: Job, timeout: float = 120) -> Job:
@@ -28,7 +28,7 @@ def test_commands_run_in_order_until_one_fails(tmp_path: Path) -> None:
     started.start()
     ended(started)
     assert started.code == 2
-    version, error = started.said().splitlines()
+    version, error = started.output().splitlines()
     assert version.startswith("llamafactory-hera ")
     assert "missing.json cannot be read" in error
     assert not started.aborted
@@ -47,7 +47,7 @@ def test_a_job_is_aborted_with_its_processes(tmp_path: Path) -> None:
     assert started.aborted
     assert started.code != 0
     assert not psutil.wait_procs(processes, timeout=10)[1]
-    assert "llamafactory-hera " not in started.said()  # the command behind it was not run
+    assert "llamafactory-hera " not in started.output()  # the command behind it was not run
     started.abort()  # does nothing
 
 
@@ -65,7 +65,7 @@ def test_progress_is_the_last_bar_of_the_log(tmp_path: Path) -> None:
     assert started.progress() == Progress("teacher", 96, 96)
     started.log.write_text("\n".join(bars))
     assert started.progress() == Progress("scoring pass", 64, 96)
-    assert started.said() == bars[0]
+    assert started.output() == bars[0]
 
 
 @pytest.fixture
@@ -77,9 +77,16 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -> None:
-    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
+def test_a_selection_runs_a_recipe_of_the_page_s_arguments(tmp_path: Path) -> None:
+    args = {"stage": "sft", "output_dir": str(tmp_path / "run"), "hera_k": 3, "empty": "", "unset": None}
+    started = select_job(args, "en")
+    assert started.commands == [["select", str(tmp_path / "run/hera/select.yaml")]]
+    content = yaml.safe_load(Path(started.commands[0][1]).read_text())
+    assert content == {"stage": "hera", "output_dir": args["output_dir"], "hera_k": 3}
+    assert started.log == tmp_path / "run/hera/select.log"
 
+
+def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -> None:
     facts = {"mode": "mllm", "samples_asked": 64, "k": 5, "seed": 3, "stored_dtype": "fp16", "pooling": "mean"}
     content = {"heads": ["L0H1"], "provenance": facts | {"similarity": "dot", "scores": [[0.1, 0.2]]}}
     (run / "hera/heads.json").write_text(json.dumps(content))
@@ -92,8 +99,6 @@ def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -
 
 
 def test_heads_without_scores_have_the_model_before_training_scored_first(run: Path) -> None:
-    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
-
     (run / "hera/heads.json").write_text('{"heads": ["L0H1"]}')
     before, score, report = compare_job(run, "en").commands
     assert before == ["score", str(run / "training_args.yaml"), "--output", str(run / "hera/before.json")]
@@ -103,7 +108,37 @@ def test_heads_without_scores_have_the_model_before_training_scored_first(run: P
 
 @pytest.mark.parametrize("missing", ["config.json", "training_args.yaml"])
 def test_there_is_nothing_to_compare_before_a_run_has_finished(missing: str, run: Path) -> None:
-    from llamafactory_hera.integrations.llamaboard.tasks import compare_job
-
     (run / missing).unlink()
     assert compare_job(run, "en") is None
+
+
+FAILED = """Failed. Exit code: 1
+
+```
+[INFO] loading
+ValueError: an earlier one that was handled
+Traceback (most recent call last):
+  File "cli.py", line 1, in main
+    raise ValueError(
+{last}
+[INFO] the end
+```
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "lang", "shown"),
+    [
+        (FAILED.format(last="ValueError: hera_heads: wrong"), "en", "ValueError: hera_heads: wrong"),
+        (FAILED.format(last="[rank0]: ValueError: hera_heads: wrong"), "en", "ValueError: hera_heads: wrong"),
+        ("训练出错。 Exit code: 1\n\n```\nRuntimeError: 内存\n```\n", "zh", "RuntimeError: 内存"),
+        ("Finished.\n\n```\nValueError: no\n```", "en", None),
+        (FAILED.split("Value")[0], "en", None),
+        ("Aborted, wait", "en", None),
+    ],
+)
+def test_the_last_error_of_a_failed_run_comes_first(text: str, lang: str, shown: str | None) -> None:
+    from llamafactory_hera.integrations.llamaboard.panel import reason_first
+
+    head, gap, rest = text.partition("\n\n")
+    assert reason_first(text, lang) == (text if shown is None else f"{head}{gap}**{shown}**{gap}{rest}")

@@ -24,9 +24,9 @@ def host() -> tuple[Callable, Callable]:
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    from llamafactory_hera.integrations.llamaboard.fields import FIELDS
+    from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default
 
-    fields = {f"train.{key}": field.default for key, field in FIELDS.items()}
+    fields = {f"train.{key}": default(key) for key in FIELDS}
     return PLAIN | fields | {"train.hera_compare": True} | changes
 
 
@@ -43,9 +43,28 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     from llamafactory.webui.common import load_args, save_args
 
     path = str(tmp_path / "saved.yaml")
-    for saved in (settings(**HERA), settings(**{"train.hera_compare": False}), settings(**HERA)):
+    emptied = {"train.hera_compare": False, "train.hera_k": None}
+    for saved in (settings(**HERA), settings(**emptied), settings(**HERA)):
         save_args(path, saved)
         assert load_args(path) == saved
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+    from llamafactory.webui.common import load_args, save_args
+
+    path = str(tmp_path / "saved.yaml")
+    save_args(path, settings(**HERA))
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(yaml, "safe_dump", full)
+    with pytest.raises(OSError, match="No space left"):  # the host's part is written by then
+        save_args(path, settings(**HERA | {"train.hera_weight": 0.1}))
+    monkeypatch.undo()
+    assert load_args(path) == settings(**HERA)
+    assert [file.name for file in tmp_path.iterdir()] == ["saved.yaml"]
 
 
 def test_the_host_reads_values_of_its_own_only(tmp_path: Path, host: tuple[Callable, Callable]) -> None:

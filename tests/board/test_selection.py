@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from llamafactory_hera.heads.head_set import HeadSet
+from llamafactory_hera.heads.targets import Targets
 
 from .page import SLOW, BoardPage
 from .server import Board
@@ -37,8 +37,8 @@ def selected(board: Board, browser) -> str:
 
 def test_the_heads_field_gets_the_selected_heads(selected: str, board: Board) -> None:
     assert selected == f"{FOLDER}/selected/hera/heads.json"
-    heads = HeadSet.load(board.folder / selected)
-    assert len(heads.heads) == 5
+    heads = Targets.load(board.folder / selected)
+    assert len(heads.items) == 5
     assert heads.provenance["samples"] == 96
 
 
@@ -48,7 +48,7 @@ def test_an_earlier_selection_is_loaded_and_looked_at(selected: str, board: Boar
     page.field("Earlier selection").click()
     page.page.get_by_role("option", name="full/selected").click()
     expect(page.field("Attention heads")).to_have_value(selected)
-    names = str(HeadSet.load(board.folder / selected)).replace(",", " ")
+    names = str(Targets.load(board.folder / selected)).replace(",", " ")
     expect(page.status).to_contain_text(f"Heads: {names}")
     expect(page.picture).to_be_visible()
     (board.folder / "by_hand.json").write_text('{"heads": ["L1H2"]}')
@@ -74,7 +74,7 @@ def test_a_selection_is_aborted_with_all_its_processes(board: Board, page: Board
     page.shot("12_aborted")
 
 
-def test_what_is_wrong_with_a_selection_is_said_in_the_page(page: BoardPage) -> None:
+def test_why_a_selection_has_failed_is_shown(page: BoardPage) -> None:
     page.describe_run("refused", Teacher="no_such_teacher")
     page.press("Select heads")
     expect(page.status).to_contain_text("Failed with exit code 2", timeout=SLOW)

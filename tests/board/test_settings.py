@@ -3,29 +3,30 @@
 import pytest
 from playwright.sync_api import expect
 
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS
-from llamafactory_hera.integrations.llamaboard.texts import LANGUAGES
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default
+from llamafactory_hera.integrations.llamaboard.names import texts
 
 from .page import BoardPage
 
 pytestmark = pytest.mark.slow
 
 
-def test_choosing_hera_opens_its_fields_with_the_defaults_of_the_dataclass(page: BoardPage) -> None:
-    texts = LANGUAGES["en"].FIELDS
-    weight = page.field(texts["hera_weight"][0])
+def label(name: str) -> str:
+    return texts()["en"]["elements"][name]["label"]
+
+
+def test_choosing_hera_opens_its_fields_with_the_declared_defaults(page: BoardPage) -> None:
+    weight = page.field(label("hera_weight"))
     expect(weight).not_to_be_visible()
     page.choose("Stage", "HeRA")
     expect(weight).to_be_visible()
     page.shot("01_stage")
-    for key, field in FIELDS.items():
-        shown = page.field(texts[key][0])
-        if field.kind == "switch":
-            expect(shown).to_be_checked(checked=getattr(HeraArguments(), key))
+    for key in FIELDS:
+        shown = page.field(label(key))
+        if isinstance(default(key), bool):
+            expect(shown).to_be_checked(checked=default(key))
         else:
-            default = getattr(HeraArguments(), key)
-            expect(shown).to_have_value("" if default is None else str(default))
+            expect(shown).to_have_value(str(default(key)))
 
 
 def test_preview_names_every_key_under_every_finetuning_method(page: BoardPage) -> None:
@@ -37,10 +38,10 @@ def test_preview_names_every_key_under_every_finetuning_method(page: BoardPage) 
         assert command["template"] == "llava_qwen3"
         expected = {"hera_heads": "L4H1,L3H5", "hera_weight": "0.1", "hera_memory": "32"}
         assert {key: command[key] for key in expected} == expected
-        assert {key for key in command if key.startswith("hera_")} == {
-            key
-            for key, field in FIELDS.items()
-            if field.kind != "switch" and key != "hera_layers"  # the host sends nothing that is empty
+        # the host sends nothing that is false or empty
+        assert {key for key in command if key.startswith("hera_")} == {*FIELDS} - {
+            "hera_layers",
+            "hera_fixed_temperature",
         }
     page.shot("02_preview")
     page.choose("Stage", "Supervised Fine-Tuning")  # the host empties the list of datasets
@@ -77,20 +78,16 @@ def test_saved_settings_come_back(page: BoardPage) -> None:
     assert before | {"output_dir": ""} == after | {"output_dir": ""}
 
 
-def visible_widgets(widgets: dict[str, dict[str, str]]) -> list[dict[str, str]]:
-    """Texts of what is seen before heads are selected."""
-    return [texts for name, texts in widgets.items() if name not in ("hera_gallery", "hera_report")]
-
-
 def test_every_language_is_shown(page: BoardPage) -> None:
     page.choose("Stage", "HeRA")
-    for lang, texts in reversed(LANGUAGES.items()):  # English, with whose labels the list is found, comes last
+    for lang, spoken in reversed(texts().items()):  # English, with whose labels the list is found, comes last
         languages = page.page.get_by_role("listbox").first
         languages.click()
         languages.fill(lang)
         page.page.get_by_role("option", name=lang, exact=True).click()
-        expect(page.page.get_by_text(texts.WIDGETS["hera_tab"]["label"])).to_be_visible()
+        expect(page.page.get_by_text(spoken["elements"]["hera_tab"]["label"])).to_be_visible()
         shown = page.page.locator("body").inner_text()
-        words = [*texts.FIELDS.values(), *map(dict.values, visible_widgets(texts.WIDGETS))]
-        assert [word for texts in words for word in texts if word not in shown] == []
+        # pictures and report are not seen before heads are scored
+        elements = [texts for name, texts in spoken["elements"].items() if name not in ("hera_gallery", "hera_report")]
+        assert [word for texts in elements for word in texts.values() if word not in shown] == []
         page.shot(f"04_language_{lang}")

@@ -78,25 +78,30 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     page.shot("23_compared", top=page.button("Select heads"))
 
 
-def test_a_head_that_the_model_lacks_is_said_in_the_page(page: BoardPage) -> None:
-    page.describe_run("wrong_head", Attention_heads="L99H0")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"Attention_heads": "L99H0"}, "L99H0 does not exist: this model has layers L0 to L4"),
+        (
+            {"Attention_heads": HEADS, "Teacher": "no_such_teacher"},
+            "hera_teacher: the folder no_such_teacher does not exist",
+        ),
+    ],
+    ids=["wrong_head", "missing_teacher"],
+)
+def test_why_a_run_has_failed_is_shown_first(
+    changes: dict[str, str], reason: str, page: BoardPage, request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    page.describe_run(name, **changes)
     page.press("Start")
-    reason = page.page.locator("strong").filter(has_text="L99H0 does not exist: this model has layers L0 to L4")
-    expect(reason).to_be_visible(timeout=SLOW)
-    page.shot("24_wrong_head", top=page.button("Start"))
+    expect(page.page.locator("strong").filter(has_text=reason)).to_be_visible(timeout=SLOW)
+    page.shot(f"24_{name}", top=page.button("Start"))
 
 
-def test_a_missing_teacher_is_said_in_the_page(page: BoardPage) -> None:
-    page.describe_run("missing_teacher", Attention_heads=HEADS, Teacher="no_such_teacher")
-    page.press("Start")
-    reason = page.page.locator("strong").filter(has_text="hera_teacher: the folder no_such_teacher does not exist")
-    expect(reason).to_be_visible(timeout=SLOW)
-    page.shot("25_missing_teacher", top=page.button("Start"))
-
-
-@pytest.mark.parametrize(("heads", "said"), [("", "press Select heads"), ("L4-1", "is not a head")])
-def test_heads_that_cannot_be_are_refused_at_once(heads: str, said: str, page: BoardPage, board: Board) -> None:
+@pytest.mark.parametrize(("heads", "reason"), [("", "press Select heads"), ("L4-1", "is not a head")])
+def test_heads_that_cannot_be_are_refused_at_once(heads: str, reason: str, page: BoardPage, board: Board) -> None:
     page.describe_run("refused_heads", Attention_heads=heads)
     page.press("Start")
-    expect(page.page.get_by_text(said).first).to_be_visible()
+    expect(page.page.get_by_text(reason).first).to_be_visible()
     assert not folder_of(board, "refused_heads").exists()

@@ -1,17 +1,20 @@
 """What the ranks are asked to do: picklable functions that run on each of them."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
+from llamafactory_hera.training import Aligner
+from llamafactory_hera.training.gradcache import RandomState
 from tests.terms import ContrastiveTerm
 
 from .engines import ENGINES
-from .step import LOSSES, Step
-from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
+from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build, teacher_folder
 
 #: By data, loss and parameter name.
 Gradients = dict[str, dict[str, dict[str, Tensor]]]
@@ -19,29 +22,85 @@ Gradients = dict[str, dict[str, dict[str, Tensor]]]
 TAU = "log_temperature"
 
 
+#: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP wants every parameter
+#: in the graph.
+LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
+
+
+def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = HEADS, **keys: object) -> Aligner:
+    """The product's own aligner on a model that no engine has wrapped yet."""
+    named = {"heads": targets} if "H" in targets else {"layers": targets, "granularity": "layer"}
+    config = HeraConfig(objective=objective, weight=1.0, k=K, teacher=teacher_folder(), **named, **keys)
+    return Aligner(model, config)
+
+
+def loss_of(
+    aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]
+) -> Tensor:
+    """The weighted sum of a micro-batch, with the forward pass through ``forward``."""
+    micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
+    lm_loss = forward(**batch.inputs).loss
+    return weights[0] * lm_loss + weights[1] * aligner.finish(micro_batch)
+
+
+def cached_losses(
+    aligner: Aligner,
+    forward: Callable[..., object],
+    micro_batches: list[Batch],
+    weights: tuple[float, float],
+    repeat: bool = True,
+) -> Iterator[Tensor]:
+    """The weighted sum under gradient caching, one micro-batch after the other; their sum is the loss.
+
+    Without ``repeat`` the second pass draws other random numbers than the first.
+    """
+    states = []
+    for batch in micro_batches:
+        states.append(RandomState(torch.device("cpu")))
+        micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
+        with torch.no_grad():
+            forward(**batch.inputs)
+        aligner.collect(micro_batch)
+    aligner.solve(weights[1])  # the term's own weight is 1: its gradients in the objective are scaled as the rest is
+    for batch, state in zip(micro_batches, states, strict=True):
+        if repeat:
+            state.restore()
+        yield loss_of(aligner, forward, batch, weights) / len(micro_batches)
+
+
+def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
+    """The gradients of what the objective trains, then forgotten; 0 where there is none."""
+    aligner.optimizer.reduce_gradients()
+    found = {}
+    for name, parameter in aligner.objective.named_parameters():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return found
+
+
 def reference(
-    model: nn.Module, batch: Batch, objective: str = "contrastive", sites: str = HEADS
+    model: nn.Module, batch: Batch, objective: str = "contrastive", targets: str = HEADS
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients by loss and parameter name, on one process with the global batch."""
-    step = Step(model, objective=objective, sites=sites)
+    aligner = aligner_of(model, objective, targets)
     found = {}
     for name, weights in LOSSES.items():
-        step.loss(model, batch, weights).backward()
-        step.capture.pool(None)
+        loss_of(aligner, model, batch, weights).backward()
+        aligner.end()
         found[name] = {
             key: p.new_zeros(p.shape) if p.grad is None else p.grad.clone()
             for key, p in model.named_parameters()
             if p.requires_grad
         }
-        found[name] |= step.take_own_gradients()
+        found[name] |= take_objective_gradients(aligner)
         model.zero_grad(set_to_none=True)
-    step.capture.remove()
+    aligner.capture.remove()
     return found
 
 
 def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Gradients of the HeRA term alone by name, its heads read by slicing the weight of a plain or LoRA ``o_proj``."""
-    heads = Targets.parse(HEADS).heads
+    heads = Targets.parse(HEADS).items
     layers = decoder_layers(model)
     mask = batch.inputs["labels"] != -100
     read: dict[int, Tensor] = {}
@@ -63,7 +122,10 @@ def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             weight = weight + projection.scaling["default"] * b @ a
         part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         contributions.append(read[layer][:, part] @ weight[:, part].T)
-    output = ContrastiveTerm(K)(torch.stack(contributions), batch.teacher, batch.valid, torch.tensor(0.07))
+    aligner = aligner_of(model)  # for its teacher; nothing is hooked before a pass begins
+    valid = batch.teacher["hera_source"] > 0
+    features = aligner.teacher.features(batch.teacher)
+    output = ContrastiveTerm(K)(torch.stack(contributions), features, valid, torch.tensor(0.07))
     output.loss.backward()
     for hook in hooks:
         hook.remove()
@@ -81,14 +143,14 @@ def gradients(
     data: tuple[str, ...],
     n_micro: int = 1,
     objective: str = "contrastive",
-    sites: str = HEADS,
+    targets: str = HEADS,
 ) -> Gradients:
     """Whole gradients through an engine; ranks other than the first give those of the objective's parameters alone.
 
     With several micro-batches a rank, they are accumulated under gradient caching.
     """
     model = build(tuning, checkpointing)
-    step = Step(model, objective=objective, sites=sites)
+    aligner = aligner_of(model, objective, targets)
     engine = ENGINES[engine_name](model, n_micro)
     found: Gradients = {}
     for case in data:
@@ -97,15 +159,15 @@ def gradients(
         found[case] = {}
         for name, weights in LOSSES.items():
             if n_micro == 1:
-                losses = [step.loss(engine.forward, mine[0], weights)]
+                losses = iter([loss_of(aligner, engine.forward, mine[0], weights)])
             else:
-                losses = step.cached_losses(engine.forward, mine, weights)
+                losses = cached_losses(aligner, engine.forward, mine, weights)
             for loss in losses:
                 engine.backward(loss)
-                step.capture.pool(None)
+                aligner.end()
             whole = engine.gradients()
             found[case][name] = whole if dist.get_rank() == 0 else {}
-            found[case][name] |= step.take_own_gradients()
+            found[case][name] |= take_objective_gradients(aligner)
             engine.clear()
     return found
 
@@ -113,10 +175,10 @@ def gradients(
 def remembered(size: int) -> dict[str, Tensor]:
     """What the memory holds after a batch with images, one with text alone on a rank, and one without any image."""
     model = build("full", "off")
-    step = Step(model, CrossBatchMemory(size))
+    aligner = aligner_of(model, memory=size)
     for data in ("images", "one rank without", "text only"):
         whole, parts = batches(data)
         batch = parts[dist.get_rank()] if dist.is_initialized() else whole
-        step.loss(model, batch, LOSSES["hera"])
-        step.capture.pool(None)
-    return step.term.memory.state_dict()
+        loss_of(aligner, model, batch, LOSSES["hera"])
+        aligner.end()
+    return aligner.memory.state_dict()

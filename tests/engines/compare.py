@@ -15,10 +15,10 @@ ZERO = 1e-6
 
 @cache
 def expected_gradients(
-    tuning: str, data: str, objective: str = "contrastive", sites: str = HEADS
+    tuning: str, data: str, objective: str = "contrastive", targets: str = HEADS
 ) -> dict[str, dict[str, Tensor]]:
     """Those of one process with the global batch and without checkpointing, by loss and parameter name."""
-    return reference(build(tuning, "off"), batches(data)[0], objective, sites)
+    return reference(build(tuning, "off"), batches(data)[0], objective, targets)
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

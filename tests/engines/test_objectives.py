@@ -11,7 +11,7 @@ from .workers import WorkerPair
 pytestmark = pytest.mark.slow
 
 LAYERS = "L1,L2"
-#: Objective, sites, kind of checkpointing: each kind once on layers, whose outputs carry gradient outside of it alone.
+#: Objective, targets, kind of checkpointing: each kind once on layers, whose outputs carry gradient outside of it alone.
 CASES = {
     "feature, heads": ("feature", HEADS, "reentrant"),
     "cka, heads": ("cka", HEADS, "off"),
@@ -26,10 +26,10 @@ CASES = {
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, tuning: str, case: str) -> None:
-    objective, sites, checkpointing = CASES[case]
-    found = workers.run(gradients, engine, tuning, checkpointing, DATA, 1, objective, sites)
+    objective, targets, checkpointing = CASES[case]
+    found = workers.run(gradients, engine, tuning, checkpointing, DATA, 1, objective, targets)
     for data in DATA:
-        for loss, expected in expected_gradients(tuning, data, objective, sites).items():
+        for loss, expected in expected_gradients(tuning, data, objective, targets).items():
             assert relative_error(found[0][data][loss], expected) <= BOUND, (data, loss)
             # no engine reduces the gradients of the objective's own parameters: replicas must not drift apart
             for rank in range(1, RANKS):
@@ -39,17 +39,17 @@ def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_moves_with_the_objective_where_there_are_images(case: str) -> None:
-    objective, sites, _ = CASES[case]
+    objective, targets, _ = CASES[case]
     for data in DATA:
-        hera = expected_gradients("full", data, objective, sites)["hera"]
+        hera = expected_gradients("full", data, objective, targets)["hera"]
         largest = max(float(tensor.abs().max()) for tensor in hera.values())
         assert largest == 0 if data == "text only" else largest > 1e-3
 
 
-@pytest.mark.parametrize("objective, sites", [("feature", HEADS), ("cka", LAYERS)])
-def test_gradient_caching(workers: WorkerPair, objective: str, sites: str) -> None:
+@pytest.mark.parametrize("objective, targets", [("feature", HEADS), ("cka", LAYERS)])
+def test_gradient_caching(workers: WorkerPair, objective: str, targets: str) -> None:
     data = DATA[:2]
-    found = workers.run(gradients, "DDP", "lora", "reentrant", data, 2, objective, sites)
+    found = workers.run(gradients, "DDP", "lora", "reentrant", data, 2, objective, targets)
     for case in data:
-        for loss, expected in expected_gradients("lora", case, objective, sites).items():
+        for loss, expected in expected_gradients("lora", case, objective, targets).items():
             assert relative_error(found[0][case][loss], expected) <= BOUND, (case, loss)

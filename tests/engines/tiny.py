@@ -1,10 +1,14 @@
-"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, and global batches that split over two ranks."""
+"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, a tiny teacher, and global batches for two ranks."""
 
+import atexit
+import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +17,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
+    Dinov2Config,
+    Dinov2Model,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen3Config,
     SiglipVisionConfig,
 )
+
+from llamafactory_hera.training.collator import NO_IMAGE, PIXELS
 
 HEADS = "L1H3,L2H0,L2H2"
 HEAD_DIM = 16
@@ -25,7 +33,7 @@ HIDDEN = 32
 K = 3
 RANKS = 2
 PER_RANK = 4
-TEACHER_DIM = 8
+TEACHER_SIZE = 12  # pixels; 3 x 3 patches
 IMAGE_TOKEN, PAD = 63, 0
 N_PATCHES, ANSWER, PROMPT = 4, 4, 3
 
@@ -74,6 +82,26 @@ def _new_model() -> LlavaForConditionalGeneration:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2, generator=generator)
     return model
+
+
+@cache
+def teacher_folder() -> str:
+    """The folder of a tiny random DINOv2; the same weights in every process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny_teacher_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=TEACHER_SIZE, patch_size=4
+    )
+    torch.manual_seed(4)
+    model = Dinov2Model(config)
+    with torch.no_grad():  # the usual initialisation gives every image almost the same feature
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    model.save_pretrained(folder)
+    size = {"height": TEACHER_SIZE, "width": TEACHER_SIZE}
+    processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": size, "do_center_crop": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)
 
 
 @cache
@@ -140,11 +168,10 @@ def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of the model, and what the teacher says of the samples."""
+    """Inputs of the model, and what the collator adds for the teacher."""
 
     inputs: dict[str, Tensor]
-    teacher: Tensor
-    valid: Tensor
+    teacher: dict[str, Tensor]
 
 
 def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[int]]:
@@ -157,7 +184,7 @@ def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[
     return prompt + answer, [-100] * len(prompt) + answer
 
 
-def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, teacher: Tensor, dummy: Tensor | None) -> Batch:
+def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tensor, dummy: Tensor | None) -> Batch:
     """Pads on the right; like the host, gives a batch without any image a masked dummy at the end of sample 0."""
     attended = [[1] * len(ids) for ids, _ in rows]
     rows = [(list(ids), list(labels)) for ids, labels in rows]
@@ -178,8 +205,14 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, teacher: Ten
     }
     if len(images):
         inputs["pixel_values"] = images
-    valid = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
-    return Batch(inputs, teacher, valid)
+    shown = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
+    teacher = {
+        "hera_source": torch.where(shown, PIXELS, NO_IMAGE),
+        "hera_image": torch.stack([torch.zeros_like(shown), shown], dim=1).long(),
+    }
+    if shown.any():
+        teacher["hera_pixels"] = pixels
+    return Batch(inputs, teacher)
 
 
 def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
@@ -194,10 +227,10 @@ def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     rows = [_row(generator, with_image=i < shown) for i in range(n)]
     images = torch.randn(shown, 3, 16, 16, generator=generator)
     dummy = torch.ones(1, 3, 16, 16)
-    teacher = torch.randn(n, TEACHER_DIM, generator=generator)
+    pixels = torch.randn(n, 3, TEACHER_SIZE, TEACHER_SIZE, generator=generator)
     parts = []
     for start, stop in pairwise(bounds):
         part = slice(start, stop)
         needs_dummy = start >= shown
-        parts.append(_batch(rows[part], images[part], teacher[part], dummy if needs_dummy else None))
-    return _batch(rows, images, teacher, dummy if shown == 0 else None), parts
+        parts.append(_batch(rows[part], images[part], pixels[part], dummy if needs_dummy else None))
+    return _batch(rows, images, pixels, dummy if shown == 0 else None), parts

@@ -45,7 +45,7 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
     collate = HeraCollator(_host, teacher.processor)
     batch = collate([{"images": [images[0], images[1]]}, {"images": []}, {"images": [images[2]]}, {}])
     assert batch["hera_source"].tolist() == [PIXELS, NO_IMAGE, PIXELS, NO_IMAGE]
-    expected = teacher.preprocess([Image.open(images[0]), Image.open(images[2])])
+    expected = teacher.processor.batch([Image.open(images[0]), Image.open(images[2])])
     assert torch.equal(batch["hera_pixels"][[0, 2]], expected)
     assert not batch["hera_pixels"][[1, 3]].any()
     assert batch["input_ids"].shape == (4, 3)
@@ -54,7 +54,7 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
 @pytest.mark.parametrize(("index", "shown"), [(1, 1), (-1, 2), (9, 2), (-9, 0)])
 def test_another_image_can_be_the_sample_s(teacher: VisionTeacher, images: list[str], index: int, shown: int) -> None:
     batch = HeraCollator(_host, teacher.processor, image_index=index)([{"images": images}])
-    assert torch.equal(batch["hera_pixels"], teacher.preprocess([Image.open(images[shown])]))
+    assert torch.equal(batch["hera_pixels"], teacher.processor.batch([Image.open(images[shown])]))
 
 
 def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
@@ -96,4 +96,4 @@ def test_it_says_which_image_of_how_many_the_teacher_sees(
     collate = HeraCollator(_host, teacher.processor, image_index=index, names_image=True)
     batch = collate([{"images": images}, {}, {"images": images[:1]}])
     assert batch["hera_image"].tolist() == [[expected, 3], [0, 0], [0, 1]]
-    assert torch.equal(batch["hera_pixels"][0], teacher.preprocess([Image.open(images[expected])])[0])
+    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[expected])])[0])

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from llamafactory_hera.integrations.llamafactory import collator
 from llamafactory_hera.integrations.llamafactory.collator import HeraCollator
-from llamafactory_hera.teachers.processor import TeacherProcessor
+from llamafactory_hera.teachers.checkpoint import check_teacher
+from llamafactory_hera.teachers.encoder import TeacherProcessor
 
 from ..backbones.tiny import save_tower
 
@@ -32,7 +33,7 @@ def test_images_are_decoded_in_the_workers(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(collator, "load_image", logged)
     Image.new("RGB", (20, 12), "red").save(tmp_path / "red.png")
     samples = [{"images": [str(tmp_path / "red.png")]}] * 6
-    collate = HeraCollator(_host, TeacherProcessor.from_pretrained(str(tmp_path / "teacher")))
+    collate = HeraCollator(_host, TeacherProcessor(check_teacher(str(tmp_path / "teacher"))))
     for batch in DataLoader(samples, batch_size=2, num_workers=2, collate_fn=collate):
         assert batch["hera_pixels"].abs().sum() > 0
     pids = log.read_text().split()

@@ -1,19 +1,37 @@
-"""The run-time changes: applied to the real host, refused with a reason where the host has changed."""
+"""The run-time changes: there from the start, applied to the real host, refused with a reason where it has changed."""
 
+import importlib
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from hera_patches import finetuning_args, log_callback, registry, sft_workflow, templates
+from hera_patches import (
+    constants,
+    engine,
+    finetuning_args,
+    locales,
+    log_callback,
+    loss_plot,
+    registry,
+    runner,
+    saved_settings,
+    sft_workflow,
+    templates,
+    train_tab,
+)
+from llamafactory_hera.integrations.llamaboard import names
+
+PATCHES = Path(registry.__file__).parents[1]
 
 
 def _python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(code)],
         capture_output=True,
@@ -21,23 +39,6 @@ def _python(code: str, *options: str, **environment: str) -> subprocess.Complete
         env={**os.environ, **environment},
         check=False,
     )
-
-
-def test_every_patch_fits_the_real_host() -> None:
-    import importlib
-
-    for target, _ in registry.PATCHES:
-        importlib.import_module(target)
-    assert [status.name for status in registry.statuses()] == [name for _, name in registry.PATCHES]
-    assert {status.state for status in registry.statuses()} <= {"applied", registry.NOT_NEEDED}
-    registry.require()
-
-
-def test_source_of_patched_modules_stays_readable() -> None:
-    import llamafactory.train.sft.workflow as workflow
-
-    assert "def run_sft(" in inspect.getsource(workflow)
-    assert inspect.signature(workflow.run_sft) == inspect.signature(workflow.run_sft.__wrapped__)
 
 
 def test_the_hook_is_there_from_the_start_and_loads_nothing() -> None:
@@ -50,6 +51,36 @@ def test_the_hook_is_there_from_the_start_and_loads_nothing() -> None:
         assert _python(code, *options).stdout.split() == ["1", "False", "False"]
     assert _python(code, HERA_DISABLE="1").stdout.split() == ["0", "False", "False"]
     assert _python(code, HERA_DISABLE="0").stdout.split() == ["1", "False", "False"]
+
+
+def test_the_start_imports_nothing_that_an_interpreter_does_not_have() -> None:
+    code = f"""
+        import os, sys
+        sys.path.insert(0, {str(PATCHES)!r})
+        before = set(sys.modules)
+        import hera_patches
+        hera_patches.install()
+        import json  # an import of something else
+        print(*sorted(name for name in set(sys.modules) - before if not name.startswith(("json", "_json"))))
+        print(hera_patches.installed())
+    """
+    loaded, installed = _python(code, "-I", "-S").stdout.splitlines()
+    assert set(loaded.split()) - set(_python("import sys, json; print(*sys.modules)", "-I", "-S").stdout.split()) == {
+        "hera_patches"
+    }
+    assert installed == "True"
+
+
+def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(tmp_path: Path) -> None:
+    shutil.copy(PATCHES / "llamafactory_hera.pth", tmp_path)
+    (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
+    code = f"import site, sys; sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r}); print(1)"
+    done = _python(code, "-I", "-S")
+    assert done.stdout == "1\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("llamafactory-hera could not start")
+    assert "ValueError" in line
+    assert "llamafactory-hera doctor" in line
 
 
 def test_spawned_children_are_patched() -> None:
@@ -68,29 +99,90 @@ def test_spawned_children_are_patched() -> None:
     assert _python(code).stdout.split() == ["True"]
 
 
+def test_every_patch_fits_the_real_host() -> None:
+    for target, _ in registry.PATCHES:
+        importlib.import_module(target)
+    assert [status.name for status in registry.statuses()] == [name for _, name in registry.PATCHES]
+    assert {status.state for status in registry.statuses()} <= {"applied", registry.NOT_NEEDED}
+    registry.require()
+
+
+def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
+    from llamafactory.extras import ploting
+    from llamafactory.train.sft import workflow
+    from llamafactory.webui import common
+    from llamafactory.webui import runner as host_runner
+    from llamafactory.webui.components import train
+
+    assert "def run_sft(" in inspect.getsource(workflow)
+    wrapped = (workflow.run_sft, ploting.gen_loss_plot, common.save_args, train.create_train_tab)
+    for function in (*wrapped, host_runner.Runner._initialize):
+        assert inspect.signature(function) == inspect.signature(function.__wrapped__)
+
+
 @pytest.mark.parametrize(
     ("patch", "host", "reason"),
     [
-        (finetuning_args, SimpleNamespace(FinetuningArguments=object), "not a dataclass"),
-        (sft_workflow, SimpleNamespace(), "no function run_sft"),
-        (sft_workflow, SimpleNamespace(run_sft=lambda model_args: None), "run_sft takes"),
-        (log_callback, SimpleNamespace(LogCallback=object), "no on_log"),
-        (templates, SimpleNamespace(), "register_template"),
+        (finetuning_args, {"FinetuningArguments": object}, "not a dataclass"),
+        (sft_workflow, {}, "no function run_sft"),
+        (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
+        (log_callback, {"LogCallback": object}, "no function object.on_log"),
+        (templates, {}, "register_template"),
+        (constants, {"TRAINING_STAGES": {"DPO": "dpo"}}, "not a dictionary with sft"),
+        (constants, {"TRAINING_STAGES": {"A": "sft"}}, "no SUPPORTED_MODELS"),
+        (loss_plot, {"gen_loss_plot": lambda log: None}, "gen_loss_plot takes ['log']"),
+        (saved_settings, {"save_args": lambda path: None}, "save_args takes ['path']"),
+        (locales, {"LOCALES": {"training_stage": {"en": {}}, "hera_k": {}}}, "already has hera_k"),
+        (
+            train_tab,
+            {"create_train_tab": lambda engine: None, "change_stage": lambda training_stage: None},
+            "does not use get_base_elems",
+        ),
+        (runner, {"Runner": object, "ALERTS": {"info_finished": {}}}, "no function object._parse_train_args"),
+        (engine, {"Engine": object}, "Engine.resume is not a generator"),
     ],
 )
-def test_another_host_is_named(patch: ModuleType, host: SimpleNamespace, reason: str) -> None:
-    assert reason in patch.check(host)
+def test_another_host_is_named(patch: ModuleType, host: dict, reason: str) -> None:
+    assert reason in patch.check(SimpleNamespace(**host))
 
 
+def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llamafactory.extras import constants as host
+
+    monkeypatch.setattr(names, "MODELS", [])
+    changed = SimpleNamespace(**{**vars(host), "TRAINING_STAGES": {"SFT": "sft", "Heads": "hera"}})
+    assert constants.check(changed) is None
+    changed.register_model_group = lambda models, template, multimodal: None
+    constants.apply(changed)
+    assert changed.TRAINING_STAGES == {"SFT": "sft", "Heads": "hera"}
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "lost"),
+    [
+        ("llamafactory.train.sft.workflow", "sft_workflow", "`stage: hera` may be unavailable"),
+        ("llamafactory.extras.ploting", "loss_plot", "HeRA in the web UI may be unavailable"),
+    ],
+)
 def test_a_patch_that_does_not_fit_warns_and_leaves_the_host_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    target: str, name: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(registry, "_statuses", {})
-    module = ModuleType("llamafactory.train.sft.workflow")
+    module = ModuleType(target)
     module.run_sft = original = lambda: None
     registry.apply_to(module)
     assert module.run_sft is original
-    assert "'sft_workflow' does not fit" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert f"{name!r} does not fit" in warning
+    assert lost in warning
+    assert [status.state for status in registry.statuses()] == ["does not fit"]
+
+
+def test_training_needs_the_patches_of_training_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_statuses", {})
+    registry.apply_to(ModuleType("llamafactory.extras.ploting"))
+    registry.require()
+    registry.apply_to(ModuleType("llamafactory.train.sft.workflow"))
     with pytest.raises(RuntimeError, match="sft_workflow"):
         registry.require()
 

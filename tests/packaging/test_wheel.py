@@ -43,7 +43,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"llamafactory_hera.pth", "llamafactory_hera.start"} <= set(names)
-    assert {"llamafactory_hera/cli.py", "hera_patches/hook.py"} <= set(names)
+    assert {"llamafactory_hera/cli.py", "hera_patches/registry.py"} <= set(names)
+    assert "llamafactory_hera/integrations/llamaboard/texts.yaml" in names
     recipes = {name.split("share/llamafactory-hera/recipes/")[1] for name in names if "/share/" in name}
     shipped = {str(path.relative_to(ROOT / "recipes")) for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     assert recipes == shipped

@@ -12,7 +12,7 @@ from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import forward
 from llamafactory_hera.selection.run import select_heads, select_layers
 from llamafactory_hera.selection.samples import draw_samples
-from llamafactory_hera.selection.teacher import fill_teacher_cache
+from llamafactory_hera.selection.teacher import fill_teacher_cache, nearest_in_blocks
 from tests.ranks import run_ranks
 from tests.tiny_models import HEADS, LAYERS
 
@@ -35,7 +35,7 @@ def naive_scores(material, chosen):
             rows.append(capture.representations()[:, 0])
     heads = torch.stack(rows, dim=1)
     teacher = material.load_teacher()
-    features = torch.cat([teacher.encode(teacher.preprocess([sample.image])) for sample in samples])
+    features = torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples])
     return mutual_knn(heads, features.half(), chosen.k, chosen.similarity == "cosine").view(LAYERS, HEADS)
 
 
@@ -72,7 +72,7 @@ def test_layer_scores_are_those_of_the_layers_output(tmp_path):
     hook.remove()
     pooled = torch.stack([output[0, 1:].mean(0) for output in outputs])
     teacher = material.load_teacher()
-    features = torch.cat([teacher.encode(teacher.preprocess([sample.image])) for sample in samples])
+    features = torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples])
     expected = mutual_knn(pooled, features.half(), chosen.k)
     assert heads.provenance["layer_scores"][0] == round(expected.item(), 7)
 
@@ -231,3 +231,13 @@ def test_teacher_only_fills_the_cache_for_the_whole_dataset(tmp_path):
         fill_teacher_cache(dataclasses.replace(material, teacher_cache=None), settings())
     with pytest.raises(ValueError, match="dataset: noise holds no image"):
         fill_teacher_cache(dataclasses.replace(material, source=Rows([[]], captions(1))), settings())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_neighbours_by_blocks_are_those_of_the_whole(normalize, monkeypatch):
+    from llamafactory_hera.alignment import nearest_neighbors
+
+    features = torch.randn(50, 6)
+    features[10:20] = features[:10]  # exact ties
+    monkeypatch.setattr("llamafactory_hera.selection.teacher._ROWS", 7)
+    assert torch.equal(nearest_in_blocks(features, 5, normalize), nearest_neighbors(features, 5, normalize))

@@ -8,18 +8,23 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.selection.captions import collate_captions
-from llamafactory_hera.selection.material import Material
-from llamafactory_hera.selection.settings import SelectSettings
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.selection.samples import SelectionInputs, collate_captions
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from tests.tiny_models import PAD, text_model, vlm, vlm_batch
 
 _SIDE = 16
 
 
-def settings(**changes) -> SelectSettings:
-    """Settings for 40 samples."""
-    return SelectSettings(**{"samples": 40, "k": 4, "m": 3, "batch_size": 8, **changes})
+def settings(**keys) -> HeraConfig:
+    """A selection of 3 heads on 40 samples, with further keys: ``select_m`` for ``hera_select_m``."""
+    keys = {"select_samples": 40, "select_k": 4, "select_m": 3, "select_batch_size": 8, "heads": "auto", **keys}
+    return HeraConfig.from_keys({"hera_teacher": "tiny/teacher"} | {f"hera_{key}": keys[key] for key in keys})
+
+
+def layer_settings(**keys) -> HeraConfig:
+    """As :func:`settings`, for layers."""
+    return settings(granularity="layer", heads=None, layers="auto", **keys)
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
@@ -70,9 +75,9 @@ def captions(n: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def text_material(folder: Path, n: int = 40, model_type: str = "qwen3", model=None) -> Material:
+def text_inputs(folder: Path, n: int = 40, model_type: str = "qwen3", model=None) -> SelectionInputs:
     """A plain LLM with captions, as in the paper; loading it saves it first, for its fingerprint."""
-    return _material(
+    return _inputs(
         folder,
         Rows([[image] for image in noise_images(n)], captions(n)),
         model or text_model(model_type).eval(),
@@ -80,7 +85,7 @@ def text_material(folder: Path, n: int = 40, model_type: str = "qwen3", model=No
     )
 
 
-def vlm_material(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Material:
+def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> SelectionInputs:
     """A VLM with an image in front of each text."""
     model = vlm(name).eval()
     batch = vlm_batch(model, rows=n)
@@ -97,21 +102,20 @@ def vlm_material(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Materi
             "pixel_values": torch.stack([row["pixels"] for row in rows]),
         }
 
-    return _material(folder, Rows([[image] for image in noise_images(n)], features), model, collate)
+    return _inputs(folder, Rows([[image] for image in noise_images(n)], features), model, collate)
 
 
-def _material(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Material:
+def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> SelectionInputs:
     model_folder, teacher_folder = folder / "model", folder / "teacher"
     if not teacher_folder.exists():
         save_teacher(teacher_folder)
         model.save_pretrained(model_folder)
-    return Material(
+    return SelectionInputs(
         source=source,
         load_model=lambda: model,
         collator=lambda _: collate,
         load_teacher=partial(VisionTeacher.from_pretrained, str(teacher_folder)),
         model_name="tiny/model",
         model_folder=model_folder,
-        teacher_name="tiny/teacher",
         dataset_name="noise",
     )

@@ -1,11 +1,14 @@
 """The processes of a launch, and gathering their rows into the global batch with gradient."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 class _AllGather(torch.autograd.Function):
@@ -53,6 +56,24 @@ def from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def on_first(compute: Callable[[], Result]) -> Result:
+    """What the first process computes, on every process; if it refuses its input, every process does.
+
+    Raises:
+        ValueError: As ``compute``.
+    """
+    result: Any = None
+    if rank() == 0:
+        try:
+            result = compute()
+        except ValueError as error:
+            result = error
+    result = from_first(result)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:

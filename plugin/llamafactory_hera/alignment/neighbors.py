@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
 SAME_IMAGE = 1 - 1e-5
-# Rows of similarities that are ranked at a time.
+# Rows of similarities that are held at a time, where all of them would take memory by the square.
 _ROWS = 1024
 
 

@@ -54,7 +54,10 @@ class HeadCapture(LayerHooks):
         self._layout = head_layout(model_config(model))
         targets.check(self._layout)
         super().__init__(model, targets.layers)
-        self._heads_of = {index: [item.head for item in self.heads if item.layer == index] for index in self._layers}
+        self._heads_of = {
+            index: [item.head for item in self.heads if item.layer == index and item.head is not None]
+            for index in self._layers
+        }
         self._mask: Tensor | None = None
         self._inputs: dict[int, Tensor] = {}
         self._keeps_inputs = False

@@ -162,7 +162,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
 
 def _behind_the_decoder(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
     decoder = next(m for m in model.modules() if list(getattr(m, "layers", None) or []) == list(layers))
-    outermost = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
     final = [getattr(decoder, "norm", None), outermost.get_output_embeddings()]
     parameters = {id(p) for module in final if module is not None for p in module.parameters()}
     # tied embeddings are both in front and behind

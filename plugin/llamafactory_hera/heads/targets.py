@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from ..files import read_json, write_json
@@ -137,10 +136,11 @@ class Targets:
         except ValueError as error:
             raise ValueError(f"{key}: {error}; {remedy}.") from error
         listed = content if isinstance(content, dict) else {}
-        found = [kind for kind in ("head", "layer") if isinstance(listed.get(f"{kind}s"), list)]
-        if (granularity or next(iter(found), None)) not in found:
+        kinds: tuple[Granularity, ...] = ("head", "layer")
+        found = [kind for kind in kinds if isinstance(listed.get(f"{kind}s"), list)]
+        named = granularity or next(iter(found), None)
+        if named is None or named not in found:
             raise ValueError(f'{key}: {path} has no list "{expected}s"; {remedy}.')
-        named: Granularity = granularity or found[0]  # type: ignore[assignment]
         return replace(cls.parse(content[f"{named}s"], named, key), provenance=content.get("provenance") or {})
 
     def save(self, path: str | os.PathLike) -> None:

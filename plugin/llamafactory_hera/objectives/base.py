@@ -1,9 +1,12 @@
 """What an alignment objective is, what it is given, and the registry that finds it by name."""
 
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from importlib import import_module
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +19,14 @@ class Options:
     """What an objective is made for.
 
     Attributes:
-        n_sites: Heads or layers that are aligned.
+        n_targets: Heads or layers that are aligned.
         dim: Size of a representation.
         teacher_dim: Size of a teacher's feature.
         temperature: Initial softmax temperature.
         learn_temperature: Whether it is trained.
     """
 
-    n_sites: int
+    n_targets: int
     dim: int
     teacher_dim: int
     temperature: float = 0.07
@@ -32,11 +35,11 @@ class Options:
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """The global batch: one vector a sample and site. Rows that are not valid hold zeros.
+    """The global batch: one vector a sample and target. Rows that are not valid hold zeros.
 
     Attributes:
-        z: ``[n_sites, N, D]`` in fp32, with gradient.
-        everything: ``[n_sites, M, D]``: ``z``, and remembered representations behind it.
+        z: ``[n_targets, N, D]`` in fp32, with gradient.
+        everything: ``[n_targets, M, D]``: ``z``, and remembered representations behind it.
         teacher: ``[N, D_teacher]`` in fp32.
         valid: Boolean ``[N]``: the sample has an image and pooled tokens.
         candidates: Whom each sample is compared with, and its neighbours in the teacher's space.
@@ -56,7 +59,7 @@ class PatchBatch:
     """The samples of one process: a vector for each visual token. Rows that are not valid hold zeros.
 
     Attributes:
-        z: ``[n_sites, B, T, D]`` in fp32, with gradient; the T tokens of an image are a square grid, row by row.
+        z: ``[n_targets, B, T, D]`` in fp32, with gradient; the T tokens of an image are a square grid, row by row.
         teacher: ``[B, h, w, D_teacher]`` in fp32.
         valid: Boolean ``[B]``: the sample has an image.
     """
@@ -93,11 +96,14 @@ class Objective(nn.Module, ABC):
         self.options = options
 
     @abstractmethod
-    def forward(self, batch: PooledBatch | PatchBatch) -> Tensor:
+    def forward(self, batch: Any) -> Tensor:
         """The loss.
 
+        Args:
+            batch: :class:`PooledBatch` or :class:`PatchBatch`, by :attr:`view`.
+
         Returns:
-            ``[n_sites]`` for a pooled batch; ``[n_sites, B]``, of each sample, for visual tokens.
+            ``[n_targets]`` for a pooled batch; ``[n_targets, B]``, of each sample, for visual tokens.
         """
 
     def entering(self, batch: PooledBatch) -> Tensor:
@@ -133,19 +139,43 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all objectives."""
+    """The names of all objectives that come with the package."""
     return tuple(_REGISTRY)
 
 
 def find(name: str) -> type[Objective]:
-    """The class of an objective.
+    """The class of an objective: one of the registered names, or ``my_package.my_module:MyObjective``.
 
     Raises:
         ValueError: There is none of this name.
     """
+    if ":" in name:
+        return _imported(name)
     if name not in _REGISTRY:
-        raise ValueError(f"hera_objective: {name!r} is unknown; choose one of {', '.join(names())}.")
+        raise ValueError(
+            f"hera_objective: {name!r} is unknown; choose one of {', '.join(names())}, or name a class of your own as "
+            "my_package.my_module:MyObjective."
+        )
     return _REGISTRY[name]
+
+
+def _imported(name: str) -> type[Objective]:
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # as `python -m` does: a module beside the recipe needs no installing
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of an installed module, or one "
+            "in the working directory, or of one on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(
+            f"hera_objective: {name!r} is not an objective; make it a subclass of "
+            "llamafactory_hera.objectives.Objective."
+        )
+    return found
 
 
 def create(name: str, options: Options, seed: int = 0) -> Objective:

@@ -13,7 +13,7 @@ class CKA(Objective):
     least_samples = 3  # two centred samples are always collinear: their CKA is 1
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each site; 0 below three samples."""
+        """The loss of each target; 0 below three samples."""
         enters = self.entering(batch)
         if not enters.any():
             return 0.0 * batch.z.sum(dim=(1, 2))

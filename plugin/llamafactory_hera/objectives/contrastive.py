@@ -27,7 +27,7 @@ class Contrastive(Objective):
         return self.log_temperature.exp()
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each site: the mean over samples that have a neighbour."""
+        """The loss of each target: the mean over samples that have a neighbour."""
         neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
         return contrastive_loss(
             batch.everything, neighbors, self.temperature(), batch.normalize, allowed, per_head=True

@@ -17,9 +17,9 @@ class Feature(Objective):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.projector = Projector(options.n_sites, options.dim, options.teacher_dim)
+        self.projector = Projector(options.n_targets, options.dim, options.teacher_dim)
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each site."""
+        """The loss of each target."""
         losses = cosine_loss(self.projector(batch.z), batch.teacher)
         return torch.where(batch.valid, losses, 0.0).sum(dim=1) / batch.valid.sum().clamp(min=1)

@@ -5,26 +5,26 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """A two-layer MLP with GELU for each site, all sites at once.
+    """A two-layer MLP with GELU for each target, all targets at once.
 
     The hidden width is the teacher's: this project's choice, which keeps what is trained beside the model small.
     Initial values are drawn as :class:`torch.nn.Linear` draws them.
 
     Args:
-        n_sites: Heads or layers.
+        n_targets: Heads or layers.
         dim: Size of a representation.
         teacher_dim: Size of a teacher's feature.
     """
 
-    def __init__(self, n_sites: int, dim: int, teacher_dim: int) -> None:
+    def __init__(self, n_targets: int, dim: int, teacher_dim: int) -> None:
         super().__init__()
-        self.weight_in = _uniform((n_sites, dim, teacher_dim), dim)
-        self.bias_in = _uniform((n_sites, 1, teacher_dim), dim)
-        self.weight_out = _uniform((n_sites, teacher_dim, teacher_dim), teacher_dim)
-        self.bias_out = _uniform((n_sites, 1, teacher_dim), teacher_dim)
+        self.weight_in = _uniform((n_targets, dim, teacher_dim), dim)
+        self.bias_in = _uniform((n_targets, 1, teacher_dim), dim)
+        self.weight_out = _uniform((n_targets, teacher_dim, teacher_dim), teacher_dim)
+        self.bias_out = _uniform((n_targets, 1, teacher_dim), teacher_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """``[n_sites, ..., D]`` to ``[n_sites, ..., D_teacher]``."""
+        """``[n_targets, ..., D]`` to ``[n_targets, ..., D_teacher]``."""
         rows = z.flatten(1, -2)
         hidden = nn.functional.gelu(torch.baddbmm(self.bias_in, rows, self.weight_in))
         return torch.baddbmm(self.bias_out, hidden, self.weight_out).view(*z.shape[:-1], -1)

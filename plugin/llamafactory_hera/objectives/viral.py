@@ -18,10 +18,10 @@ class Viral(Objective):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.projector = Projector(options.n_sites, options.dim, options.teacher_dim)
+        self.projector = Projector(options.n_targets, options.dim, options.teacher_dim)
 
     def forward(self, batch: PatchBatch) -> Tensor:
-        """The loss of each site and sample."""
+        """The loss of each target and sample."""
         side = math.isqrt(batch.z.shape[2])
         patches = batch.teacher.permute(0, 3, 1, 2)
         if patches.shape[2:] != (side, side):

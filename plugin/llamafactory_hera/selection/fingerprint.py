@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 
 from ..heads.families import HeadLayout
-from ..teachers.files import weight_files
+from ..hub import weight_files
 
 _TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
 _VISION_LAYER = re.compile(r"(?:^|\.)(encoder\.layers?\.\d+\..+)$")
@@ -37,7 +37,7 @@ def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path]
     Args:
         folder: A checkpoint's folder.
         layout: Of its text decoder.
-        adapters: Folders of adapters that are loaded upon it.
+        adapters: Folders of the adapters on top of it.
 
     Returns:
         64 hexadecimal digits.

@@ -1,154 +1,150 @@
-"""The forward passes: every head's and layer's pooled output of every sample, written as it is made."""
+"""The forward passes of selection and calibration: which samples run together, within the memory that there is."""
 
-import hashlib
 import inspect
-import json
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from ..alignment.gather import barrier, rank, world_size
-from ..heads.families import head_layout, media_token_ids, model_config
-from ..heads.pooled import PooledHeads, text_decoder
-from ..heads.pooling import token_mask
-from .batches import Batch, plan_batches, run_batches
-from .blocks import FeatureBlocks
-from .draw import Sample
-from .material import Material
-from .settings import Mode, SelectSettings
+from ..config import Mode
+from ..heads.families import media_token_ids, model_config
+from ..heads.pooled import text_decoder
+from ..heads.pooling import Pooling, token_mask
+from .samples import Collate, Features
 
 logger = logging.getLogger(__name__)
 
-# What the model takes no part of.
-_NOT_INPUTS = ("labels",)
+# A killed run loses at most one block on each process; blocks are what processes share out.
+_BLOCK_SAMPLES = 32
 
 
-def forward_call(model: nn.Module, mode: Mode) -> Callable[[dict[str, Any]], None]:
-    """How a batch goes through the model: the language model alone, or the whole, without logits that nobody reads.
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one forward pass, and the block that they belong to."""
 
-    Args:
-        model: As loaded, bare or under PEFT.
-        mode: ``llm`` or ``mllm``.
+    block: int
+    rows: tuple[int, ...]
 
-    Returns:
-        A function of the batch's tensors, which are moved to the model's device.
+
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
+    """Batches of samples of like length, longest first: little padding, and memory runs out at once or never.
+
+    The plan does not depend on the number of processes, so that each computes exactly what one process would.
     """
-    device = next(model.parameters()).device
-    target = text_decoder(model) if mode == "llm" else model
-    options: dict[str, Any] = {"use_cache": False}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters:
-        options["logits_to_keep"] = 1
-
-    def call(batch: dict[str, Any]) -> None:
-        inputs = {name: _to(value, device) for name, value in batch.items() if name not in _NOT_INPUTS}
-        target(**inputs, **options)
-
-    return call
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    per_block = max(1, _BLOCK_SAMPLES // batch_size)
+    return [
+        Batch(number // per_block, tuple(order[start : start + batch_size]))
+        for number, start in enumerate(range(0, len(order), batch_size))
+    ]
 
 
-def compute_features(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    material: Material,
-    settings: SelectSettings,
-    folder: Path,
-    key: str,
-) -> FeatureBlocks:
-    """Runs all samples through the model, shared out over the processes of the launch.
+def run_batches(
+    batches: list[Batch],
+    features: Sequence[Features],
+    collate: Collate,
+    run: Callable[[dict[str, Any]], Any],
+    num_workers: int = 0,
+) -> Iterator[tuple[Batch, Any]]:
+    """Collates and runs batches in order; when memory runs out, halves them from there on and says so.
 
     Args:
-        model: Whole on this process, in evaluation mode.
-        samples: N samples, the same on every process.
-        material: For its collator and worker processes.
-        settings: Of the selection.
-        folder: Where the blocks' folder is made.
-        key: Digest of model and settings; features of the same key are taken from an earlier, killed run.
+        batches: What to run.
+        features: All samples.
+        collate: From samples to a batch; gets copies, because the host's takes samples apart.
+        run: From a batch to its result.
+        num_workers: Processes that collate.
 
-    Returns:
-        The complete blocks of features.
+    Yields:
+        Each batch as it was run, whole or a part, with its result.
 
     Raises:
-        ValueError: The output folder cannot be written, or other processes' blocks cannot be seen in it.
+        RuntimeError: Not even one sample fits in memory, or anything else that a pass raises.
     """
-    features = [sample.features for sample in samples]
-    batches = plan_batches([len(feature["input_ids"]) for feature in features], settings.batch_size)
-    n_blocks = batches[-1].block + 1
-    rows = [[row for batch in batches if batch.block == block for row in batch.rows] for block in range(n_blocks)]
-    key = hashlib.sha256(json.dumps([key, [feature["input_ids"] for feature in features], rows]).encode()).hexdigest()
-    layout = head_layout(model_config(model))
-    blocks = FeatureBlocks(folder, key, rows, layout, settings.stored_dtype)
-    missing = blocks.missing()
-    barrier()  # nobody writes before everybody has looked
-    if rank() == 0 and len(missing) < n_blocks:
-        logger.warning("%s: %d of %d blocks are there; going on.", blocks.folder, n_blocks - len(missing), n_blocks)
-    mine = set(missing[rank() :: world_size()])
-    _run(model, [batch for batch in batches if batch.block in mine], features, blocks, material, settings)
-    barrier()
-    unseen = blocks.missing()
-    if unseen:
-        raise ValueError(
-            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
-            "it must be a folder that all of them share."
-        )
-    barrier()  # nobody deletes them before everybody has seen them
-    return blocks
+    pending = list(batches)
+    while pending:
+        make = partial(_collated, features=features, collate=collate)
+        loader: DataLoader = DataLoader(pending, batch_size=None, num_workers=num_workers, collate_fn=make)
+        for done, inputs in enumerate(loader):
+            try:
+                result = run(inputs)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or len(pending[done].rows) == 1:
+                    raise
+                result = None
+            if result is None:  # outside of the handler, where the failed pass's tensors are let go of
+                limit = len(pending[done].rows) // 2
+                pending = [
+                    Batch(batch.block, batch.rows[start : start + limit])
+                    for batch in pending[done:]
+                    for start in range(0, len(batch.rows), limit)
+                ]
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                logger.warning("Out of memory: going on with batches of %d samples.", limit)
+                break
+            yield pending[done], result
+        else:
+            return
 
 
-def _run(
-    model: nn.Module,
-    batches: list[Batch],
-    features: list[dict[str, Any]],
-    blocks: FeatureBlocks,
-    material: Material,
-    settings: SelectSettings,
-) -> None:
-    call = forward_call(model, settings.mode)
-    collate = material.collator(model)
-    device = next(model.parameters()).device
-    media = media_token_ids(model_config(model))
-    autocast = torch.autocast(device.type, material.autocast) if material.autocast is not None else nullcontext()
-    waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row -> its heads and layers
-    with (
-        ThreadPoolExecutor(1) as writer,  # a block is written while the next one is computed
-        PooledHeads(model) as pooled,
-        torch.no_grad(),
-        autocast,
-        tqdm(
-            total=sum(len(batch.rows) for batch in batches),
-            desc="HeRA | scoring pass",
-            unit="sample",
-            disable=rank() != 0,
-        ) as bar,
-    ):
-
-        def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            mask = token_mask(
-                settings.pooling, batch["input_ids"], batch.get("attention_mask"), batch.get("labels"), media
-            )
-            pooled.pool(mask.to(device))
-            call(batch)
-            heads, layers = pooled.take()
-            return heads.cpu(), layers.cpu()
-
-        written = writer.submit(lambda: None)
-        for batch, (heads, layers) in run_batches(batches, features, collate, run, material.num_workers):
-            waiting.update(zip(batch.rows, zip(heads, layers, strict=True), strict=True))
-            rows = blocks.rows[batch.block]
-            if all(row in waiting for row in rows):
-                written.result()
-                block_heads, block_layers = zip(*(waiting.pop(row) for row in rows), strict=True)
-                written = writer.submit(blocks.write, batch.block, torch.stack(block_heads), torch.stack(block_layers))
-            bar.update(len(batch.rows))
-        written.result()
+def _collated(batch: Batch, features: Sequence[Features], collate: Collate) -> dict[str, Any]:
+    return collate([dict(features[row]) for row in batch.rows])
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+class Forward:
+    """How a batch goes through a model: without labels, without a cache, without logits that nobody reads.
+
+    Args:
+        model: A transformers model, bare or under PEFT, whole on this process.
+        mode: ``llm`` runs the text decoder alone, ``mllm`` the whole model.
+        autocast: The type to compute in, where it is not the weights' own.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        #: Token ids that stand for images or other media.
+        self.media = media_token_ids(model_config(model))
+        self._target = text_decoder(model) if mode == "llm" else model
+        self._autocast = autocast
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+    def run(self, batch: dict[str, Any]) -> None:
+        """A pass for what is captured on the way."""
+        self._call(batch, 1)
+
+    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
+        """Logits at some positions of every sample.
+
+        Args:
+            batch: As collated.
+            positions: Indices ``[P]`` on the model's device.
+
+        Returns:
+            ``[B, P, V]``.
+        """
+        logits = self._call(batch, positions).logits
+        return logits if self._can_skip_logits else logits[:, positions]
+
+    def tokens(self, pooling: Pooling, batch: dict[str, Any]) -> Tensor:
+        """The tokens of a batch that a pooling takes, boolean ``[B, T]`` on the model's device."""
+        ids, attended, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
+        return token_mask(pooling, ids, attended, labels, self.media).to(self.device)
+
+    def _call(self, batch: dict[str, Any], keep: int | Tensor) -> Any:
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if name != "labels"
+        }
+        options = {"logits_to_keep": keep} if self._can_skip_logits else {}
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            return self._target(**inputs, use_cache=False, **options)

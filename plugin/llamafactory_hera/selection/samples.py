@@ -1,23 +1,154 @@
-"""Which samples are scored: drawn by seed, one for each image, each with text to average over."""
+"""What a selection reads: a dataset as plain objects, the samples drawn from it by seed, captions as token ids."""
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from ..alignment.neighbors import chance_level
+from ..config import HeraConfig
 from ..heads.pooling import IGNORE_INDEX
-from .draw import Draw, Sample, draw
-from .settings import SelectSettings
-from .source import Features, Source
+from ..teachers.encoder import VisionTeacher
+from ..teachers.images import ImageLike, image_key
 
 logger = logging.getLogger(__name__)
+
+#: What the model sees of one sample: ``input_ids``, ``attention_mask``, mostly ``labels``, as lists, and what its
+#: collator makes pixels of.
+Features = dict[str, Any]
+Collate = Callable[[list[Features]], dict[str, Any]]
 
 # Above this MKNN of unrelated features little room is left for heads to differ.
 _HIGH_CHANCE = 0.2
 
 
-def draw_samples(source: Source, settings: SelectSettings) -> list[Sample]:
-    """Draws ``settings.samples`` samples in an order that depends on the seed alone.
+class Source(Protocol):
+    """A dataset of which single samples are encoded when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def images(self, row: int) -> list[ImageLike]:
+        """The images of a sample, not decoded; empty without any."""
+        ...
+
+    def encode(self, row: int) -> Features | None:
+        """What the model sees of a sample; None for one that cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class SelectionInputs:
+    """Model, teacher and data of a selection, as a host gives them.
+
+    Attributes:
+        source: The dataset.
+        load_model: Loads the model, frozen, whole on this process.
+        collator: From the model to what makes batches of features, with ``labels``.
+        load_teacher: Loads the teacher.
+        model_name: As the recipe names it.
+        model_folder: The local folder of its files.
+        dataset_name: As the recipe names it.
+        adapter_folders: Folders of the adapters on top of the model.
+        autocast: The type in which the run computes, where it is not the weights' own.
+        num_workers: Processes that decode images.
+    """
+
+    source: Source
+    load_model: Callable[[], nn.Module]
+    collator: Callable[[nn.Module], Collate]
+    load_teacher: Callable[[], VisionTeacher]
+    model_name: str
+    model_folder: Path
+    dataset_name: str
+    adapter_folders: list[Path] = field(default_factory=list)
+    autocast: torch.dtype | None = None
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image with its text."""
+
+    row: int
+    #: All images of the sample, not decoded.
+    images: list[ImageLike]
+    #: The one that stands for it.
+    image: ImageLike
+    #: That image's content digest.
+    key: bytes
+    features: Features
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn of a dataset's rows, in order, and how many rows were passed over on the way."""
+
+    samples: list[Sample]
+    rows: int
+    without_image: int
+    #: Rows that leave the model nothing to be looked at.
+    without_text: int
+
+
+def draw(
+    source: Source,
+    count: int,
+    seed: int,
+    image_index: int = 0,
+    usable: Callable[[Features], bool] = lambda features: True,
+) -> Draw:
+    """Draws up to ``count`` samples in an order that depends on the seed alone.
+
+    A further sample of an image that was drawn already is passed over.
+
+    Args:
+        source: The dataset.
+        count: How many to draw.
+        seed: Of the order.
+        image_index: Which image stands for a sample of several, as for :func:`sample_image`.
+        usable: Whether a sample can be used, by what the model sees of it.
+
+    Raises:
+        ValueError: An image cannot be read.
+    """
+    order = list(range(len(source)))
+    random.Random(seed).shuffle(order)
+    drawn: list[Sample] = []
+    seen: set[bytes] = set()
+    without_image = without_text = 0
+    for row in order:
+        if len(drawn) == count:
+            break
+        images = source.images(row)
+        if not images:
+            without_image += 1
+            continue
+        image = sample_image(images, image_index)
+        key = image_key(image)
+        if key in seen:
+            continue
+        features = source.encode(row)
+        if features is None or not usable(features):
+            without_text += 1
+            continue
+        seen.add(key)
+        drawn.append(Sample(row, list(images), image, key, features))
+    return Draw(drawn, len(order), without_image, without_text)
+
+
+def sample_image(images: Sequence[ImageLike], index: int) -> ImageLike:
+    """The image that stands for a sample: the one of that index, negative from the end, clamped to what there is."""
+    return images[max(-len(images), min(index, len(images) - 1))]
+
+
+def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
+    """Draws ``hera_select_samples`` samples in an order that depends on the seed alone.
 
     Two samples of one image would be each other's nearest neighbour for the teacher, whatever the head, so the second
     is passed over. The paper does not say how it treats them.
@@ -25,59 +156,83 @@ def draw_samples(source: Source, settings: SelectSettings) -> list[Sample]:
     Raises:
         ValueError: Fewer than ``k + 2`` usable samples, saying what the others lack; or an image that cannot be read.
     """
-    found = draw(
-        source,
-        settings.samples,
-        settings.seed,
-        settings.image_index,
-        usable=lambda features: _has_tokens(features, settings.pooling),
-    )
-    _check_number(found, settings)
+
+    def has_tokens(features: Features) -> bool:
+        if config.pooling == "answer":
+            return any(label != IGNORE_INDEX for label in features["labels"])
+        return len(features["input_ids"]) > 0
+
+    found = draw(source, config.select.samples, config.select.seed, config.image_index, has_tokens)
+    _check_number(found, config.select.samples, config.select.k)
     return found.samples
 
 
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """A digest of the images and their order: two score files of equal digest were scored on the same images."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.key)
-    return digest.hexdigest()
-
-
-def _has_tokens(features: Features, pooling: str) -> bool:
-    if pooling == "answer":
-        return any(label != IGNORE_INDEX for label in features["labels"])
-    return len(features["input_ids"]) > 0
-
-
-def _check_number(found: Draw, settings: SelectSettings) -> None:
-    drawn, without_text = found.samples, found.without_text
-    least = settings.k + 2
-    if len(drawn) < least:
-        if without_text and not drawn:
-            raise ValueError(
-                f"dataset: none of its {without_text} samples with an image has a caption: the assistant's text is "
-                "missing or leaves no token. Use a dataset whose assistant turns describe the image."
-            )
+def _check_number(found: Draw, asked: int, k: int) -> None:
+    drawn, without_text = len(found.samples), found.without_text
+    if without_text and not drawn:
         raise ValueError(
-            f"dataset: {len(drawn)} of its {found.rows} samples can be scored, and hera_select_k: {settings.k} needs "
-            f"{least} or more ({found.without_image} have no image, {without_text} no text that leaves a token; each "
-            "image counts once). Use more data, or lower hera_select_k."
+            f"dataset: none of its {without_text} samples with an image has a caption: the assistant's text is "
+            "missing or leaves no token. Use a dataset whose assistant turns describe the image."
+        )
+    if drawn < k + 2:
+        raise ValueError(
+            f"dataset: {drawn} of its {found.rows} samples can be scored, and hera_select_k: {k} needs {k + 2} or "
+            f"more ({found.without_image} have no image, {without_text} no text that leaves a token; each image "
+            "counts once). Use more data, or lower hera_select_k."
         )
     if without_text:
         logger.warning("dataset: %d samples leave no token to average over and were passed over.", without_text)
-    if len(drawn) < settings.samples:
+    if drawn < asked:
         logger.warning(
-            "hera_select_samples: %d are asked for, and the dataset has %d different images with text.",
-            settings.samples,
-            len(drawn),
+            "hera_select_samples: %d are asked for, and the dataset has %d different images with text.", asked, drawn
         )
-    chance = chance_level(len(drawn), settings.k)
+    chance = chance_level(drawn, k)
     if chance > _HIGH_CHANCE:
         logger.warning(
             "hera_select_samples: on %d samples even unrelated features reach an MKNN of %.2f with hera_select_k: %d, "
             "so that the ranking of heads is mostly noise. Score on more samples; the paper takes 1,000.",
-            len(drawn),
+            drawn,
             chance,
-            settings.k,
+            k,
         )
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """A digest of the images and their order: two score files of equal digest were scored on the same images."""
+    return hashlib.sha256(b"".join(sample.key for sample in samples)).hexdigest()
+
+
+def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
+    """A caption as token ids, for the language model alone: without prompt, template or image.
+
+    Special tokens that the tokenizer itself puts around a text (a leading BOS) are fed and take no part in the
+    average, as they take none in the training loss.
+
+    Args:
+        text: What the assistant says.
+        tokenizer: A transformers tokenizer.
+        max_length: Tokens after which a caption is cut.
+
+    Returns:
+        None for an empty caption.
+    """
+    if not text.strip():
+        return None
+    encoded = tokenizer(text.strip(), truncation=True, max_length=max_length, return_special_tokens_mask=True)
+    tokens, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    labels = [IGNORE_INDEX if skipped else token for token, skipped in zip(tokens, special, strict=True)]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def collate_captions(features: list[Features], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Pads captions on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``.
+    """
+    longest = max(len(feature["input_ids"]) for feature in features)
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+    return {
+        name: torch.tensor([feature[name] + [pad] * (longest - len(feature[name])) for feature in features])
+        for name, pad in padding.items()
+    }

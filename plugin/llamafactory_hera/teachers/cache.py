@@ -1,48 +1,159 @@
-"""Teacher features on disk, found by the content of the image."""
+"""Teacher features on disk, found by the content of the image.
 
+A cache consists of shards: safetensors files with ``keys`` uint8 ``[n, 16]`` (ascending), ``checksums`` uint32 ``[n]``
+(crc32 of each feature's bytes), ``features`` float16 ``[n, D]``, and in the metadata ``index_crc32``, that of keys and
+checksums. A shard is written under a temporary name, renamed when it is whole, and never changed, so nobody waits for
+anybody, on a shared network folder either. Keys and checksums are held in memory, 20 bytes a feature; features are
+read, and checked, when they are asked for.
+"""
+
+import hashlib
 import json
 import logging
 import os
+import time
 import uuid
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
-from .compaction import compact
+from ..files import read_json, write_json
 from .images import KEY_BYTES
-from .shards import SUFFIX, CorruptShardError, Shard, key_array, write_shard
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-_DTYPES = {torch.float16: np.dtype(np.float16), torch.float32: np.dtype(np.float32)}
+_SUFFIX = ".safetensors"
+_TEMPORARY = ".writing-"
+# A temporary file of this age has lost its writer: a shard takes seconds to write.
+_ABANDONED_AFTER_SECONDS = 3600
 _MAX_SMALL_SHARDS = 64
 _MERGED_SHARD_BYTES = 128 * 2**20
+
+# Fixed-width byte strings compare like the bytes they hold, which makes numpy's searchsorted an index.
+_KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
+
+
+class CorruptShardError(ValueError):
+    """A shard does not hold what its header or a checksum says."""
+
+
+class Shard:
+    """The keys of one shard, and its features row by row.
+
+    Features are read from the file, not from a memory map: a damaged disk then raises an error, where the map would
+    kill the process.
+
+    Raises:
+        CorruptShardError: The file is not whole, or not a shard of this width.
+        FileNotFoundError: It is gone.
+    """
+
+    def __init__(self, path: Path, dim: int) -> None:
+        self.path, self._row_bytes = path, 2 * dim
+        try:
+            with safe_open(path, "np") as opened:
+                keys, self.checksums = opened.get_tensor("keys"), opened.get_tensor("checksums")
+                index_checksum = opened.metadata()["index_crc32"]
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                features = json.loads(file.read(length))["features"]
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptShardError(f"{path}: {error}") from error
+        found = [(a.dtype, a.shape) for a in (keys, self.checksums)] + [features["dtype"], features["shape"]]
+        n = len(keys)
+        if found != [("u1", (n, KEY_BYTES)), ("u4", (n,)), "F16", [n, dim]]:
+            raise CorruptShardError(f"{path}: it holds {found}")
+        self._features_at = 8 + length + features["data_offsets"][0]
+        self.keys: NDArray[np.bytes_] = keys.reshape(-1).view(_KEY_DTYPE)
+        if str(_index_checksum(self.keys, self.checksums)) != index_checksum:
+            raise CorruptShardError(f"{path}: the checksum of its keys is wrong")
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of its features."""
+        return len(self.keys) * self._row_bytes
+
+    def rows_of(self, keys: NDArray[np.bytes_]) -> NDArray[np.intp]:
+        """The row of each of the ``[n]`` keys; -1 where this shard does not hold it."""
+        rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[rows] == keys, rows, -1)
+
+    def read(self, rows: Sequence[int]) -> list[NDArray[np.float16]]:
+        """``[D]`` of each row.
+
+        Raises:
+            CorruptShardError: A feature is not what was written.
+            FileNotFoundError: The file is gone: another process has merged it.
+        """
+        found = []
+        try:
+            with self.path.open("rb") as file:
+                for row in rows:
+                    file.seek(self._features_at + int(row) * self._row_bytes)
+                    content = bytearray(file.read(self._row_bytes))  # tensors made from it are writable
+                    if zlib.crc32(content) != self.checksums[row]:
+                        raise CorruptShardError(f"{self.path}: the checksum of row {row} is wrong")
+                    found.append(np.frombuffer(content, np.float16))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CorruptShardError(f"{self.path}: {error}") from error
+        return found
+
+
+def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float16]) -> None:
+    """Writes ``[n, D]`` features of ``[n]`` distinct keys, in any order; readers see a whole file or none."""
+    order = np.argsort(keys)
+    keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
+    checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
+    tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
+    # Not `whole_file`: processes of several machines may write the same merged shard at once.
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(save(tensors, metadata={"index_crc32": str(_index_checksum(keys, checksums))}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def key_array(keys: Sequence[bytes]) -> NDArray[np.bytes_]:
+    """``[n]`` keys as an array that can be searched."""
+    if any(len(key) != KEY_BYTES for key in keys):
+        raise ValueError(f"image keys must have {KEY_BYTES} bytes")
+    return np.frombuffer(b"".join(keys), dtype=_KEY_DTYPE)
+
+
+def _index_checksum(keys: NDArray[np.bytes_], checksums: NDArray[np.uint32]) -> int:
+    return zlib.crc32(checksums, zlib.crc32(keys))
 
 
 class FeatureCache:
     """A store ``image key -> feature`` that many processes read and write at once.
 
-    Every teacher and dtype has its own sub-folder, named by the teacher's fingerprint, with a ``manifest.json`` that
-    says whose it is. Each writer makes its own shard files, so writers never wait for each other; readers see the
-    shards that were there when they opened the cache or called `refresh`, and their own. An image that two processes
-    compute at once is stored twice and read once.
+    Every teacher has its own sub-folder, named by the teacher's fingerprint, with a ``manifest.json`` that
+    says whose it is. Readers see the shards that were there when they opened the cache or called `refresh`, and their
+    own. An image that two processes compute at once is stored twice and read once.
 
     The object can be pickled or forked into DataLoader workers: a copy reads what is on disk, and what this process
     has not flushed yet stays with this process.
 
     Args:
         folder: The cache's folder; made when missing.
-        teacher_fingerprint: Of the teacher, see `files.teacher_fingerprint`.
+        teacher_fingerprint: Of the teacher, see `checkpoint.teacher_fingerprint`.
         dim: Length D of a feature.
-        dtype: float16 or float32: how features are stored and returned.
         teacher_name: Noted in the manifest, for people.
         flush_rows: `put` writes a shard by itself when so many features wait.
-        key: The config key to name in errors.
 
     Raises:
         ValueError: The folder cannot be made, or holds a manifest of something else.
@@ -53,38 +164,32 @@ class FeatureCache:
         folder: str | Path,
         teacher_fingerprint: str,
         dim: int,
-        dtype: torch.dtype = torch.float16,
         teacher_name: str = "",
-        flush_rows: int = 8192,
-        key: str = "hera_teacher_cache",
+        flush_rows: int = 4096,
     ) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"{key}: features cannot be stored as {dtype}; use torch.float16 or torch.float32.")
-        self._arguments = (folder, teacher_fingerprint, dim, dtype, teacher_name, flush_rows, key)
-        self.dim, self.dtype, self.fingerprint = dim, dtype, teacher_fingerprint
-        dtype_name = str(dtype).removeprefix("torch.")
-        self.folder = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-{dtype_name}"
+        self._arguments = (folder, teacher_fingerprint, dim, teacher_name, flush_rows)
+        self.dim, self.fingerprint = dim, teacher_fingerprint
+        self.folder = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-float16"
         self._flush_rows = flush_rows
         self._shards: dict[Path, Shard] = {}
         self._waiting: dict[bytes, Tensor] = {}
         self._process = os.getpid()
-        manifest = {"teacher": teacher_fingerprint, "dim": dim, "dtype": dtype_name}
-        self._claim(manifest | {"name": teacher_name}, manifest, folder, key)
-        compact(self.folder, dim, _DTYPES[dtype], _MAX_SMALL_SHARDS, _MERGED_SHARD_BYTES)
+        self._claim({"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16"}, teacher_name)
         self.refresh()
+        try:
+            self._merge()
+        except OSError as error:
+            # Read-only, full, or merged by another process just now: it can be read all the same.
+            logger.info("The feature cache %s is not tidied up: %s", self.folder, error)
+            self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._arguments
 
     def __len__(self) -> int:
         """Number of different images whose features are at hand."""
-        keys = [shard.keys for shard in self._shards.values()]
-        if self._waiting:
-            keys.append(key_array(list(self._waiting)))
-        return len(np.unique(np.concatenate(keys))) if keys else 0
-
-    def __contains__(self, image_key: bytes) -> bool:
-        return self.get([image_key])[0] is not None
+        keys = [key_array(list(self._waiting)), *(shard.keys for shard in self._shards.values())]
+        return len(np.unique(np.concatenate(keys)))
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor | None]:
         """Looks features up.
@@ -93,24 +198,27 @@ class FeatureCache:
             keys: Image keys of 16 bytes, see `images.image_key`.
 
         Returns:
-            For each key ``[D]`` in the cache's dtype on the CPU, or None when it is not held. A shard that turns out
+            For each key ``[D]`` in float16 on the CPU, or None when it is not held. A shard that turns out
             to be damaged is dropped with a warning; its features are then not held.
         """
-        self._check_keys(keys)
+        wanted = key_array(keys)
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
-        wanted = key_array(list(keys))
-        # A copy: dropping a damaged shard changes the dict.
-        for shard in list(self._shards.values()):
-            missing = [i for i, feature in enumerate(found) if feature is None]
-            if not missing:
-                break
-            rows = shard.rows_of(wanted[missing])
+        shards = list(self._shards.values())
+        while shards and any(feature is None for feature in found):
+            shard = shards.pop(0)
+            rows = shard.rows_of(wanted)
+            held = [i for i, feature in enumerate(found) if feature is None and rows[i] >= 0]
             try:
-                for i, row in zip(missing, rows, strict=True):
-                    if row >= 0:
-                        found[i] = torch.from_numpy(shard.feature(row))
+                features = shard.read(rows[held]) if held else []
+            except FileNotFoundError:
+                del self._shards[shard.path]
+                self.refresh()
+                shards = list(self._shards.values())
             except CorruptShardError as error:
                 self._drop(shard.path, error)
+            else:
+                for i, feature in zip(held, features, strict=True):
+                    found[i] = torch.from_numpy(feature)
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
@@ -121,23 +229,23 @@ class FeatureCache:
             features: ``[n, D]`` of any dtype, on any device.
 
         Returns:
-            ``[n, D]`` in the cache's dtype on the CPU, as a later `get` returns them. Use these: a first run that
+            ``[n, D]`` in float16 on the CPU, as a later `get` returns them. Use these: a first run that
             used unrounded features would choose other neighbours than its repetition from the cache.
 
         Raises:
-            ValueError: Wrong shape, or a feature that is not finite in the cache's dtype.
+            ValueError: Wrong shape, or a feature that is not finite in float16.
             OSError: A full batch of waiting features could not be written (see `flush`).
         """
-        self._check_keys(keys)
         if features.shape != (len(keys), self.dim):
             raise ValueError(f"{len(keys)} keys with features of shape {tuple(features.shape)}, not [n, {self.dim}]")
-        features = features.detach().to("cpu", self.dtype, copy=True)
+        features = features.detach().to("cpu", torch.float16, copy=True)
         finite = features.isfinite().all(dim=1)
         if not finite.all():
             image = keys[int((~finite).nonzero()[0])].hex()
             raise ValueError(
-                f"The teacher's feature of the image with key {image} is not finite in {self.dtype}. Store features "
-                "as float32; if that fails too, the teacher's weights or the image are broken."
+                f"The teacher's feature of the image with key {image} is not finite in float16, as features are "
+                "cached. The teacher's weights or the image are broken; if they are not, train without "
+                "hera_teacher_cache."
             )
         self._forget_parents_features()
         for i, held in enumerate(self.get(keys)):
@@ -156,9 +264,9 @@ class FeatureCache:
         self._forget_parents_features()
         if not self._waiting:
             return
-        features = torch.stack(list(self._waiting.values())).numpy()
+        path = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
         try:
-            path = write_shard(self.folder, key_array(list(self._waiting)), features)
+            write_shard(path, key_array(list(self._waiting)), torch.stack(list(self._waiting.values())).numpy())
         except OSError as error:
             raise OSError(
                 f"{len(self._waiting)} teacher features cannot be written to {self.folder} ({error}). Free space "
@@ -171,15 +279,50 @@ class FeatureCache:
         """Sees the shards that other processes have written since, and lets go of those that were merged."""
         # A shard may be merged into another one between listing and opening it: then the listing is out of date.
         for _ in range(10):
-            listed = set(self.folder.glob(f"*{SUFFIX}"))
+            listed = set(self.folder.glob(f"*{_SUFFIX}"))
             if all(self._open(path) for path in sorted(listed - self._shards.keys())):
                 break
         for path in self._shards.keys() - listed:
             del self._shards[path]
 
+    def _merge(self) -> None:
+        """Merges small shards when there are many, and sweeps up what killed writers left.
+
+        A merged shard is in place before its parts are unlinked, so killing the process loses nothing: what is then
+        held twice is the same. It is named by its parts: processes that merge the same ones write the same file.
+        """
+        for path in self.folder.glob(f"{_TEMPORARY}*"):
+            if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
+                path.unlink(missing_ok=True)
+        small = [shard for shard in self._shards.values() if shard.n_bytes < _MERGED_SHARD_BYTES // 2]
+        if len(small) <= _MAX_SMALL_SHARDS:
+            return
+        small.sort(key=lambda shard: shard.path)
+        while small:
+            keys, features, parts, size = [], [], [], 0
+            while small and size < _MERGED_SHARD_BYTES:
+                shard = small.pop(0)
+                try:
+                    features += shard.read(range(len(shard.keys)))
+                except CorruptShardError as error:
+                    self._drop(shard.path, error)
+                else:
+                    keys.append(shard.keys)
+                    parts.append(shard.path)
+                    size += shard.n_bytes
+            if len(parts) > 1:
+                distinct, first = np.unique(np.concatenate(keys), return_index=True)
+                name = hashlib.sha256("".join(path.name for path in parts).encode()).hexdigest()[:32]
+                merged = self.folder / f"{name}{_SUFFIX}"
+                if not merged.exists():
+                    write_shard(merged, distinct, np.stack([features[row] for row in first]))
+                for path in parts:
+                    path.unlink(missing_ok=True)
+        self.refresh()
+
     def _open(self, path: Path) -> bool:
         try:
-            self._shards[path] = Shard(path, self.dim, _DTYPES[self.dtype])
+            self._shards[path] = Shard(path, self.dim)
         except FileNotFoundError:
             return False
         except CorruptShardError as error:
@@ -203,35 +346,26 @@ class FeatureCache:
             self._process = os.getpid()
             self._waiting = {}
 
-    def _claim(self, manifest: dict[str, Any], identity: dict[str, Any], folder: str | Path, key: str) -> None:
+    def _claim(self, identity: dict[str, Any], name: str) -> None:
         path = self.folder / MANIFEST
+        held = None
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            held = None
+            if path.exists():
+                held = read_json(path)
         except (OSError, ValueError) as error:
-            logger.warning("%s cannot be read and is written again (%s)", path, error)
-            held = None
-        if held is not None:
-            differing = [name for name in identity if held.get(name) != identity[name]]
-            if differing:
+            logger.warning("%s; it is written again", error)
+        if held is None:
+            try:
+                write_json(path, {**identity, "name": name})
+            except OSError as error:
                 raise ValueError(
-                    f"{key}: {self.folder} belongs to another teacher: its {MANIFEST} has another "
-                    f"{' and '.join(differing)}. Give another folder or delete this one."
-                )
+                    f"hera_teacher_cache: the folder {self.folder.parent} cannot be made or written "
+                    f"({error.strerror or error}). Give a folder that this user can write to."
+                ) from error
             return
-        temporary = self.folder / f".{MANIFEST}-{uuid.uuid4().hex}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
+        differing = [field for field in identity if held.get(field) != identity[field]]
+        if differing:
             raise ValueError(
-                f"{key}: the folder {folder} cannot be made or written ({error.strerror or error}). Give a folder "
-                "that this user can write to."
-            ) from error
-
-    @staticmethod
-    def _check_keys(keys: Sequence[bytes]) -> None:
-        if any(len(key) != KEY_BYTES for key in keys):
-            raise ValueError(f"image keys must have {KEY_BYTES} bytes")
+                f"hera_teacher_cache: {self.folder} belongs to another teacher: its {MANIFEST} has another "
+                f"{' and '.join(differing)}. Give another folder or delete this one."
+            )

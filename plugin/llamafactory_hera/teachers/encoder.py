@@ -1,23 +1,79 @@
-"""The frozen vision encoder whose features say which images are neighbours."""
+"""The frozen vision encoder whose features say which images are neighbours, and its own image processor."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .check import TeacherInfo, check_teacher
-from .files import teacher_fingerprint
-from .hub import teacher_folder
-from .naflex import patch_inputs
-from .processor import TeacherProcessor
+from .checkpoint import TeacherInfo, check_teacher, teacher_fingerprint
 
 # Weights that no feature reads: a checkpoint may lack them.
 _UNREAD_WEIGHTS = ("mask_token", "head.", "pooler.")
+
+
+class TeacherProcessor:
+    """Turns PIL images into the pixel tensor that a teacher takes; picklable, and without weights.
+
+    SigLIP2 NaFlex models take a bag of patches of any aspect ratio. Here every image is resized to the square whose
+    patch grid is the one that the model's position embeddings were learned on: this project's choice, which gives all
+    images of a batch one shape, as with the fixed-resolution encoders.
+
+    Args:
+        info: A teacher that was checked, see `check_teacher`.
+        key: The config key to name in errors.
+
+    Attributes:
+        pixel_size: Height and width of what it returns.
+
+    Raises:
+        ValueError: Its images are of different sizes.
+    """
+
+    def __init__(self, info: TeacherInfo, key: str = "hera_teacher") -> None:
+        import transformers
+
+        self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
+        self._grid = None
+        if info.family.naflex:
+            config_class = getattr(transformers, info.family.model_class).config_class
+            self._grid = math.isqrt(config_class.from_pretrained(info.path).num_patches)
+        # Two shapes of image show whether the processor gives one size to all.
+        sizes = [tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48))]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{key}: the image processor of {info.name} gives images of different sizes ({sizes[0]}, {sizes[1]}), "
+                'which cannot form a batch. In its preprocessor_config.json set "do_center_crop": true with a '
+                '"crop_size", or a "size" with "height" and "width".'
+            )
+        self.pixel_size: tuple[int, int] = sizes[0]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Processes one image of any mode.
+
+        Returns:
+            ``[3, h, w]`` in float32.
+        """
+        image = image.convert("RGB")
+        if self._grid is None:
+            return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        grid, patch = self._grid, self._processor.patch_size
+        image = image.resize((grid * patch, grid * patch), Image.Resampling(self._processor.resample))
+        patches = self._processor(images=image, do_resize=False, max_num_patches=grid * grid, return_tensors="pt")
+        rows = patches["pixel_values"][0].reshape(grid, grid, patch, patch, 3)
+        return rows.permute(4, 0, 2, 1, 3).reshape(3, grid * patch, grid * patch).contiguous()
+
+    def batch(self, images: Sequence[Image.Image]) -> Tensor:
+        """Processes images one by one.
+
+        Returns:
+            ``[B, 3, h, w]`` in float32.
+        """
+        return torch.stack([self(image) for image in images])
 
 
 class VisionTeacher:
@@ -54,7 +110,7 @@ class VisionTeacher:
         """Loads a teacher from a folder or a hub id; every rank gets a whole copy, also under ZeRO-3 and FSDP.
 
         Args:
-            name_or_path: A folder or a hub id, of a model type in `families.FAMILIES`.
+            name_or_path: A folder or a hub id, of a model type in `checkpoint.FAMILIES`.
             device: Default: the current CUDA device, else the CPU.
             dtype: Of weights and computation; default float32, whatever the checkpoint is stored in. bfloat16 halves
                 the memory and changes a few near-tied neighbours.
@@ -65,14 +121,12 @@ class VisionTeacher:
                 is not the one that its position embeddings are for.
         """
         info = check_teacher(name_or_path, key)
-        processor = TeacherProcessor.from_info(info, key)
-        folder = teacher_folder(name_or_path, key)
-        fingerprint = teacher_fingerprint(folder)
-        model = _load_model(info, folder, dtype or torch.float32, key)
+        processor = TeacherProcessor(info, key)
+        model = _load_model(info, dtype or torch.float32, key)
         _check_image_size(model.config, processor, info, key)
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), processor, info, fingerprint)
+        return cls(model.to(device), processor, info, teacher_fingerprint(info.path))
 
     @property
     def dim(self) -> int:
@@ -84,10 +138,6 @@ class VisionTeacher:
         """Rows and columns of an image's patches."""
         height, width = self.processor.pixel_size
         return height // self._model.config.patch_size, width // self._model.config.patch_size
-
-    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Processes images of any mode with the teacher's own processor into ``[B, 3, h, w]`` on the CPU."""
-        return self.processor.batch(images)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -131,25 +181,38 @@ class VisionTeacher:
         # The training step's autocast must not reach in here: features would depend on where they were computed.
         with torch.autocast(self.device.type, enabled=False):
             if self.info.family.naflex:
-                return self._model(**patch_inputs(pixel_values, self._model.config.patch_size))
+                return self._model(**_patch_inputs(pixel_values, self._model.config.patch_size))
             return self._model(pixel_values)
 
 
-def _load_model(info: TeacherInfo, folder: Path, dtype: torch.dtype, key: str) -> torch.nn.Module:
+def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
+    """Cuts ``[B, 3, h, w]`` into the inputs of a NaFlex model.
+
+    Returns:
+        ``pixel_values [B, N, patch * patch * 3]``, ``pixel_attention_mask [B, N]``, ``spatial_shapes [B, 2]``.
+    """
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch, width // patch
+    patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+    device = pixel_values.device
+    return {
+        "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
+        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32, device=device),
+        "spatial_shapes": torch.tensor([[rows, columns]], device=device).repeat(batch, 1),
+    }
+
+
+def _load_model(info: TeacherInfo, dtype: torch.dtype, key: str) -> torch.nn.Module:
     import transformers
 
     model_class = getattr(transformers, info.family.model_class)
-    config = model_class.config_class.from_pretrained(folder)
-    if info.model_type == "vit":
-        options: dict[str, Any] = {"add_pooling_layer": False}
-    else:
-        options = {}
-        if not info.has_cls:
-            # The attention-pooling head of SigLIP is not what is read.
-            config.vision_use_head = False
-    with _whole_model_on_every_rank(), _quiet(transformers.utils.logging):
+    config = model_class.config_class.from_pretrained(info.path)
+    if info.family.output == "mean":
+        config.vision_use_head = False  # the attention-pooling head of SigLIP is not what is read
+    options: dict[str, Any] = {"add_pooling_layer": False} if info.model_type == "vit" else {}
+    with whole_model_on_every_rank(), _quiet(transformers.utils.logging):
         model, loading = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **options
+            info.path, config=config, dtype=dtype, output_loading_info=True, **options
         )
     # transformers fills what is missing with random numbers and only warns.
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNREAD_WEIGHTS))
@@ -174,10 +237,12 @@ def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInf
 
 
 @contextmanager
-def _whole_model_on_every_rank() -> Iterator[None]:
-    # While a ZeRO-3 config lives, from_pretrained partitions every model that it loads, and with FSDP's efficient
-    # loading it leaves all ranks but one without weights. Both wait for an engine to gather them, and no engine ever
-    # holds the teacher.
+def whole_model_on_every_rank() -> Iterator[None]:
+    """Loads models that no engine will hold, under ZeRO-3 and FSDP too.
+
+    While a ZeRO-3 config lives, ``from_pretrained`` partitions every model that it loads, and with FSDP's efficient
+    loading it leaves all ranks but one without weights: both wait for an engine to gather them.
+    """
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref

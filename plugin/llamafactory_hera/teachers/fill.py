@@ -1,64 +1,41 @@
 """Features of many images: looked up where the cache has them, computed in batches where it has not."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .cache import FeatureCache
-from .encoder import VisionTeacher
+from .encoder import TeacherProcessor, VisionTeacher
 from .images import ImageLike, image_key, load_image
-from .processor import TeacherProcessor
 
 logger = logging.getLogger(__name__)
 
 # Called with (images done, images to do) after every batch.
 Progress = Callable[[int, int], None]
 
-# What a killed run loses at most, in images.
-_FLUSH_EVERY = 4096
 _LOOK_UP_AT_ONCE = 1024
 
 
 def encode_images(
-    teacher: VisionTeacher,
-    cache: FeatureCache | None,
-    images: Sequence[ImageLike],
-    batch_size: int = 32,
-    progress: Progress | None = None,
-    num_workers: int = 0,
+    teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int = 32
 ) -> Tensor:
-    """The features of images, through the cache if there is one.
-
-    Args:
-        teacher: Computes what is missing.
-        cache: Read and filled; None computes everything.
-        images: N images as datasets hold them.
-        batch_size: Images in one forward pass; halved, with a warning, as often as memory runs out.
-        progress: Called with (done, to do); counts the images that are computed, not those found in the cache.
-        num_workers: Processes that decode images.
+    """The features of images through the cache; arguments and errors as `fill_cache`.
 
     Returns:
-        ``[N, D]`` in float32 on the CPU. With a cache they are rounded to its dtype, whether found or computed.
-
-    Raises:
-        ValueError: An image is missing or corrupt; names the file. What was computed before it is in the cache.
-        OSError: The cache cannot be written.
+        ``[N, D]`` in float32 on the CPU, rounded as the cache stores them, whether found or computed.
     """
     features = torch.empty(len(images), teacher.dim)
-    if cache is None:
-        for indices, computed in _compute(teacher, images, range(len(images)), batch_size, progress, num_workers):
-            features[indices] = computed.cpu()
-        return features
-    keys = fill_cache(teacher, cache, images, batch_size, progress, num_workers)
-    for start in range(0, len(keys), batch_size):
-        found = cache.get(keys[start : start + batch_size])
-        if any(feature is None for feature in found):
-            # A shard was found to be damaged only now: its features are missing again.
-            return encode_images(teacher, cache, images, batch_size, progress, num_workers)
-        features[start : start + len(found)] = torch.stack(found)
+    keys = fill_cache(teacher, cache, images, batch_size)
+    for start in range(0, len(keys), _LOOK_UP_AT_ONCE):
+        for i, feature in enumerate(cache.get(keys[start : start + _LOOK_UP_AT_ONCE]), start):
+            if feature is None:  # a shard was found to be damaged only now
+                return encode_images(teacher, cache, images, batch_size)
+            features[i] = feature
     return features
 
 
@@ -70,85 +47,62 @@ def fill_cache(
     progress: Progress | None = None,
     num_workers: int = 0,
 ) -> list[bytes]:
-    """Computes and stores the features that the cache does not hold; arguments and errors as `encode_images`.
+    """Computes and stores the features that the cache does not hold.
 
-    Every image is computed once, however often it occurs. Progress is written as it is made, so a killed run goes on
-    where it was.
+    Every image is computed once, however often it occurs. Features are written as they are computed, so a killed run
+    goes on where it was.
+
+    Args:
+        teacher: Computes what is missing.
+        cache: Read and filled.
+        images: N images as datasets hold them.
+        batch_size: Images in one forward pass; halved, with a warning, as often as memory runs out.
+        progress: Called with (done, to do); counts the images that are computed, not those found in the cache.
+        num_workers: Processes that decode images.
 
     Returns:
         The N image keys.
+
+    Raises:
+        ValueError: An image is missing or corrupt; names the file. What was computed before it is in the cache.
+        OSError: The cache cannot be written.
     """
     if cache.fingerprint != teacher.fingerprint:
         raise ValueError(f"The feature cache {cache.folder} is of another teacher than {teacher.info.name}.")
     cache.refresh()
     keys = [image_key(image) for image in images]
-    missing = _missing(cache, keys)
-    waiting = 0
+    different = sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
+    missing = []
+    for start in range(0, len(different), _LOOK_UP_AT_ONCE):
+        chunk = different[start : start + _LOOK_UP_AT_ONCE]
+        missing += [i for i, held in zip(chunk, cache.get([keys[i] for i in chunk]), strict=True) if held is None]
+    done, limit = 0, batch_size
+    decoded = partial(_decoded, images, teacher.processor)
+    loader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)
     try:
-        for indices, computed in _compute(teacher, images, missing, batch_size, progress, num_workers):
-            cache.put([keys[i] for i in indices], computed)
-            waiting += len(indices)
-            if waiting >= _FLUSH_EVERY:
-                cache.flush()
-                waiting = 0
+        for chosen, pixels in loader:
+            features, limit = _encode_within_memory(teacher, pixels, limit)
+            cache.put([keys[i] for i in chosen], features)
+            done += len(chosen)
+            if progress is not None:
+                progress(done, len(missing))
     finally:
         cache.flush()
     return keys
 
 
-def _missing(cache: FeatureCache, keys: Sequence[bytes]) -> list[int]:
-    """The first index of every key that the cache does not hold whole."""
-    first_index: dict[bytes, int] = {}
-    for i, key in enumerate(keys):
-        first_index.setdefault(key, i)
-    different = list(first_index)
-    missing = []
-    for start in range(0, len(different), _LOOK_UP_AT_ONCE):
-        chunk = different[start : start + _LOOK_UP_AT_ONCE]
-        found = zip(chunk, cache.get(chunk), strict=True)
-        missing += [first_index[key] for key, feature in found if feature is None]
-    return missing
-
-
-class _Pixels(Dataset):
-    def __init__(self, images: Sequence[ImageLike], indices: Sequence[int], processor: TeacherProcessor) -> None:
-        self.images, self.indices, self.processor = images, indices, processor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, Tensor]:
-        index = self.indices[position]
-        return index, self.processor(load_image(self.images[index]))
-
-
-def _compute(
-    teacher: VisionTeacher,
-    images: Sequence[ImageLike],
-    indices: Sequence[int],
-    batch_size: int,
-    progress: Progress | None,
-    num_workers: int,
-) -> Iterator[tuple[list[int], Tensor]]:
-    pixels = _Pixels(images, indices, teacher.processor)
-    done = 0
-    limit = batch_size
-    for batch_indices, batch in DataLoader(pixels, batch_size=batch_size, num_workers=num_workers):
-        features, limit = _encode_within_memory(teacher, batch, limit)
-        yield batch_indices.tolist(), features
-        done += len(batch_indices)
-        if progress is not None:
-            progress(done, len(indices))
+def _decoded(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:
+    return chosen, processor.batch([load_image(images[i]) for i in chosen])
 
 
 def _encode_within_memory(teacher: VisionTeacher, pixels: Tensor, limit: int) -> tuple[Tensor, int]:
     while True:
         try:
             return torch.cat([teacher.encode(part) for part in pixels.split(limit)]), limit
-        except torch.OutOfMemoryError:
-            if limit == 1:
+        except RuntimeError as error:
+            if limit == 1 or not should_reduce_batch_size(error):
                 raise
             limit = max(1, limit // 2)
         # Outside of the handler, where the failed pass's tensors are let go of.
-        torch.cuda.empty_cache()
+        clear_device_cache()
         logger.warning("Out of memory in the teacher: going on with batches of %d images.", limit)

@@ -1,7 +1,8 @@
-"""Images as datasets hold them: read them, and name them by their content."""
+"""Images as datasets hold them: those of a sample, the one that stands for it, pixels, and a key of the content."""
 
 import hashlib
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, BinaryIO
 
@@ -10,6 +11,60 @@ from PIL import Image
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
 KEY_BYTES = 16
+
+
+#: Columns of a dataset in which `sample_images` looks.
+IMAGE_COLUMNS = ("images", "image", "messages", "prompt", "completion")
+# Of an image part of a chat message: where its image may stand, in the order in which it is looked for.
+_PART_KEYS = ("image", "path", "url", "image_url")
+
+
+def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
+    """The images of a dataset's row, in their order; empty when it has none.
+
+    They stand in its column ``images`` or ``image``, or else as image parts in the chat messages of ``messages``, or
+    of ``prompt`` and ``completion``.
+    """
+    for column in ("images", "image"):
+        held = row.get(column)
+        if isinstance(held, list | tuple):
+            held = [image for image in held if image is not None]
+            if held:
+                return held
+        elif held is not None:
+            return [held]
+    for columns in (("messages",), ("prompt", "completion")):
+        found = [image for column in columns for image in _message_images(row.get(column))]
+        if found:
+            return found
+    return []
+
+
+def _message_images(messages: Any) -> list[ImageLike]:
+    contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    found = []
+    for part in parts:
+        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+            image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+            # As the chat format of OpenAI has it.
+            image = image.get("url") if isinstance(image, Mapping) and "url" in image else image
+            if image is not None:
+                found.append(image)
+    return found
+
+
+def shown_image(count: int, index: int) -> int:
+    """Which of a sample's images stands for it.
+
+    Args:
+        count: How many it has.
+        index: The one that is asked for, negative from the end; clamped to what there is.
+
+    Returns:
+        Its position, 0 to ``count - 1``; 0 when there is none.
+    """
+    return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:

@@ -1,1 +1,6 @@
-"""The alignment term of a training step: from representations and teacher features to a loss; knows no host."""
+"""One run's alignment, for any training loop: from a model and its configuration to a loss term with gradient."""
+
+from .aligner import Aligner, MicroBatch
+from .collator import HeraCollator
+
+__all__ = ["Aligner", "HeraCollator", "MicroBatch"]

@@ -23,7 +23,7 @@ class GradientCache:
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._n_batches = 0
-        self._value: Tensor | None = None
+        self._value = torch.zeros(())
 
     def __len__(self) -> int:
         """Micro-batches that are still to be run with a graph."""
@@ -61,7 +61,7 @@ class GradientCache:
         The mean over the micro-batches has the value and the gradient of the step's term.
 
         Args:
-            representations: ``[n_sites, B, D]``, equal to those that were added.
+            representations: ``[n_targets, B, D]``, equal to those that were added.
 
         Raises:
             RuntimeError: They differ, so the gradient would belong to another forward pass.
@@ -86,3 +86,22 @@ def _check_repeats(rows: Tensor, first: Tensor) -> None:
             f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
             f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
         )
+
+
+class RandomState:
+    """The state of the generators that a forward pass draws from: the CPU's and the device's.
+
+    Args:
+        device: Where the model runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    def restore(self) -> None:
+        """Sets the generators back."""
+        torch.set_rng_state(self._cpu)
+        if self._own is not None:
+            torch.get_device_module(self._device).set_rng_state(self._own, self._device)

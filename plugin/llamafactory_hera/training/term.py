@@ -1,16 +1,17 @@
-"""The pooled term of one step: global batch, teacher neighbours, the objective's loss, statistics (paper, eq. 8-9)."""
+"""The term of one step: the global batch, the teacher's neighbours, the objective's loss, statistics (eq. 8-9)."""
 
 import logging
 import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..alignment.gather import common_row_count, gather_rows
+from ..alignment.gather import common_row_count, gather_rows, world_size
 from ..alignment.memory import CrossBatchMemory
 from ..alignment.neighbors import Candidates, mutual_knn, teacher_candidates
-from ..objectives.base import Objective, PooledBatch
+from ..objectives.base import Objective, PatchBatch, PooledBatch
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +22,12 @@ class TermOutput:
 
     Attributes:
         loss: Scalar with gradient; 0 when no sample entered.
-        mknn: In-batch agreement of student and teacher per site ``[n_sites]``; NaN where it is not measured.
+        mknn: In-batch agreement of student and teacher per target ``[n_targets]``; NaN where it is not measured.
         chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN where it is not measured.
         n_samples: Samples of the global batch that entered.
         n_duplicates: Pairs of samples that show the same image and were kept apart.
-        broken: None, or when a value was not finite and the term was left out: boolean ``[n_sites]``, true for the
-            sites that gave it, false everywhere when it was the teacher. Equal on every rank.
+        broken: None, or when a value was not finite and the term was left out: boolean ``[n_targets]``, true for the
+            targets that gave it, false everywhere when it was the teacher. Equal on every rank.
         comparable: Every sample that entered must have a gradient.
     """
 
@@ -38,11 +39,6 @@ class TermOutput:
     broken: Tensor | None = None
     comparable: bool = False
 
-    @property
-    def finite(self) -> bool:
-        """Whether the term is one: false when it was left out."""
-        return self.broken is None
-
 
 class HeraTerm:
     """Computes the term of a step over the global batch.
@@ -50,7 +46,7 @@ class HeraTerm:
     Every rank must call it in every step, also when none of its samples has an image: it gathers over ranks.
 
     Args:
-        objective: Gives the loss of each site; of view ``pooled``.
+        objective: Gives the loss of each target; of view ``pooled``.
         k: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
         normalize: Cosine similarity when true, dot product otherwise; for student and teacher.
         memory: Remembered pairs that extend the candidates.
@@ -69,7 +65,7 @@ class HeraTerm:
         """Computes the term.
 
         Args:
-            representations: ``[n_sites, B, D]`` of this rank, with gradient.
+            representations: ``[n_targets, B, D]`` of this rank, with gradient.
             teacher: ``[B, D_teacher]`` of this rank; anything where not valid.
             valid: Boolean ``[B]``: the sample has an image and pooled tokens.
         """
@@ -79,17 +75,17 @@ class HeraTerm:
         if self.objective.uses_candidates:
             self._warn_when_few(batch.candidates, enters, n_samples)
 
-        of_sites = self.objective(batch)
+        by_target = self.objective(batch)
         z, candidates = batch.z, batch.candidates
         # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
         finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
-        sound = finite & (of_sites.isfinite() | ~teacher_finite)  # a teacher's NaN is no site's
+        sound = finite & (by_target.isfinite() | ~teacher_finite)  # a teacher's NaN is no target's
         if not (sound.all() & teacher_finite):
-            return left_out(~sound, n_samples)
+            return _left_out(~sound, n_samples)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
         return TermOutput(
-            of_sites.mean(),
+            by_target.mean(),
             mknn,
             candidates.chance,
             n_samples,
@@ -109,7 +105,7 @@ class HeraTerm:
     def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_rows = common_row_count(valid.shape[0], valid.device)
         missing = n_rows - valid.shape[0]
-        rows = z.transpose(0, 1).float()  # [B, n_sites, D]: ranks are concatenated along the first axis
+        rows = z.transpose(0, 1).float()  # [B, n_targets, D]: ranks are concatenated along the first axis
         # not a product with the mask: a non-finite value outside it must not spread
         rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
         teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
@@ -132,7 +128,48 @@ class HeraTerm:
             )
 
 
-def left_out(broken: Tensor, n_samples: int) -> TermOutput:
+class PatchTerm:
+    """Computes a term that is a mean over samples, whose vectors are too many to be gathered.
+
+    The loss of a process is scaled by the number of processes over the samples of all of them, so that the engine's
+    averaging of gradients gives the gradient of the mean over the global batch. The objective's own parameters are in
+    no engine's hands: their gradients must be averaged over the processes.
+
+    Every rank must call it in every step, also when none of its samples has an image.
+
+    Args:
+        objective: Gives the loss of each target and sample; of view ``patches``.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
+        """Computes the term; its ``loss`` is this rank's part, the mean over ranks is the term.
+
+        Args:
+            representations: ``[n_targets, B, T, D]`` of this rank, with gradient.
+            teacher: ``[B, h, w, D_teacher]`` of this rank; anything where not valid.
+            valid: Boolean ``[B]``: the sample has an image.
+        """
+        # not a product with the mask: a non-finite value outside it must not spread
+        z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
+        batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
+        by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
+        finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
+        sound = finite & (by_target.isfinite() | ~teacher_finite)  # a teacher's NaN is no target's
+        facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
+        if world_size() > 1:
+            dist.all_reduce(facts)
+        n_samples, broken = int(facts[0]), facts[2:] > 0
+        if facts[1:].any():
+            return _left_out(broken, n_samples)
+        unknown = torch.full_like(by_target.detach(), math.nan)
+        loss = by_target.mean() * world_size() / max(n_samples, 1)
+        return TermOutput(loss, unknown, unknown[0], n_samples, 0, comparable=n_samples > 0)
+
+
+def _left_out(broken: Tensor, n_samples: int) -> TermOutput:
     """The output of a term that is not finite: a constant 0."""
     unknown = torch.full(broken.shape, math.nan, device=broken.device)
     return TermOutput(unknown.new_zeros(()), unknown, unknown[0], n_samples, 0, broken)

@@ -1,64 +1,91 @@
-"""Which ``hera_*`` keys the web UI shows, and as which kind of widget; defaults and choices are the dataclass's."""
+"""Which ``hera_*`` keys have a field in the web UI, and the arguments that a run gets from the fields.
 
-import types
-from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+Type, default and choices of a field are those that the key declares. Keys without a field go into the host's "Extra
+arguments".
+"""
 
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads.targets import AUTO
+from llamafactory_hera.knobs import choices, typed
 from llamafactory_hera.objectives import names
 
-#: Rows of the accordion. Keys that are not here go into the host's "Extra arguments".
-HEADS_ROW = ("hera_heads",)
-OBJECTIVE_ROW = ("hera_objective", "hera_granularity", "hera_layers")
-TEACHER_ROW = ("hera_teacher", "hera_teacher_cache")
-LOSS_ROW = (
-    "hera_weight",
-    "hera_k",
-    "hera_temperature",
-    "hera_fixed_temperature",
+from .names import elem_id, message
+
+#: Rows of the accordion. The host drops what is false or empty from a command, so a switch must be off by default.
+ROWS = (
+    ("hera_heads",),
+    ("hera_objective", "hera_granularity", "hera_layers"),
+    ("hera_teacher", "hera_teacher_cache"),
+    ("hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"),
+    ("hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate"),
+    (
+        "hera_select",
+        "hera_select_m",
+        "hera_select_mode",
+        "hera_select_samples",
+        "hera_select_k",
+        "hera_select_batch_size",
+    ),
 )
-BATCH_ROW = ("hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate")
-SELECT_ROW = (
-    "hera_select",
-    "hera_select_m",
-    "hera_select_mode",
-    "hera_select_samples",
-    "hera_select_k",
-    "hera_select_batch_size",
-)
-ROWS = (HEADS_ROW, OBJECTIVE_ROW, TEACHER_ROW, LOSS_ROW, BATCH_ROW, SELECT_ROW)
+
+#: Key -> its declaration.
+FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
 
 
-@dataclass(frozen=True)
-class Field:
-    """One key as the web UI shows it.
+def options(key: str) -> list[str]:
+    """The values to choose from; none for a field that is typed into or ticked."""
+    return names() if key == "hera_objective" else list(choices(FIELDS[key]))
 
-    Attributes:
-        key: Name of the argument.
-        kind: ``text``, ``integer``, ``number``, ``switch`` or ``choice``.
-        default: The dataclass's, an empty text in the place of None.
-        choices: Of a ``choice``.
+
+def default(key: str) -> Any:
+    """What the field shows at first: the key's default, an empty text in the place of None."""
+    value = FIELDS[key].default
+    return "" if value is None else value
+
+
+def takes(key: str, value: Any) -> bool:
+    """Whether the field can show a value as it is."""
+    if options(key):
+        return value in options(key)
+    try:
+        return value is None or typed(key, value, FIELDS[key].type) == value
+    except ValueError:
+        return False
+
+
+def with_hera(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
+    """Adds the ``hera_*`` keys to the arguments of a run.
+
+    Args:
+        args: From the host; keys given in "Extra arguments" are among them and win.
+        value_of: The value of a field by its element id.
     """
-
-    key: str
-    kind: str
-    default: Any
-    choices: tuple[str, ...] = ()
+    shown = {key: value_of(elem_id(key)) for key in FIELDS if key not in args}
+    return args | {key: value.strip() if isinstance(value, str) else value for key, value in shown.items()}
 
 
-def _field(key: str) -> Field:
-    declared = HeraArguments.__dataclass_fields__[key]
-    if key == "hera_objective":  # any that is registered
-        return Field(key, "choice", declared.default, tuple(names()))
-    hint = get_type_hints(HeraArguments)[key]
-    if isinstance(hint, types.UnionType):
-        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
-    if get_origin(hint) is Literal:
-        return Field(key, "choice", declared.default, get_args(hint))
-    kind = {str: "text", int: "integer", float: "number", bool: "switch"}[hint]
-    if kind == "switch" and declared.default is not False:
-        raise TypeError(f"{key}: the web UI cannot send false, so a switch must be off by default.")
-    return Field(key, kind, "" if declared.default is None else declared.default)
+def problem_with(args: dict[str, Any], lang: str, selecting: bool = False) -> str:
+    """What keeps a HeRA run from being started, for the user to read; empty if nothing is seen without a model.
 
-
-FIELDS: dict[str, Field] = {key: _field(key) for row in ROWS for key in row}
+    Args:
+        args: Of the run; empty ones are not sent.
+        lang: Of the page.
+        selecting: Heads are about to be selected, so that none need be named.
+    """
+    values = {key: args[key] for key in HeraConfig.knobs() if args.get(key) not in (None, "")}
+    if values.get("hera_granularity") == "layer":
+        if selecting:
+            return message("select_layers", lang)
+    elif selecting:
+        values["hera_heads"] = AUTO
+    elif "hera_heads" not in values:
+        return message("no_heads", lang)
+    try:
+        HeraConfig.from_keys(values)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,4 +1,4 @@
-"""A scoring job of the web UI: commands that run one after another in processes of their own."""
+"""A scoring job of the web UI, in processes of its own: the selection of heads, or a comparison of a trained model."""
 
 import atexit
 import os
@@ -6,22 +6,47 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
+import yaml
+from llamafactory.extras.constants import TRAINING_ARGS
+from llamafactory.webui.common import _clean_cmd
 
-# tqdm's line, as the scoring pass and the teacher write it.
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import RUN_FOLDER, write_text
+from llamafactory_hera.heads.targets import Targets, file_name
+from llamafactory_hera.knobs import fact_of
+
+from .names import STAGE
+
+SELECT, COMPARE = "select", "compare"
+#: The comparison's picture and page, in the run's ``hera`` folder.
+REPORT = "report"
+
+#: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
+_SCORED_WITH = (
+    "hera_select_mode",
+    "hera_select_samples",
+    "hera_select_k",
+    "hera_select_seed",
+    "hera_select_dtype",
+    "hera_pooling",
+    "hera_similarity",
+)
+
+# tqdm's line, as the scoring pass and the teacher write it
 _BAR = re.compile(r"HeRA \| (?P<phase>[^:\r\n]+):\s*\d+%\|.*\| (?P<done>\d+)/(?P<total>\d+) \[")
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
 _GRACE = 5.0  # seconds
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """How far the current phase is."""
 
     phase: str
@@ -34,10 +59,9 @@ class Job:
     """Runs ``llamafactory-hera`` commands in order, until one fails.
 
     Attributes:
-        kind: What the job is for.
+        kind: :data:`SELECT` or :data:`COMPARE`.
         commands: Arguments of each command.
         folder: The run's output folder.
-        log: The file that takes everything that they print.
         lang: Language of the page that started it.
         code: Exit status of the last command; None while one runs.
         aborted: A user stopped it.
@@ -46,12 +70,16 @@ class Job:
     kind: str
     commands: Sequence[Sequence[str]]
     folder: Path
-    log: Path
     lang: str
     code: int | None = None
     aborted: bool = False
     _process: subprocess.Popen | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def log(self) -> Path:
+        """The file that takes everything that the commands print."""
+        return self.folder / RUN_FOLDER / f"{self.kind}.log"
 
     @property
     def running(self) -> bool:
@@ -84,7 +112,7 @@ class Job:
         bars = list(_BAR.finditer(self._text()))
         return Progress(bars[-1]["phase"], int(bars[-1]["done"]), int(bars[-1]["total"])) if bars else None
 
-    def said(self, n_lines: int = 30) -> str:
+    def output(self, n_lines: int = 30) -> str:
         """The last lines of the log, progress bars left out."""
         lines = [line.rstrip() for line in self._text().splitlines()]
         return "\n".join([line for line in lines if line and not _ANY_BAR.search(line)][-n_lines:])
@@ -101,7 +129,7 @@ class Job:
         code = 1
         try:
             for command in self.commands:
-                code = self._one(command)
+                code = self._run_one(command)
                 if code != 0:
                     break
         except Exception as error:
@@ -111,7 +139,7 @@ class Job:
             self.code = code
             atexit.unregister(self.abort)
 
-    def _one(self, command: Sequence[str]) -> int:
+    def _run_one(self, command: Sequence[str]) -> int:
         environment = {**os.environ, "TQDM_MININTERVAL": "0.5", "PYTHONUNBUFFERED": "1"}
         with self.log.open("ab") as log:
             with self._lock:
@@ -130,16 +158,56 @@ class Job:
 def _end(pid: int) -> None:
     try:
         parent = psutil.Process(pid)
-        processes = [*parent.children(recursive=True), parent]
+        alive = [*parent.children(recursive=True), parent]
     except psutil.NoSuchProcess:
         return
-    for process in processes:
-        _signal(process.terminate)
-    _, alive = psutil.wait_procs(processes, timeout=_GRACE)
-    for process in alive:
-        _signal(process.kill)
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                send(process)
+        _, alive = psutil.wait_procs(alive, timeout=_GRACE)
 
 
-def _signal(send: Callable[[], None]) -> None:
-    with suppress(psutil.NoSuchProcess):
-        send()
+def heads_file(folder: Path) -> Path:
+    """Where a run's selection is written."""
+    return folder / RUN_FOLDER / file_name("head")
+
+
+def select_job(args: dict[str, Any], lang: str) -> Job:
+    """The selection for a run of these arguments; writes its recipe.
+
+    Raises:
+        OSError: The output folder cannot be written.
+    """
+    folder = Path(args["output_dir"])
+    recipe = folder / RUN_FOLDER / "select.yaml"
+    write_text(recipe, yaml.safe_dump(_clean_cmd({**args, "stage": STAGE}), sort_keys=False, allow_unicode=True))
+    return Job(SELECT, [["select", str(recipe)]], folder, lang)
+
+
+def compare_job(folder: Path, lang: str) -> Job | None:
+    """Scores the model that a run has saved, and compares it with the selection before the run.
+
+    Without scores of that selection, as for heads that were written by hand, the model before training is scored, too.
+
+    Returns:
+        None if the folder holds no finished run.
+    """
+    recipe = folder / TRAINING_ARGS
+    trained = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if not (recipe.is_file() and trained):
+        return None
+    before, after = heads_file(folder), folder / RUN_FOLDER / "scores.json"
+    provenance = Targets.load(before).provenance if before.is_file() else {}
+    commands = []
+    settings: list[str] = []
+    if provenance.get("scores"):
+        facts = {key: fact_of(HeraConfig.knobs()[key]) for key in _SCORED_WITH}
+        settings = [f"{key}={provenance[fact]}" for key, fact in facts.items() if fact in provenance]
+    else:
+        before = folder / RUN_FOLDER / "before.json"
+        commands.append(["score", str(recipe), "--output", str(before)])
+    commands.append(["score", str(folder), "--recipe", str(recipe), "--output", str(after), *settings])
+    report = ["--names", "before", "after", "--output", str(folder / RUN_FOLDER / REPORT)]
+    commands.append(["report", str(before), str(after), *report])
+    return Job(COMPARE, commands, folder, lang)

@@ -1,7 +1,8 @@
-"""What happens when the buttons of the HeRA accordion are pressed."""
+"""What the buttons of the HeRA accordion do, and how the page shows a scoring job and its result."""
 
 import glob
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,23 +14,25 @@ from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, save_args
 from llamafactory.webui.locales import ALERTS
 
-from llamafactory_hera.selection.run import FOLDER, HEADS_FILE
+from llamafactory_hera.heads.targets import Targets
 
-from .arguments import lacking, with_hera
-from .display import Display, Update
-from .failures import with_reason
-from .job import Job
-from .names import STAGE, elem_id
-from .tasks import SELECT, compare_job, select_job
-from .texts import message
+from .fields import problem_with, with_hera
+from .job import SELECT, Job, compare_job, heads_file, select_job
+from .names import STAGE, elem_id, message
+from .pictures import report_files, report_pictures, report_table, show_heads
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
 
 Data = dict[Component, Any]
+Update = dict[Component, Any]
 MakeJob = Callable[[dict[str, Any], str], Job | None]
 
+#: What a job changes in the page.
+_CHANGED = ("hera_tab", "hera_status", "hera_progress", "hera_gallery", "hera_report", "hera_heads")
 _INTERVAL = 0.7  # seconds between two looks at a job
+# the last lines of a traceback; torchrun puts the rank in front
+_ERROR = re.compile(r"^(?:\[rank\d+\]:\s?)?(\w*Error: .+)$", re.MULTILINE)
 
 
 class Panel:
@@ -37,15 +40,19 @@ class Panel:
 
     Args:
         engine: The host's.
-        display: The page.
+        elements: The accordion's, by name.
+
+    Attributes:
+        outputs: Everything that an update may change.
+        job: The last one.
     """
 
-    def __init__(self, engine: "Engine", display: Display) -> None:
+    def __init__(self, engine: "Engine", elements: dict[str, Component]) -> None:
         self._runner = engine.runner
         self._manager = engine.manager
         self._demo_mode = engine.demo_mode
-        self._display = display
-        self.outputs = display.outputs
+        self._elements = elements
+        self.outputs = [elements[name] for name in _CHANGED]
         self.job: Job | None = None
         self._data: Data = {}
 
@@ -67,7 +74,7 @@ class Panel:
     def list_files(self, model_name: str | None) -> Any:
         """Heads files of earlier runs of a model, newest first, as choices."""
         model = (model_name or "*").replace(" ", "")
-        found = glob.glob(os.path.join(DEFAULT_SAVE_DIR, model, "*", "*", FOLDER, HEADS_FILE))
+        found = glob.glob(str(heads_file(Path(DEFAULT_SAVE_DIR, model, "*", "*"))))
         newest_first = sorted(found, key=os.path.getmtime, reverse=True)
         # named by what comes in front of hera/heads.json: finetuning method and run
         return gr.Dropdown(choices=[(os.path.join(*Path(path).parts[-4:-2]), path) for path in newest_first])
@@ -75,40 +82,12 @@ class Panel:
     def load_file(self, lang: str, path: str | None) -> Update:
         """Puts a heads file into the heads field and shows it."""
         if not path:
-            return self._display.nothing()
+            return self._unchanged()
         try:
-            return self._display.heads(Path(path), lang, "loaded", fill=True)
+            return self._show_heads(Path(path), lang, "loaded", fill=True)
         except ValueError as error:
             gr.Warning(str(error))
-            return self._display.said(str(error))
-
-    # -- following a job -------------------------------------------------------------------------------------------
-
-    def follow(self) -> Iterator[Update]:
-        """Shows the job until it has ended, if one runs."""
-        job = self.job
-        if job is None or not job.running:
-            yield self._display.nothing()
-            return
-        while job.running:
-            yield self._display.running(job)
-            time.sleep(_INTERVAL)
-        yield self._display.finished(job, fill=True)
-
-    def after_reload(self) -> Iterator[Update]:
-        """What a freshly loaded page shows: the job that runs, or the result of the last one."""
-        job = self.job
-        if job is not None and not job.running:
-            yield self._display.finished(job, fill=False)
-            return
-        if job is not None:
-            yield self._display.opened()
-        yield from self.follow()
-
-    def settings_after_reload(self) -> Iterator[Update]:
-        """The fields of a freshly loaded page, as they were when the job that runs was started."""
-        if self.busy:
-            yield {element: type(element)(value=value) for element, value in self._data.items()}
+            return self._show_text(str(error))
 
     def _begin(self, data: Data, make: MakeJob, selecting: bool = False) -> Iterator[Update]:
         lang = self._value(data, "top.lang")
@@ -120,15 +99,15 @@ class Panel:
         if not error:
             args = with_hera(self._runner._parse_train_args(data), lambda id_: self._value(data, id_))
             if selecting:  # before anything of an earlier run in the folder is written anew
-                error = lacking(args, lang, selecting=True)
+                error = problem_with(args, lang, selecting=True)
         if error:
             gr.Warning(error)
-            yield self._display.said(error)
+            yield self._show_text(error)
             return
         try:
             job = make(args, lang)
             if job is None:
-                yield self._display.said(message("not_trained", lang, folder=f"`{args['output_dir']}`"))
+                yield self._show_text(message("not_trained", lang, folder=f"`{args['output_dir']}`"))
                 return
             if job.kind == SELECT:
                 # the host looks for it when this output folder is chosen again
@@ -136,17 +115,45 @@ class Panel:
                 save_args(config, self._runner._build_config_dict(data))
             job.start()
         except (OSError, ValueError) as problem:
-            yield self._display.said(str(problem))
+            yield self._show_text(str(problem))
             return
         self.job, self._data = job, data
         yield from self.follow()
 
-    # -- what the host's runner asks -------------------------------------------------------------------------------
+    # -- following a job -------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
         """Whether a job runs."""
         return self.job is not None and self.job.running
+
+    def follow(self) -> Iterator[Update]:
+        """Shows the job until it has ended, if one runs."""
+        job = self.job
+        if job is None or not job.running:
+            yield self._unchanged()
+            return
+        while job.running:
+            yield self._show_progress(job)
+            time.sleep(_INTERVAL)
+        yield self._show_result(job, fill=True)
+
+    def after_reload(self) -> Iterator[Update]:
+        """What a freshly loaded page shows: the job that runs, or the result of the last one."""
+        job = self.job
+        if job is not None and not job.running:
+            yield self._show_result(job, fill=False)
+            return
+        if job is not None:
+            yield self._update(hera_tab=gr.Accordion(open=True))
+        yield from self.follow()
+
+    def settings_after_reload(self) -> Iterator[Update]:
+        """The fields of a freshly loaded page, as they were when the job that runs was started."""
+        if self.busy:
+            yield {element: type(element)(value=value) for element, value in self._data.items()}
+
+    # -- what the host's runner asks -------------------------------------------------------------------------------
 
     def refusal(self, data: Data, do_train: bool) -> str:
         """Why a run must not start now; empty if it may."""
@@ -154,7 +161,7 @@ class Panel:
         if self.busy:
             return ALERTS["err_conflict"][lang]
         if do_train and self._is_hera(data):
-            return lacking(self._runner._parse_train_args(data), lang)
+            return problem_with(self._runner._parse_train_args(data), lang)
         return ""
 
     def trained(self, data: Data) -> None:
@@ -167,13 +174,14 @@ class Panel:
             job.start()
             self.job, self._data = job, data
 
-    def explained(self, update: Update, data: Data) -> Update:
+    def with_reason(self, update: Update, data: Data) -> Update:
         """What the host shows of a run, with the reason first where it has failed."""
         if not self._is_hera(data):
             return update
         lang = self._value(data, "top.lang")
         return {
-            element: with_reason(shown, lang) if isinstance(shown, str) else shown for element, shown in update.items()
+            element: reason_first(shown, lang) if isinstance(shown, str) else shown
+            for element, shown in update.items()
         }
 
     def _is_hera(self, data: Data) -> bool:
@@ -181,3 +189,72 @@ class Panel:
 
     def _value(self, data: Data, id_: str) -> Any:
         return data[self._manager.get_elem_by_id(id_)]
+
+    # -- updates of the page ---------------------------------------------------------------------------------------
+
+    def _update(self, **values: Any) -> Update:
+        return {self._elements[name]: value for name, value in values.items()}
+
+    def _unchanged(self) -> Update:
+        return self._update(hera_status=gr.skip())
+
+    def _show_text(self, text: str) -> Update:
+        return self._update(hera_status=text, hera_progress=gr.Slider(visible=False))
+
+    def _show_progress(self, job: Job) -> Update:
+        text = message("selecting" if job.kind == SELECT else "comparing", job.lang)
+        progress = job.progress()
+        if progress is None:
+            return self._show_text(text)
+        bar = gr.Slider(
+            label=f"{message(progress.phase, job.lang)} {progress.done}/{progress.total}",
+            value=round(100 * progress.done / max(1, progress.total), 1),
+            visible=True,
+        )
+        return self._update(hera_status=text, hera_progress=bar)
+
+    def _show_result(self, job: Job, fill: bool) -> Update:
+        """The result of a job that has ended; ``fill`` puts selected heads into the heads field."""
+        if job.aborted:
+            return self._show_text(message("aborted", job.lang))
+        if job.code != 0:
+            return self._show_text(f"**{message('failed', job.lang, code=job.code)}**\n\n```\n{job.output()}\n```")
+        if job.kind == SELECT:
+            return self._show_heads(heads_file(job.folder), job.lang, "selected", fill)
+        return self._update(
+            hera_status=f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
+            hera_progress=gr.Slider(visible=False),
+            hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
+            hera_report=gr.File(value=report_files(job.folder), visible=True),
+        )
+
+    def _show_heads(self, path: Path, lang: str, how: str, fill: bool) -> Update:
+        """A heads file: its heads, their scores as a table and as a picture; ``how`` names the message.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        table, pictures = show_heads(path, lang)
+        names = str(Targets.load(path, "head")).replace(",", " ")
+        update = self._update(
+            hera_status=f"{message(how, lang, heads=names, path=f'`{path}`')}\n\n{table}",
+            hera_progress=gr.Slider(visible=False),
+            hera_gallery=gr.Gallery(value=pictures, visible=bool(pictures)),
+            hera_report=gr.File(visible=False),
+        )
+        # the path, not the names: training then checks what the heads were selected for, and keeps their scores
+        return update | self._update(hera_heads=str(path)) if fill else update
+
+
+def reason_first(text: str, lang: str) -> str:
+    """The host's message of a failed run with the error put first; any other text as it is.
+
+    Args:
+        text: What the host shows of a run; after a failure that is a line and all that the run wrote to stderr.
+        lang: Language of the page.
+    """
+    head, gap, rest = text.partition("\n\n")
+    errors = _ERROR.findall(rest)
+    if not head.startswith(ALERTS["err_failed"][lang]) or not errors:
+        return text
+    return f"{head}\n\n**{errors[-1]}**{gap}{rest}"

@@ -1,31 +1,94 @@
-"""Pictures and report of a run, as the web UI shows them."""
+"""Pictures and tables of a run as the page shows them: its curves, its heads, the comparison with before."""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from llamafactory_hera.heads.head_set import HeadSet
+from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.heads.targets import Targets
+from llamafactory_hera.selection.figure import BLUE, GREEN, GREY, ORANGE, new_figure
 from llamafactory_hera.selection.heat_map import draw_scores
-from llamafactory_hera.selection.run import FOLDER
 from llamafactory_hera.selection.score_file import ScoreFile
 from llamafactory_hera.selection.table import render_table
 
-from .tasks import REPORT, heads_file
-from .texts import message
+from .job import REPORT, heads_file
+from .names import message
 
 Picture = tuple[Image.Image, str]
+Smooth = Callable[[list[float]], list[float]]
 
 
-def heads_shown(path: Path, lang: str) -> tuple[str, list[Picture]]:
+def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | None:
+    """Draws the curves of a training log: both losses on an axis of their own, the MKNN with the teacher below.
+
+    Args:
+        trainer_log: Lines of ``trainer_log.jsonl``.
+        smooth: The host's smoothing.
+
+    Returns:
+        None for a log without HeRA's curves.
+    """
+    lines = _latest(trainer_log)
+    if not any("hera_loss" in line for line in lines):
+        return None
+    measured = any("hera_mknn" in line for line in lines)  # not every objective has it
+    figure = new_figure(4.6, 5.4 if measured else 3.6)  # it is shown in a narrow column
+    panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
+    losses, below = panels[0], panels[-1]
+    _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
+    hera = losses.twinx()
+    _draw(hera, lines, "hera_loss", "HeRA loss", ORANGE, smooth)
+    hera.spines["top"].set_visible(False)
+    handles = [*losses.get_lines(), *hera.get_lines()]
+    named = [handle for handle in handles if not handle.get_label().startswith("_")]
+    losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    if measured:
+        _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
+        # it falls while the memory fills: of few candidates many are neighbours by chance
+        chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
+        if chance:
+            style = {"color": GREY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}
+            below.plot(list(chance), list(chance.values()), label="chance", **style)
+            below.legend(frameon=False, fontsize=8)
+    below.set_xlabel("step")
+    return figure
+
+
+def _latest(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The log without the steps that a resumed run has made again."""
+    lines: list[dict[str, Any]] = []
+    for line in trainer_log:
+        # a line without a loss, such as the closing one, repeats the number of the last step
+        while lines and "loss" in line and lines[-1]["current_steps"] >= line["current_steps"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour: str, smooth: Smooth) -> None:
+    steps = [line["current_steps"] for line in lines if key in line]
+    values = [line[key] for line in lines if key in line]
+    axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
+    axes.plot(steps, smooth(values), color=colour, label=label, marker="o" if len(steps) == 1 else None)
+    axes.set_ylabel(label, color=colour)
+    axes.tick_params(axis="y", labelcolor=colour)
+    axes.spines["top"].set_visible(False)
+
+
+def show_heads(path: Path, lang: str) -> tuple[str, list[Picture]]:
     """The heads of a file with their table, and their picture if the file holds scores.
 
     Raises:
         ValueError: The file cannot be read.
     """
-    heads = HeadSet.load(path)
+    heads = Targets.load(path, "head")
     if not heads.provenance.get("scores"):
         return f"{str(heads).replace(',', ' ')}\n\n{message('no_scores', lang)}", []
     scored = ScoreFile.load(path)
@@ -37,17 +100,22 @@ def heads_shown(path: Path, lang: str) -> tuple[str, list[Picture]]:
     return f"```\n{render_table(scored)}\n```", [(picture, message("heads_picture", lang))]
 
 
+def report_table(folder: Path) -> str:
+    """The tables of the report as Markdown; the picture is shown elsewhere."""
+    lines = _report(folder, "md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("#", "!")))
+
+
 def report_pictures(folder: Path, lang: str) -> list[Picture]:
     """The comparison of a run with before, and the heads that it trained."""
     heads = heads_file(folder)
-    trained = heads_shown(heads, lang)[1] if heads.is_file() else []
-    return [(_read(folder / FOLDER / f"{REPORT}.png"), message("report_picture", lang)), *trained]
+    trained = show_heads(heads, lang)[1] if heads.is_file() else []
+    return [(_read(_report(folder, "png")), message("report_picture", lang)), *trained]
 
 
 def report_files(folder: Path) -> list[str]:
     """The comparison's page and picture, at a place from where the web UI may serve them."""
-    files = [folder / FOLDER / f"{REPORT}{suffix}" for suffix in (".md", ".png")]
-    files = [path for path in files if path.is_file()]
+    files = [path for path in (_report(folder, "md"), _report(folder, "png")) if path.is_file()]
     if files and not folder.resolve().is_relative_to(os.getcwd()):
         # Gradio copies these into its cache from the system's folder for temporary files, not from anywhere
         copies = Path(tempfile.mkdtemp())
@@ -55,11 +123,8 @@ def report_files(folder: Path) -> list[str]:
     return [str(path) for path in files]
 
 
-def report_table(folder: Path) -> str:
-    """The tables of the report as Markdown; the picture is shown elsewhere."""
-    page = folder / FOLDER / f"{REPORT}.md"
-    lines = page.read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith(("#", "!")))
+def _report(folder: Path, suffix: str) -> Path:
+    return folder / RUN_FOLDER / f"{REPORT}.{suffix}"
 
 
 def _read(path: Path) -> Image.Image:

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from llamafactory.extras import logging
 
+from llamafactory_hera.files import whole_file
 from llamafactory_hera.integrations.llamafactory.templates import NAMES as TEMPLATES
 
-from .fields import FIELDS
-from .models import REGISTERED
-from .names import PREFIX, STAGE_TITLE, elem_id
+from .fields import FIELDS, default, takes
+from .names import MODELS, PREFIX, STAGE_TITLE, elem_id
 
 logger = logging.get_logger("llamafactory.hera")
 
@@ -28,9 +28,11 @@ _HEADER = (
 #: Element -> values that only the plugin offers, and what stands for them without it.
 _INSTEAD: dict[str, tuple[Collection[str], str]] = {
     "train.training_stage": ((STAGE_TITLE,), "Supervised Fine-Tuning"),
-    "top.model_name": (REGISTERED, "Custom"),
+    "top.model_name": (MODELS, "Custom"),
     "top.template": (TEMPLATES, "default"),
 }
+_COMPARE = elem_id("hera_compare")  # a tick that is no key of a run
+_DEFAULTS = {elem_id(key): default(key) for key in FIELDS} | {_COMPARE: True}
 
 
 def write(path: str, settings: dict[str, Any], host: Callable[[str, dict[str, Any]], None]) -> None:
@@ -46,11 +48,12 @@ def write(path: str, settings: dict[str, Any], host: Callable[[str, dict[str, An
     for key, (values, instead) in _INSTEAD.items():
         if plain.get(key) in values:
             ours[key], plain[key] = plain[key], instead
-    host(path, plain)
-    if any(value != _default(key) for key, value in ours.items()):
-        text = yaml.safe_dump(ours, allow_unicode=True, sort_keys=True)
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(_HEADER + "".join(f"{_MARK}{line}\n" for line in text.splitlines()))
+    with whole_file(path) as temporary:
+        host(str(temporary), plain)
+        if any(value != _DEFAULTS.get(key) for key, value in ours.items()):
+            text = yaml.safe_dump(ours, allow_unicode=True, sort_keys=True)
+            with temporary.open("a", encoding="utf-8") as file:
+                file.write(_HEADER + "".join(f"{_MARK}{line}\n" for line in text.splitlines()))
 
 
 def read(path: str, host: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -69,37 +72,21 @@ def read(path: str, host: Callable[[str], dict[str, Any] | None]) -> dict[str, A
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     try:
         ours = yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
-        entries = [(key, value, _may_stand(key, value)) for key, value in ours.items()]
+        entries = [(key, value, _fits(key, value)) for key, value in ours.items()]
     except (yaml.YAMLError, AttributeError) as error:
         logger.warning_rank0(f"HeRA | {path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}")
         entries = []
-    plain = [(key, value, not key.startswith(PREFIX) or _may_stand(key, value)) for key, value in settings.items()]
-    wrong = [key for key, _, stands in (*plain, *entries) if not stands]
+    plain = [(key, value, not key.startswith(PREFIX) or _fits(key, value)) for key, value in settings.items()]
+    wrong = [key for key, _, fits in (*plain, *entries) if not fits]
     if wrong:
         logger.warning_rank0(f"HeRA | {path}: no field takes {', '.join(wrong)} as the file has it; left out.")
-    return {key: value for key, value, stands in (*plain, *entries) if stands}
+    return {key: value for key, value, fits in (*plain, *entries) if fits}
 
 
-def _may_stand(key: str, value: Any) -> bool:
+def _fits(key: str, value: Any) -> bool:
     """Whether an entry of HeRA's has an element, and the element takes the value."""
     if key in _INSTEAD:
         return value in _INSTEAD[key][0]
-    if key == elem_id("hera_compare"):
+    if key == _COMPARE:
         return isinstance(value, bool)
-    if not _is_shown(key):
-        return False
-    field = FIELDS[key.removeprefix("train.")]
-    if field.kind == "choice":
-        return value in field.choices
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return {"text": isinstance(value, str), "switch": isinstance(value, bool)}.get(field.kind, number or value is None)
-
-
-def _default(key: str) -> Any:
-    if key == elem_id("hera_compare"):
-        return True
-    return FIELDS[key.removeprefix("train.")].default if _is_shown(key) else None
-
-
-def _is_shown(key: str) -> bool:
-    return key.removeprefix("train.") in FIELDS or key == elem_id("hera_compare")
+    return key in _DEFAULTS and takes(key.removeprefix("train."), value)

@@ -1,4 +1,4 @@
-"""The host's train tab with the HeRA accordion in it."""
+"""The host's train tab with the HeRA accordion in it: a field for each key, and what selects and compares heads."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +9,7 @@ from gradio.components import Component
 from gradio.context import get_blocks_context
 from llamafactory.extras.constants import TRAINING_STAGES
 
-from .accordion import create_accordion
-from .display import Display
+from .fields import FIELDS, ROWS, default, options
 from .names import STAGE
 from .panel import Panel
 
@@ -19,10 +18,12 @@ if TYPE_CHECKING:
     from llamafactory.webui.manager import Manager
 
 #: The host's element behind which the accordion is put.
-NEIGHBOR = "mm_tab"
+_NEIGHBOR = "mm_tab"
+
+Elements = dict[str, Component]
 
 
-def create_train_tab(engine: "Engine", host: Callable[["Engine"], dict[str, Component]]) -> dict[str, Component]:
+def create_train_tab(engine: "Engine", host: Callable[["Engine"], Elements]) -> Elements:
     """Builds the host's tab, whose buttons then know HeRA's fields.
 
     Args:
@@ -32,11 +33,13 @@ def create_train_tab(engine: "Engine", host: Callable[["Engine"], dict[str, Comp
     Returns:
         The elements of both by name.
     """
-    elements, described = create_accordion()
-    with _known(engine.manager, described):
+    elements = _create_accordion()
+    with _known(engine.manager, {elements[name] for name in (*FIELDS, "hera_compare")}):
         theirs = host(engine)
-    _move_behind(elements["hera_tab"], theirs[NEIGHBOR])
-    panel = Panel(engine, Display(elements))
+    siblings = theirs[_NEIGHBOR].parent.children
+    siblings.remove(elements["hera_tab"])
+    siblings.insert(siblings.index(theirs[_NEIGHBOR]) + 1, elements["hera_tab"])
+    panel = Panel(engine, elements)
     engine.runner.hera = panel
     _connect(engine, panel, elements, theirs)
     return theirs | elements
@@ -46,6 +49,51 @@ def change_stage(training_stage: str, host: Callable[[str], tuple[Any, Any]]) ->
     """The host's function of the same name, which empties the list of datasets; HeRA trains on those of SFT."""
     datasets, packing = host(training_stage)
     return (gr.skip() if TRAINING_STAGES[training_stage] == STAGE else datasets), packing
+
+
+def _create_accordion() -> Elements:
+    """Builds the accordion at the current place of the page."""
+    elements: Elements = {}
+    with gr.Accordion(open=False) as tab:
+        for row in ROWS:
+            with gr.Row():
+                for key in row:
+                    elements[key] = _widget(key)
+                    if key == "hera_heads":
+                        elements["hera_heads_file"] = gr.Dropdown(allow_custom_value=True, value=None)
+        with gr.Row():
+            with gr.Column():
+                with gr.Row():
+                    elements["hera_select_btn"] = gr.Button(variant="primary")
+                    elements["hera_compare_btn"] = gr.Button()
+                    elements["hera_stop_btn"] = gr.Button(variant="stop")
+                elements["hera_compare"] = gr.Checkbox(value=True)
+                elements["hera_progress"] = gr.Slider(visible=False, interactive=False, elem_id="hera_progress")
+                elements["hera_status"] = gr.Markdown(elem_id="hera_status")
+                elements["hera_report"] = gr.File(visible=False, interactive=False, elem_id="hera_report")
+            with gr.Column():
+                elements["hera_gallery"] = gr.Gallery(
+                    visible=False,
+                    interactive=False,
+                    format="png",
+                    object_fit="contain",
+                    preview=True,
+                    elem_id="hera_gallery",
+                )
+    return {"hera_tab": tab, **elements}
+
+
+def _widget(key: str) -> Component:
+    if options(key):
+        return gr.Dropdown(choices=options(key), value=default(key))
+    kind = FIELDS[key].type
+    if kind is bool:
+        return gr.Checkbox(value=default(key))
+    if kind is int:
+        return gr.Number(value=default(key), precision=0, step=1)
+    if kind is float:
+        return gr.Number(value=default(key), step=0.01)
+    return gr.Textbox(value=default(key), max_lines=1)
 
 
 @contextmanager
@@ -59,22 +107,13 @@ def _known(manager: "Manager", described: set[Component]) -> Iterator[None]:
         del manager.get_base_elems
 
 
-def _move_behind(block: Any, neighbor: Any) -> None:
-    siblings = neighbor.parent.children
-    siblings.remove(block)
-    siblings.insert(siblings.index(neighbor) + 1, block)
-
-
-def _connect(
-    engine: "Engine",
-    panel: Panel,
-    elements: dict[str, Component],
-    theirs: dict[str, Component],
-) -> None:
-    manager = engine.manager
-    inputs, outputs = _sent_by(theirs["start_btn"]), panel.outputs
+def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Elements) -> None:
+    # what the click of the host's button sends
+    start = theirs["start_btn"]._id, "click"
+    (event,) = (event for event in get_blocks_context().fns.values() if start in event.targets)
+    inputs, outputs = set(event.inputs), panel.outputs
     quiet = {"show_progress": "hidden", "concurrency_limit": None}
-    lang, model_name = manager.get_elem_by_id("top.lang"), manager.get_elem_by_id("top.model_name")
+    lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")
 
     elements["hera_select_btn"].click(panel.select, inputs, outputs, **quiet)
     elements["hera_compare_btn"].click(panel.compare, inputs, outputs, **quiet)
@@ -86,12 +125,6 @@ def _connect(
     # a run that has ended well may have started a comparison
     theirs["output_box"].change(panel.follow, outputs=outputs, trigger_mode="always_last", **quiet)
     gr.on(fn=panel.after_reload, outputs=outputs, **quiet)
-
-
-def _sent_by(button: Component) -> set[Component]:
-    """The elements whose values a button's click sends."""
-    (event,) = (event for event in get_blocks_context().fns.values() if (button._id, "click") in event.targets)
-    return set(event.inputs)
 
 
 def _open(training_stage: str) -> Any:

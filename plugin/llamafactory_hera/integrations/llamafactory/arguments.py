@@ -1,156 +1,20 @@
-# No `from __future__ import annotations` here: HfArgumentParser reads the annotations as types.
-"""The ``hera_*`` keys of a run: each declared once, with its default and its help."""
+"""The ``hera_*`` keys inside the host's fine-tuning arguments; they are declared in ``config.py``."""
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, get_args
 
-from llamafactory_hera.heads.pooling import Pooling
-from llamafactory_hera.selection.settings import Mode, StoredDtype, Strategy
+from llamafactory_hera.config import HeraConfig
 
-from .argument_checks import Accumulate, Granularity, Similarity, check_values
-from .argument_values import READERS, typed
-
-
-@dataclass
-class HeraArguments:
-    """Keys of ``stage: hera``."""
-
-    hera_heads: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a "
-                "heads.json, or auto to select them before training."
-            )
-        },
-    )
-    hera_objective: str = field(
-        default="contrastive",
-        metadata={
-            "help": (
-                "What is minimised: HeRA's loss over neighbours (contrastive), the cosine of projected features "
-                "(feature), 1 - CKA over the batch (cka), visual tokens against the teacher's patches (viral), or an "
-                "objective registered by name."
-            )
-        },
-    )
-    hera_granularity: Granularity = field(
-        default="head",
-        metadata={"help": "Align attention heads (head, hera_heads) or decoder layers (layer, hera_layers)."},
-    )
-    hera_layers: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), the path "
-                "of a layers.json, middle, penultimate, or auto to select them before training."
-            )
-        },
-    )
-    hera_weight: float = field(
-        default=0.01, metadata={"help": "Weight (lambda) of the alignment loss beside the language-modeling loss."}
-    )
-    hera_k: int = field(default=10, metadata={"help": "Nearest neighbours in the teacher's space per sample."})
-    hera_temperature: float = field(
-        default=0.07, metadata={"help": "Initial softmax temperature of the contrastive loss, learned in log scale."}
-    )
-    hera_fixed_temperature: bool = field(
-        default=False, metadata={"help": "Keep the temperature at its initial value instead of learning it."}
-    )
-    hera_teacher: str = field(
-        default="facebook/dinov2-large",
-        metadata={"help": "Frozen vision teacher: a local folder or the id of a hub model."},
-    )
-    hera_teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps teacher features by image content; filled while training."},
-    )
-    hera_pooling: Pooling = field(
-        default="answer",
-        metadata={
-            "help": (
-                "Tokens that a head's output is averaged over: those with a label (answer), all text (text), all but "
-                "padding (mean), or the last one (last)."
-            )
-        },
-    )
-    hera_similarity: Similarity = field(
-        default="cosine", metadata={"help": "Similarity of representations: cosine, or the plain dot product (dot)."}
-    )
-    hera_memory: int = field(
-        default=0,
-        metadata={
-            "help": "Recent samples kept as further candidates, for global batches below hera_k + 1; 0 for none."
-        },
-    )
-    hera_accumulate: Accumulate = field(
-        default="none",
-        metadata={
-            "help": (
-                "Candidates under gradient accumulation: those of the micro-batch (none), or of all micro-batches of "
-                "the step at the price of one more forward pass (gradcache)."
-            )
-        },
-    )
-    hera_image_index: int = field(
-        default=0,
-        metadata={"help": "Which image of a sample with several the teacher sees; negative counts from the last."},
-    )
-    hera_max_nan: int = field(
-        default=10, metadata={"help": "Steps in a row with a non-finite HeRA term after which the run stops."}
-    )
-    hera_heads_force: bool = field(
-        default=False,
-        metadata={"help": "Train with a heads.json that was selected on another model or teacher, or with another m."},
-    )
-    hera_select: Strategy = field(
-        default="worst",
-        metadata={
-            "help": "Heads or layers to select: the least aligned (worst), the most (top), random ones, or the least "
-            "aligned heads of the middle layer (middle)."
-        },
-    )
-    hera_select_m: int = field(default=5, metadata={"help": "How many heads or layers to select."})
-    hera_select_mode: Mode = field(
-        default="llm",
-        metadata={
-            "help": "Select on the language model alone, fed with captions (llm), or on the whole model with image "
-            "and text (mllm)."
-        },
-    )
-    hera_select_samples: int = field(default=1000, metadata={"help": "Image-caption pairs to score the heads on."})
-    hera_select_k: int = field(default=10, metadata={"help": "Nearest neighbours per sample when scoring heads."})
-    hera_select_batch_size: int = field(
-        default=16,
-        metadata={"help": "Samples per device in a forward pass of the selection; halved if memory runs out."},
-    )
-    hera_select_seed: int = field(
-        default=0, metadata={"help": "Seed of the draw of samples, and of the heads of hera_select: random."}
-    )
-    hera_select_dtype: StoredDtype = field(
-        default="fp32", metadata={"help": "Precision in which head outputs are stored for scoring: fp32 or fp16."}
-    )
-    hera_select_memory_gb: float = field(
-        default=4.0, metadata={"help": "Bound on the working memory of scoring, in GiB."}
-    )
-
-    def check_hera(self) -> None:
-        """Checks the values that need nothing but themselves; heads and layers become text.
-
-        Raises:
-            ValueError: Names the key, the value and the remedy.
-        """
-        for key in ("hera_heads", "hera_layers"):
-            value = getattr(self, key)
-            if isinstance(value, (list, tuple)):  # a YAML list
-                setattr(self, key, ",".join(map(str, value)))
-            elif value is not None:  # a bare number, say, which is then refused as any other word
-                setattr(self, key, str(value))
-        for knob in fields(HeraArguments):
-            if type(knob.default) in READERS:
-                setattr(self, knob.name, typed(knob.name, getattr(self, knob.name), type(knob.default)))
-        check_values(self)
+#: The keys as fields of a dataclass, as the host's parser reads them.
+HeraArguments = make_dataclass(
+    "HeraArguments",
+    [
+        (key, declared.type, field(default=declared.default, metadata={"help": declared.metadata["help"]}))
+        for key, declared in HeraConfig.knobs().items()
+    ],
+    namespace={"__doc__": "Keys of ``stage: hera``.", "__module__": __name__},
+)
 
 
 def _bypasses(arguments: Any) -> str | None:
@@ -169,11 +33,11 @@ def extend(host: type) -> type:
 
     Inside the host a HeRA run is ``stage: sft`` with ``use_hera`` set; ``to_dict`` reports ``hera`` again.
     """
-    host_stage = host.__dataclass_fields__["stage"]
+    host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
 
     @dataclass
-    class FinetuningArguments(HeraArguments, host):
-        stage: Literal[(*get_args(host_stage.type), "hera")] = field(
+    class FinetuningArguments(HeraArguments, host):  # type: ignore[misc, valid-type]
+        stage: Literal[(*get_args(host_stage.type), "hera")] = field(  # type: ignore[valid-type]
             default=host_stage.default, metadata=dict(host_stage.metadata)
         )
 
@@ -186,13 +50,15 @@ def extend(host: type) -> type:
                 setting = _bypasses(self)
                 if setting is not None:
                     raise ValueError(f"stage: hera does not work with {setting}; remove that setting.")
-                self.check_hera()
+                # read once here, so that every value has its type wherever the host shows it
+                for key, value in HeraConfig.from_keys(self).keys().items():
+                    setattr(self, key, value)
 
         def to_dict(self) -> dict[str, Any]:
             content = super().to_dict()
             if self.use_hera:
                 return {**content, "stage": "hera"}
-            return {key: value for key, value in content.items() if not key.startswith("hera_")}
+            return {key: value for key, value in content.items() if not key.startswith(HeraConfig.PREFIX)}
 
     # pickle finds the class where the host has it
     FinetuningArguments.__module__ = host.__module__

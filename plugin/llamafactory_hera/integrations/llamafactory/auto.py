@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,154 +11,130 @@ from typing import Any
 
 import numpy as np
 import torch
-from llamafactory.extras import logging
 
-from llamafactory_hera.alignment.gather import from_first, rank
-from llamafactory_hera.heads import HeadSet, LayerSet, Sites
+from llamafactory_hera.alignment.gather import on_first, rank
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
+from llamafactory_hera.knobs import Role
 from llamafactory_hera.selection.fingerprint import model_fingerprint
-from llamafactory_hera.selection.provenance import SELECTED_BY, TRAINED_ON, differences
-from llamafactory_hera.selection.run import FOLDER, select_heads, select_layers
-from llamafactory_hera.selection.settings import SelectSettings
-from llamafactory_hera.teachers.files import teacher_fingerprint
-from llamafactory_hera.teachers.hub import teacher_folder
+from llamafactory_hera.selection.pictures import show
+from llamafactory_hera.selection.provenance import differences
+from llamafactory_hera.selection.select import select_targets
+from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
 
-from .argument_checks import AUTO, NAMED_LAYERS
-from .model_files import model_folder
-from .recipe import material
+from .inputs import selection_inputs
+from .recipe import adapter_folders, model_folder
 
-logger = logging.get_logger("llamafactory.hera")  # a child of the host's logger, which has the handlers
+logger = logging.getLogger(__name__)
 
 
-def resolve_sites(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Sites:
+def resolve_targets(
+    config: HeraConfig, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> Targets:
     """The heads or layers that a run aligns; every process of the launch calls it.
 
     Args:
+        config: The run's ``hera_*`` keys.
         model_args: The host's arguments.
         data_args: See ``model_args``.
-        training_args: See ``model_args``.
-        finetuning_args: See ``model_args``; ``hera_heads`` or ``hera_layers`` becomes their names.
+        training_args: See ``model_args``; ``resume_from_checkpoint`` is a path or None.
+        finetuning_args: See ``model_args``; its ``hera_heads`` or ``hera_layers`` of ``auto`` becomes their names.
 
     Raises:
-        ValueError: The heads file was selected for something else than this run, or selection is given bad input.
+        ValueError: The file was selected for something else than this run, or selection is given bad input.
     """
-    arguments = (model_args, data_args, training_args, finetuning_args)
-    kind = LayerSet if finetuning_args.hera_granularity == "layer" else HeadSet
-    value = getattr(finetuning_args, kind.KEY)
-    if value in NAMED_LAYERS and kind is LayerSet:
-        return _named_layer(value, model_args)
-    if value == AUTO:
-        selected = _selected(*arguments, kind)
-        setattr(finetuning_args, kind.KEY, str(selected))
-        return selected
-    given = kind.resolve(value)
-    if not given.provenance:  # written by hand
-        return _with_provenance(given, *arguments)
-    _check(given, _facts(model_args, data_args, finetuning_args), TRAINED_ON, finetuning_args)
-    return given
+    value = config.named_targets
+    folder = Path(training_args.output_dir) / RUN_FOLDER
 
+    def facts() -> dict[str, Any]:
+        return _facts(config, model_args, data_args)
 
-def _named_layer(name: str, model_args: Any) -> LayerSet:
-    from llamafactory.model import load_config
+    def given() -> Targets:
+        if config.granularity == "layer" and value in NAMED_LAYERS:
+            return named_layer(value, _layout(model_args))
+        targets = Targets.resolve(value, config.granularity)
+        if targets.provenance:
+            _check(targets, facts(), Role.TRAINS, config)
+            return targets
+        # written by hand: if the selection in the output folder chose the same for this run, its scores are kept,
+        # for training writes that file anew
+        path = folder / targets.file_name
+        selected = Targets.load(path, config.granularity) if path.is_file() else targets
+        same = selected.names == targets.names and selected.provenance
+        return selected if same and not differences(selected.provenance, facts(), Role.TRAINS) else targets
 
-    n_layers = head_layout(load_config(model_args)).n_layers
-    return LayerSet(({"middle": n_layers // 2, "penultimate": n_layers - 2}[name],))
-
-
-def _selected(
-    model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any, kind: type[HeadSet] | type[LayerSet]
-) -> Any:
-    """Heads or layers of an earlier selection of the same settings, or of one that is made now."""
-    now = _facts(model_args, data_args, finetuning_args)
-    chosen = from_first(_selected_before(now, training_args, finetuning_args, kind))
-    if chosen is not None:
-        return chosen
-    target = Path(training_args.output_dir) / FOLDER / kind.FILE
-    select = select_heads if kind is HeadSet else select_layers
-    with _untouched_random_state():
-        plain = material(copy.deepcopy(model_args), copy.deepcopy(data_args), training_args, finetuning_args)
-        chosen = select(plain, SelectSettings.from_arguments(finetuning_args), target)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if rank() == 0:
-        from llamafactory_hera.selection.present import present
-
-        present(target)
+    if value != AUTO:
+        return on_first(given)
+    now = on_first(facts)
+    chosen = on_first(lambda: _selected_before(now, config, folder, training_args.resume_from_checkpoint))
+    if chosen is None:
+        path = folder / file_name(config.granularity)
+        with _untouched_random_state():
+            own = copy.deepcopy(model_args), copy.deepcopy(data_args)
+            inputs = selection_inputs(config, *own, training_args, finetuning_args)
+            chosen = select_targets(inputs, config, path, now["model_fingerprint"])
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if rank() == 0:
+            show(path)
+    setattr(finetuning_args, config.targets_key, str(chosen))
     return chosen
 
 
-def _facts(model_args: Any, data_args: Any, finetuning_args: Any) -> dict[str, Any]:
-    """What a selection made now would write."""
-    from llamafactory.model import load_config
-
-    folder = model_folder(model_args)
-    adapters = [Path(adapter) for adapter in model_args.adapter_name_or_path or []]
-    settings = SelectSettings.from_arguments(finetuning_args)
+def _facts(config: HeraConfig, model_args: Any, data_args: Any) -> dict[str, Any]:
+    """What a selection made now would write, as far as runs and selections are compared by it."""
+    fingerprint = model_fingerprint(model_folder(model_args), _layout(model_args), adapter_folders(model_args))
     return {
+        **config.facts(Role.SELECTS, Role.TRAINS),
         "model": model_args.model_name_or_path,
-        "teacher": finetuning_args.hera_teacher,
-        "model_fingerprint": model_fingerprint(folder, head_layout(load_config(model_args)), adapters),
-        "teacher_fingerprint": teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher)),
-        "m": settings.m,
+        "teacher": config.teacher,
         "dataset": ", ".join(data_args.dataset),
-        "samples_asked": settings.samples,
-        "mode": settings.mode,
-        "k": settings.k,
-        "pooling": settings.pooling,
-        "similarity": settings.similarity,
-        "strategy": settings.strategy,
-        "seed": settings.seed,
+        "model_fingerprint": fingerprint,
+        "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
     }
 
 
+def _layout(model_args: Any) -> Any:
+    from llamafactory.model import load_config
+
+    return head_layout(load_config(model_args))
+
+
 def _selected_before(
-    now: dict[str, Any], training_args: Any, finetuning_args: Any, kind: type[HeadSet] | type[LayerSet]
-) -> Any:
+    now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None
+) -> Targets | None:
     """What an earlier selection of the same settings chose; a resumed run takes its own or stops."""
-    checkpoint = training_args.resume_from_checkpoint
-    folders = [Path(training_args.output_dir), *([Path(checkpoint)] if isinstance(checkpoint, str) else [])]
-    for folder in folders:
-        path = folder / FOLDER / kind.FILE
-        if not path.is_file():
+    for place in (folder, *([Path(checkpoint) / RUN_FOLDER] if checkpoint is not None else [])):
+        path = place / file_name(config.granularity)
+        chosen = Targets.load(path, config.granularity) if path.is_file() else None
+        if chosen is None or not chosen.provenance:
             continue
-        chosen = kind.load(path)
-        if chosen.provenance and not differences(chosen.provenance, now, SELECTED_BY):
-            logger.info_rank0(f"HeRA | {kind.KEY}: {chosen} of {path}, which was selected with the same settings")
+        if not differences(chosen.provenance, now, Role.SELECTS):
+            logger.info(f"HeRA | {chosen.key}: {chosen} of {path}, which was selected with the same settings")
             return chosen
-        if checkpoint is not None and chosen.provenance:
-            _check(chosen, now, SELECTED_BY, finetuning_args)
+        if checkpoint is not None:
+            _check(chosen, now, Role.SELECTS, config)
             return chosen
     return None
 
 
-def _check(chosen: Sites, now: dict[str, Any], keys: dict[str, str], finetuning_args: Any) -> None:
-    differing = differences(chosen.provenance, now, keys)
+def _check(chosen: Targets, now: dict[str, Any], role: Role, config: HeraConfig) -> None:
+    differing = differences(chosen.provenance, now, role)
     if not differing:
         return
-    said = f"{chosen.KEY}: the {chosen.WHAT} {chosen} were selected for another run: {'; '.join(differing)}"
-    if finetuning_args.hera_heads_force:
-        logger.warning_rank0(f"{said}. Going on, as hera_heads_force is set.")
+    key, what = chosen.key, chosen.what
+    problem = f"{key}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"
+    if config.heads_force:
+        logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
         return
-    command = "`llamafactory-hera select`, or " if isinstance(chosen, HeadSet) else ""
+    command = "`llamafactory-hera select`, or " if chosen.granularity == "head" else ""
     raise ValueError(
-        f"{said}. Select again ({command}{chosen.KEY}: auto in a new output_dir), restore these "
-        f"settings, or set hera_heads_force: true to train these {chosen.WHAT} all the same."
+        f"{problem}. Select again ({command}{key}: auto in a new output_dir), restore these settings, or set "
+        f"hera_heads_force: true to train these {what} all the same."
     )
-
-
-def _with_provenance(given: Sites, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Sites:
-    """Sites written out by name, with the scores of the selection in the output folder if it chose them for this run.
-
-    Training writes the file of its output folder anew; without this the scores would be lost.
-    """
-    path = Path(training_args.output_dir) / FOLDER / given.FILE
-    if path.is_file():
-        selected = type(given).load(path)
-        if selected.names == given.names and selected.provenance:
-            now = _facts(model_args, data_args, finetuning_args)
-            return given if differences(selected.provenance, now, TRAINED_ON) else selected
-    return given
 
 
 @contextmanager

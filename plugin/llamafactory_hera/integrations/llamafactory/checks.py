@@ -1,14 +1,18 @@
-"""Refuses settings and models with which HeRA would be wrong or do nothing, before any weight is loaded."""
+"""Refuses settings, models and data with which HeRA would be wrong or do nothing, before any weight is loaded."""
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from itertools import islice
 from typing import Any
 
 from llamafactory_hera.alignment.gather import world_size
-from llamafactory_hera.heads import HeadSet, Sites
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import find
-from llamafactory_hera.teachers.check import check_teacher
-
-from .visual_tokens import grid_side
+from llamafactory_hera.teachers.checkpoint import check_teacher
+from llamafactory_hera.teachers.images import load_image
 
 # Key -> why it cannot work, and what to do.
 _MODEL_KEYS = {
@@ -25,7 +29,7 @@ _DATA_KEYS = {
 }
 
 
-def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+def check_run(config: HeraConfig, model_args: Any, data_args: Any, training_args: Any) -> None:
     """Checks everything that needs no model.
 
     Raises:
@@ -37,27 +41,27 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
             if value:
                 raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
     _check_parallelism(training_args)
-    check_teacher(finetuning_args.hera_teacher)
-    _check_batch(training_args, finetuning_args)
+    check_teacher(config.teacher)
+    _check_batch(config, training_args)
 
 
-def _check_batch(training_args: Any, finetuning_args: Any) -> None:
-    objective = find(finetuning_args.hera_objective)
+def _check_batch(config: HeraConfig, training_args: Any) -> None:
+    objective = find(config.objective)
     together = training_args.per_device_train_batch_size * world_size()
-    if finetuning_args.hera_accumulate == "gradcache":
+    if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if together >= objective.least_samples or finetuning_args.hera_memory > 0:
+    if together >= objective.least_samples or config.memory > 0:
         return
     size = training_args.per_device_train_batch_size
     if objective.uses_candidates:
         raise ValueError(
             f"per_device_train_batch_size: {size} on one process leaves a sample without another to be compared with; "
-            f"raise it, use more processes, or set hera_memory: {4 * finetuning_args.hera_k}; under gradient "
+            f"raise it, use more processes, or set hera_memory: {4 * config.k}; under gradient "
             "accumulation hera_accumulate: gradcache takes the step's micro-batches together."
         )
     raise ValueError(
         f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-        f"{finetuning_args.hera_objective} needs {objective.least_samples} samples together; raise it, use more "
+        f"{config.objective} needs {objective.least_samples} samples together; raise it, use more "
         "processes or, under gradient accumulation, hera_accumulate: gradcache."
     )
 
@@ -76,7 +80,7 @@ def _check_parallelism(training_args: Any) -> None:
         )
 
 
-def check_model(model_args: Any, finetuning_args: Any, sites: Sites | None = None) -> None:
+def check_model(config: HeraConfig, model_args: Any, targets: Targets | None = None) -> None:
     """Checks from its configuration alone that the model sees images and has what is aligned, where that is known.
 
     Raises:
@@ -85,17 +89,117 @@ def check_model(model_args: Any, finetuning_args: Any, sites: Sites | None = Non
     """
     from llamafactory.model import load_config
 
-    config = load_config(model_args)
+    model_config = load_config(model_args)
     name = model_args.model_name_or_path
-    if not is_multimodal(config):
+    if not is_multimodal(model_config):
         raise ValueError(
-            f"model_name_or_path: {name} is a text-only model ({config.model_type}), and HeRA aligns heads with what "
-            "images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
+            f"model_name_or_path: {name} is a text-only model ({model_config.model_type}), and HeRA aligns heads with "
+            "what images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
-    layout = head_layout(config)
-    if find(finetuning_args.hera_objective).view == "patches":
-        grid_side(config, finetuning_args.hera_objective)
-    if isinstance(sites, HeadSet):
-        sites.check(layout.n_layers, layout.n_heads)
-    elif sites is not None:
-        sites.check(layout.n_layers)
+    layout = head_layout(model_config)
+    if find(config.objective).view == "patches":
+        grid_side(model_config, config.objective)
+    if targets is not None:
+        targets.check(layout)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+#: How many samples the checks look at where looking at all would take long.
+N_CHECKED = 32
+
+
+def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Wraps the host's ``get_dataset`` with the checks.
+
+    The wrapper raises ``ValueError`` for a broken image file (naming the sample), for data without any image, and for
+    image tokens that ``cutoff_len`` cut off.
+    """
+
+    @wraps(get_dataset)
+    def get_checked(
+        template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **tokenizer_module: Any
+    ) -> dict[str, Any]:
+        try:
+            module = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer_module)
+        except OSError as error:
+            raise ValueError(_name_broken_image(error, model_args, data_args, training_args)) from error
+        train = module.get("train_dataset")
+        if train is not None:
+            _check_images(train, data_args)
+            _check_cutoff(train, template, data_args, **tokenizer_module)
+        return module
+
+    return get_checked
+
+
+def _name_broken_image(error: OSError, model_args: Any, data_args: Any, training_args: Any) -> str:
+    from llamafactory.data.loader import _get_merged_dataset
+
+    names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
+    for name in names:
+        for row, sample in enumerate(_get_merged_dataset([name], model_args, data_args, training_args, "sft")):
+            for image in sample.get("_images") or []:
+                try:
+                    load_image(image)
+                except ValueError as broken:
+                    return f"dataset: sample {row} of {name} (counted from 0): {broken}"
+    return f"dataset: {', '.join(names)} cannot be read: {error}"
+
+
+def _check_images(dataset: Any, data_args: Any) -> None:
+    rows: Iterable[dict[str, Any]] = dataset
+    if hasattr(dataset, "select_columns") and "images" in (dataset.column_names or []):
+        rows = dataset.select_columns(["images"])
+    elif not hasattr(dataset, "__len__"):
+        rows = islice(dataset, N_CHECKED * N_CHECKED)  # a stream has no end to look for
+    found = len(list(islice((row for row in rows if row.get("images")), 2)))
+    if found < 2:
+        raise ValueError(
+            f"dataset: {', '.join(data_args.dataset or [])} holds {'one sample with an' if found else 'no'} image, "
+            "and HeRA compares samples by what their images show; use a dataset with an `images` column or stage: sft."
+        )
+
+
+def _with_images(dataset: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    return ((row, sample) for row, sample in enumerate(dataset) if sample.get("images"))
+
+
+def _check_cutoff(dataset: Any, template: Any, data_args: Any, tokenizer: Any, processor: Any = None) -> None:
+    for row, sample in islice(_with_images(islice(dataset, N_CHECKED * N_CHECKED)), N_CHECKED):
+        check_image_tokens(row, sample, template, data_args, tokenizer, processor)
+
+
+def check_image_tokens(
+    row: int, sample: dict[str, Any], template: Any, data_args: Any, tokenizer: Any, processor: Any = None
+) -> None:
+    """Checks that ``cutoff_len`` left a sample all of its image tokens.
+
+    Args:
+        row: Its number, for the message.
+        sample: As the host encoded it.
+        template: The host's template, arguments, tokenizer and processor.
+        data_args: See ``template``.
+        tokenizer: See ``template``.
+        processor: See ``template``; None for a model without images.
+
+    Raises:
+        ValueError: Some are cut off; names the length that is needed.
+    """
+    from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
+
+    plugin = template.mm_plugin
+    if processor is None or getattr(plugin, "image_token", None) is None or not plugin.expand_mm_tokens:
+        return
+    image_token_id = tokenizer.convert_tokens_to_ids(plugin.image_token)
+    images = sample["images"]
+    message = [{"role": "user", "content": IMAGE_PLACEHOLDER * len(images)}]
+    expanded = plugin.process_messages(message, images, [], [], processor)[0]["content"]
+    needed = tokenizer.encode(expanded, add_special_tokens=False).count(image_token_id)
+    kept = sample["input_ids"].count(image_token_id)
+    if kept < needed:
+        length = len(sample["input_ids"]) + needed - kept
+        raise ValueError(
+            f"cutoff_len: {data_args.cutoff_len} cuts {needed - kept} of {needed} image tokens off sample {row} "
+            f"(counted from 0); set cutoff_len to {length} or more, plus room for its text."
+        )

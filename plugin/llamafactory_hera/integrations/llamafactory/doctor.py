@@ -3,7 +3,6 @@
 import importlib
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -104,13 +103,13 @@ def _deepspeed() -> Iterator[Finding]:
 
 
 def _patches() -> Iterator[Finding]:
-    from hera_patches.hook import PatchFinder
+    import hera_patches
     from hera_patches.registry import PATCHES, statuses
 
     if os.environ.get("HERA_DISABLE", "0") not in ("", "0"):
         yield Finding("patches", "switched off by HERA_DISABLE", "unset HERA_DISABLE to train with stage: hera")
         return
-    if not any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
+    if not hera_patches.installed():
         yield Finding(
             "patches",
             "not installed at interpreter start: no llamafactory_hera.pth in a site-packages folder of this Python",

@@ -1,73 +1,58 @@
-"""A recipe as the host reads it, and model, teacher and data of it as the plain objects that selection works with."""
+"""A recipe as the host reads it, with errors that name the key: the host's own name none, or come too late."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import read_json
+from llamafactory_hera.heads.targets import AUTO
+from llamafactory_hera.hub import local_folder
+from llamafactory_hera.knobs import typed
 
-from llamafactory_hera.selection.source import Collate, Features, Source
-from llamafactory_hera.selection.captions import CaptionSource, collate_captions
-from llamafactory_hera.selection.material import Material
-from llamafactory_hera.teachers.encoder import VisionTeacher, _whole_model_on_every_rank
-from llamafactory_hera.teachers.images import ImageLike, load_image
-
-from .dataset_checks import N_CHECKED, check_image_tokens
-from .model_files import model_folder
-from .recipe_arguments import host_arguments, named_output
-from .recipe_values import read_values, without_training
-
-# Keys under which every head is scored, whatever the recipe trains.
-_SCORED = {
-    "stage": "hera",
-    "hera_heads": "auto",
-    "hera_granularity": "head",
-    "hera_layers": None,
-    "hera_objective": "contrastive",
+# Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
+_NOT_TRAINING = {
+    "do_train": False,
+    "do_eval": False,
+    "do_predict": False,
+    "predict_with_generate": False,
+    "plot_loss": False,
+    "report_to": "none",
+    "deepspeed": None,
+    "fsdp": None,
+    "fsdp_config": None,
+    "resume_from_checkpoint": None,
+    "load_best_model_at_end": False,
+    "tokenized_path": None,
+    "packing": False,
+    "neat_packing": False,
 }
-# Rows of a stream that are read for each sample to draw.
-_STREAM_ROWS = 4
+# The host takes any value for these, and compares it with numbers later.
+_COUNTS = {"cutoff_len", "max_samples"}
+_MOST_NAMES = 12
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe with its overrides.
+    """A recipe with its overrides, set to score instead of train.
 
     Attributes:
         path: The file, if there is one.
         overrides: Keys given beside it, with their values.
-        values: All keys with their values, set to score instead of train.
-        model_args: What the host's parser made of them.
-        data_args: See ``model_args``.
-        training_args: See ``model_args``.
-        finetuning_args: See ``model_args``; holds the ``hera_*`` keys.
-        granularity: ``head`` or ``layer``: what the recipe aligns.
+        values: All keys with their values.
+        config: Its ``hera_*`` keys.
+        arguments: What the host's parser made of it: arguments of model, data, training and fine-tuning.
     """
 
     path: Path | None
     overrides: dict[str, Any]
     values: dict[str, Any]
-    model_args: Any
-    data_args: Any
-    training_args: Any
-    finetuning_args: Any
-    granularity: str = "head"
-
-    def output_dir(self) -> Path:
-        """Where the result goes.
-
-        Raises:
-            ValueError: The recipe does not say.
-        """
-        return named_output(self.values, "saves/selection")
-
-    def material(self) -> Material:
-        """Model, teacher and data, none of them loaded yet except for the dataset's index."""
-        return material(self.model_args, self.data_args, self.training_args, self.finetuning_args)
+    config: HeraConfig
+    arguments: tuple[Any, Any, Any, Any]
 
 
 def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
@@ -82,146 +67,156 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
         ValueError: The file cannot be read, or a key or value is refused by the host.
     """
     values, changes = read_values(path, overrides)
-    granularity = values.get("hera_granularity") or "head"
-    # what the recipe aligns, and how, is nothing to a score
-    values = without_training(values) | _SCORED | forced
+    # every head and layer is scored, whichever the recipe aligns and how
+    layers = values.get("hera_granularity") == "layer"
+    scored = {"stage": "hera", "hera_objective": "contrastive"}
+    scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
+    values = without_training(values) | scored | forced
     if values.get("dataset") is None:
         raise ValueError("dataset: none is named; name one with image-caption pairs.")
-    return Recipe(Path(path) if path else None, changes, values, *host_arguments(values), granularity)
+    arguments = host_arguments(values)
+    return Recipe(Path(path) if path else None, changes, values, HeraConfig.from_keys(arguments[3]), arguments)
 
 
-def material(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> Material:
-    """What selection needs of a run's arguments.
+def read_values(
+    path: str | os.PathLike | None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads a recipe as plain values and merges the overrides into it, before the host's parser sees them.
+
+    Args:
+        path: A YAML or JSON file as for ``llamafactory-cli train``; None when the overrides say everything.
+        overrides: ``key=value`` s, as the host takes them.
+
+    Returns:
+        All keys with their values, and the overrides alone.
 
     Raises:
-        ValueError: The model's files cannot be found, or the dataset is refused by the host.
+        ValueError: The file cannot be read, or an override is not ``key=value``.
     """
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.model import load_model, load_tokenizer
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    folder = model_folder(model_args)
-    tokenizer_module = load_tokenizer(model_args)
-    tokenizer = tokenizer_module["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    aligned = aligned_dataset(model_args, data_args, training_args, finetuning_args.hera_select_samples)
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(
+                f"{override}: it is neither a recipe nor key=value; write for instance output_dir=saves/run."
+            )
+    changes = OmegaConf.from_cli(list(overrides))
+    try:
+        written = OmegaConf.load(Path(path)) if path is not None else OmegaConf.create({})
+        values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
+    except OSError as error:
+        raise ValueError(f"The recipe {path} cannot be read ({error.strerror or error}).") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"The recipe {path} is not YAML that the host can read: {error}") from error
+    return values, OmegaConf.to_container(changes, resolve=True)  # type: ignore[return-value]
 
-    def whole_model() -> nn.Module:
-        with _whole_model_on_every_rank():
-            return load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
 
-    source: Source
-    if finetuning_args.hera_select_mode == "llm":
-        source = CaptionSource(
-            len(aligned),
-            images=lambda row: aligned[row]["_images"] or [],
-            caption=lambda row: _caption(aligned[row]),
-            tokenizer=tokenizer,
-            max_length=data_args.cutoff_len,
+def without_training(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe with training switched off."""
+    kept = {key: value for key, value in values.items() if key not in _NOT_TRAINING}
+    return kept | {key: value for key, value in _NOT_TRAINING.items() if value is not None}
+
+
+def named_output(values: Mapping[str, Any], example: str) -> Path:
+    """The output folder that a recipe names; the host would take one in the working directory without asking.
+
+    Raises:
+        ValueError: It names none.
+    """
+    if not values.get("output_dir"):
+        raise ValueError(f"output_dir: none is named; say where the result goes, for instance output_dir={example}.")
+    return Path(values["output_dir"])
+
+
+def host_arguments(values: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Parses a recipe's keys with the host's parser and checks that what they name is there.
+
+    Args:
+        values: The keys, with training switched off.
+
+    Returns:
+        The host's arguments of model, data, training and fine-tuning.
+
+    Raises:
+        ValueError: A key or value is refused by the host, or names a model, adapter, dataset or template that is not
+            there.
+    """
+    from llamafactory.hparams import get_train_args
+
+    if not values.get("model_name_or_path"):
+        raise ValueError("model_name_or_path: none is named; give the folder of a model, or a hub id.")
+    adapter, tuning = values.get("adapter_name_or_path"), values.get("finetuning_type", "lora")
+    if adapter and tuning != "lora":
+        raise ValueError(
+            f"adapter_name_or_path: {adapter} is loaded under finetuning_type: lora alone, and here it is {tuning}; "
+            "set finetuning_type: lora, or remove the adapter."
         )
-        collate = partial(collate_captions, pad_token_id=tokenizer.pad_token_id or 0)
-    else:
-        source = HostSource(aligned, template, data_args, tokenizer_module)
-        collate = None
-
-    def collator(model: nn.Module) -> Collate:
-        return collate or host_collator(model, template, model_args, data_args, tokenizer_module)
-
-    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
-    on_accelerator = training_args.device.type != "cpu"
-    teacher_dtype = half if on_accelerator and half is not None else torch.float32  # as in training
-    return Material(
-        source=source,
-        load_model=whole_model,
-        collator=collator,
-        load_teacher=partial(
-            VisionTeacher.from_pretrained, finetuning_args.hera_teacher, training_args.device, teacher_dtype
-        ),
-        model_name=model_args.model_name_or_path,
-        model_folder=folder,
-        adapter_folders=[Path(folder) for folder in model_args.adapter_name_or_path or []],
-        teacher_name=finetuning_args.hera_teacher,
-        dataset_name=", ".join(data_args.dataset),
-        teacher_cache=finetuning_args.hera_teacher_cache,
-        autocast=half,
-        num_workers=training_args.dataloader_num_workers,
-    )
+    for key in _COUNTS & values.keys():
+        if values[key] is not None or key == "cutoff_len":
+            typed(key, values[key], int)
+    model_args, data_args, training_args, finetuning_args, _ = get_train_args(dict(values))
+    _check_template(data_args.template)
+    _check_datasets(data_args)
+    adapter_folders(model_args)
+    return model_args, data_args, training_args, finetuning_args
 
 
-def aligned_dataset(model_args: Any, data_args: Any, training_args: Any, n_samples: int) -> Any:
-    """The training part of a run's dataset in the host's common form; of a stream, rows enough for ``n_samples``."""
-    from llamafactory.data.data_utils import split_dataset
-    from llamafactory.data.loader import _get_merged_dataset
+def _check_template(name: str | None) -> None:
+    from llamafactory.data.template import TEMPLATES
 
-    with training_args.main_process_first(desc="load dataset", local=not data_args.data_shared_file_system):
-        merged = _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, "sft")
-        train = split_dataset(merged, None, data_args, seed=training_args.seed)[0]["train"]
-    # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
-    return list(train.take(_STREAM_ROWS * n_samples)) if data_args.streaming else train
+    if name is not None and name not in TEMPLATES:
+        near = " or ".join(get_close_matches(name, TEMPLATES, cutoff=0.5)) or "llava_qwen3"
+        raise ValueError(f"template: {name} does not exist; write the one of the model, for instance {near}.")
 
 
-def _caption(example: dict[str, Any]) -> str:
-    from llamafactory.data.data_utils import Role
-    from llamafactory.extras.constants import IMAGE_PLACEHOLDER
+def _check_datasets(data_args: Any) -> None:
+    from llamafactory.extras.constants import DATA_CONFIG
 
-    messages = [*example["_prompt"], *example["_response"][:1]]
-    spoken = [message["content"] for message in messages if message["role"] == Role.ASSISTANT]
-    return "\n".join(spoken).replace(IMAGE_PLACEHOLDER, "")
-
-
-def has_answer(example: dict[str, Any]) -> bool:
-    """Whether the assistant says anything in the last turn of a sample."""
-    return any(response["content"].strip() for response in example["_response"])
-
-
-class HostSource:
-    """Samples as training sees them."""
-
-    def __init__(self, aligned: Any, template: Any, data_args: Any, tokenizer_module: dict[str, Any]) -> None:
-        from llamafactory.data.loader import _get_dataset_processor
-
-        self._aligned = aligned
-        self._check = partial(check_image_tokens, template=template, data_args=data_args, **tokenizer_module)
-        self._n_encoded = 0
-        self._processor = _get_dataset_processor(data_args, "sft", template, **tokenizer_module)
-
-    def __len__(self) -> int:
-        return len(self._aligned)
-
-    def images(self, row: int) -> list[ImageLike]:
-        return self._aligned[row]["_images"] or []
-
-    def encode(self, row: int) -> Features | None:
-        example = self._aligned[row]
-        features = self._encode(example, self._processor) if has_answer(example) else None
-        if features is not None:
-            if self._n_encoded < N_CHECKED and features["images"]:
-                self._check(row, features)
-            self._n_encoded += 1
-        return features
-
-    def _encode(self, example: dict[str, Any], processor: Any) -> Features | None:
-        try:
-            encoded = processor.preprocess_dataset({name: [value] for name, value in example.items()})
-        except OSError:
-            for image in example["_images"]:
-                load_image(image)  # names the broken file
-            raise
-        return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
+    folder = data_args.dataset_dir
+    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
+        return
+    file = Path(folder) / DATA_CONFIG
+    try:
+        known = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"dataset_dir: {error}; give the folder whose {DATA_CONFIG} names the datasets.") from error
+    for name in data_args.dataset:
+        if name not in known:
+            there = ", ".join([*list(known)[:_MOST_NAMES], *(["…"] if len(known) > _MOST_NAMES else [])])
+            raise ValueError(f"dataset: {name} is not in {file}; choose among {there}, or add it there.")
 
 
-def host_collator(
-    model: nn.Module, template: Any, model_args: Any, data_args: Any, tokenizer_module: dict[str, Any]
-) -> Collate:
-    """The collator of the host's supervised fine-tuning."""
-    from llamafactory.data import SFTDataCollatorWith4DAttentionMask
-    from llamafactory.extras.constants import IGNORE_INDEX
+def model_folder(model_args: Any) -> Path:
+    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights.
 
-    return SFTDataCollatorWith4DAttentionMask(
-        template=template,
-        model=model,
-        label_pad_token_id=IGNORE_INDEX,
-        block_diag_attn=model_args.block_diag_attn,
-        attn_implementation=getattr(model.config, "_attn_implementation", None),
-        compute_dtype=model_args.compute_dtype,
-        **tokenizer_module,
-    )
+    Raises:
+        ValueError: There is no such model, or it cannot be fetched.
+    """
+    name = model_args.model_name_or_path
+    return local_folder(name, "model_name_or_path", "a whole model", **_hub_options(model_args))
+
+
+def adapter_folders(model_args: Any) -> list[Path]:
+    """The local folders of a run's adapters.
+
+    Raises:
+        ValueError: There is no such adapter, or it cannot be fetched.
+    """
+    inside = model_args.adapter_folder or "."
+    needs = (Path(inside) / _ADAPTER_CONFIG).as_posix()
+    patterns = [(Path(inside) / "adapter_model.*").as_posix()]
+    what = "an adapter: the output folder of a LoRA run or of a calibration"
+    return [
+        local_folder(name, "adapter_name_or_path", what, patterns, False, needs, **_hub_options(model_args)) / inside
+        for name in model_args.adapter_name_or_path or []
+    ]
+
+
+def _hub_options(model_args: Any) -> dict[str, Any]:
+    return {
+        "revision": model_args.model_revision,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.hf_hub_token,
+    }

@@ -3,9 +3,13 @@
 Each is the host's own template of the language model, with the data plugin of LLaVA, which puts image tokens in.
 """
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any
+
+from llamafactory.data.mm_plugin import get_mm_plugin
+from llamafactory.data.template import Template
+from typing_extensions import override
 
 IMAGE_TOKEN = "<image>"
 
@@ -37,10 +41,6 @@ def lacking(host: ModuleType) -> str | None:
 
 def register(host: ModuleType) -> None:
     """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
-    from llamafactory.data.mm_plugin import get_mm_plugin
-
-    from .template_classes import PlainTemplate, VicunaTemplate
-
     bos = host.EmptyFormatter(slots=[{"bos_token"}])
     settings: dict[str, dict[str, Any]] = {
         PLAIN: {
@@ -59,3 +59,40 @@ def register(host: ModuleType) -> None:
         if name not in host.TEMPLATES:
             plugin = get_mm_plugin(name="llava", image_token=IMAGE_TOKEN)
             host.register_template(**settings[name] | {"name": name, "mm_plugin": plugin})
+
+
+@dataclass
+class PlainTemplate(Template):
+    """LLaVA's stage 1: an image, then its caption; of a user's turn its images alone, and no system message."""
+
+    @override
+    def _encode(
+        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
+    ) -> list[list[int]]:
+        # the plugin has put the image's tokens in already, in the place of its placeholder
+        token = self.mm_plugin.image_token
+        images_only = [
+            {**message, "content": token * message["content"].count(token)} if message["role"] == "user" else message
+            for message in messages
+        ]
+        return super()._encode(tokenizer, images_only, None, None)
+
+
+@dataclass
+class VicunaTemplate(Template):
+    """A user's turn that follows an answer is encoded behind its end-of-sequence token, as it stands in the text.
+
+    Encoded alone it would get the space that SentencePiece puts in front of a text; whether it has one behind a
+    special token is the tokenizer's affair.
+    """
+
+    @override
+    def _encode(
+        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
+    ) -> list[list[int]]:
+        encoded = super()._encode(tokenizer, messages, system, tools)
+        for i, message in enumerate(messages[2:], 2):
+            if message["role"] == "user":
+                text = "".join(self.format_user.apply(content=message["content"], idx=str(i // 2)))
+                encoded[i] = tokenizer.encode(tokenizer.eos_token + text, add_special_tokens=False)[1:]
+        return encoded

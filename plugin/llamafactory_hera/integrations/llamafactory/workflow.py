@@ -1,21 +1,26 @@
-"""Runs the host's SFT workflow with the HeRA trainer in the place of its own."""
+"""Runs the host's SFT workflow with its own trainer under the HeRA mixin."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-from llamafactory_hera.objectives import find
-from llamafactory_hera.teachers.files import teacher_fingerprint
-from llamafactory_hera.teachers.hub import teacher_folder
+from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
-from .auto import resolve_sites
-from .checks import check_model, check_run
-from .dataset_checks import checked_dataset
-from .model_card import write_card
-from .state import check_checkpoint, checkpoint_of
-from .trainer import HeraTrainer
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.integrations.transformers import HeraTrainerMixin
+from llamafactory_hera.objectives import find
+from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
+from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
+
+from .auto import resolve_targets
+from .checks import check_model, check_run, checked_dataset
+
+
+class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
+    """The host's SFT trainer with HeRA."""
 
 
 def run_hera(
@@ -46,27 +51,28 @@ def run_hera(
     arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
     if not training_args.do_train:
         return run_sft(*arguments)
-    check_run(model_args, data_args, training_args, finetuning_args)
-    check_model(model_args, finetuning_args)
+    log_through_host()
+    config = HeraConfig.from_keys(finetuning_args)
+    check_run(config, model_args, data_args, training_args)
+    check_model(config, model_args)
     checkpoint = checkpoint_of(training_args)
-    sites = resolve_sites(model_args, data_args, training_args, finetuning_args)
-    check_model(model_args, finetuning_args, sites)
+    training_args.resume_from_checkpoint = checkpoint  # `false` written out is no path
+    targets = resolve_targets(config, model_args, data_args, training_args, finetuning_args)
+    check_model(config, model_args, targets)
     if checkpoint is not None:
-        fingerprint = teacher_fingerprint(teacher_folder(finetuning_args.hera_teacher))
-        check_checkpoint(checkpoint, sites, fingerprint, finetuning_args)
-    curves = _curves(finetuning_args.hera_objective)
+        check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
 
     def plot_loss(folder: str, keys: list[str]) -> None:
-        workflow_plot(folder, keys=[*keys, *curves])
+        workflow_plot(folder, keys=[*keys, *curves(config.objective)])
 
-    def create_card(trainer: HeraTrainer, *rest: Any) -> None:
+    def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
         workflow_card(trainer, *rest)
-        write_card(trainer)  # the host goes by the trainer's own method only when it pushes
+        trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
 
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements = {
         "get_dataset": checked_dataset(workflow.get_dataset),
-        "CustomSeq2SeqTrainer": partial(HeraTrainer, sites),
+        "CustomSeq2SeqTrainer": partial(HeraSftTrainer, hera=config, targets=targets),
         "plot_loss": plot_loss,
         "create_modelcard_and_push": create_card,
     }
@@ -74,10 +80,26 @@ def run_hera(
         return run_sft(*arguments)
 
 
-def _curves(objective: str) -> list[str]:
+def curves(objective: str) -> list[str]:
     """What `plot_loss: true` draws beside the host's own."""
     measured = ["hera_mknn"] if find(objective).view == "pooled" else []
     return ["lm_loss", "hera_loss", *measured, *find(objective).logged]
+
+
+def log_through_host() -> None:
+    """Hands the method's messages to the host's logger, which has the handlers, of terminal and web UI alike."""
+    ours = logging.getLogger("llamafactory_hera")
+    if not any(isinstance(handler, _ToHost) for handler in ours.handlers):
+        ours.addHandler(_ToHost())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
+class _ToHost(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        host = logging.getLogger("llamafactory.hera")
+        if host.isEnabledFor(record.levelno):
+            host.handle(record)
 
 
 @contextmanager

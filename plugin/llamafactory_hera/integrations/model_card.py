@@ -1,0 +1,168 @@
+"""What a finished run says of itself: a section of the host's model card, and the same facts as JSON."""
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..config import HeraConfig
+from ..files import RUN_FOLDER, write_json, write_text
+from ..heads import Targets
+from ..knobs import Role
+from ..selection.provenance import package_versions
+from ..training import Aligner
+
+CARD = "README.md"
+FACTS = "card.json"
+PAPER = "https://arxiv.org/abs/2606.23885"
+_CITATION = """@article{caffagni2026hera,
+  title   = {Mind the Heads: Topological Representation Alignment for Multimodal LLMs},
+  author  = {Caffagni, Davide and Compagnoni, Alberto and Melis, Federico and Sarto, Sara and Dovesi, Pier Luigi and
+             Granroth-Wilding, Mark and Cornia, Marcella and Baraldi, Lorenzo},
+  journal = {arXiv preprint arXiv:2606.23885},
+  year    = {2026}
+}"""
+_BEGIN, _END = "<!-- llamafactory-hera -->", "<!-- /llamafactory-hera -->"
+# Measured during training, first and last log line of the run.
+_CURVES = {
+    "hera_mknn": "MKNN in training batches",
+    "hera_mknn_chance": "MKNN of unrelated features",
+    "lm_loss": "language-modeling loss",
+    "hera_loss": "alignment loss, unweighted",
+    "hera_temperature": "temperature",
+}
+
+
+def write_card(
+    output_dir: str | os.PathLike,
+    aligner: Aligner,
+    log_history: list[dict[str, float]],
+    steps: int,
+    best_step: int | None = None,
+) -> None:
+    """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
+
+    Args:
+        output_dir: Of the run.
+        aligner: After training.
+        log_history: The run's log lines.
+        steps: Optimizer steps that were made.
+        best_step: The step whose weights were kept, where that is not the last.
+    """
+    facts = card_facts(aligner, log_history, steps, best_step)
+    folder = Path(output_dir)
+    (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json(folder / RUN_FOLDER / FACTS, facts)
+    page = folder / CARD
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
+    write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
+
+
+def card_facts(
+    aligner: Aligner, log_history: list[dict[str, float]], steps: int, best_step: int | None
+) -> dict[str, Any]:
+    """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
+    config, targets = aligner.config, aligner.targets
+    # where no sample could be compared there is a loss, 0, and nothing was measured
+    measured = "hera_mknn" if aligner.objective.view == "pooled" else "hera_loss"
+    lines = [line for line in log_history if measured in line]
+    curves = {
+        name: {"first": lines[0][name], "last": lines[-1][name]}
+        for name in _CURVES
+        if lines and name in lines[0] and name in lines[-1]
+    }
+    facts: dict[str, Any] = {
+        targets.what: list(targets.names),
+        "objective": config.objective,
+        "weight": config.weight,
+        "teacher": config.teacher,
+        "teacher_fingerprint": aligner.teacher.encoder.fingerprint,
+        "steps": steps,
+        "curves": curves,
+        "log_lines": len(lines),
+        "versions": package_versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "paper": PAPER,
+    }
+    if best_step:
+        facts["weights_of_step"] = best_step
+    if aligner.objective.uses_candidates:
+        facts["k"] = config.k
+    if targets.provenance:
+        facts["selection"] = {
+            name: targets.provenance[name] for name in _selection_facts() if name in targets.provenance
+        }
+        scores = _scores(targets)
+        if scores:
+            facts["selection"]["mknn"] = scores
+    return facts
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The section as Markdown."""
+    kind = "heads" if "heads" in facts else "layers"
+    lines = [
+        "## Alignment with a vision encoder",
+        "",
+        f"Trained with llamafactory-hera: the {facts['objective']} "
+        f"objective aligned {kind} {', '.join(facts[kind])} with {facts['teacher']}, at weight {facts['weight']} "
+        f"beside the language-modeling loss, for {facts['steps']} steps.",
+    ]
+    if "weights_of_step" in facts:
+        lines[-1] += f" The weights are those of step {facts['weights_of_step']}, the best one."
+    if facts["curves"]:
+        shown = {"first": "first log line", "last": "last log line"}
+        if facts["log_lines"] == 1:
+            shown = {"last": "the only log line"}
+        lines += ["", f"| measured in training | {' | '.join(shown.values())} |", "|---|" + "--:|" * len(shown)]
+        lines += [
+            f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in shown)} |"
+            for name, value in facts["curves"].items()
+        ]
+    selection = facts.get("selection", {})
+    if "mknn" in selection:
+        lines += [
+            "",
+            f"Selected before training ({selection.get('strategy')}, mode {selection.get('mode')}, "
+            f"{selection.get('samples')} samples of {selection.get('dataset')}, k={selection.get('k')}, chance "
+            f"{selection.get('chance_level', float('nan')):.4f}); MKNN then: "
+            + ", ".join(f"{name} {score:.4f}" for name, score in selection["mknn"].items())
+            + ". `llamafactory-hera score` measures it on this model.",
+        ]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines += [
+        "",
+        f"{versions}. The same facts: `{RUN_FOLDER}/{FACTS}`.",
+        "",
+        f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({PAPER}).",
+        "",
+        "```bibtex",
+        _CITATION,
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _selection_facts() -> list[str]:
+    measured = ["samples", "chance_level", "dataset", "date"]
+    return [*HeraConfig.fact_keys(Role.SELECTS), *measured]
+
+
+def _scores(targets: Targets) -> dict[str, float]:
+    """MKNN at selection of each head or layer, as far as it is known."""
+    known = targets.provenance
+    if targets.granularity == "head":
+        found = {str(item): _at(known.get("scores"), item.layer, item.head) for item in targets.items}
+    else:
+        found = {str(item): _at(known.get("layer_scores"), item.layer) for item in targets.items}
+    return {name: score for name, score in found.items() if score is not None}
+
+
+def _at(values: Any, *places: int | None) -> float | None:
+    for place in places:
+        if values is None or place is None or place >= len(values):
+            return None
+        values = values[place]
+    return values

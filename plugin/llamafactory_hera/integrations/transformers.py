@@ -1,0 +1,269 @@
+"""HeRA in transformers' Trainer, and in every trainer that is built on it.
+
+``HeraTrainer`` is the plain one; ``class MyHeraTrainer(HeraTrainerMixin, MyTrainer)`` adds HeRA to another. Everything
+that is overridden is a method of transformers' Trainer.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..alignment.gather import mean_over_ranks, world_size
+from ..config import HeraConfig
+from ..heads import Targets
+from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
+from ..training import Aligner
+from ..training.checkpoint import load_renamed_weights
+from ..training.gradcache import RandomState
+from .model_card import write_card
+
+logger = logging.getLogger("llamafactory_hera")
+
+# for a type checker the mixin is a Trainer; at run time it goes in front of any
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class HeraTrainerMixin(_Base):
+    """``L = L_LM + hera_weight * L_HeRA``; everything else is the trainer's that it is put in front of.
+
+    Args:
+        *args: As for that trainer.
+        hera: The ``hera_*`` keys.
+        targets: The heads or layers to align, by default those that ``hera`` names.
+        images_of: From a row of the training data to its images, by default what its columns ``images`` or ``image``,
+            or the image parts of its messages, hold.
+        **kwargs: As for that trainer.
+
+    Raises:
+        ValueError: A target outside the model, nothing trainable in front of it, or a teacher that does not fit.
+    """
+
+    data_collator: Any
+    _signature_columns: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        hera: HeraConfig,
+        targets: Targets | None = None,
+        images_of: Callable[[Any], list[ImageLike]] = sample_images,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        _show_messages()
+        dtype = torch.float32
+        if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
+        self._images_of = images_of
+        self.add_callback(_AlignerCallback(self))
+        self._log_start = True
+        self._look_ahead = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
+        self._to_collect: list[dict[str, Any]] = []
+        self._random_states: list[RandomState] = []
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
+        collate, columns = self.data_collator, self._signature_columns
+        hidden: tuple[str, ...] = ()
+        if self.args.remove_unused_columns:  # images stay for the teacher, out of the trainer's own collator's sight
+            self._set_signature_columns_if_needed()
+            columns = self._signature_columns
+            hidden = tuple(name for name in IMAGE_COLUMNS if name not in columns)
+            self._signature_columns = [*columns, *hidden]
+        self.data_collator = self.aligner.collator(collate, self._images_of, drop=hidden)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator, self._signature_columns = collate, columns
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
+        batches, n_items = super().get_batch_samples(*args, **kwargs)
+        if self._look_ahead:
+            self._to_collect = batches
+        return batches, n_items
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forward and backward."""
+        if self._log_start:
+            self._log_start = False
+            self._log_summary()
+        if self._to_collect:
+            self._collect(model)
+        if self._random_states:
+            self._random_states.pop(0).restore()
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.aligner.end()
+        return loss
+
+    def _collect(self, model: torch.nn.Module) -> None:
+        """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
+        batches, self._to_collect = self._to_collect, []
+        model.train()
+        for batch in batches:
+            self._random_states.append(RandomState(self.args.device))
+            inputs = self._prepare_inputs(dict(batch))
+            micro_batch = self.aligner.begin(inputs)
+            if micro_batch is None:
+                continue
+            # without labels: no loss is needed, and none is counted by a trainer that counts tokens there
+            inputs.pop("labels", None)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                model(**inputs)
+            self.aligner.collect(micro_batch)
+        self.aligner.solve(self._loss_scale())
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The LM loss, plus the weighted HeRA term for batches of the training data."""
+        micro_batch = self.aligner.begin(inputs)
+        kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        result = super().compute_loss(model, inputs, **kwargs)
+        if micro_batch is None:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        term, lm_loss = self.aligner.finish(micro_batch), loss.detach()
+        if not self._divides_by_steps(num_items_in_batch):
+            # the LM loss is this micro-batch's share of the step's; the term becomes one, too
+            term = term / self.current_gradient_accumulation_steps
+            lm_loss = lm_loss * self.current_gradient_accumulation_steps
+        self.aligner.statistics.add(lm_loss=lm_loss)
+        loss = loss + term.to(loss.device)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _divides_by_steps(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether ``training_step`` will divide the loss by the number of accumulated micro-batches.
+
+        Asked at each step: trainers set ``model_accepts_loss_kwargs`` after the constructor, too.
+        """
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer releases say it themselves
+        if scaled is not None:
+            return not scaled
+        counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return not counts_items and self.compute_loss_func is None
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the HeRA curves to the training log lines."""
+        if "loss" in logs:
+            logs = {**logs, **mean_over_ranks(self.aligner.logs(), self.args.device)}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the trainer's, with the section on alignment: what ``push_to_hub`` uploads has it."""
+        super().create_model_card(*args, **kwargs)
+        self.write_hera_card()
+
+    def write_hera_card(self) -> None:
+        """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
+        if self.is_world_process_zero():
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
+            write_card(self.args.output_dir, self.aligner, self.state.log_history, self.state.global_step, best)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
+        # first, so that a checkpoint with weights is never without the HeRA state
+        if self.args.should_save:
+            folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self.aligner.save(folder)
+        self.aligner.teacher.flush()
+        super()._save_checkpoint(model, trial, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
+            super()._load_best_model()
+        self.aligner.load(best)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.aligner.load(checkpoint)
+
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def _log_summary(self) -> None:
+        """Logs objective, targets, teacher, batch sizes and candidates; warns when the candidates are few."""
+        if not self.is_world_process_zero():
+            return
+        config, aligner = self.aligner.config, self.aligner
+        size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+        micro_batch = size * world_size()
+        together = micro_batch * (steps if config.accumulate == "gradcache" else 1)
+        candidates = together - 1 + config.memory
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        own = sum(p.numel() for p in aligner.objective.parameters() if p.requires_grad)
+        lines = {
+            aligner.targets.what: str(aligner.targets),
+            "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
+            "objective": f"{config.objective}, weight {config.weight}",
+            "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
+            "trainable parameters": f"{trainable:,} of the model, {own:,} of the objective",
+        }
+        lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in aligner.objective.values().items()}
+        if aligner.objective.uses_candidates:
+            lines["neighbours"] = str(config.k)
+            up_to = "up to " if config.memory else ""  # the memory fills while training
+            lines["candidates per sample"] = (
+                f"{up_to}{candidates} ({together - 1} of the batch, {up_to}{config.memory} remembered)"
+            )
+        for name, value in lines.items():
+            logger.info(f"HeRA | {name}: {value}")
+        if aligner.objective.uses_candidates and candidates < 2 * config.k:
+            logger.warning(
+                f"hera_k: {config.k} neighbours among {candidates} candidates say little; use a larger batch per "
+                f"device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+            )
+
+
+class HeraTrainer(HeraTrainerMixin, Trainer):
+    """transformers' Trainer with HeRA::
+
+    HeraTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=rows, data_collator=collate)
+    """
+
+
+class _AlignerCallback(TrainerCallback):
+    """Steps what the objective trains together with the weights, and leaves the final state beside them."""
+
+    def __init__(self, trainer: HeraTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.aligner.step(self._trainer._get_learning_rate(), self._trainer._loss_scale())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.aligner.finalize()
+        if args.should_save:
+            self._trainer.aligner.save(args.output_dir)
+
+
+def _show_messages() -> None:
+    """Lets the messages of a run be seen: INFO and above, on standard error where no handler is set up."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,233 @@
+"""A whole selection: samples, the teacher's neighbours, forward passes, scores, heads or layers."""
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..alignment.gather import barrier, on_first, rank, world_size
+from ..alignment.neighbors import chance_level, nearest_neighbors
+from ..alignment.scoring import score_features, score_heads
+from ..config import HeraConfig
+from ..heads.families import HeadLayout, head_layout, model_config
+from ..heads.pooled import projection_weights
+from ..heads.targets import Targets
+from ..teachers.cache import FeatureCache
+from ..teachers.encoder import VisionTeacher
+from ..teachers.fill import encode_images, fill_cache
+from ..teachers.images import ImageLike
+from .features import PREFIX, FeatureBlocks, compute_features
+from .fingerprint import is_own_vision_tower, model_fingerprint
+from .forward import Forward
+from .provenance import describe, rounded
+from .samples import Sample, SelectionInputs, draw_samples, sample_image, samples_digest
+from .scores import choose_targets
+
+logger = logging.getLogger(__name__)
+
+_SCRATCH = f"{PREFIX}teacher"
+
+
+def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None = None) -> Targets:
+    """Scores every head and layer and writes the chosen ones with their provenance.
+
+    Heads or layers are chosen, by ``hera_granularity``; a layer is scored by the averages of its own output. All
+    processes of a launch call it together. What a killed run had computed is used again.
+
+    Args:
+        inputs: Model, teacher and data.
+        config: Settings of the selection.
+        path: The JSON file to write; pooled outputs lie beside it until then.
+        fingerprint: The model's, where it was read before.
+
+    Returns:
+        The heads or layers, the same on every process.
+
+    Raises:
+        ValueError: Bad input; names the key, the value and the remedy.
+    """
+    folder = path.parent
+    check_writable(folder)
+    samples = draw_samples(inputs.source, config)
+    neighbors, teacher_fingerprint = find_neighbors(samples, inputs, config, folder)
+    model = inputs.load_model()
+    layout = head_layout(model_config(model))
+    _check_number(layout, config)
+    if fingerprint is None:
+        fingerprint = on_first(lambda: model_fingerprint(inputs.model_folder, layout, inputs.adapter_folders))
+    digest = samples_digest(samples)
+    key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
+    forward = Forward(model, config.select.mode, inputs.autocast)
+    blocks = compute_features(
+        forward, samples, inputs.collator(model), config, folder, key, num_workers=inputs.num_workers
+    )
+
+    def choose() -> Targets:
+        heads, layers = score(model, blocks, neighbors, config)
+        if heads.isnan().all():
+            raise ValueError(
+                "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, or "
+                "its activations do not fit fp16: use bf16 or fp32."
+            )
+        candidates = heads if config.granularity == "head" else layers
+        items = choose_targets(candidates.tolist(), config.select.strategy, config.select.m, config.select.seed)
+        measured = {
+            "model_fingerprint": fingerprint,
+            "teacher_fingerprint": teacher_fingerprint,
+            "samples_digest": digest,
+            "samples": len(samples),
+            "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
+            "chance_level": chance_level(*neighbors.shape),
+            "layer_scores": rounded(layers.tolist()),
+            "scores": [rounded(row) for row in heads.tolist()],
+        }
+        chosen = Targets(items, describe(inputs, config, measured))
+        _save(chosen, path)
+        return chosen
+
+    return on_first(choose)
+
+
+def score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:
+    """Scores all heads and layers on the model's device, one layer at a time.
+
+    Args:
+        model: Its output projections are read.
+        blocks: Pooled outputs of N samples.
+        neighbors: The teacher's, ``[N, k]``.
+        config: Similarity and memory.
+
+    Returns:
+        MKNN of every head, ``[L, H]``, and of each layer's own output, ``[L]``; NaN where an output is not finite.
+
+    Raises:
+        ValueError: The memory that is allowed is too little for one layer.
+    """
+    device = next(model.parameters()).device
+    limit = int(config.select.memory_gb * 2**30)
+    weights = (weight() for weight in projection_weights(model))
+    try:
+        heads = score_heads(blocks.read("heads", device), weights, neighbors, config.normalize, limit)
+        outputs = blocks.read("layer", device)
+        layers = [score_features(output, neighbors, config.normalize, limit) for output in outputs]
+    except ValueError as error:
+        raise ValueError(f"hera_select_memory_gb: {config.select.memory_gb} does not suffice ({error})") from error
+    return heads.cpu(), torch.stack(layers).cpu()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder and checks that it can be written, before anything is computed.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    probe = folder / f".writable-{rank()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {folder} cannot be written ({error.strerror or error}); give a folder that this user can "
+            "write to."
+        ) from error
+
+
+def _check_number(layout: HeadLayout, config: HeraConfig) -> None:
+    what, m, strategy = f"{config.granularity}s", config.select.m, config.select.strategy
+    per_layer = layout.n_heads if config.granularity == "head" else 1
+    number = per_layer if strategy == "middle" else layout.n_layers * per_layer
+    if m > number:
+        raise ValueError(
+            f"hera_select_m: {m} {what} are asked for, and hera_select: {strategy} has {number} to choose from in "
+            "this model; lower it."
+        )
+
+
+def _save(chosen: Targets, path: Path) -> None:
+    try:
+        chosen.save(path)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {path} cannot be written ({error.strerror or error}); what was computed stays beside it "
+            "and is used by the next run."
+        ) from error
+    FeatureBlocks.clear(path.parent)
+
+
+# -- the teacher -----------------------------------------------------------------------------------------------------
+
+
+def find_neighbors(
+    samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
+) -> tuple[Tensor, str]:
+    """The teacher's neighbours of N samples; the teacher is gone from memory afterwards.
+
+    Args:
+        samples: The same on every process.
+        inputs: For the teacher.
+        config: Settings of the selection and the run's cache.
+        folder: Where features wait when the run keeps no cache: all processes meet in it.
+
+    Returns:
+        ``[N, k]`` on the teacher's device, and the teacher's fingerprint.
+    """
+    teacher = inputs.load_teacher()
+    if rank() == 0 and is_own_vision_tower(inputs.model_folder, teacher.info.path):
+        logger.warning(
+            "hera_teacher: %s is the model's own vision tower; the paper finds such a teacher mostly ineffective. Its "
+            "default is facebook/dinov2-large.",
+            config.teacher,
+        )
+    images = [sample.image for sample in samples]
+    cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
+    fingerprint = teacher.fingerprint
+    del teacher
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return nearest_neighbors(features, config.select.k, config.normalize), fingerprint
+
+
+def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
+    """Computes the teacher's features of the whole dataset into the run's cache, shared out over the processes.
+
+    Returns:
+        Number of different images in the cache afterwards.
+
+    Raises:
+        ValueError: The run names no cache, or an image is broken.
+    """
+    if config.teacher_cache is None:
+        raise ValueError("hera_teacher_cache: it is not set, and --teacher-only fills it; name a folder.")
+    found = (inputs.source.images(row) for row in range(len(inputs.source)))
+    images = [sample_image(images, config.image_index) for images in found if images]
+    if not images:
+        raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use one with an `images` column.")
+    return len(_filled_cache(config.teacher_cache, inputs.load_teacher(), images, inputs, config))
+
+
+def _filled_cache(
+    folder: str | Path,
+    teacher: VisionTeacher,
+    images: Sequence[ImageLike],
+    inputs: SelectionInputs,
+    config: HeraConfig,
+) -> FeatureCache:
+    cache = FeatureCache(folder, teacher.fingerprint, teacher.dim, teacher_name=config.teacher)
+    with tqdm(desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        mine = images[rank() :: world_size()]
+        fill_cache(teacher, cache, mine, config.select.batch_size, progress, inputs.num_workers)
+    barrier()
+    cache.refresh()
+    return cache

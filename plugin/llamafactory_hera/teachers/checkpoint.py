@@ -1,0 +1,190 @@
+"""A teacher's files: which models can be one, the check of a folder or hub id, and a fingerprint of what it holds.
+
+The teacher's output CLS token is the paper's choice (arXiv 2606.23885, sec. 3). Encoders that have none give the mean
+of their patch tokens, which is this project's choice. Register tokens take part in neither.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..files import read_json
+from ..hub import CONFIG_FILE, local_folder, weight_files
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+# Raise this when the feature that is taken from the same files changes: caches of the old one must not be read.
+_FEATURE_VERSION = 1
+_HASH_BLOCK = 16 * 2**20
+# What saving or copying a model changes without changing what it computes.
+_INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
+
+# Which tensor of the model's output becomes the feature:
+# - "cls": the first token of `last_hidden_state`, already normalised by the model's final norm;
+# - "pooled": `pooler_output`, for CLIP, whose final norm is applied to the CLS token there and nowhere else;
+# - "mean": the mean over the tokens of `last_hidden_state`, which are patches only.
+Output = Literal["cls", "pooled", "mean"]
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """How one `model_type` of a `config.json` is loaded and read.
+
+    Attributes:
+        model_class: Name of the transformers class of the vision model alone.
+        output: Which output is the feature, see `Output`.
+        any_size: The model takes images of other sizes than `config.image_size`.
+        naflex: The model takes patches with their grid shape, not images (SigLIP2 NaFlex).
+    """
+
+    model_class: str
+    output: Output
+    any_size: bool = False
+    naflex: bool = False
+
+
+# The fixed-resolution SigLIP2 checkpoints call themselves "siglip"; "siglip2" is the NaFlex variant.
+FAMILIES: dict[str, TeacherFamily] = {
+    "dinov2": TeacherFamily("Dinov2Model", "cls", any_size=True),
+    "dinov2_with_registers": TeacherFamily("Dinov2WithRegistersModel", "cls", any_size=True),
+    "dinov3_vit": TeacherFamily("DINOv3ViTModel", "cls", any_size=True),
+    "vit": TeacherFamily("ViTModel", "cls"),
+    "clip": TeacherFamily("CLIPVisionModel", "pooled"),
+    "clip_vision_model": TeacherFamily("CLIPVisionModel", "pooled"),
+    "siglip": TeacherFamily("SiglipVisionModel", "mean"),
+    "siglip_vision_model": TeacherFamily("SiglipVisionModel", "mean"),
+    "siglip2": TeacherFamily("Siglip2VisionModel", "mean", naflex=True),
+    "siglip2_vision_model": TeacherFamily("Siglip2VisionModel", "mean", naflex=True),
+}
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """What a teacher's config files say.
+
+    Attributes:
+        model_type: The ``model_type`` of its ``config.json``.
+        hidden_size: Length D of a feature.
+        path: The local folder with its files (of a hub model: its snapshot in the hub cache).
+        name: The value as it was given.
+    """
+
+    model_type: str
+    hidden_size: int
+    path: Path
+    name: str
+
+    @property
+    def family(self) -> TeacherFamily:
+        """How this kind of model is loaded and read."""
+        return FAMILIES[self.model_type]
+
+
+def teacher_folder(name_or_path: str, key: str = "hera_teacher", weights: bool = True) -> Path:
+    """The local folder with a teacher's files, fetched when it is a hub id; see `hub.local_folder`."""
+    what = "a vision model such as facebook/dinov2-large"
+    return local_folder(name_or_path, key, what, patterns=PROCESSOR_FILES, weights=weights)
+
+
+def check_teacher(name_or_path: str, key: str = "hera_teacher") -> TeacherInfo:
+    """Checks that a folder or hub id holds a vision model, its image processor and whole weight files.
+
+    No weights are loaded: only headers are read. Those of a hub model are fetched once all else is in order.
+
+    Raises:
+        ValueError: Names ``key``, the value and the remedy: no such folder or hub model, hub out of reach, not a
+            vision model, no image processor, no weights or weights that are not whole.
+    """
+    value = str(name_or_path)
+    folder = teacher_folder(value, key, weights=False)
+    try:
+        model_type = read_json(folder / CONFIG_FILE).get("model_type")
+        processor = _processor_config(folder)
+    except (ValueError, AttributeError) as error:  # the latter where it holds no JSON object
+        raise ValueError(f"{key}: {error}. Copy or download the teacher {value} again, whole.") from error
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{key}: {value} is not a vision model that can be the teacher (its model_type is {model_type!r}). Give "
+            f"one of these: {', '.join(sorted(FAMILIES))}; the paper's is facebook/dinov2-large."
+        )
+    if processor is None:
+        raise ValueError(
+            f"{key}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Put the one of the same "
+            "model there: the teacher must see images as it did in its training."
+        )
+    hidden_size = _hidden_size(folder, model_type, key)
+    folder = teacher_folder(value, key)
+    try:
+        weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}. Copy or download the teacher {value} again, whole.") from error
+    return TeacherInfo(model_type, hidden_size, folder, value)
+
+
+def _hidden_size(folder: Path, model_type: str, key: str) -> int:
+    # Hub configs leave out what equals the default, so the config class has to fill it in.
+    import transformers
+
+    model_class = getattr(transformers, FAMILIES[model_type].model_class, None)
+    if model_class is None:
+        raise ValueError(
+            f"{key}: transformers {transformers.__version__} does not know {model_type} models. Use a newer "
+            "transformers or another teacher."
+        )
+    return int(model_class.config_class.from_pretrained(folder).hidden_size)
+
+
+def _processor_config(folder: Path) -> dict[str, Any] | None:
+    """The image processor's settings, also where they are kept inside a processor of text and images."""
+    alone, inside = (folder / name for name in PROCESSOR_FILES)
+    if alone.is_file():
+        return read_json(alone)
+    settings = read_json(inside).get("image_processor") if inside.is_file() else None
+    return settings if isinstance(settings, dict) else None
+
+
+def teacher_fingerprint(folder: str | Path) -> str:
+    """A digest of everything that decides a teacher's features.
+
+    It covers ``config.json`` and the image processor's settings (parsed, so layout and the keys that saving adds do
+    not count), every byte of every weight file, and which output is the feature. The same files in another folder
+    have the same fingerprint. The same weights split over other files have another one: their features are computed
+    again, never mixed. Not covered: library versions, the dtype and the device that the teacher runs in.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    folder = Path(folder)
+    weights = weight_files(folder)
+    config = read_json(folder / CONFIG_FILE)
+    family = FAMILIES.get(config.get("model_type", ""))
+    described = {
+        "version": _FEATURE_VERSION,
+        "output": family.output if family else None,
+        "config": _without_incidentals(config),
+        "processor": _without_incidentals(_processor_config(folder)),
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for file in weights:
+        stat = file.stat()
+        digest.update(file.name.encode() + b"\0" + _file_digest(file, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _without_incidentals(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_incidentals(item) for key, item in value.items() if key not in _INCIDENTAL_KEYS}
+    return value
+
+
+@lru_cache(maxsize=64)
+def _file_digest(path: Path, _size: int, _mtime_ns: int) -> bytes:
+    # A digest of the blocks' digests, which caches and checkpoints hold: `hashlib.file_digest` would give another one.
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(hashlib.sha256(block).digest())
+    return digest.digest()

@@ -1,0 +1,367 @@
+"""The alignment of one run (paper, eq. 9): reads the targets, asks the teacher, computes the weighted term.
+
+Any training loop can use it; integrations/transformers.py does for every Trainer::
+
+    aligner = Aligner(model, HeraConfig(heads="L13H12,L7H6", teacher="facebook/dinov2-large"))
+    loader = DataLoader(dataset, batch_size, collate_fn=aligner.collator(collate))
+    for batch in loader:
+        micro_batch = aligner.begin(batch)         # names the tokens that are read; takes the teacher's inputs out
+        loss = model(**batch).loss
+        loss = loss + aligner.finish(micro_batch)  # the weighted term
+        loss.backward()
+        aligner.end()
+        aligner.step(learning_rate)                # what the objective trains, beside the optimizer's own step
+"""
+
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.memory import CrossBatchMemory
+from ..config import HeraConfig
+from ..heads import HeadCapture, LayerCapture, Targets
+from ..heads.families import head_layout, media_token_ids, model_config, trainable_upstream
+from ..heads.pooling import grid_side, image_token_id, token_mask, token_positions
+from ..heads.targets import AUTO, NAMED_LAYERS, named_layer
+from ..objectives import Options, create, find
+from ..teachers.images import ImageLike, sample_images
+from .checkpoint import load_state, save_state
+from .collator import NO_IMAGE, PREFIX, HeraCollator, TeacherFeatures
+from .gradcache import GradientCache
+from .optimizer import ObjectiveOptimizer
+from .term import HeraTerm, PatchTerm, TermOutput
+
+logger = logging.getLogger("llamafactory_hera")
+
+#: Steps in a row from the start without any sample that entered, after which a run warns.
+IDLE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch between :meth:`Aligner.begin` and :meth:`Aligner.finish`.
+
+    Attributes:
+        valid: Boolean ``[B]``: the sample has an image, and tokens to be read.
+        inputs: What :class:`HeraCollator` added to the batch.
+    """
+
+    valid: Tensor
+    inputs: dict[str, Tensor]
+
+
+class Aligner:
+    """Everything of the method that lives as long as a run; knows no trainer.
+
+    Args:
+        model: A transformers model, bare or under PEFT, before an engine wraps it.
+        config: The ``hera_*`` keys.
+        targets: The heads or layers to align, by default those that ``config`` names.
+        device: Where the step runs, by default that of the model's first parameter.
+        dtype: Compute type of the teacher.
+        seed: Of what the objective draws.
+
+    Raises:
+        ValueError: Targets outside the model, nothing trainable in front of them, or a teacher that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HeraConfig,
+        targets: Targets | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        device = next(model.parameters()).device if device is None else device
+        self.config = config
+        self.targets = resolve_targets(config, model) if targets is None else targets
+        capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
+        self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
+        self._check_trainable(model)
+        model_configuration = model_config(model)
+        self._media_token_ids = media_token_ids(model_configuration)
+        view = find(config.objective).view
+        self.teacher = TeacherFeatures(config, view, device, dtype)
+        options = Options(
+            n_targets=len(self.targets.items),
+            dim=head_layout(model_configuration).hidden_size,
+            teacher_dim=self.teacher.encoder.dim,
+            temperature=config.temperature,
+            learn_temperature=not config.fixed_temperature,
+        )
+        self.objective = create(config.objective, options, seed).to(device)
+        self.optimizer = ObjectiveOptimizer(self.objective)
+        self.memory = CrossBatchMemory(config.memory)
+        self.term: HeraTerm | PatchTerm
+        if view == "patches":
+            self._image_token = image_token_id(model_configuration)
+            self._tokens_per_image = grid_side(model_configuration, config.objective) ** 2
+            self.term = PatchTerm(self.objective)
+        else:
+            self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
+        self.statistics = RunningMeans()
+        self.cached = GradientCache()
+        self._nan_in_a_row = 0
+        self._n_samples = 0  # that entered the last term
+        self._comparable = False  # all of them must have a gradient
+        self._gradient_checked = False
+        self._gradient_due = False
+        self._idle_steps: int | None = 0  # None once a sample has entered
+
+    def collator(
+        self,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        images_of: Callable[[Any], list[ImageLike]] = sample_images,
+        drop: tuple[str, ...] = (),
+    ) -> HeraCollator:
+        """A collator of training batches with the teacher's view of each sample.
+
+        Args:
+            collate: The loop's own collator.
+            images_of: From a row of the dataset to its images.
+            drop: Columns that ``collate`` must not see.
+        """
+        return HeraCollator(
+            collate,
+            self.teacher.encoder.processor,
+            self.teacher.cache,
+            self.config.image_index,
+            names_image=self.objective.view == "patches",
+            images_of=images_of,
+            drop=drop,
+        )
+
+    # -- one micro-batch -------------------------------------------------------------------------------------------
+
+    def begin(self, batch: dict[str, Any]) -> MicroBatch | None:
+        """Takes the teacher's inputs out of a batch and names the tokens to read, before the forward pass.
+
+        Returns:
+            What :meth:`finish` takes; None for a batch of another collator, such as one for evaluation.
+        """
+        inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
+        if not inputs:
+            return None
+        self.capture.install()
+        self.capture.watch_gradients = not self._gradient_checked
+        shown = inputs["hera_source"] != NO_IMAGE
+        input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
+        if self.objective.view == "patches":
+            assert isinstance(self.capture, LayerCapture)
+            positions = token_positions(
+                input_ids, attention_mask, inputs["hera_image"], self._image_token, self._tokens_per_image
+            )
+            self.capture.tokens(positions)
+            return MicroBatch(shown, inputs)
+        mask = token_mask(self.config.pooling, input_ids, attention_mask, batch.get("labels"), self._media_token_ids)
+        self.capture.pool(mask)
+        return MicroBatch(shown & mask.any(dim=1), inputs)
+
+    def finish(self, micro_batch: MicroBatch) -> Tensor:
+        """The weighted term of the forward pass just made; every rank must call it.
+
+        Raises:
+            RuntimeError: Nothing that is aligned can carry a gradient, or too many non-finite terms in a row.
+        """
+        representations = self.capture.representations()
+        if len(self.cached):
+            term = self.cached.take(representations)
+        else:
+            output = self.term(representations, self.teacher.features(micro_batch.inputs), micro_batch.valid)
+            self._note(output)
+            term = self.config.weight * output.loss
+        if self._n_samples and not self._gradient_checked and not representations.requires_grad:
+            raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
+        # a rank whose samples have no image gets a gradient of zero
+        self._gradient_due = self._comparable and bool(micro_batch.valid.any())
+        return term
+
+    def collect(self, micro_batch: MicroBatch) -> None:
+        """Adds the forward pass just made, without a graph, to those that :meth:`solve` takes together."""
+        features = self.teacher.features(micro_batch.inputs)
+        self.cached.add(self.capture.representations(), features, micro_batch.valid)
+        self.capture.pool(None)
+
+    def solve(self, scale: float = 1.0) -> None:
+        """Computes the term of the collected micro-batches; :meth:`finish` then hands out their parts.
+
+        Args:
+            scale: Factor of the loss scaler, 1 without one.
+        """
+        assert isinstance(self.term, HeraTerm)
+        self._note(self.cached.solve(self.term, self.config.weight, scale))
+
+    def end(self) -> None:
+        """Called after the backward pass: stops reading and, once, checks that gradient reached what is aligned.
+
+        Raises:
+            RuntimeError: The first backward pass with comparable samples left all of it without gradient.
+        """
+        if not self._gradient_checked and self._gradient_due and self.config.weight > 0:
+            if not self.capture.gradient_seen:
+                raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
+            self._gradient_checked = True
+        self.capture.pool(None)
+
+    def step(self, learning_rate: float, scale: float = 1.0) -> None:
+        """Trains what the objective trains by one step, then forgets its gradients; every rank must call it.
+
+        Args:
+            learning_rate: The run's at this step.
+            scale: Factor of the loss scaler that the gradients still have.
+        """
+        self.optimizer.step(learning_rate, scale)
+
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def logs(self) -> dict[str, float]:
+        """The running statistics since the last call, equal on every rank but for rounding."""
+        return {**self.statistics.take(), **self.objective.values()}
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
+        state = {**self.optimizer.state(), **self.memory.state_dict()}
+        save_state(folder, state, self.targets, self.teacher.encoder.fingerprint, self.config, self.objective.values())
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Restores what :meth:`save` wrote.
+
+        Raises:
+            ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
+        """
+        state = load_state(folder, self.targets, self.teacher.encoder.fingerprint, self.config)
+        self.optimizer.load_state(state)
+        self.memory.load_state_dict(state)
+
+    def finalize(self) -> None:
+        """Ends the run: takes the hooks away and writes the features that wait in memory."""
+        self.warn_when_idle()
+        self.capture.remove()
+        self.teacher.flush()
+
+    def _note(self, output: TermOutput) -> None:
+        self._comparable = output.comparable
+        if output.broken is not None:
+            self._n_samples = 0
+            self._count_non_finite(output.broken)
+            return
+        self._n_samples = output.n_samples
+        self._nan_in_a_row = 0
+        self._count_idle(output.n_samples)
+        self.statistics.add(
+            hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
+        )
+        self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(output.n_samples == 0))
+
+    def _count_non_finite(self, broken: Tensor) -> None:
+        self._nan_in_a_row += 1
+        self.statistics.count(hera_nan_steps=1)
+        if self._nan_in_a_row < self.config.max_nan:
+            return
+        names = [name for name, bad in zip(self.targets.names, broken.tolist(), strict=True) if bad]
+        if names:
+            where, remedy = ", ".join(names), "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        else:
+            where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
+        raise RuntimeError(
+            f"The HeRA term was not finite in {self._nan_in_a_row} steps in a row (hera_max_nan), because of {where}. "
+            f"{remedy}."
+        )
+
+    # -- never a silent no-op --------------------------------------------------------------------------------------
+
+    def _count_idle(self, n_samples: int) -> None:
+        if n_samples:
+            self._idle_steps = None
+        elif self._idle_steps is not None:
+            self._idle_steps += 1
+            if self._idle_steps == IDLE_STEPS:
+                self.warn_when_idle()
+
+    def warn_when_idle(self) -> None:
+        """Warns when no sample of the run so far has entered the term."""
+        if self._idle_steps:
+            logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {self._why_idle()}")
+
+    def _why_idle(self) -> str:
+        if self.objective.uses_candidates:
+            return (
+                "no sample with an image had another one, with another image, to be compared with. Mix in more "
+                f"samples with images, use a larger batch, or set hera_memory: {4 * self.config.k}."
+            )
+        least = self.objective.least_samples
+        return f"no batch had {least} samples with an image. Mix in more of them, or use a larger batch."
+
+    def _check_trainable(self, model: nn.Module) -> None:
+        whole = self.targets.granularity == "layer"
+        if not any(trainable_upstream(model, layer, whole) for layer in self.targets.layers):
+            trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+            shown = ", ".join(trainable[:3]) or "nothing"
+            raise ValueError(self._idle_message(f"nothing that feeds them is trained ({shown} … is)"))
+
+    def _idle_message(self, why: str) -> str:
+        return (
+            f"{self.targets.key}: the HeRA term cannot change {self.targets}: {why}. Train something before them "
+            "(freeze_multi_modal_projector: false, freeze_language_model: false, or lora_target: all), or choose "
+            "later layers."
+        )
+
+
+def resolve_targets(config: HeraConfig, model: nn.Module) -> Targets:
+    """The heads or layers that a configuration names in a model.
+
+    Raises:
+        ValueError: They are to be selected first.
+    """
+    named = config.named_targets
+    if named == AUTO:
+        raise ValueError(
+            f"{config.targets_key}: auto selects before training, which this trainer does not do; select with "
+            "`llamafactory-hera select`, and name the file that it writes."
+        )
+    if named in NAMED_LAYERS and config.granularity == "layer":
+        return named_layer(named, head_layout(model_config(model)))
+    return Targets.resolve(named, config.granularity)
+
+
+class RunningMeans:
+    """Means of step statistics between two log lines: sums on the device, read once per line.
+
+    NaN values (a step without any sample to measure) do not enter a mean.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, **values: Tensor) -> None:
+        """Adds scalar tensors to the means of their names."""
+        for name, value in values.items():
+            known = ~torch.isnan(value)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(known, value, 0.0).double()
+            self._numbers[name] = self._numbers.get(name, 0) + known
+
+    def count(self, **increments: int) -> None:
+        """Adds to counters; a counter that stays 0 is not reported."""
+        for name, increment in increments.items():
+            self._counts[name] += increment
+
+    def take(self) -> dict[str, float]:
+        """Means and counts since the last call; NaN where no value was known."""
+        means = {
+            name: total.item() / n if (n := int(self._numbers[name])) else math.nan
+            for name, total in self._sums.items()
+        }
+        counts = {name: float(value) for name, value in self._counts.items() if value}
+        self._sums, self._numbers, self._counts = {}, {}, defaultdict(int)
+        return means | counts

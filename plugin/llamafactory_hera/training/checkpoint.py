@@ -1,0 +1,202 @@
+"""What of a run is kept beside the weights, and whether a checkpoint belongs to the run that resumes it."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from ..config import HeraConfig
+from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
+from ..heads import Targets
+from ..knobs import Role
+
+logger = logging.getLogger("llamafactory_hera")
+
+STATE_FILE = "state.safetensors"
+RUN_FILE = "run.json"
+
+
+def save_state(
+    folder: str | os.PathLike,
+    state: dict[str, Tensor],
+    targets: Targets,
+    teacher_fingerprint: str,
+    config: HeraConfig,
+    values: dict[str, float],
+) -> None:
+    """Writes ``folder/hera``: tensors, targets with their provenance, and the facts that a resumed run must share.
+
+    Args:
+        folder: A checkpoint, or the output folder.
+        state: Of the objective, its optimizer and the memory.
+        targets: The heads or layers of the run.
+        teacher_fingerprint: Of its teacher.
+        config: Its keys.
+        values: What the objective logs.
+    """
+    target = Path(folder) / RUN_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    write_safetensors(target / STATE_FILE, state)
+    targets.save(target / targets.file_name)
+    facts = {
+        **_identity(targets, teacher_fingerprint, config),
+        **config.with_role(Role.RESUMABLE),
+        "hera_teacher_name": config.teacher,
+        **values,
+    }
+    write_json(target / RUN_FILE, facts)
+
+
+def load_state(
+    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
+) -> dict[str, Tensor]:
+    """The tensors that :func:`save_state` wrote.
+
+    Raises:
+        ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
+    """
+    _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    return load_file(Path(folder) / RUN_FOLDER / STATE_FILE)
+
+
+def checkpoint_of(training_args: Any) -> str | None:
+    """The checkpoint that a run resumes, found as the Trainer finds it, and before weights are loaded.
+
+    Raises:
+        ValueError: There is none where one is asked for.
+    """
+    asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if not asked or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() == "true":
+        found = get_last_checkpoint(folder) if folder.is_dir() else None
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint: true, and output_dir: {folder} holds no checkpoint; give a path, or "
+                "remove the key to start anew."
+            )
+        return found
+    if not Path(asked).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint: {asked} is not a folder; give the path of a checkpoint, or remove it to start "
+            "anew."
+        )
+    return asked
+
+
+def check_checkpoint(
+    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
+) -> None:
+    """Checks that a checkpoint is one of this run, before anything is loaded; warns of what may change and did.
+
+    Raises:
+        ValueError: As for :func:`load_state`, or it was not saved to its end.
+    """
+    checkpoint = Path(folder)
+    if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not _finished(checkpoint):
+        others = [path for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _finished(path)]
+        last = max(others, key=_step, default=None)
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
+            f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
+        )
+    saved = _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    changed = _differences(saved, config.with_role(Role.RESUMABLE), where_known=True)
+    if changed:
+        logger.warning(
+            f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
+            "curves do not continue those of the checkpoint."
+        )
+
+
+def _finished(checkpoint: Path) -> bool:
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
+
+
+def _step(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1
+
+
+def _identity(targets: Targets, teacher_fingerprint: str, config: HeraConfig) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes it."""
+    return {
+        **config.with_role(Role.FIXED),
+        targets.key: str(targets),
+        "hera_teacher": teacher_fingerprint,
+        # a learned one goes on from the checkpoint's value, whatever it started from
+        "hera_fixed_temperature": config.fixed_temperature and config.temperature,
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any], where_known: bool = False) -> list[str]:
+    return [
+        f"{key} was {saved.get(key)}, is {value}"
+        for key, value in now.items()
+        if saved.get(key, value if where_known else None) != value
+    ]
+
+
+def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run; that its state is whole is seen from the file's header and length."""
+    source = Path(folder) / RUN_FOLDER
+    try:
+        saved: dict[str, Any] = read_json(source / RUN_FILE)
+        with safe_open(source / STATE_FILE, "pt"):
+            pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds no whole {RUN_FOLDER}/ folder ({error}), so it is not a "
+            "checkpoint of stage: hera, or a damaged one. Resume a HeRA checkpoint, or start a new run from these "
+            "weights with model_name_or_path or adapter_name_or_path."
+        ) from error
+    changed = _differences(saved, now)
+    if changed:
+        raise ValueError(
+            f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
+            "Restore these settings, or start a new run."
+        )
+    return saved
+
+
+# -- weights whose names changed -------------------------------------------------------------------------------------
+
+
+def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> bool:
+    """Loads a full checkpoint through ``from_pretrained``, which renames tensors, where names differ from the model's.
+
+    transformers 5 renames the tensors of some multimodal models when it saves them (LLaVA: ``model.language_model.…``
+    becomes ``language_model.model.…``), and its Trainer loads a checkpoint without renaming them back: nothing is
+    loaded, with a warning only, and the run goes on from the initial weights (seen with 5.6.0, also for plain SFT).
+
+    Args:
+        model: The unwrapped transformers model, loaded in place.
+        checkpoint: Folder with ``model.safetensors`` or its shards.
+
+    Returns:
+        False where the Trainer's own way does: no such files, or the names agree.
+    """
+    names = _tensor_names(Path(checkpoint))
+    if not names or names <= model.state_dict().keys():
+        return False
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)  # type: ignore[attr-defined]
+    model.load_state_dict(saved.state_dict())
+    return True
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        return set()
+    with safe_open(weights, "pt") as file:
+        return set(file.keys())

@@ -1,0 +1,162 @@
+"""The teacher's view of a batch: put in by the collator, in the loader's workers; made into features in the step."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import HeraConfig
+from ..teachers.cache import FeatureCache
+from ..teachers.encoder import TeacherProcessor, VisionTeacher
+from ..teachers.images import KEY_BYTES, ImageLike, image_key, load_image, sample_images, shown_image
+
+logger = logging.getLogger("llamafactory_hera")
+
+#: Where the teacher's feature of a sample comes from.
+NO_IMAGE, CACHED, PIXELS = 0, 1, 2
+
+#: Every added tensor's name starts with this; it is taken out before the model sees the batch.
+PREFIX = "hera_"
+
+
+class HeraCollator:
+    """Wraps a collator; images are decoded where it runs.
+
+    Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
+    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]``, ``hera_pixels [B, 3, h, w]`` and ``hera_image
+    [B, 2]`` (which image of the sample the teacher sees, of how many).
+
+    Args:
+        collate: The loop's own collator.
+        processor: The teacher's image processor.
+        cache: Features computed before, or None.
+        image_index: Which image of a sample with several; clamped to what there is.
+        names_image: Whether ``hera_image`` is added, for objectives that read an image's own tokens.
+        images_of: From a row of the dataset to its images.
+        drop: Columns that ``collate`` must not see.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        processor: TeacherProcessor,
+        cache: FeatureCache | None = None,
+        image_index: int = 0,
+        names_image: bool = False,
+        images_of: Callable[[Any], list[ImageLike]] = sample_images,
+        drop: tuple[str, ...] = (),
+    ) -> None:
+        self.collate = collate
+        self.processor = processor
+        self.cache = cache
+        self.image_index = image_index
+        self.names_image = names_image
+        self.images_of = images_of
+        self.drop = drop
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collates ``rows`` and adds the teacher's tensors."""
+        # first: a collator may take the images out of the rows, and give a batch without any a dummy image
+        of_rows = [self.images_of(row) for row in rows]
+        shown = [(shown_image(len(images), self.image_index), len(images)) for images in of_rows]
+        teacher = self._teacher_inputs(
+            [images[index] if count else None for images, (index, count) in zip(of_rows, shown, strict=True)]
+        )
+        if self.names_image:
+            teacher["hera_image"] = torch.tensor(shown)
+        if self.drop:
+            rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
+        return {**self.collate(rows), **teacher}
+
+    def _teacher_inputs(self, images: list[ImageLike | None]) -> dict[str, Tensor]:
+        source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
+        of_rows = {row: image for row, image in enumerate(images) if image is not None}
+        source[list(of_rows)] = PIXELS
+        batch = {"hera_source": source}
+        if self.cache is not None and of_rows:
+            keys = [image_key(image) for image in of_rows.values()]
+            batch["hera_keys"] = torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)
+            batch["hera_keys"][list(of_rows)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
+            known = {row: f for row, f in zip(of_rows, self.cache.get(keys), strict=True) if f is not None}
+            if known:
+                batch["hera_features"] = torch.zeros(len(images), self.cache.dim)
+                for row, feature in known.items():
+                    batch["hera_features"][row] = feature.float()
+                source[list(known)] = CACHED
+            of_rows = {row: image for row, image in of_rows.items() if row not in known}
+        if of_rows:
+            batch["hera_pixels"] = torch.zeros(len(images), 3, *self.processor.pixel_size)
+            for row, image in of_rows.items():
+                batch["hera_pixels"][row] = self.processor(load_image(image))
+        return batch
+
+
+class TeacherFeatures:
+    """The teacher of a run with its cache: from what the collator added to features.
+
+    Args:
+        config: The ``hera_*`` keys.
+        view: ``pooled`` for one vector an image, ``patches`` for those of its patches.
+        device: Where the step runs.
+        dtype: Compute type of the teacher.
+    """
+
+    def __init__(
+        self, config: HeraConfig, view: Literal["pooled", "patches"], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.encoder = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
+        self.cache: FeatureCache | None = None
+        if config.teacher_cache is not None:
+            self.cache = FeatureCache(config.teacher_cache, self.encoder.fingerprint, self.encoder.dim)
+        self._view = view
+
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Features of a batch's samples, 0 without an image.
+
+        Args:
+            inputs: What the collator added.
+
+        Returns:
+            ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches.
+        """
+        source = inputs["hera_source"]
+        shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
+        features = torch.zeros(len(source), *shape, device=source.device)
+        if "hera_features" in inputs:
+            features = torch.where((source == CACHED).unsqueeze(1), inputs["hera_features"].to(features), features)
+        if "hera_pixels" in inputs:
+            rows = source == PIXELS
+            pixels = inputs["hera_pixels"][rows]
+            if self._view == "patches":
+                features[rows] = self.encoder.encode_patches(pixels)
+            else:
+                features[rows] = self._remember(inputs, rows, self.encoder.encode(pixels))
+        return features
+
+    def _remember(self, inputs: dict[str, Tensor], rows: Tensor, computed: Tensor) -> Tensor:
+        """Caches features and returns them rounded as they will be read, so that a resumed run sees the same."""
+        if self.cache is None:
+            return computed
+        keys = [bytes(key.tolist()) for key in inputs["hera_keys"][rows].cpu()]
+        try:
+            return self.cache.put(keys, computed.cpu()).to(computed)
+        except OSError as error:
+            self._drop_cache(self.cache, error)
+            return computed
+
+    def flush(self) -> None:
+        """Writes the features that wait in memory; a cache that cannot be written is no reason to stop."""
+        if self.cache is not None:
+            try:
+                self.cache.flush()
+            except OSError as error:
+                self._drop_cache(self.cache, error)
+
+    def _drop_cache(self, cache: FeatureCache, error: OSError) -> None:
+        logger.warning(
+            f"hera_teacher_cache: {cache.folder} cannot be written ({error}); the run goes on and computes the "
+            "features that are not in it."
+        )
+        self.cache = None

@@ -1,0 +1,84 @@
+"""The parameters that an objective trains beside the model: temperature, projectors; replicated on every rank."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..alignment.gather import world_size
+from ..objectives.base import Objective
+
+_VALUES, _OPTIMIZER = "objective.", "optimizer."
+
+
+class ObjectiveOptimizer:
+    """Trains an objective's parameters by an AdamW of their own, without weight decay.
+
+    They are kept apart from the model, so that neither the saved model nor a sharding engine knows of them. Every rank
+    steps its own replica with the average of all ranks' gradients: where each rank computes the loss of its own
+    samples, that is the gradient of the global batch; where each computes the loss of the global batch, the gradients
+    differ in rounding alone, which AdamW would still blow up to whole steps where a gradient is zero but for rounding.
+
+    Args:
+        objective: On the device where the step runs, the same on every rank.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._parameters = dict(objective.named_parameters())
+        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
+        self._optimizer = (
+            torch.optim.AdamW(self._trained.values(), lr=0.0, weight_decay=0.0) if self._trained else None
+        )
+
+    def step(self, learning_rate: float, scale: float = 1.0) -> None:
+        """One optimizer step with the run's current learning rate, then forgets the gradients.
+
+        Every rank must call it. A gradient that is not finite leaves the step out.
+
+        Args:
+            learning_rate: Of the model's optimizer at this step.
+            scale: Factor of a gradient scaler, divided out first.
+        """
+        if self._optimizer is None:
+            return
+        self.reduce_gradients()
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        if scale != 1.0:
+            for gradient in gradients:
+                gradient.mul_(1 / scale)
+        if gradients and bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+            self._optimizer.param_groups[0]["lr"] = learning_rate
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def reduce_gradients(self) -> None:
+        """Averages the gradients over the ranks; every rank must call it."""
+        if world_size() == 1:
+            return
+        for parameter in self._trained.values():
+            if parameter.grad is not None:  # a term is left out on every rank or on none
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(world_size())
+
+    def state(self) -> dict[str, Tensor]:
+        """Values and optimizer state as flat tensors, copies."""
+        state = {_VALUES + name: p.detach().clone() for name, p in self._parameters.items()}
+        if self._optimizer is not None:
+            for name, parameter in self._trained.items():
+                for slot, value in self._optimizer.state.get(parameter, {}).items():
+                    state[f"{_OPTIMIZER}{name}.{slot}"] = value.clone()
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restores what :meth:`state` gave."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state[_VALUES + name])
+        if self._optimizer is None:
+            return
+        for name, parameter in self._trained.items():
+            prefix = f"{_OPTIMIZER}{name}."
+            slots = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+            # the step count stays on the CPU, as torch.optim keeps it; copies, because the optimizer works in place
+            self._optimizer.state[parameter] = {
+                slot: t.to("cpu" if slot == "step" else parameter.device, copy=True) for slot, t in slots.items()
+            }

@@ -1,0 +1,196 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as tf
+
+from llamafactory_hera.teachers import checkpoint
+from llamafactory_hera.teachers.checkpoint import FAMILIES, check_teacher, teacher_fingerprint
+
+
+def write_sharded(folder):
+    model = tf.Dinov2Model.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def flip_bit(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+# check
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_it_says_what_the_teacher_is(kind, save_teacher):
+    folder = save_teacher(kind)
+    info = check_teacher(str(folder))
+    assert (info.model_type, info.hidden_size, info.path, info.name) == (kind, 32, folder, str(folder))
+
+
+def test_the_hidden_size_that_a_config_leaves_out_is_the_default(save_teacher, edit_json):
+    folder = save_teacher("siglip")
+    edit_json(folder / "config.json", vision_config={"model_type": "siglip_vision_model"})
+    assert check_teacher(str(folder)).hidden_size == tf.SiglipVisionConfig().hidden_size
+
+
+def test_no_weights_are_loaded(save_teacher, monkeypatch):
+    folder = save_teacher("dinov2")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(tf.PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    check_teacher(str(folder))
+
+
+def test_weights_in_parts_and_of_pytorch_are_accepted(save_teacher):
+    folder = save_teacher("dinov2")
+    weights = tf.Dinov2Model.from_pretrained(folder).state_dict()
+    parts = write_sharded(folder)
+    assert check_teacher(str(folder)).model_type == "dinov2"
+    for part in parts:
+        part.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert check_teacher(str(folder)).model_type == "dinov2"
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def only_a_text_processor(folder):
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text('{"processor_class": "X"}')
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            remove("config.json"),
+            r"the folder .* holds no config\.json\. Give the folder or the hub id of a vision model",
+        ),
+        (write("config.json", "{"), r"config\.json is not JSON .*again, whole"),
+        (write("config.json", "[]"), r"again, whole"),
+        (write("config.json", '{"model_type": "qwen2"}'), r"is not a vision model.*'qwen2'.*dinov2.*the paper's is"),
+        (write("config.json", '{"architecture": "vit_large"}'), r"is not a vision model.*model_type is None"),
+        (remove("preprocessor_config.json"), r"holds no image processor \(preprocessor_config\.json or"),
+        (only_a_text_processor, "holds no image processor"),
+        (remove("model.safetensors"), r"holds no weights \(looked for model\.safetensors.*again, whole"),
+        (cut_weights, r"model\.safetensors is not a whole safetensors file.*again, whole"),
+        (lambda folder: write_sharded(folder)[1].unlink(), r"model-00002-of-.* is missing.*again, whole"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
+    folder = save_teacher("dinov2")
+    damage(folder)
+    with pytest.raises(ValueError, match=f"^my_key: .*{message}") as caught:
+        check_teacher(str(folder), key="my_key")
+    assert str(folder) in str(caught.value)
+
+
+def test_a_teacher_that_is_not_there_is_refused_with_key_and_remedy():
+    with pytest.raises(ValueError, match=r"^hera_teacher: the folder no-such does not exist\..*facebook/dinov2-large"):
+        check_teacher("no-such")
+
+
+def test_of_a_hub_model_the_weights_are_fetched_last(save_teacher, monkeypatch):
+    folder = save_teacher("dinov2")
+    (folder / "preprocessor_config.json").rename(folder / "elsewhere.json")
+    fetched = []
+
+    def local_folder(name, key, what, patterns, weights):
+        fetched.append(weights)
+        return folder
+
+    monkeypatch.setattr(checkpoint, "local_folder", local_folder)
+    with pytest.raises(ValueError, match="holds no image processor"):
+        check_teacher("some-org/teacher")
+    assert fetched == [False]
+    (folder / "elsewhere.json").rename(folder / "preprocessor_config.json")
+    assert check_teacher("some-org/teacher").path == folder
+    assert fetched == [False, False, True]
+
+
+def test_importing_the_checks_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, llamafactory_hera.teachers.checkpoint; print({'torch', 'transformers', 'PIL'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+# fingerprint
+
+
+def test_the_fingerprint_of_the_same_files_never_changes(tmp_path, monkeypatch):
+    # caches, heads.json and checkpoints hold it
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "hidden_size": 32, "_name_or_path": "x"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 4}')
+    header = json.dumps({"a": {"dtype": "U8", "shape": [3000], "data_offsets": [0, 3000]}}).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes(i % 251 for i in range(3000))
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert teacher_fingerprint(tmp_path) == "3e7a5bd11c4ad0cdb58e4a403b3191491204fa5998e546b937363ed13c873168"
+    # of three blocks
+    monkeypatch.setattr(checkpoint, "_HASH_BLOCK", 1024)
+    checkpoint._file_digest.cache_clear()
+    assert teacher_fingerprint(tmp_path) == "ca4e3b15e1e1ae44be48838f169c8c8409ffc9568ec647cc487786e8ee62b5b8"
+    checkpoint._file_digest.cache_clear()
+
+
+def test_a_copy_in_another_folder_has_the_same_fingerprint(save_teacher, tmp_path):
+    folder = save_teacher("dinov2")
+    copy = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(folder, copy)
+    # layout of the JSON and where a model was saved from say nothing about the model
+    config = json.loads((copy / "config.json").read_text()) | {"_name_or_path": "x", "transformers_version": "9.9"}
+    (copy / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert teacher_fingerprint(copy) == teacher_fingerprint(folder)
+
+
+@pytest.mark.parametrize("at", ["first", "middle", "last"])
+def test_one_changed_byte_of_the_weights_changes_it(at, save_teacher):
+    folder = save_teacher("dinov2")
+    before = teacher_fingerprint(folder)
+    path = folder / "model.safetensors"
+    size, start = path.stat().st_size, 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    flip_bit(path, {"first": start, "middle": (start + size) // 2, "last": size - 1}[at])
+    assert teacher_fingerprint(folder) != before
+
+
+def test_one_part_of_several_weight_files_counts(save_teacher):
+    folder = save_teacher("dinov2")
+    parts = write_sharded(folder)
+    before = teacher_fingerprint(folder)
+    flip_bit(parts[-1], -1)
+    assert teacher_fingerprint(folder) != before
+
+
+def test_weights_architecture_and_processor_settings_change_it(save_teacher, edit_json):
+    folder = save_teacher("dinov2")
+    seen = [
+        teacher_fingerprint(other) for other in (folder, save_teacher("dinov2", "other", seed=1), save_teacher("vit"))
+    ]
+    edit_json(folder / "config.json", layer_norm_eps=1e-3)
+    seen.append(teacher_fingerprint(folder))
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    seen.append(teacher_fingerprint(folder))
+    assert len(set(seen)) == 5

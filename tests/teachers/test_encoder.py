@@ -1,0 +1,255 @@
+import json
+import pickle
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from llamafactory_hera.teachers.checkpoint import FAMILIES, check_teacher, teacher_fingerprint
+from llamafactory_hera.teachers.encoder import TeacherProcessor, VisionTeacher
+
+KINDS = [*FAMILIES, "dinov2_classifier"]
+
+
+def load(folder, **options):
+    return VisionTeacher.from_pretrained(str(folder), **options)
+
+
+def processor_of(folder, key="hera_teacher"):
+    return TeacherProcessor(check_teacher(str(folder), key), key)
+
+
+# the image processor
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit", "vit", "clip", "siglip"])
+def test_pixels_are_those_of_the_models_own_processor(kind, save_teacher, make_images):
+    folder = save_teacher(kind)
+    processor = processor_of(folder)
+    images = make_images(2) + make_images(1, size=(70, 30), seed=1)
+    own = tf.AutoImageProcessor.from_pretrained(folder)
+    expected = torch.cat([own(images=image, return_tensors="pt")["pixel_values"] for image in images])
+    assert torch.equal(processor.batch(images), expected)
+    assert processor.pixel_size == (32, 32)
+    assert processor(images[2]).shape == (3, 32, 32)
+
+
+def test_naflex_pixels_are_those_of_the_own_processor_for_an_image_of_the_grids_size(save_teacher, make_images):
+    folder = save_teacher("siglip2")
+    image = make_images(1, size=(32, 32))[0]
+    own = tf.AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt")
+    pixels = processor_of(folder)(image)
+    # patch 5 of the 4 x 4 grid is the second of the second row
+    patch = own["pixel_values"][0, 5].reshape(8, 8, 3).permute(2, 0, 1)
+    assert torch.equal(pixels[:, 8:16, 8:16], patch)
+    assert pixels.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_images_of_any_mode_are_taken_as_rgb(mode, save_teacher, make_images):
+    processor = processor_of(save_teacher("vit"))
+    image = make_images(1)[0].convert(mode)
+    assert torch.equal(processor(image), processor(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "siglip2"])
+def test_the_processor_works_after_pickling_in_loader_workers_and_without_weights(
+    kind, save_teacher, make_images, monkeypatch
+):
+    folder = save_teacher(kind)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(tf.PreTrainedModel, "from_pretrained", refuse)
+    processor = processor_of(folder)
+    images = make_images(4)
+    expected = processor.batch(images)
+    assert torch.equal(pickle.loads(pickle.dumps(processor)).batch(images), expected)
+    loader = DataLoader(images, batch_size=2, num_workers=2, collate_fn=processor.batch)
+    assert torch.equal(torch.cat(list(loader)), expected)
+
+
+def test_the_processor_inside_a_text_and_image_processor_is_found(save_teacher, make_images):
+    folder = save_teacher("siglip")
+    expected = processor_of(folder).batch(make_images(2))
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert torch.equal(processor_of(folder).batch(make_images(2)), expected)
+
+
+def test_a_processor_that_gives_different_sizes_is_refused(save_teacher, edit_json):
+    folder = save_teacher("dinov2")
+    edit_json(folder / "preprocessor_config.json", do_center_crop=False)
+    with pytest.raises(ValueError, match=r"my_key: .*dinov2.*different sizes.*do_center_crop"):
+        processor_of(folder, key="my_key")
+
+
+# features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_the_cls_token_or_the_mean_of_the_patches_and_patches_their_grid(kind, save_teacher, make_images):
+    folder = save_teacher(kind)
+    images = make_images(3, size=(32, 32))
+    # by the model's own class and processor
+    model = tf.AutoModel.from_pretrained(folder).eval()
+    inputs = tf.AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
+    with torch.no_grad():
+        output = getattr(model, "vision_model", model)(**inputs)
+    tokens = output.last_hidden_state
+    before_patches = {"dinov2_with_registers": 4, "dinov3_vit": 4}.get(kind, 0 if "siglip" in kind else 1)
+    expected = output.pooler_output if "clip" in kind else tokens.mean(1) if "siglip" in kind else tokens[:, 0]
+
+    teacher = load(folder)
+    pixels = teacher.processor.batch(images)
+    features, patches = teacher.encode(pixels), teacher.encode_patches(pixels)
+    assert features.shape == (3, teacher.dim) == (3, 32)
+    assert patches.shape == (3, *teacher.grid, teacher.dim) == (3, 4, 4, 32)
+    assert features.dtype == patches.dtype == torch.float32
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(patches.flatten(1, 2), tokens[:, before_patches:], rtol=1e-5, atol=1e-5)
+    assert (features[0] - features[1]).abs().max() > 1e-3
+    assert not torch.allclose(patches[:, 0, 1], patches[:, 1, 0])
+
+
+def test_the_final_norm_is_applied(save_teacher, make_images):
+    folder = save_teacher("dinov2")
+    teacher = load(folder)
+    pixels = teacher.processor.batch(make_images(1))
+    weights = load_file(folder / "model.safetensors")
+    weights["layernorm.weight"] *= 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    without = load(folder).encode(pixels)
+    torch.testing.assert_close(without[0], weights["layernorm.bias"])
+    assert not torch.allclose(without, teacher.encode(pixels))
+
+
+def test_the_teacher_is_frozen_and_never_in_training_mode(save_teacher, make_images, edit_json):
+    folder = save_teacher("dinov2")
+    # dropout shows whether a pass ran in training mode
+    edit_json(folder / "config.json", hidden_dropout_prob=0.5, drop_path_rate=0.5)
+    teacher = load(folder)
+    pixels = teacher.processor.batch(make_images(2))
+    before = teacher.encode(pixels)
+    teacher._model.train()
+    assert torch.equal(teacher.encode(pixels), before)
+    assert not before.requires_grad
+    assert not any(parameter.requires_grad for parameter in teacher._model.parameters())
+
+
+def test_a_student_that_holds_the_teacher_neither_trains_nor_saves_it(save_teacher):
+    teacher = load(save_teacher("vit"))
+    student = torch.nn.Linear(2, 2)
+    student.teacher = teacher
+    student.train()
+    assert not teacher._model.training
+    assert set(student.state_dict()) == {"weight", "bias"}
+
+
+def test_a_surrounding_autocast_does_not_change_the_features(save_teacher, make_images):
+    teacher = load(save_teacher("dinov2"))
+    pixels = teacher.processor.batch(make_images(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = teacher.encode(pixels)
+    assert torch.equal(inside, teacher.encode(pixels))
+
+
+# loading
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip", "siglip2"])
+def test_half_precision_gives_float32_features_close_to_full_precision(kind, save_teacher, make_images):
+    folder = save_teacher(kind)
+    full, half = load(folder), load(folder, dtype=torch.bfloat16)
+    pixels = full.processor.batch(make_images(2))
+    features = half.encode(pixels)
+    assert features.dtype == torch.float32
+    assert not torch.equal(features, full.encode(pixels))
+    assert torch.nn.functional.cosine_similarity(features, full.encode(pixels)).min() > 0.99
+
+
+def test_a_checkpoint_stored_in_bfloat16_runs_in_float32_by_default(save_teacher):
+    folder = save_teacher("dinov2")
+    tf.Dinov2Model.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert {parameter.dtype for parameter in load(folder)._model.parameters()} == {torch.float32}
+
+
+def test_weights_in_several_files_give_the_same_features(save_teacher, make_images):
+    folder = save_teacher("dinov2")
+    whole = load(folder)
+    pixels = whole.processor.batch(make_images(1))
+    model = tf.Dinov2Model.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    split = load(folder)
+    assert torch.equal(split.encode(pixels), whole.encode(pixels))
+    assert split.fingerprint == teacher_fingerprint(folder) != whole.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "refused"),
+    [
+        ("dinov2", "encoder.layer.1.mlp.fc1.weight", True),
+        ("siglip_vision_model", "head.", False),  # which no feature reads
+    ],
+)
+def test_missing_weights_are_an_error_not_random_numbers(kind, lost, refused, save_teacher):
+    folder = save_teacher(kind)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if lost not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    if not refused:
+        assert load(folder).dim == 32
+        return
+    with pytest.raises(ValueError, match=rf"my_key: .*{kind} lack 1 tensors.*{lost}"):
+        load(folder, key="my_key")
+
+
+def test_an_image_size_that_the_model_cannot_take_is_refused_at_loading(save_teacher, edit_json, make_images):
+    folder = save_teacher("siglip")
+    edit_json(folder / "preprocessor_config.json", size={"height": 48, "width": 48})
+    with pytest.raises(ValueError, match=r"hera_teacher: .*\(48, 48\) pixels.*\(32, 32\)"):
+        load(folder)
+    # dino takes any
+    folder = save_teacher("dinov2")
+    edit_json(folder / "preprocessor_config.json", crop_size={"height": 48, "width": 48}, size={"shortest_edge": 50})
+    teacher = load(folder)
+    assert teacher.encode(teacher.processor.batch(make_images(1))).shape == (1, 32)
+
+
+def test_the_teacher_is_whole_while_a_zero3_config_lives(save_teacher, make_images):
+    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
+    folder = save_teacher("dinov2")
+    expected = load(folder)
+    pixels = expected.processor.batch(make_images(1))
+    config = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    try:
+        teacher = load(folder)
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+        del config
+    assert not any(hasattr(parameter, "ds_id") for parameter in teacher._model.parameters())
+    assert torch.equal(teacher.encode(pixels), expected.encode(pixels))
+
+
+def test_the_teacher_is_whole_on_every_rank_with_fsdps_efficient_loading(save_teacher, make_images, monkeypatch):
+    folder = save_teacher("dinov2")
+    expected = load(folder)
+    pixels = expected.processor.batch(make_images(1))
+    # what rank 1 of a launch sees
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
+    assert tf.modeling_utils.is_fsdp_enabled()
+    teacher = load(folder)
+    assert tf.modeling_utils.is_fsdp_enabled()
+    assert torch.equal(teacher.encode(pixels), expected.encode(pixels))

@@ -1,0 +1,165 @@
+import json
+import os
+import signal
+from multiprocessing import get_context
+
+import pytest
+import torch
+from PIL import Image
+
+from llamafactory_hera.teachers.cache import FeatureCache
+from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.teachers.fill import encode_images, fill_cache
+
+
+@pytest.fixture
+def teacher(save_teacher):
+    return CountingTeacher.from_pretrained(str(save_teacher("dinov2")))
+
+
+@pytest.fixture
+def cache(tmp_path, teacher):
+    return FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
+
+
+@pytest.fixture
+def paths(tmp_path, make_images):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, image in enumerate(make_images(7)):
+        image.save(folder / f"{i}.png")
+    return [str(folder / f"{i}.png") for i in range(7)]
+
+
+class CountingTeacher(VisionTeacher):
+    batches = ()
+
+    def encode(self, pixel_values):
+        self.batches = (*self.batches, len(pixel_values))
+        return super().encode(pixel_values)
+
+
+def direct(teacher, paths):
+    pixels = teacher.processor.batch([Image.open(path) for path in paths])
+    return VisionTeacher.encode(teacher, pixels).half().float()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_features_are_computed_in_order_and_a_repetition_gets_the_same_numbers(num_workers, teacher, cache, paths):
+    fill_cache(teacher, cache, paths, batch_size=3, num_workers=num_workers)
+    assert teacher.batches == (3, 3, 1)
+    features = encode_images(teacher, cache, paths)
+    torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
+    assert torch.equal(encode_images(teacher, cache, paths), features)
+    # a first run's are rounded as those of its repetition
+    assert torch.equal(features, features.half().float())
+
+
+def test_nothing_is_computed_twice(teacher, cache, paths, tmp_path):
+    first = encode_images(teacher, cache, paths[:4], batch_size=4)
+    assert teacher.batches == (4,)
+    assert encode_images(teacher, cache, paths, batch_size=4).shape == (7, teacher.dim)
+    assert teacher.batches == (4, 3)
+    again = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
+    assert torch.equal(encode_images(teacher, again, paths[:4]), first)
+    assert teacher.batches == (4, 3)
+
+
+def test_an_image_that_occurs_often_is_computed_once(teacher, cache, paths):
+    with open(paths[0], "rb") as file:
+        content = file.read()
+    images = [paths[0], paths[1], {"path": None, "bytes": content}, content, paths[1]]
+    features = encode_images(teacher, cache, images)
+    assert teacher.batches == (2,)
+    assert torch.equal(features[0], features[2])
+    assert torch.equal(features[1], features[4])
+    assert not torch.equal(features[0], features[1])
+
+
+def test_progress_counts_what_is_computed(teacher, cache, paths):
+    encode_images(teacher, cache, paths[:2])
+    seen = []
+    fill_cache(teacher, cache, paths, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_image_is_named_and_what_came_before_is_kept(num_workers, teacher, cache, paths, tmp_path):
+    with open(paths[5], "wb") as file:
+        file.write(b"broken")
+    with pytest.raises(ValueError, match=r"5\.png"):
+        fill_cache(teacher, cache, paths, batch_size=2, num_workers=num_workers)
+    assert len(FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)) == 4
+
+
+def test_a_killed_run_goes_on_where_it_was(teacher, cache, paths, tmp_path):
+    small_steps = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim, flush_rows=2)
+
+    def child():
+        torch.set_num_threads(1)
+
+        def die(done, total):
+            if done == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        fill_cache(teacher, small_steps, paths, batch_size=2, progress=die)
+
+    process = get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    fill_cache(teacher, cache, paths, batch_size=10)
+    assert teacher.batches == (3,)
+    assert len(cache) == 7
+
+
+def test_memory_that_runs_out_halves_the_batch_and_says_so(save_teacher, cache, paths, caplog):
+    class SmallMemory(CountingTeacher):
+        def encode(self, pixel_values):
+            if len(pixel_values) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return super().encode(pixel_values)
+
+    teacher = SmallMemory.from_pretrained(str(save_teacher("dinov2")))
+    features = encode_images(teacher, cache, paths, batch_size=6)
+    torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
+    # 6 fails, 3 fails, 1 goes and is kept
+    assert teacher.batches == (1,) * 7
+    assert "batches of 3 images" in caplog.text
+    assert "batches of 1 images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "batch_size"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried"), 1), (RuntimeError("no kernel image is available"), 4)],
+)
+def test_a_single_image_that_does_not_fit_and_other_errors_are_raised(error, batch_size, save_teacher, cache, paths):
+    class Broken(VisionTeacher):
+        def encode(self, pixel_values):
+            raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        encode_images(Broken.from_pretrained(str(save_teacher("dinov2"))), cache, paths, batch_size)
+
+
+def test_a_shard_that_is_found_damaged_is_computed_again(teacher, cache, paths, tmp_path, caplog):
+    expected = encode_images(teacher, cache, paths)
+    (shard,) = cache.folder.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])["features"]["data_offsets"][0]] ^= 1
+    shard.write_bytes(content)
+    again = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
+    assert torch.equal(encode_images(teacher, again, paths), expected)
+    assert sum(teacher.batches) == 14
+    assert str(shard) in caplog.text
+
+
+def test_the_cache_of_another_teacher_is_refused(teacher, tmp_path, paths):
+    other = FeatureCache(tmp_path / "features", "f" * 64, teacher.dim)
+    with pytest.raises(ValueError, match="is of another teacher"):
+        encode_images(teacher, other, paths)
+
+
+def test_no_images_give_no_features(teacher, cache):
+    assert encode_images(teacher, cache, []).shape == (0, teacher.dim)

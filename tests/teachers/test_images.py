@@ -1,0 +1,146 @@
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamafactory_hera.teachers.images import image_key, load_image, sample_images, shown_image
+
+
+@pytest.fixture
+def picture(tmp_path, make_images):
+    path = tmp_path / "picture.png"
+    make_images(1)[0].save(path)
+    return path
+
+
+# of a sample
+
+TEXT = {"type": "text", "text": "What is this?", "image": None}
+
+
+def user(*content):
+    return [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ({"images": ["a.png", "b.png"]}, ["a.png", "b.png"]),
+        ({"images": [None, "b.png"]}, ["b.png"]),
+        ({"images": {"path": "a.png", "bytes": None}}, [{"path": "a.png", "bytes": None}]),
+        ({"image": "a.png"}, ["a.png"]),
+        ({"image": ["a.png", "b.png"]}, ["a.png", "b.png"]),
+        ({"images": [], "image": "a.png"}, ["a.png"]),
+        ({"images": None, "messages": user({"type": "image", "image": "a.png"}, TEXT)}, ["a.png"]),
+        # the column holds what the placeholder stands for
+        ({"images": ["a.png"], "messages": user({"type": "image"}, TEXT)}, ["a.png"]),
+        ({"messages": user({"type": "image"}, TEXT)}, []),
+        (
+            {"messages": user(*({"type": "image", key: f"{key}.png"} for key in ("path", "url")))},
+            ["path.png", "url.png"],
+        ),
+        ({"messages": user({"type": "image_url", "image_url": {"url": "a.png"}})}, ["a.png"]),
+        ({"messages": user({"type": "image", "image": {"bytes": b"x"}})}, [{"bytes": b"x"}]),
+        (
+            {
+                "prompt": user({"type": "image", "image": "a.png"}),
+                "completion": user({"type": "image", "image": "b.png"}),
+            },
+            ["a.png", "b.png"],
+        ),
+        ({"prompt": "What is this?", "completion": "A cat."}, []),
+        ({"messages": [{"role": "user", "content": "no image"}]}, []),
+        ({"input_ids": [1, 2]}, []),
+    ],
+)
+def test_the_images_of_a_row_are_found_in_columns_and_messages(row, images):
+    assert sample_images(row) == images
+
+
+@pytest.mark.parametrize(
+    ("count", "index", "shown"),
+    [(3, 0, 0), (3, 2, 2), (3, 3, 2), (3, -1, 2), (3, -3, 0), (3, -9, 0), (1, 5, 0), (0, 0, 0), (0, -1, 0)],
+)
+def test_the_image_that_stands_for_a_sample_is_counted_from_either_end_and_clamped(count, index, shown):
+    assert shown_image(count, index) == shown
+
+
+# pixels and keys
+
+
+def forms(path):
+    content = path.read_bytes()
+    return {
+        "str": str(path),
+        "path": path,
+        "bytes": content,
+        "dict with path": {"path": str(path), "bytes": None},
+        "dict with bytes": {"path": None, "bytes": content},
+        "dict with both": {"path": "not/there.png", "bytes": content},
+        "file object": io.BytesIO(content),
+    }
+
+
+def test_every_form_gives_the_same_pixels_and_the_same_key(picture):
+    with Image.open(picture) as opened:
+        expected = np.array(opened)
+    wrong = [name for name, form in forms(picture).items() if not np.array_equal(np.array(load_image(form)), expected)]
+    assert not wrong
+    assert {image_key(form) for form in forms(picture).values()} == {image_key(picture)}
+    assert len(image_key(picture)) == 16
+
+
+def test_a_copy_under_another_name_has_the_same_key_and_another_image_another(picture, tmp_path, make_images):
+    copy = tmp_path / "name.jpg"
+    shutil.copy(picture, copy)
+    assert image_key(copy) == image_key(picture)
+    different = tmp_path / "different.png"
+    make_images(2)[1].save(different)
+    assert image_key(different) != image_key(picture)
+
+
+def test_a_file_object_is_read_from_its_start_and_left_where_it_was(picture):
+    file = io.BytesIO(picture.read_bytes())
+    file.seek(7)
+    assert image_key(file) == image_key(picture)
+    load_image(file)
+    assert file.tell() == 7
+
+
+def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
+    image = make_images(1)[0]
+    assert image_key(image) == image_key(image.copy()) == image_key(image.convert("RGBA"))
+    turned = Image.frombytes("RGB", image.size[::-1], image.tobytes())
+    assert image_key(turned) != image_key(image)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_other_colour_modes_become_rgb(mode, make_images):
+    buffer = io.BytesIO()
+    make_images(1)[0].convert(mode).save(buffer, format="TIFF" if mode == "CMYK" else "PNG")
+    assert load_image(buffer.getvalue()).mode == "RGB"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for call in (load_image, image_key):
+        for image in (str(tmp_path / "gone.png"), {"path": str(tmp_path / "gone.png"), "bytes": None}):
+            with pytest.raises(ValueError, match=r"gone\.png.*No such file.*media_dir"):
+                call(image)
+
+
+@pytest.mark.parametrize("damage", ["cut", "not an image", "empty"])
+def test_a_corrupt_file_is_named(damage, picture):
+    content = picture.read_bytes()
+    picture.write_bytes({"cut": content[: len(content) // 2], "not an image": b"hello", "empty": b""}[damage])
+    for image in (picture, {"path": str(picture), "bytes": picture.read_bytes()}):
+        with pytest.raises(ValueError, match=r"picture\.png.*corrupt or not an image"):
+            load_image(image)
+
+
+def test_what_is_no_image_at_all_is_refused_by_its_type():
+    with pytest.raises(ValueError, match="given as int"):
+        load_image(3)
+    with pytest.raises(ValueError, match="without 'bytes' and without 'path'"):
+        load_image({"path": None, "bytes": None})
