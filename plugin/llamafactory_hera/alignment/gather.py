@@ -40,12 +40,12 @@ def world_size() -> int:
 
 def rank() -> int:
     """This process's number; 0 without a launcher."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
     """Waits for all processes."""
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
 
 

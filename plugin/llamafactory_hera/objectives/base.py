@@ -5,14 +5,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.neighbors import Candidates, similarity
+from ..alignment.neighbors import Candidates
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ class PooledBatch:
     valid: Tensor
     candidates: Candidates
     normalize: bool = True
-
-    @cached_property
-    def similarities(self) -> Tensor:
-        """Of every sample with every candidate, ``[n_targets, N, M]``."""
-        return similarity(self.z, self.everything, self.normalize)
 
 
 @dataclass(frozen=True)
