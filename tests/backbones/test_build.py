@@ -1,6 +1,5 @@
 """`build`: what goes into a model comes out of it, for every family of language models and of vision towers."""
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llamafactory_hera.backbones.cli import register
+from llamafactory_hera.cli import main
 
 from .conftest import Build
 from .tiny import FAMILIES, TOWERS, save_language_model
@@ -176,11 +175,8 @@ def test_the_seed_decides_the_projector_and_nothing_else(build: Build) -> None:
 def test_the_command_builds_and_says_what_to_write_into_a_recipe(
     checkpoints: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    parser = argparse.ArgumentParser()
-    register(parser.add_subparsers())
     arguments = ["--language-model", str(checkpoints["llama3"]), "--vision-model", str(checkpoints["clip"])]
-    parsed = parser.parse_args(["build", *arguments, "--output", str(tmp_path / "built")])
-    assert parsed.run(parsed) == 0
+    assert main(["build", *arguments, "--output", str(tmp_path / "built")]) == 0
     printed = capsys.readouterr().out
     assert "an image takes 16 tokens of cutoff_len" in printed
     assert "template: llava_plain in stage 1, llava_llama3 in stage 2" in printed

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.integrations.llamafactory.selection import score_checkpoint, select
+from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint, select
 from llamafactory_hera.selection.pictures import write_report
 
 from .runner import HostServer, run_command, write_recipe
