@@ -148,3 +148,13 @@ def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
 def test_different_numbers_of_samples_are_refused():
     with pytest.raises(ValueError, match="student holds 6 samples and teacher 5: give the same samples to both"):
         mutual_knn(torch.randn(6, 3), torch.randn(5, 3), 2)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(50, 6), (3, 50, 6)])
+def test_neighbours_by_blocks_of_rows_are_those_of_the_whole(normalize, shape, monkeypatch):
+    features = torch.randn(shape)
+    features[..., 10:20, :] = features[..., :10, :]  # exact ties
+    whole = nearest_neighbors(features, 5, normalize)
+    monkeypatch.setattr("llamafactory_hera.alignment.neighbors._ROWS", 7)
+    assert torch.equal(nearest_neighbors(features, 5, normalize), whole)

@@ -34,8 +34,8 @@ from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from llamafactory.train.tuner import run_exp
 from torch.profiler import ProfilerActivity, profile
 
-from llamafactory_hera.integrations.llamafactory.collator import HeraCollator
-from llamafactory_hera.integrations.llamafactory.trainer import HeraTrainer
+from llamafactory_hera.integrations.llamafactory.workflow import HeraSftTrainer
+from llamafactory_hera.training import HeraCollator
 
 SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "HeRA, cached teacher", "HeRA, teacher on the fly")
 #: Different batches; a round takes one of them through all kinds of steps.
@@ -54,12 +54,12 @@ class Bench:
         trainer: After its first step: model, optimizer and engine are as in a run.
     """
 
-    def __init__(self, trainer: HeraTrainer) -> None:
+    def __init__(self, trainer: HeraSftTrainer) -> None:
         self.trainer = trainer
         self.cuda = trainer.args.device.type == "cuda"
-        self.cache = trainer.hera.teaching.cache
-        host, processor = trainer.data_collator, trainer.hera.teaching.teacher.processor
-        with_teacher = partial(HeraCollator, host, processor, image_index=trainer.finetuning_args.hera_image_index)
+        self.cache = trainer.aligner.teacher.cache
+        host, processor = trainer.data_collator, trainer.aligner.teacher.encoder.processor
+        with_teacher = partial(HeraCollator, host, processor, image_index=trainer.aligner.config.image_index)
         self.collators = {SFT: host, CACHED: with_teacher(cache=self.cache), ON_THE_FLY: with_teacher(cache=None)}
         size, first = trainer.args.per_device_train_batch_size, trainer.args.process_index * N_BATCHES
         self.batches = [
@@ -69,21 +69,21 @@ class Bench:
 
     def prepare(self, kind: str) -> None:
         """What lasts as long as a run of this kind."""
-        hera = self.trainer.hera
-        hera.capture.remove()
+        aligner = self.trainer.aligner
+        aligner.capture.remove()
         if kind != SFT:
-            hera.capture.install()
-        hera.teaching.cache = self.cache if kind == CACHED else None
+            aligner.capture.install()
+        aligner.teacher.cache = self.cache if kind == CACHED else None
 
     def step(self, kind: str, number: int) -> None:
         """Everything that happens between two optimizer steps."""
         trainer, model = self.trainer, self.trainer.model_wrapped
         inputs = self.collators[kind]([dict(sample) for sample in self.batches[number % N_BATCHES]])
-        take = CustomSeq2SeqTrainer.training_step if kind == SFT else HeraTrainer.training_step
+        take = CustomSeq2SeqTrainer.training_step if kind == SFT else HeraSftTrainer.training_step
         take(trainer, model, inputs)
         trainer.optimizer.step()
         if kind != SFT:
-            trainer.hera.own.step(trainer._get_learning_rate())
+            trainer.aligner.step(trainer._get_learning_rate())
         model.zero_grad()
         if self.cuda:
             torch.cuda.synchronize()
@@ -127,8 +127,8 @@ def report(bench: Bench, options: argparse.Namespace, arguments: dict[str, Any])
         for kind in (SFT, ON_THE_FLY, CACHED):
             bench.prepare(kind)
             bench.step(kind, number)
-    bench.trainer.hera.teaching.cache = bench.cache
-    bench.trainer.hera.flush_cache()
+    bench.trainer.aligner.teacher.cache = bench.cache
+    bench.trainer.aligner.teacher.flush()
     load = os.getloadavg()[0]
     seconds = bench.seconds(options.rounds)
     peaks = {kind: bench.peak_bytes(kind) for kind in KINDS}
@@ -173,14 +173,14 @@ def main() -> None:
         key, value = override.split("=", 1)
         arguments[key] = yaml.safe_load(value)
     torch.set_num_threads(options.threads)
-    train = HeraTrainer.train
+    train = HeraSftTrainer.train
 
-    def measure(trainer: HeraTrainer, **_: Any) -> None:
+    def measure(trainer: HeraSftTrainer, **_: Any) -> None:
         train(trainer)
         report(Bench(trainer), options, arguments)
         raise Finished
 
-    HeraTrainer.train = measure
+    HeraSftTrainer.train = measure
     with tempfile.TemporaryDirectory() as folder:
         arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
         arguments |= {"hera_teacher_cache": f"{folder}/cache", "report_to": "none", "overwrite_output_dir": True}

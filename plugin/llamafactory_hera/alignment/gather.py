@@ -49,31 +49,23 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_first(value: Any) -> Any:
-    """The first process's value, on every process; it must be one that can be pickled."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def on_first(compute: Callable[[], Result]) -> Result:
     """What the first process computes, on every process; if it refuses its input, every process does.
 
     Raises:
         ValueError: As ``compute``.
     """
-    result: Any = None
+    shared: list[Any] = [None]
     if rank() == 0:
         try:
-            result = compute()
+            shared[0] = compute()
         except ValueError as error:
-            result = error
-    result = from_first(result)
-    if isinstance(result, ValueError):
-        raise result
-    return result
+            shared[0] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return shared[0]
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:

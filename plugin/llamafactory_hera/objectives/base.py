@@ -167,8 +167,8 @@ def _imported(name: str) -> type[Objective]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of an installed module, or one "
-            "in the working directory, or of one on PYTHONPATH."
+            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of a module that is "
+            "installed, in the working directory, or on PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(
