@@ -1,54 +1,79 @@
-"""What the contributions of heads must be, read from a model's own attention blocks without the plugin's capture."""
+"""What readers of heads and layers must say, read from a model's own blocks without the plugin's hooks."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, Target
+from llamafactory_hera.heads import HeadCapture, LayerCapture, Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
+from llamafactory_hera.heads.pooled import PooledHeads
 
 from .tiny_models import HEADS, LAYERS
+
+#: Weight ``[D, H * d]`` and bias of each layer's output projection.
+Projections = list[tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Block:
+    """All tokens ``[B, T, ...]`` of one layer."""
+
+    entered: Tensor  # the output projection
+    attended: Tensor  # what leaves the attention module
+    output: Tensor  # what leaves the layer
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
     """One row at a time, by indexing; the test's own pooling."""
     rows = []
     for row, keep in zip(hidden, mask.bool(), strict=True):
-        rows.append(row[keep].mean(0) if keep.any() else row.new_zeros(row.shape[1]))
+        rows.append(row[keep].mean(0) if keep.any() else row.new_zeros(row.shape[1:]))
     return torch.stack(rows)
 
 
-def attention_blocks(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer: what enters the output projection and what leaves the attention module."""
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
+def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tuple[list[Block], object]:
+    """The blocks of a forward pass, read by hooks of the test, and the model's output."""
+    found = [Block(*[torch.empty(0)] * 3) for _ in decoder_layers(model)]
     handles = []
-    for layer in decoder_layers(model):
+    for block, layer in zip(found, decoder_layers(model), strict=True):
         attention = attention_module(layer, head_layout(model_config(model)).model_type)
+
+        def entering(_, args, block=block):
+            block.entered = args[0]
+
+        def attended(_, args, output, block=block):
+            block.attended = output[0]
+
+        def leaving(_, args, output, block=block):
+            block.output = output[0] if isinstance(output, tuple) else output
+
         handles += [
-            attention.o_proj.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach())),
-            attention.register_forward_hook(lambda _, args, output: left.append(output[0].detach())),
+            attention.o_proj.register_forward_pre_hook(entering),
+            attention.register_forward_hook(attended),
+            layer.register_forward_hook(leaving),
         ]
-    with torch.no_grad():
-        model(**batch)
+    with torch.set_grad_enabled(grad):
+        output = model(**batch)
     for handle in handles:
         handle.remove()
-    return list(zip(entered, left, strict=True))
+    return found, output
 
 
 def check_heads(
     model: nn.Module,
     batch: dict[str, Tensor],
     mask: Tensor,
-    projections: list[tuple[Tensor, Tensor | None]] | None = None,
+    projections: Projections | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Holds every head of the model against the attention blocks.
+    """Holds the captured contribution of every head against the attention blocks.
 
     Args:
         model: A tiny model.
         batch: Its inputs.
         mask: Tokens to pool, ``[B, T]``.
-        projections: Weight ``[D, H * d]`` and bias of each layer's output projection; by default the module's own.
+        projections: Of each layer; by default the modules' own weights.
         tolerance: Largest difference, relative to the largest value of the block's output.
     """
     with HeadCapture(model, [Target(layer, head) for layer in range(LAYERS) for head in range(HEADS)]) as capture:
@@ -58,11 +83,11 @@ def check_heads(
     layout = head_layout(model_config(model))
     assert captured.shape == (LAYERS * HEADS, mask.shape[0], layout.hidden_size)
     kept = mask.bool().any(1, keepdim=True)
-    for index, (entered, left) in enumerate(attention_blocks(model, batch)):
-        assert entered.shape[-1] == HEADS * layout.head_dim
+    for index, block in enumerate(blocks(model, batch)[0]):
+        assert block.entered.shape[-1] == HEADS * layout.head_dim
         projection = attention_module(decoder_layers(model)[index], layout.model_type).o_proj
         contributions = captured[index * HEADS : (index + 1) * HEADS]
-        expected = mean_over(left, mask)
+        expected = mean_over(block.attended, mask)
         weight, bias = (projection.weight, projection.bias) if projections is None else projections[index]
         if bias is not None:
             expected = (expected - bias.detach()) * kept
@@ -71,5 +96,34 @@ def check_heads(
         torch.testing.assert_close(contributions.sum(0), expected, rtol=0, atol=tolerance * scale)
         for head, contribution in enumerate(contributions):
             columns = slice(head * layout.head_dim, (head + 1) * layout.head_dim)
-            part = mean_over(entered[..., columns], mask) @ weight.detach()[:, columns].T
+            part = mean_over(block.entered[..., columns], mask) @ weight.detach()[:, columns].T
             torch.testing.assert_close(contribution, part, rtol=0, atol=tolerance * scale)
+
+
+def check_layers(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
+    """Holds the captured output of every layer against what leaves it."""
+    with LayerCapture(model, "L1,L0") as capture:
+        capture.pool(mask)
+        model(**batch)
+        captured = capture.representations()
+    assert captured.requires_grad
+    expected = torch.stack([mean_over(block.output, mask) for block in blocks(model, batch)[0]])
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(captured.detach(), expected.flip(0), rtol=0, atol=tolerance * scale)
+
+
+def check_pooled(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
+    """Holds the outputs of all heads and layers, read at once, against the blocks."""
+    with PooledHeads(model) as pooled, torch.no_grad():
+        pooled.pool(mask.bool())
+        model(**batch)
+        heads, layers = pooled.take()
+    layout = head_layout(model_config(model))
+    assert heads.shape == (mask.shape[0], LAYERS, HEADS, layout.head_dim)
+    assert layers.shape == (mask.shape[0], LAYERS, layout.hidden_size)
+    assert heads.dtype == layers.dtype == torch.float32
+    for index, block in enumerate(blocks(model, batch)[0]):
+        for got, tokens in ((heads[:, index].flatten(1), block.entered), (layers[:, index], block.output)):
+            expected = mean_over(tokens.float(), mask)
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)

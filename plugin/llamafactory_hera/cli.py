@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .backbones.cli import register as register_backbones
-from .calibration.cli import register as register_calibration
+from .integrations.llamafactory.calibration import register as register_calibration
 from .integrations.llamafactory.selection import register as register_selection
 
 

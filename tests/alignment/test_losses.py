@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
-from llamafactory_hera.alignment.losses import multi_target_info_nce
 
 N, D, K = 7, 5, 3
 
@@ -61,11 +60,10 @@ def test_numerical_gradients_agree(neighbors):
     z = torch.randn(2, N, D, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, t: contrastive_loss(z, neighbors, t), (z, temperature))
-    similarities = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    allowed = torch.rand(4, 6) < 0.7
-    positives = allowed & (torch.rand(4, 6) < 0.5)
+    allowed = torch.rand(4, N) < 0.7
+    neighbors = nearest_neighbors(torch.randn(N, 4), 3, allowed=allowed)
     assert torch.autograd.gradcheck(
-        lambda s, t: multi_target_info_nce(s, positives, allowed, t), (similarities, temperature)
+        lambda z, t: contrastive_loss(z, neighbors, t, allowed=allowed, per_head=True), (z, temperature)
     )
 
 
@@ -88,37 +86,38 @@ def test_a_sharp_temperature_does_not_overflow(neighbors):
 
 
 def test_only_allowed_candidates_enter_the_softmax():
-    similarities = torch.tensor([[2.0, 1.0, 50.0, -1.0]], requires_grad=True)
-    allowed = torch.tensor([[True, True, False, True]])
-    positives = torch.tensor([[False, True, False, True]])
-    loss = multi_target_info_nce(similarities, positives, allowed, torch.tensor(0.5))
+    z = torch.tensor([[1.0], [2.0], [1.0], [50.0], [-1.0]], requires_grad=True)  # similarities of the first with all
+    allowed = torch.tensor([[False, True, True, False, True]])
+    loss = contrastive_loss(z, torch.tensor([[2, 4]]), torch.tensor(0.5), normalize=False, allowed=allowed)
     partition = math.log(sum(math.exp(s / 0.5) for s in (2.0, 1.0, -1.0)))
-    assert loss.tolist() == pytest.approx([((partition - 1.0 / 0.5) + (partition + 1.0 / 0.5)) / 2])
-    loss.sum().backward()
-    assert similarities.grad[0, 2] == 0
-    assert (similarities.grad[0, [0, 1, 3]] != 0).all()
+    assert loss.item() == pytest.approx(((partition - 1.0 / 0.5) + (partition + 1.0 / 0.5)) / 2)
+    loss.backward()
+    assert z.grad[3] == 0
+    assert (z.grad[[0, 1, 2, 4]] != 0).all()
 
 
-def test_each_query_divides_by_its_own_number_of_positives():
-    similarities = torch.zeros(3, 4)
-    positives = torch.tensor([[True, False, False, False], [True, True, True, False], [False] * 4])
-    losses = multi_target_info_nce(similarities, positives, torch.ones(3, 4, dtype=torch.bool), torch.tensor(1.0))
-    assert losses.tolist() == pytest.approx([math.log(4), math.log(4), 0.0])
+def test_each_sample_divides_by_its_own_number_of_neighbors_and_those_without_do_not_enter():
+    heads = torch.zeros(2, 5, 3)
+    neighbors = torch.tensor([[3, -1, -1], [2, 0, 3], [-1, -1, -1]])
+    allowed = ~torch.eye(3, 5, dtype=torch.bool)
+    losses = contrastive_loss(heads, neighbors, 1.0, allowed=allowed, per_head=True)
+    assert losses.tolist() == pytest.approx([math.log(4)] * 2)
+    assert contrastive_loss(heads, neighbors[2:], 1.0, allowed=allowed[:1], per_head=True).tolist() == [0, 0]
 
 
-def test_a_query_without_candidates_is_zero_and_finite_with_zero_gradient():
-    similarities = torch.randn(2, 3, 5, requires_grad=True)
+def test_samples_without_candidates_give_no_loss_and_a_finite_zero_gradient():
+    z = torch.randn(2, 5, 4, requires_grad=True)
     temperature = torch.tensor(0.5, requires_grad=True)
-    allowed = torch.ones(3, 5, dtype=torch.bool)
-    allowed[1] = False
-    positives = torch.zeros_like(allowed)
-    positives[0, 2] = positives[2, 4] = True
-    losses = multi_target_info_nce(similarities, positives, allowed, temperature)
-    assert (losses[:, 1] == 0).all()
-    assert (losses[:, [0, 2]] > 0).all()
-    losses.sum().backward()
-    assert (similarities.grad[:, 1] == 0).all()
-    assert similarities.grad.isfinite().all()
+    allowed = torch.ones(5, 5, dtype=torch.bool).fill_diagonal_(False)
+    allowed[1], allowed[:, 1] = False, False
+    neighbors = nearest_neighbors(torch.randn(5, 3), 2, allowed=allowed)
+    loss = contrastive_loss(z, neighbors, temperature, allowed=allowed)
+    others = z[:, [0, 2, 3, 4]]
+    renumbered = torch.tensor([0, -1, 1, 2, 3])[neighbors[[0, 2, 3, 4]]]
+    torch.testing.assert_close(loss, contrastive_loss(others, renumbered, temperature))
+    loss.backward()
+    assert (z.grad[:, 1] == 0).all()
+    assert z.grad.isfinite().all()
     assert temperature.grad.isfinite()
 
 

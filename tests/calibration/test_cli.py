@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from llamafactory_hera.calibration import api, summary
-from llamafactory_hera.calibration.cli import register
+from llamafactory_hera.calibration import report
+from llamafactory_hera.integrations.llamafactory import calibration
+from llamafactory_hera.integrations.llamafactory.calibration import register
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -25,8 +26,8 @@ def test_overrides_may_stand_before_and_behind_the_control(
         calls.append(arguments)
         return ["one", "two"]
 
-    monkeypatch.setattr(api, "calibrate", calibrate)
-    monkeypatch.setattr(summary, "render_summary", "report {}".format)
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    monkeypatch.setattr(report, "render_summary", "report {}".format)
     monkeypatch.setattr(os, "environ", {})
     arguments = parse("r.yaml", "rah_k=1", "--control", "blank", "output_dir=saves/x")
     assert arguments.run(arguments) == 0
@@ -38,7 +39,7 @@ def test_overrides_may_stand_before_and_behind_the_control(
 def test_one_device_is_used(monkeypatch: pytest.MonkeyPatch, given: str | None, used: str) -> None:
     environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(api, "calibrate", lambda *_: [])
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: [])
     arguments = parse("r.yaml")
     arguments.run(arguments)
     assert environment["CUDA_VISIBLE_DEVICES"] == used

@@ -1,8 +1,10 @@
-"""For every text family, bare and inside a VLM: the captured contributions are the attention block, cut by heads."""
+"""For every text family, bare and inside a VLM: what is read is the model's own blocks, cut by heads."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from tests.head_reference import check_heads
+from tests.head_reference import check_heads, check_layers, check_pooled
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, answer_labels, text_batch, text_model, vlm, vlm_batch
 
 from llamafactory_hera.heads import HeadCapture
@@ -15,54 +17,57 @@ from llamafactory_hera.heads.families import (
     output_projection,
 )
 
+every_reader = pytest.mark.parametrize("check", [check_heads, check_layers, check_pooled], ids=lambda c: c.__name__)
 
+
+@every_reader
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_bare_decoder(model_type):
-    model = text_model(model_type)
+def test_bare_decoder(model_type: str, check: Callable) -> None:
+    model, batch = text_model(model_type), text_batch()
     layout = head_layout(model.config)
     assert layout.model_type == model_type
     assert (layout.n_layers, layout.n_heads, layout.n_kv_heads) == (LAYERS, HEADS, 2)
     if model_type not in ("qwen2_vl_text", "qwen2_5_vl_text"):  # these two know no head_dim of their own
         assert layout.head_dim != layout.hidden_size // layout.n_heads
-    batch = text_batch()
     mask = batch["attention_mask"].bool()
     mask[:, :3] = False
-    check_heads(model, batch, mask)
+    check(model, batch, mask)
 
 
+@every_reader
 @pytest.mark.parametrize("name", VLMS)
-def test_inside_a_vlm(name):
+def test_inside_a_vlm(name: str, check: Callable) -> None:
     model = vlm(name)
-    assert is_multimodal(model.config)
     batch = vlm_batch(model)
-    check_heads(model, batch, answer_labels(batch) != -100)
-    check_heads(model, batch, batch["attention_mask"].bool())
+    check(model, batch, answer_labels(batch) != -100)
+    check(model, batch, batch["attention_mask"].bool())
 
 
-def test_every_family_appears_inside_a_vlm():
+def test_every_family_appears_inside_a_vlm() -> None:
     assert {head_layout(vlm(name).config).model_type for name in VLMS} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_the_placeholders_of_images_are_known(name):
-    model = vlm(name)
-    assert IMAGE in media_token_ids(model.config)
-    text = model.config.get_text_config()
+def test_the_placeholders_of_images_are_known(name: str) -> None:
+    config = vlm(name).config
+    assert is_multimodal(config)
+    assert IMAGE in media_token_ids(config)
+    text = config.get_text_config()
     assert media_token_ids(text) == frozenset()
     assert not is_multimodal(text)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl_text", "gemma2", "gemma3_text"])
-def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type):
-    model = text_model(model_type, attention_bias=True)
+def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type: str) -> None:
+    model, batch = text_model(model_type, attention_bias=True), text_batch()
     for layer in decoder_layers(model):
         assert output_projection(layer, model_type).bias.abs().max() > 0.01
-    batch = text_batch()
     check_heads(model, batch, batch["attention_mask"].bool())
 
 
+@every_reader
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding_and_a_row_without_tokens(attention):
+def test_left_padding_and_a_row_without_tokens(attention: str, check: Callable) -> None:
     model = text_model("qwen3", attn_implementation=attention)
     assert model.config._attn_implementation == attention
     ids = torch.randint(3, 50, (3, 8))
@@ -71,17 +76,17 @@ def test_left_padding_and_a_row_without_tokens(attention):
     mask = attended.bool()
     mask[:, -2:] = False
     mask[2] = False
-    check_heads(model, {"input_ids": ids, "attention_mask": attended}, mask)
+    check(model, {"input_ids": ids, "attention_mask": attended}, mask)
 
 
+@every_reader
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_weights(dtype, tolerance):
-    model = text_model("qwen3").to(dtype)
-    batch = text_batch()
-    check_heads(model, batch, batch["attention_mask"].bool(), tolerance=tolerance)
+def test_half_precision_weights(dtype: torch.dtype, tolerance: float, check: Callable) -> None:
+    model, batch = text_model("qwen3").to(dtype), text_batch()
+    check(model, batch, batch["attention_mask"].bool(), tolerance=tolerance)
 
 
-def test_autocast_to_bfloat16():
+def test_autocast_to_bfloat16() -> None:
     model, batch = text_model("qwen3"), text_batch()
     mask = batch["attention_mask"].bool()
     with HeadCapture(model, "L0H1,L1H2") as capture:

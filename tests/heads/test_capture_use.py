@@ -1,17 +1,20 @@
-"""How HeadCapture is used: the two ways, the order of heads, and what is left behind."""
+"""How heads and layers are captured: the ways to name the tokens, the order of targets, and what is left behind."""
 
 import gc
 import weakref
 
 import pytest
 import torch
+from tests.head_reference import blocks, mean_over
 from tests.tiny_models import text_batch, text_model, vlm, vlm_batch
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, Target, Targets
+from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
 
 HEADS = "L1H3,L0H2,L1H0,L1H1"
+CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
+both = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers"])
 
 
 @pytest.fixture
@@ -25,17 +28,17 @@ def batch() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def mask(batch) -> Tensor:
+def mask(batch: dict[str, Tensor]) -> Tensor:
     mask = batch["attention_mask"].bool()
     mask[:, :2] = False
     return mask
 
 
-def captured(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, heads=HEADS) -> Tensor:
-    with HeadCapture(model, heads) as capture:
-        capture.pool(mask)
+def captured(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, targets=HEADS, capture=HeadCapture) -> Tensor:
+    with capture(model, targets) as reader:
+        reader.pool(mask)
         model(**batch)
-        return capture.representations()
+        return reader.representations()
 
 
 def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
@@ -48,33 +51,43 @@ def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def instance_attributes(model: nn.Module) -> dict[str, set[str]]:
-    return {name: set(vars(module)) for name, module in model.named_modules()}
+def state_of(model: nn.Module) -> dict[str, tuple]:
+    """What hooking a model may change."""
+    return {
+        name: (set(vars(module)), vars(module).get("_gradient_checkpointing_func"), dict(module._forward_hooks))
+        for name, module in model.named_modules()
+    }
 
 
 # -- what is given and what comes back -------------------------------------------------------------------------------
 
 
-def test_representations_come_in_the_order_of_the_heads(model, batch, mask):
-    by_name = {name: captured(model, batch, mask, name)[0] for name in HEADS.split(",")}
-    for names in (HEADS.split(","), sorted(HEADS.split(",")), HEADS.split(",")[::-1]):
-        together = captured(model, batch, mask, ",".join(names))
-        assert together.shape == (len(names), batch["input_ids"].shape[0], 48)
-        torch.testing.assert_close(together, torch.stack([by_name[name] for name in names]), rtol=0, atol=1e-6)
-    assert not torch.allclose(by_name["L1H3"], by_name["L1H0"], atol=1e-3)
+@both
+def test_representations_come_in_the_order_of_the_targets_however_they_are_given(model, batch, mask, names):
+    capture, listed = CAPTURES[names], names.split(",")
+    by_name = {name: captured(model, batch, mask, name, capture)[0] for name in listed}
+    for order in (listed, sorted(listed), listed[::-1]):
+        together = captured(model, batch, mask, ",".join(order), capture)
+        assert together.shape == (len(order), batch["input_ids"].shape[0], 48)
+        torch.testing.assert_close(together, torch.stack([by_name[name] for name in order]), rtol=0, atol=1e-6)
+    assert not torch.allclose(by_name[listed[0]], by_name[listed[1]], atol=1e-3)
+    expected = captured(model, batch, mask, names, capture)
+    targets = [Target.parse(name, "head" if "H" in name else "layer") for name in listed]
+    for given in (targets, listed, Targets(tuple(targets)), names.replace(",", " ", 1).replace(",", "\n, ")):
+        assert torch.equal(captured(model, batch, mask, given, capture), expected)
 
 
-def test_heads_are_given_as_text_ids_or_a_head_set(model, batch, mask):
-    expected = captured(model, batch, mask)
-    ids = [Target(1, 3), Target(0, 2), Target(1, 0), Target(1, 1)]
-    for heads in (ids, [str(head) for head in ids], Targets(tuple(ids)), "L1H3 L0H2\nL1H0, L1H1"):
-        assert torch.equal(captured(model, batch, mask, heads), expected)
-
-
-@pytest.mark.parametrize("heads, message", [("L2H0", "L2H0 does not exist"), ("L0H4,L1H1", "L0H4 does not exist")])
-def test_a_head_outside_the_model_is_refused(model, heads, message):
-    with pytest.raises(ValueError, match=rf"hera_heads: {message}: this model has layers L0 to L1 .* H0 to H3"):
-        HeadCapture(model, heads)
+@pytest.mark.parametrize(
+    ("capture", "targets", "message"),
+    [
+        (HeadCapture, "L2H0", "hera_heads: L2H0 does not exist: this model has layers L0 to L1 .* H0 to H3"),
+        (HeadCapture, "L0H4,L1H1", "hera_heads: L0H4 does not exist: this model has layers L0 to L1 .* H0 to H3"),
+        (LayerCapture, "L1,L7", "hera_layers: L7 does not exist: this model has layers L0 to L1"),
+    ],
+)
+def test_what_lies_outside_the_model_is_refused(model, capture, targets, message):
+    with pytest.raises(ValueError, match=message):
+        capture(model, targets)
 
 
 def test_naming_the_tokens_before_or_after_the_forward_pass_is_the_same(model, batch, mask):
@@ -85,102 +98,128 @@ def test_naming_the_tokens_before_or_after_the_forward_pass_is_the_same(model, b
         other = capture.representations(batch["attention_mask"])  # another mask for the same pass
     torch.testing.assert_close(after, captured(model, batch, mask), rtol=0, atol=1e-6)
     torch.testing.assert_close(other, captured(model, batch, batch["attention_mask"]), rtol=0, atol=1e-6)
-
     got, wanted = gradients_of(after, model), gradients_of(captured(model, batch, mask), model)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_definition(model, batch, mask):
-    """Against slices of the plain model's weight and inputs, which autograd differentiates without the plugin."""
-    projection = decoder_layers(model)[1].self_attn.o_proj
-    entered = []
-    handle = projection.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    model(**batch)
-    handle.remove()
-    weights = mask.float() / mask.sum(1, keepdim=True)
-    pooled = torch.einsum("bt,btx->bx", weights, entered[0])
-    parts = [slice(head * 16, head * 16 + 16) for head in (3, 0)]
-    expected = torch.stack([pooled[:, part] @ projection.weight[:, part].T for part in parts])
-    got = captured(model, batch, mask, "L1H3,L1H0")
+@both
+def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
+    """Against slices of the plain model's weights and hidden states, which autograd differentiates."""
+    read, output = blocks(model, {**batch, "output_hidden_states": True}, grad=True)
+    if names == HEADS:
+        names = "L1H3,L1H0"
+        weight, pooled = decoder_layers(model)[1].self_attn.o_proj.weight, mean_over(read[1].entered, mask)
+        parts = [slice(head * 16, head * 16 + 16) for head in (3, 0)]
+        expected = torch.stack([pooled[:, part] @ weight[:, part].T for part in parts])
+        capture = HeadCapture
+    else:
+        names, capture = "L0", LayerCapture  # a decoder's last hidden state has gone through the final norm
+        expected = mean_over(output.hidden_states[1], mask).unsqueeze(0)
+    got = captured(model, batch, mask, names, capture)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients_of(got, model), gradients_of(expected, model), rtol=1e-5, atol=1e-5)
 
 
+@both
 @pytest.mark.parametrize("way", ["mask afterwards", "mask once", "mask each time"])
-def test_every_forward_pass_is_captured_anew(model, mask, way):
+def test_every_forward_pass_is_captured_anew(model, mask, names, way):
+    capture = CAPTURES[names]
+    if way == "mask afterwards" and capture is LayerCapture:
+        pytest.skip("layers take their tokens before the pass")
     batches = [text_batch(seed=1), text_batch(seed=2)]
-    expected = [captured(model, batch, mask) for batch in batches]
+    expected = [captured(model, batch, mask, names, capture) for batch in batches]
     got = []
-    with HeadCapture(model, HEADS) as capture:
+    with capture(model, names) as reader:
         for step, batch in enumerate(batches):
             if way == "mask each time" or (way == "mask once" and step == 0):
-                capture.pool(mask)
+                reader.pool(mask)
             model(**batch)
-            got.append(capture.representations(mask if way == "mask afterwards" else None))
+            got.append(reader.representations(*[mask] * (way == "mask afterwards")))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-def test_asking_before_a_forward_pass_says_what_to_do(model, batch, mask):
-    with HeadCapture(model, HEADS) as capture:
-        with pytest.raises(RuntimeError, match=r"No forward pass through layers \[0, 1\] .* call the model inside"):
+@both
+def test_asking_without_a_captured_pass_says_what_to_do(model, batch, mask, names):
+    message = r"No forward pass through layers \[0, 1\] was captured: call the model inside"
+    with CAPTURES[names](model, names) as capture:
+        with pytest.raises(RuntimeError, match=message):
             capture.representations()
-        with pytest.raises(RuntimeError, match="No forward pass"):
-            capture.representations(mask)
         capture.pool(mask)
         model(**batch)
         capture.representations()
         capture.pool(mask)  # a new pass is to come: the old one is forgotten
-        with pytest.raises(RuntimeError, match="No forward pass"):
+        with pytest.raises(RuntimeError, match=message):
             capture.representations()
+        capture.pool(None)  # and none of this one is captured
+        model(**batch)
+        with pytest.raises(RuntimeError, match=message):
+            capture.representations()
+        # a trainer leaves the hooks in place while it evaluates: no activations are kept then
+        with pytest.raises(RuntimeError, match=message):
+            capture.representations(*[mask] * (names == HEADS))
+    with pytest.raises(RuntimeError, match=message):
+        capture.representations()
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+def test_chosen_tokens_of_each_row(checkpointing):
+    model = vlm("llava-qwen3")
+    batch = vlm_batch(model, rows=4)
+    expected = [block.output for block in blocks(model, batch)[0]]
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    positions = torch.tensor([[1, 2, 3], [4, 4, 0], [2, 1, 0], [0, 5, 1]])
+    with LayerCapture(model, "L1,L0") as capture:
+        capture.tokens(positions)
+        model(**batch)
+        z = capture.representations()
+    assert z.shape == (2, 4, 3, 48)
+    assert z.requires_grad
+    for found, hidden in zip(z.detach(), reversed(expected), strict=True):
+        chosen = torch.stack([row[places] for row, places in zip(hidden, positions, strict=True)])
+        torch.testing.assert_close(found, chosen, rtol=0, atol=1e-5 * hidden.abs().max().item())
 
 
 # -- the model is left as it was -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool_first", [True, False])
+@both
+@pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3"])
-def test_the_models_output_and_gradients_do_not_change(kind, pool_first, batch, mask):
+def test_the_models_output_and_gradients_do_not_change(kind, pool, names, batch, mask):
     model = text_model(kind)
     plain = model(**batch, labels=batch["input_ids"])
     wanted = torch.autograd.grad(plain.loss, list(model.parameters()))
-    with HeadCapture(model, HEADS) as capture:
-        capture.pool(mask if pool_first else None)
+    with CAPTURES[names](model, names) as capture:
+        capture.pool(mask if pool else None)
         seen = model(**batch, labels=batch["input_ids"])
         got = torch.autograd.grad(seen.loss, list(model.parameters()))
     torch.testing.assert_close(seen.logits, plain.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-    if not pool_first:
+    if not pool:
         assert torch.equal(seen.logits, plain.logits)
 
 
-def test_hooks_are_gone_after_the_context(model, batch, mask):
-    before, output = instance_attributes(model), model(**batch).logits
-    with HeadCapture(model, HEADS) as capture:
-        assert instance_attributes(model) != before
-        capture.pool(mask)
-        model(**batch)
-    assert instance_attributes(model) == before
+@both
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("fails", [False, True], ids=["", "after an exception"])
+def test_hooks_are_gone_after_the_context(model, batch, mask, names, checkpointing, fails):
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    before, output = state_of(model), model(**batch).logits
+    with CAPTURES[names](model, names):
+        assert state_of(model) != before
+    handle = decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: 1 / 0) if fails else None
+    if handle is None:
+        captured(model, batch, mask, names, CAPTURES[names])
+    else:
+        with pytest.raises(ZeroDivisionError):
+            captured(model, batch, mask, names, CAPTURES[names])
+        handle.remove()
+    assert state_of(model) == before
     assert torch.equal(model(**batch).logits, output)
-    with pytest.raises(RuntimeError, match="No forward pass"):
-        capture.representations()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_hooks_are_gone_after_an_exception(model, batch, mask, reentrant):
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    layers = decoder_layers(model)
-    before, functions = instance_attributes(model), [layer._gradient_checkpointing_func for layer in layers]
-
-    def fail(*_):
-        raise ZeroDivisionError
-
-    handle = layers[1].mlp.register_forward_hook(fail)
-    with pytest.raises(ZeroDivisionError):
-        captured(model, batch, mask)
-    handle.remove()
-    assert instance_attributes(model) == before
-    assert [layer._gradient_checkpointing_func for layer in layers] == functions
-    assert captured(model, batch, mask).shape[0] == 4
+    assert len(captured(model, batch, mask, names, CAPTURES[names])) == len(names.split(","))
 
 
 def test_what_was_hooked_before_is_restored(model, batch, mask):
@@ -188,10 +227,7 @@ def test_what_was_hooked_before_is_restored(model, batch, mask):
     original = projection.forward
     projection.forward = lambda hidden: original(hidden) * 2
     doubled = projection.forward
-    with HeadCapture(model, "L1H0") as capture:
-        capture.pool(mask)
-        model(**batch)
-        twice = capture.representations()
+    twice = captured(model, batch, mask, "L1H0")
     assert projection.forward is doubled
     del projection.forward
     torch.testing.assert_close(twice, 2 * captured(model, batch, mask, "L1H0"), rtol=0, atol=1e-5)
@@ -213,35 +249,3 @@ def test_nothing_of_a_pass_is_kept_alive_after_the_context(model, batch, mask, p
     handle.remove()
     gc.collect()
     assert entered[0]() is None
-
-
-def test_pool_none_captures_nothing(model, batch, mask):
-    with HeadCapture(model, HEADS) as capture:
-        capture.pool(mask)
-        capture.pool(None)
-        model(**batch)
-        with pytest.raises(RuntimeError, match="No forward pass"):
-            capture.representations()
-
-
-def test_it_says_which_layers_got_a_gradient():
-    model = vlm("llava-qwen3")
-    batch = vlm_batch(model)
-    with HeadCapture(model, "L0H1,L1H2") as capture:
-        capture.watch_gradients = True
-        for factors, expected in (((1.0, 1.0), {0, 1}), ((0.0, 1.0), {1}), ((0.0, 0.0), set())):
-            capture.pool(batch["attention_mask"])
-            model(**batch)
-            (capture.representations() * torch.tensor(factors).view(2, 1, 1)).sum().backward()
-            assert capture.gradient_seen == expected
-
-
-def test_naming_the_tokens_before_keeps_no_activations_afterwards(model, batch, mask):
-    # a trainer leaves the hooks in place while it evaluates
-    with HeadCapture(model, HEADS) as capture:
-        capture.pool(mask)
-        model(**batch)
-        capture.pool(None)
-        model(**batch)
-        with pytest.raises(RuntimeError, match="No forward pass"):
-            capture.representations(mask)

@@ -1,12 +1,21 @@
+"""Where the heads are in a model, and which parameters feed one, held against the gradients that arrive."""
+
 import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from tests.tiny_models import LAYERS, text_model, vlm
+from tests.tiny_models import LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
-from llamafactory_hera.heads import HeadCapture
-from llamafactory_hera.heads.families import FAMILIES, HeadLayout, decoder_layers, head_layout, model_config
+from llamafactory_hera.heads import HeadCapture, LayerCapture
+from llamafactory_hera.heads.families import (
+    FAMILIES,
+    HeadLayout,
+    decoder_layers,
+    head_layout,
+    model_config,
+    trainable_upstream,
+)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +116,97 @@ def test_the_decoder_is_found_inside_wrappers(wrap):
     assert [id(layer) for layer in decoder_layers(wrapped)] == [id(layer) for layer in expected]
     assert len(expected) == LAYERS
     assert model_config(wrapped) is model.config
+
+
+# -- which parameters feed a head ------------------------------------------------------------------------------------
+
+
+def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_layer: bool = False) -> set[str]:
+    """Parameters that get a gradient from a head of the layer, or from its output."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with LayerCapture(model, f"L{layer}") if whole_layer else HeadCapture(model, f"L{layer}H1") as capture:
+        capture.pool(batch["attention_mask"])
+        model(**batch)
+        z = capture.representations()
+    if not z.requires_grad:
+        return set()
+    direction = torch.linspace(-1, 1, z.numel()).view_as(z)
+    gradients = torch.autograd.grad((z * direction).sum(), list(trainable.values()), allow_unused=True)
+    # less than 1e-6 is rounding: the bias of the projection, which is added and subtracted again
+    return {n for n, g in zip(trainable, gradients, strict=True) if g is not None and g.abs().max() > 1e-6}
+
+
+@pytest.mark.parametrize("whole_layer", [False, True], ids=["head", "layer"])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_upstream_of_a_bare_decoder(model_type, layer, whole_layer):
+    model = text_model(model_type)
+    found = set(trainable_upstream(model, layer, whole_layer))
+    arrived = reached(model, text_batch(), layer, whole_layer)
+    assert any("mlp" in name and f"layers.{layer}." in name for name in found) == whole_layer
+    assert arrived <= found
+    # the bias of the keys cancels out in the softmax
+    assert not {name for name in found - arrived if "k_proj.bias" not in name}
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", VLMS)
+def test_upstream_inside_a_vlm(name, layer):
+    model = vlm(name)
+    found = set(trainable_upstream(model, layer))
+    arrived = reached(model, vlm_batch(model), layer)
+    assert arrived <= found
+    # of the vision side, not everything is used by every model (a class token, the layers behind the chosen one)
+    unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and "k_proj.bias" not in n}
+    assert not unused
+    assert any("vision" in n or "visual" in n for n in arrived)
+
+
+def train(model: nn.Module, *parts: str) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    return model
+
+
+def lora(model: nn.Module, targets: list[str] | str, **config) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **config))
+
+
+_PROJECTOR = "multi_modal_projector"
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: train(text_model("qwen3")), [(0, ""), (0, "")]),
+        (
+            lambda: train(text_model("qwen3"), "layers.1.mlp", "post_attention", "lm_head", "model.norm"),
+            [(0, ""), (1, "layers.0.post_attention")],
+        ),
+        (lambda: train(vlm("llava-qwen3"), _PROJECTOR), [(4, _PROJECTOR)] * 2),
+        (lambda: train(text_model("qwen3", tie_word_embeddings=True), "embed_tokens"), [(1, "embed_tokens")] * 2),
+        (
+            lambda: train(text_model("qwen3", tie_word_embeddings=False), "embed_tokens", "lm_head"),
+            [(1, "embed_tokens")] * 2,
+        ),
+        (lambda: lora(text_model("qwen3"), ["q_proj"]), [(2, "layers.0"), (4, "q_proj")]),
+        (lambda: lora(text_model("qwen3"), ["v_proj", "o_proj"]), [(4, "layers.0"), (8, "layers.")]),
+        (lambda: lora(text_model("qwen3"), ["down_proj"]), [(0, ""), (2, "layers.0")]),
+        (lambda: lora(text_model("qwen3"), "all-linear"), [(8, "layers.0"), (22, "layers.")]),
+        (lambda: lora(text_model("qwen3"), r".*layers\.1\.mlp\.(up|down|gate)_proj"), [(0, ""), (0, "")]),
+        (
+            lambda: lora(vlm("llava-qwen3"), r".*language_model.*down_proj", modules_to_save=[_PROJECTOR]),
+            [(4, f"{_PROJECTOR}.modules_to_save"), (6, "")],
+        ),
+    ],
+    ids=["nothing", "behind", "projector", "tied", "untied", "q", "v, o", "down", "all", "last MLP", "with projector"],
+)
+def test_upstream_of_what_is_trained(make, expected):
+    for layer, (n, part) in enumerate(expected):
+        model = make()
+        found = trainable_upstream(model, layer)
+        assert len(found) == n
+        assert all(part in name for name in found)
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        batch = vlm_batch(bare) if hasattr(bare.config, "vision_config") else text_batch()
+        assert set(found) == reached(model, batch, layer)

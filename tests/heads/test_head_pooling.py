@@ -1,8 +1,18 @@
+"""Which tokens are read: those of a representation, their mean, and those of an image."""
+
 import pytest
 import torch
+from tests.tiny_models import VLMS, vlm
 from torch import Tensor
 
-from llamafactory_hera.heads.pooling import pool_tokens, token_mask
+from llamafactory_hera.heads.pooling import (
+    grid_side,
+    image_token_id,
+    mean_over_tokens,
+    pool_tokens,
+    token_mask,
+    token_positions,
+)
 
 IMAGE, VIDEO, PAD = 60, 61, 0
 IDS = torch.tensor(
@@ -47,30 +57,19 @@ def test_each_pooling_by_definition(pooling, dtype):
     assert mask.tolist() == naive_mask(pooling).tolist()
 
 
-def test_the_answer_of_a_sample_without_one_is_empty():
+def test_what_is_empty_or_not_masked():
     assert token_mask("answer", IDS, ATTENTION, LABELS).any(1).tolist() == [True, True, True, False]
-
-
-def test_a_label_on_padding_does_not_enter():
-    labels = torch.full_like(IDS, 5)
-    assert torch.equal(token_mask("answer", IDS, ATTENTION, labels), ATTENTION.bool())
-
-
-def test_without_an_attention_mask_nothing_is_padding():
+    # a label on padding does not enter
+    assert torch.equal(token_mask("answer", IDS, ATTENTION, torch.full_like(IDS, 5)), ATTENTION.bool())
+    # a model without placeholders has text only
+    assert torch.equal(token_mask("text", IDS, ATTENTION), ATTENTION.bool())
+    # without an attention mask nothing is padding
     assert token_mask("mean", IDS).all()
     assert token_mask("last", IDS).nonzero()[:, 1].tolist() == [7] * 4
     assert torch.equal(token_mask("answer", IDS, labels=LABELS), LABELS != -100)
     assert torch.equal(token_mask("text", IDS, media_token_ids=[IMAGE]), IDS != IMAGE)
-
-
-def test_a_model_without_placeholders_has_text_only():
-    assert torch.equal(token_mask("text", IDS, ATTENTION), ATTENTION.bool())
-
-
-def test_a_row_of_padding_alone_is_empty():
-    nothing = torch.zeros_like(ATTENTION)
-    for pooling in ("answer", "text", "mean", "last"):
-        assert not token_mask(pooling, IDS, nothing, LABELS).any()
+    for pooling in ("answer", "text", "mean", "last"):  # a row of padding alone
+        assert not token_mask(pooling, IDS, torch.zeros_like(ATTENTION), LABELS).any()
 
 
 def test_bad_settings_are_refused():
@@ -80,32 +79,103 @@ def test_bad_settings_are_refused():
         token_mask("cls", IDS, ATTENTION, LABELS)
 
 
-def test_pooling_is_the_mean_over_the_masked_tokens():
+# -- the mean over them ----------------------------------------------------------------------------------------------
+
+
+def naive_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """In double precision, one row at a time; zero for a row without any."""
+    rows = zip(hidden.double(), mask, strict=True)
+    return torch.stack([row[keep].mean(0) if keep.any() else torch.zeros_like(row[0]) for row, keep in rows])
+
+
+@pytest.mark.parametrize("mean", [pool_tokens, mean_over_tokens])
+def test_it_is_the_mean_over_the_masked_tokens(mean):
     hidden = torch.randn(4, 7, 3, requires_grad=True)
     mask = torch.rand(4, 7) < 0.5
     mask[2], mask[0, 0] = False, True
-    for given in (mask, mask.long(), mask.float()):
-        pooled = pool_tokens(hidden, given)
-        for row in range(4):
-            expected = hidden[row][mask[row]].mean(0) if mask[row].any() else torch.zeros(3)
-            torch.testing.assert_close(pooled[row], expected)
+    for given in (mask, mask.long(), mask.float()) if mean is pool_tokens else (mask,):
+        pooled = mean(hidden, given)
+        torch.testing.assert_close(pooled.double(), naive_mean(hidden, mask), atol=1e-6, rtol=1e-5)
     pooled.sum().backward()
     assert hidden.grad.isfinite().all()
     assert ((hidden.grad != 0).any(-1) == mask).all()
+    double = hidden.detach()[:1].double()
+    torch.testing.assert_close(pool_tokens(double, mask[:1]), naive_mean(double, mask[:1]), rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.parametrize("mean", [pool_tokens, mean_over_tokens])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pooling_of_many_tokens_in_half_precision_neither_overflows_nor_drifts(dtype):
+def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, mean):
     # neither their number nor their sum is one that float16 holds
     hidden = (100 + torch.randn(2, 70_001, 4)).to(dtype)
     mask = torch.rand(2, 70_001) < 0.99
-    pooled = pool_tokens(hidden, mask)
-    assert pooled.dtype == dtype
-    expected = torch.stack([hidden[row].double()[mask[row]].mean(0) for row in range(2)])
-    torch.testing.assert_close(pooled.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+    pooled = mean(hidden, mask)
+    assert pooled.dtype == (dtype if mean is pool_tokens else torch.float32)
+    torch.testing.assert_close(
+        pooled.double(), naive_mean(hidden, mask), rtol=max(1e-6, torch.finfo(pooled.dtype).eps), atol=0
+    )
 
 
-def test_pooling_in_double_precision_is_exact():
-    hidden = torch.randn(1, 7, 3, dtype=torch.float64)
-    expected = hidden[:, :6].mean(1)
-    torch.testing.assert_close(pool_tokens(hidden, torch.arange(7)[None] < 6), expected, rtol=1e-14, atol=0)
+def test_tokens_outside_of_the_mask_have_no_influence_even_as_nan():
+    hidden = torch.randn(2, 5, 3)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    expected = naive_mean(hidden, mask)
+    hidden[~mask] = torch.nan
+    torch.testing.assert_close(mean_over_tokens(hidden, mask).double(), expected)
+
+
+# -- the tokens of an image ------------------------------------------------------------------------------------------
+
+MARK, PER_IMAGE = 9, 4
+
+
+def sequence(*parts: object) -> list[int]:
+    """Text tokens by number, an image by ``"image"``."""
+    return [token for part in parts for token in ([MARK] * PER_IMAGE if part == "image" else [part])]
+
+
+def test_the_tokens_of_the_image_that_the_teacher_sees() -> None:
+    rows = [
+        sequence(1, "image", 2, 3),
+        sequence("image", 4, "image", 5),
+        sequence(1, 2, "image", "image"),
+        sequence(1, 2, 3),
+    ]
+    shown = [(0, 1), (1, 2), (0, 2), (0, 0)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    attended = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    found = token_positions(ids, attended, torch.tensor(shown), MARK, PER_IMAGE)
+    for row, (index, count), positions in zip(rows, shown, found.tolist(), strict=True):
+        places = [place for place, token in enumerate(row) if token == MARK]
+        if count:
+            assert positions == places[index * PER_IMAGE : (index + 1) * PER_IMAGE]
+    assert found.max() < width  # a sample without an image gives some position
+
+
+def test_the_dummy_image_of_the_host_is_none() -> None:
+    ids = torch.tensor([sequence(1, 2, "image")])
+    attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
+    token_positions(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
+    with pytest.raises(ValueError, match="1 images has 0 image tokens in the place of 4"):
+        token_positions(ids, attended, torch.tensor([[0, 1]]), MARK, PER_IMAGE)
+
+
+def test_tokens_that_were_cut_off_are_named() -> None:
+    ids = torch.tensor([sequence("image", 1, "image")[:-1]])
+    with pytest.raises(ValueError, match=r"^cutoff_len: a sample with 2 images has 7 image tokens in the place of 8"):
+        token_positions(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_only_models_with_a_fixed_square_grid(name: str) -> None:
+    config = vlm(name).config
+    if config.model_type == "llava":
+        assert grid_side(config, "viral") ** 2 == PER_IMAGE
+        assert image_token_id(config) == config.image_token_index
+        config.vision_config.image_size = (16, 32)
+        with pytest.raises(ValueError, match=r"hera_objective: viral needs .* images are 16 x 32 pixels; use"):
+            grid_side(config, "viral")
+    else:
+        with pytest.raises(ValueError, match=rf"hera_objective: viral needs .* {config.model_type!r} models are none"):
+            grid_side(config, "viral")

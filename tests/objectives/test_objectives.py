@@ -10,14 +10,14 @@ from llamafactory_hera.objectives import Options, PatchBatch, create, find, name
 from llamafactory_hera.objectives.feature import Feature
 from llamafactory_hera.objectives.projector import Projector
 
-from .batches import D_TEACHER, OPTIONS, SITES, D, N, pooled
+from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
 
 
-def naive_projection(projector: Projector, site: int, vector: Tensor) -> Tensor:
+def naive_projection(projector: Projector, target: int, vector: Tensor) -> Tensor:
     """Two linear layers with the exact GELU between them, for one vector."""
-    hidden = vector @ projector.weight_in[site] + projector.bias_in[site, 0]
+    hidden = vector @ projector.weight_in[target] + projector.bias_in[target, 0]
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-    return hidden @ projector.weight_out[site] + projector.bias_out[site, 0]
+    return hidden @ projector.weight_out[target] + projector.bias_out[target, 0]
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -41,20 +41,20 @@ VALID = [torch.ones(N, dtype=torch.bool), torch.tensor([True, False, True, True,
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
 def test_feature_is_one_minus_the_cosine_to_the_teacher(valid: Tensor) -> None:
     objective = create("feature", OPTIONS)
-    z, teacher = torch.randn(SITES, N, D), torch.randn(N, D_TEACHER)
+    z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
     expected = [
         torch.stack(
             [1 - cosine(naive_projection(objective.projector, s, z[s, i]), teacher[i]) for i in range(N) if valid[i]]
         ).mean()
-        for s in range(SITES)
+        for s in range(TARGETS)
     ]
     torch.testing.assert_close(objective(pooled(z, teacher, valid)), torch.stack(expected))
 
 
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
 def test_cka_is_its_definition(valid: Tensor) -> None:
-    z, teacher = torch.randn(SITES, N, D), torch.randn(N, D_TEACHER)
-    expected = torch.stack([1 - naive_cka(z[s][valid], teacher[valid]) for s in range(SITES)])
+    z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
+    expected = torch.stack([1 - naive_cka(z[s][valid], teacher[valid]) for s in range(TARGETS)])
     torch.testing.assert_close(create("cka", OPTIONS)(pooled(z, teacher, valid)), expected)
 
 
@@ -63,12 +63,12 @@ def test_cka_does_not_see_rotation_scale_and_shift() -> None:
     rotation = torch.linalg.qr(torch.randn(D, D)).Q
     z = torch.stack([teacher, 7 * teacher @ rotation + 3])
     batch = pooled(z, teacher)
-    torch.testing.assert_close(create("cka", OPTIONS)(batch), torch.zeros(SITES), atol=1e-5, rtol=0)
+    torch.testing.assert_close(create("cka", OPTIONS)(batch), torch.zeros(TARGETS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n_valid", [0, 1, 2, 3])
 def test_cka_needs_three_samples(n_valid: int) -> None:
-    z = torch.randn(SITES, N, D, requires_grad=True)
+    z = torch.randn(TARGETS, N, D, requires_grad=True)
     objective = create("cka", OPTIONS)
     batch = pooled(z, torch.randn(N, D_TEACHER), torch.arange(N) < n_valid)
     loss = objective(batch)
@@ -78,7 +78,7 @@ def test_cka_needs_three_samples(n_valid: int) -> None:
 
 
 def test_cka_of_one_image_only_is_finite_and_has_nothing_to_learn() -> None:
-    z = torch.randn(SITES, N, D, requires_grad=True)
+    z = torch.randn(TARGETS, N, D, requires_grad=True)
     objective = create("cka", OPTIONS)
     batch = pooled(z, torch.ones(N, D_TEACHER))
     objective(batch).sum().backward()
@@ -87,7 +87,7 @@ def test_cka_of_one_image_only_is_finite_and_has_nothing_to_learn() -> None:
 
 
 def test_cka_of_a_head_that_says_the_same_of_every_sample_has_a_finite_gradient() -> None:
-    z = torch.ones(SITES, N, D, requires_grad=True)
+    z = torch.ones(TARGETS, N, D, requires_grad=True)
     create("cka", OPTIONS)(pooled(z, 100 * torch.randn(N, D_TEACHER))).sum().backward()
     assert z.grad.isfinite().all()
 
@@ -113,18 +113,20 @@ def bilinear(patches: Tensor, side: int) -> Tensor:
 @pytest.mark.parametrize("grid", [(3, 3), (4, 4), (2, 2), (5, 4)], ids=str)
 def test_viral_compares_each_visual_token_with_the_patch_at_its_place(grid: tuple[int, int]) -> None:
     side, objective = 3, create("viral", OPTIONS)
-    z, teacher = torch.randn(SITES, 2, side * side, D), torch.randn(2, *grid, D_TEACHER)
+    z, teacher = torch.randn(TARGETS, 2, side * side, D), torch.randn(2, *grid, D_TEACHER)
     found = objective(PatchBatch(z, teacher, torch.ones(2, dtype=torch.bool)))
-    assert found.shape == (SITES, 2)
-    for site in range(SITES):
+    assert found.shape == (TARGETS, 2)
+    for target in range(TARGETS):
         for image in range(2):
             targets = bilinear(teacher[image], side)
             losses = [
                 1
-                - cosine(naive_projection(objective.projector, site, z[site, image, t]), targets[t // side, t % side])
+                - cosine(
+                    naive_projection(objective.projector, target, z[target, image, t]), targets[t // side, t % side]
+                )
                 for t in range(side * side)
             ]
-            torch.testing.assert_close(found[site, image], torch.stack(losses).mean())
+            torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("name", names())
@@ -132,13 +134,13 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     objective = create(name, OPTIONS).double()
     parameters = dict(objective.named_parameters())
     if find(name).view == "patches":
-        z, teacher = torch.randn(SITES, 2, 4, D).double(), torch.randn(2, 3, 3, D_TEACHER).double()
+        z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 3, 3, D_TEACHER).double()
 
         def loss(z: Tensor, *values: Tensor) -> Tensor:
             batch = PatchBatch(z, teacher, torch.ones(2, dtype=torch.bool))
             return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
     else:
-        z, teacher = torch.randn(SITES, N, D).double(), torch.randn(N, D_TEACHER).double()
+        z, teacher = torch.randn(TARGETS, N, D).double(), torch.randn(N, D_TEACHER).double()
 
         def loss(z: Tensor, *values: Tensor) -> Tensor:
             batch = pooled(z, teacher, VALID[1])

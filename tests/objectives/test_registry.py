@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.objectives import base, create, find, names, register
-from llamafactory_hera.training.own_parameters import OwnParameters
+from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from llamafactory_hera.training.term import HeraTerm
 
-from .batches import D_TEACHER, OPTIONS, SITES, D, N
+from .batches import D_TEACHER, OPTIONS, TARGETS, D, N
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -29,8 +29,8 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_the_example_of_the_page_trains(example: str) -> None:
     objective = create(example, OPTIONS)
-    own, term = OwnParameters(objective), HeraTerm(objective, k=2)
-    z = torch.randn(SITES, N, D, requires_grad=True)
+    optimizer, term = ObjectiveOptimizer(objective), HeraTerm(objective, k=2)
+    z = torch.randn(TARGETS, N, D, requires_grad=True)
     teacher, valid = torch.randn(N, D_TEACHER), torch.ones(N, dtype=torch.bool)
     student = torch.optim.Adam([z], lr=0.05)
     losses = []
@@ -39,18 +39,18 @@ def test_the_example_of_the_page_trains(example: str) -> None:
         output.loss.backward()
         student.step()
         student.zero_grad()
-        own.step(0.05)
+        optimizer.step(0.05)
         losses.append(output.loss.item())
     assert losses[-1] < 0.2 * losses[0]
-    assert output.finite
+    assert output.broken is None
     assert output.n_samples == N
-    assert any(name.startswith("optimizer.") for name in own.state())
+    assert any(name.startswith("optimizer.") for name in optimizer.state())
 
 
 def test_its_name_is_a_value_of_the_key(example: str) -> None:
-    HeraArguments(hera_heads="L0H1", hera_objective=example).check_hera()
-    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}"):
-        HeraArguments(hera_heads="L0H1", hera_objective="nothing").check_hera()
+    HeraConfig(heads="L0H1", objective=example)
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}, or name"):
+        HeraConfig(heads="L0H1", objective="nothing")
 
 
 def test_the_four_objectives_are_there() -> None:

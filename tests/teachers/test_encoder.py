@@ -17,8 +17,8 @@ def load(folder, **options):
     return VisionTeacher.from_pretrained(str(folder), **options)
 
 
-def processor_of(folder, key="hera_teacher"):
-    return TeacherProcessor(check_teacher(str(folder), key), key)
+def processor_of(folder):
+    return TeacherProcessor(check_teacher(str(folder)))
 
 
 # the image processor
@@ -84,8 +84,8 @@ def test_the_processor_inside_a_text_and_image_processor_is_found(save_teacher, 
 def test_a_processor_that_gives_different_sizes_is_refused(save_teacher, edit_json):
     folder = save_teacher("dinov2")
     edit_json(folder / "preprocessor_config.json", do_center_crop=False)
-    with pytest.raises(ValueError, match=r"my_key: .*dinov2.*different sizes.*do_center_crop"):
-        processor_of(folder, key="my_key")
+    with pytest.raises(ValueError, match=r"hera_teacher: .*dinov2.*different sizes.*do_center_crop"):
+        processor_of(folder)
 
 
 # features
@@ -207,8 +207,8 @@ def test_missing_weights_are_an_error_not_random_numbers(kind, lost, refused, sa
     if not refused:
         assert load(folder).dim == 32
         return
-    with pytest.raises(ValueError, match=rf"my_key: .*{kind} lack 1 tensors.*{lost}"):
-        load(folder, key="my_key")
+    with pytest.raises(ValueError, match=rf"hera_teacher: .*{kind} lack 1 tensors.*{lost}"):
+        load(folder)
 
 
 def test_an_image_size_that_the_model_cannot_take_is_refused_at_loading(save_teacher, edit_json, make_images):

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from .table import VISION_MODEL
+
 
 def register(commands: Any) -> None:
     """Adds the commands to the subparsers of ``llamafactory-hera``."""
@@ -11,13 +13,13 @@ def register(commands: Any) -> None:
         help="assemble a LLaVA-style model from a language model and a vision encoder",
         description=(
             "Makes a LLaVA-style model with a random two-layer projector, ready for stage 1. Weights are copied as "
-            "they are; an interrupted build is continued by the same command."
+            "they are; the folder gets its name when the model is complete."
         ),
     )
     build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
     build.add_argument(
         "--vision-model",
-        default="google/siglip2-so400m-patch14-384",
+        default=VISION_MODEL,
         help="folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)",
     )
     build.add_argument("--output", required=True, help="folder to make")
@@ -38,7 +40,7 @@ def register(commands: Any) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from .assemble import build_backbone
+    from .build import build_backbone
 
     built = build_backbone(
         arguments.language_model,

@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,13 @@ _TEMPORARY = ".writing-"
 # A temporary file of this age has lost its writer: a shard takes seconds to write.
 _ABANDONED_AFTER_SECONDS = 3600
 _MAX_SMALL_SHARDS = 64
-_MERGED_SHARD_BYTES = 128 * 2**20
+_MERGED_ROWS = 65_536
+
+# What opening or reading a shard raises that is not what was written.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
 
 # Fixed-width byte strings compare like the bytes they hold, which makes numpy's searchsorted an index.
 _KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
-
-
-class CorruptShardError(ValueError):
-    """A shard does not hold what its header or a checksum says."""
 
 
 class Shard:
@@ -53,62 +52,45 @@ class Shard:
     kill the process.
 
     Raises:
-        CorruptShardError: The file is not whole, or not a shard of this width.
         FileNotFoundError: It is gone.
+        DAMAGE: It is not whole, or not a shard of this width.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
         self.path, self._row_bytes = path, 2 * dim
-        try:
-            with safe_open(path, "np") as opened:
-                keys, self.checksums = opened.get_tensor("keys"), opened.get_tensor("checksums")
-                index_checksum = opened.metadata()["index_crc32"]
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                features = json.loads(file.read(length))["features"]
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptShardError(f"{path}: {error}") from error
-        found = [(a.dtype, a.shape) for a in (keys, self.checksums)] + [features["dtype"], features["shape"]]
+        with safe_open(path, "np") as opened:
+            keys, self.checksums = opened.get_tensor("keys"), opened.get_tensor("checksums")
+            index_checksum = opened.metadata()["index_crc32"]
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            features = json.loads(file.read(length))["features"]
         n = len(keys)
+        found = [(a.dtype, a.shape) for a in (keys, self.checksums)] + [features["dtype"], features["shape"]]
         if found != [("u1", (n, KEY_BYTES)), ("u4", (n,)), "F16", [n, dim]]:
-            raise CorruptShardError(f"{path}: it holds {found}")
+            raise ValueError(f"it holds {found}")
         self._features_at = 8 + length + features["data_offsets"][0]
         self.keys: NDArray[np.bytes_] = keys.reshape(-1).view(_KEY_DTYPE)
         if str(_index_checksum(self.keys, self.checksums)) != index_checksum:
-            raise CorruptShardError(f"{path}: the checksum of its keys is wrong")
+            raise ValueError("the checksum of its keys is wrong")
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of its features."""
-        return len(self.keys) * self._row_bytes
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def rows_of(self, keys: NDArray[np.bytes_]) -> NDArray[np.intp]:
         """The row of each of the ``[n]`` keys; -1 where this shard does not hold it."""
-        rows = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        rows = np.minimum(np.searchsorted(self.keys, keys), len(self) - 1)
         return np.where(self.keys[rows] == keys, rows, -1)
 
-    def read(self, rows: Sequence[int]) -> list[NDArray[np.float16]]:
-        """``[D]`` of each row.
-
-        Raises:
-            CorruptShardError: A feature is not what was written.
-            FileNotFoundError: The file is gone: another process has merged it.
-        """
+    def read(self, rows: Iterable[int]) -> list[NDArray[np.float16]]:
+        """``[D]`` of each row; fails as the constructor does."""
         found = []
-        try:
-            with self.path.open("rb") as file:
-                for row in rows:
-                    file.seek(self._features_at + int(row) * self._row_bytes)
-                    content = bytearray(file.read(self._row_bytes))  # tensors made from it are writable
-                    if zlib.crc32(content) != self.checksums[row]:
-                        raise CorruptShardError(f"{self.path}: the checksum of row {row} is wrong")
-                    found.append(np.frombuffer(content, np.float16))
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise CorruptShardError(f"{self.path}: {error}") from error
+        with self.path.open("rb") as file:
+            for row in rows:
+                file.seek(self._features_at + int(row) * self._row_bytes)
+                content = bytearray(file.read(self._row_bytes))  # tensors made from it are writable
+                if zlib.crc32(content) != self.checksums[row]:
+                    raise ValueError(f"the checksum of row {row} is wrong")
+                found.append(np.frombuffer(content, np.float16))
         return found
 
 
@@ -117,7 +99,11 @@ def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float
     order = np.argsort(keys)
     keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
     checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
-    tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
+    tensors: dict[str, np.ndarray] = {
+        "keys": keys.view(np.uint8).reshape(-1, KEY_BYTES),
+        "checksums": checksums,
+        "features": features,
+    }
     # Not `whole_file`: processes of several machines may write the same merged shard at once.
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -135,7 +121,7 @@ def key_array(keys: Sequence[bytes]) -> NDArray[np.bytes_]:
 
 
 def _index_checksum(keys: NDArray[np.bytes_], checksums: NDArray[np.uint32]) -> int:
-    return zlib.crc32(checksums, zlib.crc32(keys))
+    return zlib.crc32(checksums.data, zlib.crc32(keys.data))
 
 
 class FeatureCache:
@@ -214,7 +200,7 @@ class FeatureCache:
                 del self._shards[shard.path]
                 self.refresh()
                 shards = list(self._shards.values())
-            except CorruptShardError as error:
+            except DAMAGE as error:
                 self._drop(shard.path, error)
             else:
                 for i, feature in zip(held, features, strict=True):
@@ -294,22 +280,22 @@ class FeatureCache:
         for path in self.folder.glob(f"{_TEMPORARY}*"):
             if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 path.unlink(missing_ok=True)
-        small = [shard for shard in self._shards.values() if shard.n_bytes < _MERGED_SHARD_BYTES // 2]
+        small = sorted((path, shard) for path, shard in self._shards.items() if len(shard) < _MERGED_ROWS // 2)
         if len(small) <= _MAX_SMALL_SHARDS:
             return
-        small.sort(key=lambda shard: shard.path)
         while small:
-            keys, features, parts, size = [], [], [], 0
-            while small and size < _MERGED_SHARD_BYTES:
-                shard = small.pop(0)
+            keys: list[NDArray[np.bytes_]] = []
+            features: list[NDArray[np.float16]] = []
+            parts: list[Path] = []
+            while small and len(features) < _MERGED_ROWS:
+                path, shard = small.pop(0)
                 try:
-                    features += shard.read(range(len(shard.keys)))
-                except CorruptShardError as error:
-                    self._drop(shard.path, error)
+                    features += shard.read(range(len(shard)))
+                except ValueError as error:
+                    self._drop(path, error)
                 else:
                     keys.append(shard.keys)
-                    parts.append(shard.path)
-                    size += shard.n_bytes
+                    parts.append(path)
             if len(parts) > 1:
                 distinct, first = np.unique(np.concatenate(keys), return_index=True)
                 name = hashlib.sha256("".join(path.name for path in parts).encode()).hexdigest()[:32]
@@ -325,11 +311,11 @@ class FeatureCache:
             self._shards[path] = Shard(path, self.dim)
         except FileNotFoundError:
             return False
-        except CorruptShardError as error:
+        except DAMAGE as error:
             self._drop(path, error)
         return True
 
-    def _drop(self, path: Path, error: CorruptShardError) -> None:
+    def _drop(self, path: Path, error: Exception) -> None:
         self._shards.pop(path, None)
         logger.warning(
             "The feature cache file %s is corrupt and left out; its features will be computed again. (%s)", path, error

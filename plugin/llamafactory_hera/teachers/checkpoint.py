@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..files import read_json
 from ..hub import CONFIG_FILE, local_folder, weight_files
 
+KEY = "hera_teacher"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Raise this when the feature that is taken from the same files changes: caches of the old one must not be read.
@@ -83,58 +84,54 @@ class TeacherInfo:
         return FAMILIES[self.model_type]
 
 
-def teacher_folder(name_or_path: str, key: str = "hera_teacher", weights: bool = True) -> Path:
+def teacher_folder(name_or_path: str, weights: bool = True) -> Path:
     """The local folder with a teacher's files, fetched when it is a hub id; see `hub.local_folder`."""
     what = "a vision model such as facebook/dinov2-large"
-    return local_folder(name_or_path, key, what, patterns=PROCESSOR_FILES, weights=weights)
+    return local_folder(name_or_path, KEY, what, patterns=PROCESSOR_FILES, weights=weights)
 
 
-def check_teacher(name_or_path: str, key: str = "hera_teacher") -> TeacherInfo:
+def check_teacher(name_or_path: str) -> TeacherInfo:
     """Checks that a folder or hub id holds a vision model, its image processor and whole weight files.
 
     No weights are loaded: only headers are read. Those of a hub model are fetched once all else is in order.
 
     Raises:
-        ValueError: Names ``key``, the value and the remedy: no such folder or hub model, hub out of reach, not a
+        ValueError: Names the key, the value and the remedy: no such folder or hub model, hub out of reach, not a
             vision model, no image processor, no weights or weights that are not whole.
     """
     value = str(name_or_path)
-    folder = teacher_folder(value, key, weights=False)
+    folder = teacher_folder(value, weights=False)
     try:
         model_type = read_json(folder / CONFIG_FILE).get("model_type")
         processor = _processor_config(folder)
     except (ValueError, AttributeError) as error:  # the latter where it holds no JSON object
-        raise ValueError(f"{key}: {error}. Copy or download the teacher {value} again, whole.") from error
+        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
     if model_type not in FAMILIES:
         raise ValueError(
-            f"{key}: {value} is not a vision model that can be the teacher (its model_type is {model_type!r}). Give "
+            f"{KEY}: {value} is not a vision model that can be the teacher (its model_type is {model_type!r}). Give "
             f"one of these: {', '.join(sorted(FAMILIES))}; the paper's is facebook/dinov2-large."
         )
     if processor is None:
         raise ValueError(
-            f"{key}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Put the one of the same "
+            f"{KEY}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Put the one of the same "
             "model there: the teacher must see images as it did in its training."
         )
-    hidden_size = _hidden_size(folder, model_type, key)
-    folder = teacher_folder(value, key)
-    try:
-        weight_files(folder)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}. Copy or download the teacher {value} again, whole.") from error
-    return TeacherInfo(model_type, hidden_size, folder, value)
-
-
-def _hidden_size(folder: Path, model_type: str, key: str) -> int:
-    # Hub configs leave out what equals the default, so the config class has to fill it in.
     import transformers
 
     model_class = getattr(transformers, FAMILIES[model_type].model_class, None)
     if model_class is None:
         raise ValueError(
-            f"{key}: transformers {transformers.__version__} does not know {model_type} models. Use a newer "
+            f"{KEY}: transformers {transformers.__version__} does not know {model_type} models. Use a newer "
             "transformers or another teacher."
         )
-    return int(model_class.config_class.from_pretrained(folder).hidden_size)
+    # Hub configs leave out what equals the default, so the config class has to fill it in.
+    hidden_size = int(model_class.config_class.from_pretrained(folder).hidden_size)
+    folder = teacher_folder(value)
+    try:
+        weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
+    return TeacherInfo(model_type, hidden_size, folder, value)
 
 
 def _processor_config(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import TeacherInfo, check_teacher, teacher_fingerprint
+from .checkpoint import KEY, TeacherInfo, check_teacher, teacher_fingerprint
 
 # Weights that no feature reads: a checkpoint may lack them.
 _UNREAD_WEIGHTS = ("mask_token", "head.", "pooler.")
@@ -25,7 +25,6 @@ class TeacherProcessor:
 
     Args:
         info: A teacher that was checked, see `check_teacher`.
-        key: The config key to name in errors.
 
     Attributes:
         pixel_size: Height and width of what it returns.
@@ -34,7 +33,7 @@ class TeacherProcessor:
         ValueError: Its images are of different sizes.
     """
 
-    def __init__(self, info: TeacherInfo, key: str = "hera_teacher") -> None:
+    def __init__(self, info: TeacherInfo) -> None:
         import transformers
 
         self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
@@ -43,14 +42,14 @@ class TeacherProcessor:
             config_class = getattr(transformers, info.family.model_class).config_class
             self._grid = math.isqrt(config_class.from_pretrained(info.path).num_patches)
         # Two shapes of image show whether the processor gives one size to all.
-        sizes = [tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48))]
-        if sizes[0] != sizes[1]:
+        one, other = (tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48)))
+        if one != other:
             raise ValueError(
-                f"{key}: the image processor of {info.name} gives images of different sizes ({sizes[0]}, {sizes[1]}), "
+                f"{KEY}: the image processor of {info.name} gives images of different sizes ({one}, {other}), "
                 'which cannot form a batch. In its preprocessor_config.json set "do_center_crop": true with a '
                 '"crop_size", or a "size" with "height" and "width".'
             )
-        self.pixel_size: tuple[int, int] = sizes[0]
+        self.pixel_size: tuple[int, int] = (one[0], one[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Processes one image of any mode.
@@ -92,7 +91,7 @@ class VisionTeacher:
     def __init__(
         self, model: torch.nn.Module, processor: TeacherProcessor, info: TeacherInfo, fingerprint: str
     ) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         self.processor = processor
         self.info = info
         self.fingerprint = fingerprint
@@ -105,7 +104,6 @@ class VisionTeacher:
         name_or_path: str,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        key: str = "hera_teacher",
     ) -> "VisionTeacher":
         """Loads a teacher from a folder or a hub id; every rank gets a whole copy, also under ZeRO-3 and FSDP.
 
@@ -114,16 +112,15 @@ class VisionTeacher:
             device: Default: the current CUDA device, else the CPU.
             dtype: Of weights and computation; default float32, whatever the checkpoint is stored in. bfloat16 halves
                 the memory and changes a few near-tied neighbours.
-            key: The config key to name in errors.
 
         Raises:
             ValueError: The teacher cannot be used (see `check_teacher`), lacks weights, or its processor's image size
                 is not the one that its position embeddings are for.
         """
-        info = check_teacher(name_or_path, key)
-        processor = TeacherProcessor(info, key)
-        model = _load_model(info, dtype or torch.float32, key)
-        _check_image_size(model.config, processor, info, key)
+        info = check_teacher(name_or_path)
+        processor = TeacherProcessor(info)
+        model = _load_model(info, dtype or torch.float32)
+        _check_image_size(model.config, processor, info)
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info, teacher_fingerprint(info.path))
@@ -202,7 +199,7 @@ def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
     }
 
 
-def _load_model(info: TeacherInfo, dtype: torch.dtype, key: str) -> torch.nn.Module:
+def _load_model(info: TeacherInfo, dtype: torch.dtype) -> torch.nn.Module:
     import transformers
 
     model_class = getattr(transformers, info.family.model_class)
@@ -218,20 +215,20 @@ def _load_model(info: TeacherInfo, dtype: torch.dtype, key: str) -> torch.nn.Mod
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNREAD_WEIGHTS))
     if missing:
         raise ValueError(
-            f"{key}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, first "
+            f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, first "
             f"{missing[0]}. Its config.json and weights do not belong together: copy or download it again."
         )
     return model
 
 
-def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInfo, key: str) -> None:
+def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
     if info.family.any_size or info.family.naflex:
         return
     size = config.image_size
     expected = (size, size) if isinstance(size, int) else tuple(size)
     if processor.pixel_size != expected:
         raise ValueError(
-            f"{key}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its model "
+            f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its model "
             f"takes {expected}. Use the preprocessor_config.json that belongs to the model."
         )
 

@@ -43,15 +43,13 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 def _message_images(messages: Any) -> list[ImageLike]:
     contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    found = []
+    found: list[Any] = []
     for part in parts:
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
-            # As the chat format of OpenAI has it.
-            image = image.get("url") if isinstance(image, Mapping) and "url" in image else image
-            if image is not None:
-                found.append(image)
-    return found
+            found.append(next((part[key] for key in _PART_KEYS if part.get(key) is not None), None))
+            if isinstance(found[-1], Mapping) and "url" in found[-1]:  # as the chat format of OpenAI has it
+                found[-1] = found[-1]["url"]
+    return [image for image in found if image is not None]
 
 
 def shown_image(count: int, index: int) -> int:
@@ -86,7 +84,7 @@ def load_image(image: ImageLike) -> Image.Image:
     # PIL's plugins raise errors of many kinds on broken files
     except Exception as error:
         raise ValueError(
-            f"The image {describe_image(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
+            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
             "it or remove its sample from the dataset."
         ) from error
 
@@ -110,17 +108,11 @@ def image_key(image: ImageLike) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
-def describe_image(image: ImageLike) -> str:
-    """A short name of an image for messages."""
-    if isinstance(image, dict):
-        return repr(image.get("path")) if image.get("path") else "given as bytes without a path"
+def _name(image: ImageLike) -> str:
     if isinstance(image, str | os.PathLike):
         return repr(os.fspath(image))
-    if isinstance(image, bytes):
-        return f"given as {len(image)} bytes"
-    if isinstance(image, Image.Image):
-        return repr(getattr(image, "filename", "")) if getattr(image, "filename", "") else "given as a PIL image"
-    return repr(getattr(image, "name", type(image).__name__))
+    path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", getattr(image, "name", None))
+    return repr(path) if path else f"given as {type(image).__name__} without a path"
 
 
 def _encoded(image: ImageLike) -> bytes:

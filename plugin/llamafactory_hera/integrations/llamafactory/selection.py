@@ -1,4 +1,4 @@
-"""Selection, scoring and reports of a recipe: as functions, and as the subcommands ``select``, ``score``, ``report``."""
+"""Selection, scoring and reports of a recipe: functions, and the subcommands ``select``, ``score`` and ``report``."""
 
 import argparse
 import os
@@ -144,7 +144,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     overrides_anywhere(parser)
 
     parser = subparsers.add_parser("score", help="score every attention head of a checkpoint or an adapter")
-    parser.add_argument("target", metavar="CHECKPOINT|RECIPE.yaml", help="a model, an adapter, or a recipe's own model")
+    parser.add_argument(
+        "target", metavar="CHECKPOINT|RECIPE.yaml", help="a model, an adapter, or a recipe's own model"
+    )
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=_OVERRIDES)
     parser.add_argument("--recipe", metavar="RECIPE.yaml", help="says dataset, template, teacher and settings")
     parser.add_argument("--output", metavar="FILE.json", help="default: hera/scores.json in the checkpoint's folder")
@@ -198,7 +200,7 @@ def run_score(args: argparse.Namespace) -> int:
 
 def run_report(args: argparse.Namespace) -> int:
     """``llamafactory-hera report``."""
-    from llamafactory_hera.selection.scores import write_report
+    from llamafactory_hera.selection.pictures import write_report
 
     for path in write_report(args.files, args.output, args.names):
         print(path)

@@ -1,0 +1,238 @@
+"""Every hera_* key, read from a mapping: types, ranges, roles, and what does not fit together."""
+
+import math
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamafactory_hera.config import HeraConfig, SelectConfig
+from llamafactory_hera.knobs import Role
+from llamafactory_hera.objectives import find
+
+KEYS = HeraConfig.knobs()
+LAYER = {"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L1"}
+
+
+def read(**keys: Any) -> HeraConfig:
+    return HeraConfig.from_keys({"hera_heads": "L0H1", **keys})
+
+
+# -- what is declared ------------------------------------------------------------------------------------------------
+
+SELECTS = "hera_select hera_select_m hera_select_mode hera_select_samples hera_select_k hera_select_seed hera_teacher"
+ROLES = {
+    Role.SELECTS: {*SELECTS.split(), "hera_pooling", "hera_similarity"},
+    Role.SCORES: {"hera_select_mode", "hera_select_k", "hera_teacher", "hera_pooling", "hera_similarity"},
+    Role.TRAINS: {"hera_teacher", "hera_select_m"},
+    Role.FIXED: {
+        *("hera_objective", "hera_granularity", "hera_fixed_temperature"),
+        *("hera_teacher", "hera_pooling", "hera_similarity"),
+    },
+    Role.RESUMABLE: {"hera_weight", "hera_k", "hera_memory", "hera_accumulate", "hera_image_index"},
+}
+#: What is aligned is kept apart, and the temperature with it; the others change nothing that is computed.
+NO_ROLE = {"hera_heads", "hera_layers", "hera_heads_force", "hera_temperature", "hera_teacher_cache", "hera_max_nan"}
+NO_ROLE |= {"hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb"}
+
+
+@pytest.mark.parametrize("role", Role)
+def test_which_keys_have_which_role(role: Role) -> None:
+    assert set(read().with_role(role)) == set(HeraConfig.fact_keys(role).values()) == ROLES[role]
+
+
+def test_every_key_has_a_help_and_a_role_or_is_known_to_have_none() -> None:
+    assert all(key.startswith("hera_") and declared.metadata["help"].endswith(".") for key, declared in KEYS.items())
+    assert set.union(*ROLES.values()) | NO_ROLE == set(KEYS)
+    assert not set.union(*ROLES.values()) & NO_ROLE
+
+
+def test_the_names_of_facts_in_files() -> None:
+    facts = read(hera_select="top", hera_select_samples=77).facts(Role.SELECTS)
+    assert facts["strategy"] == "top"
+    assert facts["samples_asked"] == 77
+    assert "teacher_fingerprint" in facts
+    assert {"pooling", "similarity", "m", "mode", "k", "seed"} <= set(facts)
+
+
+def test_defaults() -> None:
+    paper = {"hera_weight": 0.01, "hera_k": 10, "hera_temperature": 0.07, "hera_teacher": "facebook/dinov2-large"}
+    ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": 0, "hera_fixed_temperature": False}
+    selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "llm", "hera_select_samples": 1000}
+    assert {key: KEYS[key].default for key in paper | ours | selection} == paper | ours | selection
+    # the host's web UI drops False from a command line, so such a key could not be switched off there
+    assert not [key for key, declared in KEYS.items() if declared.default is True]
+
+
+def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
+    values = {
+        **{"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L3,L1", "hera_objective": "contrastive"},
+        **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
+        **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
+        **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
+        **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
+        **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
+        **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5},
+    }
+    assert values.keys() == KEYS.keys()
+    config = HeraConfig.from_keys(values)
+    assert config.keys() == values
+    assert HeraConfig.from_keys(SimpleNamespace(**values, other=1)) == config
+    assert (config.select.strategy, config.select.m, config.normalize) == ("top", 2, False)
+    assert config.select == SelectConfig.from_keys({key: value for key, value in values.items() if "select" in key})
+    with pytest.raises(ValueError, match=r"^hera_wieght: there is no such key; known are hera_heads, .*hera_weight"):
+        read(hera_wieght=1)
+
+
+# -- one value -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("hera_fixed_temperature", "false", False),
+        ("hera_fixed_temperature", "True", True),
+        ("hera_fixed_temperature", False, False),
+        ("hera_weight", "1e-2", 0.01),
+        ("hera_weight", 1, 1.0),
+        ("hera_k", "7", 7),
+        ("hera_memory", 32.0, 32),
+        ("hera_heads", ["L0H1", "L1H2"], "L0H1,L1H2"),
+        ("hera_teacher_cache", None, None),
+    ],
+)
+def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, meant: object) -> None:
+    found = read(**{key: value}).keys()[key]
+    assert found == meant
+    assert type(found) is type(meant)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hera_weight", -0.1, "-0.1 is out of range; choose 0 or more (the paper uses 0.01)"),
+        ("hera_weight", math.inf, "inf is out of range; choose 0 or more"),
+        ("hera_weight", "much", "'much' is not a number; write a number"),
+        ("hera_weight", True, "True is not a number"),
+        ("hera_weight", None, "it has no value; write a number, or remove the key"),
+        ("hera_temperature", 0, "0.0 is out of range; choose more than 0"),
+        ("hera_k", 0, "0 is out of range; choose 1 or more"),
+        ("hera_k", 2.5, "2.5 is not a whole number; write a whole number"),
+        ("hera_memory", -1, "-1 is out of range; choose 0 or more"),
+        ("hera_max_nan", 0, "0 is out of range; choose 1 or more"),
+        ("hera_fixed_temperature", "maybe", "'maybe' is not true or false"),
+        ("hera_teacher", "", "it has no value; write a folder or a hub id"),
+        ("hera_pooling", "cls", "'cls' is unknown; choose one of answer, text, mean, last"),
+        ("hera_granularity", "neuron", "'neuron' is unknown; choose one of head, layer"),
+        ("hera_accumulate", "all", "'all' is unknown; choose one of none, gradcache"),
+        ("hera_objective", "cosine", "'cosine' is unknown; choose one of cka, contrastive, feature, viral, or name"),
+        ("hera_select", "best", "'best' is unknown; choose one of worst, top, random, middle"),
+        ("hera_select_mode", "vlm", "'vlm' is unknown; choose one of llm, mllm"),
+        ("hera_select_dtype", "bf16", "'bf16' is unknown; choose one of fp32, fp16"),
+        ("hera_select_m", 0, "0 is out of range; choose 1 or more"),
+        ("hera_select_k", 0, "0 is out of range; choose 1 or more"),
+        ("hera_select_batch_size", 0, "0 is out of range; choose 1 or more"),
+        ("hera_select_samples", 11, "11 is out of range; choose 12 or more"),
+        ("hera_select_memory_gb", 0.0, "0.0 is out of range; choose more than 0 (for instance 4)"),
+        ("hera_select_memory_gb", math.nan, "nan is out of range"),
+        *(("hera_heads", value, "is not a head") for value in (3, [3, 4], 0.5)),
+    ],
+)
+def test_a_bad_value_names_key_value_and_remedy(key: str, value: object, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        read(**{key: value})
+    assert str(error.value).startswith(f"{key}: ")
+    assert said in str(error.value)
+
+
+# -- values with one another -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["L1,L2", "middle", "penultimate", "auto", ["L1", "L2"]])
+@pytest.mark.parametrize("objective", ["contrastive", "feature", "cka", "viral"])
+def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> None:
+    config = read(**LAYER | {"hera_layers": layers, "hera_objective": objective})
+    assert config.named_targets == config.layers == ("L1,L2" if isinstance(layers, list) else layers)
+    assert config.targets_key == "hera_layers"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hera_heads": None}, "hera_heads: no head is named; write heads such as L13H12"),
+        ({"hera_layers": "L1"}, "hera_layers: L1 is for hera_granularity: layer; set that, or remove"),
+        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 is for hera_granularity: head; set that, or remove"),
+        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers such as L14,L15"),
+        (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
+        *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
+        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
+        (
+            {"hera_objective": "viral"},
+            "hera_granularity: head does not work with .* viral; .* hera_granularity: layer",
+        ),
+        ({"hera_objective": "cka", "hera_memory": 4}, "hera_memory: 4 has no use with .* cka.* set it to 0"),
+        (LAYER | {"hera_objective": "feature", "hera_memory": 4}, "hera_memory: 4 has no use with .* feature"),
+        (
+            {"hera_objective": "feature", "hera_accumulate": "gradcache"},
+            "hera_accumulate: gradcache has no use with hera_objective: feature.* set it to none",
+        ),
+        (
+            LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
+            "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
+        ),
+        (
+            LAYER | {"hera_objective": "viral", "hera_teacher_cache": "cache"},
+            "hera_teacher_cache: cache holds one vector an image.* remove it",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read(**change)
+
+
+def test_more_heads_than_the_paper_recommends_are_warned_of() -> None:
+    heads = "L0H0,L0H1,L0H2,L0H3,L0H4"
+    for keys, named in (
+        ({"hera_heads": "auto", "hera_select_m": 10}, "_select_m: 10"),
+        ({"hera_heads": f"{heads},L1H1"}, "_heads: 6"),
+    ):
+        with pytest.warns(UserWarning, match=f"hera{named} heads are more than the 5"):
+            read(**keys)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read(hera_heads=heads)
+
+
+def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_package_of_a_test").mkdir()
+    (tmp_path / "my_package_of_a_test/mine.py").write_text(
+        "from llamafactory_hera.objectives import Objective\n"
+        "class Mine(Objective):\n"
+        "    granularities = ('layer',)\n"
+        "    def forward(self, batch):\n"
+        "        return batch.z.sum(dim=(1, 2))\n"
+        "class Other:\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # the working directory is added
+    mine = "my_package_of_a_test.mine:Mine"
+    assert find(read(**LAYER | {"hera_objective": mine}).objective).__name__ == "Mine"
+    for name, message in (
+        (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
+        ("my_package_of_a_test.mine:Other", "hera_objective: .* is not an objective; make it a subclass"),
+        (
+            "my_package_of_a_test.mine:Third",
+            "hera_objective: .* cannot be imported .*Third.*; write module:Class of an",
+        ),
+        ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be imported .No module named .*missing_module"),
+        (":Mine", "hera_objective: ':Mine' cannot be imported"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            read(hera_objective=name)

@@ -1,0 +1,189 @@
+"""What an objective trains beside the model, against AdamW written out; resumed, skipped, and equal on every rank."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from tests.ranks import run_ranks
+from torch import Tensor
+
+from llamafactory_hera.objectives import Options, PatchBatch, create
+from llamafactory_hera.objectives.contrastive import Contrastive
+from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+
+
+class Temperature:
+    """The contrastive objective's only parameter, and what trains it."""
+
+    def __init__(self, initial: float, learned: bool = True) -> None:
+        options = Options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, learn_temperature=learned)
+        self.objective = Contrastive(options)
+        own = ObjectiveOptimizer(self.objective)
+        self.log_value = self.objective.log_temperature
+        self.step, self.state, self.load_state = own.step, own.state, own.load_state
+
+    def __call__(self) -> Tensor:
+        return self.objective.temperature()
+
+    @property
+    def value(self) -> float:
+        return self.objective.values()["hera_temperature"]
+
+
+def train(temperature: Temperature, targets: list[float], learning_rate: float = 0.05) -> list[float]:
+    """Pulls the temperature towards each target in turn; the value after each step."""
+    values = []
+    for target in targets:
+        (temperature() - target).square().backward()
+        temperature.step(learning_rate)
+        values.append(temperature.value)
+    return values
+
+
+def reference(initial: float, targets: list[float], learning_rate: float = 0.05) -> list[float]:
+    """AdamW with its usual betas and no decay, on the logarithm, written out."""
+    log_value, first, second = math.log(initial), 0.0, 0.0
+    values = []
+    for step, target in enumerate(targets, start=1):
+        value = math.exp(log_value)
+        gradient = 2 * (value - target) * value
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        corrected = (second / (1 - 0.999**step)) ** 0.5
+        log_value -= learning_rate * first / (1 - 0.9**step) / (corrected + 1e-8)
+        values.append(math.exp(log_value))
+    return values
+
+
+def test_it_starts_at_the_given_value_with_gradient():
+    temperature = Temperature(0.07)
+    assert (temperature.value, temperature().item()) == pytest.approx((0.07, 0.07), rel=1e-6)
+    assert temperature().shape == ()
+    temperature().backward()
+    assert temperature.log_value.grad.item() == pytest.approx(0.07, rel=1e-6)  # d exp(x) / dx
+
+
+def test_it_is_trained_in_log_scale_by_adamw_without_decay():
+    targets = [0.5, 0.5, 0.02, 1.0]
+    assert train(Temperature(0.07), targets) == pytest.approx(reference(0.07, targets), rel=1e-5)
+
+
+def test_a_gradient_of_zero_leaves_it_alone():
+    temperature = Temperature(3.0)  # weight decay would pull its logarithm to zero
+    for _ in range(3):
+        (temperature() * 0).backward()
+        temperature.step(0.5)
+    assert temperature.value == pytest.approx(3.0, rel=1e-6)
+
+
+def test_each_step_uses_the_learning_rate_of_that_step():
+    temperature = Temperature(0.07)
+    train(temperature, [1.0], learning_rate=0.0)
+    assert temperature.value == pytest.approx(0.07, rel=1e-6)
+    train(temperature, [1.0], learning_rate=0.1)
+    assert temperature.value == pytest.approx(0.07 * math.exp(0.1), rel=1e-3)
+
+
+def test_gradients_add_up_until_the_step_and_are_then_forgotten():
+    temperature = Temperature(0.07)
+    for _ in range(2):
+        temperature().backward()
+    assert temperature.log_value.grad.item() == pytest.approx(0.14, rel=1e-6)
+    temperature.step(0.01)
+    assert temperature.log_value.grad is None
+    after = temperature.value
+    temperature.step(0.01)  # no gradient: no step
+    assert temperature.value == after
+
+
+@pytest.mark.parametrize("gradient", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_skipped(gradient):
+    temperature, untouched = Temperature(0.07), Temperature(0.07)
+    train(temperature, [0.5])
+    train(untouched, [0.5])
+    temperature.log_value.grad = torch.tensor(gradient)
+    temperature.step(0.05)
+    assert temperature.log_value.grad is None
+    assert train(temperature, [0.5, 0.2]) == train(untouched, [0.5, 0.2])
+
+
+def test_the_factor_of_a_loss_scaler_is_divided_out():
+    plain, scaled = Temperature(0.07), Temperature(0.07)
+    for temperature, scale in ((plain, 1.0), (scaled, 1024.0)):
+        temperature.log_value.grad = torch.tensor(1e-7 * scale)  # as large as the epsilon of AdamW
+        temperature.step(0.05, scale)
+    assert scaled.value == plain.value != pytest.approx(0.07, rel=1e-3)
+
+
+def test_a_fixed_temperature_stays_and_takes_the_saved_value_alone():
+    learned, fixed = Temperature(0.07), Temperature(0.5, learned=False)
+    assert not fixed().requires_grad
+    fixed.step(0.1)
+    assert fixed.value == pytest.approx(0.5, rel=1e-6)
+    assert set(fixed.state()) == {"objective.log_temperature"}
+    train(learned, [0.5])
+    fixed.load_state(saved(learned.state()))
+    assert fixed.value == learned.value
+
+
+def saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As it comes back from a file."""
+    return load(save(state))
+
+
+@pytest.mark.parametrize("through", [saved, dict], ids=["file", "memory"])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_restored_temperature_continues_to_the_last_bit(through, steps):
+    before, after = [0.5, 0.02, 1.0][:steps], [0.3, 0.9, 0.1]
+    straight, resumed = Temperature(0.07), Temperature(5.0)
+    train(straight, before)
+    train(resumed, [2.0] * 2)  # what it was before must not matter
+    resumed.load_state(through(straight.state()))
+    assert resumed.value == straight.value
+    assert train(resumed, after) == train(straight, after)
+    assert train(straight, before + after) == train(resumed, before + after)
+
+
+def test_a_saved_state_does_not_change_with_later_steps():
+    temperature = Temperature(0.07)
+    train(temperature, [0.5])
+    state = temperature.state()
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    train(temperature, [0.5, 0.1])
+    temperature.load_state(state)
+    train(temperature, [0.5, 0.1])
+    assert state.keys() == copies.keys()
+    assert all(torch.equal(state[name], copies[name]) for name in state)
+
+
+def test_projectors_resume_to_the_last_bit():
+    z, teacher, valid = torch.randn(2, 4, 4, 5), torch.randn(4, 3, 3, 3), torch.ones(4, dtype=torch.bool)
+
+    def steps(objective, optimizer, n):
+        losses = []
+        for _ in range(n):
+            loss = objective(PatchBatch(z, teacher, valid)).mean()
+            loss.backward()
+            optimizer.step(0.01)
+            losses.append(loss.item())
+        return losses
+
+    options = Options(2, 5, 3)
+    straight, resumed = create("viral", options), create("viral", options, seed=9)
+    first, second = ObjectiveOptimizer(straight), ObjectiveOptimizer(resumed)
+    before = steps(straight, first, 3)
+    second.load_state(saved(first.state()))
+    assert steps(straight, first, 3) == steps(resumed, second, 3) < before
+
+
+def _replica(rank: int) -> Tensor:
+    temperature = Temperature(0.07)
+    for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
+        temperature.log_value.grad = torch.tensor(noise * (1 if rank else -0.5))
+        temperature.step(0.05)
+    return temperature.log_value.detach()
+
+
+def test_replicas_stay_equal_where_gradients_differ_in_rounding(tmp_path):
+    first, second = run_ranks(_replica, 2, tmp_path)
+    assert torch.equal(first, second)
