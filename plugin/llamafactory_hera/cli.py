@@ -185,14 +185,8 @@ def _report(args: argparse.Namespace) -> int:
 def _build(args: argparse.Namespace) -> int:
     from .backbones.build import build_backbone
 
-    built = build_backbone(
-        args.language_model,
-        args.vision_model,
-        args.output,
-        seed=args.seed,
-        shard_gib=args.shard_gib,
-        report=lambda line: print(line, flush=True),
-    )
+    print(f"reading {args.language_model} and {args.vision_model}", flush=True)
+    built = build_backbone(args.language_model, args.vision_model, args.output, args.seed, args.shard_gib)
     print(f"{built.folder}: {built.n_parameters:,} parameters")
     print(f"<image> is token {built.image_token_id}; an image takes {built.image_tokens} tokens of cutoff_len")
     print(f"template: llava_plain in stage 1, {built.template or 'none that is known here'} in stage 2")

@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,6 @@ def build_backbone(
     output: str | Path,
     seed: int = 0,
     shard_gib: float = 4.0,
-    report: Callable[[str], None] = lambda line: None,
 ) -> BuiltModel:
     """Makes a ``LlavaForConditionalGeneration`` of an LLM and a vision encoder, with a random projector.
 
@@ -77,31 +76,38 @@ def build_backbone(
         output: Folder to make.
         seed: Of the projector.
         shard_gib: Largest weight file, in GiB.
-        report: Called with lines about the progress.
 
     Raises:
         ValueError: Names the option, its value and the remedy.
     """
     if not 0 < shard_gib < math.inf:
         raise ValueError(f"--shard-gib: {shard_gib} is not the size of a file; give a number above 0, such as 4.")
-    output = _free_output(output)
-    read_config(vision_model, VISION_KEY)  # before the language model's weights are fetched
-    report(f"reading {language_model} and {vision_model}")
-    language, vision = open_language_model(language_model), open_vision_encoder(vision_model)
-    processor, size, template = make_processor(language, vision)
-    config = _config(language, vision, processor, size)
-    weights = _weights(language, vision, config, seed)
-    n_parameters = _check(weights, config, language, vision)
-    n_bytes = sum(tensor.nbytes for tensor in weights.values())
-    with _appears_whole(output, n_bytes) as folder:
-        report(f"writing {_gib(n_bytes)} to {output}")
-        processor.save_pretrained(folder)
+    with _partial_folder(output) as (output, partial):
+        read_config(vision_model, VISION_KEY)  # before the language model's weights are fetched
+        language, vision = open_language_model(language_model), open_vision_encoder(vision_model)
+        processor, size, template = make_processor(language, vision)
+        config = _config(language, vision, processor, size)
+        weights = _weights(language, vision, config, seed)
+        n_parameters = _check(weights, config, language, vision)
+        n_bytes, free = sum(tensor.nbytes for tensor in weights.values()), shutil.disk_usage(partial).free
+        if free < n_bytes:
+            raise ValueError(
+                f"--output: {n_bytes / GIB:.3g} GiB are needed for {output}, {free / GIB:.3g} GiB are free; make room "
+                "and run the same command again, or give a folder on another disk."
+            )
         notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
-        write_json(folder / PROVENANCE, notes | {"llamafactory-hera": __version__})
-        if (language.folder / _GENERATION_FILE).is_file():
-            shutil.copyfile(language.folder / _GENERATION_FILE, folder / _GENERATION_FILE)
-        save_torch_state_dict(weights, folder, max_shard_size=int(shard_gib * GIB))
-        config.save_pretrained(folder)
+        try:
+            processor.save_pretrained(partial)
+            write_json(partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
+            if (language.folder / _GENERATION_FILE).is_file():
+                shutil.copyfile(language.folder / _GENERATION_FILE, partial / _GENERATION_FILE)
+            save_torch_state_dict(weights, partial, max_shard_size=int(shard_gib * GIB))
+            config.save_pretrained(partial)
+            os.replace(partial, output)
+        except Exception as error:  # of a full disk each library that writes makes an exception of its own
+            raise ValueError(
+                f"--output: {output} cannot be written ({one_line(error)}). Make room, or give another folder."
+            ) from error
     return BuiltModel(
         folder=output,
         n_parameters=n_parameters,
@@ -201,59 +207,26 @@ def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: So
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _free_output(output: str | Path) -> Path:
-    """The folder to make; a link is followed, so that it points to the model afterwards."""
+@contextmanager
+def _partial_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
+    """Gives the folder to make, and ``OUTPUT.partial`` to make it in, which goes when the build fails.
+
+    A link is followed, so that it points to the model afterwards.
+    """
     try:
         folder = Path(output).absolute().resolve()
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            what = "not empty" if folder.is_dir() else "a file"
-            raise ValueError(f"--output: {folder} is {what}; give another folder, or remove it yourself.")
-        if _partial(folder).exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"--output: {folder} is not empty; give another folder, or remove it yourself.")
+        partial = folder.with_name(f"{folder.name}.partial")
+        if partial.exists():
             raise ValueError(
-                f"--output: {_partial(folder)} is there, of a build that was killed or still runs; remove it "
-                "when none runs, or give another --output."
+                f"--output: {partial} is there, of a build that was killed or still runs; remove it when none runs, "
+                "or give another --output."
             )
-        parent = _nearest(folder.parent)
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            why = "cannot be written" if parent.is_dir() else "is a file"
-            raise ValueError(f"--output: {folder} cannot be made, {parent} {why}; give another folder.")
+        partial.mkdir(parents=True)
     except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError before Python 3.13
         raise ValueError(f"--output: {output} cannot be used ({error}); give another folder.") from error
-    return folder
-
-
-@contextmanager
-def _appears_whole(output: Path, n_bytes: int) -> Iterator[Path]:
-    """Gives ``OUTPUT.partial`` to write to; it takes its final name at the end, or goes when writing fails."""
-    free = shutil.disk_usage(_nearest(output.parent)).free
-    if free < n_bytes:
-        raise ValueError(
-            f"--output: {_gib(n_bytes)} are needed for {output}, {_gib(free)} are free; make room and run the same "
-            "command again, or give a folder on another disk."
-        )
-    partial = _partial(output)
     try:
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            os.replace(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except Exception as error:  # of a full disk each library that writes makes an exception of its own
-        raise ValueError(
-            f"--output: {output} cannot be written ({one_line(error)}). Make room, or give another folder."
-        ) from error
-
-
-def _partial(output: Path) -> Path:
-    """Where a model is written before it is complete."""
-    return output.with_name(f"{output.name}.partial")
-
-
-def _nearest(path: Path) -> Path:
-    """The path itself, or the first above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / GIB:.3g} GiB"
+        yield folder, partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -3,11 +3,13 @@
 import re
 import shlex
 import shutil
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from pathlib import Path
 
 _SHARE = "share/llamafactory-hera/recipes/"
 _INDEX = "README.md"
+# Of a copy, without what a user has put beside ``dataset_info.json``.
+_FOLDERS = ("ablations", "data", "deepspeed")
 
 
 def recipes_folder() -> Path:
@@ -19,11 +21,7 @@ def recipes_folder() -> Path:
     repository = Path(__file__).parents[3] / "recipes"
     if (repository / _INDEX).is_file():
         return repository
-    try:
-        files = distribution("llamafactory-hera").files or []
-    except PackageNotFoundError:
-        files = []
-    for file in files:
+    for file in distribution("llamafactory-hera").files or []:
         if f"{_SHARE}{_INDEX}" in file.as_posix():
             return Path(file.locate()).resolve().parent
     raise ValueError(
@@ -34,13 +32,10 @@ def recipes_folder() -> Path:
 
 def shipped_recipes() -> dict[str, str]:
     """Name of each recipe -> its first comment line."""
-    found = {}
     folder = recipes_folder()
-    for file in sorted((*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml"))):
-        found[file.relative_to(folder).with_suffix("").as_posix()] = (
-            file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        )
-    return found
+    files = sorted((*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")))
+    titles = [file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files]
+    return dict(zip((file.relative_to(folder).with_suffix("").as_posix() for file in files), titles, strict=True))
 
 
 def copy_recipes(target: str | Path) -> list[Path]:
@@ -54,9 +49,9 @@ def copy_recipes(target: str | Path) -> list[Path]:
     target, source = Path(target), recipes_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--copy-to: {target} is not empty; give another folder.")
-    small = [file for file in source.rglob("*") if file.is_file() and _belongs(file.relative_to(source))]
     copied = []
-    for file in small:
+    folders = (source, *(source / name for name in _FOLDERS))
+    for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
@@ -68,20 +63,6 @@ def copy_recipes(target: str | Path) -> list[Path]:
 
 
 def _moved(text: str, folder: str) -> str:
-    """The text with every path under ``recipes/`` leading into another folder, quoted for a shell in commands."""
-
-    def path(found: re.Match) -> str:
-        line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
-        moved = f"{folder}/{found[0].removeprefix('recipes/')}"
-        return (
-            shlex.quote(moved)
-            if re.search(r"(llamafactory-\w+|python|hf|unzip|tar|mkdir|--local-dir) ", line)
-            else moved
-        )
-
-    return re.sub(r"(?<![\w/])recipes/[\w./-]*", path, text)
-
-
-def _belongs(file: Path) -> bool:
-    """Not the data that a user has put beside ``dataset_info.json``."""
-    return len(file.parts) == 1 or (len(file.parts) == 2 and file.parts[0] in ("ablations", "data", "deepspeed"))
+    """The text with every path under ``recipes/`` leading into another folder, quoted as a shell and YAML take it."""
+    paths = re.compile(r"(?<![\w/])recipes/[\w./-]*")
+    return paths.sub(lambda found: shlex.quote(f"{folder}/{found[0].removeprefix('recipes/')}"), text)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
@@ -220,14 +219,8 @@ def _filled_cache(
     config: HeraConfig,
 ) -> FeatureCache:
     cache = FeatureCache(folder, teacher.fingerprint, teacher.dim, teacher_name=config.teacher)
-    with tqdm(desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        mine = images[rank() :: world_size()]
-        fill_cache(teacher, cache, mine, config.select.batch_size, progress, inputs.num_workers)
+    mine = images[rank() :: world_size()]
+    fill_cache(teacher, cache, mine, config.select.batch_size, inputs.num_workers)
     barrier()
     cache.refresh()
     return cache

@@ -15,6 +15,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from ..files import read_json, write_json
+from ..files import write_json
 from .images import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ _SUFFIX = ".safetensors"
 _TEMPORARY = ".writing-"
 # A temporary file of this age has lost its writer: a shard takes seconds to write.
 _ABANDONED_AFTER_SECONDS = 3600
+# `put` writes a shard by itself when so many features wait.
+_FLUSH_ROWS = 4096
 _MAX_SMALL_SHARDS = 64
 _MERGED_ROWS = 65_536
 
@@ -53,7 +56,7 @@ class Shard:
 
     Raises:
         FileNotFoundError: It is gone.
-        DAMAGE: It is not whole, or not a shard of this width.
+        DAMAGE: It is not whole.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
@@ -63,12 +66,8 @@ class Shard:
             index_checksum = opened.metadata()["index_crc32"]
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            features = json.loads(file.read(length))["features"]
-        n = len(keys)
-        found = [(a.dtype, a.shape) for a in (keys, self.checksums)] + [features["dtype"], features["shape"]]
-        if found != [("u1", (n, KEY_BYTES)), ("u4", (n,)), "F16", [n, dim]]:
-            raise ValueError(f"it holds {found}")
-        self._features_at = 8 + length + features["data_offsets"][0]
+            header = json.loads(file.read(length))
+        self._features_at = 8 + length + header["features"]["data_offsets"][0]
         self.keys: NDArray[np.bytes_] = keys.reshape(-1).view(_KEY_DTYPE)
         if str(_index_checksum(self.keys, self.checksums)) != index_checksum:
             raise ValueError("the checksum of its keys is wrong")
@@ -99,11 +98,7 @@ def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float
     order = np.argsort(keys)
     keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
     checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
-    tensors: dict[str, np.ndarray] = {
-        "keys": keys.view(np.uint8).reshape(-1, KEY_BYTES),
-        "checksums": checksums,
-        "features": features,
-    }
+    tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
     # Not `whole_file`: processes of several machines may write the same merged shard at once.
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -115,8 +110,6 @@ def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float
 
 def key_array(keys: Sequence[bytes]) -> NDArray[np.bytes_]:
     """``[n]`` keys as an array that can be searched."""
-    if any(len(key) != KEY_BYTES for key in keys):
-        raise ValueError(f"image keys must have {KEY_BYTES} bytes")
     return np.frombuffer(b"".join(keys), dtype=_KEY_DTYPE)
 
 
@@ -129,38 +122,34 @@ class FeatureCache:
 
     Every teacher has its own sub-folder, named by the teacher's fingerprint, with a ``manifest.json`` that
     says whose it is. Readers see the shards that were there when they opened the cache or called `refresh`, and their
-    own. An image that two processes compute at once is stored twice and read once.
-
-    The object can be pickled or forked into DataLoader workers: a copy reads what is on disk, and what this process
-    has not flushed yet stays with this process.
+    own. An image that two processes compute at once is stored twice and read once. A pickled copy reads what is on
+    disk; what waits to be written stays with the process that computed it.
 
     Args:
         folder: The cache's folder; made when missing.
         teacher_fingerprint: Of the teacher, see `checkpoint.teacher_fingerprint`.
         dim: Length D of a feature.
         teacher_name: Noted in the manifest, for people.
-        flush_rows: `put` writes a shard by itself when so many features wait.
 
     Raises:
-        ValueError: The folder cannot be made, or holds a manifest of something else.
+        ValueError: The folder cannot be made.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        teacher_fingerprint: str,
-        dim: int,
-        teacher_name: str = "",
-        flush_rows: int = 4096,
-    ) -> None:
-        self._arguments = (folder, teacher_fingerprint, dim, teacher_name, flush_rows)
-        self.dim, self.fingerprint = dim, teacher_fingerprint
+    def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int, teacher_name: str = "") -> None:
+        self._arguments = (folder, teacher_fingerprint, dim, teacher_name)
+        self.dim = dim
         self.folder = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-float16"
-        self._flush_rows = flush_rows
         self._shards: dict[Path, Shard] = {}
         self._waiting: dict[bytes, Tensor] = {}
-        self._process = os.getpid()
-        self._claim({"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16"}, teacher_name)
+        manifest = {"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16", "name": teacher_name}
+        try:
+            if not (self.folder / MANIFEST).exists():
+                write_json(self.folder / MANIFEST, manifest)
+        except OSError as error:
+            raise ValueError(
+                f"hera_teacher_cache: the folder {folder} cannot be made or written ({error.strerror or error}). Give "
+                "a folder that this user can write to."
+            ) from error
         self.refresh()
         try:
             self._merge()
@@ -189,22 +178,17 @@ class FeatureCache:
         """
         wanted = key_array(keys)
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
-        shards = list(self._shards.values())
-        while shards and any(feature is None for feature in found):
-            shard = shards.pop(0)
+        for shard in list(self._shards.values()):
             rows = shard.rows_of(wanted)
             held = [i for i, feature in enumerate(found) if feature is None and rows[i] >= 0]
             try:
-                features = shard.read(rows[held]) if held else []
-            except FileNotFoundError:
-                del self._shards[shard.path]
+                for i, feature in zip(held, shard.read(rows[held]) if held else [], strict=True):
+                    found[i] = torch.from_numpy(feature)
+            except FileNotFoundError:  # another process has merged it
                 self.refresh()
-                shards = list(self._shards.values())
+                return self.get(keys)
             except DAMAGE as error:
                 self._drop(shard.path, error)
-            else:
-                for i, feature in zip(held, features, strict=True):
-                    found[i] = torch.from_numpy(feature)
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
@@ -229,15 +213,13 @@ class FeatureCache:
         if not finite.all():
             image = keys[int((~finite).nonzero()[0])].hex()
             raise ValueError(
-                f"The teacher's feature of the image with key {image} is not finite in float16, as features are "
-                "cached. The teacher's weights or the image are broken; if they are not, train without "
-                "hera_teacher_cache."
+                f"The teacher's feature of the image with key {image} is not finite in float16: its weights or the "
+                "image are broken. If they are not, train without hera_teacher_cache."
             )
-        self._forget_parents_features()
         for i, held in enumerate(self.get(keys)):
             # Cloned: what waits must not change when the caller changes what it got.
             features[i] = self._waiting.setdefault(keys[i], features[i].clone()) if held is None else held
-        if len(self._waiting) >= self._flush_rows:
+        if len(self._waiting) >= _FLUSH_ROWS:
             self.flush()
         return features
 
@@ -247,7 +229,6 @@ class FeatureCache:
         Raises:
             OSError: The shard could not be written. No partial file stays; the features still wait.
         """
-        self._forget_parents_features()
         if not self._waiting:
             return
         path = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
@@ -280,28 +261,24 @@ class FeatureCache:
         for path in self.folder.glob(f"{_TEMPORARY}*"):
             if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 path.unlink(missing_ok=True)
-        small = sorted((path, shard) for path, shard in self._shards.items() if len(shard) < _MERGED_ROWS // 2)
+        small = sorted(path for path, shard in self._shards.items() if len(shard) < _MERGED_ROWS // 2)
         if len(small) <= _MAX_SMALL_SHARDS:
             return
         while small:
-            keys: list[NDArray[np.bytes_]] = []
-            features: list[NDArray[np.float16]] = []
+            rows: dict[bytes, NDArray[np.float16]] = {}
             parts: list[Path] = []
-            while small and len(features) < _MERGED_ROWS:
-                path, shard = small.pop(0)
+            while small and len(rows) < _MERGED_ROWS:
+                shard = self._shards[small.pop(0)]
                 try:
-                    features += shard.read(range(len(shard)))
+                    rows.update(zip(shard.keys, shard.read(range(len(shard))), strict=True))
+                    parts.append(shard.path)
                 except ValueError as error:
-                    self._drop(path, error)
-                else:
-                    keys.append(shard.keys)
-                    parts.append(path)
+                    self._drop(shard.path, error)
             if len(parts) > 1:
-                distinct, first = np.unique(np.concatenate(keys), return_index=True)
                 name = hashlib.sha256("".join(path.name for path in parts).encode()).hexdigest()[:32]
                 merged = self.folder / f"{name}{_SUFFIX}"
                 if not merged.exists():
-                    write_shard(merged, distinct, np.stack([features[row] for row in first]))
+                    write_shard(merged, np.array(list(rows), _KEY_DTYPE), np.stack(list(rows.values())))
                 for path in parts:
                     path.unlink(missing_ok=True)
         self.refresh()
@@ -320,38 +297,6 @@ class FeatureCache:
         logger.warning(
             "The feature cache file %s is corrupt and left out; its features will be computed again. (%s)", path, error
         )
-        try:
-            # Out of every later reader's sight, but there for whoever wants to know what happened.
+        # Out of every later reader's sight, but there for whoever wants to know what happened.
+        with suppress(OSError):
             os.replace(path, path.with_suffix(".corrupt"))
-        except OSError:
-            logger.info("%s could not be renamed", path)
-
-    def _forget_parents_features(self) -> None:
-        # In a forked copy the parent's waiting features are still the parent's to write.
-        if self._process != os.getpid():
-            self._process = os.getpid()
-            self._waiting = {}
-
-    def _claim(self, identity: dict[str, Any], name: str) -> None:
-        path = self.folder / MANIFEST
-        held = None
-        try:
-            if path.exists():
-                held = read_json(path)
-        except (OSError, ValueError) as error:
-            logger.warning("%s; it is written again", error)
-        if held is None:
-            try:
-                write_json(path, {**identity, "name": name})
-            except OSError as error:
-                raise ValueError(
-                    f"hera_teacher_cache: the folder {self.folder.parent} cannot be made or written "
-                    f"({error.strerror or error}). Give a folder that this user can write to."
-                ) from error
-            return
-        differing = [field for field in identity if held.get(field) != identity[field]]
-        if differing:
-            raise ValueError(
-                f"hera_teacher_cache: {self.folder} belongs to another teacher: its {MANIFEST} has another "
-                f"{' and '.join(differing)}. Give another folder or delete this one."
-            )

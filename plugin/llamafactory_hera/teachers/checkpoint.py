@@ -23,26 +23,21 @@ _HASH_BLOCK = 16 * 2**20
 # What saving or copying a model changes without changing what it computes.
 _INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
 
-# Which tensor of the model's output becomes the feature:
-# - "cls": the first token of `last_hidden_state`, already normalised by the model's final norm;
-# - "pooled": `pooler_output`, for CLIP, whose final norm is applied to the CLS token there and nowhere else;
-# - "mean": the mean over the tokens of `last_hidden_state`, which are patches only.
-Output = Literal["cls", "pooled", "mean"]
-
-
 @dataclass(frozen=True)
 class TeacherFamily:
     """How one `model_type` of a `config.json` is loaded and read.
 
     Attributes:
         model_class: Name of the transformers class of the vision model alone.
-        output: Which output is the feature, see `Output`.
+        output: What becomes the feature: ``cls``, the first token of ``last_hidden_state``, already normalised by the
+            model's final norm; ``pooled``, the ``pooler_output`` of CLIP, whose final norm is applied to the CLS token
+            there and nowhere else; ``mean``, that of ``last_hidden_state``, whose tokens are patches only.
         any_size: The model takes images of other sizes than `config.image_size`.
         naflex: The model takes patches with their grid shape, not images (SigLIP2 NaFlex).
     """
 
     model_class: str
-    output: Output
+    output: Literal["cls", "pooled", "mean"]
     any_size: bool = False
     naflex: bool = False
 
@@ -57,8 +52,8 @@ FAMILIES: dict[str, TeacherFamily] = {
     "clip_vision_model": TeacherFamily("CLIPVisionModel", "pooled"),
     "siglip": TeacherFamily("SiglipVisionModel", "mean"),
     "siglip_vision_model": TeacherFamily("SiglipVisionModel", "mean"),
-    "siglip2": TeacherFamily("Siglip2VisionModel", "mean", naflex=True),
-    "siglip2_vision_model": TeacherFamily("Siglip2VisionModel", "mean", naflex=True),
+    "siglip2": TeacherFamily("Siglip2VisionModel", "mean", any_size=True, naflex=True),
+    "siglip2_vision_model": TeacherFamily("Siglip2VisionModel", "mean", any_size=True, naflex=True),
 }
 
 
@@ -67,21 +62,16 @@ class TeacherInfo:
     """What a teacher's config files say.
 
     Attributes:
-        model_type: The ``model_type`` of its ``config.json``.
-        hidden_size: Length D of a feature.
+        family: How this kind of model is loaded and read.
+        config: Its transformers configuration, of the vision model alone.
         path: The local folder with its files (of a hub model: its snapshot in the hub cache).
         name: The value as it was given.
     """
 
-    model_type: str
-    hidden_size: int
+    family: TeacherFamily
+    config: Any
     path: Path
     name: str
-
-    @property
-    def family(self) -> TeacherFamily:
-        """How this kind of model is loaded and read."""
-        return FAMILIES[self.model_type]
 
 
 def teacher_folder(name_or_path: str, weights: bool = True) -> Path:
@@ -118,20 +108,15 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
         )
     import transformers
 
-    model_class = getattr(transformers, FAMILIES[model_type].model_class, None)
-    if model_class is None:
-        raise ValueError(
-            f"{KEY}: transformers {transformers.__version__} does not know {model_type} models. Use a newer "
-            "transformers or another teacher."
-        )
+    family = FAMILIES[model_type]
     # Hub configs leave out what equals the default, so the config class has to fill it in.
-    hidden_size = int(model_class.config_class.from_pretrained(folder).hidden_size)
+    config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
     folder = teacher_folder(value)
     try:
         weight_files(folder)
     except ValueError as error:
         raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
-    return TeacherInfo(model_type, hidden_size, folder, value)
+    return TeacherInfo(family, config, folder, value)
 
 
 def _processor_config(folder: Path) -> dict[str, Any] | None:
@@ -139,17 +124,15 @@ def _processor_config(folder: Path) -> dict[str, Any] | None:
     alone, inside = (folder / name for name in PROCESSOR_FILES)
     if alone.is_file():
         return read_json(alone)
-    settings = read_json(inside).get("image_processor") if inside.is_file() else None
-    return settings if isinstance(settings, dict) else None
+    return read_json(inside).get("image_processor") if inside.is_file() else None
 
 
 def teacher_fingerprint(folder: str | Path) -> str:
     """A digest of everything that decides a teacher's features.
 
     It covers ``config.json`` and the image processor's settings (parsed, so layout and the keys that saving adds do
-    not count), every byte of every weight file, and which output is the feature. The same files in another folder
-    have the same fingerprint. The same weights split over other files have another one: their features are computed
-    again, never mixed. Not covered: library versions, the dtype and the device that the teacher runs in.
+    not count), every byte of every weight file, which file it is in, and which output is the feature. Not covered:
+    the folder, library versions, the dtype and the device that the teacher runs in.
 
     Returns:
         64 hexadecimal digits.

@@ -37,10 +37,7 @@ class TeacherProcessor:
         import transformers
 
         self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
-        self._grid = None
-        if info.family.naflex:
-            config_class = getattr(transformers, info.family.model_class).config_class
-            self._grid = math.isqrt(config_class.from_pretrained(info.path).num_patches)
+        self._grid = math.isqrt(info.config.num_patches) if info.family.naflex else None
         # Two shapes of image show whether the processor gives one size to all.
         one, other = (tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48)))
         if one != other:
@@ -86,17 +83,16 @@ class VisionTeacher:
         processor: Its image processor.
         fingerprint: Digest of its config, processor settings and weights, see `teacher_fingerprint`.
         device: Where it runs.
+        dim: Length D of a feature.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, processor: TeacherProcessor, info: TeacherInfo, fingerprint: str
-    ) -> None:
-        self._model: Any = model.eval().requires_grad_(False)
+    def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
+        self._model = model.eval().requires_grad_(False)
         self.processor = processor
         self.info = info
-        self.fingerprint = fingerprint
-        self.device: torch.device = next(model.parameters()).device
-        self._dtype = next(model.parameters()).dtype
+        self.fingerprint = teacher_fingerprint(info.path)
+        self.device: torch.device = model.device
+        self.dim: int = info.config.hidden_size
 
     @classmethod
     def from_pretrained(
@@ -119,16 +115,17 @@ class VisionTeacher:
         """
         info = check_teacher(name_or_path)
         processor = TeacherProcessor(info)
-        model = _load_model(info, dtype or torch.float32)
-        _check_image_size(model.config, processor, info)
+        if not info.family.any_size:
+            size = info.config.image_size
+            expected = (size, size) if isinstance(size, int) else tuple(size)
+            if processor.pixel_size != expected:
+                raise ValueError(
+                    f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its "
+                    f"model takes {expected}. Use the preprocessor_config.json that belongs to the model."
+                )
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return cls(model.to(device), processor, info, teacher_fingerprint(info.path))
-
-    @property
-    def dim(self) -> int:
-        """Length D of a feature."""
-        return self.info.hidden_size
+        return cls(_load_model(info, dtype or torch.float32).to(device), processor, info)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -174,7 +171,7 @@ class VisionTeacher:
     def _forward(self, pixel_values: Tensor) -> Any:
         if self._model.training:
             self._model.eval()
-        pixel_values = pixel_values.to(self.device, self._dtype)
+        pixel_values = pixel_values.to(self.device, self._model.dtype)
         # The training step's autocast must not reach in here: features would depend on where they were computed.
         with torch.autocast(self.device.type, enabled=False):
             if self.info.family.naflex:
@@ -199,18 +196,25 @@ def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
     }
 
 
-def _load_model(info: TeacherInfo, dtype: torch.dtype) -> torch.nn.Module:
+def _load_model(info: TeacherInfo, dtype: torch.dtype) -> Any:
     import transformers
 
     model_class = getattr(transformers, info.family.model_class)
-    config = model_class.config_class.from_pretrained(info.path)
+    options: dict[str, Any] = {}
     if info.family.output == "mean":
-        config.vision_use_head = False  # the attention-pooling head of SigLIP is not what is read
-    options: dict[str, Any] = {"add_pooling_layer": False} if info.model_type == "vit" else {}
-    with whole_model_on_every_rank(), _quiet(transformers.utils.logging):
-        model, loading = model_class.from_pretrained(
-            info.path, config=config, dtype=dtype, output_loading_info=True, **options
-        )
+        info.config.vision_use_head = False  # the attention-pooling head of SigLIP is not what is read
+    if info.config.model_type == "vit":
+        options["add_pooling_layer"] = False
+    verbosity = transformers.logging.get_verbosity()
+    # The loading report lists the text half of CLIP and SigLIP checkpoints as unexpected, a page of it.
+    transformers.logging.set_verbosity_error()
+    try:
+        with whole_model_on_every_rank():
+            model, loading = model_class.from_pretrained(
+                info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     # transformers fills what is missing with random numbers and only warns.
     missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNREAD_WEIGHTS))
     if missing:
@@ -219,18 +223,6 @@ def _load_model(info: TeacherInfo, dtype: torch.dtype) -> torch.nn.Module:
             f"{missing[0]}. Its config.json and weights do not belong together: copy or download it again."
         )
     return model
-
-
-def _check_image_size(config: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
-    if info.family.any_size or info.family.naflex:
-        return
-    size = config.image_size
-    expected = (size, size) if isinstance(size, int) else tuple(size)
-    if processor.pixel_size != expected:
-        raise ValueError(
-            f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its model "
-            f"takes {expected}. Use the preprocessor_config.json that belongs to the model."
-        )
 
 
 @contextmanager
@@ -251,14 +243,3 @@ def whole_model_on_every_rank() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
         if efficient_loading is not None:
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient_loading
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    # The loading report lists the text half of CLIP and SigLIP checkpoints as unexpected, a page of it.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -1,22 +1,21 @@
 """Features of many images: looked up where the cache has them, computed in batches where it has not."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from ..alignment.gather import rank
 from .cache import FeatureCache
 from .encoder import TeacherProcessor, VisionTeacher
 from .images import ImageLike, image_key, load_image
 
 logger = logging.getLogger(__name__)
-
-# Called with (images done, images to do) after every batch.
-Progress = Callable[[int, int], None]
 
 _LOOK_UP_AT_ONCE = 1024
 
@@ -44,7 +43,6 @@ def fill_cache(
     cache: FeatureCache,
     images: Sequence[ImageLike],
     batch_size: int = 32,
-    progress: Progress | None = None,
     num_workers: int = 0,
 ) -> list[bytes]:
     """Computes and stores the features that the cache does not hold.
@@ -57,7 +55,6 @@ def fill_cache(
         cache: Read and filled.
         images: N images as datasets hold them.
         batch_size: Images in one forward pass; halved, with a warning, as often as memory runs out.
-        progress: Called with (done, to do); counts the images that are computed, not those found in the cache.
         num_workers: Processes that decode images.
 
     Returns:
@@ -67,8 +64,6 @@ def fill_cache(
         ValueError: An image is missing or corrupt; names the file. What was computed before it is in the cache.
         OSError: The cache cannot be written.
     """
-    if cache.fingerprint != teacher.fingerprint:
-        raise ValueError(f"The feature cache {cache.folder} is of another teacher than {teacher.info.name}.")
     cache.refresh()
     keys = [image_key(image) for image in images]
     different = sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
@@ -76,33 +71,29 @@ def fill_cache(
     for start in range(0, len(different), _LOOK_UP_AT_ONCE):
         chunk = different[start : start + _LOOK_UP_AT_ONCE]
         missing += [i for i, held in zip(chunk, cache.get([keys[i] for i in chunk]), strict=True) if held is None]
-    done, limit = 0, batch_size
     decoded = partial(_decoded, images, teacher.processor)
     loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)  # type: ignore[arg-type]
+    bar = tqdm(total=len(missing), desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0)
     try:
         for chosen, pixels in loader:
-            features, limit = _encode_within_memory(teacher, pixels, limit)
+            while True:
+                try:
+                    features = torch.cat([teacher.encode(part) for part in pixels.split(batch_size)])
+                    break
+                except RuntimeError as error:
+                    if batch_size == 1 or not should_reduce_batch_size(error):
+                        raise
+                # Outside of the handler, where the failed pass's tensors are let go of.
+                clear_device_cache()
+                batch_size //= 2
+                logger.warning("Out of memory in the teacher: going on with batches of %d images.", batch_size)
             cache.put([keys[i] for i in chosen], features)
-            done += len(chosen)
-            if progress is not None:
-                progress(done, len(missing))
+            bar.update(len(chosen))
     finally:
+        bar.close()
         cache.flush()
     return keys
 
 
 def _decoded(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:
     return chosen, processor.batch([load_image(images[i]) for i in chosen])
-
-
-def _encode_within_memory(teacher: VisionTeacher, pixels: Tensor, limit: int) -> tuple[Tensor, int]:
-    while True:
-        try:
-            return torch.cat([teacher.encode(part) for part in pixels.split(limit)]), limit
-        except RuntimeError as error:
-            if limit == 1 or not should_reduce_batch_size(error):
-                raise
-            limit = max(1, limit // 2)
-        # Outside of the handler, where the failed pass's tensors are let go of.
-        clear_device_cache()
-        logger.warning("Out of memory in the teacher: going on with batches of %d images.", limit)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image
@@ -11,7 +12,6 @@ from PIL import Image
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
 KEY_BYTES = 16
-
 
 #: Columns of a dataset in which `sample_images` looks.
 IMAGE_COLUMNS = ("images", "image", "messages", "prompt", "completion")
@@ -27,12 +27,9 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
     """
     for column in ("images", "image"):
         held = row.get(column)
-        if isinstance(held, list | tuple):
-            held = [image for image in held if image is not None]
-            if held:
-                return held
-        elif held is not None:
-            return [held]
+        found = [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]
+        if found:
+            return found
     for columns in (("messages",), ("prompt", "completion")):
         found = [image for column in columns for image in _message_images(row.get(column))]
         if found:
@@ -46,9 +43,9 @@ def _message_images(messages: Any) -> list[ImageLike]:
     found: list[Any] = []
     for part in parts:
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            found.append(next((part[key] for key in _PART_KEYS if part.get(key) is not None), None))
-            if isinstance(found[-1], Mapping) and "url" in found[-1]:  # as the chat format of OpenAI has it
-                found[-1] = found[-1]["url"]
+            image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+            # a mapping with its URL in the chat format of OpenAI
+            found.append(image["url"] if isinstance(image, Mapping) and "url" in image else image)
     return [image for image in found if image is not None]
 
 
@@ -79,13 +76,11 @@ def load_image(image: ImageLike) -> Image.Image:
     """
     source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
-        return opened.convert("RGB")
-    # PIL's plugins raise errors of many kinds on broken files
-    except Exception as error:
+        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+    except Exception as error:  # PIL's plugins raise errors of many kinds on broken files
         raise ValueError(
-            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace "
-            "it or remove its sample from the dataset."
+            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it or "
+            "remove its sample from the dataset."
         ) from error
 
 
@@ -99,13 +94,11 @@ def image_key(image: ImageLike) -> bytes:
     Raises:
         ValueError: Names the file when it cannot be read, or when a PIL image's own file cannot be decoded.
     """
+    content = image
     if isinstance(image, Image.Image):
         pixels = load_image(image)
-        digest = hashlib.sha256(b"rgb pixels %d %d\0" % pixels.size)
-        digest.update(pixels.tobytes())
-    else:
-        digest = hashlib.sha256(_encoded(image))
-    return digest.digest()[:KEY_BYTES]
+        content = b"rgb pixels %d %d\0" % pixels.size + pixels.tobytes()
+    return hashlib.sha256(_encoded(content)).digest()[:KEY_BYTES]
 
 
 def _name(image: ImageLike) -> str:
@@ -118,29 +111,25 @@ def _name(image: ImageLike) -> str:
 def _encoded(image: ImageLike) -> bytes:
     if isinstance(image, bytes):
         return image
-    if isinstance(image, dict):
-        if image.get("bytes") is not None:
-            return image["bytes"]
-        if image.get("path") is None:
-            raise ValueError("An image is given as a dict without 'bytes' and without 'path'; it needs one of them.")
-        return _encoded(image["path"])
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return image["bytes"]
+    path = image.get("path") if isinstance(image, dict) else image
+    if isinstance(path, str | os.PathLike):
         try:
-            with open(image, "rb") as file:
-                return file.read()
+            return Path(path).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"The image file {os.fspath(image)!r} cannot be read ({error.strerror or error}). Check the path in "
+                f"The image file {os.fspath(path)!r} cannot be read ({error.strerror or error}). Check the path in "
                 "the dataset and `media_dir`."
             ) from error
-    if hasattr(image, "read") and hasattr(image, "seek"):
-        # Whoever owns the file object reads it again: leave its position as it was.
-        position = image.tell()
-        image.seek(0)
-        content = image.read()
-        image.seek(position)
-        return content
-    raise ValueError(
-        f"An image is given as {type(image).__name__}; it must be a path, bytes, a dict with 'path' or 'bytes', a "
-        "file object or a PIL image."
-    )
+    if isinstance(image, dict) or not hasattr(image, "seek"):
+        raise ValueError(
+            f"An image is given as {type(image).__name__}; it must be a path, bytes, a dict with 'path' or 'bytes', a "
+            "file object or a PIL image."
+        )
+    # Whoever owns the file object reads it again: leave its position as it was.
+    position = image.tell()
+    image.seek(0)
+    content = image.read()
+    image.seek(position)
+    return content
