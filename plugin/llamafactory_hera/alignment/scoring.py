@@ -171,16 +171,14 @@ def _rows_at_a_time(neighbors: Tensor, d: int, dim: int, limit: int, device: tor
 def _factors(vectors: Tensor, columns: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Two sides ``[N, d]``; ``queries @ keysᵀ`` orders each row as the similarities do. And whether all is finite.
 
-    Vectors are first brought near 1 by a power of two, each by its own for cosines and all by one for dot products:
-    squares of very large or small values would leave fp32. For cosines a vector that the projection removes is zero.
-    Lengths are taken in fp64 there, and keys are centred, which shifts each row by one number: fp32 would else lose
-    that in which nearly parallel vectors differ.
+    For dot products all vectors are brought near 1 by one power of two: squares of very large or small values would
+    leave fp32. For cosines lengths are taken in fp64, a vector that the projection removes is zero, and keys are
+    centred, which shifts each row by one number: fp32 would else lose that in which nearly parallel vectors differ.
     """
     queries = vectors.float()
-    largest = queries.abs().amax(dim=1 if normalize else (0, 1), keepdim=True)
-    queries = queries * torch.exp2(-torch.frexp(largest).exponent.clamp(min=-126))
     gram = None if columns is None else columns.T @ columns
     if not normalize:
+        queries = queries * torch.exp2(-torch.frexp(queries.abs().amax()).exponent.clamp(min=-126))
         keys = queries if gram is None else queries @ gram
         return queries, keys, keys.isfinite().all()
     queries, keys, reach = queries.double(), queries.double(), 1.0
