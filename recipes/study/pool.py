@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -86,6 +87,20 @@ def locked(root: Path) -> Iterator[int]:
                 "wait for it, or choose another folder"
             ) from error
         yield file.fileno()
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """Lets SIGTERM stop the processes as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Pool:

@@ -6,11 +6,8 @@ A whole study, from nothing or from where it was stopped, to its report; docs/st
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.selection.provenance import package_versions
 from plan import plan
-from pool import Pool, UnitFailed, locked, marks
+from pool import Pool, UnitFailed, locked, marks, terminated_like_interrupted
 from report import write_report
 from results import gather, is_finished
 from settings import BASELINE, CONTROL, SIZES, STUDY, TUNING, Settings
@@ -142,20 +139,6 @@ def _processor() -> str:
         return platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Lets SIGTERM stop the processes as Ctrl-C does."""
-
-    def stop(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main(arguments: list[str] | None = None) -> int:

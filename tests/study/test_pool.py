@@ -87,7 +87,7 @@ def test_what_does_not_need_a_failed_unit_is_done_all_the_same(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from run import terminated_like_interrupted
+from pool import terminated_like_interrupted
 from tests.study.test_pool import run, unit
 with terminated_like_interrupted():
     run(Path(sys.argv[1]), [unit("a"), unit("b", "a", seconds=float(sys.argv[2])), unit("c", "b")], 1)

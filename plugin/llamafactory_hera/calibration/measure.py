@@ -159,7 +159,7 @@ class HeadGates(Hooks):
     def _hook(self) -> None:
         for parameter in self._parameters:
             if parameter.requires_grad:
-                self._undo.append(partial(parameter.requires_grad_, True))
+                self._undo.append(partial(setattr, parameter, "requires_grad", True))
                 parameter.requires_grad_(False)
         for index, projection in enumerate(self._projections):
             self._undo.append(projection.register_forward_pre_hook(self._gate(index)).remove)

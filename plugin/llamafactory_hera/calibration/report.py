@@ -208,13 +208,12 @@ def _mark(axes: Axes, report: dict[str, Any]) -> list[Line2D]:
     )
     shown = []
     for heads, marker, face, label in marks:
-        places = [Target.parse(head) for head in heads]
-        layers, columns = [place.layer for place in places], [place.head for place in places]
+        layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).reshape(-1, 2).T
         # a white line within a black one shows on every colour of the scale
         for colour, line_width in (("black", 3.0), ("white", 1.2)):
             edge, line_width = ("black", 1.0) if face != "none" else (colour, line_width)
             axes.scatter(columns, layers, s=46, marker=marker, facecolors=face, edgecolors=edge, linewidths=line_width)
-        if places:
+        if heads:
             style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": "black", "linestyle": "none"}
-            shown.append(Line2D([], [], **style, label=f"{label} ({len(places)})"))
+            shown.append(Line2D([], [], **style, label=f"{label} ({len(heads)})"))
     return shown

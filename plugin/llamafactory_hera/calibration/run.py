@@ -41,12 +41,6 @@ def calibrate_heads(
     With a control it calibrates first on the data as they are, then on corrupted ones, whose files go into
     ``folder/control_<name>`` and whose report says what the corruption did.
 
-    Args:
-        inputs: Model and data.
-        config: Of the calibration.
-        folder: Where the files go.
-        control: How to corrupt the data.
-
     Returns:
         The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
 
@@ -86,12 +80,8 @@ class _Calibration:
     ) -> dict[str, Any]:
         """Calibrates on one draw and writes the files.
 
-        Args:
-            drawn: The samples.
-            folder: Where the files go.
-            control: How the samples were corrupted.
-            normal: Under a control, the report of the calibration on the data as they are.
-            uncorrupted: Under a control, the held-out samples as they are.
+        Under a control the report compares itself with ``normal``, that of the calibration on the data as they are,
+        and says what it does to the held-out samples as they are, ``uncorrupted``.
         """
         started = time.perf_counter()
         profile, reused = self._profile(drawn, folder / PROFILE_FILE)

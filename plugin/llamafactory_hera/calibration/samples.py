@@ -136,10 +136,12 @@ def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int
 
     def corrupted(samples: Sequence[Sample]) -> list[Sample]:
         images = [_blank(sample.images) for sample in samples] if control == "blank" else _exchanged(samples, seed)
-        return [
-            replace(s, images=other, image=other[0], key=image_key(other[0]), features=source.encode(s.row, other))
-            for s, other in zip(samples, images, strict=True)
-        ]
+        changed = []
+        for sample, other in zip(samples, images, strict=True):
+            features = source.encode(sample.row, other)
+            assert features is not None  # it was encoded with its own images
+            changed.append(Sample(sample.row, other, other[0], image_key(other[0]), features))
+        return changed
 
     return replace(drawn, profiled=corrupted(drawn.profiled), held_out=corrupted(drawn.held_out))
 

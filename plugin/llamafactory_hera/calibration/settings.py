@@ -47,16 +47,10 @@ class RahConfig(KeyedConfig):
         "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
-        15.0,
-        "Percentile of I-SAL in its layer below which a head is a candidate (eq. 6).",
-        at_least=0,
-        at_most=100,
+        15.0, "Percentile of I-SAL in its layer below which a head is a candidate (eq. 6).", at_least=0, at_most=100
     )
     p_caf: float = knob(
-        70.0,
-        "Percentile of CAF in its layer above which a candidate is a target (eq. 7).",
-        at_least=0,
-        at_most=100,
+        70.0, "Percentile of CAF in its layer above which a candidate is a target (eq. 7).", at_least=0, at_most=100
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
