@@ -39,7 +39,7 @@ demo: $(STAMP)
 
 # goes on where it was stopped
 study: $(STAMP)
-	$(BIN)/llamafactory-hera study --size $(STUDY)
+	$(BIN)/python recipes/study --size $(STUDY)
 
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
 $(CHROMIUM): $(STAMP)

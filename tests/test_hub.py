@@ -78,35 +78,26 @@ class Hub:
                 self.answer(body=True)
 
             def answer(self, body):
-                path = self.path.split("?")[0]
+                files = {file.name: file.read_bytes() for file in folder.iterdir()}
+                path = self.path.split("?")[0].removeprefix("/api/models").removeprefix(f"/{REPO}")
+                route, _, name = path.rpartition("/")
+                listed = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+                code, headers, content = 404, {"X-Error-Code": "EntryNotFound"}, b""
                 if status != 200:
-                    return self.reply(status, b"", {"X-Error-Code": error_code})
-                files = {file.name: file for file in folder.iterdir()}
-                if path.startswith(f"/api/models/{REPO}/tree/"):
-                    tree = [
-                        {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0" * 40}
-                        for name, file in files.items()
-                    ]
-                    return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
-                if path in (f"/api/models/{REPO}", f"/api/models/{REPO}/revision/main"):
-                    info = {"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-                    return self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-                name = path.rsplit("/", 1)[-1]
-                if not path.startswith(f"/{REPO}/resolve/{COMMIT}/") or name not in files:
-                    return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
-                if body:
-                    hub.fetched.append(name)
-                content = files[name].read_bytes()
-                digest = hashlib.sha256(content).hexdigest()
-                headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-                return self.reply(200, content if body else b"", headers, len(content))
-
-            def reply(self, code, content, headers, length=None):
+                    code, headers = status, {"X-Error-Code": error_code}
+                elif route == "/tree":
+                    code, content = 200, json.dumps(listed).encode()
+                elif route in ("", "/revision"):
+                    code, content = 200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode()
+                elif route == f"/resolve/{COMMIT}" and name in files:
+                    code, content = 200, files[name]
+                    hub.fetched += [name] if body else []
+                    headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
                 self.send_response(code)
-                for name, value in {**headers, "Content-Length": str(length or len(content))}.items():
-                    self.send_header(name, value)
+                for header, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(header, value)
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(content if body else b"")
 
             def log_message(self, *args):
                 pass

@@ -1,28 +1,17 @@
 """The command ``llamafactory-hera`` (alias ``lmf-hera``). Each subcommand imports what it needs when it runs."""
 
 import argparse
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from . import __version__
-from .backbones.cli import register as register_backbones
-from .calibration.cli import register as register_calibration
-from .integrations.llamafactory.selection import register as register_selection
-from .study.cli import register as register_study
+from .backbones.table import VISION_MODEL
 
-
-def _doctor(_: argparse.Namespace) -> int:
-    from hera_patches.doctor import run_doctor
-
-    return run_doctor()
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import build_demo
-
-    paths = build_demo(arguments.output, seed=arguments.seed, size=arguments.size, force=arguments.force)
-    print("\n".join(f"{name}: {path}" for name, path in paths.items()))
-    return 0
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,21 +23,97 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llamafactory-hera {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    doctor = commands.add_parser("doctor", help="check the installation and say what is off")
-    doctor.set_defaults(run=_doctor)
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None):
+        added = commands.add_parser(name, help=help, description=description)
+        added.set_defaults(run=run)
+        return added
 
-    demo = commands.add_parser("demo", help="build a tiny offline model, teacher and dataset (about a minute)")
+    command("doctor", _doctor, "check the installation and say what is off")
+
+    demo = command("demo", _demo, "build a tiny offline model, teacher and dataset (about a minute)")
     demo.add_argument("--output", default="hera_demo", help="folder to build (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
     demo.add_argument("--size", choices=("demo", "test"), default="demo", help="test: smaller and faster")
     demo.add_argument("--force", action="store_true", help="build again over an earlier demo")
-    demo.set_defaults(run=_demo)
 
-    register_selection(commands)
-    register_backbones(commands)
-    register_calibration(commands)
-    register_study(commands)
+    select = command("select", _select, "score every attention head and write the run's recipe")
+    select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
+    select.add_argument("--in-place", action="store_true", help="write the heads into the recipe itself, too")
+    select.add_argument(
+        "--teacher-only", action="store_true", help="only fill hera_teacher_cache for the whole dataset"
+    )
+    _take_overrides(select, "hera_select_mode=mllm")
+
+    score = command("score", _score, "score every attention head of a checkpoint or an adapter")
+    score.add_argument("target", metavar="CHECKPOINT|RECIPE.yaml", help="a model, an adapter, or a recipe's own model")
+    score.add_argument("--recipe", metavar="RECIPE.yaml", help="says dataset, template, teacher and settings")
+    score.add_argument("--output", metavar="FILE.json", help="default: hera/scores.json in the checkpoint's folder")
+    _take_overrides(score, "hera_select_mode=mllm")
+
+    report = command("report", _report, "compare head scores before and after training")
+    report.add_argument("files", metavar="SCORES.json", nargs="+", help="score files, the one before training first")
+    report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
+    report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
+
+    build = command(
+        "build",
+        _build,
+        "assemble a LLaVA-style model from a language model and a vision encoder",
+        "Makes a LLaVA-style model with a random two-layer projector, ready for stage 1. Weights are copied as they "
+        "are; the folder gets its name when the model is complete.",
+    )
+    build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
+    build.add_argument(
+        "--vision-model",
+        default=VISION_MODEL,
+        help="folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)",
+    )
+    build.add_argument("--output", required=True, help="folder to make")
+    build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
+    build.add_argument(
+        "--shard-gib", type=float, default=4.0, help="largest weight file in GiB (default: %(default)s)"
+    )
+
+    recipes = command(
+        "recipes",
+        _recipes,
+        "list the shipped recipes, or copy them into a folder",
+        "Lists the shipped recipes with what each does; with --copy-to they are copied, data and all.",
+    )
+    recipes.add_argument("name", nargs="*", help="show only recipes whose name contains one of these")
+    recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all of them, with dataset_info.json and deepspeed/")
+
+    calibrate = command(
+        "calibrate",
+        _calibrate,
+        "calibrate attention heads without training (RAH-LoRA) into a LoRA adapter",
+        "Finds attention heads that matter and hardly look across text and image, and moves their weights towards "
+        "those of heads that do, within a bound on the model's output. The result is a PEFT adapter.",
+    )
+    calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="says model, dataset, template and rah_* keys")
+    calibrate.add_argument(
+        "--control",
+        choices=("shuffled", "blank"),
+        help="calibrate on shuffled or blank images, too, and say what that did",
+    )
+    _take_overrides(calibrate, "rah_delta=0.02")
     return parser
+
+
+def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Lets ``key=value`` s stand before and behind a parser's options; they become its ``overrides``."""
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help=f"keys over the recipe's, for instance {example}"
+    )
+    # argparse takes a list of positional arguments from one place only, not from before and behind an option
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
+        parsed, rest = parse([arg for arg in args if not _OVERRIDE.fullmatch(arg)], namespace)
+        parsed.overrides += [arg for arg in args if _OVERRIDE.fullmatch(arg)]
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +128,139 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
         return 2
+
+
+# -- the subcommands -------------------------------------------------------------------------------------------------
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from hera_patches.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import build_demo
+
+    paths = build_demo(args.output, seed=args.seed, size=args.size, force=args.force)
+    print("\n".join(f"{name}: {path}" for name, path in paths.items()))
+    return 0
+
+
+def _select(args: argparse.Namespace) -> int:
+    _quiet_host()
+    status = _relaunched()
+    if status is not None:
+        return status
+    from .integrations.llamafactory.commands import fill_teacher, select
+
+    if args.teacher_only:
+        fill_teacher(args.recipe, args.overrides)
+    else:
+        select(args.recipe, args.overrides, in_place=args.in_place)
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    _quiet_host()
+    status = _relaunched()
+    if status is not None:
+        return status
+    from .integrations.llamafactory.commands import score_checkpoint
+
+    is_recipe = Path(args.target).suffix in (".yaml", ".yml", ".json")
+    recipe = args.target if is_recipe else args.recipe
+    print(score_checkpoint(None if is_recipe else args.target, recipe, args.output, args.overrides))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from .selection.pictures import write_report
+
+    for path in write_report(args.files, args.output, args.names):
+        print(path)
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from .backbones.build import build_backbone
+
+    built = build_backbone(
+        args.language_model,
+        args.vision_model,
+        args.output,
+        seed=args.seed,
+        shard_gib=args.shard_gib,
+        report=lambda line: print(line, flush=True),
+    )
+    print(f"{built.folder}: {built.n_parameters:,} parameters")
+    print(f"<image> is token {built.image_token_id}; an image takes {built.image_tokens} tokens of cutoff_len")
+    print(f"template: llava_plain in stage 1, {built.template or 'none that is known here'} in stage 2")
+    return 0
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from .backbones.shipped import copy_recipes, shipped_recipes
+
+    if args.copy_to is not None:
+        print(f"{len(copy_recipes(args.copy_to))} recipes copied to {args.copy_to}")
+        return 0
+    found = shipped_recipes()
+    chosen = {n: t for n, t in found.items() if not args.name or any(part in n for part in args.name)}
+    if not chosen:
+        raise ValueError(f"recipes: no recipe's name contains {' or '.join(args.name)}; there are {', '.join(found)}.")
+    width = max(map(len, chosen))
+    print("\n".join(f"{name:<{width}}  {title}" for name, title in chosen.items()))
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    _quiet_host()
+    # one device: the host refuses several of them in one process
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    from .calibration.report import render_summary
+    from .integrations.llamafactory.commands import calibrate
+
+    for report in calibrate(args.recipe, args.overrides, args.control):
+        print(render_summary(report))
+    return 0
+
+
+def _quiet_host() -> None:
+    # at its usual level the host prints every configuration that it loads, and the table would be lost in them
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
+
+
+def _relaunched() -> int | None:
+    """Runs this command again under torchrun when several devices are there, or ``FORCE_TORCHRUN`` asks for it.
+
+    The host's environment variables are read: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``,
+    ``MASTER_ADDR`` and ``MASTER_PORT``.
+
+    Returns:
+        The exit status of the launch; None when this process should go on itself.
+    """
+    import torch
+
+    environment = os.environ
+    if "LOCAL_RANK" in environment:  # a launcher started this process
+        return None
+    n_devices = torch.accelerator.device_count()
+    forced = environment.get("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1")
+    if not forced and n_devices <= 1:
+        return None
+    options = [f"--nproc-per-node={environment.get('NPROC_PER_NODE', max(1, n_devices))}"]
+    if "MASTER_ADDR" in environment or "NNODES" in environment:
+        options += [
+            f"--nnodes={environment.get('NNODES', 1)}",
+            f"--node-rank={environment.get('NODE_RANK', 0)}",
+            f"--master-addr={environment.get('MASTER_ADDR', '127.0.0.1')}",
+            f"--master-port={environment.get('MASTER_PORT', 29500)}",
+        ]
+    else:
+        options.append("--standalone")
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "llamafactory_hera.cli", *sys.argv[1:]]
+    return subprocess.run(command, check=False).returncode
 
 
 if __name__ == "__main__":

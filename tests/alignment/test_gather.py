@@ -8,7 +8,8 @@ from tests.terms import ContrastiveTerm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llamafactory_hera.alignment.gather import common_row_count, gather_rows, world_size
+from llamafactory_hera.alignment import gather
+from llamafactory_hera.alignment.gather import common_row_count, gather_rows, on_first, world_size
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
@@ -64,18 +65,25 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
     return results
 
 
-def plain_cases(rank: int) -> dict[str, Tensor]:
-    """What gather_rows does on this rank, without the term."""
+def refuse() -> None:
+    raise ValueError(f"refused by {gather.rank()}")
+
+
+def plain_cases(number: int) -> dict[str, Tensor]:
+    """What the functions do on this rank, without the term."""
     results = {"world size": torch.tensor(world_size())}
-    results["rows"] = gather_rows(torch.arange(6.0).view(3, 2) + 100 * rank)
-    results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * rank).t())
-    results["integers"] = gather_rows(torch.tensor([rank, 7], dtype=torch.uint8))
-    results["largest"] = torch.tensor(common_row_count(3 + 4 * rank, torch.device("cpu")))
+    results["rows"] = gather_rows(torch.arange(6.0).view(3, 2) + 100 * number)
+    results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * number).t())
+    results["integers"] = gather_rows(torch.tensor([number, 7], dtype=torch.uint8))
+    results["largest"] = torch.tensor(common_row_count(3 + 4 * number, torch.device("cpu")))
+    results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
+    with pytest.raises(ValueError, match="refused by 0"):
+        on_first(refuse)
 
     rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
     other_side = others * 1  # made before the gather, so that its gradient is passed on after it
     # the sum hands one gradient tensor to both sides: the other side must not see the reduction over ranks
-    ((gather_rows(rows * 2) + other_side) * (rank + 1)).sum().backward()
+    ((gather_rows(rows * 2) + other_side) * (number + 1)).sum().backward()
     results["gradient"], results["gradient of the other side"] = rows.grad, others.grad
 
     rows = torch.ones(2, 3, requires_grad=True)
@@ -109,6 +117,7 @@ def test_one_process_gathers_nothing():
     assert world_size() == 1
     assert gather_rows(rows) is rows
     assert common_row_count(3, rows.device) == 3
+    assert (gather.rank(), on_first(gather.rank)) == (0, 0)
 
 
 @pytest.mark.slow
@@ -121,6 +130,7 @@ def test_rows_come_in_rank_order_on_every_rank(ranks):
         assert torch.equal(result["non-contiguous rows"], torch.cat([first, first + 100]))
         assert result["integers"].tolist() == [0, 7, 1, 7]
         assert result["largest"] == 7
+    assert [rank["plain"]["of the first"].tolist() for rank in ranks] == [[0, 0], [1, 0]]
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import chance_level, mutual_knn, nearest_neighbors
+from llamafactory_hera.alignment import neighbors as neighbors_module
+from llamafactory_hera.alignment.neighbors import teacher_candidates
 
 
 def naive_neighbors(features: Tensor, k: int, normalize: bool) -> list[list[int]]:
@@ -74,6 +76,54 @@ def test_mutual_knn_is_the_mean_shared_neighborhood(k, normalize):
     assert expected[2] < expected[0]
 
 
+def test_neighbors_are_the_same_whatever_rows_are_ranked_at_a_time(monkeypatch):
+    features = torch.randint(-1, 2, (40, 3)).float()
+    expected = nearest_neighbors(features, 5, normalize=False)
+    monkeypatch.setattr(neighbors_module, "_ROWS", 7)
+    assert torch.equal(nearest_neighbors(features, 5, normalize=False), expected)
+
+
+def naive_among(features: Tensor, allowed: Tensor, k: int, normalize: bool = True) -> list[list[int]]:
+    order = naive_neighbors(features, len(features) - 1, normalize)[: len(allowed)]
+    found = [[j for j in order[i] if row[j]][:k] for i, row in enumerate(allowed.tolist())]
+    return [row + [-1] * (min(k, len(features)) - len(row)) for row in found]
+
+
+@pytest.mark.parametrize("k", [2, 8, 20])
+def test_only_allowed_candidates_are_neighbors_and_minus_one_stands_for_none(k):
+    """The first 6 samples are asked for; the others are candidates alone."""
+    allowed = (torch.rand(6, 9) < 0.6).fill_diagonal_(False)
+    allowed[3] = False
+    student, teacher = torch.randn(2, 9, 4), torch.randn(9, 5)
+    ours = [naive_among(head, allowed, k) for head in student]
+    theirs = naive_among(teacher, allowed, k)
+    assert nearest_neighbors(student, k, allowed=allowed).tolist() == ours
+    shares = [
+        [len((set(a) & set(b)) - {-1}) / len(set(b) - {-1}) for a, b in zip(head, theirs, strict=True) if max(b) >= 0]
+        for head in ours
+    ]
+    expected = [sum(share) / len(share) for share in shares]
+    assert len(shares[0]) == 5
+    assert mutual_knn(student, teacher, k, allowed=allowed).tolist() == pytest.approx(expected, abs=1e-6)
+    assert mutual_knn(student, teacher, k, allowed=allowed[3:4]).isnan().all()
+
+
+def test_candidates_are_other_valid_images_and_remembered_ones():
+    teacher = torch.randint(-9, 10, (7, 9)).float()  # of a batch of 5 and of 2 remembered samples; exact products
+    teacher[3] = 2 * teacher[0]  # one image
+    teacher[6] = teacher[1]
+    teacher[4] = torch.nan
+    valid = torch.tensor([True, True, True, True, False])
+    candidates = teacher_candidates(teacher, valid, 3, normalize=False)
+    allowed = [[1, 2, 5, 6], [0, 2, 3, 5], [0, 1, 3, 5, 6], [1, 2, 5, 6], []]
+    assert [row.nonzero().flatten().tolist() for row in candidates.allowed] == allowed
+    teacher[4] = 0
+    assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3, normalize=False)
+    assert candidates.duplicates == 1
+    assert candidates.known.tolist() == valid.tolist()
+    assert candidates.chance.item() == pytest.approx((3 / 4 * 3 + 3 / 5) / 4)
+
+
 def test_mutual_knn_ignores_the_order_inside_a_neighborhood_and_the_width_of_features():
     teacher = torch.randn(10, 4)
     rotation = torch.linalg.qr(torch.randn(9, 4)).Q
@@ -98,3 +148,13 @@ def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
 def test_different_numbers_of_samples_are_refused():
     with pytest.raises(ValueError, match="student holds 6 samples and teacher 5: give the same samples to both"):
         mutual_knn(torch.randn(6, 3), torch.randn(5, 3), 2)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("shape", [(50, 6), (3, 50, 6)])
+def test_neighbours_by_blocks_of_rows_are_those_of_the_whole(normalize, shape, monkeypatch):
+    features = torch.randn(shape)
+    features[..., 10:20, :] = features[..., :10, :]  # exact ties
+    whole = nearest_neighbors(features, 5, normalize)
+    monkeypatch.setattr("llamafactory_hera.alignment.neighbors._ROWS", 7)
+    assert torch.equal(nearest_neighbors(features, 5, normalize), whole)

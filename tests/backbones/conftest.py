@@ -1,10 +1,15 @@
-"""Tiny checkpoints, saved once."""
+"""Tiny checkpoints, saved once, and the function under test on them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llamafactory_hera.backbones.build import BuiltModel, build_backbone
+
 from .tiny import FAMILIES, TOWERS, save_language_model, save_tower
+
+Build = Callable[..., BuiltModel]
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +19,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_language_model(name, root / name) for name in FAMILIES} | {
         name: save_tower(name, root / name) for name in TOWERS
     }
+
+
+@pytest.fixture
+def build(checkpoints: dict[str, Path], tmp_path: Path) -> Build:
+    """`build_backbone` into ``built``; models are names of checkpoints or folders."""
+
+    def run(llm: str | Path = "qwen3", tower: str | Path = "siglip", output: str | Path = "built", **options):
+        folders = [str(checkpoints.get(name, name)) for name in (llm, tower)]
+        return build_backbone(*folders, tmp_path / output, **options)
+
+    return run

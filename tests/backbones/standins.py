@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.build import build_backbone
 
 from .tiny import byte_level, new_tokenizer, save_language_model, save_tower
 

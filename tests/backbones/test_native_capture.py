@@ -7,10 +7,10 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.backbones.table import NATIVE_MODELS
 from llamafactory_hera.heads import HeadCapture
 from llamafactory_hera.heads.families import decoder_layers, head_layout, output_projection
 
+from .full_size import NATIVE
 from .standins import save_native
 
 #: What stands for a picture in the text that each processor takes.
@@ -24,12 +24,11 @@ PLACEHOLDERS = {
 }
 
 
-@pytest.mark.parametrize("key", NATIVE_MODELS)
+@pytest.mark.parametrize("key", NATIVE)
 def test_a_captured_head_is_its_slice_of_the_projection(key: str, tmp_path: Path) -> None:
     folder = save_native(key, tmp_path / key)
     model = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
-    assert model.config.model_type == NATIVE_MODELS[key].model_type
-    assert model.config.get_text_config().model_type == NATIVE_MODELS[key].text.model_type
+    assert (model.config.model_type, model.config.get_text_config().model_type) == NATIVE[key][:2]
     processor = tf.AutoProcessor.from_pretrained(folder)
     image = Image.effect_mandelbrot((64, 48), (-2, -1, 1, 1), 50).convert("RGB")
     text = f"{PLACEHOLDERS[key]}What is it?"

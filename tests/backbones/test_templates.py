@@ -12,7 +12,7 @@ import pytest
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.build import build_backbone
 
 from .tiny import FAMILIES, new_tokenizer, save_language_model
 

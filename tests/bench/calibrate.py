@@ -21,15 +21,15 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.calibration.attention_maps import AttentionFlow
-from llamafactory_hera.calibration.forward import Forward
-from llamafactory_hera.calibration.gates import HeadGates
-from llamafactory_hera.calibration.held_out import HeldOut
-from llamafactory_hera.calibration.influence import margin_loss
-from llamafactory_hera.calibration.material import Material
+from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates, margin_loss
+from llamafactory_hera.calibration.profile import counted_logits
 from llamafactory_hera.calibration.run import calibrate_heads
-from llamafactory_hera.calibration.settings import RahSettings
-from llamafactory_hera.selection.source import Features
+from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.calibration.trust_region import HeldOut
+from llamafactory_hera.calibration.weights import HeadWeights
+from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.samples import Features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE = 1
@@ -106,9 +106,9 @@ def passes(forward: Forward, samples: NoiseSamples, args: argparse.Namespace) ->
         return [samples.collate(rows[start : start + args.batch_size]) for start in range(0, n, args.batch_size)]
 
     profiled, probes = batches(args.samples - args.held_out), batches(args.probes)
-    held_out = HeldOut(
-        forward, [samples.encode(row) for row in range(args.held_out)], samples.collate, args.batch_size
-    )
+    rows = [samples.encode(row) for row in range(args.held_out)]
+    config = RahConfig(batch_size=args.batch_size)
+    held_out = HeldOut(forward, HeadWeights(forward.model), rows, samples.collate, config)
     bins = samples.encode(0)["input_ids"].count(IMAGE)
 
     @torch.no_grad()
@@ -120,7 +120,8 @@ def passes(forward: Forward, samples: NoiseSamples, args: argparse.Namespace) ->
     def attention() -> None:
         with AttentionFlow(forward.model, bins) as flow:
             for batch in profiled:
-                flow.expect(*forward.modalities(batch))
+                text = forward.tokens("text", batch)
+                flow.expect(text, forward.tokens("mean", batch) & ~text)
                 forward.run(batch)
                 flow.take()
 
@@ -128,7 +129,7 @@ def passes(forward: Forward, samples: NoiseSamples, args: argparse.Namespace) ->
         with HeadGates(forward.model) as gates, torch.enable_grad():
             for batch in probes:
                 gates.reset(len(batch["input_ids"]))
-                gates.gradients(margin_loss(*forward.logits(batch)))
+                gates.gradients(margin_loss(*counted_logits(forward, batch, "text")))
 
     n = args.samples - args.held_out
     return {
@@ -196,15 +197,13 @@ def main() -> None:
     profiling = best["attention flow (I-SAL)"] + best["gate gradients (CAF)"]
     print(f"\nprofiling is {profiling / best['bare forward passes']:.2f}x the bare passes of its samples")
 
-    settings = RahSettings(
-        samples=args.samples, held_out=args.held_out, probes=args.probes, batch_size=args.batch_size
-    )
-    material = Material(samples, lambda: model, lambda _: samples.collate, "random", "noise")
+    config = RahConfig(samples=args.samples, held_out=args.held_out, probes=args.probes, batch_size=args.batch_size)
+    inputs = CalibrationInputs(samples, lambda: model, lambda _: samples.collate, "random", "noise")
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        (report,) = calibrate_heads(material, settings, Path(folder))
+        (report,) = calibrate_heads(inputs, config, Path(folder))
     seconds = time.perf_counter() - start
     parts = report["provenance"]["seconds"]
     print(

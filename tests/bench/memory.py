@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from llamafactory_hera.selection.api import score_checkpoint, select
+from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint, select
 
 SMALL = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}
 LARGE = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}

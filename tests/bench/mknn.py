@@ -18,8 +18,7 @@ import time
 
 import torch
 
-from llamafactory_hera.alignment import chance_level, nearest_neighbors
-from llamafactory_hera.alignment.scoring import full_precision, head_grams, score_heads
+from llamafactory_hera.alignment import chance_level, nearest_neighbors, score_heads
 
 VARIANTS = {
     "published": "published procedure (D-vectors, argsort, N x N masks)",
@@ -77,9 +76,9 @@ def work(variant: str, args: argparse.Namespace) -> dict:
     elif variant == "gram":
 
         def run(layers: range) -> None:
-            with full_precision("cpu"):
-                for _ in layers:
-                    head_grams(weight, args.heads)
+            for _ in layers:
+                for columns in weight.split(d, dim=1):
+                    columns.T @ columns
     else:
         sides = pooled.transpose(1, 2).contiguous()
         del pooled

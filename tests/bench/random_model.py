@@ -11,12 +11,16 @@ with the paper's vision encoder: 729 tokens an image. Speed and memory do not de
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 import transformers as tf
 
-from llamafactory_hera.backbones.table import LANGUAGE_MODELS, VISION_CONFIG
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS
+
+sys.path.append(str(Path(__file__).parents[2]))
+from tests.backbones.full_size import VISION, vlm_config
 
 TEACHER = tf.Dinov2Config(
     hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
@@ -25,21 +29,21 @@ TEACHER = tf.Dinov2Config(
 
 def save_model(key: str, processor: tf.ProcessorMixin, folder: Path, layers: int | None, device: str) -> None:
     """Writes model and processor in bf16."""
-    content = LANGUAGE_MODELS[key].llava_config(VISION_CONFIG)
-    text = content["text_config"] = dict(content["text_config"])
+    content = vlm_config(key)
+    text = content["text_config"]
     tokenizer = processor.tokenizer
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     if layers is not None:
         text["num_hidden_layers"] = layers
         text.pop("layer_types", None)
     content |= {"image_token_index": tokenizer.convert_tokens_to_ids(processor.image_token)}
-    config = tf.AutoConfig.for_model("llava", **content)
+    config = tf.AutoConfig.for_model(**content)
     with torch.device(device):
         model = tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    side = VISION_CONFIG["image_size"]
+    side = VISION["image_size"]
     processor.image_processor = tf.SiglipImageProcessor(size={"height": side, "width": side})
-    processor.patch_size = VISION_CONFIG["patch_size"]
+    processor.patch_size = VISION["patch_size"]
     processor.save_pretrained(folder)
 
 

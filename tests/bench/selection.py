@@ -2,7 +2,7 @@
 
     python tests/bench/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
 
-Whole: from a dataset of image files and captions to ``heads.json``, as ``select_heads`` does it; the model is loaded
+Whole: from a dataset of image files and captions to ``heads.json``, as ``select_targets`` does it; the model is loaded
 in both cases. Bare: the teacher and the language model on batches that were made before, nothing captured, nothing
 read back. The model is random, so its size is a choice; a larger one makes everything but its passes weigh less.
 Rounds alternate, each in this process; the fastest of each is compared, in seconds and in CPU seconds.
@@ -28,20 +28,17 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.selection.batches import plan_batches
-from llamafactory_hera.selection.source import Features
-from llamafactory_hera.selection import run
-from llamafactory_hera.selection.captions import collate_captions
-from llamafactory_hera.selection.forward import forward_call
-from llamafactory_hera.selection.material import Material
-from llamafactory_hera.selection.settings import SelectSettings
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.selection import select
+from llamafactory_hera.selection.forward import Forward, plan_batches
+from llamafactory_hera.selection.samples import Features, SelectionInputs, collate_captions
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 
 # Suffix of the CPU seconds of a name.
 CPU = " (CPU)"
 
-#: What is timed inside of a selection: names in ``selection.run``, with words for them.
+#: What is timed inside of a selection: names in ``selection.select``, with words for them.
 STAGES = {
     "draw_samples": "drawing and hashing samples",
     "find_neighbors": "teacher: decoding, passes, cache, neighbours",
@@ -74,7 +71,7 @@ class Rows:
         return self._features[row]
 
 
-def make_material(folder: Path, args: argparse.Namespace) -> Material:
+def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
     torch.manual_seed(args.seed)
     text = tf.Qwen3Config(
         vocab_size=args.vocabulary,
@@ -99,28 +96,27 @@ def make_material(folder: Path, args: argparse.Namespace) -> Material:
         folder / "teacher"
     )
     teacher = VisionTeacher.from_pretrained(str(folder / "teacher"), args.device)
-    return Material(
+    return SelectionInputs(
         source=Rows(folder, args),
         load_model=lambda: model,
         collator=lambda _: collate_captions,
         load_teacher=lambda: teacher,
         model_name="random",
         model_folder=folder / "model",
-        teacher_name="random",
         dataset_name="noise",
         num_workers=args.workers,
     )
 
 
-def bare_passes(material: Material, settings: SelectSettings) -> Callable[[], dict[str, float]]:
+def bare_passes(inputs: SelectionInputs, config: HeraConfig) -> Callable[[], dict[str, float]]:
     """Prepares everything; what it returns runs the passes and says how long each kind took."""
-    samples = run.draw_samples(material.source, settings)
+    samples = select.draw_samples(inputs.source, config)
     features = [sample.features for sample in samples]
-    plan = plan_batches([len(feature["input_ids"]) for feature in features], settings.batch_size)
-    model, teacher = material.load_model(), material.load_teacher()
+    plan = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
+    model, teacher = inputs.load_model(), inputs.load_teacher()
     batches = [collate_captions([dict(features[row]) for row in batch.rows]) for batch in plan]
-    pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(settings.batch_size)
-    call = forward_call(model, settings.mode)
+    pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(config.select.batch_size)
+    forward = Forward(model, config.select.mode)
 
     def passes() -> dict[str, float]:
         seconds = {}
@@ -129,7 +125,7 @@ def bare_passes(material: Material, settings: SelectSettings) -> Callable[[], di
                 teacher.encode(part)
         with torch.no_grad(), timed(seconds, "model"):
             for batch in batches:
-                call(batch)
+                forward.run(batch)
         return seconds
 
     return passes
@@ -161,12 +157,12 @@ def stages(seconds: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    before = {name: getattr(run, name) for name in STAGES}
-    vars(run).update({name: wrap(name, function) for name, function in before.items()})
+    before = {name: getattr(select, name) for name in STAGES}
+    vars(select).update({name: wrap(name, function) for name, function in before.items()})
     try:
         yield
     finally:
-        vars(run).update(before)
+        vars(select).update(before)
 
 
 def main() -> None:
@@ -190,20 +186,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load = os.getloadavg()[0]
-    settings = SelectSettings(samples=args.samples, batch_size=args.batch_size)
+    keys = {"hera_select_samples": args.samples, "hera_select_batch_size": args.batch_size}
+    config = HeraConfig.from_keys({"hera_heads": "auto", "hera_teacher": "random", **keys})
 
     bare: list[dict[str, float]] = []
     whole: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        material = make_material(folder, args)
-        passes = bare_passes(material, settings)
+        inputs = make_inputs(folder, args)
+        passes = bare_passes(inputs, config)
         passes()
         for number in range(args.rounds):
             bare.append(passes())
             seconds: dict[str, float] = defaultdict(float)
             with stages(seconds), timed(seconds, "whole"):
-                run.select_heads(material, settings, folder / f"round{number}/heads.json")
+                select.select_targets(inputs, config, folder / f"round{number}/heads.json")
             whole.append(dict(seconds))
     floor = min(bare, key=lambda seconds: seconds["teacher"] + seconds["model"])
     best = min(whole, key=lambda seconds: seconds["whole"])

@@ -12,18 +12,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from llamafactory_hera.calibration import profile as profiling
 from llamafactory_hera.calibration import run as running
-from llamafactory_hera.calibration.forward import Forward
-from llamafactory_hera.calibration.held_out import HeldOut
+from llamafactory_hera.calibration.profile import Profile
+from llamafactory_hera.calibration.report import render_summary
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.samples import draw_samples
-from llamafactory_hera.calibration.settings import RahSettings
-from llamafactory_hera.calibration.summary import render_summary
-from tests.calibration.tiny import calibration_model, collate, material, noise_images
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.calibration.trust_region import HeldOut
+from llamafactory_hera.calibration.weights import HeadWeights
+from llamafactory_hera.selection.forward import Forward
+from tests.calibration.tiny import calibration_model, collate, inputs, noise_images
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = RahSettings(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
+CONFIG = RahConfig(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
 FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -53,7 +54,7 @@ def without_run(report: dict[str, Any]) -> dict[str, Any]:
 def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: str) -> None:
     model = calibration_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    (report,) = calibrate_heads(material(model), SETTINGS, tmp_path)
+    (report,) = calibrate_heads(inputs(model), CONFIG, tmp_path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert names(tmp_path) == FILES
     assert json.loads((tmp_path / "calibration.json").read_text()) == json.loads(json.dumps(report))
@@ -76,8 +77,8 @@ def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: s
 
 
 def test_scores_of_every_head_are_in_the_report(tmp_path: Path) -> None:
-    (report,) = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
-    profile = profiling.Profile(**load_file(tmp_path / "calibration_profile.safetensors"))
+    (report,) = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
+    profile = Profile(**load_file(tmp_path / "calibration_profile.safetensors"))
     for name, values in (
         ("isal", profile.flow),
         ("isal_standardized", profile.saliency),
@@ -91,7 +92,7 @@ def test_scores_of_every_head_are_in_the_report(tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
     reports = []
     for name in ("one", "two"):
-        reports += calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / name)
+        reports += calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / name)
     assert without_run(reports[0]) == without_run(reports[1])
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -100,15 +101,15 @@ def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_after_profiling_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "whole")
+    whole = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(running, "try_updates", _stop)
         with pytest.raises(KeyboardInterrupt):
-            calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "stopped")
+            calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / "stopped")
     assert names(tmp_path / "stopped") == {"calibration_profile.safetensors"}
     with monkeypatch.context() as patch:
         patch.setattr(running, "profile_heads", _stop)
-        resumed = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "stopped")
+        resumed = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / "stopped")
     assert without_run(resumed[0]) == without_run(whole[0])
     assert resumed[0]["provenance"]["seconds"]["profiling"] is None
 
@@ -119,18 +120,16 @@ def _stop(*_: Any) -> None:
 
 @pytest.mark.parametrize("change", ["another model", "other samples", "more probes"])
 def test_a_profile_of_something_else_is_not_used(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
-    model, settings = calibration_model(), SETTINGS
+    calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
+    model, config = calibration_model(), CONFIG
     if change == "another model":
         with torch.no_grad():
             model.model.multi_modal_projector.linear_1.weight.mul_(1.01)
-    settings = {"other samples": replace(SETTINGS, seed=1), "more probes": replace(SETTINGS, probes=9)}.get(
-        change, SETTINGS
-    )
+    config = {"other samples": replace(CONFIG, seed=1), "more probes": replace(CONFIG, probes=9)}.get(change, CONFIG)
     monkeypatch.setattr(running, "profile_heads", _stop)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_heads(material(model), settings, tmp_path)
-    calibrate_heads(material(calibration_model()), replace(SETTINGS, k=1, delta=0.01), tmp_path)  # needs no new one
+        calibrate_heads(inputs(model), config, tmp_path)
+    calibrate_heads(inputs(calibration_model()), replace(CONFIG, k=1, delta=0.01), tmp_path)  # needs no new one
 
 
 NOTHING = {
@@ -144,9 +143,9 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_to_do_gives_a_report_and_no_adapter(tmp_path: Path, name: str) -> None:
     change, words = NOTHING[name]
-    calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)  # an earlier adapter must not survive
+    calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)  # an earlier adapter must not survive
     assert names(tmp_path) == FILES
-    (report,) = calibrate_heads(material(calibration_model()), replace(SETTINGS, **change), tmp_path)
+    (report,) = calibrate_heads(inputs(calibration_model()), replace(CONFIG, **change), tmp_path)
     assert names(tmp_path) == {"calibration.json", "calibration.png", "calibration_profile.safetensors"}
     assert words in report["nothing_because"]
     assert (report["calibrated"], report["adapter_rank"], report["kl"]["total"]) == ([], {}, 0.0)
@@ -166,7 +165,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_the_papers_ablations_run(tmp_path: Path, name: str) -> None:
-    (report,) = calibrate_heads(material(calibration_model()), replace(SETTINGS, **ABLATIONS[name]), tmp_path)
+    (report,) = calibrate_heads(inputs(calibration_model()), replace(CONFIG, **ABLATIONS[name]), tmp_path)
     assert report["calibrated"]
     if name == "full rank":
         assert max(report["adapter_rank"].values()) % 8 == 0  # heads of 8 values
@@ -177,8 +176,8 @@ def test_the_papers_ablations_run(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("control", ["shuffled", "blank"])
 def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
     model = calibration_model()
-    normal, corrupted = calibrate_heads(material(model), SETTINGS, tmp_path, control)
-    (alone,) = calibrate_heads(material(calibration_model()), SETTINGS, tmp_path / "alone")
+    normal, corrupted = calibrate_heads(inputs(model), CONFIG, tmp_path, control)
+    (alone,) = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / "alone")
     assert without_run(normal) == without_run(alone)
     folder = tmp_path / f"control_{control}"
     assert names(folder) <= FILES
@@ -192,8 +191,8 @@ def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
     assert compared["kl_control"] == corrupted["kl"]["total"]
     assert f"control {control}" in render_summary(corrupted)
     # the divergence on uncorrupted samples is that of the control's own adapter
-    features = [sample.features for sample in draw_samples(material(model).source, SETTINGS).held_out]
-    held_out = HeldOut(Forward(model), features, collate, SETTINGS.batch_size)
+    features = [sample.features for sample in draw_samples(inputs(model).source, CONFIG).held_out]
+    held_out = HeldOut(Forward(model), HeadWeights(model), features, collate, CONFIG)
     PeftModel.from_pretrained(model, folder).merge_and_unload()
     assert compared["kl_control_on_uncorrupted_samples"] == pytest.approx(held_out.kl(), rel=1e-3)
 
@@ -201,19 +200,19 @@ def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
 def test_somebody_elses_adapter_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote"):
-        calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+        calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
     assert names(tmp_path) == {"adapter_config.json"}
 
 
 @pytest.mark.parametrize("change", ["trained", "another file", "after a report without adapter"])
 def test_an_adapter_that_was_trained_since_is_not_replaced(tmp_path: Path, change: str) -> None:
-    without = replace(SETTINGS, delta=0)
+    without = replace(CONFIG, delta=0)
     if change == "after a report without adapter":
-        calibrate_heads(material(calibration_model()), without, tmp_path)
+        calibrate_heads(inputs(calibration_model()), without, tmp_path)
         (tmp_path / "adapter_config.json").write_text("{}")
     file = tmp_path / "adapter_model.safetensors"
     if change != "after a report without adapter":
-        calibrate_heads(material(calibration_model()), SETTINGS, tmp_path)
+        calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
         tensors = {name: value + 1e-3 for name, value in load_file(file).items()}
         file.unlink()
     if change == "trained":
@@ -222,7 +221,7 @@ def test_an_adapter_that_was_trained_since_is_not_replaced(tmp_path: Path, chang
         torch.save(tensors, tmp_path / "adapter_model.bin")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote, or that was trained since"):
-        calibrate_heads(material(calibration_model()), without, tmp_path)
+        calibrate_heads(inputs(calibration_model()), without, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
@@ -232,12 +231,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path, li
     script = f"""
 import resource, signal, sys
 from pathlib import Path
-from tests.calibration.test_run import SETTINGS, calibrate_heads, calibration_model, material
+from tests.calibration.test_run import CONFIG, calibrate_heads, calibration_model, inputs
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 model = calibration_model()
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    calibrate_heads(material(model), SETTINGS, Path({str(tmp_path)!r}))
+    calibrate_heads(inputs(model), CONFIG, Path({str(tmp_path)!r}))
 except ValueError as error:
     sys.exit(str(error))
 """
@@ -253,13 +252,13 @@ def test_a_broken_model_leaves_no_file(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = torch.inf
     with pytest.raises(ValueError, match="model_name_or_path"):
-        calibrate_heads(material(model), SETTINGS, tmp_path)
+        calibrate_heads(inputs(model), CONFIG, tmp_path)
     assert names(tmp_path) == set()
 
 
 def test_text_only_rows_are_left_out(tmp_path: Path) -> None:
     images = [[image] for image in noise_images(24)]
     images[3::4] = [[]] * len(images[3::4])
-    (report,) = calibrate_heads(material(calibration_model(), images=images), SETTINGS, tmp_path)
+    (report,) = calibrate_heads(inputs(calibration_model(), images=images), CONFIG, tmp_path)
     assert report["provenance"]["samples"]["without_image"] == 6
     assert report["provenance"]["samples"]["profiled"] == 10

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 
-from llamafactory_hera.calibration.control import corrupt
-from llamafactory_hera.calibration.samples import check_tokens, draw_samples
-from llamafactory_hera.calibration.settings import RahSettings
+from llamafactory_hera.calibration.samples import check_tokens, corrupt, draw_samples
+from llamafactory_hera.calibration.settings import RahConfig
 from tests.calibration.tiny import Rows, noise_images
 
-SETTINGS = RahSettings(samples=12, held_out=4, probes=5)
+CONFIG = RahConfig(samples=12, held_out=4, probes=5)
 
 
 def source(n: int = 20, empty: tuple[int, ...] = ()) -> Rows:
@@ -18,7 +17,7 @@ def source(n: int = 20, empty: tuple[int, ...] = ()) -> Rows:
 
 def test_the_seed_decides_the_draw_and_no_image_is_in_both_parts() -> None:
     rows = source()
-    drawn = [draw_samples(rows, RahSettings(samples=12, held_out=4, probes=5, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [draw_samples(rows, RahConfig(samples=12, held_out=4, probes=5, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0].digest() == drawn[1].digest() != drawn[2].digest()
     assert (len(drawn[0].profiled), len(drawn[0].held_out)) == (8, 4)
     keys = [sample.key for sample in (*drawn[0].profiled, *drawn[0].held_out)]
@@ -27,12 +26,12 @@ def test_the_seed_decides_the_draw_and_no_image_is_in_both_parts() -> None:
 
 def test_a_further_sample_of_an_image_is_passed_over() -> None:
     images = noise_images(9)
-    drawn = draw_samples(Rows([[image] for image in (*images, *images)]), SETTINGS)
+    drawn = draw_samples(Rows([[image] for image in (*images, *images)]), CONFIG)
     assert len(drawn.profiled) + len(drawn.held_out) == 9
 
 
 def test_samples_without_an_image_are_passed_over_and_counted(caplog: pytest.LogCaptureFixture) -> None:
-    drawn = draw_samples(source(20, empty=tuple(range(9))), SETTINGS)
+    drawn = draw_samples(source(20, empty=tuple(range(9))), CONFIG)
     assert all(sample.images for sample in (*drawn.profiled, *drawn.held_out))
     assert drawn.without_image == 9
     assert "9 samples without an image" in caplog.text
@@ -41,22 +40,21 @@ def test_samples_without_an_image_are_passed_over_and_counted(caplog: pytest.Log
 
 def test_data_without_any_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dataset: none of its samples has an image.*`images` column"):
-        draw_samples(source(20, empty=tuple(range(20))), SETTINGS)
+        draw_samples(source(20, empty=tuple(range(20))), CONFIG)
 
 
 def test_fewer_samples_than_probes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dataset: 8 of its 20.*rah_probes: 5.*rah_held_out: 4.*12 have no image"):
-        draw_samples(source(20, empty=tuple(range(12))), SETTINGS)
+        draw_samples(source(20, empty=tuple(range(12))), CONFIG)
 
 
-@pytest.mark.parametrize("count, missing", [(0, "image"), (None, "text")])
-def test_a_sample_without_one_kind_of_token_is_named(count: int | None, missing: str) -> None:
-    samples = draw_samples(source(), SETTINGS).profiled
-    counts = [4] * len(samples)
-    counts[3] = len(samples[3].features["input_ids"]) if count is None else count
-    check_tokens(samples, [4] * len(samples))
-    with pytest.raises(ValueError, match=rf"sample {samples[3].row} .*no {missing} token.*template"):
-        check_tokens(samples, counts)
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_sample_without_one_kind_of_token_is_named(kind: str) -> None:
+    samples = draw_samples(source(), CONFIG).profiled
+    wrong = samples[3].features
+    check_tokens(samples, lambda features: 4)
+    with pytest.raises(ValueError, match=rf"sample {samples[3].row} .*no {kind} token.*template"):
+        check_tokens(samples, lambda f: 4 if f is not wrong else len(f["input_ids"]) if kind == "text" else 0)
 
 
 def pixels(sample) -> bytes:
@@ -66,7 +64,7 @@ def pixels(sample) -> bytes:
 
 def test_shuffled_gives_every_sample_anothers_image_within_its_part() -> None:
     rows = source()
-    drawn = draw_samples(rows, SETTINGS)
+    drawn = draw_samples(rows, CONFIG)
     shuffled = corrupt(drawn, rows, "shuffled", seed=0)
     for ours, theirs in ((drawn.profiled, shuffled.profiled), (drawn.held_out, shuffled.held_out)):
         assert [sample.row for sample in ours] == [sample.row for sample in theirs]
@@ -80,18 +78,18 @@ def test_shuffled_gives_every_sample_anothers_image_within_its_part() -> None:
 def test_images_are_exchanged_between_samples_with_as_many() -> None:
     images = noise_images(30)
     rows = Rows([[images[row]] if row % 2 else [images[row], images[29 - row]] for row in range(14)])
-    drawn = draw_samples(rows, SETTINGS)
+    drawn = draw_samples(rows, CONFIG)
     shuffled = corrupt(drawn, rows, "shuffled", seed=0)
     for ours, theirs in zip(drawn.profiled, shuffled.profiled, strict=True):
         assert len(ours.images) == len(theirs.images)
-    numbers = RahSettings(samples=2, held_out=1, probes=1)
+    numbers = RahConfig(samples=2, held_out=1, probes=1)
     with pytest.raises(ValueError, match=r"--control.*blank"):
         corrupt(draw_samples(rows, numbers), rows, "shuffled", seed=0)
 
 
 def test_blank_images_are_white_and_of_the_same_size() -> None:
     rows = source()
-    drawn = draw_samples(rows, SETTINGS)
+    drawn = draw_samples(rows, CONFIG)
     for ours, theirs in zip(drawn.profiled, corrupt(drawn, rows, "blank", seed=0).profiled, strict=True):
         assert set(pixels(theirs)) == {255}
         assert theirs.images[0].size == ours.images[0].size

@@ -1,16 +1,15 @@
 """The rah_* keys: defaults, types, ranges, layers."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llamafactory_hera.calibration.settings import RahSettings
+from llamafactory_hera.calibration.settings import RahConfig
 
 
 def test_the_papers_defaults() -> None:
-    s = RahSettings()
+    s = RahConfig()
     assert (s.p_isal, s.p_caf, s.k, s.w_v, s.w_o, s.trim, s.rho) == (15, 70, 3, 0.7, 0.3, 0.1, 0.6)
     assert (s.rank, s.delta, s.alpha_max, s.probes, s.samples) == (8, 0.05, 0.15, 32, 100)
     assert s.layer_indices(32) == list(range(16))
@@ -18,9 +17,9 @@ def test_the_papers_defaults() -> None:
 
 def test_every_key_has_a_help_that_says_when_it_is_ours() -> None:
     silent = {"held_out", "batch_size", "text", "positions", "caf_lambda", "beta", "halvings"}
-    for key in fields(RahSettings):
-        assert key.metadata["help"].endswith(".")
-        assert ("ours)" in key.metadata["help"]) == (key.name in silent), key.name
+    for declared in RahConfig.knobs().values():
+        assert declared.metadata["help"].endswith(".")
+        assert ("ours)" in declared.metadata["help"]) == (declared.name in silent), declared.name
 
 
 @pytest.mark.parametrize(
@@ -35,19 +34,18 @@ def test_every_key_has_a_help_that_says_when_it_is_ours() -> None:
     ],
 )
 def test_layers(text: Any, expected: list[int]) -> None:
-    assert RahSettings.from_values({"rah_layers": text}).layer_indices(5) == expected
+    assert RahConfig.from_keys({"rah_layers": text}).layer_indices(5) == expected
 
 
 def test_a_single_layer_has_a_first_half() -> None:
-    assert RahSettings().layer_indices(1) == [0]
+    assert RahConfig().layer_indices(1) == [0]
 
 
 def test_values_arrive_in_their_types() -> None:
-    s = RahSettings.from_values({"rah_p_isal": 20, "rah_k": 2.0, "rah_rank": "full", "rah_targets": "random"})
-    assert (s.p_isal, s.k, s.rank, s.max_rank, s.targets) == (20.0, 2, "full", None, "random")
+    s = RahConfig.from_keys({"rah_p_isal": 20, "rah_k": 2.0, "rah_rank": "full", "rah_targets": "random"})
+    assert (s.p_isal, s.k, s.rank, s.targets) == (20.0, 2, "full", "random")
     assert isinstance(s.p_isal, float)
     assert isinstance(s.k, int)
-    assert RahSettings().max_rank == 8
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -55,16 +53,16 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "text for a number": ({"rah_delta": "small"}, ["rah_delta", "'small'", "a number"]),
     "fraction for a count": ({"rah_k": 2.5}, ["rah_k", "2.5", "whole number"]),
     "truth for a count": ({"rah_k": True}, ["rah_k", "True", "whole number"]),
-    "not finite": ({"rah_delta": float("nan")}, ["rah_delta", "nan", "a number"]),
+    "not finite": ({"rah_delta": float("nan")}, ["rah_delta", "nan", "0 or more"]),
     "null": ({"rah_delta": None}, ["rah_delta: it has no value", "a number", "remove"]),
     "anchors below the mean": ({"rah_beta": -0.1}, ["rah_beta", "-0.1", "0 or more"]),
     "negative seed": ({"rah_seed": -1}, ["rah_seed", "-1", "0 or more"]),
     "negative bound": ({"rah_delta": -0.1}, ["rah_delta", "-0.1", "0 or more"]),
-    "percentile": ({"rah_p_isal": 120}, ["rah_p_isal", "120", "0 to 100"]),
-    "trim": ({"rah_trim": 0.5}, ["rah_trim", "0.5", "below 0.5"]),
-    "alpha": ({"rah_alpha_max": 0}, ["rah_alpha_max", "0", "above 0"]),
+    "percentile": ({"rah_p_isal": 120}, ["rah_p_isal", "120", "0 or more, up to 100"]),
+    "trim": ({"rah_trim": 0.5}, ["rah_trim", "0.5", "less than 0.5"]),
+    "alpha": ({"rah_alpha_max": 0}, ["rah_alpha_max", "0", "more than 0"]),
     "rank": ({"rah_rank": "half"}, ["rah_rank", "'half'", "full"]),
-    "rank 0": ({"rah_rank": 0}, ["rah_rank", "0", "1 or more, or full"]),
+    "rank 0": ({"rah_rank": 0}, ["rah_rank", "0", "1 or more (or full)"]),
     "rule": ({"rah_targets": "best"}, ["rah_targets", "'best'", "paper, no_caf, random, inverse"]),
     "layers": ({"rah_layers": "0..3"}, ["rah_layers", "'0..3'", "0-15"]),
     "layers backwards": ({"rah_layers": "5-3"}, ["rah_layers", "'5-3'"]),
@@ -77,17 +75,17 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_bad_values_are_named(name: str) -> None:
     values, expected = BAD[name]
     with pytest.raises(ValueError) as error:
-        RahSettings.from_values(values)
+        RahConfig.from_keys(values)
     assert all(part in str(error.value) for part in expected), error.value
 
 
 def test_a_layer_that_the_model_lacks() -> None:
     with pytest.raises(ValueError, match=r"rah_layers: 3-9 names layer 9.*layers 0 to 4"):
-        RahSettings(layers="3-9").layer_indices(5)
+        RahConfig(layers="3-9").layer_indices(5)
 
 
 def test_the_docs_list_every_key_with_its_default() -> None:
     page = (Path(__file__).parents[2] / "docs/calibration.md").read_text(encoding="utf-8")
-    for key in fields(RahSettings):
-        default = f"{key.default:g}" if isinstance(key.default, float) else key.default
-        assert f"| `rah_{key.name}` | {default} |" in page, key.name
+    for key, declared in RahConfig.knobs().items():
+        default = f"{declared.default:g}" if isinstance(declared.default, float) else declared.default
+        assert f"| `{key}` | {default} |" in page, key

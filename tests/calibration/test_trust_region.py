@@ -1,11 +1,18 @@
-"""Divergence, step size and roll-back (eq. 14 and 15)."""
+"""KL, step size and roll-back (eq. 14 and 15), as arithmetic and on a real model."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from llamafactory_hera.calibration.trust_region import divergence, largest_step, roll_back
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.calibration.trust_region import HeldOut, divergence, try_updates
+from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Update
+from llamafactory_hera.heads import Target
+from llamafactory_hera.selection.forward import Forward
+from tests.calibration.tiny import Rows, calibration_model, collate, noise_images
+from tests.tiny_models import IMAGE
 
 
 def test_divergence_of_each_distribution() -> None:
@@ -16,42 +23,104 @@ def test_divergence_of_each_distribution() -> None:
             p, q = base[i, j].softmax(dim=0).tolist(), changed[i, j].softmax(dim=0).tolist()
             expected = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
             assert found[i, j].item() == pytest.approx(expected, rel=1e-4)
+    assert (divergence(base, base) == 0).all()
 
 
-def test_a_distribution_does_not_diverge_from_itself_and_the_order_matters() -> None:
-    base, changed = torch.tensor([4.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0])
-    assert divergence(base, base).item() == 0.0
-    assert divergence(base, changed).item() != pytest.approx(divergence(changed, base).item(), rel=0.1)
+# -- steps and roll-back as arithmetic -------------------------------------------------------------------------------
 
 
-def test_the_step_is_halved_until_the_bound_holds() -> None:
-    alpha, tried = largest_step(lambda alpha: 10 * alpha**2, alpha_max=0.15, delta=0.05, halvings=10)
-    assert alpha == 0.15 / 4
-    assert [step.alpha for step in tried] == [0.15, 0.075, 0.0375]
-    assert [step.kl for step in tried] == [10 * step.alpha**2 for step in tried]
+def updates(n: int) -> list[Update]:
+    return [Update((Target(1, i),), (Edit(1, "output", i, torch.randn(48, 2), torch.randn(2, 8)),)) for i in range(n)]
 
 
-def test_the_largest_step_is_tried_first_and_the_bound_itself_is_allowed() -> None:
-    assert largest_step(lambda alpha: 0.05, 0.15, 0.05, 10)[0] == 0.15
+Kl = Callable[[Sequence[Scaled]], float]
 
 
-def test_a_bound_that_never_holds_gives_the_update_up() -> None:
-    alpha, tried = largest_step(lambda alpha: 1.0, 0.15, 0.05, halvings=3)
-    assert alpha == 0.0
-    assert len(tried) == 4
+@pytest.mark.parametrize(
+    "kl, tried, alpha",
+    [
+        (lambda steps: 10 * steps[0][1] ** 2, [0.15, 0.075, 0.0375], 0.0375),
+        (lambda steps: 0.05, [0.15], 0.15),  # the largest step first, and the bound itself is allowed
+        (lambda steps: 1.0, [0.15, 0.075, 0.0375, 0.01875], 0.0),
+    ],
+)
+def test_a_step_is_halved_until_the_bound_holds(kl: Kl, tried: list[float], alpha: float) -> None:
+    (trial,) = try_updates(updates(1), kl, RahConfig(delta=0.05, halvings=3)).trials
+    assert [step.alpha for step in trial.tried] == tried
+    assert [step.kl for step in trial.tried] == [kl([(trial.update, step.alpha)]) for step in trial.tried]
+    assert trial.alpha == alpha
+    assert trial.state == ("calibrated" if alpha else "rolled back: no step holds")
 
 
-def test_the_last_updates_are_rolled_back_one_by_one() -> None:
-    kept, measured = roll_back(lambda n: 0.02 * n, n=5, delta=0.05)
-    assert kept == 2
-    assert [step.alpha for step in measured] == [5, 4, 3, 2]
-    assert roll_back(lambda n: 1.0, n=3, delta=0.05)[0] == 0
-    assert roll_back(lambda n: 1.0, n=0, delta=0.05) == (0, [])
+@pytest.mark.parametrize("together, kept", [(lambda n: 0.02 * n, 2), (lambda n: 0.04 if n == 1 else 1.0, 1)])
+def test_the_last_updates_are_given_up_until_the_total_holds(together: Callable[[int], float], kept: int) -> None:
+    tried = updates(5)
+    outcome = try_updates(tried, lambda steps: together(len(steps)), RahConfig(delta=0.05))
+    assert outcome.totals == [(n, together(n)) for n in range(5, kept - 1, -1)]
+    assert outcome.accepted == [(update, 0.15) for update in tried[:kept]]
+    assert outcome.kl == together(kept)
+    assert {trial.state for trial in outcome.trials[kept:]} == {"rolled back: total too large"}
+    assert all(trial.alpha == 0 and trial.tried for trial in outcome.trials[kept:])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_divergence_that_is_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(ValueError, match=r"model_name_or_path.*(nan|inf).*bf16 or fp32"):
-        largest_step(lambda _: value, 0.15, 0.05, 3)
-    with pytest.raises(ValueError, match="model_name_or_path"):
-        roll_back(lambda _: value, 2, 0.05)
+def test_an_update_without_edits_is_not_tried() -> None:
+    last = updates(1)[0]
+    outcome = try_updates([Update((Target(0, 0),), ()), last], lambda _: 0.0, RahConfig())
+    assert [trial.state for trial in outcome.trials] == ["equals its anchors", "calibrated"]
+    assert outcome.accepted == [(last, 0.15)]
+    empty = try_updates([], lambda _: 0.0, RahConfig())
+    assert (empty.accepted, empty.totals, empty.kl) == ([], [], 0.0)
+
+
+# -- on a model ------------------------------------------------------------------------------------------------------
+
+
+def held_out(model: torch.nn.Module, batch_size: int = 4) -> HeldOut:
+    rows = Rows([[image] for image in noise_images(5)])
+    features = [rows.encode(row) for row in range(5)]
+    return HeldOut(Forward(model), HeadWeights(model), features, collate, RahConfig(batch_size=batch_size))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_divergence_is_the_mean_over_tokens_and_then_samples(batch_size: int) -> None:
+    model = calibration_model()
+    samples = held_out(model, batch_size)
+    assert samples.kl() == 0.0
+    rows = Rows([[image] for image in noise_images(5)])
+    batches = [collate([rows.encode(row)]) for row in range(5)]
+    with torch.no_grad():
+        before = [model(**batch).logits[0].log_softmax(-1) for batch in batches]
+        model.model.language_model.layers[1].self_attn.o_proj.weight[:, :8] *= 1.5
+        after = [model(**batch).logits[0].log_softmax(-1) for batch in batches]
+    means = []
+    for batch, log_p, log_q in zip(batches, before, after, strict=True):
+        text = batch["input_ids"][0] != IMAGE
+        means.append((log_p.exp() * (log_p - log_q)).sum(-1)[text].mean().item())
+    assert samples.kl() == pytest.approx(sum(means) / 5, rel=1e-3)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    model = calibration_model()
+    samples = held_out(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.inf
+    for attempt in (samples.kl, lambda: held_out(model)):
+        with pytest.raises(ValueError, match=r"model_name_or_path.*(nan|inf).*NaN or infinity.*bf16 or fp32"):
+            attempt()
+
+
+def test_steps_and_totals_are_those_that_the_model_shows() -> None:
+    samples, tried = held_out(calibration_model()), updates(4)
+    full = [samples.kl([(update, 0.15)]) for update in tried]
+    delta = sorted(full)[1] * 1.01  # two hold at once, two must be halved
+    outcome = try_updates(tried, samples.kl, RahConfig(delta=delta))
+    for trial, update, kl in zip(outcome.trials, tried, full, strict=True):
+        assert trial.update is update
+        assert trial.tried[0] == (0.15, kl)
+        assert (len(trial.tried) == 1) == (kl <= delta)
+        assert all(step.kl == samples.kl([(update, step.alpha)]) for step in trial.tried)
+        assert [step.kl <= delta for step in trial.tried] == [False] * (len(trial.tried) - 1) + [True]
+    assert 1 <= len(outcome.accepted) < 4
+    assert outcome.kl == samples.kl(outcome.accepted) <= delta
+    assert all(step.kl > delta for step in outcome.totals[:-1])
+    assert samples.kl() == 0.0  # the weights are as they were

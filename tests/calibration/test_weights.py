@@ -1,4 +1,4 @@
-"""Slices of the weights by head, with and without grouped queries, and models that cannot be sliced."""
+"""Slices of the weights by head, with and without grouped queries, changed in place; models that cannot be sliced."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from llamafactory_hera.calibration.weights import HeadWeights
+from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Update, applied
 from llamafactory_hera.heads import Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout
 from tests.calibration.tiny import calibration_model
@@ -41,8 +41,8 @@ def test_a_heads_slices_are_what_its_output_is_made_of(name: str) -> None:
     x, heads, out = (seen[name][0, 0] for name in ("x", "heads", "out"))
     total = torch.zeros_like(out)
     for index in range(layout.n_heads):
-        value, output = weights.of_head(Target(layer, index))
-        assert torch.allclose(heads[weights.block("output", index)], value @ x, atol=1e-4)
+        value, output = (weights.of_head(Target(layer, index), kind) for kind in ("value", "output"))
+        assert torch.allclose(heads[weights.block(index)], value @ x, atol=1e-4)
         total += output @ (value @ x)
     assert torch.allclose(out, total, atol=1e-3)
 
@@ -55,10 +55,10 @@ def test_groups_share_a_value_block(name: str, group: int) -> None:
         members = weights.group(head)
         assert head in members
         assert len(members) == group
-        blocks = {weights.of_head(member)[0].data_ptr() for member in members}
+        blocks = {weights.of_head(member, "value").data_ptr() for member in members}
         assert len(blocks) == 1
         outside = Target(1, (members[-1].head + 1) % 8)
-        assert weights.of_head(outside)[0].data_ptr() not in blocks
+        assert weights.of_head(outside, "value").data_ptr() not in blocks
 
 
 def test_slices_are_views_of_the_model() -> None:
@@ -69,8 +69,35 @@ def test_slices_are_views_of_the_model() -> None:
     attention = model.model.language_model.layers[2].self_attn
     assert (attention.o_proj.weight.abs().sum(dim=0) == 0).nonzero().flatten().tolist() == list(range(24, 32))
     assert (attention.v_proj.weight.abs().sum(dim=1) == 0).nonzero().flatten().tolist() == list(range(8, 16))
-    assert model.get_submodule(weights.name(2, "value")) is attention.v_proj
-    assert weights.shape(2, "output") == attention.o_proj.weight.shape
+    assert model.get_submodule(weights.names[2, "value"]) is weights.projections[2, "value"] is attention.v_proj
+
+
+def steps_for(weights: HeadWeights) -> list[Scaled]:
+    hidden, d = weights.layout.hidden_size, weights.layout.head_dim
+    output = Edit(1, "output", 3, torch.randn(hidden, 2), torch.randn(2, d))
+    value = Edit(0, "value", 2, torch.randn(d, 3), torch.randn(3, hidden))
+    return [(Update((Target(1, 3),), (output,)), 0.1), (Update((Target(0, 2),), (value,)), 0.05)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exactly_the_named_slices_change_and_only_meanwhile(dtype: torch.dtype) -> None:
+    model = calibration_model().to(dtype)
+    weights = HeadWeights(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps = steps_for(weights)
+    expected = {name: value.clone() for name, value in before.items()}
+    for (update, alpha), key in zip(steps, ("1.self_attn.o_proj", "0.self_attn.v_proj"), strict=True):
+        (edit,) = update.edits
+        rows = slice(edit.index * 8, edit.index * 8 + 8)
+        block = (slice(None), rows) if edit.kind == "output" else (rows, slice(None))
+        name = f"model.language_model.layers.{key}.weight"
+        expected[name][block] = (before[name][block].float() + alpha * (edit.left @ edit.right)).to(dtype)
+        assert not torch.equal(expected[name], before[name])
+    with applied(weights, steps):
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    with pytest.raises(KeyError), applied(weights, steps):
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_fused_projections_are_refused_with_the_reason() -> None:

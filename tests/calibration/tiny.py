@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from llamafactory_hera.calibration.material import Material
 from llamafactory_hera.calibration.profile import Profile
-from llamafactory_hera.selection.source import Features
+from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.selection.samples import Features
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 
 N_IMAGE = 4
@@ -66,9 +66,9 @@ def calibration_model(name: str = "llava-llama", **config: Any) -> nn.Module:
     return vlm(name, **shape | config).eval()
 
 
-def material(model: nn.Module, n: int = 24, images: list[list[Image.Image]] | None = None) -> Material:
+def inputs(model: nn.Module, n: int = 24, images: list[list[Image.Image]] | None = None) -> CalibrationInputs:
     """``n`` samples with an image each, for a model that is loaded already."""
-    return Material(
+    return CalibrationInputs(
         source=Rows(images if images is not None else [[image] for image in noise_images(n)]),
         load_model=lambda: model,
         collator=lambda _: collate,

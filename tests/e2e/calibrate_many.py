@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from llamafactory_hera.calibration import calibrate
+from llamafactory_hera.integrations.llamafactory.commands import calibrate
 
 
 def main() -> None:

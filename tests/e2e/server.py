@@ -81,8 +81,8 @@ def _run(job: dict) -> list[int]:
 
 
 def main() -> None:
-    import transformers.models.llava
-    import transformers.models.qwen3
+    import transformers.models.llava  # noqa: F401
+    import transformers.models.qwen3  # noqa: F401
     import transformers.models.siglip  # noqa: F401
 
     import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401

@@ -16,9 +16,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.build import build_backbone
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 
+from ..backbones import full_size
 from ..backbones.standins import save_native, save_paper_llm
 from ..backbones.tiny import save_tower
 from .runner import ROOT, HostServer, Run
@@ -87,7 +88,7 @@ def stage_one(place: Path, server: HostServer) -> dict[str, Run]:
     """Key -> the run of its stage 1, on a model that `build` made."""
     runs = {}
     for key, family in LLMS.items():
-        llm = save_paper_llm(family, LANGUAGE_MODELS[key].text, place / f"llm_{key}")
+        llm = save_paper_llm(family, full_size.SIZES[key], place / f"llm_{key}")
         build_backbone(str(llm), str(place / "tower"), place / f"models/{key}")
         runs[key] = train(f"{key}_pretrain", place, server)
     return runs

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llamafactory_hera.heads import HeadSet
-from llamafactory_hera.selection.api import score_checkpoint, select
-from llamafactory_hera.selection.report import write_report
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint, select
+from llamafactory_hera.selection.pictures import write_report
 
 from .runner import HostServer, run_command, write_recipe
 
@@ -50,8 +50,8 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
     folder = here / "saves/select/hera"
     assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "heads.png", "run.yaml"]
-    heads = HeadSet.load(folder / "heads.json")
-    assert len(heads.heads) == 3
+    heads = Targets.load(folder / "heads.json")
+    assert len(heads.items) == 3
     assert f"selected (worst): {heads}" in output
     assert heads.provenance["mode"] == "mllm"
     place = next(line for line in text.splitlines() if line.startswith("hera_"))
@@ -60,14 +60,14 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     run = server.run(yaml.safe_load((folder / "run.yaml").read_text()), here)
     assert run.ok, run.output
     assert f"HeRA | heads: {heads}" in run.output
-    assert HeadSet.load(run.folder / "hera/heads.json") == heads  # the scores are not lost
+    assert Targets.load(run.folder / "hera/heads.json") == heads  # the scores are not lost
 
 
 def test_a_llava_is_selected_as_the_plain_llm_in_it(here: Path, chosen: dict) -> None:
     path = write(here, chosen)
     llava = select(path, ["output_dir=saves/llava"])
     llm = select(path, ["output_dir=saves/llm", "model_name_or_path=hera_demo/language_model"])
-    assert llava.heads == llm.heads
+    assert llava.items == llm.items
     for same in ("scores", "model_fingerprint", "samples_digest"):
         assert llava.provenance[same] == llm.provenance[same]
     mllm = select(path, ["output_dir=saves/mllm", "hera_select_mode=mllm"])
@@ -80,9 +80,9 @@ def test_every_strategy_and_setting_reaches_the_result(here: Path, chosen: dict)
     scores = select(path, ["output_dir=saves/worst"]).provenance["scores"]
     top = select(path, ["output_dir=saves/top", "hera_select=top", "hera_select_m=2"])
     best = max((score, -layer, -head) for layer, row in enumerate(scores) for head, score in enumerate(row))
-    assert (top.heads[0].layer, top.heads[0].head) == (-best[1], -best[2])
-    assert len(top.heads) == 2
-    assert {head.layer for head in select(path, ["output_dir=saves/middle", "hera_select=middle"]).heads} == {2}
+    assert (top.items[0].layer, top.items[0].head) == (-best[1], -best[2])
+    assert len(top.items) == 2
+    assert {head.layer for head in select(path, ["output_dir=saves/middle", "hera_select=middle"]).items} == {2}
     other = select(path, ["output_dir=saves/other", "hera_pooling=last"])
     assert other.provenance["pooling"] == "last"
     assert other.provenance["scores"] != scores
@@ -95,8 +95,8 @@ def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict
     code, output = run_command(command, here, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert code == 0, output
     assert output.count("selected (worst)") == 1
-    two = HeadSet.load(here / "saves/two/hera/heads.json")
-    assert (two.heads, two.provenance["scores"]) == (one.heads, one.provenance["scores"])
+    two = Targets.load(here / "saves/two/hera/heads.json")
+    assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
 
 
 def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
@@ -105,7 +105,7 @@ def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
     args = chosen | {"output_dir": "saves/auto", "save_steps": 2, "save_strategy": "steps", "max_steps": 4} | LORA
     run = server.run(args, here)
     assert run.ok, run.output
-    heads = HeadSet.load(run.folder / "hera/heads.json")
+    heads = Targets.load(run.folder / "hera/heads.json")
     assert f"selected (worst): {heads}" in run.output
     assert (run.folder / "hera/heads.png").stat().st_size > 10_000
     written = server.run(args | {"hera_heads": str(heads), "output_dir": "saves/written"}, here)
@@ -131,7 +131,7 @@ def test_auto_on_two_processes(server: HostServer, here: Path, chosen: dict) -> 
     two = server.run(args | {"output_dir": "saves/auto_two", "ddp_backend": "gloo"}, here, ranks=2)
     assert two.ok, two.output
     one = select(write(here, args), ["output_dir=saves/auto_one"])
-    assert HeadSet.load(two.folder / "hera/heads.json").heads == one.heads
+    assert Targets.load(two.folder / "hera/heads.json").items == one.items
 
 
 def test_heads_of_another_run_are_refused_unless_forced(server: HostServer, here: Path, chosen: dict) -> None:
@@ -236,11 +236,11 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["dataset=nope"], "dataset: nope is not in"),
         (["template=nope"], "template: nope does not exist"),
         (["adapter_name_or_path=nope", "finetuning_type=full"], "adapter_name_or_path: nope is loaded under"),
-        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: nope is neither a folder"),
+        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: the folder nope does not"),
         (["model_name_or_path="], "model_name_or_path: none is named"),
         (["hera_teacher="], "hera_teacher: it has no value"),
         (["hera_select_m="], "hera_select_m: it has no value; write a whole number"),
-        (["hera_pooling="], "hera_pooling: it has no value; choose one of"),
+        (["hera_pooling="], "hera_pooling: it has no value; write one of"),
         (["output_dir="], "output_dir: none is named"),
         (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
     ],
@@ -261,5 +261,5 @@ def test_a_recipe_that_cannot_be_read_is_named(here: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing\.yaml cannot be read"):
         select("nothing.yaml")
     (here / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"broken\.yaml is not YAML"):
         select("broken.yaml")

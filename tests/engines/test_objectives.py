@@ -11,7 +11,7 @@ from .workers import WorkerPair
 pytestmark = pytest.mark.slow
 
 LAYERS = "L1,L2"
-#: Objective, targets, kind of checkpointing: each kind once on layers, whose outputs carry gradient outside of it alone.
+#: Objective, targets, kind of checkpointing: each once on layers, whose outputs carry gradient outside of it alone.
 CASES = {
     "feature, heads": ("feature", HEADS, "reentrant"),
     "cka, heads": ("cka", HEADS, "off"),

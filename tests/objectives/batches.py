@@ -15,4 +15,4 @@ def pooled(z: Tensor, teacher: Tensor, valid: Tensor | None = None, k: int = 2) 
     valid = torch.ones(len(teacher), dtype=torch.bool) if valid is None else valid
     z = torch.where(valid.view(1, -1, 1), z, 0.0)
     teacher = torch.where(valid.view(-1, 1), teacher, 0.0)
-    return PooledBatch(z, z, teacher, valid, teacher_candidates(teacher, None, valid, k, True))
+    return PooledBatch(z, z, teacher, valid, teacher_candidates(teacher, valid, k, True))

@@ -12,7 +12,7 @@ import transformers as tf
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from llamafactory_hera.backbones.assemble import build_backbone
+from llamafactory_hera.backbones.build import build_backbone
 
 from ..backbones.tiny import save_language_model, save_tower
 from .conftest import ROOT
@@ -113,7 +113,7 @@ def loaded(model: Path, data: Path, dataset: str, template: str) -> list[dict[st
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from llamafactory_hera.integrations.llamafactory.dataset_checks import checked_dataset
+    from llamafactory_hera.integrations.llamafactory.checks import checked_dataset
 
     keys = {
         "model_name_or_path": str(model),

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from llamafactory_hera.backbones.ablations import MARKS, MODELS, ROWS, index
-from llamafactory_hera.backbones.memory import spread
-from llamafactory_hera.backbones.recipes import DEFAULT_GPUS, GPUS, all_recipes, write_recipes
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments
+from llamafactory_hera.config import HeraConfig
 
+from ..backbones.full_size import SIZES, ablations, memory, recipes
 from .conftest import ROOT
 
 KINDS = ("pretrain", "hera", "hera_lora", "sft")
@@ -37,7 +35,7 @@ def parsed(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_committed_files_are_what_the_generator_writes(folder: Path, values: dict, tmp_path: Path) -> None:
-    written = write_recipes(tmp_path)
+    written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
     for file in written:
         committed = (folder / file.relative_to(tmp_path)).read_text(encoding="utf-8")
@@ -47,7 +45,7 @@ def test_the_committed_files_are_what_the_generator_writes(folder: Path, values:
 def test_every_backbone_has_its_recipes(values: dict) -> None:
     expected = {f"{key}_{kind}" for key in LANGUAGE_MODELS for kind in KINDS}
     expected |= {f"{key}_{kind}" for key in NATIVE_MODELS for kind in ("hera", "hera_lora")}
-    expected |= {f"ablations/{key}_{row.name}" for key in MODELS for row in ROWS}
+    expected |= {f"ablations/{key}_{row.name}" for key in ablations.MODELS for row in ablations.ROWS}
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
 
 
@@ -61,13 +59,12 @@ def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
         assert facts["bf16"]
         assert facts["warmup"] == 30  # 3 %
         assert facts["zero3"] == (name.endswith(("_hera", "_sft")) or name.startswith("ablations/")), name
-
-
-@pytest.mark.slow
-def test_the_schedule_is_llavas(parsed: dict) -> None:
     for key in LANGUAGE_MODELS:
         assert parsed[f"{key}_pretrain"]["learning_rate"] == 1e-3
         assert parsed[f"{key}_hera"]["learning_rate"] == 2e-5
+    assert parsed["ablations/qwen3_4b_viral"]["aligned"] == ["viral", "layer", "middle"]
+    assert parsed["ablations/qwen3_4b_cmar"]["aligned"] == ["cka", "layer", "penultimate"]
+    assert parsed["qwen3_4b_hera"]["aligned"] == ["contrastive", "head", None]
 
 
 @pytest.mark.parametrize("key", LANGUAGE_MODELS)
@@ -101,18 +98,18 @@ def test_native_models_select_their_heads_by_what_they_see(values: dict) -> None
 
 
 def test_only_keys_that_hera_declares_are_used(values: dict) -> None:
-    declared = set(HeraArguments.__dataclass_fields__)
+    declared = set(HeraConfig.knobs())
     for name, keys in values.items():
         assert {key for key in keys if key.startswith("hera_")} <= declared, name
 
 
 def test_sequences_have_room_for_the_image(values: dict) -> None:
     for name, keys in values.items():
-        native = NATIVE_MODELS.get(name.split("_hera")[0])
-        assert keys["cutoff_len"] >= (native.image_tokens if native else 729) + 1024, name
+        key = next(key for key in SIZES if name.removeprefix("ablations/").startswith(f"{key}_"))
+        assert keys["cutoff_len"] >= SIZES[key].image_tokens + 1024, name
 
 
-@pytest.mark.parametrize("recipe", list(all_recipes()), ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", list(recipes.all_recipes()), ids=lambda recipe: recipe.name)
 def test_every_row_makes_the_global_batch_and_the_header_shows_it(recipe: Any, folder: Path) -> None:
     text = (folder / f"{recipe.name}.yaml").read_text(encoding="utf-8")
     header = [line.split() for line in text.splitlines() if line.startswith("# ") and line.split()[1:2] != []]
@@ -122,29 +119,30 @@ def test_every_row_makes_the_global_batch_and_the_header_shows_it(recipe: Any, f
         assert candidates == max(recipe.work.global_batch, 128)
         row = [str(plan.gpus), str(plan.per_device), str(plan.accumulation)]
         assert any(words[1:4] == row for words in header), row
-    chosen = next(
-        plan for plan in recipe.plans if plan.gpus == (1 if "quantization_bit" in recipe.keys else DEFAULT_GPUS)
-    )
+    gpus = 1 if "quantization_bit" in recipe.keys else recipes.DEFAULT_GPUS
+    chosen = next(plan for plan in recipe.plans if plan.gpus == gpus)
     assert chosen.fits
     assert recipe.keys["per_device_train_batch_size"] == chosen.per_device
     assert recipe.keys["gradient_accumulation_steps"] == chosen.accumulation
     assert recipe.keys.get("hera_memory", chosen.hera_memory) == chosen.hera_memory
-    assert [plan.gpus for plan in recipe.plans] in ([1], list(GPUS))
+    assert [plan.gpus for plan in recipe.plans] in ([1], list(recipes.GPUS))
 
 
 def test_memory_grows_with_the_batch_and_shrinks_with_gpus_under_zero3() -> None:
-    work = next(recipe.work for recipe in all_recipes() if recipe.name == "qwen3_8b_hera")
+    work = next(recipe.work for recipe in recipes.all_recipes() if recipe.name == "qwen3_8b_hera")
     assert work.memory(8, 8) > work.memory(8, 4) > work.memory(32, 4)
     # 16 bytes for each of 8.2e9 parameters alone are more than a card
-    assert not spread(work, 1).fits
+    assert not memory.spread(work, 1).fits
     assert work.memory(1, 1) > 16 * 8.19e9 / 2**30
 
 
 def test_the_index_links_every_recipe_and_nothing_else(folder: Path) -> None:
-    links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
-    assert all((folder / link).is_file() for link in links)
-    recipes = {file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml")}
-    assert {link for link in links if link.endswith(".yaml")} == recipes
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert all((folder / link).exists() for link in links)
+    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml")}
+    assert {link for link in links if link.endswith(".yaml")} == files
+    assert f"{ablations.MARKS[0]}\n{ablations.index()}\n{ablations.MARKS[1]}" in page
 
 
 #: Of the paper's table 1 and section on other methods: objective, granularity, heads or layers, strategy, m.
@@ -163,14 +161,14 @@ ROWS_OF_THE_PAPER = {
 }
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", ablations.MODELS)
 def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
-    assert {row.name for row in ROWS} == set(ROWS_OF_THE_PAPER)
+    assert {row.name for row in ablations.ROWS} == set(ROWS_OF_THE_PAPER)
     twin = values[f"{key}_hera"]
-    for name, (objective, granularity, sites, strategy, m) in ROWS_OF_THE_PAPER.items():
+    for name, (objective, granularity, targets, strategy, m) in ROWS_OF_THE_PAPER.items():
         keys = values[f"ablations/{key}_{name}"]
-        if isinstance(sites, int):
-            sites = ",".join(LANGUAGE_MODELS[key].heads.split(",")[:sites])
+        if isinstance(targets, int):
+            targets = ",".join(LANGUAGE_MODELS[key].heads.split(",")[:targets])
         found = (
             keys.get("hera_objective", "contrastive"),
             keys.get("hera_granularity", "head"),
@@ -178,7 +176,7 @@ def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
             keys.get("hera_select"),
             keys.get("hera_select_m"),
         )
-        assert found == (objective, granularity, sites, strategy, m)
+        assert found == (objective, granularity, targets, strategy, m)
         assert keys["hera_weight"] == (0.5 if name == "viral" else 0.01)
         # nothing else differs from the HeRA recipe but the folders
         folders = {"model_name_or_path", "output_dir"}
@@ -187,9 +185,9 @@ def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
         }
 
 
-@pytest.mark.parametrize("key", MODELS)
+@pytest.mark.parametrize("key", ablations.MODELS)
 def test_the_command_for_stage_one_makes_what_stage_two_starts_from(key: str, values: dict, folder: Path) -> None:
-    for row in ROWS:
+    for row in ablations.ROWS:
         name = f"ablations/{key}_{row.name}"
         text = " ".join(line.lstrip("# ") for line in (folder / f"{name}.yaml").read_text().splitlines())
         command = re.search(r"`llamafactory-cli train recipes/(\w+)\.yaml ([^`]+)`", text)
@@ -201,22 +199,10 @@ def test_the_command_for_stage_one_makes_what_stage_two_starts_from(key: str, va
                 {k: v for k, v in keys.items() if k.startswith("hera_") and v is not None}
                 for keys in (stage_one, values[name])
             )
-            HeraArguments(**ours).check_hera()
+            HeraConfig.from_keys(ours)
             unused = {"hera_k", "hera_temperature", "hera_memory"}
             assert {k: v for k, v in ours.items() if k not in unused} == {
                 k: v for k, v in theirs.items() if k not in unused
             }
         else:
             assert stage_one["stage"] == "sft"
-
-
-@pytest.mark.slow
-def test_the_host_reads_what_is_aligned(parsed: dict) -> None:
-    assert parsed["ablations/qwen3_4b_viral"]["aligned"] == ["viral", "layer", "middle"]
-    assert parsed["ablations/qwen3_4b_cmar"]["aligned"] == ["cka", "layer", "penultimate"]
-    assert parsed["qwen3_4b_hera"]["aligned"] == ["contrastive", "head", None]
-
-
-def test_the_index_holds_the_generated_table(folder: Path) -> None:
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"{MARKS[0]}\n{index()}\n{MARKS[1]}" in page

@@ -4,25 +4,19 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 import transformers as tf
 from torch import nn
 
-from llamafactory_hera.backbones.entries import LanguageModel
-from llamafactory_hera.backbones.recipes import LORA_RANK, all_recipes, n_lora, n_projector
-from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS, VISION_CONFIG
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 
-RECIPES = {recipe.name: recipe for recipe in all_recipes()}
+from ..backbones.full_size import SIZES, on_meta, recipes, vlm_config
+
+RECIPES = {recipe.name: recipe for recipe in recipes.all_recipes()}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def meta_model(key: str) -> nn.Module:
-    backbone = LANGUAGE_MODELS.get(key) or NATIVE_MODELS[key]
-    native = not isinstance(backbone, LanguageModel)
-    content = backbone.config() if native else backbone.llava_config(VISION_CONFIG)
-    config = tf.AutoConfig.for_model(backbone.model_type if native else "llava", **content)
-    with torch.device("meta"):
-        return tf.AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    return on_meta(tf.AutoModelForImageTextToText, vlm_config(key))
 
 
 #: Full tuning sets flags, so one model serves several recipes; adapters would stay.
@@ -64,7 +58,7 @@ def test_stage_one_trains_the_projector_alone(key: str, values: dict) -> None:
     assert set(trained) == {
         f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
     }
-    assert sum(trained.values()) == n_projector(LANGUAGE_MODELS[key]) == RECIPES[f"{key}_pretrain"].work.n_trained
+    assert sum(trained.values()) == recipes.n_projector(SIZES[key]) == RECIPES[f"{key}_pretrain"].work.n_trained
     assert not of(frozen, "multi_modal_projector")
 
 
@@ -75,30 +69,29 @@ def test_stage_two_trains_llm_and_projector(key: str, kind: str, values: dict) -
     assert of(trained, "language_model", "lm_head", "multi_modal_projector") == set(trained)
     assert of(frozen, "vision_tower") == set(frozen)
     added = sum(trained.values()) - RECIPES[f"{key}_{kind}"].work.n_trained
-    assert 0 <= added <= 2 * 64 * LANGUAGE_MODELS[key].text.hidden  # rows for the image token
+    assert 0 <= added <= 2 * 64 * SIZES[key].hidden  # rows for the image token
     assert sum(frozen.values()) == RECIPES[f"{key}_{kind}"].work.n_frozen
 
 
 @pytest.mark.parametrize("key", LORA_KEYS)
 def test_lora_trains_adapters_of_the_llm_and_the_projector(key: str, values: dict) -> None:
-    backbone = LANGUAGE_MODELS.get(key) or NATIVE_MODELS[key]
     trained, _ = split(tuned(values[f"{key}_hera_lora"], key))
     adapters = of(trained, "lora_")
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in adapters} == LINEAR
-    assert len(adapters) == 2 * len(LINEAR) * backbone.text.layers
+    assert len(adapters) == 2 * len(LINEAR) * SIZES[key].layers
     assert of(trained, "vision", "visual") <= of(trained, values[f"{key}_hera_lora"]["additional_target"])
-    assert sum(trained[name] for name in adapters) == n_lora(backbone, LORA_RANK)
+    assert sum(trained[name] for name in adapters) == SIZES[key].lora(recipes.LORA_RANK)
     rest = set(trained) - adapters
     assert rest
     assert rest == of(trained, f"{values[f'{key}_hera_lora']['additional_target']}.modules_to_save")
-    if isinstance(backbone, LanguageModel):
+    if key in LANGUAGE_MODELS:
         assert sum(trained.values()) == RECIPES[f"{key}_hera_lora"].work.n_trained
 
 
 @pytest.mark.parametrize("key", NATIVE_MODELS)
 def test_a_native_model_trains_llm_and_projector(key: str, values: dict) -> None:
     trained, frozen = split(tuned(values[f"{key}_hera"], key))
-    projector = NATIVE_MODELS[key].projector
+    projector = SIZES[key].projector
     assert of(trained, projector)
     assert of(trained, "language_model", "lm_head", projector, "image_newline") == set(trained)
     assert not of(frozen, "language_model", "lm_head", f"{projector}.")

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from llamafactory_hera.selection.strategies import choose_heads
+from llamafactory_hera.selection.scores import choose_targets
 
 
 def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance) -> Path:
@@ -28,7 +28,7 @@ def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None
         "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
     }
     chosen = (
-        {"heads": [str(head) for head in choose_heads(scores, "worst", 2)]} if layers is None else {"layers": layers}
+        {"heads": [str(head) for head in choose_targets(scores, "worst", 2)]} if layers is None else {"layers": layers}
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**chosen, "provenance": shown | provenance}))

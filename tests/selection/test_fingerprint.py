@@ -30,23 +30,16 @@ def plain(llm, tmp_path):
     return fingerprint(llm, tmp_path / "plain")
 
 
-def test_a_copy_has_the_same(llm, plain, tmp_path):
-    assert fingerprint(llm, tmp_path / "copy") == plain
-
-
-def test_a_copy_in_shards_has_the_same(llm, plain, tmp_path):
-    assert fingerprint(llm, tmp_path / "shards", max_shard_size="20KB") == plain
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-
-
-def test_a_pickled_copy_has_the_same(llm, plain, tmp_path):
-    torch.save(llm.state_dict(), tmp_path / "plain/pytorch_model.bin")
-    (tmp_path / "plain/model.safetensors").unlink()
-    assert model_fingerprint(tmp_path / "plain", head_layout(llm.config)) == plain
-
-
-def test_a_copy_in_half_precision_has_the_same(llm, plain, tmp_path):
-    assert fingerprint(llm.bfloat16(), tmp_path / "half") == plain
+@pytest.mark.parametrize("how", ["plain", "shards", "pickled", "half precision"])
+def test_a_copy_has_the_same(llm, plain, tmp_path, how):
+    copy = tmp_path / "copy"
+    save = {"max_shard_size": "20KB"} if how == "shards" else {}
+    (llm.bfloat16() if how == "half precision" else llm).save_pretrained(copy, **save)
+    assert (len(list(copy.glob("*.safetensors"))) > 1) == (how == "shards")
+    if how == "pickled":
+        torch.save(llm.state_dict(), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
+    assert model_fingerprint(copy, head_layout(llm.config)) == plain
 
 
 @pytest.mark.parametrize("name", ["llava-qwen3", "llava-llama", "gemma3", "qwen3_vl", "internvl-qwen2"])
@@ -66,13 +59,12 @@ def test_a_vlm_has_that_of_its_language_model(name, tmp_path):
     assert fingerprint(model, tmp_path / "other_tower") == whole
 
 
-def test_any_trained_weight_changes_it(llm, plain, tmp_path):
-    for index, name in enumerate(("input_layernorm", "self_attn.v_proj", "mlp.down_proj")):
-        model = text_model("qwen3")
-        weight = decoder_layers(model)[1].get_submodule(name).weight
-        with torch.no_grad():
-            weight.mul_(1.02)
-        assert fingerprint(model, tmp_path / str(index)) != plain
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.v_proj", "mlp.down_proj"])
+def test_any_trained_weight_changes_it(plain, tmp_path, name):
+    model = text_model("qwen3")
+    with torch.no_grad():
+        decoder_layers(model)[1].get_submodule(name).weight.mul_(1.02)
+    assert fingerprint(model, tmp_path / "trained") != plain
 
 
 @pytest.mark.parametrize("part", ["o_proj", "v_proj"])
@@ -97,23 +89,23 @@ def test_another_layout_changes_it(llm, plain, tmp_path):
 
 
 def test_an_adapter_changes_it(llm, plain, tmp_path):
-    get_peft_model(text_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    llm.save_pretrained(tmp_path / "llm")
-    layout = head_layout(llm.config)
-    adapted = model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"])
-    assert adapted != plain
-    file = tmp_path / "lora/adapter_model.safetensors"
-    save_file({name: value + 1 for name, value in load_file(file).items()}, file)
-    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) not in (plain, adapted)
-    changed = model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"])
-    config = tmp_path / "lora/adapter_config.json"
+    lora, layout = tmp_path / "lora", head_layout(llm.config)
+    get_peft_model(text_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(lora)
+
+    def adapted():
+        return model_fingerprint(tmp_path / "plain", layout, [lora])
+
+    seen = [plain, adapted()]
+    weights, config = lora / "adapter_model.safetensors", lora / "adapter_config.json"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    seen.append(adapted())
     settings = json.loads(config.read_text())
     config.write_text(json.dumps(settings | {"base_model_name_or_path": "elsewhere"}))
-    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) == changed
+    assert adapted() == seen[-1]
     config.write_text(json.dumps(settings | {"lora_alpha": 99}))
-    assert model_fingerprint(tmp_path / "llm", layout, [tmp_path / "lora"]) != changed
+    assert len({*seen, adapted()}) == 4
     with pytest.raises(ValueError, match=r"adapter_name_or_path: .*plain holds no adapter"):
-        model_fingerprint(tmp_path / "llm", layout, [tmp_path / "plain"])
+        model_fingerprint(tmp_path / "plain", layout, [tmp_path / "plain"])
 
 
 def test_weights_without_a_decoder_are_named(tmp_path):
@@ -122,23 +114,17 @@ def test_weights_without_a_decoder_are_named(tmp_path):
         model_fingerprint(tmp_path / "teacher", head_layout(text_model("qwen3").config))
 
 
-def test_the_models_own_vision_tower_is_recognised(tmp_path):
+def test_the_models_own_vision_tower_is_recognised_and_another_teacher_is_not(tmp_path):
     model = vlm("llava-qwen3")
     model.save_pretrained(tmp_path / "model")
     tower = model.model.vision_tower
     tower.save_pretrained(tmp_path / "own")
-    assert is_own_vision_tower(tmp_path / "model", tmp_path / "own")
     whole = tf.CLIPModel(tf.CLIPConfig(vision_config=tower.config.to_dict()))
     whole.vision_model.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
     whole.save_pretrained(tmp_path / "whole")
-    assert is_own_vision_tower(tmp_path / "model", tmp_path / "whole")
-
-
-def test_another_teacher_is_not_the_vision_tower(tmp_path):
-    vlm("llava-qwen3").save_pretrained(tmp_path / "model")
     vlm("llava-qwen3", seed=1).model.vision_tower.save_pretrained(tmp_path / "other")
     save_teacher(tmp_path / "dinov2")
     text_model("qwen3").save_pretrained(tmp_path / "text_only")
-    assert not is_own_vision_tower(tmp_path / "model", tmp_path / "other")
-    assert not is_own_vision_tower(tmp_path / "model", tmp_path / "dinov2")
+    for teacher, own in {"own": True, "whole": True, "other": False, "dinov2": False}.items():
+        assert is_own_vision_tower(tmp_path / "model", tmp_path / teacher) == own
     assert not is_own_vision_tower(tmp_path / "text_only", tmp_path / "dinov2")

@@ -1,4 +1,4 @@
-"""The picture of all heads and the table; labels must not touch, at the largest size as at the smallest."""
+"""The picture of all heads or layers; labels must not touch, at the largest size as at the smallest."""
 
 import itertools
 import math
@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamafactory_hera.selection import heat_map
-from llamafactory_hera.selection.figure import tick_step
-from llamafactory_hera.selection.present import present
-from llamafactory_hera.selection.score_file import ScoreFile
-from llamafactory_hera.selection.table import render_table
+from llamafactory_hera.selection import pictures
+from llamafactory_hera.selection.pictures import show, tick_step
+from llamafactory_hera.selection.scores import ScoreFile
 
 from .score_files import write_scores
 
@@ -28,8 +26,8 @@ def drawn(monkeypatch, tmp_path):
 
     def draw(n_layers, n_heads, layers=None):
         figures = []
-        monkeypatch.setattr(heat_map, "save_figure", lambda figure, target: figures.append(figure))
-        heat_map.draw_scores(scored(tmp_path, n_layers, n_heads, layers=layers), tmp_path / "x.png")
+        monkeypatch.setattr(pictures, "save_figure", lambda figure, target: figures.append(figure))
+        pictures.draw_scores(scored(tmp_path, n_layers, n_heads, layers=layers), tmp_path / "x.png")
         figures[0].canvas.draw()
         return figures[0]
 
@@ -93,38 +91,12 @@ def test_selected_layers_are_ringed_in_the_curve_of_layers(drawn):
     np.testing.assert_allclose(rings.get_offsets(), [(4, 0.2), (1, 0.2)])
 
 
-def test_the_table_of_layers(tmp_path):
-    own = [0.3, 0.02, None, 0.1]
-    target = write_scores(tmp_path / "layers.json", [[0.2]] * 4, layers=["L1", "L3"], layer_scores=own)
-    table = render_table(ScoreFile.load(target)).splitlines()
-    assert table[0] == "3 layers on 1000 samples, k=10, chance level 0.0100"
-    assert [line.split() for line in table[3:6]] == [
-        ["1", "L1*", "0.0200", "2.00x", "L0", "0.3000", "30.00x"],
-        ["2", "L3*", "0.1000", "10.00x", "L3*", "0.1000", "10.00x"],
-        ["3", "L0", "0.3000", "30.00x", "L1*", "0.0200", "2.00x"],
-    ]
-    assert table[6:] == ["not scored (NaN or infinity): L2", "selected (worst): L1,L3"]
-
-
 def test_a_layer_without_any_score_is_drawn(tmp_path):
     path = write_scores(tmp_path / "heads.json", [[0.2, 0.3], [math.nan, math.nan]])
-    present(path)
+    show(path)
     assert Image.open(tmp_path / "heads.png").size[0] > 500
 
 
 @pytest.mark.parametrize(("count", "room", "step"), [(8, 4.0, 1), (64, 10.0, 2), (128, 8.0, 4), (400, 4.0, 20)])
 def test_labels_are_thinned_until_they_fit(count, room, step):
     assert tick_step(count, room, 0.2) == step
-
-
-def test_the_table_names_extremes_choice_and_what_is_broken(tmp_path):
-    table = render_table(scored(tmp_path, 3, 4))
-    file = ScoreFile.load(tmp_path / "heads.json")
-    worst, top = file.ranking()[0], file.ranking()[-1]
-    first = next(line for line in table.splitlines() if line.startswith("  1"))
-    assert f"{worst}* {file.score(worst):.4f}" in first
-    assert f"{top}  {file.score(top):.4f}" in first
-    assert f"{file.score(worst) / 0.01:.2f}x" in first
-    assert "11 heads on 1000 samples, k=10, chance level 0.0100" in table
-    assert "not scored (NaN or infinity): L0H1" in table
-    assert table.splitlines()[-1] == f"selected (worst): {','.join(map(str, file.chosen.heads))}"

@@ -1,89 +1,149 @@
-"""Which samples are drawn."""
+"""Which samples are drawn, and captions as token ids."""
 
 import logging
 
 import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from llamafactory_hera.selection.samples import draw_samples, samples_digest
-from llamafactory_hera.selection.settings import SelectSettings
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.selection.samples import (
+    collate_captions,
+    draw,
+    draw_samples,
+    encode_caption,
+    samples_digest,
+)
 
-from .tiny import Rows, captions, noise_images
+from .tiny import Rows, captions, noise_images, settings
+
+IMAGES = [[image] for image in noise_images(30)]
 
 
-def rows(n=30, **replaced):
-    images = [[image] for image in noise_images(n)]
-    return Rows(images, captions(n)), images
+def some(**keys) -> HeraConfig:
+    return settings(**{"select_samples": 20, "select_k": 3, **keys})
 
 
-def settings(**changes):
-    return SelectSettings(**{"samples": 20, "k": 3, **changes})
+class Pairs:
+    """Two images a row, one of them shared by all rows."""
+
+    def __init__(self, n):
+        self.shared = Image.new("RGB", (4, 4), "white")
+        self.own = [Image.new("RGB", (4, 4), (row, 0, 0)) for row in range(n)]
+
+    def __len__(self):
+        return len(self.own)
+
+    def images(self, row):
+        return [self.shared, self.own[row]]
+
+    def encode(self, row):
+        return {"input_ids": [row]}
 
 
-def test_the_draw_depends_on_the_seed_alone():
-    source, _ = rows()
-    first = draw_samples(source, settings(seed=1))
+def test_the_image_that_stands_for_a_sample_decides_what_is_a_repetition():
+    source = Pairs(6)
+    assert len(draw(source, 6, seed=0).samples) == 1
+    found = draw(source, 6, seed=0, image_index=-1)
+    assert sorted(sample.row for sample in found.samples) == list(range(6))
+    assert all(sample.image is source.own[sample.row] for sample in found.samples)
+
+
+def test_rows_are_counted_until_there_are_enough():
+    source = Pairs(10)
+    found = draw(source, 3, seed=0, image_index=1, usable=lambda features: features["input_ids"][0] % 2 == 0)
+    assert len(found.samples) == 3
+    assert all(sample.row % 2 == 0 for sample in found.samples)
+    assert found.rows == 10
+    assert found.without_text <= 5
+    everything = draw(source, 10, seed=0, image_index=1, usable=lambda features: False)
+    assert (everything.samples, everything.without_text, everything.without_image) == ([], 10, 0)
+
+
+def test_the_draw_depends_on_the_seed_alone_and_a_smaller_one_is_its_beginning():
+    source = Rows(IMAGES, captions(30))
+    first = draw_samples(source, some(select_seed=1))
     assert len(first) == 20
-    assert samples_digest(first) == samples_digest(draw_samples(source, settings(seed=1)))
-    assert samples_digest(first) != samples_digest(draw_samples(source, settings(seed=2)))
-
-
-def test_a_smaller_draw_is_the_beginning_of_a_larger_one():
-    source, _ = rows()
-    assert [s.key for s in draw_samples(source, settings(samples=7))] == [
-        s.key for s in draw_samples(source, settings())
-    ][:7]
+    assert samples_digest(first) == samples_digest(draw_samples(source, some(select_seed=1)))
+    assert samples_digest(first) != samples_digest(draw_samples(source, some(select_seed=2)))
+    fewer = draw_samples(source, some(select_seed=1, select_samples=7))
+    assert [sample.key for sample in fewer] == [sample.key for sample in first[:7]]
 
 
 def test_each_image_is_drawn_once():
-    _, images = rows(12)
-    source = Rows(images * 3, captions(36))
-    drawn = draw_samples(source, settings(samples=36))
+    drawn = draw_samples(Rows(IMAGES[:12] * 3, captions(36)), some(select_samples=36))
     assert len(drawn) == len({sample.key for sample in drawn}) == 12
 
 
 def test_samples_without_image_or_tokens_are_passed_over(caplog):
-    _, images = rows()
-    features = captions(30)
+    images, features = list(IMAGES), captions(30)
     images[3] = []
     features[5] = None
     features[7]["labels"] = [-100] * len(features[7]["labels"])
     with caplog.at_level(logging.WARNING):
-        drawn = draw_samples(Rows(images, features), settings(samples=30))
+        drawn = draw_samples(Rows(images, features), some(select_samples=30))
     assert len(drawn) == 27
     assert "2 samples leave no token" in caplog.text
     assert "hera_select_samples: 30" in caplog.text
 
 
 def test_other_poolings_need_no_labels():
-    _, images = rows()
     features = [feature | {"labels": [-100] * len(feature["labels"])} for feature in captions(30)]
-    assert len(draw_samples(Rows(images, features), settings(pooling="text"))) == 20
+    assert len(draw_samples(Rows(IMAGES, features), some(pooling="text"))) == 20
 
 
 def test_fewer_than_k_plus_2_names_both_numbers():
-    _, images = rows()
-    images = images[:4] + [[]] * 26
+    images = IMAGES[:4] + [[]] * 26
     with pytest.raises(ValueError, match=r"dataset: 4 of its 30 .* hera_select_k: 3 needs 5 .*26 have no image"):
-        draw_samples(Rows(images, captions(30)), settings())
+        draw_samples(Rows(images, captions(30)), some())
 
 
 @pytest.mark.parametrize("feature", [None, {"input_ids": [5], "labels": [-100], "attention_mask": [1]}])
-def test_a_dataset_without_captions_says_so(feature):
-    _, images = rows()
+def test_a_dataset_without_captions_is_named(feature):
     with pytest.raises(ValueError, match="dataset: none of its 30 samples with an image has a caption"):
-        draw_samples(Rows(images, [feature] * 30), settings())
+        draw_samples(Rows(IMAGES, [feature] * 30), some())
 
 
 def test_an_unreadable_image_is_named(tmp_path):
-    _, images = rows()
-    images[0] = [str(tmp_path / "gone.png")]
+    images = [[str(tmp_path / "gone.png")], *IMAGES[1:]]
     with pytest.raises(ValueError, match=r"gone\.png"):
-        draw_samples(Rows(images, captions(30)), settings(samples=30))
+        draw_samples(Rows(images, captions(30)), some(select_samples=30))
 
 
 @pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])
 def test_a_draw_on_which_chance_decides_is_warned_of(caplog, n_samples, warns):
-    source, _ = rows()
     with caplog.at_level(logging.WARNING):
-        draw_samples(source, settings(samples=n_samples))
+        draw_samples(Rows(IMAGES, captions(30)), some(select_samples=n_samples))
     assert ("mostly noise" in caplog.text) == warns
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Puts ``<s>`` in front, as Llama's does."""
+    words = {"[PAD]": 0, "<s>": 1, "</s>": 2, "a": 3, "red": 4, "cross": 5, "circle": 6, "[UNK]": 7}
+    core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="[PAD]", unk_token="[UNK]"
+    )
+
+
+def test_the_caption_is_averaged_over_and_bos_is_not(tokenizer):
+    features = encode_caption("a red cross", tokenizer, 16)
+    assert features == {"input_ids": [1, 3, 4, 5], "attention_mask": [1] * 4, "labels": [-100, 3, 4, 5]}
+
+
+def test_a_long_caption_is_cut_and_an_empty_one_is_none(tokenizer):
+    assert encode_caption("a red cross", tokenizer, 3)["input_ids"] == [1, 3, 4]
+    assert encode_caption("", tokenizer, 16) is None
+    assert encode_caption("  \n ", tokenizer, 16) is None
+
+
+def test_padding_is_on_the_right_and_outside_of_everything(tokenizer):
+    batch = collate_captions([encode_caption(text, tokenizer, 16) for text in ("a red cross", "circle")], 0)
+    assert torch.equal(batch["input_ids"], torch.tensor([[1, 3, 4, 5], [1, 6, 0, 0]]))
+    assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    assert torch.equal(batch["labels"], torch.tensor([[-100, 3, 4, 5], [-100, 6, -100, -100]]))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llamafactory_hera.files import read_json
-from llamafactory_hera.study.pool import Pool, Unit, UnitFailed, locked, mark_of
+from pool import Pool, Unit, UnitFailed, locked, mark_of
 
 NOTE = (
     "import sys, time; open('order.txt', 'a').write(sys.argv[1] + '\\n'); time.sleep(float(sys.argv[2])); "
@@ -23,10 +23,10 @@ def unit(name: str, *after: str, seconds: float = 0.0, code: str = NOTE) -> Unit
 
 
 def run(root: Path, units: list[Unit], workers: int = 2) -> list[str]:
-    told: list[str] = []
+    shown: list[str] = []
     with locked(root) as lock:
-        Pool(root, workers, lock, told.append).run(units)
-    return told
+        Pool(root, workers, lock, shown.append).run(units)
+    return shown
 
 
 def order(root: Path) -> list[str]:
@@ -35,9 +35,9 @@ def order(root: Path) -> list[str]:
 
 def test_a_unit_waits_for_those_it_needs_and_is_not_repeated(tmp_path):
     units = [unit("c", "a", "b"), unit("a"), unit("b", "a")]
-    told = run(tmp_path, units)
+    shown = run(tmp_path, units)
     assert order(tmp_path) == ["a", "b", "c"]
-    assert [line.split()[0] for line in told] == ["1/3", "2/3", "3/3"]
+    assert [line.split()[0] for line in shown] == ["1/3", "2/3", "3/3"]
     mark = read_json(mark_of(tmp_path, "a"))
     assert mark["processes"][0]["peak_mib"] > 1
     run(tmp_path, [*units, unit("d", "c")])
@@ -87,7 +87,7 @@ def test_what_does_not_need_a_failed_unit_is_done_all_the_same(tmp_path):
 DRIVER = """
 import sys
 from pathlib import Path
-from llamafactory_hera.study.run import terminated_like_interrupted
+from pool import terminated_like_interrupted
 from tests.study.test_pool import run, unit
 with terminated_like_interrupted():
     run(Path(sys.argv[1]), [unit("a"), unit("b", "a", seconds=float(sys.argv[2])), unit("c", "b")], 1)

@@ -1,14 +1,16 @@
 """The whole study at its smallest, through the real command."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from llamafactory_hera.study.questions import CATEGORIES
-from llamafactory_hera.study.run import run_study
+from run import run_study
+from world import CATEGORIES
 
 from ..e2e.runner import run_command
+from .conftest import STUDY
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
-    command = ["llamafactory-hera", "study", "--size", "smoke", "--output", "smoke"]
+    command = [sys.executable, str(STUDY), "--size", "smoke", "--output", "smoke"]
     code, output = run_command(command, folder, timeout=900)
     assert code == 0, output
     assert "min left" in output

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamafactory_hera.demo.scenes import PALETTE, SHAPES
-from llamafactory_hera.study.dataset import write_study_data
-from llamafactory_hera.study.questions import CATEGORIES
-from llamafactory_hera.study.settings import SIZES
+from settings import SIZES
+from world import CATEGORIES, write_study_data
 
 USUAL = dict(zip(SHAPES, ("red", "green", "blue", "yellow"), strict=True))
 

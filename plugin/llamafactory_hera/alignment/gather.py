@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 Result = TypeVar("Result")
 
 
@@ -41,22 +40,13 @@ def world_size() -> int:
 
 def rank() -> int:
     """This process's number; 0 without a launcher."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def barrier() -> None:
     """Waits for all processes."""
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         dist.barrier()
-
-
-def from_first(value: Any) -> Any:
-    """The first process's value, on every process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def on_first(compute: Callable[[], Result]) -> Result:
@@ -65,16 +55,17 @@ def on_first(compute: Callable[[], Result]) -> Result:
     Raises:
         ValueError: As ``compute``.
     """
-    result: Any = None
+    shared: list[Any] = [None]
     if rank() == 0:
         try:
-            result = compute()
+            shared[0] = compute()
         except ValueError as error:
-            result = error
-    result = from_first(result)
-    if isinstance(result, ValueError):
-        raise result
-    return result
+            shared[0] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], ValueError):
+        raise shared[0]
+    return shared[0]
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:

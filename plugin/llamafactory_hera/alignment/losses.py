@@ -12,41 +12,37 @@ from .neighbors import neighbor_mask, similarity
 MASKED = -1e9
 
 
-def multi_target_info_nce(
-    similarities: Tensor, positives: Tensor, allowed: Tensor, temperature: Tensor | float
+def contrastive_loss(
+    z: Tensor,
+    neighbors: Tensor,
+    temperature: Tensor | float,
+    normalize: bool = True,
+    allowed: Tensor | None = None,
+    per_head: bool = False,
 ) -> Tensor:
-    """The loss of each query: ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j`` (paper, eq. 4).
-
-    Args:
-        similarities: ``[..., N, M]`` similarities of N queries with M candidates.
-        positives: Boolean ``[N, M]``, the teacher's neighbours of each query; a subset of ``allowed``.
-        allowed: Boolean ``[N, M]``, the candidates of each query (never the query itself).
-        temperature: Scalar, above 0.
-
-    Returns:
-        ``[..., N]``; 0 for a query without positives.
-    """
-    logits = (similarities / temperature).masked_fill(~allowed, MASKED)
-    log_probabilities = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0)
-    return -log_probabilities.sum(dim=-1) / positives.sum(dim=-1).clamp(min=1)
-
-
-def contrastive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, normalize: bool = True) -> Tensor:
     """``L_RA`` averaged over samples (paper, eq. 4), and over heads where several are given (eq. 8).
 
+    The loss of a sample with the neighbours ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j``
+    over its candidates; samples without a neighbour do not enter the mean.
+
     Args:
-        z: Student representations ``[N, D]``, or ``[H, N, D]``.
-        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` on the teacher's features.
+        z: Student representations ``[M, D]``, or ``[H, M, D]``.
+        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` on the teacher's features;
+            -1 for none.
         temperature: The softmax temperature, above 0; a tensor may carry gradient.
         normalize: Cosine similarity when true, dot product otherwise.
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as ``nearest_neighbors`` takes it.
+            All samples enter, and all others are candidates of each, when it is left out.
+        per_head: Return the loss of each head.
 
     Returns:
-        A scalar.
+        A scalar, or ``[H]``; 0 where no sample has a neighbour.
 
     Raises:
         ValueError: ``neighbors`` belongs to other samples, or ``temperature`` is a number that is not above 0.
     """
-    n = z.shape[-2]
+    m = z.shape[-2]
+    n = m if allowed is None else allowed.shape[0]
     if neighbors.dim() != 2 or neighbors.shape[0] != n:
         raise ValueError(
             f"neighbors of shape {list(neighbors.shape)} does not fit {n} samples: give the [{n}, k] that "
@@ -57,8 +53,16 @@ def contrastive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, 
         raise ValueError(
             f"temperature={temperature}: the softmax divides by it; choose a value above 0, such as 0.07."
         )
-    allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
-    return multi_target_info_nce(similarity(z, z, normalize), neighbor_mask(neighbors, n), allowed, temperature).mean()
+    if allowed is None:
+        allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
+    positives = neighbor_mask(neighbors, m)
+    queries = z if n == m else z[..., :n, :]
+    logits = (similarity(queries, z, normalize) / temperature).masked_fill(~allowed, MASKED)
+    log_probabilities = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0)
+    losses = -log_probabilities.sum(dim=-1) / positives.sum(dim=-1).clamp(min=1)
+    enters = positives.any(dim=-1)
+    of_heads = torch.where(enters, losses, 0.0).sum(dim=-1) / enters.sum().clamp(min=1)
+    return of_heads if per_head else of_heads.mean()
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -34,74 +34,77 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     return queries @ candidates.transpose(-1, -2)
 
 
-def rank_neighbors(similarities: Tensor, k: int, excluded: Tensor | None = None) -> Tensor:
-    """The ``k`` most similar candidates of each query, best first.
-
-    Args:
-        similarities: ``[..., N, M]``.
-        k: How many to keep, ``1 <= k <= M``.
-        excluded: Boolean ``[N, M]``; true entries rank behind every other candidate.
-
-    Returns:
-        Candidate indices ``[..., N, k]``.
-    """
-    if excluded is not None:
-        similarities = similarities.masked_fill(excluded, -torch.inf)
-    return similarities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def nearest_neighbors(features: Tensor, k: int, normalize: bool = True) -> Tensor:
+@torch.no_grad()
+def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None) -> Tensor:
     """``N_k(i)``: the ``k`` other samples most similar to ``i``, without ``i`` itself (paper, eq. 2).
 
     Args:
-        features: ``[N, D]``, or ``[H, N, D]`` for many sets of features of the same samples.
-        k: Neighbours per sample, ``1 <= k <= N - 1``.
+        features: ``[M, D]``, or ``[H, M, D]`` for many sets of features of the same samples.
+        k: Neighbours per sample, ``1 <= k <= M - 1``; with ``allowed`` any number above 0.
         normalize: Cosine similarity when true, dot product otherwise.
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples: those whose neighbours are asked
+            for. Every sample is asked for, and all others are its candidates, when it is left out.
 
     Returns:
-        Indices ``[N, k]`` (``[H, N, k]``), best first.
+        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample that has
+        fewer candidates has all of them, followed by -1.
 
     Raises:
         ValueError: ``k`` does not fit the number of samples.
     """
-    n = features.shape[-2]
-    if not 1 <= k <= n - 1:
-        raise ValueError(f"k={k} neighbours of {n} samples: choose 1 <= k <= {n - 1}, or give more samples.")
-    index = torch.arange(n, device=features.device)
-    parts = [
-        rank_neighbors(similarity(features[..., rows, :], features, normalize), k, excluded=rows[:, None] == index)
-        for rows in index.split(_ROWS)
-    ]
+    m = features.shape[-2]
+    if allowed is None and not 1 <= k <= m - 1:
+        raise ValueError(f"k={k} neighbours of {m} samples: choose 1 <= k <= {m - 1}, or give more samples.")
+    n = m if allowed is None else allowed.shape[0]
+    parts = []
+    for start in range(0, n, _ROWS):
+        rows = slice(start, min(start + _ROWS, n))
+        similarities = similarity(features[..., rows, :], features, normalize)
+        if allowed is None:
+            similarities.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)
+        else:
+            similarities.masked_fill_(~allowed[rows], -torch.inf)
+        ranked = similarities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        if allowed is not None:
+            among = allowed[rows].expand_as(similarities).gather(-1, ranked)
+            ranked = ranked.masked_fill(~among, -1)
+        parts.append(ranked)
     return torch.cat(parts, dim=-2)
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
-    """Neighbour indices ``[..., N, k]`` as a boolean membership mask ``[..., N, n_candidates]``."""
-    mask = torch.zeros(*neighbors.shape[:-1], n_candidates, dtype=torch.bool, device=neighbors.device)
-    return mask.scatter_(-1, neighbors, True)
+    """Neighbour indices ``[..., N, k]``, -1 for none, as a boolean membership mask ``[..., N, n_candidates]``."""
+    mask = torch.zeros(*neighbors.shape[:-1], n_candidates + 1, dtype=torch.bool, device=neighbors.device)
+    return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column takes the -1
 
 
-def mutual_knn(student: Tensor, teacher: Tensor, k: int, normalize: bool = True) -> Tensor:
+def mutual_knn(
+    student: Tensor, teacher: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None
+) -> Tensor:
     """MKNN: the mean share of neighbours that student and teacher agree on (paper, eq. 3).
 
     Args:
-        student: ``[N, D]``, or ``[H, N, D]`` for the heads of a model.
-        teacher: ``[N, D_teacher]``, features of the same samples in the same order.
+        student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
+        teacher: ``[M, D_teacher]``, features of the same samples in the same order.
         k: Neighbours per sample.
         normalize: Cosine similarity when true, dot product otherwise; for both sides.
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as :func:`nearest_neighbors` takes
+            it; samples without any do not enter the mean.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1. Compare it with :func:`chance_level`.
+        A scalar, or ``[H]``, between 0 and 1; NaN where no sample has a candidate. Compare it with
+        :func:`chance_level`.
 
     Raises:
         ValueError: ``k`` does not fit, or the two sides hold different numbers of samples.
     """
-    n = teacher.shape[-2]
-    if student.shape[-2] != n:
-        raise ValueError(f"student holds {student.shape[-2]} samples and teacher {n}: give the same samples to both.")
-    student_mask = neighbor_mask(nearest_neighbors(student, k, normalize), n)
-    teacher_mask = neighbor_mask(nearest_neighbors(teacher, k, normalize), n)
-    return (student_mask & teacher_mask).sum(dim=(-1, -2)).double().div(n * k).to(torch.float32)
+    m = teacher.shape[-2]
+    if student.shape[-2] != m:
+        raise ValueError(f"student holds {student.shape[-2]} samples and teacher {m}: give the same samples to both.")
+    of_student, of_teacher = (nearest_neighbors(side, k, normalize, allowed) for side in (student, teacher))
+    shared = (neighbor_mask(of_student, m) & neighbor_mask(of_teacher, m)).sum(dim=-1)
+    counts = (of_teacher >= 0).sum(dim=-1)
+    return (shared / counts.clamp(min=1))[..., counts > 0].mean(dim=-1)
 
 
 def chance_level(n_samples: int, k: int) -> float:
@@ -111,36 +114,48 @@ def chance_level(n_samples: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the teacher says about a batch of N queries and M candidates."""
+    """What the teacher says about a batch of N samples among M: the batch, and remembered samples behind it.
 
-    allowed: Tensor  # [N, M]
-    positives: Tensor  # [N, M]
+    Attributes:
+        allowed: Boolean ``[N, M]``: whom each sample is compared with.
+        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 where there are fewer.
+        duplicates: Pairs of samples of the batch that show the same image.
+    """
+
+    allowed: Tensor
+    neighbors: Tensor
     duplicates: int
 
+    @property
+    def known(self) -> Tensor:
+        """Boolean ``[N]``: the sample has a neighbour."""
+        return (self.neighbors >= 0).any(dim=-1)
 
-def teacher_candidates(teacher: Tensor, memory: Tensor | None, valid: Tensor, k: int, normalize: bool) -> Candidates:
+    @property
+    def chance(self) -> Tensor:
+        """The MKNN that unrelated features reach on average among these candidates; NaN where nobody has any."""
+        counts = (self.neighbors >= 0).sum(dim=-1)
+        return (counts / self.allowed.sum(dim=-1).clamp(min=1))[self.known].mean()
+
+
+def teacher_candidates(teacher: Tensor, valid: Tensor, k: int, normalize: bool) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
 
     A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
     Where fewer than ``k`` candidates exist, all of them are neighbours.
 
     Args:
-        teacher: ``[N, D_teacher]`` features of the batch; rows that are not valid may hold anything.
-        memory: ``[m, D_teacher]`` features of remembered samples.
+        teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows of
+            the batch that are not valid may hold anything.
         valid: Boolean ``[N]``.
         k: Neighbours per sample.
         normalize: Cosine similarity when true, dot product otherwise.
     """
-    n = teacher.shape[0]
-    everything = teacher if memory is None else torch.cat([teacher, memory.to(teacher)])
-    usable = torch.ones(everything.shape[0], dtype=torch.bool, device=teacher.device)
-    usable[:n] = valid
-    same_image = similarity(teacher, everything) > SAME_IMAGE
-    itself = torch.zeros_like(same_image)
-    itself.fill_diagonal_(True)
-    pairs = valid.unsqueeze(1) & usable & ~itself
+    n, m = len(valid), len(teacher)
+    same_image = similarity(teacher[:n], teacher) > SAME_IMAGE
+    usable = torch.nn.functional.pad(valid, (0, m - n), value=True)
+    others = ~torch.eye(n, m, dtype=torch.bool, device=teacher.device)
+    pairs = valid[:, None] & usable & others
     allowed = pairs & ~same_image
-    ranked = rank_neighbors(similarity(teacher, everything, normalize), min(k, everything.shape[0]), excluded=~allowed)
-    positives = neighbor_mask(ranked, everything.shape[0]) & allowed
     duplicates = int((pairs & same_image)[:, :n].sum()) // 2
-    return Candidates(allowed, positives, duplicates)
+    return Candidates(allowed, nearest_neighbors(teacher, k, normalize, allowed), duplicates)

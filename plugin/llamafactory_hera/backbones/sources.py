@@ -1,232 +1,235 @@
-"""Reads a checkpoint tensor by tensor: where its files are, what they hold, and one tensor at a time."""
+"""The two checkpoints that a model is built of: what is checked of them, and their tensors under the model's names."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..teachers.files import CONFIG_FILE, read_json, safetensors_header, weight_files
+from ..files import read_json
+from ..heads.families import FAMILIES
+from ..hub import CONFIG_FILE, local_folder, weight_files
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+LANGUAGE_KEY, VISION_KEY = "--language-model", "--vision-model"
+_WHAT = {
+    LANGUAGE_KEY: "a language model such as Qwen/Qwen3-8B",
+    VISION_KEY: "a vision encoder such as google/siglip2-so400m-patch14-384",
 }
-_BLOCK_ROWS = 4096
+
+EMBEDDING = "language_model.model.embed_tokens.weight"
+HEAD = "language_model.lm_head.weight"
+
+# Buffers that old checkpoints hold and that are computed today.
+_COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # As the first releases of AutoGPTQ and AutoAWQ wrote them, without a word in the model's own configuration.
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json")
-_TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file; nothing of it is in memory."""
+class Source:
+    """A checkpoint in memory.
 
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    Attributes:
+        folder: Its files.
+        config: Its configuration; of a vision encoder that of its vision half.
+        weights: Name inside a LLaVA checkpoint, as every version of transformers reads it -> tensor as stored.
+    """
 
-    @property
-    def identity(self) -> str:
-        """Changes when the file does."""
-        stat = self.file.stat()
-        return f"{self.file} {stat.st_size} {stat.st_mtime_ns} {self.name}"
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
-        if self.file.suffix == ".safetensors":
-            with safe_open(self.file, "pt") as opened:
-                return opened.get_tensor(self.name)
-        return _pickled(self.file)[self.name]
-
-    def equals(self, other: "StoredTensor") -> bool:
-        """Same shape and values; at most a few thousand rows of each are in memory."""
-        if self.shape != other.shape:
-            return False
-        pairs = zip(self._blocks(), other._blocks(), strict=True)
-        return all(torch.equal(ours, theirs) for ours, theirs in pairs)
-
-    def _blocks(self) -> Iterator[Tensor]:
-        with ExitStack() as stack:
-            if self.file.suffix == ".safetensors":
-                rows = stack.enter_context(safe_open(self.file, "pt")).get_slice(self.name)
-            else:
-                rows = _pickled(self.file)[self.name]
-            for first in range(0, self.shape[0], _BLOCK_ROWS):
-                yield rows[first : first + _BLOCK_ROWS]
+    folder: Path
+    config: Any
+    weights: dict[str, Tensor]
 
 
-def stored_tensors(folder: Path, key: str) -> dict[str, StoredTensor]:
-    """Name -> tensor of every weight file in ``folder``.
+@dataclass(frozen=True)
+class Tower:
+    """How the vision half of a checkpoint is named, and what LLaVA takes of its output.
+
+    Attributes:
+        own_prefix: In front of the vision half's tensors, in checkpoints that hold more than it.
+        stored_prefix: In front of them inside a LLaVA checkpoint.
+        has_cls: Its first token is a CLS token, which is left out of the image's tokens.
+        any_size: Its position embeddings are interpolated to the image.
+    """
+
+    own_prefix: str
+    stored_prefix: str
+    has_cls: bool
+    any_size: bool = False
+
+
+#: ``model_type`` of the vision configuration -> its tower. Fixed-resolution SigLIP2 calls itself SigLIP.
+TOWERS = {
+    "clip_vision_model": Tower("vision_model.", "vision_tower.vision_model.", has_cls=True),
+    "siglip_vision_model": Tower("vision_model.", "vision_tower.vision_model.", has_cls=False),
+    "dinov2": Tower("dinov2.", "vision_tower.", has_cls=True, any_size=True),
+}
+# Checkpoints with a text half -> the type of their vision half.
+_NESTED = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def open_language_model(name_or_path: str) -> Source:
+    """A language model; its configuration is checked before its weights are fetched.
 
     Raises:
-        ValueError: No weights, a missing shard, a file that is not whole, or a dtype of quantised weights; names
-            ``key``.
+        ValueError: Quantised, another kind of model, an architecture that ``heads/families.py`` lacks, or weights
+            that are not whole or have other rows than ``vocab_size``.
     """
-    try:
-        tensors = {}
-        for file in weight_files(folder):
-            for tensor in _contents(file):
-                tensors[tensor.name] = tensor
-        return tensors
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}. Copy or download {folder.name} again, whole.") from error
-    except _UnknownDtype as error:
-        raise ValueError(f"{key}: {error}, as quantised models do; give the unquantised checkpoint.") from error
-
-
-class _UnknownDtype(Exception):
-    """Says what is stored in it."""
-
-
-def _contents(file: Path) -> list[StoredTensor]:
-    if file.suffix != ".safetensors":
-        return [StoredTensor(file, name, tuple(t.shape), t.dtype) for name, t in _pickled(file).items()]
-    tensors = []
-    for name, entry in safetensors_header(file)[0].items():
-        if name != "__metadata__":
-            if entry["dtype"] not in _DTYPES:
-                raise _UnknownDtype(f"{file} holds {name} as {entry['dtype']}")
-            tensors.append(StoredTensor(file, name, tuple(entry["shape"]), _DTYPES[entry["dtype"]]))
-    return tensors
-
-
-def _pickled(file: Path) -> dict[str, Tensor]:
-    stat = file.stat()
-    return _unpickled(file, stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _unpickled(file: Path, _size: int, _mtime_ns: int) -> dict[str, Tensor]:
-    try:
-        try:
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        except RuntimeError:  # saved before PyTorch 1.6: cannot be mapped
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises whatever a broken file leads to
-        raise ValueError(f"{file} cannot be read ({one_line(error)})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} holds something else than named tensors")
-    return tensors
-
-
-def read_config(folder: Path, key: str) -> dict[str, Any]:
-    """The checkpoint's ``config.json``.
-
-    Raises:
-        ValueError: It is missing or broken, or describes a quantised model; names ``key``.
-    """
-    if not (folder / CONFIG_FILE).is_file():
+    folder, values = read_config(name_or_path, LANGUAGE_KEY)
+    model_type = values["model_type"]
+    if model_type in TOWERS or model_type in _NESTED:
         raise ValueError(
-            f"{key}: the folder {folder} holds no {CONFIG_FILE}; give the folder of a transformers model."
+            f"{LANGUAGE_KEY}: {folder} is a vision encoder ({model_type}); were {LANGUAGE_KEY} and {VISION_KEY} "
+            f"swapped? Give {_WHAT[LANGUAGE_KEY]}."
         )
+    if "vision_config" in values:
+        raise ValueError(
+            f"{LANGUAGE_KEY}: {folder} ({model_type}) is multimodal already; train it as it is with "
+            "model_name_or_path, or give its language model alone."
+        )
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{LANGUAGE_KEY}: the model type {model_type!r} of {folder} is missing from FAMILIES in "
+            "heads/families.py, which says where the heads of an architecture are. Add the line for it if its layers "
+            "have an output projection that takes the heads side by side, or give one of these: "
+            f"{', '.join(sorted(FAMILIES))}."
+        )
+    config = _open_config(folder, LANGUAGE_KEY)
+    folder, stored = _read_weights(name_or_path, LANGUAGE_KEY)
+    weights = {f"language_model.{name}": tensor for name, tensor in stored.items()}
+    if EMBEDDING not in weights:
+        raise ValueError(
+            f"{LANGUAGE_KEY}: the weights of {folder} hold no model.embed_tokens.weight; give the checkpoint of a "
+            "causal language model, as `save_pretrained` writes it."
+        )
+    for name in (EMBEDDING, HEAD):
+        if name in weights and weights[name].shape[0] != config.vocab_size:
+            raise ValueError(
+                f"{LANGUAGE_KEY}: vocab_size in {folder / CONFIG_FILE} is {config.vocab_size}, and "
+                f"{name.removeprefix('language_model.')} is stored with {weights[name].shape[0]} rows. Give "
+                "configuration and weights of the same model, or set vocab_size to the stored rows."
+            )
+    if config.tie_word_embeddings and HEAD in weights:
+        if torch.equal(weights[HEAD], weights[EMBEDDING]):
+            del weights[HEAD]
+        else:
+            config.tie_word_embeddings = False  # as transformers loads it: its logits come from the stored head
+    return Source(folder, config, weights)
+
+
+def open_vision_encoder(name_or_path: str) -> Source:
+    """The vision half of a vision encoder.
+
+    Raises:
+        ValueError: Quantised, not a vision encoder of :data:`TOWERS`, or its weights are not whole.
+    """
+    folder, values = read_config(name_or_path, VISION_KEY)
+    model_type = values["model_type"]
+    tower = TOWERS.get(_NESTED.get(model_type, model_type))
+    if tower is None:
+        raise ValueError(_not_a_tower(folder, model_type))
+    config = _open_config(folder, VISION_KEY)
+    config = config.vision_config if model_type in _NESTED else config
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False  # LLaVA never reads its pooling head
+    folder, stored = _read_weights(name_or_path, VISION_KEY)
+    prefix = tower.own_prefix if any(name.startswith(tower.own_prefix) for name in stored) else ""
+    weights = {
+        tower.stored_prefix + name.removeprefix(prefix): tensor
+        for name, tensor in stored.items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}head.")
+    }
+    return Source(folder, config, weights)
+
+
+def _not_a_tower(folder: Path, model_type: str) -> str:
+    if model_type in FAMILIES:
+        return (
+            f"{VISION_KEY}: {folder} is a language model ({model_type}); were {LANGUAGE_KEY} and {VISION_KEY} "
+            f"swapped? Give {_WHAT[VISION_KEY]}."
+        )
+    remedy = f"give one of these types: {', '.join(sorted((*TOWERS, *_NESTED)))}"
+    if model_type.startswith("siglip2"):
+        remedy = "it takes patches of any grid (NaFlex), LLaVA takes images of one size; give a fixed-resolution one"
+    if model_type == "dinov2_with_registers":
+        remedy = "its register tokens cannot be told from patches by LLaVA; give facebook/dinov2-large"
+    return f"{VISION_KEY}: {folder} ({model_type}) cannot be the vision tower: {remedy}."
+
+
+def read_config(name_or_path: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a checkpoint, without its weights when it is a hub model, and its ``config.json``.
+
+    Raises:
+        ValueError: It cannot be found, is broken, or describes a quantised model; names ``key``.
+    """
+    folder = local_folder(name_or_path, key, _WHAT[key], weights=False)
     try:
         values = read_json(folder / CONFIG_FILE)
     except ValueError as error:
         raise ValueError(f"{key}: {error}. Copy or download it again, whole.") from error
-    if not isinstance(values.get("model_type"), str) or not values["model_type"]:
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str) or not values["model_type"]:
         raise ValueError(
             f"{key}: {folder / CONFIG_FILE} has no model_type, so it does not say what the model is; give the folder "
             "of a transformers model with its own config.json."
         )
-    quantised_by = _quantisation(folder, values)
+    quantised_by = next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None)
+    for part in (values, values.get("vision_config")):
+        quantised = part.get("quantization_config") if isinstance(part, dict) else None
+        if quantised:
+            method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
+            quantised_by = f"quantization_config in {CONFIG_FILE}, method {method}"
     if quantised_by:
         raise ValueError(
             f"{key}: {folder} is quantised ({quantised_by}), and weights are copied as they are; give the unquantised "
             "checkpoint. Training can quantise the built model (quantization_bit)."
         )
-    return values
+    return folder, values
 
 
-def _quantisation(folder: Path, config: dict[str, Any]) -> str | None:
-    """Where a checkpoint says that it is quantised, and how; None if it does not."""
-    for part in (config, config.get("vision_config")):
-        quantised = part.get("quantization_config") if isinstance(part, dict) else None
-        if quantised:
-            method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-            return f"quantization_config in {CONFIG_FILE}, method {method}"
-    return next((name for name in _QUANTISED_FILES if (folder / name).is_file()), None)
-
-
-def open_config(folder: Path, key: str) -> Any:
-    """The configuration as transformers understands it.
-
-    Raises:
-        ValueError: transformers refuses it; names ``key``.
-    """
+def _open_config(folder: Path, key: str) -> Any:
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # each configuration class has its own checks and errors
         raise ValueError(
-            f"{key}: {folder / CONFIG_FILE} is no valid configuration ({one_line(error)}). Correct it, or copy or "
+            f"{key}: {folder / CONFIG_FILE} is not a valid configuration ({one_line(error)}). Correct it, or copy or "
             "download it again, whole."
         ) from error
+
+
+def _read_weights(name_or_path: str, key: str) -> tuple[Path, dict[str, Tensor]]:
+    """The folder, and every stored tensor in its own dtype."""
+    folder = local_folder(name_or_path, key, _WHAT[key])
+    weights = {}
+    try:
+        for file in weight_files(folder):
+            weights.update(_tensors(file))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}. Copy or download {folder.name} again, whole.") from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise ValueError(
+                f"{key}: {folder} holds {name} as {tensor.dtype}, as quantised models do; give the unquantised "
+                "checkpoint."
+            )
+    return folder, {name: tensor for name, tensor in weights.items() if not name.endswith(_COMPUTED)}
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever a broken file leads to
+        raise ValueError(f"{file} cannot be read ({one_line(error)})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} holds something else than named tensors")
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # no two of them share memory
 
 
 def one_line(error: Exception) -> str:
     """An error of another library in one line of at most 300 characters, with its type."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def language_model_folder(name_or_path: str, key: str) -> Path:
-    """The local folder of a language model, fetched from the hub when ``name_or_path`` is a hub id.
-
-    Raises:
-        ValueError: Neither a folder nor a hub model, no access, or the hub is out of reach: says what to place where.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{key}: {name_or_path} is a file; give the folder of a language model.")
-    if name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{key}: the folder {name_or_path} does not exist. Give the folder of a language model or a hub id such "
-            "as Qwen/Qwen3-8B."
-        )
-    return _download(name_or_path, key)
-
-
-def _download(repo: str, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        read_config(Path(snapshot_download(repo, allow_patterns=_TEXT_FILES)), key)  # before the weights are fetched
-        folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT_FILES, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=[*_TEXT_FILES, "*.bin"]))
-        return folder
-    except GatedRepoError as error:
-        raise ValueError(
-            f"{key}: access to the hub model {repo} must be granted first: accept its terms on its page and log in "
-            "(`hf auth login`, or HF_TOKEN), or give a local folder."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{key}: {repo} is neither a folder here nor a model on the hub. Check the spelling, or log in when the "
-            "model is private."
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        folder_name = f"models/{repo.split('/')[1]}"
-        raise ValueError(
-            f"{key}: {repo} is no folder here, the hub cannot be reached, and its cache does not hold the model. On a "
-            f"machine with access run `hf download {repo} --local-dir {folder_name}`, copy that folder here "
-            f"(config.json, generation_config.json, the tokenizer's files, *.safetensors with their index), and give "
-            f"{key} {folder_name}."
-        ) from error

@@ -1,5 +1,1 @@
-"""RAH-LoRA: training-free calibration of attention heads; the outcome is a PEFT adapter."""
-
-from .api import calibrate
-
-__all__ = ["calibrate"]
+"""RAH-LoRA: training-free calibration of attention heads; the result is a PEFT adapter."""

@@ -1,18 +1,27 @@
-"""From scores to updates: targets, their anchors, and what each learns from them (RAH-LoRA, eq. 6 to 13)."""
+"""What is going to be tried: targets, the anchors that they learn from, and low-rank updates (section 3.3)."""
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ..heads.targets import Target
-from .anchors import Anchor, candidates, functional_similarity, nearest_anchors, parametric_similarity
-from .edits import Edit, Update
 from .profile import Profile
-from .settings import RahSettings
-from .targets import choose_targets
-from .transfer import low_rank, trimmed_mean
-from .weights import HeadWeights, Part
+from .settings import RahConfig
+from .weights import SLICES, Edit, HeadWeights, Slice, Update
+
+
+class Anchor(NamedTuple):
+    """An anchor of one target, with its similarity and what that is made of."""
+
+    head: Target
+    similarity: float
+    functional: float
+    parametric: float
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Plan:
     Attributes:
         targets: Heads to calibrate, highest CAF first.
         anchors: Anchors of each target, nearest first; none where no layer within two has any.
-        updates: What is changed together, in the order of its first target.
+        updates: In the order of their first targets.
     """
 
     targets: list[Target]
@@ -30,88 +39,147 @@ class Plan:
     updates: list[Update]
 
 
-def make_plan(profile: Profile, weights: HeadWeights, settings: RahSettings) -> Plan:
-    """Chooses targets and anchors and computes the low-rank updates.
-
-    Args:
-        profile: Of the model.
-        weights: Of the model.
-        settings: Of the calibration.
-
-    Raises:
-        ValueError: ``rah_layers`` names a layer that the model does not have.
-    """
-    saliency = profile.saliency
-    targets = choose_targets(
-        saliency,
-        profile.influence(settings.caf_lambda),
-        settings.layer_indices(saliency.shape[0]),
-        settings.p_isal,
-        settings.p_caf,
-        settings.targets,
-        settings.seed,
-    )
-    anchors = {target: find_anchors(target, profile, saliency, weights, settings) for target in targets}
+def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
+    """Chooses targets and anchors and computes the low-rank updates."""
+    targets = choose_targets(profile.saliency, profile.influence(config.caf_lambda), config)
+    anchors = {target: find_anchors(target, profile, weights, config) for target in targets}
     ready = [target for target in targets if anchors[target]]
-    return Plan(targets, anchors, [make_update(heads, anchors, weights, settings) for heads in units(ready, weights)])
+    return Plan(targets, anchors, [make_update(heads, anchors, weights, config) for heads in units(ready, weights)])
 
 
-def find_anchors(
-    target: Target, profile: Profile, saliency: Tensor, weights: HeadWeights, settings: RahSettings
-) -> list[Anchor]:
-    """A target's anchors (eq. 8 to 11), nearest first."""
-    return nearest_anchors(
-        candidates(saliency, target, settings.beta),
-        lambda anchor: functional_similarity(profile.maps[target], profile.maps[anchor]),
-        lambda anchor: parametric_similarity(
-            weights.of_head(target), weights.of_head(anchor), (settings.w_v, settings.w_o)
-        ),
-        settings.rho,
-        settings.k,
-    )
+# -- targets, eq. 6 and 7 --------------------------------------------------------------------------------------------
 
 
-def units(targets: list[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
-    """Targets that are changed together: a whole group that shares a value block, else each for itself.
+def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
+    """The targets, highest CAF first: I-SAL below a percentile of its layer, CAF above another.
+
+    ``rah_targets: no_caf`` leaves the second condition out, ``inverse`` takes heads above the mirrored percentile of
+    I-SAL, and ``random`` draws, in each layer, as many heads as ``paper`` would take.
 
     Args:
-        targets: Targets with anchors, in order.
-        weights: Says which heads share a block.
+        saliency: Standardised I-SAL, ``[L, H]``.
+        influence: CAF, ``[L, H]``.
+        config: Layers, percentiles (linear between heads), rule and seed.
     """
-    found: list[tuple[Target, ...]] = []
-    for target in targets:
-        group = weights.group(target)
-        together = tuple(group) if set(group) <= set(targets) else (target,)
-        if together not in found:
-            found.append(together)
-    return found
+    sought = -saliency if config.targets == "inverse" else saliency
+    chosen = sought < torch.quantile(sought, config.p_isal / 100, dim=1, keepdim=True)
+    if config.targets != "no_caf":
+        chosen &= influence > torch.quantile(influence, config.p_caf / 100, dim=1, keepdim=True)
+    draw = random.Random(config.seed)
+    n_layers, n_heads = saliency.shape
+    targets: list[Target] = []
+    for layer in config.layer_indices(n_layers):
+        heads = chosen[layer].nonzero().flatten().tolist()
+        if config.targets == "random":
+            heads = draw.sample(range(n_heads), len(heads))
+        targets += [Target(layer, head) for head in heads]
+    return sorted(targets, key=lambda target: (-influence[target].item(), target))
+
+
+# -- anchors, eq. 8 to 11 --------------------------------------------------------------------------------------------
+
+
+def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
+    """Heads that a target could learn from: of its own layer, else of the layers beside it, else of those two away.
+
+    They are those whose I-SAL lies ``beta`` deviations above their layer's mean (eq. 8), the target itself left out:
+    random and inverse targets can lie there, too. Other targets are not left out, since eq. 8 asks for nothing else.
+    In standardised I-SAL ``[L, H]`` each layer's mean is 0 and its deviation 1.
+    """
+    for distance in (0, 1, 2):
+        layers = {target.layer - distance, target.layer + distance} & set(range(saliency.shape[0]))
+        pool = [
+            Target(layer, head)
+            for layer in sorted(layers)
+            for head in (saliency[layer] > beta).nonzero().flatten().tolist()
+            if (layer, head) != target
+        ]
+        if pool:
+            return pool
+    return []
+
+
+def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config: RahConfig) -> list[Anchor]:
+    """The ``k`` candidates most similar to a target by ``rho s_func + (1 - rho) s_param`` (eq. 9), nearest first.
+
+    ``s_func`` is the cosine of the average text-to-image maps (eq. 10), ``s_param`` the weighted cosines of the value
+    and output slices (eq. 11). Equal similarities are ordered by (layer, head).
+    """
+    anchors = []
+    for head in candidates(profile.saliency, target, config.beta):
+        functional = _cosine(profile.maps[target].double(), profile.maps[head].double())
+        value, output = (
+            _cosine(weights.of_head(target, kind).float(), weights.of_head(head, kind).float()) for kind in SLICES
+        )
+        parametric = config.w_v * value + config.w_o * output
+        similarity = config.rho * functional + (1 - config.rho) * parametric
+        anchors.append(Anchor(head, similarity, functional, parametric))
+    return sorted(anchors, key=lambda anchor: (-anchor.similarity, anchor.head))[: config.k]
+
+
+def _cosine(ours: Tensor, theirs: Tensor) -> float:
+    return cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
+
+
+# -- updates, eq. 12 and 13 ------------------------------------------------------------------------------------------
+
+
+def units(targets: Sequence[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
+    """Targets that are changed together: a whole group that shares a value block, else each for itself."""
+    groups = [weights.group(target) for target in targets]
+    together = [
+        group if set(group) <= set(targets) else (target,) for target, group in zip(targets, groups, strict=True)
+    ]
+    return list(dict.fromkeys(together))
 
 
 def make_update(
-    heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, settings: RahSettings
+    heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, config: RahConfig
 ) -> Update:
-    """The update of one unit (eq. 12 and 13).
+    """The update of one unit.
 
     Each head's output slice moves towards the trimmed mean of its anchors'. A value block moves if the unit is all
     that it serves, towards the mean of what the heads of the unit aim at.
     """
-    edits = [
-        _edit(weights, head.layer, "output", head.head, [_aim(head, 1, anchors, weights, settings)], settings)
-        for head in heads
-    ]
+
+    def edit(served: Sequence[Target], kind: Slice) -> Edit:
+        aims = []
+        for head in served:
+            stack = torch.stack([weights.of_head(anchor.head, kind) for anchor in anchors[head]])
+            aims.append(trimmed_mean(stack, config.trim))
+        difference = torch.stack(aims).mean(dim=0) - weights.of_head(served[0], kind).float()
+        rank = None if config.rank == "full" else config.rank
+        return Edit(served[0].layer, kind, weights.index(served[0], kind), *low_rank(difference, rank))
+
+    edits = [edit([head], "output") for head in heads]
     if len(heads) == weights.group_size:
-        aims = [_aim(head, 0, anchors, weights, settings) for head in heads]
-        edits.append(_edit(weights, heads[0].layer, "value", weights.kv_head(heads[0]), aims, settings))
+        edits.append(edit(heads, "value"))
     return Update(heads, tuple(edit for edit in edits if edit.left.shape[1] > 0))
 
 
-def _aim(
-    head: Target, part: int, anchors: dict[Target, list[Anchor]], weights: HeadWeights, settings: RahSettings
-) -> Tensor:
-    stack = torch.stack([weights.of_head(anchor.head)[part] for anchor in anchors[head]])
-    return trimmed_mean(stack, settings.trim)
+def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
+    """Element-wise mean of ``[k, ...]`` without the ``floor(trim * k)`` lowest and as many highest values (eq. 12).
+
+    With the paper's three anchors and 0.1 nothing is cut off, and this is the mean.
+    """
+    k = len(stack)
+    cut = int(trim * k)
+    return stack.float().sort(dim=0).values[cut : k - cut].mean(dim=0)
 
 
-def _edit(weights: HeadWeights, layer: int, part: Part, index: int, aims: list[Tensor], settings: RahSettings) -> Edit:
-    difference = torch.stack(aims).mean(dim=0) - weights.slice(layer, part, index).float()
-    return Edit(layer, part, index, *low_rank(difference, settings.max_rank))
+def low_rank(difference: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """The largest singular directions of ``W_RAH - W`` (eq. 13) as a product that shares the singular values.
+
+    Args:
+        difference: ``[m, n]``.
+        rank: How many directions are kept; None keeps all.
+
+    Returns:
+        Left ``[m, r]`` and right ``[r, n]`` in fp32. Directions without weight are dropped, so ``r`` may be 0.
+    """
+    u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
+    noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]
+    kept = int((sigma > noise).sum())
+    r = kept if rank is None else min(rank, kept)
+    root = sigma[:r].sqrt()
+    return u[:, :r] * root, root[:, None] * v[:r]

@@ -1,24 +1,26 @@
-"""Profiling: I-SAL by forward passes, gate gradients by backward passes, kept on disk for the next run."""
+"""Profiling a model: I-SAL by forward passes, gate gradients by backward passes, kept on disk for the next run."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import write_safetensors
-from ..selection.batches import plan_batches, run_batches
-from ..selection.source import Collate, Features
-from .attention_maps import AttentionFlow
-from .forward import Forward
-from .gates import HeadGates
-from .influence import causal_attention_flow, margin_loss
-from .saliency import standardize
+from ..heads.pooling import Pooling
+from ..selection.forward import Forward, plan_batches, run_batches
+from ..selection.samples import Collate, Features
+from .measure import AttentionFlow, HeadGates, margin_loss
+from .settings import Positions, RahConfig
 
 _TENSORS = ("flow", "maps", "gradients")
+_POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
+_WORD = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,19 @@ class Profile:
 
     @property
     def saliency(self) -> Tensor:
-        """Standardised I-SAL (eq. 4), ``[L, H]``."""
-        return standardize(self.flow)
+        """I-SAL: standard scores of ``r`` within each layer (eq. 4), ``[L, H]``; zero where all heads are equal."""
+        centred = self.flow - self.flow.mean(dim=1, keepdim=True)
+        deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+        # the paper's epsilon, far below any deviation that attention weights have, so that the unit stays a deviation
+        return centred / (deviation + 1e-12)
 
     def influence(self, curvature_weight: float) -> Tensor:
-        """CAF (eq. 5), ``[L, H]``."""
-        return causal_attention_flow(self.gradients, curvature_weight)
+        """CAF (eq. 5): the mean gradient with respect to a head's gate, plus lambda times its mean square, ``[L, H]``.
+
+        As in the paper the first term keeps its sign.
+        """
+        values = self.gradients.double()
+        return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
     def save(self, path: Path, key: str) -> None:
         """Writes the file; it appears complete or not at all.
@@ -65,77 +74,100 @@ class Profile:
 
 
 def profile_heads(
-    forward: Forward,
-    features: Sequence[Features],
-    collate: Collate,
-    probes: int,
-    batch_size: int,
-    num_workers: int = 0,
+    forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
     """Measures every head.
 
     Args:
         forward: Around the model.
-        features: N samples, each with image and text tokens.
+        features: N samples, each with image and text tokens; the first ``rah_probes`` are the probes.
         collate: From samples to a batch.
-        probes: On how many of them, the first ones, gradients are taken.
-        batch_size: Samples in a pass.
+        config: Probes, positions and batch size.
         num_workers: Processes that collate.
 
     Raises:
         ValueError: A gradient or an attention weight is not finite.
     """
-    flow, maps = _attention_pass(forward, features, collate, batch_size, num_workers)
-    gradients = _gradient_pass(forward, features[:probes], collate, batch_size, num_workers)
-    for name, values in (("attention weights hold", flow), ("gradients of the gates hold", gradients)):
+
+    def each(what: str, samples: Sequence[Features], run: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
+        found: dict[int, Any] = {}
+        batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
+        with tqdm(total=len(samples), desc=f"RAH-LoRA | {what}", unit="sample") as bar:
+            for batch, results in run_batches(batches, samples, collate, run, num_workers):
+                found.update(zip(batch.rows, results, strict=True))
+                bar.update(len(batch.rows))
+        # in the order of the samples, so that the batches do not decide the rounding of a mean
+        return [found[row] for row in range(len(samples))]
+
+    bins = min(count_image_tokens(forward, sample) for sample in features)
+    with AttentionFlow(forward.model, bins) as attention, torch.no_grad():
+
+        def read_attention(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+            text = forward.tokens("text", batch)
+            attention.expect(text, forward.tokens("mean", batch) & ~text)
+            forward.run(batch)
+            return list(zip(*(values.cpu() for values in attention.take()), strict=True))
+
+        flows, maps = zip(*each("attention", features, read_attention), strict=True)
+    with HeadGates(forward.model) as gates, torch.enable_grad():
+
+        def differentiate(batch: dict[str, Any]) -> Tensor:
+            gates.reset(len(batch["input_ids"]))
+            return gates.gradients(margin_loss(*counted_logits(forward, batch, config.positions))).cpu()
+
+        gradients = torch.stack(each("gates", features[: config.probes], differentiate))
+    profile = Profile(_mean(flows), _mean(maps).float(), gradients)
+    for name, values in (("attention weights hold", profile.flow), ("gradients of the gates hold", gradients)):
         if not values.isfinite().all():
             raise ValueError(
                 f"model_name_or_path: its {name} NaN or infinity. The checkpoint is damaged, or its activations do "
                 "not fit fp16: use bf16 or fp32."
             )
-    return Profile(flow, maps, gradients)
+    return profile
 
 
-def _attention_pass(
-    forward: Forward, features: Sequence[Features], collate: Collate, batch_size: int, num_workers: int
-) -> tuple[Tensor, Tensor]:
-    bins = min(forward.count_image_tokens(sample["input_ids"]) for sample in features)
-    batches = plan_batches([len(sample["input_ids"]) for sample in features], batch_size)
-    flows: dict[int, Tensor] = {}
-    maps: dict[int, Tensor] = {}
-    with AttentionFlow(forward.model, bins) as attention, torch.no_grad(), _bar("attention", len(features)) as bar:
-
-        def run(batch: dict) -> tuple[Tensor, Tensor]:
-            attention.expect(*forward.modalities(batch))
-            forward.run(batch)
-            flow, found = attention.take()
-            return flow.cpu(), found.cpu()
-
-        for batch, results in run_batches(batches, features, collate, run, num_workers):
-            for row, flow, found in zip(batch.rows, *results, strict=True):
-                flows[row], maps[row] = flow, found
-            bar.update(len(batch.rows))
-    # in the order of the samples, so that the batches do not decide the rounding
-    flow = sum(flows[row].double() for row in range(len(features))) / len(features)
-    return flow, (sum(maps[row].double() for row in range(len(features))) / len(features)).float()
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
 
 
-def _gradient_pass(
-    forward: Forward, features: Sequence[Features], collate: Collate, batch_size: int, num_workers: int
-) -> Tensor:
-    batches = plan_batches([len(sample["input_ids"]) for sample in features], batch_size)
-    gradients: dict[int, Tensor] = {}
-    with HeadGates(forward.model) as gates, torch.enable_grad(), _bar("gates", len(features)) as bar:
+def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
+    """Logits at the tokens that count in any sample of a batch.
 
-        def run(batch: dict) -> Tensor:
-            gates.reset(len(batch["input_ids"]))
-            return gates.gradients(margin_loss(*forward.logits(batch))).cpu()
-
-        for batch, found in run_batches(batches, features, collate, run, num_workers):
-            gradients.update(zip(batch.rows, found, strict=True))
-            bar.update(len(batch.rows))
-    return torch.stack([gradients[row] for row in range(len(features))])
+    Returns:
+        Logits ``[B, P, V]`` and the tokens among them that count in each sample, boolean ``[B, P]``.
+    """
+    counted = forward.tokens(_POOLINGS[positions], batch)
+    kept = counted.any(dim=0).nonzero().flatten()
+    return forward.logits(batch, kept), counted[:, kept]
 
 
-def _bar(what: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=f"RAH-LoRA | {what}", unit="sample")
+def count_image_tokens(forward: Forward, features: Features) -> int:
+    """How many tokens of a sample stand for its images."""
+    return sum(token in forward.media for token in features["input_ids"])
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
+
+    A calibrated adapter changes a few rows or columns of a few projections, and attention depends on vision tower and
+    projector, too, so a sample of the decoder's values would not do. Of a matrix not its bytes are hashed, but their
+    sums over rows and over columns, which the model's device computes where the weights lie. The sums are of whole
+    numbers, so that no order of addition changes them.
+
+    Returns:
+        64 hexadecimal digits, the same on every device.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
+        for summary in _condensed(parameter.detach().contiguous()):
+            digest.update(summary.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _condensed(weight: Tensor) -> list[Tensor]:
+    """Sums of a matrix's bytes, read as whole numbers, by column and by row; anything else as it is."""
+    if weight.dim() < 2 or weight[0].nbytes % _WORD or weight.data_ptr() % _WORD:
+        return [weight.flatten()]
+    words = weight.flatten(1).view(torch.int64)
+    return [words.sum(dim=0), words.sum(dim=1)]

@@ -1,60 +1,45 @@
-"""A whole calibration: samples, profile, plan, trust region, adapter, report."""
+"""A whole calibration: samples, profile, plan, trust region, adapter, report; all files of one run, or none."""
 
+import hashlib
+import json
 import logging
+import os
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..selection.source import Collate
+from safetensors import SafetensorError
+from torch import nn
+
+from ..selection.forward import Forward
 from ..selection.provenance import package_versions
-from .adapter import save_adapter
-from .control import Control, corrupt
-from .edits import applied
-from .figure import draw_calibration
-from .fingerprint import model_fingerprint
-from .forward import Forward
-from .held_out import HeldOut
-from .material import Material
-from .outputs import PROFILE_FILE, cannot_be_written, check_folder, write_outputs
+from ..selection.samples import Sample
+from ..selection.select import check_writable
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from .plan import make_plan
-from .profile import Profile, profile_heads
-from .result import Result, compare, describe, reason_for_nothing
-from .samples import Drawn, check_tokens, draw_samples
-from .settings import RahSettings
-from .trials import Outcome, try_updates
+from .profile import Profile, count_image_tokens, profile_heads, weights_digest
+from .report import compare, describe, draw_calibration
+from .samples import CalibrationInputs, Control, Drawn, check_tokens, corrupt, draw_samples
+from .settings import RahConfig
+from .trust_region import HeldOut, Outcome, try_updates
 from .weights import HeadWeights
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What the calibrations of one run share."""
-
-    material: Material
-    settings: RahSettings
-    weights: HeadWeights
-    forward: Forward
-    collate: Collate
-    fingerprint: str
+REPORT_FILE, PICTURE_FILE, PROFILE_FILE = "calibration.json", "calibration.png", "calibration_profile.safetensors"
+_DIGEST = "adapter_sha256"
 
 
 def calibrate_heads(
-    material: Material, settings: RahSettings, folder: Path, control: Control | None = None
+    inputs: CalibrationInputs, config: RahConfig, folder: Path, control: Control | None = None
 ) -> list[dict[str, Any]]:
     """Calibrates a model and writes adapter, report and picture.
 
     With a control it calibrates first on the data as they are, then on corrupted ones, whose files go into
     ``folder/control_<name>`` and whose report says what the corruption did.
-
-    Args:
-        material: Model and data.
-        settings: Of the calibration.
-        folder: Where the files go.
-        control: How to corrupt the data.
 
     Returns:
         The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
@@ -65,99 +50,159 @@ def calibrate_heads(
     folders = [folder] if control is None else [folder, folder / f"control_{control}"]
     for each in folders:
         check_folder(each)
-    drawn = draw_samples(material.source, settings)
-    corrupted = corrupt(drawn, material.source, control, settings.seed) if control is not None else None
-    model = material.load_model()
-    weights = HeadWeights(model)
-    settings.layer_indices(weights.layout.n_layers)
-    forward = Forward(model, settings.positions, material.autocast)
-    loaded = _Loaded(material, settings, weights, forward, material.collator(model), model_fingerprint(model))
-    report, _ = _calibrate(loaded, drawn, folder, None)
-    if corrupted is None:
-        return [report]
-
-    def compared(control_report: dict[str, Any], outcome: Outcome | None) -> dict[str, Any]:
-        clean = HeldOut(forward, [s.features for s in drawn.held_out], loaded.collate, settings.batch_size)
-        with applied(weights, outcome.accepted if outcome else []):
-            return compare(report, control_report) | {"kl_control_on_uncorrupted_samples": clean.kl()}
-
-    return [report, _calibrate(loaded, corrupted, folders[1], control, compared)[0]]
+    drawn = draw_samples(inputs.source, config)
+    corrupted = corrupt(drawn, inputs.source, control, config.seed) if control is not None else None
+    calibration = _Calibration(inputs, config, inputs.load_model())
+    reports = [calibration.run(drawn, folder)]
+    if corrupted is not None:
+        reports.append(calibration.run(corrupted, folders[1], control, reports[0], drawn.held_out))
+    return reports
 
 
-def _calibrate(
-    loaded: _Loaded,
-    drawn: Drawn,
-    folder: Path,
-    control: Control | None,
-    compared: Callable[[dict[str, Any], Outcome | None], dict[str, Any]] | None = None,
-) -> tuple[dict[str, Any], Outcome | None]:
-    settings, weights = loaded.settings, loaded.weights
-    started = time.perf_counter()
-    profile, reused = _profile(loaded, drawn, folder / PROFILE_FILE)
-    profiled = time.perf_counter()
-    plan = make_plan(profile, weights, settings)
-    outcome = None
-    if plan.updates and settings.delta > 0:
-        held_out = HeldOut(loaded.forward, [s.features for s in drawn.held_out], loaded.collate, settings.batch_size)
-        outcome = try_updates(plan.updates, weights, held_out, settings)
-    result = Result(profile, plan, outcome, reason_for_nothing(plan, outcome, settings))
-    seconds = {
-        "profiling": None if reused else round(profiled - started, 3),
-        "trust_region": round(time.perf_counter() - profiled, 3),
-    }
-    report = describe(result, weights, settings, _facts(loaded, drawn, control) | {"seconds": seconds})
-    if compared is not None:
-        report["compared_with_uncorrupted"] = compared(report, outcome)
+class _Calibration:
+    """What the calibrations of one run share: the model, seen in several ways."""
 
-    def adapter(work: Path) -> None:
-        save_adapter(work, weights, outcome.accepted, loaded.material.model_name)
+    def __init__(self, inputs: CalibrationInputs, config: RahConfig, model: nn.Module) -> None:
+        self._inputs, self._config = inputs, config
+        self._weights = HeadWeights(model)
+        config.layer_indices(self._weights.layout.n_layers)  # refuses a layer that there is not
+        self._forward = Forward(model, autocast=inputs.autocast)
+        self._collate = inputs.collator(model)
+        self._fingerprint = weights_digest(model)
 
-    def draw(picture: Path) -> None:
-        draw_calibration(report, picture)
+    def run(
+        self,
+        drawn: Drawn,
+        folder: Path,
+        control: Control | None = None,
+        normal: dict[str, Any] | None = None,
+        uncorrupted: list[Sample] | None = None,
+    ) -> dict[str, Any]:
+        """Calibrates on one draw and writes the files.
 
-    write_outputs(folder, report, adapter if result.reason is None else None, draw)
-    return report, outcome
+        Under a control the report compares itself with ``normal``, that of the calibration on the data as they are,
+        and says what it does to the held-out samples as they are, ``uncorrupted``.
+        """
+        started = time.perf_counter()
+        profile, reused = self._profile(drawn, folder / PROFILE_FILE)
+        profiled = time.perf_counter()
+        plan = make_plan(profile, self._weights, self._config)
+        outcome = Outcome()
+        if plan.updates and self._config.delta > 0:
+            outcome = try_updates(plan.updates, self._held_out(drawn.held_out).kl, self._config)
+        seconds = {
+            "profiling": None if reused else round(profiled - started, 3),
+            "trust_region": round(time.perf_counter() - profiled, 3),
+        }
+        facts = self._facts(drawn, control) | {"seconds": seconds}
+        report = describe(profile, plan, outcome, self._weights, self._config, facts)
+        if normal is not None and uncorrupted is not None:
+            clean = self._held_out(uncorrupted).kl(outcome.accepted)
+            report["compared_with_uncorrupted"] = compare(normal, report) | {
+                "kl_control_on_uncorrupted_samples": clean
+            }
+        self._write(folder, report, outcome)
+        return report
+
+    def _held_out(self, samples: list[Sample]) -> HeldOut:
+        features = [sample.features for sample in samples]
+        return HeldOut(self._forward, self._weights, features, self._collate, self._config)
+
+    def _profile(self, drawn: Drawn, path: Path) -> tuple[Profile, bool]:
+        """The profile, and whether an earlier run had made it."""
+        config, inputs = self._config, self._inputs
+        check_tokens([*drawn.profiled, *drawn.held_out], lambda sample: count_image_tokens(self._forward, sample))
+        key = str([self._fingerprint, drawn.digest(), config.probes, config.positions, inputs.autocast])
+        profile = Profile.load(path, key)
+        if profile is not None:
+            logger.warning("%s: the same heads were profiled on the same samples before; going on from there.", path)
+            return profile, True
+        features = [sample.features for sample in drawn.profiled]
+        profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
+        try:
+            profile.save(path, key)
+        except OSError as error:
+            raise _cannot_be_written(path.parent, error) from error
+        return profile, False
+
+    def _facts(self, drawn: Drawn, control: Control | None) -> dict[str, Any]:
+        inputs, forward = self._inputs, self._forward
+        compute = inputs.autocast or next(forward.model.parameters()).dtype
+        return {
+            "model": inputs.model_name,
+            "adapters": list(inputs.adapter_names),
+            "model_fingerprint": self._fingerprint,
+            "dataset": inputs.dataset_name,
+            "control": control,
+            "samples": {
+                "profiled": len(drawn.profiled),
+                "probes": self._config.probes,
+                "held_out": len(drawn.held_out),
+                "without_image": drawn.without_image,
+            },
+            "samples_digest": drawn.digest(),
+            "compute_dtype": str(compute).removeprefix("torch."),
+            "device": str(forward.device),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": package_versions(),
+        }
+
+    def _write(self, folder: Path, report: dict[str, Any], outcome: Outcome) -> None:
+        """Writes adapter, picture and report, and takes away what an earlier calibration left.
+
+        Everything is made in a folder of its own and renamed; the report comes last, so that a folder with a report
+        is complete.
+        """
+        work = folder / f".calibration.tmp{os.getpid()}"
+        try:
+            work.mkdir()
+            report[_DIGEST] = None
+            if outcome.accepted:
+                save_adapter(work, self._weights, outcome.accepted, self._inputs.model_name)
+                report[_DIGEST] = _digest(work / WEIGHTS_FILE)
+            draw_calibration(report, work / PICTURE_FILE)
+            text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+            (work / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+            for name in (REPORT_FILE, CONFIG_FILE, WEIGHTS_FILE):
+                (folder / name).unlink(missing_ok=True)
+            for name in (WEIGHTS_FILE, CONFIG_FILE, PICTURE_FILE, REPORT_FILE):
+                with suppress(FileNotFoundError):  # without an accepted update there is no adapter
+                    os.replace(work / name, folder / name)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            raise _cannot_be_written(folder, error) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
-def _profile(loaded: _Loaded, drawn: Drawn, path: Path) -> tuple[Profile, bool]:
-    """The profile, and whether an earlier run had made it."""
-    settings = loaded.settings
-    features = [sample.features for sample in drawn.profiled]
-    every = [*drawn.profiled, *drawn.held_out]
-    check_tokens(every, [loaded.forward.count_image_tokens(sample.features["input_ids"]) for sample in every])
-    key = str([loaded.fingerprint, drawn.digest(), settings.probes, settings.positions, loaded.material.autocast])
-    profile = Profile.load(path, key)
-    if profile is not None:
-        logger.warning("%s: the same heads were profiled on the same samples before; going on from there.", path)
-        return profile, True
-    profile = profile_heads(
-        loaded.forward, features, loaded.collate, settings.probes, settings.batch_size, loaded.material.num_workers
-    )
+def check_folder(folder: Path) -> None:
+    """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter.
+
+    Raises:
+        ValueError: It cannot be written, or holds an adapter that no calibration wrote, or that was changed since.
+    """
+    check_writable(folder)
+    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return
     try:
-        profile.save(path, key)
-    except OSError as error:
-        raise cannot_be_written(path.parent, error) from error
-    return profile, False
+        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        ours = report[_DIGEST] == _digest(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since, and it "
+            "would be replaced; give another folder, or move the adapter away."
+        )
 
 
-def _facts(loaded: _Loaded, drawn: Drawn, control: Control | None) -> dict[str, Any]:
-    material = loaded.material
-    compute = material.autocast or next(loaded.forward.model.parameters()).dtype
-    return {
-        "model": material.model_name,
-        "adapters": list(material.adapter_names),
-        "model_fingerprint": loaded.fingerprint,
-        "dataset": material.dataset_name,
-        "control": control,
-        "samples": {
-            "profiled": len(drawn.profiled),
-            "probes": loaded.settings.probes,
-            "held_out": len(drawn.held_out),
-            "without_image": drawn.without_image,
-        },
-        "samples_digest": drawn.digest(),
-        "compute_dtype": str(compute).removeprefix("torch."),
-        "device": str(loaded.forward.device),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": package_versions(),
-    }
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cannot_be_written(folder: Path, error: Exception) -> ValueError:
+    reason = getattr(error, "strerror", None) or error
+    return ValueError(
+        f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder, and run the "
+        "same command again."
+    )

@@ -1,16 +1,59 @@
-"""Which samples calibrate: drawn by seed, one for each image, the last ones held out."""
+"""What a calibration reads: model and data, samples drawn by seed, the last ones held out, and corrupted ones."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
-from ..selection.draw import Draw, Sample, draw
-from ..selection.source import Source
-from .settings import RahSettings
+import torch
+from PIL import Image
+from torch import nn
+
+from ..selection.samples import Collate, Draw, Features, Sample, Source, draw
+from ..teachers.images import ImageLike, image_key, load_image
+from .settings import RahConfig
 
 logger = logging.getLogger(__name__)
+
+#: How the data of a control are corrupted (section 3.10 and table 5b).
+Control = Literal["shuffled", "blank"]
+
+
+class CalibrationSource(Source, Protocol):
+    """A dataset whose samples can be seen with other images."""
+
+    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
+        """What the model sees of a sample, with other images in place of its own if given; None if it has no text."""
+        ...
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """Model and data of a calibration, as a host gives them.
+
+    Attributes:
+        source: The dataset.
+        load_model: Loads the model, frozen, in evaluation mode, on one device.
+        collator: From the model to what makes batches of features.
+        model_name: As the recipe names it; the adapter's base model.
+        dataset_name: As the recipe names it.
+        adapter_names: Adapters that were merged into the model in memory.
+        autocast: The type in which the run computes, where it is not the weights' own.
+        num_workers: Processes that decode images.
+    """
+
+    source: CalibrationSource
+    load_model: Callable[[], nn.Module]
+    collator: Callable[[nn.Module], Collate]
+    model_name: str
+    dataset_name: str
+    adapter_names: Sequence[str] = ()
+    autocast: torch.dtype | None = None
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,58 +76,93 @@ class Drawn:
         return hashlib.sha256(json.dumps([len(self.profiled), seen]).encode()).hexdigest()
 
 
-def draw_samples(source: Source, settings: RahSettings) -> Drawn:
-    """Draws samples in an order that depends on the seed alone; no image is in both parts.
+def draw_samples(source: Source, config: RahConfig) -> Drawn:
+    """Draws samples in an order that depends on the seed alone, one for each image; no image is in both halves.
 
     Rows without an image are passed over, and counted.
 
     Raises:
         ValueError: No image at all, fewer samples than probes and held-out ones need, or an image that cannot be read.
     """
-    found = draw(source, settings.samples, settings.seed)
-    _check_number(found, settings)
-    n = len(found.samples) - settings.held_out
+    found = draw(source, config.samples, config.seed)
+    _check_number(found, config)
+    n = len(found.samples) - config.held_out
     return Drawn(found.samples[:n], found.samples[n:], found.without_image)
 
 
-def check_tokens(samples: Sequence[Sample], image_tokens: Sequence[int]) -> None:
-    """Checks that every sample has both kinds of tokens.
-
-    Args:
-        samples: What was drawn.
-        image_tokens: How many of each sample's tokens stand for its images.
-
-    Raises:
-        ValueError: One lacks a kind; names its row.
-    """
-    for sample, count in zip(samples, image_tokens, strict=True):
-        missing = "image" if count == 0 else "text" if count == len(sample.features["input_ids"]) else None
-        if missing is not None:
-            raise ValueError(
-                f"dataset: sample {sample.row} (counted from 0) leaves no {missing} token; check that its text holds "
-                "<image>, and that template is the model's."
-            )
-
-
-def _check_number(found: Draw, settings: RahSettings) -> None:
+def _check_number(found: Draw, config: RahConfig) -> None:
     drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
     if not drawn and without_image == found.rows:
         raise ValueError(
             "dataset: none of its samples has an image, and calibration looks at attention between text and image; "
             "use a dataset with an `images` column."
         )
-    needed = settings.probes + settings.held_out
-    if drawn < needed:
+    if drawn < config.probes + config.held_out:
         raise ValueError(
-            f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {settings.probes} and "
-            f"rah_held_out: {settings.held_out} need together ({without_image} have no image, {without_text} no text; "
+            f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {config.probes} and "
+            f"rah_held_out: {config.held_out} need together ({without_image} have no image, {without_text} no text; "
             "each image counts once). Use more data, or lower rah_probes or rah_held_out."
         )
     if without_image or without_text:
         logger.warning(
             "dataset: %d samples without an image and %d without text were passed over.", without_image, without_text
         )
-    if drawn < settings.samples:
+    if drawn < config.samples:
         logger.warning(
-            "rah_samples: %d are asked for, and the dataset has %d different images.", settings.samples, drawn
+            "rah_samples: %d are asked for, and the dataset has %d different images.", config.samples, drawn
         )
+
+
+def check_tokens(samples: Sequence[Sample], count_image_tokens: Callable[[Features], int]) -> None:
+    """Refuses a sample without tokens of both kinds; names its row."""
+    for sample in samples:
+        count, total = count_image_tokens(sample.features), len(sample.features["input_ids"])
+        if count in (0, total):
+            raise ValueError(
+                f"dataset: sample {sample.row} (counted from 0) leaves no {'text' if count else 'image'} token; check "
+                "that its text holds <image>, and that template is the model's."
+            )
+
+
+def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:
+    """The same samples with other images, profiled and held-out ones each among themselves.
+
+    ``shuffled`` gives every sample the images of another one; ``blank`` white images of the same sizes (ours: the
+    paper does not say which blank).
+
+    Raises:
+        ValueError: No two samples have the same number of images, so that none can be exchanged.
+    """
+
+    def corrupted(samples: Sequence[Sample]) -> list[Sample]:
+        images = [_blank(sample.images) for sample in samples] if control == "blank" else _exchanged(samples, seed)
+        changed = []
+        for sample, other in zip(samples, images, strict=True):
+            features = source.encode(sample.row, other)
+            assert features is not None  # it was encoded with its own images
+            changed.append(Sample(sample.row, other, other[0], image_key(other[0]), features))
+        return changed
+
+    return replace(drawn, profiled=corrupted(drawn.profiled), held_out=corrupted(drawn.held_out))
+
+
+def _blank(images: Sequence[ImageLike]) -> list[ImageLike]:
+    return [Image.new("RGB", load_image(image).size, "white") for image in images]
+
+
+def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
+    # only samples with as many images have room for each other's
+    alike: dict[int, list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        alike[len(sample.images)].append(index)
+    if all(len(group) == 1 for group in alike.values()):
+        raise ValueError(
+            "--control: no two samples have the same number of images, so that none can be exchanged; use --control "
+            "blank, or a dataset with one image a sample."
+        )
+    exchanged = [list(sample.images) for sample in samples]
+    for group in alike.values():
+        random.Random(seed).shuffle(group)
+        for index, giver in zip(group, [*group[1:], group[0]], strict=True):  # in a ring, so that nobody keeps its own
+            exchanged[index] = list(samples[giver].images)
+    return exchanged

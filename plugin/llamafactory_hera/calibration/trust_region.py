@@ -1,11 +1,21 @@
-"""How far an update may go (RAH-LoRA, eq. 14 and 15)."""
+"""How far each update may go: KL on held-out samples, halved steps, roll-back (section 3.4, eq. 14 and 15)."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from ..selection.forward import Forward, plan_batches, run_batches
+from ..selection.samples import Collate, Features
+from .profile import counted_logits
+from .settings import RahConfig
+from .weights import HeadWeights, Scaled, Update, applied
+
+State = Literal["calibrated", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"]
 
 
 class Step(NamedTuple):
@@ -15,82 +25,135 @@ class Step(NamedTuple):
     kl: float
 
 
-def divergence(base: Tensor, changed: Tensor) -> Tensor:
-    """KL(p || p') of next-token distributions (the expectation's argument in eq. 15).
+@dataclass(frozen=True)
+class Trial:
+    """What became of an update: its state, its step (0 where it was given up), and the steps tried on it alone."""
+
+    update: Update
+    state: State
+    alpha: float = 0.0
+    tried: list[Step] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of all updates.
+
+    Attributes:
+        trials: In the order of the plan.
+        totals: Divergences of the first so many accepted updates together, ``alpha`` being their number.
+    """
+
+    trials: list[Trial] = field(default_factory=list)
+    totals: list[Step] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> list[Scaled]:
+        """The updates that stay, with their step sizes."""
+        return [(trial.update, trial.alpha) for trial in self.trials if trial.state == "calibrated"]
+
+    @property
+    def kl(self) -> float:
+        """Divergence of all that stays."""
+        return self.totals[-1].kl if self.accepted else 0.0
+
+
+def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Outcome:
+    """Finds each update's step alone, then gives the last ones up, one by one, until all together hold.
+
+    The step is the first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq.
+    15). The updates come with the highest CAF first, so that the least influential ones are given up.
 
     Args:
-        base: Logits of the model as it is, ``[..., V]``.
-        changed: Logits of the changed model, ``[..., V]``.
-
-    Returns:
-        ``[...]`` in fp32, in nats.
+        updates: Of the plan.
+        kl: Divergence of the model with some updates: :meth:`HeldOut.kl`.
+        config: The bound, where to start, and after how many halvings an update is given up.
     """
+    trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
+    kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
+    totals: list[Step] = []
+    while kept:
+        together = kl([(trials[index].update, trials[index].alpha) for index in kept])
+        totals.append(Step(len(kept), together))
+        if together <= config.delta:
+            break
+        last = kept.pop()
+        trials[last] = replace(trials[last], state="rolled back: total too large", alpha=0.0)
+    return Outcome(trials, totals)
+
+
+def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Trial:
+    if not update.edits:
+        return Trial(update, "equals its anchors")
+    tried: list[Step] = []
+    for halving in range(config.halvings + 1):
+        alpha = config.alpha_max / 2**halving
+        tried.append(Step(alpha, kl([(update, alpha)])))
+        if tried[-1].kl <= config.delta:
+            return Trial(update, "calibrated", alpha, tried)
+    return Trial(update, "rolled back: no step holds", 0.0, tried)
+
+
+class HeldOut:
+    """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model.
+
+    The logits wait in the CPU's memory.
+
+    Args:
+        forward: Around the model as it is.
+        weights: Of the model.
+        features: The samples.
+        collate: From samples to a batch.
+        config: Positions and batch size.
+
+    Raises:
+        ValueError: The logits are not finite.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        weights: HeadWeights,
+        features: Sequence[Features],
+        collate: Collate,
+        config: RahConfig,
+    ) -> None:
+        self._forward, self._weights, self._positions = forward, weights, config.positions
+        batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)
+
+        @torch.no_grad()
+        def run(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+            return batch, counted_logits(forward, batch, config.positions)[0].cpu()
+
+        self._batches = [result for _, result in run_batches(batches, features, collate, run)]
+        self.kl()
+
+    @torch.no_grad()
+    def kl(self, steps: Sequence[Scaled] = ()) -> float:
+        """Mean over samples of the mean divergence over their tokens, in nats, of the model with updates applied.
+
+        Raises:
+            ValueError: It is not finite.
+        """
+        values: list[Tensor] = []
+        with applied(self._weights, steps):
+            for batch, before in self._batches:
+                now, counted = counted_logits(self._forward, batch, self._positions)
+                # one sample at a time: two distributions over the vocabulary in single precision are large
+                for row, kept in enumerate(counted):
+                    earlier = before[row][kept.cpu()].to(now.device)
+                    values.append(divergence(earlier, now[row][kept]).double().mean())
+        kl = torch.stack(values).mean().item()
+        if not math.isfinite(kl):
+            raise ValueError(
+                f"model_name_or_path: the KL divergence between the model and its changed copy is {kl}: its logits "
+                "hold NaN or infinity, or its activations do not fit fp16. Use bf16 or fp32, or another checkpoint."
+            )
+        return kl
+
+
+def divergence(base: Tensor, changed: Tensor) -> Tensor:
+    """KL(p || p') of next-token distributions (inside eq. 15): from logits ``[..., V]``, ``[...]`` in nats."""
     log_p = torch.log_softmax(base.float(), dim=-1)
     log_q = torch.log_softmax(changed.float(), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-def largest_step(
-    kl: Callable[[float], float], alpha_max: float, delta: float, halvings: int
-) -> tuple[float, list[Step]]:
-    """The first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (eq. 15, text under it).
-
-    Args:
-        kl: Mean divergence of a step.
-        alpha_max: Where to start.
-        delta: The bound.
-        halvings: After how many the update is given up.
-
-    Returns:
-        The step, 0 where none holds, and all that were tried.
-
-    Raises:
-        ValueError: A divergence is not finite.
-    """
-    tried: list[Step] = []
-    for halving in range(halvings + 1):
-        alpha = alpha_max / 2**halving
-        value = kl(alpha)
-        check_finite(value)
-        tried.append(Step(alpha, value))
-        if value <= delta:
-            return alpha, tried
-    return 0.0, tried
-
-
-def roll_back(kl: Callable[[int], float], n: int, delta: float) -> tuple[int, list[Step]]:
-    """How many of ``n`` updates, the first ones, stay together within ``delta``; the last are given up one by one.
-
-    Args:
-        kl: Mean divergence of the first so many updates together.
-        n: Number of updates.
-        delta: The bound.
-
-    Returns:
-        How many stay, and what was measured on the way, ``alpha`` being the number of updates.
-
-    Raises:
-        ValueError: A divergence is not finite.
-    """
-    measured: list[Step] = []
-    while n > 0:
-        value = kl(n)
-        check_finite(value)
-        measured.append(Step(n, value))
-        if value <= delta:
-            break
-        n -= 1
-    return n, measured
-
-
-def check_finite(value: float) -> None:
-    """Refuses a divergence that is NaN or infinite.
-
-    Raises:
-        ValueError: It is.
-    """
-    if not math.isfinite(value):
-        raise ValueError(
-            f"model_name_or_path: the KL divergence between the model and its changed copy is {value}: its logits "
-            "hold NaN or infinity, or its activations do not fit fp16. Use bf16 or fp32, or another checkpoint."
-        )

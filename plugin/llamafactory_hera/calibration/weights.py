@@ -1,6 +1,9 @@
 """The weight slices of single heads: which rows of the value and which columns of the output projection are whose."""
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +12,42 @@ from ..heads.families import attention_module, decoder_layers, head_layout, mode
 from ..heads.targets import Target
 
 #: The value rows of a key-value head, or the output columns of a query head.
-Part = Literal["value", "output"]
+Slice = Literal["value", "output"]
+SLICES: tuple[Slice, ...] = get_args(Slice)
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _VALUE = "v_proj"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The update of one slice without its step size: ``left @ right``, ``[m, r]`` and ``[r, n]`` in fp32.
+
+    ``index`` is the key-value head of a value slice, the query head of an output slice.
+    """
+
+    layer: int
+    kind: Slice
+    index: int
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is changed together, under one step size.
+
+    With multi-head attention that is a head's value and output slice. A value block that several query heads share
+    is changed only if all of them are targets, and then they are one update; else a head's output slice is. There is
+    no edit where target and anchors are equal.
+    """
+
+    heads: tuple[Target, ...]
+    edits: tuple[Edit, ...]
+
+
+#: An update with its step size, alpha of eq. 14.
+Scaled = tuple[Update, float]
 
 
 class HeadWeights:
@@ -30,57 +65,46 @@ class HeadWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.layout = head_layout(model_config(model))
+        #: Query heads that share a value block; 1 is multi-head attention.
+        self.group_size = self.layout.n_heads // self.layout.n_kv_heads
         names = {id(module): name for name, module in model.named_modules()}
-        self._modules: dict[tuple[int, Part], nn.Linear] = {}
-        self._names: dict[tuple[int, Part], str] = {}
-        for index, layer in enumerate(decoder_layers(model)):
-            attention = attention_module(layer, self.layout.model_type)
-            found = {
+        #: The projections, by layer and kind, and their names inside the model.
+        self.projections: dict[tuple[int, Slice], nn.Linear] = {}
+        self.names: dict[tuple[int, Slice], str] = {}
+        for layer, module in enumerate(decoder_layers(model)):
+            attention = attention_module(module, self.layout.model_type)
+            found: dict[Slice, nn.Module | None] = {
                 "value": getattr(attention, _VALUE, None),
-                "output": output_projection(layer, self.layout.model_type),
+                "output": output_projection(module, self.layout.model_type),
             }
-            for part, module in found.items():
-                self._check(module, part)
-                self._modules[index, part] = module
-                self._names[index, part] = names[id(module)]
+            for kind, projection in found.items():
+                self.projections[layer, kind] = self._checked(projection, kind)
+                self.names[layer, kind] = names[id(projection)]
 
-    @property
-    def group_size(self) -> int:
-        """Query heads that share a value block; 1 is multi-head attention."""
-        return self.layout.n_heads // self.layout.n_kv_heads
+    def index(self, head: Target, kind: Slice) -> int:
+        """Which block of a projection serves a query head: its key-value head's, or its own."""
+        assert head.head is not None
+        return head.head // self.group_size if kind == "value" else head.head
 
-    def kv_head(self, head: Target) -> int:
-        """The key-value head that serves a query head."""
-        return head.head // self.group_size
-
-    def group(self, head: Target) -> list[Target]:
+    def group(self, head: Target) -> tuple[Target, ...]:
         """All query heads that share a head's value block, itself included."""
-        first = self.kv_head(head) * self.group_size
-        return [Target(head.layer, first + offset) for offset in range(self.group_size)]
+        first = self.index(head, "value") * self.group_size
+        return tuple(Target(head.layer, first + offset) for offset in range(self.group_size))
 
-    def name(self, layer: int, part: Part) -> str:
-        """The name of a projection inside the model."""
-        return self._names[layer, part]
-
-    def shape(self, layer: int, part: Part) -> torch.Size:
-        """The shape of a projection's whole weight."""
-        return self._modules[layer, part].weight.shape
-
-    def block(self, part: Part, index: int) -> slice:
-        """Rows of the value projection of a key-value head, or columns of the output projection of a query head."""
+    def block(self, index: int) -> slice:
+        """The rows of a value projection, or the columns of an output projection, that a block takes."""
         return slice(index * self.layout.head_dim, (index + 1) * self.layout.head_dim)
 
-    def slice(self, layer: int, part: Part, index: int) -> Tensor:
+    def slice(self, layer: int, kind: Slice, index: int) -> Tensor:
         """The weights themselves: ``[d, D]`` of a key-value head's value, ``[D, d]`` of a query head's output."""
-        weight = self._modules[layer, part].weight.detach()
-        block = self.block(part, index)
-        return weight[block] if part == "value" else weight[:, block]
+        weight = self.projections[layer, kind].weight.detach()
+        return weight[self.block(index)] if kind == "value" else weight[:, self.block(index)]
 
-    def of_head(self, head: Target) -> tuple[Tensor, Tensor]:
-        """Value and output slice of a query head, the former of its key-value head."""
-        return self.slice(head.layer, "value", self.kv_head(head)), self.slice(head.layer, "output", head.head)
+    def of_head(self, head: Target, kind: Slice) -> Tensor:
+        """The slice of a query head; its value slice is that of its key-value head."""
+        return self.slice(head.layer, kind, self.index(head, kind))
 
-    def _check(self, module: nn.Module | None, part: Part) -> None:
+    def _checked(self, module: nn.Module | None, kind: Slice) -> nn.Linear:
         layout = self.layout
         if module is None:
             raise ValueError(
@@ -95,10 +119,29 @@ class HeadWeights:
                 "or wrapped, and calibration compares and changes plain ones. Calibrate the base model without "
                 "quantization_bit (the adapter then loads on the quantised one, too), or dequantise the checkpoint."
             )
-        heads = layout.n_kv_heads if part == "value" else layout.n_heads
-        width = weight.shape[0] if part == "value" else weight.shape[1]
+        heads, width = {
+            "value": (layout.n_kv_heads, weight.shape[0]),
+            "output": (layout.n_heads, weight.shape[1]),
+        }[kind]
         if width != heads * layout.head_dim:
             raise ValueError(
-                f"model_name_or_path: a {part} projection is {width} wide, and {heads} heads of {layout.head_dim} "
+                f"model_name_or_path: a {kind} projection is {width} wide, and {heads} heads of {layout.head_dim} "
                 f"values need {heads * layout.head_dim}: it is not laid out head by head. Use another model."
             )
+        return module
+
+
+@contextmanager
+def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
+    """Changes the weights in place, ``W + alpha * left @ right`` (eq. 14), and gives them back bit by bit."""
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for update, alpha in steps:
+            for edit in update.edits:
+                view = weights.slice(edit.layer, edit.kind, edit.index)
+                saved.append((view, view.clone()))
+                view.copy_(view.float() + alpha * (edit.left @ edit.right))
+        yield
+    finally:
+        for view, original in reversed(saved):
+            view.copy_(original)

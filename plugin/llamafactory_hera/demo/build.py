@@ -1,30 +1,21 @@
 """Build the demo folder: data, language model, LLaVA and teacher, offline and reproducibly."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from .. import __version__
-from . import teacher as teachers
-from . import vision
-from .dataset import Amounts, Sample, make_samples, write_dataset, write_json
-from .language import MAX_LENGTH, new_language_model, pretrain_language_model
-from .photos import require_packages
-from .scenes import World
-from .tokenizer import END_OF_TEXT, train_tokenizer
-from .training import THREADS, reproducible
+from ..files import read_json
+from . import models
+from .dataset import Amounts, make_samples, write_dataset, write_json
 
 PROVENANCE = "demo.json"
 GENERATOR = 1  # raise it when the same request builds something else than before
+_LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "scikit-image")
 
 
 @dataclass(frozen=True)
@@ -78,30 +69,23 @@ def build_demo(
     if _is_finished(root, request, force):
         print(f"[hera demo] {output_dir} is there already (seed {seed}, size {size})", flush=True)
         return _paths(root)
-    require_packages()
     root.parent.mkdir(parents=True, exist_ok=True)
     work = root.parent / f".{root.name}.{os.getpid()}.tmp"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        with reproducible(seed):
+        with models.reproducible(seed):
             _build(work, request, SIZES[size])
         # Another process may have finished the same folder meanwhile.
         if not _is_finished(root, request, force):
-            _move_into_place(work, root)
+            old = work.with_suffix(".old")
+            if root.exists():
+                root.rename(old)
+            work.rename(root)
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return _paths(root)
-
-
-def _move_into_place(work: Path, root: Path) -> None:
-    if not root.exists():
-        work.rename(root)
-        return
-    old = work.with_suffix(".old")
-    root.rename(old)
-    work.rename(root)
-    shutil.rmtree(old)
 
 
 def _paths(root: Path) -> dict[str, Path]:
@@ -113,91 +97,72 @@ def _is_finished(root: Path, request: dict[str, Any], force: bool) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / PROVENANCE).read_text(encoding="utf-8"))["request"]
+        found = read_json(root / PROVENANCE)["request"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"output_dir={str(root)!r} exists and was not built by the demo (no readable {PROVENANCE}): "
             "choose another output_dir, or remove it yourself"
         ) from error
-    if force:
-        return False
-    if found != request:
+    if not force and found != request:
         raise ValueError(
             f"output_dir={str(root)!r} holds another demo ({found}, asked for {request}): "
             "choose another output_dir, or pass force=True to replace it"
         )
-    return True
+    return not force
 
 
 def _build(work: Path, request: dict[str, Any], size: Size) -> None:
-    seed = request["seed"]
+    """Makes everything in a folder of its own, where nobody looks before it is complete."""
     paths = _paths(work)
-    measured: dict[str, Any] = {}
-    with _phase("data") as note:
-        samples = make_samples(World(), size.train, size.held_out, seed)
-        rows = write_dataset(paths["data"], samples, seed)
-        note(", ".join(f"{len(content)} {name}" for name, content in rows.items()))
-    with _phase("tokenizer") as note:
-        documents, plain = _documents(rows)
-        tokenizer = train_tokenizer(plain, max_length=MAX_LENGTH)
-        note(f"{len(tokenizer)} tokens")
-    with _phase("language model, text alone") as note:
-        language_model = new_language_model(tokenizer)
-        chats = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in documents]
-        chats += [sample.caption + END_OF_TEXT for sample in samples["train"]]
-        losses = pretrain_language_model(language_model, tokenizer, chats, size.language_steps)
-        note(_told(measured.setdefault("language_model", _summary(losses))))
-        language_model.save_pretrained(paths["language_model"])
-        tokenizer.save_pretrained(paths["language_model"])
-    with _phase("vision tower, images alone") as note:
-        tower = vision.new_vision_tower()
-        losses = vision.pretrain_vision_tower(
-            tower, _pixels(vision.image_processor(), samples["train"]), size.vision_steps
-        )
-        note(_told(measured.setdefault("vision_tower", _summary(losses))))
-        vision.assemble_llava(language_model, tower, tokenizer).save_pretrained(paths["model"])
-        vision.new_processor(tokenizer).save_pretrained(paths["model"])
-    with _phase("teacher, images alone") as note:
-        teacher, processor = teachers.new_teacher(), teachers.image_processor()
-        losses = teachers.train_teacher(teacher, _pixels(processor, samples["train"]), size.teacher_steps)
-        note(_told(measured.setdefault("teacher", _summary(losses))))
-        teacher.save_pretrained(paths["teacher"])
-        processor.save_pretrained(paths["teacher"])
-    libraries = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "scikit-image")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    versions["llamafactory-hera"] = __version__
-    provenance = {"request": request, "threads": THREADS, "versions": versions, "losses": measured}
-    write_json(work / PROVENANCE, provenance)
+    losses: dict[str, dict[str, float]] = {}
+    started = time.perf_counter()
 
+    def done(phase: str, note: str) -> None:
+        nonlocal started
+        print(f"[hera demo] {phase}: {note} ({time.perf_counter() - started:.1f} s)", flush=True)
+        started = time.perf_counter()
 
-def _documents(rows: dict[str, list[dict[str, Any]]]) -> tuple[list[list[dict[str, str]]], list[str]]:
-    """The training conversations without their images, and the same text without chat tokens."""
-    documents = [
-        [message | {"content": message["content"].replace("<image>", "").lstrip("\n")} for message in row["messages"]]
+    def trained(phase: str, name: str, values: list[float]) -> None:
+        tail = values[-max(1, len(values) // 10) :]
+        first, last = round(values[0], 4), round(sum(tail) / len(tail), 4)
+        losses[name] = {"steps": len(values), "first_loss": first, "last_loss": last}
+        done(phase, f"{len(values)} steps, loss {first:.2f} -> {last:.2f}")
+
+    samples = make_samples(size.train, size.held_out, request["seed"])
+    rows = write_dataset(paths["data"], samples, request["seed"])
+    images = [sample.image for sample in samples["train"]]
+    done("data", ", ".join(f"{len(content)} {name}" for name, content in rows.items()))
+
+    conversations = [
+        [turn | {"content": turn["content"].replace("<image>", "").lstrip("\n")} for turn in row["messages"]]
         for name in ("hera_demo", "hera_demo_captions", "hera_demo_text")
         for row in rows[name]
     ]
     # The roles are trained in too, so that a turn's head costs few tokens.
-    plain = [text for messages in documents for m in messages for text in (m["role"], "\n" + m["content"])]
-    return documents, plain
+    tokenizer = models.train_tokenizer(
+        text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"])
+    )
+    done("tokenizer", f"{len(tokenizer)} tokens")
 
+    language_model = models.new_language_model(tokenizer)
+    texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
+    texts += [sample.caption + models.END_OF_TEXT for sample in samples["train"]]
+    values = models.train_language_model(language_model, tokenizer, texts, size.language_steps)
+    language_model.save_pretrained(paths["language_model"])
+    tokenizer.save_pretrained(paths["language_model"])
+    trained("language model, text alone", "language_model", values)
 
-def _pixels(processor: Any, samples: list[Sample]) -> torch.Tensor:
-    return processor([sample.image for sample in samples], return_tensors="pt")["pixel_values"]
+    tower, values = models.train_vision_tower(images, size.vision_steps)
+    llava, processor = models.assemble_llava(language_model, tower, tokenizer)
+    llava.save_pretrained(paths["model"])
+    processor.save_pretrained(paths["model"])
+    trained("vision tower, images alone", "vision_tower", values)
 
+    teacher, teacher_processor, values = models.train_teacher(images, size.teacher_steps)
+    teacher.save_pretrained(paths["teacher"])
+    teacher_processor.save_pretrained(paths["teacher"])
+    trained("teacher, images alone", "teacher", values)
 
-def _told(summary: dict[str, float]) -> str:
-    return "{steps} steps, loss {first_loss:.2f} -> {last_loss:.2f}".format(**summary)
-
-
-def _summary(losses: list[float]) -> dict[str, float]:
-    tail = losses[-max(1, len(losses) // 10) :]
-    return {"steps": len(losses), "first_loss": round(losses[0], 4), "last_loss": round(sum(tail) / len(tail), 4)}
-
-
-@contextmanager
-def _phase(name: str) -> Iterator[Any]:
-    """Print what a phase noted and the seconds it took."""
-    start, notes = time.perf_counter(), []
-    yield notes.append
-    print(f"[hera demo] {name}: {' '.join(map(str, notes))} ({time.perf_counter() - start:.1f} s)", flush=True)
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
+    record = {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}
+    write_json(work / PROVENANCE, record)

@@ -7,28 +7,34 @@ Written into one folder, which is the host's ``dataset_dir``; image names are re
   before or after them), ``hera_demo_heldout`` (the same on held-out images, caption always last),
   ``hera_demo_captions`` (the training images, each with its caption alone: stage 1 and head selection) and
   ``hera_demo_text`` (no images).
-- ``images/*.png``.
+- ``images/*.png``: rendered scenes, and handwritten digits and photographs that scikit-learn and scikit-image carry on
+  the user's machine; nothing is downloaded. Held-out digits are different samples, held-out photographs are regions
+  that share no pixel with a training region.
 - ``factors.json``: what each image shows, and the category of every question, for evaluation; nothing trains on it.
 """
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from .photos import CaptionedImage, digits, photographs
-from .scene_text import NUMBERS, Question, caption, pick_questions
-from .scenes import Split, World, render
+from ..files import write_text
+from .scenes import NUMBERS, Question, Split, caption, pick_questions, render, sample_scene, split_questions
 
 QUESTIONS_PER_SCENE = 3
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is shown here?")
+DIGIT_SIDE = 32
+PHOTO_SIDE = 64
+#: The host's names for the parts of a sharegpt message.
+TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
 
-@dataclass(frozen=True)
-class Amounts:
+class Amounts(NamedTuple):
     """How many images of each kind one split has."""
 
     scenes: int
@@ -56,40 +62,154 @@ class Sample:
 
 def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     """Question-answer pairs as a list of messages."""
-    roles = (("user", question, "assistant", answer) for question, answer in turns)
     return [
-        message
-        for user, question, assistant, answer in roles
-        for message in ({"role": user, "content": question}, {"role": assistant, "content": answer})
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
 
 
-def make_samples(world: World, train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
-    """Draw all images of both splits, each split in random order."""
+@dataclass(frozen=True)
+class Region:
+    """A part of a photograph: its file, its box as fractions (left, top, right, bottom), and what it shows."""
+
+    source: str
+    box: tuple[float, float, float, float]
+    subject: str
+    caption: str
+    split: Split = "train"
+
+
+def _texture(source: str, subject: str, caption: str) -> tuple[Region, Region]:
+    """The left part of an even picture for training, the rest of it held out."""
+    return (
+        Region(source, (0.0, 0.0, 0.6, 1.0), subject, caption),
+        Region(source, (0.62, 0.0, 1.0, 1.0), subject, caption, "held_out"),
+    )
+
+
+REGIONS: tuple[Region, ...] = (
+    Region("astronaut", (0.1, 0.0, 0.75, 0.65), "an astronaut", "a smiling astronaut in an orange suit"),
+    Region("astronaut", (0.55, 0.62, 1.0, 1.0), "a helmet", "a white helmet with a dark visor"),
+    Region("camera", (0.05, 0.05, 0.75, 0.95), "a photographer", "a man in a dark coat behind a camera on a tripod"),
+    Region("chelsea", (0.15, 0.0, 0.85, 1.0), "a cat", "the face of a ginger cat that looks at you"),
+    Region("coffee", (0.1, 0.0, 0.85, 1.0), "a cup of coffee", "a cup of coffee on a red saucer with a spoon"),
+    Region("rocket", (0.2, 0.05, 0.8, 1.0), "a rocket", "a white rocket against a dark blue sky"),
+    Region("china", (0.05, 0.05, 0.62, 0.95), "a tower", "a red and green tower above the trees"),
+    Region("flower", (0.22, 0.15, 0.75, 0.9), "a flower", "a round orange flower with many petals"),
+    *_texture("brick", "a brick wall", "grey bricks in even rows"),
+    *_texture("grass", "grass", "long blades of grass seen from above"),
+    *_texture("gravel", "gravel", "many small grey stones"),
+    *_texture("coins", "coins", "old coins in rows on a dark table"),
+    *_texture("hubble_deep_field", "galaxies", "bright galaxies in a black sky"),
+    *_texture("moon", "the moon", "the grey ground of the moon"),
+    *_texture("immunohistochemistry", "tissue", "brown and blue tissue under a microscope"),
+)
+
+
+def require_packages() -> None:
+    """Check that scikit-learn and scikit-image are installed.
+
+    Raises:
+        ImportError: If one is missing; names the extra to install.
+    """
+    try:
+        import skimage.data  # noqa: F401
+        import sklearn.datasets  # noqa: F401
+    except ImportError as error:
+        remedy = 'the demo data needs scikit-learn and scikit-image: pip install "llamafactory-hera[demo]"'
+        raise ImportError(f"{error}; {remedy}") from error
+
+
+def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
+    """Draw all images of both splits, each split in random order.
+
+    Raises:
+        ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
+    """
+    require_packages()
     real_digits = digits(train.digits, held_out.digits, random.Random(f"digits {seed}"))
     samples: dict[Split, list[Sample]] = {}
-    for split, amounts in (("train", train), ("held_out", held_out)):
+    amounts: dict[Split, Amounts] = {"train": train, "held_out": held_out}
+    for split, amount in amounts.items():
         rng = random.Random(f"{split} {seed}")
-        made = [_scene_sample(world, rng, split, i) for i in range(amounts.scenes)]
-        made += [_real_sample("digit", split, i, item) for i, item in enumerate(real_digits[split])]
-        photos = photographs(amounts.photographs, rng, split)
-        made += [_real_sample("photograph", split, i, item) for i, item in enumerate(photos)]
+        made = [_scene_sample(rng, split, i) for i in range(amount.scenes)]
+        made += real_digits[split] + photographs(amount.photographs, rng, split)
         rng.shuffle(made)
         samples[split] = made
     return samples
 
 
-def _scene_sample(world: World, rng: random.Random, split: Split, number: int) -> Sample:
-    scene = world.sample(rng, split)
-    picked = tuple(pick_questions(world, scene, rng, QUESTIONS_PER_SCENE, split))
+def _scene_sample(rng: random.Random, split: Split, number: int) -> Sample:
+    scene = sample_scene(rng, split)
+    picked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
     factors = {"kind": "scene", "split": split, "scene": asdict(scene)}
-    return Sample(f"{split}_scene_{number:05d}.png", render(world, scene), caption(world, scene, rng), picked, factors)
+    return Sample(f"{split}_scene_{number:05d}.png", render(scene), caption(scene, rng), picked, factors)
 
 
-def _real_sample(kind: str, split: Split, number: int, item: CaptionedImage) -> Sample:
-    picked = tuple(Question(kind, text, answer) for text, answer in item.questions)
-    factors = {"kind": kind, "split": split, "subject": item.subject}
-    return Sample(f"{split}_{kind}_{number:05d}.png", item.image, item.caption, picked, factors)
+def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
+    """Square crops of photographs, every region in turn: ``count`` images of ``PHOTO_SIDE`` pixels.
+
+    A crop is 80 to 100 % of the region's shorter side, at a random place in it.
+    """
+    import skimage.data
+    import sklearn.datasets
+
+    def load(source: str) -> Image.Image:
+        if source in ("china", "flower"):
+            pixels = sklearn.datasets.load_sample_image(f"{source}.jpg")
+        else:
+            pixels = getattr(skimage.data, source)()
+        return Image.fromarray(np.asarray(pixels)).convert("RGB")
+
+    regions = [region for region in REGIONS if region.split == split]
+    photos = {region.source: load(region.source) for region in regions}
+    subjects = sorted({region.subject for region in REGIONS})
+    made = []
+    for number in range(count):
+        region = regions[number % len(regions)]
+        photo = photos[region.source]
+        left, top, right, bottom = (
+            round(value * side) for value, side in zip(region.box, photo.size * 2, strict=True)
+        )
+        side = round(min(right - left, bottom - top) * rng.uniform(0.8, 1.0))
+        x, y = rng.randint(left, right - side), rng.randint(top, bottom - side)
+        image = photo.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+        asked = _real_questions("photograph", region.subject, subjects, rng)
+        factors = {"kind": "photograph", "split": split, "subject": region.subject}
+        name = f"{split}_photograph_{number:05d}.png"
+        made.append(Sample(name, image, f"A photograph of {region.caption}.", asked, factors))
+    return made
+
+
+def digits(train: int, held_out: int, rng: random.Random) -> dict[Split, list[Sample]]:
+    """Handwritten digits of scikit-learn, scaled to ``DIGIT_SIDE`` pixels; no digit is in both splits."""
+    import sklearn.datasets
+
+    bunch = sklearn.datasets.load_digits()
+    chosen = rng.sample(range(len(bunch.target)), train + held_out)
+    made: dict[Split, list[Sample]] = {"train": [], "held_out": []}
+    for index in chosen:
+        split: Split = "train" if len(made["train"]) < train else "held_out"
+        grey = Image.fromarray((bunch.images[index] * (255 / 16)).astype(np.uint8))
+        image = grey.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        word = NUMBERS[bunch.target[index]]
+        asked = _real_questions("digit", word, NUMBERS, rng)
+        factors = {"kind": "digit", "split": split, "subject": f"digit {word}"}
+        name = f"{split}_digit_{len(made[split]):05d}.png"
+        made[split].append(Sample(name, image, f"A handwritten digit {word} in white on black.", asked, factors))
+    return made
+
+
+def _real_questions(kind: str, shown: str, names: Sequence[str], rng: random.Random) -> tuple[Question, ...]:
+    """What a real image shows, and whether it shows that or something else: "yes" as often as "no"."""
+    open_question, closed_question = {
+        "photograph": ("What is in this picture?", "Is this a picture of {}?"),
+        "digit": ("Which digit is this?", "Is this the digit {}?"),
+    }[kind]
+    other = rng.choice([name for name in names if name != shown])
+    named, answer = rng.choice([(shown, "yes"), (other, "no")])
+    return Question(kind, open_question, shown), Question(kind, closed_question.format(named), answer)
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
@@ -113,43 +233,34 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
     """
     rng = random.Random(f"conversations {seed}")
     (folder / "images").mkdir(parents=True)
-    for split in samples.values():
-        for sample in split:
-            sample.image.save(folder / "images" / sample.name)
+    everything = [sample for split in samples.values() for sample in split]
+    for sample in everything:
+        sample.image.save(folder / "images" / sample.name)
 
     def row(sample: Sample, messages: list[dict[str, str]]) -> dict[str, Any]:
         return {"messages": messages, "images": [f"images/{sample.name}"]}
 
     rows = {
-        "hera_demo": [row(s, s.messages(rng, caption_first=rng.random() < 0.5)) for s in samples["train"]],
-        "hera_demo_heldout": [row(s, s.messages(rng, caption_first=False)) for s in samples["held_out"]],
-        "hera_demo_captions": [row(s, conversation([("<image>", s.caption)])) for s in samples["train"]],
-        "hera_demo_text": [{"messages": messages} for messages in text_conversations(rng)],
+        "train": [row(s, s.messages(rng, caption_first=rng.random() < 0.5)) for s in samples["train"]],
+        "heldout": [row(s, s.messages(rng, caption_first=False)) for s in samples["held_out"]],
+        "captions": [row(s, conversation([("<image>", s.caption)])) for s in samples["train"]],
+        "text": [{"messages": messages} for messages in text_conversations(rng)],
     }
-    files = {
-        "hera_demo": "demo_train.json",
-        "hera_demo_heldout": "demo_heldout.json",
-        "hera_demo_captions": "demo_captions.json",
-        "hera_demo_text": "demo_text.json",
-    }
-    for name, file in files.items():
-        write_json(folder / file, rows[name])
-    write_json(folder / "dataset_info.json", {name: _entry(name, file) for name, file in files.items()})
+    named = {"hera_demo" if name == "train" else f"hera_demo_{name}": name for name in rows}
+    info = {}
+    for dataset, name in named.items():
+        columns = {key: key for key in rows[name][0]}
+        info[dataset] = {"file_name": f"demo_{name}.json", "formatting": "sharegpt", "columns": columns, "tags": TAGS}
+        write_json(folder / f"demo_{name}.json", rows[name])
+    write_json(folder / "dataset_info.json", info)
     factors = {
-        f"images/{s.name}": s.factors | {"questions": [asdict(question) for question in s.questions]}
-        for split in samples.values()
-        for s in split
+        f"images/{sample.name}": sample.factors | {"questions": [asdict(question) for question in sample.questions]}
+        for sample in everything
     }
     write_json(folder / "factors.json", factors)
-    return rows
-
-
-def _entry(name: str, file: str) -> dict[str, Any]:
-    columns = {"messages": "messages"} | ({} if name == "hera_demo_text" else {"images": "images"})
-    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    return {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": tags}
+    return {dataset: rows[name] for dataset, name in named.items()}
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write readable JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """JSON with as little indentation as stays readable: these files hold thousands of rows."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

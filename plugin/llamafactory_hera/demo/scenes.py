@@ -1,22 +1,24 @@
-"""The rendered world: which scenes exist, how one is drawn, and which scenes are held out.
+"""The rendered world: which scenes exist, how one is drawn, what is said about it, and which scenes are held out.
 
-A scene is one to a few objects on a grid of cells; an object has a shape, a colour and a size. Drawing a scene is a
-pure function of the scene, so that text made from it (``scene_text``) is true of the pixels.
+A scene is one to four objects on a 2×2 grid of cells; an object has a shape, a colour and a size. Drawing a scene is a
+pure function of the scene, so that captions, questions and answers made from it are true of the pixels.
 
 Language prior
-    Every shape has a preferred colour (``World.preferred_colour``), drawn with probability ``colour_bias``; otherwise
-    the colour is uniform over the shape's other colours. Text alone therefore answers many colour questions, and only
-    the image can answer the rest.
+    Every shape has a preferred colour (``preferred_colour``), drawn with probability ``COLOUR_BIAS``; otherwise the
+    colour is uniform over the shape's other colours. Text alone therefore answers many colour questions, and only the
+    image can answer the rest.
 
 Held-out split
-    Every shape has one held-out colour (``World.held_out_colour``), which is the preferred colour of the next shape.
-    No training scene holds such a pair and no training question names one; every held-out scene holds at least one.
+    Every shape has one held-out colour (``held_out_colour``), which is the preferred colour of the next shape. No
+    training scene holds such a pair and no training question names one; every held-out scene holds at least one.
     All shapes and all colours are seen in training, so a held-out scene asks for a new combination of known factors: a
     training caption never fits it, and its colour is never the one that the language prior suggests.
 """
 
 import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Literal
 
 import numpy as np
@@ -34,8 +36,11 @@ PALETTE = {
     "white": (245, 245, 245),
 }
 SIZES = ("small", "large")
-_ROW_NAMES = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-_COLUMN_NAMES = {1: ("",), 2: ("left", "right"), 3: ("left", "centre", "right")}
+GRID = 2
+CELL = 16
+COLOUR_BIAS = 0.6
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_RADIUS = {"small": 3, "large": 6}
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,13 @@ class SceneObject:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(colour, shape), the combination that decides the split."""
+        """(colour, shape), the combination that decides the demo's split."""
         return self.colour, self.shape
+
+    @property
+    def position(self) -> str:
+        """The cell in words, for instance "top left"."""
+        return f"{('top', 'bottom')[self.row]} {('left', 'right')[self.column]}"
 
 
 @dataclass(frozen=True)
@@ -66,119 +76,229 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class World:
-    """The distribution of scenes.
+class Question:
+    """A question about an image.
 
-    Args:
-        grid: Rows and columns, 1 to 3 each.
-        cell: Side of a grid cell in pixels; an image is ``grid * cell`` pixels.
-        max_objects: Most objects in a scene; the number is uniform from 1.
-        colour_bias: Probability that an object has its shape's preferred colour (training scenes).
-
-    Raises:
-        ValueError: If the grid has no names for its cells, cannot hold the objects, or cells are too small to tell
-            shapes.
+    Attributes:
+        category: Of a scene ``count``, ``colour``, ``shape``, ``where``, ``relation``, ``size`` or ``exist``; else the
+            kind of the image.
+        text: The question.
+        answer: Its answer, a word or a short phrase.
+        about: Indices of the objects that it is about; empty when it is about the whole image.
+        trap: The answer that the language prior suggests is wrong: the colour of a shape that has not its usual
+            colour.
     """
 
-    grid: tuple[int, int] = (2, 2)
-    cell: int = 16
-    max_objects: int = 4
-    colour_bias: float = 0.6
+    category: str
+    text: str
+    answer: str
+    about: tuple[int, ...] = ()
+    trap: bool = False
 
-    def __post_init__(self) -> None:
-        rows, columns = self.grid
-        if rows not in _ROW_NAMES or columns not in _COLUMN_NAMES:
-            raise ValueError(f"grid={self.grid}: rows and columns must be 1, 2 or 3, the positions that have names")
-        if not 1 <= self.max_objects <= rows * columns:
-            raise ValueError(f"max_objects={self.max_objects}: choose 1 to {rows * columns}, one object a cell")
-        if self.cell < 16:
-            raise ValueError(f"cell={self.cell}: choose at least 16 pixels, or small shapes look alike")
-        if not 0.0 <= self.colour_bias <= 1.0:
-            raise ValueError(f"colour_bias={self.colour_bias}: choose a probability from 0 to 1")
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Width and height of an image in pixels."""
-        return self.grid[1] * self.cell, self.grid[0] * self.cell
+def preferred_colour(shape: str) -> str:
+    return tuple(PALETTE)[SHAPES.index(shape)]
 
-    @staticmethod
-    def preferred_colour(shape: str) -> str:
-        return tuple(PALETTE)[SHAPES.index(shape)]
 
-    @staticmethod
-    def held_out_colour(shape: str) -> str:
-        return tuple(PALETTE)[(SHAPES.index(shape) + 1) % len(SHAPES)]
+def held_out_colour(shape: str) -> str:
+    return tuple(PALETTE)[(SHAPES.index(shape) + 1) % len(SHAPES)]
 
-    def is_held_out(self, item: SceneObject) -> bool:
-        return item.colour == self.held_out_colour(item.shape)
 
-    def pairs(self, split: Split) -> tuple[tuple[str, str], ...]:
-        """The (colour, shape) pairs that scenes and questions of a split may name."""
-        return tuple(
-            (colour, shape)
-            for shape in SHAPES
-            for colour in PALETTE
-            if split == "held_out" or colour != self.held_out_colour(shape)
-        )
+def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
+    """The (colour, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
+    pairs = [(colour, shape) for shape in SHAPES for colour in PALETTE]
+    return [(c, s) for c, s in pairs if c != held_out_colour(s)] if split == "train" else pairs
 
-    def sample(self, rng: random.Random, split: Split = "train") -> Scene:
-        """Draw one scene of the split."""
-        rows, columns = self.grid
-        cells = sorted(rng.sample(range(rows * columns), rng.randint(1, self.max_objects)))
-        unseen = set(rng.sample(cells, rng.randint(1, len(cells)))) if split == "held_out" else set()
-        objects = tuple(self._sample_object(rng, *divmod(cell, columns), cell in unseen) for cell in cells)
-        return Scene(objects, background=rng.randint(20, 70))
 
-    def _sample_object(self, rng: random.Random, row: int, column: int, unseen: bool) -> SceneObject:
+def sample_scene(rng: random.Random, split: Split = "train") -> Scene:
+    """Draw one scene of the demo's split."""
+    return draw_scene(rng, split, lambda shape, row, column: {"held_out": held_out_colour(shape)})
+
+
+def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int, int], dict[str, str]]) -> Scene:
+    """Draw one scene: of ``train``, or with one or more objects that only ``split`` has.
+
+    Args:
+        rng: Source of chance.
+        split: ``train``, or a key of what ``kept_colours`` gives.
+        kept_colours: From shape, row and column to the colour that each split but ``train`` keeps for itself there.
+    """
+    cells = sorted(rng.sample(range(GRID**2), rng.randint(1, GRID**2)))
+    kept = set() if split == "train" else set(rng.sample(cells, rng.randint(1, len(cells))))
+    objects = []
+    for cell in cells:
+        row, column = divmod(cell, GRID)
         shape, size = rng.choice(SHAPES), rng.choice(SIZES)
-        if unseen:
-            colour = self.held_out_colour(shape)
-        elif rng.random() < self.colour_bias:
-            colour = self.preferred_colour(shape)
+        own, usual = kept_colours(shape, row, column), preferred_colour(shape)
+        if cell in kept:
+            colour = own[split]
+        elif rng.random() < COLOUR_BIAS:
+            colour = usual
         else:
-            usual = {self.preferred_colour(shape), self.held_out_colour(shape)}
-            colour = rng.choice([name for name in PALETTE if name not in usual])
-        return self.place(rng, shape, colour, size, row, column)
-
-    def place(self, rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
-        """An object with these factors somewhere in its cell."""
-        radius = self.cell * 3 // 8 if size == "large" else self.cell * 3 // 16
-        # One free pixel on every side of the cell keeps objects of neighbouring cells apart.
-        slack = self.cell // 2 - radius - 1
-        x = column * self.cell + self.cell // 2 + rng.randint(-slack, slack)
-        y = row * self.cell + self.cell // 2 + rng.randint(-slack, slack)
-        return SceneObject(shape, colour, size, row, column, x, y, radius)
-
-    def position(self, item: SceneObject) -> str:
-        """The cell in words: "top left", "centre", …"""
-        names = _ROW_NAMES[self.grid[0]][item.row], _COLUMN_NAMES[self.grid[1]][item.column]
-        words = [name for name in names if name]
-        if words == ["middle", "centre"]:
-            return "centre"
-        return " ".join(words) or "centre"
+            colour = rng.choice([name for name in PALETTE if name not in {usual, *own.values()}])
+        objects.append(place(rng, shape, colour, size, row, column))
+    return Scene(tuple(objects), background=rng.randint(20, 70))
 
 
-def shape_mask(item: SceneObject, width: int, height: int) -> np.ndarray:
-    """Pixels that the object covers: bool [height, width]."""
-    dx = np.arange(width)[None, :] - item.x
-    dy = np.arange(height)[:, None] - item.y
+def place(rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
+    """An object with these factors somewhere in its cell."""
+    # One free pixel on every side of the cell keeps objects of neighbouring cells apart.
+    slack = CELL // 2 - _RADIUS[size] - 1
+    x = column * CELL + CELL // 2 + rng.randint(-slack, slack)
+    y = row * CELL + CELL // 2 + rng.randint(-slack, slack)
+    return SceneObject(shape, colour, size, row, column, x, y, _RADIUS[size])
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draw the scene: an RGB image without smoothing, every object in its exact palette colour."""
+    side = GRID * CELL
+    pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
+    for item in scene.objects:
+        pixels[_mask(item, side)] = PALETTE[item.colour]
+    return Image.fromarray(pixels)
+
+
+def _mask(item: SceneObject, side: int) -> np.ndarray:
+    """Pixels that the object covers: bool [side, side]."""
+    dx = np.arange(side)[None, :] - item.x
+    dy = np.arange(side)[:, None] - item.y
     r = item.radius
     box = (abs(dx) <= r) & (abs(dy) <= r)
-    if item.shape == "circle":
-        return dx**2 + dy**2 <= (r + 0.3) ** 2
-    if item.shape == "square":
-        return box
-    if item.shape == "triangle":
-        return box & (2 * abs(dx) <= dy + r)
-    if item.shape == "cross":
-        return box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3))
-    raise ValueError(f"shape={item.shape!r}: choose one of {', '.join(SHAPES)}")
+    covered = {
+        "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,
+        "square": box,
+        "triangle": box & (2 * abs(dx) <= dy + r),
+        "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
+    }
+    return covered[item.shape]
 
 
-def render(world: World, scene: Scene) -> Image.Image:
-    """Draw the scene: an RGB image without smoothing, every object in its exact palette colour."""
-    width, height = world.image_size
-    pixels = np.full((height, width, 3), scene.background, dtype=np.uint8)
-    for item in scene.objects:
-        pixels[shape_mask(item, width, height)] = PALETTE[item.colour]
-    return Image.fromarray(pixels)
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A full description: every object with size, colour, shape and place, then one relation if one can be said."""
+    items = list(scene.objects)
+    rng.shuffle(items)
+    phrases = [(f"a {item.size} {item.colour} {item.shape}", item.position) for item in items]
+    if rng.random() < 0.5:
+        head = "There is one object" if len(items) == 1 else f"There are {NUMBERS[len(items)]} objects"
+        text = f"{head}: {_join([f'{phrase} at the {position}' for phrase, position in phrases])}."
+    else:
+        text = " ".join(f"{phrase.capitalize()} is at the {position}." for phrase, position in phrases)
+    if related := _related(scene):
+        _, _, first, second, relation, _ = rng.choice(related)
+        text += f" The {first} is {relation} the {second}."
+    return text
+
+
+def _join(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _name(scene: Scene, index: int) -> str | None:
+    """The shortest phrase that names this object alone, "circle" to "large red circle", or None if there is none."""
+    item = scene.objects[index]
+    others = [other for i, other in enumerate(scene.objects) if i != index]
+    if all(other.shape != item.shape for other in others):
+        return item.shape
+    if all(other.pair != item.pair for other in others):
+        return f"{item.colour} {item.shape}"
+    if all((other.pair, other.size) != (item.pair, item.size) for other in others):
+        return f"{item.size} {item.colour} {item.shape}"
+    return None
+
+
+def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
+    """(i, j, name of i, name of j, relation, opposite) for every relation of two objects that both have a name."""
+    names = [_name(scene, i) for i in range(len(scene.objects))]
+    found = []
+    for i, j in permutations(range(len(scene.objects)), 2):
+        first, second, a, b = names[i], names[j], scene.objects[i], scene.objects[j]
+        if first is None or second is None:
+            continue
+        for low, high, difference in (("left of", "right of", a.column - b.column), ("above", "below", a.row - b.row)):
+            if difference:
+                found.append((i, j, first, second, *((low, high) if difference < 0 else (high, low))))
+    return found
+
+
+def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
+    """Every question that the scene allows, in a fixed order, each with its one true answer.
+
+    Args:
+        scene: The scene.
+        pairs: The (colour, shape) pairs that may be asked for, so that training text never mentions a held-out one.
+    """
+    objects = scene.objects
+    found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
+    for shape in SHAPES:
+        plural = shape + ("es" if shape.endswith("s") else "s")
+        number = sum(item.shape == shape for item in objects)
+        found.append(Question("count", f"How many {plural} are there?", NUMBERS[number]))
+    for colour in PALETTE:
+        number = sum(item.colour == colour for item in objects)
+        found.append(Question("count", f"How many {colour} objects are there?", NUMBERS[number]))
+    for index in range(len(objects)):
+        found += _questions_about_one(scene, index)
+    found += _questions_about_two(scene)
+    for colour, shape in pairs:
+        about = tuple(i for i, item in enumerate(objects) if item.pair == (colour, shape))
+        found.append(Question("exist", f"Is there a {colour} {shape}?", "yes" if about else "no", about))
+    for shape in SHAPES:
+        about = tuple(i for i, item in enumerate(objects) if item.shape == shape)
+        found.append(Question("exist", f"Is there a {shape}?", "yes" if about else "no", about))
+    return found
+
+
+def _questions_about_one(scene: Scene, index: int) -> list[Question]:
+    item, about = scene.objects[index], (index,)
+    position, name = item.position, _name(scene, index)
+    found = [
+        Question("colour", f"What colour is the object at the {position}?", item.colour, about),
+        Question("shape", f"What shape is the object at the {position}?", item.shape, about),
+        Question("size", f"Is the object at the {position} large or small?", item.size, about),
+    ]
+    if name == item.shape:
+        trap = item.colour != preferred_colour(item.shape)
+        found.append(Question("colour", f"What colour is the {name}?", item.colour, about, trap))
+    if sum(other.colour == item.colour for other in scene.objects) == 1:
+        found.append(Question("shape", f"What shape is the {item.colour} object?", item.shape, about))
+    if name:
+        found.append(Question("where", f"Where is the {name}?", position, about))
+        found.append(Question("size", f"Is the {name} large or small?", item.size, about))
+    return found
+
+
+def _questions_about_two(scene: Scene) -> list[Question]:
+    found = []
+    for i, j, first, second, relation, opposite in _related(scene):
+        about = (i, j)
+        found.append(Question("relation", f"Is the {first} {relation} the {second}?", "yes", about))
+        found.append(Question("relation", f"Is the {first} {opposite} the {second}?", "no", about))
+        # "left of" or "above" comes first whichever is true, so the order gives nothing away.
+        one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
+        answer = relation.removesuffix(" of")
+        found.append(Question("relation", f"Is the {first} {one} or {other} the {second}?", answer, about))
+        if scene.objects[i].size != scene.objects[j].size:
+            larger = first if scene.objects[i].size == "large" else second
+            found.append(Question("size", f"Which is larger, the {first} or the {second}?", f"the {larger}", about))
+    return found
+
+
+def split_questions(scene: Scene, split: Split) -> list[Question]:
+    """The questions of the demo's split: held-out ones are about a held-out object or about the whole scene."""
+    found = questions(scene, all_pairs(split))
+    if split == "train":
+        return found
+    unseen = {i for i, item in enumerate(scene.objects) if item.colour == held_out_colour(item.shape)}
+    return [question for question in found if not question.about or unseen & set(question.about)]
+
+
+def pick_questions(pool: Sequence[Question], rng: random.Random, count: int) -> list[Question]:
+    """Draw different questions: a category, then an answer (so that "yes" is as frequent as "no"), then a question."""
+    picked: list[Question] = []
+    for _ in range(count):
+        candidates = [question for question in pool if question not in picked]
+        for field in ("category", "answer"):
+            value = rng.choice(sorted({getattr(question, field) for question in candidates}))
+            candidates = [question for question in candidates if getattr(question, field) == value]
+        picked.append(rng.choice(candidates))
+    return picked

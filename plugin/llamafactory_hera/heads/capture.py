@@ -1,4 +1,4 @@
-"""Reading the contributions of chosen heads from one forward pass, with gradient.
+"""Reading the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradient.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
 projection is linear, so the pooled head output is projected once. The output projection itself does that: while a
@@ -7,10 +7,12 @@ split off its output. So the result is right whatever the module has become (LoR
 sharded by ZeRO-3 or FSDP), because the module projects; slicing its weight would be wrong or fail for most of these.
 
 Under gradient checkpointing the rows must be *returned* from the checkpointed function to carry gradient; the
-checkpointing function of the chosen layers is wrapped for that.
+checkpointing function of the chosen layers is wrapped for that. A layer's output is read from what that function
+returns, and otherwise by a forward hook.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -26,19 +28,12 @@ from .targets import Target, Targets
 class HeadCapture(LayerHooks):
     """Captures the pooled contributions of chosen heads while it is entered.
 
-    Two ways to use it. Name the tokens before the forward pass; this works under gradient checkpointing and every
-    sharding engine::
+    The tokens are named before the forward pass; it works under gradient checkpointing and every sharding engine::
 
-        with HeadCapture(model, heads) as capture:
-            capture.pool(mask)
+        with HeadCapture(model, "L3H4,L7H6") as capture:
+            capture.pool(batch["labels"] != -100)
             loss = model(**batch).loss
             z = capture.representations()
-
-    Or after it, for a plain model without gradient checkpointing::
-
-        with HeadCapture(model, heads) as capture:
-            loss = model(**batch).loss
-            z = capture.representations(mask)
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
@@ -59,46 +54,28 @@ class HeadCapture(LayerHooks):
             for index in self._layers
         }
         self._mask: Tensor | None = None
-        self._inputs: dict[int, Tensor] = {}
-        self._keeps_inputs = False
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
-        self._project: dict[int, Callable[..., Tensor]] = {}
-
-    def install(self) -> None:
-        """Hooks the chosen layers, once."""
-        if not self._undo:
-            self._keeps_inputs = True
-        super().install()
 
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
         super().remove()
         self._mask = None
-        self._keeps_inputs = False
-        for held in (self._inputs, self._frames, self._project):
-            held.clear()
+        self._frames.clear()
 
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
         self._mask = mask
-        self._keeps_inputs = False  # whoever names the tokens before needs no activations kept, least in evaluation
-        self._inputs.clear()
         self._start_pass()
 
-    def representations(self, mask: Tensor | None = None) -> Tensor:
+    def representations(self) -> Tensor:
         """The pooled contributions of the last forward pass.
-
-        Args:
-            mask: ``[B, T]``, the tokens to average over; only when :meth:`pool` was not called before the pass.
 
         Returns:
             ``[n_heads, B, D]``, heads in the order in which they were given.
 
         Raises:
-            RuntimeError: No forward pass was captured, or its activations cannot carry gradient.
+            RuntimeError: No forward pass was captured.
         """
-        if mask is not None:
-            self._project_inputs(mask)
         self._check_captured()
         by_head = {
             Target(index, head): self._rows[index][:, position]
@@ -115,12 +92,10 @@ class HeadCapture(LayerHooks):
             self._replace(projection, "forward", self._projection_forward(index, projection))
 
     def _projection_forward(self, index: int, projection: nn.Module) -> Callable[..., Tensor]:
-        original = self._project[index] = projection.forward
+        original = projection.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._mask is None:
-                if self._keeps_inputs and not in_backward():
-                    self._inputs[index] = hidden
                 return original(hidden, *args, **kwargs)
             pooled = pool_tokens(hidden, self._mask)
             self._watch(index, pooled)
@@ -176,21 +151,87 @@ class HeadCapture(LayerHooks):
 
         return checkpointing
 
-    def _project_inputs(self, mask: Tensor) -> None:
-        for index, layer in self._layers.items():
-            hidden = self._inputs.get(index)
-            if hidden is None:
-                continue
-            if torch.is_grad_enabled() and layer.training and getattr(layer, "gradient_checkpointing", False):
-                raise RuntimeError(
-                    "Under gradient checkpointing the activations seen here carry no gradient: call "
-                    "`capture.pool(mask)` before the forward pass and `representations()` without a mask."
-                )
-            projection = output_projection(layer, self._layout.model_type)
-            rows = self._head_rows(index, projection, pool_tokens(hidden, mask))
-            self._rows[index] = self._without_bias(self._project[index](rows), self._heads_of[index])
-
 
 def _has_bias(projection: nn.Module) -> bool:
     # its own, that of the layer inside an adapter, or the adapter's
     return any(getattr(module, "bias", None) is not None for module in projection.modules())
+
+
+class LayerCapture(LayerHooks):
+    """Captures the outputs of chosen decoder layers while it is entered::
+
+        with LayerCapture(model, "L14,L15") as capture:
+            capture.pool(mask)
+            loss = model(**batch).loss
+            z = capture.representations()
+
+    Args:
+        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
+        layers: ``Targets`` of layers, or their names: ``"L14,L15"``, or one by one.
+
+    Raises:
+        ValueError: Unknown architecture, or a layer outside the model.
+    """
+
+    def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
+        targets = layers if isinstance(layers, Targets) else Targets.parse(layers, "layer")
+        targets.check(head_layout(model_config(model)))
+        super().__init__(model, targets.layers)
+        self._order = [item.layer for item in targets.items]
+        self._read: Callable[[Tensor], Tensor] | None = None
+        self._inside: set[int] = set()  # layers whose checkpointed function is running
+
+    def remove(self) -> None:
+        """Takes every hook away and forgets what was captured."""
+        super().remove()
+        self._read = None
+
+    def pool(self, mask: Tensor | None) -> None:
+        """Averages the next forward pass over the tokens of a mask ``[B, T]``; None captures nothing."""
+        self._read = None if mask is None else lambda hidden: pool_tokens(hidden, mask)
+        self._start_pass()
+
+    def tokens(self, positions: Tensor) -> None:
+        """Takes the next forward pass at the given token positions of each row, ``[B, n]``."""
+        self._read = lambda hidden: hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        self._start_pass()
+
+    def representations(self) -> Tensor:
+        """What the last forward pass gave.
+
+        Returns:
+            ``[n_layers, B, D]`` of averages, ``[n_layers, B, n, D]`` of tokens; layers in the order in which they were
+            given.
+
+        Raises:
+            RuntimeError: No forward pass was captured.
+        """
+        self._check_captured()
+        return torch.stack([self._rows[index] for index in self._order])
+
+    def _hook(self) -> None:
+        for index, layer in self._layers.items():
+            self._undo.append(layer.register_forward_hook(partial(self._after, index)).remove)
+
+    def _after(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        if index not in self._inside and not in_backward():
+            self._keep(index, output)
+
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpointing(*args: Any, **kwargs: Any) -> Any:
+            self._inside.add(index)
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                self._inside.discard(index)
+            self._keep(index, output)
+            return output
+
+        return checkpointing
+
+    def _keep(self, index: int, output: Any) -> None:
+        if self._read is None:
+            return
+        rows = self._read(output[0] if isinstance(output, tuple) else output)
+        self._watch(index, rows)
+        self._rows[index] = rows

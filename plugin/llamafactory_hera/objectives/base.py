@@ -5,14 +5,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..alignment.neighbors import Candidates, similarity
+from ..alignment.neighbors import Candidates
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ class PooledBatch:
     valid: Tensor
     candidates: Candidates
     normalize: bool = True
-
-    @cached_property
-    def similarities(self) -> Tensor:
-        """Of every sample with every candidate, ``[n_targets, N, M]``."""
-        return similarity(self.z, self.everything, self.normalize)
 
 
 @dataclass(frozen=True)
@@ -173,8 +167,8 @@ def _imported(name: str) -> type[Objective]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of an installed module, or one "
-            "in the working directory, or of one on PYTHONPATH."
+            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of a module that is "
+            "installed, in the working directory, or on PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..alignment.losses import multi_target_info_nce
+from ..alignment.losses import contrastive_loss
 from .base import Objective, Options, PooledBatch, register
 
 
@@ -28,16 +28,14 @@ class Contrastive(Objective):
 
     def forward(self, batch: PooledBatch) -> Tensor:
         """The loss of each target: the mean over samples that have a neighbour."""
-        candidates = batch.candidates
-        losses = multi_target_info_nce(
-            batch.similarities, candidates.positives, candidates.allowed, self.temperature()
+        neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
+        return contrastive_loss(
+            batch.everything, neighbors, self.temperature(), batch.normalize, allowed, per_head=True
         )
-        enters = self.entering(batch)
-        return torch.where(enters, losses, 0.0).sum(dim=1) / max(int(enters.sum()), 1)
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Samples with a neighbour."""
-        return batch.candidates.positives.any(dim=1)
+        return batch.candidates.known
 
     def comparable(self, batch: PooledBatch) -> bool:
         """With a single candidate the loss is the logarithm of 1, which has no gradient."""

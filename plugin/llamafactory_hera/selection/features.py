@@ -19,7 +19,7 @@ from ..config import HeraConfig, StoredDtype
 from ..files import write_safetensors
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import PooledHeads
-from .forward import Batch, Forward, plan_batches, run_batches
+from .forward import Forward, plan_batches, run_batches
 from .samples import Collate, Sample
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,12 @@ class FeatureBlocks:
         key: Digest of all that the features depend on.
         rows: For each block, the samples that it holds.
         n_layers: Decoder layers of the model.
-        stored_dtype: Precision on disk.
+        dtype: Precision on disk.
     """
 
-    def __init__(self, folder: Path, key: str, rows: list[list[int]], n_layers: int, stored_dtype: StoredDtype) -> None:
+    def __init__(
+        self, folder: Path, key: str, rows: list[list[int]], n_layers: int, stored_dtype: StoredDtype
+    ) -> None:
         self.folder = folder / f"{PREFIX}{key[:16]}"
         self.rows = rows
         self._n_layers = n_layers
@@ -152,29 +154,9 @@ def compute_features(
     if rank() == 0 and len(missing) < n_blocks:
         logger.warning("%s: %d of %d blocks are there; going on.", blocks.folder, n_blocks - len(missing), n_blocks)
     mine = set(missing[rank() :: world_size()])
-    _fill([batch for batch in batches if batch.block in mine], forward, features, collate, config, blocks, num_workers)
-    barrier()
-    unseen = blocks.missing()
-    if unseen:
-        raise ValueError(
-            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
-            "it must be a folder that all of them share."
-        )
-    barrier()  # nobody deletes them before everybody has seen them
-    return blocks
-
-
-def _fill(
-    batches: list[Batch],
-    forward: Forward,
-    features: list[dict[str, Any]],
-    collate: Collate,
-    config: HeraConfig,
-    blocks: FeatureBlocks,
-    num_workers: int,
-) -> None:
+    todo = [batch for batch in batches if batch.block in mine]
+    n_samples = sum(len(batch.rows) for batch in todo)
     waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row -> its heads and layers
-    n_samples = sum(len(batch.rows) for batch in batches)
     with (
         ThreadPoolExecutor(1) as writer,  # a block is written while the next one is computed
         PooledHeads(forward.model) as pooled,
@@ -189,12 +171,21 @@ def _fill(
             return heads.cpu(), layers.cpu()
 
         written = writer.submit(lambda: None)
-        for batch, (heads, layers) in run_batches(batches, features, collate, run, num_workers):
+        for batch, (heads, layers) in run_batches(todo, features, collate, run, num_workers):
             waiting.update(zip(batch.rows, zip(heads, layers, strict=True), strict=True))
-            rows = blocks.rows[batch.block]
-            if all(row in waiting for row in rows):
+            together = rows[batch.block]
+            if all(row in waiting for row in together):
                 written.result()
-                block_heads, block_layers = zip(*(waiting.pop(row) for row in rows), strict=True)
+                block_heads, block_layers = zip(*(waiting.pop(row) for row in together), strict=True)
                 written = writer.submit(blocks.write, batch.block, torch.stack(block_heads), torch.stack(block_layers))
             bar.update(len(batch.rows))
         written.result()
+    barrier()
+    unseen = blocks.missing()
+    if unseen:
+        raise ValueError(
+            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
+            "it must be a folder that all of them share."
+        )
+    barrier()  # nobody deletes them before everybody has seen them
+    return blocks

@@ -70,7 +70,8 @@ def run_batches(
     pending = list(batches)
     while pending:
         make = partial(_collated, features=features, collate=collate)
-        loader: DataLoader = DataLoader(pending, batch_size=None, num_workers=num_workers, collate_fn=make)
+        dataset: Any = pending  # anything with a length and items will do
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=make)
         for done, inputs in enumerate(loader):
             try:
                 result = run(inputs)
@@ -114,7 +115,8 @@ class Forward:
         self.media = media_token_ids(model_config(model))
         self._target = text_decoder(model) if mode == "llm" else model
         self._autocast = autocast
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        peft_model: Any = model
+        inner = peft_model.get_base_model() if hasattr(model, "get_base_model") else model
         self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def run(self, batch: dict[str, Any]) -> None:
@@ -136,8 +138,8 @@ class Forward:
 
     def tokens(self, pooling: Pooling, batch: dict[str, Any]) -> Tensor:
         """The tokens of a batch that a pooling takes, boolean ``[B, T]`` on the model's device."""
-        ids, attended, labels = (batch.get(name) for name in ("input_ids", "attention_mask", "labels"))
-        return token_mask(pooling, ids, attended, labels, self.media).to(self.device)
+        attended, labels = batch.get("attention_mask"), batch.get("labels")
+        return token_mask(pooling, batch["input_ids"], attended, labels, self.media).to(self.device)
 
     def _call(self, batch: dict[str, Any], keep: int | Tensor) -> Any:
         inputs = {

@@ -1,7 +1,10 @@
 """The pictures: ``heads.png``, the score of every head and beside it layers against heads (paper, fig. 3 left);
 ``layers.png``; and the comparison of two runs (fig. 3 right)."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..files import whole_file
-from .scores import Comparison, ScoreFile, render_table
+from ..files import whole_file, write_text
+from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
 
 # From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -91,13 +94,16 @@ def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, 
     image = axes.imshow(known, cmap="cividis", aspect="auto", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
-    for layer, head in scored.broken():
+    for layer, head in np.argwhere(np.isnan(scored.scores)):
         axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
-    for layer, head in scored.chosen.items:
+    for target in scored.chosen.items:
+        assert target.head is not None
+        corner = (target.head - 0.5, target.layer - 0.5)
         # a dark line around a light one shows on both ends of the colour scale
         for colour, line in (("black", 3.4), ("white", 1.4)):
-            corner = (head - 0.5, layer - 0.5)
-            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3))
+            axes.add_patch(
+                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3)
+            )
     axes.set_xticks(range(0, n_heads, tick_step(n_heads, size[0], _LABEL)))
     axes.set_yticks(range(0, n_layers, tick_step(n_layers, size[1], _LABEL)))
     axes.tick_params(labelsize=8)
@@ -121,7 +127,7 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
     axes.plot(layers, worst, color=ORANGE, marker="v", markersize=4, label="worst head of the layer")
     if scored.chosen.granularity == "layer":
         chosen = [target.layer for target in scored.chosen.items]
-        ring = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
         axes.scatter(chosen, scored.layer_scores[chosen], s=110, **ring, label=_selected(scored), zorder=3)
     axes.axhline(scored.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
     axes.set_xlabel("layer")
@@ -159,3 +165,33 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
     handles, labels = zip(*bars, chance, strict=True)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, n_files + 1), fontsize=8, frameon=False)
     save_figure(figure, target)
+
+
+def write_report(
+    paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
+) -> tuple[Path, Path]:
+    """Writes ``OUTPUT.png`` and ``OUTPUT.md``.
+
+    Args:
+        paths: Score files, "before" first.
+        output: Path without a suffix.
+        names: A name for each file.
+
+    Returns:
+        The picture and the Markdown file.
+
+    Raises:
+        ValueError: As :func:`compare`, or the output cannot be written.
+    """
+    comparison = compare(paths, names)
+    base = Path(output)
+    picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        draw_comparison(comparison, picture)
+        write_text(page, render_markdown(comparison, picture.name))
+    except OSError as error:
+        raise ValueError(
+            f"report: {base} cannot be written ({error.strerror or error}); give another path."
+        ) from error
+    return picture, page

@@ -80,4 +80,3 @@ def _set(content: CommentedMap, key: str, value: Any) -> None:
         content[key] = value
     else:  # heads first, everything else of HeRA behind
         content.insert(ours[0] if key == KEY else ours[-1] + 1, key, value)
-

@@ -15,7 +15,7 @@ from ..alignment.neighbors import chance_level
 from ..config import HeraConfig
 from ..heads.pooling import IGNORE_INDEX
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import ImageLike, image_key
+from ..teachers.images import ImageLike, image_key, shown_image
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def draw(
         source: The dataset.
         count: How many to draw.
         seed: Of the order.
-        image_index: Which image stands for a sample of several, as for :func:`sample_image`.
+        image_index: Which image stands for a sample of several, as for ``shown_image``.
         usable: Whether a sample can be used, by what the model sees of it.
 
     Raises:
@@ -129,7 +129,7 @@ def draw(
         if not images:
             without_image += 1
             continue
-        image = sample_image(images, image_index)
+        image = images[shown_image(len(images), image_index)]
         key = image_key(image)
         if key in seen:
             continue
@@ -140,11 +140,6 @@ def draw(
         seen.add(key)
         drawn.append(Sample(row, list(images), image, key, features))
     return Draw(drawn, len(order), without_image, without_text)
-
-
-def sample_image(images: Sequence[ImageLike], index: int) -> ImageLike:
-    """The image that stands for a sample: the one of that index, negative from the end, clamped to what there is."""
-    return images[max(-len(images), min(index, len(images) - 1))]
 
 
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
@@ -162,12 +157,8 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
             return any(label != IGNORE_INDEX for label in features["labels"])
         return len(features["input_ids"]) > 0
 
-    found = draw(source, config.select.samples, config.select.seed, config.image_index, has_tokens)
-    _check_number(found, config.select.samples, config.select.k)
-    return found.samples
-
-
-def _check_number(found: Draw, asked: int, k: int) -> None:
+    asked, k = config.select.samples, config.select.k
+    found = draw(source, asked, config.select.seed, config.image_index, has_tokens)
     drawn, without_text = len(found.samples), found.without_text
     if without_text and not drawn:
         raise ValueError(
@@ -195,6 +186,7 @@ def _check_number(found: Draw, asked: int, k: int) -> None:
             chance,
             k,
         )
+    return found.samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

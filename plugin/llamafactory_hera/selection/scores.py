@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..config import Strategy
-from ..files import RUN_FOLDER, write_text
+from ..files import RUN_FOLDER
 from ..heads.targets import Granularity, Target, Targets
 from ..knobs import Role
 from .provenance import compared_facts
@@ -258,35 +258,3 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
             columns = [f"{value:.4f}" for value in values]
             lines.append(f"| {shown} | {' | '.join(columns)} | {values[-1] - values[0]:+.4f} |")
     return "\n".join(lines) + "\n"
-
-
-def write_report(
-    paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
-) -> tuple[Path, Path]:
-    """Writes ``OUTPUT.png`` and ``OUTPUT.md``.
-
-    Args:
-        paths: Score files, "before" first.
-        output: Path without a suffix.
-        names: A name for each file.
-
-    Returns:
-        The picture and the Markdown file.
-
-    Raises:
-        ValueError: As :func:`compare`, or the output cannot be written.
-    """
-    from .pictures import draw_comparison
-
-    comparison = compare(paths, names)
-    base = Path(output)
-    picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        draw_comparison(comparison, picture)
-        write_text(page, render_markdown(comparison, picture.name))
-    except OSError as error:
-        raise ValueError(
-            f"report: {base} cannot be written ({error.strerror or error}); give another path."
-        ) from error
-    return picture, page

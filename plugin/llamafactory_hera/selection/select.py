@@ -19,12 +19,12 @@ from ..heads.targets import Targets
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike
+from ..teachers.images import ImageLike, shown_image
 from .features import PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .forward import Forward
 from .provenance import describe, rounded
-from .samples import Sample, SelectionInputs, draw_samples, sample_image, samples_digest
+from .samples import Sample, SelectionInputs, draw_samples, samples_digest
 from .scores import choose_targets
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
     if config.teacher_cache is None:
         raise ValueError("hera_teacher_cache: it is not set, and --teacher-only fills it; name a folder.")
     found = (inputs.source.images(row) for row in range(len(inputs.source)))
-    images = [sample_image(images, config.image_index) for images in found if images]
+    images = [images[shown_image(len(images), config.image_index)] for images in found if images]
     if not images:
         raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use one with an `images` column.")
     return len(_filled_cache(config.teacher_cache, inputs.load_teacher(), images, inputs, config))

@@ -99,7 +99,11 @@ def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float
     order = np.argsort(keys)
     keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
     checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
-    tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
+    tensors: dict[str, np.ndarray] = {
+        "keys": keys.view(np.uint8).reshape(-1, KEY_BYTES),
+        "checksums": checksums,
+        "features": features,
+    }
     # Not `whole_file`: processes of several machines may write the same merged shard at once.
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -117,7 +121,7 @@ def key_array(keys: Sequence[bytes]) -> NDArray[np.bytes_]:
 
 
 def _index_checksum(keys: NDArray[np.bytes_], checksums: NDArray[np.uint32]) -> int:
-    return zlib.crc32(checksums, zlib.crc32(keys))
+    return zlib.crc32(checksums.data, zlib.crc32(keys.data))
 
 
 class FeatureCache:
@@ -280,7 +284,9 @@ class FeatureCache:
         if len(small) <= _MAX_SMALL_SHARDS:
             return
         while small:
-            keys, features, parts = [], [], []
+            keys: list[NDArray[np.bytes_]] = []
+            features: list[NDArray[np.float16]] = []
+            parts: list[Path] = []
             while small and len(features) < _MERGED_ROWS:
                 path, shard = small.pop(0)
                 try:

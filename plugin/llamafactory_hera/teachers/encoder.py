@@ -42,14 +42,14 @@ class TeacherProcessor:
             config_class = getattr(transformers, info.family.model_class).config_class
             self._grid = math.isqrt(config_class.from_pretrained(info.path).num_patches)
         # Two shapes of image show whether the processor gives one size to all.
-        sizes = [tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48))]
-        if sizes[0] != sizes[1]:
+        one, other = (tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48)))
+        if one != other:
             raise ValueError(
-                f"{KEY}: the image processor of {info.name} gives images of different sizes ({sizes[0]}, {sizes[1]}), "
+                f"{KEY}: the image processor of {info.name} gives images of different sizes ({one}, {other}), "
                 'which cannot form a batch. In its preprocessor_config.json set "do_center_crop": true with a '
                 '"crop_size", or a "size" with "height" and "width".'
             )
-        self.pixel_size: tuple[int, int] = sizes[0]
+        self.pixel_size: tuple[int, int] = (one[0], one[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Processes one image of any mode.
@@ -91,7 +91,7 @@ class VisionTeacher:
     def __init__(
         self, model: torch.nn.Module, processor: TeacherProcessor, info: TeacherInfo, fingerprint: str
     ) -> None:
-        self._model = model.eval().requires_grad_(False)
+        self._model: Any = model.eval().requires_grad_(False)
         self.processor = processor
         self.info = info
         self.fingerprint = fingerprint

@@ -78,7 +78,7 @@ def fill_cache(
         missing += [i for i, held in zip(chunk, cache.get([keys[i] for i in chunk]), strict=True) if held is None]
     done, limit = 0, batch_size
     decoded = partial(_decoded, images, teacher.processor)
-    loader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)
+    loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)  # type: ignore[arg-type]
     try:
         for chosen, pixels in loader:
             features, limit = _encode_within_memory(teacher, pixels, limit)

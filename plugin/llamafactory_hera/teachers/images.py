@@ -43,15 +43,13 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 def _message_images(messages: Any) -> list[ImageLike]:
     contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    found = []
+    found: list[Any] = []
     for part in parts:
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
-            # As the chat format of OpenAI has it.
-            image = image.get("url") if isinstance(image, Mapping) and "url" in image else image
-            if image is not None:
-                found.append(image)
-    return found
+            found.append(next((part[key] for key in _PART_KEYS if part.get(key) is not None), None))
+            if isinstance(found[-1], Mapping) and "url" in found[-1]:  # as the chat format of OpenAI has it
+                found[-1] = found[-1]["url"]
+    return [image for image in found if image is not None]
 
 
 def shown_image(count: int, index: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..alignment.gather import common_row_count, gather_rows, world_size
 from ..alignment.memory import CrossBatchMemory
-from ..alignment.neighbors import Candidates, rank_neighbors, teacher_candidates
+from ..alignment.neighbors import Candidates, mutual_knn, teacher_candidates
 from ..objectives.base import Objective, PatchBatch, PooledBatch
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class HeraTerm:
             teacher: ``[B, D_teacher]`` of this rank; anything where not valid.
             valid: Boolean ``[B]``: the sample has an image and pooled tokens.
         """
-        batch = self._batch(*self._gather(representations, teacher, valid))
+        batch, all_teacher = self._batch(*self._gather(representations, teacher, valid))
         enters = self.objective.entering(batch)
         n_samples = int(enters.sum())
         if self.objective.uses_candidates:
@@ -82,24 +82,25 @@ class HeraTerm:
         sound = finite & (by_target.isfinite() | ~teacher_finite)  # a teacher's NaN is no target's
         if not (sound.all() & teacher_finite):
             return _left_out(~sound, n_samples)
-        mknn, chance = self._agreement(batch)
+        mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
         return TermOutput(
             by_target.mean(),
             mknn,
-            chance,
+            candidates.chance,
             n_samples,
             candidates.duplicates,
             comparable=self.objective.comparable(batch),
         )
 
-    def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> PooledBatch:
-        everything, remembered = z, None
+    def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
+        """The global batch, and the teacher's features of it with those of remembered samples behind them."""
+        everything, all_teacher = z, teacher
         if len(self.memory):
             everything = torch.cat([z, self.memory.representations.to(z)], dim=1)
-            remembered = self.memory.teacher
-        candidates = teacher_candidates(teacher, remembered, valid, self.k, self.normalize)
-        return PooledBatch(z, everything, teacher, valid, candidates, self.normalize)
+            all_teacher = torch.cat([teacher, self.memory.teacher.to(teacher)])
+        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize)
+        return PooledBatch(z, everything, teacher, valid, candidates, self.normalize), all_teacher
 
     def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         n_rows = common_row_count(valid.shape[0], valid.device)
@@ -114,20 +115,6 @@ class HeraTerm:
             valid = torch.nn.functional.pad(valid, (0, missing))
         gathered_valid = gather_rows(valid.to(torch.uint8)).bool()
         return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
-
-    @torch.no_grad()
-    def _agreement(self, batch: PooledBatch) -> tuple[Tensor, Tensor]:
-        """MKNN of each target within the batch, and what unrelated features would reach."""
-        similarities, candidates = batch.similarities, batch.candidates
-        counts = candidates.positives.sum(dim=1)
-        known = counts > 0
-        if not known.any():
-            unknown = similarities.new_full((similarities.shape[0],), math.nan)
-            return unknown, unknown[0]
-        ranked = rank_neighbors(similarities, min(self.k, similarities.shape[-1]), excluded=~candidates.allowed)
-        hits = candidates.positives.expand_as(similarities).gather(-1, ranked).sum(dim=-1)
-        share = counts / candidates.allowed.sum(dim=1).clamp(min=1)
-        return (hits / counts.clamp(min=1))[:, known].mean(dim=1), share[known].mean()
 
     def _warn_when_few(self, candidates: Candidates, enters: Tensor, n_samples: int) -> None:
         if self._warned or not n_samples:

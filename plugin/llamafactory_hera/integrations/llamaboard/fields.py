@@ -38,7 +38,7 @@ FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in 
 
 def options(key: str) -> list[str]:
     """The values to choose from; none for a field that is typed into or ticked."""
-    return names() if key == "hera_objective" else list(choices(FIELDS[key]))
+    return list(names() if key == "hera_objective" else choices(FIELDS[key]))
 
 
 def default(key: str) -> Any:

@@ -13,10 +13,8 @@ from PIL import Image
 
 from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads.targets import Targets
-from llamafactory_hera.selection.figure import BLUE, GREEN, GREY, ORANGE, new_figure
-from llamafactory_hera.selection.heat_map import draw_scores
-from llamafactory_hera.selection.score_file import ScoreFile
-from llamafactory_hera.selection.table import render_table
+from llamafactory_hera.selection.pictures import BLUE, GREEN, GREY, ORANGE, draw_scores, new_figure
+from llamafactory_hera.selection.scores import ScoreFile, render_table
 
 from .job import REPORT, heads_file
 from .names import message

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import llamafactory.data.template  # noqa: F401  first: its patch imports the templates below
 import yaml
 from llamafactory.extras import logging
 

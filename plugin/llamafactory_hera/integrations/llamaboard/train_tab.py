@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 #: The host's element behind which the accordion is put.
 _NEIGHBOR = "mm_tab"
 
-Elements = dict[str, Component]
+#: Elements of the page by name; Gradio gives them their events, such as ``click``, at run time.
+Elements = dict[str, Any]
 
 
 def create_train_tab(engine: "Engine", host: Callable[["Engine"], Elements]) -> Elements:
@@ -110,7 +111,8 @@ def _known(manager: "Manager", described: set[Component]) -> Iterator[None]:
 def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Elements) -> None:
     # what the click of the host's button sends
     start = theirs["start_btn"]._id, "click"
-    (event,) = (event for event in get_blocks_context().fns.values() if start in event.targets)
+    page: Any = get_blocks_context()
+    (event,) = (event for event in page.fns.values() if start in event.targets)
     inputs, outputs = set(event.inputs), panel.outputs
     quiet = {"show_progress": "hidden", "concurrency_limit": None}
     lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")

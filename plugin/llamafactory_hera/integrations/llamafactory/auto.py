@@ -103,9 +103,7 @@ def _layout(model_args: Any) -> Any:
     return head_layout(load_config(model_args))
 
 
-def _selected_before(
-    now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None
-) -> Targets | None:
+def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
     """What an earlier selection of the same settings chose; a resumed run takes its own or stops."""
     for place in (folder, *([Path(checkpoint) / RUN_FOLDER] if checkpoint is not None else [])):
         path = place / file_name(config.granularity)

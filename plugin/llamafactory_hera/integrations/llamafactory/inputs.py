@@ -1,12 +1,16 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads.pooling import IGNORE_INDEX
 from llamafactory_hera.selection.samples import Collate, Features, SelectionInputs, collate_captions, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
@@ -60,6 +64,29 @@ def selection_inputs(
         dataset_name=", ".join(data_args.dataset),
         adapter_folders=adapter_folders(model_args),
         autocast=half,
+        num_workers=training_args.dataloader_num_workers,
+    )
+
+
+def calibration_inputs(
+    config: RahConfig, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
+) -> CalibrationInputs:
+    """What a calibration needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.model import load_model, load_tokenizer
+
+    tokenizer_module = load_tokenizer(model_args)
+    tokenizer = tokenizer_module["tokenizer"]
+    template = get_template_and_fix_tokenizer(tokenizer, data_args)
+    aligned = aligned_dataset(model_args, data_args, training_args, config.samples)
+    return CalibrationInputs(
+        source=UnlabelledSource(aligned, template, data_args, tokenizer_module, config.text),
+        load_model=lambda: load_model(tokenizer, model_args, finetuning_args, is_trainable=False),
+        collator=lambda model: host_collator(model, template, model_args, data_args, tokenizer_module),
+        model_name=model_args.model_name_or_path,
+        dataset_name=", ".join(data_args.dataset),
+        adapter_names=tuple(model_args.adapter_name_or_path or ()),
+        autocast=half_precision(training_args),
         num_workers=training_args.dataloader_num_workers,
     )
 
@@ -135,7 +162,9 @@ class HostSource(_Rows):
         from llamafactory.data.loader import _get_dataset_processor
 
         super().__init__(aligned)
-        self._check = partial(check_image_tokens, template=template, data_args=data_args, **tokenizer_module)
+        self._check: Callable[[int, Features], None] = partial(
+            check_image_tokens, template=template, data_args=data_args, **tokenizer_module
+        )
         self._n_encoded = 0
         self._processor = _get_dataset_processor(data_args, "sft", template, **tokenizer_module)
 
@@ -156,6 +185,40 @@ class HostSource(_Rows):
                 load_image(image)  # names the broken file
             raise
         return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
+
+
+class UnlabelledSource(HostSource):
+    """Samples as the model would see them, with other images if asked for, and without labels.
+
+    Args:
+        aligned: The dataset in the host's common form.
+        template: The host's template.
+        data_args: The host's.
+        tokenizer_module: Tokenizer and processor.
+        text: The whole conversation, or the prompt before the last answer; a sample without an answer is its prompt.
+    """
+
+    def __init__(
+        self, aligned: Any, template: Any, data_args: Any, tokenizer_module: dict[str, Any], text: Text
+    ) -> None:
+        from llamafactory.data.loader import _get_dataset_processor
+
+        super().__init__(aligned, template, data_args, tokenizer_module)
+        self._text = text
+        self._prompt_processor = _get_dataset_processor(
+            data_args, "sft", template, **tokenizer_module, do_generate=True
+        )
+
+    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
+        example = dict(self._aligned[row])
+        if images is not None:
+            example["_images"] = list(images)
+        whole = self._text == "conversation" and has_answer(example)
+        features = self._encode(example, self._processor if whole else self._prompt_processor)
+        if features is None:
+            return None
+        self._check(row, features)
+        return features | {"labels": [IGNORE_INDEX] * len(features["input_ids"])}
 
 
 def host_collator(

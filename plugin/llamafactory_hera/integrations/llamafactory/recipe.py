@@ -69,7 +69,7 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     values, changes = read_values(path, overrides)
     # every head and layer is scored, whichever the recipe aligns and how
     layers = values.get("hera_granularity") == "layer"
-    scored = {"stage": "hera", "hera_objective": "contrastive"}
+    scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
     scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
     values = without_training(values) | scored | forced
     if values.get("dataset") is None:
@@ -110,7 +110,7 @@ def read_values(
         raise ValueError(f"The recipe {path} cannot be read ({error.strerror or error}).") from error
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"The recipe {path} is not YAML that the host can read: {error}") from error
-    return values, OmegaConf.to_container(changes, resolve=True)  # type: ignore[return-value]
+    return values, OmegaConf.to_container(changes, resolve=True)
 
 
 def without_training(values: dict[str, Any]) -> dict[str, Any]:

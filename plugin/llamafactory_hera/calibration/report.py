@@ -1,0 +1,219 @@
+"""What a calibration found: the content of ``calibration.json``, lines for the terminal, ``calibration.png``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from ..heads.targets import Target
+from ..selection.pictures import new_figure, save_figure, tick_step
+from .adapter import adapter_ranks
+from .plan import Anchor, Plan
+from .profile import Profile
+from .settings import RahConfig
+from .trust_region import Outcome, Trial
+from .weights import HeadWeights
+
+_CELL, _LABEL = 0.2, 0.22  # inches
+_MAPS = (("caf", "CAF", "cividis"), ("isal_standardized", "I-SAL, standardised in each layer", "RdBu_r"))
+
+
+def describe(
+    profile: Profile,
+    plan: Plan,
+    outcome: Outcome,
+    weights: HeadWeights,
+    config: RahConfig,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of ``calibration.json``; ``facts`` say where all this comes from."""
+    saliency, influence = profile.saliency, profile.influence(config.caf_lambda)
+    trials = {head: trial for trial in outcome.trials for head in trial.update.heads}
+    calibrated = [str(head) for update, _ in outcome.accepted for head in update.heads]
+    layout = weights.layout
+    return {
+        "calibrated": calibrated,
+        "nothing_because": _reason_for_nothing(plan, outcome, config),
+        "heads": {
+            "layers": layout.n_layers,
+            "query": layout.n_heads,
+            "key_value": layout.n_kv_heads,
+            "head_dim": layout.head_dim,
+            "calibrated_share": round(len(calibrated) / (layout.n_layers * layout.n_heads), 6),
+        },
+        "kl": _describe_kl(outcome, config),
+        "targets": [
+            {"head": str(head), "isal_standardized": saliency[head].item(), "caf": influence[head].item()}
+            | _describe_target(head, plan.anchors[head], trials.get(head))
+            for head in plan.targets
+        ],
+        "adapter_rank": adapter_ranks(weights, outcome.accepted),
+        "settings": config.keys(),
+        "provenance": dict(facts),
+        "isal": _rows(profile.flow),
+        "isal_standardized": _rows(saliency),
+        "caf": _rows(influence),
+    }
+
+
+def _reason_for_nothing(plan: Plan, outcome: Outcome, config: RahConfig) -> str | None:
+    if outcome.accepted:
+        return None
+    if config.delta == 0:
+        return "rah_delta: 0 allows no change of the model"
+    if not plan.targets:
+        return "no head is a target: none has both a low I-SAL and a high CAF in the calibrated layers"
+    if not plan.updates:
+        return "no target has an anchor: no head within two layers has an I-SAL high enough (rah_beta)"
+    return "no update stays: each was rolled back, or equals its anchors"
+
+
+def _describe_kl(outcome: Outcome, config: RahConfig) -> dict[str, Any]:
+    tried = [trial for trial in outcome.trials if trial.tried]
+    rolled_back = [trial for trial in tried if trial.state != "calibrated"]
+    return {
+        "delta": config.delta,
+        "total_before_roll_back": outcome.totals[0].kl if outcome.totals else 0.0,
+        "total": outcome.kl,
+        "measured": [{"updates": int(step.alpha), "kl": step.kl} for step in outcome.totals],
+        "rolled_back": [str(head) for trial in rolled_back for head in trial.update.heads],
+        "roll_back_rate": round(len(rolled_back) / len(tried), 6) if tried else 0.0,
+    }
+
+
+def _describe_target(head: Target, anchors: Sequence[Anchor], trial: Trial | None) -> dict[str, Any]:
+    tried = trial.tried if trial else []
+    return {
+        "anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in anchors],
+        "state": trial.state if trial else "not tried" if anchors else "no anchor",
+        "changed_with": [str(other) for other in trial.update.heads if other != head] if trial else [],
+        "changes": sorted({edit.kind for edit in trial.update.edits}) if trial and trial.alpha else [],
+        "alpha": trial.alpha if trial else 0.0,
+        "kl_at_alpha_max": tried[0].kl if tried else None,
+        "kl": tried[-1].kl if tried else None,
+        "tried": [step._asdict() for step in tried],
+    }
+
+
+def _rows(values: Tensor) -> list[list[float]]:
+    return [[float(f"{value:.8g}") for value in row] for row in values.tolist()]
+
+
+def compare(normal: dict[str, Any], corrupted: dict[str, Any]) -> dict[str, Any]:
+    """What a control did to the targets, the scores and the divergence, from the reports with and without it."""
+    ours, theirs = ([target["head"] for target in report["targets"]] for report in (normal, corrupted))
+    both = [head for head in ours if head in theirs]
+    union = len(set(ours) | set(theirs))
+    return {
+        "targets_normal": ours,
+        "targets_control": theirs,
+        "targets_in_both": both,
+        "targets_jaccard": round(len(both) / union, 6) if union else None,
+        "isal_rank_correlation": mean_rank_correlation(normal["isal"], corrupted["isal"]),
+        "caf_rank_correlation": mean_rank_correlation(normal["caf"], corrupted["caf"]),
+        "calibrated_normal": normal["calibrated"],
+        "calibrated_control": corrupted["calibrated"],
+        "kl_normal": normal["kl"]["total"],
+        "kl_control": corrupted["kl"]["total"],
+    }
+
+
+def mean_rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """Mean over layers of Spearman's correlation between heads: targets are chosen by their rank in a layer.
+
+    A layer whose heads are all equal has no order and is left out; without any other layer the mean is 0.
+    """
+    ordered = [(a, b) for a, b in zip(ours, theirs, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
+    return round(float(np.mean([spearmanr(a, b).statistic for a, b in ordered])), 6) if ordered else 0.0
+
+
+def render_summary(report: dict[str, Any]) -> str:
+    """A finished calibration in a few lines for the terminal, from the content of ``calibration.json``."""
+    heads, kl = report["heads"], report["kl"]
+    control = report["provenance"]["control"]
+    data = f"on {control} images" if control else "on the data as they are"
+    n_targets, n_calibrated = len(report["targets"]), len(report["calibrated"])
+    n_heads = heads["layers"] * heads["query"]
+    lines = [f"RAH-LoRA {data}: {n_calibrated} of {n_heads} heads calibrated; {n_targets} were targets"]
+    if report["targets"]:
+        lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
+    for target in report["targets"]:
+        alone = "" if target["kl"] is None else f"{target['kl']:.6f}"
+        outcome = ", ".join([target["state"], *filter(None, [" ".join(a["head"] for a in target["anchors"])])])
+        lines.append(
+            f"{target['head']:>7} {target['isal_standardized']:7.2f} {target['caf']:9.4f} {target['alpha']:8.5f} "
+            f"{alone:>9}  {outcome}"
+        )
+    if report["nothing_because"] is not None:
+        lines.append(f"No adapter: {report['nothing_because']}.")
+    else:
+        lines.append(
+            f"KL of all together {kl['total']:.6f}, {kl['total_before_roll_back']:.6f} before roll-back, at most "
+            f"{kl['delta']:g}; {kl['roll_back_rate']:.1%} of the updates rolled back"
+        )
+    compared = report.get("compared_with_uncorrupted")
+    if compared is not None:
+        lines.append(
+            f"control {control}: {len(compared['targets_in_both'])} targets are also targets "
+            f"of the uncorrupted data, which has {len(compared['targets_normal'])}; rank correlation of I-SAL "
+            f"{compared['isal_rank_correlation']:.3f}, of CAF {compared['caf_rank_correlation']:.3f}; KL "
+            f"{compared['kl_control']:.6f}, on uncorrupted samples "
+            f"{compared['kl_control_on_uncorrupted_samples']:.6f}, against {compared['kl_normal']:.6f} without control"
+        )
+    return "\n".join(lines)
+
+
+def draw_calibration(report: dict[str, Any], target: Path) -> None:
+    """Draws CAF and I-SAL of every head one above the other, targets and anchors marked (fig. 3), into a PNG."""
+    n_layers, n_heads = np.array(report["caf"]).shape
+    width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
+    figure = new_figure(width + 2.0, 2 * height + 2.4)
+    handles: list[Line2D] = []
+    for axes, (name, title, colours) in zip(figure.subplots(2, 1), _MAPS, strict=True):
+        values = np.array(report[name])
+        bound = np.abs(values).max() if name == "isal_standardized" else None
+        low = -bound if bound is not None else None
+        image = axes.imshow(values, cmap=colours, aspect="auto", interpolation="nearest", vmin=low, vmax=bound)
+        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+        axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
+        axes.set_yticks(range(0, n_layers, tick_step(n_layers, height, _LABEL)))
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("head")
+        axes.set_ylabel("layer")
+        axes.set_title(title, fontsize=10)
+        handles = _mark(axes, report)
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    facts = report["provenance"]
+    data = f"{facts['control']} images of {facts['dataset']}" if facts["control"] else facts["dataset"]
+    outcome = report["nothing_because"] or f"KL {report['kl']['total']:.4f} of at most {report['kl']['delta']:g}"
+    figure.suptitle(f"{facts['model']}, {facts['samples']['profiled']} samples of {data}\n{outcome}", fontsize=10)
+    save_figure(figure, target)
+
+
+def _mark(axes: Axes, report: dict[str, Any]) -> list[Line2D]:
+    """Marks heads; returns what a legend shows of the marks that are there."""
+    calibrated = set(report["calibrated"])
+    targets = [target["head"] for target in report["targets"]]
+    anchors = sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]})
+    marks = (
+        ([head for head in targets if head in calibrated], "X", "white", "target, calibrated"),
+        ([head for head in targets if head not in calibrated], "X", "none", "target, not changed"),
+        (anchors, "o", "none", "anchor"),
+    )
+    shown = []
+    for heads, marker, face, label in marks:
+        layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).reshape(-1, 2).T
+        # a white line within a black one shows on every colour of the scale
+        for colour, line_width in (("black", 3.0), ("white", 1.2)):
+            edge, line_width = ("black", 1.0) if face != "none" else (colour, line_width)
+            axes.scatter(columns, layers, s=46, marker=marker, facecolors=face, edgecolors=edge, linewidths=line_width)
+        if heads:
+            style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": "black", "linestyle": "none"}
+            shown.append(Line2D([], [], **style, label=f"{label} ({len(heads)})"))
+    return shown

@@ -1,0 +1,290 @@
+"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of them, a DINOv2 teacher.
+
+All are trained for some seconds on the training data alone. A random tower would hide most of the pixels behind noise,
+so it is a masked autoencoder of the training images first. The teacher sees no text, label or scene factor. The
+projector stays random: training it is what stage 1 is for.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+
+# Part of the result: sums are split by thread, so another number may give other last bits. These models are so small
+# that a second thread gains little, and costs much when the other core is busy.
+THREADS = 1
+MAX_LENGTH = 512
+VOCABULARY = 600
+SIDE = 32
+PATCH = 8
+TEMPERATURE = 0.1
+
+SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
+# ChatML, as Qwen3 without thinking; a message's content is a string or a list of {"type": "image"} and
+# {"type": "text", "text": …} entries.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@contextmanager
+def reproducible(seed: int) -> Iterator[None]:
+    """Fix PyTorch's CPU seed and number of threads; both are as before afterwards."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(THREADS)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _optimise(
+    modules: list[torch.nn.Module], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
+) -> list[float]:
+    """AdamW with a tenth of warm-up, cosine decay and gradient clipping at 1; the modules are in eval mode afterwards.
+
+    Returns:
+        The loss of every step.
+    """
+    for module in modules:
+        module.train()
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps)))
+    )
+    losses = []
+    for _ in range(steps):
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(value.item())
+    for module in modules:
+        module.eval()
+    return losses
+
+
+def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
+    """A byte-level BPE with Qwen's chat tokens, which encodes any text without loss; same texts give same merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the text's tokens, as in Qwen
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[TURN_START, IMAGE],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_language_model(
+    tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
+) -> hf.Qwen3ForCausalLM:
+    """Five layers of eight query heads over four key-value heads with random weights; it decodes greedily.
+
+    ``head_dim`` is not ``hidden_size / heads`` here, as in Qwen3-4B, so code that divides instead of reading the
+    config fails.
+    """
+    stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = hf.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        **stops,
+    )
+    model = hf.Qwen3ForCausalLM(config)
+    model.generation_config = hf.GenerationConfig(do_sample=False, max_new_tokens=64, **stops)
+    return model
+
+
+def train_language_model(
+    model: hf.Qwen3ForCausalLM,
+    tokenizer: hf.PreTrainedTokenizerBase,
+    documents: list[str],
+    steps: int,
+) -> list[float]:
+    """Next-token training on whole documents with their chat tokens, in place.
+
+    Returns:
+        The loss of every step, in nats a token.
+    """
+    encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
+    # Neighbours in length make a batch, so little of it is padding; attention is causal and padding comes last, so no
+    # attention mask is needed.
+    encoded.sort(key=len)
+    batch_size = min(16, len(encoded))
+
+    def loss() -> torch.Tensor:
+        start = int(torch.randint(len(encoded) - batch_size + 1, ()))
+        rows = encoded[start : start + batch_size]
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        return model(input_ids=ids, labels=pad_sequence(rows, batch_first=True, padding_value=-100)).loss
+
+    return _optimise([model], loss, steps, 4e-3)
+
+
+def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.SiglipVisionModel, list[float]]:
+    """A SigLIP vision model of 16 patch tokens of width 64, a masked autoencoder of the images.
+
+    Half of the patches are greyed out, and a linear layer, thrown away afterwards, reads all pixels back from the
+    patch tokens that LLaVA reads (``vision_feature_layer: -1``).
+
+    Returns:
+        The tower, and the mean squared pixel error of every step (pixels in -1…1).
+    """
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **shape))
+    read_out = torch.nn.Linear(tower.config.hidden_size, 3 * PATCH * PATCH)
+    pixels = _vision_processor()(images, return_tensors="pt")["pixel_values"]
+
+    def loss() -> torch.Tensor:
+        batch = pixels[torch.randint(len(pixels), (128,))]
+        hidden = torch.rand(len(batch), 1, SIDE // PATCH, SIDE // PATCH) < 0.5
+        hidden = hidden.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+        tokens = tower(batch.masked_fill(hidden, 0.0), output_hidden_states=True).hidden_states[-1]
+        return F.mse_loss(read_out(tokens), F.unfold(batch, PATCH, stride=PATCH).transpose(1, 2))
+
+    return tower, _optimise([tower, read_out], loss, steps, 3e-3)
+
+
+def _vision_processor() -> hf.SiglipImageProcessor:
+    return hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+
+
+def assemble_llava(
+    language_model: hf.Qwen3ForCausalLM,
+    tower: hf.SiglipVisionModel,
+    tokenizer: hf.PreTrainedTokenizerBase,
+) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
+    """A LLaVA with the weights of both, a random two-layer projector, and its processor: 16 image tokens an image."""
+    ids: dict[str, Any] = {
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = hf.LlavaConfig(
+        vision_config=tower.config.to_dict(),
+        text_config=language_model.config.to_dict(),
+        image_seq_length=(SIDE // PATCH) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=False,
+        **ids,
+    )
+    llava = hf.LlavaForConditionalGeneration(config).eval()
+    llava.model.vision_tower.load_state_dict(tower.state_dict())
+    llava.model.language_model.load_state_dict(language_model.model.state_dict())
+    llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    llava.generation_config = language_model.generation_config
+    processor = hf.LlavaProcessor(
+        image_processor=_vision_processor(),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+    )
+    return llava, processor
+
+
+def random_view(pixels: torch.Tensor) -> torch.Tensor:
+    """One random view of every image: [B, 3, S, S] -> [B, 3, S, S], normalised pixels.
+
+    Views differ in place, scale, brightness, contrast, colour cast and noise. They are never mirrored, and colours
+    keep their names: left and right, and colour, are things that the captions speak of.
+    """
+    count = len(pixels)
+    scale = torch.empty(count, 1).uniform_(0.85, 1.15)
+    shift = torch.empty(count, 2).uniform_(-0.15, 0.15)
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = scale[:, 0]
+    affine[:, :, 2] = shift
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    view = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    contrast = torch.empty(count, 1, 1, 1).uniform_(0.8, 1.2)
+    cast = torch.empty(count, 3, 1, 1).uniform_(-0.2, 0.2) + torch.empty(count, 1, 1, 1).uniform_(-0.3, 0.3)
+    return view * contrast + cast + 0.05 * torch.randn_like(view)
+
+
+def train_teacher(
+    images: list[Image.Image],
+    steps: int,
+    batch_size: int = 128,
+    view: Callable[[torch.Tensor], torch.Tensor] = random_view,
+) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
+    """A DINOv2 model of a CLS token and 16 patch tokens of width 64, self-supervised: SimCLR (arXiv 2002.05709).
+
+    Two random views of an image must find each other among the views of the other images of the batch, by the cosine
+    of their CLS tokens behind a two-layer head, which is thrown away afterwards.
+
+    Args:
+        images: What it learns from, alone.
+        steps: Number of updates; 0 leaves its weights random.
+        batch_size: Images a step, all different; at most all.
+        view: From normalised pixels [B, 3, 32, 32] to one random view of every image.
+
+    Returns:
+        The teacher, its processor, and the InfoNCE loss of every step, in nats.
+    """
+    shape: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2}
+    teacher = hf.Dinov2Model(hf.Dinov2Config(image_size=SIDE, patch_size=PATCH, **shape))
+    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    processor = hf.BitImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    batch_size = min(batch_size, len(pixels))
+    partners = torch.arange(2 * batch_size).roll(batch_size)
+
+    def loss() -> torch.Tensor:
+        batch = pixels[torch.randperm(len(pixels))[:batch_size]]
+        vectors = F.normalize(head(teacher(torch.cat([view(batch), view(batch)])).last_hidden_state[:, 0]), dim=-1)
+        similarity = (vectors @ vectors.T / TEMPERATURE).fill_diagonal_(float("-inf"))
+        return F.cross_entropy(similarity, partners)
+
+    return teacher, processor, _optimise([teacher, head], loss, steps, 2e-3)

@@ -1,0 +1,181 @@
+"""What the subcommands do with a recipe of the host, as functions: select, score, fill a cache, calibrate."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llamafactory.model import load_config
+
+from llamafactory_hera.alignment.gather import rank
+from llamafactory_hera.calibration.run import calibrate_heads
+from llamafactory_hera.calibration.samples import Control
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.selection.pictures import show
+from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
+from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
+
+from .inputs import calibration_inputs, selection_inputs
+from .recipe import host_arguments, model_folder, named_output, read_recipe, read_values, without_training
+
+RUN_YAML = "run.yaml"
+
+# Keys under which the model is not what its checkpoint says -> why.
+_NOT_CALIBRATED = {
+    "use_unsloth": "Unsloth replaces the attention that is read",
+    "use_kt": "KTransformers runs layers outside of PyTorch",
+    "mixture_of_depths": "tokens skip layers",
+}
+
+
+def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> Targets:
+    """Selects heads for a recipe and writes ``output_dir/hera/`` : ``heads.json``, ``run.yaml`` and ``heads.png``.
+
+    Args:
+        recipe: A recipe of the host; its model, dataset, template and teacher are used.
+        overrides: ``key=value`` s over the recipe, for instance ``hera_select_mode=mllm``.
+        in_place: Write the heads into the recipe itself, too.
+
+    Returns:
+        The heads with their provenance.
+
+    Raises:
+        ValueError: Bad input; names the key, the value and the remedy.
+    """
+    read = read_recipe(recipe, overrides)
+    if read.config.granularity != "head":
+        raise ValueError(
+            f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
+            "before training."
+        )
+    path = named_output(read.values, "saves/selection") / RUN_FOLDER / file_name("head")
+    heads = select_targets(selection_inputs(read.config, *read.arguments), read.config, path)
+    if rank() == 0:
+        show(path)
+        write_run_yaml(read.path, read.overrides, heads, path, path.with_name(RUN_YAML))
+        if in_place:
+            set_heads_in_place(Path(recipe), heads)
+    return heads
+
+
+def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
+    """Computes the teacher's features of a recipe's whole dataset into its ``hera_teacher_cache``.
+
+    Returns:
+        Number of different images in the cache afterwards.
+
+    Raises:
+        ValueError: The recipe names no cache, or an image is broken.
+    """
+    read = read_recipe(recipe, overrides)
+    held = fill_teacher_cache(selection_inputs(read.config, *read.arguments), read.config)
+    if rank() == 0:
+        print(f"{read.config.teacher_cache}: features of {held} images")
+    return held
+
+
+def score_checkpoint(
+    checkpoint: str | os.PathLike | None,
+    recipe: str | os.PathLike | None = None,
+    output: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Scores the heads and layers of a checkpoint or adapter, as a selection does, and writes a file to be compared.
+
+    The file names heads, or layers where the recipe aligns layers; both have the scores of both.
+
+    Args:
+        checkpoint: A model's folder or hub id, or an adapter's folder, which is loaded on top of the recipe's model;
+            None scores the recipe's own model.
+        recipe: Says dataset, template, teacher and settings.
+        output: The file to write; default ``CHECKPOINT/hera/scores.json``, without a checkpoint
+            ``output_dir/hera/scores.json``. A picture of the same name is put beside it.
+        overrides: ``key=value`` s over the recipe; without a recipe they must say everything.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: Bad input; names the key, the value and the remedy.
+    """
+    forced: dict[str, Any] = {}
+    if checkpoint is not None and (Path(checkpoint) / "adapter_config.json").is_file():
+        forced = {"adapter_name_or_path": str(checkpoint), "finetuning_type": "lora"}
+    elif checkpoint is not None:
+        forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
+    read = read_recipe(recipe, overrides, **forced)
+    if output is None:
+        local = checkpoint is not None and Path(checkpoint).is_dir()
+        folder = Path(checkpoint) if checkpoint is not None and local else named_output(read.values, "saves/selection")
+        output = folder / RUN_FOLDER / "scores.json"
+    path = Path(output)
+    select_targets(selection_inputs(read.config, *read.arguments), read.config, path)
+    if rank() == 0:
+        show(path)
+    return path
+
+
+def calibrate(
+    recipe: str | os.PathLike | None, overrides: Sequence[str] = (), control: Control | None = None
+) -> list[dict[str, Any]]:
+    """Calibrates the model of a recipe and writes adapter, ``calibration.json`` and ``calibration.png``.
+
+    Any recipe that trains the model will do: what concerns training is left out.
+
+    Args:
+        recipe: A recipe of the host; its model, dataset, template and ``rah_*`` keys are used, and ``output_dir``.
+        overrides: ``key=value`` s over the recipe, for instance ``rah_delta=0.02``.
+        control: Calibrate on corrupted data, too, into ``output_dir/control_<name>``: ``shuffled`` images, or
+            ``blank`` ones.
+
+    Returns:
+        The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
+
+    Raises:
+        ValueError: Bad input; names the key, the value and the remedy.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: calibration runs in one process on one device; start it without torchrun.")
+    values, _ = read_values(recipe, overrides)
+    ours = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
+    config = RahConfig.from_keys(ours)
+    # the host's parser does not know the keys
+    values = {key: value for key, value in without_training(values).items() if key not in ours}
+    if values.get("dataset") is None:
+        raise ValueError("dataset: none is named; name one with images and text.")
+    if values.get("template") is None:
+        raise ValueError("template: none is named; name the one of the model, without which the host reads no image.")
+    output_dir = named_output(values, "saves/calibration")
+    # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
+    values |= {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
+    arguments = host_arguments(values)
+    _check_model(arguments[0])
+    return calibrate_heads(calibration_inputs(config, *arguments), config, output_dir, control)
+
+
+def _check_model(model_args: Any) -> None:
+    for key, why in _NOT_CALIBRATED.items():
+        value = getattr(model_args, key, None)
+        if value:
+            raise ValueError(f"{key}: {value} does not work with calibration: {why}; remove it.")
+    name = model_args.model_name_or_path
+    model_folder(model_args)
+    config = load_config(model_args)
+    if not is_multimodal(config):
+        raise ValueError(
+            f"model_name_or_path: {name} is a text-only model ({config.model_type}), and calibration looks at "
+            "attention between text and image; give a multimodal model."
+        )
+    head_layout(config)
+    quantised = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
+    if getattr(config, "quantization_config", None):
+        quantised = f"model_name_or_path: {name} is quantised"
+    if quantised:
+        raise ValueError(
+            f"{quantised}, and calibration compares and changes plain weights. Calibrate the base model without "
+            "quantisation (the adapter then loads on the quantised one, too), or dequantise the checkpoint first."
+        )

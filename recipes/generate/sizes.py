@@ -1,0 +1,62 @@
+"""Sizes of the backbones, from the checkpoints' own ``config.json``."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model's text decoder, and what of the rest decides a recipe.
+
+    Attributes:
+        layers: Decoder layers.
+        heads: Query heads a layer.
+        kv_heads: Key-value heads a layer.
+        head_dim: Values a head; not ``hidden / heads`` everywhere.
+        hidden: Width of the residual stream.
+        intermediate: Width of the MLP.
+        vocabulary: Rows of the embedding.
+        n_parameters: Of the LLM that a model is built on, or of the whole finished VLM.
+        tied: Input and output embedding are one matrix.
+        image_tokens: Tokens of an image at most, under the host's default pixel limits.
+        projector: Module that maps image features into the decoder, as ``additional_target`` names it.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    n_parameters: int
+    tied: bool = False
+    image_tokens: int = 729
+    projector: str = "multi_modal_projector"
+
+    def lora(self, rank: int) -> int:
+        """Parameters of LoRA adapters on every linear layer of the text decoder."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        widths = 2 * (self.hidden + query) + 2 * (self.hidden + key) + 3 * (self.hidden + self.intermediate)
+        return rank * widths * self.layers
+
+
+MERGER = "visual.merger"
+
+#: Key in the table of backbones -> its sizes.
+SIZES = {
+    "qwen2_5_3b": Sizes(36, 16, 2, 128, 2048, 11008, 151936, 3_085_938_688, tied=True),
+    "qwen2_5_7b": Sizes(28, 28, 4, 128, 3584, 18944, 152064, 7_615_616_512),
+    "qwen2_5_14b": Sizes(48, 40, 8, 128, 5120, 13824, 152064, 14_770_033_664),
+    "qwen3_4b": Sizes(36, 32, 8, 128, 2560, 9728, 151936, 4_022_468_096, tied=True),
+    "qwen3_8b": Sizes(36, 32, 8, 128, 4096, 12288, 151936, 8_190_735_360),
+    "qwen3_14b": Sizes(40, 40, 8, 128, 5120, 17408, 151936, 14_768_307_200),
+    "vicuna_7b": Sizes(32, 32, 32, 128, 4096, 11008, 32000, 6_738_415_616),
+    "vicuna_13b": Sizes(40, 40, 40, 128, 5120, 13824, 32000, 13_015_864_320),
+    "llama3_8b": Sizes(32, 32, 8, 128, 4096, 14336, 128256, 8_030_261_248),
+    "qwen2_5_vl_7b": Sizes(28, 28, 4, 128, 3584, 18944, 152064, 8_292_166_656, False, 752, MERGER),
+    "qwen3_vl_4b": Sizes(36, 32, 8, 128, 2560, 9728, 151936, 4_437_815_808, True, 576, MERGER),
+    "llava_1_5_7b": Sizes(32, 32, 32, 128, 4096, 11008, 32064, 7_063_427_072, image_tokens=576),
+    "llava_next_7b": Sizes(32, 32, 8, 128, 4096, 14336, 32064, 7_566_747_648, image_tokens=2928),
+    "internvl3_8b": Sizes(28, 28, 4, 128, 3584, 18944, 151674, 7_944_373_760, image_tokens=256),
+    "gemma3_4b": Sizes(34, 8, 4, 256, 2560, 10240, 262208, 4_300_079_472, tied=True, image_tokens=256),
+}
