@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamafactory_hera.alignment import gather
-from llamafactory_hera.alignment.gather import common_row_count, from_first, gather_rows, on_first, world_size
+from llamafactory_hera.alignment.gather import common_row_count, gather_rows, on_first, world_size
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
@@ -76,7 +76,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * number).t())
     results["integers"] = gather_rows(torch.tensor([number, 7], dtype=torch.uint8))
     results["largest"] = torch.tensor(common_row_count(3 + 4 * number, torch.device("cpu")))
-    results["of the first"] = torch.tensor([gather.rank(), from_first(number), on_first(gather.rank)])
+    results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
     with pytest.raises(ValueError, match="refused by 0"):
         on_first(refuse)
 
@@ -117,7 +117,7 @@ def test_one_process_gathers_nothing():
     assert world_size() == 1
     assert gather_rows(rows) is rows
     assert common_row_count(3, rows.device) == 3
-    assert (gather.rank(), from_first("mine"), on_first(gather.rank)) == (0, "mine", 0)
+    assert (gather.rank(), on_first(gather.rank)) == (0, 0)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_rows_come_in_rank_order_on_every_rank(ranks):
         assert torch.equal(result["non-contiguous rows"], torch.cat([first, first + 100]))
         assert result["integers"].tolist() == [0, 7, 1, 7]
         assert result["largest"] == 7
-    assert [rank["plain"]["of the first"].tolist() for rank in ranks] == [[0, 0, 0], [1, 0, 0]]
+    assert [rank["plain"]["of the first"].tolist() for rank in ranks] == [[0, 0], [1, 0]]
 
 
 @pytest.mark.slow

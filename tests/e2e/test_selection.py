@@ -240,7 +240,7 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["model_name_or_path="], "model_name_or_path: none is named"),
         (["hera_teacher="], "hera_teacher: it has no value"),
         (["hera_select_m="], "hera_select_m: it has no value; write a whole number"),
-        (["hera_pooling="], "hera_pooling: it has no value; choose one of"),
+        (["hera_pooling="], "hera_pooling: it has no value; write one of"),
         (["output_dir="], "output_dir: none is named"),
         (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
     ],
