@@ -17,7 +17,6 @@ from llamafactory_hera.backbones.build import build_backbone
 from .tiny import byte_level, new_tokenizer, save_language_model, save_tower
 
 _VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-_QWEN_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
 def _text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
@@ -40,50 +39,40 @@ def _tokenizer(specials: list[str], **named: Any) -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=byte_level(specials), **named)
 
 
-def _qwen_tokenizer() -> tf.PreTrainedTokenizerFast:
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *_QWEN_TOKENS]
-    return _tokenizer(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
 def _save(model: nn.Module, processor: Any, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def _qwen_ids(tokenizer: Any) -> dict[str, int]:
+def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], **text: Any) -> None:
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks]
+    tokenizer = _tokenizer(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return dict(zip(names, tokenizer.convert_tokens_to_ids(_QWEN_TOKENS), strict=True))
-
-
-def _pixels(patch: int) -> dict[str, Any]:
-    return {"patch_size": patch, "size": {"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+    config = getattr(tf, f"{name}Config")(
+        text_config=_text(tokenizer, rope_parameters=rope, **text),
+        vision_config=vision | {"depth": 2, "num_heads": 2, "patch_size": patch},
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True)),
+    )
+    pixels = {"patch_size": patch, "size": {"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}}
+    processor = getattr(tf, f"{name}Processor")(
+        tf.Qwen2VLImageProcessor(**pixels), tokenizer, getattr(tf, f"{name.replace('2_5_', '2')}VideoProcessor")(**pixels)
+    )
+    _save(getattr(tf, f"{name}ForConditionalGeneration")(config), processor, folder)
 
 
 def _qwen2_5_vl(folder: Path) -> None:
-    tokenizer = _qwen_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     # widths are multiples of 64, the block of 4-bit quantisation: this model serves QLoRA too
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-    vision |= {"fullatt_block_indexes": [1], "window_size": 28, "patch_size": 14}
-    text = _text(tokenizer, hidden_size=64, rope_parameters=rope)
-    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_qwen_ids(tokenizer))
-    processor = tf.Qwen2_5_VLProcessor(
-        tf.Qwen2VLImageProcessor(**_pixels(14)), tokenizer, tf.Qwen2VLVideoProcessor(**_pixels(14))
-    )
-    _save(tf.Qwen2_5_VLForConditionalGeneration(config), processor, folder)
+    vision = {"hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
+    vision |= {"fullatt_block_indexes": [1], "window_size": 28}
+    _qwen_vl(folder, "Qwen2_5_VL", 14, vision, hidden_size=64)
 
 
 def _qwen3_vl(folder: Path) -> None:
-    tokenizer = _qwen_tokenizer()
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
-    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0], "patch_size": 16}
-    text = _text(tokenizer, rope_parameters=rope, head_dim=16)
-    config = tf.Qwen3VLConfig(text_config=text, vision_config=vision, **_qwen_ids(tokenizer))
-    processor = tf.Qwen3VLProcessor(
-        tf.Qwen2VLImageProcessor(**_pixels(16)), tokenizer, tf.Qwen3VLVideoProcessor(**_pixels(16))
-    )
-    _save(tf.Qwen3VLForConditionalGeneration(config), processor, folder)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48}
+    vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    _qwen_vl(folder, "Qwen3VL", 16, vision, head_dim=16)
 
 
 def _llava_1_5(folder: Path) -> None:

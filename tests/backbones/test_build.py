@@ -103,31 +103,25 @@ def test_tied_embeddings_stay_tied(build: Build, tmp_path: Path) -> None:
         assert torch.equal(llava(input_ids=PROMPT).logits[..., :403], reference(PROMPT).logits)
 
 
-def test_rows_to_spare_are_used_before_the_embedding_grows(build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [False, True])
+def test_rows_to_spare_and_a_special_image_token_that_is_there_are_used(
+    there: bool, build: Build, tmp_path: Path
+) -> None:
     llm = save_language_model("qwen3", tmp_path / "llm", rows=448)
+    if there:
+        tokenizer = tf.AutoTokenizer.from_pretrained(llm)
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+        tokenizer.save_pretrained(llm)
     built = build(llm)
     assert (built.image_token_id, built.vocabulary) == (403, 448)
+    assert len(tf.AutoTokenizer.from_pretrained(built.folder)) == 404
     embedding = "model.embed_tokens.weight"
     assert torch.equal(stored(built.folder)[f"language_model.{embedding}"], stored(llm)[embedding])
 
 
-def test_a_special_image_token_that_is_there_is_used(build: Build, tmp_path: Path) -> None:
-    llm = save_language_model("qwen3", tmp_path / "llm", rows=448)
-    tokenizer = tf.AutoTokenizer.from_pretrained(llm)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    tokenizer.save_pretrained(llm)
-    built = build(llm)
-    assert built.image_token_id == 403
-    assert len(tf.AutoTokenizer.from_pretrained(built.folder)) == 404
-
-
 def test_old_pickled_checkpoints_are_read(checkpoints: dict, build: Build, tmp_path: Path) -> None:
     source = checkpoints["vicuna"]
-    folder = tmp_path / "pickled"
-    folder.mkdir()
-    for file in source.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(source, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = stored(source)
     halves = [dict(list(tensors.items())[:9]), dict(list(tensors.items())[9:])]
     halves[0]["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # a buffer that was stored once

@@ -44,6 +44,12 @@ def built(request: pytest.FixtureRequest, checkpoints: dict, tmp_path_factory: p
     return family, tokenizer, backbone
 
 
+def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]:
+    start = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return start + [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]
+
+
 def encoded(template_name: str, folder: Path, turns: list, system: str | None = None) -> tuple[list[int], list[int]]:
     """Input ids and labels of a conversation, made by the host's own data processor."""
     from llamafactory.data.processor import SupervisedDatasetProcessor
@@ -57,19 +63,9 @@ def encoded(template_name: str, folder: Path, turns: list, system: str | None = 
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     assert len(tokenizer) == rows, "the template adds tokens that the embedding has no row for"
     host = SupervisedDatasetProcessor(template, tokenizer, processor, data_args)
-    messages = [
-        {"role": role, "content": content}
-        for turn in turns
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    ]
+    messages = conversation(turns)
     images = [Image.new("RGB", (40, 30))] * sum(turn[0].count("<image>") for turn in turns)
     return host._encode_data_example(messages[:-1], messages[-1:], system, None, images, [], [])
-
-
-def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]:
-    start = [{"role": "system", "content": system}] if system else []
-    roles = ("user", "assistant")
-    return start + [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]
 
 
 def expanded(text: str) -> str:

@@ -17,64 +17,35 @@ from llamafactory_hera.backbones.build import build_backbone
 from ..backbones.tiny import save_language_model, save_tower
 from .conftest import ROOT
 
+
+def row(number: str | int, image: str | None, *turns: str) -> dict[str, Any]:
+    """A row of LLaVA's files: one with a picture, or one of text with the column that the mixture has there."""
+    said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    return {"id": number, **({"image": image} if image else {"model": ""}), "conversations": said}
+
+
 PRETRAIN = [
-    {
-        "id": "004539375",
-        "image": "00453/004539375.jpg",
-        "conversations": [
-            {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
-            {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"},
-        ],
-    },
-    {
-        "id": "002239345",
-        "image": "00223/002239345.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat is this?"},
-            {"from": "gpt", "value": "a grey watch with an army style strap"},
-        ],
-    },
+    row(
+        "004539375",
+        "00453/004539375.jpg",
+        "Render a clear and concise summary of the photo.\n<image>",
+        "select luxury furniture 3 - inch gel memory foam mattress topper",
+    ),
+    row("002239345", "00223/002239345.jpg", "<image>\nWhat is this?", "a grey watch with an army style strap"),
 ]
 INSTRUCT = [
-    {
-        "id": "000000033471",
-        "image": "coco/train2017/000000033471.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWhat are the colors of the bus in the image?"},
-            {"from": "gpt", "value": "The bus in the image is white and red."},
-            {"from": "human", "value": "What feature can be seen on the back of the bus?"},
-            {"from": "gpt", "value": "The back of the bus features an advertisement."},
-        ],
-    },
-    {
-        "id": 2354786,
-        "image": "vg/VG_100K/2354786.jpg",
-        "conversations": [
-            {"from": "human", "value": "Where is it?\n<image>"},
-            {"from": "gpt", "value": "[0.1, 0.2, 0.3, 0.4]"},
-        ],
-    },
-    {
-        "id": "1",
-        "image": "ocr_vqa/images/1.jpg",
-        "conversations": [
-            {"from": "human", "value": "<image>\nWho wrote this book?"},
-            {"from": "gpt", "value": "Sandra Boynton"},
-        ],
-    },
-    {
-        "id": "wgByO4Y_0",
-        "model": "",
-        "conversations": [
-            {"from": "human", "value": "What does the tag <image> do?"},
-            {"from": "gpt", "value": "Nothing in HTML: write <img>."},
-        ],
-    },
-    {
-        "id": "gone",
-        "image": "gqa/images/gone.jpg",
-        "conversations": [{"from": "human", "value": "<image>\nIs it there?"}, {"from": "gpt", "value": "No."}],
-    },
+    row(
+        "000000033471",
+        "coco/train2017/000000033471.jpg",
+        "<image>\nWhat are the colors of the bus in the image?",
+        "The bus in the image is white and red.",
+        "What feature can be seen on the back of the bus?",
+        "The back of the bus features an advertisement.",
+    ),
+    row(2354786, "vg/VG_100K/2354786.jpg", "Where is it?\n<image>", "[0.1, 0.2, 0.3, 0.4]"),
+    row("1", "ocr_vqa/images/1.jpg", "<image>\nWho wrote this book?", "Sandra Boynton"),
+    row("wgByO4Y_0", None, "What does the tag <image> do?", "Nothing in HTML: write <img>."),
+    row("gone", "gqa/images/gone.jpg", "<image>\nIs it there?", "No."),
 ]
 
 

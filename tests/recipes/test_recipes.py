@@ -67,26 +67,23 @@ def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
     assert parsed["qwen3_4b_hera"]["aligned"] == ["contrastive", "head", None]
 
 
+def without_hera(keys: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in keys.items() if not k.startswith("hera_") and k not in names}
+
+
 @pytest.mark.parametrize("key", LANGUAGE_MODELS)
-def test_the_baseline_differs_from_its_twin_in_the_hera_keys_alone(key: str, values: dict) -> None:
-    hera, sft = values[f"{key}_hera"], values[f"{key}_sft"]
+def test_both_stages_have_the_papers_settings_and_the_baseline_all_but_the_hera_keys(key: str, values: dict) -> None:
+    hera, sft, pretrain = (values[f"{key}_{kind}"] for kind in ("hera", "sft", "pretrain"))
     changed = {"stage", "output_dir"}
-    assert {k: v for k, v in hera.items() if not k.startswith("hera_") and k not in changed} == {
-        k: v for k, v in sft.items() if k not in changed
-    }
+    assert without_hera(hera, *changed) == {k: v for k, v in sft.items() if k not in changed}
     assert (hera["stage"], sft["stage"]) == ("hera", "sft")
     assert hera["output_dir"] != sft["output_dir"]
-
-
-@pytest.mark.parametrize("key", LANGUAGE_MODELS)
-def test_the_papers_settings_stand_in_both_stages(key: str, values: dict) -> None:
-    for kind in ("pretrain", "hera", "hera_lora"):
-        keys = values[f"{key}_{kind}"]
+    for keys in (pretrain, hera, values[f"{key}_hera_lora"]):
         assert keys["hera_heads"] == LANGUAGE_MODELS[key].heads
         assert (keys["hera_k"], keys["hera_weight"], keys["hera_temperature"]) == (10, 0.01, 0.07)
         assert keys["hera_teacher"] == "facebook/dinov2-large"
-    assert values[f"{key}_hera"]["model_name_or_path"] == values[f"{key}_pretrain"]["output_dir"]
-    assert values[f"{key}_pretrain"]["template"] == "llava_plain"
+    assert hera["model_name_or_path"] == pretrain["output_dir"]
+    assert pretrain["template"] == "llava_plain"
 
 
 def test_native_models_select_their_heads_by_what_they_see(values: dict) -> None:
@@ -97,14 +94,9 @@ def test_native_models_select_their_heads_by_what_they_see(values: dict) -> None
             assert keys["model_name_or_path"] == NATIVE_MODELS[key].checkpoint
 
 
-def test_only_keys_that_hera_declares_are_used(values: dict) -> None:
-    declared = set(HeraConfig.knobs())
+def test_the_keys_are_declared_and_sequences_have_room_for_the_image(values: dict) -> None:
     for name, keys in values.items():
-        assert {key for key in keys if key.startswith("hera_")} <= declared, name
-
-
-def test_sequences_have_room_for_the_image(values: dict) -> None:
-    for name, keys in values.items():
+        assert {key for key in keys if key.startswith("hera_")} <= set(HeraConfig.knobs()), name
         key = next(key for key in SIZES if name.removeprefix("ablations/").startswith(f"{key}_"))
         assert keys["cutoff_len"] >= SIZES[key].image_tokens + 1024, name
 
@@ -179,10 +171,8 @@ def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
         assert found == (objective, granularity, targets, strategy, m)
         assert keys["hera_weight"] == (0.5 if name == "viral" else 0.01)
         # nothing else differs from the HeRA recipe but the folders
-        folders = {"model_name_or_path", "output_dir"}
-        assert {k: v for k, v in keys.items() if not k.startswith("hera_") and k not in folders} == {
-            k: v for k, v in twin.items() if not k.startswith("hera_") and k not in folders
-        }
+        folders = ("model_name_or_path", "output_dir")
+        assert without_hera(keys, *folders) == without_hera(twin, *folders)
 
 
 @pytest.mark.parametrize("key", ablations.MODELS)

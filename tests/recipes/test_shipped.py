@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llamafactory_hera.backbones import shipped
 from llamafactory_hera.backbones.shipped import copy_recipes, recipes_folder, shipped_recipes
 from llamafactory_hera.cli import main
 
@@ -42,20 +43,18 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
         copy_recipes("mine")
 
 
-def test_data_that_a_user_has_fetched_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamafactory_hera.backbones import shipped
-
-    source = tmp_path / "source"
-    copy_recipes(source)
-    (source / "data/llava_pretrain/images").mkdir(parents=True)
-    (source / "data/llava_pretrain/images/1.jpg").write_bytes(b"picture")
-    monkeypatch.setattr(shipped, "recipes_folder", lambda: source)
-    copy_recipes(tmp_path / "copy")
-    assert not (tmp_path / "copy/data/llava_pretrain").exists()
-
-
-def test_commands_quote_a_folder_with_a_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_without_the_data_that_a_user_has_fetched_quotes_a_folder_with_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    copy_recipes("source")
+    Path("source/data/llava_pretrain/images").mkdir(parents=True)
+    Path("source/data/llava_pretrain/images/1.jpg").write_bytes(b"picture")
+    repository = recipes_folder()
+    monkeypatch.setattr(shipped, "recipes_folder", lambda: Path("source"))
+    copy_recipes("copy")
+    assert not Path("copy/data/llava_pretrain").exists()
+    monkeypatch.setattr(shipped, "recipes_folder", lambda: repository)
     copy_recipes("my own")
     text = Path("my own/qwen3_8b_hera.yaml").read_text()
     assert "llamafactory-cli train 'my own/qwen3_8b_hera.yaml'" in text

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -72,8 +73,14 @@ def folder(tmp_path):
     return tmp_path / "features"
 
 
-def opened(folder, **options):
-    return FeatureCache(folder, TEACHER, DIM, **options)
+def opened(folder):
+    return FeatureCache(folder, TEACHER, DIM)
+
+
+@pytest.fixture
+def flush_rows(monkeypatch):
+    """flush_rows(n): how many features wait until they are written."""
+    return lambda n: monkeypatch.setattr(cache_module, "_FLUSH_ROWS", n)
 
 
 @pytest.fixture
@@ -81,22 +88,17 @@ def cache(folder):
     return opened(folder)
 
 
-def test_what_was_put_is_found_at_once_after_flushing_and_by_a_new_reader(folder, cache):
+def test_what_was_put_is_found_in_the_order_of_the_keys_before_and_after_flushing_and_by_a_new_reader(folder, cache):
+    store(cache, range(3))
     assert torch.equal(put(cache, range(50)), features_of(range(50)).half())
-    assert holds(cache, range(50))
-    cache.flush()
-    for reader in (cache, opened(folder)):
-        assert holds(reader, range(50))
-        assert len(reader) == 50
-
-
-def test_features_come_back_in_the_order_of_the_keys_with_none_for_what_is_missing(cache):
-    store(cache, [1, 2, 3])
-    put(cache, [4])
-    found = cache.get(keys_of([3, 99, 4, 1, 3]))
-    assert found.pop(1) is None
-    assert torch.equal(torch.stack(found), features_of([3, 4, 1, 3]).half())
-    assert cache.get([]) == []
+    for flushed in (False, True):
+        for reader in (cache, opened(folder)) if flushed else (cache,):
+            assert holds(reader, [3, 40, 1, 3, *range(50)])
+            found = reader.get(keys_of([1, 99, 2]))
+            assert [feature is None for feature in found] == [False, True, False]
+            assert reader.get([]) == []
+            assert len(reader) == 50
+        cache.flush()
 
 
 def test_a_cache_of_earlier_versions_is_read(folder):
@@ -145,8 +147,8 @@ def test_what_the_caller_does_with_its_tensors_does_not_reach_the_cache(cache):
     assert holds(cache, [1, 2])
 
 
-def test_waiting_features_are_written_when_there_are_enough(folder):
-    cache = opened(folder, flush_rows=10)
+def test_waiting_features_are_written_when_there_are_enough(folder, cache, flush_rows):
+    flush_rows(10)
     for name in range(25):
         put(cache, [name])
     assert len(shard_files(cache)) == 2
@@ -162,35 +164,16 @@ def test_refresh_shows_what_others_have_written(cache, folder):
 
 
 def test_teachers_do_not_mix_and_the_manifest_names_the_teacher(folder):
-    cache = opened(folder, teacher_name="some-org/teacher")
+    cache = FeatureCache(folder, TEACHER, DIM, teacher_name="some-org/teacher")
     store(cache, [1])
     assert FeatureCache(folder, "b" * 64, DIM).get(keys_of([1])) == [None]
     expected = {"teacher": TEACHER, "dim": DIM, "dtype": "float16", "name": "some-org/teacher"}
     assert json.loads((cache.folder / "manifest.json").read_text()) == expected
 
 
-def test_a_folder_of_another_teacher_is_refused(folder, cache):
-    # the same first 32 digits: only the manifest tells the two apart
-    with pytest.raises(ValueError, match=r"hera_teacher_cache: .*belongs to another teacher.*another teacher"):
-        FeatureCache(folder, TEACHER[:32] + "b" * 32, DIM)
-    with pytest.raises(ValueError, match="has another dim"):
-        FeatureCache(folder, TEACHER, DIM + 1)
-
-
-def test_a_broken_manifest_is_written_again_with_a_warning(folder, cache, caplog):
-    store(cache, [1])
-    (cache.folder / "manifest.json").write_text('{"teach')
-    assert holds(opened(folder), [1])
-    assert "manifest.json is not JSON" in caplog.text
-    assert "it is written again" in caplog.text
-    assert json.loads((cache.folder / "manifest.json").read_text())["teacher"] == TEACHER
-
-
-def test_wrong_shapes_and_keys_are_refused(cache):
+def test_a_wrong_shape_is_refused(cache):
     with pytest.raises(ValueError, match=r"not \[n, 8\]"):
         cache.put(keys_of([1, 2]), features_of([1]))
-    with pytest.raises(ValueError, match="16 bytes"):
-        cache.get([b"short"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
@@ -211,24 +194,38 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 # damage
 
 
+def flip_last_bit(content, block):
+    """Damages the last row of a block of a shard."""
+    content = bytearray(content)
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])[block]["data_offsets"][1] - 1] ^= 1
+    return content
+
+
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "text": lambda content: b"not a shard at all",
     "header": lambda content: content[:20] + b"\xff" * 20 + content[40:],
     "longer": lambda content: content + b"\0",
+    **{block: partial(flip_last_bit, block=block) for block in ("features", "checksums", "keys")},
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_shard_that_is_not_whole_is_left_out_with_a_warning(damage, cache, folder, caplog):
-    store(cache, [1, 2])
-    (broken,) = shard_files(cache)
+@pytest.mark.parametrize("damage", [*DAMAGE, "width"])
+def test_a_damaged_shard_is_left_out_with_a_warning_at_the_latest_when_its_rows_are_read(
+    damage, cache, folder, caplog
+):
     store(cache, [3])
-    broken.write_bytes(DAMAGE[damage](broken.read_bytes()))
+    broken = cache.folder / "0.safetensors"
+    width = DIM + 1 if damage == "width" else DIM
+    write_shard(broken, key_array(keys_of([1, 2])), np.ones((2, width), np.float16))
+    if damage != "width":
+        broken.write_bytes(DAMAGE[damage](broken.read_bytes()))
     reader = opened(folder)
-    assert holds(reader, [3])
     assert reader.get(keys_of([1, 2])) == [None, None]
+    assert holds(reader, [3])
+    assert len(reader) == 1
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert str(broken) in record.message
     assert "will be computed again" in record.message
@@ -237,31 +234,6 @@ def test_a_shard_that_is_not_whole_is_left_out_with_a_warning(damage, cache, fol
     store(reader, [1, 2])
     assert holds(opened(folder), [1, 2, 3])
     assert not caplog.records
-
-
-def flip_last_bit(path, block):
-    """Damages the last row of a block of a shard."""
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    content[start + json.loads(content[8:start])[block]["data_offsets"][1] - 1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("block", ["features", "checksums", "keys"])
-def test_a_flipped_bit_is_noticed_at_the_latest_when_the_row_is_read(block, cache, folder, caplog):
-    store(cache, range(20))
-    (path,) = shard_files(cache)
-    flip_last_bit(path, block)
-    reader = opened(folder)
-    assert reader.get(keys_of(range(20))) == [None] * 20
-    assert str(path) in caplog.text
-    assert len(reader) == 0
-
-
-def test_a_shard_of_another_width_is_left_out(cache, folder, caplog):
-    write_shard(cache.folder / "wide.safetensors", key_array(keys_of([1])), np.zeros((1, DIM + 1), np.float16))
-    assert opened(folder).get(keys_of([1])) == [None]
-    assert "corrupt and left out" in caplog.text
 
 
 # several processes
@@ -278,8 +250,8 @@ def test_readers_and_pickled_copies_hold_no_features_in_memory(folder, cache):
     assert sum(shard.keys.nbytes + shard.checksums.nbytes for shard in copy._shards.values()) == 2000 * 20
 
 
-def test_loader_workers_read_it_at_the_same_time(folder):
-    cache = opened(folder, flush_rows=30)
+def test_loader_workers_read_it_at_the_same_time(cache, flush_rows):
+    flush_rows(30)
     for name in range(200):
         put(cache, [name])
     cache.flush()
@@ -287,26 +259,12 @@ def test_loader_workers_read_it_at_the_same_time(folder):
     assert torch.equal(torch.cat(list(loader)), features_of(range(200)).half())
 
 
-def test_a_forked_copy_does_not_write_what_its_parent_waits_to_write(folder, cache):
-    put(cache, [1])
-
-    def child():
-        store(cache, [2])
-
-    run([fork.Process(target=child)])
-    (path,) = shard_files(cache)
-    assert len(Shard(path, DIM).keys) == 1
-    cache.flush()
-    cache.refresh()
-    assert holds(cache, [1, 2])
-    assert len(shard_files(cache)) == 2
-
-
-def test_two_processes_write_at_once_and_nothing_is_lost(folder):
+def test_two_processes_write_at_once_and_nothing_is_lost(folder, flush_rows):
+    flush_rows(7)
     barrier = fork.Barrier(2)
 
     def write(start):
-        cache = opened(folder, flush_rows=7)
+        cache = opened(folder)
         barrier.wait(20)
         for name in range(start, start + 200):
             put(cache, [name])
@@ -343,32 +301,26 @@ def test_a_killed_writer_leaves_no_shard_and_its_leftover_is_swept(when, folder,
     assert not leftover.exists()
 
 
-def test_a_full_disk_is_named_leaves_no_partial_file_and_loses_nothing(folder):
+@pytest.mark.parametrize("when", ["while writing", "at the rename"])
+def test_a_full_disk_is_named_leaves_no_partial_file_and_loses_nothing(when, folder):
     def child():
-        # files of this process may not grow beyond 100 kB
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         cache = FeatureCache(folder, TEACHER, 4096)
         cache.put(keys_of(range(40)), torch.ones(40, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        replace = os.replace
+        if when == "while writing":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        else:
+            os.replace = lambda *args: os.listdir("/no/such/folder")
         with pytest.raises(OSError, match=f"40 teacher features cannot be written to {folder}.*Free space"):
             cache.flush()
         assert [path.name for path in cache.folder.iterdir()] == ["manifest.json"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        os.replace = replace
         cache.flush()
 
     run([fork.Process(target=child)])
     assert len(FeatureCache(folder, TEACHER, 4096)) == 40
-
-
-def test_a_shard_that_cannot_be_renamed_leaves_no_partial_file(cache, monkeypatch):
-    put(cache, [1])
-    with monkeypatch.context() as context:
-        context.setattr(os, "replace", lambda *args: os.listdir("/no/such/folder"))
-        with pytest.raises(OSError, match="1 teacher features cannot be written"):
-            cache.flush()
-    assert [path.name for path in cache.folder.iterdir()] == ["manifest.json"]
-    cache.flush()
-    assert len(shard_files(cache)) == 1
 
 
 def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):
@@ -395,10 +347,9 @@ def few_shards(monkeypatch):
 
 
 def write_many(folder, names, per_shard=1):
-    cache = opened(folder, flush_rows=per_shard)
-    for name in names:
-        put(cache, [name])
-    cache.flush()
+    cache = opened(folder)
+    for start in range(0, len(names), per_shard):
+        store(cache, names[start : start + per_shard])
     return cache
 
 
@@ -432,7 +383,7 @@ def test_merging_reports_damaged_shards_and_keeps_the_rest(folder, few_shards, c
     broken = shard_files(cache)[3]
     # numpy takes NULs at the end of its strings for padding
     lost = {bytes(key).ljust(16, b"\0") for key in Shard(broken, DIM).keys}
-    flip_last_bit(broken, "features")
+    broken.write_bytes(flip_last_bit(broken.read_bytes(), "features"))
     reader = opened(folder)
     assert len(shard_files(reader)) == 1
     assert reader.get(sorted(lost)) == [None, None]
@@ -494,10 +445,8 @@ def test_several_processes_open_merge_and_write_at_once(folder, few_shards):
 
     def child(start):
         for round_ in range(5):
-            cache = opened(folder, flush_rows=1)
-            for name in range(start + 6 * round_, start + 6 * round_ + 6):
-                put(cache, [name])
-            assert holds(cache, range(30))
+            write_many(folder, range(start + 6 * round_, start + 6 * round_ + 6))
+            assert holds(opened(folder), range(30))
 
     run([fork.Process(target=child, args=(start,)) for start in (1000, 2000)])
     everything = [*range(30), *range(1000, 1030), *range(2000, 2030)]

@@ -32,6 +32,8 @@ def test_pixels_are_those_of_the_models_own_processor(kind, save_teacher, make_i
     own = tf.AutoImageProcessor.from_pretrained(folder)
     expected = torch.cat([own(images=image, return_tensors="pt")["pixel_values"] for image in images])
     assert torch.equal(processor.batch(images), expected)
+    for image in (images[0].convert(mode) for mode in ("L", "RGBA", "P")):
+        assert torch.equal(processor(image), processor(image.convert("RGB")))
     assert processor.pixel_size == (32, 32)
     assert processor(images[2]).shape == (3, 32, 32)
 
@@ -45,13 +47,6 @@ def test_naflex_pixels_are_those_of_the_own_processor_for_an_image_of_the_grids_
     patch = own["pixel_values"][0, 5].reshape(8, 8, 3).permute(2, 0, 1)
     assert torch.equal(pixels[:, 8:16, 8:16], patch)
     assert pixels.shape == (3, 32, 32)
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_images_of_any_mode_are_taken_as_rgb(mode, save_teacher, make_images):
-    processor = processor_of(save_teacher("vit"))
-    image = make_images(1)[0].convert(mode)
-    assert torch.equal(processor(image), processor(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "siglip2"])
@@ -128,7 +123,7 @@ def test_the_final_norm_is_applied(save_teacher, make_images):
     assert not torch.allclose(without, teacher.encode(pixels))
 
 
-def test_the_teacher_is_frozen_and_never_in_training_mode(save_teacher, make_images, edit_json):
+def test_the_teacher_is_frozen_never_in_training_mode_and_knows_nothing_of_the_step_around_it(save_teacher, make_images, edit_json):
     folder = save_teacher("dinov2")
     # dropout shows whether a pass ran in training mode
     edit_json(folder / "config.json", hidden_dropout_prob=0.5, drop_path_rate=0.5)
@@ -139,23 +134,14 @@ def test_the_teacher_is_frozen_and_never_in_training_mode(save_teacher, make_ima
     assert torch.equal(teacher.encode(pixels), before)
     assert not before.requires_grad
     assert not any(parameter.requires_grad for parameter in teacher._model.parameters())
-
-
-def test_a_student_that_holds_the_teacher_neither_trains_nor_saves_it(save_teacher):
-    teacher = load(save_teacher("vit"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(teacher.encode(pixels), before)
+    # a student that holds it neither trains nor saves it
     student = torch.nn.Linear(2, 2)
     student.teacher = teacher
     student.train()
     assert not teacher._model.training
     assert set(student.state_dict()) == {"weight", "bias"}
-
-
-def test_a_surrounding_autocast_does_not_change_the_features(save_teacher, make_images):
-    teacher = load(save_teacher("dinov2"))
-    pixels = teacher.processor.batch(make_images(2))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = teacher.encode(pixels)
-    assert torch.equal(inside, teacher.encode(pixels))
 
 
 # loading
@@ -172,15 +158,11 @@ def test_half_precision_gives_float32_features_close_to_full_precision(kind, sav
     assert torch.nn.functional.cosine_similarity(features, full.encode(pixels)).min() > 0.99
 
 
-def test_a_checkpoint_stored_in_bfloat16_runs_in_float32_by_default(save_teacher):
+def test_weights_in_several_files_and_stored_in_bfloat16_give_the_same_features(save_teacher, make_images):
     folder = save_teacher("dinov2")
     tf.Dinov2Model.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    assert {parameter.dtype for parameter in load(folder)._model.parameters()} == {torch.float32}
-
-
-def test_weights_in_several_files_give_the_same_features(save_teacher, make_images):
-    folder = save_teacher("dinov2")
     whole = load(folder)
+    assert whole._model.dtype == torch.float32
     pixels = whole.processor.batch(make_images(1))
     model = tf.Dinov2Model.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -223,33 +205,33 @@ def test_an_image_size_that_the_model_cannot_take_is_refused_at_loading(save_tea
     assert teacher.encode(teacher.processor.batch(make_images(1))).shape == (1, 32)
 
 
-def test_the_teacher_is_whole_while_a_zero3_config_lives(save_teacher, make_images):
+@pytest.fixture
+def zero3():
     deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
-    folder = save_teacher("dinov2")
-    expected = load(folder)
-    pixels = expected.processor.batch(make_images(1))
     config = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
-    try:
-        teacher = load(folder)
-        assert deepspeed.is_deepspeed_zero3_enabled()
-    finally:
-        deepspeed.unset_hf_deepspeed_config()
-        del config
-    assert not any(hasattr(parameter, "ds_id") for parameter in teacher._model.parameters())
-    assert torch.equal(teacher.encode(pixels), expected.encode(pixels))
+    yield deepspeed.is_deepspeed_zero3_enabled
+    deepspeed.unset_hf_deepspeed_config()
+    del config
 
 
-def test_the_teacher_is_whole_on_every_rank_with_fsdps_efficient_loading(save_teacher, make_images, monkeypatch):
-    folder = save_teacher("dinov2")
-    expected = load(folder)
-    pixels = expected.processor.batch(make_images(1))
-    # what rank 1 of a launch sees
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+@pytest.fixture
+def fsdp(monkeypatch):
+    """What rank 1 of a launch with efficient loading sees."""
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
-    assert tf.modeling_utils.is_fsdp_enabled()
+    return tf.modeling_utils.is_fsdp_enabled
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp"])
+def test_the_teacher_is_whole_on_every_rank(engine, save_teacher, make_images, request):
+    folder = save_teacher("dinov2")
+    expected = load(folder)
+    pixels = expected.processor.batch(make_images(1))
+    enabled = request.getfixturevalue(engine)
+    assert enabled()
     teacher = load(folder)
-    assert tf.modeling_utils.is_fsdp_enabled()
+    assert enabled()
+    assert not any(hasattr(parameter, "ds_id") for parameter in teacher._model.parameters())
     assert torch.equal(teacher.encode(pixels), expected.encode(pixels))

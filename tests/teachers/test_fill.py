@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llamafactory_hera.teachers import cache as cache_module
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.fill import encode_images, fill_cache
@@ -53,34 +54,22 @@ def test_features_are_computed_in_order_and_a_repetition_gets_the_same_numbers(n
     assert torch.equal(encode_images(teacher, cache, paths), features)
     # a first run's are rounded as those of its repetition
     assert torch.equal(features, features.half().float())
+    assert encode_images(teacher, cache, []).shape == (0, teacher.dim)
 
 
 def test_nothing_is_computed_twice(teacher, cache, paths, tmp_path):
-    first = encode_images(teacher, cache, paths[:4], batch_size=4)
-    assert teacher.batches == (4,)
-    assert encode_images(teacher, cache, paths, batch_size=4).shape == (7, teacher.dim)
-    assert teacher.batches == (4, 3)
-    again = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
-    assert torch.equal(encode_images(teacher, again, paths[:4]), first)
-    assert teacher.batches == (4, 3)
-
-
-def test_an_image_that_occurs_often_is_computed_once(teacher, cache, paths):
     with open(paths[0], "rb") as file:
         content = file.read()
     images = [paths[0], paths[1], {"path": None, "bytes": content}, content, paths[1]]
-    features = encode_images(teacher, cache, images)
+    first = encode_images(teacher, cache, images)
     assert teacher.batches == (2,)
-    assert torch.equal(features[0], features[2])
-    assert torch.equal(features[1], features[4])
-    assert not torch.equal(features[0], features[1])
-
-
-def test_progress_counts_what_is_computed(teacher, cache, paths):
-    encode_images(teacher, cache, paths[:2])
-    seen = []
-    fill_cache(teacher, cache, paths, batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert torch.equal(first[0], first[2])
+    assert torch.equal(first[1], first[4])
+    assert not torch.equal(first[0], first[1])
+    assert encode_images(teacher, cache, paths).shape == (7, teacher.dim)
+    again = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
+    assert torch.equal(encode_images(teacher, again, images), first)
+    assert teacher.batches == (2, 5)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -92,17 +81,15 @@ def test_a_broken_image_is_named_and_what_came_before_is_kept(num_workers, teach
     assert len(FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)) == 4
 
 
-def test_a_killed_run_goes_on_where_it_was(teacher, cache, paths, tmp_path):
-    small_steps = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim, flush_rows=2)
+def test_a_killed_run_goes_on_where_it_was(teacher, cache, paths, monkeypatch):
+    monkeypatch.setattr(cache_module, "_FLUSH_ROWS", 2)
 
     def child():
         torch.set_num_threads(1)
-
-        def die(done, total):
-            if done == 4:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        fill_cache(teacher, small_steps, paths, batch_size=2, progress=die)
+        teacher.encode = lambda pixels: (
+            os.kill(os.getpid(), signal.SIGKILL) if len(cache) == 4 else VisionTeacher.encode(teacher, pixels)
+        )
+        fill_cache(teacher, cache, paths, batch_size=2)
 
     process = get_context("fork").Process(target=child)
     process.start()
@@ -153,13 +140,3 @@ def test_a_shard_that_is_found_damaged_is_computed_again(teacher, cache, paths, 
     assert torch.equal(encode_images(teacher, again, paths), expected)
     assert sum(teacher.batches) == 14
     assert str(shard) in caplog.text
-
-
-def test_the_cache_of_another_teacher_is_refused(teacher, tmp_path, paths):
-    other = FeatureCache(tmp_path / "features", "f" * 64, teacher.dim)
-    with pytest.raises(ValueError, match="is of another teacher"):
-        encode_images(teacher, other, paths)
-
-
-def test_no_images_give_no_features(teacher, cache):
-    assert encode_images(teacher, cache, []).shape == (0, teacher.dim)

@@ -70,43 +70,25 @@ def test_the_image_that_stands_for_a_sample_is_counted_from_either_end_and_clamp
 # pixels and keys
 
 
-def forms(path):
-    content = path.read_bytes()
-    return {
-        "str": str(path),
-        "path": path,
-        "bytes": content,
-        "dict with path": {"path": str(path), "bytes": None},
-        "dict with bytes": {"path": None, "bytes": content},
-        "dict with both": {"path": "not/there.png", "bytes": content},
-        "file object": io.BytesIO(content),
-    }
-
-
-def test_every_form_gives_the_same_pixels_and_the_same_key(picture):
+def test_every_form_gives_the_same_pixels_and_the_same_key(picture, tmp_path):
+    content = picture.read_bytes()
+    shutil.copy(picture, tmp_path / "name.jpg")
+    file = io.BytesIO(content)
+    file.seek(7)  # it is read from its start, and left where it was
+    forms = [str(picture), picture, tmp_path / "name.jpg", content, file]
+    forms += [{"path": str(picture), "bytes": None}, {"path": None, "bytes": content}, {"path": "gone", "bytes": content}]
     with Image.open(picture) as opened:
         expected = np.array(opened)
-    wrong = [name for name, form in forms(picture).items() if not np.array_equal(np.array(load_image(form)), expected)]
-    assert not wrong
-    assert {image_key(form) for form in forms(picture).values()} == {image_key(picture)}
+    for form in forms:
+        assert np.array_equal(np.array(load_image(form)), expected), form
+        assert image_key(form) == image_key(picture), form
+    assert file.tell() == 7
     assert len(image_key(picture)) == 16
 
 
-def test_a_copy_under_another_name_has_the_same_key_and_another_image_another(picture, tmp_path, make_images):
-    copy = tmp_path / "name.jpg"
-    shutil.copy(picture, copy)
-    assert image_key(copy) == image_key(picture)
-    different = tmp_path / "different.png"
-    make_images(2)[1].save(different)
-    assert image_key(different) != image_key(picture)
-
-
-def test_a_file_object_is_read_from_its_start_and_left_where_it_was(picture):
-    file = io.BytesIO(picture.read_bytes())
-    file.seek(7)
-    assert image_key(file) == image_key(picture)
-    load_image(file)
-    assert file.tell() == 7
+def test_another_image_has_another_key(picture, tmp_path, make_images):
+    make_images(2)[1].save(tmp_path / "different.png")
+    assert image_key(tmp_path / "different.png") != image_key(picture)
 
 
 def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
@@ -140,7 +122,6 @@ def test_a_corrupt_file_is_named(damage, picture):
 
 
 def test_what_is_no_image_at_all_is_refused_by_its_type():
-    with pytest.raises(ValueError, match="given as int"):
-        load_image(3)
-    with pytest.raises(ValueError, match="without 'bytes' and without 'path'"):
-        load_image({"path": None, "bytes": None})
+    for image, kind in ((3, "int"), ({"path": None, "bytes": None}, "dict")):
+        with pytest.raises(ValueError, match=f"given as {kind}; it must be a path, bytes, a dict with"):
+            load_image(image)
