@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants, hf_api, snapshot_download
 from safetensors.torch import save_file
 
 from llamafactory_hera.hub import local_folder, weight_files
@@ -34,10 +34,8 @@ def cut_in_parts(folder, stem="model", suffix=".safetensors"):
     parts = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     (folder / "model.safetensors").unlink(missing_ok=True)
     for name in parts:
-        if suffix == ".bin":
-            torch.save({name: torch.ones(2)}, folder / name)
-        else:
-            save_file({name: torch.ones(2)}, folder / name)
+        save = torch.save if suffix == ".bin" else save_file
+        save({name: torch.ones(2)}, folder / name)
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": {name: name for name in parts}}))
     return parts
 
@@ -63,50 +61,6 @@ def put_in_cache(hub_cache, folder, without=()):
     return snapshot
 
 
-class Hub:
-    """Serves one folder as the model REPO, with the routes and headers that huggingface_hub asks for."""
-
-    def __init__(self, folder, status=200, error_code=""):
-        hub = self
-        self.fetched = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self):
-                self.answer(body=False)
-
-            def do_GET(self):
-                self.answer(body=True)
-
-            def answer(self, body):
-                files = {file.name: file.read_bytes() for file in folder.iterdir()}
-                path = self.path.split("?")[0].removeprefix("/api/models").removeprefix(f"/{REPO}")
-                route, _, name = path.rpartition("/")
-                listed = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
-                code, headers, content = 404, {"X-Error-Code": "EntryNotFound"}, b""
-                if status != 200:
-                    code, headers = status, {"X-Error-Code": error_code}
-                elif route == "/tree":
-                    code, content = 200, json.dumps(listed).encode()
-                elif route in ("", "/revision"):
-                    code, content = 200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode()
-                elif route == f"/resolve/{COMMIT}" and name in files:
-                    code, content = 200, files[name]
-                    hub.fetched += [name] if body else []
-                    headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-                self.send_response(code)
-                for header, value in {**headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(header, value)
-                self.end_headers()
-                self.wfile.write(content if body else b"")
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-
 def point_to(monkeypatch, url):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -116,17 +70,49 @@ def point_to(monkeypatch, url):
 
 @pytest.fixture
 def serve(hub_cache, monkeypatch):
-    hubs = []
+    """serve(folder, status, error) -> what is fetched of it, as the model REPO, by huggingface_hub's routes."""
+    servers = []
 
-    def start(folder, **kwargs):
-        hubs.append(Hub(folder, **kwargs))
-        point_to(monkeypatch, hubs[-1].url)
-        return hubs[-1]
+    def start(folder, status=200, error="EntryNotFound"):
+        fetched = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                files = {file.name: file.read_bytes() for file in folder.iterdir()}
+                path = self.path.split("?")[0].removeprefix("/api/models").removeprefix(f"/{REPO}")
+                route, _, name = path.rpartition("/")
+                code, headers, content = 404, {"X-Error-Code": error}, b""
+                if status != 200:
+                    code = status
+                elif route == "/tree":
+                    listed = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
+                    code, content = 200, json.dumps(listed).encode()
+                elif route in ("", "/revision"):
+                    code, content = 200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode()
+                elif route == f"/resolve/{COMMIT}" and name in files:
+                    code, content = 200, files[name]
+                    headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+                    fetched.extend([name] if self.command == "GET" else [])
+                self.send_response(code)
+                for header, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(header, value)
+                self.end_headers()
+                self.wfile.write(content if self.command == "GET" else b"")
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        point_to(monkeypatch, f"http://127.0.0.1:{servers[-1].server_port}")
+        return fetched
 
     yield start
-    for hub in hubs:
-        hub.server.shutdown()
-        hub.server.server_close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 # folders
@@ -155,11 +141,6 @@ def test_a_file_and_a_folder_without_what_is_needed_are_named(model):
 # without the hub
 
 
-def test_offline_a_cached_model_is_used(offline, hub_cache, model):
-    snapshot = put_in_cache(hub_cache, model)
-    assert find(REPO) == snapshot
-
-
 @pytest.mark.parametrize("without", [("*",), ("config.json",), ("model.safetensors",)])
 def test_offline_what_is_not_cached_is_named_with_the_command_that_fetches_it(without, offline, hub_cache, model):
     put_in_cache(hub_cache, model, without)
@@ -170,24 +151,23 @@ def test_offline_what_is_not_cached_is_named_with_the_command_that_fetches_it(wi
         f"whole model. On a machine with access run `hf download {REPO} --local-dir models/tiny-model`, copy that "
         "folder here, and set my_key: models/tiny-model."
     )
+    option = r"^--model: .*--revision v1 --local-dir.* and give --model models/tiny-model\.$"
+    with pytest.raises(ValueError, match=option):
+        local_folder(REPO, "--model", "a model", revision="v1")
 
 
-def test_offline_files_that_are_not_needed_may_be_missing(serve, hub_cache, model, monkeypatch):
+def test_offline_a_cached_model_is_used_also_without_files_that_are_not_needed(
+    serve, offline, hub_cache, model, monkeypatch
+):
+    snapshot = put_in_cache(hub_cache, model)
+    assert find(REPO) == snapshot
     # fetched file by file: the cache then knows of files that it does not hold
+    shutil.rmtree(hub_cache)
     (model / "tokenizer.json").write_text("{}")
     serve(model)
-    from huggingface_hub import snapshot_download
-
     snapshot_download(REPO, allow_patterns=["config.json", "model.safetensors"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (find(REPO) / "model.safetensors").is_file()
-
-
-def test_an_option_is_told_as_an_option(offline):
-    with pytest.raises(
-        ValueError, match=r"^--model: .*--revision v1 --local-dir.* and give --model models/tiny-model\.$"
-    ):
-        local_folder(REPO, "--model", "a model", revision="v1")
 
 
 def test_a_hub_that_cannot_be_reached_is_named(hub_cache, monkeypatch):
@@ -206,12 +186,12 @@ def test_a_hub_that_cannot_be_reached_is_named(hub_cache, monkeypatch):
 
 
 def test_weights_are_fetched_only_when_asked_for(serve, model):
-    hub = serve(model)
+    fetched = serve(model)
     find(REPO, weights=False, patterns=["preprocessor_config.json"])
-    assert sorted(hub.fetched) == ["config.json", "preprocessor_config.json"]
+    assert sorted(fetched) == ["config.json", "preprocessor_config.json"]
     folder = find(REPO)
     assert folder.name == COMMIT
-    assert sorted(hub.fetched) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(fetched) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
@@ -224,9 +204,9 @@ def test_what_transformers_would_load_is_fetched_and_nothing_else(suffix, parts,
     elif suffix == ".bin":
         (model / "model.safetensors").rename(model / "pytorch_model.bin")
     (model / "consolidated.safetensors").write_bytes(b"the same again, for another program")
-    hub = serve(model)
+    fetched = serve(model)
     find(REPO)
-    assert set(hub.fetched) == weights | {"config.json", "preprocessor_config.json"}
+    assert set(fetched) == weights | {"config.json", "preprocessor_config.json"}
 
 
 def test_what_the_hub_does_not_have_is_named(serve, model):
@@ -247,7 +227,7 @@ def test_what_the_hub_does_not_have_is_named(serve, model):
     ],
 )
 def test_a_model_that_the_hub_does_not_give_is_named(status, code, message, serve, tmp_path):
-    serve(tmp_path, status=status, error_code=code)
+    serve(tmp_path, status, code)
     with pytest.raises(ValueError, match=message):
         find(REPO)
 
@@ -279,8 +259,7 @@ DAMAGE = {
 def test_weights_that_are_not_whole_are_named(damage, model):
     file = model / "model.safetensors"
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    why = "git lfs pull" if damage == "git-lfs" else "is not a whole safetensors file"
-    with pytest.raises(ValueError, match=rf"model\.safetensors .*{why}"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file .* run `git lfs pull`"):
         weight_files(model)
 
 

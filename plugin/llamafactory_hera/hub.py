@@ -108,10 +108,10 @@ def _unreachable(repo: str, key: str, error: Exception, hub: dict[str, Any]) -> 
     folder = f"models/{repo.split('/')[1]}"
     command = f"hf download {repo}" + (f" --revision {hub['revision']}" if hub.get("revision") else "")
     place = f"give {key} {folder}" if key.startswith("--") else f"set {key}: {folder}"
+    cache = hub.get("cache_dir") or constants.HF_HUB_CACHE
     return ValueError(
-        f"{key}: {repo} is not a folder here, {why}, and the hub cache {hub.get('cache_dir') or constants.HF_HUB_CACHE} "
-        f"does not hold the whole model. On a machine with access run `{command} --local-dir {folder}`, copy that "
-        f"folder here, and {place}."
+        f"{key}: {repo} is not a folder here, {why}, and the hub cache {cache} does not hold the whole model. On a "
+        f"machine with access run `{command} --local-dir {folder}`, copy that folder here, and {place}."
     )
 
 

@@ -57,7 +57,9 @@ def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], **text
     )
     pixels = {"patch_size": patch, "size": {"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}}
     processor = getattr(tf, f"{name}Processor")(
-        tf.Qwen2VLImageProcessor(**pixels), tokenizer, getattr(tf, f"{name.replace('2_5_', '2')}VideoProcessor")(**pixels)
+        tf.Qwen2VLImageProcessor(**pixels),
+        tokenizer,
+        getattr(tf, f"{name.replace('2_5_', '2')}VideoProcessor")(**pixels),
     )
     _save(getattr(tf, f"{name}ForConditionalGeneration")(config), processor, folder)
 

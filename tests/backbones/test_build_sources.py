@@ -57,10 +57,14 @@ def edit(file: Path, **changes) -> None:
 # which model
 
 
-def test_another_kind_of_model_is_refused_with_what_can_be_given(refused: Refused, build: Build, tmp_path: Path) -> None:
+def test_another_kind_of_model_is_refused_with_what_can_be_given(
+    refused: Refused, build: Build, tmp_path: Path
+) -> None:
     tf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16).save_pretrained(tmp_path / "gpt2")
     for llm, kind in (("siglip", "siglip"), (build(output="finished").folder, "llava"), (tmp_path / "gpt2", "gpt2")):
-        message = refused(rf"--language-model: .* \({kind}\) is not a language model alone .* types: gemma2, ", llm=llm)
+        message = refused(
+            rf"--language-model: .* \({kind}\) is not a language model alone .* types: gemma2, ", llm=llm
+        )
         assert "added to FAMILIES in heads/families.py; a multimodal model is trained as it is" in message
     tower = r"cannot be the vision tower; give one of these types: clip, .* not SigLIP2 NaFlex"
     refused(rf"--vision-model: .* \(qwen3\) {tower}", tower="qwen3")
@@ -81,9 +85,7 @@ def test_without_the_hub_the_command_that_fetches_the_files_is_named(
     refused("the folder no/such/folder does not exist", llm="no/such/folder")
 
 
-def test_quantised_models_are_refused_before_their_weights_are_read(
-    refused: Refused, llm: Path, tower: Path
-) -> None:
+def test_quantised_models_are_refused_before_their_weights_are_read(refused: Refused, llm: Path, tower: Path) -> None:
     for folder in (llm, tower):
         (folder / "model.safetensors").unlink()
         for method in ("fp8", "gptq"):
@@ -200,7 +202,9 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(
     refused(r"has a word with the number 399, vocab_size in config.json is 390", llm=small)
     other = save_language_model("qwen3", tmp_path / "other", rows=1000, eos_token_id=[2, 900])
     refused(r"eos_token_id in config.json is 900, and it has 403 tokens", llm=other)
-    nothing = rf"--language-model: the tokenizer in {llm} is not .* encodes the text 'What .*' to nothing. Copy tokenizer"
+    nothing = (
+        rf"--language-model: the tokenizer in {llm} is not .* encodes the text 'What .*' to nothing. Copy tokenizer"
+    )
     file = llm / "tokenizer.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"model": content["model"] | {"vocab": {}, "merges": []}}))

@@ -101,7 +101,7 @@ def test_what_was_put_is_found_in_the_order_of_the_keys_before_and_after_flushin
         cache.flush()
 
 
-def test_a_cache_of_earlier_versions_is_read(folder):
+def test_a_cache_of_earlier_versions_is_read_also_elsewhere(folder, tmp_path):
     # its layout, written out
     inside = folder / f"{TEACHER[:32]}-float16"
     inside.mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_cache_of_earlier_versions_is_read(folder):
     tensors = {"keys": keys, "checksums": checksums, "features": features}
     index = zlib.crc32(keys.tobytes() + checksums.tobytes())
     (inside / "0.safetensors").write_bytes(save(tensors, metadata={"index_crc32": str(index)}))
-    assert holds(opened(folder), range(20))
+    assert holds(opened(shutil.move(folder, tmp_path / "elsewhere")), range(20))
 
 
 def test_keys_with_zero_bytes_are_told_apart(cache, folder):
@@ -153,14 +153,6 @@ def test_waiting_features_are_written_when_there_are_enough(folder, cache, flush
         put(cache, [name])
     assert len(shard_files(cache)) == 2
     assert len(opened(folder)) == 20
-
-
-def test_refresh_shows_what_others_have_written(cache, folder):
-    reader = opened(folder)
-    store(cache, [1, 2])
-    assert reader.get(keys_of([1])) == [None]
-    reader.refresh()
-    assert holds(reader, [1, 2])
 
 
 def test_teachers_do_not_mix_and_the_manifest_names_the_teacher(folder):
@@ -239,7 +231,7 @@ def test_a_damaged_shard_is_left_out_with_a_warning_at_the_latest_when_its_rows_
 # several processes
 
 
-def test_readers_and_pickled_copies_hold_no_features_in_memory(folder, cache):
+def test_readers_and_pickled_copies_hold_no_features_in_memory_and_see_after_refresh_what_others_wrote(cache):
     store(cache, range(2000))
     put(cache, [5000])
     copy = pickle.loads(pickle.dumps(cache))
@@ -248,6 +240,10 @@ def test_readers_and_pickled_copies_hold_no_features_in_memory(folder, cache):
     # what waits belongs to the process that computed it
     assert copy.get(keys_of([5000])) == [None]
     assert sum(shard.keys.nbytes + shard.checksums.nbytes for shard in copy._shards.values()) == 2000 * 20
+    cache.flush()
+    assert copy.get(keys_of([5000])) == [None]
+    copy.refresh()
+    assert holds(copy, [5000])
 
 
 def test_loader_workers_read_it_at_the_same_time(cache, flush_rows):
@@ -451,9 +447,3 @@ def test_several_processes_open_merge_and_write_at_once(folder, few_shards):
     run([fork.Process(target=child, args=(start,)) for start in (1000, 2000)])
     everything = [*range(30), *range(1000, 1030), *range(2000, 2030)]
     assert holds(opened(folder), everything)
-
-
-def test_the_cache_can_be_moved(folder, cache, tmp_path):
-    store(cache, [1])
-    shutil.move(folder, tmp_path / "elsewhere")
-    assert holds(FeatureCache(tmp_path / "elsewhere", TEACHER, DIM), [1])

@@ -123,7 +123,9 @@ def test_the_final_norm_is_applied(save_teacher, make_images):
     assert not torch.allclose(without, teacher.encode(pixels))
 
 
-def test_the_teacher_is_frozen_never_in_training_mode_and_knows_nothing_of_the_step_around_it(save_teacher, make_images, edit_json):
+def test_the_teacher_is_frozen_never_in_training_mode_and_knows_nothing_of_the_step_around_it(
+    save_teacher, make_images, edit_json
+):
     folder = save_teacher("dinov2")
     # dropout shows whether a pass ran in training mode
     edit_json(folder / "config.json", hidden_dropout_prob=0.5, drop_path_rate=0.5)
@@ -217,7 +219,11 @@ def zero3():
 @pytest.fixture
 def fsdp(monkeypatch):
     """What rank 1 of a launch with efficient loading sees."""
-    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"), ("LOCAL_RANK", "1")):
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
+        ("LOCAL_RANK", "1"),
+    ):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)

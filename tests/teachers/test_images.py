@@ -76,7 +76,11 @@ def test_every_form_gives_the_same_pixels_and_the_same_key(picture, tmp_path):
     file = io.BytesIO(content)
     file.seek(7)  # it is read from its start, and left where it was
     forms = [str(picture), picture, tmp_path / "name.jpg", content, file]
-    forms += [{"path": str(picture), "bytes": None}, {"path": None, "bytes": content}, {"path": "gone", "bytes": content}]
+    forms += [
+        {"path": str(picture), "bytes": None},
+        {"path": None, "bytes": content},
+        {"path": "gone", "bytes": content},
+    ]
     with Image.open(picture) as opened:
         expected = np.array(opened)
     for form in forms:

@@ -75,9 +75,9 @@ def open_language_model(name_or_path: str) -> Source:
     folder, config = read_config(name_or_path, LANGUAGE_KEY)
     if config.model_type not in FAMILIES or hasattr(config, "vision_config"):
         raise ValueError(
-            f"{LANGUAGE_KEY}: {folder} ({config.model_type}) is not a language model alone whose heads are known. Give "
-            f"one of these types: {', '.join(sorted(FAMILIES))}. A new type is added to FAMILIES in heads/families.py; "
-            "a multimodal model is trained as it is, with model_name_or_path."
+            f"{LANGUAGE_KEY}: {folder} ({config.model_type}) is not a language model alone whose heads are known. "
+            f"Give one of these types: {', '.join(sorted(FAMILIES))}. A new type is added to FAMILIES in "
+            "heads/families.py; a multimodal model is trained as it is, with model_name_or_path."
         )
     folder, stored = _read_weights(name_or_path, LANGUAGE_KEY)
     weights = {f"language_model.{name}": tensor for name, tensor in stored.items()}
@@ -141,7 +141,8 @@ def read_config(name_or_path: str, key: str) -> tuple[Path, Any]:
     if quantised:
         raise ValueError(
             f"{key}: {folder} is quantised (quantization_config in {CONFIG_FILE}, method "
-            f"{quantised.get('quant_method')}), and weights are copied as they are; give the unquantised checkpoint. Training can quantise the built model (quantization_bit)."
+            f"{quantised.get('quant_method')}), and weights are copied as they are; give the unquantised checkpoint. "
+            "Training can quantise the built model (quantization_bit)."
         )
     return folder, config
 

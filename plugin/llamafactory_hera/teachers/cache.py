@@ -98,7 +98,8 @@ def write_shard(path: Path, keys: NDArray[np.bytes_], features: NDArray[np.float
     order = np.argsort(keys)
     keys, features = np.ascontiguousarray(keys[order]), np.ascontiguousarray(features[order])
     checksums = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(keys))
-    tensors = {"keys": keys.view(np.uint8).reshape(-1, KEY_BYTES), "checksums": checksums, "features": features}
+    key_bytes: np.ndarray = keys.view(np.uint8).reshape(-1, KEY_BYTES)
+    tensors = {"keys": key_bytes, "checksums": checksums, "features": features}
     # Not `whole_file`: processes of several machines may write the same merged shard at once.
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
@@ -185,6 +186,7 @@ class FeatureCache:
                 for i, feature in zip(held, shard.read(rows[held]) if held else [], strict=True):
                     found[i] = torch.from_numpy(feature)
             except FileNotFoundError:  # another process has merged it
+                del self._shards[shard.path]
                 self.refresh()
                 return self.get(keys)
             except DAMAGE as error:

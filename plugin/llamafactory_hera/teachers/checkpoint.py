@@ -23,6 +23,7 @@ _HASH_BLOCK = 16 * 2**20
 # What saving or copying a model changes without changing what it computes.
 _INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
 
+
 @dataclass(frozen=True)
 class TeacherFamily:
     """How one `model_type` of a `config.json` is loaded and read.

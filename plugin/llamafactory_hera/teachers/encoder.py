@@ -49,11 +49,7 @@ class TeacherProcessor:
         self.pixel_size: tuple[int, int] = (one[0], one[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Processes one image of any mode.
-
-        Returns:
-            ``[3, h, w]`` in float32.
-        """
+        """Processes one image of any mode, to ``[3, h, w]`` in float32."""
         image = image.convert("RGB")
         if self._grid is None:
             return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -64,11 +60,7 @@ class TeacherProcessor:
         return rows.permute(4, 0, 2, 1, 3).reshape(3, grid * patch, grid * patch).contiguous()
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
-        """Processes images one by one.
-
-        Returns:
-            ``[B, 3, h, w]`` in float32.
-        """
+        """Processes images one by one, to ``[B, 3, h, w]`` in float32."""
         return torch.stack([self(image) for image in images])
 
 
@@ -180,11 +172,7 @@ class VisionTeacher:
 
 
 def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
-    """Cuts ``[B, 3, h, w]`` into the inputs of a NaFlex model.
-
-    Returns:
-        ``pixel_values [B, N, patch * patch * 3]``, ``pixel_attention_mask [B, N]``, ``spatial_shapes [B, 2]``.
-    """
+    """Cuts ``[B, 3, h, w]`` into the N patches that a NaFlex model takes, in ``[B, N, patch * patch * 3]``."""
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch, width // patch
     patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)

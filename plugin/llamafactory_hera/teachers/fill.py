@@ -1,7 +1,7 @@
 """Features of many images: looked up where the cache has them, computed in batches where it has not."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -30,11 +30,10 @@ def encode_images(
     """
     features = torch.empty(len(images), teacher.dim)
     keys = fill_cache(teacher, cache, images, batch_size)
-    for start in range(0, len(keys), _LOOK_UP_AT_ONCE):
-        for i, feature in enumerate(cache.get(keys[start : start + _LOOK_UP_AT_ONCE]), start):
-            if feature is None:  # a shard was found to be damaged only now
-                return encode_images(teacher, cache, images, batch_size)
-            features[i] = feature
+    for i, feature in enumerate(_look_up(cache, keys)):
+        if feature is None:  # a shard was found to be damaged only now
+            return encode_images(teacher, cache, images, batch_size)
+        features[i] = feature
     return features
 
 
@@ -66,11 +65,9 @@ def fill_cache(
     """
     cache.refresh()
     keys = [image_key(image) for image in images]
-    different = sorted({key: i for i, key in reversed(list(enumerate(keys)))}.values())
-    missing = []
-    for start in range(0, len(different), _LOOK_UP_AT_ONCE):
-        chunk = different[start : start + _LOOK_UP_AT_ONCE]
-        missing += [i for i, held in zip(chunk, cache.get([keys[i] for i in chunk]), strict=True) if held is None]
+    different = {key: i for i, key in enumerate(keys)}
+    found = _look_up(cache, list(different))
+    missing = [i for i, feature in zip(different.values(), found, strict=True) if feature is None]
     decoded = partial(_decoded, images, teacher.processor)
     loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)  # type: ignore[arg-type]
     bar = tqdm(total=len(missing), desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0)
@@ -93,6 +90,12 @@ def fill_cache(
         bar.close()
         cache.flush()
     return keys
+
+
+def _look_up(cache: FeatureCache, keys: list[bytes]) -> Iterator[Tensor | None]:
+    # a dataset's features at once would be too many for memory
+    for start in range(0, len(keys), _LOOK_UP_AT_ONCE):
+        yield from cache.get(keys[start : start + _LOOK_UP_AT_ONCE])
 
 
 def _decoded(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:

@@ -127,9 +127,9 @@ def _encoded(image: ImageLike) -> bytes:
             f"An image is given as {type(image).__name__}; it must be a path, bytes, a dict with 'path' or 'bytes', a "
             "file object or a PIL image."
         )
-    # Whoever owns the file object reads it again: leave its position as it was.
-    position = image.tell()
-    image.seek(0)
-    content = image.read()
-    image.seek(position)
+    file: Any = image  # whoever owns it reads it again: its position stays as it was
+    position = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(position)
     return content
