@@ -232,7 +232,7 @@ def test_a_token_that_was_added_behind_the_embedding_gets_a_row(build: Build, ll
         ({"image_mean": "none"}, r"cannot be used .* Copy or download preprocessor_config.json of the same model"),
         (
             {"size": {"height": 64, "width": 64}, "crop_size": {"height": 64, "width": 64}},
-            r"makes images of \[\(64, 64\)\] pixels, .* the vision tower's \(32, 32\) .* crop_size to \(32, 32\)",
+            r"makes images of \[\(64, 64\)\] pixels, .* the vision tower's \(32, 32\) .* and crop_size to \(32, 32\)",
         ),
         (None, r"cannot be used .* Copy or download preprocessor_config.json of the same model"),
     ],

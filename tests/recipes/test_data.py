@@ -128,13 +128,16 @@ def test_every_dataset_of_a_recipe_is_declared(values: dict, folder: Path) -> No
         assert keys["media_dir"] == f"{keys['dataset_dir']}/{keys['dataset']}/images"
 
 
-def test_captions_load_with_their_one_picture(model: Path, data: Path) -> None:
+def test_captions_load_with_their_one_picture_and_a_missing_one_is_named(model: Path, data: Path) -> None:
     samples = loaded(model, data, "llava_pretrain", "llava_plain")
     assert len(samples) == 2
     for sample, row in zip(samples, PRETRAIN, strict=True):
         assert sample["images"] == [str(data / "llava_pretrain/images" / row["image"])]
         assert answers(model, sample) == row["conversations"][1]["value"] + "\n"
         assert len(sample["input_ids"]) == 16 + sum(label != -100 for label in sample["labels"])
+    (data / "llava_pretrain/images/00223/002239345.jpg").unlink()
+    with pytest.raises(ValueError, match=r"sample 1 of llava_pretrain .*002239345\.jpg"):
+        loaded(model, data, "llava_pretrain", "llava_plain")
 
 
 def test_the_raw_mixture_cannot_be_loaded_and_the_prepared_one_can(model: Path, data: Path) -> None:
@@ -152,12 +155,6 @@ def test_the_raw_mixture_cannot_be_loaded_and_the_prepared_one_can(model: Path, 
     assert [sample["input_ids"].count(image) for sample in samples] == [16, 16, 16, 0]
     assert answers(model, samples[0]).count("<|im_end|>") == 2
     assert answers(model, samples[3]).startswith("Nothing in HTML")
-
-
-def test_a_missing_picture_is_named(model: Path, data: Path) -> None:
-    (data / "llava_pretrain/images/00223/002239345.jpg").unlink()
-    with pytest.raises(ValueError, match=r"sample 1 of llava_pretrain .*002239345\.jpg"):
-        loaded(model, data, "llava_pretrain", "llava_plain")
 
 
 def test_dense_captions_load(model: Path, data: Path) -> None:

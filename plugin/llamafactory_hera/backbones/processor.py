@@ -104,9 +104,9 @@ def _image_processor(vision: Source) -> tuple[Any, tuple[int, int]]:
     taken = (side, side) if isinstance(side, int) else tuple(side)
     if len(sizes) != 1 or (sizes != {taken} and not TOWERS[vision.config.model_type].any_size):
         raise ValueError(
-            f"{VISION_KEY}: the image processor of {folder} makes images of {sorted(sizes)} pixels, LLaVA takes images "
-            f"of one size, the vision tower's {taken} (image_size in {CONFIG_FILE}). Set do_center_crop, and size and "
-            f"crop_size to {taken}, in {_IMAGE_SETTINGS}, or copy that of the same model into the folder."
+            f"{VISION_KEY}: the image processor of {folder} makes images of {sorted(sizes)} pixels, LLaVA takes "
+            f"those of one size, the vision tower's {taken} (image_size in {CONFIG_FILE}). Set do_center_crop, size "
+            f"and crop_size to {taken} in {_IMAGE_SETTINGS}, or copy that of the same model into the folder."
         )
     return processor, sizes.pop()
 
