@@ -165,7 +165,7 @@ def test_worst_and_top_are_those_of_the_first_file_and_the_page_holds_them_and_t
         "worst-5": "L2H0 L0H0 L1H0 L0H3 L1H2 mean",
         "top-5": "L1H1 L2H3 L0H1 L2H2 L1H3 mean",
     }
-    assert comparison.names == ("base", "run")
+    assert comparison.names == ["base", "run"]
     page = render_markdown(comparison, "x.png")
     assert "| L2H0 | 0.0500 | 0.2500 | +0.2000 |" in page
     assert "| **worst-5 mean** | 0.1500 | 0.3500 | +0.2000 |" in page
@@ -200,8 +200,8 @@ def test_picture_and_page_are_written(files, tmp_path):
 
 def test_names_fall_back_to_what_differs(tmp_path):
     one, two = (write_scores(tmp_path / f"run/hera/{name}.json", BEFORE) for name in ("heads", "scores"))
-    assert compare([one, two]).names == ("heads", "scores")
-    assert compare([one, one]).names == (str(one), str(one))
+    assert compare([one, two]).names == ["heads", "scores"]
+    assert compare([one, one]).names == [str(one), str(one)]
 
 
 @pytest.mark.parametrize(

@@ -106,15 +106,7 @@ class Forward:
         self._call(batch, 1)
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
-        """Logits at some positions of every sample.
-
-        Args:
-            batch: As collated.
-            positions: Indices ``[P]`` on the model's device.
-
-        Returns:
-            ``[B, P, V]``.
-        """
+        """Logits ``[B, P, V]`` at some positions ``[P]``, on the model's device, of every sample."""
         logits = self._call(batch, positions).logits
         return logits if self._can_skip_logits else logits[:, positions]
 

@@ -155,12 +155,7 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
 def write_report(
     paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
 ) -> tuple[Path, Path]:
-    """Writes ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths.
-
-    Args:
-        paths: Score files, "before" first.
-        output: Path without a suffix.
-        names: A name for each file.
+    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths.
 
     Raises:
         ValueError: As :func:`compare`, or the output cannot be written.

@@ -15,14 +15,8 @@ def write_run_yaml(recipe: Path, overrides: dict[str, Any], heads: Targets, head
     """Writes the recipe that trains with the selected heads.
 
     ``hera_heads`` names the heads file, so that training checks where the heads come from and keeps their provenance.
-    Paths stay as they are: the host reads them relative to the folder in which it is started, not to the recipe.
-
-    Args:
-        recipe: The recipe that selection was started with.
-        overrides: Keys given beside it; they become part of it.
-        heads: The selected heads, for a comment.
-        heads_file: The file that holds them.
-        target: The file to write.
+    Keys given beside the recipe become part of it. Paths stay as they are: the host reads them relative to the folder
+    in which it is started, not to the recipe.
     """
     text = recipe.read_text(encoding="utf-8")
     for key, value in {**overrides, "stage": "hera", _KEY: str(heads_file)}.items():

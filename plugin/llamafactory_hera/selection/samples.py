@@ -101,14 +101,9 @@ def draw(
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
 ) -> Draw:
-    """Draws up to ``count`` samples in an order that depends on the seed alone, each image once.
+    """Draws up to ``count`` usable samples in an order that depends on the seed alone, each image once.
 
-    Args:
-        source: The dataset.
-        count: How many to draw.
-        seed: Of the order.
-        image_index: Which image stands for a sample of several, as for ``shown_image``.
-        usable: Whether a sample can be used, by what the model sees of it.
+    Of a sample with several images ``image_index`` says which one stands for it, as for ``shown_image``.
 
     Raises:
         ValueError: An image cannot be read.

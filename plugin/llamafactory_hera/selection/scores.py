@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -81,18 +81,13 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """The scores in a ``heads.json`` or a ``layers.json``; both hold those of all heads and layers.
-
-    Attributes:
-        path: The file.
-        chosen: The heads or layers that were chosen.
-        scores: MKNN ``[L, H]``, NaN where a head could not be scored.
-        layer_scores: MKNN of each layer's own output, ``[L]``.
-    """
+    """The scores in a ``heads.json`` or a ``layers.json``; both hold those of all heads and layers."""
 
     path: Path
     chosen: Targets
+    #: MKNN ``[L, H]``, NaN where a head could not be scored.
     scores: np.ndarray
+    #: MKNN of each layer's own output, ``[L]``.
     layer_scores: np.ndarray
 
     @classmethod
@@ -199,28 +194,20 @@ def package_versions() -> dict[str, str]:
 # -- before and after ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Score files of one model at several times.
+class Comparison(NamedTuple):
+    """Score files of one model at several times, "before" first, each with a short name."""
 
-    Attributes:
-        files: The first is "before"; where it names layers, layers are compared, else heads.
-        names: A short name for each.
-        groups: ``worst-5`` and ``top-5`` (or as many as there are) of the first file, each with the MKNN of its heads
-            or layers in every file, NaN where it has none, and their ``mean``.
-    """
-
-    files: tuple[ScoreFile, ...]
-    names: tuple[str, ...]
+    files: Sequence[ScoreFile]
+    names: Sequence[str]
+    #: ``worst-5`` and ``top-5`` (or as many as there are) of the first file, heads or layers as it names them, each
+    #: with its MKNN in every file, NaN where it has none, and their ``mean``.
     groups: dict[str, dict[str, list[float]]]
 
 
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
     """Reads two or more score files, "before" first, and checks that they can be set side by side.
 
-    Args:
-        paths: The files.
-        names: A name for each; default: those of their runs' folders, or as much of their paths as tells them apart.
+    Without ``names`` each is called by its run's folder, or as much of its path as tells them apart.
 
     Raises:
         ValueError: Fewer than two files, files without scores, or files that were not scored on the same teacher,
@@ -230,7 +217,7 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Co
         raise ValueError("report: give two score files or more, the one before training first.")
     if names and len(names) != len(paths):
         raise ValueError(f"report: {len(names)} names for {len(paths)} files; give one for each.")
-    files = tuple(ScoreFile.load(path) for path in paths)
+    files = [ScoreFile.load(path) for path in paths]
     for file in files[1:]:
         differing = differences(files[0].provenance, file.provenance, Role.SCORES)
         if files[0].scores.shape != file.scores.shape:
@@ -247,15 +234,15 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Co
     for title, targets in (("worst", ranked[:n]), ("top", ranked[::-1][:n])):
         rows = {str(target): [scores.get(target, math.nan) for scores in known] for target in targets}
         groups[f"{title}-{n}"] = rows | {"mean": [sum(column) / n for column in zip(*rows.values(), strict=True)]}
-    return Comparison(files, tuple(names) or _short_names(paths), groups)
+    return Comparison(files, names or _short_names([file.path.absolute() for file in files]), groups)
 
 
-def _short_names(paths: Sequence[str | os.PathLike]) -> tuple[str, ...]:
-    """The folders of the runs that score files lie in, or as much of their paths as tells them apart."""
-    absolute = [Path(path).absolute() for path in paths]
-    folders = [path.parents[1 if path.parent.name == RUN_FOLDER else 0].name for path in absolute]
-    choices = folders, [path.stem for path in absolute], list(map(str, absolute))
-    return tuple(next((names for names in choices if len(set(names)) == len(names)), choices[-1]))
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    folders = [path.parents[1 if path.parent.name == RUN_FOLDER else 0].name for path in paths]
+    for names in (folders, [path.stem for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def render_markdown(comparison: Comparison, picture: str) -> str:

@@ -124,7 +124,9 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
         train = module.get("train_dataset")
         if train is not None:
             _check_images(train, data_args)
-            _check_cutoff(train, template, data_args, **tokenizer_module)
+            first = enumerate(islice(train, N_CHECKED * N_CHECKED))
+            for row, sample in islice(((row, sample) for row, sample in first if sample.get("images")), N_CHECKED):
+                check_image_tokens(row, sample, template, data_args, **tokenizer_module)
         return module
 
     return get_checked
@@ -156,12 +158,6 @@ def _check_images(dataset: Any, data_args: Any) -> None:
             f"dataset: {', '.join(data_args.dataset or [])} holds {'one sample with an' if found else 'no'} image, "
             "and HeRA compares samples by what their images show; use a dataset with an `images` column or stage: sft."
         )
-
-
-def _check_cutoff(dataset: Any, template: Any, data_args: Any, tokenizer: Any, processor: Any = None) -> None:
-    rows = enumerate(islice(dataset, N_CHECKED * N_CHECKED))
-    for row, sample in islice(((row, sample) for row, sample in rows if sample.get("images")), N_CHECKED):
-        check_image_tokens(row, sample, template, data_args, tokenizer, processor)
 
 
 def check_image_tokens(

@@ -19,7 +19,7 @@ from llamafactory_hera.selection.select import fill_teacher_cache, select_target
 
 from .checks import UNREADABLE, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
-from .recipe import host_arguments, model_folder, named_output, read_recipe, read_values, without_training
+from .recipe import NOT_TRAINING, host_arguments, model_folder, named_output, read_recipe, read_values
 
 
 def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> Targets:
@@ -135,12 +135,12 @@ def calibrate(
     ours = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
     config = RahConfig.from_keys(ours)
     # the host's parser does not know the keys
-    values = {key: value for key, value in without_training(values).items() if key not in ours}
+    values = {key: value for key, value in values.items() if key not in ours}
     if values.get("template") is None:
         raise ValueError("template: none is named; name the one of the model, without which the host reads no image.")
     output_dir = named_output(values, "saves/calibration")
     # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
-    values |= {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
+    values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
     _check_model(host.model)
     return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)

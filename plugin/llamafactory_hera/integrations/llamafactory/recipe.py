@@ -11,8 +11,8 @@ from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
 from llamafactory_hera.knobs import typed
 
-# Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
-_NOT_TRAINING = {
+#: Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
+NOT_TRAINING: dict[str, Any] = {
     "do_train": False,
     "do_eval": False,
     "do_predict": False,
@@ -53,12 +53,7 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a recipe with the host's parser, for scoring.
-
-    Args:
-        path: A YAML or JSON file as for ``llamafactory-cli train``; None when the overrides say everything.
-        overrides: ``key=value`` s, as the host takes them.
-        forced: Further keys, over both.
+    """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides.
 
     Raises:
         ValueError: The file cannot be read, or a key or value is refused by the host.
@@ -68,7 +63,7 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     layers = values.get("hera_granularity") == "layer"
     scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
     scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
-    values = without_training(values) | scored | forced
+    values = values | NOT_TRAINING | scored | forced
     host = host_arguments(values)
     return Recipe(changes, values, HeraConfig.from_keys(host.finetuning), host)
 
@@ -99,12 +94,6 @@ def read_values(
     except (YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"The recipe {path} is not YAML that the host can read: {error}") from error
     return values, OmegaConf.to_container(changes, resolve=True)
-
-
-def without_training(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe with training switched off."""
-    kept = {key: value for key, value in values.items() if key not in _NOT_TRAINING}
-    return kept | {key: value for key, value in _NOT_TRAINING.items() if value is not None}
 
 
 def named_output(values: Mapping[str, Any], example: str) -> Path:
