@@ -1,14 +1,22 @@
 """Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that hold them.
 
 ``head_dim`` differs from ``hidden_size / heads`` wherever the architecture allows that, two query heads share a
-key-value head, and norms and biases are random, so that no mistake hides behind ones and zeros.
+key-value head, and norms and biases are random, so that no mistake hides behind ones and zeros. Beside them a
+tiny teacher, and rows of a dataset with images.
 """
 
+import atexit
+import json
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from PIL import Image
 from torch import Tensor, nn
 
 VOCAB = 64
@@ -236,3 +244,50 @@ def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
     text_start = int((ids[0] >= IMAGE).sum())
     labels[:, : text_start + prompt] = -100
     return labels
+
+
+# -- a dataset's rows, and the teacher of their images ---------------------------------------------------------------
+
+TEACHER_SIZE = 12  # pixels; 3 x 3 patches
+
+
+@cache
+def teacher_folder() -> str:
+    """The folder of a tiny random DINOv2; the same weights in every process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny_teacher_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = tf.Dinov2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=TEACHER_SIZE, patch_size=4
+    )
+    torch.manual_seed(4)
+    model = tf.Dinov2Model(config)
+    with torch.no_grad():  # the usual initialisation gives every image almost the same feature
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
+    model.save_pretrained(folder)
+    size = {"height": TEACHER_SIZE, "width": TEACHER_SIZE}
+    processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": size, "do_center_crop": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return str(folder)
+
+
+def image_rows(model: nn.Module, n: int, shown: bool = True) -> list[dict[str, Any]]:
+    """Rows as a dataset holds them: inputs of the model, labels on answers of different lengths, and an image.
+
+    Args:
+        model: A VLM.
+        n: How many.
+        shown: Whether the teacher gets the image.
+    """
+    rows = []
+    for seed in range(n):
+        batch = vlm_batch(model, rows=1, seed=seed)
+        pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        labels = answer_labels(batch, prompt=2 + seed % 5)
+        rows.append({**batch, "labels": labels, "images": [Image.fromarray(pixels.numpy())] if shown else []})
+    return rows
+
+
+def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator that knows nothing of images: every column it is given holds tensors."""
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -1,40 +1,75 @@
-"""The code of docs/plain_trainer.md runs as it stands there."""
+"""The code of docs/plain_trainer.md and of README's section without LLaMA-Factory runs as it stands there."""
 
 import re
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from transformers import TrainingArguments
 
-PAGE = Path(__file__).parents[2] / "docs/plain_trainer.md"
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_trainer_of_the_page_trains_the_heads(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code.strip().splitlines()) < 30
-    names: dict = {}
-    exec(code, names)  # the page's own code
+def code_of(page: str, section: str = "") -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"```python\n(.*?)```", text[text.index(section) :], re.DOTALL)
+    assert all(len(code.strip().splitlines()) < 30 for code in found)
+    return found
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the pages take for given; their teacher is a tiny one in the working directory."""
+    (tmp_path / "facebook").mkdir()
+    (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
+    monkeypatch.chdir(tmp_path)
+    for key, value in (("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")):
+        monkeypatch.setenv(key, value)
+    model = vlm("llava-llama")
+    return {"model": model, "dataset": image_rows(model, 16), "collate": collate_rows}
+
+
+def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def test_the_three_ways_of_the_page(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    plain, mixin, loop = code_of("docs/plain_trainer.md")
+    before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    names["model"].config.use_cache = False
+    exec(plain, names)
+    logged = [line for line in names["trainer"].state.log_history if "loss" in line]
+    assert logged
+    assert all({"lm_loss", "hera_loss", "hera_mknn", "hera_temperature"} <= set(line) for line in logged)
+    assert {"state.safetensors", "heads.json"} <= {path.name for path in Path("saves/plain/hera").iterdir()}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
+
+    capsys.readouterr()
+    exec(mixin, names)
+    assert "'hera_loss'" in capsys.readouterr().out
+
+    before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    exec(loop, names)
+    assert capsys.readouterr().out.count("'hera_loss': ") == 2
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
+    assert Path("saves/loop/hera/state.safetensors").is_file()
+
+
+def test_readme(names: dict[str, Any], tmp_path: Path) -> None:
+    trainer, functions = code_of("README.md", "## Without LLaMA-Factory")[:2]
+    names["arguments"] = TrainingArguments(
+        str(tmp_path / "run"), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
     )
-    rows = [
-        {"input_ids": (ids := torch.randint(0, 32, (6,))), "labels": ids, "teacher_features": torch.randn(5)}
-        for _ in range(8)
-    ]
-
-    def weights(hera_weight: float) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        arguments = TrainingArguments(
-            tmp_path, per_device_train_batch_size=4, max_steps=2, remove_unused_columns=False, report_to="none",
-            use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
-        )  # fmt: skip
-        names["HeraTrainer"](model, arguments, train_dataset=rows, heads="L0H1,L1H3", k=2, weight=hera_weight).train()
-        return model.state_dict()
-
-    without, with_hera = weights(0.0), weights(1.0)
-    changed = {name for name in without if not torch.equal(without[name], with_hera[name])}
-    assert "model.layers.0.self_attn.q_proj.weight" in changed
-    assert "model.layers.1.self_attn.o_proj.weight" in changed
+    exec(trainer, names)
+    assert (tmp_path / "run/hera/heads.json").is_file()
+    rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"]]
+    names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(16, 5)}
+    names["model"].zero_grad()
+    exec(functions, names)
+    assert names["z"].shape == (2, 16, 48)
+    lm_loss = names["model"](**names["batch"]).loss
+    assert names["loss"] > lm_loss
+    names["loss"].backward()
+    assert names["model"].model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0

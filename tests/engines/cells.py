@@ -12,9 +12,10 @@ from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.gradcache import RandomState
 from tests.terms import ContrastiveTerm
+from tests.tiny_models import teacher_folder
 
 from .engines import ENGINES
-from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build, teacher_folder
+from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
 
 #: By data, loss and parameter name.
 Gradients = dict[str, dict[str, dict[str, Tensor]]]
@@ -34,9 +35,7 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
     return Aligner(model, config)
 
 
-def loss_of(
-    aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]
-) -> Tensor:
+def loss_of(aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:
     """The weighted sum of a micro-batch, with the forward pass through ``forward``."""
     micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
     lm_loss = forward(**batch.inputs).loss

@@ -1,14 +1,10 @@
-"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, a tiny teacher, and global batches for two ranks."""
+"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, and global batches for two ranks."""
 
-import atexit
-import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +13,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
-    Dinov2Config,
-    Dinov2Model,
     LlavaConfig,
     LlavaForConditionalGeneration,
     Qwen3Config,
@@ -26,6 +20,7 @@ from transformers import (
 )
 
 from llamafactory_hera.training.collator import NO_IMAGE, PIXELS
+from tests.tiny_models import TEACHER_SIZE
 
 HEADS = "L1H3,L2H0,L2H2"
 HEAD_DIM = 16
@@ -33,7 +28,6 @@ HIDDEN = 32
 K = 3
 RANKS = 2
 PER_RANK = 4
-TEACHER_SIZE = 12  # pixels; 3 x 3 patches
 IMAGE_TOKEN, PAD = 63, 0
 N_PATCHES, ANSWER, PROMPT = 4, 4, 3
 
@@ -82,26 +76,6 @@ def _new_model() -> LlavaForConditionalGeneration:
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.2, generator=generator)
     return model
-
-
-@cache
-def teacher_folder() -> str:
-    """The folder of a tiny random DINOv2; the same weights in every process."""
-    folder = Path(tempfile.mkdtemp(prefix="tiny_teacher_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    config = Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=TEACHER_SIZE, patch_size=4
-    )
-    torch.manual_seed(4)
-    model = Dinov2Model(config)
-    with torch.no_grad():  # the usual initialisation gives every image almost the same feature
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
-    model.save_pretrained(folder)
-    size = {"height": TEACHER_SIZE, "width": TEACHER_SIZE}
-    processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": size, "do_center_crop": False}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return str(folder)
 
 
 @cache

@@ -34,7 +34,7 @@ class CrossBatchMemory:
         if self.size == 0 or teacher.shape[0] == 0:
             return
         representations, teacher = representations.detach(), teacher.detach()
-        if len(self):
+        if self.representations is not None and self.teacher is not None:
             representations = torch.cat([self.representations.to(representations), representations], dim=1)
             teacher = torch.cat([self.teacher.to(teacher), teacher])
         # clone: a view would keep the whole batch alive
@@ -43,7 +43,7 @@ class CrossBatchMemory:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The queue's tensors, empty when nothing is held."""
-        if not len(self):
+        if self.representations is None or self.teacher is None:
             return {}
         return {"memory.representations": self.representations, "memory.teacher": self.teacher}
 

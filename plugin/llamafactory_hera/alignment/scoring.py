@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,24 +106,23 @@ def score_features(
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products in true fp32: no autocast, no TF32, no bf16 emulation, whatever the caller has switched on."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     per_backend = all(hasattr(backend, "fp32_precision") for backend in backends)
+    before = [backend.fp32_precision for backend in backends] if per_backend else torch.get_float32_matmul_precision()
     if per_backend:
-        before = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"
     else:
-        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if per_backend:
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
+        else:
             for backend, precision in zip(backends, before, strict=True):
                 backend.fp32_precision = precision
-        else:
-            torch.set_float32_matmul_precision(before)
 
 
 def _score_sets(features: Tensor, weight: Tensor | None, neighbors: Tensor, normalize: bool, limit: int) -> Tensor:
@@ -181,7 +181,8 @@ def _factors(vectors: Tensor, columns: Tensor | None, normalize: bool) -> tuple[
         queries = queries * torch.exp2(-torch.frexp(queries.abs().amax()).exponent.clamp(min=-126))
         keys = queries if gram is None else queries @ gram
         return queries, keys, keys.isfinite().all()
-    queries, keys, reach = queries.double(), queries.double(), 1.0
+    queries = keys = queries.double()
+    reach = torch.ones((), device=queries.device)
     if gram is not None:
         keys = queries @ gram.double()
         reach = gram.abs().sum(-1).amax()  # at least the spectral norm of the symmetric matrix

@@ -214,6 +214,11 @@ def _mark(axes: Axes, report: dict[str, Any]) -> list[Line2D]:
             edge, line_width = ("black", 1.0) if face != "none" else (colour, line_width)
             axes.scatter(columns, layers, s=46, marker=marker, facecolors=face, edgecolors=edge, linewidths=line_width)
         if heads:
-            style = {"marker": marker, "markerfacecolor": face, "markeredgecolor": "black", "linestyle": "none"}
+            style: dict[str, Any] = {
+                "marker": marker,
+                "markerfacecolor": face,
+                "markeredgecolor": "black",
+                "linestyle": "none",
+            }
             shown.append(Line2D([], [], **style, label=f"{label} ({len(heads)})"))
     return shown

@@ -55,7 +55,7 @@ class FeatureBlocks:
         return [block for block in range(len(self.rows)) if not self._is_whole(block)]
 
     def write(self, block: int, heads: Tensor, layers: Tensor) -> None:
-        """Stores a block whole or not at all: heads ``[B, L, H, d]`` and layers ``[B, L, D]`` in the order of its rows.
+        """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]`` in the order of its rows.
 
         Raises:
             ValueError: A finite value does not fit the storage type, or the file cannot be written.

@@ -1,0 +1,278 @@
+"""HeRA in a plain transformers Trainer: it trains, resumes, leaves its files, and weighs its term as it should."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.training import Aligner
+from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+
+BATCH = 4
+
+
+def hera(**keys: object) -> HeraConfig:
+    return HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, "weight": 1.0, **keys})
+
+
+def arguments(folder: Path, **values: object) -> TrainingArguments:
+    shared = {"per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH, "max_steps": 6}
+    shared |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**shared, "learning_rate": 3e-3, "save_only_model": False, **values})
+
+
+def trainer_of(folder: Path, model: nn.Module | None = None, rows: list | None = None, **values: Any) -> HeraTrainer:
+    model = vlm("llava-llama") if model is None else model
+    rows = image_rows(model, 3 * BATCH) if rows is None else rows
+    config = hera(**values.pop("hera", {}))
+    return HeraTrainer(model, arguments(folder, **values), hera=config, train_dataset=rows, data_collator=collate_rows)
+
+
+def lines(trainer: Trainer) -> list[dict[str, float]]:
+    """What is computed of each log line."""
+    return [
+        {name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name}
+        for line in trainer.state.log_history
+        if "loss" in line
+    ]
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    memory = {"hera": {"memory": 6}}
+    straight = trainer_of(tmp_path / "run", save_strategy="steps", save_steps=3, **memory)
+    straight.train()
+    logged = lines(straight)
+    assert len(logged) == 6
+    for line in logged:
+        assert {"loss", "lm_loss", "hera_loss", "hera_mknn", "hera_mknn_chance", "hera_temperature"} <= set(line)
+        assert line["loss"] == pytest.approx(line["lm_loss"] + line["hera_loss"], abs=1e-4)
+    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # the first step remembers nothing yet
+    for folder in ("checkpoint-3/hera", "hera"):
+        assert {"state.safetensors", "heads.json", "run.json"} <= {
+            p.name for p in (tmp_path / "run" / folder).iterdir()
+        }
+
+    resumed = trainer_of(tmp_path / "run", **memory)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert lines(resumed) == logged
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor)
+
+    straight.create_model_card()
+    straight.create_model_card()  # the section takes the place of the earlier one
+    page = (tmp_path / "run/README.md").read_text()
+    assert page.count("## Alignment with a vision encoder") == 1
+    assert "aligned heads L1H0, L0H2" in page
+    assert "| language-modeling loss |" in page
+    facts = json.loads((tmp_path / "run/hera/card.json").read_text())
+    assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
+
+
+def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "llamafactory_hera")
+    trainer_of(tmp_path, max_steps=1).train()
+    for part in (
+        "heads: L1H0,L0H2",
+        "objective: contrastive, weight 1.0",
+        "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
+        "neighbours: 2",
+        "candidates per sample: 3 (3 of the batch, 0 remembered)",
+        "hera_k: 2 neighbours among 3 candidates say little",
+    ):
+        assert part in caplog.text
+
+
+def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, eval_steps=2, max_steps=2)
+    trainer.args.eval_strategy, trainer.eval_dataset = "steps", image_rows(trainer.model, BATCH)
+    trainer.train()
+    (during,) = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    plain = Trainer(trainer.model, arguments(tmp_path), eval_dataset=trainer.eval_dataset, data_collator=collate_rows)
+    assert during == trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_the_mixin_goes_in_front_of_a_trainer_of_ones_own(tmp_path: Path, remove_unused_columns: bool) -> None:
+    seen = []
+
+    class Own(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+            seen.append(set(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class OwnHera(HeraTrainerMixin, Own):
+        pass
+
+    def images_of(row: dict) -> list:
+        return row["picture"]
+
+    model = vlm("llava-llama")
+    rows = [{**row, "images": row["images"], "picture": row["images"]} for row in image_rows(model, BATCH)]
+
+    def collate(rows: list[dict]) -> dict[str, Tensor]:
+        kept = [{name: v for name, v in row.items() if isinstance(v, Tensor)} for row in rows]
+        assert not remove_unused_columns or kept == rows
+        return collate_rows(kept)
+
+    trainer = OwnHera(
+        model,
+        arguments(tmp_path, max_steps=1, remove_unused_columns=remove_unused_columns),
+        hera=hera(),
+        images_of=images_of if not remove_unused_columns else lambda row: row["images"],
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    trainer.train()
+    assert lines(trainer)[0]["hera_loss"] > 0
+    assert seen == [{"input_ids", "attention_mask", "labels", "pixel_values"}]
+
+
+@pytest.mark.slow
+def test_no_other_host_is_imported(tmp_path: Path) -> None:
+    code = f"""
+        import sys
+        from pathlib import Path
+        from tests.integrations.test_transformers import lines, trainer_of
+        trainer = trainer_of(Path({str(tmp_path)!r}), max_steps=1)
+        trainer.train()
+        assert lines(trainer)[0]["hera_loss"] > 0
+        print([name for name in sys.modules if name.split(".")[0] in ("llamafactory", "trl", "axolotl")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    assert done.stdout.strip().splitlines()[-1:] == ["[]"], done.stderr
+    # messages are seen where nobody has set up a handler
+    assert re.search(r"\[INFO\|llamafactory_hera.*HeRA \| heads: L1H0,L0H2", done.stderr)
+
+
+# -- gradient accumulation -------------------------------------------------------------------------------------------
+
+STEPS = 2
+
+
+class KeepGradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss function of one's own, which counts tokens of all micro-batches."""
+    loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
+    """Of each micro-batch: the sum over its tokens with a label, and their number."""
+    found = []
+    for start in range(0, len(rows), BATCH):
+        batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in rows[start : start + BATCH]])
+        n = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            found.append((model(**batch).loss.item() * n, n))
+    return found
+
+
+def expected_gradient(model: nn.Module, rows: list[dict], accumulate: str) -> tuple[dict[str, Tensor], float]:
+    """Of the term's mean over micro-batches, or of the term of all samples together; by a bare Aligner."""
+    aligner = Aligner(model, hera())
+    collate = aligner.collator(collate_rows, drop=("images",))
+    size = BATCH if accumulate == "none" else len(rows)
+    terms = []
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size])
+        micro_batch = aligner.begin(batch)
+        model(**batch)
+        terms.append(aligner.finish(micro_batch))
+        aligner.capture.pool(None)
+    mean = torch.stack(terms).mean()
+    mean.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    aligner.finalize()
+    return found, mean.item()
+
+
+class NoLossKwargs(type(vlm("llava-llama"))):  # type: ignore[misc]
+    """LLaVA that takes no `num_items_in_batch`."""
+
+    accepts_loss_kwargs = False
+
+
+def no_loss_kwargs() -> nn.Module:
+    model = vlm("llava-llama")
+    model.__class__ = NoLossKwargs
+    return model
+
+
+@pytest.mark.parametrize("accumulate", ["none", "gradcache"])
+@pytest.mark.parametrize(
+    ("make", "loss_function", "accepts"),
+    [
+        (lambda: vlm("llava-llama"), None, True),
+        (no_loss_kwargs, None, False),
+        (lambda: vlm("qwen2_5_vl"), None, False),
+        (lambda: vlm("llava-llama"), token_mean, True),
+        (no_loss_kwargs, token_mean, False),
+    ],
+    ids=["LLaVA", "LLaVA without kwargs", "Qwen2.5-VL", "LLaVA, own loss", "LLaVA without kwargs, own loss"],
+)
+def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
+    tmp_path: Path, make: Callable[[], nn.Module], loss_function: Callable | None, accepts: bool, accumulate: str
+) -> None:
+    model = make()
+    rows = image_rows(model, STEPS * BATCH)
+    expected, term = expected_gradient(model, rows, accumulate)
+    losses = lm_losses(model, rows)
+
+    def run(weight: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        values = {"max_steps": 1, "gradient_accumulation_steps": STEPS, "max_grad_norm": 0.0}
+        trainer = HeraTrainer(
+            make(),
+            arguments(tmp_path, train_sampling_strategy="sequential", **values),
+            hera=hera(weight=weight, accumulate=accumulate),
+            train_dataset=rows,
+            data_collator=collate_rows,
+            compute_loss_func=loss_function,
+        )
+        assert trainer.model_accepts_loss_kwargs == accepts
+        keep = KeepGradients()
+        trainer.add_callback(keep)
+        trainer.train()
+        return keep.found, lines(trainer)[0]
+
+    (with_term, logged), (without, _) = run(0.5), run(0.0)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    largest = max(gradient.abs().max().item() for gradient in with_term.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(with_term[name] - without[name], 0.5 * gradient, rtol=0, atol=2e-6 * largest)
+
+    by_tokens = sum(total for total, _ in losses) / sum(n for _, n in losses)
+    by_batches = sum(total / n for total, n in losses) / STEPS
+    assert abs(by_tokens - by_batches) > 1e-3
+    counts = accepts or loss_function is not None
+    assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
+    assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
+    assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)

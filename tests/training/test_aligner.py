@@ -1,0 +1,275 @@
+"""A training loop with the Aligner alone: it aligns, resumes to the last bit, and is never silently idle."""
+
+import logging
+import math
+import re
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.ranks import run_ranks
+from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from torch import Tensor, nn
+
+from llamafactory_hera.alignment.gather import mean_over_ranks
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.training import Aligner
+from llamafactory_hera.training.aligner import RunningMeans
+from llamafactory_hera.training.collator import CACHED, PIXELS
+
+LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
+BATCH = 4
+
+
+def make(model: nn.Module, **keys: object) -> Aligner:
+    return Aligner(model, HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, **keys}))
+
+
+class Run:
+    """A model with its optimizer, an aligner and a dataset of two batches, as a loop of one's own has them."""
+
+    def __init__(self, rows: int = 2 * BATCH, shown: bool = True, freeze: bool = False, **keys: object) -> None:
+        self.model = vlm("llava-llama")
+        if freeze:
+            self.model.requires_grad_(False)
+            self.model.lm_head.requires_grad_(True)
+        self.rows = image_rows(self.model, rows, shown)
+        self.aligner = make(self.model, **{"weight": 1.0, **keys})
+        self.collate = self.aligner.collator(collate_rows, drop=("images",))
+        self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=3e-3)
+        self.seen = 0
+
+    def step(self) -> float:
+        """The term's value."""
+        start = BATCH * self.seen % len(self.rows)
+        batch = self.collate(self.rows[start : start + BATCH])
+        self.seen += 1
+        micro_batch = self.aligner.begin(batch)
+        loss = self.model(**batch).loss
+        term = self.aligner.finish(micro_batch)
+        (loss + term).backward()
+        self.aligner.end()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.aligner.step(3e-3)
+        return term.item()
+
+
+def without_forward_graph(run: Run) -> None:
+    batch = run.collate(run.rows[:BATCH])
+    micro_batch = run.aligner.begin(batch)
+    with torch.no_grad():
+        run.model(**batch)
+    run.aligner.finish(micro_batch)
+
+
+def without_the_term(run: Run) -> None:
+    batch = run.collate(run.rows[:BATCH])
+    micro_batch = run.aligner.begin(batch)
+    loss = run.model(**batch).loss
+    (loss + 0 * run.aligner.finish(micro_batch)).backward()
+    run.aligner.end()
+
+
+# -- it trains -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"objective": "feature"}, {"objective": "cka"}, LAYER, {**LAYER, "objective": "viral"}],
+    ids=["contrastive", "feature", "cka", "layers", "viral"],
+)
+def test_a_bare_loop_aligns(keys: dict) -> None:
+    def losses(weight: float, n_steps: int = 16) -> tuple[float, float, dict[str, Tensor]]:
+        run = Run(weight=weight, **keys)
+        logs = []
+        for _ in range(n_steps):
+            run.step()
+            logs.append(run.aligner.logs())
+        first, last = (sum(line["hera_loss"] for line in pair) for pair in (logs[:2], logs[-2:]))
+        if "hera_temperature" in logs[0]:
+            assert logs[0]["hera_mknn_chance"] == pytest.approx(2 / 3)
+            assert (logs[-1]["hera_temperature"] == pytest.approx(0.07, rel=1e-6)) == (weight == 0)
+        return first, last, run.aligner.objective.state_dict()
+
+    first, last, trained = losses(weight=1.0)
+    _, without, untrained = losses(weight=0.0)
+    assert last < 0.9 * first
+    assert last < without - 0.05 * first
+    assert trained.keys() == untrained.keys()
+    assert all(not torch.equal(trained[name], untrained[name]) for name in trained)
+
+
+def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    straight, resumed = Run(memory=5), Run(memory=5)
+    for _ in range(3):
+        straight.step()
+    straight.aligner.save(tmp_path)
+    assert {path.name for path in (tmp_path / "hera").iterdir()} == {"state.safetensors", "heads.json", "run.json"}
+    for source, copy in ((straight.model, resumed.model), (straight.optimizer, resumed.optimizer)):
+        copy.load_state_dict(deepcopy(source.state_dict()))
+    resumed.seen = straight.seen
+    resumed.aligner.load(tmp_path)
+    straight.aligner.logs()
+    assert [resumed.step() for _ in range(4)] == [straight.step() for _ in range(4)]
+    assert resumed.aligner.logs() == straight.aligner.logs()
+    for run, name in ((straight, "one"), (resumed, "two")):
+        run.aligner.save(tmp_path / name)
+    one, two = (load_file(tmp_path / name / "hera/state.safetensors") for name in ("one", "two"))
+    assert any("optimizer" in name for name in one)
+    assert any("memory" in name for name in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*hera_heads was L1H0,L0H2, is L0H2"):
+        make(straight.model, heads="L0H2").load(tmp_path)
+
+
+def test_cached_features_are_those_that_were_computed(tmp_path: Path) -> None:
+    first = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
+    batch = first.collate(first.rows)
+    assert batch["hera_source"].tolist() == [PIXELS] * BATCH
+    computed = first.aligner.teacher.features(first.aligner.begin(batch).inputs)
+    exact = make(vlm("llava-llama")).teacher.features(first.collate(first.rows))
+    torch.testing.assert_close(computed, exact, rtol=1e-3, atol=1e-3)
+    first.aligner.finalize()  # writes what waits in memory
+    second = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
+    batch = second.collate(second.rows)
+    assert batch["hera_source"].tolist() == [CACHED] * BATCH
+    assert torch.equal(second.aligner.teacher.features(second.aligner.begin(batch).inputs), computed)
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(run.aligner.teacher.cache), "put", full)
+    assert [run.step() > 0 for _ in range(2)] == [True, True]
+    assert caplog.text.count("hera_teacher_cache: ") == 1
+    assert "cannot be written (No space left on device); the run goes on" in caplog.text
+
+
+def test_a_batch_of_another_loader_is_left_alone() -> None:
+    run = Run()
+    run.step()
+    batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in run.rows])
+    keys = set(batch)
+    expected = run.model(**batch).loss
+    assert run.aligner.begin(batch) is None
+    assert set(batch) == keys
+    assert torch.equal(run.model(**batch).loss, expected)
+    run.aligner.finalize()
+    assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
+
+
+def test_which_targets_a_configuration_means() -> None:
+    model = vlm("llava-llama", num_hidden_layers=5)
+    for named, layers in (("middle", (2,)), ("penultimate", (3,)), ("L4,L0", (0, 4))):
+        assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
+    for keys, key in (({"heads": "auto"}, "hera_heads"), ({**LAYER, "layers": "auto"}, "hera_layers")):
+        with pytest.raises(ValueError, match=rf"^{key}: auto selects before training.*`llamafactory-hera select`"):
+            make(model, **keys)
+    with pytest.raises(ValueError, match=r"^hera_heads: L5H0 does not exist"):
+        make(model, heads="L5H0")
+
+
+# -- never a silent no-op --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cannot change L1H0,L0H2: nothing that feeds them is trained \(lm_head"):
+        Run(freeze=True)
+    for loop, why in ((without_forward_graph, "their outputs carry no"), (without_the_term, "no gradient arrived at")):
+        with pytest.raises(RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .* lora_target"):
+            loop(Run())
+    without_the_term(Run(weight=0.0))  # nothing is expected of it
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [({}, "no sample with an image .* hera_memory: 8"), ({"objective": "cka"}, "no batch had 3 samples")],
+)
+def test_a_run_whose_samples_never_enter_is_warned_of_once(
+    keys: dict, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(rows=BATCH, shown=False, **keys)
+    for _ in range(12):
+        assert run.step() == 0
+    assert run.aligner.logs()["hera_empty_steps"] == 12
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelno == logging.WARNING
+    assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
+    short = Run(rows=BATCH, shown=False, **keys)
+    short.step()
+    short.aligner.finalize()  # a run that is shorter is told at its end
+    assert "was 0 in all 1 steps so far" in caplog.text
+    good = Run()
+    good.step()
+    caplog.clear()
+    good.aligner.finalize()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(max_nan=3)
+    run.step()
+    source = run.aligner.capture if side == "student" else run.aligner.teacher
+    name = "representations" if side == "student" else "features"
+    original = getattr(source, name)
+
+    def broken(*args: object) -> Tensor:
+        values = original(*args).clone()
+        values[0] = math.nan  # the first head, or the first sample
+        return values
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            run.step()
+
+    monkeypatch.setattr(source, name, broken)
+    steps(2)
+    monkeypatch.setattr(source, name, original)
+    steps(1)  # the count starts again
+    assert run.aligner.logs()["hera_nan_steps"] == 2
+    monkeypatch.setattr(source, name, broken)
+    steps(2)
+    where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
+    with pytest.raises(RuntimeError, match=rf"not finite in 3 steps in a row \(hera_max_nan\), because of {where}"):
+        steps(1)
+
+
+# -- running means ---------------------------------------------------------------------------------------------------
+
+
+def test_means_and_counts_since_the_last_time() -> None:
+    statistics = RunningMeans()
+    for loss, mknn in ((1.0, 0.5), (2.0, math.nan), (6.0, 0.1)):
+        statistics.add(loss=torch.tensor(loss), mknn=torch.tensor(mknn))
+    statistics.count(duplicates=2, skipped=0)
+    statistics.count(duplicates=1)
+    assert statistics.take() == pytest.approx({"loss": 3.0, "mknn": 0.3, "duplicates": 3})
+    assert statistics.take() == {}
+    for value in (1e8, *([1.0] * 100)):  # added up in double precision
+        statistics.add(loss=torch.tensor(value), mknn=torch.tensor(math.nan))
+    taken = statistics.take()
+    assert taken["loss"] == pytest.approx((1e8 + 100) / 101, rel=1e-12)
+    assert math.isnan(taken["mknn"])
+    assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # what is never known is not reported
+
+
+def _means(rank: int) -> dict[str, float]:
+    statistics = RunningMeans()
+    statistics.add(
+        loss=torch.tensor(math.nan if rank else 3.0), mknn=torch.tensor(0.25 + rank), lost=torch.tensor(math.nan)
+    )
+    return mean_over_ranks(statistics.take(), torch.device("cpu"))
+
+
+def test_a_value_that_one_rank_does_not_know_is_the_others(tmp_path: Path) -> None:
+    assert run_ranks(_means, 2, tmp_path) == [{"loss": 3.0, "mknn": 0.75}] * 2

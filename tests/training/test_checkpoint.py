@@ -1,0 +1,124 @@
+"""Which checkpoint is resumed, whether it was saved to its end, and whether it is one of this run."""
+
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import vlm
+from transformers import AutoModelForImageTextToText
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.training.checkpoint import (
+    check_checkpoint,
+    checkpoint_of,
+    load_renamed_weights,
+    load_state,
+    save_state,
+)
+
+HEADS = Targets.parse("L0H1,L2H3")
+STATE = {"objective.log_temperature": torch.tensor(0.5)}
+
+
+def arguments(asked: object, folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(folder))
+
+
+def config(**keys: Any) -> HeraConfig:
+    return HeraConfig(**{"heads": str(HEADS), **keys})
+
+
+def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
+    for step in (8, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for nothing in (None, False, "false", "False", ""):
+        assert checkpoint_of(arguments(nothing, tmp_path)) is None
+    for last in (True, "true", "True"):
+        assert checkpoint_of(arguments(last, tmp_path)) == str(tmp_path / "checkpoint-12")
+    named = str(tmp_path / "checkpoint-8")
+    assert checkpoint_of(arguments(named, tmp_path)) == named
+
+
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: true, and output_dir: .* holds no checkpoint; give"
+    ):
+        checkpoint_of(arguments(True, tmp_path / folder))
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-9 is not a folder; give the path"):
+        checkpoint_of(arguments(str(tmp_path / "checkpoint-9"), tmp_path))
+
+
+@pytest.mark.parametrize("others", [(), (3, 10, 6)])
+def test_one_that_was_not_saved_to_its_end_is_refused_with_the_one_before(tmp_path: Path, others: tuple) -> None:
+    for step in others:
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").touch()
+    last = tmp_path / "checkpoint-12"
+    (last / "hera").mkdir(parents=True)  # HeRA's own part is written first
+    (last / "hera/state.safetensors").write_bytes(b"half")
+    remedy = f"resume {tmp_path / 'checkpoint-10'}" if others else "start anew"
+    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: {re.escape(str(last))} has no .*and {remedy}\.$"):
+        check_checkpoint(last, HEADS, "fingerprint", config())
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"objective": "cka"}, "hera_objective was contrastive, is cka"),
+        ({"pooling": "text"}, "hera_pooling was answer, is text"),
+        ({"similarity": "dot"}, "hera_similarity was cosine, is dot"),
+        ({"fixed_temperature": True}, "hera_fixed_temperature was False, is 0.07"),
+        ({"targets": "L2H3,L0H1"}, "hera_heads was L0H1,L2H3, is L2H3,L0H1"),
+        ({"teacher_fingerprint": "other"}, "hera_teacher was fingerprint, is other"),
+    ],
+)
+def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], said: str) -> None:
+    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
+    assert load_state(tmp_path, HEADS, "fingerprint", config()).keys() == STATE.keys()
+    targets = Targets.parse(now.pop("targets", str(HEADS)))
+    fingerprint = now.pop("teacher_fingerprint", "fingerprint")
+    for call in (load_state, check_checkpoint):
+        with pytest.raises(
+            ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{said}.* Restore these"
+        ):
+            call(tmp_path, targets, fingerprint, config(**now))
+
+
+def test_what_may_change_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
+    # a learned temperature goes on from the checkpoint's, whatever it started from; the rest is of no weight
+    check_checkpoint(tmp_path, HEADS, "fingerprint", config(temperature=0.5, max_nan=3, teacher="moved/teacher"))
+    assert not caplog.records
+    check_checkpoint(tmp_path, HEADS, "fingerprint", config(weight=0.5, k=3))
+    assert "resume_from_checkpoint: hera_weight was 0.01, is 0.5; hera_k was 10, is 3. The run goes on" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["no folder", "half a file", "no facts"])
+def test_a_checkpoint_without_a_whole_hera_folder_is_refused(tmp_path: Path, damage: str) -> None:
+    if damage != "no folder":
+        save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
+        state = tmp_path / "hera/state.safetensors"
+        if damage == "half a file":
+            state.write_bytes(state.read_bytes()[:-2])
+        else:
+            (tmp_path / "hera/run.json").unlink()
+    for call in (load_state, check_checkpoint):
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds no whole hera/ folder .*damaged one"):
+            call(tmp_path, HEADS, "fingerprint", config())
+
+
+def test_weights_that_were_renamed_when_they_were_saved_are_loaded(tmp_path: Path) -> None:
+    saved, other = vlm("llava-llama", seed=1), vlm("llava-llama", seed=2)
+    saved.save_pretrained(tmp_path)
+    assert load_renamed_weights(other, tmp_path)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in saved.state_dict().items())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)  # as another program reads it
+    assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
+    assert not load_renamed_weights(other, tmp_path / "without weights")

@@ -1,0 +1,129 @@
+"""The teacher's view of a batch, beside what the loop's own collator gives."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tests.tiny_models import teacher_folder
+from torch.utils.data import DataLoader
+
+from llamafactory_hera.teachers.cache import FeatureCache
+from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.teachers.images import image_key
+from llamafactory_hera.training import collator
+from llamafactory_hera.training.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
+
+
+@pytest.fixture(scope="module")
+def teacher() -> VisionTeacher:
+    return VisionTeacher.from_pretrained(teacher_folder(), device="cpu")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    paths = []
+    for index, colour in enumerate(("red", "green", "blue")):
+        path = tmp_path / f"{index}.png"
+        Image.new("RGB", (20, 12), colour).save(path)
+        paths.append(str(path))
+    return paths
+
+
+def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    # some take the images out of the rows
+    for row in rows:
+        row.pop("images", None)
+    return {"input_ids": torch.zeros(len(rows), 3, dtype=torch.long)}
+
+
+def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher, images: list[str]) -> None:
+    batch = HeraCollator(_collate, teacher.processor)(
+        [{"images": [images[0], images[1]]}, {"images": []}, {"images": [images[2]]}, {}]
+    )
+    assert batch["hera_source"].tolist() == [PIXELS, NO_IMAGE, PIXELS, NO_IMAGE]
+    expected = teacher.processor.batch([Image.open(images[0]), Image.open(images[2])])
+    assert torch.equal(batch["hera_pixels"][[0, 2]], expected)
+    assert not batch["hera_pixels"][[1, 3]].any()
+    assert batch["input_ids"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("index, shown", [(0, 0), (1, 1), (-1, 2), (9, 2), (-9, 0)])
+def test_another_image_can_be_the_samples_and_it_says_which_of_how_many(
+    teacher: VisionTeacher, images: list[str], index: int, shown: int
+) -> None:
+    collate = HeraCollator(_collate, teacher.processor, image_index=index, names_image=True)
+    batch = collate([{"images": images}, {}, {"images": images[:1]}])
+    assert batch["hera_image"].tolist() == [[shown, 3], [0, 0], [0, 1]]
+    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[shown])])[0])
+
+
+def test_images_stand_where_the_loop_says_and_some_columns_stay_out_of_its_collators_sight(
+    teacher: VisionTeacher, images: list[str]
+) -> None:
+    seen: list[set[str]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seen.extend(map(set, rows))
+        return _collate(rows)
+
+    rows = [{"text": "a", "pictures": {"front": images[1]}, "images": images}, {"text": "b", "pictures": {}}]
+    batch = HeraCollator(
+        collate, teacher.processor, images_of=lambda row: list(row["pictures"].values()), drop=("pictures", "images")
+    )(rows)
+    assert batch["hera_source"].tolist() == [PIXELS, NO_IMAGE]
+    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[1])])[0])
+    assert seen == [{"text"}, {"text"}]
+    assert rows[0].keys() == {"text", "pictures", "images"}  # the dataset's own rows are left as they are
+
+
+def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
+    batch = HeraCollator(_collate, teacher.processor)([{"images": None}, {"videos": ["a.mp4"]}])
+    assert {name for name in batch if name.startswith("hera_")} == {"hera_source"}
+    assert not batch["hera_source"].any()
+
+
+def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path / "cache", teacher.fingerprint, teacher.dim)
+    feature = torch.randn(1, teacher.dim).half().float()
+    cache.put([image_key(images[1])], feature)
+    batch = HeraCollator(_collate, teacher.processor, cache)([{"images": [i]} for i in images] + [{}])
+    assert batch["hera_source"].tolist() == [PIXELS, CACHED, PIXELS, NO_IMAGE]
+    assert torch.equal(batch["hera_features"][1], feature[0])
+    assert not batch["hera_pixels"][1].any()
+    keys = [bytes(key.tolist()) for key in batch["hera_keys"][:3]]
+    assert keys == [image_key(image) for image in images]
+    # streaming datasets are split over processes along the first axis
+    assert {tensor.shape[0] for tensor in batch.values()} == {4}
+
+
+def test_a_broken_image_is_named(teacher: VisionTeacher, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        HeraCollator(_collate, teacher.processor)([{"images": [str(path)]}])
+
+
+def test_images_are_decoded_in_the_workers(
+    teacher: VisionTeacher, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, load = tmp_path / "pids", collator.load_image
+
+    def logged(image: Any) -> Image.Image:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return load(image)
+
+    monkeypatch.setattr(collator, "load_image", logged)
+    rows = [{"images": images[:1]}] * 6
+    for batch in DataLoader(rows, batch_size=2, num_workers=2, collate_fn=HeraCollator(_keep, teacher.processor)):
+        assert batch["hera_pixels"].abs().sum() > 0
+    pids = log.read_text().split()
+    assert len(pids) == 6
+    assert str(os.getpid()) not in pids
+
+
+def _keep(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(len(rows), 3, dtype=torch.long)}
