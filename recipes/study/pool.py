@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_hera.files import read_json, write_json
-from llamafactory_hera.selection.provenance import package_versions
+from llamafactory_hera.selection.scores import package_versions
 
 # One thread each: as many runs as cores side by side is the fastest way, and a run's numbers do not depend on cores.
 _ENVIRONMENT = {

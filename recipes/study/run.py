@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llamafactory_hera.files import read_json, write_json
-from llamafactory_hera.selection.provenance import package_versions
+from llamafactory_hera.selection.scores import package_versions
 from plan import plan
 from pool import Pool, UnitFailed, locked, marks, terminated_like_interrupted
 from report import write_report

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection import select
 from llamafactory_hera.selection.forward import Forward, plan_batches
-from llamafactory_hera.selection.samples import Features, SelectionInputs, collate_captions
+from llamafactory_hera.selection.samples import Features, SelectionInputs
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 
@@ -41,10 +42,10 @@ CPU = " (CPU)"
 #: What is timed inside of a selection: names in ``selection.select``, with words for them.
 STAGES = {
     "draw_samples": "drawing and hashing samples",
-    "find_neighbors": "teacher: decoding, passes, cache, neighbours",
+    "_find_neighbors": "teacher: decoding, passes, cache, neighbours",
     "model_fingerprint": "fingerprint of the model",
     "compute_features": "model: passes, averages, blocks on disk",
-    "score": "scores of heads and layers",
+    "_score": "scores of heads and layers",
 }
 
 
@@ -69,6 +70,11 @@ class Rows:
 
     def encode(self, row: int) -> Features:
         return self._features[row]
+
+
+def collate(rows: list[Features]) -> dict[str, torch.Tensor]:
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, pad) for name, pad in padding.items()}
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
@@ -99,7 +105,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
     return SelectionInputs(
         source=Rows(folder, args),
         load_model=lambda: model,
-        collator=lambda _: collate_captions,
+        collator=lambda _: collate,
         load_teacher=lambda: teacher,
         model_name="random",
         model_folder=folder / "model",
@@ -114,7 +120,7 @@ def bare_passes(inputs: SelectionInputs, config: HeraConfig) -> Callable[[], dic
     features = [sample.features for sample in samples]
     plan = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
     model, teacher = inputs.load_model(), inputs.load_teacher()
-    batches = [collate_captions([dict(features[row]) for row in batch.rows]) for batch in plan]
+    batches = [collate([dict(features[row]) for row in batch]) for batch in plan]
     pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(config.select.batch_size)
     forward = Forward(model, config.select.mode)
 

@@ -211,7 +211,9 @@ def without(samples: list[dict], what: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("mode", ["llm", "mllm"])
-@pytest.mark.parametrize(("what", "said"), [("captions", "has a caption"), ("images", "can be scored")])
+@pytest.mark.parametrize(
+    ("what", "said"), [("captions", "[1-9][0-9]* no text"), ("images", "[1-9][0-9]* have no image")]
+)
 def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str, what: str, said: str) -> None:
     data = here / f"data_without_{what}"
     if not data.exists():

@@ -14,34 +14,26 @@ def collate(features):
     return {"rows": [ids[0] for ids in features]}
 
 
-def plan(batch_size=8):
-    return plan_batches([len(feature["input_ids"]) for feature in FEATURES], batch_size)
+PLAN = plan_batches([len(feature["input_ids"]) for feature in FEATURES], 8)
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 21, 64])
 def test_each_sample_is_in_one_batch_longest_first(batch_size):
-    batches = plan(batch_size)
-    rows = [row for batch in batches for row in batch.rows]
+    lengths = [len(feature["input_ids"]) for feature in FEATURES]
+    batches = plan_batches(lengths, batch_size)
+    rows = [row for batch in batches for row in batch]
     assert sorted(rows) == list(range(21))
-    lengths = [len(FEATURES[row]["input_ids"]) for row in rows]
-    assert lengths == sorted(lengths, reverse=True)
-    assert all(len(batch.rows) <= batch_size for batch in batches)
-
-
-def test_blocks_are_whole_batches_of_about_32_samples():
-    batches = plan_batches([1] * 100, 12)
-    assert [batch.block for batch in batches] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert [lengths[row] for row in rows] == sorted(lengths, reverse=True)
+    assert {len(batch) for batch in batches[:-1]} <= {batch_size}
 
 
 def test_batches_run_in_order():
-    seen = [(batch.rows, result) for batch, result in run_batches(plan(), FEATURES, collate, lambda b: b["rows"])]
-    assert seen == [(batch.rows, list(batch.rows)) for batch in plan()]
+    seen = list(run_batches(PLAN, FEATURES, collate, lambda batch: batch["rows"]))
+    assert seen == [(batch, list(batch)) for batch in PLAN]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
-)
+@pytest.mark.parametrize("error", [NO_MEMORY, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_batches_are_halved_when_memory_runs_out(error, caplog):
     tried = []
 
@@ -51,20 +43,16 @@ def test_batches_are_halved_when_memory_runs_out(error, caplog):
             raise error
         return batch["rows"]
 
-    seen = [(batch, result) for batch, result in run_batches(plan(), FEATURES, collate, run)]
-    assert sorted(row for _, rows in seen for row in rows) == list(range(21))
-    assert all(list(batch.rows) == result for batch, result in seen)
+    seen = list(run_batches(PLAN, FEATURES, collate, run))
+    assert [row for batch, _ in seen for row in batch] == [row for batch in PLAN for row in batch]
+    assert all(list(batch) == result for batch, result in seen)
     assert tried[:3] == [8, 4, 2]
     assert tried.count(8) == tried.count(4) == 1  # what is to come is halved, too
     assert "batches of 4 samples" in caplog.text
     assert "batches of 2 samples" in caplog.text
-    blocks = {row: batch.block for batch in plan() for row in batch.rows}
-    assert all(blocks[row] == batch.block for batch, _ in seen for row in batch.rows)
 
 
-@pytest.mark.parametrize(
-    ("error", "passes"), [(torch.OutOfMemoryError("CUDA out of memory."), 4), (RuntimeError("shapes do not fit"), 1)]
-)
+@pytest.mark.parametrize(("error", "passes"), [(NO_MEMORY, 4), (RuntimeError("shapes do not fit"), 1)])
 def test_one_sample_that_does_not_fit_and_any_other_error_are_raised(error, passes):
     tried = []
 
@@ -73,7 +61,7 @@ def test_one_sample_that_does_not_fit_and_any_other_error_are_raised(error, pass
         raise error
 
     with pytest.raises(type(error), match=str(error)):
-        list(run_batches(plan(), FEATURES, collate, run))
+        list(run_batches(PLAN, FEATURES, collate, run))
     assert tried == [8, 4, 2, 1][:passes]
 
 

@@ -11,7 +11,7 @@ from llamafactory_hera.selection import pictures
 from llamafactory_hera.selection.pictures import show, tick_step
 from llamafactory_hera.selection.scores import ScoreFile
 
-from .score_files import write_scores
+from .tiny import write_scores
 
 
 def scored(path, n_layers, n_heads, **provenance):

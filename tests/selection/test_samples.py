@@ -3,19 +3,12 @@
 import logging
 
 import pytest
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.selection.samples import (
-    collate_captions,
-    draw,
-    draw_samples,
-    encode_caption,
-    samples_digest,
-)
+from llamafactory_hera.selection.samples import draw, draw_samples, encode_caption, samples_digest
 
 from .tiny import Rows, captions, noise_images, settings
 
@@ -85,8 +78,7 @@ def test_samples_without_image_or_tokens_are_passed_over(caplog):
     with caplog.at_level(logging.WARNING):
         drawn = draw_samples(Rows(images, features), some(select_samples=30))
     assert len(drawn) == 27
-    assert "2 samples leave no token" in caplog.text
-    assert "hera_select_samples: 30" in caplog.text
+    assert "hera_select_samples: 30 are asked for, and 27 are there (1 have no image, 2 no text" in caplog.text
 
 
 def test_other_poolings_need_no_labels():
@@ -94,22 +86,21 @@ def test_other_poolings_need_no_labels():
     assert len(draw_samples(Rows(IMAGES, features), some(pooling="text"))) == 20
 
 
-def test_fewer_than_k_plus_2_names_both_numbers():
-    images = IMAGES[:4] + [[]] * 26
-    with pytest.raises(ValueError, match=r"dataset: 4 of its 30 .* hera_select_k: 3 needs 5 .*26 have no image"):
-        draw_samples(Rows(images, captions(30)), some())
+UNLABELLED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
 
 
-@pytest.mark.parametrize("feature", [None, {"input_ids": [5], "labels": [-100], "attention_mask": [1]}])
-def test_a_dataset_without_captions_is_named(feature):
-    with pytest.raises(ValueError, match="dataset: none of its 30 samples with an image has a caption"):
-        draw_samples(Rows(IMAGES, [feature] * 30), some())
-
-
-def test_an_unreadable_image_is_named(tmp_path):
-    images = [[str(tmp_path / "gone.png")], *IMAGES[1:]]
-    with pytest.raises(ValueError, match=r"gone\.png"):
-        draw_samples(Rows(images, captions(30)), some(select_samples=30))
+@pytest.mark.parametrize(
+    ("images", "features", "problem"),
+    [
+        (IMAGES[:4] + [[]] * 26, captions(30), r"dataset: 4 of its 30 .* hera_select_k: 3 needs 5 .*26 have no image"),
+        (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 no text"),
+        (IMAGES, [UNLABELLED] * 30, "dataset: 0 of its 30 .* 30 no text"),
+        ([["gone.png"], *IMAGES[1:]], captions(30), r"gone\.png"),
+    ],
+)
+def test_a_dataset_that_cannot_be_scored_is_named(images, features, problem):
+    with pytest.raises(ValueError, match=problem):
+        draw_samples(Rows(images, features), some(select_samples=30))
 
 
 @pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])
@@ -140,10 +131,3 @@ def test_a_long_caption_is_cut_and_an_empty_one_is_none(tokenizer):
     assert encode_caption("a red cross", tokenizer, 3)["input_ids"] == [1, 3, 4]
     assert encode_caption("", tokenizer, 16) is None
     assert encode_caption("  \n ", tokenizer, 16) is None
-
-
-def test_padding_is_on_the_right_and_outside_of_everything(tokenizer):
-    batch = collate_captions([encode_caption(text, tokenizer, 16) for text in ("a red cross", "circle")], 0)
-    assert torch.equal(batch["input_ids"], torch.tensor([[1, 3, 4, 5], [1, 6, 0, 0]]))
-    assert torch.equal(batch["attention_mask"], torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    assert torch.equal(batch["labels"], torch.tensor([[-100, 3, 4, 5], [-100, 6, -100, -100]]))

@@ -7,17 +7,19 @@ import pytest
 from PIL import Image
 
 from llamafactory_hera.heads import Target
+from llamafactory_hera.knobs import Role
 from llamafactory_hera.selection.pictures import write_report
 from llamafactory_hera.selection.scores import (
     ScoreFile,
     choose_targets,
     compare,
+    differences,
     rank_targets,
     render_markdown,
     render_table,
 )
 
-from .score_files import write_scores
+from .tiny import settings, write_scores
 
 NAN = math.nan
 SCORES = [[0.5, 0.1, 0.3], [0.1, 0.9, NAN], [0.2, 0.2, 0.1], [0.4, 0.6, 0.5]]
@@ -69,17 +71,14 @@ def test_a_head_without_a_score_is_never_taken(strategy):
 @pytest.mark.parametrize(
     ("scores", "strategy", "m", "number"),
     [
-        (SCORES, "worst", 12, "heads are asked for, and 11 have"),
-        (SCORES, "middle", 4, "heads are asked for, and 3 in layer L2 have"),
-        (LAYERS, "worst", 5, "layers are asked for, and 4 have"),
+        (SCORES, "worst", 12, "heads are asked for, and hera_select: worst has 11"),
+        (SCORES, "middle", 4, "heads are asked for, and hera_select: middle has 3 in layer L2"),
+        (LAYERS, "worst", 5, "layers are asked for, and hera_select: worst has 4"),
     ],
 )
 def test_too_few_with_a_score_name_the_key(scores, strategy, m, number):
-    with pytest.raises(ValueError, match=f"hera_select_m: {m} {number} a score; lower it"):
+    with pytest.raises(ValueError, match=f"hera_select_m: {m} {number} to choose from; lower it"):
         choose_targets(scores, strategy, m)
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_the_table_names_extremes_choice_and_what_is_broken(tmp_path):
@@ -110,6 +109,45 @@ def test_the_table_of_layers(tmp_path):
     assert table[6:] == ["not scored (NaN or infinity): L2", "selected (worst): L1,L3"]
 
 
+# -- where scores come from ------------------------------------------------------------------------------------------
+
+NOW = {"model": "m", "teacher": "t", "dataset": "d", "model_fingerprint": "a" * 64, "teacher_fingerprint": "b" * 64}
+NOW |= {"samples_digest": "c" * 64}
+MODEL = "model_name_or_path was m (fingerprint aaaaaaaa), is n (fingerprint 99999999)"
+TEACHER = "hera_teacher was t (fingerprint bbbbbbbb), is u (fingerprint 99999999)"
+IMAGES = "dataset was d (fingerprint cccccccc), is d (fingerprint 99999999)"
+BOTH, ALL = {Role.SELECTS, Role.SCORES}, {Role.SELECTS, Role.SCORES, Role.TRAINS}
+
+
+def facts(**keys):
+    return settings(**keys).facts(*ALL) | NOW
+
+
+@pytest.mark.parametrize(
+    ("other", "roles", "shown"),
+    [
+        (facts(select_m=2), {Role.SELECTS, Role.TRAINS}, "hera_select_m was 3, is 2"),
+        (facts(select="top"), {Role.SELECTS}, "hera_select was worst, is top"),
+        (facts(select_samples=9), {Role.SELECTS}, "hera_select_samples was 40, is 9"),
+        (facts(select_mode="mllm"), BOTH, "hera_select_mode was llm, is mllm"),
+        (facts(similarity="dot"), BOTH, "hera_similarity was cosine, is dot"),
+        (facts(select_batch_size=2), set(), ""),
+        (facts() | {"model": "n", "model_fingerprint": "9" * 64}, {Role.SELECTS, Role.TRAINS}, MODEL),
+        (facts() | {"teacher": "u", "teacher_fingerprint": "9" * 64}, ALL, TEACHER),
+        (facts() | {"dataset": "e"}, {Role.SELECTS}, "dataset was d, is e"),
+        (facts() | {"samples_digest": "9" * 64}, {Role.SCORES}, IMAGES),
+    ],
+)
+def test_what_each_fact_decides(other, roles, shown):
+    for role in ALL:
+        assert differences(facts(), other, role) == ([shown] if role in roles else [])
+
+
+def test_a_fact_that_an_older_file_lacks_is_not_compared():
+    older = {fact: value for fact, value in facts().items() if fact != "similarity"}
+    assert differences(older, facts(similarity="dot"), Role.SELECTS) == []
+
+
 # -- before and after ------------------------------------------------------------------------------------------------
 
 
@@ -121,17 +159,14 @@ def files(tmp_path):
     ]
 
 
-def test_worst_and_top_are_those_of_the_first_file(files):
+def test_worst_and_top_are_those_of_the_first_file_and_the_page_holds_them_and_their_means(files):
     comparison = compare(files)
     assert {title: " ".join(rows) for title, rows in comparison.groups.items()} == {
         "worst-5": "L2H0 L0H0 L1H0 L0H3 L1H2 mean",
         "top-5": "L1H1 L2H3 L0H1 L2H2 L1H3 mean",
     }
-    assert comparison.names == ("base", "run")
-
-
-def test_the_page_holds_every_head_and_the_means(files):
-    page = render_markdown(compare(files), "x.png")
+    assert comparison.names == ["base", "run"]
+    page = render_markdown(comparison, "x.png")
     assert "| L2H0 | 0.0500 | 0.2500 | +0.2000 |" in page
     assert "| **worst-5 mean** | 0.1500 | 0.3500 | +0.2000 |" in page
     assert "| **top-5 mean** | 0.5000 | 0.5020 | +0.0020 |" in page
@@ -165,19 +200,15 @@ def test_picture_and_page_are_written(files, tmp_path):
 
 def test_names_fall_back_to_what_differs(tmp_path):
     one, two = (write_scores(tmp_path / f"run/hera/{name}.json", BEFORE) for name in ("heads", "scores"))
-    assert compare([one, two]).names == ("heads", "scores")
-    assert len(set(compare([one, one]).names)) == 1
+    assert compare([one, two]).names == ["heads", "scores"]
+    assert compare([one, one]).names == [str(one), str(one)]
 
 
 @pytest.mark.parametrize(
     ("scores", "changed", "shown"),
     [
-        (AFTER, {"teacher_fingerprint": "d" * 64}, "teacher (bbbbbbbb…, dddddddd…)"),
-        (AFTER, {"samples_digest": "d" * 64}, "images"),
-        (AFTER, {"mode": "mllm"}, "mode (llm, mllm)"),
-        (AFTER, {"k": 5}, "k (10, 5)"),
-        (AFTER, {"pooling": "last"}, "pooling (answer, last)"),
-        (AFTER, {"similarity": "dot"}, "similarity (cosine, dot)"),
+        (AFTER, {"samples_digest": "d" * 64}, "dataset was captions (fingerprint cccccccc), is"),
+        (AFTER, {"k": 5}, "hera_select_k was 10, is 5"),
         (AFTER[:2], {}, "number of heads"),
     ],
 )
@@ -188,12 +219,12 @@ def test_files_of_other_settings_or_shapes_are_refused(files, scores, changed, s
     assert shown in str(error.value)
 
 
-def test_files_of_settings_that_scores_do_not_depend_on_are_compared(files):
-    write_scores(files[1], AFTER, model_fingerprint="d" * 64, m=9, strategy="top", dataset="other")
-    assert compare(files).names == ("base", "run")
+def test_a_head_that_is_lost_afterwards_is_shown_as_nan(files):
+    write_scores(files[1], [[NAN, *AFTER[0][1:]], *AFTER[1:]])
+    assert "| L0H0 | 0.1000 | nan | +nan |" in render_markdown(compare(files), "x.png")
 
 
-def test_what_cannot_be_compared_is_named(files, tmp_path):
+def test_what_cannot_be_compared_or_written_is_named(files, tmp_path):
     with pytest.raises(ValueError, match="two score files or more"):
         compare(files[:1])
     with pytest.raises(ValueError, match="1 names for 2 files"):
@@ -201,14 +232,5 @@ def test_what_cannot_be_compared_is_named(files, tmp_path):
     (tmp_path / "hand.json").write_text('{"heads": ["L0H0"]}')
     with pytest.raises(ValueError, match=r"hand\.json names heads and holds no scores"):
         compare([files[0], tmp_path / "hand.json"])
-
-
-def test_a_head_that_is_lost_afterwards_is_shown_as_nan(files):
-    write_scores(files[1], [[NAN, *AFTER[0][1:]], *AFTER[1:]])
-    assert "| L0H0 | 0.1000 | nan | +nan |" in render_markdown(compare(files), "x.png")
-
-
-def test_an_output_that_cannot_be_written_is_named(files, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"report: .*file/report cannot be written"):
-        write_report(files, tmp_path / "file/report")
+    with pytest.raises(ValueError, match=r"report: .*hand.json/report cannot be written"):
+        write_report(files, tmp_path / "hand.json/report")

@@ -48,24 +48,24 @@ def naive_scores(inputs, chosen):
     return mutual_knn(heads, teacher, chosen.select.k, chosen.normalize).view(LAYERS, HEADS)
 
 
-@pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_scores_are_those_of_the_formula_for_captions(tmp_path, similarity):
-    inputs, chosen = text_inputs(tmp_path), settings(similarity=similarity)
+@pytest.mark.parametrize(
+    ("make", "keys"),
+    [
+        (text_inputs, {}),
+        (text_inputs, {"similarity": "dot"}),
+        (vlm_inputs, {"select_mode": "mllm", "select_k": 3}),
+    ],
+    ids=["captions", "dot product", "images and text"],
+)
+def test_scores_are_those_of_the_formula(tmp_path, make, keys):
+    inputs, chosen = make(tmp_path), settings(**keys)
     heads = select_targets(inputs, chosen, tmp_path / "heads.json")
     expected = naive_scores(inputs, chosen)
     assert heads.provenance["scores"] == [[round(score, 7) for score in row] for row in expected.tolist()]
+    assert heads.provenance["samples"] == len(inputs.source)
     assert len(set(expected.flatten().tolist())) > 3
     order = sorted(range(LAYERS * HEADS), key=lambda i: (expected.flatten()[i].item(), i))
     assert [str(head) for head in heads.items] == [ALL_HEADS[i] for i in order[:3]]
-
-
-def test_scores_are_those_of_the_formula_for_images_and_text(tmp_path):
-    inputs, chosen = vlm_inputs(tmp_path), settings(select_mode="mllm", select_k=3)
-    heads = select_targets(inputs, chosen, tmp_path / "heads.json")
-    assert heads.provenance["scores"] == [
-        [round(score, 7) for score in row] for row in naive_scores(inputs, chosen).tolist()
-    ]
-    assert heads.provenance["samples"] == 16
 
 
 def test_layer_scores_are_those_of_the_layers_output(tmp_path):
@@ -93,7 +93,7 @@ def test_layers_are_chosen_by_their_own_scores(tmp_path):
     assert layers.items == (Target(scores.index(min(scores))),)
     top = select_targets(inputs, layer_settings(select_m=1, select="top"), path)
     assert top.items == (Target(scores.index(max(scores))),)
-    with pytest.raises(ValueError, match=rf"hera_select_m: {LAYERS + 1} layers are asked for.* lower it"):
+    with pytest.raises(ValueError, match=f"hera_select_m: {LAYERS + 1} layers are asked for, .* lower it"):
         select_targets(inputs, layer_settings(select_m=LAYERS + 1), path)
 
 
@@ -115,18 +115,14 @@ def test_the_file_says_where_the_heads_come_from(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["heads.json"]
 
 
-def test_the_batch_size_does_not_matter(tmp_path):
+def test_the_batch_size_does_not_matter_and_fp16_changes_a_neighbour_at_most(tmp_path):
     inputs = text_inputs(tmp_path)
-    one = select_targets(inputs, settings(select_batch_size=1), tmp_path / "one.json")
-    many = select_targets(inputs, settings(select_batch_size=40), tmp_path / "many.json")
-    assert one.provenance["scores"] == many.provenance["scores"]
-
-
-def test_fp16_features_agree_up_to_a_neighbour(tmp_path):
-    inputs = text_inputs(tmp_path)
-    exact = select_targets(inputs, settings(), tmp_path / "a.json").provenance["scores"]
-    rounded = select_targets(inputs, settings(select_dtype="fp16"), tmp_path / "b.json").provenance["scores"]
-    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(exact), atol=2 / 160, rtol=0)
+    rows = {"select_batch_size": 1}, {"select_batch_size": 40}, {"select_dtype": "fp16"}
+    one, many, rounded = (
+        select_targets(inputs, settings(**keys), tmp_path / "heads.json").provenance["scores"] for keys in rows
+    )
+    assert one == many
+    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(one), atol=2 / 160, rtol=0)
 
 
 @pytest.fixture
@@ -153,7 +149,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, kill_after, caplog):
     inputs, chosen = text_inputs(tmp_path, n=100), settings(select_samples=100)
     whole = select_targets(inputs, chosen, tmp_path / "whole/heads.json")
     target = tmp_path / "killed/heads.json"
-    kill_after(9)  # two blocks of four batches, and one batch of the third
+    kill_after(9)  # two blocks of four batches, and one of the third
     with pytest.raises(KeyboardInterrupt):
         select_targets(inputs, chosen, target)
     assert not target.exists()
@@ -165,23 +161,18 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, kill_after, caplog):
     assert [path.name for path in target.parent.iterdir()] == ["heads.json"]
 
 
-def test_nothing_of_a_killed_run_is_used_for_other_captions_or_another_model(tmp_path, kill_after):
+@pytest.mark.parametrize("changed", ["captions", "model"])
+def test_nothing_of_a_killed_run_is_used_for_other_captions_or_another_model(tmp_path, kill_after, changed):
     inputs, chosen = text_inputs(tmp_path), settings()
     kill_after(4)
     with pytest.raises(KeyboardInterrupt):
         select_targets(inputs, chosen, tmp_path / "heads.json")
-    others = [feature | {"input_ids": feature["input_ids"][::-1]} for feature in captions(40)]  # of the same lengths
-    inputs.source._features[:] = others
-    sizes = kill_after(1000)
-    select_targets(inputs, chosen, tmp_path / "heads.json")
-    assert sum(sizes) == 40
-
-    kill_after(4)
-    with pytest.raises(KeyboardInterrupt):
-        select_targets(inputs, chosen, tmp_path / "heads.json")
-    with torch.no_grad():
-        decoder_layers(inputs.load_model())[0].mlp.up_proj.weight.mul_(2)
-    inputs.load_model().save_pretrained(inputs.model_folder)
+    if changed == "captions":  # of the same lengths
+        inputs.source._features[:] = [feature | {"input_ids": feature["input_ids"][::-1]} for feature in captions(40)]
+    else:
+        with torch.no_grad():
+            decoder_layers(inputs.load_model())[0].mlp.up_proj.weight.mul_(2)
+        inputs.load_model().save_pretrained(inputs.model_folder)
     sizes = kill_after(1000)
     select_targets(inputs, chosen, tmp_path / "heads.json")
     assert sum(sizes) == 40
@@ -298,7 +289,7 @@ def test_the_vision_tower_as_teacher_is_warned_of(tmp_path, caplog):
     assert "hera_teacher: tiny/teacher is the model's own vision tower" in caplog.text
 
 
-@pytest.mark.parametrize(("strategy", "m", "number"), [("worst", 9, 8), ("middle", 5, 4)])
+@pytest.mark.parametrize(("strategy", "m", "number"), [("worst", 9, "8"), ("middle", 5, "4 in layer L1")])
 def test_more_heads_than_there_are_is_said_before_the_passes(tmp_path, strategy, m, number):
     with pytest.raises(ValueError, match=f"hera_select_m: {m} .* hera_select: {strategy} has {number} to choose"):
         select_targets(text_inputs(tmp_path), settings(select=strategy, select_m=m), tmp_path / "out/heads.json")

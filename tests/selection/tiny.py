@@ -1,5 +1,7 @@
-"""A whole selection in small: real models and a real teacher, noise images, captions of random tokens."""
+"""A whole selection in small: real models and a real teacher, noise images, captions of random tokens; score files."""
 
+import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +9,11 @@ import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.selection.samples import SelectionInputs, collate_captions
+from llamafactory_hera.selection.samples import SelectionInputs
+from llamafactory_hera.selection.scores import choose_targets
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from tests.tiny_models import PAD, text_model, vlm, vlm_batch
 
@@ -75,13 +79,18 @@ def captions(n: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+def pad_right(rows: list[dict]) -> dict:
+    padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+    return {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, pad) for name, pad in padding.items()}
+
+
 def text_inputs(folder: Path, n: int = 40, model_type: str = "qwen3", model=None) -> SelectionInputs:
     """A plain LLM with captions, as in the paper; loading it saves it first, for its fingerprint."""
     return _inputs(
         folder,
         Rows([[image] for image in noise_images(n)], captions(n)),
         model or text_model(model_type).eval(),
-        partial(collate_captions, pad_token_id=PAD),
+        pad_right,
     )
 
 
@@ -97,10 +106,7 @@ def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Selectio
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "pixels": pixels})
 
     def collate(rows: list[dict]) -> dict:
-        return {
-            **collate_captions(rows, PAD),
-            "pixel_values": torch.stack([row["pixels"] for row in rows]),
-        }
+        return pad_right(rows) | {"pixel_values": torch.stack([row["pixels"] for row in rows])}
 
     return _inputs(folder, Rows([[image] for image in noise_images(n)], features), model, collate)
 
@@ -119,3 +125,31 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Sele
         model_folder=model_folder,
         dataset_name="noise",
     )
+
+
+def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance) -> Path:
+    """A file as selection writes it, of the worst two heads or of given layers; NaN becomes null."""
+    shown = {
+        "model": "some/model",
+        "teacher": "facebook/dinov2-large",
+        "dataset": "captions",
+        "model_fingerprint": "a" * 64,
+        "teacher_fingerprint": "b" * 64,
+        "samples_digest": "c" * 64,
+        "samples": 1000,
+        "mode": "llm",
+        "k": 10,
+        "pooling": "answer",
+        "similarity": "cosine",
+        "strategy": "worst",
+        "m": 2,
+        "chance_level": 0.01,
+        "layer_scores": [0.2] * len(scores),
+        "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
+    }
+    chosen = (
+        {"heads": [str(head) for head in choose_targets(scores, "worst", 2)]} if layers is None else {"layers": layers}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**chosen, "provenance": shown | provenance}))
+    return path

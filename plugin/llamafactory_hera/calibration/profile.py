@@ -94,8 +94,8 @@ def profile_heads(
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
         with tqdm(total=len(samples), desc=f"RAH-LoRA | {what}", unit="sample") as bar:
             for batch, results in run_batches(batches, samples, collate, run, num_workers):
-                found.update(zip(batch.rows, results, strict=True))
-                bar.update(len(batch.rows))
+                found.update(zip(batch, results, strict=True))
+                bar.update(len(batch))
         # in the order of the samples, so that the batches do not decide the rounding of a mean
         return [found[row] for row in range(len(samples))]
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..selection.forward import Forward
-from ..selection.provenance import package_versions
 from ..selection.samples import Sample
+from ..selection.scores import package_versions
 from ..selection.select import check_writable
 from .adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from .plan import make_plan

@@ -10,7 +10,7 @@ from ..config import HeraConfig
 from ..files import RUN_FOLDER, write_json, write_text
 from ..heads import Targets
 from ..knobs import Role
-from ..selection.provenance import package_versions
+from ..selection.scores import package_versions
 from ..training import Aligner
 
 CARD = "README.md"

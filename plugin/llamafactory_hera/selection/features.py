@@ -5,13 +5,12 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..alignment.gather import barrier, rank, world_size
@@ -20,12 +19,14 @@ from ..files import write_safetensors
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import PooledHeads
 from .forward import Forward, plan_batches, run_batches
-from .samples import Collate, Sample
+from .samples import Sample, SelectionInputs
 
 logger = logging.getLogger(__name__)
 
 #: Of the names of folders that are deleted once their features are scored.
 PREFIX = "features-"
+# A killed run loses at most one block on each process; blocks are what processes share out.
+_BLOCK_SAMPLES = 32
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -37,7 +38,7 @@ class FeatureBlocks:
         key: Digest of all that the features depend on.
         rows: For each block, the samples that it holds.
         n_layers: Decoder layers of the model.
-        dtype: Precision on disk.
+        stored_dtype: Precision on disk.
     """
 
     def __init__(
@@ -54,12 +55,7 @@ class FeatureBlocks:
         return [block for block in range(len(self.rows)) if not self._is_whole(block)]
 
     def write(self, block: int, heads: Tensor, layers: Tensor) -> None:
-        """Stores a block; the file appears complete or not at all.
-
-        Args:
-            block: Its number.
-            heads: ``[B, L, H, d]`` in the order of its rows.
-            layers: ``[B, L, D]``.
+        """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]`` in the order of its rows.
 
         Raises:
             ValueError: A finite value does not fit the storage type, or the file cannot be written.
@@ -78,16 +74,13 @@ class FeatureBlocks:
 
     def read(self, kind: Literal["heads", "layer"], device: torch.device) -> Iterator[Tensor]:
         """Each layer's head outputs ``[N, H, d]``, or its own output ``[N, D]``, in the order of the samples."""
-        rows = torch.tensor([row for block in self.rows for row in block])
+        place = torch.tensor([row for block in self.rows for row in block]).argsort()
         for index in range(self._n_layers):
             parts = []
             for block in range(len(self.rows)):
                 with safe_open(self._path(block), "pt") as file:
                     parts.append(file.get_tensor(f"{kind}.{index}"))
-            together = torch.cat(parts)
-            ordered = torch.empty_like(together)
-            ordered[rows] = together
-            yield ordered.to(device)
+            yield torch.cat(parts)[place].to(device)
 
     @staticmethod
     def clear(folder: Path) -> None:
@@ -99,18 +92,18 @@ class FeatureBlocks:
         return self.folder / f"block-{block:05d}.safetensors"
 
     def _is_whole(self, block: int) -> bool:
-        if not self._path(block).is_file():
-            return False
         try:
-            with safe_open(self._path(block), "pt") as file:
-                return len(file.keys()) == 2 * self._n_layers
+            with safe_open(self._path(block), "pt"):
+                return True
+        except FileNotFoundError:
+            return False
         except SafetensorError as error:
             logger.warning("%s is damaged and computed again (%s).", self._path(block), error)
             return False
 
     def _stored(self, values: Tensor) -> Tensor:
         stored = values.to(self._dtype)
-        if self._dtype == torch.float16 and (stored.isinf() & values.isfinite()).any():
+        if (stored.isinf() & values.isfinite()).any():
             raise ValueError(
                 f"hera_select_dtype: fp16 cannot hold {values.abs().max():.3g}, an output of this model; use fp32."
             )
@@ -118,50 +111,35 @@ class FeatureBlocks:
 
 
 def compute_features(
-    forward: Forward,
-    samples: Sequence[Sample],
-    collate: Collate,
-    config: HeraConfig,
-    folder: Path,
-    key: str,
-    num_workers: int = 0,
+    inputs: SelectionInputs, model: nn.Module, samples: Sequence[Sample], config: HeraConfig, folder: Path, key: str
 ) -> FeatureBlocks:
     """Runs all samples through the model, shared out over the processes of the launch.
 
-    Args:
-        forward: Around the model, which is in evaluation mode.
-        samples: N samples, the same on every process.
-        collate: From samples to a batch.
-        config: Pooling, batch size and precision on disk.
-        folder: Where the blocks' folder is made.
-        key: Names model, images and settings; features of the same key are taken from an earlier, killed run.
-        num_workers: Processes that collate.
-
-    Returns:
-        The complete blocks of features.
+    Blocks do not depend on the number of processes, so that each computes exactly what one process would; those of an
+    earlier, killed run under the same ``key`` are used again.
 
     Raises:
-        ValueError: The output folder cannot be written, or other processes' blocks cannot be seen in it.
+        ValueError: The folder cannot be written, or other processes' blocks cannot be seen in it.
     """
+    forward = Forward(model, config.select.mode, inputs.autocast)
     features = [sample.features for sample in samples]
     batches = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
-    n_blocks = batches[-1].block + 1
-    rows = [[row for batch in batches if batch.block == block for row in batch.rows] for block in range(n_blocks)]
+    per_block = max(1, _BLOCK_SAMPLES // config.select.batch_size)
+    plan = [batches[start : start + per_block] for start in range(0, len(batches), per_block)]
+    rows = [[row for batch in block for row in batch] for block in plan]
     key = hashlib.sha256(json.dumps([key, [feature["input_ids"] for feature in features], rows]).encode()).hexdigest()
-    blocks = FeatureBlocks(folder, key, rows, head_layout(model_config(forward.model)).n_layers, config.select.dtype)
+    blocks = FeatureBlocks(folder, key, rows, head_layout(model_config(model)).n_layers, config.select.dtype)
     missing = blocks.missing()
     barrier()  # nobody writes before everybody has looked
-    if rank() == 0 and len(missing) < n_blocks:
-        logger.warning("%s: %d of %d blocks are there; going on.", blocks.folder, n_blocks - len(missing), n_blocks)
-    mine = set(missing[rank() :: world_size()])
-    todo = [batch for batch in batches if batch.block in mine]
-    n_samples = sum(len(batch.rows) for batch in todo)
-    waiting: dict[int, tuple[Tensor, Tensor]] = {}  # row -> its heads and layers
+    if rank() == 0 and len(missing) < len(rows):
+        logger.warning("%s: %d of %d blocks are there; going on.", blocks.folder, len(rows) - len(missing), len(rows))
+    mine = missing[rank() :: world_size()]
+    total = sum(len(rows[block]) for block in mine)
+    parts: list[tuple[Tensor, Tensor]] = []
     with (
-        ThreadPoolExecutor(1) as writer,  # a block is written while the next one is computed
-        PooledHeads(forward.model) as pooled,
+        PooledHeads(model) as pooled,
         torch.no_grad(),
-        tqdm(total=n_samples, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0) as bar,
+        tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0) as bar,
     ):
 
         def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -170,16 +148,15 @@ def compute_features(
             heads, layers = pooled.take()
             return heads.cpu(), layers.cpu()
 
-        written = writer.submit(lambda: None)
-        for batch, (heads, layers) in run_batches(todo, features, collate, run, num_workers):
-            waiting.update(zip(batch.rows, zip(heads, layers, strict=True), strict=True))
-            together = rows[batch.block]
-            if all(row in waiting for row in together):
-                written.result()
-                block_heads, block_layers = zip(*(waiting.pop(row) for row in together), strict=True)
-                written = writer.submit(blocks.write, batch.block, torch.stack(block_heads), torch.stack(block_layers))
-            bar.update(len(batch.rows))
-        written.result()
+        todo = [batch for block in mine for batch in plan[block]]
+        last = {rows[block][-1]: block for block in mine}
+        for batch, result in run_batches(todo, features, inputs.collator(model), run, inputs.num_workers):
+            parts.append(result)
+            if batch[-1] in last:
+                heads, layers = map(torch.cat, zip(*parts, strict=True))
+                blocks.write(last[batch[-1]], heads, layers)
+                parts.clear()
+            bar.update(len(batch))
     barrier()
     unseen = blocks.missing()
     if unseen:

@@ -32,15 +32,7 @@ def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path]
     """A digest of a checkpoint's language model: its head layout and a sample of each weight of its decoder layers.
 
     The vision tower, the projector and the embeddings are left out: they do not decide which heads there are, and the
-    paper selects before they are joined.
-
-    Args:
-        folder: A checkpoint's folder.
-        layout: Of its text decoder.
-        adapters: Folders of the adapters on top of it.
-
-    Returns:
-        64 hexadecimal digits.
+    paper selects before they are joined. The adapters on top of it are part of it.
 
     Raises:
         ValueError: The folder holds no whole weights, or none of a text decoder.

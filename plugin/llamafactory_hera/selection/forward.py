@@ -3,12 +3,12 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils import send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,29 +20,14 @@ from .samples import Collate, Features
 
 logger = logging.getLogger(__name__)
 
-# A killed run loses at most one block on each process; blocks are what processes share out.
-_BLOCK_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one forward pass, and the block that they belong to."""
-
-    block: int
-    rows: tuple[int, ...]
+#: Samples of one forward pass, by their numbers.
+Batch = tuple[int, ...]
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
-    """Batches of samples of like length, longest first: little padding, and memory runs out at once or never.
-
-    The plan does not depend on the number of processes, so that each computes exactly what one process would.
-    """
+    """Batches of samples of like length, longest first: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    per_block = max(1, _BLOCK_SAMPLES // batch_size)
-    return [
-        Batch(number // per_block, tuple(order[start : start + batch_size]))
-        for number, start in enumerate(range(0, len(order), batch_size))
-    ]
+    return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
 def run_batches(
@@ -69,25 +54,22 @@ def run_batches(
     """
     pending = list(batches)
     while pending:
-        make = partial(_collated, features=features, collate=collate)
         dataset: Any = pending  # anything with a length and items will do
+        make = partial(_collated, features=features, collate=collate)
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=make)
         for done, inputs in enumerate(loader):
             try:
                 result = run(inputs)
             except RuntimeError as error:
-                if not should_reduce_batch_size(error) or len(pending[done].rows) == 1:
+                if not should_reduce_batch_size(error) or len(pending[done]) == 1:
                     raise
                 result = None
             if result is None:  # outside of the handler, where the failed pass's tensors are let go of
-                limit = len(pending[done].rows) // 2
+                limit = len(pending[done]) // 2
                 pending = [
-                    Batch(batch.block, batch.rows[start : start + limit])
-                    for batch in pending[done:]
-                    for start in range(0, len(batch.rows), limit)
+                    batch[start : start + limit] for batch in pending[done:] for start in range(0, len(batch), limit)
                 ]
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                clear_device_cache()
                 logger.warning("Out of memory: going on with batches of %d samples.", limit)
                 break
             yield pending[done], result
@@ -96,7 +78,7 @@ def run_batches(
 
 
 def _collated(batch: Batch, features: Sequence[Features], collate: Collate) -> dict[str, Any]:
-    return collate([dict(features[row]) for row in batch.rows])
+    return collate([dict(features[row]) for row in batch])
 
 
 class Forward:
@@ -124,15 +106,7 @@ class Forward:
         self._call(batch, 1)
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
-        """Logits at some positions of every sample.
-
-        Args:
-            batch: As collated.
-            positions: Indices ``[P]`` on the model's device.
-
-        Returns:
-            ``[B, P, V]``.
-        """
+        """Logits ``[B, P, V]`` at some positions ``[P]``, on the model's device, of every sample."""
         logits = self._call(batch, positions).logits
         return logits if self._can_skip_logits else logits[:, positions]
 
@@ -142,11 +116,7 @@ class Forward:
         return token_mask(pooling, batch["input_ids"], attended, labels, self.media).to(self.device)
 
     def _call(self, batch: dict[str, Any], keep: int | Tensor) -> Any:
-        inputs = {
-            name: value.to(self.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
+        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, self.device)
         options = {"logits_to_keep": keep} if self._can_skip_logits else {}
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             return self._target(**inputs, use_cache=False, **options)

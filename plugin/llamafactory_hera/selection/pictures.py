@@ -17,8 +17,8 @@ from .scores import Comparison, ScoreFile, compare, render_markdown, render_tabl
 
 # From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-#: For things that stand side by side; the first is what the others are compared with.
-SERIES = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+# For things that stand side by side; the first is what the others are compared with.
+_SERIES = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 
 _CELL = 0.16  # inches
 _LABEL = 0.2  # inches along the axis that a tick label needs
@@ -37,13 +37,7 @@ def plain(axes: Axes) -> None:
 
 
 def tick_step(count: int, room: float, label_size: float) -> int:
-    """The smallest of 1, 2, 4, 5, 8, 10, … at which ``count`` labels do not touch.
-
-    Args:
-        count: How many places could have a label.
-        room: Length of the axis, in inches.
-        label_size: What one label needs, in inches.
-    """
+    """The smallest of 1, 2, 4, 5, 8, 10, … at which ``count`` labels do not touch on an axis of ``room`` inches."""
     return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, count) if count / step * label_size <= room)
 
 
@@ -63,10 +57,6 @@ def show(path: Path) -> None:
 def draw_scores(scored: ScoreFile, target: Path) -> None:
     """Draws the MKNN of each layer beside its best and worst head, and the choice: all heads, chosen ones framed, in a
     picture beside it, or the chosen layers in the curve.
-
-    Args:
-        scored: The scores.
-        target: The PNG to write.
     """
     if scored.chosen.granularity == "layer":
         figure = new_figure(7.0, 5.0)
@@ -139,13 +129,8 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
-def draw_comparison(comparison: Comparison, target: Path) -> None:
-    """Draws the worst and top heads or layers of the first file in every file, as bars.
-
-    Args:
-        comparison: What to show.
-        target: The PNG to write.
-    """
+def _draw_comparison(comparison: Comparison, target: Path) -> None:
+    """Draws the worst and top heads or layers of the first file in every file, as bars."""
     first, n_files = comparison.files[0], len(comparison.files)
     figure = new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
     both = figure.subplots(1, 2, sharey=True)
@@ -154,7 +139,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
         columns = zip(*rows.values(), strict=True)
         for position, (values, name) in enumerate(zip(columns, comparison.names, strict=True)):
             places = [place + (position - (n_files - 1) / 2) * width for place in range(len(rows))]
-            axes.bar(places, values, width * 0.92, color=SERIES[position % len(SERIES)], label=name)
+            axes.bar(places, values, width * 0.92, color=_SERIES[position % len(_SERIES)], label=name)
         axes.axhline(first.chance, color="black", linestyle="--", linewidth=1, label="chance")
         axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
@@ -170,15 +155,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
 def write_report(
     paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
 ) -> tuple[Path, Path]:
-    """Writes ``OUTPUT.png`` and ``OUTPUT.md``.
-
-    Args:
-        paths: Score files, "before" first.
-        output: Path without a suffix.
-        names: A name for each file.
-
-    Returns:
-        The picture and the Markdown file.
+    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths.
 
     Raises:
         ValueError: As :func:`compare`, or the output cannot be written.
@@ -188,7 +165,7 @@ def write_report(
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        draw_comparison(comparison, picture)
+        _draw_comparison(comparison, picture)
         write_text(page, render_markdown(comparison, picture.name))
     except OSError as error:
         raise ValueError(

@@ -1,51 +1,32 @@
-"""Writing the selected heads into a recipe, keeping its comments and the order of its keys."""
+"""Writing keys into a recipe: only a value's own characters change, its comments and the order of its keys stay."""
 
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.nodes import SequenceNode
+import yaml
 
 from ..files import write_text
 from ..heads.targets import Targets
 
-KEY = "hera_heads"
+_KEY = "hera_heads"
 
 
-def write_run_yaml(
-    recipe: Path | None, overrides: dict[str, Any], heads: Targets, heads_file: Path, target: Path
-) -> None:
+def write_run_yaml(recipe: Path, overrides: dict[str, Any], heads: Targets, heads_file: Path, target: Path) -> None:
     """Writes the recipe that trains with the selected heads.
 
     ``hera_heads`` names the heads file, so that training checks where the heads come from and keeps their provenance.
-    Paths stay as they are: the host reads them relative to the folder in which it is started, not to the recipe.
-
-    Args:
-        recipe: The recipe that selection was started with.
-        overrides: Keys given beside it; they become part of it.
-        heads: The selected heads, for a comment.
-        heads_file: The file that holds them.
-        target: The file to write.
+    Keys given beside the recipe become part of it. Paths stay as they are: the host reads them relative to the folder
+    in which it is started, not to the recipe.
     """
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096  # no line of the recipe is folded
-    content = yaml.load(recipe.read_text(encoding="utf-8")) if recipe is not None else None
-    content = CommentedMap() if content is None else content
-    for key, value in overrides.items():
-        _set(content, key, value)
-    _set(content, "stage", "hera")
-    _set(content, KEY, str(heads_file))
-    content.yaml_add_eol_comment(str(heads).replace(",", " "), KEY)
+    text = recipe.read_text(encoding="utf-8")
+    for key, value in {**overrides, "stage": "hera", _KEY: str(heads_file)}.items():
+        written = yaml.safe_dump(value, default_flow_style=True, width=4096)
+        text = _with_key(text, key, written.removesuffix("...\n").strip())
     header = (
-        f"# {recipe or 'The given settings'} with the heads that were selected. Start it in the same folder:\n"
-        f"#   llamafactory-cli train {target}\n\n"
+        f"# {recipe} with the heads that were selected: {' '.join(heads.names)}\n"
+        f"# Start it in the same folder:\n#   llamafactory-cli train {target}\n\n"
     )
-    text = StringIO()
-    yaml.dump(content, text)
-    write_text(target, header + text.getvalue())
+    write_text(target, header + text)
 
 
 def set_heads_in_place(recipe: Path, heads: Targets) -> None:
@@ -55,28 +36,28 @@ def set_heads_in_place(recipe: Path, heads: Targets) -> None:
         ValueError: The recipe cannot be written.
     """
     try:
-        write_text(recipe, _with_heads(recipe.read_text(encoding="utf-8"), str(heads)))
+        write_text(recipe, _with_key(recipe.read_text(encoding="utf-8"), _KEY, str(heads)))
     except OSError as error:
         raise ValueError(f"The recipe {recipe} cannot be written ({error.strerror or error}).") from error
 
 
-def _with_heads(text: str, heads: str) -> str:
-    # writing the parsed recipe out again would indent its lists anew: only the value's own characters are replaced
-    root = YAML().compose(text)
-    nodes = {key.value: (key, value) for key, value in root.value} if root is not None else {}
-    if KEY in nodes:
-        key, value = nodes[KEY]
-        last = value.value[-1] if isinstance(value, SequenceNode) and not value.flow_style else value
-        return f"{text[: key.end_mark.index]}: {heads}{text[last.end_mark.index :]}"
-    ours = [key.start_mark.index for name, (key, _) in nodes.items() if name.startswith("hera_")]
-    place = min(ours, default=len(text))
-    before = text[:place] if ours or text.endswith("\n") or not text else f"{text}\n"
-    return f"{before}{KEY}: {heads}\n{text[place:]}"
-
-
-def _set(content: CommentedMap, key: str, value: Any) -> None:
-    ours = [position for position, name in enumerate(content) if str(name).startswith("hera_")]
-    if key in content or not key.startswith("hera_") or not ours:
-        content[key] = value
-    else:  # heads first, everything else of HeRA behind
-        content.insert(ours[0] if key == KEY else ours[-1] + 1, key, value)
+def _with_key(text: str, key: str, value: str) -> str:
+    """The recipe with a key's value, as YAML, in the place of its old one, or with a new key in front of its like."""
+    root = yaml.compose(text)
+    if isinstance(root, yaml.MappingNode) and root.flow_style:  # JSON
+        text = yaml.safe_dump(yaml.safe_load(text), sort_keys=False)
+        root = yaml.compose(text)
+    nodes = {name.value: (name, old) for name, old in root.value} if root is not None else {}
+    if key in nodes:
+        name, old = nodes[key]
+        start = name.end_mark.index
+        while isinstance(old, yaml.CollectionNode) and not old.flow_style:
+            # the end of a block is where the next key begins, behind comments
+            old = old.value[-1][1] if isinstance(old, yaml.MappingNode) else old.value[-1]
+        end = start + len(text[start : old.end_mark.index].rstrip())
+        return f"{text[:start]}: {value}{text[end:]}"
+    ours = [name.start_mark.index for word, (name, _) in nodes.items() if word.startswith("hera_")]
+    if ours and key.startswith("hera_"):
+        return f"{text[: min(ours)]}{key}: {value}\n{text[min(ours) :]}"
+    end = "" if text.endswith("\n") or not text else "\n"
+    return f"{text}{end}{key}: {value}\n"

@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..alignment.neighbors import chance_level
 from ..config import HeraConfig
@@ -71,8 +71,7 @@ class SelectionInputs:
     num_workers: int = 0
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """An image with its text."""
 
     row: int
@@ -85,8 +84,7 @@ class Sample:
     features: Features
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What was drawn of a dataset's rows, in order, and how many rows were passed over on the way."""
 
     samples: list[Sample]
@@ -103,16 +101,9 @@ def draw(
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
 ) -> Draw:
-    """Draws up to ``count`` samples in an order that depends on the seed alone.
+    """Draws up to ``count`` usable samples in an order that depends on the seed alone, each image once.
 
-    A further sample of an image that was drawn already is passed over.
-
-    Args:
-        source: The dataset.
-        count: How many to draw.
-        seed: Of the order.
-        image_index: Which image stands for a sample of several, as for ``shown_image``.
-        usable: Whether a sample can be used, by what the model sees of it.
+    Of a sample with several images ``image_index`` says which one stands for it, as for ``shown_image``.
 
     Raises:
         ValueError: An image cannot be read.
@@ -158,25 +149,19 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
         return len(features["input_ids"]) > 0
 
     asked, k = config.select.samples, config.select.k
-    found = draw(source, asked, config.select.seed, config.image_index, has_tokens)
-    drawn, without_text = len(found.samples), found.without_text
-    if without_text and not drawn:
-        raise ValueError(
-            f"dataset: none of its {without_text} samples with an image has a caption: the assistant's text is "
-            "missing or leaves no token. Use a dataset whose assistant turns describe the image."
-        )
+    samples, rows, without_image, without_text = draw(
+        source, asked, config.select.seed, config.image_index, has_tokens
+    )
+    drawn = len(samples)
+    passed_over = f"{without_image} have no image, {without_text} no text that leaves a token; each image counts once"
     if drawn < k + 2:
         raise ValueError(
-            f"dataset: {drawn} of its {found.rows} samples can be scored, and hera_select_k: {k} needs {k + 2} or "
-            f"more ({found.without_image} have no image, {without_text} no text that leaves a token; each image "
-            "counts once). Use more data, or lower hera_select_k."
+            f"dataset: {drawn} of its {rows} samples can be scored, and hera_select_k: {k} needs {k + 2} or more "
+            f"({passed_over}). Use more data with images and assistant turns that describe them, or lower "
+            "hera_select_k."
         )
-    if without_text:
-        logger.warning("dataset: %d samples leave no token to average over and were passed over.", without_text)
     if drawn < asked:
-        logger.warning(
-            "hera_select_samples: %d are asked for, and the dataset has %d different images with text.", asked, drawn
-        )
+        logger.warning("hera_select_samples: %d are asked for, and %d are there (%s).", asked, drawn, passed_over)
     chance = chance_level(drawn, k)
     if chance > _HIGH_CHANCE:
         logger.warning(
@@ -186,7 +171,7 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
             chance,
             k,
         )
-    return found.samples
+    return samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
@@ -195,18 +180,10 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
-    """A caption as token ids, for the language model alone: without prompt, template or image.
+    """A caption as up to ``max_length`` token ids for the language model alone, without prompt, template or image.
 
     Special tokens that the tokenizer itself puts around a text (a leading BOS) are fed and take no part in the
-    average, as they take none in the training loss.
-
-    Args:
-        text: What the assistant says.
-        tokenizer: A transformers tokenizer.
-        max_length: Tokens after which a caption is cut.
-
-    Returns:
-        None for an empty caption.
+    average, as they take none in the training loss. None for an empty caption.
     """
     if not text.strip():
         return None
@@ -214,17 +191,3 @@ def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | Non
     tokens, special = encoded["input_ids"], encoded["special_tokens_mask"]
     labels = [IGNORE_INDEX if skipped else token for token, skipped in zip(tokens, special, strict=True)]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
-
-
-def collate_captions(features: list[Features], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Pads captions on the right.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``[B, T]``.
-    """
-    longest = max(len(feature["input_ids"]) for feature in features)
-    padding = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
-    return {
-        name: torch.tensor([feature[name] + [pad] * (longest - len(feature[name])) for feature in features])
-        for name, pad in padding.items()
-    }

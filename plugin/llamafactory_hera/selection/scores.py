@@ -1,26 +1,36 @@
-"""Scores of all heads and layers: what is chosen by them, the file that holds them, and one file beside another."""
+"""Scores of all heads and layers: what is chosen by them, the file that holds them and says where they come from, and
+one file beside another."""
 
 import math
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..config import Strategy
+from ..config import HeraConfig, Strategy
 from ..files import RUN_FOLDER
 from ..heads.targets import Granularity, Target, Targets
 from ..knobs import Role
-from .provenance import compared_facts
 
-#: Heads in each group of a comparison, as in the paper.
-N_COMPARED = 5
+# Heads in each group of a comparison, as in the paper.
+_N_COMPARED = 5
 # Rows of the table in the terminal.
 _ROWS = 10
+_PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
+# Facts that are no setting of ours, each with what decides it; the others are declared with their keys.
+_MEASURED = {
+    Role.TRAINS: {"model_fingerprint": "model_name_or_path"},
+    Role.SELECTS: {"model_fingerprint": "model_name_or_path", "dataset": "dataset"},
+    Role.SCORES: {"samples_digest": "dataset"},
+}
+# Digests, each with the name that says more.
+_NAMES = {"model_fingerprint": "model", "teacher_fingerprint": "teacher", "samples_digest": "dataset"}
 
 
 def rank_targets(scores: ArrayLike) -> dict[Target, float]:
@@ -59,7 +69,8 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
     if len(candidates) < m:
         what = "heads" if len(shape) == 2 else "layers"
         raise ValueError(
-            f"hera_select_m: {m} {what} are asked for, and {len(candidates)} {where}have a score; lower it."
+            f"hera_select_m: {m} {what} are asked for, and hera_select: {strategy} has {len(candidates)} {where}to "
+            "choose from; lower it."
         )
     if strategy == "top":
         candidates.sort(key=lambda target: (-ranked[target], target))
@@ -70,18 +81,13 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """The scores in a ``heads.json`` or a ``layers.json``; both hold those of all heads and layers.
-
-    Attributes:
-        path: The file.
-        chosen: The heads or layers that were chosen.
-        scores: MKNN ``[L, H]``, NaN where a head could not be scored.
-        layer_scores: MKNN of each layer's own output, ``[L]``.
-    """
+    """The scores in a ``heads.json`` or a ``layers.json``; both hold those of all heads and layers."""
 
     path: Path
     chosen: Targets
+    #: MKNN ``[L, H]``, NaN where a head could not be scored.
     scores: np.ndarray
+    #: MKNN of each layer's own output, ``[L]``.
     layer_scores: np.ndarray
 
     @classmethod
@@ -148,32 +154,60 @@ def render_table(scored: ScoreFile) -> str:
     return "\n".join(lines)
 
 
+# -- where scores come from ------------------------------------------------------------------------------------------
+
+
+def differences(provenance: dict[str, Any], now: dict[str, Any], role: Role) -> list[str]:
+    """In what two selections, two score files, or a selection and a run differ that must share the facts of a role.
+
+    Args:
+        provenance: Of the first; a fact that it lacks is not compared.
+        now: The same facts of the other.
+        role: Which facts are compared.
+
+    Returns:
+        For each difference ``key was …, is …``.
+    """
+    return [
+        f"{key} was {_shown(provenance, fact)}, is {_shown(now, fact)}"
+        for fact, key in (_MEASURED[role] | HeraConfig.fact_keys(role)).items()
+        if fact in provenance and provenance[fact] != now.get(fact)
+    ]
+
+
+def _shown(facts: dict[str, Any], fact: str) -> str:
+    shown = str(facts.get(fact))
+    return f"{facts.get(_NAMES[fact])} (fingerprint {shown[:8]})" if fact in _NAMES else shown
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this project and of what it computes with, as far as they are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 # -- before and after ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Score files of one model at several times.
+class Comparison(NamedTuple):
+    """Score files of one model at several times, "before" first, each with a short name."""
 
-    Attributes:
-        files: The first is "before"; where it names layers, layers are compared, else heads.
-        names: A short name for each.
-        groups: ``worst-5`` and ``top-5`` (or as many as there are) of the first file, each with the MKNN of its heads
-            or layers in every file, NaN where it has none, and their ``mean``.
-    """
-
-    files: tuple[ScoreFile, ...]
-    names: tuple[str, ...]
+    files: Sequence[ScoreFile]
+    names: Sequence[str]
+    #: ``worst-5`` and ``top-5`` (or as many as there are) of the first file, heads or layers as it names them, each
+    #: with its MKNN in every file, NaN where it has none, and their ``mean``.
     groups: dict[str, dict[str, list[float]]]
 
 
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
-    """Reads score files and checks that they can be set side by side.
+    """Reads two or more score files, "before" first, and checks that they can be set side by side.
 
-    Args:
-        paths: Two or more, "before" first.
-        names: A name for each file; default: the names of their runs' folders, or as much of their paths as it takes
-            to tell them apart.
+    Without ``names`` each is called by its run's folder, or as much of its path as tells them apart.
 
     Raises:
         ValueError: Fewer than two files, files without scores, or files that were not scored on the same teacher,
@@ -183,61 +217,36 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Co
         raise ValueError("report: give two score files or more, the one before training first.")
     if names and len(names) != len(paths):
         raise ValueError(f"report: {len(names)} names for {len(paths)} files; give one for each.")
-    files = tuple(ScoreFile.load(path) for path in paths)
+    files = [ScoreFile.load(path) for path in paths]
     for file in files[1:]:
-        differing = _differing(files[0], file)
+        differing = differences(files[0].provenance, file.provenance, Role.SCORES)
+        if files[0].scores.shape != file.scores.shape:
+            differing.append("they differ in their number of heads")
         if differing:
             raise ValueError(
-                f"report: {files[0].path} and {file.path} cannot be compared, they differ in {', '.join(differing)}; "
-                "score both with the same recipe."
+                f"report: {files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}. Score both with "
+                "the same recipe."
             )
     ranked = list(files[0].ranked())
-    n = min(N_COMPARED, len(ranked))
+    n = min(_N_COMPARED, len(ranked))
     known = [file.ranked(files[0].chosen.granularity) for file in files]
     groups = {}
     for title, targets in (("worst", ranked[:n]), ("top", ranked[::-1][:n])):
         rows = {str(target): [scores.get(target, math.nan) for scores in known] for target in targets}
         groups[f"{title}-{n}"] = rows | {"mean": [sum(column) / n for column in zip(*rows.values(), strict=True)]}
-    return Comparison(files, tuple(names) or _short_names(paths), groups)
+    return Comparison(files, names or _short_names([file.path.absolute() for file in files]), groups)
 
 
-def _differing(first: ScoreFile, other: ScoreFile) -> list[str]:
-    words = {"teacher_fingerprint": "teacher", "samples_digest": "images"}
-    pairs = {fact: (first.provenance.get(fact), other.provenance.get(fact)) for fact in compared_facts(Role.SCORES)}
-    differing = [
-        f"{words.get(fact, fact)} ({_shortened(one)}, {_shortened(two)})"
-        for fact, (one, two) in pairs.items()
-        if one != two
-    ]
-    return differing + (["number of heads"] if first.scores.shape != other.scores.shape else [])
-
-
-def _shortened(value: object) -> str:
-    text = str(value)
-    return f"{text[:8]}…" if len(text) > 16 else text
-
-
-def _short_names(paths: Sequence[str | os.PathLike]) -> tuple[str, ...]:
-    absolute = [Path(path).absolute() for path in paths]
-    for name in (_run_name, lambda path: path.stem, str):
-        names = [name(path) for path in absolute]
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    folders = [path.parents[1 if path.parent.name == RUN_FOLDER else 0].name for path in paths]
+    for names in (folders, [path.stem for path in paths]):
         if len(set(names)) == len(names):
-            break
-    return tuple(names)
-
-
-def _run_name(path: Path) -> str:
-    """The folder of the run or checkpoint that a score file lies in."""
-    return path.parent.parent.name if path.parent.name == RUN_FOLDER else path.parent.name
+            return names
+    return [str(path) for path in paths]
 
 
 def render_markdown(comparison: Comparison, picture: str) -> str:
-    """The comparison as a page with a table.
-
-    Args:
-        comparison: What to show.
-        picture: The picture's path, relative to the page.
-    """
+    """The comparison as a page with a table and, by its path relative to the page, the picture."""
     first = comparison.files[0]
     facts, what = first.provenance, first.chosen.what
     lines = [

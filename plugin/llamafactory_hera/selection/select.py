@@ -1,30 +1,32 @@
 """A whole selection: samples, the teacher's neighbours, forward passes, scores, heads or layers."""
 
-import gc
 import logging
+import math
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig
-from ..heads.families import HeadLayout, head_layout, model_config
+from ..heads.families import head_layout, model_config
 from ..heads.pooled import projection_weights
 from ..heads.targets import Targets
+from ..knobs import Role
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, shown_image
 from .features import PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
-from .forward import Forward
-from .provenance import describe, rounded
 from .samples import Sample, SelectionInputs, draw_samples, samples_digest
-from .scores import choose_targets
+from .scores import choose_targets, package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -52,60 +54,62 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     folder = path.parent
     check_writable(folder)
     samples = draw_samples(inputs.source, config)
-    neighbors, teacher_fingerprint = find_neighbors(samples, inputs, config, folder)
+    neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
     model = inputs.load_model()
     layout = head_layout(model_config(model))
-    _check_number(layout, config)
+    by_head = config.granularity == "head"
+    rule = config.select.strategy, config.select.m, config.select.seed
+    # too few heads or layers are refused before the passes
+    choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
     if fingerprint is None:
         fingerprint = on_first(lambda: model_fingerprint(inputs.model_folder, layout, inputs.adapter_folders))
     digest = samples_digest(samples)
     key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
-    forward = Forward(model, config.select.mode, inputs.autocast)
-    blocks = compute_features(
-        forward, samples, inputs.collator(model), config, folder, key, num_workers=inputs.num_workers
-    )
+    blocks = compute_features(inputs, model, samples, config, folder, key)
 
     def choose() -> Targets:
-        heads, layers = score(model, blocks, neighbors, config)
+        heads, layers = _score(model, blocks, neighbors, config)
         if heads.isnan().all():
             raise ValueError(
                 "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, or "
                 "its activations do not fit fp16: use bf16 or fp32."
             )
-        candidates = heads if config.granularity == "head" else layers
-        items = choose_targets(candidates.tolist(), config.select.strategy, config.select.m, config.select.seed)
-        measured = {
+        items = choose_targets((heads if by_head else layers).tolist(), *rule)
+        provenance = {
+            "model": inputs.model_name,
+            "adapters": [str(folder) for folder in inputs.adapter_folders],
+            "teacher": config.teacher,
+            "dataset": inputs.dataset_name,
+            **config.facts(Role.SELECTS, Role.SCORES),
+            "stored_dtype": config.select.dtype,
+            "batch_size": config.select.batch_size,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": package_versions(),
             "model_fingerprint": fingerprint,
             "teacher_fingerprint": teacher_fingerprint,
             "samples_digest": digest,
             "samples": len(samples),
             "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
             "chance_level": chance_level(*neighbors.shape),
-            "layer_scores": rounded(layers.tolist()),
-            "scores": [rounded(row) for row in heads.tolist()],
+            "layer_scores": _written(layers),
+            "scores": [_written(row) for row in heads],
         }
-        chosen = Targets(items, describe(inputs, config, measured))
-        _save(chosen, path)
+        chosen = Targets(items, provenance)
+        try:
+            chosen.save(path)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: {path} cannot be written ({error.strerror or error}); what was computed stays beside "
+                "it and is used by the next run."
+            ) from error
+        FeatureBlocks.clear(folder)
         return chosen
 
     return on_first(choose)
 
 
-def score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:
-    """Scores all heads and layers on the model's device, one layer at a time.
-
-    Args:
-        model: Its output projections are read.
-        blocks: Pooled outputs of N samples.
-        neighbors: The teacher's, ``[N, k]``.
-        config: Similarity and memory.
-
-    Returns:
-        MKNN of every head, ``[L, H]``, and of each layer's own output, ``[L]``; NaN where an output is not finite.
-
-    Raises:
-        ValueError: The memory that is allowed is too little for one layer.
-    """
+def _score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:
+    """MKNN of every head ``[L, H]`` and of each layer's own output ``[L]``; NaN where an output is not finite."""
     device = next(model.parameters()).device
     limit = int(config.select.memory_gb * 2**30)
     weights = (weight() for weight in projection_weights(model))
@@ -116,6 +120,11 @@ def score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: He
     except ValueError as error:
         raise ValueError(f"hera_select_memory_gb: {config.select.memory_gb} does not suffice ({error})") from error
     return heads.cpu(), torch.stack(layers).cpu()
+
+
+def _written(scores: Tensor) -> list[float | None]:
+    """Scores as they are written; one that could not be computed is null."""
+    return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
 
 
 def check_writable(folder: Path) -> None:
@@ -136,44 +145,15 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _check_number(layout: HeadLayout, config: HeraConfig) -> None:
-    what, m, strategy = f"{config.granularity}s", config.select.m, config.select.strategy
-    per_layer = layout.n_heads if config.granularity == "head" else 1
-    number = per_layer if strategy == "middle" else layout.n_layers * per_layer
-    if m > number:
-        raise ValueError(
-            f"hera_select_m: {m} {what} are asked for, and hera_select: {strategy} has {number} to choose from in "
-            "this model; lower it."
-        )
-
-
-def _save(chosen: Targets, path: Path) -> None:
-    try:
-        chosen.save(path)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {path} cannot be written ({error.strerror or error}); what was computed stays beside it "
-            "and is used by the next run."
-        ) from error
-    FeatureBlocks.clear(path.parent)
-
-
 # -- the teacher -----------------------------------------------------------------------------------------------------
 
 
-def find_neighbors(
+def _find_neighbors(
     samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """The teacher's neighbours of N samples; the teacher is gone from memory afterwards.
+    """The teacher's neighbours ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory.
 
-    Args:
-        samples: The same on every process.
-        inputs: For the teacher.
-        config: Settings of the selection and the run's cache.
-        folder: Where features wait when the run keeps no cache: all processes meet in it.
-
-    Returns:
-        ``[N, k]`` on the teacher's device, and the teacher's fingerprint.
+    Where the run keeps no cache, all processes meet in ``folder``.
     """
     teacher = inputs.load_teacher()
     if rank() == 0 and is_own_vision_tower(inputs.model_folder, teacher.info.path):
@@ -187,9 +167,7 @@ def find_neighbors(
     features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
     fingerprint = teacher.fingerprint
     del teacher
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     return nearest_neighbors(features, config.select.k, config.normalize), fingerprint
 
 

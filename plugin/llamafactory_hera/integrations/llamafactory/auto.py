@@ -1,7 +1,6 @@
 """The heads or layers of a run: as written, read from a file and checked, or selected before training (``auto``)."""
 
 import copy
-import gc
 import logging
 import random
 from collections.abc import Iterator
@@ -11,93 +10,84 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from llamafactory_hera.alignment.gather import on_first, rank
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER
-from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
 from llamafactory_hera.knobs import Role
 from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.pictures import show
-from llamafactory_hera.selection.provenance import differences
+from llamafactory_hera.selection.scores import differences
 from llamafactory_hera.selection.select import select_targets
 from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
 
 from .inputs import selection_inputs
-from .recipe import adapter_folders, model_folder
+from .recipe import HostArguments, adapter_folders, model_folder
 
 logger = logging.getLogger(__name__)
 
 
-def resolve_targets(
-    config: HeraConfig, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
-) -> Targets:
+def resolve_targets(config: HeraConfig, host: HostArguments) -> Targets:
     """The heads or layers that a run aligns; every process of the launch calls it.
 
     Args:
         config: The run's ``hera_*`` keys.
-        model_args: The host's arguments.
-        data_args: See ``model_args``.
-        training_args: See ``model_args``; ``resume_from_checkpoint`` is a path or None.
-        finetuning_args: See ``model_args``; its ``hera_heads`` or ``hera_layers`` of ``auto`` becomes their names.
+        host: The host's arguments, whose ``resume_from_checkpoint`` is a path or None; ``hera_heads`` or
+            ``hera_layers`` of ``auto`` becomes the names.
 
     Raises:
         ValueError: The file was selected for something else than this run, or selection is given bad input.
     """
-    value = config.named_targets
-    folder = Path(training_args.output_dir) / RUN_FOLDER
-
-    def facts() -> dict[str, Any]:
-        return _facts(config, model_args, data_args)
-
-    def given() -> Targets:
-        if config.granularity == "layer" and value in NAMED_LAYERS:
-            return named_layer(value, _layout(model_args))
-        targets = Targets.resolve(value, config.granularity)
-        if targets.provenance:
-            _check(targets, facts(), Role.TRAINS, config)
-            return targets
-        # written by hand: if the selection in the output folder chose the same for this run, its scores are kept,
-        # for training writes that file anew
-        path = folder / targets.file_name
-        selected = Targets.load(path, config.granularity) if path.is_file() else targets
-        same = selected.names == targets.names and selected.provenance
-        return selected if same and not differences(selected.provenance, facts(), Role.TRAINS) else targets
-
-    if value != AUTO:
-        return on_first(given)
-    now = on_first(facts)
-    chosen = on_first(lambda: _selected_before(now, config, folder, training_args.resume_from_checkpoint))
+    folder = Path(host.training.output_dir) / RUN_FOLDER
+    if config.named_targets != AUTO:
+        return on_first(lambda: _given(config, host, folder))
+    facts = on_first(lambda: _facts(config, host))
+    chosen = on_first(lambda: _selected_before(facts, config, folder, host.training.resume_from_checkpoint))
     if chosen is None:
         path = folder / file_name(config.granularity)
         with _untouched_random_state():
-            own = copy.deepcopy(model_args), copy.deepcopy(data_args)
-            inputs = selection_inputs(config, *own, training_args, finetuning_args)
-            chosen = select_targets(inputs, config, path, now["model_fingerprint"])
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+            own = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))
+            chosen = select_targets(selection_inputs(config, own), config, path, facts["model_fingerprint"])
+        clear_device_cache(garbage_collection=True)
         if rank() == 0:
             show(path)
-    setattr(finetuning_args, config.targets_key, str(chosen))
+    setattr(host.finetuning, config.targets_key, str(chosen))
     return chosen
 
 
-def _facts(config: HeraConfig, model_args: Any, data_args: Any) -> dict[str, Any]:
+def _given(config: HeraConfig, host: HostArguments, folder: Path) -> Targets:
+    """What the recipe names, with its scores where a selection in the output folder chose the same for this run."""
+    value = config.named_targets
+    if config.granularity == "layer" and value in NAMED_LAYERS:
+        return named_layer(value, _layout(host.model))
+    targets = Targets.resolve(value, config.granularity)
+    if targets.provenance:
+        _check(targets, _facts(config, host), Role.TRAINS, config)
+        return targets
+    # training writes that file anew
+    path = folder / targets.file_name
+    selected = Targets.load(path, config.granularity) if path.is_file() else targets
+    same = selected.names == targets.names and selected.provenance
+    return selected if same and not differences(selected.provenance, _facts(config, host), Role.TRAINS) else targets
+
+
+def _facts(config: HeraConfig, host: HostArguments) -> dict[str, Any]:
     """What a selection made now would write, as far as runs and selections are compared by it."""
-    fingerprint = model_fingerprint(model_folder(model_args), _layout(model_args), adapter_folders(model_args))
+    layout, adapters = _layout(host.model), adapter_folders(host.model)
     return {
         **config.facts(Role.SELECTS, Role.TRAINS),
-        "model": model_args.model_name_or_path,
+        "model": host.model.model_name_or_path,
         "teacher": config.teacher,
-        "dataset": ", ".join(data_args.dataset),
-        "model_fingerprint": fingerprint,
+        "dataset": ", ".join(host.data.dataset),
+        "model_fingerprint": model_fingerprint(model_folder(host.model), layout, adapters),
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
     }
 
 
-def _layout(model_args: Any) -> Any:
+def _layout(model_args: Any) -> HeadLayout:
     from llamafactory.model import load_config
 
     return head_layout(load_config(model_args))

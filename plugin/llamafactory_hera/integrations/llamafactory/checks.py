@@ -1,106 +1,102 @@
 """Refuses settings, models and data with which HeRA would be wrong or do nothing, before any weight is loaded."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
 from typing import Any
 
 from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimodal
 from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.checkpoint import check_teacher
 from llamafactory_hera.teachers.images import load_image
 
-# Key -> why it cannot work, and what to do.
-_MODEL_KEYS = {
+from .recipe import HostArguments
+
+#: Key -> why heads cannot be read under it, and what to do.
+UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from; remove it",
-    "use_unsloth_gc": "its checkpointing cannot carry the heads' outputs; remove it, or set use_reentrant_gc: false",
     "use_kt": "KTransformers runs layers outside of PyTorch; remove it",
     "mixture_of_depths": "tokens skip layers, so a head has no average over them; remove it",
+}
+_MODEL_KEYS = UNREADABLE | {
+    "use_unsloth_gc": "its checkpointing cannot carry the heads' outputs; remove it, or set use_reentrant_gc: false",
     "shift_attn": "it moves tokens between heads; remove it",
 }
-_DATA_KEYS = {
-    # first: the host sets packing where neat_packing is asked for
-    "neat_packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
-    "packing": "a packed row holds several samples, and HeRA compares samples; set it to false",
-}
+_PACKED = "a packed row holds several samples, and HeRA compares samples; set it to false"
+# neat_packing first: the host sets packing where it is asked for
+_DATA_KEYS = {"neat_packing": _PACKED, "packing": _PACKED}
 
 
-def check_run(config: HeraConfig, model_args: Any, data_args: Any, training_args: Any) -> None:
-    """Checks everything that needs no model.
+def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
+    """Checks everything that needs no weights.
+
+    Returns:
+        The layout of the model's text decoder.
 
     Raises:
         ValueError: Names the key, the value and the remedy.
     """
-    for arguments, keys in ((model_args, _MODEL_KEYS), (data_args, _DATA_KEYS)):
-        for key, why in keys.items():
-            value = getattr(arguments, key, None)
-            if value:
-                raise ValueError(f"{key}: {value} does not work with stage: hera: {why}.")
-    _check_parallelism(training_args)
+    for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
+        refuse_keys(arguments, keys, "stage: hera")
+    _check_parallelism(host.training)
     check_teacher(config.teacher)
-    _check_batch(config, training_args)
+    _check_batch(config, host.training)
+    model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
+    if find(config.objective).view == "patches":
+        grid_side(model_config, config.objective)
+    return head_layout(model_config)
+
+
+def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
+    """Refuses keys that are set; ``keys`` says why they do not work with the purpose, and what to do."""
+    for key, why in keys.items():
+        value = getattr(arguments, key, None)
+        if value:
+            raise ValueError(f"{key}: {value} does not work with {purpose}: {why}.")
+
+
+def multimodal_config(model_args: Any, why: str) -> Any:
+    """The model's configuration, which must be a multimodal model's."""
+    from llamafactory.model import load_config
+
+    config = load_config(model_args)
+    if not is_multimodal(config):
+        raise ValueError(
+            f"model_name_or_path: {model_args.model_name_or_path} is a text-only model ({config.model_type}), and "
+            f"{why}; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
+        )
+    return config
 
 
 def _check_batch(config: HeraConfig, training_args: Any) -> None:
     objective = find(config.objective)
-    together = training_args.per_device_train_batch_size * world_size()
+    size = training_args.per_device_train_batch_size
+    together = size * world_size()
     if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if together >= objective.least_samples or config.memory > 0:
-        return
-    size = training_args.per_device_train_batch_size
-    if objective.uses_candidates:
+    if together < objective.least_samples and config.memory == 0:
+        memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
         raise ValueError(
-            f"per_device_train_batch_size: {size} on one process leaves a sample without another to be compared with; "
-            f"raise it, use more processes, or set hera_memory: {4 * config.k}; under gradient "
-            "accumulation hera_accumulate: gradcache takes the step's micro-batches together."
+            f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
+            f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
+            f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
         )
-    raise ValueError(
-        f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-        f"{config.objective} needs {objective.least_samples} samples together; raise it, use more "
-        "processes or, under gradient accumulation, hera_accumulate: gradcache."
-    )
 
 
 def _check_parallelism(training_args: Any) -> None:
     parallelism = getattr(training_args, "parallelism_config", None)
     sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
-    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
-    if deepspeed.get("sequence_parallel_size", 1) > 1:
-        split.append(f"sequence_parallel_size={deepspeed['sequence_parallel_size']}")
+    sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size", 1)
+    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if split:
         raise ValueError(
             f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and stage: hera "
             "needs whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
         )
-
-
-def check_model(config: HeraConfig, model_args: Any, targets: Targets | None = None) -> None:
-    """Checks from its configuration alone that the model sees images and has what is aligned, where that is known.
-
-    Raises:
-        ValueError: A text-only model, an unknown architecture, a head or layer outside the model, or images that the
-            objective cannot read.
-    """
-    from llamafactory.model import load_config
-
-    model_config = load_config(model_args)
-    name = model_args.model_name_or_path
-    if not is_multimodal(model_config):
-        raise ValueError(
-            f"model_name_or_path: {name} is a text-only model ({model_config.model_type}), and HeRA aligns heads with "
-            "what images show; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
-        )
-    layout = head_layout(model_config)
-    if find(config.objective).view == "patches":
-        grid_side(model_config, config.objective)
-    if targets is not None:
-        targets.check(layout)
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -112,8 +108,9 @@ N_CHECKED = 32
 def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Wraps the host's ``get_dataset`` with the checks.
 
-    The wrapper raises ``ValueError`` for a broken image file (naming the sample), for data without any image, and for
-    image tokens that ``cutoff_len`` cut off.
+    Raises:
+        ValueError: For a broken image file (naming the sample), for data without any image, and for image tokens that
+            ``cutoff_len`` cut off.
     """
 
     @wraps(get_dataset)
@@ -127,7 +124,9 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
         train = module.get("train_dataset")
         if train is not None:
             _check_images(train, data_args)
-            _check_cutoff(train, template, data_args, **tokenizer_module)
+            first = enumerate(islice(train, N_CHECKED * N_CHECKED))
+            for row, sample in islice(((row, sample) for row, sample in first if sample.get("images")), N_CHECKED):
+                check_image_tokens(row, sample, template, data_args, **tokenizer_module)
         return module
 
     return get_checked
@@ -161,27 +160,10 @@ def _check_images(dataset: Any, data_args: Any) -> None:
         )
 
 
-def _with_images(dataset: Iterable[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    return ((row, sample) for row, sample in enumerate(dataset) if sample.get("images"))
-
-
-def _check_cutoff(dataset: Any, template: Any, data_args: Any, tokenizer: Any, processor: Any = None) -> None:
-    for row, sample in islice(_with_images(islice(dataset, N_CHECKED * N_CHECKED)), N_CHECKED):
-        check_image_tokens(row, sample, template, data_args, tokenizer, processor)
-
-
 def check_image_tokens(
     row: int, sample: dict[str, Any], template: Any, data_args: Any, tokenizer: Any, processor: Any = None
 ) -> None:
-    """Checks that ``cutoff_len`` left a sample all of its image tokens.
-
-    Args:
-        row: Its number, for the message.
-        sample: As the host encoded it.
-        template: The host's template, arguments, tokenizer and processor.
-        data_args: See ``template``.
-        tokenizer: See ``template``.
-        processor: See ``template``; None for a model without images.
+    """Checks that ``cutoff_len`` left sample ``row``, as the host encoded it, all of its image tokens.
 
     Raises:
         ValueError: Some are cut off; names the length that is needed.

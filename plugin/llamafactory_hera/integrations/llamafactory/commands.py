@@ -5,31 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafactory.model import load_config
-
 from llamafactory_hera.alignment.gather import rank
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.samples import Control
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import head_layout, is_multimodal
+from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
+from .checks import UNREADABLE, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
-from .recipe import host_arguments, model_folder, named_output, read_recipe, read_values, without_training
-
-RUN_YAML = "run.yaml"
-
-# Keys under which the model is not what its checkpoint says -> why.
-_NOT_CALIBRATED = {
-    "use_unsloth": "Unsloth replaces the attention that is read",
-    "use_kt": "KTransformers runs layers outside of PyTorch",
-    "mixture_of_depths": "tokens skip layers",
-}
+from .recipe import NOT_TRAINING, host_arguments, model_folder, named_output, read_recipe, read_values
 
 
 def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> Targets:
@@ -53,10 +43,10 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
             "before training."
         )
     path = named_output(read.values, "saves/selection") / RUN_FOLDER / file_name("head")
-    heads = select_targets(selection_inputs(read.config, *read.arguments), read.config, path)
+    heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
-        write_run_yaml(read.path, read.overrides, heads, path, path.with_name(RUN_YAML))
+        write_run_yaml(Path(recipe), read.overrides, heads, path, path.with_name("run.yaml"))
         if in_place:
             set_heads_in_place(Path(recipe), heads)
     return heads
@@ -72,7 +62,7 @@ def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> in
         ValueError: The recipe names no cache, or an image is broken.
     """
     read = read_recipe(recipe, overrides)
-    held = fill_teacher_cache(selection_inputs(read.config, *read.arguments), read.config)
+    held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
         print(f"{read.config.teacher_cache}: features of {held} images")
     return held
@@ -103,17 +93,18 @@ def score_checkpoint(
         ValueError: Bad input; names the key, the value and the remedy.
     """
     forced: dict[str, Any] = {}
-    if checkpoint is not None and (Path(checkpoint) / "adapter_config.json").is_file():
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None and (folder / "adapter_config.json").is_file():
         forced = {"adapter_name_or_path": str(checkpoint), "finetuning_type": "lora"}
-    elif checkpoint is not None:
+    elif folder is not None:
         forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
     read = read_recipe(recipe, overrides, **forced)
     if output is None:
-        local = checkpoint is not None and Path(checkpoint).is_dir()
-        folder = Path(checkpoint) if checkpoint is not None and local else named_output(read.values, "saves/selection")
+        if folder is None or not folder.is_dir():
+            folder = named_output(read.values, "saves/selection")
         output = folder / RUN_FOLDER / "scores.json"
     path = Path(output)
-    select_targets(selection_inputs(read.config, *read.arguments), read.config, path)
+    select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
     return path
@@ -144,32 +135,22 @@ def calibrate(
     ours = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
     config = RahConfig.from_keys(ours)
     # the host's parser does not know the keys
-    values = {key: value for key, value in without_training(values).items() if key not in ours}
-    if values.get("dataset") is None:
-        raise ValueError("dataset: none is named; name one with images and text.")
+    values = {key: value for key, value in values.items() if key not in ours}
     if values.get("template") is None:
         raise ValueError("template: none is named; name the one of the model, without which the host reads no image.")
     output_dir = named_output(values, "saves/calibration")
     # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
-    values |= {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
-    arguments = host_arguments(values)
-    _check_model(arguments[0])
-    return calibrate_heads(calibration_inputs(config, *arguments), config, output_dir, control)
+    values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
+    host = host_arguments(values)
+    _check_model(host.model)
+    return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)
 
 
 def _check_model(model_args: Any) -> None:
-    for key, why in _NOT_CALIBRATED.items():
-        value = getattr(model_args, key, None)
-        if value:
-            raise ValueError(f"{key}: {value} does not work with calibration: {why}; remove it.")
+    refuse_keys(model_args, UNREADABLE, "calibration")
     name = model_args.model_name_or_path
     model_folder(model_args)
-    config = load_config(model_args)
-    if not is_multimodal(config):
-        raise ValueError(
-            f"model_name_or_path: {name} is a text-only model ({config.model_type}), and calibration looks at "
-            "attention between text and image; give a multimodal model."
-        )
+    config = multimodal_config(model_args, "calibration looks at attention between text and image")
     head_layout(config)
     quantised = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
     if getattr(config, "quantization_config", None):

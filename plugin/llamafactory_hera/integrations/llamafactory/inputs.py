@@ -1,176 +1,161 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DataCollatorForSeq2Seq
 
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
-from llamafactory_hera.selection.samples import Collate, Features, SelectionInputs, collate_captions, encode_caption
+from llamafactory_hera.selection.samples import Collate, Features, SelectionInputs, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .checks import N_CHECKED, check_image_tokens
-from .recipe import adapter_folders, model_folder
+from .recipe import HostArguments, adapter_folders, model_folder
 
 # Rows of a stream that are read for each sample to draw.
 _STREAM_ROWS = 4
 
 
-def selection_inputs(
-    config: HeraConfig, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
-) -> SelectionInputs:
+def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index.
 
     Raises:
         ValueError: The model's files cannot be found, or the dataset is refused by the host.
     """
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.model import load_model, load_tokenizer
-
-    folder = model_folder(model_args)
-    tokenizer_module = load_tokenizer(model_args)
-    tokenizer = tokenizer_module["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    aligned = aligned_dataset(model_args, data_args, training_args, config.select.samples)
+    folder = model_folder(host.model)
+    data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
-
-    def whole_model() -> nn.Module:
-        with whole_model_on_every_rank():
-            return load_model(tokenizer, model_args, finetuning_args, is_trainable=False)
-
-    def collator(model: nn.Module) -> Collate:
-        if alone:
-            return partial(collate_captions, pad_token_id=tokenizer.pad_token_id or 0)
-        return host_collator(model, template, model_args, data_args, tokenizer_module)
-
-    half = half_precision(training_args)
+    half = data.facts["autocast"]
     # as in training
-    teacher_dtype = half if half is not None and training_args.device.type != "cpu" else torch.float32
+    teacher_dtype = half if half is not None and host.training.device.type != "cpu" else torch.float32
     return SelectionInputs(
-        source=CaptionSource(aligned, tokenizer, data_args.cutoff_len)
-        if alone
-        else HostSource(aligned, template, data_args, tokenizer_module),
-        load_model=whole_model,
-        collator=collator,
-        load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training_args.device, teacher_dtype),
-        model_name=model_args.model_name_or_path,
+        source=_CaptionSource(data) if alone else _HostSource(data),
+        collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
+        load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, host.training.device, teacher_dtype),
         model_folder=folder,
-        dataset_name=", ".join(data_args.dataset),
-        adapter_folders=adapter_folders(model_args),
-        autocast=half,
-        num_workers=training_args.dataloader_num_workers,
+        adapter_folders=adapter_folders(host.model),
+        **data.facts,
     )
 
 
-def calibration_inputs(
-    config: RahConfig, model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any
-) -> CalibrationInputs:
+def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInputs:
     """What a calibration needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    from llamafactory.data import get_template_and_fix_tokenizer
-    from llamafactory.model import load_model, load_tokenizer
-
-    tokenizer_module = load_tokenizer(model_args)
-    tokenizer = tokenizer_module["tokenizer"]
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    aligned = aligned_dataset(model_args, data_args, training_args, config.samples)
+    data = _HostData(host, config.samples)
     return CalibrationInputs(
-        source=UnlabelledSource(aligned, template, data_args, tokenizer_module, config.text),
-        load_model=lambda: load_model(tokenizer, model_args, finetuning_args, is_trainable=False),
-        collator=lambda model: host_collator(model, template, model_args, data_args, tokenizer_module),
-        model_name=model_args.model_name_or_path,
-        dataset_name=", ".join(data_args.dataset),
-        adapter_names=tuple(model_args.adapter_name_or_path or ()),
-        autocast=half_precision(training_args),
-        num_workers=training_args.dataloader_num_workers,
+        source=_UnlabelledSource(data, config.text),
+        collator=data.collator,
+        adapter_names=tuple(host.model.adapter_name_or_path or ()),
+        **data.facts,
     )
 
 
-def half_precision(training_args: Any) -> torch.dtype | None:
-    """The type in which a run computes, where it is not the weights' own."""
-    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+class _HostData:
+    """Tokenizer, template and the training part of a run's dataset in the host's common form.
+
+    Of a stream there are rows enough for ``n_samples``.
+    """
+
+    def __init__(self, host: HostArguments, n_samples: int) -> None:
+        from llamafactory.data import get_template_and_fix_tokenizer
+        from llamafactory.data.data_utils import split_dataset
+        from llamafactory.data.loader import _get_merged_dataset
+        from llamafactory.model import load_tokenizer
+
+        model, data, training, _ = self.host = host
+        self.tokenizer_module = load_tokenizer(model)
+        self.tokenizer = self.tokenizer_module["tokenizer"]
+        self.template = get_template_and_fix_tokenizer(self.tokenizer, data)
+        with training.main_process_first(desc="load dataset", local=not data.data_shared_file_system):
+            merged = _get_merged_dataset(data.dataset, model, data, training, "sft")
+            train = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
+        # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
+        self.rows = list(train.take(_STREAM_ROWS * n_samples)) if data.streaming else train
+        #: What selection and calibration both ask for.
+        self.facts: dict[str, Any] = {
+            "load_model": self._load_model,
+            "model_name": model.model_name_or_path,
+            "dataset_name": ", ".join(data.dataset),
+            "autocast": torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+            "num_workers": training.dataloader_num_workers,
+        }
+
+    def _load_model(self) -> nn.Module:
+        from llamafactory.model import load_model
+
+        with whole_model_on_every_rank():
+            return load_model(self.tokenizer, self.host.model, self.host.finetuning, is_trainable=False)
+
+    def processor(self, do_generate: bool = False) -> Any:
+        """What encodes samples as supervised fine-tuning does, or their prompts alone."""
+        from llamafactory.data.loader import _get_dataset_processor
+
+        return _get_dataset_processor(
+            self.host.data, "sft", self.template, **self.tokenizer_module, do_generate=do_generate
+        )
+
+    def collator(self, model: nn.Module) -> Collate:
+        """The collator of the host's supervised fine-tuning."""
+        from llamafactory.data import SFTDataCollatorWith4DAttentionMask
+
+        return SFTDataCollatorWith4DAttentionMask(
+            template=self.template,
+            model=model,
+            label_pad_token_id=IGNORE_INDEX,
+            block_diag_attn=self.host.model.block_diag_attn,
+            attn_implementation=getattr(model.config, "_attn_implementation", None),
+            compute_dtype=self.host.model.compute_dtype,
+            **self.tokenizer_module,
+        )
 
 
-def aligned_dataset(model_args: Any, data_args: Any, training_args: Any, n_samples: int) -> Any:
-    """The training part of a run's dataset in the host's common form; of a stream, rows enough for ``n_samples``."""
-    from llamafactory.data.data_utils import split_dataset
-    from llamafactory.data.loader import _get_merged_dataset
-
-    with training_args.main_process_first(desc="load dataset", local=not data_args.data_shared_file_system):
-        merged = _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, "sft")
-        train = split_dataset(merged, None, data_args, seed=training_args.seed)[0]["train"]
-    # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
-    return list(train.take(_STREAM_ROWS * n_samples)) if data_args.streaming else train
-
-
-def has_answer(example: dict[str, Any]) -> bool:
+def _has_answer(example: dict[str, Any]) -> bool:
     """Whether the assistant says anything in the last turn of a sample."""
     return any(response["content"].strip() for response in example["_response"])
 
 
 class _Rows:
-    def __init__(self, aligned: Any) -> None:
-        self._aligned = aligned
+    def __init__(self, data: _HostData) -> None:
+        self._data = data
 
     def __len__(self) -> int:
-        return len(self._aligned)
+        return len(self._data.rows)
 
     def images(self, row: int) -> list[ImageLike]:
-        return self._aligned[row]["_images"] or []
+        return self._data.rows[row]["_images"] or []
 
 
-class CaptionSource(_Rows):
-    """Captions for the language model alone: what the assistant says, its turns joined by line breaks.
-
-    Args:
-        aligned: The dataset in the host's common form.
-        tokenizer: The model's.
-        max_length: Tokens after which a caption is cut.
-    """
-
-    def __init__(self, aligned: Any, tokenizer: Any, max_length: int) -> None:
-        super().__init__(aligned)
-        self._tokenizer, self._max_length = tokenizer, max_length
+class _CaptionSource(_Rows):
+    """Captions for the language model alone: what the assistant says, its turns joined by line breaks."""
 
     def encode(self, row: int) -> Features | None:
         from llamafactory.data.data_utils import Role
         from llamafactory.extras.constants import IMAGE_PLACEHOLDER
 
-        example = self._aligned[row]
+        example = self._data.rows[row]
         messages = [*example["_prompt"], *example["_response"][:1]]
         spoken = [message["content"] for message in messages if message["role"] == Role.ASSISTANT]
         text = "\n".join(spoken).replace(IMAGE_PLACEHOLDER, "")
-        return encode_caption(text, self._tokenizer, self._max_length)
+        return encode_caption(text, self._data.tokenizer, self._data.host.data.cutoff_len)
 
 
-class HostSource(_Rows):
-    """Samples as training sees them.
+class _HostSource(_Rows):
+    """Samples as training sees them; the first with images are checked for tokens that were cut off."""
 
-    Args:
-        aligned: The dataset in the host's common form.
-        template: The host's template.
-        data_args: The host's.
-        tokenizer_module: Tokenizer and processor.
-    """
-
-    def __init__(self, aligned: Any, template: Any, data_args: Any, tokenizer_module: dict[str, Any]) -> None:
-        from llamafactory.data.loader import _get_dataset_processor
-
-        super().__init__(aligned)
-        self._check: Callable[[int, Features], None] = partial(
-            check_image_tokens, template=template, data_args=data_args, **tokenizer_module
-        )
+    def __init__(self, data: _HostData) -> None:
+        super().__init__(data)
+        self._processor = data.processor()
         self._n_encoded = 0
-        self._processor = _get_dataset_processor(data_args, "sft", template, **tokenizer_module)
 
     def encode(self, row: int) -> Features | None:
-        example = self._aligned[row]
-        features = self._encode(example, self._processor) if has_answer(example) else None
+        example = self._data.rows[row]
+        features = self._encode(example, self._processor) if _has_answer(example) else None
         if features is not None:
             if self._n_encoded < N_CHECKED and features["images"]:
                 self._check(row, features)
@@ -186,54 +171,29 @@ class HostSource(_Rows):
             raise
         return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
 
+    def _check(self, row: int, features: Features) -> None:
+        data = self._data
+        check_image_tokens(row, features, data.template, data.host.data, **data.tokenizer_module)
 
-class UnlabelledSource(HostSource):
+
+class _UnlabelledSource(_HostSource):
     """Samples as the model would see them, with other images if asked for, and without labels.
 
-    Args:
-        aligned: The dataset in the host's common form.
-        template: The host's template.
-        data_args: The host's.
-        tokenizer_module: Tokenizer and processor.
-        text: The whole conversation, or the prompt before the last answer; a sample without an answer is its prompt.
+    Of ``text`` the whole conversation, or the prompt before the last answer; a sample without an answer is its prompt.
     """
 
-    def __init__(
-        self, aligned: Any, template: Any, data_args: Any, tokenizer_module: dict[str, Any], text: Text
-    ) -> None:
-        from llamafactory.data.loader import _get_dataset_processor
-
-        super().__init__(aligned, template, data_args, tokenizer_module)
+    def __init__(self, data: _HostData, text: Text) -> None:
+        super().__init__(data)
         self._text = text
-        self._prompt_processor = _get_dataset_processor(
-            data_args, "sft", template, **tokenizer_module, do_generate=True
-        )
+        self._prompt_processor = data.processor(do_generate=True)
 
     def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
-        example = dict(self._aligned[row])
+        example = dict(self._data.rows[row])
         if images is not None:
             example["_images"] = list(images)
-        whole = self._text == "conversation" and has_answer(example)
+        whole = self._text == "conversation" and _has_answer(example)
         features = self._encode(example, self._processor if whole else self._prompt_processor)
         if features is None:
             return None
         self._check(row, features)
         return features | {"labels": [IGNORE_INDEX] * len(features["input_ids"])}
-
-
-def host_collator(
-    model: nn.Module, template: Any, model_args: Any, data_args: Any, tokenizer_module: dict[str, Any]
-) -> Collate:
-    """The collator of the host's supervised fine-tuning."""
-    from llamafactory.data import SFTDataCollatorWith4DAttentionMask
-    from llamafactory.extras.constants import IGNORE_INDEX
-
-    return SFTDataCollatorWith4DAttentionMask(
-        template=template,
-        model=model,
-        label_pad_token_id=IGNORE_INDEX,
-        block_diag_attn=model_args.block_diag_attn,
-        attn_implementation=getattr(model.config, "_attn_implementation", None),
-        compute_dtype=model_args.compute_dtype,
-        **tokenizer_module,
-    )

@@ -2,19 +2,17 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.files import read_json
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
 from llamafactory_hera.knobs import typed
 
-# Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
-_NOT_TRAINING = {
+#: Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
+NOT_TRAINING: dict[str, Any] = {
     "do_train": False,
     "do_eval": False,
     "do_predict": False,
@@ -32,36 +30,30 @@ _NOT_TRAINING = {
 }
 # The host takes any value for these, and compares it with numbers later.
 _COUNTS = {"cutoff_len", "max_samples"}
-_MOST_NAMES = 12
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe with its overrides, set to score instead of train.
+class HostArguments(NamedTuple):
+    """What the host's parser makes of a recipe."""
 
-    Attributes:
-        path: The file, if there is one.
-        overrides: Keys given beside it, with their values.
-        values: All keys with their values.
-        config: Its ``hera_*`` keys.
-        arguments: What the host's parser made of it: arguments of model, data, training and fine-tuning.
-    """
+    model: Any
+    data: Any
+    training: Any
+    finetuning: Any
 
-    path: Path | None
+
+class Recipe(NamedTuple):
+    """A recipe with its overrides, set to score instead of train."""
+
+    #: Keys given beside the file, with their values.
     overrides: dict[str, Any]
+    #: All keys with their values.
     values: dict[str, Any]
     config: HeraConfig
-    arguments: tuple[Any, Any, Any, Any]
+    host: HostArguments
 
 
 def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a recipe with the host's parser, for scoring.
-
-    Args:
-        path: A YAML or JSON file as for ``llamafactory-cli train``; None when the overrides say everything.
-        overrides: ``key=value`` s, as the host takes them.
-        forced: Further keys, over both.
+    """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides.
 
     Raises:
         ValueError: The file cannot be read, or a key or value is refused by the host.
@@ -71,24 +63,15 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     layers = values.get("hera_granularity") == "layer"
     scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
     scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
-    values = without_training(values) | scored | forced
-    if values.get("dataset") is None:
-        raise ValueError("dataset: none is named; name one with image-caption pairs.")
-    arguments = host_arguments(values)
-    return Recipe(Path(path) if path else None, changes, values, HeraConfig.from_keys(arguments[3]), arguments)
+    values = values | NOT_TRAINING | scored | forced
+    host = host_arguments(values)
+    return Recipe(changes, values, HeraConfig.from_keys(host.finetuning), host)
 
 
 def read_values(
     path: str | os.PathLike | None, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads a recipe as plain values and merges the overrides into it, before the host's parser sees them.
-
-    Args:
-        path: A YAML or JSON file as for ``llamafactory-cli train``; None when the overrides say everything.
-        overrides: ``key=value`` s, as the host takes them.
-
-    Returns:
-        All keys with their values, and the overrides alone.
+    """A recipe with its overrides as plain values, before the host's parser sees them; and the overrides alone.
 
     Raises:
         ValueError: The file cannot be read, or an override is not ``key=value``.
@@ -113,40 +96,28 @@ def read_values(
     return values, OmegaConf.to_container(changes, resolve=True)
 
 
-def without_training(values: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe with training switched off."""
-    kept = {key: value for key, value in values.items() if key not in _NOT_TRAINING}
-    return kept | {key: value for key, value in _NOT_TRAINING.items() if value is not None}
-
-
 def named_output(values: Mapping[str, Any], example: str) -> Path:
-    """The output folder that a recipe names; the host would take one in the working directory without asking.
-
-    Raises:
-        ValueError: It names none.
-    """
+    """The output folder that a recipe must name; the host would take one in the working directory without asking."""
     if not values.get("output_dir"):
         raise ValueError(f"output_dir: none is named; say where the result goes, for instance output_dir={example}.")
     return Path(values["output_dir"])
 
 
-def host_arguments(values: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Parses a recipe's keys with the host's parser and checks that what they name is there.
-
-    Args:
-        values: The keys, with training switched off.
-
-    Returns:
-        The host's arguments of model, data, training and fine-tuning.
+def host_arguments(values: Mapping[str, Any]) -> HostArguments:
+    """Parses a recipe's keys, training switched off, with the host's parser and checks that what they name is there.
 
     Raises:
         ValueError: A key or value is refused by the host, or names a model, adapter, dataset or template that is not
             there.
     """
+    from llamafactory.data.parser import get_dataset_list
+    from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_train_args
 
     if not values.get("model_name_or_path"):
         raise ValueError("model_name_or_path: none is named; give the folder of a model, or a hub id.")
+    if values.get("dataset") is None:
+        raise ValueError("dataset: none is named; name one with images and text.")
     adapter, tuning = values.get("adapter_name_or_path"), values.get("finetuning_type", "lora")
     if adapter and tuning != "lora":
         raise ValueError(
@@ -156,36 +127,20 @@ def host_arguments(values: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     for key in _COUNTS & values.keys():
         if values[key] is not None or key == "cutoff_len":
             typed(key, values[key], int)
-    model_args, data_args, training_args, finetuning_args, _ = get_train_args(dict(values))
-    _check_template(data_args.template)
-    _check_datasets(data_args)
-    adapter_folders(model_args)
-    return model_args, data_args, training_args, finetuning_args
-
-
-def _check_template(name: str | None) -> None:
-    from llamafactory.data.template import TEMPLATES
-
+    host = HostArguments(*get_train_args(dict(values))[:4])
+    name, data = host.data.template, host.data
     if name is not None and name not in TEMPLATES:
         near = " or ".join(get_close_matches(name, TEMPLATES, cutoff=0.5)) or "llava_qwen3"
         raise ValueError(f"template: {name} does not exist; write the one of the model, for instance {near}.")
-
-
-def _check_datasets(data_args: Any) -> None:
-    from llamafactory.extras.constants import DATA_CONFIG
-
-    folder = data_args.dataset_dir
-    if not isinstance(folder, str) or folder == "ONLINE" or folder.startswith("REMOTE:"):
-        return
-    file = Path(folder) / DATA_CONFIG
     try:
-        known = read_json(file)
+        get_dataset_list(data.dataset, data.dataset_dir)
     except ValueError as error:
-        raise ValueError(f"dataset_dir: {error}; give the folder whose {DATA_CONFIG} names the datasets.") from error
-    for name in data_args.dataset:
-        if name not in known:
-            there = ", ".join([*list(known)[:_MOST_NAMES], *(["…"] if len(known) > _MOST_NAMES else [])])
-            raise ValueError(f"dataset: {name} is not in {file}; choose among {there}, or add it there.")
+        raise ValueError(
+            f"dataset: {', '.join(data.dataset)} is not in dataset_dir: {data.dataset_dir} ({error}); name a dataset "
+            "of its dataset_info.json, or add it there."
+        ) from error
+    adapter_folders(host.model)
+    return host
 
 
 def model_folder(model_args: Any) -> Path:
@@ -205,7 +160,7 @@ def adapter_folders(model_args: Any) -> list[Path]:
         ValueError: There is no such adapter, or it cannot be fetched.
     """
     inside = model_args.adapter_folder or "."
-    needs = (Path(inside) / _ADAPTER_CONFIG).as_posix()
+    needs = (Path(inside) / "adapter_config.json").as_posix()
     patterns = [(Path(inside) / "adapter_model.*").as_posix()]
     what = "an adapter: the output folder of a LoRA run or of a calibration"
     return [
