@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from llamafactory_hera.calibration.adapter import adapter_ranks, save_adapter
+from llamafactory_hera.calibration.adapter import save_adapter
 from llamafactory_hera.calibration.plan import make_plan
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.weights import HeadWeights, Scaled, applied
@@ -77,7 +77,7 @@ def test_the_adapter_is_peft_lora_whose_rank_is_what_each_layer_needs(made: tupl
             needed[name] = needed.get(name, 0) + 3
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert adapter_ranks(weights, steps) == needed == config["rank_pattern"] == config["alpha_pattern"]
+    assert needed == config["rank_pattern"] == config["alpha_pattern"]
     assert config["target_modules"] == sorted(needed)
     assert len(set(needed.values())) > 1
     assert {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors} == set(needed)

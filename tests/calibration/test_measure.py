@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates, attention_flow, margin_loss, resize_map
-from llamafactory_hera.calibration.profile import counted_logits
+from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates, attention_flow, counted_logits, margin_loss
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, output_projection
 from llamafactory_hera.selection.forward import Forward
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
@@ -19,7 +18,7 @@ from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
 def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) -> None:
     scores = torch.randn(5, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
     attention = scores.softmax(dim=-1)
-    flow, maps = attention_flow(attention, torch.tensor(text), torch.tensor(image))
+    flow, maps = attention_flow(attention, torch.tensor(text), torch.tensor(image), len(image))
     for head in range(5):
         to_image = sum(attention[head, i, j] for i in text for j in image) / (len(text) * len(image))
         to_text = sum(attention[head, i, j] for i in image for j in text) / (len(image) * len(text))
@@ -29,19 +28,13 @@ def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) 
         assert (to_text == 0) == (min(text) > max(image))  # image tokens see nothing of the text behind them
 
 
-def test_half_precision_weights_are_averaged_in_single_precision() -> None:
+def test_half_precision_is_averaged_in_single_precision_and_a_shorter_map_keeps_its_mass() -> None:
     attention = (torch.rand(2, 200, 200) * 1e-2).bfloat16()
     tokens = torch.arange(150), torch.arange(150, 200)
-    for found, exact in zip(
-        attention_flow(attention, *tokens), attention_flow(attention.float(), *tokens), strict=True
-    ):
-        assert torch.equal(found, exact)
-
-
-def test_a_map_keeps_its_mass_and_its_length_where_it_fits() -> None:
-    maps = torch.rand(3, 10)
-    assert torch.equal(resize_map(maps, 10), maps)
-    assert torch.allclose(resize_map(maps, 5), maps.unflatten(1, (5, 2)).sum(dim=2))
+    flow, maps = attention_flow(attention, *tokens, 25)
+    exact_flow, exact_maps = attention_flow(attention.float(), *tokens, 50)
+    assert torch.equal(flow, exact_flow)
+    assert torch.allclose(maps, exact_maps.unflatten(1, (25, 2)).sum(dim=2))
 
 
 # -- reading attention -----------------------------------------------------------------------------------------------
@@ -51,13 +44,9 @@ def attentions(model: nn.Module) -> list[nn.Module]:
     return [attention_module(layer, head_layout(model.config).model_type) for layer in decoder_layers(model)]
 
 
-def captured(model: nn.Module, batch: dict[str, Any], bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    forward = Forward(model)
-    with AttentionFlow(model, bins) as flow, torch.no_grad():
-        text = forward.tokens("text", batch)
-        flow.expect(text, forward.tokens("mean", batch) & ~text)
-        forward.run(batch)
-        return flow.take()
+def flows(model: nn.Module, batch: dict[str, Any], bins: int = 4) -> list[tuple[torch.Tensor, ...]]:
+    with AttentionFlow(Forward(model), bins) as attention:
+        return attention.read(batch)
 
 
 @pytest.mark.parametrize("name", VLMS)
@@ -66,19 +55,20 @@ def test_captured_flow_is_that_of_the_attention_that_the_model_returns(name: str
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     batch = vlm_batch(model, rows=3)
     n_image = int((batch["input_ids"][0] == IMAGE).sum())
-    flow, maps = captured(model, batch, n_image)
-    assert flow.shape == (3, LAYERS, HEADS)
-
+    found = flows(model, batch, n_image)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         returned = model(**batch, output_attentions=True, use_cache=False).attentions
-    for row in range(3):
+    for row, (flow, maps) in enumerate(found):
+        assert flow.shape == (LAYERS, HEADS)
         image = batch["input_ids"][row] == IMAGE
         text = batch["attention_mask"][row].bool() & ~image
+        tokens = text.nonzero().flatten(), image.nonzero().flatten()
         for layer in range(LAYERS):
-            expected = attention_flow(returned[layer][row], text.nonzero().flatten(), image.nonzero().flatten())
-            assert torch.allclose(flow[row, layer], expected[0], atol=1e-7)
-            assert torch.allclose(maps[row, layer], expected[1], atol=1e-7)
+            expected = attention_flow(returned[layer][row], *tokens, n_image)
+            assert torch.allclose(flow[layer], expected[0], atol=1e-7)
+            assert torch.allclose(maps[layer], expected[1], atol=1e-7)
+    assert len(found) == 3
 
 
 def test_one_layer_of_attention_is_held_at_a_time() -> None:
@@ -92,7 +82,7 @@ def test_one_layer_of_attention_is_held_at_a_time() -> None:
 
     for attention in attentions(model):
         attention.register_forward_hook(count)
-    captured(model, vlm_batch(model), 4)
+    flows(model, vlm_batch(model))
     assert counts == [1] * 5
 
 
@@ -101,12 +91,11 @@ def test_reading_attention_leaves_the_model_as_it_was() -> None:
     batch = vlm_batch(model)
     with torch.no_grad():
         before = model(**batch).logits
-    with AttentionFlow(model, 4):
+    with pytest.raises(KeyError), AttentionFlow(Forward(model), 4) as attention:
         assert model.config.text_config._attn_implementation == "eager"
         assert model.config.vision_config._attn_implementation == "sdpa"
-    with pytest.raises(KeyError), AttentionFlow(model, 4):
+        attention.read(batch)
         raise KeyError
-    captured(model, batch, 4)
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, before)
     assert not any(attention._forward_hooks for attention in attentions(model))
@@ -116,15 +105,42 @@ def test_reading_attention_leaves_the_model_as_it_was() -> None:
 def test_flow_does_not_depend_on_the_batch() -> None:
     model = vlm("llava-qwen2").eval()
     batch = vlm_batch(model, rows=3)
-    together, _ = captured(model, batch, 4)
-    for row in range(3):
+    for row, (flow, _) in enumerate(flows(model, batch)):
         length = int(batch["attention_mask"][row].sum())
         alone = {name: value[row : row + 1] for name, value in batch.items()}
         alone |= {name: alone[name][:, :length] for name in ("input_ids", "attention_mask")}
-        assert torch.allclose(captured(model, alone, 4)[0][0], together[row], atol=1e-7)
+        assert torch.allclose(flows(model, alone)[0][0], flow, atol=1e-7)
 
 
-# -- the margin loss and gates ---------------------------------------------------------------------------------------
+# -- logits, the margin loss and gates -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["text", "all", "last"])
+@pytest.mark.parametrize("name", VLMS)
+def test_logits_at_the_tokens_that_count(name: str, positions: str) -> None:
+    model = vlm(name).eval()
+    batch = vlm_batch(model, rows=3)
+    with torch.no_grad():
+        logits, counted = counted_logits(Forward(model), batch | {"labels": batch["input_ids"]}, positions)
+        everything = model(**batch).logits
+    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
+    expected = {"text": attended & (ids != IMAGE), "all": attended}.get(positions)
+    if expected is None:
+        expected = torch.zeros_like(attended)
+        expected[range(3), attended.sum(dim=1) - 1] = True
+    assert torch.allclose(logits[counted], everything[expected], atol=1e-5)
+    assert counted.sum() == expected.sum()
+
+
+def test_no_more_logits_are_computed_than_count_and_in_the_runs_type() -> None:
+    model = vlm("llava-llama").eval()
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
+    batch, forward = vlm_batch(model), Forward(model, autocast=torch.bfloat16)
+    assert counted_logits(forward, batch, "text")[0].dtype == torch.bfloat16
+    counted_logits(forward, {name: value[:1] for name, value in batch.items()}, "last")
+    forward.run(batch)
+    assert rows == [int((batch["input_ids"][0] != IMAGE).sum()), 1, 1]
 
 
 def test_margin_loss_is_the_log_ratio_of_the_two_largest_probabilities() -> None:
@@ -143,9 +159,8 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def gate_gradients(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    with HeadGates(model) as gates:
-        gates.reset(len(batch["input_ids"]))
-        return gates.gradients(loss_of(model, batch))
+    with HeadGates(Forward(model), "text") as gates:
+        return gates.read(batch)
 
 
 def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, gate: float) -> torch.Tensor:
@@ -172,36 +187,27 @@ def test_gradients_are_those_of_each_samples_loss(name: str) -> None:
     assert gradients.abs().max() > 0.01
 
 
-def test_an_open_gate_changes_nothing() -> None:
-    model = vlm("llava-qwen3").eval().bfloat16()
+@pytest.mark.parametrize("name", VLMS)
+def test_open_gates_change_nothing_and_no_weight_is_kept_for_a_gradient(name: str) -> None:
+    model = vlm(name).eval().bfloat16()
     batch = vlm_batch(model)
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
-    before = loss_of(model, batch)
-    with HeadGates(model) as gates:
-        gates.reset(2)
-        assert torch.equal(loss_of(model, batch), before)
-
-
-@pytest.mark.parametrize("name", VLMS)
-def test_no_weight_gets_a_gradient_or_is_kept_for_one(name: str) -> None:
-    model = vlm(name).eval()
-    assert all(parameter.requires_grad for parameter in model.parameters())
     weights = {id(parameter) for parameter in model.parameters()}
-    with HeadGates(model) as gates:
-        gates.reset(2)
-        losses = loss_of(model, vlm_batch(model))
-        leaves, seen, queue = set(), set(), [losses.grad_fn]
-        while queue:  # every leaf of the graph that autograd would fill
-            node = queue.pop()
-            if hasattr(node, "variable"):
-                leaves.add(id(node.variable))
-            queue += [child for child, _ in node.next_functions if child is not None and child not in seen]
-            seen |= {child for child, _ in node.next_functions}
-        assert not leaves & weights
-        assert len(leaves) == LAYERS
-        gates.gradients(losses)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    logits: list[torch.Tensor] = []
+    model.register_forward_hook(lambda _, __, output: logits.append(output.logits))
+    loss_of(model, batch)
+    gate_gradients(model, batch)
+    assert torch.equal(*logits)
+    leaves, seen, queue = set(), set(), [logits[1].grad_fn]
+    while queue:  # every leaf of the graph that autograd would fill
+        node = queue.pop()
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        queue += [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen |= {child for child, _ in node.next_functions}
+    assert not leaves & weights
+    assert len(leaves) == LAYERS
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -6,18 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates, margin_loss
-from llamafactory_hera.calibration.profile import Profile, counted_logits, profile_heads, weights_digest
+from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates
+from llamafactory_hera.calibration.profile import Profile, check_tokens, profile_heads, weights_digest
+from llamafactory_hera.calibration.samples import draw_samples
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.selection.forward import Forward
 from tests.calibration.tiny import N_IMAGE, Rows, calibration_model, collate, noise_images
-from tests.tiny_models import IMAGE, VLMS, vlm, vlm_batch
+from tests.tiny_models import IMAGE
 
 LAYERS, HEADS = 4, 8
-
-
-def config(probes: int, batch_size: int) -> RahConfig:
-    return RahConfig(probes=probes, batch_size=batch_size)
 
 
 def features(n: int = 7) -> list[dict]:
@@ -55,20 +52,12 @@ def test_caf_is_the_signed_mean_gradient_and_its_weighted_mean_square(weight: fl
 def test_a_profile_is_the_mean_of_single_samples() -> None:
     model, samples = calibration_model(), features()
     forward = Forward(model)
-    profile = profile_heads(forward, samples, collate, config(probes=3, batch_size=4))
-    flows, maps, gradients = [], [], []
-    for sample in samples:
-        batch = collate([sample])
-        with AttentionFlow(model, N_IMAGE) as flow, torch.no_grad():
-            image = batch["input_ids"] == IMAGE
-            flow.expect(~image, image)
-            forward.run(batch)
-            one_flow, one_map = flow.take()
-        flows.append(one_flow[0])
-        maps.append(one_map[0])
-        with HeadGates(model) as gates:
-            gates.reset(1)
-            gradients.append(gates.gradients(margin_loss(*counted_logits(forward, batch, "text")))[0])
+    profile = profile_heads(forward, samples, collate, RahConfig(probes=3, batch_size=4))
+    batches = [collate([sample]) for sample in samples]
+    with AttentionFlow(forward, N_IMAGE) as attention:
+        flows, maps = zip(*(attention.read(batch)[0] for batch in batches), strict=True)
+    with HeadGates(forward, "text") as gates:
+        gradients = [gates.read(batch)[0] for batch in batches]
     assert profile.flow.shape == profile.gradients.shape[1:] == (LAYERS, HEADS)
     assert torch.allclose(profile.flow, torch.stack(flows).double().mean(dim=0), atol=1e-7)
     assert torch.allclose(profile.maps, torch.stack(maps).mean(dim=0), atol=1e-7)
@@ -79,8 +68,18 @@ def test_samples_with_more_image_tokens_are_brought_to_the_fewest() -> None:
     images = noise_images(3)
     rows = Rows([[images[0]], [images[1], images[2]]])
     samples = [rows.encode(row) for row in range(2)]
-    profile = profile_heads(Forward(calibration_model()), samples, collate, config(probes=1, batch_size=1))
+    profile = profile_heads(Forward(calibration_model()), samples, collate, RahConfig(probes=1, batch_size=1))
     assert profile.maps.shape == (LAYERS, HEADS, N_IMAGE)
+
+
+@pytest.mark.parametrize("kind, ids", [("image", [3, 4]), ("text", [IMAGE] * 4)])
+def test_a_sample_without_one_kind_of_token_is_named(kind: str, ids: list[int]) -> None:
+    forward = Forward(calibration_model())
+    samples = draw_samples(Rows([[image] for image in noise_images(4)]), RahConfig(samples=4, held_out=1, probes=1))
+    check_tokens(forward, samples.profiled)
+    samples.profiled[2].features["input_ids"] = ids
+    with pytest.raises(ValueError, match=rf"sample {samples.profiled[2].row} .*no {kind} token.*template"):
+        check_tokens(forward, samples.profiled)
 
 
 def test_a_broken_checkpoint_is_named() -> None:
@@ -88,35 +87,7 @@ def test_a_broken_checkpoint_is_named() -> None:
     with torch.no_grad():
         model.model.language_model.layers[2].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"model_name_or_path.*NaN or infinity.*bf16 or fp32"):
-        profile_heads(Forward(model), features(3), collate, config(probes=2, batch_size=2))
-
-
-@pytest.mark.parametrize("positions", ["text", "all", "last"])
-@pytest.mark.parametrize("name", VLMS)
-def test_logits_at_the_tokens_that_count(name: str, positions: str) -> None:
-    model = vlm(name).eval()
-    batch = vlm_batch(model, rows=3)
-    with torch.no_grad():
-        logits, counted = counted_logits(Forward(model), batch | {"labels": batch["input_ids"]}, positions)
-        everything = model(**batch).logits
-    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
-    expected = {"text": attended & (ids != IMAGE), "all": attended}.get(positions)
-    if expected is None:
-        expected = torch.zeros_like(attended)
-        expected[range(3), attended.sum(dim=1) - 1] = True
-    assert torch.allclose(logits[counted], everything[expected], atol=1e-5)
-    assert counted.sum() == expected.sum()
-
-
-def test_no_more_logits_are_computed_than_count_and_in_the_runs_type() -> None:
-    model = vlm("llava-llama").eval()
-    rows = []
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[1]))
-    batch, forward = vlm_batch(model), Forward(model, autocast=torch.bfloat16)
-    assert counted_logits(forward, batch, "text")[0].dtype == torch.bfloat16
-    counted_logits(forward, {name: value[:1] for name, value in batch.items()}, "last")
-    forward.run(batch)
-    assert rows == [int((batch["input_ids"][0] != IMAGE).sum()), 1, 1]
+        profile_heads(Forward(model), features(3), collate, RahConfig(probes=2, batch_size=2))
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

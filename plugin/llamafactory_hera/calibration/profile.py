@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..files import write_safetensors
-from ..heads.pooling import Pooling
 from ..selection.forward import Forward, plan_batches, run_batches
-from ..selection.samples import Collate, Features
-from .measure import AttentionFlow, HeadGates, margin_loss
-from .settings import Positions, RahConfig
+from ..selection.samples import Collate, Features, Sample
+from .measure import AttentionFlow, HeadGates
+from .settings import RahConfig
 
-_TENSORS = ("flow", "maps", "gradients")
-_POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
 _WORD = 8  # bytes
 
 
@@ -54,12 +51,8 @@ class Profile:
         return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
     def save(self, path: Path, key: str) -> None:
-        """Writes the file; it appears complete or not at all.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        write_safetensors(path, {name: getattr(self, name) for name in _TENSORS}, {"key": key})
+        """Writes the file, complete or not at all; raises OSError where it cannot be written."""
+        write_safetensors(path, vars(self), {"key": key})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":
@@ -68,7 +61,7 @@ class Profile:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("key") != key:
                     return None
-                return cls(**{name: file.get_tensor(name) for name in _TENSORS})
+                return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
 
@@ -89,39 +82,27 @@ def profile_heads(
         ValueError: A gradient or an attention weight is not finite.
     """
 
-    def each(what: str, samples: Sequence[Features], run: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
+    def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
         with tqdm(total=len(samples), desc=f"RAH-LoRA | {what}", unit="sample") as bar:
-            for batch, results in run_batches(batches, samples, collate, run, num_workers):
+            for batch, results in run_batches(batches, samples, collate, read, num_workers):
                 found.update(zip(batch.rows, results, strict=True))
                 bar.update(len(batch.rows))
         # in the order of the samples, so that the batches do not decide the rounding of a mean
         return [found[row] for row in range(len(samples))]
 
-    bins = min(count_image_tokens(forward, sample) for sample in features)
-    with AttentionFlow(forward.model, bins) as attention, torch.no_grad():
-
-        def read_attention(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-            text = forward.tokens("text", batch)
-            attention.expect(text, forward.tokens("mean", batch) & ~text)
-            forward.run(batch)
-            return list(zip(*(values.cpu() for values in attention.take()), strict=True))
-
-        flows, maps = zip(*each("attention", features, read_attention), strict=True)
-    with HeadGates(forward.model) as gates, torch.enable_grad():
-
-        def differentiate(batch: dict[str, Any]) -> Tensor:
-            gates.reset(len(batch["input_ids"]))
-            return gates.gradients(margin_loss(*counted_logits(forward, batch, config.positions))).cpu()
-
-        gradients = torch.stack(each("gates", features[: config.probes], differentiate))
+    bins = min(_count_image_tokens(forward, sample) for sample in features)
+    with AttentionFlow(forward, bins) as attention:
+        flows, maps = zip(*each("attention", features, attention.read), strict=True)
+    with HeadGates(forward, config.positions) as gates:
+        gradients = torch.stack(each("gates", features[: config.probes], gates.read))
     profile = Profile(_mean(flows), _mean(maps).float(), gradients)
-    for name, values in (("attention weights hold", profile.flow), ("gradients of the gates hold", gradients)):
+    for name, values in (("attention weights", profile.flow), ("gradients of the gates", gradients)):
         if not values.isfinite().all():
             raise ValueError(
-                f"model_name_or_path: its {name} NaN or infinity. The checkpoint is damaged, or its activations do "
-                "not fit fp16: use bf16 or fp32."
+                f"model_name_or_path: its {name} hold NaN or infinity. The checkpoint is damaged, or its activations "
+                "do not fit fp16: use bf16 or fp32."
             )
     return profile
 
@@ -130,44 +111,39 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
 
 
-def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
-    """Logits at the tokens that count in any sample of a batch.
-
-    Returns:
-        Logits ``[B, P, V]`` and the tokens among them that count in each sample, boolean ``[B, P]``.
-    """
-    counted = forward.tokens(_POOLINGS[positions], batch)
-    kept = counted.any(dim=0).nonzero().flatten()
-    return forward.logits(batch, kept), counted[:, kept]
-
-
-def count_image_tokens(forward: Forward, features: Features) -> int:
-    """How many tokens of a sample stand for its images."""
+def _count_image_tokens(forward: Forward, features: Features) -> int:
     return sum(token in forward.media for token in features["input_ids"])
+
+
+def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
+    """Refuses a sample without tokens of both kinds; names its row."""
+    for sample in samples:
+        count, total = _count_image_tokens(forward, sample.features), len(sample.features["input_ids"])
+        if count in (0, total):
+            raise ValueError(
+                f"dataset: sample {sample.row} (counted from 0) leaves no {'text' if count else 'image'} token; check "
+                "that its text holds <image>, and that template is the model's."
+            )
 
 
 def weights_digest(model: nn.Module) -> str:
     """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
 
     A calibrated adapter changes a few rows or columns of a few projections, and attention depends on vision tower and
-    projector, too, so a sample of the decoder's values would not do. Of a matrix not its bytes are hashed, but their
-    sums over rows and over columns, which the model's device computes where the weights lie. The sums are of whole
-    numbers, so that no order of addition changes them.
+    projector, too, so a sample of the decoder's values would not do. Of a matrix the sums over rows and over columns
+    of its bytes, read as whole numbers, are hashed: they are computed where the weights lie, the same on every device.
 
     Returns:
-        64 hexadecimal digits, the same on every device.
+        64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        for summary in _condensed(parameter.detach().contiguous()):
+        weight = parameter.detach().contiguous()
+        summaries = [weight.flatten()]
+        if weight.dim() > 1 and weight[0].nbytes % _WORD == weight.data_ptr() % _WORD == 0:
+            words = weight.flatten(1).view(torch.int64)
+            summaries = [words.sum(dim=0), words.sum(dim=1)]
+        for summary in summaries:
             digest.update(summary.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _condensed(weight: Tensor) -> list[Tensor]:
-    """Sums of a matrix's bytes, read as whole numbers, by column and by row; anything else as it is."""
-    if weight.dim() < 2 or weight[0].nbytes % _WORD or weight.data_ptr() % _WORD:
-        return [weight.flatten()]
-    words = weight.flatten(1).view(torch.int64)
-    return [words.sum(dim=0), words.sum(dim=1)]

@@ -16,7 +16,6 @@ Slice = Literal["value", "output"]
 SLICES: tuple[Slice, ...] = get_args(Slice)
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_VALUE = "v_proj"
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Update:
     """What is changed together, under one step size.
 
     With multi-head attention that is a head's value and output slice. A value block that several query heads share
-    is changed only if all of them are targets, and then they are one update; else a head's output slice is. There is
-    no edit where target and anchors are equal.
+    is changed only if all of them are targets, and then they are one update; else a head's output slice is. Without
+    an edit target and anchors are equal.
     """
 
     heads: tuple[Target, ...]
@@ -74,7 +73,7 @@ class HeadWeights:
         for layer, module in enumerate(decoder_layers(model)):
             attention = attention_module(module, self.layout.model_type)
             found: dict[Slice, nn.Module | None] = {
-                "value": getattr(attention, _VALUE, None),
+                "value": getattr(attention, "v_proj", None),
                 "output": output_projection(module, self.layout.model_type),
             }
             for kind, projection in found.items():
@@ -108,7 +107,7 @@ class HeadWeights:
         layout = self.layout
         if module is None:
             raise ValueError(
-                f"model_name_or_path: layers of type {layout.model_type!r} have no {_VALUE}: queries, keys and values "
+                f"model_name_or_path: layers of type {layout.model_type!r} have no v_proj: queries, keys and values "
                 "are one fused matrix, which calibration does not slice. Use a model with separate projections."
             )
         weight = getattr(module, "weight", None)
@@ -119,10 +118,8 @@ class HeadWeights:
                 "or wrapped, and calibration compares and changes plain ones. Calibrate the base model without "
                 "quantization_bit (the adapter then loads on the quantised one, too), or dequantise the checkpoint."
             )
-        heads, width = {
-            "value": (layout.n_kv_heads, weight.shape[0]),
-            "output": (layout.n_heads, weight.shape[1]),
-        }[kind]
+        heads, axis = (layout.n_kv_heads, 0) if kind == "value" else (layout.n_heads, 1)
+        width = weight.shape[axis]
         if width != heads * layout.head_dim:
             raise ValueError(
                 f"model_name_or_path: a {kind} projection is {width} wide, and {heads} heads of {layout.head_dim} "
