@@ -21,7 +21,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates
+from llamafactory_hera.calibration.profile import AttentionFlow, HeadGates
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig

@@ -38,14 +38,16 @@ def test_samples_without_an_image_are_passed_over_and_counted(caplog: pytest.Log
     assert "rah_samples: 12 are asked for, and the dataset has 11" in caplog.text
 
 
-def test_data_without_any_image_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset: none of its samples has an image.*`images` column"):
-        draw_samples(source(20, empty=tuple(range(20))), CONFIG)
-
-
-def test_fewer_samples_than_probes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset: 8 of its 20.*rah_probes: 5.*rah_held_out: 4.*12 have no image"):
-        draw_samples(source(20, empty=tuple(range(12))), CONFIG)
+@pytest.mark.parametrize(
+    "empty, message",
+    [
+        (20, r"dataset: none of its samples has an image.*`images` column"),
+        (12, r"dataset: 8 of its 20.*rah_probes: 5.*rah_held_out: 4.*12 have no image"),
+    ],
+)
+def test_too_few_samples_with_an_image_are_refused(empty: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw_samples(source(20, empty=tuple(range(empty))), CONFIG)
 
 
 def pixels(sample) -> bytes:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ..heads.targets import Target
 from ..selection.pictures import new_figure, save_figure, tick_step
-from .adapter import lora_factors
 from .plan import Anchor, Plan
 from .profile import Profile
 from .settings import RahConfig
 from .trust_region import Outcome, Trial
-from .weights import HeadWeights
+from .weights import HeadWeights, lora_factors
 
 _CELL, _LABEL = 0.2, 0.22  # inches
 

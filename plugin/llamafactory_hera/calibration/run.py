@@ -18,14 +18,13 @@ from ..selection.forward import Forward
 from ..selection.provenance import package_versions
 from ..selection.samples import Sample
 from ..selection.select import check_writable
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from .plan import make_plan
 from .profile import Profile, check_tokens, profile_heads, weights_digest
 from .report import compare, describe, draw_calibration
 from .samples import CalibrationInputs, Control, Drawn, corrupt, draw_samples
 from .settings import RahConfig
 from .trust_region import HeldOut, Outcome, try_updates
-from .weights import HeadWeights, Scaled
+from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, Scaled, save_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -151,11 +150,11 @@ class _Calibration:
             report[_DIGEST] = None
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)
-                report[_DIGEST] = _digest(work / WEIGHTS_FILE)
-                files = [WEIGHTS_FILE, CONFIG_FILE, *files]
+                report[_DIGEST] = _digest(work / ADAPTER_FILE)
+                files = [ADAPTER_FILE, ADAPTER_CONFIG, *files]
             draw_calibration(report, work / PICTURE_FILE)
             write_json(work / REPORT_FILE, report)
-            for old in (REPORT_FILE, CONFIG_FILE, WEIGHTS_FILE):
+            for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
                 (folder / old).unlink(missing_ok=True)
             for file in files:
                 os.replace(work / file, folder / file)
@@ -164,10 +163,10 @@ class _Calibration:
 def _check_folder(folder: Path) -> None:
     """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
     check_writable(folder)
-    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE)):
         return
     try:
-        ours = read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / WEIGHTS_FILE)
+        ours = read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:

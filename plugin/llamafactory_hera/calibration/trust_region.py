@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..selection.forward import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
-from .measure import counted_logits
+from .profile import counted_logits
 from .settings import RahConfig
 from .weights import HeadWeights, Scaled, Update, applied
 
