@@ -56,11 +56,8 @@ class AttentionFlow(Hooks):
     """Reads :func:`attention_flow` of every head while it is entered.
 
     Meanwhile the text decoder computes attention by its own eager implementation, whose weights each layer hands out:
-    they are reduced there and then, and no second layer's ``[B, H, T, T]`` is ever held.
-
-    Args:
-        forward: Around a transformers model, bare, whole on this process.
-        bins: Length of the maps; at most the image tokens of any sample.
+    they are reduced there and then, and no second layer's ``[B, H, T, T]`` is ever held. The model is bare, and whole
+    on this process; the maps have ``bins`` values, at most the image tokens of any sample.
     """
 
     def __init__(self, forward: Forward, bins: int) -> None:
@@ -103,11 +100,7 @@ class AttentionFlow(Hooks):
 
 
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
-    """Logits at the tokens that count in any sample of a batch.
-
-    Returns:
-        Logits ``[B, P, V]`` and the tokens among them that count in each sample, boolean ``[B, P]``.
-    """
+    """Logits ``[B, P, V]`` at the tokens that count in any sample of a batch, and which count in each, ``[B, P]``."""
     counted = forward.tokens(_POOLINGS[positions], batch)
     kept = counted.any(dim=0).nonzero().flatten()
     return forward.logits(batch, kept), counted[:, kept]
@@ -116,14 +109,8 @@ def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
     """The label-free margin loss of each sample, ``-1/T sum_t log(p_t1 / p_t2)`` (text under eq. 5).
 
-    The log ratio of two probabilities of one softmax is the difference of their logits, so no softmax is computed.
-
-    Args:
-        logits: ``[B, T, V]``.
-        counted: The tokens ``t``, boolean ``[B, T]``; at least one in each row.
-
-    Returns:
-        ``[B]`` in fp32; 0 or less.
+    From logits ``[B, T, V]`` and the tokens ``t`` that count, boolean ``[B, T]``, ``[B]`` in fp32. The log ratio of
+    two probabilities of one softmax is the difference of their logits, so no softmax is computed.
     """
     top = torch.topk(logits, 2, dim=-1).values.float()
     margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
@@ -135,11 +122,7 @@ class HeadGates(Hooks):
 
     A head's output is its slice of the output projection's input. Weights are frozen meanwhile, so that autograd
     keeps nothing for them. Samples do not mix, so that the gradient of a sum of losses with respect to a sample's
-    gate is that of its own loss.
-
-    Args:
-        forward: Around a transformers model, bare, whole on this process.
-        positions: Tokens that enter the margin loss.
+    gate is that of its own loss. The model is bare, and whole on this process.
     """
 
     def __init__(self, forward: Forward, positions: Positions) -> None:
@@ -225,14 +208,7 @@ class Profile:
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head.
-
-    Args:
-        forward: Around the model.
-        features: N samples, each with image and text tokens; the first ``rah_probes`` are the probes.
-        collate: From samples to a batch.
-        config: Probes, positions and batch size.
-        num_workers: Processes that collate.
+    """Measures every head on samples that each have image and text tokens; the first ``rah_probes`` are the probes.
 
     Raises:
         ValueError: A gradient or an attention weight is not finite.
@@ -284,9 +260,6 @@ def weights_digest(model: nn.Module) -> str:
     A calibrated adapter changes a few rows or columns of a few projections, and attention depends on vision tower and
     projector, too, so a sample of the decoder's values would not do. Of a matrix the sums over rows and over columns
     of its bytes, read as whole numbers, are hashed: they are computed where the weights lie, the same on every device.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

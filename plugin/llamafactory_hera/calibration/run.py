@@ -71,11 +71,7 @@ class _Calibration:
         self._fingerprint = weights_digest(model)
 
     def run(self, drawn: Drawn, folder: Path, normal: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Calibrates on one draw and writes the files.
-
-        Under a control the report compares itself with the ``normal`` one, of the data as they are, and says what it
-        does to the held-out samples as they are.
-        """
+        """Calibrates on one draw and writes the files; a control's report compares itself with the ``normal`` one."""
         started = time.perf_counter()
         profile, reused = self._profile(drawn, folder / PROFILE_FILE)
         profiled = time.perf_counter()
@@ -90,10 +86,8 @@ class _Calibration:
         facts = self._facts(drawn) | {"seconds": seconds}
         report = describe(profile, plan, outcome, self._weights, self._config, facts)
         if normal is not None:
-            clean = self._held_out(drawn.uncorrupted).kl(outcome.accepted)
-            report["compared_with_uncorrupted"] = compare(normal, report) | {
-                "kl_control_on_uncorrupted_samples": clean
-            }
+            clean = {"kl_control_on_uncorrupted_samples": self._held_out(drawn.uncorrupted).kl(outcome.accepted)}
+            report["compared_with_uncorrupted"] = compare(normal, report) | clean
         self._write(folder, report, outcome.accepted)
         return report
 

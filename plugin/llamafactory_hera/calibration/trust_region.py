@@ -93,13 +93,6 @@ def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahCon
 class HeldOut:
     """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model on the CPU.
 
-    Args:
-        forward: Around the model as it is.
-        weights: Of the model.
-        features: The samples.
-        collate: From samples to a batch.
-        config: Positions and batch size.
-
     Raises:
         ValueError: The logits are not finite.
     """

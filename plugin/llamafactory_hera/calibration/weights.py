@@ -51,13 +51,10 @@ Scaled = tuple[Update, float]
 
 
 class HeadWeights:
-    """Views of a model's weights by head, and the names of the projections that hold them.
+    """Views of the weights of a model, bare and whole on this process, by head.
 
     Under grouped-query attention ``v_proj`` holds one block of rows for each key-value head, which a group of query
     heads shares; ``o_proj`` holds one block of columns for each query head.
-
-    Args:
-        model: A transformers model, bare, whole on this process.
 
     Raises:
         ValueError: Unknown architecture, a fused or otherwise unusual layout, or quantised weights; says why.

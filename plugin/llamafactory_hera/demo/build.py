@@ -1,11 +1,10 @@
 """Build the demo folder: data, language model, LLaVA and teacher, offline and reproducibly."""
 
 import importlib.metadata
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from .. import __version__
@@ -69,19 +68,15 @@ def build_demo(
         print(f"[hera demo] {output_dir} is there already (seed {seed}, size {size})", flush=True)
         return _paths(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    work = root.parent / f".{root.name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
+        work = Path(folder) / root.name
         with models.reproducible(seed):
             _build(work, request, SIZES[size])
         # Another process may have finished the same folder meanwhile.
         if not _is_finished(root, request, force):
             if root.exists():
-                shutil.rmtree(root)
+                root.rename(Path(folder) / "replaced")
             work.rename(root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return _paths(root)
 
 

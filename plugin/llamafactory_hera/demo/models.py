@@ -231,13 +231,9 @@ def train_teacher(
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
     """A DINOv2 model of a CLS token and 16 patch tokens of width 64, self-supervised: SimCLR (arXiv 2002.05709).
 
-    Two random views of an image must find each other among the views of the other images of the batch, by the cosine
-    of their CLS tokens behind a two-layer head, which is thrown away afterwards.
-
-    Args:
-        images: What it learns from, alone.
-        steps: Number of updates, of up to 128 images each; 0 leaves its weights random.
-        view: From normalised pixels [B, 3, 32, 32] to one random view of every image.
+    Two random views of an image, [B, 3, 32, 32] normalised pixels each, must find each other among the views of the
+    other images of the batch, by the cosine of their CLS tokens behind a two-layer head, which is thrown away
+    afterwards, at a temperature of 0.1. Without any step its weights stay random.
 
     Returns:
         The teacher, its processor, and the InfoNCE loss of every step, in nats.
