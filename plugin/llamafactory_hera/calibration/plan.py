@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,18 +23,14 @@ class Anchor(NamedTuple):
     parametric: float
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a calibration is going to try.
+class Plan(NamedTuple):
+    """What a calibration is going to try."""
 
-    Attributes:
-        targets: Heads to calibrate, highest CAF first.
-        anchors: Anchors of each target, nearest first; none where no layer within two has any.
-        updates: In the order of their first targets.
-    """
-
+    #: Heads to calibrate, highest CAF first.
     targets: list[Target]
+    #: Of each target, nearest first; none where no layer within two has any.
     anchors: dict[Target, list[Anchor]]
+    #: In the order of their first targets.
     updates: list[Update]
 
 

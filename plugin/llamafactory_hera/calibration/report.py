@@ -199,8 +199,7 @@ def _mark(axes: Axes, report: dict[str, Any]) -> None:
         if heads:
             layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
             # a white line within a black one shows on every colour of the scale
-            style: dict[str, Any] = {"facecolors": face, "edgecolors": "white", "linewidths": 1.2}
+            style: dict[str, Any] = {"facecolors": face, "edgecolors": "white", "linewidths": 1.2, "s": 46}
             outline = [withStroke(linewidth=3.0, foreground="black")]
-            axes.scatter(
-                columns, layers, s=46, marker=marker, **style, path_effects=outline, label=f"{label} ({len(heads)})"
-            )
+            name = f"{label} ({len(heads)})"
+            axes.scatter(columns, layers, marker=marker, **style, path_effects=outline, label=name)

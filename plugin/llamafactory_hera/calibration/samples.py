@@ -57,19 +57,13 @@ class CalibrationInputs:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a calibration.
-
-    Attributes:
-        profiled: Those that heads are profiled on; the first of them are the probes.
-        held_out: Those that the trust region measures on.
-        without_image: How many rows were passed over because they have no image.
-        control: How their images were corrupted.
-        uncorrupted: Then the held-out ones as they were.
-    """
+    """The samples of a calibration: for profiling, the probes first, and for the trust region."""
 
     profiled: list[Sample]
     held_out: list[Sample]
+    #: How many rows were passed over because they have no image.
     without_image: int
+    #: How their images were corrupted, and the held-out samples before that.
     control: Control | None = None
     uncorrupted: Sequence[Sample] = ()
 

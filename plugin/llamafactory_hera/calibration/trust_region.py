@@ -37,14 +37,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of all updates.
-
-    Attributes:
-        trials: In the order of the plan.
-        totals: Numbers of updates that were tried together, each with their divergence.
-    """
+    """What became of all updates, in the order of the plan."""
 
     trials: Sequence[Trial] = ()
+    #: Numbers of updates that were tried together, each with their divergence.
     totals: Sequence[tuple[int, float]] = ()
 
     @property

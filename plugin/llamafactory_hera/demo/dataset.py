@@ -54,9 +54,8 @@ class Sample:
 
     def messages(self, rng: random.Random, caption_first: bool) -> list[dict[str, str]]:
         """The conversation; with the caption last, no answer can be copied from it."""
-        description = (rng.choice(DESCRIBE), self.caption)
-        asked = [(question.text, question.answer) for question in self.questions]
-        turns = [description, *asked] if caption_first else [*asked, description]
+        turns = [(question.text, question.answer) for question in self.questions]
+        turns.insert(0 if caption_first else len(turns), (rng.choice(DESCRIBE), self.caption))
         return conversation([("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]])
 
 
@@ -81,10 +80,8 @@ class Region(NamedTuple):
 
 def _texture(source: str, subject: str, caption: str) -> tuple[Region, Region]:
     """The left part of an even picture for training, the rest of it held out."""
-    return (
-        Region(source, (0.0, 0.0, 0.6, 1.0), subject, caption),
-        Region(source, (0.62, 0.0, 1.0, 1.0), subject, caption, "held_out"),
-    )
+    left, right = (0.0, 0.0, 0.6, 1.0), (0.62, 0.0, 1.0, 1.0)
+    return Region(source, left, subject, caption), Region(source, right, subject, caption, "held_out")
 
 
 REGIONS: tuple[Region, ...] = (

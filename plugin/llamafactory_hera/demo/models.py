@@ -103,8 +103,7 @@ def new_language_model(
 ) -> hf.Qwen3ForCausalLM:
     """Five layers of eight query heads over four key-value heads with random weights; it decodes greedily.
 
-    ``head_dim`` is not ``hidden_size / heads`` here, as in Qwen3-4B, so code that divides instead of reading the
-    config fails.
+    As in Qwen3-4B, ``head_dim`` is not ``hidden_size / heads``: code that divides fails.
     """
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf.Qwen3Config(

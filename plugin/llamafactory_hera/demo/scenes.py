@@ -143,24 +143,18 @@ def render(scene: Scene) -> Image.Image:
     """Draw the scene: an RGB image without smoothing, every object in its exact palette colour."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
+    rows, columns = np.mgrid[:side, :side]
     for item in scene.objects:
-        pixels[_mask(item, side)] = PALETTE[item.colour]
+        dx, dy, r = columns - item.x, rows - item.y, item.radius
+        box = (abs(dx) <= r) & (abs(dy) <= r)
+        covered = {
+            "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,
+            "square": box,
+            "triangle": box & (2 * abs(dx) <= dy + r),
+            "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
+        }
+        pixels[covered[item.shape]] = PALETTE[item.colour]
     return Image.fromarray(pixels)
-
-
-def _mask(item: SceneObject, side: int) -> np.ndarray:
-    """Pixels that the object covers: bool [side, side]."""
-    dx = np.arange(side)[None, :] - item.x
-    dy = np.arange(side)[:, None] - item.y
-    r = item.radius
-    box = (abs(dx) <= r) & (abs(dy) <= r)
-    covered = {
-        "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,
-        "square": box,
-        "triangle": box & (2 * abs(dx) <= dy + r),
-        "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
-    }
-    return covered[item.shape]
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
