@@ -229,7 +229,7 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
         ("my_package_of_a_test.mine:Other", "hera_objective: .* is not an objective; make it a subclass"),
         (
             "my_package_of_a_test.mine:Third",
-            "hera_objective: .* cannot be imported .*Third.*; write module:Class of an",
+            "hera_objective: .* cannot be imported .*Third.*; write module:Class of a module",
         ),
         ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be imported .No module named .*missing_module"),
         (":Mine", "hera_objective: ':Mine' cannot be imported"),

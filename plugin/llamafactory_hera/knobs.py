@@ -6,6 +6,7 @@ from the class; nothing repeats them.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, field, fields
 from enum import Enum
@@ -198,34 +199,28 @@ def typed(key: str, value: Any, kind: Any) -> Any:
 
 
 def _reader(kind: Any) -> tuple[Callable[[Any], Any], str]:
-    if get_origin(kind) is Literal:
-        return (lambda value: {choice: choice for choice in get_args(kind)}[value]), _one_of(get_args(kind))
-    return {
-        bool: (_read_bool, "true or false"),
-        int: (_read_int, "a whole number"),
-        float: (_read_float, "a number"),
-        str: (_read_text, "a text"),
-    }[kind]
-
-
-def _one_of(options: tuple[Any, ...]) -> str:
-    return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
+    if get_origin(kind) is not Literal:
+        return _READERS[kind]
+    options = get_args(kind)
+    words = f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
+    return {option: option for option in options}.__getitem__, words
 
 
 def _read_bool(value: Any) -> bool:
-    return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
+    return {"true": True, "false": False}[str(value).lower()]
 
 
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or float(value) != int(float(value)):
-        raise ValueError
-    return int(float(value))
-
-
-def _read_float(value: Any) -> float:
+def _read_number(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError
     return float(value)
+
+
+def _read_int(value: Any) -> int:
+    number = _read_number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
 
 
 def _read_text(value: Any) -> str:
@@ -233,26 +228,26 @@ def _read_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    bool: (_read_bool, "true or false"),
+    int: (_read_int, "a whole number"),
+    float: (_read_number, "a number"),
+    str: (_read_text, "a text"),
+}
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "at_least": (operator.ge, "{:g} or more"),
+    "above": (operator.gt, "more than {:g}"),
+    "at_most": (operator.le, "up to {:g}"),
+    "below": (operator.lt, "less than {:g}"),
+}
+
+
 def _checked(key: str, declared: Field, value: Any) -> Any:
     value = typed(key, value, declared.type)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        limits = declared.metadata
-        low, above, high, below = (limits[name] for name in ("at_least", "above", "at_most", "below"))
-        fits = (
-            math.isfinite(value)
-            and (low is None or value >= low)
-            and (above is None or value > above)
-            and (high is None or value <= high)
-            and (below is None or value < below)
-        )
-        if not fits:
-            parts = [
-                *([f"{low:g} or more"] if low is not None else []),
-                *([f"more than {above:g}"] if above is not None else []),
-                *([f"up to {high:g}"] if high is not None else []),
-                *([f"less than {below:g}"] if below is not None else []),
-            ]
-            remedy = ", ".join(parts) or "a finite number"
-            hint = f" ({limits['hint']})" if limits["hint"] else ""
+        bounds = [(*_BOUNDS[name], b) for name in _BOUNDS if (b := declared.metadata[name]) is not None]
+        if not (math.isfinite(value) and all(fits(value, bound) for fits, _, bound in bounds)):
+            remedy = ", ".join(words.format(bound) for _, words, bound in bounds) or "a finite number"
+            hint = f" ({declared.metadata['hint']})" if declared.metadata["hint"] else ""
             raise ValueError(f"{key}: {value} is out of range; choose {remedy}{hint}.")
     return value

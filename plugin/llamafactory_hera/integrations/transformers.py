@@ -47,6 +47,8 @@ class HeraTrainerMixin(_Base):
         ValueError: A target outside the model, nothing trainable in front of it, or a teacher that does not fit.
     """
 
+    model: Any
+    args: Any
     data_collator: Any
     _signature_columns: Any
 
@@ -134,7 +136,7 @@ class HeraTrainerMixin(_Base):
         """The LM loss, plus the weighted HeRA term for batches of the training data."""
         micro_batch = self.aligner.begin(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
-        result = super().compute_loss(model, inputs, **kwargs)
+        result: Any = super().compute_loss(model, inputs, **kwargs)
         if micro_batch is None:
             return result
         loss, *outputs = result if return_outputs else (result,)
@@ -184,12 +186,12 @@ class HeraTrainerMixin(_Base):
         super()._save_checkpoint(model, trial, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        target = self.model if model is None else model
+        target: Any = self.model if model is None else model
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best: Any = self.state.best_model_checkpoint
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
             super()._load_best_model()
         self.aligner.load(best)

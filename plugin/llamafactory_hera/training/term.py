@@ -96,7 +96,7 @@ class HeraTerm:
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
         everything, all_teacher = z, teacher
-        if len(self.memory):
+        if self.memory.representations is not None and self.memory.teacher is not None:
             everything = torch.cat([z, self.memory.representations.to(z)], dim=1)
             all_teacher = torch.cat([teacher, self.memory.teacher.to(teacher)])
         candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize)
