@@ -21,8 +21,7 @@ import torch
 import transformers as tf
 from PIL import Image
 
-from llamafactory_hera.calibration.measure import AttentionFlow, HeadGates, margin_loss
-from llamafactory_hera.calibration.profile import counted_logits
+from llamafactory_hera.calibration.profile import AttentionFlow, HeadGates
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
@@ -116,20 +115,15 @@ def passes(forward: Forward, samples: NoiseSamples, args: argparse.Namespace) ->
         for batch in profiled:
             forward.run(batch)
 
-    @torch.no_grad()
     def attention() -> None:
-        with AttentionFlow(forward.model, bins) as flow:
+        with AttentionFlow(forward, bins) as flow:
             for batch in profiled:
-                text = forward.tokens("text", batch)
-                flow.expect(text, forward.tokens("mean", batch) & ~text)
-                forward.run(batch)
-                flow.take()
+                flow.read(batch)
 
     def gradients() -> None:
-        with HeadGates(forward.model) as gates, torch.enable_grad():
+        with HeadGates(forward, "text") as gates:
             for batch in probes:
-                gates.reset(len(batch["input_ids"]))
-                gates.gradients(margin_loss(*counted_logits(forward, batch, "text")))
+                gates.read(batch)
 
     n = args.samples - args.held_out
     return {

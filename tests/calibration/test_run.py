@@ -54,7 +54,14 @@ def without_run(report: dict[str, Any]) -> dict[str, Any]:
 def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: str) -> None:
     model = calibration_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    (report,) = calibrate_heads(inputs(model), CONFIG, tmp_path)
+    images = [[image] if row % 5 else [] for row, image in enumerate(noise_images(30))]
+    (report,) = calibrate_heads(inputs(model, images=images), CONFIG, tmp_path)
+    assert report["provenance"]["samples"] == {"profiled": 16, "probes": 8, "held_out": 8, "without_image": 6}
+    assert report["settings"]["rah_rank"] == 4
+    profile = Profile(**load_file(tmp_path / "calibration_profile.safetensors"))
+    scores = {"isal": profile.flow, "isal_standardized": profile.saliency, "caf": profile.influence(1.0)}
+    for key, values in scores.items():
+        assert torch.allclose(torch.tensor(report[key]).double(), values, rtol=1e-5, atol=1e-9)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert names(tmp_path) == FILES
     assert json.loads((tmp_path / "calibration.json").read_text()) == json.loads(json.dumps(report))
@@ -74,19 +81,6 @@ def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: s
     assert changed == {f"{module}.weight" for module in report["adapter_rank"]}
     assert report["heads"]["calibrated_share"] == pytest.approx(len(report["calibrated"]) / 32)
     assert all(head in render_summary(report) for head in report["calibrated"])
-
-
-def test_scores_of_every_head_are_in_the_report(tmp_path: Path) -> None:
-    (report,) = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
-    profile = Profile(**load_file(tmp_path / "calibration_profile.safetensors"))
-    for name, values in (
-        ("isal", profile.flow),
-        ("isal_standardized", profile.saliency),
-        ("caf", profile.influence(1.0)),
-    ):
-        assert torch.allclose(torch.tensor(report[name]).double(), values, rtol=1e-5, atol=1e-9)
-    assert report["provenance"]["samples"] == {"profiled": 16, "probes": 8, "held_out": 8, "without_image": 0}
-    assert report["settings"]["rah_rank"] == 4
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path: Path) -> None:
@@ -150,6 +144,8 @@ def test_nothing_to_do_gives_a_report_and_no_adapter(tmp_path: Path, name: str) 
     assert words in report["nothing_because"]
     assert (report["calibrated"], report["adapter_rank"], report["kl"]["total"]) == ([], {}, 0.0)
     assert f"No adapter: {report['nothing_because']}" in render_summary(report)
+    if name == "no anchor":
+        assert {target["state"] for target in report["targets"]} == {"no anchor"}
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -197,32 +193,24 @@ def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
     assert compared["kl_control_on_uncorrupted_samples"] == pytest.approx(held_out.kl(), rel=1e-3)
 
 
-def test_somebody_elses_adapter_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["trained", "another file", "after a report without adapter", "alone"])
+def test_an_adapter_of_somebody_else_or_trained_since_is_not_replaced(tmp_path: Path, change: str) -> None:
+    file, without = tmp_path / "adapter_model.safetensors", replace(CONFIG, delta=0)
+    if change != "alone":
+        earlier = without if change == "after a report without adapter" else CONFIG
+        calibrate_heads(inputs(calibration_model()), earlier, tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote"):
-        calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
-    assert names(tmp_path) == {"adapter_config.json"}
-
-
-@pytest.mark.parametrize("change", ["trained", "another file", "after a report without adapter"])
-def test_an_adapter_that_was_trained_since_is_not_replaced(tmp_path: Path, change: str) -> None:
-    without = replace(CONFIG, delta=0)
-    if change == "after a report without adapter":
-        calibrate_heads(inputs(calibration_model()), without, tmp_path)
-        (tmp_path / "adapter_config.json").write_text("{}")
-    file = tmp_path / "adapter_model.safetensors"
-    if change != "after a report without adapter":
-        calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
+    if file.exists():
         tensors = {name: value + 1e-3 for name, value in load_file(file).items()}
         file.unlink()
-    if change == "trained":
-        save_file(tensors, file)
-    if change == "another file":
-        torch.save(tensors, tmp_path / "adapter_model.bin")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+        if change == "trained":
+            save_file(tensors, file)
+        else:
+            torch.save(tensors, tmp_path / "adapter_model.bin")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"output_dir.*adapter that no calibration wrote, or that was trained since"):
         calibrate_heads(inputs(calibration_model()), without, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("limit", [1000, 8000])
@@ -254,11 +242,3 @@ def test_a_broken_model_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model_name_or_path"):
         calibrate_heads(inputs(model), CONFIG, tmp_path)
     assert names(tmp_path) == set()
-
-
-def test_text_only_rows_are_left_out(tmp_path: Path) -> None:
-    images = [[image] for image in noise_images(24)]
-    images[3::4] = [[]] * len(images[3::4])
-    (report,) = calibrate_heads(inputs(calibration_model(), images=images), CONFIG, tmp_path)
-    assert report["provenance"]["samples"]["without_image"] == 6
-    assert report["provenance"]["samples"]["profiled"] == 10

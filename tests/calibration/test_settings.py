@@ -22,39 +22,18 @@ def test_every_key_has_a_help_that_says_when_it_is_ours() -> None:
         assert ("ours)" in declared.metadata["help"]) == (declared.name in silent), declared.name
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("all", [0, 1, 2, 3, 4]),
-        ("first_half", [0, 1]),
-        ("1-3", [1, 2, 3]),
-        ("4,0-1", [0, 1, 4]),
-        (2, [2]),
-        ([0, 3], [0, 3]),
-    ],
-)
-def test_layers(text: Any, expected: list[int]) -> None:
-    assert RahConfig.from_keys({"rah_layers": text}).layer_indices(5) == expected
+LAYERS = {"all": [0, 1, 2, 3, 4], "first_half": [0, 1], "1-3": [1, 2, 3], "4,0-1": [0, 1, 4], 2: [2], (0, 3): [0, 3]}
 
 
-def test_a_single_layer_has_a_first_half() -> None:
-    assert RahConfig().layer_indices(1) == [0]
-
-
-def test_values_arrive_in_their_types() -> None:
-    s = RahConfig.from_keys({"rah_p_isal": 20, "rah_k": 2.0, "rah_rank": "full", "rah_targets": "random"})
-    assert (s.p_isal, s.k, s.rank, s.targets) == (20.0, 2, "full", "random")
-    assert isinstance(s.p_isal, float)
-    assert isinstance(s.k, int)
+@pytest.mark.parametrize("text", LAYERS)
+def test_layers(text: Any) -> None:
+    config = RahConfig.from_keys({"rah_layers": text, "rah_rank": "full"})
+    assert (config.layer_indices(5), config.rank) == (LAYERS[text], "full")
+    assert RahConfig().layer_indices(1) == [0]  # a single layer has a first half
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown": ({"rah_rnak": 4}, ["rah_rnak", "rah_rank"]),
-    "text for a number": ({"rah_delta": "small"}, ["rah_delta", "'small'", "a number"]),
-    "fraction for a count": ({"rah_k": 2.5}, ["rah_k", "2.5", "whole number"]),
-    "truth for a count": ({"rah_k": True}, ["rah_k", "True", "whole number"]),
-    "not finite": ({"rah_delta": float("nan")}, ["rah_delta", "nan", "0 or more"]),
-    "null": ({"rah_delta": None}, ["rah_delta: it has no value", "a number", "remove"]),
     "anchors below the mean": ({"rah_beta": -0.1}, ["rah_beta", "-0.1", "0 or more"]),
     "negative seed": ({"rah_seed": -1}, ["rah_seed", "-1", "0 or more"]),
     "negative bound": ({"rah_delta": -0.1}, ["rah_delta", "-0.1", "0 or more"]),

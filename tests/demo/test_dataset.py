@@ -25,17 +25,11 @@ def test_dataset_info_names_files_and_columns_as_the_host_reads_them(demo):
     assert {name: entry["file_name"] for name, entry in info.items()} == DATASETS
     for name, entry in info.items():
         assert entry["formatting"] == "sharegpt"
-        assert entry["tags"] == {
-            "role_tag": "role",
-            "content_tag": "content",
-            "user_tag": "user",
-            "assistant_tag": "assistant",
-        }
-        columns = (
-            {"messages": "messages"} if name == "hera_demo_text" else {"messages": "messages", "images": "images"}
-        )
-        assert entry["columns"] == columns
-        assert set(load(demo, entry["file_name"])[0]) == set(columns)
+        tags = {"role": "role", "content": "content", "user": "user", "assistant": "assistant"}
+        assert entry["tags"] == {f"{name}_tag": value for name, value in tags.items()}
+        columns = ["messages"] if name == "hera_demo_text" else ["messages", "images"]
+        assert entry["columns"] == {column: column for column in columns}
+        assert list(load(demo, entry["file_name"])[0]) == columns
 
 
 @pytest.mark.parametrize("file", DATASETS.values())

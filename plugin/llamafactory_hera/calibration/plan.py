@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,18 +23,14 @@ class Anchor(NamedTuple):
     parametric: float
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a calibration is going to try.
+class Plan(NamedTuple):
+    """What a calibration is going to try."""
 
-    Attributes:
-        targets: Heads to calibrate, highest CAF first.
-        anchors: Anchors of each target, nearest first; none where no layer within two has any.
-        updates: In the order of their first targets.
-    """
-
+    #: Heads to calibrate, highest CAF first.
     targets: list[Target]
+    #: Of each target, nearest first; none where no layer within two has any.
     anchors: dict[Target, list[Anchor]]
+    #: In the order of their first targets.
     updates: list[Update]
 
 
@@ -51,15 +46,11 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
 
 
 def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
-    """The targets, highest CAF first: I-SAL below a percentile of its layer, CAF above another.
+    """The targets, highest CAF first, from standardised I-SAL and CAF ``[L, H]``.
 
-    ``rah_targets: no_caf`` leaves the second condition out, ``inverse`` takes heads above the mirrored percentile of
-    I-SAL, and ``random`` draws, in each layer, as many heads as ``paper`` would take.
-
-    Args:
-        saliency: Standardised I-SAL, ``[L, H]``.
-        influence: CAF, ``[L, H]``.
-        config: Layers, percentiles (linear between heads), rule and seed.
+    I-SAL lies below a percentile of its layer, CAF above another; both are linear between heads. ``rah_targets:
+    no_caf`` leaves the second condition out, ``inverse`` takes heads above the mirrored percentile of I-SAL, and
+    ``random`` draws, in each layer, as many heads as ``paper`` would take.
     """
     sought = -saliency if config.targets == "inverse" else saliency
     chosen = sought < torch.quantile(sought, config.p_isal / 100, dim=1, keepdim=True)
@@ -82,18 +73,13 @@ def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> li
 def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
     """Heads that a target could learn from: of its own layer, else of the layers beside it, else of those two away.
 
-    They are those whose I-SAL lies ``beta`` deviations above their layer's mean (eq. 8), the target itself left out:
-    random and inverse targets can lie there, too. Other targets are not left out, since eq. 8 asks for nothing else.
-    In standardised I-SAL ``[L, H]`` each layer's mean is 0 and its deviation 1.
+    They are those whose I-SAL lies ``beta`` deviations above their layer's mean (eq. 8), the target itself left out;
+    in standardised I-SAL ``[L, H]`` each layer's mean is 0 and its deviation 1. Other targets are not left out: random
+    and inverse ones can lie there, and eq. 8 asks for nothing else.
     """
+    above = [Target(*place) for place in (saliency > beta).nonzero().tolist()]
     for distance in (0, 1, 2):
-        layers = {target.layer - distance, target.layer + distance} & set(range(saliency.shape[0]))
-        pool = [
-            Target(layer, head)
-            for layer in sorted(layers)
-            for head in (saliency[layer] > beta).nonzero().flatten().tolist()
-            if (layer, head) != target
-        ]
+        pool = [head for head in above if abs(head.layer - target.layer) == distance and head != target]
         if pool:
             return pool
     return []
@@ -105,11 +91,15 @@ def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config:
     ``s_func`` is the cosine of the average text-to-image maps (eq. 10), ``s_param`` the weighted cosines of the value
     and output slices (eq. 11). Equal similarities are ordered by (layer, head).
     """
+
+    def cosine(ours: Tensor, theirs: Tensor) -> float:
+        return cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
+
     anchors = []
     for head in candidates(profile.saliency, target, config.beta):
-        functional = _cosine(profile.maps[target].double(), profile.maps[head].double())
+        functional = cosine(profile.maps[target].double(), profile.maps[head].double())
         value, output = (
-            _cosine(weights.of_head(target, kind).float(), weights.of_head(head, kind).float()) for kind in SLICES
+            cosine(weights.of_head(target, kind).float(), weights.of_head(head, kind).float()) for kind in SLICES
         )
         parametric = config.w_v * value + config.w_o * output
         similarity = config.rho * functional + (1 - config.rho) * parametric
@@ -117,29 +107,22 @@ def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config:
     return sorted(anchors, key=lambda anchor: (-anchor.similarity, anchor.head))[: config.k]
 
 
-def _cosine(ours: Tensor, theirs: Tensor) -> float:
-    return cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
-
-
 # -- updates, eq. 12 and 13 ------------------------------------------------------------------------------------------
 
 
 def units(targets: Sequence[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
     """Targets that are changed together: a whole group that shares a value block, else each for itself."""
-    groups = [weights.group(target) for target in targets]
-    together = [
-        group if set(group) <= set(targets) else (target,) for target, group in zip(targets, groups, strict=True)
-    ]
+    groups = {target: weights.group(target) for target in targets}
+    together = (group if groups.keys() >= set(group) else (target,) for target, group in groups.items())
     return list(dict.fromkeys(together))
 
 
 def make_update(
     heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, config: RahConfig
 ) -> Update:
-    """The update of one unit.
+    """The update of one unit: each head's output slice moves towards the trimmed mean of its anchors'.
 
-    Each head's output slice moves towards the trimmed mean of its anchors'. A value block moves if the unit is all
-    that it serves, towards the mean of what the heads of the unit aim at.
+    A value block moves if the unit is all that it serves, towards the mean of what the heads of the unit aim at.
     """
 
     def edit(served: Sequence[Target], kind: Slice) -> Edit:
@@ -148,8 +131,8 @@ def make_update(
             stack = torch.stack([weights.of_head(anchor.head, kind) for anchor in anchors[head]])
             aims.append(trimmed_mean(stack, config.trim))
         difference = torch.stack(aims).mean(dim=0) - weights.of_head(served[0], kind).float()
-        rank = None if config.rank == "full" else config.rank
-        return Edit(served[0].layer, kind, weights.index(served[0], kind), *low_rank(difference, rank))
+        factors = low_rank(difference, None if config.rank == "full" else config.rank)
+        return Edit(served[0].layer, kind, weights.index(served[0], kind), *factors)
 
     edits = [edit([head], "output") for head in heads]
     if len(heads) == weights.group_size:
@@ -168,14 +151,11 @@ def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
 
 
 def low_rank(difference: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The largest singular directions of ``W_RAH - W`` (eq. 13) as a product that shares the singular values.
-
-    Args:
-        difference: ``[m, n]``.
-        rank: How many directions are kept; None keeps all.
+    """The ``rank`` largest singular directions, None for all, of ``W_RAH - W`` ``[m, n]`` (eq. 13).
 
     Returns:
-        Left ``[m, r]`` and right ``[r, n]`` in fp32. Directions without weight are dropped, so ``r`` may be 0.
+        Left ``[m, r]`` and right ``[r, n]`` in fp32, whose product it is; they share the singular values. Directions
+        without weight are dropped, so ``r`` may be 0.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]

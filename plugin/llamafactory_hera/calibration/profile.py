@@ -1,26 +1,162 @@
-"""Profiling a model: I-SAL by forward passes, gate gradients by backward passes, kept on disk for the next run."""
+"""Profiling a model: which heads look across text and image (I-SAL), and which decide what it is sure of (CAF).
+
+Section 3.2: forward passes that read attention, backward passes to gates; kept on disk for the next run.
+"""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
 from ..files import write_safetensors
+from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
+from ..heads.hooks import Hooks
 from ..heads.pooling import Pooling
 from ..selection.forward import Forward, plan_batches, run_batches
-from ..selection.samples import Collate, Features
-from .measure import AttentionFlow, HeadGates, margin_loss
+from ..selection.samples import Collate, Features, Sample
 from .settings import Positions, RahConfig
 
-_TENSORS = ("flow", "maps", "gradients")
-_POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
 _WORD = 8  # bytes
+_POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
+
+# -- I-SAL, eq. 3 ----------------------------------------------------------------------------------------------------
+
+
+def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Mean attention between text and image in both directions (eq. 3), and from text to each image token.
+
+    Under a causal mask an image token sees only the text in front of it; the image-to-text half is kept as the paper
+    has it. Images may have different numbers of tokens, and an average of maps needs one length: neighbouring tokens,
+    in raster order, share a bin.
+
+    Args:
+        attention: One sample's weights ``[H, T, T]``, queries before keys.
+        text: Positions of its text tokens.
+        image: Positions of its image tokens.
+        bins: Length of the map; at most the image tokens.
+
+    Returns:
+        ``r`` of eq. 3 ``[H]``, and ``A^{T->I}`` of eq. 10, the mean over text tokens, ``[H, bins]``; in fp32.
+    """
+    to_image = attention[:, text][:, :, image].float()
+    to_text = attention[:, image][:, :, text].float()
+    maps = adaptive_avg_pool1d(to_image.mean(dim=1), bins) * (len(image) / bins)
+    return (to_image.mean(dim=(1, 2)) + to_text.mean(dim=(1, 2))) / 2, maps
+
+
+class AttentionFlow(Hooks):
+    """Reads :func:`attention_flow` of every head while it is entered.
+
+    Meanwhile the text decoder computes attention by its own eager implementation, whose weights each layer hands out:
+    they are reduced there and then, and no second layer's ``[B, H, T, T]`` is ever held. The model is bare, and whole
+    on this process; the maps have ``bins`` values, at most the image tokens of any sample.
+    """
+
+    def __init__(self, forward: Forward, bins: int) -> None:
+        super().__init__()
+        config = model_config(forward.model)
+        self._forward, self._bins, self._text_config = forward, bins, config.get_text_config()
+        layers = decoder_layers(forward.model)
+        self._attentions = [attention_module(layer, head_layout(config).model_type) for layer in layers]
+        self._tokens: list[tuple[Tensor, Tensor]] = []
+        self._layers: list[list[tuple[Tensor, Tensor]]] = []
+
+    @torch.no_grad()
+    def read(self, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+        """``r`` of eq. 3 ``[L, H]`` and the map of eq. 10 ``[L, H, bins]`` of each sample, in fp32 on the CPU."""
+        text = self._forward.tokens("text", batch)
+        image = self._forward.tokens("mean", batch) & ~text
+        self._tokens = [(t.nonzero().flatten(), i.nonzero().flatten()) for t, i in zip(text, image, strict=True)]
+        self._layers.clear()
+        self._forward.run(batch)
+        samples = zip(*self._layers, strict=True)
+        return [tuple(torch.stack(kind).cpu() for kind in zip(*layers, strict=True)) for layers in samples]
+
+    def _hook(self) -> None:
+        # masks are made for the implementation that the configuration names
+        configs = {id(config): config for config in (self._text_config, *(a.config for a in self._attentions))}
+        for config in configs.values():
+            self._undo.append(partial(setattr, config, "_attn_implementation", config._attn_implementation))
+            config._attn_implementation = "eager"
+        self._undo += [attention.register_forward_hook(self._reduce).remove for attention in self._attentions]
+
+    def _reduce(self, attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        weights = output[1]
+        if weights is None:
+            raise RuntimeError(f"{type(attention).__name__} handed out no attention weights.")
+        samples = zip(weights, self._tokens, strict=True)
+        self._layers.append([attention_flow(sample, *tokens, self._bins) for sample, tokens in samples])
+
+
+# -- CAF, eq. 5 ------------------------------------------------------------------------------------------------------
+
+
+def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, P, V]`` at the tokens that count in any sample of a batch, and which count in each, ``[B, P]``."""
+    counted = forward.tokens(_POOLINGS[positions], batch)
+    kept = counted.any(dim=0).nonzero().flatten()
+    return forward.logits(batch, kept), counted[:, kept]
+
+
+def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
+    """The label-free margin loss of each sample, ``-1/T sum_t log(p_t1 / p_t2)`` (text under eq. 5).
+
+    From logits ``[B, T, V]`` and the tokens ``t`` that count, boolean ``[B, T]``, ``[B]`` in fp32. The log ratio of
+    two probabilities of one softmax is the difference of their logits, so no softmax is computed.
+    """
+    top = torch.topk(logits, 2, dim=-1).values.float()
+    margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
+    return -margin.sum(dim=1) / counted.sum(dim=1)
+
+
+class HeadGates(Hooks):
+    """Multiplies each head's output by a gate of 1 while it is entered, one gate for each sample and head.
+
+    A head's output is its slice of the output projection's input. Weights are frozen meanwhile, so that autograd
+    keeps nothing for them. Samples do not mix, so that the gradient of a sum of losses with respect to a sample's
+    gate is that of its own loss. The model is bare, and whole on this process.
+    """
+
+    def __init__(self, forward: Forward, positions: Positions) -> None:
+        super().__init__()
+        self._forward, self._positions = forward, positions
+        self._layout = head_layout(model_config(forward.model))
+        layers = decoder_layers(forward.model)
+        self._projections = [output_projection(layer, self._layout.model_type) for layer in layers]
+        self._gates: list[Tensor] = []
+
+    @torch.enable_grad()
+    def read(self, batch: dict[str, Any]) -> Tensor:
+        """Gradients of each sample's margin loss with respect to its gates, ``[B, L, H]`` in fp32 on the CPU."""
+        shape = len(batch["input_ids"]), self._layout.n_heads
+        self._gates = [torch.ones(shape, device=self._forward.device, requires_grad=True) for _ in self._projections]
+        losses = margin_loss(*counted_logits(self._forward, batch, self._positions))
+        return torch.stack(torch.autograd.grad(losses.sum(), self._gates), dim=1).cpu()
+
+    def _hook(self) -> None:
+        for parameter in self._forward.model.parameters():
+            if parameter.requires_grad:
+                self._undo.append(partial(setattr, parameter, "requires_grad", True))
+                parameter.requires_grad_(False)
+        for index, projection in enumerate(self._projections):
+            self._undo.append(projection.register_forward_pre_hook(partial(self._gate, index)).remove)
+
+    def _gate(self, index: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        outputs, *rest = inputs
+        heads = outputs.unflatten(-1, (self._layout.n_heads, self._layout.head_dim))
+        gates = self._gates[index][:, None, :, None].to(outputs.dtype)
+        return ((heads * gates).flatten(-2), *rest)
+
+
+# -- all samples -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,12 +190,8 @@ class Profile:
         return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
     def save(self, path: Path, key: str) -> None:
-        """Writes the file; it appears complete or not at all.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        write_safetensors(path, {name: getattr(self, name) for name in _TENSORS}, {"key": key})
+        """Writes the file, complete or not at all; raises OSError where it cannot be written."""
+        write_safetensors(path, vars(self), {"key": key})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":
@@ -68,7 +200,7 @@ class Profile:
             with safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("key") != key:
                     return None
-                return cls(**{name: file.get_tensor(name) for name in _TENSORS})
+                return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
 
@@ -76,52 +208,33 @@ class Profile:
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head.
-
-    Args:
-        forward: Around the model.
-        features: N samples, each with image and text tokens; the first ``rah_probes`` are the probes.
-        collate: From samples to a batch.
-        config: Probes, positions and batch size.
-        num_workers: Processes that collate.
+    """Measures every head on samples that each have image and text tokens; the first ``rah_probes`` are the probes.
 
     Raises:
         ValueError: A gradient or an attention weight is not finite.
     """
 
-    def each(what: str, samples: Sequence[Features], run: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
+    def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
         with tqdm(total=len(samples), desc=f"RAH-LoRA | {what}", unit="sample") as bar:
-            for batch, results in run_batches(batches, samples, collate, run, num_workers):
+            for batch, results in run_batches(batches, samples, collate, read, num_workers):
                 found.update(zip(batch, results, strict=True))
                 bar.update(len(batch))
         # in the order of the samples, so that the batches do not decide the rounding of a mean
         return [found[row] for row in range(len(samples))]
 
-    bins = min(count_image_tokens(forward, sample) for sample in features)
-    with AttentionFlow(forward.model, bins) as attention, torch.no_grad():
-
-        def read_attention(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-            text = forward.tokens("text", batch)
-            attention.expect(text, forward.tokens("mean", batch) & ~text)
-            forward.run(batch)
-            return list(zip(*(values.cpu() for values in attention.take()), strict=True))
-
-        flows, maps = zip(*each("attention", features, read_attention), strict=True)
-    with HeadGates(forward.model) as gates, torch.enable_grad():
-
-        def differentiate(batch: dict[str, Any]) -> Tensor:
-            gates.reset(len(batch["input_ids"]))
-            return gates.gradients(margin_loss(*counted_logits(forward, batch, config.positions))).cpu()
-
-        gradients = torch.stack(each("gates", features[: config.probes], differentiate))
+    bins = min(sum(token in forward.media for token in sample["input_ids"]) for sample in features)
+    with AttentionFlow(forward, bins) as attention:
+        flows, maps = zip(*each("attention", features, attention.read), strict=True)
+    with HeadGates(forward, config.positions) as gates:
+        gradients = torch.stack(each("gates", features[: config.probes], gates.read))
     profile = Profile(_mean(flows), _mean(maps).float(), gradients)
-    for name, values in (("attention weights hold", profile.flow), ("gradients of the gates hold", gradients)):
+    for name, values in (("attention weights", profile.flow), ("gradients of the gates", gradients)):
         if not values.isfinite().all():
             raise ValueError(
-                f"model_name_or_path: its {name} NaN or infinity. The checkpoint is damaged, or its activations do "
-                "not fit fp16: use bf16 or fp32."
+                f"model_name_or_path: its {name} hold NaN or infinity. The checkpoint is damaged, or its activations "
+                "do not fit fp16: use bf16 or fp32."
             )
     return profile
 
@@ -130,44 +243,32 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
     return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
 
 
-def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
-    """Logits at the tokens that count in any sample of a batch.
-
-    Returns:
-        Logits ``[B, P, V]`` and the tokens among them that count in each sample, boolean ``[B, P]``.
-    """
-    counted = forward.tokens(_POOLINGS[positions], batch)
-    kept = counted.any(dim=0).nonzero().flatten()
-    return forward.logits(batch, kept), counted[:, kept]
-
-
-def count_image_tokens(forward: Forward, features: Features) -> int:
-    """How many tokens of a sample stand for its images."""
-    return sum(token in forward.media for token in features["input_ids"])
+def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
+    """Refuses a sample without tokens of both kinds; names its row."""
+    for sample in samples:
+        missing = {"image", "text"} - {"image" if t in forward.media else "text" for t in sample.features["input_ids"]}
+        if missing:
+            raise ValueError(
+                f"dataset: sample {sample.row} (counted from 0) leaves no {missing.pop()} token; check that its "
+                "text holds <image>, and that template is the model's."
+            )
 
 
 def weights_digest(model: nn.Module) -> str:
     """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
 
     A calibrated adapter changes a few rows or columns of a few projections, and attention depends on vision tower and
-    projector, too, so a sample of the decoder's values would not do. Of a matrix not its bytes are hashed, but their
-    sums over rows and over columns, which the model's device computes where the weights lie. The sums are of whole
-    numbers, so that no order of addition changes them.
-
-    Returns:
-        64 hexadecimal digits, the same on every device.
+    projector, too, so a sample of the decoder's values would not do. Of a matrix the sums over rows and over columns
+    of its bytes, read as whole numbers, are hashed: they are computed where the weights lie, the same on every device.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        for summary in _condensed(parameter.detach().contiguous()):
+        weight = parameter.detach().contiguous()
+        summaries = [weight.flatten()]
+        if weight.dim() > 1 and weight[0].nbytes % _WORD == weight.data_ptr() % _WORD == 0:
+            words = weight.flatten(1).view(torch.int64)
+            summaries = [words.sum(dim=0), words.sum(dim=1)]
+        for summary in summaries:
             digest.update(summary.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _condensed(weight: Tensor) -> list[Tensor]:
-    """Sums of a matrix's bytes, read as whole numbers, by column and by row; anything else as it is."""
-    if weight.dim() < 2 or weight[0].nbytes % _WORD or weight.data_ptr() % _WORD:
-        return [weight.flatten()]
-    words = weight.flatten(1).view(torch.int64)
-    return [words.sum(dim=0), words.sum(dim=1)]

@@ -6,35 +6,31 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
+from matplotlib.colors import CenteredNorm
+from matplotlib.patheffects import withStroke
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from ..heads.targets import Target
 from ..selection.pictures import new_figure, save_figure, tick_step
-from .adapter import adapter_ranks
 from .plan import Anchor, Plan
 from .profile import Profile
 from .settings import RahConfig
 from .trust_region import Outcome, Trial
-from .weights import HeadWeights
+from .weights import HeadWeights, lora_factors
 
 _CELL, _LABEL = 0.2, 0.22  # inches
-_MAPS = (("caf", "CAF", "cividis"), ("isal_standardized", "I-SAL, standardised in each layer", "RdBu_r"))
 
 
 def describe(
-    profile: Profile,
-    plan: Plan,
-    outcome: Outcome,
-    weights: HeadWeights,
-    config: RahConfig,
-    facts: Mapping[str, Any],
+    profile: Profile, plan: Plan, outcome: Outcome, weights: HeadWeights, config: RahConfig, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of ``calibration.json``; ``facts`` say where all this comes from."""
     saliency, influence = profile.saliency, profile.influence(config.caf_lambda)
     trials = {head: trial for trial in outcome.trials for head in trial.update.heads}
     calibrated = [str(head) for update, _ in outcome.accepted for head in update.heads]
+    tried = [trial for trial in outcome.trials if trial.tried]
+    rolled_back = [trial for trial in tried if trial.state != "calibrated"]
     layout = weights.layout
     return {
         "calibrated": calibrated,
@@ -46,13 +42,20 @@ def describe(
             "head_dim": layout.head_dim,
             "calibrated_share": round(len(calibrated) / (layout.n_layers * layout.n_heads), 6),
         },
-        "kl": _describe_kl(outcome, config),
+        "kl": {
+            "delta": config.delta,
+            "total_before_roll_back": outcome.totals[0][1] if outcome.totals else 0.0,
+            "total": outcome.kl,
+            "measured": [{"updates": number, "kl": kl} for number, kl in outcome.totals],
+            "rolled_back": [str(head) for trial in rolled_back for head in trial.update.heads],
+            "roll_back_rate": round(len(rolled_back) / len(tried), 6) if tried else 0.0,
+        },
         "targets": [
             {"head": str(head), "isal_standardized": saliency[head].item(), "caf": influence[head].item()}
             | _describe_target(head, plan.anchors[head], trials.get(head))
             for head in plan.targets
         ],
-        "adapter_rank": adapter_ranks(weights, outcome.accepted),
+        "adapter_rank": {name: len(a) for name, (a, _) in lora_factors(weights, outcome.accepted).items()},
         "settings": config.keys(),
         "provenance": dict(facts),
         "isal": _rows(profile.flow),
@@ -73,21 +76,8 @@ def _reason_for_nothing(plan: Plan, outcome: Outcome, config: RahConfig) -> str 
     return "no update stays: each was rolled back, or equals its anchors"
 
 
-def _describe_kl(outcome: Outcome, config: RahConfig) -> dict[str, Any]:
-    tried = [trial for trial in outcome.trials if trial.tried]
-    rolled_back = [trial for trial in tried if trial.state != "calibrated"]
-    return {
-        "delta": config.delta,
-        "total_before_roll_back": outcome.totals[0].kl if outcome.totals else 0.0,
-        "total": outcome.kl,
-        "measured": [{"updates": int(step.alpha), "kl": step.kl} for step in outcome.totals],
-        "rolled_back": [str(head) for trial in rolled_back for head in trial.update.heads],
-        "roll_back_rate": round(len(rolled_back) / len(tried), 6) if tried else 0.0,
-    }
-
-
 def _describe_target(head: Target, anchors: Sequence[Anchor], trial: Trial | None) -> dict[str, Any]:
-    tried = trial.tried if trial else []
+    tried = trial.tried if trial else ()
     return {
         "anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in anchors],
         "state": trial.state if trial else "not tried" if anchors else "no anchor",
@@ -134,20 +124,20 @@ def mean_rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequ
 
 def render_summary(report: dict[str, Any]) -> str:
     """A finished calibration in a few lines for the terminal, from the content of ``calibration.json``."""
-    heads, kl = report["heads"], report["kl"]
+    heads, kl, targets = report["heads"], report["kl"], report["targets"]
     control = report["provenance"]["control"]
-    data = f"on {control} images" if control else "on the data as they are"
-    n_targets, n_calibrated = len(report["targets"]), len(report["calibrated"])
-    n_heads = heads["layers"] * heads["query"]
-    lines = [f"RAH-LoRA {data}: {n_calibrated} of {n_heads} heads calibrated; {n_targets} were targets"]
-    if report["targets"]:
+    lines = [
+        f"RAH-LoRA on {f'{control} images' if control else 'the data as they are'}: {len(report['calibrated'])} of "
+        f"{heads['layers'] * heads['query']} heads calibrated; {len(targets)} were targets"
+    ]
+    if targets:
         lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
-    for target in report["targets"]:
+    for target in targets:
         alone = "" if target["kl"] is None else f"{target['kl']:.6f}"
-        outcome = ", ".join([target["state"], *filter(None, [" ".join(a["head"] for a in target["anchors"])])])
+        anchors = " ".join(anchor["head"] for anchor in target["anchors"])
         lines.append(
             f"{target['head']:>7} {target['isal_standardized']:7.2f} {target['caf']:9.4f} {target['alpha']:8.5f} "
-            f"{alone:>9}  {outcome}"
+            f"{alone:>9}  {target['state']}{anchors and f', {anchors}'}"
         )
     if report["nothing_because"] is not None:
         lines.append(f"No adapter: {report['nothing_because']}.")
@@ -170,23 +160,24 @@ def render_summary(report: dict[str, Any]) -> str:
 
 def draw_calibration(report: dict[str, Any], target: Path) -> None:
     """Draws CAF and I-SAL of every head one above the other, targets and anchors marked (fig. 3), into a PNG."""
-    n_layers, n_heads = np.array(report["caf"]).shape
+    n_layers, n_heads = np.shape(report["caf"])
     width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
-    handles: list[Line2D] = []
-    for axes, (name, title, colours) in zip(figure.subplots(2, 1), _MAPS, strict=True):
-        values = np.array(report[name])
-        bound = np.abs(values).max() if name == "isal_standardized" else None
-        low = -bound if bound is not None else None
-        image = axes.imshow(values, cmap=colours, aspect="auto", interpolation="nearest", vmin=low, vmax=bound)
+    upper, lower = figure.subplots(2, 1)
+    caf = upper.imshow(report["caf"], cmap="cividis", aspect="auto", interpolation="nearest")
+    # equal colours mean equal distance from the layer's mean
+    isal = lower.imshow(
+        report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), aspect="auto", interpolation="nearest"
+    )
+    for axes, image, title in ((upper, caf, "CAF"), (lower, isal, "I-SAL, standardised in each layer")):
         figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
         axes.set_yticks(range(0, n_layers, tick_step(n_layers, height, _LABEL)))
         axes.tick_params(labelsize=8)
-        axes.set_xlabel("head")
-        axes.set_ylabel("layer")
+        axes.set(xlabel="head", ylabel="layer")
         axes.set_title(title, fontsize=10)
-        handles = _mark(axes, report)
+        _mark(axes, report)
+    handles, _ = upper.get_legend_handles_labels()
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     facts = report["provenance"]
@@ -196,29 +187,19 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     save_figure(figure, target)
 
 
-def _mark(axes: Axes, report: dict[str, Any]) -> list[Line2D]:
-    """Marks heads; returns what a legend shows of the marks that are there."""
+def _mark(axes: Axes, report: dict[str, Any]) -> None:
     calibrated = set(report["calibrated"])
     targets = [target["head"] for target in report["targets"]]
     anchors = sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]})
-    marks = (
+    for heads, marker, face, label in (
         ([head for head in targets if head in calibrated], "X", "white", "target, calibrated"),
         ([head for head in targets if head not in calibrated], "X", "none", "target, not changed"),
         (anchors, "o", "none", "anchor"),
-    )
-    shown = []
-    for heads, marker, face, label in marks:
-        layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).reshape(-1, 2).T
-        # a white line within a black one shows on every colour of the scale
-        for colour, line_width in (("black", 3.0), ("white", 1.2)):
-            edge, line_width = ("black", 1.0) if face != "none" else (colour, line_width)
-            axes.scatter(columns, layers, s=46, marker=marker, facecolors=face, edgecolors=edge, linewidths=line_width)
+    ):
         if heads:
-            style: dict[str, Any] = {
-                "marker": marker,
-                "markerfacecolor": face,
-                "markeredgecolor": "black",
-                "linestyle": "none",
-            }
-            shown.append(Line2D([], [], **style, label=f"{label} ({len(heads)})"))
-    return shown
+            layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
+            # a white line within a black one shows on every colour of the scale
+            style: dict[str, Any] = {"facecolors": face, "edgecolors": "white", "linewidths": 1.2, "s": 46}
+            outline = [withStroke(linewidth=3.0, foreground="black")]
+            name = f"{label} ({len(heads)})"
+            axes.scatter(columns, layers, marker=marker, **style, path_effects=outline, label=name)

@@ -1,31 +1,30 @@
 """A whole calibration: samples, profile, plan, trust region, adapter, report; all files of one run, or none."""
 
 import hashlib
-import json
 import logging
 import os
-import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
 
+from ..files import read_json, write_json
 from ..selection.forward import Forward
 from ..selection.samples import Sample
 from ..selection.scores import package_versions
 from ..selection.select import check_writable
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from .plan import make_plan
-from .profile import Profile, count_image_tokens, profile_heads, weights_digest
+from .profile import Profile, check_tokens, profile_heads, weights_digest
 from .report import compare, describe, draw_calibration
-from .samples import CalibrationInputs, Control, Drawn, check_tokens, corrupt, draw_samples
+from .samples import CalibrationInputs, Control, Drawn, corrupt, draw_samples
 from .settings import RahConfig
 from .trust_region import HeldOut, Outcome, try_updates
-from .weights import HeadWeights
+from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, Scaled, save_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -47,42 +46,32 @@ def calibrate_heads(
     Raises:
         ValueError: Bad input; names the key, the value and the remedy. No file of the result is written then.
     """
-    folders = [folder] if control is None else [folder, folder / f"control_{control}"]
+    folders = [folder, *([folder / f"control_{control}"] if control else [])]
     for each in folders:
-        check_folder(each)
+        _check_folder(each)
     drawn = draw_samples(inputs.source, config)
-    corrupted = corrupt(drawn, inputs.source, control, config.seed) if control is not None else None
-    calibration = _Calibration(inputs, config, inputs.load_model())
+    corrupted = corrupt(drawn, inputs.source, control, config.seed) if control else None
+    calibration = _Calibration(inputs, config)
     reports = [calibration.run(drawn, folder)]
     if corrupted is not None:
-        reports.append(calibration.run(corrupted, folders[1], control, reports[0], drawn.held_out))
+        reports.append(calibration.run(corrupted, folders[1], reports[0]))
     return reports
 
 
 class _Calibration:
     """What the calibrations of one run share: the model, seen in several ways."""
 
-    def __init__(self, inputs: CalibrationInputs, config: RahConfig, model: nn.Module) -> None:
+    def __init__(self, inputs: CalibrationInputs, config: RahConfig) -> None:
         self._inputs, self._config = inputs, config
+        model = inputs.load_model()
         self._weights = HeadWeights(model)
         config.layer_indices(self._weights.layout.n_layers)  # refuses a layer that there is not
         self._forward = Forward(model, autocast=inputs.autocast)
         self._collate = inputs.collator(model)
         self._fingerprint = weights_digest(model)
 
-    def run(
-        self,
-        drawn: Drawn,
-        folder: Path,
-        control: Control | None = None,
-        normal: dict[str, Any] | None = None,
-        uncorrupted: list[Sample] | None = None,
-    ) -> dict[str, Any]:
-        """Calibrates on one draw and writes the files.
-
-        Under a control the report compares itself with ``normal``, that of the calibration on the data as they are,
-        and says what it does to the held-out samples as they are, ``uncorrupted``.
-        """
+    def run(self, drawn: Drawn, folder: Path, normal: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Calibrates on one draw and writes the files; a control's report compares itself with the ``normal`` one."""
         started = time.perf_counter()
         profile, reused = self._profile(drawn, folder / PROFILE_FILE)
         profiled = time.perf_counter()
@@ -94,24 +83,22 @@ class _Calibration:
             "profiling": None if reused else round(profiled - started, 3),
             "trust_region": round(time.perf_counter() - profiled, 3),
         }
-        facts = self._facts(drawn, control) | {"seconds": seconds}
+        facts = self._facts(drawn) | {"seconds": seconds}
         report = describe(profile, plan, outcome, self._weights, self._config, facts)
-        if normal is not None and uncorrupted is not None:
-            clean = self._held_out(uncorrupted).kl(outcome.accepted)
-            report["compared_with_uncorrupted"] = compare(normal, report) | {
-                "kl_control_on_uncorrupted_samples": clean
-            }
-        self._write(folder, report, outcome)
+        if normal is not None:
+            clean = {"kl_control_on_uncorrupted_samples": self._held_out(drawn.uncorrupted).kl(outcome.accepted)}
+            report["compared_with_uncorrupted"] = compare(normal, report) | clean
+        self._write(folder, report, outcome.accepted)
         return report
 
-    def _held_out(self, samples: list[Sample]) -> HeldOut:
+    def _held_out(self, samples: Sequence[Sample]) -> HeldOut:
         features = [sample.features for sample in samples]
         return HeldOut(self._forward, self._weights, features, self._collate, self._config)
 
     def _profile(self, drawn: Drawn, path: Path) -> tuple[Profile, bool]:
         """The profile, and whether an earlier run had made it."""
         config, inputs = self._config, self._inputs
-        check_tokens([*drawn.profiled, *drawn.held_out], lambda sample: count_image_tokens(self._forward, sample))
+        check_tokens(self._forward, [*drawn.profiled, *drawn.held_out])
         key = str([self._fingerprint, drawn.digest(), config.probes, config.positions, inputs.autocast])
         profile = Profile.load(path, key)
         if profile is not None:
@@ -119,13 +106,11 @@ class _Calibration:
             return profile, True
         features = [sample.features for sample in drawn.profiled]
         profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
-        try:
+        with _writing(path.parent):
             profile.save(path, key)
-        except OSError as error:
-            raise _cannot_be_written(path.parent, error) from error
         return profile, False
 
-    def _facts(self, drawn: Drawn, control: Control | None) -> dict[str, Any]:
+    def _facts(self, drawn: Drawn) -> dict[str, Any]:
         inputs, forward = self._inputs, self._forward
         compute = inputs.autocast or next(forward.model.parameters()).dtype
         return {
@@ -133,7 +118,7 @@ class _Calibration:
             "adapters": list(inputs.adapter_names),
             "model_fingerprint": self._fingerprint,
             "dataset": inputs.dataset_name,
-            "control": control,
+            "control": drawn.control,
             "samples": {
                 "profiled": len(drawn.profiled),
                 "probes": self._config.probes,
@@ -147,45 +132,35 @@ class _Calibration:
             "versions": package_versions(),
         }
 
-    def _write(self, folder: Path, report: dict[str, Any], outcome: Outcome) -> None:
+    def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
         """Writes adapter, picture and report, and takes away what an earlier calibration left.
 
         Everything is made in a folder of its own and renamed; the report comes last, so that a folder with a report
         is complete.
         """
-        work = folder / f".calibration.tmp{os.getpid()}"
-        try:
-            work.mkdir()
+        files = [PICTURE_FILE, REPORT_FILE]
+        with _writing(folder), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
+            work = Path(name)
             report[_DIGEST] = None
-            if outcome.accepted:
-                save_adapter(work, self._weights, outcome.accepted, self._inputs.model_name)
-                report[_DIGEST] = _digest(work / WEIGHTS_FILE)
+            if accepted:
+                save_adapter(work, self._weights, accepted, self._inputs.model_name)
+                report[_DIGEST] = _digest(work / ADAPTER_FILE)
+                files = [ADAPTER_FILE, ADAPTER_CONFIG, *files]
             draw_calibration(report, work / PICTURE_FILE)
-            text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-            (work / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-            for name in (REPORT_FILE, CONFIG_FILE, WEIGHTS_FILE):
-                (folder / name).unlink(missing_ok=True)
-            for name in (WEIGHTS_FILE, CONFIG_FILE, PICTURE_FILE, REPORT_FILE):
-                with suppress(FileNotFoundError):  # without an accepted update there is no adapter
-                    os.replace(work / name, folder / name)
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-            raise _cannot_be_written(folder, error) from error
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            write_json(work / REPORT_FILE, report)
+            for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
+                (folder / old).unlink(missing_ok=True)
+            for file in files:
+                os.replace(work / file, folder / file)
 
 
-def check_folder(folder: Path) -> None:
-    """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter.
-
-    Raises:
-        ValueError: It cannot be written, or holds an adapter that no calibration wrote, or that was changed since.
-    """
+def _check_folder(folder: Path) -> None:
+    """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
     check_writable(folder)
-    if not any((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE)):
         return
     try:
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-        ours = report[_DIGEST] == _digest(folder / WEIGHTS_FILE)
+        ours = read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
@@ -200,9 +175,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cannot_be_written(folder: Path, error: Exception) -> ValueError:
-    reason = getattr(error, "strerror", None) or error
-    return ValueError(
-        f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder, and run the "
-        "same command again."
-    )
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder, and run "
+            "the same command again."
+        ) from error

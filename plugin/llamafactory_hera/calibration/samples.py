@@ -4,16 +4,15 @@ import hashlib
 import json
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import nn
 
-from ..selection.samples import Collate, Draw, Features, Sample, Source, draw
+from ..selection.samples import Collate, Features, Sample, Source, draw
 from ..teachers.images import ImageLike, image_key, load_image
 from .settings import RahConfig
 
@@ -58,17 +57,15 @@ class CalibrationInputs:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The samples of a calibration.
-
-    Attributes:
-        profiled: Those that heads are profiled on; the first of them are the probes.
-        held_out: Those that the trust region measures on.
-        without_image: Rows that were passed over because they have no image.
-    """
+    """The samples of a calibration: for profiling, the probes first, and for the trust region."""
 
     profiled: list[Sample]
     held_out: list[Sample]
+    #: How many rows were passed over because they have no image.
     without_image: int
+    #: How their images were corrupted, and the held-out samples before that.
+    control: Control | None = None
+    uncorrupted: Sequence[Sample] = ()
 
     def digest(self) -> str:
         """A digest of what the model sees of all samples, in order."""
@@ -85,12 +82,6 @@ def draw_samples(source: Source, config: RahConfig) -> Drawn:
         ValueError: No image at all, fewer samples than probes and held-out ones need, or an image that cannot be read.
     """
     found = draw(source, config.samples, config.seed)
-    _check_number(found, config)
-    n = len(found.samples) - config.held_out
-    return Drawn(found.samples[:n], found.samples[n:], found.without_image)
-
-
-def _check_number(found: Draw, config: RahConfig) -> None:
     drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
     if not drawn and without_image == found.rows:
         raise ValueError(
@@ -111,17 +102,8 @@ def _check_number(found: Draw, config: RahConfig) -> None:
         logger.warning(
             "rah_samples: %d are asked for, and the dataset has %d different images.", config.samples, drawn
         )
-
-
-def check_tokens(samples: Sequence[Sample], count_image_tokens: Callable[[Features], int]) -> None:
-    """Refuses a sample without tokens of both kinds; names its row."""
-    for sample in samples:
-        count, total = count_image_tokens(sample.features), len(sample.features["input_ids"])
-        if count in (0, total):
-            raise ValueError(
-                f"dataset: sample {sample.row} (counted from 0) leaves no {'text' if count else 'image'} token; check "
-                "that its text holds <image>, and that template is the model's."
-            )
+    n = drawn - config.held_out
+    return Drawn(found.samples[:n], found.samples[n:], without_image)
 
 
 def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:
@@ -135,7 +117,7 @@ def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int
     """
 
     def corrupted(samples: Sequence[Sample]) -> list[Sample]:
-        images = [_blank(sample.images) for sample in samples] if control == "blank" else _exchanged(samples, seed)
+        images = _exchanged(samples, seed) if control == "shuffled" else [_blank(sample.images) for sample in samples]
         changed = []
         for sample, other in zip(samples, images, strict=True):
             features = source.encode(sample.row, other)
@@ -143,7 +125,8 @@ def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int
             changed.append(Sample(sample.row, other, other[0], image_key(other[0]), features))
         return changed
 
-    return replace(drawn, profiled=corrupted(drawn.profiled), held_out=corrupted(drawn.held_out))
+    profiled, held_out = corrupted(drawn.profiled), corrupted(drawn.held_out)
+    return Drawn(profiled, held_out, drawn.without_image, control, drawn.held_out)
 
 
 def _blank(images: Sequence[ImageLike]) -> list[ImageLike]:
@@ -151,18 +134,17 @@ def _blank(images: Sequence[ImageLike]) -> list[ImageLike]:
 
 
 def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
-    # only samples with as many images have room for each other's
-    alike: dict[int, list[int]] = defaultdict(list)
+    """The images of each sample's successor in a shuffled ring of those with as many, so that nobody keeps its own."""
+    rings: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):
-        alike[len(sample.images)].append(index)
-    if all(len(group) == 1 for group in alike.values()):
+        rings.setdefault(len(sample.images), []).append(index)
+    if all(len(ring) == 1 for ring in rings.values()):
         raise ValueError(
             "--control: no two samples have the same number of images, so that none can be exchanged; use --control "
             "blank, or a dataset with one image a sample."
         )
-    exchanged = [list(sample.images) for sample in samples]
-    for group in alike.values():
-        random.Random(seed).shuffle(group)
-        for index, giver in zip(group, [*group[1:], group[0]], strict=True):  # in a ring, so that nobody keeps its own
-            exchanged[index] = list(samples[giver].images)
-    return exchanged
+    givers: dict[int, int] = {}
+    for ring in rings.values():
+        random.Random(seed).shuffle(ring)
+        givers.update(zip(ring, [*ring[1:], ring[0]], strict=True))
+    return [list(samples[givers[index]].images) for index in range(len(samples))]

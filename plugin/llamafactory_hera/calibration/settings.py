@@ -95,10 +95,8 @@ class RahConfig(KeyedConfig):
         Raises:
             ValueError: A layer that the model does not have.
         """
-        if self.layers == "all":
-            return list(range(n_layers))
-        if self.layers == "first_half":
-            return list(range(max(1, n_layers // 2)))
+        if self.layers in ("all", "first_half"):
+            return list(range(n_layers if self.layers == "all" else max(1, n_layers // 2)))
         chosen = _parse_layers(self.layers)
         if chosen[-1] >= n_layers:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,20 +32,16 @@ class Trial:
     update: Update
     state: State
     alpha: float = 0.0
-    tried: list[Step] = field(default_factory=list)
+    tried: Sequence[Step] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of all updates.
+    """What became of all updates, in the order of the plan."""
 
-    Attributes:
-        trials: In the order of the plan.
-        totals: Divergences of the first so many accepted updates together, ``alpha`` being their number.
-    """
-
-    trials: list[Trial] = field(default_factory=list)
-    totals: list[Step] = field(default_factory=list)
+    trials: Sequence[Trial] = ()
+    #: Numbers of updates that were tried together, each with their divergence.
+    totals: Sequence[tuple[int, float]] = ()
 
     @property
     def accepted(self) -> list[Scaled]:
@@ -55,26 +51,22 @@ class Outcome:
     @property
     def kl(self) -> float:
         """Divergence of all that stays."""
-        return self.totals[-1].kl if self.accepted else 0.0
+        return self.totals[-1][1] if self.accepted else 0.0
 
 
 def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Outcome:
     """Finds each update's step alone, then gives the last ones up, one by one, until all together hold.
 
     The step is the first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq.
-    15). The updates come with the highest CAF first, so that the least influential ones are given up.
-
-    Args:
-        updates: Of the plan.
-        kl: Divergence of the model with some updates: :meth:`HeldOut.kl`.
-        config: The bound, where to start, and after how many halvings an update is given up.
+    15). The updates come with the highest CAF first, so that the least influential ones are given up. ``kl`` is the
+    divergence of the model with some updates, :meth:`HeldOut.kl`.
     """
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
     kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
-    totals: list[Step] = []
+    totals: list[tuple[int, float]] = []
     while kept:
         together = kl([(trials[index].update, trials[index].alpha) for index in kept])
-        totals.append(Step(len(kept), together))
+        totals.append((len(kept), together))
         if together <= config.delta:
             break
         last = kept.pop()
@@ -95,28 +87,14 @@ def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahCon
 
 
 class HeldOut:
-    """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model.
-
-    The logits wait in the CPU's memory.
-
-    Args:
-        forward: Around the model as it is.
-        weights: Of the model.
-        features: The samples.
-        collate: From samples to a batch.
-        config: Positions and batch size.
+    """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model on the CPU.
 
     Raises:
         ValueError: The logits are not finite.
     """
 
     def __init__(
-        self,
-        forward: Forward,
-        weights: HeadWeights,
-        features: Sequence[Features],
-        collate: Collate,
-        config: RahConfig,
+        self, forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
     ) -> None:
         self._forward, self._weights, self._positions = forward, weights, config.positions
         batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)

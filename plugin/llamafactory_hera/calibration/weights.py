@@ -1,13 +1,16 @@
-"""The weight slices of single heads: which rows of the value and which columns of the output projection are whose."""
+"""The weight slices of single heads: whose they are, how they change in place, and their updates as a PEFT adapter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import read_json, write_json
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
 from ..heads.targets import Target
 
@@ -15,22 +18,19 @@ from ..heads.targets import Target
 Slice = Literal["value", "output"]
 SLICES: tuple[Slice, ...] = get_args(Slice)
 
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_VALUE = "v_proj"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """The update of one slice without its step size: ``left @ right``, ``[m, r]`` and ``[r, n]`` in fp32.
-
-    ``index`` is the key-value head of a value slice, the query head of an output slice.
-    """
+    """The update of one slice, of a key-value or of a query head, without its step size: ``left @ right`` in fp32."""
 
     layer: int
     kind: Slice
     index: int
-    left: Tensor
-    right: Tensor
+    left: Tensor  # [m, r]
+    right: Tensor  # [r, n]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Update:
     """What is changed together, under one step size.
 
     With multi-head attention that is a head's value and output slice. A value block that several query heads share
-    is changed only if all of them are targets, and then they are one update; else a head's output slice is. There is
-    no edit where target and anchors are equal.
+    is changed only if all of them are targets, and then they are one update; else a head's output slice is. Without
+    an edit target and anchors are equal.
     """
 
     heads: tuple[Target, ...]
@@ -51,13 +51,10 @@ Scaled = tuple[Update, float]
 
 
 class HeadWeights:
-    """Views of a model's weights by head, and the names of the projections that hold them.
+    """Views of the weights of a model, bare and whole on this process, by head.
 
     Under grouped-query attention ``v_proj`` holds one block of rows for each key-value head, which a group of query
     heads shares; ``o_proj`` holds one block of columns for each query head.
-
-    Args:
-        model: A transformers model, bare, whole on this process.
 
     Raises:
         ValueError: Unknown architecture, a fused or otherwise unusual layout, or quantised weights; says why.
@@ -72,12 +69,9 @@ class HeadWeights:
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         self.names: dict[tuple[int, Slice], str] = {}
         for layer, module in enumerate(decoder_layers(model)):
-            attention = attention_module(module, self.layout.model_type)
-            found: dict[Slice, nn.Module | None] = {
-                "value": getattr(attention, _VALUE, None),
-                "output": output_projection(module, self.layout.model_type),
-            }
-            for kind, projection in found.items():
+            value = getattr(attention_module(module, self.layout.model_type), "v_proj", None)
+            output = output_projection(module, self.layout.model_type)
+            for kind, projection in zip(SLICES, (value, output), strict=True):
                 self.projections[layer, kind] = self._checked(projection, kind)
                 self.names[layer, kind] = names[id(projection)]
 
@@ -108,7 +102,7 @@ class HeadWeights:
         layout = self.layout
         if module is None:
             raise ValueError(
-                f"model_name_or_path: layers of type {layout.model_type!r} have no {_VALUE}: queries, keys and values "
+                f"model_name_or_path: layers of type {layout.model_type!r} have no v_proj: queries, keys and values "
                 "are one fused matrix, which calibration does not slice. Use a model with separate projections."
             )
         weight = getattr(module, "weight", None)
@@ -119,10 +113,8 @@ class HeadWeights:
                 "or wrapped, and calibration compares and changes plain ones. Calibrate the base model without "
                 "quantization_bit (the adapter then loads on the quantised one, too), or dequantise the checkpoint."
             )
-        heads, width = {
-            "value": (layout.n_kv_heads, weight.shape[0]),
-            "output": (layout.n_heads, weight.shape[1]),
-        }[kind]
+        heads, axis = (layout.n_kv_heads, 0) if kind == "value" else (layout.n_heads, 1)
+        width = weight.shape[axis]
         if width != heads * layout.head_dim:
             raise ValueError(
                 f"model_name_or_path: a {kind} projection is {width} wide, and {heads} heads of {layout.head_dim} "
@@ -145,3 +137,59 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
     finally:
         for view, original in reversed(saved):
             view.copy_(original)
+
+
+# -- updates as LoRA -------------------------------------------------------------------------------------------------
+
+
+def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
+    """Writes the two files of a standard PEFT LoRA adapter, of one update or more, into an existing folder.
+
+    Its rank differs from projection to projection and is what their edits need; its scaling is 1, since the step
+    sizes are in its weights. Projections without an edit are not in it.
+    """
+    from peft import LoraConfig, TaskType
+
+    factors = lora_factors(weights, steps)
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    largest = max(ranks.values())
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base_model,
+        inference_mode=True,
+        target_modules=list(ranks),
+        **{"r": largest, "lora_alpha": largest, "rank_pattern": ranks, "alpha_pattern": ranks},
+    )
+    config.save_pretrained(str(folder))
+    # PEFT keeps the names as a set, whose order changes from process to process
+    content = read_json(folder / ADAPTER_CONFIG)
+    content["target_modules"].sort()
+    write_json(folder / ADAPTER_CONFIG, content)
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": factor
+        for name, both in factors.items()
+        for side, factor in zip("AB", both, strict=True)
+    }
+    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
+
+
+def lora_factors(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The LoRA factors of each projection, by its name: the edits of its heads side by side, zero outside of them.
+
+    Returns:
+        ``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]``, where ``R`` is the sum of the edits' ranks; the update of
+        the whole weight is ``lora_B @ lora_A``.
+    """
+    found: dict[tuple[int, Slice], list[tuple[Tensor, Tensor]]] = {}
+    for update, alpha in steps:
+        for edit in update.edits:
+            key, rank, block = (edit.layer, edit.kind), edit.left.shape[1], weights.block(edit.index)
+            n_out, n_in = weights.projections[key].weight.shape
+            a, b = torch.zeros(rank, n_in), torch.zeros(n_out, rank)
+            a[:, block if edit.kind == "output" else slice(None)] = edit.right.cpu()
+            b[block if edit.kind == "value" else slice(None)] = alpha * edit.left.cpu()
+            found.setdefault(key, []).append((a, b))
+    return {
+        weights.names[key]: (torch.cat([a for a, _ in edits]), torch.cat([b for _, b in edits], dim=1))
+        for key, edits in sorted(found.items())
+    }

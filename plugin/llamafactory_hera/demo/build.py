@@ -1,11 +1,10 @@
 """Build the demo folder: data, language model, LLaVA and teacher, offline and reproducibly."""
 
 import importlib.metadata
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from .. import __version__
@@ -58,8 +57,7 @@ def build_demo(
         host's ``dataset_dir``).
 
     Raises:
-        ValueError: If ``size`` is unknown; if ``output_dir`` exists and was not built by this function; or if it was
-            built by another request and ``force`` is not set.
+        ValueError: ``size`` is unknown, or ``output_dir`` is not the demo of this request (without ``force``: of any).
         ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
     """
     if size not in SIZES:
@@ -70,21 +68,15 @@ def build_demo(
         print(f"[hera demo] {output_dir} is there already (seed {seed}, size {size})", flush=True)
         return _paths(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    work = root.parent / f".{root.name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
+    with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
+        work = Path(folder) / root.name
         with models.reproducible(seed):
             _build(work, request, SIZES[size])
         # Another process may have finished the same folder meanwhile.
         if not _is_finished(root, request, force):
-            old = work.with_suffix(".old")
             if root.exists():
-                root.rename(old)
+                root.rename(Path(folder) / "replaced")
             work.rename(root)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return _paths(root)
 
 
@@ -122,7 +114,9 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         print(f"[hera demo] {phase}: {note} ({time.perf_counter() - started:.1f} s)", flush=True)
         started = time.perf_counter()
 
-    def trained(phase: str, name: str, values: list[float]) -> None:
+    def trained(name: str, phase: str, values: list[float], folder: Path, *parts: Any) -> None:
+        for part in parts:
+            part.save_pretrained(folder)
         tail = values[-max(1, len(values) // 10) :]
         first, last = round(values[0], 4), round(sum(tail) / len(tail), 4)
         losses[name] = {"steps": len(values), "first_loss": first, "last_loss": last}
@@ -148,20 +142,15 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
     texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
     texts += [sample.caption + models.END_OF_TEXT for sample in samples["train"]]
     values = models.train_language_model(language_model, tokenizer, texts, size.language_steps)
-    language_model.save_pretrained(paths["language_model"])
-    tokenizer.save_pretrained(paths["language_model"])
-    trained("language model, text alone", "language_model", values)
+    phase = "language model, text alone"
+    trained("language_model", phase, values, paths["language_model"], language_model, tokenizer)
 
     tower, values = models.train_vision_tower(images, size.vision_steps)
-    llava, processor = models.assemble_llava(language_model, tower, tokenizer)
-    llava.save_pretrained(paths["model"])
-    processor.save_pretrained(paths["model"])
-    trained("vision tower, images alone", "vision_tower", values)
+    llava = models.assemble_llava(language_model, tower, tokenizer)
+    trained("vision_tower", "vision tower, images alone", values, paths["model"], *llava)
 
-    teacher, teacher_processor, values = models.train_teacher(images, size.teacher_steps)
-    teacher.save_pretrained(paths["teacher"])
-    teacher_processor.save_pretrained(paths["teacher"])
-    trained("teacher, images alone", "teacher", values)
+    teacher, processor, values = models.train_teacher(images, size.teacher_steps)
+    trained("teacher", "teacher, images alone", values, paths["teacher"], teacher, processor)
 
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
     record = {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}

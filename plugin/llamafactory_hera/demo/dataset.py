@@ -1,7 +1,6 @@
 """The demo's dataset in LLaMA-Factory's sharegpt format, as files.
 
-Written into one folder, which is the host's ``dataset_dir``; image names are relative to it (the host looks them up in
-``media_dir``, by default the same folder):
+Written into one folder, the host's ``dataset_dir`` and by default its ``media_dir``:
 
 - ``dataset_info.json`` names four datasets: ``hera_demo`` (training conversations: some questions, and a caption
   before or after them), ``hera_demo_heldout`` (the same on held-out images, caption always last),
@@ -17,6 +16,8 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,7 @@ from .scenes import NUMBERS, Question, Split, caption, pick_questions, render, s
 
 QUESTIONS_PER_SCENE = 3
 DESCRIBE = ("Describe the picture.", "What do you see?", "What is shown here?")
-DIGIT_SIDE = 32
-PHOTO_SIDE = 64
+DIGIT_SIDE, PHOTO_SIDE = 32, 64
 #: The host's names for the parts of a sharegpt message.
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 
@@ -54,9 +54,8 @@ class Sample:
 
     def messages(self, rng: random.Random, caption_first: bool) -> list[dict[str, str]]:
         """The conversation; with the caption last, no answer can be copied from it."""
-        description = (rng.choice(DESCRIBE), self.caption)
-        asked = [(question.text, question.answer) for question in self.questions]
-        turns = [description, *asked] if caption_first else [*asked, description]
+        turns = [(question.text, question.answer) for question in self.questions]
+        turns.insert(0 if caption_first else len(turns), (rng.choice(DESCRIBE), self.caption))
         return conversation([("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]])
 
 
@@ -69,8 +68,7 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     ]
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A part of a photograph: its file, its box as fractions (left, top, right, bottom), and what it shows."""
 
     source: str
@@ -82,10 +80,8 @@ class Region:
 
 def _texture(source: str, subject: str, caption: str) -> tuple[Region, Region]:
     """The left part of an even picture for training, the rest of it held out."""
-    return (
-        Region(source, (0.0, 0.0, 0.6, 1.0), subject, caption),
-        Region(source, (0.62, 0.0, 1.0, 1.0), subject, caption, "held_out"),
-    )
+    left, right = (0.0, 0.0, 0.6, 1.0), (0.62, 0.0, 1.0, 1.0)
+    return Region(source, left, subject, caption), Region(source, right, subject, caption, "held_out")
 
 
 REGIONS: tuple[Region, ...] = (
@@ -107,11 +103,11 @@ REGIONS: tuple[Region, ...] = (
 )
 
 
-def require_packages() -> None:
-    """Check that scikit-learn and scikit-image are installed.
+def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
+    """Draw all images of both splits, each split in random order.
 
     Raises:
-        ImportError: If one is missing; names the extra to install.
+        ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
     """
     try:
         import skimage.data  # noqa: F401
@@ -119,24 +115,13 @@ def require_packages() -> None:
     except ImportError as error:
         remedy = 'the demo data needs scikit-learn and scikit-image: pip install "llamafactory-hera[demo]"'
         raise ImportError(f"{error}; {remedy}") from error
-
-
-def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
-    """Draw all images of both splits, each split in random order.
-
-    Raises:
-        ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
-    """
-    require_packages()
-    real_digits = digits(train.digits, held_out.digits, random.Random(f"digits {seed}"))
-    samples: dict[Split, list[Sample]] = {}
+    samples = digits(train.digits, held_out.digits, random.Random(f"digits {seed}"))
     amounts: dict[Split, Amounts] = {"train": train, "held_out": held_out}
     for split, amount in amounts.items():
         rng = random.Random(f"{split} {seed}")
-        made = [_scene_sample(rng, split, i) for i in range(amount.scenes)]
-        made += real_digits[split] + photographs(amount.photographs, rng, split)
-        rng.shuffle(made)
-        samples[split] = made
+        scenes = [_scene_sample(rng, split, number) for number in range(amount.scenes)]
+        samples[split] = scenes + samples[split] + photographs(amount.photographs, rng, split)
+        rng.shuffle(samples[split])
     return samples
 
 
@@ -155,23 +140,17 @@ def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
     import skimage.data
     import sklearn.datasets
 
+    @cache
     def load(source: str) -> Image.Image:
-        if source in ("china", "flower"):
-            pixels = sklearn.datasets.load_sample_image(f"{source}.jpg")
-        else:
-            pixels = getattr(skimage.data, source)()
+        of_sklearn = source in ("china", "flower")
+        pixels = sklearn.datasets.load_sample_image(f"{source}.jpg") if of_sklearn else getattr(skimage.data, source)()
         return Image.fromarray(np.asarray(pixels)).convert("RGB")
 
-    regions = [region for region in REGIONS if region.split == split]
-    photos = {region.source: load(region.source) for region in regions}
     subjects = sorted({region.subject for region in REGIONS})
     made = []
-    for number in range(count):
-        region = regions[number % len(regions)]
-        photo = photos[region.source]
-        left, top, right, bottom = (
-            round(value * side) for value, side in zip(region.box, photo.size * 2, strict=True)
-        )
+    for number, region in enumerate(islice(cycle(region for region in REGIONS if region.split == split), count)):
+        photo = load(region.source)
+        left, top, right, bottom = (round(part * side) for part, side in zip(region.box, photo.size * 2, strict=True))
         side = round(min(right - left, bottom - top) * rng.uniform(0.8, 1.0))
         x, y = rng.randint(left, right - side), rng.randint(top, bottom - side)
         image = photo.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
@@ -233,32 +212,30 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
     """
     rng = random.Random(f"conversations {seed}")
     (folder / "images").mkdir(parents=True)
-    everything = [sample for split in samples.values() for sample in split]
-    for sample in everything:
+    factors = {}
+    for sample in (*samples["train"], *samples["held_out"]):
         sample.image.save(folder / "images" / sample.name)
+        asked = [asdict(question) for question in sample.questions]
+        factors[f"images/{sample.name}"] = sample.factors | {"questions": asked}
+    write_json(folder / "factors.json", factors)
 
     def row(sample: Sample, messages: list[dict[str, str]]) -> dict[str, Any]:
         return {"messages": messages, "images": [f"images/{sample.name}"]}
 
     rows = {
-        "train": [row(s, s.messages(rng, caption_first=rng.random() < 0.5)) for s in samples["train"]],
-        "heldout": [row(s, s.messages(rng, caption_first=False)) for s in samples["held_out"]],
-        "captions": [row(s, conversation([("<image>", s.caption)])) for s in samples["train"]],
-        "text": [{"messages": messages} for messages in text_conversations(rng)],
+        "hera_demo": [row(s, s.messages(rng, caption_first=rng.random() < 0.5)) for s in samples["train"]],
+        "hera_demo_heldout": [row(s, s.messages(rng, caption_first=False)) for s in samples["held_out"]],
+        "hera_demo_captions": [row(s, conversation([("<image>", s.caption)])) for s in samples["train"]],
+        "hera_demo_text": [{"messages": messages} for messages in text_conversations(rng)],
     }
-    named = {"hera_demo" if name == "train" else f"hera_demo_{name}": name for name in rows}
     info = {}
-    for dataset, name in named.items():
-        columns = {key: key for key in rows[name][0]}
-        info[dataset] = {"file_name": f"demo_{name}.json", "formatting": "sharegpt", "columns": columns, "tags": TAGS}
-        write_json(folder / f"demo_{name}.json", rows[name])
+    for name, content in rows.items():
+        file = "demo_train.json" if name == "hera_demo" else f"{name.removeprefix('hera_')}.json"
+        columns = {key: key for key in content[0]}
+        info[name] = {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
+        write_json(folder / file, content)
     write_json(folder / "dataset_info.json", info)
-    factors = {
-        f"images/{sample.name}": sample.factors | {"questions": [asdict(question) for question in sample.questions]}
-        for sample in everything
-    }
-    write_json(folder / "factors.json", factors)
-    return {dataset: rows[name] for dataset, name in named.items()}
+    return rows
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -17,14 +17,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-# Part of the result: sums are split by thread, so another number may give other last bits. These models are so small
-# that a second thread gains little, and costs much when the other core is busy.
+# Part of the result: sums are split by thread, so another number may give other last bits.
 THREADS = 1
-MAX_LENGTH = 512
-VOCABULARY = 600
-SIDE = 32
-PATCH = 8
-TEMPERATURE = 0.1
+MAX_LENGTH, VOCABULARY = 512, 600
+SIDE, PATCH = 32, 8
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
 # ChatML, as Qwen3 without thinking; a message's content is a string or a list of {"type": "image"} and
@@ -55,11 +51,7 @@ def reproducible(seed: int) -> Iterator[None]:
 def _optimise(
     modules: list[torch.nn.Module], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> list[float]:
-    """AdamW with a tenth of warm-up, cosine decay and gradient clipping at 1; the modules are in eval mode afterwards.
-
-    Returns:
-        The loss of every step.
-    """
+    """AdamW with warm-up and cosine decay; the modules are in eval mode afterwards. Returns the loss of every step."""
     for module in modules:
         module.train()
     parameters = [parameter for module in modules for parameter in module.parameters()]
@@ -111,8 +103,7 @@ def new_language_model(
 ) -> hf.Qwen3ForCausalLM:
     """Five layers of eight query heads over four key-value heads with random weights; it decodes greedily.
 
-    ``head_dim`` is not ``hidden_size / heads`` here, as in Qwen3-4B, so code that divides instead of reading the
-    config fails.
+    As in Qwen3-4B, ``head_dim`` is not ``hidden_size / heads``: code that divides fails.
     """
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf.Qwen3Config(
@@ -134,16 +125,9 @@ def new_language_model(
 
 
 def train_language_model(
-    model: hf.Qwen3ForCausalLM,
-    tokenizer: hf.PreTrainedTokenizerBase,
-    documents: list[str],
-    steps: int,
+    model: hf.Qwen3ForCausalLM, tokenizer: hf.PreTrainedTokenizerBase, documents: list[str], steps: int
 ) -> list[float]:
-    """Next-token training on whole documents with their chat tokens, in place.
-
-    Returns:
-        The loss of every step, in nats a token.
-    """
+    """Next-token training on whole documents with their chat tokens, in place; the loss of every step."""
     encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
     # Neighbours in length make a batch, so little of it is padding; attention is causal and padding comes last, so no
     # attention mask is needed.
@@ -168,14 +152,9 @@ def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.Siglip
     Returns:
         The tower, and the mean squared pixel error of every step (pixels in -1…1).
     """
-    shape: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **shape))
-    read_out = torch.nn.Linear(tower.config.hidden_size, 3 * PATCH * PATCH)
+    shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "intermediate_size": 128}
+    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
+    read_out = torch.nn.Linear(64, 3 * PATCH * PATCH)
     pixels = _vision_processor()(images, return_tensors="pt")["pixel_values"]
 
     def loss() -> torch.Tensor:
@@ -193,9 +172,7 @@ def _vision_processor() -> hf.SiglipImageProcessor:
 
 
 def assemble_llava(
-    language_model: hf.Qwen3ForCausalLM,
-    tower: hf.SiglipVisionModel,
-    tokenizer: hf.PreTrainedTokenizerBase,
+    language_model: hf.Qwen3ForCausalLM, tower: hf.SiglipVisionModel, tokenizer: hf.PreTrainedTokenizerBase
 ) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
     """A LLaVA with the weights of both, a random two-layer projector, and its processor: 16 image tokens an image."""
     ids: dict[str, Any] = {
@@ -249,27 +226,19 @@ def random_view(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_teacher(
-    images: list[Image.Image],
-    steps: int,
-    batch_size: int = 128,
-    view: Callable[[torch.Tensor], torch.Tensor] = random_view,
+    images: list[Image.Image], steps: int, view: Callable[[torch.Tensor], torch.Tensor] = random_view
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
     """A DINOv2 model of a CLS token and 16 patch tokens of width 64, self-supervised: SimCLR (arXiv 2002.05709).
 
-    Two random views of an image must find each other among the views of the other images of the batch, by the cosine
-    of their CLS tokens behind a two-layer head, which is thrown away afterwards.
-
-    Args:
-        images: What it learns from, alone.
-        steps: Number of updates; 0 leaves its weights random.
-        batch_size: Images a step, all different; at most all.
-        view: From normalised pixels [B, 3, 32, 32] to one random view of every image.
+    Two random views of an image, [B, 3, 32, 32] normalised pixels each, must find each other among the views of the
+    other images of the batch, by the cosine of their CLS tokens behind a two-layer head, which is thrown away
+    afterwards, at a temperature of 0.1. Without any step its weights stay random.
 
     Returns:
         The teacher, its processor, and the InfoNCE loss of every step, in nats.
     """
-    shape: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 2}
-    teacher = hf.Dinov2Model(hf.Dinov2Config(image_size=SIDE, patch_size=PATCH, **shape))
+    shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "mlp_ratio": 2}
+    teacher = hf.Dinov2Model(hf.Dinov2Config(num_hidden_layers=3, num_attention_heads=4, **shape))
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     processor = hf.BitImageProcessor(
         size={"shortest_edge": SIDE},
@@ -278,13 +247,13 @@ def train_teacher(
         image_std=[0.229, 0.224, 0.225],
     )
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    batch_size = min(batch_size, len(pixels))
+    batch_size = min(128, len(pixels))
     partners = torch.arange(2 * batch_size).roll(batch_size)
 
     def loss() -> torch.Tensor:
         batch = pixels[torch.randperm(len(pixels))[:batch_size]]
         vectors = F.normalize(head(teacher(torch.cat([view(batch), view(batch)])).last_hidden_state[:, 0]), dim=-1)
-        similarity = (vectors @ vectors.T / TEMPERATURE).fill_diagonal_(float("-inf"))
+        similarity = (vectors @ vectors.T / 0.1).fill_diagonal_(float("-inf"))
         return F.cross_entropy(similarity, partners)
 
     return teacher, processor, _optimise([teacher, head], loss, steps, 2e-3)

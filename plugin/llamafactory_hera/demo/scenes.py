@@ -3,16 +3,12 @@
 A scene is one to four objects on a 2×2 grid of cells; an object has a shape, a colour and a size. Drawing a scene is a
 pure function of the scene, so that captions, questions and answers made from it are true of the pixels.
 
-Language prior
-    Every shape has a preferred colour (``preferred_colour``), drawn with probability ``COLOUR_BIAS``; otherwise the
-    colour is uniform over the shape's other colours. Text alone therefore answers many colour questions, and only the
-    image can answer the rest.
+Every shape has a preferred colour, drawn with probability ``COLOUR_BIAS``; otherwise the colour is uniform over the
+shape's other colours. Text alone therefore answers many colour questions, and only the image can answer the rest.
 
-Held-out split
-    Every shape has one held-out colour (``held_out_colour``), which is the preferred colour of the next shape. No
-    training scene holds such a pair and no training question names one; every held-out scene holds at least one.
-    All shapes and all colours are seen in training, so a held-out scene asks for a new combination of known factors: a
-    training caption never fits it, and its colour is never the one that the language prior suggests.
+Every shape has one held-out colour, which is the preferred colour of the next shape. No training scene holds such a
+pair and no training question names one; every held-out scene holds at least one. All shapes and colours are seen in
+training, so a held-out scene asks for a new combination of known factors, whose colour is never the preferred one.
 """
 
 import random
@@ -35,12 +31,12 @@ PALETTE = {
     "purple": (165, 60, 200),
     "white": (245, 245, 245),
 }
-SIZES = ("small", "large")
+RADIUS = {"small": 3, "large": 6}
+SIZES = tuple(RADIUS)
 GRID = 2
 CELL = 16
 COLOUR_BIAS = 0.6
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_RADIUS = {"small": 3, "large": 6}
 
 
 @dataclass(frozen=True)
@@ -77,16 +73,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image.
+    """A question about an image, and its answer, a word or a short phrase.
 
     Attributes:
         category: Of a scene ``count``, ``colour``, ``shape``, ``where``, ``relation``, ``size`` or ``exist``; else the
             kind of the image.
-        text: The question.
-        answer: Its answer, a word or a short phrase.
         about: Indices of the objects that it is about; empty when it is about the whole image.
-        trap: The answer that the language prior suggests is wrong: the colour of a shape that has not its usual
-            colour.
+        trap: It asks for the colour of a named shape that has not its preferred colour.
     """
 
     category: str
@@ -118,10 +111,7 @@ def sample_scene(rng: random.Random, split: Split = "train") -> Scene:
 def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int, int], dict[str, str]]) -> Scene:
     """Draw one scene: of ``train``, or with one or more objects that only ``split`` has.
 
-    Args:
-        rng: Source of chance.
-        split: ``train``, or a key of what ``kept_colours`` gives.
-        kept_colours: From shape, row and column to the colour that each split but ``train`` keeps for itself there.
+    ``kept_colours`` gives, for shape, row and column, the colour that each split but ``train`` keeps for itself there.
     """
     cells = sorted(rng.sample(range(GRID**2), rng.randint(1, GRID**2)))
     kept = set() if split == "train" else set(rng.sample(cells, rng.randint(1, len(cells))))
@@ -143,79 +133,66 @@ def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int,
 def place(rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
     """An object with these factors somewhere in its cell."""
     # One free pixel on every side of the cell keeps objects of neighbouring cells apart.
-    slack = CELL // 2 - _RADIUS[size] - 1
+    slack = CELL // 2 - RADIUS[size] - 1
     x = column * CELL + CELL // 2 + rng.randint(-slack, slack)
     y = row * CELL + CELL // 2 + rng.randint(-slack, slack)
-    return SceneObject(shape, colour, size, row, column, x, y, _RADIUS[size])
+    return SceneObject(shape, colour, size, row, column, x, y, RADIUS[size])
 
 
 def render(scene: Scene) -> Image.Image:
     """Draw the scene: an RGB image without smoothing, every object in its exact palette colour."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
+    rows, columns = np.mgrid[:side, :side]
     for item in scene.objects:
-        pixels[_mask(item, side)] = PALETTE[item.colour]
+        dx, dy, r = columns - item.x, rows - item.y, item.radius
+        box = (abs(dx) <= r) & (abs(dy) <= r)
+        covered = {
+            "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,
+            "square": box,
+            "triangle": box & (2 * abs(dx) <= dy + r),
+            "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
+        }
+        pixels[covered[item.shape]] = PALETTE[item.colour]
     return Image.fromarray(pixels)
-
-
-def _mask(item: SceneObject, side: int) -> np.ndarray:
-    """Pixels that the object covers: bool [side, side]."""
-    dx = np.arange(side)[None, :] - item.x
-    dy = np.arange(side)[:, None] - item.y
-    r = item.radius
-    box = (abs(dx) <= r) & (abs(dy) <= r)
-    covered = {
-        "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,
-        "square": box,
-        "triangle": box & (2 * abs(dx) <= dy + r),
-        "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
-    }
-    return covered[item.shape]
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
     """A full description: every object with size, colour, shape and place, then one relation if one can be said."""
     items = list(scene.objects)
     rng.shuffle(items)
-    phrases = [(f"a {item.size} {item.colour} {item.shape}", item.position) for item in items]
     if rng.random() < 0.5:
         head = "There is one object" if len(items) == 1 else f"There are {NUMBERS[len(items)]} objects"
-        text = f"{head}: {_join([f'{phrase} at the {position}' for phrase, position in phrases])}."
+        *most, last = [f"a {item.size} {item.colour} {item.shape} at the {item.position}" for item in items]
+        text = f"{head}: {' and '.join(filter(None, (', '.join(most), last)))}."
     else:
-        text = " ".join(f"{phrase.capitalize()} is at the {position}." for phrase, position in phrases)
+        text = " ".join(f"A {item.size} {item.colour} {item.shape} is at the {item.position}." for item in items)
     if related := _related(scene):
         _, _, first, second, relation, _ = rng.choice(related)
         text += f" The {first} is {relation} the {second}."
     return text
 
 
-def _join(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
-
-
-def _name(scene: Scene, index: int) -> str | None:
+def _name(scene: Scene, item: SceneObject) -> str | None:
     """The shortest phrase that names this object alone, "circle" to "large red circle", or None if there is none."""
-    item = scene.objects[index]
-    others = [other for i, other in enumerate(scene.objects) if i != index]
-    if all(other.shape != item.shape for other in others):
-        return item.shape
-    if all(other.pair != item.pair for other in others):
-        return f"{item.colour} {item.shape}"
-    if all((other.pair, other.size) != (item.pair, item.size) for other in others):
-        return f"{item.size} {item.colour} {item.shape}"
+
+    def words(of: SceneObject) -> tuple[str, ...]:
+        return of.size, of.colour, of.shape
+
+    for count in (1, 2, 3):
+        phrase = words(item)[-count:]
+        if sum(words(other)[-count:] == phrase for other in scene.objects) == 1:
+            return " ".join(phrase)
     return None
 
 
 def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
     """(i, j, name of i, name of j, relation, opposite) for every relation of two objects that both have a name."""
-    names = [_name(scene, i) for i in range(len(scene.objects))]
     found = []
-    for i, j in permutations(range(len(scene.objects)), 2):
-        first, second, a, b = names[i], names[j], scene.objects[i], scene.objects[j]
-        if first is None or second is None:
-            continue
+    for (i, a), (j, b) in permutations(enumerate(scene.objects), 2):
+        first, second = _name(scene, a), _name(scene, b)
         for low, high, difference in (("left of", "right of", a.column - b.column), ("above", "below", a.row - b.row)):
-            if difference:
+            if difference and first and second:
                 found.append((i, j, first, second, *((low, high) if difference < 0 else (high, low))))
     return found
 
@@ -223,34 +200,26 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
 def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
     """Every question that the scene allows, in a fixed order, each with its one true answer.
 
-    Args:
-        scene: The scene.
-        pairs: The (colour, shape) pairs that may be asked for, so that training text never mentions a held-out one.
+    Only ``pairs`` of (colour, shape) are asked for, so that training text never mentions a held-out one.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
-    for shape in SHAPES:
-        plural = shape + ("es" if shape.endswith("s") else "s")
-        number = sum(item.shape == shape for item in objects)
-        found.append(Question("count", f"How many {plural} are there?", NUMBERS[number]))
-    for colour in PALETTE:
-        number = sum(item.colour == colour for item in objects)
-        found.append(Question("count", f"How many {colour} objects are there?", NUMBERS[number]))
+    nouns = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
+    for word, noun in (nouns | {colour: f"{colour} objects" for colour in PALETTE}).items():
+        number = sum(word in item.pair for item in objects)
+        found.append(Question("count", f"How many {noun} are there?", NUMBERS[number]))
     for index in range(len(objects)):
         found += _questions_about_one(scene, index)
     found += _questions_about_two(scene)
-    for colour, shape in pairs:
-        about = tuple(i for i, item in enumerate(objects) if item.pair == (colour, shape))
-        found.append(Question("exist", f"Is there a {colour} {shape}?", "yes" if about else "no", about))
-    for shape in SHAPES:
-        about = tuple(i for i, item in enumerate(objects) if item.shape == shape)
-        found.append(Question("exist", f"Is there a {shape}?", "yes" if about else "no", about))
+    for words in (*pairs, *((shape,) for shape in SHAPES)):
+        about = tuple(i for i, item in enumerate(objects) if item.pair[-len(words) :] == words)
+        found.append(Question("exist", f"Is there a {' '.join(words)}?", "yes" if about else "no", about))
     return found
 
 
 def _questions_about_one(scene: Scene, index: int) -> list[Question]:
     item, about = scene.objects[index], (index,)
-    position, name = item.position, _name(scene, index)
+    position, name = item.position, _name(scene, item)
     found = [
         Question("colour", f"What colour is the object at the {position}?", item.colour, about),
         Question("shape", f"What shape is the object at the {position}?", item.shape, about),
