@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.ranks import run_ranks
-from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment.gather import mean_over_ranks
@@ -18,6 +16,8 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.aligner import RunningMeans
 from llamafactory_hera.training.collator import CACHED, PIXELS
+from tests.ranks import run_ranks
+from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
 BATCH = 4

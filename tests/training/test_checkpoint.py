@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import vlm
 from transformers import AutoModelForImageTextToText
 
 from llamafactory_hera.config import HeraConfig
@@ -20,6 +19,7 @@ from llamafactory_hera.training.checkpoint import (
     load_state,
     save_state,
 )
+from tests.tiny_models import vlm
 
 HEADS = Targets.parse("L0H1,L2H3")
 STATE = {"objective.log_temperature": torch.tensor(0.5)}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tests.tiny_models import teacher_folder
 from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers.cache import FeatureCache
@@ -15,6 +14,7 @@ from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import collator
 from llamafactory_hera.training.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
+from tests.tiny_models import teacher_folder
 
 
 @pytest.fixture(scope="module")

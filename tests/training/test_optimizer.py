@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.ranks import run_ranks
 from torch import Tensor
 
 from llamafactory_hera.objectives import Options, PatchBatch, create
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+from tests.ranks import run_ranks
 
 
 class Temperature:

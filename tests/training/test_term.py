@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests.terms import ContrastiveTerm
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
 from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.objectives import Options, PatchBatch, create
 from llamafactory_hera.training.term import PatchTerm
+from tests.terms import ContrastiveTerm
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
 TAU = torch.tensor(0.2)
