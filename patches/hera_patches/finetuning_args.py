@@ -2,9 +2,7 @@
 
 Why: the host parses exactly five dataclasses, so the keys must live in one of them. ``stage: hera`` becomes
 ``stage: sft`` plus ``use_hera``: everywhere but in the trainer HeRA is supervised fine-tuning, and the host forbids
-SFT's options to any other stage value.
-
-Tested with 0.9.5. Can go when the host lets plugins add arguments.
+SFT's options to any other stage value. Can go when the host lets plugins add arguments.
 """
 
 from dataclasses import is_dataclass
