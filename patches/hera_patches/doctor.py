@@ -115,4 +115,6 @@ def _patches() -> Iterator[_Finding]:
     for status in statuses():
         remedy = f"install a tested host ({', '.join(_TESTED_HOSTS)}): {_PINNED}"
         text = f"{status.state}: {status.reason}" if status.reason else status.state
-        yield _Finding(f"patch {status.name}", f"{text} ({status.what})", remedy if status.state == "does not fit" else None)
+        yield _Finding(
+            f"patch {status.name}", f"{text} ({status.what})", remedy if status.state == "does not fit" else None
+        )
