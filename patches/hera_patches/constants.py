@@ -1,8 +1,8 @@
 """Puts HeRA into the stage list, and the plugin's backbones into the model list, of the web UI.
 
 Why: both lists are dictionaries in the host's code. For a model that is not listed as multimodal, "Custom" among them,
-the web UI sends no options for freezing parts and for pixels. Can go when the host lets plugins
-add stages, and sends these options for every model.
+the web UI sends no options for freezing parts and for pixels. Can go when the host lets plugins add stages, and sends
+these options for every model.
 """
 
 from typing import Any

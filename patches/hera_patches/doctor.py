@@ -12,7 +12,7 @@ import llamafactory_hera
 from . import installed
 from .registry import PATCHES, statuses
 
-_TESTED_HOSTS = ("0.9.5",)
+_TESTED_HOST = "0.9.5"
 _PACKAGES = ("llamafactory", "torch", "torchvision", "torchaudio", "transformers", "peft", "accelerate", "deepspeed")
 _PINNED = 'pip install "llamafactory-hera[pinned]"'
 
@@ -46,8 +46,8 @@ def _versions() -> Iterator[_Finding]:
         except PackageNotFoundError:
             text = "not installed"
             remedy = None if name in ("torchaudio", "deepspeed") else _PINNED
-        if name == "llamafactory" and text not in (*_TESTED_HOSTS, "not installed"):
-            text += f" (tested: {', '.join(_TESTED_HOSTS)}; see the patches below)"
+        if name == "llamafactory" and text not in (_TESTED_HOST, "not installed"):
+            text += f" (tested: {_TESTED_HOST}; see the patches below)"
         yield _Finding(name, text, remedy)
 
 
@@ -62,8 +62,7 @@ def _import_error(module: str) -> Exception | None:
 def _torch_family() -> Iterator[_Finding]:
     for module in ("torch", "torchvision", "torchaudio"):
         error = _import_error(module)
-        absent = isinstance(error, ModuleNotFoundError) and error.name == module
-        if error is not None and not absent:
+        if error is not None and not (isinstance(error, ModuleNotFoundError) and error.name == module):
             reason = str(error).strip().splitlines() or [type(error).__name__]
             yield _Finding(
                 "torch family",
@@ -113,7 +112,7 @@ def _patches() -> Iterator[_Finding]:
         if error := _import_error(target):
             yield _Finding(f"patch {name}", f"{target} does not import: {error}", f"repair the host: {_PINNED}")
     for status in statuses():
-        remedy = f"install a tested host ({', '.join(_TESTED_HOSTS)}): {_PINNED}"
+        remedy = f"install a tested host ({_TESTED_HOST}): {_PINNED}"
         text = f"{status.state}: {status.reason}" if status.reason else status.state
         yield _Finding(
             f"patch {status.name}", f"{text} ({status.what})", remedy if status.state == "does not fit" else None

@@ -3,7 +3,6 @@
 Why: the host's callback writes a fixed set of keys. Can go when it writes every logged key.
 """
 
-from functools import partial
 from typing import Any
 
 from .registry import around
@@ -11,10 +10,6 @@ from .registry import around
 WHAT = "lm_loss and hera_* in trainer_log.jsonl"
 FUNCTIONS = {"LogCallback.on_log": "self args state control kwargs", "LogCallback._write_log": "self output_dir logs"}
 USED = {"LogCallback.on_log": "_write_log"}
-
-
-def _write_with(write: Any, extra: dict[str, Any], output_dir: str, logs: dict[str, Any]) -> None:
-    write(output_dir, {**logs, **extra})
 
 
 def apply(module: Any) -> None:
@@ -26,8 +21,9 @@ def apply(module: Any) -> None:
         extra = {key: value for key, value in last.items() if key == "lm_loss" or key.startswith("hera_")}
         if not extra:
             return host(self, args, state, control, **kwargs)
-        # the line is written by another thread: bind its values now
-        self._write_log = partial(_write_with, self._write_log, extra)
+        write = self._write_log
+        # the line is written by another thread: its values are bound now
+        self._write_log = lambda output_dir, logs: write(output_dir, {**logs, **extra})
         try:
             return host(self, args, state, control, **kwargs)
         finally:

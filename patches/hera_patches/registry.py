@@ -9,11 +9,10 @@ All are tested with 0.9.5.
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 # What a training run needs.
 _TRAINING = (
@@ -34,15 +33,12 @@ _WEB_UI = (
 )
 
 #: Host module -> patch module of this package. Names only: nothing is imported before the host is.
-PATCHES: tuple[tuple[str, str], ...] = _TRAINING + _WEB_UI
-HOST_MODULES = frozenset(target for target, _ in PATCHES)
-
+PATCHES = _TRAINING + _WEB_UI
 #: What ``check`` returns where the host already does what the patch is for.
 NOT_NEEDED = "not needed"
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What became of one patch: ``applied``, ``not needed`` or ``does not fit``, with the reason."""
 
     name: str
@@ -127,11 +123,7 @@ def statuses() -> list[Status]:
 
 
 def require() -> None:
-    """Checks that every patch that a training run needs and that was tried fits.
-
-    Raises:
-        RuntimeError: One does not fit this version of the host.
-    """
+    """Raises ``RuntimeError`` if a patch that a training run needs was tried and does not fit this host."""
     tried = [_statuses[name] for _, name in _TRAINING if name in _statuses]
     misfits = [f"{status.name} ({status.reason})" for status in tried if status.state == "does not fit"]
     if misfits:

@@ -1,7 +1,6 @@
 """Lets the web UI start HeRA runs, and compare their heads with before when they have finished.
 
-Why: the host's runner knows by name which fields a stage sends. Can go when the host lets plugins add stages to its web
-UI.
+Why: the host's runner knows by name which fields a stage sends. Can go when the host lets plugins add stages.
 """
 
 from collections.abc import Iterator
@@ -34,9 +33,7 @@ def apply(module: Any) -> None:
     @around(module.Runner)
     def _initialize(host: Any, self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
         error = host(self, data, do_train, from_preview)
-        if error or from_preview or not hasattr(self, "hera"):
-            return error
-        return self.hera.refusal(data, do_train)
+        return error if error or from_preview or not hasattr(self, "hera") else self.hera.refusal(data, do_train)
 
     @around(module.Runner)
     def _finalize(host: Any, self: Any, lang: str, finish_info: str) -> None:

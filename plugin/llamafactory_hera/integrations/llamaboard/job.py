@@ -7,15 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from llamafactory.extras.constants import TRAINING_ARGS
-from llamafactory.webui.common import _clean_cmd
+from llamafactory.webui.common import _clean_cmd, abort_process
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER, write_text
@@ -35,7 +33,6 @@ _SCORED_WITH = ("select_mode", "select_samples", "select_k", "select_seed", "sel
 _BAR = re.compile(r"HeRA \| ([^:\r\n]+):\s*\d+%\|.*\| (\d+)/(\d+) \[")
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
-_GRACE = 5.0  # seconds
 
 
 @dataclass
@@ -62,11 +59,7 @@ class Job:
         return self.code is None
 
     def start(self) -> None:
-        """Starts the first command.
-
-        Raises:
-            OSError: The log cannot be written.
-        """
+        """Starts the first command; raises ``OSError`` where the log cannot be written."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
         atexit.register(self.abort)
@@ -80,7 +73,7 @@ class Job:
             self.aborted = True
             process = self._process
         if process is not None:
-            _end(process.pid)
+            abort_process(process.pid)
 
     def progress(self) -> tuple[str, int, int] | None:
         """The phase that was last reported, how much of it is done, and of how much."""
@@ -126,30 +119,13 @@ class Job:
             return self._process.wait()
 
 
-def _end(pid: int) -> None:
-    try:
-        parent = psutil.Process(pid)
-        alive = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for send in (psutil.Process.terminate, psutil.Process.kill):
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                send(process)
-        _, alive = psutil.wait_procs(alive, timeout=_GRACE)
-
-
 def heads_file(folder: Path) -> Path:
     """Where a run's selection is written."""
     return folder / RUN_FOLDER / file_name("head")
 
 
 def select_job(args: dict[str, Any], lang: str) -> Job:
-    """The selection for a run of these arguments; writes its recipe.
-
-    Raises:
-        OSError: The output folder cannot be written.
-    """
+    """The selection for a run of these arguments; writes its recipe, or raises ``OSError`` where it cannot."""
     folder = Path(args["output_dir"])
     recipe = folder / RUN_FOLDER / "select.yaml"
     write_text(recipe, yaml.safe_dump(_clean_cmd({**args, "stage": STAGE}), sort_keys=False, allow_unicode=True))

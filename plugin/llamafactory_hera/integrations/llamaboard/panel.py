@@ -33,12 +33,7 @@ _ERROR = re.compile(r"^(?:\[rank\d+\]:\s?)?(\w*Error: .+)$", re.MULTILINE)
 
 
 class Panel:
-    """The scoring job of a board: one at a time, and none beside a training run.
-
-    Args:
-        engine: The host's.
-        elements: The accordion's, by name.
-    """
+    """The scoring job of a board: one at a time, and none beside a training run."""
 
     def __init__(self, engine: "Engine", elements: dict[str, Component]) -> None:
         self._engine = engine
@@ -47,8 +42,6 @@ class Panel:
         self.outputs = [elements[name] for name in _CHANGED]
         self._job: Job | None = None  # the last one
         self._data: Data = {}  # of the page that started it
-
-    # -- buttons ---------------------------------------------------------------------------------------------------
 
     def select(self, data: Data) -> Iterator[Data]:
         """Selects heads for the run that the page describes, and follows the selection."""
@@ -111,8 +104,6 @@ class Panel:
         self._job, self._data = job, data
         yield from self.follow()
 
-    # -- following a job -------------------------------------------------------------------------------------------
-
     @property
     def _busy(self) -> bool:
         return self._job is not None and self._job.running
@@ -133,7 +124,7 @@ class Panel:
         if self._job is not None and not self._job.running:
             yield self._show_result(self._job, fill=False)
             return
-        if self._job is not None:
+        if self._busy:
             yield self._update(hera_tab=gr.Accordion(open=True))
         yield from self.follow()
 
@@ -141,8 +132,6 @@ class Panel:
         """The fields of a freshly loaded page, as they were when the job that runs was started."""
         if self._busy:
             yield {element: type(element)(value=value) for element, value in self._data.items()}
-
-    # -- what the host's runner asks -------------------------------------------------------------------------------
 
     def with_hera(self, args: dict[str, Any], data: Data) -> dict[str, Any]:
         """The arguments of a run with what the page's HeRA fields say."""
@@ -172,10 +161,7 @@ class Panel:
         if not self._is_hera(data):
             return update
         lang = self._value(data, "top.lang")
-        return {
-            element: reason_first(shown, lang) if isinstance(shown, str) else shown
-            for element, shown in update.items()
-        }
+        return {key: reason_first(shown, lang) if isinstance(shown, str) else shown for key, shown in update.items()}
 
     def _is_hera(self, data: Data) -> bool:
         # the host's evaluation tab sends no stage
@@ -184,8 +170,6 @@ class Panel:
 
     def _value(self, data: Data, id_: str) -> Any:
         return data[self._engine.manager.get_elem_by_id(id_)]
-
-    # -- updates of the page ---------------------------------------------------------------------------------------
 
     def _update(self, **values: Any) -> Data:
         return {self._elements[name]: value for name, value in values.items()}

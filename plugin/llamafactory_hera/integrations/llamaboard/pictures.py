@@ -1,6 +1,5 @@
 """Pictures and tables of a run as the page shows them: its curves, its heads, the comparison with before."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -106,12 +105,9 @@ def report_pictures(folder: Path, lang: str) -> list[Picture]:
 
 def report_files(folder: Path) -> list[str]:
     """The comparison's page and picture, at a place from where the web UI may serve them."""
-    files = [path for path in (_report(folder, "md"), _report(folder, "png")) if path.is_file()]
-    if files and not folder.resolve().is_relative_to(os.getcwd()):
-        # Gradio copies these into its cache from the system's folder for temporary files, not from anywhere
-        copies = Path(tempfile.mkdtemp())
-        files = [Path(shutil.copy(path, copies)) for path in files]
-    return [str(path) for path in files]
+    # Gradio copies them into its cache from the system's folder for temporary files, not from anywhere
+    copies = tempfile.mkdtemp()
+    return [shutil.copy(_report(folder, suffix), copies) for suffix in ("md", "png")]
 
 
 def _report(folder: Path, suffix: str) -> Path:

@@ -25,14 +25,11 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     # the host's tab takes what its buttons send from here
     known = engine.manager.get_base_elems() | {elements[name] for name in (*FIELDS, "hera_compare")}
     engine.manager.get_base_elems = lambda: set(known)
-    try:
-        theirs = host(engine)
-    finally:
-        del engine.manager.get_base_elems
-    neighbor = theirs["mm_tab"]
-    siblings = neighbor.parent.children
+    theirs = host(engine)
+    del engine.manager.get_base_elems
+    siblings = theirs["mm_tab"].parent.children
     siblings.remove(elements["hera_tab"])
-    siblings.insert(siblings.index(neighbor) + 1, elements["hera_tab"])
+    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, elements["hera_tab"])
     engine.runner.hera = panel = Panel(engine, elements)
     _connect(engine, panel, elements, theirs)
     return theirs | elements
@@ -75,10 +72,9 @@ def _widget(key: str) -> Component:
     kind = FIELDS[key].type
     if kind is bool:
         return gr.Checkbox(value=default(key))
-    if kind is int:
-        return gr.Number(value=default(key), precision=0, step=1)
-    if kind is float:
-        return gr.Number(value=default(key), step=0.01)
+    if kind in (int, float):
+        whole = kind is int
+        return gr.Number(value=default(key), precision=0 if whole else None, step=1 if whole else 0.01)
     return gr.Textbox(value=default(key), max_lines=1)
 
 
