@@ -107,6 +107,16 @@ def test_every_patch_fits_the_real_host() -> None:
     registry.require()
 
 
+def test_the_templates_fit_whatever_is_imported_first() -> None:
+    code = """
+        import llamafactory_hera.integrations.llamaboard.saved
+        from llamafactory.data.template import TEMPLATES
+        from llamafactory_hera.backbones import table
+        print(set(table.TEMPLATES) <= set(TEMPLATES))
+    """
+    assert _python(code).stdout.splitlines()[-1:] == ["True"]
+
+
 def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
     from llamafactory.extras import ploting
     from llamafactory.train.sft import workflow
