@@ -73,11 +73,7 @@ def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour:
 
 
 def show_heads(path: Path, lang: str) -> tuple[str, str, list[Picture]]:
-    """The names of a file's heads, and their table and picture if it holds scores.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
+    """The names of a file's heads, and their table and picture if it holds scores; ``ValueError`` if unreadable."""
     heads = Targets.load(path, "head")
     names = str(heads).replace(",", " ")
     if not heads.provenance.get("scores"):
