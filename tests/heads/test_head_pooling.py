@@ -107,8 +107,8 @@ def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, wide):
     # neither their number nor their sum is one that float16 holds
     hidden = (100 + torch.randn(2, 70_001, 4)).to(dtype)
     mask = torch.rand(2, 70_001) < 0.99
-    pooled = pool_tokens(hidden.float() if wide else hidden, mask)
-    assert pooled.dtype == (torch.float32 if wide else dtype)
+    pooled = pool_tokens(hidden.double() if wide else hidden, mask)
+    assert pooled.dtype == (torch.float64 if wide else dtype)
     torch.testing.assert_close(
         pooled.double(), naive_mean(hidden, mask), rtol=max(1e-6, torch.finfo(pooled.dtype).eps), atol=0
     )
@@ -167,5 +167,5 @@ def test_only_models_with_a_fixed_square_grid(name: str) -> None:
         with pytest.raises(ValueError, match=r"hera_objective: viral needs .* images are 16 x 32 pixels; use"):
             grid_side(config, "viral")
     else:
-        with pytest.raises(ValueError, match=rf"hera_objective: viral needs .* {config.model_type!r} models are none"):
+        with pytest.raises(ValueError, match=rf"hera_objective: viral needs .* {config.model_type!r} models are not"):
             grid_side(config, "viral")

@@ -62,12 +62,8 @@ class HeadCapture(LayerHooks):
             RuntimeError: No forward pass was captured.
         """
         self._check_captured()
-        by_head = {
-            Target(index, head): self._rows[index][:, position]
-            for index, heads in self._heads_of.items()
-            for position, head in enumerate(heads)
-        }
-        return torch.stack([by_head[head] for head in self._targets])
+        rows = {index: iter(self._rows[index].unbind(1)) for index in self._layers}
+        return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
@@ -100,9 +96,9 @@ class HeadCapture(LayerHooks):
     def _head_rows(self, index: int, projection: nn.Module, pooled: Tensor) -> Tensor:
         """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
         dim = self._layout.head_dim
-        selector = pooled.new_zeros(len(self._heads_of[index]), self._layout.n_heads, dim)
-        for position, head in enumerate(self._heads_of[index]):
-            selector[position, head] = 1
+        heads = self._heads_of[index]
+        selector = pooled.new_zeros(len(heads), self._layout.n_heads, dim)
+        selector[range(len(heads)), heads] = 1
         rows = pooled.unsqueeze(1) * selector.flatten(1)
         # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
         if any(getattr(module, "bias", None) is not None for module in projection.modules()):

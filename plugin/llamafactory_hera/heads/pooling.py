@@ -20,25 +20,12 @@ def token_mask(
     labels: Tensor | None = None,
     media_token_ids: Collection[int] = (),
 ) -> Tensor:
-    """The tokens that enter the average, for one batch.
+    """The tokens that enter the average, boolean ``[B, T]``; a row without any has no representation.
 
     ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, which are the caption in stage 1 and
     the assistant's turns in stage 2. The others are this project's options: ``text`` takes every token that is
-    neither padding nor a placeholder of an image or a video, ``mean`` every token but padding, ``last`` the last
-    token but padding.
-
-    Args:
-        pooling: One of the four.
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, 0 for padding; absent means no padding.
-        labels: ``[B, T]`` with -100 where no loss is taken; needed by ``answer``.
-        media_token_ids: Placeholder ids that image and video features replace; used by ``text``.
-
-    Returns:
-        Boolean ``[B, T]``. A row may be empty (a sample without an answer): it has no representation.
-
-    Raises:
-        ValueError: Unknown pooling, or ``answer`` without labels.
+    neither padding nor a placeholder of an image or a video (``media_token_ids``), ``mean`` every token but padding,
+    ``last`` the last token but padding.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling == "answer":

@@ -225,11 +225,9 @@ class HeraTrainerMixin(_Base):
         }
         lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in aligner.objective.values().items()}
         if aligner.objective.uses_candidates:
-            lines["neighbours"] = str(config.k)
             up_to = "up to " if config.memory else ""  # the memory fills while training
-            lines["candidates per sample"] = (
-                f"{up_to}{candidates} ({together - 1} of the batch, {up_to}{config.memory} remembered)"
-            )
+            counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
+            lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:

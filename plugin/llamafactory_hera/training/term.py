@@ -46,13 +46,7 @@ class HeraTerm:
     _warned: bool = field(default=False, init=False)
 
     def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes the term.
-
-        Args:
-            representations: ``[n_targets, B, D]`` of this rank, with gradient.
-            teacher: ``[B, D_teacher]`` of this rank; anything where not valid.
-            valid: Boolean ``[B]``: the sample has an image and pooled tokens.
-        """
+        """Computes the term of this rank's ``[n_targets, B, D]`` and ``[B, D_teacher]``: anything where not valid."""
         batch, all_teacher = self._batch(*self._gather(representations, teacher, valid))
         enters = self.objective.entering(batch)
         n_samples = int(enters.sum())
@@ -119,12 +113,9 @@ class PatchTerm:
     objective: Objective
 
     def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes the term; its ``loss`` is this rank's part, the mean over ranks is the term.
+        """Computes this rank's part of ``[n_targets, B, T, D]``, ``[B, h, w, D_teacher]``: anything where not valid.
 
-        Args:
-            representations: ``[n_targets, B, T, D]`` of this rank, with gradient.
-            teacher: ``[B, h, w, D_teacher]`` of this rank; anything where not valid.
-            valid: Boolean ``[B]``: the sample has an image.
+        The mean over ranks is the term.
         """
         z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
         batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
