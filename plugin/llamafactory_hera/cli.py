@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llamafactory-hera {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None):
-        added = commands.add_parser(name, help=help, description=description)
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
 
@@ -53,13 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
 
-    build = command(
-        "build",
-        _build,
-        "assemble a LLaVA-style model from a language model and a vision encoder",
-        "Makes a LLaVA-style model with a random two-layer projector, ready for stage 1. Weights are copied as they "
-        "are; the folder gets its name when the model is complete.",
-    )
+    build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
     build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
     vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
     build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
@@ -71,13 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="*", help="show only recipes whose name contains one of these")
     recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all of them, with dataset_info.json and deepspeed/")
 
-    calibrate = command(
-        "calibrate",
-        _calibrate,
-        "calibrate attention heads without training (RAH-LoRA) into a LoRA adapter",
-        "Finds attention heads that matter and hardly look across text and image, and moves their weights towards "
-        "those of heads that do, within a bound on the model's output. The result is a PEFT adapter.",
-    )
+    calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA): an adapter")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="says model, dataset, template and rah_* keys")
     control = "calibrate on shuffled or blank images, too, and say what that did"
     calibrate.add_argument("--control", choices=("shuffled", "blank"), help=control)

@@ -54,7 +54,7 @@ def test_tokens_outside_of_the_mask_have_no_influence_even_as_nan(autocast):
         pooled.pool(mask)
         (after,) = layer._forward_hooks.values()
         after(layer, (), hidden)
-    torch.testing.assert_close(pooled._outputs[0].double(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(pooled._outputs[0].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_no_tokens_are_kept():
