@@ -155,11 +155,7 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
 def write_report(
     paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
 ) -> tuple[Path, Path]:
-    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths.
-
-    Raises:
-        ValueError: As :func:`compare`, or the output cannot be written.
-    """
+    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths."""
     comparison = compare(paths, names)
     base = Path(output)
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")

@@ -29,8 +29,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     Args:
         workflow: The host's ``train.sft.workflow`` module.
         run_sft: Its unwrapped function.
-        *arguments: Of that function: the host's five sets of arguments, whose fine-tuning arguments hold the
-            ``hera_*`` keys, and its callbacks.
+        *arguments: Of that function: the host's five sets of arguments and its callbacks.
 
     Raises:
         ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
