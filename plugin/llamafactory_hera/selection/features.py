@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,18 @@ _BLOCK_SAMPLES = 32
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the output folder where something in it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {path} cannot be written ({error.strerror or error}). Free space there, or give another "
+            "folder; what was computed before stays there and is used by the next run."
+        ) from error
+
+
 class FeatureBlocks:
     """Files ``block-00000.safetensors``, each with some samples (``rows``), in a folder named by a digest."""
 
@@ -48,13 +61,8 @@ class FeatureBlocks:
         """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]``."""
         tensors = {f"heads.{index}": self._stored(heads[:, index]) for index in range(self._n_layers)}
         tensors |= {f"layer.{index}": self._stored(layers[:, index]) for index in range(self._n_layers)}
-        try:
+        with writing(self._path(block)):
             write_safetensors(self._path(block), tensors)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir: {self._path(block)} cannot be written ({error}). Free space there and start again; "
-                "what was computed is used again. Or give another folder."
-            ) from error
 
     def read(self, kind: Literal["heads", "layer"], device: torch.device) -> Iterator[Tensor]:
         """Each layer's head outputs ``[N, H, d]``, or its own output ``[N, D]``, in the order of the samples."""
@@ -133,11 +141,9 @@ def compute_features(
                 parts.clear()
             bar.update(len(batch))
     barrier()
-    unseen = blocks.missing()
-    if unseen:
+    if unseen := blocks.missing():
         raise ValueError(
-            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
-            "it must be a folder that all of them share."
+            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks of other processes; all machines must share it."
         )
     barrier()  # nobody deletes them before everybody has seen them
     return blocks

@@ -37,11 +37,7 @@ def run_batches(
     run: Callable[[dict[str, Any]], Any],
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Collates and runs batches in order; when memory runs out, halves them from there on and says so.
-
-    Yields:
-        Each batch as it was run, whole or a part, with its result.
-    """
+    """Yields each batch, whole or, once memory has run out, in parts, with the result of its pass."""
     pending = list(batches)
     while pending:
         dataset: Any = pending  # anything with a length and items will do

@@ -12,10 +12,7 @@ _KEY = "hera_heads"
 
 
 def write_run_yaml(recipe: Path, overrides: dict[str, Any], heads: Targets, heads_file: Path, target: Path) -> None:
-    """Writes the recipe that trains with the selected heads, with the keys that were given beside it.
-
-    ``hera_heads`` names the file, so that training checks where the heads come from and keeps their provenance.
-    """
+    """Writes the recipe that trains with the selected heads; it names their file, which says where they come from."""
     text = recipe.read_text(encoding="utf-8")
     for key, value in {**overrides, "stage": "hera", _KEY: str(heads_file)}.items():
         written = yaml.safe_dump(value, default_flow_style=True, width=4096)

@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 
-# Above this MKNN of unrelated features little room is left for heads to differ.
-_HIGH_CHANCE = 0.2
+_HIGH_CHANCE = 0.2  # above this MKNN of unrelated features little room is left for heads to differ
 
 
 class Source(Protocol):
@@ -33,13 +32,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, row: int) -> list[ImageLike]:
-        """The images of a sample, not decoded; empty without any."""
-        ...
+    def images(self, row: int) -> list[ImageLike]: ...  # not decoded
 
-    def encode(self, row: int) -> Features | None:
-        """What the model sees of a sample; None for one that cannot be used."""
-        ...
+    def encode(self, row: int) -> Features | None: ...  # None for a sample that cannot be used
 
 
 @dataclass(frozen=True)
@@ -120,9 +115,6 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
 
     Two samples of one image would be each other's nearest neighbour for the teacher, whatever the head, so the second
     is passed over. The paper does not say how it treats them.
-
-    Raises:
-        ValueError: Fewer than ``k + 2`` usable samples, or an image that cannot be read.
     """
 
     def has_tokens(features: Features) -> bool:

@@ -112,7 +112,6 @@ def render_table(scored: ScoreFile) -> str:
     """The least and the most aligned heads side by side, chosen ones starred, and each against chance; or layers."""
     facts, scores = scored.provenance, scored.ranked()
     ranked = list(scores)
-    rows = min(_ROWS, len(ranked))
 
     def cell(target: Target) -> str:
         star = "*" if target in scored.chosen.items else " "
@@ -125,7 +124,7 @@ def render_table(scored: ScoreFile) -> str:
         f"{'':3}  {'least aligned':<24}  most aligned",
         f"{'':3}  {f'{title:>7}    MKNN  /chance':<24}  {title:>7}    MKNN  /chance",
     ]
-    pairs = zip(ranked[:rows], ranked[::-1][:rows], strict=True)
+    pairs = zip(ranked[:_ROWS], ranked[::-1][:_ROWS], strict=True)
     lines += [f"{n:3}  {cell(worst):<24}  {cell(top)}" for n, (worst, top) in enumerate(pairs, start=1)]
     broken = [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of(title)))]
     if broken:
@@ -170,10 +169,7 @@ class Comparison(NamedTuple):
 
 
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
-    """Reads two or more score files, "before" first, and checks that they can be set side by side.
-
-    Without ``names`` each is called by its run's folder, or as much of its path as tells them apart.
-    """
+    """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared."""
     if len(paths) < 2:
         raise ValueError("report: give two score files or more, the one before training first.")
     if names and len(names) != len(paths):

@@ -23,7 +23,7 @@ from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, shown_image
-from .features import PREFIX, FeatureBlocks, compute_features
+from .features import PREFIX, FeatureBlocks, compute_features, writing
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .samples import Sample, SelectionInputs, draw_samples, samples_digest
 from .scores import choose_targets, package_versions
@@ -36,13 +36,8 @@ _SCRATCH = f"{PREFIX}teacher"
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None = None) -> Targets:
     """Scores every head and layer and writes the chosen ones with their provenance.
 
-    All processes of a launch call it together. What a killed run had computed is used again.
-
-    Args:
-        inputs: Model, teacher and data.
-        config: Settings; ``hera_granularity`` says whether heads or layers are chosen.
-        path: The JSON file to write; pooled outputs lie beside it until then.
-        fingerprint: The model's, where it was read before.
+    All processes of a launch call it together. Pooled outputs lie beside the file at ``path`` until it is written; what
+    a killed run had computed is used again. ``fingerprint`` is the model's, where it was read before.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -91,13 +86,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
             "scores": [_written(row) for row in heads],
         }
         chosen = Targets(items, provenance)
-        try:
+        with writing(path):
             chosen.save(path)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir: {path} cannot be written ({error.strerror or error}); what was computed stays beside "
-                "it and is used by the next run."
-            ) from error
         FeatureBlocks.clear(folder)
         return chosen
 
@@ -126,14 +116,10 @@ def _written(scores: Tensor) -> list[float | None]:
 def check_writable(folder: Path) -> None:
     """Makes the folder and checks that it can be written, before anything is computed."""
     probe = folder / f".writable-{rank()}"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {folder} cannot be written ({error.strerror or error}); give another folder."
-        ) from error
 
 
 def _find_neighbors(

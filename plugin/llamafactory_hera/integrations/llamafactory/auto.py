@@ -32,9 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_targets(config: HeraConfig, host: HostArguments) -> Targets:
-    """The heads or layers that a run aligns; every process of the launch calls it.
-
-    In the host's arguments ``auto`` becomes their names; ``resume_from_checkpoint`` must be a path or None there.
+    """The heads or layers that a run aligns, for which ``auto`` becomes their names; every process calls it.
 
     Raises:
         ValueError: The file was selected for something else than this run, or selection is given bad input.

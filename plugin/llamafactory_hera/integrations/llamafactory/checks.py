@@ -19,6 +19,8 @@ from llamafactory_hera.teachers.images import load_image
 
 from .recipe import HostArguments
 
+#: How many samples the checks look at where looking at all would take long.
+N_CHECKED = 32
 #: Key -> why heads cannot be read under it, and what to do.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from; remove it",
@@ -54,8 +56,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
 def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
     """Refuses keys that are set; ``keys`` says why they do not work with the purpose, and what to do."""
     for key, why in keys.items():
-        value = getattr(arguments, key, None)
-        if value:
+        if value := getattr(arguments, key, None):
             raise ValueError(f"{key}: {value} does not work with {purpose}: {why}.")
 
 
@@ -96,10 +97,6 @@ def _check_parallelism(training_args: Any) -> None:
             f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and stage: hera "
             "needs whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
         )
-
-
-#: How many samples the checks look at where looking at all would take long.
-N_CHECKED = 32
 
 
 def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

@@ -24,8 +24,7 @@ from llamafactory_hera.teachers.images import ImageLike, load_image
 from .checks import N_CHECKED, check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
-# Rows of a stream that are read for each sample to draw.
-_STREAM_ROWS = 4
+_STREAM_ROWS = 4  # of a stream, read for each sample to draw
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
@@ -33,8 +32,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
     folder = model_folder(host.model)
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
-    half = data.facts["autocast"]
-    # as in training
+    half = data.facts["autocast"]  # the teacher computes as in training
     teacher_dtype = half if half is not None and host.training.device.type != "cpu" else torch.float32
     return SelectionInputs(
         source=_CaptionSource(data) if alone else _HostSource(data),
@@ -70,7 +68,6 @@ class _HostData:
             train = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
         # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
         self.rows = list(train.take(_STREAM_ROWS * n_samples)) if data.streaming else train
-        #: What selection and calibration both ask for.
         self.facts: dict[str, Any] = {
             "load_model": self._load_model,
             "model_name": model.model_name_or_path,

@@ -35,8 +35,7 @@ NOT_TRAINING: dict[str, Any] = {
     "packing": False,
     "neat_packing": False,
 }
-# The host takes any value for these, and compares it with numbers later.
-_COUNTS = {"cutoff_len", "max_samples"}
+_COUNTS = {"cutoff_len", "max_samples"}  # the host takes any value, and compares it with numbers later
 
 
 class HostArguments(NamedTuple):

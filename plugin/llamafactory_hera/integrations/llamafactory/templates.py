@@ -1,7 +1,4 @@
-"""Chat templates of LLaVA-style models, registered with the host.
-
-Each is the host's own template of the language model, with the data plugin of LLaVA, which puts image tokens in.
-"""
+"""Chat templates of LLaVA-style models: the host's own of the language model, with LLaVA's data plugin."""
 
 from dataclasses import dataclass, fields
 from types import ModuleType
