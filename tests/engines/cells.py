@@ -178,6 +178,6 @@ def remembered(size: int) -> dict[str, Tensor]:
     for data in ("images", "one rank without", "text only"):
         whole, parts = batches(data)
         batch = parts[dist.get_rank()] if dist.is_initialized() else whole
-        loss_of(aligner, model, batch, LOSSES["hera"])
+        loss_of(aligner, model, batch, LOSSES["hera"]).backward()
         aligner.end()
     return aligner.memory.state_dict()
