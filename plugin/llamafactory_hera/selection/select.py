@@ -36,7 +36,7 @@ _SCRATCH = f"{PREFIX}teacher"
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None = None) -> Targets:
     """Scores every head and layer and writes the chosen ones with their provenance.
 
-    All processes of a launch call it together. Pooled outputs lie beside the file at ``path`` until it is written; what
+    All processes of a launch call it together. Pooled outputs lie beside ``path`` until it is written; what
     a killed run had computed is used again. ``fingerprint`` is the model's, where it was read before.
 
     Raises:
