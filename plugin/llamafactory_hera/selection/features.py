@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,24 +31,26 @@ _BLOCK_SAMPLES = 32
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names the output folder where something in it cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: {path} cannot be written ({error.strerror or error}). Free space there, or give another "
+            "folder; what was computed before stays there and is used by the next run."
+        ) from error
+
+
 class FeatureBlocks:
-    """Files ``block-00000.safetensors`` in a folder named by what the features depend on.
+    """Files ``block-00000.safetensors``, each with some samples (``rows``), in a folder named by a digest."""
 
-    Args:
-        folder: Where that folder lies.
-        key: Digest of all that the features depend on.
-        rows: For each block, the samples that it holds.
-        n_layers: Decoder layers of the model.
-        stored_dtype: Precision on disk.
-    """
-
-    def __init__(
-        self, folder: Path, key: str, rows: list[list[int]], n_layers: int, stored_dtype: StoredDtype
-    ) -> None:
+    def __init__(self, folder: Path, key: str, rows: list[list[int]], n_layers: int, dtype: StoredDtype) -> None:
         self.folder = folder / f"{PREFIX}{key[:16]}"
         self.rows = rows
         self._n_layers = n_layers
-        self._dtype = _DTYPES[stored_dtype]
+        self._dtype = _DTYPES[dtype]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
@@ -55,31 +58,18 @@ class FeatureBlocks:
         return [block for block in range(len(self.rows)) if not self._is_whole(block)]
 
     def write(self, block: int, heads: Tensor, layers: Tensor) -> None:
-        """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]`` in the order of its rows.
-
-        Raises:
-            ValueError: A finite value does not fit the storage type, or the file cannot be written.
-        """
-        tensors = {}
-        for index in range(self._n_layers):
-            tensors[f"heads.{index}"] = self._stored(heads[:, index])
-            tensors[f"layer.{index}"] = self._stored(layers[:, index])
-        try:
+        """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]``."""
+        tensors = {f"heads.{index}": self._stored(heads[:, index]) for index in range(self._n_layers)}
+        tensors |= {f"layer.{index}": self._stored(layers[:, index]) for index in range(self._n_layers)}
+        with writing(self._path(block)):
             write_safetensors(self._path(block), tensors)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir: {self._path(block)} cannot be written ({error}). Free space there, or give another "
-                "folder; what was computed before stays there and is used by the next run."
-            ) from error
 
     def read(self, kind: Literal["heads", "layer"], device: torch.device) -> Iterator[Tensor]:
         """Each layer's head outputs ``[N, H, d]``, or its own output ``[N, D]``, in the order of the samples."""
         place = torch.tensor([row for block in self.rows for row in block]).argsort()
         for index in range(self._n_layers):
-            parts = []
-            for block in range(len(self.rows)):
-                with safe_open(self._path(block), "pt") as file:
-                    parts.append(file.get_tensor(f"{kind}.{index}"))
+            name = f"{kind}.{index}"
+            parts = [safe_open(self._path(block), "pt").get_tensor(name) for block in range(len(self.rows))]
             yield torch.cat(parts)[place].to(device)
 
     @staticmethod
@@ -115,11 +105,7 @@ def compute_features(
 ) -> FeatureBlocks:
     """Runs all samples through the model, shared out over the processes of the launch.
 
-    Blocks do not depend on the number of processes, so that each computes exactly what one process would; those of an
-    earlier, killed run under the same ``key`` are used again.
-
-    Raises:
-        ValueError: The folder cannot be written, or other processes' blocks cannot be seen in it.
+    Blocks do not depend on the number of processes; those of a killed run under the same ``key`` are used again.
     """
     forward = Forward(model, config.select.mode, inputs.autocast)
     features = [sample.features for sample in samples]
@@ -136,11 +122,8 @@ def compute_features(
     mine = missing[rank() :: world_size()]
     total = sum(len(rows[block]) for block in mine)
     parts: list[tuple[Tensor, Tensor]] = []
-    with (
-        PooledHeads(model) as pooled,
-        torch.no_grad(),
-        tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0) as bar,
-    ):
+    bar = tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
+    with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
         def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
             pooled.pool(forward.tokens(config.pooling, batch))
@@ -158,11 +141,9 @@ def compute_features(
                 parts.clear()
             bar.update(len(batch))
     barrier()
-    unseen = blocks.missing()
-    if unseen:
+    if unseen := blocks.missing():
         raise ValueError(
-            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks that other processes wrote; on several machines "
-            "it must be a folder that all of them share."
+            f"output_dir: {blocks.folder} lacks {len(unseen)} blocks of other processes; all machines must share it."
         )
     barrier()  # nobody deletes them before everybody has seen them
     return blocks

@@ -1,10 +1,9 @@
 """A fingerprint of the language model in a checkpoint, and whether the teacher is the model's own vision tower.
 
-Both read some rows of every weight, not every byte: one row in a hundred takes seconds where hashing tens of gigabytes
-takes minutes. Rows are whole and no further apart than a head is wide: training changes everything, but a merged
-calibration changes some heads alone, which are columns of an output projection and rows of a value projection.
-Names and storage type are made equal first, so that an LLM and the multimodal checkpoint that was built on it have the
-same fingerprint.
+Both read some rows of every weight: one in a hundred takes seconds where all take minutes. Rows are whole and no
+further apart than a head is wide: a merged calibration changes some heads alone, which are columns of an output
+projection and rows of a value projection. Names and storage type are made equal first: an LLM and the multimodal
+checkpoint that was built on it have the same fingerprint.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ _ROWS = 8
 def model_fingerprint(folder: Path, layout: HeadLayout, adapters: Sequence[Path] = ()) -> str:
     """A digest of a checkpoint's language model: its head layout and a sample of each weight of its decoder layers.
 
-    The vision tower, the projector and the embeddings are left out: they do not decide which heads there are, and the
-    paper selects before they are joined. The adapters on top of it are part of it.
+    The adapters on top of it are part of it; vision tower, projector and embeddings are not, which do not decide which
+    heads there are.
 
     Raises:
         ValueError: The folder holds no whole weights, or none of a text decoder.
@@ -61,24 +60,19 @@ def _sampled(files: Sequence[Path], pattern: re.Pattern, gap: int | None = None)
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                for name, short in _matching(file.keys(), pattern):
-                    yield short, _sample(file.get_slice(name), file.get_slice(name).get_shape(), gap)
+                tensors = {name: file.get_slice(name) for name in sorted(file.keys())}
         else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            for name, short in _matching(state.keys(), pattern):
-                yield short, _sample(state[name], list(state[name].shape), gap)
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        for name, tensor in tensors.items():
+            match = pattern.search(name)
+            if match is not None and "text_model" not in name:
+                yield match[1], _sample(tensor, gap)
 
 
-def _matching(names: Any, pattern: re.Pattern) -> Iterator[tuple[str, str]]:
-    for name in names:
-        match = pattern.search(name)
-        if match is not None and "text_model" not in name:
-            yield name, match[1]
-
-
-def _sample(tensor: Any, shape: list[int], gap: int | None) -> bytes:
+def _sample(tensor: Any, gap: int | None) -> bytes:
+    shape = tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape()
     if len(shape) < 2:
-        values = tensor[...] if len(shape) == 0 else tensor[:]
+        values = tensor[...]
     else:
         step = max(1, min(shape[0] // _ROWS, gap or shape[0]))
         values = torch.cat([tensor[row : row + 1].flatten() for row in range(0, shape[0], step)])

@@ -37,21 +37,7 @@ def run_batches(
     run: Callable[[dict[str, Any]], Any],
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Collates and runs batches in order; when memory runs out, halves them from there on and says so.
-
-    Args:
-        batches: What to run.
-        features: All samples.
-        collate: From samples to a batch; gets copies, because the host's takes samples apart.
-        run: From a batch to its result.
-        num_workers: Processes that collate.
-
-    Yields:
-        Each batch as it was run, whole or a part, with its result.
-
-    Raises:
-        RuntimeError: Not even one sample fits in memory, or anything else that a pass raises.
-    """
+    """Yields each batch, whole or, once memory has run out, in parts, with the result of its pass."""
     pending = list(batches)
     while pending:
         dataset: Any = pending  # anything with a length and items will do
@@ -78,16 +64,14 @@ def run_batches(
 
 
 def _collated(batch: Batch, features: Sequence[Features], collate: Collate) -> dict[str, Any]:
-    return collate([dict(features[row]) for row in batch])
+    return collate([dict(features[row]) for row in batch])  # copies: the host's collator takes samples apart
 
 
 class Forward:
     """How a batch goes through a model: without labels, without a cache, without logits that nobody reads.
 
-    Args:
-        model: A transformers model, bare or under PEFT, whole on this process.
-        mode: ``llm`` runs the text decoder alone, ``mllm`` the whole model.
-        autocast: The type to compute in, where it is not the weights' own.
+    The model is one of transformers, bare or under PEFT; ``llm`` runs its text decoder alone. ``autocast`` is the type
+    to compute in, where it is not the weights' own.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:

@@ -1,5 +1,4 @@
-"""The pictures: ``heads.png``, the score of every head and beside it layers against heads (paper, fig. 3 left);
-``layers.png``; and the comparison of two runs (fig. 3 right)."""
+"""The pictures: scores of all heads, layers against heads (paper, fig. 3 left), runs side by side (fig. 3 right)."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ _LABEL = 0.2  # inches along the axis that a tick label needs
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of ``width`` by ``height`` inches that belongs to no window system."""
+    """A figure, in inches, that belongs to no window system."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -55,9 +54,7 @@ def show(path: Path) -> None:
 
 
 def draw_scores(scored: ScoreFile, target: Path) -> None:
-    """Draws the MKNN of each layer beside its best and worst head, and the choice: all heads, chosen ones framed, in a
-    picture beside it, or the chosen layers in the curve.
-    """
+    """Draws the MKNN of each layer and its best and worst head, and beside it all heads, if heads are chosen."""
     if scored.chosen.granularity == "layer":
         figure = new_figure(7.0, 5.0)
         _curves(figure.subplots(), scored)
@@ -79,7 +76,6 @@ def draw_scores(scored: ScoreFile, target: Path) -> None:
 
 def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, float]) -> None:
     n_layers, n_heads = scored.scores.shape
-    axes.set_facecolor("white")
     known = np.ma.masked_invalid(scored.scores)
     image = axes.imshow(known, cmap="cividis", aspect="auto", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
@@ -155,11 +151,7 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
 def write_report(
     paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
 ) -> tuple[Path, Path]:
-    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths.
-
-    Raises:
-        ValueError: As :func:`compare`, or the output cannot be written.
-    """
+    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths."""
     comparison = compare(paths, names)
     base = Path(output)
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")

@@ -12,12 +12,7 @@ _KEY = "hera_heads"
 
 
 def write_run_yaml(recipe: Path, overrides: dict[str, Any], heads: Targets, heads_file: Path, target: Path) -> None:
-    """Writes the recipe that trains with the selected heads.
-
-    ``hera_heads`` names the heads file, so that training checks where the heads come from and keeps their provenance.
-    Keys given beside the recipe become part of it. Paths stay as they are: the host reads them relative to the folder
-    in which it is started, not to the recipe.
-    """
+    """Writes the recipe that trains with the selected heads; it names their file, which says where they come from."""
     text = recipe.read_text(encoding="utf-8")
     for key, value in {**overrides, "stage": "hera", _KEY: str(heads_file)}.items():
         written = yaml.safe_dump(value, default_flow_style=True, width=4096)
@@ -30,11 +25,7 @@ def write_run_yaml(recipe: Path, overrides: dict[str, Any], heads: Targets, head
 
 
 def set_heads_in_place(recipe: Path, heads: Targets) -> None:
-    """Writes the heads' names into the recipe itself; nothing else of it changes.
-
-    Raises:
-        ValueError: The recipe cannot be written.
-    """
+    """Writes the heads' names into the recipe itself; nothing else of it changes."""
     try:
         write_text(recipe, _with_key(recipe.read_text(encoding="utf-8"), _KEY, str(heads)))
     except OSError as error:

@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 
-# Above this MKNN of unrelated features little room is left for heads to differ.
-_HIGH_CHANCE = 0.2
+_HIGH_CHANCE = 0.2  # above this MKNN of unrelated features little room is left for heads to differ
 
 
 class Source(Protocol):
@@ -33,53 +32,38 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, row: int) -> list[ImageLike]:
-        """The images of a sample, not decoded; empty without any."""
-        ...
+    def images(self, row: int) -> list[ImageLike]: ...  # not decoded
 
-    def encode(self, row: int) -> Features | None:
-        """What the model sees of a sample; None for one that cannot be used."""
-        ...
+    def encode(self, row: int) -> Features | None: ...  # None for a sample that cannot be used
 
 
 @dataclass(frozen=True)
 class SelectionInputs:
-    """Model, teacher and data of a selection, as a host gives them.
-
-    Attributes:
-        source: The dataset.
-        load_model: Loads the model, frozen, whole on this process.
-        collator: From the model to what makes batches of features, with ``labels``.
-        load_teacher: Loads the teacher.
-        model_name: As the recipe names it.
-        model_folder: The local folder of its files.
-        dataset_name: As the recipe names it.
-        adapter_folders: Folders of the adapters on top of the model.
-        autocast: The type in which the run computes, where it is not the weights' own.
-        num_workers: Processes that decode images.
-    """
+    """Model, teacher and data of a selection, as a host gives them; names as the recipe has them."""
 
     source: Source
+    #: The model, frozen, whole on this process.
     load_model: Callable[[], nn.Module]
+    #: From the model to what makes batches of features, with ``labels``.
     collator: Callable[[nn.Module], Collate]
     load_teacher: Callable[[], VisionTeacher]
     model_name: str
     model_folder: Path
     dataset_name: str
+    #: Of the adapters on top of the model.
     adapter_folders: list[Path] = field(default_factory=list)
+    #: The type in which the run computes, where it is not the weights' own.
     autocast: torch.dtype | None = None
+    #: Processes that decode images.
     num_workers: int = 0
 
 
 class Sample(NamedTuple):
-    """An image with its text."""
+    """A row's images, not decoded, the one that stands for it with its content digest, and its text."""
 
     row: int
-    #: All images of the sample, not decoded.
     images: list[ImageLike]
-    #: The one that stands for it.
     image: ImageLike
-    #: That image's content digest.
     key: bytes
     features: Features
 
@@ -90,7 +74,6 @@ class Draw(NamedTuple):
     samples: list[Sample]
     rows: int
     without_image: int
-    #: Rows that leave the model nothing to be looked at.
     without_text: int
 
 
@@ -101,13 +84,7 @@ def draw(
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
 ) -> Draw:
-    """Draws up to ``count`` usable samples in an order that depends on the seed alone, each image once.
-
-    Of a sample with several images ``image_index`` says which one stands for it, as for ``shown_image``.
-
-    Raises:
-        ValueError: An image cannot be read.
-    """
+    """Draws up to ``count`` usable samples in an order that depends on the seed alone, each image once."""
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
     drawn: list[Sample] = []
@@ -138,9 +115,6 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
 
     Two samples of one image would be each other's nearest neighbour for the teacher, whatever the head, so the second
     is passed over. The paper does not say how it treats them.
-
-    Raises:
-        ValueError: Fewer than ``k + 2`` usable samples, saying what the others lack; or an image that cannot be read.
     """
 
     def has_tokens(features: Features) -> bool:
@@ -157,33 +131,28 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
     if drawn < k + 2:
         raise ValueError(
             f"dataset: {drawn} of its {rows} samples can be scored, and hera_select_k: {k} needs {k + 2} or more "
-            f"({passed_over}). Use more data with images and assistant turns that describe them, or lower "
-            "hera_select_k."
+            f"({passed_over}). Use more data with images and assistant turns, or lower hera_select_k."
         )
     if drawn < asked:
         logger.warning("hera_select_samples: %d are asked for, and %d are there (%s).", asked, drawn, passed_over)
     chance = chance_level(drawn, k)
     if chance > _HIGH_CHANCE:
         logger.warning(
-            "hera_select_samples: on %d samples even unrelated features reach an MKNN of %.2f with hera_select_k: %d, "
-            "so that the ranking of heads is mostly noise. Score on more samples; the paper takes 1,000.",
-            drawn,
-            chance,
-            k,
+            f"hera_select_samples: on {drawn} samples even unrelated features reach an MKNN of {chance:.2f} with "
+            f"hera_select_k: {k}, so that the ranking of heads is mostly noise. Take more; the paper takes 1,000."
         )
     return samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """A digest of the images and their order: two score files of equal digest were scored on the same images."""
+    """A digest of the images and their order."""
     return hashlib.sha256(b"".join(sample.key for sample in samples)).hexdigest()
 
 
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
-    """A caption as up to ``max_length`` token ids for the language model alone, without prompt, template or image.
+    """A caption as up to ``max_length`` token ids for the language model alone; None for an empty one.
 
-    Special tokens that the tokenizer itself puts around a text (a leading BOS) are fed and take no part in the
-    average, as they take none in the training loss. None for an empty caption.
+    Special tokens that the tokenizer itself puts around it (a leading BOS) have no label: they are not averaged.
     """
     if not text.strip():
         return None

@@ -1,10 +1,10 @@
-"""Scores of all heads and layers: what is chosen by them, the file that holds them and says where they come from, and
-one file beside another."""
+"""Scores of all heads and layers: what is chosen by them, the file that holds them, and one file beside another."""
 
 import math
 import os
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +18,8 @@ from ..files import RUN_FOLDER
 from ..heads.targets import Granularity, Target, Targets
 from ..knobs import Role
 
-# Heads in each group of a comparison, as in the paper.
-_N_COMPARED = 5
-# Rows of the table in the terminal.
-_ROWS = 10
+_N_COMPARED = 5  # in each group of a comparison, as in the paper
+_ROWS = 10  # of the table in the terminal
 _PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
 # Facts that are no setting of ours, each with what decides it; the others are declared with their keys.
 _MEASURED = {
@@ -34,28 +32,18 @@ _NAMES = {"model_fingerprint": "model", "teacher_fingerprint": "teacher", "sampl
 
 
 def rank_targets(scores: ArrayLike) -> dict[Target, float]:
-    """All heads or layers with a score, least aligned first; equal scores are ordered by layer, then head.
-
-    Args:
-        scores: ``[L, H]`` of heads or ``[L]`` of layers; NaN where there is none.
-    """
+    """All heads ``[L, H]`` or layers ``[L]`` with a score, not NaN, least aligned first; equal ones in order."""
     found = [(float(score), Target(*place)) for place, score in np.ndenumerate(np.asarray(scores, dtype=float))]
     return {target: score for score, target in sorted(item for item in found if not math.isnan(item[0]))}
 
 
 def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0) -> tuple[Target, ...]:
-    """Chooses ``m`` heads or layers.
+    """Chooses ``m`` heads by their scores ``[L, H]``, or layers by theirs ``[L]``; where one is NaN, never.
 
     ``worst`` is the paper's choice: the least aligned, least first. ``top`` is the most aligned, most first;
     ``random`` is drawn by seed, ordered by layer and head. ``middle`` is this project's reading of the paper's
     ablation "middle layer" for single heads: the least aligned of the middle decoder layer (``L // 2``), so that
     ``m`` is the same in every strategy.
-
-    Args:
-        scores: ``[L, H]`` of heads or ``[L]`` of layers; NaN where there is none, which is never chosen.
-        strategy: One of the four.
-        m: How many.
-        seed: For ``random``.
 
     Raises:
         ValueError: Fewer than ``m`` have a score.
@@ -92,11 +80,7 @@ class ScoreFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
-        """Reads a file.
-
-        Raises:
-            ValueError: It is missing, or holds no scores.
-        """
+        """Reads a file; raises ValueError where it is missing or holds no scores."""
         chosen = Targets.load(path, key="scores")
         scores, layer_scores = (chosen.provenance.get(name) for name in ("scores", "layer_scores"))
         if not scores:
@@ -108,7 +92,6 @@ class ScoreFile:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """All that is known of the selection."""
         return self.chosen.provenance
 
     @property
@@ -116,57 +99,44 @@ class ScoreFile:
         """The MKNN of unrelated features."""
         return self.provenance["chance_level"]
 
+    def of(self, granularity: Granularity) -> np.ndarray:
+        """The scores of all heads, or of all layers."""
+        return self.scores if granularity == "head" else self.layer_scores
+
     def ranked(self, granularity: Granularity | None = None) -> dict[Target, float]:
         """All heads or layers with a score, least aligned first; by default of the kind that was chosen."""
-        return rank_targets(self._of(granularity))
-
-    def broken(self) -> list[Target]:
-        """Heads, or layers where those were chosen, without a score."""
-        return [Target(*map(int, place)) for place in np.argwhere(np.isnan(self._of(None)))]
-
-    def _of(self, granularity: Granularity | None) -> np.ndarray:
-        return self.scores if (granularity or self.chosen.granularity) == "head" else self.layer_scores
+        return rank_targets(self.of(granularity or self.chosen.granularity))
 
 
 def render_table(scored: ScoreFile) -> str:
     """The least and the most aligned heads side by side, chosen ones starred, and each against chance; or layers."""
     facts, scores = scored.provenance, scored.ranked()
     ranked = list(scores)
-    rows = min(_ROWS, len(ranked))
 
     def cell(target: Target) -> str:
         star = "*" if target in scored.chosen.items else " "
         return f"{target!s:>7}{star} {scores[target]:6.4f} {scores[target] / scored.chance:6.2f}x"
 
     title = scored.chosen.granularity
+    size = f"{len(ranked)} {scored.chosen.what} on {facts['samples']} samples, k={facts['k']}"
     lines = [
-        f"{len(ranked)} {scored.chosen.what} on {facts['samples']} samples, k={facts['k']}, chance level "
-        f"{scored.chance:.4f}",
+        f"{size}, chance level {scored.chance:.4f}",
         f"{'':3}  {'least aligned':<24}  most aligned",
         f"{'':3}  {f'{title:>7}    MKNN  /chance':<24}  {title:>7}    MKNN  /chance",
     ]
-    pairs = zip(ranked[:rows], ranked[::-1][:rows], strict=True)
+    pairs = zip(ranked[:_ROWS], ranked[::-1][:_ROWS], strict=True)
     lines += [f"{n:3}  {cell(worst):<24}  {cell(top)}" for n, (worst, top) in enumerate(pairs, start=1)]
-    broken = scored.broken()
+    broken = [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of(title)))]
     if broken:
-        lines.append(f"not scored (NaN or infinity): {' '.join(map(str, broken))}")
+        lines.append(f"not scored (NaN or infinity): {' '.join(broken)}")
     lines.append(f"selected ({facts['strategy']}): {scored.chosen}")
     return "\n".join(lines)
 
 
-# -- where scores come from ------------------------------------------------------------------------------------------
-
-
 def differences(provenance: dict[str, Any], now: dict[str, Any], role: Role) -> list[str]:
-    """In what two selections, two score files, or a selection and a run differ that must share the facts of a role.
+    """``key was …, is …`` for each fact of a role in which two selections, or a selection and a run, differ.
 
-    Args:
-        provenance: Of the first; a fact that it lacks is not compared.
-        now: The same facts of the other.
-        role: Which facts are compared.
-
-    Returns:
-        For each difference ``key was …, is …``.
+    A fact that ``provenance``, that of the first, lacks is not compared.
     """
     return [
         f"{key} was {_shown(provenance, fact)}, is {_shown(now, fact)}"
@@ -184,14 +154,9 @@ def package_versions() -> dict[str, str]:
     """Versions of this project and of what it computes with, as far as they are installed."""
     found = {}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
-
-
-# -- before and after ------------------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
@@ -199,20 +164,12 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` and ``top-5`` (or as many as there are) of the first file, heads or layers as it names them, each
-    #: with its MKNN in every file, NaN where it has none, and their ``mean``.
+    #: ``worst-5`` and ``top-5`` of the first file, each with its MKNN (or NaN) in every file, and their ``mean``.
     groups: dict[str, dict[str, list[float]]]
 
 
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
-    """Reads two or more score files, "before" first, and checks that they can be set side by side.
-
-    Without ``names`` each is called by its run's folder, or as much of its path as tells them apart.
-
-    Raises:
-        ValueError: Fewer than two files, files without scores, or files that were not scored on the same teacher,
-            images and settings.
-    """
+    """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared."""
     if len(paths) < 2:
         raise ValueError("report: give two score files or more, the one before training first.")
     if names and len(names) != len(paths):

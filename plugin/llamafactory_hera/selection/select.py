@@ -23,7 +23,7 @@ from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, shown_image
-from .features import PREFIX, FeatureBlocks, compute_features
+from .features import PREFIX, FeatureBlocks, compute_features, writing
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .samples import Sample, SelectionInputs, draw_samples, samples_digest
 from .scores import choose_targets, package_versions
@@ -36,17 +36,8 @@ _SCRATCH = f"{PREFIX}teacher"
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None = None) -> Targets:
     """Scores every head and layer and writes the chosen ones with their provenance.
 
-    Heads or layers are chosen, by ``hera_granularity``; a layer is scored by the averages of its own output. All
-    processes of a launch call it together. What a killed run had computed is used again.
-
-    Args:
-        inputs: Model, teacher and data.
-        config: Settings of the selection.
-        path: The JSON file to write; pooled outputs lie beside it until then.
-        fingerprint: The model's, where it was read before.
-
-    Returns:
-        The heads or layers, the same on every process.
+    All processes of a launch call it together. Pooled outputs lie beside ``path`` until it is written; what
+    a killed run had computed is used again. ``fingerprint`` is the model's, where it was read before.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -95,13 +86,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
             "scores": [_written(row) for row in heads],
         }
         chosen = Targets(items, provenance)
-        try:
+        with writing(path):
             chosen.save(path)
-        except OSError as error:
-            raise ValueError(
-                f"output_dir: {path} cannot be written ({error.strerror or error}); what was computed stays beside "
-                "it and is used by the next run."
-            ) from error
         FeatureBlocks.clear(folder)
         return chosen
 
@@ -128,39 +114,23 @@ def _written(scores: Tensor) -> list[float | None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and checks that it can be written, before anything is computed.
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """Makes the folder and checks that it can be written, before anything is computed."""
     probe = folder / f".writable-{rank()}"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {folder} cannot be written ({error.strerror or error}); give a folder that this user can "
-            "write to."
-        ) from error
-
-
-# -- the teacher -----------------------------------------------------------------------------------------------------
 
 
 def _find_neighbors(
     samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """The teacher's neighbours ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory.
-
-    Where the run keeps no cache, all processes meet in ``folder``.
-    """
+    """The teacher's neighbours ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory."""
     teacher = inputs.load_teacher()
     if rank() == 0 and is_own_vision_tower(inputs.model_folder, teacher.info.path):
         logger.warning(
-            "hera_teacher: %s is the model's own vision tower; the paper finds such a teacher mostly ineffective. Its "
-            "default is facebook/dinov2-large.",
-            config.teacher,
+            f"hera_teacher: {config.teacher} is the model's own vision tower; the paper finds such a teacher mostly "
+            "ineffective. Its default is facebook/dinov2-large."
         )
     images = [sample.image for sample in samples]
     cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
@@ -172,14 +142,7 @@ def _find_neighbors(
 
 
 def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
-    """Computes the teacher's features of the whole dataset into the run's cache, shared out over the processes.
-
-    Returns:
-        Number of different images in the cache afterwards.
-
-    Raises:
-        ValueError: The run names no cache, or an image is broken.
-    """
+    """Fills the run's cache with the teacher's features of the whole dataset; returns how many images it holds."""
     if config.teacher_cache is None:
         raise ValueError("hera_teacher_cache: it is not set, and --teacher-only fills it; name a folder.")
     found = (inputs.source.images(row) for row in range(len(inputs.source)))

@@ -49,14 +49,9 @@ _KEY_DTYPE = np.dtype(f"S{KEY_BYTES}")
 
 
 class Shard:
-    """The keys of one shard, and its features row by row.
+    """The keys of one shard, and its features row by row; raises DAMAGE where the file is gone or not whole.
 
-    Features are read from the file, not from a memory map: a damaged disk then raises an error, where the map would
-    kill the process.
-
-    Raises:
-        FileNotFoundError: It is gone.
-        DAMAGE: It is not whole.
+    Features are read from the file, not from a memory map: on a damaged disk the map would kill the process.
     """
 
     def __init__(self, path: Path, dim: int) -> None:
@@ -81,7 +76,7 @@ class Shard:
         return np.where(self.keys[rows] == keys, rows, -1)
 
     def read(self, rows: Iterable[int]) -> list[NDArray[np.float16]]:
-        """``[D]`` of each row; fails as the constructor does."""
+        """``[D]`` of each row."""
         found = []
         with self.path.open("rb") as file:
             for row in rows:
@@ -121,10 +116,9 @@ def _index_checksum(keys: NDArray[np.bytes_], checksums: NDArray[np.uint32]) -> 
 class FeatureCache:
     """A store ``image key -> feature`` that many processes read and write at once.
 
-    Every teacher has its own sub-folder, named by the teacher's fingerprint, with a ``manifest.json`` that
-    says whose it is. Readers see the shards that were there when they opened the cache or called `refresh`, and their
-    own. An image that two processes compute at once is stored twice and read once. A pickled copy reads what is on
-    disk; what waits to be written stays with the process that computed it.
+    Every teacher has its own sub-folder, named by its fingerprint. Readers see the shards that were there when they
+    opened the cache or called `refresh`, and their own. A pickled copy reads what is on disk; what waits to be written
+    stays with the process that computed it.
 
     Args:
         folder: The cache's folder; made when missing.
@@ -168,14 +162,9 @@ class FeatureCache:
         return len(np.unique(np.concatenate(keys)))
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Looks features up.
+        """Looks up image keys of 16 bytes: for each ``[D]`` in float16 on the CPU, or None when it is not held.
 
-        Args:
-            keys: Image keys of 16 bytes, see `images.image_key`.
-
-        Returns:
-            For each key ``[D]`` in float16 on the CPU, or None when it is not held. A shard that turns out
-            to be damaged is dropped with a warning; its features are then not held.
+        A shard that turns out to be damaged is dropped with a warning; its features are then not held.
         """
         wanted = key_array(keys)
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
@@ -194,11 +183,7 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
-        """Adds features; keys that are held already keep theirs.
-
-        Args:
-            keys: n image keys of 16 bytes.
-            features: ``[n, D]`` of any dtype, on any device.
+        """Adds features ``[n, D]`` of n image keys; keys that are held already keep theirs.
 
         Returns:
             ``[n, D]`` in float16 on the CPU, as a later `get` returns them. Use these: a first run that

@@ -26,20 +26,16 @@ _INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
 
 @dataclass(frozen=True)
 class TeacherFamily:
-    """How one `model_type` of a `config.json` is loaded and read.
+    """How one `model_type` of a `config.json` is loaded and read."""
 
-    Attributes:
-        model_class: Name of the transformers class of the vision model alone.
-        output: What becomes the feature: ``cls``, the first token of ``last_hidden_state``, already normalised by the
-            model's final norm; ``pooled``, the ``pooler_output`` of CLIP, whose final norm is applied to the CLS token
-            there and nowhere else; ``mean``, that of ``last_hidden_state``, whose tokens are patches only.
-        any_size: The model takes images of other sizes than `config.image_size`.
-        naflex: The model takes patches with their grid shape, not images (SigLIP2 NaFlex).
-    """
-
+    #: Name of the transformers class of the vision model alone.
     model_class: str
+    #: The feature: ``cls``, the first token of ``last_hidden_state``; ``pooled``, CLIP's ``pooler_output``, the only
+    #: place where its final norm is applied; ``mean`` of ``last_hidden_state``, whose tokens are patches only.
     output: Literal["cls", "pooled", "mean"]
+    #: It takes images of other sizes than `config.image_size`.
     any_size: bool = False
+    #: It takes patches with their grid shape, not images (SigLIP2 NaFlex).
     naflex: bool = False
 
 
@@ -60,14 +56,7 @@ FAMILIES: dict[str, TeacherFamily] = {
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """What a teacher's config files say.
-
-    Attributes:
-        family: How this kind of model is loaded and read.
-        config: Its transformers configuration, of the vision model alone.
-        path: The local folder with its files (of a hub model: its snapshot in the hub cache).
-        name: The value as it was given.
-    """
+    """What a teacher's config files say: the transformers config of the vision model alone; the name as given."""
 
     family: TeacherFamily
     config: Any
@@ -82,13 +71,10 @@ def teacher_folder(name_or_path: str, weights: bool = True) -> Path:
 
 
 def check_teacher(name_or_path: str) -> TeacherInfo:
-    """Checks that a folder or hub id holds a vision model, its image processor and whole weight files.
-
-    No weights are loaded: only headers are read. Those of a hub model are fetched once all else is in order.
+    """Checks that a folder or hub id holds a vision model, its image processor and whole weights; loads none.
 
     Raises:
-        ValueError: Names the key, the value and the remedy: no such folder or hub model, hub out of reach, not a
-            vision model, no image processor, no weights or weights that are not whole.
+        ValueError: It does not, or the hub is out of reach; names the key, the value and the remedy.
     """
     value = str(name_or_path)
     folder = teacher_folder(value, weights=False)
@@ -129,14 +115,10 @@ def _processor_config(folder: Path) -> dict[str, Any] | None:
 
 
 def teacher_fingerprint(folder: str | Path) -> str:
-    """A digest of everything that decides a teacher's features.
+    """A digest, 64 hexadecimal digits, of everything in a teacher's files that decides its features.
 
-    It covers ``config.json`` and the image processor's settings (parsed, so layout and the keys that saving adds do
-    not count), every byte of every weight file, which file it is in, and which output is the feature. Not covered:
-    the folder, library versions, the dtype and the device that the teacher runs in.
-
-    Returns:
-        64 hexadecimal digits.
+    It covers ``config.json`` and the image processor's settings (parsed, without the keys that saving adds), every
+    byte and name of the weight files, and which output is the feature; not library versions, dtype and device.
     """
     folder = Path(folder)
     weights = weight_files(folder)

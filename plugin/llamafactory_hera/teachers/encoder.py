@@ -23,12 +23,6 @@ class TeacherProcessor:
     patch grid is the one that the model's position embeddings were learned on: this project's choice, which gives all
     images of a batch one shape, as with the fixed-resolution encoders.
 
-    Args:
-        info: A teacher that was checked, see `check_teacher`.
-
-    Attributes:
-        pixel_size: Height and width of what it returns.
-
     Raises:
         ValueError: Its images are of different sizes.
     """
@@ -46,6 +40,7 @@ class TeacherProcessor:
                 'which cannot form a batch. In its preprocessor_config.json set "do_center_crop": true with a '
                 '"crop_size", or a "size" with "height" and "width".'
             )
+        #: Height and width of what it returns.
         self.pixel_size: tuple[int, int] = (one[0], one[1])
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -71,10 +66,7 @@ class VisionTeacher:
     student does not reach it.
 
     Attributes:
-        info: What its config files say.
-        processor: Its image processor.
         fingerprint: Digest of its config, processor settings and weights, see `teacher_fingerprint`.
-        device: Where it runs.
         dim: Length D of a feature.
     """
 
@@ -88,18 +80,15 @@ class VisionTeacher:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_path: str,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
         """Loads a teacher from a folder or a hub id; every rank gets a whole copy, also under ZeRO-3 and FSDP.
 
         Args:
             name_or_path: A folder or a hub id, of a model type in `checkpoint.FAMILIES`.
             device: Default: the current CUDA device, else the CPU.
-            dtype: Of weights and computation; default float32, whatever the checkpoint is stored in. bfloat16 halves
-                the memory and changes a few near-tied neighbours.
+            dtype: Of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the memory and
+                changes a few near-tied neighbours.
 
         Raises:
             ValueError: The teacher cannot be used (see `check_teacher`), lacks weights, or its processor's image size
@@ -117,7 +106,7 @@ class VisionTeacher:
                 )
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return cls(_load_model(info, dtype or torch.float32).to(device), processor, info)
+        return cls(_load_model(info, dtype).to(device), processor, info)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -145,15 +134,7 @@ class VisionTeacher:
 
     @torch.no_grad()
     def encode_patches(self, pixel_values: Tensor) -> Tensor:
-        """Computes the features of the patches of preprocessed images.
-
-        Args:
-            pixel_values: ``[B, 3, H, W]`` on any device.
-
-        Returns:
-            ``[B, h, w, D]`` in float32 on the teacher's device, without gradient: the output's patch tokens as the
-            grid that they are, without CLS and register tokens.
-        """
+        """The output's patch tokens of images ``[B, 3, H, W]`` as their grid, ``[B, h, w, D]``, else as `encode`."""
         patch = self._model.config.patch_size
         height, width = (side // patch for side in pixel_values.shape[2:])
         tokens = self._forward(pixel_values).last_hidden_state.float()
@@ -215,11 +196,7 @@ def _load_model(info: TeacherInfo, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def whole_model_on_every_rank() -> Iterator[None]:
-    """Loads models that no engine will hold, under ZeRO-3 and FSDP too.
-
-    While a ZeRO-3 config lives, ``from_pretrained`` partitions every model that it loads, and with FSDP's efficient
-    loading it leaves all ranks but one without weights: both wait for an engine to gather them.
-    """
+    """Loads models that no engine will hold: ZeRO-3 would partition them, and FSDP leave all ranks but one empty."""
     from transformers.integrations import deepspeed
 
     reference = deepspeed._hf_deepspeed_config_weak_ref

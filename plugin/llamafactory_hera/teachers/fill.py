@@ -38,26 +38,15 @@ def encode_images(
 
 
 def fill_cache(
-    teacher: VisionTeacher,
-    cache: FeatureCache,
-    images: Sequence[ImageLike],
-    batch_size: int = 32,
-    num_workers: int = 0,
+    teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int, num_workers: int = 0
 ) -> list[bytes]:
     """Computes and stores the features that the cache does not hold.
 
-    Every image is computed once, however often it occurs. Features are written as they are computed, so a killed run
-    goes on where it was.
-
-    Args:
-        teacher: Computes what is missing.
-        cache: Read and filled.
-        images: N images as datasets hold them.
-        batch_size: Images in one forward pass; halved, with a warning, as often as memory runs out.
-        num_workers: Processes that decode images.
+    Every image is computed once, however often it occurs; a killed run goes on where it was. ``batch_size`` is halved,
+    with a warning, as often as memory runs out; ``num_workers`` processes decode images.
 
     Returns:
-        The N image keys.
+        The image keys.
 
     Raises:
         ValueError: An image is missing or corrupt; names the file. What was computed before it is in the cache.

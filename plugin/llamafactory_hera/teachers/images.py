@@ -50,26 +50,15 @@ def _message_images(messages: Any) -> list[ImageLike]:
 
 
 def shown_image(count: int, index: int) -> int:
-    """Which of a sample's images stands for it.
-
-    Args:
-        count: How many it has.
-        index: The one that is asked for, negative from the end; clamped to what there is.
-
-    Returns:
-        Its position, 0 to ``count - 1``; 0 when there is none.
-    """
+    """Which of a sample's images stands for it: ``index``, negative from the end, clamped to what there is."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Decodes an image given as path, encoded bytes, ``{"path", "bytes"}``, file object or PIL image.
+    """Decodes an image given as path, encoded bytes, ``{"path", "bytes"}``, file object or PIL image, to RGB.
 
     Orientation tags are not applied: the host does not apply them either, and teacher and model must see the same
     picture.
-
-    Returns:
-        The decoded image in RGB.
 
     Raises:
         ValueError: Names the file when it is missing, corrupt or not an image.

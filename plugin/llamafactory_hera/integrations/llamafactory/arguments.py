@@ -17,15 +17,14 @@ HeraArguments = make_dataclass(
 )
 
 
-def _bypasses(arguments: Any) -> str | None:
-    """The setting, if any, under which the host never reaches the trainer that HeRA extends."""
-    if getattr(arguments, "use_hyper_parallel", False):
-        return "use_hyper_parallel: true"
+def _refuse_bypasses(arguments: Any) -> None:
+    """Refuses settings under which the host never reaches the trainer that HeRA extends."""
+    keys = ("use_hyper_parallel", "use_asft_loss")
+    found = [f"{key}: true" for key in keys if getattr(arguments, key, False)]
     if os.environ.get("USE_MCA", "0").lower() in ("true", "y", "1"):
-        return "USE_MCA=1"
-    if getattr(arguments, "use_asft_loss", False):
-        return "use_asft_loss: true"
-    return None
+        found.append("USE_MCA=1")
+    if found:
+        raise ValueError(f"stage: hera does not work with {', '.join(found)}; remove that setting.")
 
 
 def extend(host: type) -> type:
@@ -47,9 +46,7 @@ def extend(host: type) -> type:
                 self.stage = "sft"
             super().__post_init__()
             if self.use_hera:
-                setting = _bypasses(self)
-                if setting is not None:
-                    raise ValueError(f"stage: hera does not work with {setting}; remove that setting.")
+                _refuse_bypasses(self)
                 # read once here, so that every value has its type wherever the host shows it
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
+from llamafactory.model import load_config
 
 from llamafactory_hera.alignment.gather import on_first, rank
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER
-from llamafactory_hera.heads.families import HeadLayout, head_layout
+from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
 from llamafactory_hera.knobs import Role
 from llamafactory_hera.selection.fingerprint import model_fingerprint
@@ -31,12 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_targets(config: HeraConfig, host: HostArguments) -> Targets:
-    """The heads or layers that a run aligns; every process of the launch calls it.
-
-    Args:
-        config: The run's ``hera_*`` keys.
-        host: The host's arguments, whose ``resume_from_checkpoint`` is a path or None; ``hera_heads`` or
-            ``hera_layers`` of ``auto`` becomes the names.
+    """The heads or layers that a run aligns, for which ``auto`` becomes their names; every process calls it.
 
     Raises:
         ValueError: The file was selected for something else than this run, or selection is given bad input.
@@ -62,7 +58,7 @@ def _given(config: HeraConfig, host: HostArguments, folder: Path) -> Targets:
     """What the recipe names, with its scores where a selection in the output folder chose the same for this run."""
     value = config.named_targets
     if config.granularity == "layer" and value in NAMED_LAYERS:
-        return named_layer(value, _layout(host.model))
+        return named_layer(value, head_layout(load_config(host.model)))
     targets = Targets.resolve(value, config.granularity)
     if targets.provenance:
         _check(targets, _facts(config, host), Role.TRAINS, config)
@@ -76,7 +72,7 @@ def _given(config: HeraConfig, host: HostArguments, folder: Path) -> Targets:
 
 def _facts(config: HeraConfig, host: HostArguments) -> dict[str, Any]:
     """What a selection made now would write, as far as runs and selections are compared by it."""
-    layout, adapters = _layout(host.model), adapter_folders(host.model)
+    layout, adapters = head_layout(load_config(host.model)), adapter_folders(host.model)
     return {
         **config.facts(Role.SELECTS, Role.TRAINS),
         "model": host.model.model_name_or_path,
@@ -85,12 +81,6 @@ def _facts(config: HeraConfig, host: HostArguments) -> dict[str, Any]:
         "model_fingerprint": model_fingerprint(model_folder(host.model), layout, adapters),
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
     }
-
-
-def _layout(model_args: Any) -> HeadLayout:
-    from llamafactory.model import load_config
-
-    return head_layout(load_config(model_args))
 
 
 def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:

@@ -5,6 +5,10 @@ from functools import wraps
 from itertools import islice
 from typing import Any
 
+from llamafactory.data.loader import _get_merged_dataset
+from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
+from llamafactory.model import load_config
+
 from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimodal
@@ -15,6 +19,8 @@ from llamafactory_hera.teachers.images import load_image
 
 from .recipe import HostArguments
 
+#: How many samples the checks look at where looking at all would take long.
+N_CHECKED = 32
 #: Key -> why heads cannot be read under it, and what to do.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from; remove it",
@@ -31,10 +37,7 @@ _DATA_KEYS = {"neat_packing": _PACKED, "packing": _PACKED}
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
-    """Checks everything that needs no weights.
-
-    Returns:
-        The layout of the model's text decoder.
+    """Checks everything that needs no weights, and returns the layout of the model's text decoder.
 
     Raises:
         ValueError: Names the key, the value and the remedy.
@@ -53,15 +56,12 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
 def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
     """Refuses keys that are set; ``keys`` says why they do not work with the purpose, and what to do."""
     for key, why in keys.items():
-        value = getattr(arguments, key, None)
-        if value:
+        if value := getattr(arguments, key, None):
             raise ValueError(f"{key}: {value} does not work with {purpose}: {why}.")
 
 
 def multimodal_config(model_args: Any, why: str) -> Any:
     """The model's configuration, which must be a multimodal model's."""
-    from llamafactory.model import load_config
-
     config = load_config(model_args)
     if not is_multimodal(config):
         raise ValueError(
@@ -99,19 +99,8 @@ def _check_parallelism(training_args: Any) -> None:
         )
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
-
-#: How many samples the checks look at where looking at all would take long.
-N_CHECKED = 32
-
-
 def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wraps the host's ``get_dataset`` with the checks.
-
-    Raises:
-        ValueError: For a broken image file (naming the sample), for data without any image, and for image tokens that
-            ``cutoff_len`` cut off.
-    """
+    """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off."""
 
     @wraps(get_dataset)
     def get_checked(
@@ -125,7 +114,7 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
         if train is not None:
             _check_images(train, data_args)
             first = enumerate(islice(train, N_CHECKED * N_CHECKED))
-            for row, sample in islice(((row, sample) for row, sample in first if sample.get("images")), N_CHECKED):
+            for row, sample in islice((each for each in first if each[1].get("images")), N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, **tokenizer_module)
         return module
 
@@ -133,8 +122,6 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
 
 
 def _name_broken_image(error: OSError, model_args: Any, data_args: Any, training_args: Any) -> str:
-    from llamafactory.data.loader import _get_merged_dataset
-
     names = [*(data_args.dataset or []), *(data_args.eval_dataset or [])]
     for name in names:
         for row, sample in enumerate(_get_merged_dataset([name], model_args, data_args, training_args, "sft")):
@@ -163,13 +150,7 @@ def _check_images(dataset: Any, data_args: Any) -> None:
 def check_image_tokens(
     row: int, sample: dict[str, Any], template: Any, data_args: Any, tokenizer: Any, processor: Any = None
 ) -> None:
-    """Checks that ``cutoff_len`` left sample ``row``, as the host encoded it, all of its image tokens.
-
-    Raises:
-        ValueError: Some are cut off; names the length that is needed.
-    """
-    from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
-
+    """Checks that ``cutoff_len`` left sample ``row``, as the host encoded it, all of its image tokens."""
     plugin = template.mm_plugin
     if processor is None or getattr(plugin, "image_token", None) is None or not plugin.expand_mm_tokens:
         return

@@ -25,13 +25,7 @@ from .recipe import NOT_TRAINING, host_arguments, model_folder, named_output, re
 def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> Targets:
     """Selects heads for a recipe and writes ``output_dir/hera/`` : ``heads.json``, ``run.yaml`` and ``heads.png``.
 
-    Args:
-        recipe: A recipe of the host; its model, dataset, template and teacher are used.
-        overrides: ``key=value`` s over the recipe, for instance ``hera_select_mode=mllm``.
-        in_place: Write the heads into the recipe itself, too.
-
-    Returns:
-        The heads with their provenance.
+    ``overrides`` are ``key=value`` s over the recipe; ``in_place`` writes the heads into the recipe itself, too.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -53,14 +47,7 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
 
 
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
-    """Computes the teacher's features of a recipe's whole dataset into its ``hera_teacher_cache``.
-
-    Returns:
-        Number of different images in the cache afterwards.
-
-    Raises:
-        ValueError: The recipe names no cache, or an image is broken.
-    """
+    """Fills a recipe's ``hera_teacher_cache`` with its whole dataset; returns how many images it holds then."""
     read = read_recipe(recipe, overrides)
     held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
@@ -74,20 +61,12 @@ def score_checkpoint(
     output: str | os.PathLike | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Scores the heads and layers of a checkpoint or adapter, as a selection does, and writes a file to be compared.
-
-    The file names heads, or layers where the recipe aligns layers; both have the scores of both.
+    """Scores a checkpoint or adapter as a selection does, writes a file to be compared, and returns its path.
 
     Args:
-        checkpoint: A model's folder or hub id, or an adapter's folder, which is loaded on top of the recipe's model;
-            None scores the recipe's own model.
-        recipe: Says dataset, template, teacher and settings.
-        output: The file to write; default ``CHECKPOINT/hera/scores.json``, without a checkpoint
-            ``output_dir/hera/scores.json``. A picture of the same name is put beside it.
-        overrides: ``key=value`` s over the recipe; without a recipe they must say everything.
-
-    Returns:
-        The file.
+        checkpoint: A model's folder or hub id, or an adapter's folder for the recipe's model; None is that model.
+        output: The file to write, with a picture beside it; default ``hera/scores.json`` in CHECKPOINT or output_dir.
+        recipe, overrides: Dataset, template, teacher and settings; ``key=value`` s go over the recipe.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -115,13 +94,7 @@ def calibrate(
 ) -> list[dict[str, Any]]:
     """Calibrates the model of a recipe and writes adapter, ``calibration.json`` and ``calibration.png``.
 
-    Any recipe that trains the model will do: what concerns training is left out.
-
-    Args:
-        recipe: A recipe of the host; its model, dataset, template and ``rah_*`` keys are used, and ``output_dir``.
-        overrides: ``key=value`` s over the recipe, for instance ``rah_delta=0.02``.
-        control: Calibrate on corrupted data, too, into ``output_dir/control_<name>``: ``shuffled`` images, or
-            ``blank`` ones.
+    With a control it calibrates on corrupted images, too, into ``output_dir/control_<name>``.
 
     Returns:
         The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
@@ -142,19 +115,18 @@ def calibrate(
     # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
-    _check_model(host.model)
+    _check_calibrated(host.model)
     return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)
 
 
-def _check_model(model_args: Any) -> None:
+def _check_calibrated(model_args: Any) -> None:
     refuse_keys(model_args, UNREADABLE, "calibration")
-    name = model_args.model_name_or_path
     model_folder(model_args)
     config = multimodal_config(model_args, "calibration looks at attention between text and image")
     head_layout(config)
     quantised = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
     if getattr(config, "quantization_config", None):
-        quantised = f"model_name_or_path: {name} is quantised"
+        quantised = f"model_name_or_path: {model_args.model_name_or_path} is quantised"
     if quantised:
         raise ValueError(
             f"{quantised}, and calibration compares and changes plain weights. Calibrate the base model without "

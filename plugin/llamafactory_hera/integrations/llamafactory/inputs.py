@@ -5,6 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
+from llamafactory.data.data_utils import Role, split_dataset
+from llamafactory.data.loader import _get_dataset_processor, _get_merged_dataset
+from llamafactory.extras.constants import IMAGE_PLACEHOLDER
+from llamafactory.model import load_model, load_tokenizer
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
@@ -19,21 +24,15 @@ from llamafactory_hera.teachers.images import ImageLike, load_image
 from .checks import N_CHECKED, check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
-# Rows of a stream that are read for each sample to draw.
-_STREAM_ROWS = 4
+_STREAM_ROWS = 4  # of a stream, read for each sample to draw
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
-    """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index.
-
-    Raises:
-        ValueError: The model's files cannot be found, or the dataset is refused by the host.
-    """
+    """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
     folder = model_folder(host.model)
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
-    half = data.facts["autocast"]
-    # as in training
+    half = data.facts["autocast"]  # the teacher computes as in training
     teacher_dtype = half if half is not None and host.training.device.type != "cpu" else torch.float32
     return SelectionInputs(
         source=_CaptionSource(data) if alone else _HostSource(data),
@@ -57,17 +56,9 @@ def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInp
 
 
 class _HostData:
-    """Tokenizer, template and the training part of a run's dataset in the host's common form.
-
-    Of a stream there are rows enough for ``n_samples``.
-    """
+    """Tokenizer, template and the training part of a run's dataset; of a stream rows enough for ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
-        from llamafactory.data import get_template_and_fix_tokenizer
-        from llamafactory.data.data_utils import split_dataset
-        from llamafactory.data.loader import _get_merged_dataset
-        from llamafactory.model import load_tokenizer
-
         model, data, training, _ = self.host = host
         self.tokenizer_module = load_tokenizer(model)
         self.tokenizer = self.tokenizer_module["tokenizer"]
@@ -77,7 +68,6 @@ class _HostData:
             train = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
         # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
         self.rows = list(train.take(_STREAM_ROWS * n_samples)) if data.streaming else train
-        #: What selection and calibration both ask for.
         self.facts: dict[str, Any] = {
             "load_model": self._load_model,
             "model_name": model.model_name_or_path,
@@ -87,23 +77,16 @@ class _HostData:
         }
 
     def _load_model(self) -> nn.Module:
-        from llamafactory.model import load_model
-
         with whole_model_on_every_rank():
             return load_model(self.tokenizer, self.host.model, self.host.finetuning, is_trainable=False)
 
     def processor(self, do_generate: bool = False) -> Any:
         """What encodes samples as supervised fine-tuning does, or their prompts alone."""
-        from llamafactory.data.loader import _get_dataset_processor
-
-        return _get_dataset_processor(
-            self.host.data, "sft", self.template, **self.tokenizer_module, do_generate=do_generate
-        )
+        module = self.tokenizer_module
+        return _get_dataset_processor(self.host.data, "sft", self.template, **module, do_generate=do_generate)
 
     def collator(self, model: nn.Module) -> Collate:
         """The collator of the host's supervised fine-tuning."""
-        from llamafactory.data import SFTDataCollatorWith4DAttentionMask
-
         return SFTDataCollatorWith4DAttentionMask(
             template=self.template,
             model=model,
@@ -116,7 +99,6 @@ class _HostData:
 
 
 def _has_answer(example: dict[str, Any]) -> bool:
-    """Whether the assistant says anything in the last turn of a sample."""
     return any(response["content"].strip() for response in example["_response"])
 
 
@@ -135,9 +117,6 @@ class _CaptionSource(_Rows):
     """Captions for the language model alone: what the assistant says, its turns joined by line breaks."""
 
     def encode(self, row: int) -> Features | None:
-        from llamafactory.data.data_utils import Role
-        from llamafactory.extras.constants import IMAGE_PLACEHOLDER
-
         example = self._data.rows[row]
         messages = [*example["_prompt"], *example["_response"][:1]]
         spoken = [message["content"] for message in messages if message["role"] == Role.ASSISTANT]
@@ -177,10 +156,7 @@ class _HostSource(_Rows):
 
 
 class _UnlabelledSource(_HostSource):
-    """Samples as the model would see them, with other images if asked for, and without labels.
-
-    Of ``text`` the whole conversation, or the prompt before the last answer; a sample without an answer is its prompt.
-    """
+    """Samples without labels, with other images if asked for: the whole conversation, or what precedes the answer."""
 
     def __init__(self, data: _HostData, text: Text) -> None:
         super().__init__(data)

@@ -6,6 +6,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llamafactory.data.parser import get_dataset_list
+from llamafactory.data.template import TEMPLATES
+from llamafactory.hparams import get_train_args
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
@@ -28,8 +35,7 @@ NOT_TRAINING: dict[str, Any] = {
     "packing": False,
     "neat_packing": False,
 }
-# The host takes any value for these, and compares it with numbers later.
-_COUNTS = {"cutoff_len", "max_samples"}
+_COUNTS = {"cutoff_len", "max_samples"}  # the host takes any value, and compares it with numbers later
 
 
 class HostArguments(NamedTuple):
@@ -42,22 +48,16 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe with its overrides, set to score instead of train."""
+    """A recipe set to score instead of train: the keys given beside the file, and all keys, with their values."""
 
-    #: Keys given beside the file, with their values.
     overrides: dict[str, Any]
-    #: All keys with their values.
     values: dict[str, Any]
     config: HeraConfig
     host: HostArguments
 
 
 def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides.
-
-    Raises:
-        ValueError: The file cannot be read, or a key or value is refused by the host.
-    """
+    """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides."""
     values, changes = read_values(path, overrides)
     # every head and layer is scored, whichever the recipe aligns and how
     layers = values.get("hera_granularity") == "layer"
@@ -68,23 +68,11 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     return Recipe(changes, values, HeraConfig.from_keys(host.finetuning), host)
 
 
-def read_values(
-    path: str | os.PathLike | None, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe with its overrides as plain values, before the host's parser sees them; and the overrides alone.
-
-    Raises:
-        ValueError: The file cannot be read, or an override is not ``key=value``.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
+def read_values(path: str | os.PathLike | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A recipe with its overrides as plain values, before the host's parser sees them; and the overrides alone."""
     for override in overrides:
         if "=" not in override:
-            raise ValueError(
-                f"{override}: it is neither a recipe nor key=value; write for instance output_dir=saves/run."
-            )
+            raise ValueError(f"{override}: it is neither a recipe nor key=value, for instance output_dir=saves/run.")
     changes = OmegaConf.from_cli(list(overrides))
     try:
         written = OmegaConf.load(Path(path)) if path is not None else OmegaConf.create({})
@@ -104,16 +92,7 @@ def named_output(values: Mapping[str, Any], example: str) -> Path:
 
 
 def host_arguments(values: Mapping[str, Any]) -> HostArguments:
-    """Parses a recipe's keys, training switched off, with the host's parser and checks that what they name is there.
-
-    Raises:
-        ValueError: A key or value is refused by the host, or names a model, adapter, dataset or template that is not
-            there.
-    """
-    from llamafactory.data.parser import get_dataset_list
-    from llamafactory.data.template import TEMPLATES
-    from llamafactory.hparams import get_train_args
-
+    """Parses a recipe's keys with the host's parser, and checks that what they name is there."""
     if not values.get("model_name_or_path"):
         raise ValueError("model_name_or_path: none is named; give the folder of a model, or a hub id.")
     if values.get("dataset") is None:
@@ -144,21 +123,13 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
 
 
 def model_folder(model_args: Any) -> Path:
-    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights.
-
-    Raises:
-        ValueError: There is no such model, or it cannot be fetched.
-    """
+    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights."""
     name = model_args.model_name_or_path
     return local_folder(name, "model_name_or_path", "a whole model", **_hub_options(model_args))
 
 
 def adapter_folders(model_args: Any) -> list[Path]:
-    """The local folders of a run's adapters.
-
-    Raises:
-        ValueError: There is no such adapter, or it cannot be fetched.
-    """
+    """The local folders of a run's adapters."""
     inside = model_args.adapter_folder or "."
     needs = (Path(inside) / "adapter_config.json").as_posix()
     patterns = [(Path(inside) / "adapter_model.*").as_posix()]
@@ -170,8 +141,5 @@ def adapter_folders(model_args: Any) -> list[Path]:
 
 
 def _hub_options(model_args: Any) -> dict[str, Any]:
-    return {
-        "revision": model_args.model_revision,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.hf_hub_token,
-    }
+    cache, token = model_args.cache_dir, model_args.hf_hub_token
+    return {"revision": model_args.model_revision, "cache_dir": cache, "token": token}

@@ -77,11 +77,7 @@ class PlainTemplate(Template):
 
 @dataclass
 class VicunaTemplate(Template):
-    """A user's turn that follows an answer is encoded behind its end-of-sequence token, as it stands in the text.
-
-    Encoded alone it would get the space that SentencePiece puts in front of a text; whether it has one behind a
-    special token is the tokenizer's affair.
-    """
+    """A user's turn that follows an answer is encoded behind its EOS token: alone, SentencePiece would add a space."""
 
     @override
     def _encode(

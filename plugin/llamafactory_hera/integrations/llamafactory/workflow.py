@@ -26,11 +26,7 @@ class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
 def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
     """Trains with HeRA; without ``do_train`` it is the host's SFT workflow.
 
-    Args:
-        workflow: The host's ``train.sft.workflow`` module.
-        run_sft: Its unwrapped function.
-        *arguments: Of that function: the host's five sets of arguments, whose fine-tuning arguments hold the
-            ``hera_*`` keys, and its callbacks.
+    ``run_sft`` is the function of the host's ``train.sft.workflow`` that takes its sets of arguments and callbacks.
 
     Raises:
         ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
@@ -48,9 +44,6 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     if checkpoint is not None:
         check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
 
-    def plot_loss(folder: str, keys: list[str]) -> None:
-        workflow_plot(folder, keys=[*keys, *_curves(config.objective)])
-
     def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
         workflow_card(trainer, *rest)
         trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
@@ -59,7 +52,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     replacements: dict[str, Any] = {
         "get_dataset": checked_dataset(workflow.get_dataset),
         "CustomSeq2SeqTrainer": partial(HeraSftTrainer, hera=config, targets=targets),
-        "plot_loss": plot_loss,
+        "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,
     }
     before = {name: getattr(workflow, name) for name in replacements}
