@@ -1,10 +1,8 @@
-"""Profiling a model: which heads look across text and image (I-SAL), and which decide what it is sure of (CAF).
-
-Section 3.2: forward passes that read attention, backward passes to gates; kept on disk for the next run.
-"""
+"""Profiling: which heads look across text and image (I-SAL), and which decide what a model is sure of (CAF)."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,6 @@ from ..selection.forward import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features, Sample
 from .settings import Positions, RahConfig
 
-_WORD = 8  # bytes
 _POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
 
 
@@ -164,13 +161,10 @@ class Profile:
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":
         """A profile of an earlier run; None if there is none of this key."""
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") != key:
-                    return None
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
                 return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
+        return None
 
 
 def profile_heads(
@@ -194,11 +188,10 @@ def profile_heads(
     with HeadGates(forward, config.positions) as gates:
         gradients = torch.stack(each("gates", features[: config.probes], gates.read))
     profile = Profile(_mean(flows), _mean(maps).float(), gradients)
-    for name, values in (("attention weights", profile.flow), ("gradients of the gates", gradients)):
-        if not values.isfinite().all():
-            raise ValueError(
-                f"model_name_or_path: its {name} hold NaN or infinity. Use bf16 or fp32, or another checkpoint."
-            )
+    if not (profile.flow.isfinite().all() and gradients.isfinite().all()):
+        raise ValueError(
+            "model_name_or_path: its attention or gradients hold NaN or infinity; use bf16 or fp32, or another model."
+        )
     return profile
 
 
@@ -220,15 +213,14 @@ def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
 def weights_digest(model: nn.Module) -> str:
     """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
 
-    Of a matrix the sums over rows and over columns of its bytes, read as whole numbers, are hashed: they are computed
-    where the weights lie, and are the same on every device.
+    Of a matrix it takes the sums over rows and columns of its bytes as whole numbers, the same on every device.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
         weight = parameter.detach().contiguous()
         summaries = [weight.flatten()]
-        if weight.dim() > 1 and weight[0].nbytes % _WORD == weight.data_ptr() % _WORD == 0:
+        if weight.dim() > 1 and weight[0].nbytes % 8 == weight.data_ptr() % 8 == 0:  # whole words of 8 bytes
             words = weight.flatten(1).view(torch.int64)
             summaries = [words.sum(dim=0), words.sum(dim=1)]
         for summary in summaries:

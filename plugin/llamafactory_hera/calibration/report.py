@@ -174,11 +174,10 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
-    caf = upper.imshow(report["caf"], cmap="cividis", aspect="auto", interpolation="nearest")
+    cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    caf = upper.imshow(report["caf"], cmap="cividis", **cells)
     # equal colours mean equal distance from the layer's mean
-    isal = lower.imshow(
-        report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), aspect="auto", interpolation="nearest"
-    )
+    isal = lower.imshow(report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), **cells)
     for axes, image, title in ((upper, caf, "CAF"), (lower, isal, "I-SAL, standardised in each layer")):
         figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
@@ -189,8 +188,8 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
         for heads, marker, face, label in marks:
             if heads:
                 layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
-                name = f"{label} ({len(heads)})"
-                axes.scatter(columns, layers, marker=marker, facecolors=face, label=name, **style)
+                style |= {"marker": marker, "facecolors": face, "label": f"{label} ({len(heads)})"}
+                axes.scatter(columns, layers, **style)
     handles, _ = upper.get_legend_handles_labels()
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)

@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,18 +112,14 @@ class _Calibration:
     def _facts(self, drawn: Drawn) -> dict[str, Any]:
         inputs, forward = self._inputs, self._forward
         compute = inputs.autocast or next(forward.model.parameters()).dtype
+        samples = {"profiled": len(drawn.profiled), "probes": self._config.probes, "held_out": len(drawn.held_out)}
         return {
             "model": inputs.model_name,
             "adapters": list(inputs.adapter_names),
             "model_fingerprint": self._fingerprint,
             "dataset": inputs.dataset_name,
             "control": drawn.control,
-            "samples": {
-                "profiled": len(drawn.profiled),
-                "probes": self._config.probes,
-                "held_out": len(drawn.held_out),
-                "without_image": drawn.without_image,
-            },
+            "samples": samples | {"without_image": drawn.without_image},
             "samples_digest": drawn.digest(),
             "compute_dtype": str(compute).removeprefix("torch."),
             "device": str(forward.device),
@@ -151,12 +147,9 @@ class _Calibration:
 def _check_folder(folder: Path) -> None:
     """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
     check_writable(folder)
-    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE)):
-        return
-    try:
-        ours = read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
+    ours = not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        ours = ours or read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
     if not ours:
         raise ValueError(
             f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since; give "

@@ -35,10 +35,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Update:
-    """What is changed together, under one step size; without an edit target and anchors are equal.
-
-    A value block that several query heads share is changed only if all of them are targets, which are one update then.
-    """
+    """What is changed together, under one step size; without an edit target and anchors are equal."""
 
     heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
@@ -49,19 +46,16 @@ Scaled = tuple[Update, float]
 
 
 class HeadWeights:
-    """Views of the weights of a model, bare and whole on this process, by head.
+    """Views of the weights of a model, bare and whole on this process, by head; refuses what it cannot slice.
 
     ``v_proj`` holds a block of rows for each key-value head, which a group of query heads shares; ``o_proj`` a block
     of columns for each query head.
-
-    Raises:
-        ValueError: Unknown architecture, an unusual layout, or quantised weights; says why.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layout = head_layout(model_config(model))
         self.group_size = self.layout.n_heads // self.layout.n_kv_heads
-        names = {id(module): name for name, module in model.named_modules()}
+        names = {module: name for name, module in model.named_modules()}
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         self.names: dict[tuple[int, Slice], str] = {}
         for layer, module in enumerate(decoder_layers(model)):
@@ -69,7 +63,7 @@ class HeadWeights:
             output = output_projection(module, self.layout.model_type)
             for kind, projection in zip(SLICES, (value, output), strict=True):
                 self.projections[layer, kind] = self._checked(projection, kind)
-                self.names[layer, kind] = names[id(projection)]
+                self.names[layer, kind] = names[self.projections[layer, kind]]
 
     def index(self, head: Target, kind: Slice) -> int:
         """Which block of a projection serves a query head: its key-value head's, or its own."""
@@ -135,10 +129,7 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
 
 
 def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
-    """Writes the two files of a PEFT LoRA adapter into an existing folder.
-
-    A projection's rank is what its edits need; the scaling is 1, since the step sizes are in the weights.
-    """
+    """Writes a PEFT LoRA adapter with a rank for each projection; its scaling is 1, step sizes are in the weights."""
     from peft import LoraConfig, TaskType
 
     factors = lora_factors(weights, steps)

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 from .. import __version__
-from ..files import read_json
+from ..files import read_json, write_json
 from . import models
-from .dataset import Amounts, make_samples, write_dataset, write_json
+from .dataset import Amounts, make_samples, write_dataset
 
 PROVENANCE = "demo.json"
 GENERATOR = 1  # raise it when the same request builds something else than before
@@ -33,10 +33,7 @@ SIZES = {
 
 
 def build_demo(
-    output_dir: str | Path = "hera_demo",
-    seed: int = 0,
-    size: Literal["demo", "test"] = "demo",
-    force: bool = False,
+    output_dir: str | Path = "hera_demo", seed: int = 0, size: Literal["demo", "test"] = "demo", force: bool = False
 ) -> dict[str, Path]:
     """Builds a tiny LLaVA, its language model, a teacher and a dataset; nothing is downloaded.
 
@@ -149,4 +146,4 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
 
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
     record = {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}
-    write_json(work / PROVENANCE, record)
+    write_json(work / PROVENANCE, record, indent=1)

@@ -10,7 +10,6 @@ Written into one folder, the host's ``dataset_dir`` and by default its ``media_d
 - ``factors.json``: what each image shows, and the category of every question, for evaluation alone.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..files import write_text
+from ..files import write_json
 from .scenes import NUMBERS, Question, Split, caption, pick_questions, render, sample_scene, split_questions
 
 QUESTIONS_PER_SCENE = 3
@@ -63,7 +62,7 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 class Region(NamedTuple):
-    """A part of a photograph, and what it shows."""
+    """A part of a photograph."""
 
     source: str
     box: tuple[float, float, float, float]  # left, top, right, bottom, as fractions
@@ -95,13 +94,10 @@ REGIONS: tuple[Region, ...] = (
     *_texture("moon", "the moon", "the grey ground of the moon"),
     *_texture("immunohistochemistry", "tissue", "brown and blue tissue under a microscope"),
 )
+_SUBJECTS = sorted({region.subject for region in REGIONS})
 #: Of each kind of real image what it may show, and the questions for it.
 _ASKED: dict[str, tuple[Sequence[str], str, str]] = {
-    "photograph": (
-        sorted({region.subject for region in REGIONS}),
-        "What is in this picture?",
-        "Is this a picture of {}?",
-    ),
+    "photograph": (_SUBJECTS, "What is in this picture?", "Is this a picture of {}?"),
     "digit": (NUMBERS, "Which digit is this?", "Is this the digit {}?"),
 }
 
@@ -203,7 +199,7 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         sample.image.save(folder / "images" / sample.name)
         asked = [asdict(question) for question in sample.questions]
         factors[f"images/{sample.name}"] = sample.factors | {"questions": asked}
-    write_json(folder / "factors.json", factors)
+    write_json(folder / "factors.json", factors, indent=1)
 
     def row(sample: Sample, messages: list[dict[str, str]]) -> dict[str, Any]:
         return {"messages": messages, "images": [f"images/{sample.name}"]}
@@ -219,11 +215,6 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         file = "demo_train.json" if name == "hera_demo" else f"{name.removeprefix('hera_')}.json"
         columns = {key: key for key in content[0]}
         info[name] = {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
-        write_json(folder / file, content)
-    write_json(folder / "dataset_info.json", info)
+        write_json(folder / file, content, indent=1)
+    write_json(folder / "dataset_info.json", info, indent=1)
     return rows
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON with little indentation: these files hold thousands of rows."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

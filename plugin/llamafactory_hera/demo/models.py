@@ -1,8 +1,7 @@
 """The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of them, a DINOv2 teacher.
 
-All are trained for some seconds on the training data alone. A random tower would hide most of the pixels behind
-noise, so it is a masked autoencoder first. The teacher sees no text, label or scene factor. The projector stays
-random: training it is what stage 1 is for.
+All are trained for some seconds on the training data alone; the teacher sees no text, label or scene factor. The
+projector stays random: training it is what stage 1 is for.
 """
 
 import math
@@ -17,13 +16,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-# Part of the result: sums are split by thread, so another number may give other last bits.
-THREADS = 1
+THREADS = 1  # sums are split by thread, so another number may give other last bits
 MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
+_SQUARE = {"height": SIDE, "width": SIDE}
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-# ChatML, as Qwen3 without thinking; content is a string or a list of image and text entries.
+# ChatML; content is a string or a list of image and text entries
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -98,20 +97,10 @@ def new_language_model(
 ) -> hf.Qwen3ForCausalLM:
     """Five layers of eight query heads over four key-value heads; ``head_dim`` is not ``hidden_size / heads``."""
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = hf.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        **stops,
-    )
-    model = hf.Qwen3ForCausalLM(config)
+    shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": intermediate_size, "head_dim": head_dim}
+    heads: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+    words: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, "bos_token_id": None, **stops}
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(max_position_embeddings=MAX_LENGTH, **shape, **heads, **words))
     model.generation_config = hf.GenerationConfig(do_sample=False, max_new_tokens=64, **stops)
     return model
 
@@ -143,7 +132,7 @@ def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.Siglip
     shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "intermediate_size": 128}
     tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
     read_out = torch.nn.Linear(64, 3 * PATCH * PATCH)
-    pixels = _vision_processor()(images, return_tensors="pt")["pixel_values"]
+    pixels = hf.SiglipImageProcessor(size=_SQUARE)(images, return_tensors="pt")["pixel_values"]
 
     def loss() -> torch.Tensor:
         batch = pixels[torch.randint(len(pixels), (128,))]
@@ -153,10 +142,6 @@ def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.Siglip
         return F.mse_loss(read_out(tokens), F.unfold(batch, PATCH, stride=PATCH).transpose(1, 2))
 
     return tower, _optimise([tower, read_out], loss, steps, 3e-3)
-
-
-def _vision_processor() -> hf.SiglipImageProcessor:
-    return hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
 
 
 def assemble_llava(
@@ -179,20 +164,12 @@ def assemble_llava(
     llava.model.language_model.load_state_dict(language_model.model.state_dict())
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
     llava.generation_config = language_model.generation_config
-    settings = {
-        "patch_size": PATCH,
-        "vision_feature_select_strategy": "full",
-        "chat_template": tokenizer.chat_template,
-    }
-    return llava, hf.LlavaProcessor(image_processor=_vision_processor(), tokenizer=tokenizer, **settings)
+    settings = {"patch_size": PATCH, "vision_feature_select_strategy": "full", "chat_template": CHAT_TEMPLATE}
+    return llava, hf.LlavaProcessor(hf.SiglipImageProcessor(size=_SQUARE), tokenizer, **settings)
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """One random view of every image: [B, 3, S, S] -> [B, 3, S, S], normalised pixels.
-
-    Views differ in place, scale, brightness, contrast, colour cast and noise, and keep what captions speak of: left
-    and right, and the names of colours.
-    """
+    """One random view of every image, normalised pixels [B, 3, S, S]; left and right and colours keep their names."""
     count = len(pixels)
     affine = torch.zeros(count, 2, 3)
     affine[:, 0, 0] = affine[:, 1, 1] = torch.empty(count).uniform_(0.85, 1.15)
@@ -217,7 +194,7 @@ def train_teacher(
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     processor = hf.BitImageProcessor(
         size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
+        crop_size=_SQUARE,
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )

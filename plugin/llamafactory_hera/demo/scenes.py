@@ -17,7 +17,9 @@ from PIL import Image
 
 Split = Literal["train", "held_out"]
 
-SHAPES = ("circle", "square", "triangle", "cross")
+PREFERRED_COLOUR = {"circle": "red", "square": "green", "triangle": "blue", "cross": "yellow"}
+HELD_OUT_COLOUR = {"circle": "green", "square": "blue", "triangle": "yellow", "cross": "red"}
+SHAPES = tuple(PREFERRED_COLOUR)
 PALETTE = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -76,27 +78,18 @@ class Question:
     trap: bool = False  # it asks for the colour of a named shape that has not its preferred colour
 
 
-def preferred_colour(shape: str) -> str:
-    return tuple(PALETTE)[SHAPES.index(shape)]
-
-
-def _held_out_colour(shape: str) -> str:
-    return tuple(PALETTE)[(SHAPES.index(shape) + 1) % len(SHAPES)]
-
-
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
     """The (colour, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
     pairs = [(colour, shape) for shape in SHAPES for colour in PALETTE]
-    return [(c, s) for c, s in pairs if c != _held_out_colour(s)] if split == "train" else pairs
+    return [(c, s) for c, s in pairs if c != HELD_OUT_COLOUR[s]] if split == "train" else pairs
 
 
-def sample_scene(rng: random.Random, split: Split = "train") -> Scene:
-    """Draw one scene of the demo's split."""
-    return draw_scene(rng, split, lambda shape, row, column: {"held_out": _held_out_colour(shape)})
-
-
-def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int, int], dict[str, str]]) -> Scene:
-    """Draw one scene: of ``train``, or with one or more objects that only ``split`` has.
+def sample_scene(
+    rng: random.Random,
+    split: str = "train",
+    kept_colours: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOUR[shape]},
+) -> Scene:
+    """Draws one scene: of ``train``, or with one or more objects that only ``split`` has.
 
     ``kept_colours`` gives, for shape, row and column, the colour that each split but ``train`` keeps for itself there.
     """
@@ -106,7 +99,7 @@ def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int,
     for cell in cells:
         row, column = divmod(cell, GRID)
         shape, size = rng.choice(SHAPES), rng.choice(SIZES)
-        own, usual = kept_colours(shape, row, column), preferred_colour(shape)
+        own, usual = kept_colours(shape, row, column), PREFERRED_COLOUR[shape]
         if cell in kept:
             colour = own[split]
         elif rng.random() < COLOUR_BIAS:
@@ -192,7 +185,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
         found.append(Question("count", f"How many {noun} are there?", NUMBERS[number]))
     for index, item in enumerate(objects):
         name = _name(scene, item)
-        trap = item.colour != preferred_colour(item.shape)
+        trap = item.colour != PREFERRED_COLOUR[item.shape]
         only_colour = sum(other.colour == item.colour for other in objects) == 1
         about_one = (
             (True, "colour", f"What colour is the object at the {item.position}?", item.colour, False),
@@ -227,7 +220,7 @@ def split_questions(scene: Scene, split: Split) -> list[Question]:
     found = questions(scene, all_pairs(split))
     if split == "train":
         return found
-    unseen = {i for i, item in enumerate(scene.objects) if item.colour == _held_out_colour(item.shape)}
+    unseen = {i for i, item in enumerate(scene.objects) if item.colour == HELD_OUT_COLOUR[item.shape]}
     return [question for question in found if not question.about or unseen & set(question.about)]
 
 
