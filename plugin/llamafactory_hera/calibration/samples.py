@@ -76,7 +76,7 @@ def draw_samples(source: Source, config: RahConfig) -> Drawn:
             "dataset: %d samples without an image and %d without text were passed over.", without_image, without_text
         )
     if drawn < config.samples:
-        logger.warning("rah_samples: %d are asked for, the dataset has %d different images.", config.samples, drawn)
+        logger.warning("rah_samples: %d are asked for, and the dataset has %d images.", config.samples, drawn)
     n = drawn - config.held_out
     return Drawn(found.samples[:n], found.samples[n:], without_image)
 

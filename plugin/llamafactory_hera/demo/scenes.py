@@ -196,7 +196,11 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
             (name, "where", f"Where is the {name}?", item.position, False),
             (name, "size", f"Is the {name} large or small?", item.size, False),
         )
-        found += [Question(*fields, (index,), is_trap) for allowed, *fields, is_trap in about_one if allowed]
+        found += [
+            Question(category, text, answer, (index,), is_trap)
+            for allowed, category, text, answer, is_trap in about_one
+            if allowed
+        ]
     for i, j, first, second, relation, opposite in _related(scene):
         # "left of" or "above" comes first whichever is true, so the order gives nothing away
         one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
