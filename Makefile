@@ -2,7 +2,7 @@
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
-#   make test-fast   the tests that start no process of their own (under 3 minutes)
+#   make test-fast   the tests that start no process of their own 
 #   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +10,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
+WORKERS ?= 2
+# a file's tests share what it sets up, so a worker takes whole files
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test test-fast lint setup clean
+.PHONY: demo study test test-fast lint lines setup clean
 
 setup: $(STAMP)
 
@@ -49,10 +52,10 @@ $(CHROMIUM): $(STAMP)
 	touch $@
 
 test: $(STAMP) $(CHROMIUM)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -60,6 +63,13 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(BIN)/mypy
+
+# lines and files of each room
+lines:
+	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/study \
+		recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
+		echo "lines in $$(git ls-files $$room | grep -c '\.py$$') files  $$room"; done
+	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
 	rm -rf $(VENV) .cache hera_demo hera_study saves artifacts

@@ -19,6 +19,7 @@ class ContrastiveTerm(HeraTerm):
     """The term of the contrastive objective."""
 
     def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
+        memory = CrossBatchMemory(0) if memory is None else memory
         super().__init__(_AtTemperature(Options(n_targets=1, dim=1, teacher_dim=1)), k, normalize, memory)
 
     def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor) -> TermOutput:

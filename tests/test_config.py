@@ -162,10 +162,10 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hera_heads": None}, "hera_heads: no head is named; write heads such as L13H12"),
+        ({"hera_heads": None}, "hera_heads: no head is named; write heads as L<layer>H<head>"),
         ({"hera_layers": "L1"}, "hera_layers: L1 is for hera_granularity: layer; set that, or remove"),
         (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 is for hera_granularity: head; set that, or remove"),
-        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers such as L14,L15"),
+        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
         (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),

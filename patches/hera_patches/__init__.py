@@ -24,9 +24,9 @@ class PatchFinder:
         """Import protocol: the ordinary spec of a host module, its ``exec_module`` followed by the patches."""
         if not name.startswith("llamafactory."):
             return None
-        from .registry import HOST_MODULES, apply_to
+        from .registry import PATCHES, apply_to
 
-        if name not in HOST_MODULES:
+        if name not in dict(PATCHES):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)

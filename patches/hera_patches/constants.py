@@ -1,17 +1,14 @@
 """Puts HeRA into the stage list, and the plugin's backbones into the model list, of the web UI.
 
 Why: both lists are dictionaries in the host's code. For a model that is not listed as multimodal, "Custom" among them,
-the web UI sends no options for freezing parts and for pixels.
-
-Tested with 0.9.5. Can go when the host lets plugins add stages, and sends these options for every model.
+the web UI sends no options for freezing parts and for pixels. Can go when the host lets plugins add stages, and sends
+these options for every model.
 """
 
 from typing import Any
 
-from .registry import differs
-
 WHAT = "HeRA in the web UI's stage list, backbones in its model list"
-
+FUNCTIONS = {"register_model_group": "models template multimodal"}
 _NAMES = ("SUPPORTED_MODELS", "MULTIMODAL_SUPPORTED_MODELS", "DEFAULT_TEMPLATE", "DownloadSource")
 
 
@@ -21,9 +18,7 @@ def check(module: Any) -> str | None:
     if not isinstance(stages, dict) or "sft" not in stages.values():
         return "TRAINING_STAGES is not a dictionary with sft"
     missing = [name for name in _NAMES if not hasattr(module, name)]
-    if missing:
-        return f"no {', '.join(missing)}"
-    return differs(module, register_model_group=["models", "template", "multimodal"])
+    return f"no {', '.join(missing)}" if missing else None
 
 
 def apply(module: Any) -> None:

@@ -1,14 +1,14 @@
 """Fills a reloaded page of the web UI again while heads are being scored.
 
-Why: the host does so while it trains, and knows nothing of what else may run.
-
-Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
+Why: the host does so while it trains, and knows nothing of what else may run. Can go when the host lets plugins add
+elements to its pages.
 """
 
 import inspect
 from collections.abc import Iterator
-from functools import wraps
 from typing import Any
+
+from .registry import around
 
 WHAT = "the web UI's settings after a reload"
 
@@ -21,12 +21,9 @@ def check(module: Any) -> str | None:
 
 def apply(module: Any) -> None:
     """Wraps ``Engine.resume``; ``hera`` is the panel that the train tab has given the runner."""
-    original = module.Engine.resume
 
-    @wraps(original)
-    def resume(self: Any) -> Iterator[dict[Any, Any]]:
-        yield from original(self)
+    @around(module.Engine)
+    def resume(host: Any, self: Any) -> Iterator[dict[Any, Any]]:
+        yield from host(self)
         if hasattr(self.runner, "hera"):
             yield from self.runner.hera.settings_after_reload()
-
-    module.Engine.resume = resume

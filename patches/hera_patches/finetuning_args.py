@@ -2,9 +2,7 @@
 
 Why: the host parses exactly five dataclasses, so the keys must live in one of them. ``stage: hera`` becomes
 ``stage: sft`` plus ``use_hera``: everywhere but in the trainer HeRA is supervised fine-tuning, and the host forbids
-SFT's options to any other stage value.
-
-Tested with 0.9.5. Can go when the host lets plugins add arguments.
+SFT's options to any other stage value. Can go when the host lets plugins add arguments.
 """
 
 from dataclasses import is_dataclass
@@ -18,10 +16,9 @@ def check(module: Any) -> str | None:
     host = getattr(module, "FinetuningArguments", None)
     if not (isinstance(host, type) and is_dataclass(host)):
         return "FinetuningArguments is not a dataclass"
-    if "stage" not in host.__dataclass_fields__:
-        return "FinetuningArguments has no field `stage`"
-    if not callable(getattr(host, "to_dict", None)) or not hasattr(host, "__post_init__"):
-        return "FinetuningArguments has no __post_init__ or to_dict"
+    missing = [name for name in ("stage", "__post_init__", "to_dict") if not hasattr(host, name)]
+    if missing:
+        return f"FinetuningArguments has no {', '.join(missing)}"
     taken = [name for name in host.__dataclass_fields__ if name.startswith("hera_")]
     return f"FinetuningArguments already has {', '.join(taken)}" if taken else None
 

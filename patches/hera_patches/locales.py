@@ -1,8 +1,7 @@
 """Adds the labels and hints of HeRA's fields to those of the web UI.
 
-Why: the host takes them from one dictionary when the page's language changes.
-
-Tested with 0.9.5. Can go when the host lets plugins add elements to its pages.
+Why: the host takes them from one dictionary when the page's language changes. Can go when the
+host lets plugins add elements to its pages.
 """
 
 from typing import Any

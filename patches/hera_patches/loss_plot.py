@@ -1,33 +1,23 @@
 """Draws HeRA's curves in the loss plot of the web UI.
 
-Why: the host draws one curve, the sum of both losses.
-
-Tested with 0.9.5. Can go when the host draws every logged curve.
+Why: the host draws one curve, the sum of both losses. Can go when it draws every logged curve.
 """
 
-from functools import wraps
 from typing import Any
 
-from .registry import differs
+from .registry import around
 
 WHAT = "LM loss, HeRA loss and MKNN in the web UI's plot"
-
-
-def check(module: Any) -> str | None:
-    """Says what the host's module lacks, or None."""
-    return differs(module, gen_loss_plot=["trainer_log"], smooth=["scalars"])
+FUNCTIONS = {"gen_loss_plot": "trainer_log", "smooth": "scalars"}
 
 
 def apply(module: Any) -> None:
     """Wraps ``gen_loss_plot``."""
-    original = module.gen_loss_plot
 
-    @wraps(original)
-    def gen_loss_plot(trainer_log: list[dict[str, Any]]) -> Any:
+    @around(module)
+    def gen_loss_plot(host: Any, trainer_log: list[dict[str, Any]]) -> Any:
         if not any("hera_loss" in line for line in trainer_log):
-            return original(trainer_log)
+            return host(trainer_log)
         from llamafactory_hera.integrations.llamaboard.pictures import loss_figure
 
         return loss_figure(trainer_log, module.smooth)
-
-    module.gen_loss_plot = gen_loss_plot

@@ -1,15 +1,18 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``WHAT`` (one line) and two functions: ``check(module)`` returns None, or ``NOT_NEEDED``, or says
-why the change does not fit this version of the host; ``apply(module)`` makes it.
+A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change. What it needs of the host:
+``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that it uses) and, for anything
+else, ``check(module)``, which returns None, or ``NOT_NEEDED``, or says why the change does not fit.
+All are tested with 0.9.5.
 """
 
 import inspect
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 # What a training run needs.
 _TRAINING = (
@@ -30,19 +33,15 @@ _WEB_UI = (
 )
 
 #: Host module -> patch module of this package. Names only: nothing is imported before the host is.
-PATCHES: tuple[tuple[str, str], ...] = _TRAINING + _WEB_UI
-HOST_MODULES = frozenset(target for target, _ in PATCHES)
-
+PATCHES = _TRAINING + _WEB_UI
 #: What ``check`` returns where the host already does what the patch is for.
 NOT_NEEDED = "not needed"
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What became of one patch: ``applied``, ``not needed`` or ``does not fit``, with the reason."""
 
     name: str
-    target: str
     what: str
     state: str
     reason: str = ""
@@ -51,33 +50,66 @@ class Status:
 _statuses: dict[str, Status] = {}
 
 
-def differs(owner: Any, **functions: list[str]) -> str | None:
-    """Says which function of a host's module or class is missing or takes other parameters than listed, or None."""
-    of = f"{owner.__name__}." if isinstance(owner, type) else ""
-    for name, expected in functions.items():
-        if not hasattr(owner, name):
-            return f"no function {of}{name}"
-        parameters = list(inspect.signature(getattr(owner, name)).parameters)
-        if parameters != expected:
-            return f"{of}{name} takes {parameters}"
+def misfit(patch: Any, module: Any) -> str | None:
+    """Says what a host's module lacks for a patch, or ``NOT_NEEDED``, or None."""
+    if hasattr(patch, "check") and (reason := patch.check(module)):
+        return reason
+    for path, expected in getattr(patch, "FUNCTIONS", {}).items():
+        function = _find(module, path)
+        if function is None:
+            return f"no function {path}"
+        parameters = list(inspect.signature(function).parameters)
+        if parameters != expected.split():
+            return f"{path} takes {parameters}"
+    for path, names in getattr(patch, "USED", {}).items():
+        code = _find(module, path).__code__
+        missing = [name for name in names.split() if name not in code.co_names + code.co_varnames]
+        if missing:
+            return f"{path} does not use {', '.join(missing)}"
     return None
+
+
+def _find(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def around(owner: Any) -> Callable[[Callable], None]:
+    """Decorator: puts a function into a module or class; its first argument is what had its name there before."""
+
+    def replace(function: Callable) -> None:
+        host = getattr(owner, function.__name__)
+
+        @wraps(host)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(host, *args, **kwargs)
+
+        @wraps(host)
+        def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            yield from function(host, *args, **kwargs)
+
+        # Gradio asks what a function is before it calls it
+        setattr(owner, function.__name__, generate if inspect.isgeneratorfunction(host) else call)
+
+    return replace
 
 
 def apply_to(module: ModuleType) -> None:
     """Applies the patch of a freshly executed host module; one that does not fit warns and leaves it alone."""
-    name = next(name for target, name in PATCHES if target == module.__name__)
+    target, name = next(patch for patch in PATCHES if patch[0] == module.__name__)
     patch = import_module(f"{__package__}.{name}")
     try:
-        reason = patch.check(module)
+        reason = misfit(patch, module)
         if reason is None:
             patch.apply(module)
     except Exception as error:  # a broken patch must not take the host down
         reason = f"{type(error).__name__}: {error}"
     if reason in (None, NOT_NEEDED):
-        _statuses[name] = Status(name, module.__name__, patch.WHAT, reason or "applied")
+        _statuses[name] = Status(name, patch.WHAT, reason or "applied")
         return
-    _statuses[name] = Status(name, module.__name__, patch.WHAT, "does not fit", reason)
-    lost = "`stage: hera`" if (module.__name__, name) in _TRAINING else "HeRA in the web UI"
+    _statuses[name] = Status(name, patch.WHAT, "does not fit", reason)
+    lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
     print(
         f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
         "unavailable. Run `llamafactory-hera doctor`.",
@@ -91,16 +123,9 @@ def statuses() -> list[Status]:
 
 
 def require() -> None:
-    """Checks that every patch that a training run needs and that was tried fits.
-
-    Raises:
-        RuntimeError: One does not fit this version of the host.
-    """
-    misfits = [
-        f"{status.name} ({status.reason})"
-        for status in statuses()
-        if status.state == "does not fit" and (status.target, status.name) in _TRAINING
-    ]
+    """Raises ``RuntimeError`` if a patch that a training run needs was tried and does not fit this host."""
+    tried = [_statuses[name] for _, name in _TRAINING if name in _statuses]
+    misfits = [f"{status.name} ({status.reason})" for status in tried if status.state == "does not fit"]
     if misfits:
         raise RuntimeError(
             f"stage: hera cannot run on this LLaMA-Factory: {'; '.join(misfits)}. Install a tested version "

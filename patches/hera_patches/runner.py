@@ -1,66 +1,49 @@
 """Lets the web UI start HeRA runs, and compare their heads with before when they have finished.
 
-Why: the host's runner knows by name which fields a stage sends.
-
-Tested with 0.9.5. Can go when the host lets plugins add stages to its web UI.
+Why: the host's runner knows by name which fields a stage sends. Can go when the host lets plugins add stages.
 """
 
 from collections.abc import Iterator
-from functools import wraps
 from typing import Any
 
-from .registry import differs
+from .registry import around
 
 WHAT = "HeRA runs from the web UI"
-
-_METHODS = {
-    "_parse_train_args": ["self", "data"],
-    "_initialize": ["self", "data", "do_train", "from_preview"],
-    "_finalize": ["self", "lang", "finish_info"],
-    "monitor": ["self"],
+FUNCTIONS = {
+    "Runner._parse_train_args": "self data",
+    "Runner._initialize": "self data do_train from_preview",
+    "Runner._finalize": "self lang finish_info",
+    "Runner.monitor": "self",
 }
 
 
 def check(module: Any) -> str | None:
-    """Says what the host's runner lacks, or None."""
-    if "info_finished" not in getattr(module, "ALERTS", {}):
-        return "no ALERTS with info_finished"
-    return differs(getattr(module, "Runner", None), **_METHODS)
+    """Says what the host's module lacks, or None."""
+    return None if "info_finished" in getattr(module, "ALERTS", {}) else "no ALERTS with info_finished"
 
 
 def apply(module: Any) -> None:
     """Wraps four methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
-    runner, monitor = module.Runner, module.Runner.monitor
-    parse, initialize, finalize = runner._parse_train_args, runner._initialize, runner._finalize
 
-    @wraps(parse)
-    def _parse_train_args(self: Any, data: dict[Any, Any]) -> dict[str, Any]:
-        args = parse(self, data)
-        if args["stage"] != "hera" or not hasattr(self, "hera"):
-            return args
-        from llamafactory_hera.integrations.llamaboard.fields import with_hera
+    @around(module.Runner)
+    def _parse_train_args(host: Any, self: Any, data: dict[Any, Any]) -> dict[str, Any]:
+        args = host(self, data)
+        return self.hera.with_hera(args, data) if args["stage"] == "hera" and hasattr(self, "hera") else args
 
-        return with_hera(args, lambda id_: data[self.manager.get_elem_by_id(id_)])
+    @around(module.Runner)
+    def _initialize(host: Any, self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
+        error = host(self, data, do_train, from_preview)
+        return error if error or from_preview or not hasattr(self, "hera") else self.hera.refusal(data, do_train)
 
-    @wraps(initialize)
-    def _initialize(self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
-        error = initialize(self, data, do_train, from_preview)
-        if error or from_preview or not hasattr(self, "hera"):
-            return error
-        return self.hera.refusal(data, do_train)
-
-    @wraps(finalize)
-    def _finalize(self: Any, lang: str, finish_info: str) -> None:
+    @around(module.Runner)
+    def _finalize(host: Any, self: Any, lang: str, finish_info: str) -> None:
         data = self.running_data if self.do_train and not self.aborted else None
-        finalize(self, lang, finish_info)
+        host(self, lang, finish_info)
         if data is not None and finish_info == module.ALERTS["info_finished"][lang] and hasattr(self, "hera"):
             self.hera.trained(data)
 
-    @wraps(monitor)
-    def monitored(self: Any) -> Iterator[dict[Any, Any]]:
+    @around(module.Runner)
+    def monitor(host: Any, self: Any) -> Iterator[dict[Any, Any]]:
         data = self.running_data
-        for update in monitor(self):
+        for update in host(self):
             yield self.hera.with_reason(update, data) if hasattr(self, "hera") else update
-
-    runner.monitor = monitored
-    runner._parse_train_args, runner._initialize, runner._finalize = _parse_train_args, _initialize, _finalize

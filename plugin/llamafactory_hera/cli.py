@@ -23,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llamafactory-hera {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None):
-        added = commands.add_parser(name, help=help, description=description)
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=help)
         added.set_defaults(run=run)
         return added
 
@@ -39,9 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     select = command("select", _select, "score every attention head and write the run's recipe")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
     select.add_argument("--in-place", action="store_true", help="write the heads into the recipe itself, too")
-    select.add_argument(
-        "--teacher-only", action="store_true", help="only fill hera_teacher_cache for the whole dataset"
-    )
+    select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache for all samples")
     _take_overrides(select, "hera_select_mode=mllm")
 
     score = command("score", _score, "score every attention head of a checkpoint or an adapter")
@@ -55,47 +53,22 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
 
-    build = command(
-        "build",
-        _build,
-        "assemble a LLaVA-style model from a language model and a vision encoder",
-        "Makes a LLaVA-style model with a random two-layer projector, ready for stage 1. Weights are copied as they "
-        "are; the folder gets its name when the model is complete.",
-    )
+    build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
     build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
-    build.add_argument(
-        "--vision-model",
-        default=VISION_MODEL,
-        help="folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)",
-    )
+    vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
+    build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
     build.add_argument("--output", required=True, help="folder to make")
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
-    build.add_argument(
-        "--shard-gib", type=float, default=4.0, help="largest weight file in GiB (default: %(default)s)"
-    )
+    build.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file, GiB (default: %(default)s)")
 
-    recipes = command(
-        "recipes",
-        _recipes,
-        "list the shipped recipes, or copy them into a folder",
-        "Lists the shipped recipes with what each does; with --copy-to they are copied, data and all.",
-    )
+    recipes = command("recipes", _recipes, "list the shipped recipes with what each does, or copy them into a folder")
     recipes.add_argument("name", nargs="*", help="show only recipes whose name contains one of these")
     recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all of them, with dataset_info.json and deepspeed/")
 
-    calibrate = command(
-        "calibrate",
-        _calibrate,
-        "calibrate attention heads without training (RAH-LoRA) into a LoRA adapter",
-        "Finds attention heads that matter and hardly look across text and image, and moves their weights towards "
-        "those of heads that do, within a bound on the model's output. The result is a PEFT adapter.",
-    )
+    calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA): an adapter")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="says model, dataset, template and rah_* keys")
-    calibrate.add_argument(
-        "--control",
-        choices=("shuffled", "blank"),
-        help="calibrate on shuffled or blank images, too, and say what that did",
-    )
+    control = "calibrate on shuffled or blank images, too, and say what that did"
+    calibrate.add_argument("--control", choices=("shuffled", "blank"), help=control)
     _take_overrides(calibrate, "rah_delta=0.02")
     return parser
 
@@ -117,12 +90,14 @@ def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point.
-
-    Returns:
-        The exit status: 0, 1 for a failed check, 2 for bad input.
-    """
+    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input."""
     parsed = _parser().parse_args(arguments)
+    if parsed.run in (_select, _score, _calibrate):
+        # at its usual level the host prints every configuration that it loads, and the table would be lost in them
+        os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
+    status = _relaunched() if parsed.run in (_select, _score) else None
+    if status is not None:
+        return status
     try:
         return parsed.run(parsed)
     except ValueError as error:
@@ -148,10 +123,6 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _select(args: argparse.Namespace) -> int:
-    _quiet_host()
-    status = _relaunched()
-    if status is not None:
-        return status
     from .integrations.llamafactory.commands import fill_teacher, select
 
     if args.teacher_only:
@@ -162,10 +133,6 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    _quiet_host()
-    status = _relaunched()
-    if status is not None:
-        return status
     from .integrations.llamafactory.commands import score_checkpoint
 
     is_recipe = Path(args.target).suffix in (".yaml", ".yml", ".json")
@@ -209,7 +176,6 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    _quiet_host()
     # one device: the host refuses several of them in one process
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
@@ -220,36 +186,22 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _quiet_host() -> None:
-    # at its usual level the host prints every configuration that it loads, and the table would be lost in them
-    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
-
-
 def _relaunched() -> int | None:
     """Runs this command again under torchrun when several devices are there, or ``FORCE_TORCHRUN`` asks for it.
 
-    The host's environment variables are read: ``FORCE_TORCHRUN``, ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``,
-    ``MASTER_ADDR`` and ``MASTER_PORT``.
-
-    Returns:
-        The exit status of the launch; None when this process should go on itself.
+    It is launched as the host's environment variables say. Returns its exit status, or None: go on in this process.
     """
     import torch
 
-    environment = os.environ
-    if "LOCAL_RANK" in environment:  # a launcher started this process
-        return None
-    n_devices = torch.accelerator.device_count()
+    environment, n_devices = os.environ, torch.accelerator.device_count()
     forced = environment.get("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1")
-    if not forced and n_devices <= 1:
+    if "LOCAL_RANK" in environment or (not forced and n_devices <= 1):  # a launcher started this process, or none need
         return None
     options = [f"--nproc-per-node={environment.get('NPROC_PER_NODE', max(1, n_devices))}"]
     if "MASTER_ADDR" in environment or "NNODES" in environment:
+        defaults = {"NNODES": 1, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
         options += [
-            f"--nnodes={environment.get('NNODES', 1)}",
-            f"--node-rank={environment.get('NODE_RANK', 0)}",
-            f"--master-addr={environment.get('MASTER_ADDR', '127.0.0.1')}",
-            f"--master-port={environment.get('MASTER_PORT', 29500)}",
+            f"--{name.lower().replace('_', '-')}={environment.get(name, value)}" for name, value in defaults.items()
         ]
     else:
         options.append("--standalone")

@@ -10,11 +10,9 @@ from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Targets
 from .knobs import KeyedConfig, Role, knob
 from .objectives import find
 
-#: More heads than this wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0).
-MOST_HEADS = 5
+_MOST_HEADS = 5  # more wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0)
 
-Similarity = Literal["cosine", "dot"]
-Accumulate = Literal["none", "gradcache"]
+_READING = (Role.SELECTS, Role.SCORES, Role.FIXED)  # what a head's score depends on
 Strategy = Literal["worst", "top", "random", "middle"]
 Mode = Literal["llm", "mllm"]
 StoredDtype = Literal["fp32", "fp16"]
@@ -111,10 +109,8 @@ class HeraConfig(KeyedConfig):
     teacher: str = knob(
         "facebook/dinov2-large",
         "Frozen vision teacher: a local folder or the id of a hub model.",
-        Role.SELECTS,
-        Role.SCORES,
+        *_READING,
         Role.TRAINS,
-        Role.FIXED,
         fact="teacher_fingerprint",
     )
     teacher_cache: str | None = knob(
@@ -124,16 +120,10 @@ class HeraConfig(KeyedConfig):
         "answer",
         "Tokens that a head's output is averaged over: those with a label (answer), all text (text), all but padding "
         "(mean), or the last one (last).",
-        Role.SELECTS,
-        Role.SCORES,
-        Role.FIXED,
+        *_READING,
     )
-    similarity: Similarity = knob(
-        "cosine",
-        "Similarity of representations: cosine, or the plain dot product (dot).",
-        Role.SELECTS,
-        Role.SCORES,
-        Role.FIXED,
+    similarity: Literal["cosine", "dot"] = knob(
+        "cosine", "Similarity of representations: cosine, or the plain dot product (dot).", *_READING
     )
     memory: int = knob(
         0,
@@ -141,16 +131,14 @@ class HeraConfig(KeyedConfig):
         Role.RESUMABLE,
         at_least=0,
     )
-    accumulate: Accumulate = knob(
+    accumulate: Literal["none", "gradcache"] = knob(
         "none",
         "Candidates under gradient accumulation: those of the micro-batch (none), or of all micro-batches of the step "
         "at the price of one more forward pass (gradcache).",
         Role.RESUMABLE,
     )
     image_index: int = knob(
-        0,
-        "Which image of a sample with several the teacher sees; negative counts from the last.",
-        Role.RESUMABLE,
+        0, "Which image of a sample with several the teacher sees; negative counts from the last.", Role.RESUMABLE
     )
     max_nan: int = knob(10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1)
     heads_force: bool = knob(
@@ -176,9 +164,8 @@ class HeraConfig(KeyedConfig):
     def check(self) -> None:
         """Checks the values with one another."""
         if not self.teacher:
-            raise ValueError(
-                "hera_teacher: it has no value; write a folder or a hub id, for instance facebook/dinov2-large."
-            )
+            remedy = "write a folder or a hub id, for instance facebook/dinov2-large"
+            raise ValueError(f"hera_teacher: it has no value; {remedy}.")
         self._check_targets()
         self._check_objective()
 
@@ -190,15 +177,6 @@ class HeraConfig(KeyedConfig):
                 f"or remove {other} ({other}=null on a command line)."
             )
         named = self.named_targets
-        if not named and self.granularity == "layer":
-            raise ValueError(
-                "hera_layers: no layer is named; write layers such as L14,L15, give a layers.json, or write middle, "
-                "penultimate or auto."
-            )
-        if not named:
-            raise ValueError(
-                "hera_heads: no head is named; write heads such as L13H12,L7H6, give a heads.json, or write auto."
-            )
         auto = named == AUTO
         if self.granularity == "layer":
             if auto and self.select.strategy == "middle":
@@ -207,12 +185,10 @@ class HeraConfig(KeyedConfig):
                 Targets.resolve(named, "layer")
             return
         chosen = self.select.m if auto else len(Targets.resolve(named).items)
-        if chosen > MOST_HEADS:
-            warnings.warn(
-                f"{'hera_select_m' if auto else 'hera_heads'}: {chosen} heads are more than the {MOST_HEADS} that the "
-                "paper recommends; ten of them wrecked Qwen2.5-3B there.",
-                stacklevel=5,
-            )
+        if chosen > _MOST_HEADS:
+            key = "hera_select_m" if auto else "hera_heads"
+            advice = f"more than the {_MOST_HEADS} that the paper recommends; ten of them wrecked Qwen2.5-3B there"
+            warnings.warn(f"{key}: {chosen} heads are {advice}.", stacklevel=5)
 
     def _check_objective(self) -> None:
         objective, named = find(self.objective), f"hera_objective: {self.objective}"

@@ -17,16 +17,11 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 class Role(Enum):
     """What a key is part of, beside the run that it sets up."""
 
-    #: Two selections that share all of these are the same selection (``auto`` uses an earlier one again).
-    SELECTS = "selects"
-    #: Two files of scores must share these to be compared.
-    SCORES = "scores"
-    #: A run must share these with the selection whose heads it trains.
-    TRAINS = "trains"
-    #: A resumed run must share these with its checkpoint.
-    FIXED = "fixed"
-    #: A resumed run may change these; it warns that curves do not go on.
-    RESUMABLE = "resumable"
+    SELECTS = "selects"  #: Two selections that share all of these are the same (``auto`` uses an earlier one again).
+    SCORES = "scores"  #: Two files of scores must share these to be compared.
+    TRAINS = "trains"  #: A run must share these with the selection whose heads it trains.
+    FIXED = "fixed"  #: A resumed run must share these with its checkpoint.
+    RESUMABLE = "resumable"  #: A resumed run may change these; it warns that curves do not go on.
 
 
 def knob(
@@ -41,19 +36,10 @@ def knob(
     key: str = "",
     fact: str = "",
 ) -> Any:
-    """Declares a key.
+    """Declares a key: its default, a help that every host shows, its roles and bounds.
 
-    Args:
-        default: Its value where none is given.
-        help: One or two sentences, shown by every host.
-        *roles: What it is part of.
-        at_least: Smallest value.
-        above: Bound that the value must exceed.
-        at_most: Largest value.
-        below: Bound that the value must stay under.
-        hint: Follows the range in an error message.
-        key: Its name where that is not the prefix and the field's name.
-        fact: Its name in a file's provenance where that is not the field's.
+    ``hint`` follows the range in an error message. ``key`` is its name where that is not the prefix and the field's
+    name, ``fact`` its name in a file's provenance where that is not the field's.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "roles": roles, "hint": hint, "key": key, "fact": fact, **bounds}
@@ -71,7 +57,7 @@ class KeyedConfig:
     def __post_init__(self) -> None:
         for declared in fields(self):  # type: ignore[arg-type]
             if _config_type(declared) is None:
-                value = _checked(key_of(self, declared), declared, getattr(self, declared.name))
+                value = _checked(_key_of(self, declared), declared, getattr(self, declared.name))
                 object.__setattr__(self, declared.name, value)
         self.check()
 
@@ -84,16 +70,14 @@ class KeyedConfig:
         found: dict[str, Field] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
             nested = _config_type(declared)
-            found |= nested.knobs() if nested else {key_of(cls, declared): declared}
+            found |= nested.knobs() if nested else {_key_of(cls, declared): declared}
         return found
 
     @classmethod
     def from_keys(cls, source: Mapping[str, Any] | object) -> Self:
         """Reads keys from a mapping or from an object's attributes; a key that is absent has its default.
 
-        Raises:
-            ValueError: A value of another type or out of range, values that do not fit together, or, in a mapping, an
-                unknown key of the prefix; names the key and the remedy.
+        A bad value, and in a mapping an unknown key of the prefix, is a ``ValueError`` with key and remedy.
         """
         if isinstance(source, Mapping):
             known = cls.knobs()
@@ -110,7 +94,7 @@ class KeyedConfig:
             if nested:
                 values[declared.name] = nested._read(source)
                 continue
-            key = key_of(cls, declared)
+            key = _key_of(cls, declared)
             value = source.get(key, MISSING) if isinstance(source, Mapping) else getattr(source, key, MISSING)
             if value is not MISSING:
                 values[declared.name] = value
@@ -143,10 +127,10 @@ class KeyedConfig:
             if _config_type(declared):
                 yield from value._items()
             else:
-                yield key_of(self, declared), declared, value
+                yield _key_of(self, declared), declared, value
 
 
-def key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
+def _key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
     """The key of a field."""
     return declared.metadata["key"] or f"{config.PREFIX}{declared.name}"
 
@@ -170,15 +154,10 @@ def _config_type(declared: Field) -> type[KeyedConfig] | None:
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """A value, as YAML, a command line or Python gives it, in the type of its key.
+    """A value, as YAML, a command line or Python gives it, in the type of its key, or ``ValueError``.
 
-    Args:
-        key: To name in an error.
-        value: Numbers and truth values may be written as text; a list of names becomes one text.
-        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
-
-    Raises:
-        ValueError: It cannot be read so.
+    ``kind`` is ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``. Numbers and
+    truth values may be written as text; a list of names becomes one text.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and NoneType in kinds:

@@ -3,12 +3,13 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
 
-from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, Progress, compare_job, select_job
+from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, compare_job, select_job
 
 
 def job(folder: Path, *commands: list[str]) -> Job:
@@ -62,9 +63,9 @@ def test_progress_is_the_last_bar_of_the_log(tmp_path: Path) -> None:
         "HeRA | scoring pass:   0%| | 0/96 [00:00<?, ?sample/s]\rHeRA | scoring pass:  67%|██▋ | 64/96 [00:00<00:00]",
     ]
     started.log.write_text("\n".join(bars[:3]))
-    assert started.progress() == Progress("teacher", 96, 96)
+    assert started.progress() == ("teacher", 96, 96)
     started.log.write_text("\n".join(bars))
-    assert started.progress() == Progress("scoring pass", 64, 96)
+    assert started.progress() == ("scoring pass", 64, 96)
     assert started.output() == bars[0]
 
 
@@ -142,3 +143,16 @@ def test_the_last_error_of_a_failed_run_comes_first(text: str, lang: str, shown:
 
     head, gap, rest = text.partition("\n\n")
     assert reason_first(text, lang) == (text if shown is None else f"{head}{gap}**{shown}**{gap}{rest}")
+
+
+def test_a_run_of_the_evaluation_tab_which_sends_no_stage_is_shown_as_it_is() -> None:
+    from llamafactory_hera.integrations.llamaboard import panel
+
+    elements = dict.fromkeys(panel._CHANGED)
+    manager = SimpleNamespace(get_elem_by_id=lambda id_: id_)
+    shown = {"eval.output_box": FAILED.format(last="ValueError: wrong")}
+    made = panel.Panel(SimpleNamespace(manager=manager), elements)
+    assert made.with_reason(shown, {"top.lang": "en"}) == shown
+    assert made.refusal({"top.lang": "en"}, do_train=False) == ""
+    hera = made.with_reason(shown, {"top.lang": "en", "train.training_stage": "HeRA"})
+    assert "**ValueError: wrong**" in hera["eval.output_box"]

@@ -10,7 +10,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.training import Aligner
-from llamafactory_hera.training.gradcache import RandomState
+from llamafactory_hera.training.gradcache import keep_random_state
 from tests.terms import ContrastiveTerm
 from tests.tiny_models import teacher_folder
 
@@ -53,17 +53,17 @@ def cached_losses(
 
     Without ``repeat`` the second pass draws other random numbers than the first.
     """
-    states = []
+    restores = []
     for batch in micro_batches:
-        states.append(RandomState(torch.device("cpu")))
+        restores.append(keep_random_state(torch.device("cpu")))
         micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
         with torch.no_grad():
             forward(**batch.inputs)
         aligner.collect(micro_batch)
     aligner.solve(weights[1])  # the term's own weight is 1: its gradients in the objective are scaled as the rest is
-    for batch, state in zip(micro_batches, states, strict=True):
+    for batch, restore in zip(micro_batches, restores, strict=True):
         if repeat:
-            state.restore()
+            restore()
         yield loss_of(aligner, forward, batch, weights) / len(micro_batches)
 
 
@@ -178,6 +178,6 @@ def remembered(size: int) -> dict[str, Tensor]:
     for data in ("images", "one rank without", "text only"):
         whole, parts = batches(data)
         batch = parts[dist.get_rank()] if dist.is_initialized() else whole
-        loss_of(aligner, model, batch, LOSSES["hera"])
+        loss_of(aligner, model, batch, LOSSES["hera"]).backward()
         aligner.end()
     return aligner.memory.state_dict()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_hera.training import Aligner
-from llamafactory_hera.training.gradcache import RandomState
+from llamafactory_hera.training.gradcache import keep_random_state
 
 from .cells import LOSSES, aligner_of, cached_losses, gradients, loss_of, take_objective_gradients
 from .compare import BOUND, expected_gradients, relative_error
@@ -55,10 +55,10 @@ def test_dropout_is_repeated(checkpointing: str) -> None:
     micro_batches = batches("one rank without", 2)[1]
     weights = LOSSES["both"]
     aligner, other = aligner_of(model), aligner_of(model)  # loading a teacher draws random numbers
-    state = RandomState(torch.device("cpu"))
+    restore = keep_random_state(torch.device("cpu"))
     expected = _with_one_graph(other, model, micro_batches, weights)
     after = torch.get_rng_state()
-    state.restore()
+    restore()
     for loss in cached_losses(aligner, model, micro_batches, weights):
         loss.backward()
         aligner.end()

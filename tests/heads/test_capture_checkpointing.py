@@ -174,6 +174,18 @@ def test_checkpointing_that_is_switched_on_inside_the_context(reentrant, before,
     assert [layer._gradient_checkpointing_func for layer in decoder_layers(model)] == functions
 
 
+@in_both_modes
+def test_heads_that_are_left_before_the_backward_pass_are_refused_by_name(reentrant):
+    model = vlm("llava-qwen3")
+    transformers(reentrant)(model)
+    batch, mask = inputs(model)
+    with HeadCapture(model, HEADS) as capture:
+        capture.pool(mask)
+        loss = model(**batch).loss + term(capture.representations())
+    with pytest.raises(RuntimeError, match=r"left before the backward pass, .*: keep it entered until after `loss"):
+        loss.backward()
+
+
 @both
 @in_both_modes
 def test_two_passes_with_different_tokens_before_one_backward_pass(reentrant, names):

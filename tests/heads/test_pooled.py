@@ -42,6 +42,21 @@ def test_each_head_has_its_own_slice():
     assert before[:, 1, 2:].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tokens_outside_of_the_mask_have_no_influence_even_as_nan(autocast):
+    model = text_model("llama").eval()
+    layer = decoder_layers(model)[0]
+    hidden = torch.randn(2, 5, 48)
+    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    expected = torch.stack([row[keep].double().mean(0) for row, keep in zip(hidden, mask, strict=True)])
+    hidden[~mask] = torch.nan
+    with PooledHeads(model) as pooled, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        pooled.pool(mask)
+        (after,) = layer._forward_hooks.values()
+        after(layer, (), hidden)
+        torch.testing.assert_close(pooled._outputs[0].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_no_tokens_are_kept():
     model = text_model("llama").eval()
     batch = text_batch(rows=2, length=64)

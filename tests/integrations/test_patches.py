@@ -107,6 +107,16 @@ def test_every_patch_fits_the_real_host() -> None:
     registry.require()
 
 
+def test_the_templates_fit_whatever_is_imported_first() -> None:
+    code = """
+        import llamafactory_hera.integrations.llamaboard.saved
+        from llamafactory.data.template import TEMPLATES
+        from llamafactory_hera.backbones import table
+        print(set(table.TEMPLATES) <= set(TEMPLATES))
+    """
+    assert _python(code).stdout.splitlines()[-1:] == ["True"]
+
+
 def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
     from llamafactory.extras import ploting
     from llamafactory.train.sft import workflow
@@ -126,7 +136,7 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
         (finetuning_args, {"FinetuningArguments": object}, "not a dataclass"),
         (sft_workflow, {}, "no function run_sft"),
         (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
-        (log_callback, {"LogCallback": object}, "no function object.on_log"),
+        (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
         (templates, {}, "register_template"),
         (constants, {"TRAINING_STAGES": {"DPO": "dpo"}}, "not a dictionary with sft"),
         (constants, {"TRAINING_STAGES": {"A": "sft"}}, "no SUPPORTED_MODELS"),
@@ -138,12 +148,12 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
             {"create_train_tab": lambda engine: None, "change_stage": lambda training_stage: None},
             "does not use get_base_elems",
         ),
-        (runner, {"Runner": object, "ALERTS": {"info_finished": {}}}, "no function object._parse_train_args"),
+        (runner, {"Runner": object, "ALERTS": {"info_finished": {}}}, "no function Runner._parse_train_args"),
         (engine, {"Engine": object}, "Engine.resume is not a generator"),
     ],
 )
 def test_another_host_is_named(patch: ModuleType, host: dict, reason: str) -> None:
-    assert reason in patch.check(SimpleNamespace(**host))
+    assert reason in registry.misfit(patch, SimpleNamespace(**host))
 
 
 def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +161,7 @@ def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(names, "MODELS", [])
     changed = SimpleNamespace(**{**vars(host), "TRAINING_STAGES": {"SFT": "sft", "Heads": "hera"}})
-    assert constants.check(changed) is None
+    assert registry.misfit(constants, changed) is None
     changed.register_model_group = lambda models, template, multimodal: None
     constants.apply(changed)
     assert changed.TRAINING_STAGES == {"SFT": "sft", "Heads": "hera"}
@@ -194,4 +204,4 @@ def test_run_sft_that_no_longer_uses_a_replaced_name_does_not_fit() -> None:
         return None
 
     host = SimpleNamespace(**{**vars(workflow), "run_sft": run_sft})
-    assert "run_sft does not use get_dataset" in sft_workflow.check(host)
+    assert "run_sft does not use get_dataset" in registry.misfit(sft_workflow, host)

@@ -58,3 +58,6 @@ NATIVE_MODELS = _by_key(
     Backbone("gemma3_4b", "Gemma-3-4B", "google/gemma-3-4b-it", "gemma3"),
 )
 # fmt: on
+
+#: The templates of LLaVA-style models; the first is that of stage 1.
+TEMPLATES = ("llava_plain", *dict.fromkeys(model.template for model in LANGUAGE_MODELS.values()))

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families import head_layout, model_config, output_projection
+from .families import output_projection
 from .hooks import LayerHooks, in_backward
-from .pooling import pool_tokens
 from .targets import Target, Targets
 
 
@@ -34,6 +33,9 @@ class HeadCapture(LayerHooks):
             capture.pool(batch["labels"] != -100)
             loss = model(**batch).loss
             z = capture.representations()
+            (loss + term(z)).backward()
+
+    Keep it entered until after the backward pass: gradient checkpointing runs the layers again there.
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
@@ -44,28 +46,11 @@ class HeadCapture(LayerHooks):
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
-        targets = heads if isinstance(heads, Targets) else Targets.parse(heads)
-        self.heads = targets.items
-        self._layout = head_layout(model_config(model))
-        targets.check(self._layout)
-        super().__init__(model, targets.layers)
-        self._heads_of = {
-            index: [item.head for item in self.heads if item.layer == index and item.head is not None]
-            for index in self._layers
-        }
-        self._mask: Tensor | None = None
+        super().__init__(model, heads if isinstance(heads, Targets) else Targets.parse(heads))
+        self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
+        for item in self._targets:
+            self._heads_of[item.layer].append(item.head or 0)
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
-
-    def remove(self) -> None:
-        """Takes every hook away and forgets what was captured."""
-        super().remove()
-        self._mask = None
-        self._frames.clear()
-
-    def pool(self, mask: Tensor | None) -> None:
-        """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
-        self._mask = mask
-        self._start_pass()
 
     def representations(self) -> Tensor:
         """The pooled contributions of the last forward pass.
@@ -77,14 +62,8 @@ class HeadCapture(LayerHooks):
             RuntimeError: No forward pass was captured.
         """
         self._check_captured()
-        by_head = {
-            Target(index, head): self._rows[index][:, position]
-            for index, heads in self._heads_of.items()
-            for position, head in enumerate(heads)
-        }
-        return torch.stack([by_head[head] for head in self.heads])
-
-    # -- inside the model ------------------------------------------------------------------------------------------
+        rows = {index: iter(self._rows[index].unbind(1)) for index in self._layers}
+        return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
@@ -95,14 +74,17 @@ class HeadCapture(LayerHooks):
         original = projection.forward
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._mask is None:
+            if self._read is None:
                 return original(hidden, *args, **kwargs)
-            pooled = pool_tokens(hidden, self._mask)
+            pooled = self._read(hidden)
             self._watch(index, pooled)
             extended = torch.cat([hidden, self._head_rows(index, projection, pooled)], dim=1)
             output = original(extended, *args, **kwargs)
             # a copy: a view would keep the layer's whole output alive for as long as the rows
-            rows = self._without_bias(output[:, hidden.shape[1] :].clone(), self._heads_of[index])
+            rows = output[:, hidden.shape[1] :].clone()
+            n = len(self._heads_of[index])
+            if rows.shape[1] > n:  # the last one is the bias
+                rows = rows[:, :n] - rows[:, n:]
             if index in self._frames:
                 self._frames[index].append(rows)
             elif not in_backward():
@@ -114,35 +96,34 @@ class HeadCapture(LayerHooks):
     def _head_rows(self, index: int, projection: nn.Module, pooled: Tensor) -> Tensor:
         """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
         dim = self._layout.head_dim
-        selector = pooled.new_zeros(len(self._heads_of[index]), self._layout.n_heads, dim)
-        for position, head in enumerate(self._heads_of[index]):
-            selector[position, head] = 1
+        heads = self._heads_of[index]
+        selector = pooled.new_zeros(len(heads), self._layout.n_heads, dim)
+        selector[range(len(heads)), heads] = 1
         rows = pooled.unsqueeze(1) * selector.flatten(1)
-        if _has_bias(projection):  # the image of a zero row is the bias, whatever the module has become
+        # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
+        if any(getattr(module, "bias", None) is not None for module in projection.modules()):
             rows = torch.cat([rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])], dim=1)
         return rows
 
-    @staticmethod
-    def _without_bias(rows: Tensor, heads: list[int]) -> Tensor:
-        n = len(heads)
-        return rows if rows.shape[1] == n else rows[:, :n] - rows[:, n:]
-
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            mask = self._mask
-            if mask is None:
+            read = self._read
+            if read is None:
                 return original(function, *args, **kwargs)
 
             def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
-                # runs again in the backward pass, when another mask may be set
-                outer_mask, self._mask, self._frames[index] = self._mask, mask, []
+                # runs again in the backward pass, when other tokens may be named
+                outer, self._read, self._frames[index] = self._read, read, []
                 try:
                     output = function(*run_args, **run_kwargs)
-                    rows = self._frames[index][0]
                 finally:
-                    self._mask = outer_mask
-                    del self._frames[index]
-                return (*output, rows) if isinstance(output, tuple) else (output, rows)
+                    self._read, rows = outer, self._frames.pop(index)
+                if not rows:
+                    raise RuntimeError(
+                        "HeadCapture was left before the backward pass, where gradient checkpointing runs the layers "
+                        "again: keep it entered until after `loss.backward()`."
+                    )
+                return (*output, rows[0]) if isinstance(output, tuple) else (output, rows[0])
 
             # the host's checkpointing function finds the layer as the `__self__` of what it is given
             *output, rows = original(MethodType(run, layer), *args, **kwargs)
@@ -150,11 +131,6 @@ class HeadCapture(LayerHooks):
             return output[0] if len(output) == 1 else tuple(output)
 
         return checkpointing
-
-
-def _has_bias(projection: nn.Module) -> bool:
-    # its own, that of the layer inside an adapter, or the adapter's
-    return any(getattr(module, "bias", None) is not None for module in projection.modules())
 
 
 class LayerCapture(LayerHooks):
@@ -174,40 +150,24 @@ class LayerCapture(LayerHooks):
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
-        targets = layers if isinstance(layers, Targets) else Targets.parse(layers, "layer")
-        targets.check(head_layout(model_config(model)))
-        super().__init__(model, targets.layers)
-        self._order = [item.layer for item in targets.items]
-        self._read: Callable[[Tensor], Tensor] | None = None
+        super().__init__(model, layers if isinstance(layers, Targets) else Targets.parse(layers, "layer"))
         self._inside: set[int] = set()  # layers whose checkpointed function is running
-
-    def remove(self) -> None:
-        """Takes every hook away and forgets what was captured."""
-        super().remove()
-        self._read = None
-
-    def pool(self, mask: Tensor | None) -> None:
-        """Averages the next forward pass over the tokens of a mask ``[B, T]``; None captures nothing."""
-        self._read = None if mask is None else lambda hidden: pool_tokens(hidden, mask)
-        self._start_pass()
 
     def tokens(self, positions: Tensor) -> None:
         """Takes the next forward pass at the given token positions of each row, ``[B, n]``."""
-        self._read = lambda hidden: hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        self._start_pass()
+        self._start_pass(lambda hidden: hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
 
     def representations(self) -> Tensor:
         """What the last forward pass gave.
 
         Returns:
-            ``[n_layers, B, D]`` of averages, ``[n_layers, B, n, D]`` of tokens; layers in the order in which they were
-            given.
+            ``[n_layers, B, D]`` of averages, ``[n_layers, B, n, D]`` of tokens; layers in the order given.
 
         Raises:
             RuntimeError: No forward pass was captured.
         """
         self._check_captured()
-        return torch.stack([self._rows[index] for index in self._order])
+        return torch.stack([self._rows[item.layer] for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():

@@ -5,7 +5,7 @@ architecture needs one line here if its layers follow the usual layout: ``layer.
 holds the heads side by side, ``head_dim`` values each.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,21 +87,6 @@ def is_multimodal(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
-def _text_decoders(model: nn.Module, layout: HeadLayout) -> Iterator[tuple[str, nn.ModuleList]]:
-    seen: set[int] = set()  # wrappers (FSDP, PEFT) answer for the attributes of what they wrap
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        layers = getattr(module, "layers", None)
-        if (
-            getattr(config, "model_type", None) == layout.model_type
-            and isinstance(layers, nn.ModuleList)
-            and len(layers) == layout.n_layers
-            and id(layers) not in seen
-        ):
-            seen.add(id(layers))
-            yield name, layers
-
-
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The text decoder's layers, in order, also under PEFT, DDP and FSDP wrappers.
 
@@ -109,14 +94,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: Unknown architecture, or not exactly one text decoder in the model.
     """
     layout = head_layout(model_config(model))
-    found = list(_text_decoders(model, layout))
+    found: dict[nn.ModuleList, str] = {}  # each once: wrappers (FSDP, PEFT) answer for what they wrap
+    for name, module in model.named_modules():
+        layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
+        if kind == layout.model_type and isinstance(layers, nn.ModuleList) and len(layers) == layout.n_layers:
+            found.setdefault(layers, name)
     if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
+        names = ", ".join(found.values()) or "none"
         raise ValueError(
             f"model_name_or_path: expected one text decoder of type {layout.model_type!r} with {layout.n_layers} "
             f"layers inside {type(model).__name__}, found {names}."
         )
-    return list(found[0][1])
+    return list(*found)
 
 
 def model_config(model: nn.Module) -> Any:
@@ -143,17 +132,12 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
 
     That is everything before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
     input norm and the attention, or all of it. Call it before a sharding engine renames or flattens parameters.
-
-    Args:
-        model: A transformers model, bare or under PEFT.
-        layer: Zero-based index of the decoder layer.
-        whole_layer: The layer's output is meant, not that of its attention.
     """
     family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)
-    inside = (
-        [layers[layer]] if whole_layer else [getattr(layers[layer], n) for n in (family.input_norm, family.attention)]
-    )
+    inside = [layers[layer]]
+    if not whole_layer:
+        inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention)]
     feeding = {id(p) for module in inside for p in module.parameters()}
     behind = {id(p) for later in layers[layer:] for p in later.parameters()} - feeding
     behind |= _behind_the_decoder(model, layers)

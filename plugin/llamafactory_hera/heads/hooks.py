@@ -1,13 +1,15 @@
 """What every reader of a model shares: hooks that go as they came, and rows that leave checkpointed layers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .families import decoder_layers
+from .families import decoder_layers, head_layout, model_config
+from .pooling import pool_tokens
+from .targets import Targets
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
 
@@ -59,16 +61,16 @@ class LayerHooks(Hooks):
 
     Under gradient checkpointing what is seen inside a layer carries no gradient of its own: the checkpointing function
     of the layers is wrapped, so that rows leave the layer with it.
-
-    Args:
-        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        layers: Decoder layers, zero-based.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[int]) -> None:
+    def __init__(self, model: nn.Module, targets: Targets) -> None:
         super().__init__()
+        self._layout = head_layout(model_config(model))
+        targets.check(self._layout)
+        self._targets = targets.items
         modules = decoder_layers(model)
-        self._layers = {index: modules[index] for index in sorted(set(layers))}
+        self._layers = {index: modules[index] for index in targets.layers}
+        self._read: Callable[[Tensor], Tensor] | None = None  # from tokens to rows; None captures nothing
         self._rows: dict[int, Tensor] = {}
         self._wrapped: dict[int, Callable[..., Any]] = {}
         #: Layers whose rows received a gradient since the pass was started, when asked to watch.
@@ -78,6 +80,7 @@ class LayerHooks(Hooks):
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
         super().remove()
+        self._read = None
         self._rows.clear()
         self._wrapped.clear()
 
@@ -85,7 +88,12 @@ class LayerHooks(Hooks):
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         """A checkpointing function that calls the layer's ``original`` and keeps the layer's rows."""
 
-    def _start_pass(self) -> None:
+    def pool(self, mask: Tensor | None) -> None:
+        """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
+        self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
+
+    def _start_pass(self, read: Callable[[Tensor], Tensor] | None) -> None:
+        self._read = read
         self._rows.clear()
         self.gradient_seen.clear()
         if not self._undo:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..alignment.scoring import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .hooks import Hooks
-from .pooling import mean_over_tokens
+from .pooling import pool_tokens
 
 
 class PooledHeads(Hooks):
@@ -48,11 +48,9 @@ class PooledHeads(Hooks):
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
         super().remove()
-        self._mask = None
-        self._heads.clear()
-        self._outputs.clear()
+        self.pool(None)
 
-    def pool(self, mask: Tensor) -> None:
+    def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``, and forgets the last pass."""
         self._mask = mask
         self._heads.clear()
@@ -67,21 +65,24 @@ class PooledHeads(Hooks):
         Raises:
             RuntimeError: Not every layer ran since :meth:`pool`.
         """
-        missing = [index for index in range(len(self._layers)) if index not in self._outputs]
+        indices = range(len(self._layers))
+        missing = [index for index in indices if index not in self._outputs]
         if missing:
             raise RuntimeError(f"No forward pass through layers {missing}: call `pool(mask)`, then the model.")
-        heads = torch.stack([self._heads[index] for index in range(len(self._layers))], dim=1)
-        layers = torch.stack([self._outputs[index] for index in range(len(self._layers))], dim=1)
+        heads = torch.stack([self._heads[index] for index in indices], dim=1)
+        layers = torch.stack([self._outputs[index] for index in indices], dim=1)
         return heads.unflatten(-1, (self.layout.n_heads, self.layout.head_dim)), layers
 
     def _before_projection(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert self._mask is not None
-        self._heads[index] = mean_over_tokens(inputs[0].detach(), self._mask)
+        self._heads[index] = self._mean(inputs[0])
 
     def _after_layer(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        self._outputs[index] = self._mean(output[0] if isinstance(output, tuple) else output)
+
+    def _mean(self, hidden: Tensor) -> Tensor:
+        """In fp32, summed in double precision; what lies outside the mask has no influence, not even as NaN."""
         assert self._mask is not None
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._outputs[index] = mean_over_tokens(hidden.detach(), self._mask)
+        return pool_tokens(hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).double(), self._mask).float()
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
@@ -91,13 +92,10 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
-    """The effective output projection of each decoder layer, one function a layer, so that one is held at a time.
+    """The effective output projection ``[D, H * d]`` of each decoder layer, a function each: one is held at a time.
 
     Unless it is a plain linear layer, the module projects the unit vectors, so the weight is right whatever the module
     has become (LoRA, DoRA, 4-bit).
-
-    Returns:
-        Functions that return ``[D, H * d]`` on the module's device.
     """
     layout = head_layout(model_config(model))
     width = layout.n_heads * layout.head_dim

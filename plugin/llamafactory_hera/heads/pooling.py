@@ -20,25 +20,12 @@ def token_mask(
     labels: Tensor | None = None,
     media_token_ids: Collection[int] = (),
 ) -> Tensor:
-    """The tokens that enter the average, for one batch.
+    """The tokens that enter the average, boolean ``[B, T]``; a row without any has no representation.
 
     ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, which are the caption in stage 1 and
     the assistant's turns in stage 2. The others are this project's options: ``text`` takes every token that is
-    neither padding nor a placeholder of an image or a video, ``mean`` every token but padding, ``last`` the last
-    token but padding.
-
-    Args:
-        pooling: One of the four.
-        input_ids: ``[B, T]``.
-        attention_mask: ``[B, T]``, 0 for padding; absent means no padding.
-        labels: ``[B, T]`` with -100 where no loss is taken; needed by ``answer``.
-        media_token_ids: Placeholder ids that image and video features replace; used by ``text``.
-
-    Returns:
-        Boolean ``[B, T]``. A row may be empty (a sample without an answer): it has no representation.
-
-    Raises:
-        ValueError: Unknown pooling, or ``answer`` without labels.
+    neither padding nor a placeholder of an image or a video (``media_token_ids``), ``mean`` every token but padding,
+    ``last`` the last token but padding.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling == "answer":
@@ -58,53 +45,23 @@ def token_mask(
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of ``mask``; zero for a row without any.
-
-    Args:
-        hidden: ``[B, T, X]``.
-        mask: ``[B, T]``, true or 1 for the tokens that enter.
-
-    Returns:
-        ``[B, X]`` in the dtype of ``hidden``.
-    """
+    """Mean of ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without any."""
     # divided in single precision and before the product: float16 can hold neither a large count nor a long sum
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
 
 
-def mean_over_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of a mask, summed in fp32; what lies outside the mask has no influence, not even as NaN.
-
-    Args:
-        hidden: ``[B, T, X]``.
-        mask: Boolean ``[B, T]``.
-
-    Returns:
-        ``[B, X]`` in fp32; zero for a row without any token.
-    """
-    kept = hidden.masked_fill(~mask.unsqueeze(-1), 0)
-    return kept.sum(dim=1, dtype=torch.float32) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
 def grid_side(config: Any, objective: str) -> int:
-    """Tokens along a side of an image's grid.
-
-    Args:
-        config: The model's configuration.
-        objective: Name of the objective that needs it, for the message.
-
-    Raises:
-        ValueError: Images of this model are no fixed square grid.
-    """
-    said = f"hera_objective: {objective} needs images that are a fixed square grid of tokens"
+    """Tokens along a side of an image's grid, which ``objective`` needs to be a fixed square: others are refused."""
+    needs = f"hera_objective: {objective} needs images that are a fixed square grid of tokens"
     remedy = "use a LLaVA-style model (`llamafactory-hera build` makes one from an LLM), or another objective"
     if config.model_type not in _FIXED_GRID:
-        raise ValueError(f"{said}, and those of {config.model_type!r} models are none; {remedy}.")
+        raise ValueError(f"{needs}, and those of {config.model_type!r} models are not; {remedy}.")
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
     if not isinstance(size, int):
         if size[0] != size[1]:
-            raise ValueError(f"{said}, and this model's images are {size[0]} x {size[1]} pixels; {remedy}.")
+            raise ValueError(f"{needs}, and this model's images are {size[0]} x {size[1]} pixels; {remedy}.")
         size = size[0]
     return size // patch
 
@@ -118,20 +75,11 @@ def image_token_id(config: Any) -> int:
 def token_positions(
     input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
 ) -> Tensor:
-    """Positions of the tokens of one image of each sample.
+    """Positions ``[B, per_image]`` of the tokens of one image of each sample.
 
-    Args:
-        input_ids: ``[B, L]``.
-        attention_mask: ``[B, L]``, 0 for padding and the host's dummy image; None for no padding.
-        image: ``[B, 2]``: which image, of how many; ``(0, 0)`` for a sample without one, which gives any position.
-        token_id: The placeholder.
-        per_image: Tokens of an image.
-
-    Returns:
-        ``[B, per_image]``.
-
-    Raises:
-        ValueError: A sample has another number of image tokens than its images should have.
+    The attention mask is 0 for padding and the host's dummy image; ``image`` ``[B, 2]`` says which image, of how many,
+    ``(0, 0)`` for a sample without one, which gives any position. Another number of ``token_id`` than these images
+    should have is refused.
     """
     shown = input_ids == token_id
     if attention_mask is not None:

@@ -18,9 +18,10 @@ NAMED_LAYERS = ("middle", "penultimate")
 
 _NAME = re.compile(r"[Ll](\d+)(?:[Hh](\d+))?")
 _SYNTAX = {
-    "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
-    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or middle, "
-    "penultimate, auto",
+    "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6, or give a "
+    "heads.json, or write auto",
+    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or give a "
+    "layers.json, or write middle, penultimate or auto",
 }
 
 
@@ -35,11 +36,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, granularity: Granularity = "head", key: str | None = None) -> Self:
-        """Reads ``L3H4``, or ``L3``.
-
-        Raises:
-            ValueError: Another syntax; names ``key``, the value and the remedy.
-        """
+        """Reads ``L3H4``, or ``L3``; another syntax is refused with ``key``, value and remedy."""
         match = _NAME.fullmatch(text.strip())
         if match is None or (match[2] is None) == (granularity == "head"):
             raise ValueError(f"{key or _key(granularity)}: {text!r} is not a {granularity}; {_SYNTAX[granularity]}.")
@@ -136,10 +133,9 @@ class Targets:
         except ValueError as error:
             raise ValueError(f"{key}: {error}; {remedy}.") from error
         listed = content if isinstance(content, dict) else {}
-        kinds: tuple[Granularity, ...] = ("head", "layer")
-        found = [kind for kind in kinds if isinstance(listed.get(f"{kind}s"), list)]
-        named = granularity or next(iter(found), None)
-        if named is None or named not in found:
+        kinds: tuple[Granularity, ...] = (granularity,) if granularity else ("head", "layer")
+        named = next((kind for kind in kinds if isinstance(listed.get(f"{kind}s"), list)), None)
+        if named is None:
             raise ValueError(f'{key}: {path} has no list "{expected}s"; {remedy}.')
         return replace(cls.parse(content[f"{named}s"], named, key), provenance=content.get("provenance") or {})
 
@@ -153,17 +149,13 @@ class Targets:
         Raises:
             ValueError: A head or layer lies outside.
         """
-        outside = [
-            str(item)
-            for item in self.items
-            if not 0 <= item.layer < layout.n_layers or (item.head or 0) >= layout.n_heads
-        ]
+        n_layers, n_heads = layout.n_layers, layout.n_heads
+        outside = [str(t) for t in self.items if not 0 <= t.layer < n_layers or (t.head or 0) >= n_heads]
         if outside:
-            heads = f" with heads H0 to H{layout.n_heads - 1}" if self.granularity == "head" else ""
-            found_by = " (`llamafactory-hera select` finds them)" if self.granularity == "head" else ""
+            heads = f" with heads H0 to H{n_heads - 1}" if self.granularity == "head" else ""
             raise ValueError(
-                f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to "
-                f"L{layout.n_layers - 1}{heads}; choose {self.what} of this model{found_by}."
+                f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
+                f"{heads}; choose {self.what} of this model (`llamafactory-hera select` finds them)."
             )
 
 

@@ -13,9 +13,8 @@ from ..knobs import Role
 from ..selection.scores import package_versions
 from ..training import Aligner
 
-CARD = "README.md"
-FACTS = "card.json"
-PAPER = "https://arxiv.org/abs/2606.23885"
+_FACTS = "card.json"
+_PAPER = "https://arxiv.org/abs/2606.23885"
 _CITATION = """@article{caffagni2026hera,
   title   = {Mind the Heads: Topological Representation Alignment for Multimodal LLMs},
   author  = {Caffagni, Davide and Compagnoni, Alberto and Melis, Federico and Sarto, Sara and Dovesi, Pier Luigi and
@@ -43,24 +42,19 @@ def write_card(
 ) -> None:
     """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
 
-    Args:
-        output_dir: Of the run.
-        aligner: After training.
-        log_history: The run's log lines.
-        steps: Optimizer steps that were made.
-        best_step: The step whose weights were kept, where that is not the last.
+    ``best_step`` is the one whose weights were kept, where that is not the last of ``steps``.
     """
-    facts = card_facts(aligner, log_history, steps, best_step)
+    facts = _card_facts(aligner, log_history, steps, best_step)
     folder = Path(output_dir)
     (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FOLDER / FACTS, facts)
-    page = folder / CARD
+    write_json(folder / RUN_FOLDER / _FACTS, facts)
+    page = folder / "README.md"
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
-    write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{render(facts)}\n{_END}\n"])))
+    write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{_render(facts)}\n{_END}\n"])))
 
 
-def card_facts(
+def _card_facts(
     aligner: Aligner, log_history: list[dict[str, float]], steps: int, best_step: int | None
 ) -> dict[str, Any]:
     """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
@@ -84,23 +78,22 @@ def card_facts(
         "log_lines": len(lines),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "paper": PAPER,
+        "paper": _PAPER,
     }
     if best_step:
         facts["weights_of_step"] = best_step
     if aligner.objective.uses_candidates:
         facts["k"] = config.k
     if targets.provenance:
-        facts["selection"] = {
-            name: targets.provenance[name] for name in _selection_facts() if name in targets.provenance
-        }
+        names = [*HeraConfig.fact_keys(Role.SELECTS), "samples", "chance_level", "dataset", "date"]
+        facts["selection"] = {name: targets.provenance[name] for name in names if name in targets.provenance}
         scores = _scores(targets)
         if scores:
             facts["selection"]["mknn"] = scores
     return facts
 
 
-def render(facts: dict[str, Any]) -> str:
+def _render(facts: dict[str, Any]) -> str:
     """The section as Markdown."""
     kind = "heads" if "heads" in facts else "layers"
     lines = [
@@ -113,9 +106,8 @@ def render(facts: dict[str, Any]) -> str:
     if "weights_of_step" in facts:
         lines[-1] += f" The weights are those of step {facts['weights_of_step']}, the best one."
     if facts["curves"]:
-        shown = {"first": "first log line", "last": "last log line"}
-        if facts["log_lines"] == 1:
-            shown = {"last": "the only log line"}
+        several = {"first": "first log line", "last": "last log line"}
+        shown = several if facts["log_lines"] > 1 else {"last": "the only log line"}
         lines += ["", f"| measured in training | {' | '.join(shown.values())} |", "|---|" + "--:|" * len(shown)]
         lines += [
             f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in shown)} |"
@@ -134,9 +126,9 @@ def render(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"{versions}. The same facts: `{RUN_FOLDER}/{FACTS}`.",
+        f"{versions}. The same facts: `{RUN_FOLDER}/{_FACTS}`.",
         "",
-        f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({PAPER}).",
+        f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).",
         "",
         "```bibtex",
         _CITATION,
@@ -145,24 +137,14 @@ def render(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _selection_facts() -> list[str]:
-    measured = ["samples", "chance_level", "dataset", "date"]
-    return [*HeraConfig.fact_keys(Role.SELECTS), *measured]
-
-
 def _scores(targets: Targets) -> dict[str, float]:
     """MKNN at selection of each head or layer, as far as it is known."""
-    known = targets.provenance
-    if targets.granularity == "head":
-        found = {str(item): _at(known.get("scores"), item.layer, item.head) for item in targets.items}
-    else:
-        found = {str(item): _at(known.get("layer_scores"), item.layer) for item in targets.items}
-    return {name: score for name, score in found.items() if score is not None}
-
-
-def _at(values: Any, *places: int | None) -> float | None:
-    for place in places:
-        if values is None or place is None or place >= len(values):
-            return None
-        values = values[place]
-    return values
+    known = targets.provenance.get("scores" if targets.granularity == "head" else "layer_scores") or []
+    found = {}
+    for item in targets.items:
+        values = known[item.layer : item.layer + 1]
+        if item.head is not None and values:
+            values = values[0][item.head : item.head + 1]
+        if values and values[0] is not None:
+            found[str(item)] = values[0]
+    return found

@@ -20,7 +20,7 @@ from ..heads import Targets
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
-from ..training.gradcache import RandomState
+from ..training.gradcache import keep_random_state
 from .model_card import write_card
 
 logger = logging.getLogger("llamafactory_hera")
@@ -71,7 +71,7 @@ class HeraTrainerMixin(_Base):
         self._log_start = True
         self._look_ahead = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
         self._to_collect: list[dict[str, Any]] = []
-        self._random_states: list[RandomState] = []
+        self._random_states: list[Callable[[], None]] = []
 
     def get_train_dataloader(self) -> DataLoader:
         """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
@@ -103,7 +103,7 @@ class HeraTrainerMixin(_Base):
         if self._to_collect:
             self._collect(model)
         if self._random_states:
-            self._random_states.pop(0).restore()
+            self._random_states.pop(0)()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.aligner.end()
         return loss
@@ -113,7 +113,7 @@ class HeraTrainerMixin(_Base):
         batches, self._to_collect = self._to_collect, []
         model.train()
         for batch in batches:
-            self._random_states.append(RandomState(self.args.device))
+            self._random_states.append(keep_random_state(self.args.device))
             inputs = self._prepare_inputs(dict(batch))
             micro_batch = self.aligner.begin(inputs)
             if micro_batch is None:
@@ -225,11 +225,9 @@ class HeraTrainerMixin(_Base):
         }
         lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in aligner.objective.values().items()}
         if aligner.objective.uses_candidates:
-            lines["neighbours"] = str(config.k)
             up_to = "up to " if config.memory else ""  # the memory fills while training
-            lines["candidates per sample"] = (
-                f"{up_to}{candidates} ({together - 1} of the batch, {up_to}{config.memory} remembered)"
-            )
+            counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
+            lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:

@@ -16,20 +16,12 @@ from ..alignment.neighbors import Candidates
 
 @dataclass(frozen=True)
 class Options:
-    """What an objective is made for.
+    """What an objective is made for."""
 
-    Attributes:
-        n_targets: Heads or layers that are aligned.
-        dim: Size of a representation.
-        teacher_dim: Size of a teacher's feature.
-        temperature: Initial softmax temperature.
-        learn_temperature: Whether it is trained.
-    """
-
-    n_targets: int
-    dim: int
-    teacher_dim: int
-    temperature: float = 0.07
+    n_targets: int  #: Heads or layers that are aligned.
+    dim: int  #: Size of a representation.
+    teacher_dim: int  #: Size of a teacher's feature.
+    temperature: float = 0.07  #: The initial one of a softmax.
     learn_temperature: bool = True
 
 
@@ -123,11 +115,7 @@ _REGISTRY: dict[str, type[Objective]] = {}
 
 
 def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
-    """Makes an objective known by the name that ``hera_objective`` gives.
-
-    Raises:
-        ValueError: Another class has the name.
-    """
+    """Makes an objective known by the name that ``hera_objective`` gives; each name is given once."""
 
     def add(objective: type[Objective]) -> type[Objective]:
         if name in _REGISTRY:
@@ -144,11 +132,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> type[Objective]:
-    """The class of an objective: one of the registered names, or ``my_package.my_module:MyObjective``.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
+    """The class of an objective: one of the registered names, or ``my_package.my_module:MyObjective``."""
     if ":" in name:
         return _imported(name)
     if name not in _REGISTRY:
@@ -179,11 +163,7 @@ def _imported(name: str) -> type[Objective]:
 
 
 def create(name: str, options: Options, seed: int = 0) -> Objective:
-    """Makes an objective; its initial values depend on the seed alone, and no other random number is touched.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
+    """Makes an objective; its initial values depend on the seed alone, and no other random number is touched."""
     objective = find(name)
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which seeds the accelerators too

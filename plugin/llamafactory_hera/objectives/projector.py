@@ -9,11 +9,6 @@ class Projector(nn.Module):
 
     The hidden width is the teacher's: this project's choice, which keeps what is trained beside the model small.
     Initial values are drawn as :class:`torch.nn.Linear` draws them.
-
-    Args:
-        n_targets: Heads or layers.
-        dim: Size of a representation.
-        teacher_dim: Size of a teacher's feature.
     """
 
     def __init__(self, n_targets: int, dim: int, teacher_dim: int) -> None:

@@ -40,21 +40,15 @@ from .term import HeraTerm, PatchTerm, TermOutput
 
 logger = logging.getLogger("llamafactory_hera")
 
-#: Steps in a row from the start without any sample that entered, after which a run warns.
-IDLE_STEPS = 10
+_IDLE_STEPS = 10  # without any sample that entered, from the start on, after which a run warns
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch between :meth:`Aligner.begin` and :meth:`Aligner.finish`.
+    """A micro-batch between :meth:`Aligner.begin` and :meth:`Aligner.finish`."""
 
-    Attributes:
-        valid: Boolean ``[B]``: the sample has an image, and tokens to be read.
-        inputs: What :class:`HeraCollator` added to the batch.
-    """
-
-    valid: Tensor
-    inputs: dict[str, Tensor]
+    valid: Tensor  #: Boolean ``[B]``: the sample has an image, and tokens to be read.
+    inputs: dict[str, Tensor]  #: What :class:`HeraCollator` added to the batch.
 
 
 class Aligner:
@@ -113,8 +107,7 @@ class Aligner:
         self._nan_in_a_row = 0
         self._n_samples = 0  # that entered the last term
         self._comparable = False  # all of them must have a gradient
-        self._gradient_checked = False
-        self._gradient_due = False
+        self._gradient_checked = self._gradient_due = False
         self._idle_steps: int | None = 0  # None once a sample has entered
 
     def collator(
@@ -130,14 +123,9 @@ class Aligner:
             images_of: From a row of the dataset to its images.
             drop: Columns that ``collate`` must not see.
         """
+        processor, names_image = self.teacher.encoder.processor, self.objective.view == "patches"
         return HeraCollator(
-            collate,
-            self.teacher.encoder.processor,
-            self.teacher.cache,
-            self.config.image_index,
-            names_image=self.objective.view == "patches",
-            images_of=images_of,
-            drop=drop,
+            collate, processor, self.teacher.cache, self.config.image_index, names_image, images_of, drop
         )
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -157,10 +145,8 @@ class Aligner:
         input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
         if self.objective.view == "patches":
             assert isinstance(self.capture, LayerCapture)
-            positions = token_positions(
-                input_ids, attention_mask, inputs["hera_image"], self._image_token, self._tokens_per_image
-            )
-            self.capture.tokens(positions)
+            which, n = inputs["hera_image"], self._tokens_per_image
+            self.capture.tokens(token_positions(input_ids, attention_mask, which, self._image_token, n))
             return MicroBatch(shown, inputs)
         mask = token_mask(self.config.pooling, input_ids, attention_mask, batch.get("labels"), self._media_token_ids)
         self.capture.pool(mask)
@@ -192,11 +178,7 @@ class Aligner:
         self.capture.pool(None)
 
     def solve(self, scale: float = 1.0) -> None:
-        """Computes the term of the collected micro-batches; :meth:`finish` then hands out their parts.
-
-        Args:
-            scale: Factor of the loss scaler, 1 without one.
-        """
+        """Computes the term of what was collected, whose parts :meth:`finish` hands out; ``scale`` as for step."""
         assert isinstance(self.term, HeraTerm)
         self._note(self.cached.solve(self.term, self.config.weight, scale))
 
@@ -217,7 +199,7 @@ class Aligner:
 
         Args:
             learning_rate: The run's at this step.
-            scale: Factor of the loss scaler that the gradients still have.
+            scale: Factor of the loss scaler that the gradients still have, 1 without one.
         """
         self.optimizer.step(learning_rate, scale)
 
@@ -244,7 +226,7 @@ class Aligner:
 
     def finalize(self) -> None:
         """Ends the run: takes the hooks away and writes the features that wait in memory."""
-        self.warn_when_idle()
+        self._warn_when_idle()
         self.capture.remove()
         self.teacher.flush()
 
@@ -256,7 +238,12 @@ class Aligner:
             return
         self._n_samples = output.n_samples
         self._nan_in_a_row = 0
-        self._count_idle(output.n_samples)
+        if output.n_samples:
+            self._idle_steps = None
+        elif self._idle_steps is not None:
+            self._idle_steps += 1
+            if self._idle_steps == _IDLE_STEPS:
+                self._warn_when_idle()
         self.statistics.add(
             hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
         )
@@ -267,10 +254,9 @@ class Aligner:
         self.statistics.count(hera_nan_steps=1)
         if self._nan_in_a_row < self.config.max_nan:
             return
-        names = [name for name, bad in zip(self.targets.names, broken.tolist(), strict=True) if bad]
-        if names:
-            where, remedy = ", ".join(names), "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
-        else:
+        where = ", ".join(name for name, bad in zip(self.targets.names, broken.tolist(), strict=True) if bad)
+        remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        if not where:
             where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
         raise RuntimeError(
             f"The HeRA term was not finite in {self._nan_in_a_row} steps in a row (hera_max_nan), because of {where}. "
@@ -279,33 +265,20 @@ class Aligner:
 
     # -- never a silent no-op --------------------------------------------------------------------------------------
 
-    def _count_idle(self, n_samples: int) -> None:
-        if n_samples:
-            self._idle_steps = None
-        elif self._idle_steps is not None:
-            self._idle_steps += 1
-            if self._idle_steps == IDLE_STEPS:
-                self.warn_when_idle()
-
-    def warn_when_idle(self) -> None:
-        """Warns when no sample of the run so far has entered the term."""
-        if self._idle_steps:
-            logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {self._why_idle()}")
-
-    def _why_idle(self) -> str:
+    def _warn_when_idle(self) -> None:
+        if not self._idle_steps:
+            return
+        why = f"no batch had {self.objective.least_samples} samples with an image"
+        remedy = "Mix in more samples with images, or use a larger batch"
         if self.objective.uses_candidates:
-            return (
-                "no sample with an image had another one, with another image, to be compared with. Mix in more "
-                f"samples with images, use a larger batch, or set hera_memory: {4 * self.config.k}."
-            )
-        least = self.objective.least_samples
-        return f"no batch had {least} samples with an image. Mix in more of them, or use a larger batch."
+            why = "no sample with an image had another one, with another image, to be compared with"
+            remedy += f", or set hera_memory: {4 * self.config.k}"
+        logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
 
     def _check_trainable(self, model: nn.Module) -> None:
         whole = self.targets.granularity == "layer"
         if not any(trainable_upstream(model, layer, whole) for layer in self.targets.layers):
-            trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-            shown = ", ".join(trainable[:3]) or "nothing"
+            shown = ", ".join([name for name, p in model.named_parameters() if p.requires_grad][:3]) or "nothing"
             raise ValueError(self._idle_message(f"nothing that feeds them is trained ({shown} … is)"))
 
     def _idle_message(self, why: str) -> str:
@@ -317,11 +290,7 @@ class Aligner:
 
 
 def resolve_targets(config: HeraConfig, model: nn.Module) -> Targets:
-    """The heads or layers that a configuration names in a model.
-
-    Raises:
-        ValueError: They are to be selected first.
-    """
+    """The heads or layers that a configuration names in a model; ``auto`` is refused."""
     named = config.named_targets
     if named == AUTO:
         raise ValueError(
@@ -334,10 +303,7 @@ def resolve_targets(config: HeraConfig, model: nn.Module) -> Targets:
 
 
 class RunningMeans:
-    """Means of step statistics between two log lines: sums on the device, read once per line.
-
-    NaN values (a step without any sample to measure) do not enter a mean.
-    """
+    """Means of step statistics between two log lines, without their NaN values: sums on the device, read once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -19,8 +19,8 @@ from ..knobs import Role
 
 logger = logging.getLogger("llamafactory_hera")
 
-STATE_FILE = "state.safetensors"
-RUN_FILE = "run.json"
+_STATE_FILE = "state.safetensors"
+_RUN_FILE = "run.json"
 
 
 def save_state(
@@ -31,47 +31,25 @@ def save_state(
     config: HeraConfig,
     values: dict[str, float],
 ) -> None:
-    """Writes ``folder/hera``: tensors, targets with their provenance, and the facts that a resumed run must share.
-
-    Args:
-        folder: A checkpoint, or the output folder.
-        state: Of the objective, its optimizer and the memory.
-        targets: The heads or layers of the run.
-        teacher_fingerprint: Of its teacher.
-        config: Its keys.
-        values: What the objective logs.
-    """
+    """Writes ``folder/hera``: tensors, targets with their provenance, and the facts that a resumed run must share."""
     target = Path(folder) / RUN_FOLDER
     target.mkdir(parents=True, exist_ok=True)
-    write_safetensors(target / STATE_FILE, state)
+    write_safetensors(target / _STATE_FILE, state)
     targets.save(target / targets.file_name)
-    facts = {
-        **_identity(targets, teacher_fingerprint, config),
-        **config.with_role(Role.RESUMABLE),
-        "hera_teacher_name": config.teacher,
-        **values,
-    }
-    write_json(target / RUN_FILE, facts)
+    facts = _identity(targets, teacher_fingerprint, config) | config.with_role(Role.RESUMABLE)
+    write_json(target / _RUN_FILE, {**facts, "hera_teacher_name": config.teacher, **values})
 
 
 def load_state(
     folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
 ) -> dict[str, Tensor]:
-    """The tensors that :func:`save_state` wrote.
-
-    Raises:
-        ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
-    """
+    """The tensors that :func:`save_state` wrote; refuses a checkpoint of another run."""
     _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
-    return load_file(Path(folder) / RUN_FOLDER / STATE_FILE)
+    return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
 
 def checkpoint_of(training_args: Any) -> str | None:
-    """The checkpoint that a run resumes, found as the Trainer finds it, and before weights are loaded.
-
-    Raises:
-        ValueError: There is none where one is asked for.
-    """
+    """The checkpoint that a run resumes, found as the Trainer finds it, and before weights are loaded."""
     asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not asked or str(asked).lower() == "false":
         return None
@@ -94,15 +72,11 @@ def checkpoint_of(training_args: Any) -> str | None:
 def check_checkpoint(
     folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
 ) -> None:
-    """Checks that a checkpoint is one of this run, before anything is loaded; warns of what may change and did.
-
-    Raises:
-        ValueError: As for :func:`load_state`, or it was not saved to its end.
-    """
+    """Refuses a checkpoint of another run, or half saved, before anything is loaded; warns of what may change."""
     checkpoint = Path(folder)
-    if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not _finished(checkpoint):
-        others = [path for path in checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _finished(path)]
-        last = max(others, key=_step, default=None)
+    if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
+        finished = checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        last = max((file.parent for file in finished), key=_step, default=None)
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
             f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
@@ -114,10 +88,6 @@ def check_checkpoint(
             f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
             "curves do not continue those of the checkpoint."
         )
-
-
-def _finished(checkpoint: Path) -> bool:
-    return (checkpoint / TRAINER_STATE_NAME).is_file()
 
 
 def _step(checkpoint: Path) -> int:
@@ -148,8 +118,8 @@ def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, 
     """What a checkpoint says of its run; that its state is whole is seen from the file's header and length."""
     source = Path(folder) / RUN_FOLDER
     try:
-        saved: dict[str, Any] = read_json(source / RUN_FILE)
-        with safe_open(source / STATE_FILE, "pt"):
+        saved: dict[str, Any] = read_json(source / _RUN_FILE)
+        with safe_open(source / _STATE_FILE, "pt"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -176,12 +146,8 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     becomes ``language_model.model.…``), and its Trainer loads a checkpoint without renaming them back: nothing is
     loaded, with a warning only, and the run goes on from the initial weights (seen with 5.6.0, also for plain SFT).
 
-    Args:
-        model: The unwrapped transformers model, loaded in place.
-        checkpoint: Folder with ``model.safetensors`` or its shards.
-
     Returns:
-        False where the Trainer's own way does: no such files, or the names agree.
+        False where the Trainer's own way does: no ``model.safetensors`` or shards of it, or the names agree.
     """
     names = _tensor_names(Path(checkpoint))
     if not names or names <= model.state_dict().keys():

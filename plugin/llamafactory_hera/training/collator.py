@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ NO_IMAGE, CACHED, PIXELS = 0, 1, 2
 PREFIX = "hera_"
 
 
+@dataclass(eq=False)
 class HeraCollator:
     """Wraps a collator; images are decoded where it runs.
 
@@ -38,23 +40,13 @@ class HeraCollator:
         drop: Columns that ``collate`` must not see.
     """
 
-    def __init__(
-        self,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        processor: TeacherProcessor,
-        cache: FeatureCache | None = None,
-        image_index: int = 0,
-        names_image: bool = False,
-        images_of: Callable[[Any], list[ImageLike]] = sample_images,
-        drop: tuple[str, ...] = (),
-    ) -> None:
-        self.collate = collate
-        self.processor = processor
-        self.cache = cache
-        self.image_index = image_index
-        self.names_image = names_image
-        self.images_of = images_of
-        self.drop = drop
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    processor: TeacherProcessor
+    cache: FeatureCache | None = None
+    image_index: int = 0
+    names_image: bool = False
+    images_of: Callable[[Any], list[ImageLike]] = sample_images
+    drop: tuple[str, ...] = ()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
@@ -94,14 +86,7 @@ class HeraCollator:
 
 
 class TeacherFeatures:
-    """The teacher of a run with its cache: from what the collator added to features.
-
-    Args:
-        config: The ``hera_*`` keys.
-        view: ``pooled`` for one vector an image, ``patches`` for those of its patches.
-        device: Where the step runs.
-        dtype: Compute type of the teacher.
-    """
+    """The teacher of a run with its cache: from what the collator added to features, as an objective views them."""
 
     def __init__(
         self, config: HeraConfig, view: Literal["pooled", "patches"], device: torch.device, dtype: torch.dtype
@@ -113,14 +98,7 @@ class TeacherFeatures:
         self._view = view
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a batch's samples, 0 without an image.
-
-        Args:
-            inputs: What the collator added.
-
-        Returns:
-            ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches.
-        """
+        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image."""
         source = inputs["hera_source"]
         shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
         features = torch.zeros(len(source), *shape, device=source.device)

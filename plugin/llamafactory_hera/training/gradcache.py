@@ -6,6 +6,8 @@ of them gives its gradient at each representation; then every micro-batch runs a
 part of that gradient. The price is one more forward pass; the memory stays that of a micro-batch.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,12 +38,9 @@ class GradientCache:
         self._valid.append(valid)
 
     def solve(self, term: HeraTerm, weight: float, scale: float = 1.0) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks; the objective gets its own gradient.
+        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks, each of which must call it.
 
-        Args:
-            term: The term; every rank must call it.
-            weight: Lambda.
-            scale: Factor of that gradient: that of a gradient scaler, which is divided out later.
+        The objective gets its own gradient, times ``scale``: that of a gradient scaler, which is divided out later.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         output = term(torch.cat(self._waiting, dim=1), teacher, valid)
@@ -58,13 +57,8 @@ class GradientCache:
     def take(self, representations: Tensor) -> Tensor:
         """Stands for the weighted term in the next micro-batch, which has been run again with a graph.
 
-        The mean over the micro-batches has the value and the gradient of the step's term.
-
-        Args:
-            representations: ``[n_targets, B, D]``, equal to those that were added.
-
-        Raises:
-            RuntimeError: They differ, so the gradient would belong to another forward pass.
+        The mean over the micro-batches has the value and the gradient of the step's term. Representations other than
+        those that were added are refused: the gradient would belong to another forward pass.
         """
         first = self._waiting.pop(0)
         valid = self._valid.pop(0)
@@ -88,20 +82,14 @@ def _check_repeats(rows: Tensor, first: Tensor) -> None:
         )
 
 
-class RandomState:
-    """The state of the generators that a forward pass draws from: the CPU's and the device's.
+def keep_random_state(device: torch.device) -> Callable[[], None]:
+    """Keeps the state of the generators that a forward pass draws from; what it returns sets them back."""
+    cpu = torch.get_rng_state()
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
-    Args:
-        device: Where the model runs.
-    """
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if own is not None:
+            torch.get_device_module(device).set_rng_state(own, device)
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-    def restore(self) -> None:
-        """Sets the generators back."""
-        torch.set_rng_state(self._cpu)
-        if self._own is not None:
-            torch.get_device_module(self._device).set_rng_state(self._own, self._device)
+    return restore

@@ -17,26 +17,18 @@ class ObjectiveOptimizer:
     steps its own replica with the average of all ranks' gradients: where each rank computes the loss of its own
     samples, that is the gradient of the global batch; where each computes the loss of the global batch, the gradients
     differ in rounding alone, which AdamW would still blow up to whole steps where a gradient is zero but for rounding.
-
-    Args:
-        objective: On the device where the step runs, the same on every rank.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._parameters = dict(objective.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._optimizer = (
-            torch.optim.AdamW(self._trained.values(), lr=0.0, weight_decay=0.0) if self._trained else None
-        )
+        trained = self._trained.values()
+        self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
 
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
-        """One optimizer step with the run's current learning rate, then forgets the gradients.
+        """One optimizer step, then forgets the gradients; every rank must call it.
 
-        Every rank must call it. A gradient that is not finite leaves the step out.
-
-        Args:
-            learning_rate: Of the model's optimizer at this step.
-            scale: Factor of a gradient scaler, divided out first.
+        The factor ``scale`` of a gradient scaler is divided out first. Without a finite gradient there is no step.
         """
         if self._optimizer is None:
             return

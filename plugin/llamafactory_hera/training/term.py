@@ -2,7 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,57 +19,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TermOutput:
-    """The term of a step and what is worth logging of it.
+    """The term of a step and what is worth logging of it."""
 
-    Attributes:
-        loss: Scalar with gradient; 0 when no sample entered.
-        mknn: In-batch agreement of student and teacher per target ``[n_targets]``; NaN where it is not measured.
-        chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN where it is not measured.
-        n_samples: Samples of the global batch that entered.
-        n_duplicates: Pairs of samples that show the same image and were kept apart.
-        broken: None, or when a value was not finite and the term was left out: boolean ``[n_targets]``, true for the
-            targets that gave it, false everywhere when it was the teacher. Equal on every rank.
-        comparable: Every sample that entered must have a gradient.
-    """
-
-    loss: Tensor
-    mknn: Tensor
-    chance: Tensor
-    n_samples: int
-    n_duplicates: int
+    loss: Tensor  #: Scalar with gradient; 0 when no sample entered.
+    mknn: Tensor  #: In-batch agreement of student and teacher ``[n_targets]``; NaN where it is not measured.
+    chance: Tensor  #: The MKNN that unrelated features would reach in this batch, a scalar; NaN likewise.
+    n_samples: int  #: Samples of the global batch that entered.
+    n_duplicates: int  #: Pairs of samples that show the same image and were kept apart.
+    #: When a value was not finite and the term was left out: boolean ``[n_targets]``, equal on every rank: true for
+    #: the targets that gave it, false everywhere when it was the teacher.
     broken: Tensor | None = None
-    comparable: bool = False
+    comparable: bool = False  #: Every sample that entered must have a gradient.
 
 
+@dataclass(eq=False)
 class HeraTerm:
-    """Computes the term of a step over the global batch.
+    """Computes the term of a step over the global batch, for an objective of view ``pooled``.
 
     Every rank must call it in every step, also when none of its samples has an image: it gathers over ranks.
-
-    Args:
-        objective: Gives the loss of each target; of view ``pooled``.
-        k: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
-        normalize: Cosine similarity when true, dot product otherwise; for student and teacher.
-        memory: Remembered pairs that extend the candidates.
     """
 
-    def __init__(
-        self, objective: Objective, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None
-    ) -> None:
-        self.objective = objective
-        self.k = k
-        self.normalize = normalize
-        self.memory = memory if memory is not None else CrossBatchMemory(0)
-        self._warned = False
+    objective: Objective
+    k: int  #: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
+    normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
+    memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
+    _warned: bool = field(default=False, init=False)
 
     def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes the term.
-
-        Args:
-            representations: ``[n_targets, B, D]`` of this rank, with gradient.
-            teacher: ``[B, D_teacher]`` of this rank; anything where not valid.
-            valid: Boolean ``[B]``: the sample has an image and pooled tokens.
-        """
+        """Computes the term of this rank's ``[n_targets, B, D]`` and ``[B, D_teacher]``: anything where not valid."""
         batch, all_teacher = self._batch(*self._gather(representations, teacher, valid))
         enters = self.objective.entering(batch)
         n_samples = int(enters.sum())
@@ -84,14 +62,8 @@ class HeraTerm:
             return _left_out(~sound, n_samples)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
-        return TermOutput(
-            by_target.mean(),
-            mknn,
-            candidates.chance,
-            n_samples,
-            candidates.duplicates,
-            comparable=self.objective.comparable(batch),
-        )
+        loss, comparable = by_target.mean(), self.objective.comparable(batch)
+        return TermOutput(loss, mknn, candidates.chance, n_samples, candidates.duplicates, comparable=comparable)
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
@@ -128,31 +100,23 @@ class HeraTerm:
             )
 
 
+@dataclass(eq=False)
 class PatchTerm:
-    """Computes a term that is a mean over samples, whose vectors are too many to be gathered.
+    """Computes a term that is a mean over samples, whose vectors (view ``patches``) are too many to be gathered.
 
     The loss of a process is scaled by the number of processes over the samples of all of them, so that the engine's
     averaging of gradients gives the gradient of the mean over the global batch. The objective's own parameters are in
-    no engine's hands: their gradients must be averaged over the processes.
-
-    Every rank must call it in every step, also when none of its samples has an image.
-
-    Args:
-        objective: Gives the loss of each target and sample; of view ``patches``.
+    no engine's hands: their gradients must be averaged over the processes. Every rank must call it in every step, also
+    when none of its samples has an image.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    objective: Objective
 
     def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes the term; its ``loss`` is this rank's part, the mean over ranks is the term.
+        """Computes this rank's part of ``[n_targets, B, T, D]``, ``[B, h, w, D_teacher]``: anything where not valid.
 
-        Args:
-            representations: ``[n_targets, B, T, D]`` of this rank, with gradient.
-            teacher: ``[B, h, w, D_teacher]`` of this rank; anything where not valid.
-            valid: Boolean ``[B]``: the sample has an image.
+        The mean over ranks is the term.
         """
-        # not a product with the mask: a non-finite value outside it must not spread
         z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
         batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
         by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)

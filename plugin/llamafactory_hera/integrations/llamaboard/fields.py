@@ -13,26 +13,19 @@ from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.knobs import choices, typed
 from llamafactory_hera.objectives import names
 
-from .names import elem_id, message
+from .names import message
 
 #: Rows of the accordion. The host drops what is false or empty from a command, so a switch must be off by default.
 ROWS = (
-    ("hera_heads",),
-    ("hera_objective", "hera_granularity", "hera_layers"),
-    ("hera_teacher", "hera_teacher_cache"),
-    ("hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"),
-    ("hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate"),
-    (
-        "hera_select",
-        "hera_select_m",
-        "hera_select_mode",
-        "hera_select_samples",
-        "hera_select_k",
-        "hera_select_batch_size",
-    ),
+    ["hera_heads"],
+    ["hera_objective", "hera_granularity", "hera_layers"],
+    ["hera_teacher", "hera_teacher_cache"],
+    ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
+    ["hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate"],
+    ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
 )
 
-#: Key -> its declaration.
+#: Key -> its declaration. The element of a key has the id ``train.<key>``.
 FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
 
 
@@ -58,23 +51,18 @@ def takes(key: str, value: Any) -> bool:
 
 
 def with_hera(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
-    """Adds the ``hera_*`` keys to the arguments of a run.
+    """The arguments of a run with the ``hera_*`` keys; those that "Extra arguments" has put in already win.
 
-    Args:
-        args: From the host; keys given in "Extra arguments" are among them and win.
-        value_of: The value of a field by its element id.
+    ``value_of`` gives the value of a field by its element id.
     """
-    shown = {key: value_of(elem_id(key)) for key in FIELDS if key not in args}
+    shown = {key: value_of(f"train.{key}") for key in FIELDS if key not in args}
     return args | {key: value.strip() if isinstance(value, str) else value for key, value in shown.items()}
 
 
 def problem_with(args: dict[str, Any], lang: str, selecting: bool = False) -> str:
     """What keeps a HeRA run from being started, for the user to read; empty if nothing is seen without a model.
 
-    Args:
-        args: Of the run; empty ones are not sent.
-        lang: Of the page.
-        selecting: Heads are about to be selected, so that none need be named.
+    With ``selecting`` heads are about to be selected, so that none need be named.
     """
     values = {key: args[key] for key in HeraConfig.knobs() if args.get(key) not in (None, "")}
     if values.get("hera_granularity") == "layer":

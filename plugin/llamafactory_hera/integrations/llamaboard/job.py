@@ -7,15 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import psutil
 import yaml
 from llamafactory.extras.constants import TRAINING_ARGS
-from llamafactory.webui.common import _clean_cmd
+from llamafactory.webui.common import _clean_cmd, abort_process
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER, write_text
@@ -29,49 +27,23 @@ SELECT, COMPARE = "select", "compare"
 REPORT = "report"
 
 #: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
-_SCORED_WITH = (
-    "hera_select_mode",
-    "hera_select_samples",
-    "hera_select_k",
-    "hera_select_seed",
-    "hera_select_dtype",
-    "hera_pooling",
-    "hera_similarity",
-)
+_SCORED_WITH = ("select_mode", "select_samples", "select_k", "select_seed", "select_dtype", "pooling", "similarity")
 
 # tqdm's line, as the scoring pass and the teacher write it
-_BAR = re.compile(r"HeRA \| (?P<phase>[^:\r\n]+):\s*\d+%\|.*\| (?P<done>\d+)/(?P<total>\d+) \[")
+_BAR = re.compile(r"HeRA \| ([^:\r\n]+):\s*\d+%\|.*\| (\d+)/(\d+) \[")
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
-_GRACE = 5.0  # seconds
-
-
-class Progress(NamedTuple):
-    """How far the current phase is."""
-
-    phase: str
-    done: int
-    total: int
 
 
 @dataclass
 class Job:
-    """Runs ``llamafactory-hera`` commands in order, until one fails.
+    """Runs ``llamafactory-hera`` commands in order, until one fails."""
 
-    Attributes:
-        kind: :data:`SELECT` or :data:`COMPARE`.
-        commands: Arguments of each command.
-        folder: The run's output folder.
-        lang: Language of the page that started it.
-        code: Exit status of the last command; None while one runs.
-        aborted: A user stopped it.
-    """
-
-    kind: str
+    kind: str  # SELECT or COMPARE
     commands: Sequence[Sequence[str]]
-    folder: Path
-    lang: str
-    code: int | None = None
+    folder: Path  # the run's
+    lang: str  # of the page that started it
+    code: int | None = None  # exit status of the last command; None while one runs
     aborted: bool = False
     _process: subprocess.Popen | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -87,11 +59,7 @@ class Job:
         return self.code is None
 
     def start(self) -> None:
-        """Starts the first command.
-
-        Raises:
-            OSError: The log cannot be written.
-        """
+        """Starts the first command; raises ``OSError`` where the log cannot be written."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
         atexit.register(self.abort)
@@ -105,12 +73,12 @@ class Job:
             self.aborted = True
             process = self._process
         if process is not None:
-            _end(process.pid)
+            abort_process(process.pid)
 
-    def progress(self) -> Progress | None:
-        """The phase that was last reported."""
-        bars = list(_BAR.finditer(self._text()))
-        return Progress(bars[-1]["phase"], int(bars[-1]["done"]), int(bars[-1]["total"])) if bars else None
+    def progress(self) -> tuple[str, int, int] | None:
+        """The phase that was last reported, how much of it is done, and of how much."""
+        bars = _BAR.findall(self._text())
+        return (bars[-1][0], int(bars[-1][1]), int(bars[-1][2])) if bars else None
 
     def output(self, n_lines: int = 30) -> str:
         """The last lines of the log, progress bars left out."""
@@ -129,8 +97,7 @@ class Job:
         code = 1
         try:
             for command in self.commands:
-                code = self._run_one(command)
-                if code != 0:
+                if code := self._run_one(command):
                     break
         except Exception as error:
             with self.log.open("a", encoding="utf-8") as log:
@@ -141,31 +108,15 @@ class Job:
 
     def _run_one(self, command: Sequence[str]) -> int:
         environment = {**os.environ, "TQDM_MININTERVAL": "0.5", "PYTHONUNBUFFERED": "1"}
+        line = [sys.executable, "-m", "llamafactory_hera.cli", *command]
         with self.log.open("ab") as log:
             with self._lock:
                 if self.aborted:
                     return 1
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "llamafactory_hera.cli", *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
+                    line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
                 )
             return self._process.wait()
-
-
-def _end(pid: int) -> None:
-    try:
-        parent = psutil.Process(pid)
-        alive = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for send in (psutil.Process.terminate, psutil.Process.kill):
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                send(process)
-        _, alive = psutil.wait_procs(alive, timeout=_GRACE)
 
 
 def heads_file(folder: Path) -> Path:
@@ -174,11 +125,7 @@ def heads_file(folder: Path) -> Path:
 
 
 def select_job(args: dict[str, Any], lang: str) -> Job:
-    """The selection for a run of these arguments; writes its recipe.
-
-    Raises:
-        OSError: The output folder cannot be written.
-    """
+    """The selection for a run of these arguments; writes its recipe, or raises ``OSError`` where it cannot."""
     folder = Path(args["output_dir"])
     recipe = folder / RUN_FOLDER / "select.yaml"
     write_text(recipe, yaml.safe_dump(_clean_cmd({**args, "stage": STAGE}), sort_keys=False, allow_unicode=True))
@@ -186,12 +133,9 @@ def select_job(args: dict[str, Any], lang: str) -> Job:
 
 
 def compare_job(folder: Path, lang: str) -> Job | None:
-    """Scores the model that a run has saved, and compares it with the selection before the run.
+    """Scores the model that a run has saved, and compares it with the selection before; None without a finished run.
 
     Without scores of that selection, as for heads that were written by hand, the model before training is scored, too.
-
-    Returns:
-        None if the folder holds no finished run.
     """
     recipe = folder / TRAINING_ARGS
     trained = any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
@@ -202,7 +146,7 @@ def compare_job(folder: Path, lang: str) -> Job | None:
     commands = []
     settings: list[str] = []
     if provenance.get("scores"):
-        facts = {key: fact_of(HeraConfig.knobs()[key]) for key in _SCORED_WITH}
+        facts = {f"hera_{name}": fact_of(HeraConfig.knobs()[f"hera_{name}"]) for name in _SCORED_WITH}
         settings = [f"{key}={provenance[fact]}" for key, fact in facts.items() if fact in provenance]
     else:
         before = folder / RUN_FOLDER / "before.json"

@@ -12,16 +12,8 @@ from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 #: The entry of the stage list, and the value of ``stage`` behind it.
 STAGE_TITLE, STAGE = "HeRA", "hera"
 
-#: Element ids start with it: ``train.hera_heads`` is the field of the key ``hera_heads``.
-PREFIX = "train.hera_"
-
 #: Names that :func:`register_models` has added to the host's list; found by typing "HeRA" into it.
 MODELS: list[str] = []
-
-
-def elem_id(name: str) -> str:
-    """The id under which the host's manager holds one of the plugin's elements of the train tab."""
-    return f"train.{name}"
 
 
 @cache
@@ -44,13 +36,10 @@ def locales() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def register_models(constants: ModuleType) -> None:
-    """Adds the backbones to the host's model list as multimodal, so that it sends options such as freezing.
+    """Adds the backbones to the list in the host's ``extras.constants``, as multimodal, so that it sends more options.
 
     A LLaVA-style model is listed with the folder into which the recipes build it. A finished model is listed unless
     the host offers it under the same template.
-
-    Args:
-        constants: The host's ``extras.constants``.
     """
     hub = constants.DownloadSource.DEFAULT
     offered = {

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +14,16 @@ from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, save_args
 from llamafactory.webui.locales import ALERTS
 
-from llamafactory_hera.heads.targets import Targets
-
 from .fields import problem_with, with_hera
-from .job import SELECT, Job, compare_job, heads_file, select_job
-from .names import STAGE, elem_id, message
+from .job import COMPARE, SELECT, Job, compare_job, heads_file, select_job
+from .names import STAGE, message
 from .pictures import report_files, report_pictures, report_table, show_heads
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
 
+#: What the page sends, or what is shown in it, by element.
 Data = dict[Component, Any]
-Update = dict[Component, Any]
-MakeJob = Callable[[dict[str, Any], str], Job | None]
 
 #: What a job changes in the page.
 _CHANGED = ("hera_tab", "hera_status", "hera_progress", "hera_gallery", "hera_report", "hera_heads")
@@ -36,40 +33,28 @@ _ERROR = re.compile(r"^(?:\[rank\d+\]:\s?)?(\w*Error: .+)$", re.MULTILINE)
 
 
 class Panel:
-    """The scoring job of a board: one at a time, and none beside a training run.
-
-    Args:
-        engine: The host's.
-        elements: The accordion's, by name.
-
-    Attributes:
-        outputs: Everything that an update may change.
-        job: The last one.
-    """
+    """The scoring job of a board: one at a time, and none beside a training run."""
 
     def __init__(self, engine: "Engine", elements: dict[str, Component]) -> None:
-        self._runner = engine.runner
-        self._manager = engine.manager
-        self._demo_mode = engine.demo_mode
+        self._engine = engine
         self._elements = elements
+        #: Everything that an update may change.
         self.outputs = [elements[name] for name in _CHANGED]
-        self.job: Job | None = None
-        self._data: Data = {}
+        self._job: Job | None = None  # the last one
+        self._data: Data = {}  # of the page that started it
 
-    # -- buttons ---------------------------------------------------------------------------------------------------
-
-    def select(self, data: Data) -> Iterator[Update]:
+    def select(self, data: Data) -> Iterator[Data]:
         """Selects heads for the run that the page describes, and follows the selection."""
-        yield from self._begin(data, select_job, selecting=True)
+        yield from self._begin(data, SELECT)
 
-    def compare(self, data: Data) -> Iterator[Update]:
+    def compare(self, data: Data) -> Iterator[Data]:
         """Compares the finished run in the output folder with before."""
-        yield from self._begin(data, lambda args, lang: compare_job(Path(args["output_dir"]), lang))
+        yield from self._begin(data, COMPARE)
 
     def abort(self) -> None:
         """Stops the job."""
-        if self.job is not None:
-            self.job.abort()
+        if self._job is not None:
+            self._job.abort()
 
     def list_files(self, model_name: str | None) -> Any:
         """Heads files of earlier runs of a model, newest first, as choices."""
@@ -79,7 +64,7 @@ class Panel:
         # named by what comes in front of hera/heads.json: finetuning method and run
         return gr.Dropdown(choices=[(os.path.join(*Path(path).parts[-4:-2]), path) for path in newest_first])
 
-    def load_file(self, lang: str, path: str | None) -> Update:
+    def load_file(self, lang: str, path: str | None) -> Data:
         """Puts a heads file into the heads field and shows it."""
         if not path:
             return self._unchanged()
@@ -89,47 +74,43 @@ class Panel:
             gr.Warning(str(error))
             return self._show_text(str(error))
 
-    def _begin(self, data: Data, make: MakeJob, selecting: bool = False) -> Iterator[Update]:
-        lang = self._value(data, "top.lang")
-        error = self._runner._initialize(data, do_train=True, from_preview=True)
-        if self._demo_mode:
+    def _begin(self, data: Data, kind: str) -> Iterator[Data]:
+        lang, runner = self._value(data, "top.lang"), self._engine.runner
+        error = runner._initialize(data, do_train=True, from_preview=True)
+        if self._engine.demo_mode:
             error = ALERTS["err_demo"][lang]
-        elif self.busy:
+        elif self._busy:
             error = ALERTS["err_conflict"][lang]
-        if not error:
-            args = with_hera(self._runner._parse_train_args(data), lambda id_: self._value(data, id_))
-            if selecting:  # before anything of an earlier run in the folder is written anew
-                error = problem_with(args, lang, selecting=True)
+        args = {} if error else self.with_hera(runner._parse_train_args(data), data)
+        if not error and kind == SELECT:  # before anything of an earlier run in the folder is written anew
+            error = problem_with(args, lang, selecting=True)
         if error:
             gr.Warning(error)
             yield self._show_text(error)
             return
+        folder = Path(args["output_dir"])
         try:
-            job = make(args, lang)
+            job = select_job(args, lang) if kind == SELECT else compare_job(folder, lang)
             if job is None:
-                yield self._show_text(message("not_trained", lang, folder=f"`{args['output_dir']}`"))
+                yield self._show_text(message("not_trained", lang, folder=f"`{folder}`"))
                 return
-            if job.kind == SELECT:
+            if kind == SELECT:
                 # the host looks for it when this output folder is chosen again
-                config = os.path.join(args["output_dir"], LLAMABOARD_CONFIG)
-                save_args(config, self._runner._build_config_dict(data))
+                save_args(str(folder / LLAMABOARD_CONFIG), runner._build_config_dict(data))
             job.start()
         except (OSError, ValueError) as problem:
             yield self._show_text(str(problem))
             return
-        self.job, self._data = job, data
+        self._job, self._data = job, data
         yield from self.follow()
 
-    # -- following a job -------------------------------------------------------------------------------------------
-
     @property
-    def busy(self) -> bool:
-        """Whether a job runs."""
-        return self.job is not None and self.job.running
+    def _busy(self) -> bool:
+        return self._job is not None and self._job.running
 
-    def follow(self) -> Iterator[Update]:
+    def follow(self) -> Iterator[Data]:
         """Shows the job until it has ended, if one runs."""
-        job = self.job
+        job = self._job
         if job is None or not job.running:
             yield self._unchanged()
             return
@@ -138,82 +119,76 @@ class Panel:
             time.sleep(_INTERVAL)
         yield self._show_result(job, fill=True)
 
-    def after_reload(self) -> Iterator[Update]:
+    def after_reload(self) -> Iterator[Data]:
         """What a freshly loaded page shows: the job that runs, or the result of the last one."""
-        job = self.job
-        if job is not None and not job.running:
-            yield self._show_result(job, fill=False)
+        if self._job is not None and not self._job.running:
+            yield self._show_result(self._job, fill=False)
             return
-        if job is not None:
+        if self._busy:
             yield self._update(hera_tab=gr.Accordion(open=True))
         yield from self.follow()
 
-    def settings_after_reload(self) -> Iterator[Update]:
+    def settings_after_reload(self) -> Iterator[Data]:
         """The fields of a freshly loaded page, as they were when the job that runs was started."""
-        if self.busy:
+        if self._busy:
             yield {element: type(element)(value=value) for element, value in self._data.items()}
 
-    # -- what the host's runner asks -------------------------------------------------------------------------------
+    def with_hera(self, args: dict[str, Any], data: Data) -> dict[str, Any]:
+        """The arguments of a run with what the page's HeRA fields say."""
+        return with_hera(args, lambda id_: self._value(data, id_))
 
     def refusal(self, data: Data, do_train: bool) -> str:
         """Why a run must not start now; empty if it may."""
         lang = self._value(data, "top.lang")
-        if self.busy:
+        if self._busy:
             return ALERTS["err_conflict"][lang]
         if do_train and self._is_hera(data):
-            return problem_with(self._runner._parse_train_args(data), lang)
+            return problem_with(self._engine.runner._parse_train_args(data), lang)
         return ""
 
     def trained(self, data: Data) -> None:
         """A run of the page's settings has ended well: compares it with before, if the page asks for that."""
-        if self.busy or not self._is_hera(data) or not self._value(data, elem_id("hera_compare")):
+        if self._busy or not self._is_hera(data) or not self._value(data, "train.hera_compare"):
             return
-        folder = Path(self._runner._parse_train_args(data)["output_dir"])
+        folder = Path(self._engine.runner._parse_train_args(data)["output_dir"])
         job = compare_job(folder, self._value(data, "top.lang"))
         if job is not None:
             job.start()
-            self.job, self._data = job, data
+            self._job, self._data = job, data
 
-    def with_reason(self, update: Update, data: Data) -> Update:
+    def with_reason(self, update: Data, data: Data) -> Data:
         """What the host shows of a run, with the reason first where it has failed."""
         if not self._is_hera(data):
             return update
         lang = self._value(data, "top.lang")
-        return {
-            element: reason_first(shown, lang) if isinstance(shown, str) else shown
-            for element, shown in update.items()
-        }
+        return {key: reason_first(shown, lang) if isinstance(shown, str) else shown for key, shown in update.items()}
 
     def _is_hera(self, data: Data) -> bool:
-        return TRAINING_STAGES[self._value(data, "train.training_stage")] == STAGE
+        # the host's evaluation tab sends no stage
+        stage = data.get(self._engine.manager.get_elem_by_id("train.training_stage"))
+        return TRAINING_STAGES.get(stage) == STAGE
 
     def _value(self, data: Data, id_: str) -> Any:
-        return data[self._manager.get_elem_by_id(id_)]
+        return data[self._engine.manager.get_elem_by_id(id_)]
 
-    # -- updates of the page ---------------------------------------------------------------------------------------
-
-    def _update(self, **values: Any) -> Update:
+    def _update(self, **values: Any) -> Data:
         return {self._elements[name]: value for name, value in values.items()}
 
-    def _unchanged(self) -> Update:
+    def _unchanged(self) -> Data:
         return self._update(hera_status=gr.skip())
 
-    def _show_text(self, text: str) -> Update:
-        return self._update(hera_status=text, hera_progress=gr.Slider(visible=False))
+    def _show_text(self, text: str, **further: Any) -> Data:
+        return self._update(hera_status=text, **{"hera_progress": gr.Slider(visible=False), **further})
 
-    def _show_progress(self, job: Job) -> Update:
-        text = message("selecting" if job.kind == SELECT else "comparing", job.lang)
-        progress = job.progress()
+    def _show_progress(self, job: Job) -> Data:
+        text, progress = message("selecting" if job.kind == SELECT else "comparing", job.lang), job.progress()
         if progress is None:
             return self._show_text(text)
-        bar = gr.Slider(
-            label=f"{message(progress.phase, job.lang)} {progress.done}/{progress.total}",
-            value=round(100 * progress.done / max(1, progress.total), 1),
-            visible=True,
-        )
-        return self._update(hera_status=text, hera_progress=bar)
+        phase, done, total = progress
+        label, percent = f"{message(phase, job.lang)} {done}/{total}", round(100 * done / max(1, total), 1)
+        return self._show_text(text, hera_progress=gr.Slider(label=label, value=percent, visible=True))
 
-    def _show_result(self, job: Job, fill: bool) -> Update:
+    def _show_result(self, job: Job, fill: bool) -> Data:
         """The result of a job that has ended; ``fill`` puts selected heads into the heads field."""
         if job.aborted:
             return self._show_text(message("aborted", job.lang))
@@ -221,38 +196,27 @@ class Panel:
             return self._show_text(f"**{message('failed', job.lang, code=job.code)}**\n\n```\n{job.output()}\n```")
         if job.kind == SELECT:
             return self._show_heads(heads_file(job.folder), job.lang, "selected", fill)
-        return self._update(
-            hera_status=f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
-            hera_progress=gr.Slider(visible=False),
+        return self._show_text(
+            f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
             hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
             hera_report=gr.File(value=report_files(job.folder), visible=True),
         )
 
-    def _show_heads(self, path: Path, lang: str, how: str, fill: bool) -> Update:
-        """A heads file: its heads, their scores as a table and as a picture; ``how`` names the message.
-
-        Raises:
-            ValueError: The file cannot be read.
-        """
-        table, pictures = show_heads(path, lang)
-        names = str(Targets.load(path, "head")).replace(",", " ")
-        update = self._update(
-            hera_status=f"{message(how, lang, heads=names, path=f'`{path}`')}\n\n{table}",
-            hera_progress=gr.Slider(visible=False),
+    def _show_heads(self, path: Path, lang: str, how: str, fill: bool) -> Data:
+        """A heads file: its heads, their scores as a table and as a picture; ``how`` names the message."""
+        names, table, pictures = show_heads(path, lang)
+        # the path, not the names: training then checks what the heads were selected for, and keeps their scores
+        filled = {"hera_heads": str(path)} if fill else {}
+        return self._show_text(
+            f"{message(how, lang, heads=names, path=f'`{path}`')}\n\n{table}",
             hera_gallery=gr.Gallery(value=pictures, visible=bool(pictures)),
             hera_report=gr.File(visible=False),
+            **filled,
         )
-        # the path, not the names: training then checks what the heads were selected for, and keeps their scores
-        return update | self._update(hera_heads=str(path)) if fill else update
 
 
 def reason_first(text: str, lang: str) -> str:
-    """The host's message of a failed run with the error put first; any other text as it is.
-
-    Args:
-        text: What the host shows of a run; after a failure that is a line and all that the run wrote to stderr.
-        lang: Language of the page.
-    """
+    """What the host shows of a run with the error put first where it has failed: a line and all of its stderr."""
     head, gap, rest = text.partition("\n\n")
     errors = _ERROR.findall(rest)
     if not head.startswith(ALERTS["err_failed"][lang]) or not errors:

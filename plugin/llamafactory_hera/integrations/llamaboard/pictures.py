@@ -1,6 +1,5 @@
 """Pictures and tables of a run as the page shows them: its curves, its heads, the comparison with before."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -20,22 +19,15 @@ from .job import REPORT, heads_file
 from .names import message
 
 Picture = tuple[Image.Image, str]
-Smooth = Callable[[list[float]], list[float]]
+_Smooth = Callable[[list[float]], list[float]]
 
 
-def loss_figure(trainer_log: list[dict[str, Any]], smooth: Smooth) -> Figure | None:
+def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     """Draws the curves of a training log: both losses on an axis of their own, the MKNN with the teacher below.
 
-    Args:
-        trainer_log: Lines of ``trainer_log.jsonl``.
-        smooth: The host's smoothing.
-
-    Returns:
-        None for a log without HeRA's curves.
+    ``trainer_log`` has the lines of ``trainer_log.jsonl``, ``smooth`` is the host's.
     """
     lines = _latest(trainer_log)
-    if not any("hera_loss" in line for line in lines):
-        return None
     measured = any("hera_mknn" in line for line in lines)  # not every objective has it
     figure = new_figure(4.6, 5.4 if measured else 3.6)  # it is shown in a narrow column
     panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
@@ -70,7 +62,7 @@ def _latest(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour: str, smooth: Smooth) -> None:
+def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour: str, smooth: _Smooth) -> None:
     steps = [line["current_steps"] for line in lines if key in line]
     values = [line[key] for line in lines if key in line]
     axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
@@ -80,22 +72,18 @@ def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour:
     axes.spines["top"].set_visible(False)
 
 
-def show_heads(path: Path, lang: str) -> tuple[str, list[Picture]]:
-    """The heads of a file with their table, and their picture if the file holds scores.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
+def show_heads(path: Path, lang: str) -> tuple[str, str, list[Picture]]:
+    """The names of a file's heads, and their table and picture if it holds scores; ``ValueError`` if unreadable."""
     heads = Targets.load(path, "head")
+    names = str(heads).replace(",", " ")
     if not heads.provenance.get("scores"):
-        return f"{str(heads).replace(',', ' ')}\n\n{message('no_scores', lang)}", []
+        return names, message("no_scores", lang), []
     scored = ScoreFile.load(path)
     # never a file that lies there: any path can be typed into the page
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "heads.png"
         draw_scores(scored, target)
-        picture = _read(target)
-    return f"```\n{render_table(scored)}\n```", [(picture, message("heads_picture", lang))]
+        return names, f"```\n{render_table(scored)}\n```", [(_read(target), message("heads_picture", lang))]
 
 
 def report_table(folder: Path) -> str:
@@ -107,18 +95,15 @@ def report_table(folder: Path) -> str:
 def report_pictures(folder: Path, lang: str) -> list[Picture]:
     """The comparison of a run with before, and the heads that it trained."""
     heads = heads_file(folder)
-    trained = show_heads(heads, lang)[1] if heads.is_file() else []
+    trained = show_heads(heads, lang)[2] if heads.is_file() else []
     return [(_read(_report(folder, "png")), message("report_picture", lang)), *trained]
 
 
 def report_files(folder: Path) -> list[str]:
     """The comparison's page and picture, at a place from where the web UI may serve them."""
-    files = [path for path in (_report(folder, "md"), _report(folder, "png")) if path.is_file()]
-    if files and not folder.resolve().is_relative_to(os.getcwd()):
-        # Gradio copies these into its cache from the system's folder for temporary files, not from anywhere
-        copies = Path(tempfile.mkdtemp())
-        files = [Path(shutil.copy(path, copies)) for path in files]
-    return [str(path) for path in files]
+    # Gradio copies them into its cache from the system's folder for temporary files, not from anywhere
+    copies = tempfile.mkdtemp()
+    return [shutil.copy(_report(folder, suffix), copies) for suffix in ("md", "png")]
 
 
 def _report(folder: Path, suffix: str) -> Path:

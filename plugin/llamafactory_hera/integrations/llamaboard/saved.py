@@ -9,15 +9,14 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import llamafactory.data.template  # noqa: F401  first: its patch imports the templates below
 import yaml
 from llamafactory.extras import logging
 
+from llamafactory_hera.backbones.table import TEMPLATES
 from llamafactory_hera.files import whole_file
-from llamafactory_hera.integrations.llamafactory.templates import NAMES as TEMPLATES
 
 from .fields import FIELDS, default, takes
-from .names import MODELS, PREFIX, STAGE_TITLE, elem_id
+from .names import MODELS, STAGE_TITLE
 
 logger = logging.get_logger("llamafactory.hera")
 
@@ -32,24 +31,19 @@ _INSTEAD: dict[str, tuple[Collection[str], str]] = {
     "top.model_name": (MODELS, "Custom"),
     "top.template": (TEMPLATES, "default"),
 }
-_COMPARE = elem_id("hera_compare")  # a tick that is no key of a run
-_DEFAULTS = {elem_id(key): default(key) for key in FIELDS} | {_COMPARE: True}
+_PREFIX = "train.hera_"
+_COMPARE = "train.hera_compare"  # a tick that is no key of a run
+_DEFAULTS = {f"train.{key}": default(key) for key in FIELDS} | {_COMPARE: True}
 
 
-def write(path: str, settings: dict[str, Any], host: Callable[[str, dict[str, Any]], None]) -> None:
-    """Saves settings, by the host's function, and HeRA's as comments behind them.
-
-    Args:
-        path: The file.
-        settings: Values by element id.
-        host: The host's ``save_args``.
-    """
-    ours = {key: value for key, value in settings.items() if key.startswith(PREFIX)}
-    plain = {key: value for key, value in settings.items() if key not in ours}
+def save_args(host: Callable[[str, dict[str, Any]], None], config_path: str, config_dict: dict[str, Any]) -> None:
+    """The host's function of the same name, with HeRA's settings as comments behind its own."""
+    ours = {key: value for key, value in config_dict.items() if key.startswith(_PREFIX)}
+    plain = {key: value for key, value in config_dict.items() if key not in ours}
     for key, (values, instead) in _INSTEAD.items():
         if plain.get(key) in values:
             ours[key], plain[key] = plain[key], instead
-    with whole_file(path) as temporary:
+    with whole_file(config_path) as temporary:
         host(str(temporary), plain)
         if any(value != _DEFAULTS.get(key) for key, value in ours.items()):
             text = yaml.safe_dump(ours, allow_unicode=True, sort_keys=True)
@@ -57,30 +51,24 @@ def write(path: str, settings: dict[str, Any], host: Callable[[str, dict[str, An
                 file.write(_HEADER + "".join(f"{_MARK}{line}\n" for line in text.splitlines()))
 
 
-def read(path: str, host: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Reads what :func:`write` or the host has saved.
-
-    Args:
-        path: The file.
-        host: The host's ``load_args``.
-
-    Returns:
-        Values by element id; None if the host cannot read the file.
-    """
-    settings = host(path)
+def load_args(host: Callable[[str], dict[str, Any] | None], config_path: str) -> dict[str, Any] | None:
+    """The host's function of the same name, with the settings that it cannot read."""
+    settings = host(config_path)
     if not isinstance(settings, dict):
         return settings
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(config_path).read_text(encoding="utf-8").splitlines()
     try:
         ours = yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
         entries = [(key, value, _fits(key, value)) for key, value in ours.items()]
     except (yaml.YAMLError, AttributeError) as error:
-        logger.warning_rank0(f"HeRA | {path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}")
+        logger.warning_rank0(
+            f"HeRA | {config_path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}"
+        )
         entries = []
-    plain = [(key, value, not key.startswith(PREFIX) or _fits(key, value)) for key, value in settings.items()]
+    plain = [(key, value, not key.startswith(_PREFIX) or _fits(key, value)) for key, value in settings.items()]
     wrong = [key for key, _, fits in (*plain, *entries) if not fits]
     if wrong:
-        logger.warning_rank0(f"HeRA | {path}: no field takes {', '.join(wrong)} as the file has it; left out.")
+        logger.warning_rank0(f"HeRA | {config_path}: no field takes {', '.join(wrong)} as the file has it; left out.")
     return {key: value for key, value, fits in (*plain, *entries) if fits}
 
 

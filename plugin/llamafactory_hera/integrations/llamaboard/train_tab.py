@@ -1,7 +1,6 @@
 """The host's train tab with the HeRA accordion in it: a field for each key, and what selects and compares heads."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -15,45 +14,34 @@ from .panel import Panel
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
-    from llamafactory.webui.manager import Manager
-
-#: The host's element behind which the accordion is put.
-_NEIGHBOR = "mm_tab"
 
 #: Elements of the page by name; Gradio gives them their events, such as ``click``, at run time.
 Elements = dict[str, Any]
 
 
-def create_train_tab(engine: "Engine", host: Callable[["Engine"], Elements]) -> Elements:
-    """Builds the host's tab, whose buttons then know HeRA's fields.
-
-    Args:
-        engine: The host's.
-        host: The host's function of the same name.
-
-    Returns:
-        The elements of both by name.
-    """
+def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> Elements:
+    """The host's function of the same name; the buttons of its tab then know HeRA's fields."""
     elements = _create_accordion()
-    with _known(engine.manager, {elements[name] for name in (*FIELDS, "hera_compare")}):
-        theirs = host(engine)
-    siblings = theirs[_NEIGHBOR].parent.children
+    # the host's tab takes what its buttons send from here
+    known = engine.manager.get_base_elems() | {elements[name] for name in (*FIELDS, "hera_compare")}
+    engine.manager.get_base_elems = lambda: set(known)
+    theirs = host(engine)
+    del engine.manager.get_base_elems
+    siblings = theirs["mm_tab"].parent.children
     siblings.remove(elements["hera_tab"])
-    siblings.insert(siblings.index(theirs[_NEIGHBOR]) + 1, elements["hera_tab"])
-    panel = Panel(engine, elements)
-    engine.runner.hera = panel
+    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, elements["hera_tab"])
+    engine.runner.hera = panel = Panel(engine, elements)
     _connect(engine, panel, elements, theirs)
     return theirs | elements
 
 
-def change_stage(training_stage: str, host: Callable[[str], tuple[Any, Any]]) -> tuple[Any, Any]:
+def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:
     """The host's function of the same name, which empties the list of datasets; HeRA trains on those of SFT."""
     datasets, packing = host(training_stage)
     return (gr.skip() if TRAINING_STAGES[training_stage] == STAGE else datasets), packing
 
 
 def _create_accordion() -> Elements:
-    """Builds the accordion at the current place of the page."""
     elements: Elements = {}
     with gr.Accordion(open=False) as tab:
         for row in ROWS:
@@ -73,14 +61,8 @@ def _create_accordion() -> Elements:
                 elements["hera_status"] = gr.Markdown(elem_id="hera_status")
                 elements["hera_report"] = gr.File(visible=False, interactive=False, elem_id="hera_report")
             with gr.Column():
-                elements["hera_gallery"] = gr.Gallery(
-                    visible=False,
-                    interactive=False,
-                    format="png",
-                    object_fit="contain",
-                    preview=True,
-                    elem_id="hera_gallery",
-                )
+                look: dict[str, Any] = {"format": "png", "object_fit": "contain", "preview": True}
+                elements["hera_gallery"] = gr.Gallery(visible=False, interactive=False, elem_id="hera_gallery", **look)
     return {"hera_tab": tab, **elements}
 
 
@@ -90,22 +72,10 @@ def _widget(key: str) -> Component:
     kind = FIELDS[key].type
     if kind is bool:
         return gr.Checkbox(value=default(key))
-    if kind is int:
-        return gr.Number(value=default(key), precision=0, step=1)
-    if kind is float:
-        return gr.Number(value=default(key), step=0.01)
+    if kind in (int, float):
+        whole = kind is int
+        return gr.Number(value=default(key), precision=0 if whole else None, step=1 if whole else 0.01)
     return gr.Textbox(value=default(key), max_lines=1)
-
-
-@contextmanager
-def _known(manager: "Manager", described: set[Component]) -> Iterator[None]:
-    # the host's tab takes what its buttons send from here
-    base = manager.get_base_elems()
-    manager.get_base_elems = lambda: base | described
-    try:
-        yield
-    finally:
-        del manager.get_base_elems
 
 
 def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Elements) -> None:

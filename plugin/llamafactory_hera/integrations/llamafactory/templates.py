@@ -1,6 +1,8 @@
 """Chat templates of LLaVA-style models, registered with the host.
 
 Each is the host's own template of the language model, with the data plugin of LLaVA, which puts image tokens in.
+Only the patch of the host's ``data.template`` imports this, once that module is there; their names are in
+``backbones.table``.
 """
 
 from dataclasses import dataclass, fields
@@ -10,8 +12,6 @@ from typing import Any
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import Template
 from typing_extensions import override
-
-IMAGE_TOKEN = "<image>"
 
 #: Name -> the host's template that it is made of, and what is changed of it.
 #:
@@ -25,9 +25,6 @@ _BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_llama3": ("llama3", {"stop_words": ["<|eot_id|>"]}),
     "llava_vicuna": ("vicuna", {"replace_jinja_template": False}),
 }
-
-PLAIN = "llava_plain"
-NAMES = (*_BASES, PLAIN)
 
 
 def lacking(host: ModuleType) -> str | None:
@@ -43,7 +40,7 @@ def register(host: ModuleType) -> None:
     """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
     bos = host.EmptyFormatter(slots=[{"bos_token"}])
     settings: dict[str, dict[str, Any]] = {
-        PLAIN: {
+        "llava_plain": {
             "format_prefix": bos,
             # LLaVA ends a caption by a line break and nothing else
             "format_assistant": host.StringFormatter(slots=["{{content}}\n"]),
@@ -55,10 +52,10 @@ def register(host: ModuleType) -> None:
         own = {field.name: getattr(template, field.name) for field in fields(template)}
         settings[name] = {**own, "template_class": type(template), **changes}
     settings["llava_vicuna"] |= {"format_prefix": bos, "template_class": VicunaTemplate}
-    for name in NAMES:
+    for name, own in settings.items():
         if name not in host.TEMPLATES:
-            plugin = get_mm_plugin(name="llava", image_token=IMAGE_TOKEN)
-            host.register_template(**settings[name] | {"name": name, "mm_plugin": plugin})
+            plugin = get_mm_plugin(name="llava", image_token="<image>")
+            host.register_template(**own | {"name": name, "mm_plugin": plugin})
 
 
 @dataclass
