@@ -51,9 +51,9 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is not JSON ({error})") from error
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
+def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
     """Writes JSON that people can read, folders included."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(

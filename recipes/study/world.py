@@ -36,10 +36,10 @@ from llamafactory_hera.demo.scenes import (
     SceneObject,
     all_pairs,
     caption,
-    draw_scene,
     pick_questions,
     questions,
     render,
+    sample_scene,
 )
 from llamafactory_hera.files import write_json
 from settings import Settings
@@ -80,7 +80,7 @@ def evaluation_questions(
     missing = dict.fromkeys(CATEGORIES, per_category)
     number = 0
     while any(missing.values()):
-        scene = draw_scene(rng, split, kept_colours)
+        scene = sample_scene(rng, split, kept_colours)
         kept = {i for i, item in enumerate(scene.objects) if split_of(item) == split}
         pools: dict[str, list[Question]] = {}
         for question in questions(scene, all_pairs()):
@@ -138,7 +138,7 @@ def write_study_data(folder: Path, settings: Settings) -> None:
     rng = random.Random("study train 0")
     texts = []
     for number in range(settings.scenes):
-        scene = draw_scene(rng, "train", kept_colours)
+        scene = sample_scene(rng, "train", kept_colours)
         image, text = draw("train", number, scene), caption(scene, rng)
         add(CAPTIONS, image, "", text)
         asked = pick_questions(questions(scene, all_pairs()), rng, settings.asked)

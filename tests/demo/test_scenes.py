@@ -5,10 +5,10 @@ import pytest
 
 from llamafactory_hera.demo.scenes import (
     PALETTE,
+    PREFERRED_COLOUR,
     SHAPES,
     caption,
     pick_questions,
-    preferred_colour,
     render,
     sample_scene,
     split_questions,
@@ -81,7 +81,7 @@ def test_every_held_out_scene_and_question_is_about_something_held_out():
 
 def test_colour_follows_shape_in_three_of_five_objects():
     items = [item for scene in scenes("train", 1500) for item in scene.objects]
-    usual = sum(item.colour == preferred_colour(item.shape) for item in items) / len(items)
+    usual = sum(item.colour == PREFERRED_COLOUR[item.shape] for item in items) / len(items)
     assert usual == pytest.approx(0.6, abs=0.035)
 
 

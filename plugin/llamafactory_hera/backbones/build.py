@@ -31,30 +31,20 @@ from .sources import (
 GIB = 2**30
 #: What was built from what; beside the weights.
 PROVENANCE = "backbone.json"
-_GENERATION_FILE = "generation_config.json"
 # Embeddings are resized to a multiple of this, as the host does.
 _VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A built model.
-
-    Attributes:
-        folder: Its files.
-        n_parameters: Of the whole model.
-        image_token_id: Of ``<image>``.
-        image_tokens: Tokens of an image.
-        vocabulary: Rows of its embeddings.
-        template: The host's template for stage 2, or None where none fits.
-    """
+    """A built model."""
 
     folder: Path
     n_parameters: int
-    image_token_id: int
-    image_tokens: int
-    vocabulary: int
-    template: str | None
+    image_token_id: int  # of ``<image>``
+    image_tokens: int  # of an image
+    vocabulary: int  # rows of its embeddings
+    template: str | None  # the host's for stage 2, or None where none fits
 
 
 def build_backbone(
@@ -67,8 +57,7 @@ def build_backbone(
     """Makes a ``LlavaForConditionalGeneration`` of an LLM and a vision encoder, with a random projector.
 
     Weights are copied bit by bit and in their dtype, under the names of the llava-hf checkpoints, which every version
-    of transformers reads (`save_pretrained` writes those of the installed one, and one dtype into the configuration).
-    The whole model is in memory. It appears under its name when it is complete.
+    of transformers reads. The whole model is in memory. It appears under its name when it is complete.
 
     Args:
         language_model: Folder or hub id of a causal LLM.
@@ -96,11 +85,12 @@ def build_backbone(
                 "and run the same command again, or give a folder on another disk."
             )
         notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
+        generation = language.folder / "generation_config.json"
         try:
             processor.save_pretrained(partial)
             write_json(partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
-            if (language.folder / _GENERATION_FILE).is_file():
-                shutil.copyfile(language.folder / _GENERATION_FILE, partial / _GENERATION_FILE)
+            if generation.is_file():
+                shutil.copyfile(generation, partial / generation.name)
             save_torch_state_dict(weights, partial, max_shard_size=int(shard_gib * GIB))
             config.save_pretrained(partial)
             os.replace(partial, output)
@@ -108,14 +98,8 @@ def build_backbone(
             raise ValueError(
                 f"--output: {output} cannot be written ({one_line(error)}). Make room, or give another folder."
             ) from error
-    return BuiltModel(
-        folder=output,
-        n_parameters=n_parameters,
-        image_token_id=config.image_token_id,
-        image_tokens=config.image_seq_length,
-        vocabulary=config.text_config.vocab_size,
-        template=template,
-    )
+    vocabulary = config.text_config.vocab_size
+    return BuiltModel(output, n_parameters, config.image_token_id, config.image_seq_length, vocabulary, template)
 
 
 def padded_vocabulary(rows: int, tokens: int) -> int:
@@ -171,10 +155,9 @@ def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> dict[s
 
 
 def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: Source) -> int:
-    """Has transformers load the weights on the meta device, which takes no memory; returns the number of parameters.
+    """Has transformers load the weights on the meta device; returns the number of parameters.
 
-    Raises:
-        ValueError: No model can be made of the configuration, or a tensor is missing, left over, or of another shape.
+    Refuses what makes no model, and a tensor that is missing, left over, or of another shape.
     """
     import transformers
 
@@ -209,10 +192,7 @@ def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: So
 
 @contextmanager
 def _partial_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
-    """Gives the folder to make, and ``OUTPUT.partial`` to make it in, which goes when the build fails.
-
-    A link is followed, so that it points to the model afterwards.
-    """
+    """Gives the folder to make, links followed, and ``OUTPUT.partial`` to make it in, which goes when that fails."""
     try:
         folder = Path(output).absolute().resolve()
         if folder.exists() and any(folder.iterdir()):

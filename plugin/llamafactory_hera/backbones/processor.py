@@ -59,11 +59,7 @@ _VICUNA = (
 
 
 def make_processor(language: Source, vision: Source) -> tuple[Any, tuple[int, int], str | None]:
-    """The processor, height and width in pixels of the images that it makes, and the host's template that fits it.
-
-    Raises:
-        ValueError: Tokenizer or image processor is missing, broken, or another model's.
-    """
+    """The processor, height and width in pixels of the images that it makes, and the host's template that fits it."""
     from tokenizers import AddedToken
     from transformers import LlavaProcessor
 
@@ -112,10 +108,7 @@ def _image_processor(vision: Source) -> tuple[Any, tuple[int, int]]:
 
 
 def _tokenizer(language: Source) -> Any:
-    """The language model's tokenizer.
-
-    transformers makes an empty tokenizer of a folder that holds none, so what the tokenizer does is tried.
-    """
+    """The language model's tokenizer, tried: transformers makes an empty one of a folder that holds none."""
     from transformers import AutoTokenizer
 
     config = language.config
@@ -157,11 +150,7 @@ def _host_template(model_type: str, tokenizer: Any) -> str | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """The template for processor and tokenizer; None where the language model has none and none is known.
-
-    The hybrid Qwen3 models think, and put an empty thought in front of an answer when told not to; the host's
-    ``llava_qwen3`` does neither, so they get plain ChatML. Vicuna has no template of its own.
-    """
+    """The template for processor and tokenizer, or None: hybrid Qwen3 models get ChatML, which does not think."""
     own = tokenizer.chat_template
     if template == "llava_qwen3" and own is not None and "enable_thinking" in own:
         own = _CHATML

@@ -13,11 +13,7 @@ _FOLDERS = ("ablations", "data", "deepspeed")
 
 
 def recipes_folder() -> Path:
-    """The folder of the shipped recipes: of the installed wheel, or of the repository.
-
-    Raises:
-        ValueError: The installation has none.
-    """
+    """The folder of the shipped recipes: of the repository, or of the installed wheel."""
     repository = Path(__file__).parents[3] / "recipes"
     if (repository / _INDEX).is_file():
         return repository
@@ -39,13 +35,7 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def copy_recipes(target: str | Path) -> list[Path]:
-    """Copies every recipe, ``dataset_info.json`` and the DeepSpeed files into a new folder.
-
-    Paths that begin with ``recipes/``, in the recipes and in what is to be read about them, begin with the new folder.
-
-    Raises:
-        ValueError: The folder is not empty.
-    """
+    """Copies every recipe, ``dataset_info.json`` and the DeepSpeed files; paths under ``recipes/`` are adapted."""
     target, source = Path(target), recipes_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--copy-to: {target} is not empty; give another folder.")

@@ -25,34 +25,21 @@ _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint in memory.
-
-    Attributes:
-        folder: Its files.
-        config: Its configuration; of a vision encoder that of its vision half.
-        weights: Name inside a LLaVA checkpoint, as every version of transformers reads it -> tensor as stored.
-    """
+    """A checkpoint in memory."""
 
     folder: Path
-    config: Any
-    weights: dict[str, Tensor]
+    config: Any  # of a vision encoder that of its vision half
+    weights: dict[str, Tensor]  # name inside a LLaVA checkpoint -> tensor as stored
 
 
 @dataclass(frozen=True)
 class Tower:
-    """How the vision half of a checkpoint is named, and what LLaVA takes of its output.
+    """How the vision half of a checkpoint is named, and what LLaVA takes of its output."""
 
-    Attributes:
-        own_prefix: In front of the vision half's tensors, in checkpoints that hold more than it.
-        stored_prefix: In front of them inside a LLaVA checkpoint.
-        has_cls: Its first token is a CLS token, which is left out of the image's tokens.
-        any_size: Its position embeddings are interpolated to the image.
-    """
-
-    own_prefix: str
-    stored_prefix: str
-    has_cls: bool
-    any_size: bool = False
+    own_prefix: str  # in front of its tensors, in checkpoints that hold more than it
+    stored_prefix: str  # in front of them inside a LLaVA checkpoint
+    has_cls: bool  # its first token is a CLS token, which LLaVA leaves out
+    any_size: bool = False  # its position embeddings are interpolated to the image
 
 
 #: ``model_type`` of the vision configuration -> its tower. Fixed-resolution SigLIP2 calls itself SigLIP.
@@ -66,12 +53,7 @@ _NESTED = ("clip", "siglip")
 
 
 def open_language_model(name_or_path: str) -> Source:
-    """A language model; its configuration is checked before its weights are fetched.
-
-    Raises:
-        ValueError: Quantised, another kind of model, an architecture that ``heads/families.py`` lacks, or weights
-            that are not whole.
-    """
+    """A language model; its configuration is checked before its weights are fetched."""
     folder, config = read_config(name_or_path, LANGUAGE_KEY)
     if config.model_type not in FAMILIES or hasattr(config, "vision_config"):
         raise ValueError(
@@ -95,11 +77,7 @@ def open_language_model(name_or_path: str) -> Source:
 
 
 def open_vision_encoder(name_or_path: str) -> Source:
-    """The vision half of a vision encoder.
-
-    Raises:
-        ValueError: Quantised, not a vision encoder of :data:`TOWERS`, or its weights are not whole.
-    """
+    """The vision half of a vision encoder of :data:`TOWERS`."""
     folder, config = read_config(name_or_path, VISION_KEY)
     config = config.vision_config if config.model_type in _NESTED else config
     tower = TOWERS.get(config.model_type)
@@ -122,11 +100,7 @@ def open_vision_encoder(name_or_path: str) -> Source:
 
 
 def read_config(name_or_path: str, key: str) -> tuple[Path, Any]:
-    """The folder of a checkpoint, without its weights when it is a hub model, and its configuration.
-
-    Raises:
-        ValueError: It cannot be found, is broken, or describes a quantised model; names ``key``.
-    """
+    """The folder of a checkpoint, without its weights when it is a hub model, and its configuration, not quantised."""
     from transformers import AutoConfig
 
     folder = local_folder(name_or_path, key, _WHAT[key], weights=False)
@@ -141,8 +115,8 @@ def read_config(name_or_path: str, key: str) -> tuple[Path, Any]:
     if quantised:
         raise ValueError(
             f"{key}: {folder} is quantised (quantization_config in {CONFIG_FILE}, method "
-            f"{quantised.get('quant_method')}), and weights are copied as they are; give the unquantised checkpoint. "
-            "Training can quantise the built model (quantization_bit)."
+            f"{quantised.get('quant_method')}); give the unquantised checkpoint. Training can quantise the built "
+            "model (quantization_bit)."
         )
     return folder, config
 

@@ -12,21 +12,13 @@ TEACHER = "facebook/dinov2-large"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model that HeRA trains, or the LLM that it is built on.
+    """A model that HeRA trains, or the LLM that it is built on."""
 
-    Attributes:
-        key: Its name in recipe files.
-        title: Its name in text.
-        checkpoint: Hub id.
-        template: The host's template; of a LLaVA-style model in stage 2.
-        heads: The paper's heads, as ``hera_heads`` takes them; empty where the paper names none.
-    """
-
-    key: str
+    key: str  # its name in recipe files
     title: str
-    checkpoint: str
-    template: str
-    heads: str = ""
+    checkpoint: str  # hub id
+    template: str  # the host's; of a LLaVA-style model in stage 2
+    heads: str = ""  # the paper's, as ``hera_heads`` takes them; empty where it names none
 
 
 def _by_key(*backbones: Backbone) -> dict[str, Backbone]:

@@ -15,7 +15,7 @@ from .weights import SLICES, Edit, HeadWeights, Slice, Update
 
 
 class Anchor(NamedTuple):
-    """An anchor of one target, with its similarity and what that is made of."""
+    """An anchor of one target, with its similarity (eq. 9) and what that is made of."""
 
     head: Target
     similarity: float
@@ -26,12 +26,9 @@ class Anchor(NamedTuple):
 class Plan(NamedTuple):
     """What a calibration is going to try."""
 
-    #: Heads to calibrate, highest CAF first.
-    targets: list[Target]
-    #: Of each target, nearest first; none where no layer within two has any.
-    anchors: dict[Target, list[Anchor]]
-    #: In the order of their first targets.
-    updates: list[Update]
+    targets: list[Target]  # highest CAF first
+    anchors: dict[Target, list[Anchor]]  # nearest first; none where no layer within two has any
+    updates: list[Update]  # in the order of their first targets
 
 
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
@@ -42,15 +39,11 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
     return Plan(targets, anchors, [make_update(heads, anchors, weights, config) for heads in units(ready, weights)])
 
 
-# -- targets, eq. 6 and 7 --------------------------------------------------------------------------------------------
-
-
 def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
-    """The targets, highest CAF first, from standardised I-SAL and CAF ``[L, H]``.
+    """The targets, highest CAF first, from standardised I-SAL and CAF ``[L, H]`` (eq. 6 and 7).
 
-    I-SAL lies below a percentile of its layer, CAF above another; both are linear between heads. ``rah_targets:
-    no_caf`` leaves the second condition out, ``inverse`` takes heads above the mirrored percentile of I-SAL, and
-    ``random`` draws, in each layer, as many heads as ``paper`` would take.
+    I-SAL lies below a percentile of its layer, CAF above another. ``no_caf`` leaves the second condition out,
+    ``inverse`` mirrors the first, ``random`` draws, in each layer, as many heads as ``paper`` would take.
     """
     sought = -saliency if config.targets == "inverse" else saliency
     chosen = sought < torch.quantile(sought, config.p_isal / 100, dim=1, keepdim=True)
@@ -67,16 +60,8 @@ def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> li
     return sorted(targets, key=lambda target: (-influence[target].item(), target))
 
 
-# -- anchors, eq. 8 to 11 --------------------------------------------------------------------------------------------
-
-
 def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
-    """Heads that a target could learn from: of its own layer, else of the layers beside it, else of those two away.
-
-    They are those whose I-SAL lies ``beta`` deviations above their layer's mean (eq. 8), the target itself left out;
-    in standardised I-SAL ``[L, H]`` each layer's mean is 0 and its deviation 1. Other targets are not left out: random
-    and inverse ones can lie there, and eq. 8 asks for nothing else.
-    """
+    """Other heads with I-SAL above ``beta`` (eq. 8): of the target's layer, else of those beside it, else two away."""
     above = [Target(*place) for place in (saliency > beta).nonzero().tolist()]
     for distance in (0, 1, 2):
         pool = [head for head in above if abs(head.layer - target.layer) == distance and head != target]
@@ -88,8 +73,7 @@ def candidates(saliency: Tensor, target: Target, beta: float) -> list[Target]:
 def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config: RahConfig) -> list[Anchor]:
     """The ``k`` candidates most similar to a target by ``rho s_func + (1 - rho) s_param`` (eq. 9), nearest first.
 
-    ``s_func`` is the cosine of the average text-to-image maps (eq. 10), ``s_param`` the weighted cosines of the value
-    and output slices (eq. 11). Equal similarities are ordered by (layer, head).
+    ``s_func`` compares text-to-image maps (eq. 10), ``s_param`` value and output slices (eq. 11), by their cosines.
     """
 
     def cosine(ours: Tensor, theirs: Tensor) -> float:
@@ -107,9 +91,6 @@ def find_anchors(target: Target, profile: Profile, weights: HeadWeights, config:
     return sorted(anchors, key=lambda anchor: (-anchor.similarity, anchor.head))[: config.k]
 
 
-# -- updates, eq. 12 and 13 ------------------------------------------------------------------------------------------
-
-
 def units(targets: Sequence[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
     """Targets that are changed together: a whole group that shares a value block, else each for itself."""
     groups = {target: weights.group(target) for target in targets}
@@ -120,9 +101,9 @@ def units(targets: Sequence[Target], weights: HeadWeights) -> list[tuple[Target,
 def make_update(
     heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, config: RahConfig
 ) -> Update:
-    """The update of one unit: each head's output slice moves towards the trimmed mean of its anchors'.
+    """The update of one unit: each head's output slice moves towards the trimmed mean of its anchors' (eq. 12).
 
-    A value block moves if the unit is all that it serves, towards the mean of what the heads of the unit aim at.
+    A value block moves if the unit is all that it serves, towards the mean of what its heads aim at.
     """
 
     def edit(served: Sequence[Target], kind: Slice) -> Edit:
@@ -141,21 +122,15 @@ def make_update(
 
 
 def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
-    """Element-wise mean of ``[k, ...]`` without the ``floor(trim * k)`` lowest and as many highest values (eq. 12).
-
-    With the paper's three anchors and 0.1 nothing is cut off, and this is the mean.
-    """
-    k = len(stack)
-    cut = int(trim * k)
-    return stack.float().sort(dim=0).values[cut : k - cut].mean(dim=0)
+    """Element-wise mean of ``[k, ...]`` without the ``floor(trim * k)`` lowest and as many highest values."""
+    cut = int(trim * len(stack))
+    return stack.float().sort(dim=0).values[cut : len(stack) - cut].mean(dim=0)
 
 
 def low_rank(difference: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The ``rank`` largest singular directions, None for all, of ``W_RAH - W`` ``[m, n]`` (eq. 13).
+    """Left ``[m, r]`` and right ``[r, n]`` factors in fp32 of the ``rank`` largest singular directions (eq. 13).
 
-    Returns:
-        Left ``[m, r]`` and right ``[r, n]`` in fp32, whose product it is; they share the singular values. Directions
-        without weight are dropped, so ``r`` may be 0.
+    Of ``W_RAH - W`` ``[m, n]``; None is all. Directions without weight are dropped, so ``r`` may be 0.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]

@@ -1,10 +1,8 @@
-"""Profiling a model: which heads look across text and image (I-SAL), and which decide what it is sure of (CAF).
-
-Section 3.2: forward passes that read attention, backward passes to gates; kept on disk for the next run.
-"""
+"""Profiling: which heads look across text and image (I-SAL), and which decide what a model is sure of (CAF)."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,27 +22,14 @@ from ..selection.forward import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features, Sample
 from .settings import Positions, RahConfig
 
-_WORD = 8  # bytes
 _POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
-
-# -- I-SAL, eq. 3 ----------------------------------------------------------------------------------------------------
 
 
 def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Mean attention between text and image in both directions (eq. 3), and from text to each image token.
+    """``r`` of eq. 3 ``[H]`` and ``A^{T->I}`` of eq. 10 ``[H, bins]``, in fp32, of one sample.
 
-    Under a causal mask an image token sees only the text in front of it; the image-to-text half is kept as the paper
-    has it. Images may have different numbers of tokens, and an average of maps needs one length: neighbouring tokens,
-    in raster order, share a bin.
-
-    Args:
-        attention: One sample's weights ``[H, T, T]``, queries before keys.
-        text: Positions of its text tokens.
-        image: Positions of its image tokens.
-        bins: Length of the map; at most the image tokens.
-
-    Returns:
-        ``r`` of eq. 3 ``[H]``, and ``A^{T->I}`` of eq. 10, the mean over text tokens, ``[H, bins]``; in fp32.
+    From its attention ``[H, T, T]``, queries before keys, and the positions of its text and image tokens. Images may
+    have different numbers of tokens, and a mean of maps needs one length: neighbouring tokens share a bin.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -53,11 +38,9 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
 
 
 class AttentionFlow(Hooks):
-    """Reads :func:`attention_flow` of every head while it is entered.
+    """Reads :func:`attention_flow` of every head while it is entered; the text decoder's attention is eager meanwhile.
 
-    Meanwhile the text decoder computes attention by its own eager implementation, whose weights each layer hands out:
-    they are reduced there and then, and no second layer's ``[B, H, T, T]`` is ever held. The model is bare, and whole
-    on this process; the maps have ``bins`` values, at most the image tokens of any sample.
+    Each layer's weights are reduced there and then, so that no second layer's ``[B, H, T, T]`` is ever held.
     """
 
     def __init__(self, forward: Forward, bins: int) -> None:
@@ -96,9 +79,6 @@ class AttentionFlow(Hooks):
         self._layers.append([attention_flow(sample, *tokens, self._bins) for sample, tokens in samples])
 
 
-# -- CAF, eq. 5 ------------------------------------------------------------------------------------------------------
-
-
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
     """Logits ``[B, P, V]`` at the tokens that count in any sample of a batch, and which count in each, ``[B, P]``."""
     counted = forward.tokens(_POOLINGS[positions], batch)
@@ -107,10 +87,9 @@ def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions
 
 
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """The label-free margin loss of each sample, ``-1/T sum_t log(p_t1 / p_t2)`` (text under eq. 5).
+    """The label-free margin loss of each sample, ``-1/T sum_t log(p_t1 / p_t2)`` (text under eq. 5), ``[B]`` in fp32.
 
-    From logits ``[B, T, V]`` and the tokens ``t`` that count, boolean ``[B, T]``, ``[B]`` in fp32. The log ratio of
-    two probabilities of one softmax is the difference of their logits, so no softmax is computed.
+    From logits ``[B, T, V]`` and the tokens that count, boolean ``[B, T]``; a log ratio is a difference of logits.
     """
     top = torch.topk(logits, 2, dim=-1).values.float()
     margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
@@ -120,9 +99,8 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
 class HeadGates(Hooks):
     """Multiplies each head's output by a gate of 1 while it is entered, one gate for each sample and head.
 
-    A head's output is its slice of the output projection's input. Weights are frozen meanwhile, so that autograd
-    keeps nothing for them. Samples do not mix, so that the gradient of a sum of losses with respect to a sample's
-    gate is that of its own loss. The model is bare, and whole on this process.
+    A head's output is its slice of the output projection's input. Weights are frozen meanwhile. Samples do not mix:
+    the gradient of a sum of losses with respect to a sample's gate is that of its own loss.
     """
 
     def __init__(self, forward: Forward, positions: Positions) -> None:
@@ -156,36 +134,23 @@ class HeadGates(Hooks):
         return ((heads * gates).flatten(-2), *rest)
 
 
-# -- all samples -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Profile:
-    """What profiling measured.
+    """What profiling measured."""
 
-    Attributes:
-        flow: ``r`` of eq. 3, the mean over samples, ``[L, H]`` in fp64.
-        maps: Average text-to-image attention of eq. 10, ``[L, H, bins]`` in fp32.
-        gradients: Gate gradients of each probe sample, ``[N, L, H]`` in fp32.
-    """
-
-    flow: Tensor
-    maps: Tensor
-    gradients: Tensor
+    flow: Tensor  # [L, H] in fp64: r of eq. 3, the mean over samples
+    maps: Tensor  # [L, H, bins] in fp32: average text-to-image attention of eq. 10
+    gradients: Tensor  # [N, L, H] in fp32: gate gradients of each probe sample
 
     @property
     def saliency(self) -> Tensor:
         """I-SAL: standard scores of ``r`` within each layer (eq. 4), ``[L, H]``; zero where all heads are equal."""
         centred = self.flow - self.flow.mean(dim=1, keepdim=True)
         deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-        # the paper's epsilon, far below any deviation that attention weights have, so that the unit stays a deviation
-        return centred / (deviation + 1e-12)
+        return centred / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
 
     def influence(self, curvature_weight: float) -> Tensor:
-        """CAF (eq. 5): the mean gradient with respect to a head's gate, plus lambda times its mean square, ``[L, H]``.
-
-        As in the paper the first term keeps its sign.
-        """
+        """CAF (eq. 5), ``[L, H]``: the mean gradient, with its sign, plus lambda times the mean squared gradient."""
         values = self.gradients.double()
         return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
@@ -196,23 +161,16 @@ class Profile:
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":
         """A profile of an earlier run; None if there is none of this key."""
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") != key:
-                    return None
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
                 return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return None
+        return None
 
 
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head on samples that each have image and text tokens; the first ``rah_probes`` are the probes.
-
-    Raises:
-        ValueError: A gradient or an attention weight is not finite.
-    """
+    """Measures every head on samples that each have image and text tokens; the first ``rah_probes`` are the probes."""
 
     def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
@@ -230,12 +188,10 @@ def profile_heads(
     with HeadGates(forward, config.positions) as gates:
         gradients = torch.stack(each("gates", features[: config.probes], gates.read))
     profile = Profile(_mean(flows), _mean(maps).float(), gradients)
-    for name, values in (("attention weights", profile.flow), ("gradients of the gates", gradients)):
-        if not values.isfinite().all():
-            raise ValueError(
-                f"model_name_or_path: its {name} hold NaN or infinity. The checkpoint is damaged, or its activations "
-                "do not fit fp16: use bf16 or fp32."
-            )
+    if not (profile.flow.isfinite().all() and gradients.isfinite().all()):
+        raise ValueError(
+            "model_name_or_path: its attention or gradients hold NaN or infinity; use bf16 or fp32, or another model."
+        )
     return profile
 
 
@@ -257,16 +213,14 @@ def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
 def weights_digest(model: nn.Module) -> str:
     """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
 
-    A calibrated adapter changes a few rows or columns of a few projections, and attention depends on vision tower and
-    projector, too, so a sample of the decoder's values would not do. Of a matrix the sums over rows and over columns
-    of its bytes, read as whole numbers, are hashed: they are computed where the weights lie, the same on every device.
+    Of a matrix it takes the sums over rows and columns of its bytes as whole numbers, the same on every device.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
         weight = parameter.detach().contiguous()
         summaries = [weight.flatten()]
-        if weight.dim() > 1 and weight[0].nbytes % _WORD == weight.data_ptr() % _WORD == 0:
+        if weight.dim() > 1 and weight[0].nbytes % 8 == weight.data_ptr() % 8 == 0:  # whole words of 8 bytes
             words = weight.flatten(1).view(torch.int64)
             summaries = [words.sum(dim=0), words.sum(dim=1)]
         for summary in summaries:

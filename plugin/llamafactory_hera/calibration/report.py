@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.patheffects import withStroke
 from scipy.stats import spearmanr
@@ -114,10 +113,7 @@ def compare(normal: dict[str, Any], corrupted: dict[str, Any]) -> dict[str, Any]
 
 
 def mean_rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    """Mean over layers of Spearman's correlation between heads: targets are chosen by their rank in a layer.
-
-    A layer whose heads are all equal has no order and is left out; without any other layer the mean is 0.
-    """
+    """Mean over layers of Spearman's correlation between heads; layers whose heads are all equal are left out."""
     ordered = [(a, b) for a, b in zip(ours, theirs, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
     return round(float(np.mean([spearmanr(a, b).statistic for a, b in ordered])), 6) if ordered else 0.0
 
@@ -160,15 +156,28 @@ def render_summary(report: dict[str, Any]) -> str:
 
 def draw_calibration(report: dict[str, Any], target: Path) -> None:
     """Draws CAF and I-SAL of every head one above the other, targets and anchors marked (fig. 3), into a PNG."""
+    targets = [target["head"] for target in report["targets"]]
+    marks = (
+        ([head for head in targets if head in report["calibrated"]], "X", "white", "target, calibrated"),
+        ([head for head in targets if head not in report["calibrated"]], "X", "none", "target, not changed"),
+        (
+            sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]}),
+            "o",
+            "none",
+            "anchor",
+        ),
+    )
+    # a white line within a black one shows on every colour of the scale
+    outline = [withStroke(linewidth=3.0, foreground="black")]
+    style: dict[str, Any] = {"edgecolors": "white", "linewidths": 1.2, "s": 46, "path_effects": outline}
     n_layers, n_heads = np.shape(report["caf"])
     width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
-    caf = upper.imshow(report["caf"], cmap="cividis", aspect="auto", interpolation="nearest")
+    cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
+    caf = upper.imshow(report["caf"], cmap="cividis", **cells)
     # equal colours mean equal distance from the layer's mean
-    isal = lower.imshow(
-        report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), aspect="auto", interpolation="nearest"
-    )
+    isal = lower.imshow(report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), **cells)
     for axes, image, title in ((upper, caf, "CAF"), (lower, isal, "I-SAL, standardised in each layer")):
         figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
         axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
@@ -176,7 +185,11 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
         axes.tick_params(labelsize=8)
         axes.set(xlabel="head", ylabel="layer")
         axes.set_title(title, fontsize=10)
-        _mark(axes, report)
+        for heads, marker, face, label in marks:
+            if heads:
+                layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
+                style |= {"marker": marker, "facecolors": face, "label": f"{label} ({len(heads)})"}
+                axes.scatter(columns, layers, **style)
     handles, _ = upper.get_legend_handles_labels()
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -185,21 +198,3 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     outcome = report["nothing_because"] or f"KL {report['kl']['total']:.4f} of at most {report['kl']['delta']:g}"
     figure.suptitle(f"{facts['model']}, {facts['samples']['profiled']} samples of {data}\n{outcome}", fontsize=10)
     save_figure(figure, target)
-
-
-def _mark(axes: Axes, report: dict[str, Any]) -> None:
-    calibrated = set(report["calibrated"])
-    targets = [target["head"] for target in report["targets"]]
-    anchors = sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]})
-    for heads, marker, face, label in (
-        ([head for head in targets if head in calibrated], "X", "white", "target, calibrated"),
-        ([head for head in targets if head not in calibrated], "X", "none", "target, not changed"),
-        (anchors, "o", "none", "anchor"),
-    ):
-        if heads:
-            layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
-            # a white line within a black one shows on every colour of the scale
-            style: dict[str, Any] = {"facecolors": face, "edgecolors": "white", "linewidths": 1.2, "s": 46}
-            outline = [withStroke(linewidth=3.0, foreground="black")]
-            name = f"{label} ({len(heads)})"
-            axes.scatter(columns, layers, marker=marker, **style, path_effects=outline, label=name)

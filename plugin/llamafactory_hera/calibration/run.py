@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +37,8 @@ def calibrate_heads(
 ) -> list[dict[str, Any]]:
     """Calibrates a model and writes adapter, report and picture.
 
-    With a control it calibrates first on the data as they are, then on corrupted ones, whose files go into
-    ``folder/control_<name>`` and whose report says what the corruption did.
+    With a control it then calibrates on corrupted data, whose files go into ``folder/control_<name>`` and whose report
+    says what the corruption did.
 
     Returns:
         The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
@@ -46,20 +46,21 @@ def calibrate_heads(
     Raises:
         ValueError: Bad input; names the key, the value and the remedy. No file of the result is written then.
     """
-    folders = [folder, *([folder / f"control_{control}"] if control else [])]
-    for each in folders:
-        _check_folder(each)
+    control_folder = folder / f"control_{control}"
+    _check_folder(folder)
+    if control:
+        _check_folder(control_folder)
     drawn = draw_samples(inputs.source, config)
     corrupted = corrupt(drawn, inputs.source, control, config.seed) if control else None
     calibration = _Calibration(inputs, config)
     reports = [calibration.run(drawn, folder)]
     if corrupted is not None:
-        reports.append(calibration.run(corrupted, folders[1], reports[0]))
+        reports.append(calibration.run(corrupted, control_folder, reports[0]))
     return reports
 
 
 class _Calibration:
-    """What the calibrations of one run share: the model, seen in several ways."""
+    """The model, seen in several ways; the calibrations of one run share it."""
 
     def __init__(self, inputs: CalibrationInputs, config: RahConfig) -> None:
         self._inputs, self._config = inputs, config
@@ -79,10 +80,8 @@ class _Calibration:
         outcome = Outcome()
         if plan.updates and self._config.delta > 0:
             outcome = try_updates(plan.updates, self._held_out(drawn.held_out).kl, self._config)
-        seconds = {
-            "profiling": None if reused else round(profiled - started, 3),
-            "trust_region": round(time.perf_counter() - profiled, 3),
-        }
+        trust_region = round(time.perf_counter() - profiled, 3)
+        seconds = {"profiling": None if reused else round(profiled - started, 3), "trust_region": trust_region}
         facts = self._facts(drawn) | {"seconds": seconds}
         report = describe(profile, plan, outcome, self._weights, self._config, facts)
         if normal is not None:
@@ -113,18 +112,14 @@ class _Calibration:
     def _facts(self, drawn: Drawn) -> dict[str, Any]:
         inputs, forward = self._inputs, self._forward
         compute = inputs.autocast or next(forward.model.parameters()).dtype
+        samples = {"profiled": len(drawn.profiled), "probes": self._config.probes, "held_out": len(drawn.held_out)}
         return {
             "model": inputs.model_name,
             "adapters": list(inputs.adapter_names),
             "model_fingerprint": self._fingerprint,
             "dataset": inputs.dataset_name,
             "control": drawn.control,
-            "samples": {
-                "profiled": len(drawn.profiled),
-                "probes": self._config.probes,
-                "held_out": len(drawn.held_out),
-                "without_image": drawn.without_image,
-            },
+            "samples": samples | {"without_image": drawn.without_image},
             "samples_digest": drawn.digest(),
             "compute_dtype": str(compute).removeprefix("torch."),
             "device": str(forward.device),
@@ -133,19 +128,14 @@ class _Calibration:
         }
 
     def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
-        """Writes adapter, picture and report, and takes away what an earlier calibration left.
-
-        Everything is made in a folder of its own and renamed; the report comes last, so that a folder with a report
-        is complete.
-        """
+        """Replaces adapter, picture and report; the report comes last, so that a folder with a report is complete."""
         files = [PICTURE_FILE, REPORT_FILE]
         with _writing(folder), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
             work = Path(name)
-            report[_DIGEST] = None
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)
-                report[_DIGEST] = _digest(work / ADAPTER_FILE)
                 files = [ADAPTER_FILE, ADAPTER_CONFIG, *files]
+            report[_DIGEST] = _digest(work / ADAPTER_FILE) if accepted else None
             draw_calibration(report, work / PICTURE_FILE)
             write_json(work / REPORT_FILE, report)
             for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
@@ -157,16 +147,13 @@ class _Calibration:
 def _check_folder(folder: Path) -> None:
     """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
     check_writable(folder)
-    if not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE)):
-        return
-    try:
-        ours = read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = False
+    ours = not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        ours = ours or read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)
     if not ours:
         raise ValueError(
-            f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since, and it "
-            "would be replaced; give another folder, or move the adapter away."
+            f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since; give "
+            "another folder, or move the adapter away."
         )
 
 
@@ -182,6 +169,5 @@ def _writing(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder, and run "
-            "the same command again."
+            f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder."
         ) from error

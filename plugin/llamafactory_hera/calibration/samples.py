@@ -27,31 +27,19 @@ class CalibrationSource(Source, Protocol):
 
     def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
         """What the model sees of a sample, with other images in place of its own if given; None if it has no text."""
-        ...
 
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """Model and data of a calibration, as a host gives them.
-
-    Attributes:
-        source: The dataset.
-        load_model: Loads the model, frozen, in evaluation mode, on one device.
-        collator: From the model to what makes batches of features.
-        model_name: As the recipe names it; the adapter's base model.
-        dataset_name: As the recipe names it.
-        adapter_names: Adapters that were merged into the model in memory.
-        autocast: The type in which the run computes, where it is not the weights' own.
-        num_workers: Processes that decode images.
-    """
+    """Model and data of a calibration, as a host gives them."""
 
     source: CalibrationSource
-    load_model: Callable[[], nn.Module]
+    load_model: Callable[[], nn.Module]  # frozen, in evaluation mode, on one device
     collator: Callable[[nn.Module], Collate]
-    model_name: str
+    model_name: str  # as the recipe names it; the adapter's base model
     dataset_name: str
-    adapter_names: Sequence[str] = ()
-    autocast: torch.dtype | None = None
+    adapter_names: Sequence[str] = ()  # merged into the model in memory
+    autocast: torch.dtype | None = None  # in which the run computes, where it is not the weights' own
     num_workers: int = 0
 
 
@@ -61,11 +49,9 @@ class Drawn:
 
     profiled: list[Sample]
     held_out: list[Sample]
-    #: How many rows were passed over because they have no image.
-    without_image: int
-    #: How their images were corrupted, and the held-out samples before that.
-    control: Control | None = None
-    uncorrupted: Sequence[Sample] = ()
+    without_image: int  # rows that were passed over
+    control: Control | None = None  # how their images were corrupted
+    uncorrupted: Sequence[Sample] = ()  # the held-out samples before that
 
     def digest(self) -> str:
         """A digest of what the model sees of all samples, in order."""
@@ -74,20 +60,11 @@ class Drawn:
 
 
 def draw_samples(source: Source, config: RahConfig) -> Drawn:
-    """Draws samples in an order that depends on the seed alone, one for each image; no image is in both halves.
-
-    Rows without an image are passed over, and counted.
-
-    Raises:
-        ValueError: No image at all, fewer samples than probes and held-out ones need, or an image that cannot be read.
-    """
+    """Draws samples with an image, one for each image, in an order that depends on the seed alone."""
     found = draw(source, config.samples, config.seed)
     drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
     if not drawn and without_image == found.rows:
-        raise ValueError(
-            "dataset: none of its samples has an image, and calibration looks at attention between text and image; "
-            "use a dataset with an `images` column."
-        )
+        raise ValueError("dataset: none of its samples has an image; use a dataset with an `images` column.")
     if drawn < config.probes + config.held_out:
         raise ValueError(
             f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {config.probes} and "
@@ -99,25 +76,19 @@ def draw_samples(source: Source, config: RahConfig) -> Drawn:
             "dataset: %d samples without an image and %d without text were passed over.", without_image, without_text
         )
     if drawn < config.samples:
-        logger.warning(
-            "rah_samples: %d are asked for, and the dataset has %d different images.", config.samples, drawn
-        )
+        logger.warning("rah_samples: %d are asked for, and the dataset has %d images.", config.samples, drawn)
     n = drawn - config.held_out
     return Drawn(found.samples[:n], found.samples[n:], without_image)
 
 
 def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:
-    """The same samples with other images, profiled and held-out ones each among themselves.
-
-    ``shuffled`` gives every sample the images of another one; ``blank`` white images of the same sizes (ours: the
-    paper does not say which blank).
-
-    Raises:
-        ValueError: No two samples have the same number of images, so that none can be exchanged.
-    """
+    """The same samples with images of another one of the same half, or with white ones of the same sizes (ours)."""
 
     def corrupted(samples: Sequence[Sample]) -> list[Sample]:
-        images = _exchanged(samples, seed) if control == "shuffled" else [_blank(sample.images) for sample in samples]
+        if control == "shuffled":
+            images = _exchanged(samples, seed)
+        else:
+            images = [[Image.new("RGB", load_image(i).size, "white") for i in sample.images] for sample in samples]
         changed = []
         for sample, other in zip(samples, images, strict=True):
             features = source.encode(sample.row, other)
@@ -129,10 +100,6 @@ def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int
     return Drawn(profiled, held_out, drawn.without_image, control, drawn.held_out)
 
 
-def _blank(images: Sequence[ImageLike]) -> list[ImageLike]:
-    return [Image.new("RGB", load_image(image).size, "white") for image in images]
-
-
 def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
     """The images of each sample's successor in a shuffled ring of those with as many, so that nobody keeps its own."""
     rings: dict[int, list[int]] = {}
@@ -140,8 +107,8 @@ def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
         rings.setdefault(len(sample.images), []).append(index)
     if all(len(ring) == 1 for ring in rings.values()):
         raise ValueError(
-            "--control: no two samples have the same number of images, so that none can be exchanged; use --control "
-            "blank, or a dataset with one image a sample."
+            "--control: no two samples have as many images, so that none can be exchanged; use --control blank, or "
+            "a dataset with one image a sample."
         )
     givers: dict[int, int] = {}
     for ring in rings.values():

@@ -77,7 +77,7 @@ class RahConfig(KeyedConfig):
     halvings: int = knob(10, "How often the step is halved before its head is rolled back (ours).", at_least=0)
 
     def check(self) -> None:
-        """Checks samples against probes, the weights of eq. 11, and the syntax of the layers."""
+        """Checks keys against each other, and the syntax of the layers."""
         profiled = self.samples - self.held_out
         if profiled < self.probes:
             raise ValueError(
@@ -90,11 +90,7 @@ class RahConfig(KeyedConfig):
             _parse_layers(self.layers)
 
     def layer_indices(self, n_layers: int) -> list[int]:
-        """The calibrated layers of a model of ``n_layers``, in order.
-
-        Raises:
-            ValueError: A layer that the model does not have.
-        """
+        """The calibrated layers of a model of ``n_layers``, in order; refuses a layer that it does not have."""
         if self.layers in ("all", "first_half"):
             return list(range(n_layers if self.layers == "all" else max(1, n_layers // 2)))
         chosen = _parse_layers(self.layers)

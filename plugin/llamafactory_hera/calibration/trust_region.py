@@ -40,8 +40,7 @@ class Outcome:
     """What became of all updates, in the order of the plan."""
 
     trials: Sequence[Trial] = ()
-    #: Numbers of updates that were tried together, each with their divergence.
-    totals: Sequence[tuple[int, float]] = ()
+    totals: Sequence[tuple[int, float]] = ()  # numbers of updates that were tried together, with their divergence
 
     @property
     def accepted(self) -> list[Scaled]:
@@ -58,8 +57,7 @@ def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], floa
     """Finds each update's step alone, then gives the last ones up, one by one, until all together hold.
 
     The step is the first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq.
-    15). The updates come with the highest CAF first, so that the least influential ones are given up. ``kl`` is the
-    divergence of the model with some updates, :meth:`HeldOut.kl`.
+    15). The highest CAF comes first, so the least influential updates are given up. ``kl`` is :meth:`HeldOut.kl`.
     """
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
     kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
@@ -87,11 +85,7 @@ def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahCon
 
 
 class HeldOut:
-    """Samples that profiling did not see (the batch B of eq. 15), with the logits of the unchanged model on the CPU.
-
-    Raises:
-        ValueError: The logits are not finite.
-    """
+    """Samples that profiling did not see (B of eq. 15), with the logits of the unchanged model on the CPU."""
 
     def __init__(
         self, forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
@@ -108,26 +102,22 @@ class HeldOut:
 
     @torch.no_grad()
     def kl(self, steps: Sequence[Scaled] = ()) -> float:
-        """Mean over samples of the mean divergence over their tokens, in nats, of the model with updates applied.
-
-        Raises:
-            ValueError: It is not finite.
-        """
+        """Mean over samples of the mean divergence over their tokens, in nats; refuses logits that are not finite."""
         values: list[Tensor] = []
         with applied(self._weights, steps):
             for batch, before in self._batches:
                 now, counted = counted_logits(self._forward, batch, self._positions)
                 # one sample at a time: two distributions over the vocabulary in single precision are large
-                for row, kept in enumerate(counted):
-                    earlier = before[row][kept.cpu()].to(now.device)
-                    values.append(divergence(earlier, now[row][kept]).double().mean())
-        kl = torch.stack(values).mean().item()
-        if not math.isfinite(kl):
+                for base, changed, kept in zip(before, now, counted, strict=True):
+                    kl = divergence(base[kept.cpu()].to(now.device), changed[kept])
+                    values.append(kl.double().mean())
+        mean = torch.stack(values).mean().item()
+        if not math.isfinite(mean):
             raise ValueError(
-                f"model_name_or_path: the KL divergence between the model and its changed copy is {kl}: its logits "
-                "hold NaN or infinity, or its activations do not fit fp16. Use bf16 or fp32, or another checkpoint."
+                f"model_name_or_path: the KL divergence of the changed model is {mean}: logits hold NaN or infinity. "
+                "Use bf16 or fp32, or another checkpoint."
             )
-        return kl
+        return mean
 
 
 def divergence(base: Tensor, changed: Tensor) -> Tensor:

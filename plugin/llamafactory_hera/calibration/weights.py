@@ -35,12 +35,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Update:
-    """What is changed together, under one step size.
-
-    With multi-head attention that is a head's value and output slice. A value block that several query heads share
-    is changed only if all of them are targets, and then they are one update; else a head's output slice is. Without
-    an edit target and anchors are equal.
-    """
+    """What is changed together, under one step size; without an edit target and anchors are equal."""
 
     heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
@@ -51,21 +46,16 @@ Scaled = tuple[Update, float]
 
 
 class HeadWeights:
-    """Views of the weights of a model, bare and whole on this process, by head.
+    """Views of the weights of a model, bare and whole on this process, by head; refuses what it cannot slice.
 
-    Under grouped-query attention ``v_proj`` holds one block of rows for each key-value head, which a group of query
-    heads shares; ``o_proj`` holds one block of columns for each query head.
-
-    Raises:
-        ValueError: Unknown architecture, a fused or otherwise unusual layout, or quantised weights; says why.
+    ``v_proj`` holds a block of rows for each key-value head, which a group of query heads shares; ``o_proj`` a block
+    of columns for each query head.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.layout = head_layout(model_config(model))
-        #: Query heads that share a value block; 1 is multi-head attention.
         self.group_size = self.layout.n_heads // self.layout.n_kv_heads
-        names = {id(module): name for name, module in model.named_modules()}
-        #: The projections, by layer and kind, and their names inside the model.
+        names = {module: name for name, module in model.named_modules()}
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         self.names: dict[tuple[int, Slice], str] = {}
         for layer, module in enumerate(decoder_layers(model)):
@@ -73,7 +63,7 @@ class HeadWeights:
             output = output_projection(module, self.layout.model_type)
             for kind, projection in zip(SLICES, (value, output), strict=True):
                 self.projections[layer, kind] = self._checked(projection, kind)
-                self.names[layer, kind] = names[id(projection)]
+                self.names[layer, kind] = names[self.projections[layer, kind]]
 
     def index(self, head: Target, kind: Slice) -> int:
         """Which block of a projection serves a query head: its key-value head's, or its own."""
@@ -102,23 +92,23 @@ class HeadWeights:
         layout = self.layout
         if module is None:
             raise ValueError(
-                f"model_name_or_path: layers of type {layout.model_type!r} have no v_proj: queries, keys and values "
-                "are one fused matrix, which calibration does not slice. Use a model with separate projections."
+                f"model_name_or_path: layers of type {layout.model_type!r} have no v_proj, but one fused matrix. "
+                "Use a model with separate projections."
             )
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or weight is None or weight.dtype not in _FLOATS:
             stored = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
             raise ValueError(
-                f"model_name_or_path: its projections are {type(module).__name__}{stored}: the weights are quantised "
-                "or wrapped, and calibration compares and changes plain ones. Calibrate the base model without "
-                "quantization_bit (the adapter then loads on the quantised one, too), or dequantise the checkpoint."
+                f"model_name_or_path: its projections are {type(module).__name__}{stored}, quantised or wrapped. "
+                "Calibrate the base model without quantization_bit (the adapter loads on the quantised one, too), or "
+                "dequantise the checkpoint."
             )
         heads, axis = (layout.n_kv_heads, 0) if kind == "value" else (layout.n_heads, 1)
         width = weight.shape[axis]
         if width != heads * layout.head_dim:
             raise ValueError(
                 f"model_name_or_path: a {kind} projection is {width} wide, and {heads} heads of {layout.head_dim} "
-                f"values need {heads * layout.head_dim}: it is not laid out head by head. Use another model."
+                f"values need {heads * layout.head_dim}. Use another model."
             )
         return module
 
@@ -128,26 +118,18 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
     """Changes the weights in place, ``W + alpha * left @ right`` (eq. 14), and gives them back bit by bit."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
-        for update, alpha in steps:
-            for edit in update.edits:
-                view = weights.slice(edit.layer, edit.kind, edit.index)
-                saved.append((view, view.clone()))
-                view.copy_(view.float() + alpha * (edit.left @ edit.right))
+        for edit, alpha in ((edit, alpha) for update, alpha in steps for edit in update.edits):
+            view = weights.slice(edit.layer, edit.kind, edit.index)
+            saved.append((view, view.clone()))
+            view.copy_(view.float() + alpha * (edit.left @ edit.right))
         yield
     finally:
         for view, original in reversed(saved):
             view.copy_(original)
 
 
-# -- updates as LoRA -------------------------------------------------------------------------------------------------
-
-
 def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
-    """Writes the two files of a standard PEFT LoRA adapter, of one update or more, into an existing folder.
-
-    Its rank differs from projection to projection and is what their edits need; its scaling is 1, since the step
-    sizes are in its weights. Projections without an edit are not in it.
-    """
+    """Writes a PEFT LoRA adapter with a rank for each projection; its scaling is 1, step sizes are in the weights."""
     from peft import LoraConfig, TaskType
 
     factors = lora_factors(weights, steps)
@@ -174,11 +156,9 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], ba
 
 
 def lora_factors(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The LoRA factors of each projection, by its name: the edits of its heads side by side, zero outside of them.
+    """``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]`` of each projection, by its name.
 
-    Returns:
-        ``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]``, where ``R`` is the sum of the edits' ranks; the update of
-        the whole weight is ``lora_B @ lora_A``.
+    The edits of its heads lie side by side, zero outside of them: ``R`` is the sum of their ranks.
     """
     found: dict[tuple[int, Slice], list[tuple[Tensor, Tensor]]] = {}
     for update, alpha in steps:

@@ -2,23 +2,21 @@
 
 import importlib.metadata
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .. import __version__
-from ..files import read_json
+from ..files import read_json, write_json
 from . import models
-from .dataset import Amounts, make_samples, write_dataset, write_json
+from .dataset import Amounts, make_samples, write_dataset
 
 PROVENANCE = "demo.json"
 GENERATOR = 1  # raise it when the same request builds something else than before
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "scikit-image")
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """How much data is made, and how many updates each model gets."""
 
     train: Amounts
@@ -35,30 +33,25 @@ SIZES = {
 
 
 def build_demo(
-    output_dir: str | Path = "hera_demo",
-    seed: int = 0,
-    size: Literal["demo", "test"] = "demo",
-    force: bool = False,
+    output_dir: str | Path = "hera_demo", seed: int = 0, size: Literal["demo", "test"] = "demo", force: bool = False
 ) -> dict[str, Path]:
-    """Build a tiny LLaVA, its language model, a teacher and a dataset; nothing is downloaded.
+    """Builds a tiny LLaVA, its language model, a teacher and a dataset; nothing is downloaded.
 
-    The same seed gives the same files on one machine with one set of library versions. Everything is built in a hidden
-    folder beside ``output_dir`` and renamed when it is complete. A folder that was built by the same request is
-    returned as it is.
+    The same seed gives the same files on one machine with one set of library versions. The folder appears when it is
+    complete; one that was built by the same request is returned as it is.
 
     Args:
         output_dir: The folder to make.
-        seed: Seed of the data and of all weights.
-        size: ``demo`` (640 training images) or ``test`` (96 training images, hardly trained, for tests).
-        force: Replace a demo folder that is already there.
+        seed: Of the data and of all weights.
+        size: ``demo`` (640 training images) or ``test`` (96 training images, hardly trained).
+        force: Replaces a demo that is already there.
 
     Returns:
-        Paths by name: ``root``, ``model`` (LLaVA with its processor), ``language_model``, ``teacher``, ``data`` (the
-        host's ``dataset_dir``).
+        Paths by name: ``root``, ``model`` (the LLaVA), ``language_model``, ``teacher``, ``data`` (``dataset_dir``).
 
     Raises:
-        ValueError: ``size`` is unknown, or ``output_dir`` is not the demo of this request (without ``force``: of any).
-        ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
+        ValueError: ``size`` is unknown, or ``output_dir`` is not the demo of this request (with ``force``: of any).
+        ImportError: scikit-learn or scikit-image is missing; names the extra to install.
     """
     if size not in SIZES:
         raise ValueError(f"size={size!r}: choose one of {', '.join(SIZES)}")
@@ -104,7 +97,7 @@ def _is_finished(root: Path, request: dict[str, Any], force: bool) -> bool:
 
 
 def _build(work: Path, request: dict[str, Any], size: Size) -> None:
-    """Makes everything in a folder of its own, where nobody looks before it is complete."""
+    """Makes everything in a folder where nobody looks before it is complete."""
     paths = _paths(work)
     losses: dict[str, dict[str, float]] = {}
     started = time.perf_counter()
@@ -114,8 +107,8 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         print(f"[hera demo] {phase}: {note} ({time.perf_counter() - started:.1f} s)", flush=True)
         started = time.perf_counter()
 
-    def trained(name: str, phase: str, values: list[float], folder: Path, *parts: Any) -> None:
-        for part in parts:
+    def trained(name: str, phase: str, values: list[float], folder: Path, *saved: Any) -> None:
+        for part in saved:
             part.save_pretrained(folder)
         tail = values[-max(1, len(values) // 10) :]
         first, last = round(values[0], 4), round(sum(tail) / len(tail), 4)
@@ -132,18 +125,17 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         for name in ("hera_demo", "hera_demo_captions", "hera_demo_text")
         for row in rows[name]
     ]
-    # The roles are trained in too, so that a turn's head costs few tokens.
-    tokenizer = models.train_tokenizer(
-        text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"])
-    )
+    # with roles, so that a turn's head costs few tokens
+    words = (text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"]))
+    tokenizer = models.train_tokenizer(words)
     done("tokenizer", f"{len(tokenizer)} tokens")
 
     language_model = models.new_language_model(tokenizer)
     texts = [str(tokenizer.apply_chat_template(turns, tokenize=False)) for turns in conversations]
     texts += [sample.caption + models.END_OF_TEXT for sample in samples["train"]]
     values = models.train_language_model(language_model, tokenizer, texts, size.language_steps)
-    phase = "language model, text alone"
-    trained("language_model", phase, values, paths["language_model"], language_model, tokenizer)
+    saved = language_model, tokenizer
+    trained("language_model", "language model, text alone", values, paths["language_model"], *saved)
 
     tower, values = models.train_vision_tower(images, size.vision_steps)
     llava = models.assemble_llava(language_model, tower, tokenizer)
@@ -154,4 +146,4 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
 
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES} | {"llamafactory-hera": __version__}
     record = {"request": request, "threads": models.THREADS, "versions": versions, "losses": losses}
-    write_json(work / PROVENANCE, record)
+    write_json(work / PROVENANCE, record, indent=1)

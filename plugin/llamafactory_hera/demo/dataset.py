@@ -2,20 +2,17 @@
 
 Written into one folder, the host's ``dataset_dir`` and by default its ``media_dir``:
 
-- ``dataset_info.json`` names four datasets: ``hera_demo`` (training conversations: some questions, and a caption
-  before or after them), ``hera_demo_heldout`` (the same on held-out images, caption always last),
-  ``hera_demo_captions`` (the training images, each with its caption alone: stage 1 and head selection) and
-  ``hera_demo_text`` (no images).
-- ``images/*.png``: rendered scenes, and handwritten digits and photographs that scikit-learn and scikit-image carry on
-  the user's machine; nothing is downloaded. Held-out digits are different samples, held-out photographs are regions
-  that share no pixel with a training region.
-- ``factors.json``: what each image shows, and the category of every question, for evaluation; nothing trains on it.
+- ``dataset_info.json`` names ``hera_demo`` (training conversations: questions, and a caption before or after them),
+  ``hera_demo_heldout`` (of held-out images, caption last), ``hera_demo_captions`` (the training images with captions
+  alone: stage 1 and head selection) and ``hera_demo_text`` (no images).
+- ``images/*.png``: rendered scenes, and digits and photographs that scikit-learn and scikit-image carry. Held-out
+  digits are other samples, held-out photographs share no pixel with training ones.
+- ``factors.json``: what each image shows, and the category of every question, for evaluation alone.
 """
 
-import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..files import write_text
+from ..files import write_json
 from .scenes import NUMBERS, Question, Split, caption, pick_questions, render, sample_scene, split_questions
 
 QUESTIONS_PER_SCENE = 3
@@ -42,8 +39,7 @@ class Amounts(NamedTuple):
     photographs: int
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image with everything that is said about it, and what it shows (``factors``)."""
 
     name: str
@@ -61,18 +57,15 @@ class Sample:
 
 def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     """Question-answer pairs as a list of messages."""
-    return [
-        {"role": role, "content": content}
-        for turn in turns
-        for role, content in zip(("user", "assistant"), turn, strict=True)
-    ]
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
 
 
 class Region(NamedTuple):
-    """A part of a photograph: its file, its box as fractions (left, top, right, bottom), and what it shows."""
+    """A part of a photograph."""
 
     source: str
-    box: tuple[float, float, float, float]
+    box: tuple[float, float, float, float]  # left, top, right, bottom, as fractions
     subject: str
     caption: str
     split: Split = "train"
@@ -101,14 +94,16 @@ REGIONS: tuple[Region, ...] = (
     *_texture("moon", "the moon", "the grey ground of the moon"),
     *_texture("immunohistochemistry", "tissue", "brown and blue tissue under a microscope"),
 )
+_SUBJECTS = sorted({region.subject for region in REGIONS})
+#: Of each kind of real image what it may show, and the questions for it.
+_ASKED: dict[str, tuple[Sequence[str], str, str]] = {
+    "photograph": (_SUBJECTS, "What is in this picture?", "Is this a picture of {}?"),
+    "digit": (NUMBERS, "Which digit is this?", "Is this the digit {}?"),
+}
 
 
 def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
-    """Draw all images of both splits, each split in random order.
-
-    Raises:
-        ImportError: If scikit-learn or scikit-image is missing; names the extra to install.
-    """
+    """Draws all images of both splits, each split in random order."""
     try:
         import skimage.data  # noqa: F401
         import sklearn.datasets  # noqa: F401
@@ -119,24 +114,20 @@ def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, li
     amounts: dict[Split, Amounts] = {"train": train, "held_out": held_out}
     for split, amount in amounts.items():
         rng = random.Random(f"{split} {seed}")
-        scenes = [_scene_sample(rng, split, number) for number in range(amount.scenes)]
-        samples[split] = scenes + samples[split] + photographs(amount.photographs, rng, split)
+        made = []
+        for number in range(amount.scenes):
+            scene = sample_scene(rng, split)
+            asked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
+            factors = {"kind": "scene", "split": split, "scene": asdict(scene)}
+            name = f"{split}_scene_{number:05d}.png"
+            made.append(Sample(name, render(scene), caption(scene, rng), asked, factors))
+        samples[split] = made + samples[split] + photographs(amount.photographs, rng, split)
         rng.shuffle(samples[split])
     return samples
 
 
-def _scene_sample(rng: random.Random, split: Split, number: int) -> Sample:
-    scene = sample_scene(rng, split)
-    picked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
-    factors = {"kind": "scene", "split": split, "scene": asdict(scene)}
-    return Sample(f"{split}_scene_{number:05d}.png", render(scene), caption(scene, rng), picked, factors)
-
-
 def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
-    """Square crops of photographs, every region in turn: ``count`` images of ``PHOTO_SIDE`` pixels.
-
-    A crop is 80 to 100 % of the region's shorter side, at a random place in it.
-    """
+    """Square crops, every region in turn, of 80 to 100 % of its shorter side, scaled to ``PHOTO_SIDE`` pixels."""
     import skimage.data
     import sklearn.datasets
 
@@ -146,7 +137,6 @@ def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
         pixels = sklearn.datasets.load_sample_image(f"{source}.jpg") if of_sklearn else getattr(skimage.data, source)()
         return Image.fromarray(np.asarray(pixels)).convert("RGB")
 
-    subjects = sorted({region.subject for region in REGIONS})
     made = []
     for number, region in enumerate(islice(cycle(region for region in REGIONS if region.split == split), count)):
         photo = load(region.source)
@@ -154,10 +144,8 @@ def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
         side = round(min(right - left, bottom - top) * rng.uniform(0.8, 1.0))
         x, y = rng.randint(left, right - side), rng.randint(top, bottom - side)
         image = photo.resize((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
-        asked = _real_questions("photograph", region.subject, subjects, rng)
-        factors = {"kind": "photograph", "split": split, "subject": region.subject}
-        name = f"{split}_photograph_{number:05d}.png"
-        made.append(Sample(name, image, f"A photograph of {region.caption}.", asked, factors))
+        text = f"A photograph of {region.caption}."
+        made.append(_real_sample("photograph", split, number, image, text, region.subject, rng))
     return made
 
 
@@ -166,29 +154,27 @@ def digits(train: int, held_out: int, rng: random.Random) -> dict[Split, list[Sa
     import sklearn.datasets
 
     bunch = sklearn.datasets.load_digits()
-    chosen = rng.sample(range(len(bunch.target)), train + held_out)
     made: dict[Split, list[Sample]] = {"train": [], "held_out": []}
-    for index in chosen:
+    for index in rng.sample(range(len(bunch.target)), train + held_out):
         split: Split = "train" if len(made["train"]) < train else "held_out"
         grey = Image.fromarray((bunch.images[index] * (255 / 16)).astype(np.uint8))
         image = grey.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).convert("RGB")
         word = NUMBERS[bunch.target[index]]
-        asked = _real_questions("digit", word, NUMBERS, rng)
-        factors = {"kind": "digit", "split": split, "subject": f"digit {word}"}
-        name = f"{split}_digit_{len(made[split]):05d}.png"
-        made[split].append(Sample(name, image, f"A handwritten digit {word} in white on black.", asked, factors))
+        text = f"A handwritten digit {word} in white on black."
+        made[split].append(_real_sample("digit", split, len(made[split]), image, text, word, rng))
     return made
 
 
-def _real_questions(kind: str, shown: str, names: Sequence[str], rng: random.Random) -> tuple[Question, ...]:
-    """What a real image shows, and whether it shows that or something else: "yes" as often as "no"."""
-    open_question, closed_question = {
-        "photograph": ("What is in this picture?", "Is this a picture of {}?"),
-        "digit": ("Which digit is this?", "Is this the digit {}?"),
-    }[kind]
+def _real_sample(
+    kind: str, split: Split, number: int, image: Image.Image, text: str, shown: str, rng: random.Random
+) -> Sample:
+    """Asks what a real image shows, and whether it shows that or something else: "yes" as often as "no"."""
+    names, open_question, closed_question = _ASKED[kind]
     other = rng.choice([name for name in names if name != shown])
     named, answer = rng.choice([(shown, "yes"), (other, "no")])
-    return Question(kind, open_question, shown), Question(kind, closed_question.format(named), answer)
+    asked = Question(kind, open_question, shown), Question(kind, closed_question.format(named), answer)
+    factors = {"kind": kind, "split": split, "subject": f"digit {shown}" if kind == "digit" else shown}
+    return Sample(f"{split}_{kind}_{number:05d}.png", image, text, asked, factors)
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
@@ -205,11 +191,7 @@ def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
 
 
 def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Write images, conversations, ``dataset_info.json`` and ``factors.json``.
-
-    Returns:
-        The rows of each dataset by name.
-    """
+    """Writes images, conversations, ``dataset_info.json`` and ``factors.json``; returns the rows of each dataset."""
     rng = random.Random(f"conversations {seed}")
     (folder / "images").mkdir(parents=True)
     factors = {}
@@ -217,7 +199,7 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         sample.image.save(folder / "images" / sample.name)
         asked = [asdict(question) for question in sample.questions]
         factors[f"images/{sample.name}"] = sample.factors | {"questions": asked}
-    write_json(folder / "factors.json", factors)
+    write_json(folder / "factors.json", factors, indent=1)
 
     def row(sample: Sample, messages: list[dict[str, str]]) -> dict[str, Any]:
         return {"messages": messages, "images": [f"images/{sample.name}"]}
@@ -233,11 +215,6 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         file = "demo_train.json" if name == "hera_demo" else f"{name.removeprefix('hera_')}.json"
         columns = {key: key for key in content[0]}
         info[name] = {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
-        write_json(folder / file, content)
-    write_json(folder / "dataset_info.json", info)
+        write_json(folder / file, content, indent=1)
+    write_json(folder / "dataset_info.json", info, indent=1)
     return rows
-
-
-def write_json(path: Path, content: Any) -> None:
-    """JSON with as little indentation as stays readable: these files hold thousands of rows."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

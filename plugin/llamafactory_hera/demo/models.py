@@ -1,7 +1,6 @@
 """The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of them, a DINOv2 teacher.
 
-All are trained for some seconds on the training data alone. A random tower would hide most of the pixels behind noise,
-so it is a masked autoencoder of the training images first. The teacher sees no text, label or scene factor. The
+All are trained for some seconds on the training data alone; the teacher sees no text, label or scene factor. The
 projector stays random: training it is what stage 1 is for.
 """
 
@@ -17,14 +16,13 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-# Part of the result: sums are split by thread, so another number may give other last bits.
-THREADS = 1
+THREADS = 1  # sums are split by thread, so another number may give other last bits
 MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
+_SQUARE = {"height": SIDE, "width": SIDE}
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-# ChatML, as Qwen3 without thinking; a message's content is a string or a list of {"type": "image"} and
-# {"type": "text", "text": …} entries.
+# ChatML; content is a string or a list of image and text entries
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -52,9 +50,8 @@ def _optimise(
     modules: list[torch.nn.Module], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> list[float]:
     """AdamW with warm-up and cosine decay; the modules are in eval mode afterwards. Returns the loss of every step."""
-    for module in modules:
-        module.train()
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    together = torch.nn.ModuleList(modules).train()
+    parameters = list(together.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -69,8 +66,7 @@ def _optimise(
         optimizer.step()
         schedule.step()
         losses.append(value.item())
-    for module in modules:
-        module.eval()
+    together.eval()
     return losses
 
 
@@ -79,11 +75,9 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    n_words = VOCABULARY - len(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(vocab_size=n_words, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the text's tokens, as in Qwen
     return hf.PreTrainedTokenizerFast(
@@ -101,25 +95,12 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
 def new_language_model(
     tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
 ) -> hf.Qwen3ForCausalLM:
-    """Five layers of eight query heads over four key-value heads with random weights; it decodes greedily.
-
-    As in Qwen3-4B, ``head_dim`` is not ``hidden_size / heads``: code that divides fails.
-    """
+    """Five layers of eight query heads over four key-value heads; ``head_dim`` is not ``hidden_size / heads``."""
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = hf.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=5,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=head_dim,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        **stops,
-    )
-    model = hf.Qwen3ForCausalLM(config)
+    shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": intermediate_size, "head_dim": head_dim}
+    heads: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+    words: dict[str, Any] = {"vocab_size": len(tokenizer), "tie_word_embeddings": False, "bos_token_id": None, **stops}
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(max_position_embeddings=MAX_LENGTH, **shape, **heads, **words))
     model.generation_config = hf.GenerationConfig(do_sample=False, max_new_tokens=64, **stops)
     return model
 
@@ -129,8 +110,7 @@ def train_language_model(
 ) -> list[float]:
     """Next-token training on whole documents with their chat tokens, in place; the loss of every step."""
     encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
-    # Neighbours in length make a batch, so little of it is padding; attention is causal and padding comes last, so no
-    # attention mask is needed.
+    # neighbours in length make a batch; padding comes last, and causal attention needs no mask for it
     encoded.sort(key=len)
     batch_size = min(16, len(encoded))
 
@@ -144,18 +124,15 @@ def train_language_model(
 
 
 def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.SiglipVisionModel, list[float]]:
-    """A SigLIP vision model of 16 patch tokens of width 64, a masked autoencoder of the images.
+    """A SigLIP vision model of 16 patch tokens of width 64, a masked autoencoder; with the pixel error of every step.
 
     Half of the patches are greyed out, and a linear layer, thrown away afterwards, reads all pixels back from the
     patch tokens that LLaVA reads (``vision_feature_layer: -1``).
-
-    Returns:
-        The tower, and the mean squared pixel error of every step (pixels in -1…1).
     """
     shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "intermediate_size": 128}
     tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
     read_out = torch.nn.Linear(64, 3 * PATCH * PATCH)
-    pixels = _vision_processor()(images, return_tensors="pt")["pixel_values"]
+    pixels = hf.SiglipImageProcessor(size=_SQUARE)(images, return_tensors="pt")["pixel_values"]
 
     def loss() -> torch.Tensor:
         batch = pixels[torch.randint(len(pixels), (128,))]
@@ -167,57 +144,36 @@ def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.Siglip
     return tower, _optimise([tower, read_out], loss, steps, 3e-3)
 
 
-def _vision_processor() -> hf.SiglipImageProcessor:
-    return hf.SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
-
-
 def assemble_llava(
     language_model: hf.Qwen3ForCausalLM, tower: hf.SiglipVisionModel, tokenizer: hf.PreTrainedTokenizerBase
 ) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
     """A LLaVA with the weights of both, a random two-layer projector, and its processor: 16 image tokens an image."""
-    ids: dict[str, Any] = {
-        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE),
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf.LlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=language_model.config.to_dict(),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),  # type: ignore[arg-type]
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=False,
-        **ids,
+        **stops,
     )
     llava = hf.LlavaForConditionalGeneration(config).eval()
     llava.model.vision_tower.load_state_dict(tower.state_dict())
     llava.model.language_model.load_state_dict(language_model.model.state_dict())
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
     llava.generation_config = language_model.generation_config
-    processor = hf.LlavaProcessor(
-        image_processor=_vision_processor(),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        image_token=IMAGE,
-        chat_template=tokenizer.chat_template,
-    )
-    return llava, processor
+    settings = {"patch_size": PATCH, "vision_feature_select_strategy": "full", "chat_template": CHAT_TEMPLATE}
+    return llava, hf.LlavaProcessor(hf.SiglipImageProcessor(size=_SQUARE), tokenizer, **settings)
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """One random view of every image: [B, 3, S, S] -> [B, 3, S, S], normalised pixels.
-
-    Views differ in place, scale, brightness, contrast, colour cast and noise. They are never mirrored, and colours
-    keep their names: left and right, and colour, are things that the captions speak of.
-    """
+    """One random view of every image, normalised pixels [B, 3, S, S]; left and right and colours keep their names."""
     count = len(pixels)
-    scale = torch.empty(count, 1).uniform_(0.85, 1.15)
-    shift = torch.empty(count, 2).uniform_(-0.15, 0.15)
     affine = torch.zeros(count, 2, 3)
-    affine[:, 0, 0] = affine[:, 1, 1] = scale[:, 0]
-    affine[:, :, 2] = shift
+    affine[:, 0, 0] = affine[:, 1, 1] = torch.empty(count).uniform_(0.85, 1.15)
+    affine[:, :, 2] = torch.empty(count, 2).uniform_(-0.15, 0.15)
     grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
     view = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     contrast = torch.empty(count, 1, 1, 1).uniform_(0.8, 1.2)
@@ -228,21 +184,17 @@ def random_view(pixels: torch.Tensor) -> torch.Tensor:
 def train_teacher(
     images: list[Image.Image], steps: int, view: Callable[[torch.Tensor], torch.Tensor] = random_view
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
-    """A DINOv2 model of a CLS token and 16 patch tokens of width 64, self-supervised: SimCLR (arXiv 2002.05709).
+    """A DINOv2 model of width 64 trained by SimCLR (arXiv 2002.05709), its processor, and the loss of every step.
 
-    Two random views of an image, [B, 3, 32, 32] normalised pixels each, must find each other among the views of the
-    other images of the batch, by the cosine of their CLS tokens behind a two-layer head, which is thrown away
-    afterwards, at a temperature of 0.1. Without any step its weights stay random.
-
-    Returns:
-        The teacher, its processor, and the InfoNCE loss of every step, in nats.
+    Two random views of an image must find each other among those of the batch, by the cosine of their CLS tokens
+    behind a two-layer head, thrown away afterwards, at a temperature of 0.1 (InfoNCE, in nats).
     """
     shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "mlp_ratio": 2}
     teacher = hf.Dinov2Model(hf.Dinov2Config(num_hidden_layers=3, num_attention_heads=4, **shape))
     head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
     processor = hf.BitImageProcessor(
         size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
+        crop_size=_SQUARE,
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )

@@ -1,14 +1,9 @@
 """The rendered world: which scenes exist, how one is drawn, what is said about it, and which scenes are held out.
 
-A scene is one to four objects on a 2×2 grid of cells; an object has a shape, a colour and a size. Drawing a scene is a
-pure function of the scene, so that captions, questions and answers made from it are true of the pixels.
-
-Every shape has a preferred colour, drawn with probability ``COLOUR_BIAS``; otherwise the colour is uniform over the
-shape's other colours. Text alone therefore answers many colour questions, and only the image can answer the rest.
-
-Every shape has one held-out colour, which is the preferred colour of the next shape. No training scene holds such a
-pair and no training question names one; every held-out scene holds at least one. All shapes and colours are seen in
-training, so a held-out scene asks for a new combination of known factors, whose colour is never the preferred one.
+A scene is one to four objects on a 2×2 grid. Every shape has a preferred colour, drawn with probability
+``COLOUR_BIAS``: text alone answers many colour questions, and only the image the rest. Every shape has one held-out
+colour, the preferred one of the next shape: no training scene holds such a pair and no training question names one,
+every held-out scene holds at least one. So a held-out scene is a new combination of known shapes and colours.
 """
 
 import random
@@ -22,7 +17,9 @@ from PIL import Image
 
 Split = Literal["train", "held_out"]
 
-SHAPES = ("circle", "square", "triangle", "cross")
+PREFERRED_COLOUR = {"circle": "red", "square": "green", "triangle": "blue", "cross": "yellow"}
+HELD_OUT_COLOUR = {"circle": "green", "square": "blue", "triangle": "yellow", "cross": "red"}
+SHAPES = tuple(PREFERRED_COLOUR)
 PALETTE = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -33,8 +30,7 @@ PALETTE = {
 }
 RADIUS = {"small": 3, "large": 6}
 SIZES = tuple(RADIUS)
-GRID = 2
-CELL = 16
+GRID, CELL = 2, 16
 COLOUR_BIAS = 0.6
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -54,7 +50,7 @@ class SceneObject:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(colour, shape), the combination that decides the demo's split."""
+        """(colour, shape)."""
         return self.colour, self.shape
 
     @property
@@ -73,43 +69,27 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image, and its answer, a word or a short phrase.
+    """A question about an image, and its answer, a word or a short phrase."""
 
-    Attributes:
-        category: Of a scene ``count``, ``colour``, ``shape``, ``where``, ``relation``, ``size`` or ``exist``; else the
-            kind of the image.
-        about: Indices of the objects that it is about; empty when it is about the whole image.
-        trap: It asks for the colour of a named shape that has not its preferred colour.
-    """
-
-    category: str
+    category: str  # count, colour, shape, where, relation, size or exist; of a real image its kind
     text: str
     answer: str
-    about: tuple[int, ...] = ()
-    trap: bool = False
-
-
-def preferred_colour(shape: str) -> str:
-    return tuple(PALETTE)[SHAPES.index(shape)]
-
-
-def held_out_colour(shape: str) -> str:
-    return tuple(PALETTE)[(SHAPES.index(shape) + 1) % len(SHAPES)]
+    about: tuple[int, ...] = ()  # indices of objects; empty for the whole image
+    trap: bool = False  # it asks for the colour of a named shape that has not its preferred colour
 
 
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
     """The (colour, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
     pairs = [(colour, shape) for shape in SHAPES for colour in PALETTE]
-    return [(c, s) for c, s in pairs if c != held_out_colour(s)] if split == "train" else pairs
+    return [(c, s) for c, s in pairs if c != HELD_OUT_COLOUR[s]] if split == "train" else pairs
 
 
-def sample_scene(rng: random.Random, split: Split = "train") -> Scene:
-    """Draw one scene of the demo's split."""
-    return draw_scene(rng, split, lambda shape, row, column: {"held_out": held_out_colour(shape)})
-
-
-def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int, int], dict[str, str]]) -> Scene:
-    """Draw one scene: of ``train``, or with one or more objects that only ``split`` has.
+def sample_scene(
+    rng: random.Random,
+    split: str = "train",
+    kept_colours: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOUR[shape]},
+) -> Scene:
+    """Draws one scene: of ``train``, or with one or more objects that only ``split`` has.
 
     ``kept_colours`` gives, for shape, row and column, the colour that each split but ``train`` keeps for itself there.
     """
@@ -119,7 +99,7 @@ def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int,
     for cell in cells:
         row, column = divmod(cell, GRID)
         shape, size = rng.choice(SHAPES), rng.choice(SIZES)
-        own, usual = kept_colours(shape, row, column), preferred_colour(shape)
+        own, usual = kept_colours(shape, row, column), PREFERRED_COLOUR[shape]
         if cell in kept:
             colour = own[split]
         elif rng.random() < COLOUR_BIAS:
@@ -131,11 +111,9 @@ def draw_scene(rng: random.Random, split: str, kept_colours: Callable[[str, int,
 
 
 def place(rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
-    """An object with these factors somewhere in its cell."""
-    # One free pixel on every side of the cell keeps objects of neighbouring cells apart.
+    """An object with these factors somewhere in its cell, one free pixel on every side."""
     slack = CELL // 2 - RADIUS[size] - 1
-    x = column * CELL + CELL // 2 + rng.randint(-slack, slack)
-    y = row * CELL + CELL // 2 + rng.randint(-slack, slack)
+    x, y = (cell * CELL + CELL // 2 + rng.randint(-slack, slack) for cell in (column, row))
     return SceneObject(shape, colour, size, row, column, x, y, RADIUS[size])
 
 
@@ -175,14 +153,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 def _name(scene: Scene, item: SceneObject) -> str | None:
     """The shortest phrase that names this object alone, "circle" to "large red circle", or None if there is none."""
-
-    def words(of: SceneObject) -> tuple[str, ...]:
-        return of.size, of.colour, of.shape
-
-    for count in (1, 2, 3):
-        phrase = words(item)[-count:]
-        if sum(words(other)[-count:] == phrase for other in scene.objects) == 1:
-            return " ".join(phrase)
+    phrase = ""
+    for field in ("shape", "colour", "size"):
+        phrase = f"{getattr(item, field)} {phrase}".strip()
+        if sum(f"{other.size} {other.colour} {other.shape}".endswith(phrase) for other in scene.objects) == 1:
+            return phrase
     return None
 
 
@@ -200,7 +175,7 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
 def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
     """Every question that the scene allows, in a fixed order, each with its one true answer.
 
-    Only ``pairs`` of (colour, shape) are asked for, so that training text never mentions a held-out one.
+    Of pairs of (colour, shape) only ``pairs`` are asked for, so that training text never mentions a held-out one.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
@@ -208,47 +183,39 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
     for word, noun in (nouns | {colour: f"{colour} objects" for colour in PALETTE}).items():
         number = sum(word in item.pair for item in objects)
         found.append(Question("count", f"How many {noun} are there?", NUMBERS[number]))
-    for index in range(len(objects)):
-        found += _questions_about_one(scene, index)
-    found += _questions_about_two(scene)
+    for index, item in enumerate(objects):
+        name = _name(scene, item)
+        trap = item.colour != PREFERRED_COLOUR[item.shape]
+        only_colour = sum(other.colour == item.colour for other in objects) == 1
+        about_one = (
+            (True, "colour", f"What colour is the object at the {item.position}?", item.colour, False),
+            (True, "shape", f"What shape is the object at the {item.position}?", item.shape, False),
+            (True, "size", f"Is the object at the {item.position} large or small?", item.size, False),
+            (name == item.shape, "colour", f"What colour is the {name}?", item.colour, trap),
+            (only_colour, "shape", f"What shape is the {item.colour} object?", item.shape, False),
+            (name, "where", f"Where is the {name}?", item.position, False),
+            (name, "size", f"Is the {name} large or small?", item.size, False),
+        )
+        found += [
+            Question(category, text, answer, (index,), is_trap)
+            for allowed, category, text, answer, is_trap in about_one
+            if allowed
+        ]
+    for i, j, first, second, relation, opposite in _related(scene):
+        # "left of" or "above" comes first whichever is true, so the order gives nothing away
+        one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
+        sizes = {objects[i].size: first, objects[j].size: second}
+        asked = [
+            ("relation", f"Is the {first} {relation} the {second}?", "yes"),
+            ("relation", f"Is the {first} {opposite} the {second}?", "no"),
+            ("relation", f"Is the {first} {one} or {other} the {second}?", relation.removesuffix(" of")),
+        ]
+        if len(sizes) == 2:
+            asked.append(("size", f"Which is larger, the {first} or the {second}?", f"the {sizes['large']}"))
+        found += [Question(*fields, (i, j)) for fields in asked]
     for words in (*pairs, *((shape,) for shape in SHAPES)):
         about = tuple(i for i, item in enumerate(objects) if item.pair[-len(words) :] == words)
         found.append(Question("exist", f"Is there a {' '.join(words)}?", "yes" if about else "no", about))
-    return found
-
-
-def _questions_about_one(scene: Scene, index: int) -> list[Question]:
-    item, about = scene.objects[index], (index,)
-    position, name = item.position, _name(scene, item)
-    found = [
-        Question("colour", f"What colour is the object at the {position}?", item.colour, about),
-        Question("shape", f"What shape is the object at the {position}?", item.shape, about),
-        Question("size", f"Is the object at the {position} large or small?", item.size, about),
-    ]
-    if name == item.shape:
-        trap = item.colour != preferred_colour(item.shape)
-        found.append(Question("colour", f"What colour is the {name}?", item.colour, about, trap))
-    if sum(other.colour == item.colour for other in scene.objects) == 1:
-        found.append(Question("shape", f"What shape is the {item.colour} object?", item.shape, about))
-    if name:
-        found.append(Question("where", f"Where is the {name}?", position, about))
-        found.append(Question("size", f"Is the {name} large or small?", item.size, about))
-    return found
-
-
-def _questions_about_two(scene: Scene) -> list[Question]:
-    found = []
-    for i, j, first, second, relation, opposite in _related(scene):
-        about = (i, j)
-        found.append(Question("relation", f"Is the {first} {relation} the {second}?", "yes", about))
-        found.append(Question("relation", f"Is the {first} {opposite} the {second}?", "no", about))
-        # "left of" or "above" comes first whichever is true, so the order gives nothing away.
-        one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
-        answer = relation.removesuffix(" of")
-        found.append(Question("relation", f"Is the {first} {one} or {other} the {second}?", answer, about))
-        if scene.objects[i].size != scene.objects[j].size:
-            larger = first if scene.objects[i].size == "large" else second
-            found.append(Question("size", f"Which is larger, the {first} or the {second}?", f"the {larger}", about))
     return found
 
 
@@ -257,7 +224,7 @@ def split_questions(scene: Scene, split: Split) -> list[Question]:
     found = questions(scene, all_pairs(split))
     if split == "train":
         return found
-    unseen = {i for i, item in enumerate(scene.objects) if item.colour == held_out_colour(item.shape)}
+    unseen = {i for i, item in enumerate(scene.objects) if item.colour == HELD_OUT_COLOUR[item.shape]}
     return [question for question in found if not question.about or unseen & set(question.about)]
 
 
