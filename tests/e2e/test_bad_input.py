@@ -69,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no such checkpoint": (
         {"resume_from_checkpoint": "saves/nope/checkpoint-2"},
-        ["resume_from_checkpoint", "saves/nope/checkpoint-2 is no folder"],
+        ["resume_from_checkpoint", "saves/nope/checkpoint-2 is not a folder"],
     ),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint: true", "output_dir: saves/bad"]),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),

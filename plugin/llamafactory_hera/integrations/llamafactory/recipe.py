@@ -115,8 +115,8 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
         get_dataset_list(data.dataset, data.dataset_dir)
     except ValueError as error:
         raise ValueError(
-            f"dataset: {', '.join(data.dataset)} is not in dataset_dir: {data.dataset_dir} ({error}); name a dataset "
-            "of its dataset_info.json, or add it there."
+            f"dataset: {', '.join(data.dataset)} cannot be found in dataset_dir: {data.dataset_dir}. {error} Name "
+            "datasets of its dataset_info.json, or add them there."
         ) from error
     adapter_folders(host.model)
     return host
