@@ -51,6 +51,7 @@ class HeadCapture(LayerHooks):
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
         self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
+        self._selectors: dict[int, Tensor] = {}
 
     def representations(self) -> Tensor:
         """The pooled contributions of the last forward pass.
@@ -95,11 +96,13 @@ class HeadCapture(LayerHooks):
 
     def _head_rows(self, index: int, projection: nn.Module, pooled: Tensor) -> Tensor:
         """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
-        dim = self._layout.head_dim
-        heads = self._heads_of[index]
-        selector = pooled.new_zeros(len(heads), self._layout.n_heads, dim)
-        selector[range(len(heads)), heads] = 1
-        rows = pooled.unsqueeze(1) * selector.flatten(1)
+        selector = self._selectors.get(index)  # kept: making it anew copies indices to the device in every pass
+        if selector is None or (selector.device, selector.dtype) != (pooled.device, pooled.dtype):
+            with torch.inference_mode(False):
+                chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), self._layout.n_heads)
+                selector = chosen.repeat_interleave(self._layout.head_dim, dim=1).to(pooled)
+            self._selectors[index] = selector
+        rows = pooled.unsqueeze(1) * selector
         # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
         if any(getattr(module, "bias", None) is not None for module in projection.modules()):
             rows = torch.cat([rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])], dim=1)

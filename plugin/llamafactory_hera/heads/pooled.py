@@ -80,9 +80,11 @@ class PooledHeads(Hooks):
         self._outputs[index] = self._mean(output[0] if isinstance(output, tuple) else output)
 
     def _mean(self, hidden: Tensor) -> Tensor:
-        """In fp32, summed in double precision; what lies outside the mask has no influence, not even as NaN."""
+        """In true fp32, whatever the model runs in; what lies outside the mask has no influence, not even as NaN."""
         assert self._mask is not None
-        return pool_tokens(hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).double(), self._mask).float()
+        kept = hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).float()
+        with full_precision(kept.device.type):
+            return pool_tokens(kept, self._mask)
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
