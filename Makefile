@@ -12,7 +12,7 @@ CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
