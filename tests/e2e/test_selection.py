@@ -235,7 +235,7 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["model_name_or_path=hera_demo/nothing"], "model_name_or_path: hera_demo/nothing"),
         (["hera_teacher=hera_demo/nothing"], "hera_teacher"),
         (["dataset=null"], "dataset: none is named"),
-        (["dataset=nope"], "dataset: nope is not in"),
+        (["dataset=nope"], "dataset: nope cannot be found in"),
         (["template=nope"], "template: nope does not exist"),
         (["adapter_name_or_path=nope", "finetuning_type=full"], "adapter_name_or_path: nope is loaded under"),
         (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: the folder nope does not"),

@@ -201,8 +201,8 @@ def test_a_run_whose_samples_never_enter_is_warned_of_once(
     for _ in range(12):
         assert run.step() == 0
     assert run.aligner.logs()["hera_empty_steps"] == 12
-    assert len(caplog.records) == 1
-    assert caplog.records[0].levelno == logging.WARNING
+    ours = [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
+    assert [record.levelno for record in ours] == [logging.WARNING]
     assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
     short = Run(rows=BATCH, shown=False, **keys)
     short.step()
@@ -212,7 +212,7 @@ def test_a_run_whose_samples_never_enter_is_warned_of_once(
     good.step()
     caplog.clear()
     good.aligner.finalize()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
