@@ -175,7 +175,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "unnamed model": (["model_name_or_path="], ["model_name_or_path: none is named", "folder"]),
     "no config": (["model_name_or_path=hera_demo"], ["model_name_or_path", "hera_demo", "config.json"]),
     "no adapter": (["adapter_name_or_path=nope"], ["adapter_name_or_path", "folder nope does not exist", "Give"]),
-    "unknown dataset": (["dataset=hera_demo,nope"], ["dataset: hera_demo,", "Undefined dataset nope", "dataset_info.json"]),
+    "unknown dataset": (
+        ["dataset=hera_demo,nope"],
+        ["dataset: hera_demo,", "Undefined dataset nope", "dataset_info.json"],
+    ),
     "no data folder": (["dataset_dir=nope"], ["dataset_dir: nope", "No such file", "Name datasets"]),
     "unknown template": (["template=llava_qwen4"], ["template: llava_qwen4", "llava_qwen3"]),
     "no template": (["template="], ["template: none is named"]),
