@@ -213,6 +213,7 @@ def test_an_adapter_of_somebody_else_or_trained_since_is_not_replaced(tmp_path: 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1000, 8000])
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path, limit: int) -> None:
     """A limit on the size of a file stands for the disk: the profile is smaller than the adapter."""

@@ -19,6 +19,7 @@ def few(monkeypatch):
     monkeypatch.setitem(build.SIZES, "test", FEW)
 
 
+@pytest.mark.slow
 def contents(root: Path) -> dict[str, str]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

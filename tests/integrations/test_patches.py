@@ -71,6 +71,7 @@ def test_the_start_imports_nothing_that_an_interpreter_does_not_have() -> None:
     assert installed == "True"
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(tmp_path: Path) -> None:
     shutil.copy(PATCHES / "llamafactory_hera.pth", tmp_path)
     (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
@@ -99,6 +100,7 @@ def test_spawned_children_are_patched() -> None:
     assert _python(code).stdout.split() == ["True"]
 
 
+@pytest.mark.slow
 def test_every_patch_fits_the_real_host() -> None:
     for target, _ in registry.PATCHES:
         importlib.import_module(target)

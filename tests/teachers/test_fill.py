@@ -72,6 +72,7 @@ def test_nothing_is_computed_twice(teacher, cache, paths, tmp_path):
     assert teacher.batches == (2, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_image_is_named_and_what_came_before_is_kept(num_workers, teacher, cache, paths, tmp_path):
     with open(paths[5], "wb") as file:

@@ -263,6 +263,7 @@ def test_means_and_counts_since_the_last_time() -> None:
     assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # what is never known is not reported
 
 
+@pytest.mark.slow
 def _means(rank: int) -> dict[str, float]:
     statistics = RunningMeans()
     statistics.add(

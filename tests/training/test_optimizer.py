@@ -176,6 +176,7 @@ def test_projectors_resume_to_the_last_bit():
     assert steps(straight, first, 3) == steps(resumed, second, 3) < before
 
 
+@pytest.mark.slow
 def _replica(rank: int) -> Tensor:
     temperature = Temperature(0.07)
     for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
