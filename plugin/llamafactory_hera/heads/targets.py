@@ -18,10 +18,12 @@ NAMED_LAYERS = ("middle", "penultimate")
 
 _NAME = re.compile(r"[Ll](\d+)(?:[Hh](\d+))?")
 _SYNTAX = {
-    "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6, or give a "
-    "heads.json, or write auto",
-    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or give a "
-    "layers.json, or write middle, penultimate or auto",
+    "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
+    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15",
+}
+_ELSE = {
+    "head": "give a heads.json, or write auto",
+    "layer": "give a layers.json, or write middle, penultimate or auto",
 }
 
 
@@ -99,7 +101,7 @@ class Targets:
         names = re.split(r"[,\s]+", text.strip()) if isinstance(text, str) else [str(name) for name in text]
         items = [Target.parse(name, granularity, key) for name in names if name]
         if not items:
-            raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}.")
+            raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}, or {_ELSE[granularity]}.")
         twice = sorted({item for item in items if items.count(item) > 1})
         if twice:
             repeated = ", ".join(map(str, twice))
@@ -137,7 +139,10 @@ class Targets:
         named = next((kind for kind in kinds if isinstance(listed.get(f"{kind}s"), list)), None)
         if named is None:
             raise ValueError(f'{key}: {path} has no list "{expected}s"; {remedy}.')
-        return replace(cls.parse(content[f"{named}s"], named, key), provenance=content.get("provenance") or {})
+        provenance = content.get("provenance") or {}
+        if not isinstance(provenance, dict):
+            raise ValueError(f'{key}: the "provenance" of {path} is not an object; {remedy}.')
+        return replace(cls.parse(content[f"{named}s"], named, key), provenance=provenance)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON form; the file appears complete or not at all."""
@@ -152,10 +157,12 @@ class Targets:
         n_layers, n_heads = layout.n_layers, layout.n_heads
         outside = [str(t) for t in self.items if not 0 <= t.layer < n_layers or (t.head or 0) >= n_heads]
         if outside:
-            heads = f" with heads H0 to H{n_heads - 1}" if self.granularity == "head" else ""
+            heads = found_by = ""
+            if self.granularity == "head":
+                heads, found_by = f" with heads H0 to H{n_heads - 1}", " (`llamafactory-hera select` finds them)"
             raise ValueError(
                 f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
-                f"{heads}; choose {self.what} of this model (`llamafactory-hera select` finds them)."
+                f"{heads}; choose {self.what} of this model{found_by}."
             )
 
 

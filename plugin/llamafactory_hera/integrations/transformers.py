@@ -60,6 +60,8 @@ class HeraTrainerMixin(_Base):
         images_of: Callable[[Any], list[ImageLike]] = sample_images,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(hera, HeraConfig):
+            raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
         super().__init__(*args, **kwargs)
         _show_messages()
         dtype = torch.float32

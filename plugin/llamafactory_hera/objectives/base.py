@@ -149,7 +149,7 @@ def _imported(name: str) -> type[Objective]:
         sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # the module is the user's: it may raise anything
         raise ValueError(
             f"hera_objective: {name!r} cannot be imported ({error}); write module:Class of a module that is "
             "installed, in the working directory, or on PYTHONPATH."

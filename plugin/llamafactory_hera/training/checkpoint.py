@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from ..alignment.gather import rank
 from ..config import HeraConfig
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
 from ..heads import Targets
@@ -43,8 +44,14 @@ def save_state(
 def load_state(
     folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
 ) -> dict[str, Tensor]:
-    """The tensors that :func:`save_state` wrote; refuses a checkpoint of another run."""
-    _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    """The tensors that :func:`save_state` wrote; refuses a checkpoint of another run, warns of what may change."""
+    saved = _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    changed = _differences(saved, config.with_role(Role.RESUMABLE), where_known=True)
+    if changed and rank() == 0:
+        logger.warning(
+            f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
+            "curves do not continue those of the checkpoint."
+        )
     return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
 
@@ -72,7 +79,7 @@ def checkpoint_of(training_args: Any) -> str | None:
 def check_checkpoint(
     folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
 ) -> None:
-    """Refuses a checkpoint of another run, or half saved, before anything is loaded; warns of what may change."""
+    """Refuses a checkpoint of another run, or half saved, before anything is loaded."""
     checkpoint = Path(folder)
     if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
         finished = checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
@@ -81,13 +88,7 @@ def check_checkpoint(
             f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
             f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
         )
-    saved = _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
-    changed = _differences(saved, config.with_role(Role.RESUMABLE), where_known=True)
-    if changed:
-        logger.warning(
-            f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run goes on with the new values, so that its "
-            "curves do not continue those of the checkpoint."
-        )
+    _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
 
 
 def _step(checkpoint: Path) -> int:
@@ -119,6 +120,8 @@ def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, 
     source = Path(folder) / RUN_FOLDER
     try:
         saved: dict[str, Any] = read_json(source / _RUN_FILE)
+        if not isinstance(saved, dict):
+            raise ValueError(f"{source / _RUN_FILE} does not hold a JSON object")
         with safe_open(source / _STATE_FILE, "pt"):
             pass
     except (OSError, ValueError, SafetensorError) as error:
