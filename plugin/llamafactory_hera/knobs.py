@@ -160,7 +160,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
     truth values may be written as text; a list of names becomes one text.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value in (None, "") and NoneType in kinds:
+    if value is None and NoneType in kinds:
         return None
     readers = [_reader(option) for option in kinds if option is not NoneType]
     expected = " or ".join(words for _, words in readers)

@@ -93,7 +93,7 @@ class TeacherFeatures:
     ) -> None:
         self.encoder = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
         self.cache: FeatureCache | None = None
-        if config.teacher_cache is not None:
+        if config.teacher_cache:
             self.cache = FeatureCache(config.teacher_cache, self.encoder.fingerprint, self.encoder.dim)
         self._view = view
 
