@@ -19,12 +19,12 @@ def few(monkeypatch):
     monkeypatch.setitem(build.SIZES, "test", FEW)
 
 
-@pytest.mark.slow
 def contents(root: Path) -> dict[str, str]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_another_process(tmp_path, few):
     code = (
         "from llamafactory_hera.demo.build import SIZES, Amounts, Size, build_demo; "

@@ -263,7 +263,6 @@ def test_means_and_counts_since_the_last_time() -> None:
     assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # what is never known is not reported
 
 
-@pytest.mark.slow
 def _means(rank: int) -> dict[str, float]:
     statistics = RunningMeans()
     statistics.add(
@@ -272,5 +271,6 @@ def _means(rank: int) -> dict[str, float]:
     return mean_over_ranks(statistics.take(), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_value_that_one_rank_does_not_know_is_the_others(tmp_path: Path) -> None:
     assert run_ranks(_means, 2, tmp_path) == [{"loss": 3.0, "mknn": 0.75}] * 2

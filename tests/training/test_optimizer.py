@@ -176,7 +176,6 @@ def test_projectors_resume_to_the_last_bit():
     assert steps(straight, first, 3) == steps(resumed, second, 3) < before
 
 
-@pytest.mark.slow
 def _replica(rank: int) -> Tensor:
     temperature = Temperature(0.07)
     for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
@@ -185,6 +184,7 @@ def _replica(rank: int) -> Tensor:
     return temperature.log_value.detach()
 
 
+@pytest.mark.slow
 def test_replicas_stay_equal_where_gradients_differ_in_rounding(tmp_path):
     first, second = run_ranks(_replica, 2, tmp_path)
     assert torch.equal(first, second)
