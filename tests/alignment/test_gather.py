@@ -1,5 +1,7 @@
 """Two real processes against one process with the whole batch; all cases share the two processes."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamafactory_hera.alignment import gather
-from llamafactory_hera.alignment.gather import common_row_count, gather_rows, on_first, world_size
+from llamafactory_hera.alignment.gather import common_row_count, gather_rows, mean_over_ranks, on_first, world_size
 from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.objectives import Options, create
+from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 
+CPU = torch.device("cpu")
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
 
 #: Case -> which samples each rank holds, and which of all samples are valid.
@@ -75,7 +80,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     results["rows"] = gather_rows(torch.arange(6.0).view(3, 2) + 100 * number)
     results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * number).t())
     results["integers"] = gather_rows(torch.tensor([number, 7], dtype=torch.uint8))
-    results["largest"] = torch.tensor(common_row_count(3 + 4 * number, torch.device("cpu")))
+    results["largest"] = torch.tensor(common_row_count(3 + 4 * number, CPU))
     results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
     with pytest.raises(ValueError, match="refused by 0"):
         on_first(refuse)
@@ -92,6 +97,17 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     gathered.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
     (gathered.t() * weights_of_transpose()).sum().backward()
     results["gradient of a transpose"], results["was contiguous"] = rows.grad, torch.tensor(seen)
+
+    means = mean_over_ranks({"loss": math.nan if number else 3.0, "mknn": 0.25 + number, "lost": math.nan}, CPU)
+    assert means.keys() == {"loss", "mknn"}
+    results["means"] = torch.tensor([means["loss"], means["mknn"]])
+
+    objective = create("contrastive", Options(n_targets=1, dim=1, teacher_dim=1))
+    optimizer = ObjectiveOptimizer(objective)
+    for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
+        objective.log_temperature.grad = torch.tensor(noise * (1 if number else -0.5))
+        optimizer.step(0.05)
+    results["temperature of a replica"] = objective.log_temperature.detach()
     return results
 
 
@@ -146,6 +162,17 @@ def test_a_gradient_that_is_not_contiguous_is_reduced_rightly(ranks):
         assert not result["was contiguous"].any()
         expected = RANKS * weights_of_transpose().t()[2 * rank : 2 * rank + 2]
         assert torch.equal(result["gradient of a transpose"], expected)
+
+
+@pytest.mark.slow
+def test_a_value_that_one_rank_does_not_know_is_the_others(ranks):
+    assert [rank["plain"]["means"].tolist() for rank in ranks] == [[3.0, 0.75]] * 2
+
+
+@pytest.mark.slow
+def test_what_an_objective_trains_stays_equal_where_gradients_differ_in_rounding(ranks):
+    first, second = (rank["plain"]["temperature of a replica"] for rank in ranks)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.slow

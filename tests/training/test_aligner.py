@@ -16,7 +16,6 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.aligner import RunningMeans
 from llamafactory_hera.training.collator import CACHED, PIXELS
-from tests.ranks import run_ranks
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
@@ -261,16 +260,3 @@ def test_means_and_counts_since_the_last_time() -> None:
     assert taken["loss"] == pytest.approx((1e8 + 100) / 101, rel=1e-12)
     assert math.isnan(taken["mknn"])
     assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # what is never known is not reported
-
-
-def _means(rank: int) -> dict[str, float]:
-    statistics = RunningMeans()
-    statistics.add(
-        loss=torch.tensor(math.nan if rank else 3.0), mknn=torch.tensor(0.25 + rank), lost=torch.tensor(math.nan)
-    )
-    return mean_over_ranks(statistics.take(), torch.device("cpu"))
-
-
-@pytest.mark.slow
-def test_a_value_that_one_rank_does_not_know_is_the_others(tmp_path: Path) -> None:
-    assert run_ranks(_means, 2, tmp_path) == [{"loss": 3.0, "mknn": 0.75}] * 2
