@@ -2,6 +2,8 @@
 
     llamafactory-hera demo
     python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--threads 1]
+    python tests/bench/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
+    python tests/bench/overhead.py recipes/trl/sft_vlm_hera.py [--option=value ...]
 
 On several processes:
 
@@ -21,20 +23,20 @@ import contextlib
 import os
 import platform
 import random
+import runpy
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 import yaml
-from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
-from llamafactory.train.tuner import run_exp
 from torch.profiler import ProfilerActivity, profile
 
-from llamafactory_hera.integrations.llamafactory.workflow import HeraSftTrainer
+from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.training import HeraCollator
 
 SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "HeRA, cached teacher", "HeRA, teacher on the fly")
@@ -54,16 +56,20 @@ class Bench:
         trainer: After its first step: model, optimizer and engine are as in a run.
     """
 
-    def __init__(self, trainer: HeraSftTrainer) -> None:
+    def __init__(self, trainer: HeraTrainerMixin) -> None:
         self.trainer = trainer
         self.cuda = trainer.args.device.type == "cuda"
         self.cache = trainer.aligner.teacher.cache
-        host, processor = trainer.data_collator, trainer.aligner.teacher.encoder.processor
-        with_teacher = partial(HeraCollator, host, processor, image_index=trainer.aligner.config.image_index)
-        self.collators = {SFT: host, CACHED: with_teacher(cache=self.cache), ON_THE_FLY: with_teacher(cache=None)}
+        loader = trainer.get_train_dataloader()
+        collate: HeraCollator = loader.collate_fn
+        self.collators = {
+            SFT: lambda rows: collate.collate([collate.decode(row) for row in rows] if collate.decode else rows),
+            CACHED: replace(collate, cache=self.cache),
+            ON_THE_FLY: replace(collate, cache=None),
+        }
         size, first = trainer.args.per_device_train_batch_size, trainer.args.process_index * N_BATCHES
         self.batches = [
-            [trainer.train_dataset[(batch * size + row) % len(trainer.train_dataset)] for row in range(size)]
+            [loader.dataset[(batch * size + row) % len(loader.dataset)] for row in range(size)]
             for batch in range(first, first + N_BATCHES)
         ]
 
@@ -79,8 +85,8 @@ class Bench:
         """Everything that happens between two optimizer steps."""
         trainer, model = self.trainer, self.trainer.model_wrapped
         inputs = self.collators[kind]([dict(sample) for sample in self.batches[number % N_BATCHES]])
-        take = CustomSeq2SeqTrainer.training_step if kind == SFT else HeraSftTrainer.training_step
-        take(trainer, model, inputs)
+        owner = super(HeraTrainerMixin, trainer) if kind == SFT else trainer  # the host's own step, or ours
+        owner.training_step(model, inputs)
         trainer.optimizer.step()
         if kind != SFT:
             trainer.aligner.step(trainer._get_learning_rate())
@@ -121,7 +127,7 @@ class Bench:
         return peak
 
 
-def report(bench: Bench, options: argparse.Namespace, arguments: dict[str, Any]) -> None:
+def report(bench: Bench, options: argparse.Namespace) -> None:
     """Measures, and prints on the first rank."""
     for number in range(N_BATCHES):  # fills the cache, and whatever is allocated once
         for kind in (SFT, ON_THE_FLY, CACHED):
@@ -139,16 +145,20 @@ def report(bench: Bench, options: argparse.Namespace, arguments: dict[str, Any])
                peaks[kind] / peaks[SFT])
         for kind in KINDS
     }  # fmt: skip
-    tuning = arguments.get("finetuning_type", "lora")
-    checkpointing = "off" if arguments.get("disable_gradient_checkpointing") else "on"
+    host = type(bench.trainer).__mro__[2].__name__
+    tuning = "PEFT" if hasattr(bench.trainer.model, "peft_config") else "full"
+    model = bench.trainer.accelerator.unwrap_model(bench.trainer.model)
+    checkpointing = "on" if getattr(model, "is_gradient_checkpointing", False) else "off"
     world_size = bench.trainer.args.world_size
     if options.row:
         cells = [f"{a:.3f} / {b:.3f} / {c:.3f}" for a, b, c in (ratios[CACHED], ratios[ON_THE_FLY])]
         sft = f"{1000 * seconds[SFT]['wall']:.0f} ms, {peaks[SFT] / MIB:.1f} MiB"
-        print(f"| {tuning} | {checkpointing} | {world_size} | {sft} | {' | '.join(cells)} |")
+        print(f"| {host} | {tuning} | {checkpointing} | {world_size} | {sft} | {' | '.join(cells)} |")
         return
     device = torch.cuda.get_device_name() if bench.cuda else f"{platform.machine()} CPU, {options.threads} threads"
-    print(f"{tuning}, checkpointing {checkpointing}, {world_size} processes; {device}, torch {torch.__version__}")
+    print(
+        f"{host}, {tuning}, checkpointing {checkpointing}, {world_size} processes; {device}, torch {torch.__version__}"
+    )
     print(f"{options.rounds} rounds; load average before and after: {load:.1f}, {os.getloadavg()[0]:.1f}")
     print(f"\n{'ms':>8} {'x':>6} {'CPU ms':>8} {'x':>6} {'peak MiB':>9} {'x':>6}")
     for kind in KINDS:
@@ -166,26 +176,39 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--row", action="store_true")
-    options = parser.parse_args()
+    options, scripts = parser.parse_known_args()
+    options.overrides += scripts
+    torch.set_num_threads(options.threads)
+    before = sys.argv
+
+    def measure(trainer: HeraTrainerMixin, **_: Any) -> None:
+        super(HeraTrainerMixin, trainer).train()
+        report(Bench(trainer), options)
+        raise Finished
+
+    HeraTrainerMixin.train = measure
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
+        if options.recipe.endswith(".py"):
+            fixed = [f"--output={folder}/run", f"--teacher-cache={folder}/cache", "--steps=1"]
+            sys.argv = [options.recipe, *fixed, *options.overrides]
+            runpy.run_path(options.recipe, run_name="__main__")
+        else:
+            train_recipe(options, folder)
+    sys.argv = before
+
+
+def train_recipe(options: argparse.Namespace, folder: str) -> None:
+    """Trains a recipe of LLaMA-Factory for a step."""
+    from llamafactory.train.tuner import run_exp
+
     with open(options.recipe, encoding="utf-8") as file:
         arguments = yaml.safe_load(file)
     for override in options.overrides:
         key, value = override.split("=", 1)
         arguments[key] = yaml.safe_load(value)
-    torch.set_num_threads(options.threads)
-    train = HeraSftTrainer.train
-
-    def measure(trainer: HeraSftTrainer, **_: Any) -> None:
-        train(trainer)
-        report(Bench(trainer), options, arguments)
-        raise Finished
-
-    HeraSftTrainer.train = measure
-    with tempfile.TemporaryDirectory() as folder:
-        arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
-        arguments |= {"hera_teacher_cache": f"{folder}/cache", "report_to": "none", "overwrite_output_dir": True}
-        with contextlib.suppress(Finished):
-            run_exp(arguments)
+    arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
+    arguments |= {"hera_teacher_cache": f"{folder}/cache", "report_to": "none", "overwrite_output_dir": True}
+    run_exp(arguments)
 
 
 if __name__ == "__main__":
