@@ -153,7 +153,7 @@ def test_the_dummy_image_of_the_host_is_none() -> None:
 
 def test_tokens_that_were_cut_off_are_named() -> None:
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
-    with pytest.raises(ValueError, match=r"^cutoff_len: a sample with 2 images has 7 image tokens in the place of 8"):
+    with pytest.raises(ValueError, match=r"^A sample with 2 images has 7 image tokens in the place of 8"):
         token_positions(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 

@@ -122,7 +122,7 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Sele
         collator=lambda _: collate,
         load_teacher=partial(VisionTeacher.from_pretrained, str(teacher_folder)),
         model_name="tiny/model",
-        model_folder=model_folder,
+        weights=model_folder,
         dataset_name="noise",
     )
 
