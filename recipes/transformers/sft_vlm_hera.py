@@ -4,8 +4,8 @@
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
     torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py     # the same over two processes
 
-Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, in which `<image>` stands for
-the images of the list `images`, paths relative to the file. The chat template must end a turn with the EOS token.
+Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, in which `<image>` stands
+for the images of the list `images`, paths relative to the file. The chat template must end a turn with the EOS token.
 """
 
 import argparse
@@ -37,9 +37,8 @@ class Collator:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         question = [{"role": "user", "content": [{"type": "text", "text": ""}]}]
-        asked, begun = (
-            processor.apply_chat_template(question, add_generation_prompt=begin) for begin in (False, True)
-        )
+        asked = processor.apply_chat_template(question)
+        begun = processor.apply_chat_template(question, add_generation_prompt=True)
         self.answer = processor.tokenizer.encode(begun[len(asked) :], add_special_tokens=False)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

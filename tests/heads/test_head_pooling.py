@@ -59,7 +59,11 @@ def test_each_pooling_by_definition(pooling, dtype):
 def test_what_is_empty_or_not_masked():
     assert token_mask("answer", IDS, ATTENTION, LABELS).any(1).tolist() == [True, True, True, False]
     # a label on padding does not enter
-    assert torch.equal(token_mask("answer", IDS, ATTENTION, torch.full_like(IDS, 5)), ATTENTION.bool())
+    # a label on an image's placeholder makes it no text
+    everywhere = torch.full_like(IDS, 5)
+    assert torch.equal(token_mask("answer", IDS, ATTENTION, everywhere), ATTENTION.bool())
+    text = token_mask("text", IDS, ATTENTION, None, [IMAGE])
+    assert torch.equal(token_mask("answer", IDS, ATTENTION, everywhere, [IMAGE]), text)
     # a model without placeholders has text only
     assert torch.equal(token_mask("text", IDS, ATTENTION), ATTENTION.bool())
     # without an attention mask nothing is padding

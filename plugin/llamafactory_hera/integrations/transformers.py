@@ -21,7 +21,7 @@ from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
-from ..training.checks import check_batch, check_parallelism, check_trainer
+from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, undecoded_rows
@@ -69,9 +69,7 @@ class HeraTrainerMixin(_Base):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
         super().__init__(*args, **kwargs)
         _show_messages()
-        check_batch(hera, self.args)
-        check_parallelism(self.args)
-        check_trainer(self, self.model)
+        check_settings(hera, self)
         if self.train_dataset is not None:
             with untouched_random_state():
                 check_rows(self, images_of)

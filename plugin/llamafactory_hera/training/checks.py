@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from ..alignment.gather import world_size
 from ..config import HeraConfig
 from ..objectives import find
@@ -47,20 +45,22 @@ def check_parallelism(training_args: Any) -> None:
         )
 
 
-def check_trainer(trainer: Any, model: nn.Module) -> None:
-    """Checks that heads can be read in the process that trains, and that nobody has replaced their attention.
+def check_settings(config: HeraConfig, trainer: Any) -> None:
+    """Checks a Trainer's arguments, and that nobody has replaced the attention of its model.
 
     Raises:
-        ValueError: ``nn.DataParallel``, or Unsloth's patches.
+        ValueError: As above; or ``nn.DataParallel``, or Unsloth's patches.
     """
+    check_batch(config, trainer.args)
+    check_parallelism(trainer.args)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"n_gpu: {trainer.args.n_gpu} devices in one process train copies of the model (nn.DataParallel), where "
             "heads cannot be read; start one process for each (torchrun, accelerate launch), or set "
             "CUDA_VISIBLE_DEVICES to one."
         )
-    parts = set(type(trainer).__mro__) | {type(module) for module in model.modules()}
-    checkpointing = {getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()}
+    parts = set(type(trainer).__mro__) | {type(module) for module in trainer.model.modules()}
+    checkpointing = {getattr(module, "_gradient_checkpointing_func", None) for module in trainer.model.modules()}
     of_unsloth = sorted(_origin(part) for part in [*parts, *checkpointing] if "unsloth" in _origin(part).lower())
     if of_unsloth:
         raise ValueError(
