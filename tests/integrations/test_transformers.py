@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
@@ -144,6 +146,34 @@ def test_the_mixin_goes_in_front_of_a_trainer_of_ones_own(tmp_path: Path, remove
     trainer.train()
     assert lines(trainer)[0]["hera_loss"] > 0
     assert seen == [{"input_ids", "attention_mask", "labels", "pixel_values"}]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_them_decoded(
+    tmp_path: Path, workers: int
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    model = vlm("llava-llama")
+    rows, paths = image_rows(model, 2 * BATCH), []
+    for number, row in enumerate(rows):
+        paths.append(str(tmp_path / f"{number}.png"))
+        row.pop("images")[0].save(paths[-1])
+    stored = datasets.Dataset.from_list([{"row": n, "image": path} for n, path in enumerate(paths)])
+    stored = stored.cast_column("image", datasets.Image())
+
+    def collate(given: list[dict]) -> dict[str, Tensor]:
+        assert all(isinstance(row["image"], Image.Image) for row in given)
+        return collate_rows([rows[row["row"]] for row in given])
+
+    settings = {"max_steps": 4, "remove_unused_columns": False, "dataloader_num_workers": workers}
+    cached = hera(teacher_cache=str(tmp_path / "cache"))
+    options: dict[str, Any] = {"train_dataset": stored, "data_collator": collate}
+    trainer = HeraTrainer(model, arguments(tmp_path / "run", **settings), hera=cached, **options)
+    trainer.train()
+    assert trainer.train_dataset is stored
+    cache = trainer.aligner.teacher.cache
+    assert len(cache) == len(paths)
+    assert all(feature is not None for feature in cache.get([image_key(path) for path in paths]))
 
 
 @pytest.mark.slow

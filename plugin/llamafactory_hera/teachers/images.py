@@ -74,10 +74,13 @@ def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, A
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
         return dataset, None
-    formatted = dataset.format["type"] if hasattr(dataset, "format") else getattr(dataset, "_formatting", None)
+    streamed = not hasattr(dataset, "__len__")
+    formatted = dataset._formatting if streamed else dataset.format["type"]
     stored = _undecoded(features)
     if formatted is not None or stored == features:
         return dataset, None
+    if streamed:
+        return dataset.cast(stored), features.decode_example
     view = copy.copy(dataset)  # `cast` would write the whole dataset anew where images are nested
     view._info = dataset._info.copy()
     view._info.features = stored
