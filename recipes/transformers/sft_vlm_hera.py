@@ -2,7 +2,7 @@
 
     llamafactory-hera demo                           # model, teacher and data in hera_demo/, about a minute
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
-    torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py     # the same over two processes
+    torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same over two processes
 
 Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, in which `<image>` stands
 for the images of the list `images`, paths relative to the file. The chat template must end a turn with the EOS token.
@@ -106,6 +106,7 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()
+    trainer.save_state()
     trainer.create_model_card()
 
 
