@@ -134,9 +134,17 @@ def test_the_first_batch_is_looked_at(tmp_path: Path, collate: Any, message: str
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_labels_on_all_text_train_where_all_text_is_averaged(tmp_path: Path) -> None:
+def captions_alone(rows: list[dict]) -> dict[str, Any]:
+    """As in LLaVA's stage 1: an image, then its caption, and nothing in front."""
+    batch = labels_on_everything(rows)
+    return {name: values if name == "pixel_values" else values[:, 1:] for name, values in batch.items()}
+
+
+@pytest.mark.parametrize(("collate", "pooling"), [(labels_on_everything, "text"), (captions_alone, "answer")])
+def test_labels_on_all_text_train_where_there_is_no_prompt_to_tell_apart(
+    tmp_path: Path, collate: Any, pooling: str
+) -> None:
     model = vlm("llava-llama")
-    rows = image_rows(model, BATCH)
-    trainer = make(tmp_path, rows, model, data_collator=labels_on_everything, hera={"pooling": "text"})
+    trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate, hera={"pooling": pooling})
     trainer.train()
     assert trainer.state.log_history[0]["hera_loss"] > 0

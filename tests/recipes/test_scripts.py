@@ -30,12 +30,27 @@ def run(world: Path, output: str, *options: str, launcher: tuple[str, ...] = ("p
     return [line for line in history if "loss" in line]
 
 
+@pytest.fixture(scope="module")
+def one(world: Path) -> dict[str, Any]:
+    """The log line of a run with the script's own settings, and what it selected."""
+    (line,) = run(world, "one")
+    return {**line, "selected": json.loads((world / "one/hera/heads.json").read_text())}
+
+
 @pytest.mark.slow
-def test_the_script_selects_trains_and_does_over_two_processes_what_it_does_in_one(world: Path) -> None:
-    (one,) = run(world, "one")
-    selected = json.loads((world / "one/hera/heads.json").read_text())
-    assert len(selected["heads"]) == 5
-    assert selected["provenance"]["mode"] == "llm"
+def test_the_script_selects_what_llamafactory_does(world: Path, one: dict[str, Any]) -> None:
+    command = ["llamafactory-hera", "select", str(ROOT / "recipes/demo_hera.yaml"), "output_dir=host"]
+    code, printed = run_command(command, world)
+    assert code == 0, printed
+    host = json.loads((world / "host/hera/heads.json").read_text())
+    assert one["selected"]["heads"] == host["heads"]
+    for fact in ("scores", "samples_digest", "model_fingerprint", "teacher_fingerprint"):
+        assert one["selected"]["provenance"][fact] == host["provenance"][fact]
+
+
+@pytest.mark.slow
+def test_the_script_does_over_two_processes_what_it_does_in_one(world: Path, one: dict[str, Any]) -> None:
+    selected = one["selected"]
     assert "## Alignment with a vision encoder" in (world / "one/README.md").read_text()
     (two,) = run(world, "two", "--batch", "8", launcher=("torchrun", "--standalone", "--nproc-per-node", "2"))
     again = json.loads((world / "two/hera/heads.json").read_text())

@@ -162,29 +162,36 @@ class Aligner:
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
         """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
-        ids = batch["input_ids"]
+        if not self._media_token_ids:
+            return
+        ids = batch["input_ids"][shown]
         attended = torch.ones_like(ids, dtype=torch.bool)
         if batch.get("attention_mask") is not None:
-            attended = batch["attention_mask"].bool()
+            attended = batch["attention_mask"][shown].bool()
         text = text_mask(ids, attended, self._media_token_ids)
-        if self._media_token_ids and not (attended & ~text)[shown].any():
+        media = attended & ~text
+        if not media.any():
             raise ValueError(
-                f"data_collator: {int(shown.sum())} samples of the first batch have images, and input_ids hold no "
-                "token of an image: the collator drops them, or they were cut off. Give it the images "
+                f"data_collator: {len(ids)} samples of the first batch have images, and their input_ids hold no token "
+                "of an image: the collator drops them, or they were cut off. Give it the images "
                 "(remove_unused_columns=False, a processor), and let texts be longer."
             )
-        if self._media_token_ids and not any(name.startswith("pixel_values") for name in batch):
+        if not any(name.startswith("pixel_values") for name in batch):
             raise ValueError(
-                f"data_collator: {int(shown.sum())} samples of the first batch have images, and it holds no "
-                f"pixel_values (only {', '.join(batch)}): the model would not see them. Give the collator the images."
+                f"data_collator: {len(ids)} samples of the first batch have images, and it holds no pixel_values "
+                f"(only {', '.join(batch)}): the model would not see them. Give the collator the images."
             )
-        labels = batch.get("labels")
-        if self.config.pooling == "answer" and labels is not None and (labels != IGNORE_INDEX)[text].all():
-            raise ValueError(
-                "hera_pooling: answer averages over the tokens with a label, and in the first batch all text has one, "
-                "the prompt, too. Let only answers have labels (-100 elsewhere; in TRL a dataset of prompt and "
-                "completion, or assistant_only_loss), or set hera_pooling: text to average over all text."
-            )
+        if self.config.pooling == "answer" and batch.get("labels") is not None:
+            told = batch["labels"][shown] != IGNORE_INDEX
+            # in front of an image stands a prompt; a caption behind it, with a label on everything, is stage 1
+            in_front = text & (media.cumsum(dim=1) == 0)
+            if told[text].all() and in_front.any():
+                raise ValueError(
+                    "hera_pooling: answer averages over the tokens with a label, and in the first batch all text has "
+                    "one, what stands in front of the image, too. Let only answers have labels (-100 elsewhere; in "
+                    "TRL a dataset of prompt and completion, or assistant_only_loss), or set hera_pooling: text to "
+                    "average over all text."
+                )
 
     def finish(self, micro_batch: MicroBatch | None) -> Tensor:
         """The weighted term of the forward pass just made; every rank must call it.
