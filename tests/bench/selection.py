@@ -108,7 +108,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
         collator=lambda _: collate,
         load_teacher=lambda: teacher,
         model_name="random",
-        model_folder=folder / "model",
+        weights=folder / "model",
         dataset_name="noise",
         num_workers=args.workers,
     )

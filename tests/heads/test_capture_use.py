@@ -125,6 +125,35 @@ def test_every_forward_pass_is_captured_anew(model, mask, names, way):
 
 
 @both
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("order", ["graph first", "graph last"])
+def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
+    model, batch, mask, names, checkpointing, order
+):
+    """A trainer may run the model twice in a step, for metrics or for gradient caching."""
+    capture = CAPTURES[names]
+    expected = gradients_of(captured(model, batch, mask, names, capture), model)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    other = {name: values.flip(0) for name, values in batch.items()}
+    with capture(model, names) as reader:
+        reader.pool(mask)
+        if order == "graph first":
+            model(**batch)
+        with torch.no_grad():
+            model(**other)
+        if order == "graph last":
+            assert not reader.representations().requires_grad  # but it is read
+            model(**batch)
+        got = reader.representations()
+        (got * torch.linspace(-1, 1, got.numel()).view_as(got)).sum().backward()
+    for name, parameter in model.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@both
 def test_asking_without_a_captured_pass_says_what_to_do(model, batch, mask, names):
     message = r"No forward pass through layers \[0, 1\] was captured: call the model inside"
     with CAPTURES[names](model, names) as capture:

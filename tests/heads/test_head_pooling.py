@@ -59,7 +59,11 @@ def test_each_pooling_by_definition(pooling, dtype):
 def test_what_is_empty_or_not_masked():
     assert token_mask("answer", IDS, ATTENTION, LABELS).any(1).tolist() == [True, True, True, False]
     # a label on padding does not enter
-    assert torch.equal(token_mask("answer", IDS, ATTENTION, torch.full_like(IDS, 5)), ATTENTION.bool())
+    # a label on an image's placeholder makes it no text
+    everywhere = torch.full_like(IDS, 5)
+    assert torch.equal(token_mask("answer", IDS, ATTENTION, everywhere), ATTENTION.bool())
+    text = token_mask("text", IDS, ATTENTION, None, [IMAGE])
+    assert torch.equal(token_mask("answer", IDS, ATTENTION, everywhere, [IMAGE]), text)
     # a model without placeholders has text only
     assert torch.equal(token_mask("text", IDS, ATTENTION), ATTENTION.bool())
     # without an attention mask nothing is padding
@@ -153,7 +157,7 @@ def test_the_dummy_image_of_the_host_is_none() -> None:
 
 def test_tokens_that_were_cut_off_are_named() -> None:
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
-    with pytest.raises(ValueError, match=r"^cutoff_len: a sample with 2 images has 7 image tokens in the place of 8"):
+    with pytest.raises(ValueError, match=r"^A sample with 2 images has 7 image tokens in the place of 8"):
         token_positions(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 

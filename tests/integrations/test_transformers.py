@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
@@ -52,24 +55,30 @@ def lines(trainer: Trainer) -> list[dict[str, float]]:
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
+def lora() -> nn.Module:
+    return get_peft_model(vlm("llava-llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
+
+
+@pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
 def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, make: Callable[[], nn.Module]
 ) -> None:
     memory = {"hera": {"memory": 6}}
-    straight = trainer_of(tmp_path / "run", save_strategy="steps", save_steps=3, **memory)
+    straight = trainer_of(tmp_path / "run", make(), save_strategy="steps", save_steps=3, **memory)
     straight.train()
     logged = lines(straight)
     assert len(logged) == 6
     for line in logged:
         assert {"loss", "lm_loss", "hera_loss", "hera_mknn", "hera_mknn_chance", "hera_temperature"} <= set(line)
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["hera_loss"], abs=1e-4)
-    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # the first step remembers nothing yet
+    if make is not lora:  # whose second factor starts at 0
+        assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # the first step remembers nothing yet
     for folder in ("checkpoint-3/hera", "hera"):
         assert {"state.safetensors", "heads.json", "run.json"} <= {
             p.name for p in (tmp_path / "run" / folder).iterdir()
         }
 
-    resumed = trainer_of(tmp_path / "run", **memory)
+    resumed = trainer_of(tmp_path / "run", make(), **memory)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert lines(resumed) == logged
     for name, tensor in straight.model.state_dict().items():
@@ -83,6 +92,29 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     assert "| language-modeling loss |" in page
     facts = json.loads((tmp_path / "run/hera/card.json").read_text())
     assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
+
+
+def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_path: Path) -> None:
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    model = vlm("llava-llama")
+    rows = image_rows(model, 3 * BATCH)
+    settings = arguments(
+        # the worst loss, so that the best step is not the last
+        tmp_path, **every, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True
+    )  # fmt: skip
+    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate_rows}
+    trainer = HeraTrainer(model, settings, hera=hera(), **data)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    kept = HeraTrainer(type(model).from_pretrained(tmp_path / "checkpoint-2"), settings, hera=hera(), **data)
+    kept.aligner.load(tmp_path / "checkpoint-2")
+    for name, tensor in kept.model.state_dict().items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name])
+    values = trainer.aligner.objective.values()
+    assert values == kept.aligner.objective.values() != Aligner(model, hera()).objective.values()
+    assert values["hera_temperature"] != lines(trainer)[-1]["hera_temperature"]
+    trainer.create_model_card()
+    assert "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
 
 
 def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
@@ -144,6 +176,34 @@ def test_the_mixin_goes_in_front_of_a_trainer_of_ones_own(tmp_path: Path, remove
     trainer.train()
     assert lines(trainer)[0]["hera_loss"] > 0
     assert seen == [{"input_ids", "attention_mask", "labels", "pixel_values"}]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_them_decoded(
+    tmp_path: Path, workers: int
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    model = vlm("llava-llama")
+    rows, paths = image_rows(model, 2 * BATCH), []
+    for number, row in enumerate(rows):
+        paths.append(str(tmp_path / f"{number}.png"))
+        row.pop("images")[0].save(paths[-1])
+    stored = datasets.Dataset.from_list([{"row": n, "image": path} for n, path in enumerate(paths)])
+    stored = stored.cast_column("image", datasets.Image())
+
+    def collate(given: list[dict]) -> dict[str, Tensor]:
+        assert all(isinstance(row["image"], Image.Image) for row in given)
+        return collate_rows([rows[row["row"]] for row in given])
+
+    settings = {"max_steps": 4, "remove_unused_columns": False, "dataloader_num_workers": workers}
+    cached = hera(teacher_cache=str(tmp_path / "cache"))
+    options: dict[str, Any] = {"train_dataset": stored, "data_collator": collate}
+    trainer = HeraTrainer(model, arguments(tmp_path / "run", **settings), hera=cached, **options)
+    trainer.train()
+    assert trainer.train_dataset is stored
+    cache = trainer.aligner.teacher.cache
+    assert len(cache) == len(paths)
+    assert all(feature is not None for feature in cache.get([image_key(path) for path in paths]))
 
 
 @pytest.mark.slow

@@ -108,6 +108,20 @@ def test_an_adapter_changes_it(llm, plain, tmp_path):
         model_fingerprint(tmp_path / "plain", layout, [tmp_path / "plain"])
 
 
+@pytest.mark.parametrize("name", ["llava-qwen3", "qwen3_vl"])
+def test_a_model_in_memory_has_that_of_its_checkpoint_until_an_adapter_is_trained(name, tmp_path):
+    model = vlm(name)
+    layout = head_layout(model.config)
+    saved = fingerprint(model, tmp_path / "saved")
+    assert model_fingerprint(model, layout) == saved
+    assert model_fingerprint(type(model).from_pretrained(tmp_path / "saved", dtype=torch.bfloat16), layout) == saved
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert model_fingerprint(adapted, layout) == saved
+    with torch.no_grad():
+        next(p for key, p in adapted.named_parameters() if "lora_B" in key).add_(1)
+    assert model_fingerprint(adapted, layout) != saved
+
+
 def test_weights_without_a_decoder_are_named(tmp_path):
     save_teacher(tmp_path / "teacher")
     with pytest.raises(ValueError, match="model_name_or_path: no decoder layer"):

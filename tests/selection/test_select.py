@@ -172,7 +172,7 @@ def test_nothing_of_a_killed_run_is_used_for_other_captions_or_another_model(tmp
     else:
         with torch.no_grad():
             decoder_layers(inputs.load_model())[0].mlp.up_proj.weight.mul_(2)
-        inputs.load_model().save_pretrained(inputs.model_folder)
+        inputs.load_model().save_pretrained(inputs.weights)
     sizes = kill_after(1000)
     select_targets(inputs, chosen, tmp_path / "heads.json")
     assert sum(sizes) == 40
@@ -283,7 +283,7 @@ def test_the_vision_tower_as_teacher_is_warned_of(tmp_path, caplog):
     chosen = settings(select_mode="mllm", select_k=3)
     select_targets(inputs, chosen, tmp_path / "heads.json")
     assert "vision tower" not in caplog.text
-    own = dataclasses.replace(inputs, model_folder=tmp_path / "teacher")
+    own = dataclasses.replace(inputs, weights=tmp_path / "teacher")
     with pytest.raises(ValueError, match="no decoder layer"):  # only the comparison is of interest
         select_targets(own, chosen, tmp_path / "heads.json")
     assert "hera_teacher: tiny/teacher is the model's own vision tower" in caplog.text

@@ -97,7 +97,7 @@ def text_inputs(folder: Path, n: int = 40, model_type: str = "qwen3", model=None
 def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> SelectionInputs:
     """A VLM with an image in front of each text."""
     model = vlm(name).eval()
-    batch = vlm_batch(model, rows=n)
+    batch = vlm_batch(model, rows=n, length=n + 4)  # each has three tokens of text or more
     features = []
     for row in range(n):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
@@ -122,7 +122,7 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Sele
         collator=lambda _: collate,
         load_teacher=partial(VisionTeacher.from_pretrained, str(teacher_folder)),
         model_name="tiny/model",
-        model_folder=model_folder,
+        weights=model_folder,
         dataset_name="noise",
     )
 

@@ -1,3 +1,4 @@
+import base64
 import io
 import shutil
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamafactory_hera.teachers.images import image_key, load_image, sample_images, shown_image
+from llamafactory_hera.teachers.images import image_key, load_image, sample_images, shown_image, undecoded
 
 
 @pytest.fixture
@@ -129,3 +130,80 @@ def test_what_is_no_image_at_all_is_refused_by_its_type():
     for image, kind in ((3, "int"), ({"path": None, "bytes": None}, "dict")):
         with pytest.raises(ValueError, match=f"given as {kind}; it must be a path, bytes, a dict with"):
             load_image(image)
+
+
+def test_a_data_uri_is_the_file_in_it(picture):
+    encoded = base64.b64encode(picture.read_bytes()).decode()
+    for image in (f"data:image/png;base64,{encoded}", {"path": f"data:image/png;base64,{encoded}", "bytes": None}):
+        assert image_key(image) == image_key(picture)
+        assert load_image(image).tobytes() == load_image(picture).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is no base64"),
+        ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
+    ],
+)
+def test_an_image_that_is_not_here_is_named(image, message):
+    with pytest.raises(ValueError, match=message):
+        image_key(image)
+
+
+# of the library `datasets`
+
+
+def dataset_of(kind, paths):
+    datasets = pytest.importorskip("datasets")
+    image = datasets.Image()
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": image}
+    features, rows = {
+        "column": ({"image": image}, [{"image": path} for path in paths]),
+        "list": ({"images": [image]}, [{"images": [path]} for path in paths]),
+        "messages": (
+            {"messages": [{"role": datasets.Value("string"), "content": [part]}]},
+            [{"messages": user({"type": "image", "text": None, "image": path}, TEXT)[:1]} for path in paths],
+        ),
+    }[kind]
+    features["row"] = datasets.Value("int64")
+    rows = [row | {"row": number} for number, row in enumerate(rows)]
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
+
+
+@pytest.fixture
+def pictures(tmp_path, make_images):
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    for image, path in zip(make_images(3), paths, strict=True):
+        image.save(path)
+    return paths
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+@pytest.mark.parametrize("kind", ["column", "list", "messages"])
+def test_images_of_a_dataset_have_the_keys_of_their_files_and_decode_to_what_it_would_give(kind, streamed, pictures):
+    dataset = dataset_of(kind, pictures)
+    wanted = list(dataset)
+    if streamed:
+        dataset = dataset.to_iterable_dataset()
+    view, decode = undecoded(dataset)
+    rows = list(view)
+    assert [image_key(sample_images(row)[0]) for row in rows] == list(map(image_key, pictures))
+    decoded = [decode(row) for row in rows]
+    assert [row.keys() for row in decoded] == [row.keys() for row in wanted]
+    for row, other in zip(decoded, wanted, strict=True):
+        (image,), (shown,) = sample_images(row), sample_images(other)
+        assert isinstance(image, Image.Image)
+        assert image.tobytes() == shown.tobytes()
+    assert isinstance(sample_images(next(iter(dataset)))[0], Image.Image)  # the dataset itself is as it was
+    if not streamed:
+        fewer = view.remove_columns(["row"]).select([2, 0])
+        assert [image_key(sample_images(row)[0]) for row in fewer] == [image_key(pictures[2]), image_key(pictures[0])]
+        assert decode(fewer[0]).keys() == fewer[0].keys()
+
+
+def test_datasets_with_rows_of_ones_own_stay_as_they_are(pictures):
+    dataset = dataset_of("column", pictures)
+    transformed = dataset.with_transform(lambda rows: {"image": [i.rotate(90) for i in rows["image"]]})
+    for given in (transformed, dataset.with_format("numpy"), dataset.remove_columns(["image"]), [{"image": "a.png"}]):
+        assert undecoded(given) == (given, None)

@@ -171,7 +171,9 @@ def test_which_targets_a_configuration_means() -> None:
     for named, layers in (("middle", (2,)), ("penultimate", (3,)), ("L4,L0", (0, 4))):
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
     for keys, key in (({"heads": "auto"}, "hera_heads"), ({**LAYER, "layers": "auto"}, "hera_layers")):
-        with pytest.raises(ValueError, match=rf"^{key}: auto selects before training.*`llamafactory-hera select`"):
+        with pytest.raises(
+            ValueError, match=rf"^{key}: auto selects before training.*name the file that a selection wrote"
+        ):
             make(model, **keys)
     with pytest.raises(ValueError, match=r"^hera_heads: L5H0 does not exist"):
         make(model, heads="L5H0")

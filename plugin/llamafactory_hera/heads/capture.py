@@ -39,14 +39,14 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, or their names: ``"L3H4,L7H6"``, or one by one.
+        heads: ``Targets`` of heads, or their names: ``"L3H4,L7H6"``, or one by one, or the path of a heads.json.
 
     Raises:
         ValueError: Unknown architecture, or a head outside the model.
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
-        super().__init__(model, heads if isinstance(heads, Targets) else Targets.parse(heads))
+        super().__init__(model, Targets.of(heads))
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
@@ -89,7 +89,7 @@ class HeadCapture(LayerHooks):
             if index in self._frames:
                 self._frames[index].append(rows)
             elif not in_backward():
-                self._rows[index] = rows
+                self._keep(index, rows)
             return output[:, : hidden.shape[1]]
 
         return forward
@@ -130,7 +130,7 @@ class HeadCapture(LayerHooks):
 
             # the host's checkpointing function finds the layer as the `__self__` of what it is given
             *output, rows = original(MethodType(run, layer), *args, **kwargs)
-            self._rows[index] = rows
+            self._keep(index, rows)
             return output[0] if len(output) == 1 else tuple(output)
 
         return checkpointing
@@ -146,14 +146,14 @@ class LayerCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        layers: ``Targets`` of layers, or their names: ``"L14,L15"``, or one by one.
+        layers: ``Targets`` of layers, or their names: ``"L14,L15"``, or one by one, or the path of a layers.json.
 
     Raises:
         ValueError: Unknown architecture, or a layer outside the model.
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
-        super().__init__(model, layers if isinstance(layers, Targets) else Targets.parse(layers, "layer"))
+        super().__init__(model, Targets.of(layers, "layer"))
         self._inside: set[int] = set()  # layers whose checkpointed function is running
 
     def tokens(self, positions: Tensor) -> None:
@@ -178,7 +178,7 @@ class LayerCapture(LayerHooks):
 
     def _after(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
         if index not in self._inside and not in_backward():
-            self._keep(index, output)
+            self._read_output(index, output)
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(*args: Any, **kwargs: Any) -> Any:
@@ -187,14 +187,14 @@ class LayerCapture(LayerHooks):
                 output = original(*args, **kwargs)
             finally:
                 self._inside.discard(index)
-            self._keep(index, output)
+            self._read_output(index, output)
             return output
 
         return checkpointing
 
-    def _keep(self, index: int, output: Any) -> None:
+    def _read_output(self, index: int, output: Any) -> None:
         if self._read is None:
             return
         rows = self._read(output[0] if isinstance(output, tuple) else output)
         self._watch(index, rows)
-        self._rows[index] = rows
+        self._keep(index, rows)

@@ -59,6 +59,8 @@ class Hooks(ABC):
 class LayerHooks(Hooks):
     """Hooks on chosen decoder layers that keep rows of the next forward pass, with gradient.
 
+    A trainer may run the model once more in the same step without a graph, for metrics: that pass changes nothing.
+
     Under gradient checkpointing what is seen inside a layer carries no gradient of its own: the checkpointing function
     of the layers is wrapped, so that rows leave the layer with it.
     """
@@ -112,6 +114,11 @@ class LayerHooks(Hooks):
                 f"No forward pass through layers {missing} was captured: call the model inside the context, after "
                 "the tokens have been named (`capture.pool(mask)`)."
             )
+
+    def _keep(self, index: int, rows: Tensor) -> None:
+        """Keeps a layer's rows; those of a pass without a graph never take the place of those that have one."""
+        if rows.requires_grad or index not in self._rows or not self._rows[index].requires_grad:
+            self._rows[index] = rows
 
     def _watch(self, index: int, rows: Tensor) -> None:
         if self.watch_gradients and rows.requires_grad:

@@ -23,18 +23,17 @@ def token_mask(
     """The tokens that enter the average, boolean ``[B, T]``; a row without any has no representation.
 
     ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, which are the caption in stage 1 and
-    the assistant's turns in stage 2. The others are this project's options: ``text`` takes every token that is
-    neither padding nor a placeholder of an image or a video (``media_token_ids``), ``mean`` every token but padding,
-    ``last`` the last token but padding.
+    the assistant's turns in stage 2. The others are this project's options: ``text`` takes every token but padding,
+    ``mean`` every one, ``last`` the last one. Placeholders of images and videos (``media_token_ids``) are no text:
+    only ``mean`` and ``last`` take them, labelled or not.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling == "answer":
         if labels is None:
             raise ValueError("hera_pooling: 'answer' averages over the tokens with a label, and the batch has none.")
-        return (labels != IGNORE_INDEX) & attended
+        return (labels != IGNORE_INDEX) & text_mask(input_ids, attended, media_token_ids)
     if pooling == "text":
-        media = torch.tensor(sorted(media_token_ids), dtype=input_ids.dtype, device=input_ids.device)
-        return attended & ~torch.isin(input_ids, media)
+        return text_mask(input_ids, attended, media_token_ids)
     if pooling == "mean":
         return attended
     if pooling == "last":
@@ -42,6 +41,13 @@ def token_mask(
         last = torch.where(attended, positions, -1).amax(dim=1, keepdim=True)
         return attended & (positions == last)
     raise ValueError(f"hera_pooling: {pooling!r} is unknown; choose one of {', '.join(get_args(Pooling))}.")
+
+
+def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[int]) -> Tensor:
+    """The attended tokens that are no placeholder of an image or a video, boolean ``[B, T]``."""
+    for token in media_token_ids:  # few; as a tensor they would have to be copied to the device
+        attended = attended & (input_ids != token)
+    return attended
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -90,9 +96,10 @@ def token_positions(
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"cutoff_len: a sample with {int(count[row])} images has {int(found[row])} image tokens in the place of "
-            f"{int(count[row]) * per_image} ({per_image} an image). Raise cutoff_len if they were cut off; a model "
-            "whose images take other numbers of tokens does not work with this objective."
+            f"A sample with {int(count[row])} images has {int(found[row])} image tokens in the place of "
+            f"{int(count[row]) * per_image} ({per_image} an image). Raise the length at which samples are cut "
+            "(cutoff_len, max_length) if they were cut off; a model whose images take other numbers of tokens does "
+            "not work with this objective."
         )
     length = input_ids.shape[1]
     places = torch.where(shown, torch.arange(length, device=input_ids.device), length - 1).sort(dim=1).values

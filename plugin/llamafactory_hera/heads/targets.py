@@ -115,6 +115,13 @@ class Targets:
         return cls.load(value, granularity, key) if is_path else cls.parse(value, granularity, key)
 
     @classmethod
+    def of(cls, given: "Targets | str | Iterable[Any]", granularity: Granularity = "head") -> "Targets":
+        """Targets as they are, or what a value or a list of names means."""
+        if isinstance(given, Targets):
+            return given
+        return cls.resolve(given, granularity) if isinstance(given, str) else cls.parse(given, granularity)
+
+    @classmethod
     def load(cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None) -> Self:
         """Reads the JSON that :meth:`save` and selection write.
 

@@ -17,11 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..alignment.gather import mean_over_ranks, world_size
 from ..config import HeraConfig
 from ..heads import Targets
+from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
+from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
+from .trainer_rows import check_rows, targets_of, undecoded_rows
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -38,18 +41,20 @@ class HeraTrainerMixin(_Base):
     Args:
         *args: As for that trainer.
         hera: The ``hera_*`` keys.
-        targets: The heads or layers to align, by default those that ``hera`` names.
+        targets: The heads or layers to align, by default those that ``hera`` names; ``auto`` selects them here and
+            writes them into ``output_dir/hera``, where the next run with the same settings finds them.
         images_of: From a row of the training data to its images, by default what its columns ``images`` or ``image``,
             or the image parts of its messages, hold.
         **kwargs: As for that trainer.
 
     Raises:
-        ValueError: A target outside the model, nothing trainable in front of it, or a teacher that does not fit.
+        ValueError: A setting, the data, the model or the teacher does not fit; names what, the value and the remedy.
     """
 
     model: Any
     args: Any
     data_collator: Any
+    train_dataset: Any
     _signature_columns: Any
 
     def __init__(
@@ -64,9 +69,15 @@ class HeraTrainerMixin(_Base):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
         super().__init__(*args, **kwargs)
         _show_messages()
+        check_settings(hera, self)
+        if self.train_dataset is not None:
+            with untouched_random_state():
+                check_rows(self, images_of)
         dtype = torch.float32
         if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16
+        if targets is None:
+            targets = targets_of(self, images_of, hera, dtype)
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
@@ -77,18 +88,19 @@ class HeraTrainerMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
-        collate, columns = self.data_collator, self._signature_columns
+        dataset, collate, columns = self.train_dataset, self.data_collator, self._signature_columns
         hidden: tuple[str, ...] = ()
         if self.args.remove_unused_columns:  # images stay for the teacher, out of the trainer's own collator's sight
             self._set_signature_columns_if_needed()
             columns = self._signature_columns
             hidden = tuple(name for name in IMAGE_COLUMNS if name not in columns)
             self._signature_columns = [*columns, *hidden]
-        self.data_collator = self.aligner.collator(collate, self._images_of, drop=hidden)
+        self.train_dataset, decode = undecoded_rows(dataset, self._images_of)
+        self.data_collator = self.aligner.collator(collate, self._images_of, drop=hidden, decode=decode)
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator, self._signature_columns = collate, columns
+            self.train_dataset, self.data_collator, self._signature_columns = dataset, collate, columns
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""

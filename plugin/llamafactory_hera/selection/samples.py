@@ -48,7 +48,8 @@ class SelectionInputs:
     collator: Callable[[nn.Module], Collate]
     load_teacher: Callable[[], VisionTeacher]
     model_name: str
-    model_folder: Path
+    #: Its weights: a checkpoint's folder, or a model in memory.
+    weights: Path | nn.Module
     dataset_name: str
     #: Of the adapters on top of the model.
     adapter_folders: list[Path] = field(default_factory=list)

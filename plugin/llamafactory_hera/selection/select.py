@@ -53,7 +53,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     # too few heads or layers are refused before the passes
     choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
     if fingerprint is None:
-        fingerprint = on_first(lambda: model_fingerprint(inputs.model_folder, layout, inputs.adapter_folders))
+        fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
     digest = samples_digest(samples)
     key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
     blocks = compute_features(inputs, model, samples, config, folder, key)
@@ -127,7 +127,7 @@ def _find_neighbors(
 ) -> tuple[Tensor, str]:
     """The teacher's neighbours ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory."""
     teacher = inputs.load_teacher()
-    if rank() == 0 and is_own_vision_tower(inputs.model_folder, teacher.info.path):
+    if rank() == 0 and is_own_vision_tower(inputs.weights, teacher.info.path):
         logger.warning(
             f"hera_teacher: {config.teacher} is the model's own vision tower; the paper finds such a teacher mostly "
             "ineffective. Its default is facebook/dinov2-large."

@@ -1,8 +1,12 @@
 """Images as datasets hold them: those of a sample, the one that stands for it, pixels, and a key of the content."""
 
+import copy
 import hashlib
 import os
-from collections.abc import Mapping
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +41,18 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
     return []
 
 
+def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
+    """What a function of one's own says are a row's images.
+
+    Raises:
+        ValueError: It gives no list.
+    """
+    images = images_of(row)
+    if not isinstance(images, list | tuple):
+        raise ValueError(f"images_of: it gave a {type(images).__name__}; return a list of images, [] for none.")
+    return list(images)
+
+
 def _message_images(messages: Any) -> list[ImageLike]:
     contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
     parts = [part for content in contents if isinstance(content, list) for part in content]
@@ -49,13 +65,46 @@ def _message_images(messages: Any) -> list[ImageLike]:
     return [image for image in found if image is not None]
 
 
+def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
+    """A view of a dataset of the library ``datasets`` whose images stay as they are stored, and what decodes a row.
+
+    So an image has the key of its file, and is decoded once. Everything else is given back as it is, with None: other
+    datasets, those without images, and those whose rows a format or a transform of one's own makes.
+    """
+    features = getattr(dataset, "features", None)
+    if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
+        return dataset, None
+    streamed = not hasattr(dataset, "__len__")
+    formatted = dataset._formatting if streamed else dataset.format["type"]
+    stored = _undecoded(features)
+    if formatted is not None or stored == features:
+        return dataset, None
+    if streamed:
+        return dataset.cast(stored), features.decode_example
+    view = copy.copy(dataset)  # `cast` would write the whole dataset anew where images are nested
+    view._info = dataset._info.copy()
+    view._info.features = stored
+    return view, features.decode_example
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature of ``datasets`` with ``decode=False`` in every image, however deep."""
+    if isinstance(feature, Mapping):
+        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if type(feature).__name__ == "Image":
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
+
+
 def shown_image(count: int, index: int) -> int:
     """Which of a sample's images stands for it: ``index``, negative from the end, clamped to what there is."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Decodes an image given as path, encoded bytes, ``{"path", "bytes"}``, file object or PIL image, to RGB.
+    """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}``, file object or PIL, to RGB.
 
     Orientation tags are not applied: the host does not apply them either, and teacher and model must see the same
     picture.
@@ -92,7 +141,8 @@ def image_key(image: ImageLike) -> bytes:
 
 def _name(image: ImageLike) -> str:
     if isinstance(image, str | os.PathLike):
-        return repr(os.fspath(image))
+        name = os.fspath(image)
+        return repr(f"{name[:40]}…" if name.startswith("data:") else name)
     path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", getattr(image, "name", None))
     return repr(path) if path else f"given as {type(image).__name__} without a path"
 
@@ -103,6 +153,13 @@ def _encoded(image: ImageLike) -> bytes:
     if isinstance(image, dict) and image.get("bytes") is not None:
         return image["bytes"]
     path = image.get("path") if isinstance(image, dict) else image
+    if isinstance(path, str) and path.startswith("data:"):
+        try:
+            return b64decode(path.partition(",")[2], validate=True)
+        except Base64Error as error:
+            raise ValueError(f"The image {_name(path)} is no base64 ({error}); mend or remove its sample.") from error
+    if isinstance(path, str) and path.startswith(("http://", "https://")):
+        raise ValueError(f"The image {path!r} is a URL, which every step would fetch; download it, and give its path.")
     if isinstance(path, str | os.PathLike):
         try:
             return Path(path).read_bytes()

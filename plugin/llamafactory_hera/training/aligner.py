@@ -28,7 +28,7 @@ from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
 from ..heads import HeadCapture, LayerCapture, Targets
 from ..heads.families import head_layout, media_token_ids, model_config, trainable_upstream
-from ..heads.pooling import grid_side, image_token_id, token_mask, token_positions
+from ..heads.pooling import IGNORE_INDEX, grid_side, image_token_id, text_mask, token_mask, token_positions
 from ..heads.targets import AUTO, NAMED_LAYERS, named_layer
 from ..objectives import Options, create, find
 from ..teachers.images import ImageLike, sample_images
@@ -107,7 +107,7 @@ class Aligner:
         self._nan_in_a_row = 0
         self._n_samples = 0  # that entered the last term
         self._comparable = False  # all of them must have a gradient
-        self._gradient_checked = self._gradient_due = False
+        self._batch_checked = self._gradient_checked = self._gradient_due = False
         self._idle_steps: int | None = 0  # None once a sample has entered
 
     def collator(
@@ -115,6 +115,7 @@ class Aligner:
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         images_of: Callable[[Any], list[ImageLike]] = sample_images,
         drop: tuple[str, ...] = (),
+        decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> HeraCollator:
         """A collator of training batches with the teacher's view of each sample.
 
@@ -122,10 +123,11 @@ class Aligner:
             collate: The loop's own collator.
             images_of: From a row of the dataset to its images.
             drop: Columns that ``collate`` must not see.
+            decode: What decodes the images of a row of :func:`~..teachers.images.undecoded`.
         """
         processor, names_image = self.teacher.encoder.processor, self.objective.view == "patches"
         return HeraCollator(
-            collate, processor, self.teacher.cache, self.config.image_index, names_image, images_of, drop
+            collate, processor, self.teacher.cache, self.config.image_index, names_image, images_of, drop, decode
         )
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -135,6 +137,9 @@ class Aligner:
 
         Returns:
             What :meth:`finish` takes; None for a batch of another collator, such as one for evaluation.
+
+        Raises:
+            ValueError: The first batch with images lacks them, or does not tell the answer from the prompt.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
@@ -143,6 +148,9 @@ class Aligner:
         self.capture.watch_gradients = not self._gradient_checked
         shown = inputs["hera_source"] != NO_IMAGE
         input_ids, attention_mask = batch["input_ids"], batch.get("attention_mask")
+        if not self._batch_checked and bool(shown.any()):
+            self._check_batch(batch, shown)
+            self._batch_checked = True
         if self.objective.view == "patches":
             assert isinstance(self.capture, LayerCapture)
             which, n = inputs["hera_image"], self._tokens_per_image
@@ -152,12 +160,51 @@ class Aligner:
         self.capture.pool(mask)
         return MicroBatch(shown & mask.any(dim=1), inputs)
 
-    def finish(self, micro_batch: MicroBatch) -> Tensor:
+    def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
+        """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
+        if not self._media_token_ids:
+            return
+        ids = batch["input_ids"][shown]
+        attended = torch.ones_like(ids, dtype=torch.bool)
+        if batch.get("attention_mask") is not None:
+            attended = batch["attention_mask"][shown].bool()
+        text = text_mask(ids, attended, self._media_token_ids)
+        media = attended & ~text
+        if not media.any():
+            raise ValueError(
+                f"data_collator: {len(ids)} samples of the first batch have images, and their input_ids hold no token "
+                "of an image: the collator drops them, or they were cut off. Give it the images "
+                "(remove_unused_columns=False, a processor), and let texts be longer."
+            )
+        if not any(name.startswith("pixel_values") for name in batch):
+            raise ValueError(
+                f"data_collator: {len(ids)} samples of the first batch have images, and it holds no pixel_values "
+                f"(only {', '.join(batch)}): the model would not see them. Give the collator the images."
+            )
+        if self.config.pooling == "answer" and batch.get("labels") is not None:
+            told = batch["labels"][shown] != IGNORE_INDEX
+            # in front of an image stands a prompt; a caption behind it, with a label on everything, is stage 1
+            in_front = text & (media.cumsum(dim=1) == 0)
+            if told[text].all() and in_front.any():
+                raise ValueError(
+                    "hera_pooling: answer averages over the tokens with a label, and in the first batch all text has "
+                    "one, what stands in front of the image, too. Let only answers have labels (-100 elsewhere; in "
+                    "TRL a dataset of prompt and completion, or assistant_only_loss), or set hera_pooling: text to "
+                    "average over all text."
+                )
+
+    def finish(self, micro_batch: MicroBatch | None) -> Tensor:
         """The weighted term of the forward pass just made; every rank must call it.
 
         Raises:
+            ValueError: There is no micro-batch: the batch was not made by :meth:`collator`.
             RuntimeError: Nothing that is aligned can carry a gradient, or too many non-finite terms in a row.
         """
+        if micro_batch is None:
+            raise ValueError(
+                "finish: begin gave None, as the batch was not made by aligner.collator(...); make it with that, or "
+                "leave finish and end out for it."
+            )
         representations = self.capture.representations()
         if len(self.cached):
             term = self.cached.take(representations)
@@ -284,8 +331,9 @@ class Aligner:
     def _idle_message(self, why: str) -> str:
         return (
             f"{self.targets.key}: the HeRA term cannot change {self.targets}: {why}. Train something before them "
-            "(freeze_multi_modal_projector: false, freeze_language_model: false, or lora_target: all), or choose "
-            "later layers."
+            "(the projector, the language model, or adapters on more of it; in LLaMA-Factory "
+            "freeze_multi_modal_projector: false, freeze_language_model: false, or lora_target: all), or choose later "
+            "layers."
         )
 
 
@@ -294,8 +342,8 @@ def resolve_targets(config: HeraConfig, model: nn.Module) -> Targets:
     named = config.named_targets
     if named == AUTO:
         raise ValueError(
-            f"{config.targets_key}: auto selects before training, which this trainer does not do; select with "
-            "`llamafactory-hera select`, and name the file that it writes."
+            f"{config.targets_key}: auto selects before training, which a Trainer with HeRA does, and a loop of your "
+            "own must do: name the file that a selection wrote."
         )
     if named in NAMED_LAYERS and config.granularity == "layer":
         return named_layer(named, head_layout(model_config(model)))

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..config import HeraConfig
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import TeacherProcessor, VisionTeacher
-from ..teachers.images import KEY_BYTES, ImageLike, image_key, load_image, sample_images, shown_image
+from ..teachers.images import KEY_BYTES, ImageLike, image_key, images_by, load_image, sample_images, shown_image
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -38,6 +39,7 @@ class HeraCollator:
         names_image: Whether ``hera_image`` is added, for objectives that read an image's own tokens.
         images_of: From a row of the dataset to its images.
         drop: Columns that ``collate`` must not see.
+        decode: Makes of a row, whose images are as they are stored, what ``collate`` and the teacher see.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -47,28 +49,36 @@ class HeraCollator:
     names_image: bool = False
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
+    decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
         # first: a collator may take the images out of the rows, and give a batch without any a dummy image
-        of_rows = [self.images_of(row) for row in rows]
-        shown = [(shown_image(len(images), self.image_index), len(images)) for images in of_rows]
-        teacher = self._teacher_inputs(
-            [images[index] if count else None for images, (index, count) in zip(of_rows, shown, strict=True)]
+        stored = [images_by(self.images_of, row) for row in rows]
+        shown = [(shown_image(len(images), self.image_index), len(images)) for images in stored]
+        of_rows = stored
+        if self.decode is not None:
+            rows = [self.decode(row) for row in rows]
+            of_rows = [images_by(self.images_of, row) for row in rows]
+        pairs = (
+            (images[index], files[index]) if count else None
+            for images, files, (index, count) in zip(of_rows, stored, shown, strict=True)
         )
+        teacher = self._teacher_inputs(list(pairs))
         if self.names_image:
             teacher["hera_image"] = torch.tensor(shown)
         if self.drop:
             rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
         return {**self.collate(rows), **teacher}
 
-    def _teacher_inputs(self, images: list[ImageLike | None]) -> dict[str, Tensor]:
+    def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
+        """Of each row's image, or None: as it is seen, and as it is stored."""
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
-        of_rows = {row: image for row, image in enumerate(images) if image is not None}
+        of_rows = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(of_rows)] = PIXELS
         batch = {"hera_source": source}
         if self.cache is not None and of_rows:
-            keys = [image_key(image) for image in of_rows.values()]
+            keys = [image_key(file if _is_here(file) else image) for image, file in of_rows.values()]
             batch["hera_keys"] = torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)
             batch["hera_keys"][list(of_rows)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
             known = {row: f for row, f in zip(of_rows, self.cache.get(keys), strict=True) if f is not None}
@@ -80,9 +90,16 @@ class HeraCollator:
             of_rows = {row: image for row, image in of_rows.items() if row not in known}
         if of_rows:
             batch["hera_pixels"] = torch.zeros(len(images), 3, *self.processor.pixel_size)
-            for row, image in of_rows.items():
+            for row, (image, _) in of_rows.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
+
+
+def _is_here(image: ImageLike) -> bool:
+    """Whether an image's bytes can be had without the library of its dataset, which also reads from elsewhere."""
+    if not isinstance(image, dict) or image.get("bytes") is not None:
+        return True
+    return Path(image.get("path") or "").is_file()
 
 
 class TeacherFeatures:

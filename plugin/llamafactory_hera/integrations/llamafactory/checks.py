@@ -9,13 +9,13 @@ from llamafactory.data.loader import _get_merged_dataset
 from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
 from llamafactory.model import load_config
 
-from llamafactory_hera.alignment.gather import world_size
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimodal
 from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.checkpoint import check_teacher
 from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.training.checks import check_batch, check_parallelism
 
 from .recipe import HostArguments
 
@@ -44,9 +44,9 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     """
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
-    _check_parallelism(host.training)
+    check_parallelism(host.training)
     check_teacher(config.teacher)
-    _check_batch(config, host.training)
+    check_batch(config, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
     if find(config.objective).view == "patches":
         grid_side(model_config, config.objective)
@@ -69,34 +69,6 @@ def multimodal_config(model_args: Any, why: str) -> Any:
             f"{why}; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
     return config
-
-
-def _check_batch(config: HeraConfig, training_args: Any) -> None:
-    objective = find(config.objective)
-    size = training_args.per_device_train_batch_size
-    together = size * world_size()
-    if config.accumulate == "gradcache":
-        together *= training_args.gradient_accumulation_steps
-    if together < objective.least_samples and config.memory == 0:
-        memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
-        raise ValueError(
-            f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-            f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
-            f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
-        )
-
-
-def _check_parallelism(training_args: Any) -> None:
-    parallelism = getattr(training_args, "parallelism_config", None)
-    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
-    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
-    sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size", 1)
-    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    if split:
-        raise ValueError(
-            f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and stage: hera "
-            "needs whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
-        )
 
 
 def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:

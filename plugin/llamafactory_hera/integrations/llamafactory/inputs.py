@@ -1,7 +1,9 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
+import copy
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from transformers import DataCollatorForSeq2Seq
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
+from llamafactory_hera.selection.fingerprint import model_fingerprint
+from llamafactory_hera.selection.resolve import Run
 from llamafactory_hera.selection.samples import Collate, Features, SelectionInputs, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
@@ -27,9 +32,24 @@ from .recipe import HostArguments, adapter_folders, model_folder
 _STREAM_ROWS = 4  # of a stream, read for each sample to draw
 
 
+def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -> Run:
+    """What a run of the host must tell to have its heads or layers selected, or checked."""
+
+    def facts() -> dict[str, str]:
+        fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
+        model, dataset = host.model.model_name_or_path, ", ".join(host.data.dataset)
+        return {"model": model, "dataset": dataset, "model_fingerprint": fingerprint}
+
+    def inputs() -> SelectionInputs:
+        own = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))
+        return selection_inputs(config, own)
+
+    return Run(Path(host.training.output_dir), layout, facts, inputs, host.training.resume_from_checkpoint)
+
+
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    folder = model_folder(host.model)
+    weights = model_folder(host.model)
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
     half = data.facts["autocast"]  # the teacher computes as in training
@@ -38,7 +58,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         source=_CaptionSource(data) if alone else _HostSource(data),
         collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, host.training.device, teacher_dtype),
-        model_folder=folder,
+        weights=weights,
         adapter_folders=adapter_folders(host.model),
         **data.facts,
     )

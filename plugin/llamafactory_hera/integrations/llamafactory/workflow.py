@@ -9,13 +9,15 @@ from typing import Any
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
+from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
 from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
 
-from .auto import resolve_targets
 from .checks import check_run, checked_dataset
+from .inputs import selecting_run
 from .recipe import HostArguments
 
 
@@ -39,8 +41,9 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     layout = check_run(config, host)
     checkpoint = checkpoint_of(host.training)
     host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
-    targets = resolve_targets(config, host)
-    targets.check(layout)
+    targets = resolve_targets(config, selecting_run(config, host, layout))
+    if config.named_targets == AUTO:
+        setattr(host.finetuning, config.targets_key, str(targets))
     if checkpoint is not None:
         check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
 

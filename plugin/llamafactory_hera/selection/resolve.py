@@ -1,84 +1,88 @@
 """The heads or layers of a run: as written, read from a file and checked, or selected before training (``auto``)."""
 
-import copy
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from llamafactory.model import load_config
 
-from llamafactory_hera.alignment.gather import on_first, rank
-from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.files import RUN_FOLDER
-from llamafactory_hera.heads.families import head_layout
-from llamafactory_hera.heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
-from llamafactory_hera.knobs import Role
-from llamafactory_hera.selection.fingerprint import model_fingerprint
-from llamafactory_hera.selection.pictures import show
-from llamafactory_hera.selection.scores import differences
-from llamafactory_hera.selection.select import select_targets
-from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
+from ..alignment.gather import on_first, rank
+from ..config import HeraConfig
+from ..files import RUN_FOLDER
+from ..heads.families import HeadLayout
+from ..heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
+from ..knobs import Role
+from ..teachers.checkpoint import teacher_fingerprint, teacher_folder
+from .pictures import show
+from .samples import SelectionInputs
+from .scores import differences
+from .select import select_targets
 
-from .inputs import selection_inputs
-from .recipe import HostArguments, adapter_folders, model_folder
-
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
 
-def resolve_targets(config: HeraConfig, host: HostArguments) -> Targets:
-    """The heads or layers that a run aligns, for which ``auto`` becomes their names; every process calls it.
+@dataclass(frozen=True)
+class Run:
+    """A run that asks what it aligns, as a host gives it."""
+
+    output_dir: Path
+    layout: HeadLayout  #: Of the model's text decoder.
+    #: ``model``, ``model_fingerprint`` and ``dataset``, which a selection writes and is compared by.
+    facts: Callable[[], dict[str, str]]
+    inputs: Callable[[], SelectionInputs]
+    checkpoint: str | None = None  #: Which the run resumes.
+
+
+def resolve_targets(config: HeraConfig, run: Run) -> Targets:
+    """The heads or layers that a run aligns; every process calls it, and random state stays as it is.
 
     Raises:
         ValueError: The file was selected for something else than this run, or selection is given bad input.
     """
-    folder = Path(host.training.output_dir) / RUN_FOLDER
+    folder = run.output_dir / RUN_FOLDER
     if config.named_targets != AUTO:
-        return on_first(lambda: _given(config, host, folder))
-    facts = on_first(lambda: _facts(config, host))
-    chosen = on_first(lambda: _selected_before(facts, config, folder, host.training.resume_from_checkpoint))
-    if chosen is None:
-        path = folder / file_name(config.granularity)
-        with _untouched_random_state():
-            own = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))
-            chosen = select_targets(selection_inputs(config, own), config, path, facts["model_fingerprint"])
-        clear_device_cache(garbage_collection=True)
-        if rank() == 0:
-            show(path)
-    setattr(host.finetuning, config.targets_key, str(chosen))
+        return on_first(lambda: _given(config, run, folder))
+    with untouched_random_state():
+        facts = on_first(lambda: _facts(config, run))
+        chosen = on_first(lambda: _selected_before(facts, config, folder, run.checkpoint))
+        if chosen is None:
+            path = folder / file_name(config.granularity)
+            chosen = select_targets(run.inputs(), config, path, facts["model_fingerprint"])
+            clear_device_cache(garbage_collection=True)
+            if rank() == 0:
+                show(path)
     return chosen
 
 
-def _given(config: HeraConfig, host: HostArguments, folder: Path) -> Targets:
-    """What the recipe names, with its scores where a selection in the output folder chose the same for this run."""
+def _given(config: HeraConfig, run: Run, folder: Path) -> Targets:
+    """What the settings name, with its scores where a selection in the output folder chose the same for this run."""
     value = config.named_targets
     if config.granularity == "layer" and value in NAMED_LAYERS:
-        return named_layer(value, head_layout(load_config(host.model)))
+        return named_layer(value, run.layout)
     targets = Targets.resolve(value, config.granularity)
+    targets.check(run.layout)
     if targets.provenance:
-        _check(targets, _facts(config, host), Role.TRAINS, config)
+        _check(targets, _facts(config, run), Role.TRAINS, config)
         return targets
     # training writes that file anew
     path = folder / targets.file_name
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
-    return selected if same and not differences(selected.provenance, _facts(config, host), Role.TRAINS) else targets
+    return selected if same and not differences(selected.provenance, _facts(config, run), Role.TRAINS) else targets
 
 
-def _facts(config: HeraConfig, host: HostArguments) -> dict[str, Any]:
+def _facts(config: HeraConfig, run: Run) -> dict[str, Any]:
     """What a selection made now would write, as far as runs and selections are compared by it."""
-    layout, adapters = head_layout(load_config(host.model)), adapter_folders(host.model)
     return {
         **config.facts(Role.SELECTS, Role.TRAINS),
-        "model": host.model.model_name_or_path,
+        **run.facts(),
         "teacher": config.teacher,
-        "dataset": ", ".join(host.data.dataset),
-        "model_fingerprint": model_fingerprint(model_folder(host.model), layout, adapters),
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
     }
 
@@ -116,8 +120,8 @@ def _check(chosen: Targets, now: dict[str, Any], role: Role, config: HeraConfig)
 
 
 @contextmanager
-def _untouched_random_state() -> Iterator[None]:
-    # training must draw the numbers that it draws when the same heads are written out
+def untouched_random_state() -> Iterator[None]:
+    """Training must draw the numbers that it draws when the same heads are written out."""
     python, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

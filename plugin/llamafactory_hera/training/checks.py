@@ -1,0 +1,76 @@
+"""Refuses settings, trainers and models under which HeRA would be wrong or do nothing, before the first step."""
+
+from typing import Any
+
+from ..alignment.gather import world_size
+from ..config import HeraConfig
+from ..objectives import find
+
+
+def check_batch(config: HeraConfig, training_args: Any) -> None:
+    """Checks that a batch over all processes holds the samples that the objective needs together.
+
+    Raises:
+        ValueError: It holds fewer, and none are remembered.
+    """
+    objective = find(config.objective)
+    size = training_args.per_device_train_batch_size
+    together = size * world_size()
+    if config.accumulate == "gradcache":
+        together *= training_args.gradient_accumulation_steps
+    if together < objective.least_samples and config.memory == 0:
+        memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
+        raise ValueError(
+            f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
+            f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
+            f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
+        )
+
+
+def check_parallelism(training_args: Any) -> None:
+    """Checks that every process has whole samples and whole heads.
+
+    Raises:
+        ValueError: Sequence, context or tensor parallelism.
+    """
+    parallelism = getattr(training_args, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
+    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
+    sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size", 1)
+    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if split:
+        raise ValueError(
+            f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and HeRA needs "
+            "whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
+        )
+
+
+def check_settings(config: HeraConfig, trainer: Any) -> None:
+    """Checks a Trainer's arguments, and that nobody has replaced the attention of its model.
+
+    Raises:
+        ValueError: As above; or ``nn.DataParallel``, or Unsloth's patches.
+    """
+    check_batch(config, trainer.args)
+    check_parallelism(trainer.args)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"n_gpu: {trainer.args.n_gpu} devices in one process train copies of the model (nn.DataParallel), where "
+            "heads cannot be read; start one process for each (torchrun, accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES to one."
+        )
+    parts = set(type(trainer).__mro__) | {type(module) for module in trainer.model.modules()}
+    checkpointing = {getattr(module, "_gradient_checkpointing_func", None) for module in trainer.model.modules()}
+    of_unsloth = sorted(_origin(part) for part in [*parts, *checkpointing] if "unsloth" in _origin(part).lower())
+    if of_unsloth:
+        raise ValueError(
+            f"Unsloth replaces the attention that heads are read from, or the checkpointing that carries them "
+            f"({of_unsloth[0]}); load the model with transformers, and do not import unsloth."
+        )
+
+
+def _origin(part: Any) -> str:
+    """Where a class, or the forward pass that was put into it, or a function comes from."""
+    forward = getattr(part, "forward", None)
+    names = (getattr(thing, name, "") for thing in (part, forward) for name in ("__module__", "__qualname__"))
+    return " ".join(str(name) for name in names if name)

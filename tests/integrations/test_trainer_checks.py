@@ -1,0 +1,150 @@
+"""What would leave HeRA wrong or without effect in a Trainer is refused by name, before the first step."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer
+
+from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.training.checks import check_settings
+from tests.integrations.test_transformers import BATCH, arguments, hera
+from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
+
+
+def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given: Any) -> HeraTrainer:
+    model = vlm("llava-llama") if model is None else model
+    settings = arguments(folder, max_steps=1, **given.pop("arguments", {}))
+    options = {"hera": hera(**given.pop("hera", {})), "train_dataset": rows, "data_collator": collate_rows, **given}
+    return HeraTrainer(model, settings, **options)
+
+
+def rows_without(*columns: str, n: int = 2 * BATCH) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in columns} for row in image_rows(vlm("llava-llama"), n)]
+
+
+def raw(n: int = BATCH) -> list[dict]:
+    return [{"messages": [], "images": row["images"]} for row in image_rows(vlm("llava-llama"), n)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rows": rows_without("images")}, r"^images_of: it finds no image in 8 rows of train_dataset \(input_ids,"),
+        ({"images_of": lambda row: []}, r"^images_of: it finds no image .*; pass images_of, from a row to a list\."),
+        ({"images_of": lambda row: row["images"][0]}, r"^images_of: it gave a Image; return a list of images"),
+        ({"images_of": lambda row: None}, r"^images_of: it gave a NoneType; return a list of images"),
+        ({"rows": raw()}, "^remove_unused_columns: True takes the columns messages, images .* set it to False"),
+        (
+            {"rows": [{**row, "photo": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)],
+             "images_of": lambda row: row["photo"]},
+            "^remove_unused_columns: True takes the columns images, photo away .* the images in them; set it to False",
+        ),
+        ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
+        ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> None:
+    given = dict(given)
+    rows = given.pop("rows", None) or image_rows(vlm("llava-llama"), 2 * BATCH)
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, rows, **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("_n_gpu", 2, r"^n_gpu: 2 devices in one process .*torchrun"),
+        ("parallelism_config", SimpleNamespace(cp_size=2), "^parallelism_config: cp_size=2 splits .*; use data paral"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_as_well(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+    setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_settings(hera(), trainer)
+
+
+@pytest.mark.parametrize("what", ["trainer", "module", "forward", "checkpointing"])
+def test_what_unsloth_has_patched_is_refused(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vlm("llava-llama")
+    layer = model.model.language_model.layers[0]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> None: ...
+
+    forward.__module__ = "unsloth.models.llama"
+
+    class UnslothTrainer(Trainer):
+        pass
+
+    class OfUnsloth(HeraTrainerMixin, UnslothTrainer if what == "trainer" else Trainer):
+        pass
+
+    if what == "module":
+        layer.self_attn.__class__ = type(
+            "LlamaAttention", (type(layer.self_attn),), {"__module__": "unsloth_compiled"}
+        )
+    elif what == "forward":
+        monkeypatch.setattr(type(layer.self_attn), "forward", forward)
+    elif what == "checkpointing":
+        layer._gradient_checkpointing_func = forward
+    rows = image_rows(model, BATCH)
+    with pytest.raises(ValueError, match=r"^Unsloth replaces the attention .*unsloth.*do not import unsloth"):
+        OfUnsloth(model, arguments(tmp_path), hera=hera(), train_dataset=rows, data_collator=collate_rows)
+
+
+def without_image_tokens(rows: list[dict]) -> dict[str, Any]:
+    batch = collate_rows(rows)
+    batch.pop("pixel_values")
+    return batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, 5)}
+
+
+def without_pixels(rows: list[dict]) -> dict[str, Any]:
+    batch = collate_rows(rows)
+    batch.pop("pixel_values")
+    return batch
+
+
+def labels_on_everything(rows: list[dict]) -> dict[str, Any]:
+    batch = collate_rows(rows)
+    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+@pytest.mark.parametrize(
+    ("collate", "message"),
+    [
+        (without_image_tokens, "^data_collator: 4 samples .* hold no token of an image"),
+        (without_pixels, "^data_collator: 4 samples .* holds no pixel_values"),
+        (
+            labels_on_everything,
+            "^hera_pooling: answer .* all text has one.*or set hera_pooling: text",
+        ),
+    ],
+)
+def test_the_first_batch_is_looked_at(tmp_path: Path, collate: Any, message: str) -> None:
+    model = vlm("llava-llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def captions_alone(rows: list[dict]) -> dict[str, Any]:
+    """As in LLaVA's stage 1: an image, then its caption, and nothing in front."""
+    batch = labels_on_everything(rows)
+    return {name: values if name == "pixel_values" else values[:, 1:] for name, values in batch.items()}
+
+
+@pytest.mark.parametrize(("collate", "pooling"), [(labels_on_everything, "text"), (captions_alone, "answer")])
+def test_labels_on_all_text_train_where_there_is_no_prompt_to_tell_apart(
+    tmp_path: Path, collate: Any, pooling: str
+) -> None:
+    model = vlm("llava-llama")
+    trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate, hera={"pooling": pooling})
+    trainer.train()
+    assert trainer.state.log_history[0]["hera_loss"] > 0

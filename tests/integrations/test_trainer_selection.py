@@ -1,0 +1,88 @@
+"""`auto` in a plain Trainer: selected on its own rows, collator and model; written, found again, checked."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.integrations.transformers import HeraTrainer
+from tests.integrations.test_transformers import arguments, hera, lines
+from tests.tiny_models import collate_rows, image_rows, vlm
+
+SELECT = {"heads": "auto", "select_k": 4, "select_samples": 24, "select_m": 2, "select_batch_size": 8}
+
+
+def config(**keys: Any) -> HeraConfig:
+    keys = {f"hera_{key}": value for key, value in {**SELECT, **keys}.items()}
+    return HeraConfig.from_keys(hera().keys() | keys)
+
+
+def selecting(folder: Path, model: nn.Module | None = None, n: int = 24, **keys: Any) -> HeraTrainer:
+    model = vlm("llava-llama") if model is None else model
+    rows = image_rows(model, n)
+    settings = arguments(folder, max_steps=2)
+    return HeraTrainer(model, settings, hera=config(**keys), train_dataset=rows, data_collator=collate_rows)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "hera/heads.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["llm", "mllm"])
+def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: Path, mode: str) -> None:
+    model = vlm("llava-llama")
+    model.model.vision_tower.eval()  # a part of the model that its owner does not train
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    trainer = selecting(tmp_path / "auto", model, select_mode=mode)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    found = written(tmp_path / "auto")
+    assert found["heads"] == list(trainer.aligner.targets.names)
+    assert found["provenance"]["mode"] == mode
+    scores = torch.tensor(found["provenance"]["scores"])
+    worst = scores.flatten().argsort(stable=True)[:2].tolist()
+    assert found["heads"] == [f"L{place // 4}H{place % 4}" for place in worst]
+
+    named = selecting(tmp_path / "named", heads=",".join(found["heads"]))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    trainer.train()
+    named.train()
+    assert lines(trainer) == lines(named)
+
+
+def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = selecting(tmp_path / "run")
+    caplog.clear()
+    again = selecting(tmp_path / "run")
+    assert "which was selected with the same settings" in caplog.text
+    assert again.aligner.targets == first.aligner.targets
+
+    date = written(tmp_path / "run")["provenance"]["date"]
+    selecting(tmp_path / "run", n=25)  # other data
+    assert written(tmp_path / "run")["provenance"]["date"] > date
+
+    file = str(tmp_path / "run/hera/heads.json")
+    selecting(tmp_path / "other", heads=file)
+    with pytest.raises(
+        ValueError, match=r"hera_heads: the heads .* were selected for another run: model_name_or_path"
+    ):
+        selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
+    selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
+    assert "Going on, as hera_heads_force is set" in caplog.text
+
+
+def test_layers_are_selected_too(tmp_path: Path) -> None:
+    trainer = selecting(tmp_path, heads=None, granularity="layer", layers="auto", select_m=1)
+    assert trainer.aligner.targets.granularity == "layer"
+    assert (tmp_path / "hera/layers.json").is_file()
