@@ -4,9 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from llamafactory_hera.teachers.images import image_key, load_image, sample_images, shown_image, undecoded
+from llamafactory_hera.teachers.images import (
+    decoded_key,
+    image_key,
+    load_image,
+    sample_images,
+    shown_image,
+    undecoded,
+)
 
 
 @pytest.fixture
@@ -200,6 +207,17 @@ def test_images_of_a_dataset_have_the_keys_of_their_files_and_decode_to_what_it_
         fewer = view.remove_columns(["row"]).select([2, 0])
         assert [image_key(sample_images(row)[0]) for row in fewer] == [image_key(pictures[2]), image_key(pictures[0])]
         assert decode(fewer[0]).keys() == fewer[0].keys()
+
+
+def test_a_picture_that_the_library_turned_has_not_the_key_of_its_file(pictures, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = str(tmp_path / "turned.jpg")
+    Image.open(pictures[0]).save(turned, exif=exif)
+    view, decode = undecoded(dataset_of("list", [*pictures, turned]))
+    keys = [decoded_key(*sample_images(decode(row)), *sample_images(row)) for row in view]
+    assert keys[:3] == list(map(image_key, pictures))
+    assert keys[3] == image_key(ImageOps.exif_transpose(Image.open(turned))) != image_key(turned)
 
 
 def test_datasets_with_rows_of_ones_own_stay_as_they_are(pictures):

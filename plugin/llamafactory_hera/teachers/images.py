@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
@@ -137,6 +137,22 @@ def image_key(image: ImageLike) -> bytes:
         pixels = load_image(image)
         content = b"rgb pixels %d %d\0" % pixels.size + pixels.tobytes()
     return hashlib.sha256(_encoded(content)).digest()[:KEY_BYTES]
+
+
+def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
+    """The key of an image as ``datasets`` decoded it, by the file that it was stored as.
+
+    It is the file's, unless that cannot be read without the library, or holds an orientation tag: the library turns
+    such a picture, :func:`load_image` does not, and the two must not share a feature.
+    """
+    if image is file:
+        return image_key(file)
+    stored = isinstance(file, dict) and (file.get("bytes") is not None or Path(file.get("path") or "").is_file())
+    if not stored:
+        return image_key(image)
+    with Image.open(BytesIO(_encoded(file))) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return image_key(image if turned else file)
 
 
 def _name(image: ImageLike) -> str:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..config import HeraConfig
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import TeacherProcessor, VisionTeacher
-from ..teachers.images import KEY_BYTES, ImageLike, image_key, images_by, load_image, sample_images, shown_image
+from ..teachers.images import KEY_BYTES, ImageLike, decoded_key, images_by, load_image, sample_images, shown_image
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -78,7 +77,7 @@ class HeraCollator:
         source[list(of_rows)] = PIXELS
         batch = {"hera_source": source}
         if self.cache is not None and of_rows:
-            keys = [image_key(file if _is_here(file) else image) for image, file in of_rows.values()]
+            keys = [decoded_key(image, file) for image, file in of_rows.values()]
             batch["hera_keys"] = torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)
             batch["hera_keys"][list(of_rows)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
             known = {row: f for row, f in zip(of_rows, self.cache.get(keys), strict=True) if f is not None}
@@ -93,13 +92,6 @@ class HeraCollator:
             for row, (image, _) in of_rows.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
-
-
-def _is_here(image: ImageLike) -> bool:
-    """Whether an image's bytes can be had without the library of its dataset, which also reads from elsewhere."""
-    if not isinstance(image, dict) or image.get("bytes") is not None:
-        return True
-    return Path(image.get("path") or "").is_file()
 
 
 class TeacherFeatures:
