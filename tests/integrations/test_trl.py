@@ -6,6 +6,7 @@ Runs under every version of TRL that can be installed, 0.18 or newer; what a ver
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -35,9 +36,19 @@ TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
 ROOT = Path(__file__).parents[2]
 BATCH = 4
 QUESTION = "What does it show?"
-ANSWERS = ["a red disc", "two blue rings and a star", "nothing", "a photograph of a cat", "five", "a green square", "6"]
+ANSWERS = [
+    "a red disc",
+    "two blue rings and a star",
+    "nothing",
+    "a photograph of a cat",
+    "five",
+    "a green square",
+    "6",
+]
 #: The demo's template, with what an assistant says marked.
-_CONTENT = models.CHAT_TEMPLATE[models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")]
+_CONTENT = models.CHAT_TEMPLATE[
+    models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")
+]
 MARKED = models.CHAT_TEMPLATE.replace(
     _CONTENT,
     "{%- if message['role'] == 'assistant' -%}{%- generation -%}" + _CONTENT + "{%- endgeneration -%}"
@@ -118,13 +129,10 @@ def trainer_of(folder: Path, case: "Case", weight: float = 0.5, **values: Any) -
     if case.options.get("assistant_only_loss"):
         processing = tf.LlavaProcessor(processing.image_processor, processing.tokenizer, chat_template=MARKED)
         processing.patch_size, processing.vision_feature_select_strategy = models.PATCH, "full"
+    arguments = {"processing_class": processing, "train_dataset": case.data(), **case.arguments()}
+    config = trl.SFTConfig(str(folder), **{**shared, **case.options, **values})
     return HeraSFTTrainer(
-        llava(),
-        trl.SFTConfig(str(folder), **{**shared, **case.options, **values}),
-        hera=HeraConfig(**keys),
-        train_dataset=case.data(),
-        processing_class=processing,
-        **case.arguments(),
+        llava(), config, hera=HeraConfig.from_keys({f"hera_{k}": v for k, v in keys.items()}), **arguments
     )
 
 
@@ -162,8 +170,8 @@ def lora() -> dict[str, Any]:
     return {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])}
 
 
-def with_picture() -> dict[str, Any]:
-    return {"images_of": lambda row: [row["picture"]] if "picture" in row else row["images"]}
+def elsewhere() -> dict[str, Any]:
+    return {"images_of": lambda row: row["picture"], "processing_class": processor().tokenizer}
 
 
 NLL = {"loss_type": "nll"}
@@ -174,7 +182,7 @@ CASES = [
     Case("messages, all pooled", form="messages", hera={"pooling": "mean"}),
     Case(
         "messages, assistant_only_loss",
-        since="1.16",
+        since="1.15",
         transformers="5.18",
         form="messages",
         options={"assistant_only_loss": True},
@@ -186,7 +194,7 @@ CASES = [
         options={"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
         arguments=lambda: {"data_collator": own_collate},
     ),
-    Case("chunked loss", since="1.7", options={"loss_type": "chunked_nll"}),
+    Case("chunked loss", since="1.4", options={"loss_type": "chunked_nll"}),
     Case("plain loss", options=NLL),
     Case("dft loss", options={"loss_type": "dft"}),
     Case("label smoothing", options={**NLL, "label_smoothing_factor": 0.1}),
@@ -194,16 +202,21 @@ CASES = [
     Case("columns kept", options={"remove_unused_columns": False}),
     Case("no checkpointing", options={"gradient_checkpointing": False}),
     Case("re-entrant checkpointing", options={"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
-    Case("selective checkpointing", since="1.16", options={"gradient_checkpointing_kwargs": {"selective": True}}),
+    Case("selective checkpointing", since="1.15", options={"gradient_checkpointing_kwargs": {"selective": True}}),
     Case("accumulation", steps=2, options=TWO),
     Case("gradient caching", steps=2, options=TWO, hera={"accumulate": "gradcache"}),
-    Case("accumulation, a loss of one's own", steps=2, options=TWO | NLL, arguments=lambda: {"compute_loss_func": own_loss}),
+    Case(
+        "accumulation, a loss of one's own",
+        steps=2,
+        options=TWO | NLL,
+        arguments=lambda: {"compute_loss_func": own_loss},
+    ),
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
     Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
     Case("messages", "'answer' averages over the tokens with a label, and TRL labels the prompt", form="messages"),
     Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
-    Case("images where TRL does not look", "TRL takes it for text", column="picture", arguments=with_picture),
+    Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
 ]
 
 
@@ -234,7 +247,9 @@ def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Te
     for batch in trainer.get_train_dataloader():
         micro_batch = aligner.begin(batch)
         model(**batch)
-        terms.append((aligner.capture.representations(), aligner.teacher.features(micro_batch.inputs), micro_batch.valid))
+        terms.append(
+            (aligner.capture.representations(), aligner.teacher.features(micro_batch.inputs), micro_batch.valid)
+        )
         aligner.capture.pool(None)
     if together:
         z, features, valid = zip(*terms, strict=True)
@@ -267,3 +282,93 @@ def test_what_does_not_is_refused_with_the_reason_and_the_remedy(tmp_path: Path,
     case.skip()
     with pytest.raises(ValueError, match=case.words):
         trainer_of(tmp_path, case)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+NAMED = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    "name", ["prompt and completion", "messages, assistant_only_loss", "messages, the text pooled"]
+)
+def test_answers_are_what_the_assistant_says(tmp_path: Path, name: str) -> None:
+    NAMED[name].skip()
+    trainer = trainer_of(tmp_path, NAMED[name])
+    batch = next(iter(trainer.get_train_dataloader()))
+    image = trainer.model.config.image_token_id
+    read = token_mask("answer", batch["input_ids"], batch["attention_mask"], batch["labels"], [image])
+    texts = [processor().tokenizer.decode(ids[row]) for ids, row in zip(batch["input_ids"], read, strict=True)]
+    if name == "messages, the text pooled":  # TRL labels image tokens as well; they are no answer in any case
+        assert (batch["labels"] == image).sum() == BATCH * 16
+        assert not any("<image>" in text for text in texts)
+    else:
+        assert [text.rstrip("\n") for text in texts] == [f"{answer}<|im_end|>" for answer in ANSWERS[:BATCH]]
+
+
+def test_heads_are_not_selected_on_data_that_is_refused(tmp_path: Path) -> None:
+    NAMED["messages"].skip()
+    auto = {"heads": "auto", "select_samples": 12, "select_k": 4, "select_m": 2, "memory": 4}
+    with pytest.raises(ValueError, match="TRL labels the prompt"):
+        trainer_of(tmp_path, Case("", form="messages", hera=auto, steps=4))
+    assert not (tmp_path / "hera").exists()
+    trainer = trainer_of(tmp_path, Case("", hera=auto, steps=4))
+    assert len(trainer.aligner.targets.items) == 2
+    assert json.loads((tmp_path / "hera/heads.json").read_text())["heads"] == list(trainer.aligner.targets.names)
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
+    """Of each step, without the count of tokens, which TRL begins anew when it resumes."""
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
+
+
+@pytest.mark.parametrize("name", ["prompt and completion", "peft_config"])
+def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Path, name: str) -> None:
+    NAMED[name].skip()
+    case = Case(name, hera={"memory": 6}, steps=3, arguments=NAMED[name].arguments)
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    straight = trainer_of(tmp_path, case, **saving)
+    straight.train()
+    logged = lines(straight)
+    assert len(logged) == 6
+    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]
+    resumed = trainer_of(tmp_path, case, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert lines(resumed) == logged
+
+    straight.save_model()
+    straight.create_model_card()
+    page = (tmp_path / "README.md").read_text()
+    assert "trl" in page
+    assert "aligned heads L1H0, L3H2" in page
+    assert page.count("## Alignment with a vision encoder") == 1
+    for folder in ("hera", "checkpoint-3/hera"):
+        assert {"state.safetensors", "heads.json", "run.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
+    weights = "adapter_model" if name == "peft_config" else "model"
+    assert (tmp_path / f"{weights}.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_shipped_script_trains_the_demo(tmp_path: Path) -> None:
+    NAMED["prompt and completion"].skip()
+    code = f"""
+        import runpy, sys
+        from llamafactory_hera.demo import build_demo
+        build_demo("hera_demo", size="test")
+        sys.argv = ["sft_vlm_hera.py", "--max_steps", "5", "--lora"]
+        runpy.run_path({str(ROOT / "recipes/trl/sft_vlm_hera.py")!r}, run_name="__main__")
+        print([name for name in sys.modules if name.split(".")[0] in ("llamafactory", "axolotl")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"  # no other host is imported
+    saved = tmp_path / "saves/trl_hera"
+    assert "## Alignment with a vision encoder" in (saved / "README.md").read_text()
+    facts = json.loads((saved / "hera/card.json").read_text())
+    assert facts["steps"] == 5
+    assert facts["heads"] == json.loads((saved / "hera/heads.json").read_text())["heads"]
