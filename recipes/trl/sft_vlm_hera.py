@@ -1,10 +1,11 @@
-"""Fine-tunes a vision-language model with TRL's SFTTrainer and HeRA; by default a tiny one, on the demo's data.
+"""Supervised fine-tuning of a VLM with HeRA, in TRL's SFTTrainer.
 
-    llamafactory-hera demo
-    python recipes/trl/sft_vlm_hera.py
+    llamafactory-hera demo                  # model, teacher and data in hera_demo/, about a minute
+    python recipes/trl/sft_vlm_hera.py      # selects heads, trains, writes saves/trl_hera/
+    torchrun --nproc-per-node 2 recipes/trl/sft_vlm_hera.py     # the same over two processes
 
-One of your own needs four things: a model with its processor, a teacher, the rows of `dataset`, and head names. With
-`--heads auto` they are selected on your rows before training, and kept in `saves/trl_hera/hera/heads.json`.
+Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, and a list `images` of paths
+relative to the file. TRL is given a prompt and a completion: it labels all of `messages`, and HeRA reads answers.
 """
 
 import argparse
@@ -16,53 +17,55 @@ from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import SFTConfig
 
-from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.config import HeraConfig, SelectConfig
 from llamafactory_hera.integrations.trl import HeraSFTTrainer
 
 
-def dataset(folder: Path, file: str) -> Dataset:
-    """One row a conversation: its last answer is learned, all before it is the prompt, and its image is shown."""
+def read_rows(path: Path) -> Dataset:
+    """One row a conversation: its last answer is learned, and all before it is the prompt."""
     rows = []
-    for sample in json.loads((folder / file).read_text(encoding="utf-8")):
-        turns = [turn | {"content": turn["content"].replace("<image>", "").strip()} for turn in sample["messages"]]
-        images = [str(folder / image) for image in sample["images"]]
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        turns = [turn | {"content": turn["content"].replace("<image>", "").strip()} for turn in row["messages"]]
+        images = [str(path.parent / image) for image in row.get("images", [])]
         rows.append({"prompt": turns[:-1], "completion": turns[-1:], "images": images})
-    return Dataset.from_list(rows).cast_column("images", [Image()])
+    return Dataset.from_list(rows).cast_column("images", [Image()])  # TRL puts them in front of the first question
 
 
 def main() -> None:
-    """Trains, and saves the model with its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hera_demo/model", help="folder or hub id")
-    parser.add_argument("--teacher", default="hera_demo/teacher", help="folder or hub id of a vision model")
-    parser.add_argument("--data", type=Path, default=Path("hera_demo/data"), help="folder of the conversations")
-    parser.add_argument("--file", default="demo_train.json", help="its file with `messages` and `images`")
-    parser.add_argument("--heads", default="auto", help="names (L13H12,L7H6), a heads.json, or auto")
-    parser.add_argument("--weight", type=float, default=0.01, help="of the alignment loss")
-    parser.add_argument("--memory", type=int, default=64, help="remembered samples to compare with")
-    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16")
-    parser.add_argument("--max_steps", type=int, default=40)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--output_dir", default="saves/trl_hera")
-    given = parser.parse_args()
+    parser.add_argument("--model", default="hera_demo/model")
+    parser.add_argument("--data", type=Path, default=Path("hera_demo/data/demo_train.json"))
+    parser.add_argument("--output", default="saves/trl_hera")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--batch", type=int, default=16, help="samples per device")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lora", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
+    parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or a heads.json")
+    parser.add_argument("--teacher", default="hera_demo/teacher")
+    parser.add_argument("--weight", type=float, default=0.1, help="the paper's is 0.01")
+    parser.add_argument("--memory", type=int, default=128, help="remembered samples that are candidates, too")
+    options = parser.parse_args()
 
-    trainer = HeraSFTTrainer(
-        given.model,
-        SFTConfig(
-            given.output_dir,
-            max_steps=given.max_steps,
-            per_device_train_batch_size=given.batch_size,
-            learning_rate=given.learning_rate,
-            max_length=None,  # nothing cuts off an image
-            bf16=torch.cuda.is_available(),
-            logging_steps=5,
-            report_to="none",
-        ),
-        hera=HeraConfig(heads=given.heads, teacher=given.teacher, weight=given.weight, memory=given.memory),
-        train_dataset=dataset(given.data, given.file),
-        peft_config=LoraConfig(r=16, target_modules="all-linear", exclude_modules=["lm_head"]) if given.lora else None,
+    arguments = SFTConfig(
+        options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        learning_rate=options.lr,
+        max_length=None,  # nothing cuts off an image
+        bf16=torch.cuda.is_available(),
+        logging_steps=5,
+        report_to="none",
     )
+    hera = HeraConfig(
+        heads=options.heads,
+        teacher=options.teacher,
+        weight=options.weight,
+        memory=options.memory,
+        select=SelectConfig(samples=640),  # as many as the demo has; the paper's 1,000 is the default
+    )
+    lora = LoraConfig(r=options.lora, target_modules="all-linear") if options.lora else None
+    rows = read_rows(options.data)
+    trainer = HeraSFTTrainer(options.model, arguments, hera=hera, train_dataset=rows, peft_config=lora)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()

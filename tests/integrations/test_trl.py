@@ -4,12 +4,13 @@ Runs under every version of TRL that can be installed, 0.18 or newer; what a ver
 """
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ class Case:
     until: str = "99"
     form: str = "prompt and completion"
     column: str = "images"
+    streamed: bool = False
     steps: int = 1  # micro-batches of an optimizer step
     options: dict[str, Any] = field(default_factory=dict)
     hera: dict[str, Any] = field(default_factory=dict)
@@ -156,7 +158,8 @@ class Case:
     transformers: str = "0"
 
     def data(self) -> Any:
-        return dataset(self.form, self.steps * BATCH, self.column)
+        rows = dataset(self.form, self.steps * BATCH, self.column)
+        return rows.to_iterable_dataset() if self.streamed else rows
 
     def skip(self) -> None:
         """Skips what this version of TRL cannot do, with or without HeRA."""
@@ -199,6 +202,7 @@ CASES = [
     Case("dft loss", options={"loss_type": "dft"}),
     Case("label smoothing", options={**NLL, "label_smoothing_factor": 0.1}),
     Case("a loss function of one's own", options=NLL, arguments=lambda: {"compute_loss_func": own_loss}),
+    Case("a stream", streamed=True),
     Case("columns kept", options={"remove_unused_columns": False}),
     Case("no checkpointing", options={"gradient_checkpointing": False}),
     Case("re-entrant checkpointing", options={"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
@@ -352,6 +356,20 @@ def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Pa
     assert (tmp_path / f"{weights}.safetensors").exists()
 
 
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    NAMED["prompt and completion"].skip()
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "facebook").mkdir()
+    (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to="none"))
+    llava().save_pretrained("model")
+    processor().save_pretrained("model")
+    names = {"model": "model", "dataset": dataset("prompt and completion", 8)}
+    exec(code, names)
+    assert all("hera_loss" in line for line in lines(names["trainer"]))
+
+
 @pytest.mark.slow
 def test_the_shipped_script_trains_the_demo(tmp_path: Path) -> None:
     NAMED["prompt and completion"].skip()
@@ -359,7 +377,7 @@ def test_the_shipped_script_trains_the_demo(tmp_path: Path) -> None:
         import runpy, sys
         from llamafactory_hera.demo import build_demo
         build_demo("hera_demo", size="test")
-        sys.argv = ["sft_vlm_hera.py", "--max_steps", "5", "--lora"]
+        sys.argv = ["sft_vlm_hera.py", "--steps", "5", "--lora", "4"]
         runpy.run_path({str(ROOT / "recipes/trl/sft_vlm_hera.py")!r}, run_name="__main__")
         print([name for name in sys.modules if name.split(".")[0] in ("llamafactory", "axolotl")])
     """
