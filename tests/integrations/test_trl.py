@@ -1,0 +1,392 @@
+"""HeRA in TRL's SFTTrainer: which of its options work, with the right gradient, and which are refused, in what words.
+
+Runs under every version of TRL that can be installed, 0.18 or newer; what a version cannot do by itself is skipped.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from packaging.version import Version
+from PIL import Image
+from torch import Tensor, nn
+
+trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
+datasets = pytest.importorskip("datasets")
+
+from peft import LoraConfig  # noqa: E402
+
+from llamafactory_hera.config import HeraConfig  # noqa: E402
+from llamafactory_hera.demo import models  # noqa: E402
+from llamafactory_hera.heads.pooling import token_mask  # noqa: E402
+from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
+from llamafactory_hera.training import Aligner  # noqa: E402
+from tests.tiny_models import teacher_folder  # noqa: E402
+
+TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
+ROOT = Path(__file__).parents[2]
+BATCH = 4
+QUESTION = "What does it show?"
+ANSWERS = [
+    "a red disc",
+    "two blue rings and a star",
+    "nothing",
+    "a photograph of a cat",
+    "five",
+    "a green square",
+    "6",
+]
+#: The demo's template, with what an assistant says marked.
+_CONTENT = models.CHAT_TEMPLATE[
+    models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")
+]
+MARKED = models.CHAT_TEMPLATE.replace(
+    _CONTENT,
+    "{%- if message['role'] == 'assistant' -%}{%- generation -%}" + _CONTENT + "{%- endgeneration -%}"
+    "{%- else -%}" + _CONTENT + "{%- endif -%}",
+)
+
+
+# -- a model, and data in the formats that TRL reads -----------------------------------------------------------------
+
+
+@cache
+def processor() -> Any:
+    tokenizer = models.train_tokenizer([QUESTION, "user", "assistant", *ANSWERS])
+    settings = {"patch_size": models.PATCH, "vision_feature_select_strategy": "full"}
+    images = tf.SiglipImageProcessor(size={"height": models.SIDE, "width": models.SIDE})
+    return tf.LlavaProcessor(images, tokenizer, chat_template=models.CHAT_TEMPLATE, **settings)
+
+
+def llava() -> nn.Module:
+    """The demo's architecture with random weights, the same at every call."""
+    torch.manual_seed(0)
+    shape = {"image_size": models.SIDE, "patch_size": models.PATCH, "hidden_size": 64, "intermediate_size": 128}
+    tower = tf.SiglipVisionModel(tf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
+    tokenizer = processor().tokenizer
+    return models.assemble_llava(models.new_language_model(tokenizer), tower, tokenizer)[0]
+
+
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+#: Format -> the text columns of a row.
+FORMATS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt and completion": lambda answer: {
+        "prompt": [turn("user", QUESTION)],
+        "completion": [turn("assistant", answer)],
+    },
+    "messages": lambda answer: {"messages": [turn("user", QUESTION), turn("assistant", answer)]},
+}
+
+
+def dataset(form: str, n: int = BATCH, column: str = "images") -> Any:
+    """Rows with an image each, as `datasets` holds them."""
+    rows = []
+    for seed in range(n):
+        pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        image = Image.fromarray(pixels.numpy())
+        rows.append({**FORMATS[form](ANSWERS[seed % len(ANSWERS)]), column: image if column == "image" else [image]})
+    features = datasets.Image() if column == "image" else [datasets.Image()]
+    return datasets.Dataset.from_list(rows).cast_column(column, features)
+
+
+def own_collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What one writes oneself: the chat template, and labels on the answer and the end of its turn."""
+    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    answers = [row["completion"][0]["content"] for row in rows]
+    texts = [processor().apply_chat_template([shown, turn("assistant", answer)]) for answer in answers]
+    batch = processor()(images=[row["images"] for row in rows], text=texts, padding=True, return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], -100)
+    for row, answer in enumerate(answers):
+        end, n = int(batch["attention_mask"][row].sum()), len(processor().tokenizer(f"{answer}<|im_end|>\n").input_ids)
+        labels[row, end - n : end] = batch["input_ids"][row, end - n : end]
+    return {**batch, "labels": labels}
+
+
+def own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean over tokens, from the logits."""
+    loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+def trainer_of(folder: Path, case: "Case", weight: float = 0.5, **values: Any) -> HeraSFTTrainer:
+    shared = {"per_device_train_batch_size": BATCH, "max_steps": 1, "learning_rate": 3e-3, "logging_steps": 1}
+    shared |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    shared |= {"max_length": None, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    keys = {"heads": "L1H0,L3H2", "teacher": teacher_folder(), "k": 2, "weight": weight, **case.hera}
+    processing = processor()
+    if case.options.get("assistant_only_loss"):
+        processing = tf.LlavaProcessor(processing.image_processor, processing.tokenizer, chat_template=MARKED)
+        processing.patch_size, processing.vision_feature_select_strategy = models.PATCH, "full"
+    arguments = {"processing_class": processing, "train_dataset": case.data(), **case.arguments()}
+    config = trl.SFTConfig(str(folder), **{**shared, **case.options, **values})
+    return HeraSFTTrainer(
+        llava(), config, hera=HeraConfig.from_keys({f"hera_{k}": v for k, v in keys.items()}), **arguments
+    )
+
+
+# -- one table: what works, and the words of what does not -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of TRL; ``words`` are those of the refusal, and empty where it works."""
+
+    name: str
+    words: str = ""
+    since: str = "0.22"  # before, TRL reads no images
+    until: str = "99"
+    form: str = "prompt and completion"
+    column: str = "images"
+    streamed: bool = False
+    steps: int = 1  # micro-batches of an optimizer step
+    options: dict[str, Any] = field(default_factory=dict)
+    hera: dict[str, Any] = field(default_factory=dict)
+    arguments: Callable[[], dict[str, Any]] = dict
+    transformers: str = "0"
+
+    def data(self) -> Any:
+        rows = dataset(self.form, self.steps * BATCH, self.column)
+        return rows.to_iterable_dataset() if self.streamed else rows
+
+    def skip(self) -> None:
+        """Skips what this version of TRL cannot do, with or without HeRA."""
+        if not Version(self.since) <= TRL < Version(self.until):
+            pytest.skip(f"{self.name}: TRL from {self.since} on, below {self.until}")
+        if Version(self.transformers) > TRANSFORMERS:
+            pytest.skip(f"{self.name}: TRL needs transformers {self.transformers} for it")
+
+
+def lora() -> dict[str, Any]:
+    return {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])}
+
+
+def elsewhere() -> dict[str, Any]:
+    return {"images_of": lambda row: row["picture"], "processing_class": processor().tokenizer}
+
+
+NLL = {"loss_type": "nll"}
+TWO = {"gradient_accumulation_steps": 2}
+CASES = [
+    Case("prompt and completion"),
+    Case("messages, the text pooled", form="messages", hera={"pooling": "text"}),
+    Case("messages, all pooled", form="messages", hera={"pooling": "mean"}),
+    Case(
+        "messages, assistant_only_loss",
+        since="1.15",
+        transformers="5.18",
+        form="messages",
+        options={"assistant_only_loss": True},
+    ),
+    Case("a column `image`", since="0.29", column="image"),
+    Case(
+        "a collator of one's own",
+        since="0.18",
+        options={"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        arguments=lambda: {"data_collator": own_collate},
+    ),
+    Case("chunked loss", since="1.4", options={"loss_type": "chunked_nll"}),
+    Case("plain loss", options=NLL),
+    Case("dft loss", options={"loss_type": "dft"}),
+    Case("label smoothing", options={**NLL, "label_smoothing_factor": 0.1}),
+    Case("a loss function of one's own", options=NLL, arguments=lambda: {"compute_loss_func": own_loss}),
+    Case("a stream", streamed=True),
+    Case("columns kept", options={"remove_unused_columns": False}),
+    Case("no checkpointing", options={"gradient_checkpointing": False}),
+    Case("re-entrant checkpointing", options={"gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    Case("selective checkpointing", since="1.15", options={"gradient_checkpointing_kwargs": {"selective": True}}),
+    Case("accumulation", steps=2, options=TWO),
+    Case("gradient caching", steps=2, options=TWO, hera={"accumulate": "gradcache"}),
+    Case(
+        "accumulation, a loss of one's own",
+        steps=2,
+        options=TWO | NLL,
+        arguments=lambda: {"compute_loss_func": own_loss},
+    ),
+    Case("peft_config", arguments=lora),
+    Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
+    Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
+    Case("messages", "'answer' averages over the tokens with a label, and TRL labels the prompt", form="messages"),
+    Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
+    Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
+]
+
+
+def table(refused: bool) -> Any:
+    cases = [case for case in CASES if bool(case.words) == refused]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+class KeepGradients(tf.TrainerCallback):
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def run(trainer: HeraSFTTrainer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.found, trainer.state.log_history[0]
+
+
+def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Tensor], float]:
+    """By a bare Aligner on TRL's own batches: the mean over micro-batches, or one term of all of them together."""
+    model, terms = trainer.model, []
+    aligner = Aligner(model, trainer.aligner.config)
+    for batch in trainer.get_train_dataloader():
+        micro_batch = aligner.begin(batch)
+        model(**batch)
+        terms.append(
+            (aligner.capture.representations(), aligner.teacher.features(micro_batch.inputs), micro_batch.valid)
+        )
+        aligner.capture.pool(None)
+    if together:
+        z, features, valid = zip(*terms, strict=True)
+        terms = [(torch.cat(z, dim=1), torch.cat(features), torch.cat(valid))]
+    mean = torch.stack([aligner.term(*parts).loss for parts in terms]).mean()
+    mean.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    aligner.finalize()
+    return found, mean.item()
+
+
+@table(refused=False)
+def test_what_works_adds_the_gradient_of_the_term_and_nothing_else(tmp_path: Path, case: Case) -> None:
+    case.skip()
+    trainer = trainer_of(tmp_path, case)
+    expected, term = expected_term(trainer, together=case.hera.get("accumulate") == "gradcache")
+    with_term, logged = run(trainer)
+    without, _ = run(trainer_of(tmp_path, case, weight=0.0))
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    largest = max(gradient.abs().max().item() for gradient in with_term.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(with_term[name] - without[name], 0.5 * gradient, rtol=0, atol=3e-6 * largest)
+    assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
+    assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
+
+
+@table(refused=True)
+def test_what_does_not_is_refused_with_the_reason_and_the_remedy(tmp_path: Path, case: Case) -> None:
+    case.skip()
+    with pytest.raises(ValueError, match=case.words):
+        trainer_of(tmp_path, case)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+NAMED = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    "name", ["prompt and completion", "messages, assistant_only_loss", "messages, the text pooled"]
+)
+def test_answers_are_what_the_assistant_says(tmp_path: Path, name: str) -> None:
+    NAMED[name].skip()
+    trainer = trainer_of(tmp_path, NAMED[name])
+    batch = next(iter(trainer.get_train_dataloader()))
+    image = trainer.model.config.image_token_id
+    read = token_mask("answer", batch["input_ids"], batch["attention_mask"], batch["labels"], [image])
+    texts = [processor().tokenizer.decode(ids[row]) for ids, row in zip(batch["input_ids"], read, strict=True)]
+    if name == "messages, the text pooled":  # TRL labels image tokens as well; they are no answer in any case
+        assert (batch["labels"] == image).sum() == BATCH * 16
+        assert not any("<image>" in text for text in texts)
+    else:
+        assert [text.rstrip("\n") for text in texts] == [f"{answer}<|im_end|>" for answer in ANSWERS[:BATCH]]
+
+
+def test_heads_are_not_selected_on_data_that_is_refused(tmp_path: Path) -> None:
+    NAMED["messages"].skip()
+    auto = {"heads": "auto", "select_samples": 12, "select_k": 4, "select_m": 2, "memory": 4}
+    with pytest.raises(ValueError, match="TRL labels the prompt"):
+        trainer_of(tmp_path, Case("", form="messages", hera=auto, steps=4))
+    assert not (tmp_path / "hera").exists()
+    trainer = trainer_of(tmp_path, Case("", hera=auto, steps=4))
+    assert len(trainer.aligner.targets.items) == 2
+    assert json.loads((tmp_path / "hera/heads.json").read_text())["heads"] == list(trainer.aligner.targets.names)
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
+    """Of each step, without the count of tokens, which TRL begins anew when it resumes."""
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
+
+
+@pytest.mark.parametrize("name", ["prompt and completion", "peft_config"])
+def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Path, name: str) -> None:
+    NAMED[name].skip()
+    case = Case(name, hera={"memory": 6}, steps=3, arguments=NAMED[name].arguments)
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    straight = trainer_of(tmp_path, case, **saving)
+    straight.train()
+    logged = lines(straight)
+    assert len(logged) == 6
+    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]
+    resumed = trainer_of(tmp_path, case, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert lines(resumed) == logged
+
+    straight.save_model()
+    straight.create_model_card()
+    page = (tmp_path / "README.md").read_text()
+    assert "trl" in page
+    assert "aligned heads L1H0, L3H2" in page
+    assert page.count("## Alignment with a vision encoder") == 1
+    for folder in ("hera", "checkpoint-3/hera"):
+        assert {"state.safetensors", "heads.json", "run.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
+    weights = "adapter_model" if name == "peft_config" else "model"
+    assert (tmp_path / f"{weights}.safetensors").exists()
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    NAMED["prompt and completion"].skip()
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "facebook").mkdir()
+    (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to="none"))
+    llava().save_pretrained("model")
+    processor().save_pretrained("model")
+    names = {"model": "model", "dataset": dataset("prompt and completion", 8)}
+    exec(code, names)
+    assert all("hera_loss" in line for line in lines(names["trainer"]))
+
+
+@pytest.mark.slow
+def test_the_shipped_script_trains_the_demo(tmp_path: Path) -> None:
+    NAMED["prompt and completion"].skip()
+    code = f"""
+        import runpy, sys
+        from llamafactory_hera.demo import build_demo
+        build_demo("hera_demo", size="test")
+        sys.argv = ["sft_vlm_hera.py", "--steps", "5", "--lora", "4"]
+        runpy.run_path({str(ROOT / "recipes/trl/sft_vlm_hera.py")!r}, run_name="__main__")
+        print([name for name in sys.modules if name.split(".")[0] in ("llamafactory", "axolotl")])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == "[]"  # no other host is imported
+    saved = tmp_path / "saves/trl_hera"
+    assert "## Alignment with a vision encoder" in (saved / "README.md").read_text()
+    facts = json.loads((saved / "hera/card.json").read_text())
+    assert facts["steps"] == 5
+    assert facts["heads"] == json.loads((saved / "hera/heads.json").read_text())["heads"]
