@@ -3,6 +3,7 @@
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own 
+#   make test-axolotl  the plugin in axolotl, in an environment of its own (.venv-axolotl, 4 GB)
 #   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test test-fast lint lines setup clean
+.PHONY: demo study test test-fast test-axolotl lint lines setup clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,15 @@ test: $(STAMP) $(CHROMIUM)
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
+# torchvision in the same request, so that it fits the torch that axolotl takes
+.venv-axolotl/.installed: pyproject.toml
+	test -x .venv-axolotl/bin/python || $(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet axolotl==0.19.0 torchvision --editable ".[demo]" pytest pytest-timeout
+	touch $@
+
+test-axolotl: .venv-axolotl/.installed
+	.venv-axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +84,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .cache hera_demo hera_study saves artifacts
+	rm -rf $(VENV) .venv-axolotl .cache hera_demo hera_study saves artifacts
