@@ -3,7 +3,7 @@
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own 
-#   make test-axolotl  the plugin in axolotl, in an environment of its own (.venv-axolotl, 4 GB)
+#   make test-axolotl  the plugin in axolotl, in an environment of its own (.venv-axolotl, 7 GB)
 #   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
@@ -60,10 +60,11 @@ test: $(STAMP) $(CHROMIUM)
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# torchvision in the same request, so that it fits the torch that axolotl takes
+# the torch of constraints.txt, which axolotl takes too, and the torchvision that fits it
 .venv-axolotl/.installed: pyproject.toml
 	test -x .venv-axolotl/bin/python || $(PYTHON) -m venv .venv-axolotl
-	.venv-axolotl/bin/python -m pip install --quiet axolotl==0.19.0 torchvision --editable ".[demo]" pytest pytest-timeout
+	.venv-axolotl/bin/python -m pip install --quiet axolotl==0.19.0 torch==2.11.0 torchvision==0.26.0 \
+		--editable ".[demo]" pytest pytest-timeout
 	touch $@
 
 test-axolotl: .venv-axolotl/.installed
