@@ -3,6 +3,7 @@
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own 
+#   make test-axolotl  the plugin in axolotl, in an environment of its own (.venv-axolotl, 7 GB)
 #   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test test-fast lint lines setup clean
+.PHONY: demo study test test-fast test-axolotl lint lines setup clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,16 @@ test: $(STAMP) $(CHROMIUM)
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
+# the torch of constraints.txt, which axolotl takes too, and the torchvision that fits it
+.venv-axolotl/.installed: pyproject.toml
+	test -x .venv-axolotl/bin/python || $(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet axolotl==0.19.0 torch==2.11.0 torchvision==0.26.0 \
+		--editable ".[demo]" pytest pytest-timeout
+	touch $@
+
+test-axolotl: .venv-axolotl/.installed
+	.venv-axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,4 +85,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .cache hera_demo hera_study saves artifacts
+	rm -rf $(VENV) .venv-axolotl .cache hera_demo hera_study saves artifacts

@@ -1,0 +1,190 @@
+"""The plugin in axolotl itself, whose command trains the demo. Run by ``make test-axolotl``: its pins exclude ours."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("axolotl", reason="axolotl is not installed here; make test-axolotl runs this file")
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when it is imported
+
+from axolotl.cli.config import load_cfg
+from axolotl.integrations.base import PluginManager
+from axolotl.integrations.config import merge_input_args
+from axolotl.processing_strategies import ProcessingStrategy
+from axolotl.utils.collators.mm_chat import MultiModalChatDataCollator
+from axolotl.utils.dict import DictDefault
+from transformers import AutoProcessor
+
+from llamafactory_hera.demo import build_demo
+from llamafactory_hera.integrations.axolotl import _check_labels, _images_of
+from tests.e2e.runner import ROOT, Run, run_command, write_recipe
+
+PLUGIN = "llamafactory_hera.integrations.axolotl.HeraPlugin"
+MARKS = [{"role": role, "start": f"<|im_start|>{role}\n", "end": "<|im_end|>"} for role in ("user", "assistant")]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A file of axolotl's that trains the demo for 4 steps with HeRA."""
+    demo = build_demo(tmp_path_factory.mktemp("world") / "hera_demo", size="test")
+    rows = json.loads((demo["data"] / "demo_train.json").read_text())
+    for row in rows:
+        row["images"] = [str(demo["data"] / image) for image in row["images"]]
+        for turn in row["messages"]:
+            turn["content"] = turn["content"].replace("<image>", "").lstrip("\n")
+    train = demo["root"] / "train.jsonl"
+    train.write_text("\n".join(json.dumps(row) for row in rows))
+    return {
+        "base_model": str(demo["model"]),
+        "processor_type": "AutoProcessor",
+        "plugins": [PLUGIN],
+        "hera_heads": ["L1H0", "L1H3", "L2H5", "L3H2", "L3H7"],
+        "hera_teacher": str(demo["teacher"]),
+        "hera_k": 3,
+        "datasets": [{"path": str(train), "ds_type": "json", "type": "chat_template"}],
+        "chat_template": "tokenizer_default",
+        "role_boundaries": MARKS,
+        "sequence_len": 512,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "cosine",
+        "logging_steps": 1,
+        "seed": 0,
+        "bf16": False,
+        "output_dir": "saves",
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_plugins() -> Iterator[None]:
+    """axolotl keeps plugins for the life of a process."""
+    PluginManager.get_instance().plugins.clear()
+    yield
+    PluginManager.get_instance().plugins.clear()
+
+
+def _train(folder: Path, keys: dict[str, Any]) -> Run:
+    config = write_recipe(folder / "config.yaml", keys)
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"]
+    code, output = run_command(command, folder, timeout=400)
+    return Run([code], output, folder / "saves/checkpoint-4")
+
+
+@pytest.fixture(scope="module")
+def run(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The demo, trained by ``axolotl train``."""
+    return _train(tmp_path_factory.mktemp("run"), keys)
+
+
+@pytest.mark.slow
+def test_the_command_trains_with_hera(run: Run) -> None:
+    assert run.ok, run.output
+    first = run.logs()[0]
+    assert first["hera_loss"] > 0
+    assert first["loss"] == pytest.approx(first["lm_loss"] + 0.01 * first["hera_loss"], abs=1e-3)  # two micro-batches
+    assert "HeRA | heads: L1H0,L1H3,L2H5,L3H2,L3H7" in run.output
+    saves = run.folder.parent
+    assert json.loads((saves / "hera/heads.json").read_text())
+    assert "HeRA" in (saves / "README.md").read_text().partition("</details>")[2]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_logs_what_the_uninterrupted_one_did(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(run.folder.with_name("checkpoint-2"), tmp_path / "saves/checkpoint-2")
+    resumed = _train(tmp_path, keys | {"resume_from_checkpoint": "saves/checkpoint-2"})
+    assert resumed.ok, resumed.output
+    for ours, theirs in zip(resumed.logs(), run.logs(), strict=True):
+        for key in ("loss", "hera_loss", "hera_temperature"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+
+
+def test_what_hera_needs_is_set(keys: dict[str, Any]) -> None:
+    cfg = load_cfg(DictDefault(keys | {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}))
+    assert (cfg.remove_unused_columns, cfg.skip_prepare_dataset, cfg.lora_o_kernel) == (False, True, False)
+    assert (cfg.hera_heads, cfg.hera_weight) == ("L1H0,L1H3,L2H5,L3H2,L3H7", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hera_head": "L1H0"}, "hera_head: there is no such key"),
+        ({"hera_k": 0}, "hera_k: 0 is out of range"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: True does not work with HeRA .* remove the key"),
+        ({"skip_prepare_dataset": False}, "skip_prepare_dataset: False does not work"),
+        ({"adapter": "lora", "lora_o_kernel": True}, "lora_o_kernel: True does not work"),
+        ({"sample_packing": True}, "sample_packing: True does not work"),
+        ({"batch_flattening": "auto"}, "batch_flattening: auto does not work"),
+        ({"pretraining_dataset": "text.jsonl"}, "pretraining_dataset: text.jsonl does not work .* write datasets"),
+        ({"rl": "dpo"}, "rl: dpo does not work"),
+        ({"reward_model": True}, "reward_model: True does not work"),
+        ({"process_reward_model": True}, "process_reward_model: True does not work"),
+        ({"trainer_cls": "my.Trainer"}, "trainer_cls: my.Trainer does not work"),
+        ({"context_parallel_size": 2}, "context_parallel_size: 2 does not work .* set it to 1"),
+        ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2 does not work"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 does not work"),
+        ({"processor_type": None}, "processor_type: without it .* write AutoProcessor"),
+        ({"activation_offloading": "legacy"}, "activation_offloading: legacy does not work .* write true"),
+        ({"train_on_inputs": True}, "train_on_inputs: true labels the prompt.* remove"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_settings_are_refused_before_anything_is_loaded(
+    keys: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_cfg(DictDefault(keys | {"base_model": "not there"} | changed))
+
+
+def test_another_plugins_trainer_is_refused_before_the_model_is_loaded(keys: dict[str, Any]) -> None:
+    first = "axolotl.integrations.kd.KDPlugin"
+    cfg = load_cfg(DictDefault(keys | {"plugins": [first, PLUGIN], "kd_trainer": True}))
+    with pytest.raises(ValueError, match=r"plugins: another one brings its trainer .* put HeraPlugin first"):
+        PluginManager.get_instance().pre_model_load(cfg)
+
+
+def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys: dict[str, Any]) -> None:
+    processor = AutoProcessor.from_pretrained(keys["base_model"])
+    collators = [
+        MultiModalChatDataCollator(processor.tokenizer, ProcessingStrategy(processor, role_boundaries_override=marks))
+        for marks in (MARKS, None)
+    ]
+    _check_labels(collators[0])
+    with pytest.raises(ValueError, match=r"hera_pooling: answer .* write role_boundaries"):
+        _check_labels(collators[1])
+
+
+@pytest.mark.parametrize(
+    ("row", "images"),
+    [
+        ({"images": ["a.png", "b.png"], "messages": []}, ["a.png"]),  # axolotl shows the first of a column
+        ({"image": ["a.png"], "images": None, "messages": []}, ["a.png"]),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "path": p} for p in "ab"]}]}, ["a", "b"]),
+        ({"chat": [{"role": "user", "content": [{"type": "image", "url": "a"}]}], "messages": None}, ["a"]),
+        ({"messages": [{"role": "user", "content": "no image"}]}, []),
+    ],
+)
+def test_the_teacher_sees_what_axolotl_shows_the_model(row: dict[str, Any], images: list[str]) -> None:
+    assert _images_of(("chat",), row) == images
+
+
+def test_the_file_of_the_docs_is_of_axolotls_keys() -> None:
+    shown = re.search(r"```yaml\n(base_model.*?)```", (ROOT / "docs/axolotl.md").read_text(), re.DOTALL)
+    cfg = DictDefault(yaml.safe_load(shown[1]))
+    PluginManager.get_instance().register(PLUGIN)
+    _, schema = merge_input_args()
+    assert not set(cfg) - set(schema.model_fields)
+    PluginManager.get_instance().plugins[PLUGIN].register(cfg)
+    schema(**cfg.to_dict())
