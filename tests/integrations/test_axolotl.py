@@ -102,6 +102,17 @@ def test_the_command_trains_with_hera(run: Run) -> None:
 
 
 @pytest.mark.slow
+def test_auto_selects_on_the_rows_of_the_run(keys: dict[str, Any], tmp_path: Path) -> None:
+    auto = {"hera_heads": "auto", "hera_select_m": 2, "hera_select_k": 5, "hera_select_samples": 48, "max_steps": 1}
+    run = _train(tmp_path, keys | auto)
+    assert run.ok, run.output
+    chosen = json.loads((tmp_path / "saves/hera/heads.json").read_text())
+    assert len(chosen["heads"]) == 2
+    assert chosen["provenance"]["samples"] == 48
+    assert f"HeRA | heads: {','.join(chosen['heads'])}" in run.output
+
+
+@pytest.mark.slow
 def test_a_resumed_run_logs_what_the_uninterrupted_one_did(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(run.folder.with_name("checkpoint-2"), tmp_path / "saves/checkpoint-2")
     resumed = _train(tmp_path, keys | {"resume_from_checkpoint": "saves/checkpoint-2"})
