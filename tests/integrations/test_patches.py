@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,7 @@ from hera_patches import (
     sft_workflow,
     templates,
     train_tab,
+    tuner,
 )
 from llamafactory_hera.integrations.llamaboard import names
 
@@ -138,6 +140,7 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
         (finetuning_args, {"FinetuningArguments": object}, "not a dataclass"),
         (sft_workflow, {}, "no function run_sft"),
         (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
+        (tuner, {"get_train_args": lambda args: None}, "no function _training_function"),
         (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
         (templates, {}, "register_template"),
         (constants, {"TRAINING_STAGES": {"DPO": "dpo"}}, "not a dictionary with sft"),
@@ -156,6 +159,40 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
 )
 def test_another_host_is_named(patch: ModuleType, host: dict, reason: str) -> None:
     assert reason in registry.misfit(patch, SimpleNamespace(**host))
+
+
+def _read(model_args, data_args, training_args, *rest):
+    from llamafactory.data.loader import _get_merged_dataset
+
+    _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, "sft")
+
+
+def _read_tokenized(model_args, data_args, training_args, *rest):
+    from llamafactory.data import get_dataset
+
+    data_args.tokenized_path = "tokenized"
+    get_dataset(None, model_args, data_args, training_args, "sft", None)
+
+
+@pytest.mark.parametrize(
+    ("route", "what"),
+    [(_read, "was about to train"), (_read_tokenized, "was about to train"), (lambda *arguments: None, "has trained")],
+)
+def test_another_workflow_than_ours_stops_a_hera_run(
+    route: Callable[..., None], what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llamafactory.train import tuner as host
+
+    monkeypatch.setattr(host, "is_hyper_parallel_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "llamafactory.train.hyper_parallel", SimpleNamespace(run_sft=route))
+    run = {"model_name_or_path": "none", "dataset": "none", "dataset_dir": "none", "output_dir": str(tmp_path)}
+    run |= {"do_train": True, "template": "llava", "use_hyper_parallel": True, "use_cpu": True, "report_to": "none"}
+    with pytest.raises(RuntimeError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
+        host._training_function({"args": {**run, "stage": "hera", "hera_heads": "L0H1"}, "callbacks": []})
+    if route is not _read:
+        return
+    with pytest.raises(ValueError, match="none"):  # the stages of the host are left alone
+        host._training_function({"args": {**run, "stage": "sft"}, "callbacks": []})
 
 
 def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
