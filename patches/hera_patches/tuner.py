@@ -1,8 +1,9 @@
 """Stops a HeRA run that the host sends to another workflow than the one with HeRA's trainer.
 
-Why: the host chooses among workflows by arguments and environment variables, more of them in each release, and one that
-knows nothing of HeRA would train plain SFT in silence. Which routes there are is not asked: before any data is read, and
-once more when the run has ended, HeRA's workflow must have been entered. Can go when the host lets plugins add stages.
+Why: the host chooses among workflows by arguments and environment variables, more of them in each release, and one
+that knows nothing of HeRA would train plain SFT in silence. Which routes there are is not asked: before any data is
+read, and once more when the run has ended, HeRA's workflow must have been entered. Can go when the host lets plugins
+add stages.
 """
 
 from importlib import import_module
@@ -63,6 +64,6 @@ def _refuse(what: str) -> None:
     if _missing:
         arrived()
         raise RuntimeError(
-            f"stage: hera: LLaMA-Factory {what} without HeRA, in a workflow of another backend. Remove what chose that "
-            "backend (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
+            f"stage: hera: LLaMA-Factory {what} without HeRA, in a workflow of another backend. Remove what chose "
+            "that backend (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
         )
