@@ -17,6 +17,8 @@ WORKERS ?= 2
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
 LATEST ?= transformers peft accelerate trl
+METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection) \
+  $(wildcard tests/integrations/test_tr*.py)
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions

@@ -1,14 +1,17 @@
 """What the plugin adds to every start of Python: ``python tests/bench/start.py [--rounds 150]``.
 
 Environments without and with the plugin start in turn; in the latter its start-up line and package lie in
-site-packages as the wheel puts them there.
+site-packages as the wheel puts them there. Both have as many other entries there as this environment, since an import
+begins with listing them.
 """
 
 import argparse
+import compileall
 import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -20,9 +23,14 @@ def environment(folder: Path, plugin: bool) -> Path:
     """An empty virtual environment's Python, with or without the plugin's hook."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
+    for other in Path(sysconfig.get_path("purelib")).iterdir():
+        if other.suffix != ".pth" and not other.name.startswith("hera_patches"):
+            (site / other.name).mkdir(exist_ok=True)
     if plugin:
         shutil.copy(PATCHES / "llamafactory_hera.pth", site)
-        shutil.copytree(PATCHES / "hera_patches", site / "hera_patches")
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PATCHES / "hera_patches", site / "hera_patches", ignore=ignored)
+        compileall.compile_dir(site / "hera_patches", quiet=1)  # as pip does
     return folder / "bin/python"
 
 
