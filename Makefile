@@ -2,8 +2,10 @@
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make test        every test, those in a browser too
-#   make test-fast   the tests that start no process of their own 
-#   make test-axolotl  the plugin in axolotl, in an environment of its own (.venv-axolotl, 7 GB)
+#   make test-fast   the tests that start no process of their own
+#   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
+#   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
+#   make test-axolotl  the plugin in axolotl, whose pins exclude ours
 #   make lint        ruff, import-linter, deptry, mypy
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,11 @@ CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python $(TESTS)
+LATEST ?= transformers peft accelerate trl
+METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection) \
+  $(wildcard tests/integrations/test_tr*.py)
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
@@ -22,7 +28,18 @@ export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test test-fast test-axolotl lint lines setup clean
+# an environment over that of `make setup`: what is installed in it comes first, torch stays
+define layer
+	rm -rf $@
+	$(BIN)/python -m venv --without-pip $@
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+	  > "$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/layer.pth"
+	for file in $$(grep -lI "^#!.*$(BIN)/python" $(BIN)/*); do \
+	  sed "1c#!$(abspath $@)/bin/python" "$$file" > $@/bin/$$(basename $$file); done
+	chmod +x $@/bin/*
+endef
+
+.PHONY: demo study test test-fast test-host test-latest test-axolotl lint lines setup clean
 
 setup: $(STAMP)
 
@@ -60,15 +77,30 @@ test: $(STAMP) $(CHROMIUM)
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-# the torch of constraints.txt, which axolotl takes too, and the torchvision that fits it
-.venv-axolotl/.installed: pyproject.toml
-	test -x .venv-axolotl/bin/python || $(PYTHON) -m venv .venv-axolotl
-	.venv-axolotl/bin/python -m pip install --quiet axolotl==0.19.0 torch==2.11.0 torchvision==0.26.0 \
-		--editable ".[demo]" pytest pytest-timeout
-	touch $@
+.venv-host: $(STAMP)
+	$(layer)
+	$(BIN)/python -m pip --python $@/bin/python install --quiet $(HOST)
 
-test-axolotl: .venv-axolotl/.installed
-	.venv-axolotl/bin/python -m pytest tests/integrations/test_axolotl.py
+test-host: $(CHROMIUM)
+	rm -rf .venv-host && $(MAKE) .venv-host
+	PATH="$(CURDIR)/.venv-host/bin:$$PATH" .venv-host/bin/python $(TESTS)
+
+.venv-latest: $(STAMP)
+	$(layer)
+	$(BIN)/python -m pip --python $@/bin/python install --quiet --upgrade $(LATEST)
+
+# the host forbids these versions, so its tests stay away
+test-latest:
+	rm -rf .venv-latest && $(MAKE) .venv-latest
+	PATH="$(CURDIR)/.venv-latest/bin:$$PATH" .venv-latest/bin/python $(TESTS) $(METHOD_TESTS)
+
+.venv-axolotl: $(STAMP)
+	$(layer)
+	$(BIN)/python -m pip --python $@/bin/python install --quiet axolotl==0.19.0
+
+test-axolotl:
+	rm -rf .venv-axolotl && $(MAKE) .venv-axolotl
+	PATH="$(CURDIR)/.venv-axolotl/bin:$$PATH" .venv-axolotl/bin/python $(TESTS) tests/integrations/test_axolotl.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -85,4 +117,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-axolotl .cache hera_demo hera_study saves artifacts
+	rm -rf $(VENV) .venv-host .venv-latest .cache hera_demo hera_study saves artifacts

@@ -1,8 +1,9 @@
 """Run-time changes to an unmodified LLaMA-Factory, applied when the host is imported.
 
-``install()`` is called at every interpreter start by ``llamafactory_hera.pth`` (``.start`` from Python 3.15 on). It
-only adds an import hook: neither the host nor any module that the interpreter has not loaded at its start is imported
-before someone imports the host. ``HERA_DISABLE=1`` switches it off.
+At every interpreter start ``llamafactory_hera.pth`` puts a finder of its own first, which imports this package and
+calls ``install()`` once someone imports the host: to import even an empty package would cost more than all else at the
+start. From Python 3.15 on ``llamafactory_hera.start`` calls ``install()`` itself. That only adds an import hook.
+``HERA_DISABLE=1`` switches it off.
 """
 
 import os
@@ -44,11 +45,11 @@ class PatchFinder:
 
 
 def installed() -> bool:
-    """Whether the import hook is there."""
-    return any(isinstance(finder, PatchFinder) for finder in sys.meta_path)
+    """Whether the import hook is there, or what adds it when the host is imported."""
+    return any(type(finder).__name__ in ("PatchFinder", "HeraStart") for finder in sys.meta_path)
 
 
 def install() -> None:
     """Adds the import hook once, unless ``HERA_DISABLE`` is set to something other than 0."""
-    if os.environ.get("HERA_DISABLE", "0") in ("", "0") and not installed():
+    if os.environ.get("HERA_DISABLE", "0") in ("", "0") and PatchFinder not in map(type, sys.meta_path):
         sys.meta_path.insert(0, PatchFinder())

@@ -8,6 +8,8 @@ SFT's options to any other stage value. Can go when the host lets plugins add ar
 from dataclasses import is_dataclass
 from typing import Any
 
+from .registry import require
+
 WHAT = "stage: hera and the hera_* keys in FinetuningArguments"
 
 
@@ -27,4 +29,4 @@ def apply(module: Any) -> None:
     """Rebinds ``FinetuningArguments`` to a subclass."""
     from llamafactory_hera.integrations.llamafactory.arguments import extend
 
-    module.FinetuningArguments = extend(module.FinetuningArguments)
+    module.FinetuningArguments = extend(module.FinetuningArguments, require)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 _TRAINING = (
     ("llamafactory.hparams.finetuning_args", "finetuning_args"),
     ("llamafactory.train.sft.workflow", "sft_workflow"),
+    ("llamafactory.train.tuner", "tuner"),
     ("llamafactory.train.callbacks", "log_callback"),
     ("llamafactory.data.template", "templates"),
 )
@@ -54,14 +55,19 @@ def misfit(patch: Any, module: Any) -> str | None:
     """Says what a host's module lacks for a patch, or ``NOT_NEEDED``, or None."""
     if hasattr(patch, "check") and (reason := patch.check(module)):
         return reason
-    for path, expected in getattr(patch, "FUNCTIONS", {}).items():
+    return misfit_of_functions(module, getattr(patch, "FUNCTIONS", {}), getattr(patch, "USED", {}))
+
+
+def misfit_of_functions(module: Any, functions: dict[str, str], used: dict[str, str]) -> str | None:
+    """Says which of ``FUNCTIONS`` and ``USED`` a host's module does not meet, or None."""
+    for path, expected in functions.items():
         function = _find(module, path)
         if function is None:
             return f"no function {path}"
         parameters = list(inspect.signature(function).parameters)
         if parameters != expected.split():
             return f"{path} takes {parameters}"
-    for path, names in getattr(patch, "USED", {}).items():
+    for path, names in used.items():
         code = _find(module, path).__code__
         missing = [name for name in names.split() if name not in code.co_names + code.co_varnames]
         if missing:

@@ -6,7 +6,8 @@ Why: the host chooses its trainer inside ``run_sft``. The wrapper calls the orig
 
 from typing import Any
 
-from .registry import around, require
+from . import tuner
+from .registry import around
 
 WHAT = "stage: hera in run_sft"
 FUNCTIONS = {"run_sft": "model_args data_args training_args finetuning_args generating_args callbacks"}
@@ -32,5 +33,5 @@ def apply(module: Any) -> None:
             return host(*arguments)
         from llamafactory_hera.integrations.llamafactory.workflow import run_hera
 
-        require()
+        tuner.arrived()
         return run_hera(module, host, *arguments)

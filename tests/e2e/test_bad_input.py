@@ -52,8 +52,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "weight in words": ({"hera_weight": "much"}, ["hera_weight", "'much'", "a number"]),
     "not a truth value": ({"hera_fixed_temperature": "perhaps"}, ["hera_fixed_temperature", "true or false"]),
     "weight without end": ({"hera_weight": "inf"}, ["hera_weight", "inf", "0 or more"]),
-    "hyper parallel": ({"use_hyper_parallel": True}, ["use_hyper_parallel", "remove"]),
-    "asft": ({"use_asft_loss": True}, ["use_asft_loss", "remove"]),
     "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc", "remove"]),
     "unknown objective": ({"hera_objective": "cosine"}, ["hera_objective", "'cosine'", "contrastive", "viral"]),
     "viral heads": ({"hera_objective": "viral"}, ["hera_granularity", "head", "viral", "layer"]),

@@ -22,7 +22,8 @@ ROWS = 4
 
 def host(reentrant: bool) -> Callable[[nn.Module], None]:
     def enable(model: nn.Module) -> None:
-        checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing")
+        # beside the newest TRL the host does not import
+        checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
         arguments = SimpleNamespace(
             upcast_layernorm=False,
             upcast_lmhead_output=False,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.tiny_models import VLMS, vlm
 from torch import Tensor
+from transformers import Dinov2Config
 
 from llamafactory_hera.heads.pooling import (
     grid_side,
@@ -167,7 +168,7 @@ def test_only_models_with_a_fixed_square_grid(name: str) -> None:
     if config.model_type == "llava":
         assert grid_side(config, "viral") ** 2 == PER_IMAGE
         assert image_token_id(config) == config.image_token_index
-        config.vision_config.image_size = (16, 32)
+        config.vision_config = Dinov2Config(image_size=(16, 32))  # CLIP's takes one number
         with pytest.raises(ValueError, match=r"hera_objective: viral needs .* images are 16 x 32 pixels; use"):
             grid_side(config, "viral")
     else:

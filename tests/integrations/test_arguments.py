@@ -78,13 +78,6 @@ def test_arguments_travel_to_other_processes() -> None:
     assert (copy.hera_k, copy.use_hera) == (4, True)
 
 
-@pytest.mark.parametrize("value", ["1", "true"])
-def test_megatron_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("USE_MCA", value)
-    with pytest.raises(ValueError, match="stage: hera does not work with USE_MCA=1"):
-        _parse()
-
-
 def test_plugin_import_loads_nothing_heavy() -> None:
     code = (
         "import sys, llamafactory_hera, hera_patches, llamafactory_hera.cli; "

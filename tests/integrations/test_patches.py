@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,7 @@ from hera_patches import (
     sft_workflow,
     templates,
     train_tab,
+    tuner,
 )
 from llamafactory_hera.integrations.llamaboard import names
 
@@ -41,42 +43,45 @@ def _python(code: str, *options: str, **environment: str) -> subprocess.Complete
     )
 
 
+def _start(hook: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs ``code`` after Python has read the start-up line beside ``hook``, a file or folder named hera_patches."""
+    folder = hook.parent
+    prefix = f"import site, sys; sys.path.insert(0, {str(folder)!r}); before = set(sys.modules); "
+    return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **environment)
+
+
 def test_the_hook_is_there_from_the_start_and_loads_nothing() -> None:
     code = """
         import sys
         names = [type(finder).__name__ for finder in sys.meta_path if not isinstance(finder, type)]
-        print(names.count("PatchFinder"), "llamafactory" in sys.modules, "torch" in sys.modules)
+        print(names.count("HeraStart"), *{"hera_patches", "llamafactory", "torch"} & set(sys.modules))
     """
     for options in ((), ("-I",)):
-        assert _python(code, *options).stdout.split() == ["1", "False", "False"]
-    assert _python(code, HERA_DISABLE="1").stdout.split() == ["0", "False", "False"]
-    assert _python(code, HERA_DISABLE="0").stdout.split() == ["1", "False", "False"]
+        assert _python(code, *options).stdout.split() == ["1"]
 
 
-def test_the_start_imports_nothing_that_an_interpreter_does_not_have() -> None:
-    code = f"""
-        import os, sys
-        sys.path.insert(0, {str(PATCHES)!r})
-        before = set(sys.modules)
+def test_the_start_imports_nothing_before_the_host_and_the_hook_then() -> None:
+    code = """
+        print(*set(sys.modules) - before)
+        from importlib.util import find_spec
+        print("hera_patches" in sys.modules)
+        find_spec("llamafactory")
         import hera_patches
-        hera_patches.install()
-        import json  # an import of something else
-        print(*sorted(name for name in set(sys.modules) - before if not name.startswith(("json", "_json"))))
-        print(hera_patches.installed())
+        names = [type(finder).__name__ for finder in sys.meta_path]
+        print(names.count("HeraStart"), names.count("PatchFinder"), hera_patches.installed())
     """
-    loaded, installed = _python(code, "-I", "-S").stdout.splitlines()
-    assert set(loaded.split()) - set(_python("import sys, json; print(*sys.modules)", "-I", "-S").stdout.split()) == {
-        "hera_patches"
-    }
-    assert installed == "True"
+    hook = PATCHES / "hera_patches"
+    assert _start(hook, code).stdout.splitlines() == ["", "False", "0 1 True"]
+    assert _start(hook, code, HERA_DISABLE="0").stdout.splitlines() == ["", "False", "0 1 True"]
+    assert _start(hook, code, HERA_DISABLE="1").stdout.splitlines() == ["", "False", "0 0 False"]
 
 
 @pytest.mark.slow
 def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(tmp_path: Path) -> None:
     shutil.copy(PATCHES / "llamafactory_hera.pth", tmp_path)
     (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
-    code = f"import site, sys; sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r}); print(1)"
-    done = _python(code, "-I", "-S")
+    (tmp_path / "llamafactory.py").write_text("")
+    done = _start(tmp_path / "hera_patches.py", "import llamafactory; print(1)")
     assert done.stdout == "1\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith("llamafactory-hera could not start")
@@ -138,6 +143,7 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
         (finetuning_args, {"FinetuningArguments": object}, "not a dataclass"),
         (sft_workflow, {}, "no function run_sft"),
         (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
+        (tuner, {"get_train_args": lambda args: None}, "no function _training_function"),
         (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
         (templates, {}, "register_template"),
         (constants, {"TRAINING_STAGES": {"DPO": "dpo"}}, "not a dictionary with sft"),
@@ -156,6 +162,40 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
 )
 def test_another_host_is_named(patch: ModuleType, host: dict, reason: str) -> None:
     assert reason in registry.misfit(patch, SimpleNamespace(**host))
+
+
+def _read(model_args, data_args, training_args, *rest):
+    from llamafactory.data.loader import _get_merged_dataset
+
+    _get_merged_dataset(data_args.dataset, model_args, data_args, training_args, "sft")
+
+
+def _read_tokenized(model_args, data_args, training_args, *rest):
+    from llamafactory.data import get_dataset
+
+    data_args.tokenized_path = "tokenized"
+    get_dataset(None, model_args, data_args, training_args, "sft", None)
+
+
+@pytest.mark.parametrize(
+    ("route", "what"),
+    [(_read, "was about to train"), (_read_tokenized, "was about to train"), (lambda *arguments: None, "has trained")],
+)
+def test_another_workflow_than_ours_stops_a_hera_run(
+    route: Callable[..., None], what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from llamafactory.train import tuner as host
+
+    monkeypatch.setattr(host, "is_hyper_parallel_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "llamafactory.train.hyper_parallel", SimpleNamespace(run_sft=route))
+    run = {"model_name_or_path": "none", "dataset": "none", "dataset_dir": "none", "output_dir": str(tmp_path)}
+    run |= {"do_train": True, "template": "llava", "use_hyper_parallel": True, "use_cpu": True, "report_to": "none"}
+    with pytest.raises(RuntimeError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
+        host._training_function({"args": {**run, "stage": "hera", "hera_heads": "L0H1"}, "callbacks": []})
+    if route is not _read:
+        return
+    with pytest.raises(ValueError, match="none"):  # the stages of the host are left alone
+        host._training_function({"args": {**run, "stage": "sft"}, "callbacks": []})
 
 
 def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:

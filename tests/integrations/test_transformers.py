@@ -331,7 +331,7 @@ def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
 
     by_tokens = sum(total for total, _ in losses) / sum(n for _, n in losses)
     by_batches = sum(total / n for total, n in losses) / STEPS
-    assert abs(by_tokens - by_batches) > 1e-3
+    assert abs(by_tokens - by_batches) > 4e-4
     counts = accepts or loss_function is not None
     assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
     assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)

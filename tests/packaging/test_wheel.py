@@ -1,20 +1,27 @@
-"""The wheel: what it holds, and that installing it is enough."""
+"""The wheel: what it holds, that installing it is enough, changes nothing else, and is undone by uninstalling it."""
 
+import json
 import os
+import re
 import subprocess
 import sys
-import sysconfig
 import zipfile
+from importlib.metadata import distribution, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+PIP = (sys.executable, "-m", "pip", "--python")
+STARTS = "import sys; print([type(finder).__name__ for finder in sys.meta_path].count('HeraStart'))"
 
 
-def _run(*command: object) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT)
+def _run(*command: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -27,16 +34,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def _environment(folder: Path) -> tuple[Path, Path]:
+    """An empty environment: its Python, and its folder for packages."""
+    _run(sys.executable, "-m", "venv", "--without-pip", folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    return folder / "bin/python", site
+
+
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment with the wheel, and the dependencies of this one on its path."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    _run(sys.executable, "-m", "venv", "--without-pip", folder)
-    python = folder / "bin/python"
-    site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    python, site = _environment(tmp_path_factory.mktemp("environment") / "venv")
     # a path that a .pth adds has its own .pth files ignored: the plugin comes from the wheel alone
-    (site / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib") + os.linesep)
-    _run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "zz_dependencies.pth").write_text("\n".join(paths) + "\n")
+    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     return python
 
 
@@ -66,3 +78,57 @@ def test_commands_are_installed_and_the_doctor_is_content(python: Path) -> None:
     for name in ("llamafactory-hera", "lmf-hera"):
         assert "doctor" in _run(python.with_name(name), "--help")
     assert "Everything is in place." in _run(python.with_name("llamafactory-hera"), "doctor")
+
+
+@pytest.mark.parametrize("extras", ["", "[llamafactory,deepspeed]"])
+def test_installing_it_changes_no_version_beside_it(python: Path, wheel: Path, extras: str) -> None:
+    command = (*PIP, python, "install", "--dry-run", "--quiet", "--no-index", "--report", "-", f"{wheel}{extras}")
+    assert {each["metadata"]["name"] for each in json.loads(_run(*command))["install"]} <= {"llamafactory-hera"}
+
+
+def test_the_core_asks_for_no_version(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    asked = re.findall(r"^Requires-Dist: (.+)$", archive.read(metadata).decode(), re.MULTILINE)
+    core = [line for line in asked if "extra ==" not in line]
+    assert core
+    assert all(re.fullmatch(r"[\w.-]+", line) for line in core), core
+
+
+def test_uninstalling_it_takes_the_start_up_hook_away(wheel: Path, tmp_path: Path) -> None:
+    python, site = _environment(tmp_path / "venv")
+    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    assert _run(python, "-c", STARTS) == "1\n"
+    _run(*PIP, python, "uninstall", "--quiet", "--yes", "llamafactory-hera")
+    assert list(site.rglob("*hera*")) == []
+    assert _run(python, "-c", STARTS) == "0\n"
+
+
+def _needed(*names: str) -> set[str]:
+    """The distributions that these need without extras, with all that they need in turn, and they themselves."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            asked = [Requirement(line) for line in requires(name) or []]
+            waiting += [r.name for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_heads_are_read_and_trained_without_any_host(wheel: Path, tmp_path: Path) -> None:
+    python, site = _environment(tmp_path / "venv")
+    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    # transformers reads images with torchvision, which it does not ask for: whoever has a VLM running has it
+    for name in _needed("llamafactory-hera", "torchvision", "pytest") - {"llamafactory-hera"}:
+        files = distribution(name)
+        for top in {file.parts[0] for file in files.files or []} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(files.locate_file(top))
+    assert "llamafactory_hera" in _run(python, "-c", "import llamafactory_hera; print(llamafactory_hera.__file__)")
+    hosts = ("llamafactory", "deepspeed", "trl", "datasets", "gradio")
+    found = _run(python, "-c", f"from importlib.util import find_spec; print(*filter(find_spec, {hosts}))")
+    assert found == "\n"
+    tests = ("tests/heads/test_capture_use.py", "tests/integrations/test_transformers.py")
+    _run(python, "-m", "pytest", "-q", "-x", "-o", "addopts=", "-o", "timeout=0", "-p", "no:cacheprovider", *tests)

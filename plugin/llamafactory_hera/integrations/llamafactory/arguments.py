@@ -1,6 +1,6 @@
 """The ``hera_*`` keys inside the host's fine-tuning arguments; they are declared in ``config.py``."""
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, get_args
 
@@ -17,20 +17,11 @@ HeraArguments = make_dataclass(
 )
 
 
-def _refuse_bypasses(arguments: Any) -> None:
-    """Refuses settings under which the host never reaches the trainer that HeRA extends."""
-    keys = ("use_hyper_parallel", "use_asft_loss")
-    found = [f"{key}: true" for key in keys if getattr(arguments, key, False)]
-    if os.environ.get("USE_MCA", "0").lower() in ("true", "y", "1"):
-        found.append("USE_MCA=1")
-    if found:
-        raise ValueError(f"stage: hera does not work with {', '.join(found)}; remove that setting.")
-
-
-def extend(host: type) -> type:
+def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
     """A subclass of the host's ``FinetuningArguments`` with the HeRA keys and ``stage: hera``.
 
-    Inside the host a HeRA run is ``stage: sft`` with ``use_hera`` set; ``to_dict`` reports ``hera`` again.
+    Inside the host a HeRA run is ``stage: sft`` with ``use_hera`` set; ``to_dict`` reports ``hera`` again. ``require``
+    raises where such a run must not start.
     """
     host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
 
@@ -46,7 +37,7 @@ def extend(host: type) -> type:
                 self.stage = "sft"
             super().__post_init__()
             if self.use_hera:
-                _refuse_bypasses(self)
+                require()
                 # read once here, so that every value has its type wherever the host shows it
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)

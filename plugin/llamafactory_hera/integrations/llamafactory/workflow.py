@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
+from transformers import TrainerCallback
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
@@ -25,6 +26,24 @@ class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
     """The host's SFT trainer with HeRA."""
 
 
+class _Proof(TrainerCallback):
+    """Stops a run before its first step whose trainer is not ours."""
+
+    trainer: HeraSftTrainer | None = None
+
+    def make(self, *args: Any, **kwargs: Any) -> HeraSftTrainer:
+        """Makes our trainer, as the host makes its own."""
+        self.trainer = HeraSftTrainer(*args, **kwargs)
+        return self.trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer is None:
+            raise RuntimeError(
+                "stage: hera: LLaMA-Factory's SFT workflow trains without HeRA, with another trainer than "
+                "CustomSeq2SeqTrainer. Remove the setting that chose it, or use stage: sft."
+            )
+
+
 def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
     """Trains with HeRA; without ``do_train`` it is the host's SFT workflow.
 
@@ -32,6 +51,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
 
     Raises:
         ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
+        RuntimeError: The host's workflow begins to train with another trainer.
     """
     host = HostArguments(*arguments[:4])
     if not host.training.do_train:
@@ -51,17 +71,18 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         workflow_card(trainer, *rest)
         trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
 
+    proof = _Proof()
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements: dict[str, Any] = {
         "get_dataset": checked_dataset(workflow.get_dataset),
-        "CustomSeq2SeqTrainer": partial(HeraSftTrainer, hera=config, targets=targets),
+        "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
         "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,
     }
     before = {name: getattr(workflow, name) for name in replacements}
     vars(workflow).update(replacements)
     try:
-        return run_sft(*arguments)
+        return run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
     finally:
         vars(workflow).update(before)
 

@@ -1,0 +1,69 @@
+"""Stops a HeRA run that the host sends to another workflow than the one with HeRA's trainer.
+
+Why: the host chooses among workflows by arguments and environment variables, more of them in each release, and one
+that knows nothing of HeRA would train plain SFT in silence. Which routes there are is not asked: before any data is
+read, and once more when the run has ended, HeRA's workflow must have been entered. Can go when the host lets plugins
+add stages.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from .registry import around, misfit_of_functions
+
+WHAT = "stage: hera takes no route around its trainer"
+FUNCTIONS = {"get_train_args": "args", "_training_function": "config"}
+USED = {"_training_function": "get_train_args"}
+# what every workflow reads its data with, raw or tokenized, before it loads weights
+_DATA = "llamafactory.data.loader"
+_READS = {"get_dataset_list": "dataset_names dataset_dir", "has_tokenized_data": "path"}
+_READERS = {"_get_merged_dataset": "get_dataset_list", "get_dataset": "_get_merged_dataset has_tokenized_data"}
+
+_missing = False  # a HeRA run has begun, and HeRA's workflow has not
+
+
+def arrived() -> None:
+    """Called by the workflow that uses HeRA's trainer."""
+    global _missing
+    _missing = False
+
+
+def check(module: Any) -> str | None:
+    """Says what the host's module for data lacks, or None."""
+    return misfit_of_functions(import_module(_DATA), _READS, _READERS)
+
+
+def apply(module: Any) -> None:
+    """Wraps the tuner's parsing and its choice of a workflow, and what finds the data."""
+
+    @around(module)
+    def get_train_args(host: Any, args: Any = None) -> Any:
+        global _missing
+        parsed = host(args)
+        _, _, training_args, finetuning_args, _ = parsed
+        _missing = getattr(finetuning_args, "use_hera", False) and training_args.do_train
+        return parsed
+
+    @around(module)
+    def _training_function(host: Any, config: dict[str, Any]) -> None:
+        host(config)
+        _refuse("has trained")
+
+    @around(import_module(_DATA))
+    def get_dataset_list(host: Any, dataset_names: Any, dataset_dir: Any) -> Any:
+        _refuse("was about to train")
+        return host(dataset_names, dataset_dir)
+
+    @around(import_module(_DATA))
+    def has_tokenized_data(host: Any, path: Any) -> Any:
+        _refuse("was about to train")
+        return host(path)
+
+
+def _refuse(what: str) -> None:
+    if _missing:
+        arrived()
+        raise RuntimeError(
+            f"stage: hera: LLaMA-Factory {what} without HeRA, in a workflow of another backend. Remove what chose "
+            "that backend (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
+        )

@@ -1,0 +1,60 @@
+"""What the plugin adds to every start of Python: ``python tests/bench/start.py [--rounds 150]``.
+
+Environments without and with the plugin start in turn; in the latter its start-up line and package lie in
+site-packages as the wheel puts them there. Both have as many other entries there as this environment, since an import
+begins with listing them.
+"""
+
+import argparse
+import compileall
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+PATCHES = Path(__file__).parents[2] / "patches"
+
+
+def environment(folder: Path, plugin: bool) -> Path:
+    """An empty virtual environment's Python, with or without the plugin's hook."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    for other in Path(sysconfig.get_path("purelib")).iterdir():
+        if other.suffix != ".pth" and not other.name.startswith("hera_patches"):
+            (site / other.name).mkdir(exist_ok=True)
+    if plugin:
+        shutil.copy(PATCHES / "llamafactory_hera.pth", site)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PATCHES / "hera_patches", site / "hera_patches", ignore=ignored)
+        compileall.compile_dir(site / "hera_patches", quiet=1)  # as pip does
+    return folder / "bin/python"
+
+
+def milliseconds(python: Path) -> float:
+    """Wall time of a process that does nothing."""
+    start = time.perf_counter()
+    subprocess.run([python, "-c", "pass"], check=True)
+    return 1000 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Prints both medians and the median of the differences of pairs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=150)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        without, with_it = (environment(Path(folder, name), name == "with") for name in ("without", "with"))
+        for python in (without, with_it) * 5:  # warm the file cache
+            milliseconds(python)
+        pairs = [(milliseconds(without), milliseconds(with_it)) for _ in range(rounds)]
+    plain, plugin = (statistics.median(times) for times in zip(*pairs, strict=True))
+    added = statistics.median(b - a for a, b in pairs)
+    print(f"{rounds} starts each: without {plain:.2f} ms, with {plugin:.2f} ms, median of differences {added:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

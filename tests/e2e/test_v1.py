@@ -1,0 +1,118 @@
+"""HeRA in the host's v1 engine: it trains, on two processes as on one, and weighs its term as it should."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .runner import free_port, run_command, write_recipe
+
+pytest.importorskip("llamafactory.v1.core.rendering", reason="v1 takes images on the host's main branch only")
+from llamafactory.v1.accelerator.interface import DistributedInterface
+from llamafactory.v1.config import get_args
+from llamafactory.v1.core.data_engine import DataEngine
+from llamafactory.v1.core.model_engine import ModelEngine
+from llamafactory.v1.trainers.sft_trainer import SFTTrainer
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.integrations.llamafactory_v1 import HeraV1Trainer, run
+
+pytestmark = pytest.mark.slow
+# the engine waits for an accelerator under torchrun; there is none here
+ON_CPU = """import torch
+torch.accelerator.synchronize = lambda: None
+from llamafactory_hera.integrations.llamafactory_v1 import main
+main()
+"""
+HERA = {"hera_heads": "L1H0,L2H5", "hera_teacher": "hera_demo/teacher", "hera_k": 3, "hera_weight": 1.0}
+
+
+@pytest.fixture(scope="module")
+def recipe(world: Path) -> dict[str, Any]:
+    """A recipe of the engine on the demo's first turns."""
+    rows = []
+    for row in json.loads((world / "hera_demo/data/demo_train.json").read_text()):
+        question, answer = (message["content"] for message in row["messages"][:2])
+        image = {"type": "image_url", "value": f"hera_demo/data/{row['images'][0]}"}
+        asked = [image, {"type": "text", "value": question.removeprefix("<image>\n")}]
+        told = [{"type": "text", "value": answer}]
+        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+    (world / "v1.json").write_text(json.dumps(rows))
+    args = {"model": "hera_demo/model", "train_dataset": "v1.json", "bf16": False, "flash_attn": "eager"}
+    args |= {"batching_workers": 0, "max_steps": 2, "cutoff_len": 256, "max_grad_norm": 1e9}
+    return args | {"learning_rate": 1e-3, "enable_activation_checkpointing": False}
+
+
+def test_two_processes_train_as_one_does(world: Path, recipe: dict[str, Any]) -> None:
+    logs = []
+    for ranks in (1, 2):
+        output = f"saves/v1_{ranks}"
+        sizes = {"micro_batch_size": 16 // ranks, "global_batch_size": 16, "output_dir": output}
+        file = write_recipe(world / "v1.yaml", recipe | HERA | sizes)
+        command = [sys.executable, "-m", "llamafactory_hera.v1", str(file)]
+        if ranks > 1:
+            (world / "on_cpu.py").write_text(ON_CPU)
+            launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+            command = [*launcher, "on_cpu.py", str(file)]
+        code, printed = run_command(command, world)
+        assert code == 0, printed
+        assert {"heads.json", "run.json", "state.safetensors"} <= set(os.listdir(world / output / "hera"))
+        logs.append([json.loads(line) for line in (world / output / "trainer_log.jsonl").read_text().splitlines()])
+    for one, two in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "hera_loss", "hera_mknn"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_tokens(
+    world: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    args = recipe | {"micro_batch_size": 8, "global_batch_size": 16, "max_steps": 1, "output_dir": "saves/v1_gradient"}
+    model_args, data_args, training_args, _ = get_args(dict(args))
+    DistributedInterface(training_args)
+    engine = ModelEngine(model_args, is_train=True)
+    trainer = HeraV1Trainer(
+        hera=HeraConfig.from_keys(HERA),
+        args=training_args,
+        model=engine.model,
+        renderer=engine.renderer,
+        train_dataset=DataEngine(data_args.train_dataset),
+    )
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
+    batches = next(iter(trainer.train_batch_generator))
+    tokens = [int((batch["labels"] != -100).sum()) for batch in batches]
+    assert len(set(tokens)) == 2  # else both means are one
+    expected = torch.zeros(())
+    for batch, count in zip(batches, tokens, strict=True):
+        teacher = trainer._teacher_inputs([{"images": json.loads(images)} for images in batch["extra_info"]])
+        micro_batch = trainer.aligner.begin({**batch, **teacher})
+        lm_loss = SFTTrainer.compute_loss(trainer, batch)
+        expected = expected + lm_loss * count / sum(tokens) + trainer.aligner.finish(micro_batch) / 2
+    expected_gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
+    found: list[torch.Tensor | None] = []
+    hook = lambda *_: found.extend(None if p.grad is None else p.grad.clone() for p in parameters)  # noqa: E731
+    trainer.optimizer.register_step_pre_hook(hook)
+    trainer.fit()
+    for gradient, reference in zip(found, expected_gradients, strict=True):
+        assert (gradient is None) == (reference is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cp_size": 2}, "cp_size: 2"),
+        ({"batching_strategy": "padding_free"}, "batching_strategy: padding_free"),
+        ({"dist_config": {"name": "deepspeed"}}, "dist_config.name: deepspeed"),
+        ({"resume_from_checkpoint": "saves/x"}, "resume_from_checkpoint: saves/x"),
+        ({"hera_accumulate": "gradcache"}, "hera_accumulate: gradcache"),
+    ],
+)
+def test_what_does_not_work_is_refused_before_anything_is_loaded(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message} does not work with HeRA under v1"):
+        run({"model": "none", "train_dataset": "none", "output_dir": "none", **HERA, **change})
