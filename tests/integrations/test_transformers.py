@@ -206,6 +206,23 @@ def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_the
     assert all(feature is not None for feature in cache.get([image_key(path) for path in paths]))
 
 
+def test_a_trainer_whose_step_passes_by_the_term_is_stopped(tmp_path: Path) -> None:
+    class PassesBy(Trainer):
+        def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
+            loss = model(**{name: value for name, value in inputs.items() if not name.startswith("hera_")}).loss
+            loss.backward()
+            return loss.detach()
+
+    class PassesByHera(HeraTrainerMixin, PassesBy):
+        pass
+
+    model = vlm("llava-llama")
+    rows = image_rows(model, BATCH)
+    trainer = PassesByHera(model, arguments(tmp_path), hera=hera(), train_dataset=rows, data_collator=collate_rows)
+    with pytest.raises(RuntimeError, match=r"PassesBy.training_step does not call compute_loss"):
+        trainer.train()
+
+
 @pytest.mark.slow
 def test_no_other_host_is_imported(tmp_path: Path) -> None:
     code = f"""

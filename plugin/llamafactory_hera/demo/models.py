@@ -152,7 +152,7 @@ def assemble_llava(
     config = hf.LlavaConfig(
         vision_config=tower.config.to_dict(),
         text_config=language_model.config.to_dict(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),  # type: ignore[arg-type]
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(SIDE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",

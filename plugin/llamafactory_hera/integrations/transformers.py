@@ -81,7 +81,7 @@ class HeraTrainerMixin(_Base):
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
-        self._log_start = True
+        self._log_start, self._reached = True, False
         self._look_ahead = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
@@ -118,7 +118,11 @@ class HeraTrainerMixin(_Base):
             self._collect(model)
         if self._random_states:
             self._random_states.pop(0)()
+        self._reached = False
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if not self._reached:
+            name = type(self).__mro__[2].__name__
+            raise RuntimeError(f"{name}.training_step does not call compute_loss, so HeRA has no part in the loss.")
         self.aligner.end()
         return loss
 
@@ -148,6 +152,7 @@ class HeraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The LM loss, plus the weighted HeRA term for batches of the training data."""
+        self._reached = True
         micro_batch = self.aligner.begin(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         result: Any = super().compute_loss(model, inputs, **kwargs)
