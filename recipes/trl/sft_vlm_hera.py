@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
     parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or a heads.json")
     parser.add_argument("--teacher", default="hera_demo/teacher")
+    parser.add_argument("--teacher-cache", default=None, help="folder that keeps the teacher's features")
     parser.add_argument("--weight", type=float, default=0.1, help="the paper's is 0.01")
     parser.add_argument("--memory", type=int, default=128, help="remembered samples that are candidates, too")
     options = parser.parse_args()
@@ -59,6 +60,7 @@ def main() -> None:
     hera = HeraConfig(
         heads=options.heads,
         teacher=options.teacher,
+        teacher_cache=options.teacher_cache,
         weight=options.weight,
         memory=options.memory,
         select=SelectConfig(samples=640),  # as many as the demo has; the paper's 1,000 is the default
