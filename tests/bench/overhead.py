@@ -4,6 +4,7 @@
     python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--threads 1]
     python tests/bench/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
     python tests/bench/overhead.py recipes/trl/sft_vlm_hera.py [--option=value ...]
+    python tests/bench/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
 
 On several processes:
 
@@ -145,7 +146,8 @@ def report(bench: Bench, options: argparse.Namespace) -> None:
                peaks[kind] / peaks[SFT])
         for kind in KINDS
     }  # fmt: skip
-    host = type(bench.trainer).__mro__[2].__name__
+    parents = (parent.__name__ for parent in type(bench.trainer).__mro__)
+    host = next(name for name in parents if "Hera" not in name and not name.startswith("_"))
     tuning = "PEFT" if hasattr(bench.trainer.model, "peft_config") else "full"
     model = bench.trainer.accelerator.unwrap_model(bench.trainer.model)
     checkpointing = "on" if getattr(model, "is_gradient_checkpointing", False) else "off"
@@ -198,17 +200,25 @@ def main() -> None:
 
 
 def train_recipe(options: argparse.Namespace, folder: str) -> None:
-    """Trains a recipe of LLaMA-Factory for a step."""
-    from llamafactory.train.tuner import run_exp
-
+    """Trains a recipe of LLaMA-Factory, or a file of axolotl's, for a step."""
     with open(options.recipe, encoding="utf-8") as file:
         arguments = yaml.safe_load(file)
     for override in options.overrides:
         key, value = override.split("=", 1)
         arguments[key] = yaml.safe_load(value)
     arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
-    arguments |= {"hera_teacher_cache": f"{folder}/cache", "report_to": "none", "overwrite_output_dir": True}
-    run_exp(arguments)
+    arguments |= {"hera_teacher_cache": f"{folder}/cache"}
+    if "plugins" in arguments:
+        from axolotl.cli.train import do_cli
+
+        path = f"{folder}/axolotl.yaml"
+        with open(path, "w", encoding="utf-8") as file:
+            yaml.safe_dump(arguments, file)
+        do_cli(path)
+    else:
+        from llamafactory.train.tuner import run_exp
+
+        run_exp(arguments | {"report_to": "none", "overwrite_output_dir": True})
 
 
 if __name__ == "__main__":
