@@ -27,7 +27,8 @@ class HeraCollator:
     """Wraps a collator; images are decoded where it runs.
 
     Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
-    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]``, ``hera_pixels [B, 3, h, w]`` and ``hera_image
+    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed casts what
+    is floating point), ``hera_pixels [B, 3, h, w]`` and ``hera_image
     [B, 2]`` (which image of the sample the teacher sees, of how many).
 
     Args:
@@ -82,9 +83,9 @@ class HeraCollator:
             batch["hera_keys"][list(of_rows)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
             known = {row: f for row, f in zip(of_rows, self.cache.get(keys), strict=True) if f is not None}
             if known:
-                batch["hera_features"] = torch.zeros(len(images), self.cache.dim)
+                batch["hera_features"] = torch.zeros(len(images), self.cache.dim, dtype=torch.int16)
                 for row, feature in known.items():
-                    batch["hera_features"][row] = feature.float()
+                    batch["hera_features"][row] = feature.view(torch.int16)
                 source[list(known)] = CACHED
             of_rows = {row: image for row, image in of_rows.items() if row not in known}
         if of_rows:
@@ -112,7 +113,8 @@ class TeacherFeatures:
         shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
         features = torch.zeros(len(source), *shape, device=source.device)
         if "hera_features" in inputs:
-            features = torch.where((source == CACHED).unsqueeze(1), inputs["hera_features"].to(features), features)
+            held = inputs["hera_features"].view(torch.float16).to(features)
+            features = torch.where((source == CACHED).unsqueeze(1), held, features)
         if "hera_pixels" in inputs:
             rows = source == PIXELS
             pixels = inputs["hera_pixels"][rows]
