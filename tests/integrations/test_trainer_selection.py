@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
@@ -80,6 +82,29 @@ def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
         selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
     selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
     assert "Going on, as hera_heads_force is set" in caplog.text
+
+
+class Stream(IterableDataset):
+    """Rows in their order alone, whose number is known."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def test_a_stream_is_read_from_its_beginning_though_it_knows_its_length(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+    rows = Stream(image_rows(model, 24))
+    trainer = HeraTrainer(
+        model, arguments(tmp_path, max_steps=1), hera=config(), train_dataset=rows, data_collator=collate_rows
+    )
+    trainer.train()
+    assert lines(trainer)[0]["hera_loss"] > 0
 
 
 def test_layers_are_selected_too(tmp_path: Path) -> None:

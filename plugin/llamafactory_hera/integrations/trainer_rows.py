@@ -24,7 +24,7 @@ from ..selection.fingerprint import model_fingerprint
 from ..selection.resolve import Run, resolve_targets
 from ..selection.samples import Features, SelectionInputs, encode_caption
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, sample_images, undecoded
+from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
 #: How many rows are looked at for images; of a sized dataset, from its beginning to its end.
@@ -45,8 +45,7 @@ class TrainerRows:
     def __init__(self, trainer: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig) -> None:
         data, self._decode = undecoded_rows(trainer.train_dataset, images_of)
         self._trainer, self._images_of, self._config = trainer, images_of, config
-        sized = hasattr(data, "__len__")
-        self._rows: Any = data if sized else list(islice(data, _STREAM_ROWS * config.select.samples))
+        self._rows: Any = list(islice(data, _STREAM_ROWS * config.select.samples)) if is_stream(data) else data
         self._media = media_token_ids(model_config(trainer.model))
         processor = getattr(trainer, "processing_class", None)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -119,8 +118,7 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         ValueError: Names ``images_of`` or ``remove_unused_columns``, and the remedy.
     """
     rows, _ = undecoded_rows(trainer.train_dataset, images_of)
-    sized = hasattr(rows, "__len__")
-    looked_at = (rows[row] for row in spread(len(rows))) if sized else islice(rows, N_LOOKED_AT)
+    looked_at = islice(rows, N_LOOKED_AT) if is_stream(rows) else (rows[row] for row in spread(len(rows)))
     count, columns, found = 0, [], None
     for row in looked_at:
         count, columns = count + 1, list(row) if isinstance(row, Mapping) else []

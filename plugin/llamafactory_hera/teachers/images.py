@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
+from torch.utils.data import IterableDataset
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
@@ -65,16 +66,21 @@ def _message_images(messages: Any) -> list[ImageLike]:
     return [image for image in found if image is not None]
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is only read in its order, as a DataLoader tells it; it may know its length all the same."""
+    return isinstance(dataset, IterableDataset)
+
+
 def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
-    """A view of a dataset of the library ``datasets`` whose images stay as they are stored, and what decodes a row.
+    """A view of a dataset of the library ``datasets`` whose media stay as they are stored, and what decodes a row.
 
     So an image has the key of its file, and is decoded once. Everything else is given back as it is, with None: other
-    datasets, those without images, and those whose rows a format or a transform of one's own makes.
+    datasets, those without media, and those whose rows a format or a custom transform makes.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
         return dataset, None
-    streamed = not hasattr(dataset, "__len__")
+    streamed = is_stream(dataset)
     formatted = dataset._formatting if streamed else dataset.format["type"]
     stored = _undecoded(features)
     if formatted is not None or stored == features:
@@ -88,12 +94,12 @@ def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, A
 
 
 def _undecoded(feature: Any) -> Any:
-    """A feature of ``datasets`` with ``decode=False`` in every image, however deep."""
+    """A feature of ``datasets`` with ``decode=False`` in every image, video, sound and PDF, however deep."""
     if isinstance(feature, Mapping):
         return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
     if isinstance(feature, list):
         return [_undecoded(inner) for inner in feature]
-    if type(feature).__name__ == "Image":
+    if getattr(feature, "decode", False):
         return replace(feature, decode=False)
     return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
