@@ -10,7 +10,9 @@ from torch import nn
 from transformers import Trainer
 
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.training import checks
 from llamafactory_hera.training.checks import check_settings
+from tests.integrations.test_trainer_selection import Stream
 from tests.integrations.test_transformers import BATCH, arguments, hera
 from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
 
@@ -60,11 +62,18 @@ def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> N
     [
         ("_n_gpu", 2, r"^n_gpu: 2 devices in one process .*torchrun"),
         ("parallelism_config", SimpleNamespace(cp_size=2), "^parallelism_config: cp_size=2 splits .*; use data paral"),
+        ("model_init", vlm, "^model_init: .* give the trainer a model"),
+        ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: the model lies on 0, cpu, .* load it without device_map"),
+        ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_what_this_machine_cannot_do_is_refused_as_well(tmp_path: Path, name: str, value: Any, message: str) -> None:
+def test_what_this_machine_cannot_do_is_refused_as_well(
+    tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
-    setattr(trainer.args, name, value)
+    of = trainer.model if name == "hf_device_map" else trainer if hasattr(trainer, name) else trainer.args
+    setattr(of, name, value)
+    monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
         check_settings(hera(), trainer)
 

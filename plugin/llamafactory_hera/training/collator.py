@@ -108,10 +108,20 @@ class TeacherFeatures:
         self._view = view
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image."""
+        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image.
+
+        Raises:
+            ValueError: What the collator added for some samples was lost on the way.
+        """
         source = inputs["hera_source"]
         shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
         features = torch.zeros(len(source), *shape, device=source.device)
+        for name, place in (("hera_features", CACHED), ("hera_pixels", PIXELS)):
+            if name not in inputs and (source == place).any():
+                raise ValueError(
+                    f"{name}: a batch has samples with images and not this tensor; hand all {PREFIX}* tensors of the "
+                    "collator's batch on (of a stream: accelerator_config: {dispatch_batches: false})."
+                )
         if "hera_features" in inputs:
             held = inputs["hera_features"].view(torch.float16).to(features)
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
