@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 
+from llamafactory_hera.integrations.trainer_rows import N_LOOKED_AT, check_rows
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training import checks
 from llamafactory_hera.training.checks import check_settings
 from tests.integrations.test_trainer_selection import Stream
@@ -35,15 +38,15 @@ def raw(n: int = BATCH) -> list[dict]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": rows_without("images")}, r"^images_of: it finds no image in 8 rows of train_dataset \(input_ids,"),
-        ({"images_of": lambda row: []}, r"^images_of: it finds no image .*; pass images_of, from a row to a list\."),
-        ({"images_of": lambda row: row["images"][0]}, r"^images_of: it gave a Image; return a list of images"),
-        ({"images_of": lambda row: None}, r"^images_of: it gave a NoneType; return a list of images"),
-        ({"rows": raw()}, "^remove_unused_columns: True takes the columns messages, images .* set it to False"),
+        ({"rows": rows_without("images")}, r"^images_of: found no image in the 8 rows .* looked at \(input_ids,"),
+        ({"images_of": lambda row: []}, r"^images_of: found no image .*; pass images_of, from a row to a list\."),
+        ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; expected a list of images"),
+        ({"images_of": lambda row: None}, r"^images_of returned NoneType; expected a list of images"),
+        ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
         (
             {"rows": [{**row, "photo": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)],
              "images_of": lambda row: row["photo"]},
-            "^remove_unused_columns: True takes the columns images, photo away .* the images in them; set it to False",
+            "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to False",
         ),
         ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
@@ -55,6 +58,14 @@ def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> N
     rows = given.pop("rows", None) or image_rows(vlm("llava-llama"), 2 * BATCH)
     with pytest.raises(ValueError, match=message):
         make(tmp_path, rows, **given)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
+    rows = [{"images": [], "text": "a"} for _ in range(2 * N_LOOKED_AT)]
+    rows[-1] = {"images": ["a.png"], "text": "a"}
+    trainer = SimpleNamespace(train_dataset=kind(rows), args=SimpleNamespace(remove_unused_columns=False))
+    check_rows(trainer, sample_images)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_a_data_uri_is_the_file_in_it(picture):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is no base64"),
+        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is not valid base64"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
     ],
 )
@@ -229,7 +229,7 @@ def test_other_media_of_a_dataset_stay_as_they_are_stored_too(pictures):
     assert view[0]["audio"] == rows[0]["audio"]
 
 
-def test_datasets_with_rows_of_ones_own_stay_as_they_are(pictures):
+def test_datasets_with_custom_rows_stay_as_they_are(pictures):
     dataset = dataset_of("column", pictures)
     transformed = dataset.with_transform(lambda rows: {"image": [i.rotate(90) for i in rows["image"]]})
     for given in (transformed, dataset.with_format("numpy"), dataset.remove_columns(["image"]), [{"image": "a.png"}]):

@@ -27,7 +27,7 @@ from ..teachers.encoder import VisionTeacher
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
-#: How many rows are looked at for images; of a sized dataset, from its beginning to its end.
+#: How many rows are looked at for images; of a sized dataset, from its beginning to its end, and all if none has one.
 N_LOOKED_AT = 1024
 _N_DIGESTED = 8  # rows that a dataset is known by, beside its size
 _STREAM_ROWS = 4  # of a stream, read for each sample to draw
@@ -118,19 +118,27 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         ValueError: Names ``images_of`` or ``remove_unused_columns``, and the remedy.
     """
     rows, _ = undecoded_rows(trainer.train_dataset, images_of)
-    looked_at = islice(rows, N_LOOKED_AT) if is_stream(rows) else (rows[row] for row in spread(len(rows)))
+    sized = not is_stream(rows)
+    looked_at = (rows[row] for row in spread(len(rows))) if sized else islice(rows, N_LOOKED_AT)
     count, columns, found = 0, [], None
     for row in looked_at:
         count, columns = count + 1, list(row) if isinstance(row, Mapping) else []
         if images_by(images_of, row):
             found = row
             break
+    if found is None and sized:  # few rows may have one
+        count, narrow = len(rows), rows
+        if images_of is sample_images and hasattr(rows, "select_columns"):
+            narrow = rows.select_columns([name for name in IMAGE_COLUMNS if name in columns])
+        found = next((rows[row] for row in range(len(narrow)) if images_by(images_of, narrow[row])), None)
     if found is None:
         raise ValueError(
-            f"images_of: it finds no image in {count} rows of train_dataset ({', '.join(columns) or 'no columns'}), "
-            "and HeRA compares samples by what their images show. Images are looked for in the columns images and "
-            "image, and in the image parts of messages, prompt and completion; pass images_of, from a row to a list."
+            f"images_of: found no image in the {count} rows of train_dataset looked at "
+            f"({', '.join(columns) or 'no columns'}), and HeRA compares samples by what their images show. Images are "
+            "looked for in the columns images and image, and in the image parts of messages, prompt and completion; "
+            "pass images_of, from a row to a list."
         )
+    columns = list(found) if isinstance(found, Mapping) else []
     if not (trainer.args.remove_unused_columns and isinstance(found, dict)):
         return
     trainer._set_signature_columns_if_needed()
@@ -143,7 +151,7 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
     raw = "input_ids" not in columns and any(name in IMAGE_COLUMNS for name in lost)
     if not seen or raw:
         raise ValueError(
-            f"remove_unused_columns: True takes the columns {', '.join(lost)} away from the collator, which needs "
+            f"remove_unused_columns: True drops the columns {', '.join(lost)} before the collator sees them, and it needs "
             f"{'them: rows are not tokenized' if raw else 'the images in them'}; set it to False."
         )
 

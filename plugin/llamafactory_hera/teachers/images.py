@@ -43,14 +43,14 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """What a function of one's own says are a row's images.
+    """What a custom function says are a row's images.
 
     Raises:
         ValueError: It gives no list.
     """
     images = images_of(row)
     if not isinstance(images, list | tuple):
-        raise ValueError(f"images_of: it gave a {type(images).__name__}; return a list of images, [] for none.")
+        raise ValueError(f"images_of returned {type(images).__name__}; expected a list of images, [] for none.")
     return list(images)
 
 
@@ -179,7 +179,7 @@ def _encoded(image: ImageLike) -> bytes:
         try:
             return b64decode(path.partition(",")[2], validate=True)
         except Base64Error as error:
-            raise ValueError(f"The image {_name(path)} is no base64 ({error}); mend or remove its sample.") from error
+            raise ValueError(f"The image {_name(path)} is not valid base64 ({error}); fix or remove its sample.") from error
     if isinstance(path, str) and path.startswith(("http://", "https://")):
         raise ValueError(f"The image {path!r} is a URL, which every step would fetch; download it, and give its path.")
     if isinstance(path, str | os.PathLike):
