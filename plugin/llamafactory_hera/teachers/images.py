@@ -179,7 +179,8 @@ def _encoded(image: ImageLike) -> bytes:
         try:
             return b64decode(path.partition(",")[2], validate=True)
         except Base64Error as error:
-            raise ValueError(f"The image {_name(path)} is not valid base64 ({error}); fix or remove its sample.") from error
+            message = f"The image {_name(path)} is not valid base64 ({error}); fix or remove its sample."
+            raise ValueError(message) from error
     if isinstance(path, str) and path.startswith(("http://", "https://")):
         raise ValueError(f"The image {path!r} is a URL, which every step would fetch; download it, and give its path.")
     if isinstance(path, str | os.PathLike):

@@ -57,7 +57,7 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     check_parallelism(trainer.args)
     if trainer.model_init is not None:
         raise ValueError(
-            "model_init: train() would build another model than the one whose heads are read; give the trainer a model."
+            "model_init: train() would build another model than that whose heads are read; give the trainer a model."
         )
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
     if len(devices) > 1:
