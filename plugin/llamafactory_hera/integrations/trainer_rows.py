@@ -218,8 +218,7 @@ def autocast_dtype(training_args: Any) -> torch.dtype | None:
 
 def teacher_dtype(training_args: Any) -> torch.dtype:
     """The type in which a run's teacher computes, in its selection and its training."""
-    half = None if training_args.device.type == "cpu" else autocast_dtype(training_args)
-    return torch.float32 if half is None else half
+    return (None if training_args.device.type == "cpu" else autocast_dtype(training_args)) or torch.float32
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -88,9 +88,8 @@ def _facts(config: HeraConfig, run: Run) -> dict[str, Any]:
 
 
 def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
-    """What an earlier selection of the same settings chose; a resumed run takes its own or stops."""
-    # its own first: a later run may have selected anew in its output folder
-    for place in (*([Path(checkpoint) / RUN_FOLDER] if checkpoint is not None else []), folder):
+    """What an earlier selection of the same settings chose; a resumed run takes its own, or stops."""
+    for place in ([] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER]) + [folder]:
         path = place / file_name(config.granularity)
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
         if chosen is None or not chosen.provenance:

@@ -62,8 +62,7 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
     if len(devices) > 1:
         raise ValueError(
-            f"device_map: the model lies on {', '.join(devices)}, and HeRA needs it on one device; load it without "
-            "device_map, and start one process for each device (torchrun, accelerate launch)."
+            f"device_map: the model lies on {', '.join(devices)}, and HeRA needs one; load it without device_map."
         )
     if is_stream(trainer.train_dataset) and world_size() > 1 and trainer.accelerator.dispatch_batches is not False:
         raise ValueError(

@@ -87,16 +87,15 @@ class HeraTerm:
         return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
 
     def _warn_when_few(self, candidates: Candidates, enters: Tensor, n_samples: int) -> None:
-        if self._warned or not n_samples:
+        if self._warned or not n_samples or rank() > 0:
             return
         fewest = int(candidates.allowed.sum(dim=1)[enters].min())
         if fewest < self.k:
             self._warned = True
-            if rank() == 0:
-                logger.warning(
-                    f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates; "
-                    "k shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
-                )
+            logger.warning(
+                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates; k "
+                "shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
+            )
 
 
 @dataclass(eq=False)

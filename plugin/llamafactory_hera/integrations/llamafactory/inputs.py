@@ -47,15 +47,13 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    weights = model_folder(host.model)
+    weights, training = model_folder(host.model), host.training
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
     return SelectionInputs(
         source=_CaptionSource(data) if alone else _HostSource(data),
         collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
-        load_teacher=partial(
-            VisionTeacher.from_pretrained, config.teacher, host.training.device, teacher_dtype(host.training)
-        ),
+        load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
         **data.facts,
