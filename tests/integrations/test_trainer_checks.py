@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import Trainer
 
+from llamafactory_hera.integrations.trainer_rows import N_LOOKED_AT, check_rows
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.teachers.images import sample_images
+from llamafactory_hera.training import checks
 from llamafactory_hera.training.checks import check_settings
+from tests.integrations.test_trainer_selection import Stream
 from tests.integrations.test_transformers import BATCH, arguments, hera
 from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
 
@@ -33,15 +38,15 @@ def raw(n: int = BATCH) -> list[dict]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": rows_without("images")}, r"^images_of: it finds no image in 8 rows of train_dataset \(input_ids,"),
-        ({"images_of": lambda row: []}, r"^images_of: it finds no image .*; pass images_of, from a row to a list\."),
-        ({"images_of": lambda row: row["images"][0]}, r"^images_of: it gave a Image; return a list of images"),
-        ({"images_of": lambda row: None}, r"^images_of: it gave a NoneType; return a list of images"),
-        ({"rows": raw()}, "^remove_unused_columns: True takes the columns messages, images .* set it to False"),
+        ({"rows": rows_without("images")}, r"^images_of: found no image in the 8 rows .* looked at \(input_ids,"),
+        ({"images_of": lambda row: []}, r"^images_of: found no image .*; pass images_of, from a row to a list\."),
+        ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; expected a list of images"),
+        ({"images_of": lambda row: None}, r"^images_of returned NoneType; expected a list of images"),
+        ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
         (
             {"rows": [{**row, "photo": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)],
              "images_of": lambda row: row["photo"]},
-            "^remove_unused_columns: True takes the columns images, photo away .* the images in them; set it to False",
+            "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to False",
         ),
         ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
@@ -55,16 +60,31 @@ def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> N
         make(tmp_path, rows, **given)
 
 
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
+    rows = [{"images": [], "text": "a"} for _ in range(2 * N_LOOKED_AT)]
+    rows[-1] = {"images": ["a.png"], "text": "a"}
+    trainer = SimpleNamespace(train_dataset=kind(rows), args=SimpleNamespace(remove_unused_columns=False))
+    check_rows(trainer, sample_images)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("_n_gpu", 2, r"^n_gpu: 2 devices in one process .*torchrun"),
         ("parallelism_config", SimpleNamespace(cp_size=2), "^parallelism_config: cp_size=2 splits .*; use data paral"),
+        ("model_init", vlm, "^model_init: .* give the trainer a model"),
+        ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: the model lies on 0, cpu, .* without device_map"),
+        ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_what_this_machine_cannot_do_is_refused_as_well(tmp_path: Path, name: str, value: Any, message: str) -> None:
+def test_what_this_machine_cannot_do_is_refused_as_well(
+    tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
-    setattr(trainer.args, name, value)
+    of = trainer.model if name == "hf_device_map" else trainer if hasattr(trainer, name) else trainer.args
+    setattr(of, name, value)
+    monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
         check_settings(hera(), trainer)
 

@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
@@ -69,8 +72,13 @@ def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
     assert again.aligner.targets == first.aligner.targets
 
     date = written(tmp_path / "run")["provenance"]["date"]
+    first.aligner.save(tmp_path / "run/checkpoint-1")
     selecting(tmp_path / "run", n=25)  # other data
     assert written(tmp_path / "run")["provenance"]["date"] > date
+    resumed = arguments(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    options = {"train_dataset": image_rows(vlm("llava-llama"), 24), "data_collator": collate_rows}
+    assert HeraTrainer(vlm("llava-llama"), resumed, hera=config(), **options).aligner.targets == first.aligner.targets
+    shutil.copytree(tmp_path / "run/checkpoint-1/hera", tmp_path / "run/hera", dirs_exist_ok=True)
 
     file = str(tmp_path / "run/hera/heads.json")
     selecting(tmp_path / "other", heads=file)
@@ -80,6 +88,44 @@ def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
         selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
     selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
     assert "Going on, as hera_heads_force is set" in caplog.text
+
+
+class Stream(IterableDataset):
+    """Rows in their order alone, whose number is known."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def test_a_stream_is_read_from_its_beginning_though_it_knows_its_length(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+    rows = Stream(image_rows(model, 24))
+    trainer = HeraTrainer(
+        model, arguments(tmp_path, max_steps=1), hera=config(), train_dataset=rows, data_collator=collate_rows
+    )
+    trainer.train()
+    assert lines(trainer)[0]["hera_loss"] > 0
+
+
+def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
+    def collate(rows: list[dict]) -> dict[str, Any]:
+        np.random.rand(), random.random(), torch.rand(1)  # as one that crops or masks at random
+        return collate_rows(rows)
+
+    model, options = vlm("llava-llama"), {"data_collator": collate}
+    options["train_dataset"] = image_rows(model, 24)
+    selecting(tmp_path / "run")
+    states = []
+    for heads in (",".join(written(tmp_path / "run")["heads"]), str(tmp_path / "run/hera/heads.json")):
+        HeraTrainer(model, arguments(tmp_path / "new", max_steps=1), hera=config(heads=heads), **options)
+        states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+    assert states[0] == states[1]
 
 
 def test_layers_are_selected_too(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_data_uri_is_the_file_in_it(picture):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is no base64"),
+        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is not valid base64"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
     ],
 )
@@ -220,7 +220,16 @@ def test_a_picture_that_the_library_turned_has_not_the_key_of_its_file(pictures,
     assert keys[3] == image_key(ImageOps.exif_transpose(Image.open(turned))) != image_key(turned)
 
 
-def test_datasets_with_rows_of_ones_own_stay_as_they_are(pictures):
+def test_other_media_of_a_dataset_stay_as_they_are_stored_too(pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"audio": {"bytes": b"sound", "path": "a.wav"}, "image": {"bytes": b"", "path": p}} for p in pictures]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.info.features = datasets.Features({"audio": datasets.Audio(), "image": datasets.Image()})
+    view, _ = undecoded(dataset)
+    assert view[0]["audio"] == rows[0]["audio"]
+
+
+def test_datasets_with_custom_rows_stay_as_they_are(pictures):
     dataset = dataset_of("column", pictures)
     transformed = dataset.with_transform(lambda rows: {"image": [i.rotate(90) for i in rows["image"]]})
     for given in (transformed, dataset.with_format("numpy"), dataset.remove_columns(["image"]), [{"image": "a.png"}]):

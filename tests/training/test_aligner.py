@@ -27,7 +27,7 @@ def make(model: nn.Module, **keys: object) -> Aligner:
 
 
 class Run:
-    """A model with its optimizer, an aligner and a dataset of two batches, as a loop of one's own has them."""
+    """A model with its optimizer, an aligner and a dataset of two batches, as a custom loop has them."""
 
     def __init__(self, rows: int = 2 * BATCH, shown: bool = True, freeze: bool = False, **keys: object) -> None:
         self.model = vlm("llava-llama")
@@ -136,6 +136,10 @@ def test_cached_features_are_those_that_were_computed(tmp_path: Path) -> None:
     second = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = second.collate(second.rows)
     assert batch["hera_source"].tolist() == [CACHED] * BATCH
+    with pytest.raises(ValueError, match=r"^hera_features: a batch has samples with images"):
+        second.aligner.teacher.features({"hera_source": batch["hera_source"]})
+    # as transformers' Trainer casts under DeepSpeed
+    batch = {name: values.bfloat16() if values.is_floating_point() else values for name, values in batch.items()}
     assert torch.equal(second.aligner.teacher.features(second.aligner.begin(batch).inputs), computed)
 
 

@@ -91,7 +91,7 @@ def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str]
     cache.put([image_key(images[1])], feature)
     batch = HeraCollator(_collate, teacher.processor, cache)([{"images": [i]} for i in images] + [{}])
     assert batch["hera_source"].tolist() == [PIXELS, CACHED, PIXELS, NO_IMAGE]
-    assert torch.equal(batch["hera_features"][1], feature[0])
+    assert torch.equal(batch["hera_features"][1].view(torch.float16).float(), feature[0])
     assert not batch["hera_pixels"][1].any()
     keys = [bytes(key.tolist()) for key in batch["hera_keys"][:3]]
     assert keys == [image_key(image) for image in images]

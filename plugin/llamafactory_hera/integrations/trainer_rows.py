@@ -22,15 +22,14 @@ from ..heads.targets import AUTO, Targets
 from ..hub import local_folder
 from ..selection.fingerprint import model_fingerprint
 from ..selection.resolve import Run, resolve_targets
-from ..selection.samples import Features, SelectionInputs, encode_caption
+from ..selection.samples import STREAM_ROWS, Features, SelectionInputs, encode_caption
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, sample_images, undecoded
+from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
-#: How many rows are looked at for images; of a sized dataset, from its beginning to its end.
+#: How many rows are looked at for images; of a sized dataset, from its beginning to its end, and all if none has one.
 N_LOOKED_AT = 1024
 _N_DIGESTED = 8  # rows that a dataset is known by, beside its size
-_STREAM_ROWS = 4  # of a stream, read for each sample to draw
 
 
 class TrainerRows:
@@ -45,8 +44,7 @@ class TrainerRows:
     def __init__(self, trainer: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig) -> None:
         data, self._decode = undecoded_rows(trainer.train_dataset, images_of)
         self._trainer, self._images_of, self._config = trainer, images_of, config
-        sized = hasattr(data, "__len__")
-        self._rows: Any = data if sized else list(islice(data, _STREAM_ROWS * config.select.samples))
+        self._rows: Any = list(islice(data, STREAM_ROWS * config.select.samples)) if is_stream(data) else data
         self._media = media_token_ids(model_config(trainer.model))
         processor = getattr(trainer, "processing_class", None)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -119,7 +117,7 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         ValueError: Names ``images_of`` or ``remove_unused_columns``, and the remedy.
     """
     rows, _ = undecoded_rows(trainer.train_dataset, images_of)
-    sized = hasattr(rows, "__len__")
+    sized = not is_stream(rows)
     looked_at = (rows[row] for row in spread(len(rows))) if sized else islice(rows, N_LOOKED_AT)
     count, columns, found = 0, [], None
     for row in looked_at:
@@ -127,12 +125,19 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         if images_by(images_of, row):
             found = row
             break
+    if found is None and sized:  # few rows may have one
+        count, narrow = len(rows), rows
+        if images_of is sample_images and hasattr(rows, "select_columns"):
+            narrow = rows.select_columns([name for name in IMAGE_COLUMNS if name in columns])
+        found = next((rows[row] for row in range(len(narrow)) if images_by(images_of, narrow[row])), None)
     if found is None:
         raise ValueError(
-            f"images_of: it finds no image in {count} rows of train_dataset ({', '.join(columns) or 'no columns'}), "
-            "and HeRA compares samples by what their images show. Images are looked for in the columns images and "
-            "image, and in the image parts of messages, prompt and completion; pass images_of, from a row to a list."
+            f"images_of: found no image in the {count} rows of train_dataset looked at "
+            f"({', '.join(columns) or 'no columns'}), and HeRA compares samples by what their images show. Images are "
+            "looked for in the columns images and image, and in the image parts of messages, prompt and completion; "
+            "pass images_of, from a row to a list."
         )
+    columns = list(found) if isinstance(found, Mapping) else []
     if not (trainer.args.remove_unused_columns and isinstance(found, dict)):
         return
     trainer._set_signature_columns_if_needed()
@@ -145,8 +150,8 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
     raw = "input_ids" not in columns and any(name in IMAGE_COLUMNS for name in lost)
     if not seen or raw:
         raise ValueError(
-            f"remove_unused_columns: True takes the columns {', '.join(lost)} away from the collator, which needs "
-            f"{'them: rows are not tokenized' if raw else 'the images in them'}; set it to False."
+            f"remove_unused_columns: True drops the columns {', '.join(lost)} before the collator sees them, and it "
+            f"needs {'them: rows are not tokenized' if raw else 'the images in them'}; set it to False."
         )
 
 
@@ -164,9 +169,7 @@ def pad_captions(captions: list[Features]) -> dict[str, Any]:
     }
 
 
-def targets_of(
-    trainer: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig, teacher_dtype: torch.dtype
-) -> Targets:
+def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig) -> Targets:
     """The heads or layers of a Trainer's run; ``auto`` selects them on its own dataset, collator and model.
 
     Raises:
@@ -177,7 +180,8 @@ def targets_of(
     layout = head_layout(configuration)
     name = getattr(configuration, "_name_or_path", "") or type(model).__name__
     # what is no plain tensor here is known by the files it came from
-    weights = cache(lambda: model if _is_plain(model) else local_folder(name, "model", "the model"))
+    plain = not _is_sharded(model) and all(p.is_floating_point() for p in model.parameters())
+    weights = cache(lambda: model if plain else local_folder(name, "model", "the model"))
 
     def facts() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else TrainerRows(trainer, images_of, config).name
@@ -189,11 +193,11 @@ def targets_of(
             source=rows,
             load_model=lambda: model,
             collator=lambda _: pad_captions if config.select.mode == "llm" else rows.collate,
-            load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, args.device, teacher_dtype),
+            load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, args.device, teacher_dtype(args)),
             model_name=name,
             weights=weights(),
             dataset_name=rows.name,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            autocast=autocast_dtype(args),
             num_workers=args.dataloader_num_workers,
         )
 
@@ -207,14 +211,24 @@ def targets_of(
         return resolve_targets(config, run)
 
 
-def _is_plain(model: nn.Module) -> bool:
-    """Whether all parameters are there, as numbers: neither sharded by ZeRO-3, nor on no device, nor packed."""
-    return all(not p.is_meta and not hasattr(p, "ds_id") and p.is_floating_point() for p in model.parameters())
+def autocast_dtype(training_args: Any) -> torch.dtype | None:
+    """The half precision in which a run computes; None without one."""
+    return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+
+
+def teacher_dtype(training_args: Any) -> torch.dtype:
+    """The type in which a run's teacher computes, in its selection and its training."""
+    return (None if training_args.device.type == "cpu" else autocast_dtype(training_args)) or torch.float32
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are not there: sharded by ZeRO-3, or on no device."""
+    return any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     """Refuses to select where processes do not all hold the same, whole model."""
-    sharded = any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
+    sharded = _is_sharded(model)
     held: list[Any] = [None if sharded else model_fingerprint(model, head_layout(model_config(model)))]
     if world_size() > 1:
         held *= world_size()

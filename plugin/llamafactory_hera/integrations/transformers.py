@@ -24,7 +24,7 @@ from ..training.checkpoint import load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
-from .trainer_rows import check_rows, targets_of, undecoded_rows
+from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -73,11 +73,9 @@ class HeraTrainerMixin(_Base):
         if self.train_dataset is not None:
             with untouched_random_state():
                 check_rows(self, images_of)
-        dtype = torch.float32
-        if self.args.device.type != "cpu" and (self.args.bf16 or self.args.fp16):
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16
         if targets is None:
-            targets = targets_of(self, images_of, hera, dtype)
+            targets = targets_of(self, images_of, hera)
+        dtype = teacher_dtype(self.args)
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))

@@ -46,9 +46,9 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
         ValueError: The file was selected for something else than this run, or selection is given bad input.
     """
     folder = run.output_dir / RUN_FOLDER
-    if config.named_targets != AUTO:
-        return on_first(lambda: _given(config, run, folder))
     with untouched_random_state():
+        if config.named_targets != AUTO:
+            return on_first(lambda: _given(config, run, folder))
         facts = on_first(lambda: _facts(config, run))
         chosen = on_first(lambda: _selected_before(facts, config, folder, run.checkpoint))
         if chosen is None:
@@ -88,8 +88,8 @@ def _facts(config: HeraConfig, run: Run) -> dict[str, Any]:
 
 
 def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
-    """What an earlier selection of the same settings chose; a resumed run takes its own or stops."""
-    for place in (folder, *([Path(checkpoint) / RUN_FOLDER] if checkpoint is not None else [])):
+    """What an earlier selection of the same settings chose; a resumed run takes its own, or stops."""
+    for place in ([] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER]) + [folder]:
         path = place / file_name(config.granularity)
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
         if chosen is None or not chosen.provenance:
@@ -123,7 +123,8 @@ def _check(chosen: Targets, now: dict[str, Any], role: Role, config: HeraConfig)
 def untouched_random_state() -> Iterator[None]:
     """Training must draw the numbers that it draws when the same heads are written out."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # of the device in use alone: of all it warns where a machine has several
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield
         finally:

@@ -33,7 +33,7 @@ def set_heads_in_place(recipe: Path, heads: Targets) -> None:
 
 
 def _with_key(text: str, key: str, value: str) -> str:
-    """The recipe with a key's value, as YAML, in the place of its old one, or with a new key in front of its like."""
+    """The recipe with a key's value, as YAML, instead of its old one, or with a new key in front of its like."""
     root = yaml.compose(text)
     if isinstance(root, yaml.MappingNode) and root.flow_style:  # JSON
         text = yaml.safe_dump(yaml.safe_load(text), sort_keys=False)

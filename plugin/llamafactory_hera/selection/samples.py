@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 
+STREAM_ROWS = 4  #: Of a stream, read for each sample to draw.
 _HIGH_CHANCE = 0.2  # above this MKNN of unrelated features little room is left for heads to differ
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
+from torch.utils.data import IterableDataset
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
@@ -42,14 +43,14 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """What a function of one's own says are a row's images.
+    """What a custom function says are a row's images.
 
     Raises:
         ValueError: It gives no list.
     """
     images = images_of(row)
     if not isinstance(images, list | tuple):
-        raise ValueError(f"images_of: it gave a {type(images).__name__}; return a list of images, [] for none.")
+        raise ValueError(f"images_of returned {type(images).__name__}; expected a list of images, [] for none.")
     return list(images)
 
 
@@ -65,16 +66,21 @@ def _message_images(messages: Any) -> list[ImageLike]:
     return [image for image in found if image is not None]
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether a dataset is only read in its order, as a DataLoader tells it; it may know its length all the same."""
+    return isinstance(dataset, IterableDataset)
+
+
 def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
-    """A view of a dataset of the library ``datasets`` whose images stay as they are stored, and what decodes a row.
+    """A view of a dataset of the library ``datasets`` whose media stay as they are stored, and what decodes a row.
 
     So an image has the key of its file, and is decoded once. Everything else is given back as it is, with None: other
-    datasets, those without images, and those whose rows a format or a transform of one's own makes.
+    datasets, those without media, and those whose rows a format or a custom transform makes.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
         return dataset, None
-    streamed = not hasattr(dataset, "__len__")
+    streamed = is_stream(dataset)
     formatted = dataset._formatting if streamed else dataset.format["type"]
     stored = _undecoded(features)
     if formatted is not None or stored == features:
@@ -88,12 +94,12 @@ def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, A
 
 
 def _undecoded(feature: Any) -> Any:
-    """A feature of ``datasets`` with ``decode=False`` in every image, however deep."""
+    """A feature of ``datasets`` with ``decode=False`` in every image, video, sound and PDF, however deep."""
     if isinstance(feature, Mapping):
         return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
     if isinstance(feature, list):
         return [_undecoded(inner) for inner in feature]
-    if type(feature).__name__ == "Image":
+    if getattr(feature, "decode", False):
         return replace(feature, decode=False)
     return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
@@ -173,7 +179,8 @@ def _encoded(image: ImageLike) -> bytes:
         try:
             return b64decode(path.partition(",")[2], validate=True)
         except Base64Error as error:
-            raise ValueError(f"The image {_name(path)} is no base64 ({error}); mend or remove its sample.") from error
+            message = f"The image {_name(path)} is not valid base64 ({error}); fix or remove its sample."
+            raise ValueError(message) from error
     if isinstance(path, str) and path.startswith(("http://", "https://")):
         raise ValueError(f"The image {path!r} is a URL, which every step would fetch; download it, and give its path.")
     if isinstance(path, str | os.PathLike):

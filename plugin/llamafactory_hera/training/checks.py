@@ -5,6 +5,7 @@ from typing import Any
 from ..alignment.gather import world_size
 from ..config import HeraConfig
 from ..objectives import find
+from ..teachers.images import is_stream
 
 
 def check_batch(config: HeraConfig, training_args: Any) -> None:
@@ -49,10 +50,25 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     """Checks a Trainer's arguments, and that nobody has replaced the attention of its model.
 
     Raises:
-        ValueError: As above; or ``nn.DataParallel``, or Unsloth's patches.
+        ValueError: As above; or ``nn.DataParallel``, a model over several devices, ``model_init``, a stream that one
+            process reads for all, or Unsloth's patches.
     """
     check_batch(config, trainer.args)
     check_parallelism(trainer.args)
+    if trainer.model_init is not None:
+        raise ValueError(
+            "model_init: train() would build another model than that whose heads are read; give the trainer a model."
+        )
+    devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map: the model lies on {', '.join(devices)}, and HeRA needs one; load it without device_map."
+        )
+    if is_stream(trainer.train_dataset) and world_size() > 1 and trainer.accelerator.dispatch_batches is not False:
+        raise ValueError(
+            "accelerator_config: with dispatch_batches one process reads the stream for all and joins batches by what "
+            "the first one holds, which loses images; set accelerator_config: {dispatch_batches: false}."
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"n_gpu: {trainer.args.n_gpu} devices in one process train copies of the model (nn.DataParallel), where "

@@ -27,7 +27,8 @@ class HeraCollator:
     """Wraps a collator; images are decoded where it runs.
 
     Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
-    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]``, ``hera_pixels [B, 3, h, w]`` and ``hera_image
+    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed casts what
+    is floating point), ``hera_pixels [B, 3, h, w]`` and ``hera_image
     [B, 2]`` (which image of the sample the teacher sees, of how many).
 
     Args:
@@ -55,13 +56,13 @@ class HeraCollator:
         # first: a collator may take the images out of the rows, and give a batch without any a dummy image
         stored = [images_by(self.images_of, row) for row in rows]
         shown = [(shown_image(len(images), self.image_index), len(images)) for images in stored]
-        of_rows = stored
+        decoded = stored
         if self.decode is not None:
             rows = [self.decode(row) for row in rows]
-            of_rows = [images_by(self.images_of, row) for row in rows]
+            decoded = [images_by(self.images_of, row) for row in rows]
         pairs = (
             (images[index], files[index]) if count else None
-            for images, files, (index, count) in zip(of_rows, stored, shown, strict=True)
+            for images, files, (index, count) in zip(decoded, stored, shown, strict=True)
         )
         teacher = self._teacher_inputs(list(pairs))
         if self.names_image:
@@ -73,23 +74,23 @@ class HeraCollator:
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
         """Of each row's image, or None: as it is seen, and as it is stored."""
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
-        of_rows = {row: pair for row, pair in enumerate(images) if pair is not None}
-        source[list(of_rows)] = PIXELS
+        pending = {row: pair for row, pair in enumerate(images) if pair is not None}
+        source[list(pending)] = PIXELS
         batch = {"hera_source": source}
-        if self.cache is not None and of_rows:
-            keys = [decoded_key(image, file) for image, file in of_rows.values()]
+        if self.cache is not None and pending:
+            keys = [decoded_key(image, file) for image, file in pending.values()]
             batch["hera_keys"] = torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)
-            batch["hera_keys"][list(of_rows)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
-            known = {row: f for row, f in zip(of_rows, self.cache.get(keys), strict=True) if f is not None}
+            batch["hera_keys"][list(pending)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
+            known = {row: f for row, f in zip(pending, self.cache.get(keys), strict=True) if f is not None}
             if known:
-                batch["hera_features"] = torch.zeros(len(images), self.cache.dim)
+                batch["hera_features"] = torch.zeros(len(images), self.cache.dim, dtype=torch.int16)
                 for row, feature in known.items():
-                    batch["hera_features"][row] = feature.float()
+                    batch["hera_features"][row] = feature.view(torch.int16)
                 source[list(known)] = CACHED
-            of_rows = {row: image for row, image in of_rows.items() if row not in known}
-        if of_rows:
+            pending = {row: image for row, image in pending.items() if row not in known}
+        if pending:
             batch["hera_pixels"] = torch.zeros(len(images), 3, *self.processor.pixel_size)
-            for row, (image, _) in of_rows.items():
+            for row, (image, _) in pending.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
 
@@ -107,12 +108,23 @@ class TeacherFeatures:
         self._view = view
 
     def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image."""
+        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image.
+
+        Raises:
+            ValueError: What the collator added for some samples was lost on the way.
+        """
         source = inputs["hera_source"]
         shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
         features = torch.zeros(len(source), *shape, device=source.device)
+        for name, place in (("hera_features", CACHED), ("hera_pixels", PIXELS)):
+            if name not in inputs and (source == place).any():
+                raise ValueError(
+                    f"{name}: a batch has samples with images and not this tensor; hand all {PREFIX}* tensors of the "
+                    "collator's batch on (of a stream: accelerator_config: {dispatch_batches: false})."
+                )
         if "hera_features" in inputs:
-            features = torch.where((source == CACHED).unsqueeze(1), inputs["hera_features"].to(features), features)
+            held = inputs["hera_features"].view(torch.float16).to(features)
+            features = torch.where((source == CACHED).unsqueeze(1), held, features)
         if "hera_pixels" in inputs:
             rows = source == PIXELS
             pixels = inputs["hera_pixels"][rows]

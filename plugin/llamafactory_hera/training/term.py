@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..alignment.gather import common_row_count, gather_rows, world_size
+from ..alignment.gather import common_row_count, gather_rows, rank, world_size
 from ..alignment.memory import CrossBatchMemory
 from ..alignment.neighbors import Candidates, mutual_knn, teacher_candidates
 from ..objectives.base import Objective, PatchBatch, PooledBatch
@@ -55,9 +55,7 @@ class HeraTerm:
 
         by_target = self.objective(batch)
         z, candidates = batch.z, batch.candidates
-        # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
-        finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
-        sound = finite & (by_target.isfinite() | ~teacher_finite)  # a teacher's NaN is no target's
+        sound, teacher_finite = _sound(z, batch.teacher, by_target)
         if not (sound.all() & teacher_finite):
             return _left_out(~sound, n_samples)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
@@ -89,7 +87,7 @@ class HeraTerm:
         return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
 
     def _warn_when_few(self, candidates: Candidates, enters: Tensor, n_samples: int) -> None:
-        if self._warned or not n_samples:
+        if self._warned or not n_samples or rank() > 0:
             return
         fewest = int(candidates.allowed.sum(dim=1)[enters].min())
         if fewest < self.k:
@@ -120,8 +118,7 @@ class PatchTerm:
         z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
         batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
         by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
-        finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), batch.teacher.isfinite().all()
-        sound = finite & (by_target.isfinite() | ~teacher_finite)  # a teacher's NaN is no target's
+        sound, teacher_finite = _sound(z, batch.teacher, by_target)
         facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
         if world_size() > 1:
             dist.all_reduce(facts)
@@ -131,6 +128,13 @@ class PatchTerm:
         unknown = torch.full_like(by_target.detach(), math.nan)
         loss = by_target.mean() * world_size() / max(n_samples, 1)
         return TermOutput(loss, unknown, unknown[0], n_samples, 0, comparable=n_samples > 0)
+
+
+def _sound(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Which targets gave finite values ``[n_targets]``, and whether the teacher did."""
+    # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
+    finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), teacher.isfinite().all()
+    return finite & (by_target.isfinite() | ~teacher_finite), teacher_finite
 
 
 def _left_out(broken: Tensor, n_samples: int) -> TermOutput:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_template_and_fix_tokenizer
 from llamafactory.data.data_utils import Role, split_dataset
 from llamafactory.data.loader import _get_dataset_processor, _get_merged_dataset
@@ -20,16 +19,15 @@ from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
+from llamafactory_hera.integrations.trainer_rows import autocast_dtype, teacher_dtype
 from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.resolve import Run
-from llamafactory_hera.selection.samples import Collate, Features, SelectionInputs, encode_caption
+from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, SelectionInputs, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .checks import N_CHECKED, check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
-
-_STREAM_ROWS = 4  # of a stream, read for each sample to draw
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -> Run:
@@ -49,15 +47,13 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    weights = model_folder(host.model)
+    weights, training = model_folder(host.model), host.training
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images
-    half = data.facts["autocast"]  # the teacher computes as in training
-    teacher_dtype = half if half is not None and host.training.device.type != "cpu" else torch.float32
     return SelectionInputs(
         source=_CaptionSource(data) if alone else _HostSource(data),
         collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
-        load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, host.training.device, teacher_dtype),
+        load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
         **data.facts,
@@ -87,12 +83,12 @@ class _HostData:
             merged = _get_merged_dataset(data.dataset, model, data, training, "sft")
             train = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
         # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
-        self.rows = list(train.take(_STREAM_ROWS * n_samples)) if data.streaming else train
+        self.rows = list(train.take(STREAM_ROWS * n_samples)) if data.streaming else train
         self.facts: dict[str, Any] = {
             "load_model": self._load_model,
             "model_name": model.model_name_or_path,
             "dataset_name": ", ".join(data.dataset),
-            "autocast": torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+            "autocast": autocast_dtype(training),
             "num_workers": training.dataloader_num_workers,
         }
 

@@ -66,7 +66,7 @@ class PlainTemplate(Template):
     def _encode(
         self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
     ) -> list[list[int]]:
-        # the plugin has put the image's tokens in already, in the place of its placeholder
+        # the plugin has put the image's tokens in already, instead of its placeholder
         token = self.mm_plugin.image_token
         images_only = [
             {**message, "content": token * message["content"].count(token)} if message["role"] == "user" else message
