@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -155,7 +156,8 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     names = _tensor_names(Path(checkpoint))
     if not names or names <= model.state_dict().keys():
         return False
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)  # type: ignore[attr-defined]
+    # models mix types, and fp32 holds each value of all of them; what is loaded is cast parameter by parameter
+    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)  # type: ignore[attr-defined]
     model.load_state_dict(saved.state_dict())
     return True
 
