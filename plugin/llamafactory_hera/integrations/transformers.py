@@ -20,7 +20,7 @@ from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import load_renamed_weights
+from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
@@ -81,8 +81,9 @@ class HeraTrainerMixin(_Base):
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
-        self._log_start, self._reached = True, False
-        self._look_ahead = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
+        self._summary_due, self._compute_loss_called = True, False
+        self._best_step: int | None = None
+        self._gradcache = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
 
@@ -105,24 +106,24 @@ class HeraTrainerMixin(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
         batches, n_items = super().get_batch_samples(*args, **kwargs)
-        if self._look_ahead:
+        if self._gradcache:
             self._to_collect = batches
         return batches, n_items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
-        if self._log_start:
-            self._log_start = False
+        if self._summary_due:
+            self._summary_due = False
             self._log_summary()
         if self._to_collect:
             self._collect(model)
         if self._random_states:
             self._random_states.pop(0)()
-        self._reached = False
+        self._compute_loss_called = False
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not self._reached:
-            name = type(self).__mro__[2].__name__
-            raise RuntimeError(f"{name}.training_step does not call compute_loss, so HeRA has no part in the loss.")
+        if not self._compute_loss_called:
+            name = super().training_step.__qualname__
+            raise RuntimeError(f"{name} does not call compute_loss, so HeRA has no part in the loss.")
         self.aligner.end()
         return loss
 
@@ -152,7 +153,7 @@ class HeraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The LM loss, plus the weighted HeRA term for batches of the training data."""
-        self._reached = True
+        self._compute_loss_called = True
         micro_batch = self.aligner.begin(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         result: Any = super().compute_loss(model, inputs, **kwargs)
@@ -193,8 +194,9 @@ class HeraTrainerMixin(_Base):
     def write_hera_card(self) -> None:
         """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
         if self.is_world_process_zero():
-            best = self.state.best_global_step if self.args.load_best_model_at_end else None
-            write_card(self.args.output_dir, self.aligner, self.state.log_history, self.state.global_step, best)
+            step = self.state.global_step
+            best = self._best_step if self._best_step != step else None
+            write_card(self.args.output_dir, self.aligner, self.state.log_history, step, best)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
         # first, so that a checkpoint with weights is never without the HeRA state
@@ -214,6 +216,7 @@ class HeraTrainerMixin(_Base):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
             super()._load_best_model()
         self.aligner.load(best)
+        self._best_step = checkpoint_step(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -251,8 +254,8 @@ class HeraTrainerMixin(_Base):
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:
             logger.warning(
-                f"hera_k: {config.k} neighbours among {candidates} candidates say little; use a larger batch per "
-                f"device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+                f"hera_k: {config.k} neighbours among {candidates} candidates are too few to be informative; use a "
+                f"larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
             )
 
 

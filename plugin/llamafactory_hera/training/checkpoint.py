@@ -84,7 +84,7 @@ def check_checkpoint(
     checkpoint = Path(folder)
     if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
         finished = checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-        last = max((file.parent for file in finished), key=_step, default=None)
+        last = max((file.parent for file in finished), key=checkpoint_step, default=None)
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
             f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
@@ -92,8 +92,9 @@ def check_checkpoint(
     _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
 
 
-def _step(checkpoint: Path) -> int:
-    step = checkpoint.name.rpartition("-")[2]
+def checkpoint_step(checkpoint: str | os.PathLike) -> int:
+    """The step after which the Trainer saved a folder, by its name; -1 for another one's."""
+    step = Path(checkpoint).name.rpartition("-")[2]
     return int(step) if step.isdigit() else -1
 
 
