@@ -254,6 +254,29 @@ def test_no_other_host_is_imported(tmp_path: Path) -> None:
 STEPS = 2
 
 
+class FailOnce(TrainerCallback):
+    def __init__(self) -> None:
+        self.failed = False
+
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_gradient_caching_begins_anew_after_an_attempt_that_failed(tmp_path: Path) -> None:
+    two = {"gradient_accumulation_steps": STEPS, "hera": {"accumulate": "gradcache"}, "max_steps": 2}
+    trainer = trainer_of(tmp_path, **two)
+    trainer.add_callback(FailOnce())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.model.zero_grad()
+    trainer.train()
+    straight = trainer_of(tmp_path, **two)
+    straight.train()
+    assert lines(trainer) == lines(straight)
+
+
 class KeepGradients(TrainerCallback):
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}

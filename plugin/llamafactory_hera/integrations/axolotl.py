@@ -114,6 +114,8 @@ class HeraPlugin(BasePlugin):
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)
+
+            def check_collator(self, hera: HeraConfig) -> None:
                 if hera.pooling == "answer":
                     _check_labels(self.data_collator)
 

@@ -22,7 +22,7 @@ from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
-from ..training.gradcache import keep_random_state
+from ..training.gradcache import GradientCache, keep_random_state
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, undecoded_rows
 
@@ -69,6 +69,7 @@ class HeraTrainerMixin(_Base):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
         super().__init__(*args, **kwargs)
         _show_messages()
+        self.check_collator(hera)
         check_settings(hera, self)
         if self.train_dataset is not None:
             with untouched_random_state():
@@ -86,6 +87,9 @@ class HeraTrainerMixin(_Base):
         self._gradcache = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+
+    def check_collator(self, hera: HeraConfig) -> None:
+        """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
 
     def get_train_dataloader(self) -> DataLoader:
         """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
@@ -130,6 +134,7 @@ class HeraTrainerMixin(_Base):
     def _collect(self, model: torch.nn.Module) -> None:
         """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
         batches, self._to_collect = self._to_collect, []
+        self._random_states, self.aligner.cached = [], GradientCache()  # of a step cut short
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
@@ -271,6 +276,11 @@ class _AlignerCallback(TrainerCallback):
 
     def __init__(self, trainer: HeraTrainerMixin) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # an attempt that ran out of memory leaves its own, which are no part of the next one
+        self._trainer.aligner.objective.zero_grad()
+        self._trainer.aligner.statistics.take()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.step(self._trainer._get_learning_rate(), self._trainer._loss_scale())
