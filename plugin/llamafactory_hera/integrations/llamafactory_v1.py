@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..alignment.gather import mean_over_ranks
 from ..config import HeraConfig
+from ..objectives import find
 from ..training import Aligner
 
 _NAME = "extra_info"  # the one field of a row that the host carries into the batch as it is: a string
@@ -102,11 +104,16 @@ class _AlignerCallback(TrainerCallback):
 
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
+        self._learning_rate = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, **kwargs: Any) -> None:
+        # at the step's end the engine's is the next step's
+        self._learning_rate = self._trainer.optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
         aligner.end()
-        aligner.step(state.learning_rate)
+        aligner.step(self._learning_rate)
         if state.global_step % args.logging_steps == 0:
             self._trainer._step_metrics = mean_over_ranks(aligner.logs(), self._trainer.device)
 
@@ -119,10 +126,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
             args.batching_strategy != BatchingStrategy.NORMAL,
             "only `normal` takes images",
         ),
-        f"dist_config.name: {engine}": (
-            engine not in (None, "fsdp2"),
-            "use DDP or fsdp2",
-        ),
+        f"dist_config.name: {engine}": (engine not in (None, "fsdp2"), "use DDP or fsdp2"),
         f"resume_from_checkpoint: {args.resume_from_checkpoint}": (
             args.resume_from_checkpoint is not None,
             "the engine's checkpoints hold no HeRA state",
@@ -132,6 +136,13 @@ def _check(hera: HeraConfig, args: Any) -> None:
     for setting, (found, why) in refused.items():
         if found:
             raise ValueError(f"{setting} does not work with HeRA under v1: {why}; remove it.")
+    least, together = find(hera.objective).least_samples, args.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    if together < least and hera.memory == 0:
+        raise ValueError(
+            f"micro_batch_size: {args.micro_batch_size} gives batches of {together} over all processes, and "
+            f"hera_objective: {hera.objective} needs {least} samples together; raise it, use more processes, or set "
+            f"hera_memory: {4 * hera.k} for an objective that compares neighbours."
+        )
 
 
 def run(keys: dict[str, Any]) -> None:
