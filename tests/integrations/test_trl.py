@@ -192,7 +192,7 @@ CASES = [
     ),
     Case("a column `image`", since="0.29", column="image"),
     Case(
-        "a collator of one's own",
+        "a custom collator",
         since="0.18",
         options={"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
         arguments=lambda: {"data_collator": own_collate},
@@ -201,7 +201,7 @@ CASES = [
     Case("plain loss", options=NLL),
     Case("dft loss", options={"loss_type": "dft"}),
     Case("label smoothing", options={**NLL, "label_smoothing_factor": 0.1}),
-    Case("a loss function of one's own", options=NLL, arguments=lambda: {"compute_loss_func": own_loss}),
+    Case("a custom loss function", options=NLL, arguments=lambda: {"compute_loss_func": own_loss}),
     Case("a stream", streamed=True),
     Case("columns kept", options={"remove_unused_columns": False}),
     Case("no checkpointing", options={"gradient_checkpointing": False}),
@@ -210,7 +210,7 @@ CASES = [
     Case("accumulation", steps=2, options=TWO),
     Case("gradient caching", steps=2, options=TWO, hera={"accumulate": "gradcache"}),
     Case(
-        "accumulation, a loss of one's own",
+        "accumulation, a custom loss",
         steps=2,
         options=TWO | NLL,
         arguments=lambda: {"compute_loss_func": own_loss},

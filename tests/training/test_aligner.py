@@ -27,7 +27,7 @@ def make(model: nn.Module, **keys: object) -> Aligner:
 
 
 class Run:
-    """A model with its optimizer, an aligner and a dataset of two batches, as a loop of one's own has them."""
+    """A model with its optimizer, an aligner and a dataset of two batches, as a custom loop has them."""
 
     def __init__(self, rows: int = 2 * BATCH, shown: bool = True, freeze: bool = False, **keys: object) -> None:
         self.model = vlm("llava-llama")

@@ -40,7 +40,7 @@ def write_card(
     steps: int,
     best_step: int | None = None,
 ) -> None:
-    """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
+    """Adds the section to ``README.md`` in the output folder, instead of an earlier one, and writes the JSON.
 
     ``best_step`` is the one whose weights were kept, where that is not the last of ``steps``.
     """
