@@ -21,6 +21,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
+from tests.integrations.gradients import KeepGradients, token_mean
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
 BATCH = 4
@@ -275,20 +276,6 @@ def test_gradient_caching_begins_anew_after_an_attempt_that_failed(tmp_path: Pat
     straight = trainer_of(tmp_path, **two)
     straight.train()
     assert lines(trainer) == lines(straight)
-
-
-class KeepGradients(TrainerCallback):
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A loss function of one's own, which counts tokens of all micro-batches."""
-    loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return loss / num_items_in_batch
 
 
 def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
