@@ -104,7 +104,6 @@ class _AlignerCallback(TrainerCallback):
 
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
-        self._learning_rate = 0.0
 
     def on_step_begin(self, args: Any, state: Any, **kwargs: Any) -> None:
         # at the step's end the engine's is the next step's
@@ -120,29 +119,22 @@ class _AlignerCallback(TrainerCallback):
 
 def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
+    strategy, resumed, size = args.batching_strategy, args.resume_from_checkpoint, args.micro_batch_size
+    least = find(hera.objective).least_samples
     refused = {
         f"cp_size: {args.cp_size}": (args.cp_size > 1, "the engine then computes its loss elsewhere"),
-        f"batching_strategy: {args.batching_strategy}": (
-            args.batching_strategy != BatchingStrategy.NORMAL,
-            "only `normal` takes images",
-        ),
+        f"batching_strategy: {strategy}": (strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
         f"dist_config.name: {engine}": (engine not in (None, "fsdp2"), "use DDP or fsdp2"),
-        f"resume_from_checkpoint: {args.resume_from_checkpoint}": (
-            args.resume_from_checkpoint is not None,
-            "the engine's checkpoints hold no HeRA state",
-        ),
+        f"resume_from_checkpoint: {resumed}": (resumed is not None, "the engine's checkpoints hold no HeRA state"),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
+        f"micro_batch_size: {size}": (
+            size * int(os.environ.get("WORLD_SIZE", 1)) < least and hera.memory == 0,
+            f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",
+        ),
     }
     for setting, (found, why) in refused.items():
         if found:
-            raise ValueError(f"{setting} does not work with HeRA under v1: {why}; remove it.")
-    least, together = find(hera.objective).least_samples, args.micro_batch_size * int(os.environ.get("WORLD_SIZE", 1))
-    if together < least and hera.memory == 0:
-        raise ValueError(
-            f"micro_batch_size: {args.micro_batch_size} gives batches of {together} over all processes, and "
-            f"hera_objective: {hera.objective} needs {least} samples together; raise it, use more processes, or set "
-            f"hera_memory: {4 * hera.k} for an objective that compares neighbours."
-        )
+            raise ValueError(f"{setting} does not work with HeRA under v1: {why}; change or remove it.")
 
 
 def run(keys: dict[str, Any]) -> None:

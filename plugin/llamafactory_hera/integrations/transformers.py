@@ -54,7 +54,6 @@ class HeraTrainerMixin(_Base):
     model: Any
     args: Any
     data_collator: Any
-    train_dataset: Any
     _signature_columns: Any
 
     def __init__(
@@ -82,9 +81,8 @@ class HeraTrainerMixin(_Base):
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
-        self._summary_due, self._compute_loss_called = True, False
+        self._compute_loss_called = False
         self._best_step: int | None = None
-        self._gradcache = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
 
@@ -110,15 +108,12 @@ class HeraTrainerMixin(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
         batches, n_items = super().get_batch_samples(*args, **kwargs)
-        if self._gradcache:
+        if self.args.gradient_accumulation_steps > 1 and self.aligner.config.accumulate == "gradcache":
             self._to_collect = batches
         return batches, n_items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
-        if self._summary_due:
-            self._summary_due = False
-            self._log_summary()
         if self._to_collect:
             self._collect(model)
         if self._random_states:
@@ -199,9 +194,8 @@ class HeraTrainerMixin(_Base):
     def write_hera_card(self) -> None:
         """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
         if self.is_world_process_zero():
-            step = self.state.global_step
-            best = self._best_step if self._best_step != step else None
-            write_card(self.args.output_dir, self.aligner, self.state.log_history, step, best)
+            state = self.state
+            write_card(self.args.output_dir, self.aligner, state.log_history, state.global_step, self._best_step)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
         # first, so that a checkpoint with weights is never without the HeRA state
@@ -281,6 +275,7 @@ class _AlignerCallback(TrainerCallback):
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
         self._trainer.aligner.statistics.take()
+        self._trainer._log_summary()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.step(self._trainer._get_learning_rate(), self._trainer._loss_scale())

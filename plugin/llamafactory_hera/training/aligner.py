@@ -127,15 +127,9 @@ class Aligner:
             decode: What decodes the images of a row of :func:`~..teachers.images.undecoded`.
         """
         return HeraCollator(
-            collate=collate,
-            processor=self.teacher.encoder.processor,
-            cache=self.teacher.cache,
-            image_index=self.config.image_index,
-            names_image=self.objective.view == "patches",
-            images_of=images_of,
-            drop=drop,
-            decode=decode,
-        )
+            collate, self.teacher.encoder.processor, cache=self.teacher.cache, images_of=images_of, drop=drop,
+            decode=decode, image_index=self.config.image_index, names_image=self.objective.view == "patches",
+        )  # fmt: skip
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -221,8 +215,7 @@ class Aligner:
             term = self.config.weight * output.loss
         if self._n_samples and not self._gradient_checked and not representations.requires_grad:
             raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
-        if not self._gradient_checked:  # the host waits for the device
-            # a rank whose samples have no image gets a gradient of zero
+        if not self._gradient_checked:  # a rank whose samples have no image gets a gradient of zero
             self._gradient_due = self._comparable and bool(micro_batch.valid.any())
         return term
 
