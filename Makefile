@@ -81,7 +81,8 @@ test-fast: $(STAMP)
 	$(layer)
 	$(BIN)/python -m pip --python $@/bin/python install --quiet $(HOST)
 
-test-host: $(CHROMIUM)
+test-host: $(if $(HOST),$(CHROMIUM))
+	@test -n "$(HOST)" || { echo 'usage: make test-host HOST=<folder of a checkout of LLaMA-Factory>' >&2; exit 2; }
 	rm -rf .venv-host && $(MAKE) .venv-host
 	PATH="$(CURDIR)/.venv-host/bin:$$PATH" .venv-host/bin/python $(TESTS)
 
@@ -117,4 +118,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .cache hera_demo hera_study saves artifacts
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study saves artifacts

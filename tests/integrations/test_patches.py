@@ -50,11 +50,11 @@ def _start(hook: Path, code: str, **environment: str) -> subprocess.CompletedPro
     return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **environment)
 
 
-def test_the_hook_is_there_from_the_start_and_loads_nothing() -> None:
+def test_the_hook_is_there_from_the_start() -> None:
     code = """
         import sys
         names = [type(finder).__name__ for finder in sys.meta_path if not isinstance(finder, type)]
-        print(names.count("HeraStart"), *{"hera_patches", "llamafactory", "torch"} & set(sys.modules))
+        print(names.count("HeraStart"))
     """
     for options in ((), ("-I",)):
         assert _python(code, *options).stdout.split() == ["1"]
@@ -92,13 +92,9 @@ def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(t
 def test_spawned_children_are_patched() -> None:
     code = """
         import multiprocessing
-        def names(queue):
-            from llamafactory.hparams import FinetuningArguments
-            queue.put("hera_heads" in FinetuningArguments.__dataclass_fields__)
         if __name__ == "__main__":
             context = multiprocessing.get_context("spawn")
             with context.Pool(1) as pool:
-                from llamafactory_hera.cli import main
                 print(pool.apply(eval, ("__import__('llamafactory.hparams', fromlist=['x'])"
                                         ".FinetuningArguments.__dataclass_fields__.keys() >= {'hera_heads'}",)))
     """
@@ -137,12 +133,17 @@ def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
         assert inspect.signature(function) == inspect.signature(function.__wrapped__)
 
 
+def _uses_nothing(model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
+    pass
+
+
 @pytest.mark.parametrize(
     ("patch", "host", "reason"),
     [
         (finetuning_args, {"FinetuningArguments": object}, "not a dataclass"),
         (sft_workflow, {}, "no function run_sft"),
         (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
+        (sft_workflow, {"run_sft": _uses_nothing}, "run_sft does not use get_dataset"),
         (tuner, {"get_train_args": lambda args: None}, "no function _training_function"),
         (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
         (templates, {}, "register_template"),
@@ -237,13 +238,3 @@ def test_training_needs_the_patches_of_training_and_no_others(monkeypatch: pytes
     registry.apply_to(ModuleType("llamafactory.train.sft.workflow"))
     with pytest.raises(RuntimeError, match="sft_workflow"):
         registry.require()
-
-
-def test_run_sft_that_no_longer_uses_a_replaced_name_does_not_fit() -> None:
-    import llamafactory.train.sft.workflow as workflow
-
-    def run_sft(model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
-        return None
-
-    host = SimpleNamespace(**{**vars(workflow), "run_sft": run_sft})
-    assert "run_sft does not use get_dataset" in registry.misfit(sft_workflow, host)

@@ -21,6 +21,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
+from tests.integrations.gradients import KeepGradients, token_mean
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
 BATCH = 4
@@ -94,8 +95,9 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
 
 
-def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_path: Path) -> None:
-    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+@pytest.mark.parametrize("save_steps", [2, 4])
+def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": save_steps}
     model = vlm("llava-llama")
     rows = image_rows(model, 3 * BATCH)
     settings = arguments(
@@ -106,6 +108,11 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     trainer = HeraTrainer(model, settings, hera=hera(), **data)
     trainer.train()
     assert trainer.state.best_global_step == 2
+    trainer.create_model_card()
+    said = "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
+    assert said == (save_steps == 2)  # else it was not saved, and the last weights stay
+    if not said:
+        return
     kept = HeraTrainer(type(model).from_pretrained(tmp_path / "checkpoint-2"), settings, hera=hera(), **data)
     kept.aligner.load(tmp_path / "checkpoint-2")
     for name, tensor in kept.model.state_dict().items():
@@ -113,8 +120,6 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     values = trainer.aligner.objective.values()
     assert values == kept.aligner.objective.values() != Aligner(model, hera()).objective.values()
     assert values["hera_temperature"] != lines(trainer)[-1]["hera_temperature"]
-    trainer.create_model_card()
-    assert "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
 
 
 def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
@@ -128,7 +133,7 @@ def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
         "neighbours: 2",
         "candidates per sample: 3 (3 of the batch, 0 remembered)",
-        "hera_k: 2 neighbours among 3 candidates say little",
+        "hera_k: 2 neighbours among 3 candidates are too few to be informative",
     ):
         assert part in caplog.text
 
@@ -143,7 +148,7 @@ def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("remove_unused_columns", [True, False])
-def test_the_mixin_goes_in_front_of_a_trainer_of_ones_own(tmp_path: Path, remove_unused_columns: bool) -> None:
+def test_the_mixin_goes_in_front_of_a_custom_trainer(tmp_path: Path, remove_unused_columns: bool) -> None:
     seen = []
 
     class Own(Trainer):
@@ -206,20 +211,23 @@ def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_the
     assert all(feature is not None for feature in cache.get([image_key(path) for path in paths]))
 
 
-def test_a_trainer_whose_step_passes_by_the_term_is_stopped(tmp_path: Path) -> None:
-    class PassesBy(Trainer):
+def test_a_trainer_whose_step_bypasses_the_term_is_stopped(tmp_path: Path) -> None:
+    class Bypasses(Trainer):
         def training_step(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Tensor:
             loss = model(**{name: value for name, value in inputs.items() if not name.startswith("hera_")}).loss
             loss.backward()
             return loss.detach()
 
-    class PassesByHera(HeraTrainerMixin, PassesBy):
+    class Middle(Bypasses):
+        pass
+
+    class BypassesHera(HeraTrainerMixin, Middle):
         pass
 
     model = vlm("llava-llama")
     rows = image_rows(model, BATCH)
-    trainer = PassesByHera(model, arguments(tmp_path), hera=hera(), train_dataset=rows, data_collator=collate_rows)
-    with pytest.raises(RuntimeError, match=r"PassesBy.training_step does not call compute_loss"):
+    trainer = BypassesHera(model, arguments(tmp_path), hera=hera(), train_dataset=rows, data_collator=collate_rows)
+    with pytest.raises(RuntimeError, match=r"Bypasses.training_step does not call compute_loss"):
         trainer.train()
 
 
@@ -247,18 +255,27 @@ def test_no_other_host_is_imported(tmp_path: Path) -> None:
 STEPS = 2
 
 
-class KeepGradients(TrainerCallback):
+class FailOnce(TrainerCallback):
     def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
+        self.failed = False
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
 
 
-def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A loss function of one's own, which counts tokens of all micro-batches."""
-    loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return loss / num_items_in_batch
+def test_gradient_caching_begins_anew_after_an_attempt_that_failed(tmp_path: Path) -> None:
+    two = {"gradient_accumulation_steps": STEPS, "hera": {"accumulate": "gradcache"}, "max_steps": 2}
+    trainer = trainer_of(tmp_path, **two)
+    trainer.add_callback(FailOnce())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    trainer.model.zero_grad()
+    trainer.train()
+    straight = trainer_of(tmp_path, **two)
+    straight.train()
+    assert lines(trainer) == lines(straight)
 
 
 def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:

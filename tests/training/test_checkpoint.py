@@ -114,11 +114,16 @@ def test_a_checkpoint_without_a_whole_hera_folder_is_refused(tmp_path: Path, dam
             call(tmp_path, HEADS, "fingerprint", config())
 
 
-def test_weights_that_were_renamed_when_they_were_saved_are_loaded(tmp_path: Path) -> None:
+def test_weights_that_were_renamed_when_they_were_saved_are_loaded_each_in_its_type(tmp_path: Path) -> None:
     saved, other = vlm("llava-llama", seed=1), vlm("llava-llama", seed=2)
+    for model in (saved, other):
+        model.model.vision_tower.to(torch.bfloat16)
+    assert other.dtype == torch.bfloat16  # that of the first parameter
     saved.save_pretrained(tmp_path)
     assert load_renamed_weights(other, tmp_path)
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in saved.state_dict().items())
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)  # as another program reads it
-    assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
+    loaded = other.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in saved.state_dict().items())
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16, torch.float32}
+    read = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)  # as another program reads it
+    assert torch.equal(read.lm_head.weight, saved.lm_head.weight)
     assert not load_renamed_weights(other, tmp_path / "without weights")

@@ -115,6 +115,15 @@ class Targets:
         return cls.load(value, granularity, key) if is_path else cls.parse(value, granularity, key)
 
     @classmethod
+    def named(cls, value: str, granularity: Granularity, layout: HeadLayout) -> Self:
+        """Reads the value of a setting for a model, in which all of it must exist; :data:`NAMED_LAYERS`, too."""
+        if granularity == "layer" and value in NAMED_LAYERS:
+            return cls((Target({"middle": layout.n_layers // 2, "penultimate": layout.n_layers - 2}[value]),))
+        targets = cls.resolve(value, granularity)
+        targets.check(layout)
+        return targets
+
+    @classmethod
     def of(cls, given: "Targets | str | Iterable[Any]", granularity: Granularity = "head") -> "Targets":
         """Targets as they are, or what a value or a list of names means."""
         if isinstance(given, Targets):
@@ -171,11 +180,6 @@ class Targets:
                 f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
                 f"{heads}; choose {self.what} of this model{found_by}."
             )
-
-
-def named_layer(name: str, layout: HeadLayout) -> Targets:
-    """The layer that a value of :data:`NAMED_LAYERS` means in a model."""
-    return Targets((Target({"middle": layout.n_layers // 2, "penultimate": layout.n_layers - 2}[name]),))
 
 
 def file_name(granularity: Granularity) -> str:

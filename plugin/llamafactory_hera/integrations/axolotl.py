@@ -114,8 +114,13 @@ class HeraPlugin(BasePlugin):
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)
-                if hera.pooling == "answer":
-                    _check_labels(self.data_collator)
+
+            def check_collator(self, hera: HeraConfig) -> None:
+                if hera.pooling == "answer" and not (own := self.data_collator.processing_strategy).role_boundaries:
+                    raise ValueError(
+                        f"hera_pooling: answer reads the tokens with a label, and {type(own).__name__} labels the "
+                        "prompt; write role_boundaries with the marks of the chat template, or hera_pooling: text."
+                    )
 
         return AxolotlHeraTrainer
 
@@ -126,12 +131,3 @@ def _images_of(columns: tuple[str, ...], row: Mapping[str, Any]) -> list[ImageLi
         return sample_images(row)[:1]
     held = next((row[name] for name in (*columns, "messages") if row.get(name)), None)
     return sample_images({"messages": held})
-
-
-def _check_labels(collator: Any) -> None:
-    strategy = collator.processing_strategy
-    if not strategy.role_boundaries:
-        raise ValueError(
-            f"hera_pooling: answer reads the tokens with a label, and {type(strategy).__name__} labels the prompt, "
-            "too; write role_boundaries with the marks of the model's chat template, or hera_pooling: text."
-        )

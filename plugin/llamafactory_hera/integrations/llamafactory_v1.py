@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..alignment.gather import mean_over_ranks
 from ..config import HeraConfig
+from ..objectives import find
 from ..training import Aligner
 
 _NAME = "extra_info"  # the one field of a row that the host carries into the batch as it is: a string
@@ -103,35 +105,36 @@ class _AlignerCallback(TrainerCallback):
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
 
+    def on_step_begin(self, args: Any, state: Any, **kwargs: Any) -> None:
+        # at the step's end the engine's is the next step's
+        self._learning_rate = self._trainer.optimizer.param_groups[0]["lr"]
+
     def on_step_end(self, args: Any, state: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
         aligner.end()
-        aligner.step(state.learning_rate)
+        aligner.step(self._learning_rate)
         if state.global_step % args.logging_steps == 0:
             self._trainer._step_metrics = mean_over_ranks(aligner.logs(), self._trainer.device)
 
 
 def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
+    strategy, resumed, size = args.batching_strategy, args.resume_from_checkpoint, args.micro_batch_size
+    least = find(hera.objective).least_samples
     refused = {
         f"cp_size: {args.cp_size}": (args.cp_size > 1, "the engine then computes its loss elsewhere"),
-        f"batching_strategy: {args.batching_strategy}": (
-            args.batching_strategy != BatchingStrategy.NORMAL,
-            "only `normal` takes images",
-        ),
-        f"dist_config.name: {engine}": (
-            engine not in (None, "fsdp2"),
-            "use DDP or fsdp2",
-        ),
-        f"resume_from_checkpoint: {args.resume_from_checkpoint}": (
-            args.resume_from_checkpoint is not None,
-            "the engine's checkpoints hold no HeRA state",
-        ),
+        f"batching_strategy: {strategy}": (strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
+        f"dist_config.name: {engine}": (engine not in (None, "fsdp2"), "use DDP or fsdp2"),
+        f"resume_from_checkpoint: {resumed}": (resumed is not None, "the engine's checkpoints hold no HeRA state"),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
+        f"micro_batch_size: {size}": (
+            size * int(os.environ.get("WORLD_SIZE", 1)) < least and hera.memory == 0,
+            f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",
+        ),
     }
     for setting, (found, why) in refused.items():
         if found:
-            raise ValueError(f"{setting} does not work with HeRA under v1: {why}; remove it.")
+            raise ValueError(f"{setting} does not work with HeRA under v1: {why}; change or remove it.")
 
 
 def run(keys: dict[str, Any]) -> None:

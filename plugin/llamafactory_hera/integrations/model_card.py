@@ -40,9 +40,9 @@ def write_card(
     steps: int,
     best_step: int | None = None,
 ) -> None:
-    """Adds the section to ``README.md`` in the output folder, in the place of an earlier one, and writes the JSON.
+    """Adds the section to ``README.md`` in the output folder, instead of an earlier one, and writes the JSON.
 
-    ``best_step`` is the one whose weights were kept, where that is not the last of ``steps``.
+    ``best_step`` is the one whose weights were loaded at the end, as the best.
     """
     facts = _card_facts(aligner, log_history, steps, best_step)
     folder = Path(output_dir)
@@ -80,7 +80,7 @@ def _card_facts(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": _PAPER,
     }
-    if best_step:
+    if best_step not in (None, steps):
         facts["weights_of_step"] = best_step
     if aligner.objective.uses_candidates:
         facts["k"] = config.k

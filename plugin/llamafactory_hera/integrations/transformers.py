@@ -20,9 +20,9 @@ from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import load_renamed_weights
+from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
-from ..training.gradcache import keep_random_state
+from ..training.gradcache import GradientCache, keep_random_state
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
@@ -54,7 +54,6 @@ class HeraTrainerMixin(_Base):
     model: Any
     args: Any
     data_collator: Any
-    train_dataset: Any
     _signature_columns: Any
 
     def __init__(
@@ -69,6 +68,7 @@ class HeraTrainerMixin(_Base):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
         super().__init__(*args, **kwargs)
         _show_messages()
+        self.check_collator(hera)
         check_settings(hera, self)
         if self.train_dataset is not None:
             with untouched_random_state():
@@ -79,10 +79,13 @@ class HeraTrainerMixin(_Base):
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
-        self._log_start, self._reached = True, False
-        self._look_ahead = self.args.gradient_accumulation_steps > 1 and hera.accumulate == "gradcache"
+        self._compute_loss_called = False
+        self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+
+    def check_collator(self, hera: HeraConfig) -> None:
+        """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
 
     def get_train_dataloader(self) -> DataLoader:
         """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
@@ -103,30 +106,28 @@ class HeraTrainerMixin(_Base):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
         batches, n_items = super().get_batch_samples(*args, **kwargs)
-        if self._look_ahead:
+        if self.args.gradient_accumulation_steps > 1 and self.aligner.config.accumulate == "gradcache":
             self._to_collect = batches
         return batches, n_items
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
-        if self._log_start:
-            self._log_start = False
-            self._log_summary()
         if self._to_collect:
             self._collect(model)
         if self._random_states:
             self._random_states.pop(0)()
-        self._reached = False
+        self._compute_loss_called = False
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not self._reached:
-            name = type(self).__mro__[2].__name__
-            raise RuntimeError(f"{name}.training_step does not call compute_loss, so HeRA has no part in the loss.")
+        if not self._compute_loss_called:
+            name = super().training_step.__qualname__
+            raise RuntimeError(f"{name} does not call compute_loss, so HeRA has no part in the loss.")
         self.aligner.end()
         return loss
 
     def _collect(self, model: torch.nn.Module) -> None:
         """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
         batches, self._to_collect = self._to_collect, []
+        self._random_states, self.aligner.cached = [], GradientCache()  # of a step cut short
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
@@ -150,7 +151,7 @@ class HeraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """The LM loss, plus the weighted HeRA term for batches of the training data."""
-        self._reached = True
+        self._compute_loss_called = True
         micro_batch = self.aligner.begin(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         result: Any = super().compute_loss(model, inputs, **kwargs)
@@ -191,8 +192,8 @@ class HeraTrainerMixin(_Base):
     def write_hera_card(self) -> None:
         """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
         if self.is_world_process_zero():
-            best = self.state.best_global_step if self.args.load_best_model_at_end else None
-            write_card(self.args.output_dir, self.aligner, self.state.log_history, self.state.global_step, best)
+            state = self.state
+            write_card(self.args.output_dir, self.aligner, state.log_history, state.global_step, self._best_step)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
         # first, so that a checkpoint with weights is never without the HeRA state
@@ -212,6 +213,7 @@ class HeraTrainerMixin(_Base):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
             super()._load_best_model()
         self.aligner.load(best)
+        self._best_step = checkpoint_step(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -249,8 +251,8 @@ class HeraTrainerMixin(_Base):
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:
             logger.warning(
-                f"hera_k: {config.k} neighbours among {candidates} candidates say little; use a larger batch per "
-                f"device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+                f"hera_k: {config.k} neighbours among {candidates} candidates are too few to be informative; use a "
+                f"larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
             )
 
 
@@ -266,6 +268,12 @@ class _AlignerCallback(TrainerCallback):
 
     def __init__(self, trainer: HeraTrainerMixin) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # an attempt that ran out of memory leaves its own, which are no part of the next one
+        self._trainer.aligner.objective.zero_grad()
+        self._trainer.aligner.statistics.take()
+        self._trainer._log_summary()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.step(self._trainer._get_learning_rate(), self._trainer._loss_scale())

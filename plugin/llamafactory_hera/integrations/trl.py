@@ -1,6 +1,6 @@
 """HeRA in TRL's ``SFTTrainer``: the mixin in front of it, and what TRL may not be asked for beside it.
 
-TRL reads images from 0.22 on; before, a collator of one's own does. However it computes its loss, in one go, in
+TRL reads images from 0.22 on; before, a custom collator does. However it computes its loss, in one go, in
 chunks, by a fused head or by Liger, the model's layers run, and that is where the heads are read.
 """
 
@@ -13,32 +13,7 @@ from ..config import HeraConfig
 from .transformers import HeraTrainerMixin
 
 
-class _CheckedSFTTrainer(SFTTrainer):
-    """Looks at what TRL makes of the data, before the mixin in front of it selects heads on them."""
-
-    pooling: str
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if type(self.data_collator).__module__ != sft_trainer.__name__:
-            return  # one of the caller's own
-        if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):
-            raise ValueError(
-                "train_dataset: TRL takes it for text, so the model would never see the images that the teacher sees. "
-                "TRL looks for them in a column `images`, from 0.22 on (or `image`, from 0.29 on), beside `messages` "
-                "or `prompt` and `completion`; name the column so, or pass a data_collator of your own."
-            )
-        only_answers = self.completion_only_loss or getattr(self.args, "assistant_only_loss", False)
-        if self.pooling == "answer" and not only_answers:
-            raise ValueError(
-                "hera_pooling: 'answer' averages over the tokens with a label, and TRL labels the prompt of this data "
-                "as well. Split `messages` into `prompt` and `completion`, without completion_only_loss=False; or set "
-                "assistant_only_loss=True (TRL 1.15 with transformers 5.18, and a chat template with {% generation "
-                "%}); or choose pooling='text' or 'mean'."
-            )
-
-
-class HeraSFTTrainer(HeraTrainerMixin, _CheckedSFTTrainer):
+class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with HeRA::
 
         HeraSFTTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=dataset)
@@ -62,5 +37,23 @@ class HeraSFTTrainer(HeraTrainerMixin, _CheckedSFTTrainer):
                     f"{option}: True puts several samples into one row of a batch, and HeRA compares rows, each with "
                     f"its image; set {option}=False."
                 )
-        self.pooling = getattr(hera, "pooling", "")  # what is no HeraConfig, the mixin refuses
         super().__init__(model, args, *others, hera=hera, **kwargs)
+
+    def check_collator(self, hera: HeraConfig) -> None:
+        """Refuses data that TRL takes for text, and labels on the prompt where answers are averaged."""
+        if type(self.data_collator).__module__ != sft_trainer.__name__:
+            return  # the caller's
+        if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):
+            raise ValueError(
+                "train_dataset: TRL takes it for text, so the model would never see the images that the teacher sees. "
+                "TRL looks for them in a column `images`, from 0.22 on (or `image`, from 0.29 on), beside `messages` "
+                "or `prompt` and `completion`; name the column so, or pass a data_collator of your own."
+            )
+        only_answers = self.completion_only_loss or getattr(self.args, "assistant_only_loss", False)
+        if hera.pooling == "answer" and not only_answers:
+            raise ValueError(
+                "hera_pooling: 'answer' averages over the tokens with a label, and TRL labels the prompt of this data "
+                "as well. Split `messages` into `prompt` and `completion`, without completion_only_loss=False; or set "
+                "assistant_only_loss=True (TRL 1.15 with transformers 5.18, and a chat template with {% generation "
+                "%}); or choose pooling='text' or 'mean'."
+            )

@@ -16,7 +16,7 @@ from ..alignment.gather import on_first, rank
 from ..config import HeraConfig
 from ..files import RUN_FOLDER
 from ..heads.families import HeadLayout
-from ..heads.targets import AUTO, NAMED_LAYERS, Targets, file_name, named_layer
+from ..heads.targets import AUTO, Targets, file_name
 from ..knobs import Role
 from ..teachers.checkpoint import teacher_fingerprint, teacher_folder
 from .pictures import show
@@ -62,11 +62,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 def _given(config: HeraConfig, run: Run, folder: Path) -> Targets:
     """What the settings name, with its scores where a selection in the output folder chose the same for this run."""
-    value = config.named_targets
-    if config.granularity == "layer" and value in NAMED_LAYERS:
-        return named_layer(value, run.layout)
-    targets = Targets.resolve(value, config.granularity)
-    targets.check(run.layout)
+    targets = Targets.named(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
         _check(targets, _facts(config, run), Role.TRAINS, config)
         return targets

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..alignment.gather import rank
 from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
 from ..heads import HeadCapture, LayerCapture, Targets
 from ..heads.families import head_layout, media_token_ids, model_config, trainable_upstream
 from ..heads.pooling import IGNORE_INDEX, grid_side, image_token_id, text_mask, token_mask, token_positions
-from ..heads.targets import AUTO, NAMED_LAYERS, named_layer
+from ..heads.targets import AUTO
 from ..objectives import Options, create, find
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import load_state, save_state
@@ -77,7 +78,7 @@ class Aligner:
     ) -> None:
         device = next(model.parameters()).device if device is None else device
         self.config = config
-        self.targets = resolve_targets(config, model) if targets is None else targets
+        self.targets = _named_targets(config, model) if targets is None else targets
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         self._check_trainable(model)
@@ -125,10 +126,10 @@ class Aligner:
             drop: Columns that ``collate`` must not see.
             decode: What decodes the images of a row of :func:`~..teachers.images.undecoded`.
         """
-        processor, names_image = self.teacher.encoder.processor, self.objective.view == "patches"
         return HeraCollator(
-            collate, processor, self.teacher.cache, self.config.image_index, names_image, images_of, drop, decode
-        )
+            collate, self.teacher.encoder.processor, cache=self.teacher.cache, images_of=images_of, drop=drop,
+            decode=decode, image_index=self.config.image_index, names_image=self.objective.view == "patches",
+        )  # fmt: skip
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -182,10 +183,10 @@ class Aligner:
                 f"(only {', '.join(batch)}): the model would not see them. Give the collator the images."
             )
         if self.config.pooling == "answer" and batch.get("labels") is not None:
-            told = batch["labels"][shown] != IGNORE_INDEX
+            labelled = batch["labels"][shown] != IGNORE_INDEX
             # in front of an image stands a prompt; a caption behind it, with a label on everything, is stage 1
             in_front = text & (media.cumsum(dim=1) == 0)
-            if told[text].all() and in_front.any():
+            if labelled[text].all() and in_front.any():
                 raise ValueError(
                     "hera_pooling: answer averages over the tokens with a label, and in the first batch all text has "
                     "one, what stands in front of the image, too. Let only answers have labels (-100 elsewhere; in "
@@ -210,12 +211,12 @@ class Aligner:
             term = self.cached.take(representations)
         else:
             output = self.term(representations, self.teacher.features(micro_batch.inputs), micro_batch.valid)
-            self._note(output)
+            self._record(output)
             term = self.config.weight * output.loss
         if self._n_samples and not self._gradient_checked and not representations.requires_grad:
             raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
-        # a rank whose samples have no image gets a gradient of zero
-        self._gradient_due = self._comparable and bool(micro_batch.valid.any())
+        if not self._gradient_checked:  # a rank whose samples have no image gets a gradient of zero
+            self._gradient_due = self._comparable and bool(micro_batch.valid.any())
         return term
 
     def collect(self, micro_batch: MicroBatch) -> None:
@@ -227,7 +228,7 @@ class Aligner:
     def solve(self, scale: float = 1.0) -> None:
         """Computes the term of what was collected, whose parts :meth:`finish` hands out; ``scale`` as for step."""
         assert isinstance(self.term, HeraTerm)
-        self._note(self.cached.solve(self.term, self.config.weight, scale))
+        self._record(self.cached.solve(self.term, self.config.weight, scale))
 
     def end(self) -> None:
         """Called after the backward pass: stops reading and, once, checks that gradient reached what is aligned.
@@ -277,7 +278,7 @@ class Aligner:
         self.capture.remove()
         self.teacher.flush()
 
-    def _note(self, output: TermOutput) -> None:
+    def _record(self, output: TermOutput) -> None:
         self._comparable = output.comparable
         if output.broken is not None:
             self._n_samples = 0
@@ -313,7 +314,7 @@ class Aligner:
     # -- never a silent no-op --------------------------------------------------------------------------------------
 
     def _warn_when_idle(self) -> None:
-        if not self._idle_steps:
+        if not self._idle_steps or rank() > 0:
             return
         why = f"no batch had {self.objective.least_samples} samples with an image"
         remedy = "Mix in more samples with images, or use a larger batch"
@@ -337,17 +338,13 @@ class Aligner:
         )
 
 
-def resolve_targets(config: HeraConfig, model: nn.Module) -> Targets:
-    """The heads or layers that a configuration names in a model; ``auto`` is refused."""
-    named = config.named_targets
-    if named == AUTO:
+def _named_targets(config: HeraConfig, model: nn.Module) -> Targets:
+    if config.named_targets == AUTO:
         raise ValueError(
             f"{config.targets_key}: auto selects before training, which a Trainer with HeRA does, and a loop of your "
             "own must do: name the file that a selection wrote."
         )
-    if named in NAMED_LAYERS and config.granularity == "layer":
-        return named_layer(named, head_layout(model_config(model)))
-    return Targets.resolve(named, config.granularity)
+    return Targets.named(config.named_targets, config.granularity, head_layout(model_config(model)))
 
 
 class RunningMeans:

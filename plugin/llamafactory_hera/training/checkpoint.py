@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ def check_checkpoint(
     checkpoint = Path(folder)
     if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
         finished = checkpoint.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
-        last = max((file.parent for file in finished), key=_step, default=None)
+        last = max((file.parent for file in finished), key=checkpoint_step, default=None)
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no {TRAINER_STATE_NAME}, which is written last: it was not saved "
             f"to its end. Remove it, and {'start anew' if last is None else f'resume {last}'}."
@@ -91,8 +92,9 @@ def check_checkpoint(
     _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
 
 
-def _step(checkpoint: Path) -> int:
-    step = checkpoint.name.rpartition("-")[2]
+def checkpoint_step(checkpoint: str | os.PathLike) -> int:
+    """The step after which the Trainer saved a folder, by its name; -1 for another one's."""
+    step = Path(checkpoint).name.rpartition("-")[2]
     return int(step) if step.isdigit() else -1
 
 
@@ -155,7 +157,8 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     names = _tensor_names(Path(checkpoint))
     if not names or names <= model.state_dict().keys():
         return False
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)  # type: ignore[attr-defined]
+    # models mix types, and fp32 holds each value of all of them; what is loaded is cast parameter by parameter
+    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)  # type: ignore[attr-defined]
     model.load_state_dict(saved.state_dict())
     return True
 

@@ -35,7 +35,7 @@ def options(key: str) -> list[str]:
 
 
 def default(key: str) -> Any:
-    """What the field shows at first: the key's default, an empty text in the place of None."""
+    """What the field shows at first: the key's default, an empty text instead of None."""
     value = FIELDS[key].default
     return "" if value is None else value
 
