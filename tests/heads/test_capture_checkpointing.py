@@ -168,7 +168,7 @@ def test_checkpointing_that_is_switched_on_inside_the_context(reentrant, before,
             z = capture.representations()
             loss = term(z)
             (lm_loss + 0.5 * loss).backward()
-            # recomputation must not be captured in the place of the pass
+            # recomputation must not be captured instead of the pass
             assert torch.equal(capture.representations(), z)
             seen = {"lm loss": lm_loss.detach(), "hera loss": loss.detach(), "z": z.detach()}
             compare(seen | gradients(model), plain)

@@ -152,13 +152,13 @@ def test_the_dummy_image_of_the_host_is_none() -> None:
     ids = torch.tensor([sequence(1, 2, "image")])
     attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
     token_positions(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
-    with pytest.raises(ValueError, match="1 images has 0 image tokens in the place of 4"):
+    with pytest.raises(ValueError, match="1 images has 0 image tokens instead of 4"):
         token_positions(ids, attended, torch.tensor([[0, 1]]), MARK, PER_IMAGE)
 
 
 def test_tokens_that_were_cut_off_are_named() -> None:
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
-    with pytest.raises(ValueError, match=r"^A sample with 2 images has 7 image tokens in the place of 8"):
+    with pytest.raises(ValueError, match=r"^A sample with 2 images has 7 image tokens instead of 8"):
         token_positions(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 

@@ -96,7 +96,7 @@ def token_positions(
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"A sample with {int(count[row])} images has {int(found[row])} image tokens in the place of "
+            f"A sample with {int(count[row])} images has {int(found[row])} image tokens instead of "
             f"{int(count[row]) * per_image} ({per_image} an image). Raise the length at which samples are cut "
             "(cutoff_len, max_length) if they were cut off; a model whose images take other numbers of tokens does "
             "not work with this objective."
