@@ -1,12 +1,18 @@
-"""What every test shares: one thread, no hub, and a seed."""
+"""What every test shares: one thread, no hub, a seed, and one demo of the small size."""
 
 import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from filelock import FileLock
+
+from tests.e2e.runner import run_command
 
 torch.set_num_threads(1)
 
@@ -15,3 +21,27 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same numbers, alone or after others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def copy_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Puts ``hera_demo`` of the small size into a folder; the command builds it once for all workers."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "hera_demo.lock"):
+        if not (shared / "hera_demo/demo.json").is_file():
+            code, output = run_command(["llamafactory-hera", "demo", "--size", "test"], shared, timeout=300)
+            assert code == 0, output
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(shared / "hera_demo", folder / "hera_demo")
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Path:
+    """A folder that holds ``hera_demo`` of the small size; runs write beside it."""
+    return copy_demo(tmp_path_factory.mktemp("world"))

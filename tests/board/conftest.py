@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Playwright, sync_playwright
 
-from tests.e2e.runner import run_command
-
 from .page import BoardPage
 from .server import FLAGS, SYSTEM_CHROMIUM, Board
 
@@ -32,12 +30,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="package")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+def board(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Iterator[Board]:
     """The web UI with the plugin, started in a folder with the demo."""
-    folder = tmp_path_factory.mktemp("board")
-    code, output = run_command(["llamafactory-hera", "demo", "--size", "test"], folder, timeout=300)
-    assert code == 0, output
-    board = Board(folder)
+    board = Board(copy_demo(tmp_path_factory.mktemp("board")))
     yield board
     board.close()
 

@@ -1,22 +1,12 @@
-"""The demo model, built once, and the process that runs the host."""
+"""The process that runs the host, and the demo's recipe."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from .runner import ROOT, HostServer, run_command
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds ``hera_demo`` of the small size; runs write beside it."""
-    folder = tmp_path_factory.mktemp("world")
-    code, output = run_command(["llamafactory-hera", "demo", "--size", "test"], folder)
-    assert code == 0, output
-    return folder
+from .runner import ROOT, HostServer
 
 
 @pytest.fixture(scope="session")

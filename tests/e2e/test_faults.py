@@ -158,27 +158,16 @@ def test_a_term_that_stays_not_finite_stops_every_rank_with_the_name_of_the_head
     assert _steps_logged(run.folder) == 1
 
 
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 0xFF
-    file.write_bytes(content)
-
-
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize("damage", [_flip, _truncate], ids=["flipped byte", "truncated"])
-def test_a_corrupt_cache_file_is_rebuilt(
-    server: HostServer, world: Path, recipe: dict, damage: Callable[[Path], None]
-) -> None:
-    cache = f"saves/cache{damage.__name__}"
+def test_a_corrupt_cache_file_is_rebuilt(server: HostServer, world: Path, recipe: dict) -> None:
+    cache = "saves/cache_flipped"
     args = recipe | {"hera_teacher_cache": cache, "max_steps": 2, "dataloader_num_workers": 1}
     first = server.run(args | {"output_dir": f"{cache}_first"}, world)
     assert first.ok, first.output
     (shard,) = (world / cache).rglob("*.safetensors")
     size = shard.stat().st_size
-    damage(shard)
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 0xFF
+    shard.write_bytes(content)
     second = server.run(args | {"output_dir": f"{cache}_second"}, world)
     assert second.ok, second.output
     assert "is corrupt and left out; its features will be computed again" in second.output

@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingA
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from tests.e2e.conftest import world  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +69,7 @@ class Host(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def llamafactory(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:  # noqa: F811
+def llamafactory(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     demo = world / "hera_demo"
     recipe = {
         "model_name_or_path": str(demo / "model"),

@@ -356,18 +356,16 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_the_shipped_script_trains_the_demo(tmp_path: Path) -> None:
+def test_the_shipped_script_trains_the_demo(tmp_path: Path, copy_demo: Callable[[Path], Path]) -> None:
     NAMED["prompt and completion"].skip()
     code = f"""
         import runpy, sys
-        from llamafactory_hera.demo import build_demo
-        build_demo("hera_demo", size="test")
         sys.argv = ["sft_vlm_hera.py", "--steps", "5", "--lora", "4"]
         runpy.run_path({str(ROOT / "recipes/trl/sft_vlm_hera.py")!r}, run_name="__main__")
         print([name for name in sys.modules if name.split(".")[0] in ("llamafactory", "axolotl")])
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=copy_demo(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == "[]"  # no other host is imported
     saved = tmp_path / "saves/trl_hera"

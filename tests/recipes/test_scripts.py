@@ -6,19 +6,10 @@ from typing import Any
 
 import pytest
 
-from llamafactory_hera.demo import build_demo
 from tests.e2e.runner import ROOT, run_command
 
 SCRIPT = str(ROOT / "recipes/transformers/sft_vlm_hera.py")
 SHORT = ["--steps", "5", "--memory", "32"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds ``hera_demo`` of the small size; runs write beside it."""
-    folder = tmp_path_factory.mktemp("world")
-    build_demo(folder / "hera_demo", size="test")
-    return folder
 
 
 def run(world: Path, output: str, *options: str, launcher: tuple[str, ...] = ("python",)) -> list[dict[str, Any]]:
