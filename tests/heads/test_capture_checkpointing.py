@@ -1,7 +1,6 @@
 """Gradient checkpointing recomputes layers in the backward pass: what is read and all gradients must not change."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,14 +22,9 @@ ROWS = 4
 def host(reentrant: bool) -> Callable[[nn.Module], None]:
     def enable(model: nn.Module) -> None:
         # beside the newest TRL the host does not import
+        hparams = pytest.importorskip("llamafactory.hparams", exc_type=ImportError)
         checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
-        arguments = SimpleNamespace(
-            upcast_layernorm=False,
-            upcast_lmhead_output=False,
-            disable_gradient_checkpointing=False,
-            use_unsloth_gc=False,
-            use_reentrant_gc=reentrant,
-        )
+        arguments = hparams.ModelArguments(model_name_or_path="tiny", use_reentrant_gc=reentrant)
         checkpointing.prepare_model_for_training(model, arguments)
 
     return enable

@@ -94,10 +94,10 @@ with terminated_like_interrupted():
 """
 
 
-def start_and_kill(root: Path, number: int) -> None:
-    """Sends a signal to a study while its second unit is under way for six more seconds."""
+def start_and_kill(root: Path, number: int, seconds: int = 6) -> None:
+    """Sends a signal to a study while its second unit is under way for some seconds more."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), "6"], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(root), str(seconds)], env=environment)
     wait_for(lambda: (root / "order.txt").exists() and "b" in order(root))
     process.send_signal(number)
     process.wait(timeout=20)
@@ -106,7 +106,7 @@ def start_and_kill(root: Path, number: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_in_the_middle_it_stops_its_units_and_goes_on_there(tmp_path, number):
-    start_and_kill(tmp_path, number)
+    start_and_kill(tmp_path, number, seconds=60)
     run(tmp_path, [unit("a"), unit("b", "a"), unit("c", "b")], 1)  # at once: nothing holds the folder
     assert order(tmp_path) == ["a", "b", "b", "c"]
 
