@@ -28,16 +28,20 @@ export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-# an environment over that of `make setup`: what is installed in it comes first, torch stays
+# $(call layer,folder,packages): an environment over that of `make setup`, in which the packages come first and torch stays
 define layer
-	rm -rf $@
-	$(BIN)/python -m venv --without-pip $@
+	rm -rf $(1)
+	$(BIN)/python -m venv --without-pip $(1)
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
-	  > "$$($@/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/layer.pth"
+	  > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/layer.pth"
 	for file in $$(grep -lI "^#!.*$(BIN)/python" $(BIN)/*); do \
-	  sed "1c#!$(abspath $@)/bin/python" "$$file" > $@/bin/$$(basename $$file); done
-	chmod +x $@/bin/*
+	  sed "1c#!$(abspath $(1))/bin/python" "$$file" > $(1)/bin/$$(basename $$file); done
+	chmod +x $(1)/bin/*
+	$(BIN)/python -m pip --python $(1)/bin/python install --quiet --upgrade $(2)
 endef
+
+# $(call test_in,folder,tests)
+test_in = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python $(TESTS) $(2)
 
 .PHONY: demo study test test-fast test-host test-latest test-axolotl lint lines setup clean
 
@@ -77,31 +81,19 @@ test: $(STAMP) $(CHROMIUM)
 test-fast: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-.venv-host: $(STAMP)
-	$(layer)
-	$(BIN)/python -m pip --python $@/bin/python install --quiet $(HOST)
-
-test-host: $(if $(HOST),$(CHROMIUM))
+test-host: $(if $(HOST),$(STAMP) $(CHROMIUM))
 	@test -n "$(HOST)" || { echo 'usage: make test-host HOST=<folder of a checkout of LLaMA-Factory>' >&2; exit 2; }
-	rm -rf .venv-host && $(MAKE) .venv-host
-	PATH="$(CURDIR)/.venv-host/bin:$$PATH" .venv-host/bin/python $(TESTS)
-
-.venv-latest: $(STAMP)
-	$(layer)
-	$(BIN)/python -m pip --python $@/bin/python install --quiet --upgrade $(LATEST)
+	$(call layer,.venv-host,$(HOST))
+	$(call test_in,.venv-host)
 
 # the host forbids these versions, so its tests stay away
-test-latest:
-	rm -rf .venv-latest && $(MAKE) .venv-latest
-	PATH="$(CURDIR)/.venv-latest/bin:$$PATH" .venv-latest/bin/python $(TESTS) $(METHOD_TESTS)
+test-latest: $(STAMP)
+	$(call layer,.venv-latest,$(LATEST))
+	$(call test_in,.venv-latest,$(METHOD_TESTS))
 
-.venv-axolotl: $(STAMP)
-	$(layer)
-	$(BIN)/python -m pip --python $@/bin/python install --quiet axolotl==0.19.0
-
-test-axolotl:
-	rm -rf .venv-axolotl && $(MAKE) .venv-axolotl
-	PATH="$(CURDIR)/.venv-axolotl/bin:$$PATH" .venv-axolotl/bin/python $(TESTS) tests/integrations/test_axolotl.py
+test-axolotl: $(STAMP)
+	$(call layer,.venv-axolotl,axolotl==0.19.0)
+	$(call test_in,.venv-axolotl,tests/integrations/test_axolotl.py)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

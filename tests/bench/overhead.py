@@ -181,7 +181,6 @@ def main() -> None:
     options, scripts = parser.parse_known_args()
     options.overrides += scripts
     torch.set_num_threads(options.threads)
-    before = sys.argv
 
     def measure(trainer: HeraTrainerMixin, **_: Any) -> None:
         super(HeraTrainerMixin, trainer).train()
@@ -196,7 +195,6 @@ def main() -> None:
             runpy.run_path(options.recipe, run_name="__main__")
         else:
             train_recipe(options, folder)
-    sys.argv = before
 
 
 def train_recipe(options: argparse.Namespace, folder: str) -> None:

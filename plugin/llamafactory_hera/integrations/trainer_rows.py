@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class TrainerRows:
             rows = [{name: value for name, value in row.items() if name in columns} for row in rows]
         return self._trainer.data_collator(rows)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The dataset's name where it has one, its size, and a digest of some rows, as the model sees them."""
         digest, places = hashlib.sha256(), islice((row for row in spread(len(self)) if self.images(row)), _N_DIGESTED)
@@ -182,21 +182,21 @@ def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config
     # what is no plain tensor here is known by the files it came from
     plain = not _is_sharded(model) and all(p.is_floating_point() for p in model.parameters())
     weights = cache(lambda: model if plain else local_folder(name, "model", "the model"))
+    rows = cache(lambda: TrainerRows(trainer, images_of, config))  # once: of a stream it reads the beginning
 
     def facts() -> dict[str, str]:
-        dataset = "" if trainer.train_dataset is None else TrainerRows(trainer, images_of, config).name
+        dataset = "" if trainer.train_dataset is None else rows().name
         return {"model": name, "dataset": dataset, "model_fingerprint": model_fingerprint(weights(), layout)}
 
     def inputs() -> SelectionInputs:
-        rows = TrainerRows(trainer, images_of, config)
         return SelectionInputs(
-            source=rows,
+            source=rows(),
             load_model=lambda: model,
-            collator=lambda _: pad_captions if config.select.mode == "llm" else rows.collate,
+            collator=lambda _: pad_captions if config.select.mode == "llm" else rows().collate,
             load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, args.device, teacher_dtype(args)),
             model_name=name,
             weights=weights(),
-            dataset_name=rows.name,
+            dataset_name=rows().name,
             autocast=autocast_dtype(args),
             num_workers=args.dataloader_num_workers,
         )
@@ -229,10 +229,10 @@ def _is_sharded(model: nn.Module) -> bool:
 def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     """Refuses to select where processes do not all hold the same, whole model."""
     sharded = _is_sharded(model)
-    held: list[Any] = [None if sharded else model_fingerprint(model, head_layout(model_config(model)))]
+    held: list[Any] = [None] * world_size()
     if world_size() > 1:
-        held *= world_size()
-        dist.all_gather_object(held, held[0])
+        mine = None if sharded else model_fingerprint(model, head_layout(model_config(model)))
+        dist.all_gather_object(held, mine)
     if sharded or len(set(held)) > 1:
         raise ValueError(
             f"{config.targets_key}: auto needs the whole model on every process, and here it was loaded in parts "
