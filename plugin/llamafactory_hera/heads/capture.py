@@ -9,6 +9,9 @@ sharded by ZeRO-3 or FSDP), because the module projects; slicing its weight woul
 Under gradient checkpointing the rows must be *returned* from the checkpointed function to carry gradient; the
 checkpointing function of the chosen layers is wrapped for that. A layer's output is read from what that function
 returns, and otherwise by a forward hook.
+
+At single tokens a head's contribution has D values, and there are hundreds of tokens. There the head's output before
+the projection is kept, and the projection itself is asked for the images of the head's unit vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +28,7 @@ from .targets import Target, Targets
 
 
 class HeadCapture(LayerHooks):
-    """Captures the pooled contributions of chosen heads while it is entered.
+    """Captures the contributions of chosen heads, pooled or at tokens, while it is entered.
 
     The tokens are named before the forward pass; it works under gradient checkpointing and every sharding engine::
 
@@ -50,20 +53,31 @@ class HeadCapture(LayerHooks):
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
-        self._frames: dict[int, list[Tensor]] = {}  # rows on their way out of a checkpointed layer
+        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows on their way out of a checkpointed layer
         self._selectors: dict[int, Tensor] = {}
 
     def representations(self) -> Tensor:
-        """The pooled contributions of the last forward pass.
+        """The pooled contributions of the last forward pass, or the heads' outputs at its tokens.
 
         Returns:
-            ``[n_heads, B, D]``, heads in the order in which they were given.
+            ``[n_heads, B, D]``, or after :meth:`tokens` ``[n_heads, B, n, head_dim]``: what :meth:`projections`
+            takes into the residual stream; heads in the order in which they were given.
 
         Raises:
             RuntimeError: No forward pass was captured.
         """
+        return self._of_heads(0)
+
+    def projections(self) -> Tensor:
+        """After a pass at tokens, the part of the output projection that is each head's, ``[n_heads, head_dim, D]``.
+
+        It carries gradient, and is what the module itself computes, under adapters and sharding, too.
+        """
+        return self._of_heads(1)
+
+    def _of_heads(self, part: int) -> Tensor:
         self._check_captured()
-        rows = {index: iter(self._rows[index].unbind(1)) for index in self._layers}
+        rows = {index: iter(kept[part].unbind(1 - part)) for index, kept in self._rows.items()}
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
@@ -77,36 +91,58 @@ class HeadCapture(LayerHooks):
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self._read is None:
                 return original(hidden, *args, **kwargs)
-            pooled = self._read(hidden)
-            self._watch(index, pooled)
-            extended = torch.cat([hidden, self._head_rows(index, projection, pooled)], dim=1)
-            output = original(extended, *args, **kwargs)
+            read = self._read(hidden)
+            self._watch(index, read)
+            # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
+            biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
+            at_tokens = read.dim() == 3
+            added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
+            output = original(torch.cat([hidden, added], dim=1), *args, **kwargs)
             # a copy: a view would keep the layer's whole output alive for as long as the rows
-            rows = output[:, hidden.shape[1] :].clone()
+            images = output[:, hidden.shape[1] :].clone()
             n = len(self._heads_of[index])
-            if rows.shape[1] > n:  # the last one is the bias
-                rows = rows[:, :n] - rows[:, n:]
+            if at_tokens:
+                size = n * self._layout.head_dim
+                images = images.flatten(0, 1)
+                images = images[:size] - images[size : size + 1] if biased else images[:size]
+                rows: tuple[Tensor, ...] = (self._head_outputs(index, read), images.unflatten(0, (n, -1)))
+            else:
+                rows = (images[:, :n] - images[:, n:] if biased else images,)
             if index in self._frames:
                 self._frames[index].append(rows)
             elif not in_backward():
-                self._keep(index, rows)
+                self._keep(index, *rows)
             return output[:, : hidden.shape[1]]
 
         return forward
 
-    def _head_rows(self, index: int, projection: nn.Module, pooled: Tensor) -> Tensor:
+    def _head_outputs(self, index: int, read: Tensor) -> Tensor:
+        """The chosen heads of ``[B, t, H*d]``, as ``[B, n, t, d]``."""
+        heads = read.unflatten(-1, (-1, self._layout.head_dim))
+        return torch.stack([heads[:, :, head] for head in self._heads_of[index]], dim=1)
+
+    def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
         """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
+        rows = pooled.unsqueeze(1) * self._selector(index, pooled)
+        return nn.functional.pad(rows, (0, 0, 0, 1)) if biased else rows
+
+    def _unit_rows(self, index: int, hidden: Tensor, biased: bool) -> Tensor:
+        """The unit vectors of the chosen heads as projection inputs, spread over the batch: ``[B, r, H*d]``."""
+        width, batch = self._layout.head_dim, hidden.shape[0]
+        units = torch.eye(width, dtype=hidden.dtype, device=hidden.device).repeat(1, self._layout.n_heads)
+        rows = (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)  # [n*d, H*d]
+        missing = -(len(rows) + biased) % batch + biased
+        return nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (batch, -1))
+
+    def _selector(self, index: int, like: Tensor) -> Tensor:
+        """One for each value of a chosen head, ``[n, H*d]``."""
         selector = self._selectors.get(index)  # kept: making it anew copies indices to the device in every pass
-        if selector is None or (selector.device, selector.dtype) != (pooled.device, pooled.dtype):
+        if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
             with torch.inference_mode(False):
                 chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), self._layout.n_heads)
-                selector = chosen.repeat_interleave(self._layout.head_dim, dim=1).to(pooled)
+                selector = chosen.repeat_interleave(self._layout.head_dim, dim=1).to(like)
             self._selectors[index] = selector
-        rows = pooled.unsqueeze(1) * selector
-        # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
-        if any(getattr(module, "bias", None) is not None for module in projection.modules()):
-            rows = torch.cat([rows, rows.new_zeros(rows.shape[0], 1, rows.shape[2])], dim=1)
-        return rows
+        return selector
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -126,11 +162,15 @@ class HeadCapture(LayerHooks):
                         "HeadCapture was left before the backward pass, where gradient checkpointing runs the layers "
                         "again: keep it entered until after `loss.backward()`."
                     )
-                return (*output, rows[0]) if isinstance(output, tuple) else (output, rows[0])
+                nonlocal n_rows
+                n_rows = len(rows[0])
+                return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
+            n_rows = 1
             # the host's checkpointing function finds the layer as the `__self__` of what it is given
-            *output, rows = original(MethodType(run, layer), *args, **kwargs)
-            self._keep(index, rows)
+            together = original(MethodType(run, layer), *args, **kwargs)
+            output, rows = together[:-n_rows], together[-n_rows:]
+            self._keep(index, *rows)
             return output[0] if len(output) == 1 else tuple(output)
 
         return checkpointing
@@ -156,10 +196,6 @@ class LayerCapture(LayerHooks):
         super().__init__(model, Targets.of(layers, "layer"))
         self._inside: set[int] = set()  # layers whose checkpointed function is running
 
-    def tokens(self, positions: Tensor) -> None:
-        """Takes the next forward pass at the given token positions of each row, ``[B, n]``."""
-        self._start_pass(lambda hidden: hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
-
     def representations(self) -> Tensor:
         """What the last forward pass gave.
 
@@ -170,7 +206,7 @@ class LayerCapture(LayerHooks):
             RuntimeError: No forward pass was captured.
         """
         self._check_captured()
-        return torch.stack([self._rows[item.layer] for item in self._targets])
+        return torch.stack([self._rows[item.layer][0] for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():

@@ -5,7 +5,6 @@ architecture needs one line here if its layers follow the usual layout: ``layer.
 holds the heads side by side, ``head_dim`` values each.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(),
     "phi3": Family(),
 }
+
+#: In place of a layer's number: the output of the norm behind the last one.
+FINAL = -1
 
 _MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -87,25 +89,36 @@ def is_multimodal(config: Any) -> bool:
     return getattr(config, "vision_config", None) is not None
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The text decoder's layers, in order, also under PEFT, DDP and FSDP wrappers.
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP wrappers.
 
     Raises:
         ValueError: Unknown architecture, or not exactly one text decoder in the model.
     """
     layout = head_layout(model_config(model))
-    found: dict[nn.ModuleList, str] = {}  # each once: wrappers (FSDP, PEFT) answer for what they wrap
+    # the innermost with the same layers: wrappers (FSDP, PEFT) answer for what they wrap
+    found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
         if kind == layout.model_type and isinstance(layers, nn.ModuleList) and len(layers) == layout.n_layers:
-            found.setdefault(layers, name)
+            found[layers] = (name, module)
     if len(found) != 1:
-        names = ", ".join(found.values()) or "none"
+        names = ", ".join(name for name, _ in found.values()) or "none"
         raise ValueError(
             f"model_name_or_path: expected one text decoder of type {layout.model_type!r} with {layout.n_layers} "
             f"layers inside {type(model).__name__}, found {names}."
         )
-    return list(*found)
+    return next(iter(found.values()))[1]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's layers, in order; errors as of :func:`text_decoder`."""
+    return list(text_decoder(model).layers)  # type: ignore[arg-type]
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm behind the text decoder's last layer; errors as of :func:`text_decoder`."""
+    return text_decoder(model).norm  # type: ignore[return-value]
 
 
 def model_config(model: nn.Module) -> Any:
@@ -131,23 +144,23 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     """Names of the trainable parameters that feed the attention output of decoder layer ``layer``, or the layer's own.
 
     That is everything before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention, or all of it. Call it before a sharding engine renames or flattens parameters.
+    input norm and the attention, or all of it; for :data:`FINAL` everything but the output embeddings. Call it before a sharding engine renames or flattens parameters.
     """
     family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)
-    inside = [layers[layer]]
-    if not whole_layer:
-        inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention)]
+    inside, later = [final_norm(model)], []
+    if layer != FINAL:
+        inside, later = [layers[layer]], layers[layer:]
+        if not whole_layer:
+            inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention)]
     feeding = {id(p) for module in inside for p in module.parameters()}
-    behind = {id(p) for later in layers[layer:] for p in later.parameters()} - feeding
-    behind |= _behind_the_decoder(model, layers)
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind]
+    behind = {id(p) for module in later for p in module.parameters()} | _behind_the_decoder(model)
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind - feeding]
 
 
-def _behind_the_decoder(model: nn.Module, layers: Collection[nn.Module]) -> set[int]:
-    decoder = next(m for m in model.modules() if list(getattr(m, "layers", None) or []) == list(layers))
+def _behind_the_decoder(model: nn.Module) -> set[int]:
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
-    final = [getattr(decoder, "norm", None), outermost.get_output_embeddings()]
+    final = [final_norm(model), outermost.get_output_embeddings()]
     parameters = {id(p) for module in final if module is not None for p in module.parameters()}
     # tied embeddings are both in front and behind
     return parameters - {id(p) for p in outermost.get_input_embeddings().parameters()}

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .families import decoder_layers, head_layout, model_config
+from .families import FINAL, decoder_layers, final_norm, head_layout, model_config, text_decoder
 from .pooling import pool_tokens
 from .targets import Targets
 
@@ -71,9 +71,9 @@ class LayerHooks(Hooks):
         targets.check(self._layout)
         self._targets = targets.items
         modules = decoder_layers(model)
-        self._layers = {index: modules[index] for index in targets.layers}
+        self._layers = {index: final_norm(model) if index == FINAL else modules[index] for index in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # from tokens to rows; None captures nothing
-        self._rows: dict[int, Tensor] = {}
+        self._rows: dict[int, tuple[Tensor, ...]] = {}
         self._wrapped: dict[int, Callable[..., Any]] = {}
         #: Layers whose rows received a gradient since the pass was started, when asked to watch.
         self.gradient_seen: set[int] = set()
@@ -93,6 +93,11 @@ class LayerHooks(Hooks):
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
+
+    def tokens(self, positions: Tensor) -> None:
+        """Takes the next forward pass at the given token positions of each row, ``[B, n]``."""
+        index = positions.unsqueeze(-1)
+        self._start_pass(lambda hidden: hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
 
     def _start_pass(self, read: Callable[[Tensor], Tensor] | None) -> None:
         self._read = read
@@ -115,9 +120,9 @@ class LayerHooks(Hooks):
                 "the tokens have been named (`capture.pool(mask)`)."
             )
 
-    def _keep(self, index: int, rows: Tensor) -> None:
+    def _keep(self, index: int, *rows: Tensor) -> None:
         """Keeps a layer's rows; those of a pass without a graph never take the place of those that have one."""
-        if rows.requires_grad or index not in self._rows or not self._rows[index].requires_grad:
+        if rows[0].requires_grad or index not in self._rows or not self._rows[index][0].requires_grad:
             self._rows[index] = rows
 
     def _watch(self, index: int, rows: Tensor) -> None:
@@ -127,6 +132,46 @@ class LayerHooks(Hooks):
     def _note_gradient(self, index: int, gradient: Tensor) -> None:
         if bool((gradient != 0).any()):
             self.gradient_seen.add(index)
+
+
+class DecoderInputs(Hooks):
+    """Changes what the text decoder gets in the next forward pass: its attention mask, and embeddings of tokens.
+
+    It lies outside of checkpointed layers and inside of every wrapper, so that recomputation sees the same. While
+    neither is set nothing changes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._decoder = text_decoder(model)
+        self._attention: Tensor | None = None
+        self._embeddings: tuple[Tensor, Tensor] | None = None
+
+    def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
+        """Sets both as :class:`~..objectives.base.Plan` describes them; None leaves one as it is."""
+        self._attention, self._embeddings = attention, embeddings
+
+    def _hook(self) -> None:
+        handle = self._decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def _before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._attention is None and self._embeddings is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        if self._embeddings is not None:
+            positions, vector = self._embeddings
+            # a row of its own takes what is no position, so that shapes do not depend on values
+            padded = nn.functional.pad(embeds, (0, 0, 0, 1))
+            index = torch.where(positions < 0, embeds.shape[1], positions).unsqueeze(-1).expand(-1, -1, len(vector))
+            embeds = padded.scatter(1, index, vector.to(embeds).expand(index.shape))[:, :-1]
+            kwargs = kwargs | {"inputs_embeds": embeds}
+        if self._attention is not None:
+            # the smallest number, not -inf: a row of padding that sees nothing must stay finite
+            closed = torch.zeros_like(self._attention, dtype=embeds.dtype)
+            closed = closed.masked_fill_(~self._attention, torch.finfo(embeds.dtype).min)
+            kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}
+        return args, kwargs
 
 
 def in_backward() -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Self
 
 from ..files import read_json, write_json
-from .families import HeadLayout
+from .families import FINAL, HeadLayout
 
 Granularity = Literal["head", "layer"]
 
@@ -19,7 +19,7 @@ NAMED_LAYERS = ("middle", "penultimate")
 _NAME = re.compile(r"[Ll](\d+)(?:[Hh](\d+))?")
 _SYNTAX = {
     "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
-    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15",
+    "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or final",
 }
 _ELSE = {
     "head": "give a heads.json, or write auto",
@@ -28,17 +28,24 @@ _ELSE = {
 
 
 class Target(NamedTuple):
-    """One query head of a decoder layer, or, without a head, the layer itself; zero-based."""
+    """One query head of a decoder layer, or, without a head, the layer itself; zero-based.
+
+    The layer :data:`FINAL` is the output of the norm behind the last layer, written ``final``.
+    """
 
     layer: int
     head: int | None = None
 
     def __str__(self) -> str:
+        if self.layer == FINAL:
+            return "final"
         return f"L{self.layer}" if self.head is None else f"L{self.layer}H{self.head}"
 
     @classmethod
     def parse(cls, text: str, granularity: Granularity = "head", key: str | None = None) -> Self:
-        """Reads ``L3H4``, or ``L3``; another syntax is refused with ``key``, value and remedy."""
+        """Reads ``L3H4``, or ``L3`` or ``final``; another syntax is refused with ``key``, value and remedy."""
+        if granularity == "layer" and text.strip() == "final":
+            return cls(FINAL)
         match = _NAME.fullmatch(text.strip())
         if match is None or (match[2] is None) == (granularity == "head"):
             raise ValueError(f"{key or _key(granularity)}: {text!r} is not a {granularity}; {_SYNTAX[granularity]}.")
@@ -171,7 +178,8 @@ class Targets:
             ValueError: A head or layer lies outside.
         """
         n_layers, n_heads = layout.n_layers, layout.n_heads
-        outside = [str(t) for t in self.items if not 0 <= t.layer < n_layers or (t.head or 0) >= n_heads]
+        inside = {FINAL, *range(n_layers)}
+        outside = [str(t) for t in self.items if t.layer not in inside or (t.head or 0) >= n_heads]
         if outside:
             heads = found_by = ""
             if self.granularity == "head":

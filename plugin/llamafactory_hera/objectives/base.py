@@ -4,11 +4,12 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
 import torch
+from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from ..alignment.neighbors import Candidates
@@ -23,6 +24,9 @@ class Options:
     teacher_dim: int  #: Size of a teacher's feature.
     temperature: float = 0.07  #: The initial one of a softmax.
     learn_temperature: bool = True
+    projector: Literal["shared", "separate"] = "shared"  #: `hera_projector`.
+    side: int = 0  #: Tokens along a side of an image's grid, for views other than ``pooled``.
+    initializer_range: float = 0.02  #: The language model's own.
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,85 @@ class PooledBatch:
 
 
 @dataclass(frozen=True)
-class PatchBatch:
-    """The samples of one process: a vector for each visual token. Rows that are not valid hold zeros.
+class TokenBatch:
+    """The samples of one process: vectors of visual tokens. Rows that are not valid hold zeros.
 
     Attributes:
-        z: ``[n_targets, B, T, D]`` in fp32, with gradient; the T tokens of an image are a square grid, row by row.
-        teacher: ``[B, h, w, D_teacher]`` in fp32.
-        valid: Boolean ``[B]``: the sample has an image.
+        tokens: ``[n_targets, B, t, X]`` in fp32, with gradient: outputs of layers (X = D), or of heads before their
+            output projection (X = ``head_dim``); the T tokens of an image, row by row, or those that a plan names.
+        projections: ``[n_targets, head_dim, D]``, with gradient, the heads' part of the output projection; None for
+            layers, whose tokens are the representations themselves.
+        teacher: ``[B, T, D_teacher]`` in fp32: what the teacher makes of the same place of the same pixels.
+        valid: Boolean ``[B]``: the sample enters.
+        facts: Those of the plan.
     """
 
-    z: Tensor
+    tokens: Tensor
+    projections: Tensor | None
     teacher: Tensor
     valid: Tensor
+    facts: dict[str, Tensor] = field(default_factory=dict)
+
+    def linear(self, target: int, layer: nn.Linear) -> Tensor:
+        """What ``layer`` makes of a target's representations ``[B, t, D]``, which are never formed for a head.
+
+        A head's representation is ``o W`` (paper, eq. 7), so the layer's weight is folded into ``W``: of D values a
+        token there are only the ``head_dim`` of ``o``.
+        """
+        if self.projections is None:
+            return layer(self.tokens[target])
+        folded = layer.weight @ self.projections[target].T  # [out, head_dim]
+        return nn.functional.linear(self.tokens[target], folded, layer.bias)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What :meth:`Objective.prepare` is told of a micro-batch, before its forward pass.
+
+    Attributes:
+        input_ids: ``[B, L]``.
+        attention_mask: Boolean ``[B, L]``: not padding.
+        positions: ``[B, T]``, of the tokens of each sample's image; anything where not valid.
+        valid: Boolean ``[B]``: the sample has an image.
+        side: Tokens along a side of an image's grid.
+        seed: The run's.
+        rank: This process.
+        number: Of the micro-batch, counted from the run's begin, over resuming.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    valid: Tensor
+    side: int
+    seed: int
+    rank: int
+    number: int
+
+    def generator(self, shared: bool = False) -> torch.Generator:
+        """A generator on the CPU for this micro-batch: of this process, or, ``shared``, the same on all."""
+        entropy = (self.seed, self.number, 0 if shared else 1 + self.rank)
+        return torch.Generator().manual_seed(int(SeedSequence(entropy).generate_state(1)[0]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an objective wants the forward pass to run; None leaves a part as it is.
+
+    Attributes:
+        positions: ``[B, t]``, tokens to read instead of the whole image.
+        attention: Boolean ``[B, L, L]``: which token (row) sees which, in all layers, instead of the causal mask.
+        embeddings: Positions ``[B, p]`` and the vector ``[D]`` that stands there instead of the token's embedding; a
+            position of -1 is none.
+        valid: Boolean ``[B]``, which samples enter.
+        facts: Tensors for :meth:`Objective.forward`.
+    """
+
+    positions: Tensor | None = None
+    attention: Tensor | None = None
+    embeddings: tuple[Tensor, Tensor] | None = None
+    valid: Tensor | None = None
+    facts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module, ABC):
@@ -72,8 +143,9 @@ class Objective(nn.Module, ABC):
     """
 
     #: ``pooled``: the global batch (:class:`PooledBatch`), gathered over processes with gradient, the same on each.
-    #: ``patches``: visual tokens of the samples of a process (:class:`PatchBatch`).
-    view: ClassVar[Literal["pooled", "patches"]] = "pooled"
+    #: ``patches``, ``latents``: visual tokens of the samples of a process (:class:`TokenBatch`), against the patch
+    #: features of a vision model, or the latents of a diffusers autoencoder, of the pixels that the student sees.
+    view: ClassVar[Literal["pooled", "patches", "latents"]] = "pooled"
     #: What can be aligned with it: ``head``, ``layer``.
     granularities: ClassVar[tuple[str, ...]] = ("head", "layer")
     #: Samples are compared with candidates: ``hera_k`` and ``hera_memory`` have a meaning.
@@ -82,6 +154,10 @@ class Objective(nn.Module, ABC):
     least_samples: ClassVar[int] = 1
     #: Names of :meth:`values`.
     logged: ClassVar[tuple[str, ...]] = ()
+    #: Optimizer steps at the start in which the student gets no gradient yet, and that is no fault.
+    silent_steps: ClassVar[int] = 0
+    #: Its plan changes the attention: not under FlashAttention 2, nor with sliding windows.
+    plans_attention: ClassVar[bool] = False
 
     def __init__(self, options: Options) -> None:
         super().__init__()
@@ -92,11 +168,19 @@ class Objective(nn.Module, ABC):
         """The loss.
 
         Args:
-            batch: :class:`PooledBatch` or :class:`PatchBatch`, by :attr:`view`.
+            batch: :class:`PooledBatch` or :class:`TokenBatch`, by :attr:`view`.
 
         Returns:
             ``[n_targets]`` for a pooled batch; ``[n_targets, B]``, of each sample, for visual tokens.
         """
+
+    def prepare(self, step: Step) -> Plan | None:
+        """Changes the forward pass that comes, if the objective must; on visual tokens alone.
+
+        Called in the training process, on every rank, before each forward pass. What the plan holds may carry
+        gradient.
+        """
+        return None
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Which samples of a pooled batch enter the loss, boolean ``[N]``."""
