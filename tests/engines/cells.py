@@ -12,7 +12,7 @@ from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.gradcache import keep_random_state
 from tests.terms import ContrastiveTerm
-from tests.tiny_models import teacher_folder
+from tests.tiny_models import student_processor, teacher_folder
 
 from .engines import ENGINES
 from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
@@ -32,7 +32,7 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
     """The product's own aligner on a model that no engine has wrapped yet."""
     named = {"heads": targets} if "H" in targets else {"layers": targets, "granularity": "layer"}
     config = HeraConfig(objective=objective, weight=1.0, k=K, teacher=teacher_folder(), **named, **keys)
-    return Aligner(model, config)
+    return Aligner(model, config, image_processor=student_processor())
 
 
 def loss_of(aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:

@@ -1,23 +1,26 @@
 """Each objective against its definition, and its gradients against finite differences."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import Options, PatchBatch, create, find, names
-from llamafactory_hera.objectives.feature import Feature
-from llamafactory_hera.objectives.projector import Projector
+from llamafactory_hera.objectives import Options, TokenBatch, create, find, names
 
 from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
 
 
-def naive_projection(projector: Projector, target: int, vector: Tensor) -> Tensor:
-    """Two linear layers with the exact GELU between them, for one vector."""
-    hidden = vector @ projector.weight_in[target] + projector.bias_in[target, 0]
-    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-    return hidden @ projector.weight_out[target] + projector.bias_out[target, 0]
+def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tensor:
+    """Two linear layers with the exact GELU between them, or three with SiLU, for one vector."""
+    layers = list(objective.projectors[target if len(objective.projectors) > 1 else 0])[::2]
+    for i, layer in enumerate(layers):
+        if i > 0:
+            gelu = 0.5 * (1 + torch.erf(vector / math.sqrt(2)))
+            vector = vector * (gelu if len(layers) == 2 else 1 / (1 + torch.exp(-vector)))
+        vector = layer.weight @ vector + layer.bias
+    return vector
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -39,12 +42,12 @@ VALID = [torch.ones(N, dtype=torch.bool), torch.tensor([True, False, True, True,
 
 
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
-def test_feature_is_one_minus_the_cosine_to_the_teacher(valid: Tensor) -> None:
-    objective = create("feature", OPTIONS)
+def test_feature_pooled_is_one_minus_the_cosine_to_the_teacher(valid: Tensor) -> None:
+    objective = create("feature_pooled", OPTIONS)
     z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
     expected = [
         torch.stack(
-            [1 - cosine(naive_projection(objective.projector, s, z[s, i]), teacher[i]) for i in range(N) if valid[i]]
+            [1 - cosine(naive_projection(objective, s, z[s, i]), teacher[i]) for i in range(N) if valid[i]]
         ).mean()
         for s in range(TARGETS)
     ]
@@ -92,52 +95,35 @@ def test_cka_of_a_head_that_says_the_same_of_every_sample_has_a_finite_gradient(
     assert z.grad.isfinite().all()
 
 
-def bilinear(patches: Tensor, side: int) -> Tensor:
-    """``[h, w, D]`` to ``[side, side, D]``: the mean of the four patches around each place, by their distance."""
-    h, w, _ = patches.shape
-    rows = []
-    for y in range(side):
-        for x in range(side):
-            v = min(max((y + 0.5) * h / side - 0.5, 0), h - 1)
-            u = min(max((x + 0.5) * w / side - 0.5, 0), w - 1)
-            top, left = int(v), int(u)
-            bottom, right = min(top + 1, h - 1), min(left + 1, w - 1)
-            b, r = v - top, u - left
-            rows.append(
-                (1 - b) * ((1 - r) * patches[top, left] + r * patches[top, right])
-                + b * ((1 - r) * patches[bottom, left] + r * patches[bottom, right])
-            )
-    return torch.stack(rows).view(side, side, -1)
-
-
-@pytest.mark.parametrize("grid", [(3, 3), (4, 4), (2, 2), (5, 4)], ids=str)
-def test_viral_compares_each_visual_token_with_the_patch_at_its_place(grid: tuple[int, int]) -> None:
-    side, objective = 3, create("viral", OPTIONS)
-    z, teacher = torch.randn(TARGETS, 2, side * side, D), torch.randn(2, *grid, D_TEACHER)
-    found = objective(PatchBatch(z, teacher, torch.ones(2, dtype=torch.bool)))
+@pytest.mark.parametrize("projector", ["shared", "separate"])
+@pytest.mark.parametrize("kind", ["layer", "head"])
+def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projector: str, kind: str) -> None:
+    objective = create("feature", replace(OPTIONS, projector=projector))
+    tokens, teacher = torch.randn(TARGETS, 2, 4, D), torch.randn(2, 4, D_TEACHER)
+    projections, z = None, tokens
+    if kind == "head":
+        tokens, projections = torch.randn(TARGETS, 2, 4, 3), torch.randn(TARGETS, 3, D)
+        z = torch.einsum("sbto,sod->sbtd", tokens, projections)
+    found = objective(TokenBatch(tokens, projections, teacher, torch.ones(2, dtype=torch.bool)))
     assert found.shape == (TARGETS, 2)
     for target in range(TARGETS):
         for image in range(2):
-            targets = bilinear(teacher[image], side)
             losses = [
-                1
-                - cosine(
-                    naive_projection(objective.projector, target, z[target, image, t]), targets[t // side, t % side]
-                )
-                for t in range(side * side)
+                1 - cosine(naive_projection(objective, target, z[target, image, t]), teacher[image, t])
+                for t in range(4)
             ]
             torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize("name", names())
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    objective = create(name, OPTIONS).double()
+    objective = create(name, replace(OPTIONS, projector="separate")).double()
     parameters = dict(objective.named_parameters())
     if find(name).view == "patches":
-        z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 3, 3, D_TEACHER).double()
+        z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 4, D_TEACHER).double()
 
         def loss(z: Tensor, *values: Tensor) -> Tensor:
-            batch = PatchBatch(z, teacher, torch.ones(2, dtype=torch.bool))
+            batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool))
             return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
     else:
         z, teacher = torch.randn(TARGETS, N, D).double(), torch.randn(N, D_TEACHER).double()
@@ -158,19 +144,10 @@ def test_projectors_start_equal_everywhere_and_touch_no_other_random_number() ->
     again, other = create("feature", OPTIONS, seed=3), create("feature", OPTIONS, seed=4)
     for name, parameter in first.named_parameters():
         assert parameter.equal(again.get_parameter(name))
-        assert not parameter.equal(other.get_parameter(name))
-
-
-def test_a_projector_is_drawn_as_linear_layers_are() -> None:
-    projector = Projector(4, 64, 32)
-    linear = nn.Linear(64, 32)
-    for ours, theirs in ((projector.weight_in, linear.weight), (projector.bias_in, linear.bias)):
-        assert ours.abs().max() <= 1 / 8
-        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.2)
+        assert name.endswith("bias") or not parameter.equal(other.get_parameter(name))
 
 
 def test_only_what_is_asked_for_is_trained() -> None:
-    assert isinstance(create("feature", OPTIONS), Feature)
     assert not list(create("cka", OPTIONS).parameters())
     fixed = create("contrastive", Options(1, 1, 1, temperature=0.2, learn_temperature=False))
     assert fixed.values() == {"hera_temperature": pytest.approx(0.2)}

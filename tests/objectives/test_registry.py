@@ -53,10 +53,10 @@ def test_its_name_is_a_value_of_the_key(example: str) -> None:
         HeraConfig(heads="L0H1", objective="nothing")
 
 
-def test_the_four_objectives_are_there() -> None:
-    ours = {"contrastive", "feature", "cka", "viral"}
+def test_the_objectives_are_there() -> None:
+    ours = {"contrastive", "feature", "feature_pooled", "cka", "viral"}
     assert ours <= set(names())
-    assert {name for name in ours if find(name).view == "patches"} == {"viral"}
+    assert {name for name in ours if find(name).view == "patches"} == {"feature", "viral"}
     assert {name for name in ours if find(name).uses_candidates} == {"contrastive"}
 
 

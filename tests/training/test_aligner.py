@@ -16,14 +16,15 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.aligner import RunningMeans
 from llamafactory_hera.training.collator import CACHED, PIXELS
-from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
 BATCH = 4
 
 
 def make(model: nn.Module, **keys: object) -> Aligner:
-    return Aligner(model, HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, **keys}))
+    config = HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, **keys})
+    return Aligner(model, config, image_processor=student_processor())
 
 
 class Run:
@@ -77,8 +78,15 @@ def without_the_term(run: Run) -> None:
 
 @pytest.mark.parametrize(
     "keys",
-    [{}, {"objective": "feature"}, {"objective": "cka"}, LAYER, {**LAYER, "objective": "viral"}],
-    ids=["contrastive", "feature", "cka", "layers", "viral"],
+    [
+        {},
+        {"objective": "feature_pooled"},
+        {"objective": "cka"},
+        LAYER,
+        {"objective": "feature", "projector": "separate"},
+        {**LAYER, "objective": "viral"},
+    ],
+    ids=["contrastive", "feature_pooled", "cka", "layers", "feature", "viral"],
 )
 def test_a_bare_loop_aligns(keys: dict) -> None:
     def losses(weight: float, n_steps: int = 16) -> tuple[float, float, dict[str, Tensor]]:

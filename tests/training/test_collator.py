@@ -54,9 +54,13 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
 def test_another_image_can_be_the_samples_and_it_says_which_of_how_many(
     teacher: VisionTeacher, images: list[str], index: int, shown: int
 ) -> None:
-    collate = HeraCollator(_collate, teacher.processor, image_index=index, names_image=True)
-    batch = collate([{"images": images}, {}, {"images": images[:1]}])
-    assert batch["hera_image"].tolist() == [[shown, 3], [0, 0], [0, 1]]
+    def rows() -> list[dict[str, Any]]:
+        return [{"images": images}, {}, {"images": images[:1]}]
+
+    named = HeraCollator(_collate, None, image_index=index)(rows())
+    assert named["hera_image"].tolist() == [[shown, 3], [0, 0], [0, 1]]
+    assert "hera_pixels" not in named
+    batch = HeraCollator(_collate, teacher.processor, image_index=index)(rows())
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[shown])])[0])
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llamafactory_hera.objectives import Options, PatchBatch, create
+from llamafactory_hera.objectives import Options, TokenBatch, create
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 
@@ -156,18 +156,18 @@ def test_a_saved_state_does_not_change_with_later_steps():
 
 
 def test_projectors_resume_to_the_last_bit():
-    z, teacher, valid = torch.randn(2, 4, 4, 5), torch.randn(4, 3, 3, 3), torch.ones(4, dtype=torch.bool)
+    z, teacher, valid = torch.randn(2, 4, 4, 5), torch.randn(4, 4, 3), torch.ones(4, dtype=torch.bool)
 
     def steps(objective, optimizer, n):
         losses = []
         for _ in range(n):
-            loss = objective(PatchBatch(z, teacher, valid)).mean()
+            loss = objective(TokenBatch(z, None, teacher, valid)).mean()
             loss.backward()
             optimizer.step(0.01)
             losses.append(loss.item())
         return losses
 
-    options = Options(2, 5, 3)
+    options = Options(2, 5, 3, projector="separate")
     straight, resumed = create("viral", options), create("viral", options, seed=9)
     first, second = ObjectiveOptimizer(straight), ObjectiveOptimizer(resumed)
     before = steps(straight, first, 3)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.objectives import Options, PatchBatch, create
-from llamafactory_hera.training.term import PatchTerm
+from llamafactory_hera.objectives import Options, TokenBatch, create
+from llamafactory_hera.training.term import TokenTerm
 from tests.terms import ContrastiveTerm
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
@@ -249,8 +249,8 @@ LAYERS, B, SIDE = 2, 4, 2
 
 
 @pytest.fixture
-def patch_term() -> PatchTerm:
-    return PatchTerm(create("viral", Options(LAYERS, D, D_TEACHER)))
+def token_term() -> TokenTerm:
+    return TokenTerm(create("viral", Options(LAYERS, D, D_TEACHER)))
 
 
 @pytest.fixture
@@ -260,15 +260,17 @@ def tokens() -> Tensor:
 
 @pytest.fixture
 def patches() -> Tensor:
-    return torch.randn(B, 3, 3, D_TEACHER)
+    return torch.randn(B, SIDE * SIDE, D_TEACHER)
 
 
 @pytest.mark.parametrize("valid", [[True] * 4, [True, False, True, False], [False, True, False, False], [False] * 4])
-def test_it_is_the_mean_over_layers_and_images_one_by_one(patch_term, tokens, patches, valid):
-    output = patch_term(tokens, patches, torch.tensor(valid))
+def test_it_is_the_mean_over_layers_and_images_one_by_one(token_term, tokens, patches, valid):
+    output = token_term(TokenBatch(tokens, None, patches, torch.tensor(valid)))
     one = torch.tensor([True])
     losses = [
-        patch_term.objective(PatchBatch(tokens[:, i : i + 1], patches[i : i + 1], one)) for i in range(B) if valid[i]
+        token_term.objective(TokenBatch(tokens[:, i : i + 1], None, patches[i : i + 1], one))
+        for i in range(B)
+        if valid[i]
     ]
     expected = torch.cat(losses, dim=1).mean() if losses else 0 * tokens.sum()
     torch.testing.assert_close(output.loss, expected)
@@ -280,12 +282,12 @@ def test_it_is_the_mean_over_layers_and_images_one_by_one(patch_term, tokens, pa
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_an_image_that_is_not_valid_changes_nothing(patch_term, tokens, patches, value):
+def test_an_image_that_is_not_valid_changes_nothing(token_term, tokens, patches, value):
     valid = torch.tensor([True, True, False, True])
-    expected = patch_term(tokens, patches, valid).loss
+    expected = token_term(TokenBatch(tokens, None, patches, valid)).loss
     with torch.no_grad():
         tokens[:, 2], patches[2] = value, value
-    output = patch_term(tokens, patches, valid)
+    output = token_term(TokenBatch(tokens, None, patches, valid))
     torch.testing.assert_close(output.loss, expected)
     output.loss.backward()
     assert tokens.grad.isfinite().all()
@@ -293,9 +295,9 @@ def test_an_image_that_is_not_valid_changes_nothing(patch_term, tokens, patches,
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_an_image_that_is_not_finite_leaves_the_term_out(patch_term, tokens, patches, side):
+def test_an_image_that_is_not_finite_leaves_the_term_out(token_term, tokens, patches, side):
     with torch.no_grad():
         (tokens[1] if side == "student" else patches)[0] = math.nan
-    output = patch_term(tokens, patches, all_valid(B))
+    output = token_term(TokenBatch(tokens, None, patches, all_valid(B)))
     assert not output.loss.requires_grad
     assert output.broken.tolist() == [False, side == "student"]

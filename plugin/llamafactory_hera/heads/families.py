@@ -144,7 +144,8 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     """Names of the trainable parameters that feed the attention output of decoder layer ``layer``, or the layer's own.
 
     That is everything before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention, or all of it; for :data:`FINAL` everything but the output embeddings. Call it before a sharding engine renames or flattens parameters.
+    input norm and the attention, or all of it; for :data:`FINAL` everything but the output embeddings. Call it before
+    a sharding engine renames or flattens parameters.
     """
     family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)

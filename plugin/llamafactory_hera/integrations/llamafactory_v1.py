@@ -112,7 +112,7 @@ class _AlignerCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
         aligner.end()
-        aligner.step(self._learning_rate)
+        aligner.step(self._learning_rate, peak=args.learning_rate)
         if state.global_step % args.logging_steps == 0:
             self._trainer._step_metrics = mean_over_ranks(aligner.logs(), self._trainer.device)
 

@@ -76,7 +76,8 @@ class HeraTrainerMixin(_Base):
         if targets is None:
             targets = targets_of(self, images_of, hera)
         dtype = teacher_dtype(self.args)
-        self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed)
+        processor = getattr(self.processing_class, "image_processor", None)
+        self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed, processor)
         self._images_of = images_of
         self.add_callback(_AlignerCallback(self))
         self._compute_loss_called = False
@@ -276,7 +277,8 @@ class _AlignerCallback(TrainerCallback):
         self._trainer._log_summary()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.aligner.step(self._trainer._get_learning_rate(), self._trainer._loss_scale())
+        trainer = self._trainer
+        trainer.aligner.step(trainer._get_learning_rate(), trainer._loss_scale(), args.learning_rate)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.finalize()

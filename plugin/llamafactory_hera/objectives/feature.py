@@ -1,25 +1,84 @@
-"""Feature matching, a row of the paper's ablation (table 1): representations are mapped onto teacher features."""
+"""Feature matching: representations are mapped onto the teacher's features by a projector that is trained with them.
+
+``feature`` is the row of the paper's ablation (sec. 4.2, table 1) and ``viral`` is VIRAL (arXiv 2509.07979), the same
+at a layer: visual tokens against the patch features of the same place. ``feature_pooled`` is this project's: averages
+over text against the feature of the image.
+"""
+
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..alignment.losses import cosine_loss
-from .base import Objective, Options, PooledBatch, register
-from .projector import Projector
+from .base import Objective, Options, PooledBatch, TokenBatch, register
+
+_WIDTH = 2048  # of the official projector of VIRAL (cvlab-kaist/VIRAL, llava_llama.py)
 
 
 @register("feature")
 class Feature(Objective):
-    """One minus the cosine of the projected representation and the teacher's feature, mean over samples.
+    """One minus the cosine of each projected visual token and the teacher's patch at its place, mean over tokens.
 
-    The paper names the row and does not say how it is computed: projector and cosine are this project's choice.
+    The paper matches features "as VIRAL and REPA do" and leaves the projector open. ``hera_projector: shared`` is
+    theirs: three linear layers with SiLU, 2048 wide, one for all heads or layers.
     """
+
+    view = "patches"
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self.projector = Projector(options.n_targets, options.dim, options.teacher_dim)
+        self.projectors = _projectors(options)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """The loss of each target and sample."""
+        # one after another: the hidden layers of all heads at once would take four times the memory of the tokens
+        losses = [
+            checkpoint(self._loss, target, batch, use_reentrant=False, preserve_rng_state=False)
+            for target in range(self.options.n_targets)
+        ]
+        return torch.stack(losses)
+
+    def _loss(self, target: int, batch: TokenBatch) -> Tensor:
+        first, *rest = self.projectors[target % len(self.projectors)]
+        predicted = batch.linear(target, first)
+        for module in rest:
+            predicted = module(predicted)
+        return cosine_loss(predicted, batch.teacher).mean(dim=-1)
+
+
+@register("viral")
+class Viral(Feature):
+    """VIRAL: feature matching at a decoder layer, in stage 2 alone, with the weight 0.5."""
+
+    granularities = ("layer",)
+
+
+@register("feature_pooled")
+class FeaturePooled(Objective):
+    """One minus the cosine of the projected average over text and the teacher's feature, mean over samples."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.projectors = _projectors(replace(options, projector="separate"))
 
     def forward(self, batch: PooledBatch) -> Tensor:
         """The loss of each target."""
-        losses = cosine_loss(self.projector(batch.z), batch.teacher)
+        predicted = torch.stack([project(z) for project, z in zip(self.projectors, batch.z, strict=True)])
+        losses = cosine_loss(predicted, batch.teacher)
         return torch.where(batch.valid, losses, 0.0).sum(dim=1) / batch.valid.sum().clamp(min=1)
+
+
+def _projectors(options: Options) -> nn.ModuleList:
+    """One for all targets, or one for each, which is this project's and starts as :class:`torch.nn.Linear` does."""
+    dim, out = options.dim, options.teacher_dim
+    if options.projector == "separate":
+        return nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, out), nn.GELU(), nn.Linear(out, out)) for _ in range(options.n_targets)
+        )
+    hidden = [nn.Linear(dim, _WIDTH), nn.SiLU(), nn.Linear(_WIDTH, _WIDTH), nn.SiLU()]
+    shared = nn.Sequential(*hidden, nn.Linear(_WIDTH, out))
+    for name, parameter in shared.named_parameters():
+        nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.02)
+    return nn.ModuleList([shared])

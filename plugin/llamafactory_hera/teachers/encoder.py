@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import KEY, TeacherInfo, check_teacher, teacher_fingerprint
 
@@ -42,6 +42,8 @@ class TeacherProcessor:
             )
         #: Height and width of what it returns.
         self.pixel_size: tuple[int, int] = (one[0], one[1])
+        #: What takes pixels from [0, 1] to the model's range, each ``[3, 1, 1]``.
+        self.mean, self.std = normalization(self._processor)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Processes one image of any mode, to ``[3, h, w]`` in float32."""
@@ -108,12 +110,6 @@ class VisionTeacher:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(_load_model(info, dtype).to(device), processor, info)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of an image's patches."""
-        height, width = self.processor.pixel_size
-        return height // self._model.config.patch_size, width // self._model.config.patch_size
-
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Computes the features of preprocessed images, the same inside a training step as outside.
@@ -133,13 +129,21 @@ class VisionTeacher:
         return tokens[:, 0] if family.output == "cls" else tokens.mean(dim=1)
 
     @torch.no_grad()
-    def encode_patches(self, pixel_values: Tensor) -> Tensor:
-        """The output's patch tokens of images ``[B, 3, H, W]`` as their grid, ``[B, h, w, D]``, else as `encode`."""
-        patch = self._model.config.patch_size
-        height, width = (side // patch for side in pixel_values.shape[2:])
-        tokens = self._forward(pixel_values).last_hidden_state.float()
+    def targets(self, images: Tensor, side: int) -> Tensor:
+        """The output's patch tokens on the student's grid, else as `encode`.
+
+        Args:
+            images: ``[B, 3, S, S]`` in [0, 1], as the student sees them.
+            side: Tokens along a side of the student's grid, which becomes the grid of patches.
+
+        Returns:
+            ``[B, side * side, D]``, row by row.
+        """
+        size = side * self._model.config.patch_size
+        images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+        mean, std = self.processor.mean.to(images), self.processor.std.to(images)
         # whatever else there is (CLS, registers) comes first
-        return tokens[:, -height * width :].unflatten(1, (height, width))
+        return self._forward((images - mean) / std).last_hidden_state.float()[:, -side * side :]
 
     def _forward(self, pixel_values: Tensor) -> Any:
         if self._model.training:
@@ -150,6 +154,28 @@ class VisionTeacher:
             if self.info.family.naflex:
                 return self._model(**_patch_inputs(pixel_values, self._model.config.patch_size))
             return self._model(pixel_values)
+
+
+def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[3, 1, 1]`` by which an image processor normalises pixels in [0, 1]."""
+    mean, std = [0.0] * 3, [1.0] * 3
+    if image_processor.do_normalize:
+        mean, std = image_processor.image_mean, image_processor.image_std
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+
+def check_grid(info: TeacherInfo, side: int) -> None:
+    """Refuses a teacher of fixed size whose patches do not lie where the student's tokens do."""
+    if info.family.any_size:
+        return
+    size, patch = info.config.image_size, info.config.patch_size
+    size = size if isinstance(size, int) else size[0]
+    if size // patch != side:
+        raise ValueError(
+            f"{KEY}: {info.name} takes images of {size} pixels only, {size // patch} x {size // patch} patches, and "
+            f"the model's images are {side} x {side} tokens; use a teacher that takes any size, such as "
+            "facebook/dinov2-large."
+        )
 
 
 def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:

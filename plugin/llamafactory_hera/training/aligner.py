@@ -18,29 +18,40 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor
 
 from ..alignment.gather import rank
 from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
 from ..heads import HeadCapture, LayerCapture, Targets
-from ..heads.families import head_layout, media_token_ids, model_config, trainable_upstream
+from ..heads.families import (
+    decoder_layers,
+    head_layout,
+    media_token_ids,
+    model_config,
+    output_projection,
+    trainable_upstream,
+)
+from ..heads.hooks import DecoderInputs
 from ..heads.pooling import IGNORE_INDEX, grid_side, image_token_id, text_mask, token_mask, token_positions
 from ..heads.targets import AUTO
-from ..objectives import Options, create, find
+from ..objectives import Options, Plan, Step, TokenBatch, create, find
 from ..teachers.images import ImageLike, sample_images
-from .checkpoint import load_state, save_state
-from .collator import NO_IMAGE, PREFIX, HeraCollator, TeacherFeatures
+from .checkpoint import earlier_values, load_state, save_state
+from .checks import check_attention
+from .collator import NO_IMAGE, PREFIX, HeraCollator, StudentImages, TeacherFeatures
 from .gradcache import GradientCache
 from .optimizer import ObjectiveOptimizer
-from .term import HeraTerm, PatchTerm, TermOutput
+from .term import HeraTerm, TermOutput, TokenTerm
 
 logger = logging.getLogger("llamafactory_hera")
 
+_COUNT = "micro_batches"  # of an objective on tokens, in a checkpoint
 _IDLE_STEPS = 10  # without any sample that entered, from the start on, after which a run warns
 
 
@@ -50,6 +61,8 @@ class MicroBatch:
 
     valid: Tensor  #: Boolean ``[B]``: the sample has an image, and tokens to be read.
     inputs: dict[str, Tensor]  #: What :class:`HeraCollator` added to the batch.
+    pixels: Tensor | None = None  #: What the student sees, for an objective on tokens.
+    facts: dict[str, Tensor] = field(default_factory=dict)  #: Of the objective's plan.
 
 
 class Aligner:
@@ -62,6 +75,8 @@ class Aligner:
         device: Where the step runs, by default that of the model's first parameter.
         dtype: Compute type of the teacher.
         seed: Of what the objective draws.
+        image_processor: The student's, by default that of the folder that the model was loaded from; needed by an
+            objective on visual tokens.
 
     Raises:
         ValueError: Targets outside the model, nothing trainable in front of them, or a teacher that does not fit.
@@ -75,6 +90,7 @@ class Aligner:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        image_processor: Any = None,
     ) -> None:
         device = next(model.parameters()).device if device is None else device
         self.config = config
@@ -84,25 +100,39 @@ class Aligner:
         self._check_trainable(model)
         model_configuration = model_config(model)
         self._media_token_ids = media_token_ids(model_configuration)
-        view = find(config.objective).view
-        self.teacher = TeacherFeatures(config, view, device, dtype)
+        kind = find(config.objective)
+        self._side = 0  # tokens along a side of an image; 0 where none are read
+        student = None
+        if kind.view != "pooled":
+            check_attention(kind, config.objective, model_configuration, model_configuration._attn_implementation)
+            self._side = grid_side(model_configuration, config.objective)
+            student = StudentImages(self._side, image_processor or _image_processor(model_configuration))
+            if self.targets.granularity == "head":
+                _warn_of_dropout(model, self.targets)
+        self.teacher = TeacherFeatures(config, device, dtype, student)
         options = Options(
             n_targets=len(self.targets.items),
             dim=head_layout(model_configuration).hidden_size,
             teacher_dim=self.teacher.encoder.dim,
             temperature=config.temperature,
             learn_temperature=not config.fixed_temperature,
+            projector=config.projector,
+            side=self._side,
+            initializer_range=getattr(model_configuration.get_text_config(), "initializer_range", 0.02),
         )
         self.objective = create(config.objective, options, seed).to(device)
         self.optimizer = ObjectiveOptimizer(self.objective)
+        if config.own_from is not None:
+            self.optimizer.load_values(earlier_values(config.own_from))
         self.memory = CrossBatchMemory(config.memory)
-        self.term: HeraTerm | PatchTerm
-        if view == "patches":
-            self._image_token = image_token_id(model_configuration)
-            self._tokens_per_image = grid_side(model_configuration, config.objective) ** 2
-            self.term = PatchTerm(self.objective)
-        else:
+        self.decoder_inputs = DecoderInputs(model)
+        self.term: HeraTerm | TokenTerm
+        if student is None:
             self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
+        else:
+            self._image_token = image_token_id(model_configuration)
+            self.term = TokenTerm(self.objective)
+        self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
         self.statistics = RunningMeans()
         self.cached = GradientCache()
         self._nan_in_a_row = 0
@@ -126,9 +156,10 @@ class Aligner:
             drop: Columns that ``collate`` must not see.
             decode: What decodes the images of a row of :func:`~..teachers.images.undecoded`.
         """
+        processor = None if self._side else self.teacher.encoder.processor
         return HeraCollator(
-            collate, self.teacher.encoder.processor, cache=self.teacher.cache, images_of=images_of, drop=drop,
-            decode=decode, image_index=self.config.image_index, names_image=self.objective.view == "patches",
+            collate, processor, cache=self.teacher.cache, images_of=images_of, drop=drop, decode=decode,
+            image_index=self.config.image_index,
         )  # fmt: skip
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -152,14 +183,27 @@ class Aligner:
         if not self._batch_checked and bool(shown.any()):
             self._check_batch(batch, shown)
             self._batch_checked = True
-        if self.objective.view == "patches":
-            assert isinstance(self.capture, LayerCapture)
-            which, n = inputs["hera_image"], self._tokens_per_image
-            self.capture.tokens(token_positions(input_ids, attention_mask, which, self._image_token, n))
-            return MicroBatch(shown, inputs)
+        if self.teacher.student is not None:
+            return self._begin_tokens(batch, inputs, shown, self.teacher.student)
         mask = token_mask(self.config.pooling, input_ids, attention_mask, batch.get("labels"), self._media_token_ids)
         self.capture.pool(mask)
         return MicroBatch(shown & mask.any(dim=1), inputs)
+
+    def _begin_tokens(
+        self, batch: dict[str, Any], inputs: dict[str, Tensor], shown: Tensor, student: StudentImages
+    ) -> MicroBatch:
+        """Names the visual tokens, and lets the objective plan the forward pass."""
+        ids, mask, which = batch["input_ids"], batch.get("attention_mask"), inputs["hera_image"]
+        positions = token_positions(ids, mask, which, self._image_token, self._side**2)
+        attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        number, self._n_micro_batches = self._n_micro_batches, self._n_micro_batches + 1
+        step = Step(ids, attended, positions, shown, self._side, self._seed, rank(), number)
+        plan = self.objective.prepare(step) or Plan()
+        self.decoder_inputs.install()
+        self.decoder_inputs.set(plan.attention, plan.embeddings)
+        self.capture.tokens(positions if plan.positions is None else plan.positions)
+        valid = shown if plan.valid is None else plan.valid
+        return MicroBatch(valid, inputs, student.pixels(batch, which), plan.facts)
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
         """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
@@ -206,11 +250,18 @@ class Aligner:
                 "finish: begin gave None, as the batch was not made by aligner.collator(...); make it with that, or "
                 "leave finish and end out for it."
             )
+        self.decoder_inputs.set()
         representations = self.capture.representations()
         if len(self.cached):
             term = self.cached.take(representations)
         else:
-            output = self.term(representations, self.teacher.features(micro_batch.inputs), micro_batch.valid)
+            features = self.teacher.features(micro_batch.inputs, micro_batch.pixels)
+            if isinstance(self.term, HeraTerm):
+                output = self.term(representations, features, micro_batch.valid)
+            else:
+                projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
+                batch = TokenBatch(representations, projections, features, micro_batch.valid, micro_batch.facts)
+                output = self.term(batch)
             self._record(output)
             term = self.config.weight * output.loss
         if self._n_samples and not self._gradient_checked and not representations.requires_grad:
@@ -237,19 +288,24 @@ class Aligner:
             RuntimeError: The first backward pass with comparable samples left all of it without gradient.
         """
         if not self._gradient_checked and self._gradient_due and self.config.weight > 0:
-            if not self.capture.gradient_seen:
+            if self.capture.gradient_seen:
+                self._gradient_checked = True
+            elif self._n_steps >= self.objective.silent_steps:
                 raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
-            self._gradient_checked = True
         self.capture.pool(None)
 
-    def step(self, learning_rate: float, scale: float = 1.0) -> None:
+    def step(self, learning_rate: float, scale: float = 1.0, peak: float = 0.0) -> None:
         """Trains what the objective trains by one step, then forgets its gradients; every rank must call it.
 
         Args:
             learning_rate: The run's at this step.
             scale: Factor of the loss scaler that the gradients still have, 1 without one.
+            peak: The run's ``learning_rate``, the peak of its schedule, for ``hera_own_learning_rate``.
         """
+        if self.config.own_learning_rate is not None and peak:
+            learning_rate *= self.config.own_learning_rate / peak
         self.optimizer.step(learning_rate, scale)
+        self._n_steps += 1
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -260,6 +316,8 @@ class Aligner:
     def save(self, folder: str | os.PathLike) -> None:
         """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
         state = {**self.optimizer.state(), **self.memory.state_dict()}
+        if self._side:
+            state[_COUNT] = torch.tensor(self._n_micro_batches)
         save_state(folder, state, self.targets, self.teacher.encoder.fingerprint, self.config, self.objective.values())
 
     def load(self, folder: str | os.PathLike) -> None:
@@ -271,11 +329,13 @@ class Aligner:
         state = load_state(folder, self.targets, self.teacher.encoder.fingerprint, self.config)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
+        self._n_micro_batches = int(state.get(_COUNT, 0))
 
     def finalize(self) -> None:
         """Ends the run: takes the hooks away and writes the features that wait in memory."""
         self._warn_when_idle()
         self.capture.remove()
+        self.decoder_inputs.remove()
         self.teacher.flush()
 
     def _record(self, output: TermOutput) -> None:
@@ -292,9 +352,9 @@ class Aligner:
             self._idle_steps += 1
             if self._idle_steps == _IDLE_STEPS:
                 self._warn_when_idle()
-        self.statistics.add(
-            hera_loss=output.loss.detach(), hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance
-        )
+        # a micro-batch of tokens without any, or that the plan left out, is no part of the mean
+        loss = output.loss.detach() if output.n_samples or not self._side else output.chance
+        self.statistics.add(hera_loss=loss, hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
         self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(output.n_samples == 0))
 
     def _count_non_finite(self, broken: Tensor) -> None:
@@ -345,6 +405,27 @@ def _named_targets(config: HeraConfig, model: nn.Module) -> Targets:
             "own must do: name the file that a selection wrote."
         )
     return Targets.named(config.named_targets, config.granularity, head_layout(model_config(model)))
+
+
+def _image_processor(configuration: Any) -> Any:
+    """The image processor beside a model's weights."""
+    try:
+        return AutoImageProcessor.from_pretrained(configuration._name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path: {configuration._name_or_path!r} holds no image processor ({error}), which says how "
+            "to undo what it did to the pixels; save the model's processor there."
+        ) from error
+
+
+def _warn_of_dropout(model: nn.Module, targets: Targets) -> None:
+    layers, kind = decoder_layers(model), head_layout(model_config(model)).model_type
+    parts = [part for layer in targets.layers for part in output_projection(layers[layer], kind).modules()]
+    if rank() == 0 and any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts):
+        logger.warning(
+            "lora_dropout: a head's part of o_proj is read once for all tokens of a micro-batch, so that dropout in "
+            "the adapter drops the same of all of them; 0 avoids that."
+        )
 
 
 class RunningMeans:

@@ -18,6 +18,7 @@ from ..config import HeraConfig
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
 from ..heads import Targets
 from ..knobs import Role
+from ..objectives import find
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -54,6 +55,17 @@ def load_state(
             "curves do not continue those of the checkpoint."
         )
     return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
+
+
+def earlier_values(folder: str) -> dict[str, Tensor]:
+    """The tensors that an earlier run left in ``folder/hera``, for ``hera_own_from``."""
+    try:
+        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"hera_own_from: {folder} holds no whole {RUN_FOLDER}/{_STATE_FILE} ({error}); give the output_dir of a "
+            "run with HeRA, or one of its checkpoints."
+        ) from error
 
 
 def checkpoint_of(training_args: Any) -> str | None:
@@ -102,6 +114,7 @@ def _identity(targets: Targets, teacher_fingerprint: str, config: HeraConfig) ->
     """What must not change between a checkpoint and the run that resumes it."""
     return {
         **config.with_role(Role.FIXED),
+        "view": find(config.objective).view,  # the same name meant another objective once
         targets.key: str(targets),
         "hera_teacher": teacher_fingerprint,
         # a learned one goes on from the checkpoint's value, whatever it started from

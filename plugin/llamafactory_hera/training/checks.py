@@ -4,7 +4,7 @@ from typing import Any
 
 from ..alignment.gather import world_size
 from ..config import HeraConfig
-from ..objectives import find
+from ..objectives import Objective, find
 from ..teachers.images import is_stream
 
 
@@ -25,6 +25,29 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
             f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
             f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
             f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
+        )
+
+
+def check_attention(objective: type[Objective], name: str, model_config: Any, used: str | None) -> None:
+    """Checks that a model with the attention ``used`` takes the mask that an objective plans, if it does.
+
+    Raises:
+        ValueError: FlashAttention, or layers with a sliding window.
+    """
+    if not objective.plans_attention:
+        return
+    if used not in (None, "auto", "disabled", "sdpa", "eager"):
+        raise ValueError(
+            f"flash_attn: {used} takes no mask of single tokens, and hera_objective: {name} plans one; set "
+            "flash_attn: sdpa (attn_implementation in transformers)."
+        )
+    text = model_config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) if kinds is None else None
+    if window or "sliding_attention" in (kinds or []):
+        raise ValueError(
+            f"hera_objective: {name} plans which token sees which, and {text.model_type} has layers with a sliding "
+            "window of their own; use a model without, or another objective."
         )
 
 

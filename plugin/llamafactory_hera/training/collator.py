@@ -1,16 +1,18 @@
 """The teacher's view of a batch: put in by the collator, in the loader's workers; made into features in the step."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import HeraConfig
 from ..teachers.cache import FeatureCache
-from ..teachers.encoder import TeacherProcessor, VisionTeacher
+from ..teachers.checkpoint import check_teacher
+from ..teachers.encoder import TeacherProcessor, VisionTeacher, check_grid, normalization
 from ..teachers.images import KEY_BYTES, ImageLike, decoded_key, images_by, load_image, sample_images, shown_image
 
 logger = logging.getLogger("llamafactory_hera")
@@ -28,25 +30,23 @@ class HeraCollator:
 
     Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
     needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed casts what
-    is floating point), ``hera_pixels [B, 3, h, w]`` and ``hera_image
-    [B, 2]`` (which image of the sample the teacher sees, of how many).
+    is floating point), and either ``hera_pixels [B, 3, h, w]`` or ``hera_image [B, 2]`` (which image of the sample
+    the teacher sees, of how many).
 
     Args:
         collate: The loop's own collator.
-        processor: The teacher's image processor.
+        processor: The teacher's image processor; None where it sees the batch's own pixels.
         cache: Features computed before, or None.
         image_index: Which image of a sample with several; clamped to what there is.
-        names_image: Whether ``hera_image`` is added, for objectives that read an image's own tokens.
         images_of: From a row of the dataset to its images.
         drop: Columns that ``collate`` must not see.
         decode: Makes of a row, whose images are as they are stored, what ``collate`` and the teacher see.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    processor: TeacherProcessor
+    processor: TeacherProcessor | None
     cache: FeatureCache | None = None
     image_index: int = 0
-    names_image: bool = False
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -65,7 +65,7 @@ class HeraCollator:
             for images, files, (index, count) in zip(decoded, stored, shown, strict=True)
         )
         teacher = self._teacher_inputs(list(pairs))
-        if self.names_image:
+        if self.processor is None:
             teacher["hera_image"] = torch.tensor(shown)
         if self.drop:
             rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
@@ -88,36 +88,86 @@ class HeraCollator:
                     batch["hera_features"][row] = feature.view(torch.int16)
                 source[list(known)] = CACHED
             pending = {row: image for row, image in pending.items() if row not in known}
-        if pending:
+        if pending and self.processor is not None:
             batch["hera_pixels"] = torch.zeros(len(images), 3, *self.processor.pixel_size)
             for row, (image, _) in pending.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
 
 
+@dataclass(frozen=True)
+class StudentImages:
+    """The pixels that the student sees, for a teacher that must see the same place at the same token.
+
+    Args:
+        side: Tokens along a side of an image's grid.
+        processor: The student's image processor.
+    """
+
+    side: int
+    processor: Any
+
+    def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
+        """Of a batch's ``pixel_values`` the chosen image of each sample, ``[B, 3, S, S]`` in [0, 1].
+
+        ``image`` is ``hera_image``; a sample without one has any.
+        """
+        values = batch.get("pixel_values")
+        if values is None:  # text alone
+            return torch.zeros(len(image), 3, 1, 1, device=image.device)
+        index, count = image.unbind(dim=1)
+        place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
+        mean, std = (each.to(values.device) for each in normalization(self.processor))
+        return (values[place].float() * std + mean).clamp(0, 1)
+
+    def fingerprint(self, teacher: str) -> str:
+        """A digest of a teacher's fingerprint and of everything that decides what it sees."""
+        described = f"{teacher} {self.side} {self.processor.to_json_string()}"
+        return hashlib.sha256(described.encode()).hexdigest()
+
+
 class TeacherFeatures:
-    """The teacher of a run with its cache: from what the collator added to features, as an objective views them."""
+    """The teacher of a run with its cache: from what the collator added to features, as an objective views them.
+
+    Args:
+        config: The ``hera_*`` keys.
+        device: Of the teacher.
+        dtype: Compute type of a vision model.
+        student: For an objective on visual tokens.
+    """
 
     def __init__(
-        self, config: HeraConfig, view: Literal["pooled", "patches"], device: torch.device, dtype: torch.dtype
+        self, config: HeraConfig, device: torch.device, dtype: torch.dtype, student: StudentImages | None = None
     ) -> None:
-        self.encoder = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
+        self.student = student
+        if student is not None:
+            check_grid(check_teacher(config.teacher), student.side)
+        self.encoder: VisionTeacher = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
         self.cache: FeatureCache | None = None
         if config.teacher_cache:
-            self.cache = FeatureCache(config.teacher_cache, self.encoder.fingerprint, self.encoder.dim)
-        self._view = view
+            fingerprint, size = self.encoder.fingerprint, self.encoder.dim
+            if student is not None:
+                fingerprint, size = student.fingerprint(fingerprint), size * student.side**2
+            self.cache = FeatureCache(config.teacher_cache, fingerprint, size)
 
-    def features(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Features of a batch's samples ``[B, D_teacher]``, or ``[B, h, w, D_teacher]`` of patches; 0: no image.
+    def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
+        """Features of a batch's samples ``[B, D_teacher]``, or of its tokens ``[B, T, D_teacher]``; 0: no image.
+
+        Args:
+            inputs: What the collator added.
+            pixels: Of :meth:`StudentImages.pixels`, for the tokens.
 
         Raises:
             ValueError: What the collator added for some samples was lost on the way.
         """
         source = inputs["hera_source"]
-        shape = (*self.encoder.grid, self.encoder.dim) if self._view == "patches" else (self.encoder.dim,)
-        features = torch.zeros(len(source), *shape, device=source.device)
-        for name, place in (("hera_features", CACHED), ("hera_pixels", PIXELS)):
-            if name not in inputs and (source == place).any():
+        if pixels is None:
+            pixels = inputs.get("hera_pixels")
+        tokens = 1 if self.student is None else self.student.side**2
+        features = torch.zeros(len(source), tokens * self.encoder.dim, device=source.device)
+        given = {"hera_features": (CACHED, inputs.get("hera_features")), "hera_pixels": (PIXELS, pixels)}
+        for name, (place, held) in given.items():
+            if held is None and (source == place).any():
                 raise ValueError(
                     f"{name}: a batch has samples with images and not this tensor; hand all {PREFIX}* tensors of the "
                     "collator's batch on (of a stream: accelerator_config: {dispatch_batches: false})."
@@ -125,14 +175,14 @@ class TeacherFeatures:
         if "hera_features" in inputs:
             held = inputs["hera_features"].view(torch.float16).to(features)
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
-        if "hera_pixels" in inputs:
-            rows = source == PIXELS
-            pixels = inputs["hera_pixels"][rows]
-            if self._view == "patches":
-                features[rows] = self.encoder.encode_patches(pixels)
-            else:
-                features[rows] = self._remember(inputs, rows, self.encoder.encode(pixels))
-        return features
+        rows = source == PIXELS
+        if pixels is not None and rows.any():
+            computed = self._compute(pixels[rows]).flatten(1)
+            features[rows] = self._remember(inputs, rows, computed)
+        return features if self.student is None else features.unflatten(1, (tokens, -1))
+
+    def _compute(self, pixels: Tensor) -> Tensor:
+        return self.encoder.encode(pixels) if self.student is None else self.encoder.targets(pixels, self.student.side)
 
     def _remember(self, inputs: dict[str, Tensor], rows: Tensor, computed: Tensor) -> Tensor:
         """Caches features and returns them rounded as they will be read, so that a resumed run sees the same."""

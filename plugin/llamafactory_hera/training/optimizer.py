@@ -1,5 +1,7 @@
 """The parameters that an objective trains beside the model: temperature, projectors; replicated on every rank."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -60,6 +62,19 @@ class ObjectiveOptimizer:
                     state[f"{_OPTIMIZER}{name}.{slot}"] = value.clone()
         return state
 
+    def load_values(self, values: dict[str, Tensor]) -> None:
+        """Takes the values of another run's :meth:`state`, which must be of the same objective; not its optimizer."""
+        found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
+        expected = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        if {name: tuple(t.shape) for name, t in found.items()} != expected:
+            raise ValueError(
+                f"hera_own_from: it holds {_shapes(found)}, and this run's objective trains "
+                f"{_shapes(self._parameters)}; give a run of the same objective on as many targets of this model."
+            )
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(found[name])
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restores what :meth:`state` gave."""
         with torch.no_grad():
@@ -74,3 +89,7 @@ class ObjectiveOptimizer:
             self._optimizer.state[parameter] = {
                 slot: t.to("cpu" if slot == "step" else parameter.device, copy=True) for slot, t in slots.items()
             }
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items()) or "nothing"

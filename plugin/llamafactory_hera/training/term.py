@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..alignment.gather import common_row_count, gather_rows, rank, world_size
 from ..alignment.memory import CrossBatchMemory
 from ..alignment.neighbors import Candidates, mutual_knn, teacher_candidates
-from ..objectives.base import Objective, PatchBatch, PooledBatch
+from ..objectives.base import Objective, PooledBatch, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ class HeraTerm:
 
 
 @dataclass(eq=False)
-class PatchTerm:
-    """Computes a term that is a mean over samples, whose vectors (view ``patches``) are too many to be gathered.
+class TokenTerm:
+    """Computes a term that is a mean over samples, whose vectors (visual tokens) are too many to be gathered.
 
     The loss of a process is scaled by the number of processes over the samples of all of them, so that the engine's
     averaging of gradients gives the gradient of the mean over the global batch. The objective's own parameters are in
@@ -110,15 +110,15 @@ class PatchTerm:
 
     objective: Objective
 
-    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes this rank's part of ``[n_targets, B, T, D]``, ``[B, h, w, D_teacher]``: anything where not valid.
-
-        The mean over ranks is the term.
-        """
-        z = torch.where(valid.view(1, -1, 1, 1), representations.float(), 0.0)
-        batch = PatchBatch(z, torch.where(valid.view(-1, 1, 1, 1), teacher.float(), 0.0), valid)
+    def __call__(self, batch: TokenBatch) -> TermOutput:
+        """Computes this rank's part, of anything where a sample is not valid; the mean over ranks is the term."""
+        valid = batch.valid
+        tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
+        teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
+        projections = None if batch.projections is None else batch.projections.float()
+        batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
         by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
-        sound, teacher_finite = _sound(z, batch.teacher, by_target)
+        sound, teacher_finite = _sound(tokens, teacher, by_target)
         facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
         if world_size() > 1:
             dist.all_reduce(facts)

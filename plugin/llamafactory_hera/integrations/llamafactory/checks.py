@@ -14,8 +14,9 @@ from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimo
 from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.checkpoint import check_teacher
+from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
-from llamafactory_hera.training.checks import check_batch, check_parallelism
+from llamafactory_hera.training.checks import check_attention, check_batch, check_parallelism
 
 from .recipe import HostArguments
 
@@ -45,11 +46,13 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
     check_parallelism(host.training)
-    check_teacher(config.teacher)
+    teacher = check_teacher(config.teacher)
     check_batch(config, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
-    if find(config.objective).view == "patches":
-        grid_side(model_config, config.objective)
+    objective = find(config.objective)
+    if objective.view != "pooled":
+        check_grid(teacher, grid_side(model_config, config.objective))
+        check_attention(objective, config.objective, model_config, str(host.model.flash_attn))
     return head_layout(model_config)
 
 

@@ -1,0 +1,347 @@
+"""Objectives on visual tokens: what is read, what the teacher sees, and what is planned, on a real model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import HeadCapture, LayerCapture, Targets
+from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
+from llamafactory_hera.objectives import Objective, Plan, Step, TokenBatch
+from llamafactory_hera.training import Aligner
+from llamafactory_hera.training.collator import CACHED, StudentImages
+from tests.tiny_models import IMAGE, image_rows, student_processor, teacher_folder, vlm, vlm_batch
+
+HEADS, LAYERS = "L1H2,L0H1,L1H0", "L0,L1"
+
+
+def positions(batch: dict[str, Tensor]) -> Tensor:
+    return (batch["input_ids"] == IMAGE).nonzero()[:, 1].view(len(batch["input_ids"]), -1)
+
+
+def aligner_of(model: nn.Module, **keys: Any) -> Aligner:
+    keys = {"teacher": teacher_folder(), "weight": 1.0, **keys}
+    return Aligner(model, HeraConfig(**keys), image_processor=student_processor())
+
+
+# -- heads at tokens -------------------------------------------------------------------------------------------------
+
+
+def tuned(kind: str) -> nn.Module:
+    """A model whose ``o_proj`` is plain, has a bias, or an adapter around it."""
+    model = vlm(
+        "llava-qwen2" if kind != "bias" else "llava-llama", **({"attention_bias": True} if kind == "bias" else {})
+    )
+    if kind in ("lora", "dora"):
+        options: Any = {"use_dora": kind == "dora", "target_modules": r".*language_model.*\.(q|v|o)_proj"}
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["plain", "bias", "lora", "dora"])
+def test_heads_at_tokens_are_what_slicing_the_weight_gives(kind: str, rows: int) -> None:
+    model = tuned(kind)
+    batch = vlm_batch(model, rows)
+    read: dict[int, Tensor] = {}
+    layers = decoder_layers(model)
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given, i=i: read.update({i: given[0]}))
+        for i, layer in enumerate(layers)
+    ]
+    logits = model(**batch).logits
+    for hook in hooks:
+        hook.remove()
+    with HeadCapture(model, HEADS) as capture:
+        capture.tokens(positions(batch))
+        torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-5, atol=1e-5)
+        outputs, projections = capture.representations(), capture.projections()
+    torch.manual_seed(0)
+    upstream = torch.randn(len(outputs), rows, 4, projections.shape[-1])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad((outputs @ projections.unsqueeze(1) * upstream).sum(), trained, allow_unused=True)
+    expected = []
+    for head in Targets.parse(HEADS).items:
+        module = layers[head.layer].self_attn.o_proj
+        weight = module.weight
+        if kind in ("lora", "dora"):
+            delta = 2 * module.lora_B["default"].weight @ module.lora_A["default"].weight
+            weight = weight + delta
+            if kind == "dora":
+                length = weight.norm(dim=1, keepdim=True).detach()
+                weight = module.lora_magnitude_vector["default"].weight.unsqueeze(1) * weight / length
+        size = projections.shape[1]
+        part = slice(size * head.head, size * head.head + size)
+        tokens = [[read[head.layer][row, p, part] for p in line] for row, line in enumerate(positions(batch))]
+        expected.append(torch.stack([torch.stack([weight[:, part] @ o for o in line]) for line in tokens]))
+    formed = torch.stack(expected)
+    torch.testing.assert_close(outputs @ projections.unsqueeze(1), formed, rtol=1e-4, atol=1e-5)
+    wanted = torch.autograd.grad((formed * upstream).sum(), trained, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert theirs is None or ours is not None
+        if ours is not None:  # a bias is added and taken off again
+            wanted_here = torch.zeros_like(ours) if theirs is None else theirs
+            torch.testing.assert_close(ours, wanted_here, rtol=1e-3, atol=1e-4)
+
+
+def test_the_representations_of_heads_are_never_formed() -> None:
+    model = vlm("llava-llama")
+    aligner = aligner_of(model, heads=HEADS, objective="feature")
+    batch = aligner.collator(lambda rows: vlm_batch(model, len(rows)))(image_rows(model, 3))
+    shapes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            shapes.extend(tuple(tensor.shape) for tensor in [result] if isinstance(tensor, Tensor))
+            return result
+
+    micro_batch = aligner.begin(batch)
+    model(**batch)
+    with Watch():
+        aligner.finish(micro_batch)
+    tokens, size, head_dim = 4, 48, 16
+    assert (3, 3, tokens, head_dim) in shapes
+    assert not [shape for shape in shapes if shape[-2:] == (tokens, size)]
+
+
+# -- layers at tokens ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layer", "index"), [("L0", 1), ("final", 2)])
+def test_a_layer_is_the_hidden_state_bit_for_bit(layer: str, index: int) -> None:
+    model = vlm("llava-qwen3")
+    batch = vlm_batch(model)
+    with LayerCapture(model, layer) as capture:
+        capture.tokens(positions(batch))
+        hidden = model(**batch, output_hidden_states=True).hidden_states
+        found = capture.representations()
+    at = positions(batch).unsqueeze(-1).expand(-1, -1, hidden[0].shape[-1])
+    assert torch.equal(found[0], hidden[index].gather(1, at))
+    assert Targets.parse(layer, "layer").names == (layer,)
+
+
+def test_everything_but_the_output_embeddings_feeds_the_final_norm() -> None:
+    model = vlm("llava-qwen3")
+    missing = {name for name, _ in model.named_parameters()} - set(trainable_upstream(model, FINAL, True))
+    assert missing == {"lm_head.weight"}
+
+
+# -- what the teacher sees -------------------------------------------------------------------------------------------
+
+
+def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teacher() -> None:
+    side, cell = 4, (1, 2)
+    image = Image.new("RGB", (640, 480))
+    width, height = 640 // side, 480 // side
+    image.paste((255, 255, 255), (cell[1] * width, cell[0] * height, (cell[1] + 1) * width, (cell[0] + 1) * height))
+    processor = tf.SiglipImageProcessor(size={"height": 8 * side, "width": 8 * side})
+    batch = processor(images=[image], return_tensors="pt")
+    student = StudentImages(side, processor)
+    pixels = student.pixels(dict(batch), torch.tensor([[0, 1]]))
+    seen: dict[str, Tensor] = {}
+    model = vlm("llava-llama")
+    teacher = aligner_of(model, heads="L0H0", objective="feature").teacher.encoder
+    teacher._model.register_forward_pre_hook(lambda _, given: seen.update(pixels=given[0]))
+    assert teacher.targets(pixels, side).shape == (1, side * side, teacher.dim)
+    for values in (batch["pixel_values"], seen["pixels"]):
+        cells = nn.functional.adaptive_avg_pool2d(values.mean(1), side)[0]
+        assert divmod(int(cells.argmax()), side) == cell
+    shown = seen["pixels"] * teacher.processor.std + teacher.processor.mean
+    assert shown.max() == pytest.approx(1, abs=0.02)
+    assert shown.min() == pytest.approx(0, abs=0.02)
+
+
+def test_each_sample_has_its_own_of_the_batchs_images() -> None:
+    processor = student_processor()
+    values = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2) / 10
+    image = torch.tensor([[1, 2], [0, 0], [0, 1], [-0, 0], [1, 2]])
+    found = StudentImages(1, processor).pixels({"pixel_values": values}, image)
+    assert ((found[[0, 2, 4], 0, 0, 0] - 0.5) * 20).tolist() == pytest.approx([1, 2, 4], abs=1e-4)
+    assert StudentImages(1, processor).pixels({}, image).shape == (5, 3, 1, 1)
+
+
+def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+    rows = image_rows(model, 3)
+
+    def step(**keys: Any) -> tuple[list[int], float]:
+        aligner = aligner_of(model, heads=HEADS, objective="feature", teacher_cache=str(tmp_path), **keys)
+        batch = aligner.collator(collate)(rows)
+        source = batch["hera_source"].tolist()
+        micro_batch = aligner.begin(batch)
+        model(**batch)
+        term = aligner.finish(micro_batch).item()
+        aligner.finalize()
+        return source, term
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name != "images"}
+
+    first, second = step(), step()
+    assert second[0] == [CACHED] * 3 != first[0]
+    assert second[1] == pytest.approx(first[1], abs=1e-4)
+
+
+def test_a_teacher_with_another_grid_is_refused(tmp_path: Path) -> None:
+    tf.ViTModel(
+        tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8)
+    ).save_pretrained(tmp_path)
+    tf.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^hera_teacher: .* 3 x 3 patches, .* images are 2 x 2 tokens; use a teacher"
+    ):
+        aligner_of(vlm("llava-llama"), heads=HEADS, objective="feature", teacher=str(tmp_path))
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+class Planned(Objective):
+    """Reads the second token of an image, a learned vector in its place, and hides the last one."""
+
+    view = "patches"
+    granularities = ("layer",)
+    plans_attention = True
+    seen: Step | None = None
+    plan = True
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.vector = nn.Parameter(torch.ones(options.dim))
+
+    def prepare(self, step: Step) -> Plan | None:
+        Planned.seen = step
+        if not self.plan:
+            return None
+        length = step.input_ids.shape[1]
+        sees = torch.ones(length, length, dtype=torch.bool).tril() & step.attention_mask.unsqueeze(1)
+        sees[:, :, step.positions[0, 3]] = False
+        embeddings = (torch.where(step.valid[:, None], step.positions[:, 1:2], -1), self.vector)
+        valid = step.valid & (torch.arange(len(step.valid)) != 1)
+        return Plan(step.positions[:, 1:2], sees, embeddings, valid, {"number": torch.tensor(step.number)})
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        assert batch.tokens.shape[2] == (1 if self.plan else 4)
+        return batch.tokens.square().mean(dim=(2, 3)) + 0 * batch.teacher.sum()
+
+
+def planned_step(model: nn.Module) -> tuple[Aligner, Tensor]:
+    aligner = aligner_of(model, granularity="layer", layers="L1", objective=f"{__name__}:Planned")
+    collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
+    for _ in range(2):
+        batch = collate(image_rows(model, 3))
+        micro_batch = aligner.begin(batch)
+        logits = model(**batch).logits
+        term = aligner.finish(micro_batch)
+        (logits.sum() * 0 + term).backward()
+        aligner.end()
+    return aligner, logits.detach()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_plan_changes_attention_embeddings_tokens_and_who_enters(attention: str, tmp_path: Path) -> None:
+    model = vlm("llava-qwen3")
+    model.set_attn_implementation(attention)
+    aligner, logits = planned_step(model)
+    assert Planned.seen is not None
+    assert (Planned.seen.number, Planned.seen.side, Planned.seen.valid.tolist()) == (1, 2, [True] * 3)
+    assert aligner.objective.get_parameter("vector").grad.abs().max() > 0
+    # the same by hand: embeddings replaced, and an additive mask
+    batch = vlm_batch(model, 3)
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    read: dict[str, Tensor] = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    plain = model(**batch).logits
+    hook.remove()
+    embeds = read["embeds"].clone()
+    at = positions(batch)
+    for row in range(3):
+        embeds[row, at[row, 1]] = 1.0
+    length = ids.shape[1]
+    closed = torch.zeros(3, 1, length, length)
+    for row in range(3):
+        for i in range(length):
+            for j in range(length):
+                if j > i or not mask[row, j] or j == at[0, 3]:
+                    closed[row, 0, i, j] = torch.finfo(torch.float32).min
+    hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=closed, output_hidden_states=True)
+    expected = model.lm_head(hidden.last_hidden_state)
+    torch.testing.assert_close(logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain[mask], expected[mask], atol=1e-3)
+    assert torch.equal(model(**batch).logits, plain)  # the plan is gone
+    aligner.save(tmp_path)
+    aligner.load(tmp_path)
+    assert aligner._n_micro_batches == 2
+
+
+def test_without_a_plan_not_a_bit_changes() -> None:
+    model = vlm("llava-qwen3")
+    plain = model(**vlm_batch(model, 3)).logits
+    Planned.plan = False
+    try:
+        _, logits = planned_step(model)
+    finally:
+        Planned.plan = True
+    assert torch.equal(logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "used", "said"),
+    [
+        (tf.Qwen3Config(), "flash_attention_2", "flash_attn: flash_attention_2 takes no mask .* flash_attn: sdpa"),
+        (tf.Gemma2Config(), "sdpa", "hera_objective: planned .* gemma2 has layers with a sliding window"),
+        (tf.MistralConfig(), "sdpa", "hera_objective: planned .* mistral has layers with a sliding window"),
+    ],
+)
+def test_attention_that_takes_no_mask_is_refused(config: Any, used: str, said: str) -> None:
+    from llamafactory_hera.training.checks import check_attention
+
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_attention(Planned, "planned", config, used)
+    check_attention(Planned, "planned", tf.Qwen3Config(), "sdpa")
+
+
+def test_draws_of_a_micro_batch_repeat_and_agree_between_processes() -> None:
+    def drawn(seed: int, rank: int, number: int, shared: bool) -> float:
+        empty = torch.zeros(0)
+        step = Step(empty, empty, empty, empty, 2, seed, rank, number)
+        return float(torch.rand((), generator=step.generator(shared)))
+
+    own = {drawn(seed, rank, number, False) for seed in (0, 1) for rank in (0, 1) for number in (0, 1)}
+    assert len(own) == 8
+    assert drawn(0, 0, 5, True) == drawn(0, 3, 5, True) != drawn(0, 0, 6, True)
+
+
+# -- what the objective trains ---------------------------------------------------------------------------------------
+
+
+def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+    first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
+    first.save(tmp_path)
+    second = aligner_of(model, heads=HEADS, own_from=str(tmp_path), own_learning_rate=1e-2)
+    assert second.logs()["hera_temperature"] == pytest.approx(0.3)
+    parameter = second.objective.get_parameter("log_temperature")
+    parameter.grad = torch.ones(())
+    before = parameter.item()
+    second.step(5e-4, peak=1e-3)  # half of the peak
+    assert before - parameter.item() == pytest.approx(5e-3, rel=1e-3)
+    with pytest.raises(ValueError, match=r"^hera_own_from: it holds log_temperature \[\], .* trains projectors"):
+        aligner_of(model, heads=HEADS, objective="feature", own_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/state.safetensors"):
+        aligner_of(model, heads=HEADS, own_from="nowhere")
+    assert math.isfinite(parameter.item())
