@@ -13,7 +13,7 @@ from typing import Literal
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS, TEACHER, VISION_MODEL, Backbone
 
 from . import sections
-from .ablations import MARKS, ablations, index
+from .ablations import MARKS, RIVALRY, ablations, index, rivals
 from .ablations import MODELS as ABLATED
 from .memory import Work, spread
 from .sizes import SIZES, Sizes
@@ -172,6 +172,8 @@ def all_recipes() -> Iterator[Recipe]:
     yield _native(NATIVE_MODELS["qwen2_5_vl_7b"], "hera_qlora")
     for key in ABLATED:
         yield from ablations(LANGUAGE_MODELS[key], _stage_two(LANGUAGE_MODELS[key], "hera"))
+    model = LANGUAGE_MODELS[RIVALRY]
+    yield from rivals(model, _pretrain(model), _stage_two(model, "hera"), _stage_two(model, "hera_lora"))
 
 
 def write_recipes(folder: Path) -> list[Path]:

@@ -73,7 +73,9 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
 
 def test_its_name_is_a_value_of_the_key(example: str) -> None:
     HeraConfig(heads="L0H1", objective=example)
-    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}, .*or name"):
+    with pytest.raises(
+        ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}, .*or name"
+    ):
         HeraConfig(heads="L0H1", objective="nothing")
 
 
