@@ -2,7 +2,9 @@
 
 The table names, for each text backbone, the attention module of a decoder layer and its output projection. A new
 architecture needs one line here if its layers follow the usual layout: ``layer.<attention>.<output>`` whose input
-holds the heads side by side, ``head_dim`` values each.
+holds the heads side by side, ``head_dim`` values each. Some layers go on with what the attention puts out before the
+residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scales it. A head's contribution is read
+before that, at the projection.
 """
 
 from collections.abc import Collection
@@ -16,7 +18,7 @@ from torch import nn
 class Family:
     """Names of the modules inside a decoder layer."""
 
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"  # None: the attention takes the residual stream as it is
     attention: str = "self_attn"
     output: str = "o_proj"
 
@@ -33,6 +35,18 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(),
     "gemma3_text": Family(),
     "phi3": Family(),
+    "gemma": Family(),
+    "glm4": Family(),
+    "granite": Family(),
+    "smollm3": Family(),
+    "cohere2": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
+    "mixtral": Family(),
+    "qwen3_moe": Family(),
+    "llama4_text": Family(),
+    "gpt_oss": Family(),
+    "olmo2": Family(input_norm=None),
 }
 
 _MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -137,7 +151,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     layers = decoder_layers(model)
     inside = [layers[layer]]
     if not whole_layer:
-        inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention)]
+        inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention) if name]
     feeding = {id(p) for module in inside for p in module.parameters()}
     behind = {id(p) for later in layers[layer:] for p in later.parameters()} - feeding
     behind |= _behind_the_decoder(model, layers)
