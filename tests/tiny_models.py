@@ -24,7 +24,7 @@ PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 60, 61, 62, 63
 LAYERS, HEADS = 2, 4
 _SIDE, _PATCH = 16, 8
 
-_DECODER: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -36,7 +36,7 @@ _DECODER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_DECODER_WITH_HEAD_DIM = _DECODER | {"head_dim": 16}
+_DECODER_WITH_HEAD_DIM = DECODER | {"head_dim": 16}
 # every expert sees every token, so that each gets a gradient
 _EXPERTS: dict[str, Any] = _DECODER_WITH_HEAD_DIM | {"num_experts_per_tok": 2, "num_local_experts": 2}
 _VISION: dict[str, Any] = {
@@ -59,8 +59,8 @@ TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
     "llama": lambda **kw: tf.LlamaConfig(**_DECODER_WITH_HEAD_DIM | kw),
     "mistral": lambda **kw: tf.MistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
     "qwen2": lambda **kw: tf.Qwen2Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
-    "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
     "qwen3": lambda **kw: tf.Qwen3Config(**_DECODER_WITH_HEAD_DIM | kw),
     "qwen3_vl_text": lambda **kw: tf.Qwen3VLTextConfig(**_DECODER_WITH_HEAD_DIM | {"rope_parameters": _mrope(8)} | kw),
     "gemma2": lambda **kw: tf.Gemma2Config(**_DECODER_WITH_HEAD_DIM | kw),
@@ -171,8 +171,8 @@ def _qwen3_vl(**kw: Any) -> nn.Module:
 
 
 def _llama4(**kw: Any) -> nn.Module:
-    vision = _VISION | {"patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
-    vision |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "intermediate_size": 128}
+    vision = _VISION | {"patch_size": 4, "intermediate_size": 128, "rope_parameters": {"rope_theta": 10000.0}}
+    vision |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
     text = TEXT_CONFIGS["llama4_text"](**kw)
     return tf.Llama4ForConditionalGeneration(
         tf.Llama4Config(text_config=text, vision_config=tf.Llama4VisionConfig(**vision), image_token_index=IMAGE)

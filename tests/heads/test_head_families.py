@@ -4,12 +4,14 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from tests.tiny_models import LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
+from tests.head_reference import check_pooled
+from tests.tiny_models import DECODER, LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import (
     FAMILIES,
+    Family,
     HeadLayout,
     decoder_layers,
     head_layout,
@@ -60,6 +62,31 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
             call(gpt2().config)
         assert all(known in str(error.value) for known in FAMILIES)
         assert "add one line to FAMILIES" in str(error.value)
+
+
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+_MIXED = ["full_attention", "linear_attention"]
+_STREAMS = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "why"),
+    [
+        (tf.DeepseekV3ForCausalLM, _LATENT, "4 heads of 8 .* takes 32 .*'deepseek_v3' has one that takes 48"),
+        (tf.MllamaForCausalLM, {"cross_attention_layers": [1]}, "layer 1 of this 'mllama_text_model' has none"),
+        (tf.Qwen3_5ForCausalLM, {"layer_types": _MIXED}, "layer 1 of this 'qwen3_5_text' has none"),
+        (tf.PhiForCausalLM, {}, "layer 0 of this 'phi' has none"),
+        (tf.Gemma3nForCausalLM, _STREAMS, r"a layer hands on \[4, 3, 10, 48\] for 3 rows of 10 tokens"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_with_a_line_in_the_table_too(kind, keys, why, monkeypatch):
+    config = kind.config_class(**DECODER | keys)
+    with pytest.raises(ValueError, match=f"the text model type '{config.model_type}' is not known"):
+        head_layout(config)
+    monkeypatch.setitem(FAMILIES, config.model_type, Family())
+    batch = text_batch()
+    with pytest.raises(ValueError, match=f"model_name_or_path: .*{why}.*use another model"):
+        check_pooled(kind(config), batch, batch["attention_mask"].bool())
 
 
 def test_a_module_without_a_configuration_is_refused():

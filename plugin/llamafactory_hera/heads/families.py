@@ -105,7 +105,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The text decoder's layers, in order, also under PEFT, DDP and FSDP wrappers.
 
     Raises:
-        ValueError: Unknown architecture, or not exactly one text decoder in the model.
+        ValueError: Unknown architecture, not exactly one text decoder in the model, or a layer whose output projection
+            does not take the heads side by side.
     """
     layout = head_layout(model_config(model))
     found: dict[nn.ModuleList, str] = {}  # each once: wrappers (FSDP, PEFT) answer for what they wrap
@@ -119,7 +120,18 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             f"model_name_or_path: expected one text decoder of type {layout.model_type!r} with {layout.n_layers} "
             f"layers inside {type(model).__name__}, found {names}."
         )
-    return list(*found)
+    layers, family, width = list(*found), FAMILIES[layout.model_type], layout.n_heads * layout.head_dim
+    for index, layer in enumerate(layers):
+        projection = getattr(getattr(layer, family.attention, None), family.output, None)
+        taken = getattr(projection, "in_features", width)
+        if projection is None or taken != width:
+            raise ValueError(
+                f"model_name_or_path: {layout.n_heads} heads of {layout.head_dim} values side by side need a "
+                f"{family.attention}.{family.output} that takes {width} values, and layer {index} of this "
+                f"{layout.model_type!r} has {'none' if projection is None else f'one that takes {taken}'}. Correct its "
+                "line in FAMILIES (heads/families.py), or use another model."
+            )
+    return layers
 
 
 def model_config(model: nn.Module) -> Any:
