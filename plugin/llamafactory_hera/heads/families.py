@@ -128,8 +128,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
             raise ValueError(
                 f"model_name_or_path: {layout.n_heads} heads of {layout.head_dim} values side by side need a "
                 f"{family.attention}.{family.output} that takes {width} values, and layer {index} of this "
-                f"{layout.model_type!r} has {'none' if projection is None else f'one that takes {taken}'}. Use another "
-                "model, or correct its line in FAMILIES (heads/families.py)."
+                f"{layout.model_type!r} has {'none' if projection is None else f'one that takes {taken}'}. Use "
+                "another model, or correct its line in FAMILIES (heads/families.py)."
             )
     return layers
 
