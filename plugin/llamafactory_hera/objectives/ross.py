@@ -137,9 +137,8 @@ class Ross(Objective):
 
     view = "latents"
     granularities = ("layer",)
-    silent_steps = (
-        2  # the first step moves the last layer alone, the second what sets norms and gates from a condition
-    )
+    # the first step at a rate above 0 moves the last layer alone, the second what makes norms and gates of a condition
+    silent_steps = 2
     width, depth, heads = 1024, 3, 16
     levels: Tensor
 
