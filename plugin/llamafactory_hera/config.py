@@ -77,8 +77,8 @@ class HeraConfig(KeyedConfig):
     objective: str = knob(
         "contrastive",
         "What is minimised: HeRA's loss over neighbours (contrastive), visual tokens against the teacher's patches "
-        "(feature, viral), averages over text against its features (feature_pooled), 1 - CKA over the batch (cka), or "
-        "a class of your own as my_package.my_module:MyObjective.",
+        "(feature, viral; at masked places jarvis), averages over text against its features (feature_pooled), 1 - CKA "
+        "over the batch (cka), or a class of your own as my_package.my_module:MyObjective.",
         Role.FIXED,
     )
     granularity: Granularity = knob(
@@ -110,6 +110,12 @@ class HeraConfig(KeyedConfig):
         "shared",
         "Of feature and viral: three linear layers with SiLU, one projector for all (shared), or two with GELU for "
         "each head or layer (separate).",
+        Role.FIXED,
+    )
+    visual_attention: Literal["causal", "two_way"] = knob(
+        "causal",
+        "Of jarvis: visual tokens see those before them (causal), or one another in both directions, as its authors' "
+        "do (two_way), which no other program does with the trained model.",
         Role.FIXED,
     )
     own_learning_rate: float | None = knob(

@@ -121,9 +121,10 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     parameters = dict(objective.named_parameters())
     if find(name).view == "patches":
         z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 4, D_TEACHER).double()
+        places = torch.tensor([[3, 1, 1, 0], [0, 1, 2, 3]])  # of jarvis
 
         def loss(z: Tensor, *values: Tensor) -> Tensor:
-            batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool))
+            batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool), {"places": places})
             return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
     else:
         z, teacher = torch.randn(TARGETS, N, D).double(), torch.randn(N, D_TEACHER).double()

@@ -27,6 +27,7 @@ class Options:
     projector: Literal["shared", "separate"] = "shared"  #: `hera_projector`.
     side: int = 0  #: Tokens along a side of an image's grid, for views other than ``pooled``.
     initializer_range: float = 0.02  #: The language model's own.
+    visual_attention: Literal["causal", "two_way"] = "causal"  #: `hera_visual_attention`.
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class Objective(nn.Module, ABC):
     silent_steps: ClassVar[int] = 0
     #: Its plan changes the attention: not under FlashAttention 2, nor with sliding windows.
     plans_attention: ClassVar[bool] = False
+    #: A sample with several images is refused.
+    one_image: ClassVar[bool] = False
 
     def __init__(self, options: Options) -> None:
         super().__init__()

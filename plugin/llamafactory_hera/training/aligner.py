@@ -119,6 +119,7 @@ class Aligner:
             projector=config.projector,
             side=self._side,
             initializer_range=getattr(model_configuration.get_text_config(), "initializer_range", 0.02),
+            visual_attention=config.visual_attention,
         )
         self.objective = create(config.objective, options, seed).to(device)
         self.optimizer = ObjectiveOptimizer(self.objective)

@@ -1,0 +1,313 @@
+"""JARVIS: its blocks, its mask against the source's steps one by one, and what a real model sees and trains under it."""
+
+from itertools import count, product
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
+from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
+from torch import Tensor, nn
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import LayerCapture
+from llamafactory_hera.heads.hooks import DecoderInputs
+from llamafactory_hera.heads.pooling import token_positions
+from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch, create
+from llamafactory_hera.objectives.jarvis import draw_blocks, visible
+from llamafactory_hera.training import Aligner
+
+SIDE, T, D, D_TEACHER = 8, 64, 48, 6
+#: Padding, text, image, text, padding of each sample.
+ROWS = [(0, 3, T, 6, 0), (2, 2, T, 5, 0), (0, 0, T, 4, 5), (0, T + 4, 0, 0, 5)]
+SHOWN = torch.tensor([True, True, True, False])
+both_ways = pytest.mark.parametrize("two_way", [False, True], ids=["causal", "two-way"])
+
+
+def objective(two_way: bool = False) -> Any:
+    return create("jarvis", Options(1, D, D_TEACHER, visual_attention="two_way" if two_way else "causal"))
+
+
+def inputs() -> dict[str, Tensor]:
+    """Three samples with an image and one without, padded on the left, on the right, and not."""
+    ids = torch.randint(3, 50, (4, T + 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row, (left, before, image, _, right) in enumerate(ROWS):
+        mask[row, :left] = 0
+        mask[row, T + 9 - right :] = 0
+        ids[row, left + before : left + before + image] = IMAGE
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+def step(number: int = 0, rank: int = 0, seed: int = 0) -> Step:
+    batch, image = inputs(), torch.tensor([[0, 1]] * 3 + [[0, 0]])
+    positions = token_positions(batch["input_ids"], batch["attention_mask"], image, IMAGE, T)
+    return Step(batch["input_ids"], batch["attention_mask"].bool(), positions, SHOWN, SIDE, seed, rank, number)
+
+
+def prepared(jarvis: Any, plain: bool) -> tuple[Step, Plan]:
+    """The first micro-batch that is plain, or is not."""
+    steps = (step(number) for number in count())
+    return next((s, plan) for s in steps if (((plan := jarvis.prepare(s)).embeddings is None) == plain))
+
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def rectangle(places: Tensor, side: int) -> tuple[int, int, int, int]:
+    """Top, left, height, width of places that fill a rectangle of the grid."""
+    rows, columns = places // side, places % side
+    top, left = int(rows.min()), int(columns.min())
+    height, width = int(rows.max()) - top + 1, int(columns.max()) - left + 1
+    assert len(set(places.tolist())) == len(places) == height * width
+    return top, left, height, width
+
+
+def test_blocks_of_the_grid_of_729_tokens() -> None:
+    targets_seen, contexts_seen, tops = set(), set(), set()
+    for seed in range(60):
+        targets, context = draw_blocks(27, 3, torch.Generator().manual_seed(seed))
+        assert targets.shape[:2] == (3, 4)
+        blocks = [rectangle(block, 27) for block in targets.flatten(0, 1)]
+        assert len({block[2:] for block in blocks}) == 1
+        assert max(top + height for top, _, height, _ in blocks) <= 26
+        assert max(left + width for _, left, _, width in blocks) <= 26
+        assert len(set(blocks)) > 3
+        targets_seen.add(blocks[0][2:])
+        tops |= {top for top, _, height, _ in blocks if height == 12}
+        for of_sample, kept in zip(targets, context, strict=True):
+            assert not kept[of_sample.flatten()].any()
+            assert kept.sum() > 10
+            places = kept.nonzero()[:, 0]
+            assert max(int(places.max()) // 27, int((places % 27).max())) <= 25
+            contexts_seen.add(len(set(places.tolist()) | set(of_sample.flatten().tolist())))
+    # from the formula: as tall as 9 and as wide as 12 to 15 x 10
+    assert {(9, 12), (15, 10)} <= targets_seen <= {(h, w) for h in range(9, 16) for w in (10, 11, 12)}
+    assert (min(tops), max(tops)) == (0, 14)
+    assert 625 <= max(contexts_seen) <= 676
+    again = draw_blocks(27, 3, torch.Generator().manual_seed(59))
+    assert torch.equal(again[0], targets)
+    assert torch.equal(again[1], context)
+
+
+@pytest.mark.parametrize("side", [2, 3, 5, 6])
+def test_a_small_grid_lets_targets_into_the_context_the_last_ones_first(side: int) -> None:
+    targets, context = draw_blocks(side, 40, torch.Generator().manual_seed(0))
+    least = side - 1  # the context fills all but the last row and column, so that its place is not drawn
+    for blocks, kept in zip(targets.tolist(), context, strict=True):
+        square = {row * side + column for row in range(least) for column in range(least)}
+        rests = [square - {place for block in blocks[:n] for place in block} for n in (4, 3, 2, 1, 0)]
+        expected = next((rest for rest in rests if len(rest) > 10), square)
+        assert set(kept.nonzero()[:, 0].tolist()) == expected
+
+
+def test_draws_repeat_and_differ_between_processes_but_for_the_coin() -> None:
+    jarvis = objective()
+    plans = [[jarvis.prepare(step(n, rank)) for n in range(200)] for rank in (0, 1)]
+    plain = [[plan.embeddings is None for plan in of_rank] for of_rank in plans]
+    assert plain[0] == plain[1]
+    assert 0.1 < sum(plain[0]) / 200 < 0.3
+    again = jarvis.prepare(step(7))
+    assert torch.equal(again.positions, plans[0][7].positions)
+    for other in (plans[1][7], plans[0][8], jarvis.prepare(step(7, seed=1))):
+        assert not torch.equal(again.positions[:, :8], other.positions[:, :8])
+
+
+# -- the mask --------------------------------------------------------------------------------------------------------
+
+
+def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Tensor, two_way: bool) -> Tensor:
+    """The steps of the source for one sample, token by token; ``causal`` cuts them."""
+    length = len(attended)
+    start = ROWS[row][0] + ROWS[row][1]
+    end = start + ROWS[row][2]
+    sees = [[j <= i and bool(attended[j]) for j in range(length)] for i in range(length)]
+    if start < end:
+        for i, j in product(range(length), range(start, end)):  # close all visual columns
+            sees[i][j] = False
+        for i, j in product(range(start, length), range(start, end)):  # from the image on, the context
+            sees[i][j] = bool(context[j - start])
+        for block in targets:  # each target block sees itself
+            for i, j in product(block, block):
+                sees[start + i][start + j] = True
+        for i, block in product(range(end, length), targets):  # rows behind the image see all targets
+            for j in block:
+                sees[i][start + j] = True
+    return torch.tensor([[sees[i][j] and (two_way or j <= i) for j in range(length)] for i in range(length)])
+
+
+@both_ways
+def test_the_mask_is_the_sources(two_way: bool) -> None:
+    now, plan = prepared(objective(two_way), plain=False)
+    targets, context = draw_blocks(SIDE, 4, now.generator())
+    assert plan.attention is not None
+    for row in range(4):
+        expected = naive_mask(row, now.attention_mask[row], targets[row].tolist(), context[row], two_way)
+        assert torch.equal(plan.attention[row], expected)
+    # of overlapping blocks and a context that shows some of a target, too
+    targets, context = torch.randint(0, T, (4, 4, 9)), torch.rand(4, T) < 0.5
+    found = visible(now, targets, context, two_way)
+    for row in range(4):
+        expected = naive_mask(row, now.attention_mask[row], targets[row].tolist(), context[row], two_way)
+        assert torch.equal(found[row], expected)
+
+
+def test_a_plain_micro_batch_has_no_masks_and_does_not_enter() -> None:
+    assert prepared(objective(), plain=True)[1].attention is None
+    now, plan = prepared(objective(True), plain=True)
+    assert plan.valid is not None
+    assert not plan.valid.any()
+    assert plan.attention is not None
+    length, visual = T + 9, now.input_ids == IMAGE
+    for row, i, j in product(range(4), range(length), range(length)):
+        both = visual[row, i] and visual[row, j]
+        assert plan.attention[row, i, j] == bool((j <= i or both) and now.attention_mask[row, j])
+
+
+# -- the loss --------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_blocks_of_one_minus_the_cosine_at_each_place() -> None:
+    jarvis = objective()
+    now, plan = prepared(jarvis, plain=False)
+    drawn, _ = draw_blocks(SIDE, 4, now.generator())
+    tokens, teacher = torch.randn(1, 4, drawn[0].numel(), D), torch.randn(4, T, D_TEACHER)
+    loss = jarvis(TokenBatch(tokens, None, teacher, SHOWN, plan.facts))
+    assert loss.shape == (1, 4)
+    assert torch.equal(plan.positions[SHOWN], now.positions[SHOWN].gather(1, drawn[SHOWN].flatten(1)))
+    (first, second), size = (jarvis.head[0].weight, jarvis.head[2].weight), drawn.shape[2]
+    for row in range(4):
+        of_blocks = []
+        for block in range(4):
+            cosines = []
+            for i, place in enumerate(drawn[row, block]):
+                hidden = first @ tokens[0, row, block * size + i]
+                predicted = second @ (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)))
+                cosines.append(predicted @ teacher[row, place] / (predicted.norm() * teacher[row, place].norm()))
+            of_blocks.append(torch.stack(cosines).mean())
+        torch.testing.assert_close(loss[0, row], 1 - torch.stack(of_blocks).mean())
+
+
+def test_what_it_trains_starts_as_in_the_source() -> None:
+    jarvis = create("jarvis", Options(1, 4096, 64, initializer_range=0.3))
+    assert {name: list(p.shape) for name, p in jarvis.named_parameters()} == {
+        "z": [4096],
+        "head.0.weight": [64, 4096],
+        "head.2.weight": [64, 64],
+    }
+    assert jarvis.z.std().item() == pytest.approx(0.3, rel=0.05)
+    assert jarvis.head[0].weight.abs().max().item() == pytest.approx(1 / 64, rel=0.01)
+
+
+# -- a real model ----------------------------------------------------------------------------------------------------
+
+
+def llava(attention: str = "sdpa") -> nn.Module:
+    """A LLaVA with 8 x 8 tokens an image."""
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = tf.CLIPVisionConfig(**size, image_size=8 * SIDE, patch_size=8)
+    text = TEXT_CONFIGS["qwen3"](initializer_range=0.2)
+    torch.manual_seed(0)
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    )
+    model.set_attn_implementation(attention)
+    return model.train()
+
+
+def batch() -> dict[str, Tensor]:
+    return inputs() | {"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))}
+
+
+def forward(model: nn.Module, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Logits, and what the first layer gives at the targets."""
+    with LayerCapture(model, "L0") as capture, DecoderInputs(model) as decoder_inputs:
+        decoder_inputs.set(plan.attention, plan.embeddings)
+        capture.tokens(plan.positions)
+        return model(**batch()).logits, capture.representations()[0]
+
+
+@both_ways
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_embeddings_matter_in_the_context_alone(attention: str, two_way: bool) -> None:
+    model, jarvis = llava(attention), objective(two_way)
+    now, plan = prepared(jarvis, plain=False)
+    targets, context = draw_blocks(SIDE, 4, now.generator())
+    features = torch.randn(3, T, D, requires_grad=True)
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: features)
+    logits, predicted = forward(model, plan)
+    text = now.attention_mask & (now.input_ids != IMAGE)
+    (of_text,) = torch.autograd.grad(
+        (logits[text] * torch.randn_like(logits[text])).sum(), features, retain_graph=True
+    )
+    (of_targets,) = torch.autograd.grad((predicted * torch.randn_like(predicted)).sum(), features)
+    last = targets.flatten(1).max(dim=1, keepdim=True).values
+    before = context if two_way else context & (torch.arange(T) < last)
+    assert torch.equal((of_text != 0).any(-1), context[:3])
+    assert torch.equal((of_targets != 0).any(-1), before[:3])
+    with torch.no_grad():  # another embedding at every place outside the context
+        features[~context[:3]] = 7.0
+    again = forward(model, plan)
+    hook.remove()
+    assert torch.equal(again[0][text], logits[text])
+    assert torch.equal(again[1][SHOWN], predicted[SHOWN])
+
+
+def test_samples_without_an_image_and_plain_micro_batches_are_those_of_plain_training() -> None:
+    model, jarvis = llava(), objective()
+    attended = inputs()["attention_mask"].bool()
+    logits = model(**batch()).logits
+    assert torch.equal(forward(model, prepared(jarvis, plain=True)[1])[0], logits)
+    for two_way in (False, True):
+        masked = forward(model, prepared(objective(two_way), plain=False)[1])[0]
+        torch.testing.assert_close(masked[3][attended[3]], logits[3][attended[3]])
+        assert not torch.allclose(masked[0], logits[0], atol=1e-2)
+
+
+def test_gradient_reaches_z_head_and_projector_alike_in_every_kind_of_checkpointing() -> None:
+    found = {}
+    for kind, enable in {"off": lambda _: None, **CHECKPOINTING}.items():
+        model, jarvis = llava(), objective()
+        enable(model)
+        projector_only(model)
+        now, plan = prepared(jarvis, plain=False)
+        labels = inputs()["input_ids"].masked_fill(~now.attention_mask | (now.input_ids == IMAGE), -100)
+        with LayerCapture(model, "L0") as capture, DecoderInputs(model) as decoder_inputs:
+            decoder_inputs.set(plan.attention, plan.embeddings)
+            capture.tokens(plan.positions)
+            loss = model(**batch(), labels=labels).loss
+            decoder_inputs.set()  # before the backward pass, where layers run again
+            teacher = torch.randn(4, T, D_TEACHER, generator=torch.Generator().manual_seed(3))
+            term = jarvis(TokenBatch(capture.representations(), None, teacher, SHOWN, plan.facts))
+            (loss + term[:, SHOWN].mean()).backward()
+        assert all(p.grad is None for name, p in model.named_parameters() if "multi_modal_projector" not in name)
+        found[kind] = gradients(model) | gradients(jarvis)
+    for name, expected in found["off"].items():
+        assert expected.abs().max() > 1e-4, name
+        for kind, of_kind in found.items():
+            torch.testing.assert_close(of_kind[name], expected, msg=lambda text, at=(kind, name): f"{at}: {text}")
+
+
+def test_an_aligner_hands_the_key_on_and_plain_micro_batches_are_no_part_of_the_mean() -> None:
+    model = projector_only(llava())
+    keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "weight": 1.0, "teacher": teacher_folder()}
+    processor = tf.SiglipImageProcessor(size={"height": 64, "width": 64})
+    aligner = Aligner(model, HeraConfig(**keys, visual_attention="two_way"), image_processor=processor)
+    assert aligner.objective.options.visual_attention == "two_way"
+    assert aligner.objective.options.initializer_range == 0.2
+    collate = aligner.collator(lambda rows: batch())
+    rows, terms = image_rows(model, 3) + image_rows(model, 1, shown=False), []
+    for _ in range(20):
+        collated = collate(rows)
+        micro_batch = aligner.begin(collated)
+        logits = model(**collated).logits
+        terms.append(aligner.finish(micro_batch))
+        (logits.sum() * 0 + terms[-1]).backward()
+        aligner.end()
+        aligner.step(1e-2)
+    masked = [term.item() for term in terms if term > 0]
+    logs = aligner.logs()
+    assert 0 < len(masked) < 20 == len(masked) + logs["hera_empty_steps"]
+    assert logs["hera_loss"] == pytest.approx(sum(masked) / len(masked))
+    assert masked[-1] < 0.8 * masked[0]
