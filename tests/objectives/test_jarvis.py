@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
-from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
 from torch import Tensor, nn
 
 from llamafactory_hera.config import HeraConfig
@@ -17,6 +15,8 @@ from llamafactory_hera.heads.pooling import token_positions
 from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch, create
 from llamafactory_hera.objectives.jarvis import draw_blocks, visible
 from llamafactory_hera.training import Aligner
+from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
+from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
 
 SIDE, T, D, D_TEACHER = 8, 64, 48, 6
 #: Padding, text, image, text, padding of each sample.

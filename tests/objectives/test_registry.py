@@ -80,9 +80,9 @@ def test_its_name_is_a_value_of_the_key(example: str) -> None:
 
 
 def test_the_objectives_are_there() -> None:
-    ours = {"contrastive", "feature", "feature_pooled", "cka", "viral"}
+    ours = {"contrastive", "feature", "feature_pooled", "cka", "viral", "ross", "jarvis"}
     assert ours <= set(names())
-    assert {name for name in ours if find(name).view == "patches"} == {"feature", "viral"}
+    assert {name for name in ours if find(name).view == "patches"} == {"feature", "viral", "jarvis"}
     assert {name for name in ours if find(name).uses_candidates} == {"contrastive"}
 
 

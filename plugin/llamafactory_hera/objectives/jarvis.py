@@ -43,7 +43,7 @@ class Jarvis(Objective):
     def prepare(self, step: Step) -> Plan:
         """Draws the blocks of each sample, and whether the micro-batch is a plain one."""
         # the same on all processes: in a plain one z has no gradient, and gradients are averaged over all of them
-        plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
+        plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN or self.options.weight == 0
         drawn = draw_blocks(step.side, len(step.positions), step.generator())
         targets, context = (tensor.to(step.input_ids.device) for tensor in drawn)
         places = targets.flatten(1)
