@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
     build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
     build.add_argument("--output", required=True, help="folder to make")
-    aspect = "pad: images become squares with the mean colour, as in LLaVA-1.5's stage 2; square: the vision encoder's own"
-    build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=f"{aspect} (default)")
+    aspect = "pad: images become squares in the mean colour first, as in LLaVA-1.5's stage 2 (default: %(default)s)"
+    build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=aspect)
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
     build.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file, GiB (default: %(default)s)")
 

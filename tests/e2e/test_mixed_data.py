@@ -99,7 +99,7 @@ def test_a_stream_is_read(server: HostServer, world: Path, recipe: dict, ranks: 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_batches_grouped_by_length_show_images_or_are_text(
+def test_batches_grouped_by_length_show_images_or_are_short_text(
     server: HostServer, world: Path, recipe: dict, ranks: int
 ) -> None:
     args = {"dataset": "hera_demo,hera_demo_text", "max_samples": 32, "max_steps": -1, "num_train_epochs": 1.0}

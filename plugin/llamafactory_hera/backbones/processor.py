@@ -91,7 +91,7 @@ def _image_processor(vision: Source, pad: bool) -> tuple[Any, tuple[int, int]]:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
         probes = [Image.new("RGB", size) for size in ((64, 48), (48, 80))]
-        sizes = {tuple(_pixels(processor, probe).shape[-2:]) for probe in probes}
+        sizes: set[Any] = {tuple(_pixels(processor, probe).shape[-2:]) for probe in probes}
     except Exception as error:  # transformers raises whatever a broken setting leads to
         raise ValueError(
             f"{VISION_KEY}: the image processor of {folder} cannot be used ({one_line(error)}). Copy or download "
