@@ -253,6 +253,12 @@ def test_an_image_processor_that_does_not_fit_is_refused(
     refused(rf"--vision-model: the image processor of {tower} {match}", tower=tower)
 
 
+def test_padding_is_refused_where_the_towers_processor_does_more_than_llavas(refused: Refused, tower: Path) -> None:
+    edit(tower / "preprocessor_config.json", image_processor_type="ConvNextImageProcessor", crop_pct=0.5)
+    match = "--image-aspect-ratio: pad cannot be had with a ConvNextImageProcessor.* give square"
+    refused(match, tower=tower, image_aspect_ratio="pad")
+
+
 def test_dinov2_takes_images_of_another_size_than_it_was_trained_on(
     build: Build, checkpoints: dict, tmp_path: Path
 ) -> None:
