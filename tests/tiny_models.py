@@ -295,6 +295,32 @@ def teacher_folder() -> str:
     return str(folder)
 
 
+@cache
+def autoencoder_folder() -> str:
+    """The folder of a tiny AutoencoderKL whose posterior is its mean."""
+    from diffusers import AutoencoderKL
+
+    folder = tempfile.mkdtemp(prefix="tiny_autoencoder_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(5)
+    model = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    with torch.no_grad():
+        model.encoder.conv_out.weight[2:] = 0
+        model.encoder.conv_out.bias[2:] = -30
+    model.save_pretrained(folder)
+    return folder
+
+
 def student_processor() -> tf.SiglipImageProcessor:
     """An image processor for the images of these VLMs."""
     return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})

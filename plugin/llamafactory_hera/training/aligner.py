@@ -109,6 +109,12 @@ class Aligner:
             student = StudentImages(self._side, image_processor or _image_processor(model_configuration))
             if self.targets.granularity == "head":
                 _warn_of_dropout(model, self.targets)
+        trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
+        if kind.plans_attention and trained and config.weight > 0 and rank() == 0:
+            logger.warning(
+                "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
+                f"{config.objective} plans, not under its own; that is for a stage that trains the projector alone."
+            )
         self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
         options = Options(
             n_targets=len(self.targets.items),
