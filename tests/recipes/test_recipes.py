@@ -40,6 +40,7 @@ def test_every_backbone_has_its_recipes_as_the_generator_writes_them(
     expected = {f"{key}_{kind}" for key in LANGUAGE_MODELS for kind in KINDS}
     expected |= {f"{key}_{kind}" for key in NATIVE_MODELS for kind in ("hera", "hera_lora")}
     expected |= {f"ablations/{key}_{row.name}" for key in ablations.MODELS for row in ablations.ROWS}
+    expected |= {f"qwen3_vl_4b_finevision_{kind}" for kind in ("hera", "sft")}
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
     written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
