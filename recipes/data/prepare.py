@@ -4,9 +4,9 @@
     python recipes/data/prepare.py grand FOLDER_OF_ANNOTATIONS
     python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
-All write beside ``dataset_info.json``. The first two need Python alone, and leave out, and count, what has no picture in
-the ``images`` folder there. The last one fills that folder from parquet files; it needs pyarrow and pillow, which the
-host brings.
+All write beside ``dataset_info.json``. The first two need Python alone, and leave out, and count, what has no picture
+in the ``images`` folder there. The last one fills that folder from parquet files; it needs pyarrow and pillow, which
+the host brings.
 """
 
 import argparse

@@ -144,11 +144,11 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     batches = plans[0 if kind.four_bit else GPUS.index(DEFAULT_GPUS)]
     keys = sections.lora(kind.rank, None if kind.four_bit else sizes.projector) if kind.rank else sections.FULL
     checkpoint = (model.checkpoint, "the model: fetched from the hub, or a local folder in model_name_or_path")
-    full_name = f"{dataset}_{name}" if own_data else name
+    full_name, data_need = (f"{dataset}_{name}", _FINEVISION_NEED) if own_data else (name, _INSTRUCT_NEED)
     return Recipe(
         f"{model.key}_{full_name}",
         f"{model.title}, {kind.what}",
-        [checkpoint, _FINEVISION_NEED if own_data else _INSTRUCT_NEED, _TEACHER_NEED, *([_QUANT_NEED] if kind.four_bit else [])],
+        [checkpoint, data_need, _TEACHER_NEED, *([_QUANT_NEED] if kind.four_bit else [])],
         work,
         plans,
         [

@@ -152,11 +152,11 @@ def test_another_dataset_selects_for_a_run(server: HostServer, here: Path, chose
     again = server.run(args, here)  # the training data select for it
     assert again.ok, again.output
     assert Targets.load(run.folder / "hera/heads.json").provenance["dataset"] == "hera_demo"
-    missing = server.run(args | {"hera_select_dataset": "nope", "hera_teacher": "hera_demo/teacher"}, here)
+    missing = server.run(args | {"hera_select_dataset": "nope"}, here)
     assert not missing.ok
-    assert f"hera_select_dataset: nope cannot be found in dataset_dir: {data}. Undefined dataset nope" in missing.output
-    cache = here / "filled_for_training"
-    assert fill_teacher(path, ["hera_select_dataset=other", f"hera_teacher_cache={cache}", "dataset_dir=hera_demo/data"])
+    assert f"hera_select_dataset: nope cannot be found in dataset_dir: {data}. Undefined" in missing.output
+    training = ["hera_select_dataset=nope", "hera_teacher_cache=filled_for_training"]
+    assert fill_teacher(path, training) == 96  # what training reads, whatever selects
 
 
 def test_auto_on_two_processes(server: HostServer, here: Path, chosen: dict) -> None:
