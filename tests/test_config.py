@@ -25,7 +25,7 @@ def read(**keys: Any) -> HeraConfig:
 
 SELECTS = "hera_select hera_select_m hera_select_mode hera_select_samples hera_select_k hera_select_seed hera_teacher"
 ROLES = {
-    Role.SELECTS: {*SELECTS.split(), "hera_pooling", "hera_similarity"},
+    Role.SELECTS: {*SELECTS.split(), "hera_select_dataset", "hera_pooling", "hera_similarity"},
     Role.SCORES: {"hera_select_mode", "hera_select_k", "hera_teacher", "hera_pooling", "hera_similarity"},
     Role.TRAINS: {"hera_teacher", "hera_select_m"},
     Role.FIXED: {
@@ -84,7 +84,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_visual_attention": "two_way"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
-        **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5},
+        **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5, "hera_select_dataset": "captions"},
     }
     assert values.keys() == KEYS.keys()
     config = HeraConfig.from_keys(values)

@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     control = "calibrate on shuffled or blank images, too, and say what that did"
     calibrate.add_argument("--control", choices=("shuffled", "blank"), help=control)
     _take_overrides(calibrate, "rah_delta=0.02")
+
+    gap = command("gap", _gap, "correlate the influence-saliency gap of calibrations with what they gained")
+    gap.add_argument("measured", metavar="FOLDER=GAIN", nargs="+", help="a calibration, and its gain in points")
+    gap.add_argument("--output", default="rah_gap.png", help="picture to write (default: %(default)s)")
     return parser
 
 
@@ -186,6 +190,13 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     for report in calibrate(args.recipe, args.overrides, args.control):
         print(render_summary(report))
+    return 0
+
+
+def _gap(args: argparse.Namespace) -> int:
+    from .calibration.report import correlate_gains
+
+    print(correlate_gains(args.measured, Path(args.output)))
     return 0
 
 

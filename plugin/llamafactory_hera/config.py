@@ -39,6 +39,13 @@ class SelectConfig(KeyedConfig):
         Role.SELECTS,
         Role.SCORES,
     )
+    dataset: str | None = knob(
+        None,
+        "Dataset of dataset_dir to score the heads on, by default the one that is trained on; its images lie in "
+        "dataset_dir/NAME/images, or else in media_dir.",
+        Role.SELECTS,
+        fact="dataset",
+    )
     samples: int = knob(
         1000, "Image-caption pairs to score the heads on.", Role.SELECTS, at_least=1, fact="samples_asked"
     )

@@ -1,16 +1,21 @@
-"""Turns downloaded annotations into files that the recipes load. Needs Python alone.
+"""Turns downloaded annotations into files that the recipes load.
 
     python recipes/data/prepare.py instruct llava_v1_5_mix665k.json
     python recipes/data/prepare.py grand FOLDER_OF_ANNOTATIONS
+    python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
-Both write beside ``dataset_info.json`` and leave out, and count, what has no picture in the ``images`` folder there.
+All write beside ``dataset_info.json``. The first two need Python alone, and leave out, and count, what has no picture
+in the ``images`` folder there. The last one fills that folder from parquet files; it needs pyarrow and pillow, which
+the host brings.
 """
 
 import argparse
+import io
 import json
 import os
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,8 @@ HERE = Path(__file__).parent
 IMAGE = "<image>"
 #: OCR-VQA's pictures come as .jpg, .png and .gif, and the annotations call all of them .jpg.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
+#: Rows of FineVision that the paper trains Qwen3-VL-4B on.
+FINEVISION_ROWS = 83_000
 
 
 def find_image(name: str, images: Path) -> str | None:
@@ -68,13 +75,58 @@ def grand_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str
         yield {"id": Path(name).stem, "image": found, "conversations": turns}
 
 
-DATASETS = {
+def finevision_rows(source: Path, images: Path, counts: Counter, *asked: str) -> Iterator[dict[str, Any]]:
+    """Rows of FineVision's subsets, each a folder of parquet files in ``source``, drawn by a fixed seed.
+
+    ``asked`` are ``SUBSET=ROWS`` or ``SUBSET``; by default all that are there. One without a number gives an even
+    share of 83,000 rows: which subsets the paper takes, and how many rows of each, is not known here.
+    """
+    names = asked or sorted({file.parent.relative_to(source).as_posix() for file in source.rglob("*.parquet")}) or [""]
+    for subset, _, number in (name.partition("=") for name in names):
+        yield from _finevision_subset(source, images, counts, subset, int(number or FINEVISION_ROWS // len(names)))
+
+
+def _finevision_subset(source: Path, images: Path, counts: Counter, subset: str, n: int) -> Iterator[dict[str, Any]]:
+    from PIL import Image, UnidentifiedImageError
+    from pyarrow.parquet import ParquetFile
+
+    files = [ParquetFile(file) for file in sorted((source / subset).glob("*.parquet"))]
+    if not files:
+        raise SystemExit(f"{source / subset} holds no parquet file; download its subset, or name another one.")
+    there = sum(file.metadata.num_rows for file in files)
+    drawn = set(random.Random(0).sample(range(there), min(n, there)))
+    batches = (batch for file in files for batch in file.iter_batches(64, columns=["images", "texts"]))
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        if number not in drawn:
+            continue
+        pairs = [(turn["user"], turn["assistant"]) for turn in row["texts"] if turn["user"] and turn["assistant"]]
+        stored = [image["bytes"] for image in row["images"] or []]
+        try:
+            suffixes = [str(Image.open(io.BytesIO(image)).format).lower() for image in stored]
+        except (UnidentifiedImageError, OSError):
+            suffixes = []
+        if not pairs or len(suffixes) < len(stored):
+            counts["rows left out, broken picture" if pairs else "rows left out, no turn"] += 1
+            continue
+        found = [f"{subset}/{number}_{place}.{suffix}" for place, suffix in enumerate(suffixes)]
+        for name, image in zip(found, stored, strict=True):
+            (images / name).parent.mkdir(parents=True, exist_ok=True)
+            (images / name).write_bytes(image)
+        said = [text.replace(IMAGE, "" if found else "image").strip() for pair in pairs for text in pair]
+        said[0] = f"{IMAGE * len(found)}\n{said[0]}".strip()
+        turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
+        counts["rows with a picture" if found else "text-only rows"] += 1
+        yield {"id": f"{subset}/{number}", "images": found, "conversations": turns}
+
+
+DATASETS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], str]] = {
     "instruct": (instruct_rows, "llava_instruct/llava_v1_5_mix665k.jsonl"),
     "grand": (grand_rows, "grand_captions/captions.jsonl"),
+    "finevision": (finevision_rows, "finevision/finevision.jsonl"),
 }
 
 
-def prepare(name: str, source: Path, folder: Path = HERE) -> Counter:
+def prepare(name: str, source: Path, subsets: Sequence[str] = (), folder: Path = HERE) -> Counter:
     """Writes the dataset's file into ``folder``; it appears whole or not at all. Returns what was counted."""
     rows, file_name = DATASETS[name]
     target = folder / file_name
@@ -82,7 +134,7 @@ def prepare(name: str, source: Path, folder: Path = HERE) -> Counter:
     temporary = target.with_suffix(".tmp")
     counts: Counter = Counter()
     with temporary.open("w", encoding="utf-8") as file:
-        for row in rows(source, target.parent / "images", counts):
+        for row in rows(source, target.parent / "images", counts, *subsets):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(temporary, target)
     print(f"{target}: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
@@ -93,5 +145,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("source", type=Path, help="the downloaded file, or folder of files")
+    parser.add_argument("subset", nargs="*", help="of finevision: NAME=ROWS, or NAME for an even share of 83,000 rows")
     parsed = parser.parse_args()
-    prepare(parsed.dataset, parsed.source)
+    if parsed.subset and parsed.dataset != "finevision":
+        parser.error(f"{parsed.dataset} has no subsets")
+    prepare(parsed.dataset, parsed.source, parsed.subset)

@@ -15,6 +15,8 @@ MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
 #: Lines of recipes/README.md between which the generator writes its table.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
+#: The paper selects on captions of GranD (recipes/data/README.md).
+_GRAND = {"hera_select_dataset": "grand_captions"}
 _LAYER = {"hera_granularity": "layer"}
 _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
 
@@ -46,7 +48,7 @@ class Row:
 
 
 def _auto(strategy: str, m: int) -> dict[str, Any]:
-    return {"hera_heads": "auto", "hera_select": strategy, "hera_select_m": m}
+    return {"hera_heads": "auto", "hera_select": strategy, "hera_select_m": m, **_GRAND}
 
 
 _OURS = (
@@ -98,7 +100,7 @@ ROWS = (
     Row(
         "contrastive_layer_worst5",
         "the contrastive loss on the 5 least aligned layers",
-        {**_LAYER, "hera_layers": "auto", "hera_select": "worst", "hera_select_m": 5},
+        {**_LAYER, "hera_layers": "auto", "hera_select": "worst", "hera_select_m": 5, **_GRAND},
         paper=("51.7", "52.1"),
     ),
     Row("head_random5", "5 random heads", _auto("random", 5), paper=("49.7", "56.6")),
@@ -123,7 +125,7 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
         key = "hera_layers" if "hera_layers" in first else "hera_heads"
         if first[key] == "auto":  # what stage 1 selected, on the language model that it left as it was
             path = f"{stage_one}/hera/{key.removeprefix('hera_')}.json"
-            dropped = {"hera_select"} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
+            dropped = {"hera_select", *_GRAND} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
             second = {k: path if k == key else v for k, v in first.items() if k not in dropped}
         keys = _CONTRASTIVE if "hera_objective" not in first else ("hera_weight",)
         title = f"{model.title}, LLaVA stage 2, ablation: {row.title}."

@@ -6,7 +6,7 @@ of finished VLMs are this project's choice.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ QLORA_CARD, QLORA_BATCH = 24, 32
 _TEACHER_NEED = (TEACHER, "the teacher: fetched from the hub by the first run, or a local folder in hera_teacher")
 _PRETRAIN_NEED = ("recipes/data/llava_pretrain/", "558k captions and their images: recipes/data/README.md")
 _INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions and their images: recipes/data/README.md")
+_FINEVISION_NEED = ("recipes/data/finevision/", "83k rows of FineVision with their images: recipes/data/README.md")
 _QUANT_NEED = ("bitsandbytes", 'pip install "llamafactory-hera[quant]"')
 
 
@@ -128,9 +129,10 @@ _NATIVE_KINDS = {
 }
 
 
-def _native(model: Backbone, name: str) -> Recipe:
+def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Recipe:
     kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
-    cutoff = LONG_CUTOFF if sizes.image_tokens > CUTOFF // 2 else CUTOFF
+    own_data = dataset != "llava_instruct"  # with several images in some rows
+    cutoff = LONG_CUTOFF if own_data or sizes.image_tokens > CUTOFF // 2 else CUTOFF
     # the vision half is small beside the text decoder, and is counted with it
     if kind.four_bit:
         trained = sizes.lora(kind.rank)
@@ -143,21 +145,35 @@ def _native(model: Backbone, name: str) -> Recipe:
     batches = plans[0 if kind.four_bit else GPUS.index(DEFAULT_GPUS)]
     keys = sections.lora(kind.rank, None if kind.four_bit else sizes.projector) if kind.rank else sections.FULL
     checkpoint = (model.checkpoint, "the model: fetched from the hub, or a local folder in model_name_or_path")
+    full_name, data_need = (f"{dataset}_{name}", _FINEVISION_NEED) if own_data else (name, _INSTRUCT_NEED)
     return Recipe(
-        f"{model.key}_{name}",
+        f"{model.key}_{full_name}",
         f"{model.title}, {kind.what}",
-        [checkpoint, _INSTRUCT_NEED, _TEACHER_NEED, *([_QUANT_NEED] if kind.four_bit else [])],
+        [checkpoint, data_need, _TEACHER_NEED, *([_QUANT_NEED] if kind.four_bit else [])],
         work,
         plans,
         [
             sections.model(model.checkpoint, **(sections.QUANTISED if kind.four_bit else {})),
             sections.method(keys),
             sections.hera("auto", batches, hera_select_mode="mllm"),
-            sections.data("llava_instruct", model.template, cutoff),
-            sections.output(f"{model.key}/{name}"),
+            sections.data(dataset, model.template, cutoff),
+            sections.output(f"{model.key}/{full_name}"),
             sections.train(batches, kind.rate),
         ],
     )
+
+
+def _finevision() -> Iterator[Recipe]:
+    """The paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
+    model = NATIVE_MODELS["qwen3_vl_4b"]
+    hera = _native(model, "hera", "finevision")
+    notes = (
+        "The paper trains on 83k rows of FineVision; which ones, and its settings for them, are not known here: "
+        "learning rate and batch are those of the other recipes for finished VLMs."
+    )
+    yield replace(hera, title=f"{model.title}, fine-tuned on FineVision with HeRA: LLM and projector.", notes=notes)
+    title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline of {hera.name}.yaml."
+    yield hera.without_hera(f"{model.key}_finevision_sft", title, f"saves/{model.key}/finevision_sft", notes)
 
 
 def all_recipes() -> Iterator[Recipe]:
@@ -171,6 +187,7 @@ def all_recipes() -> Iterator[Recipe]:
         yield _native(native, "hera")
         yield _native(native, "hera_lora")
     yield _native(NATIVE_MODELS["qwen2_5_vl_7b"], "hera_qlora")
+    yield from _finevision()
     for key in ABLATED:
         yield from ablations(LANGUAGE_MODELS[key], _stage_two(LANGUAGE_MODELS[key], "hera"))
     model = LANGUAGE_MODELS[RIVALRY]

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from llamafactory_hera.calibration import report as reporting
 from llamafactory_hera.calibration.report import draw_calibration, mean_rank_correlation
+from llamafactory_hera.cli import main
+from llamafactory_hera.files import write_json
 
 LAYERS, HEADS = 3, 40
 
@@ -78,3 +80,22 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
 )
 def test_rank_correlation_of_heads(ours: list[list[float]], theirs: list[list[float]], expected: float) -> None:
     assert mean_rank_correlation(ours, theirs) == pytest.approx(expected, abs=1e-6)
+
+
+def test_gaps_are_correlated_with_gains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gaps, gains = [1.0, 2.0, 4.0, 3.0], [0.5, 1.0, 1.5, 1.75]
+    for number, gap in enumerate([*gaps, None]):
+        write_json(tmp_path / f"run{number}/calibration.json", {"gap": gap})
+    points = [f"{tmp_path}/run{number}={gain}" for number, gain in enumerate(gains)]
+    assert main(["gap", *points, "--output", str(tmp_path / "gap.png")]) == 0
+    assert f"r = {np.corrcoef(gaps, gains)[0, 1]:.3f} over 4 calibrations" in capsys.readouterr().out
+    assert matplotlib.image.imread(tmp_path / "gap.png")[..., :3].std() > 0.05
+    for bad, said in (
+        ([*points, f"{tmp_path}/run4=1"], "run4=1 is not FOLDER=GAIN"),  # changed no head
+        ([*points, f"{tmp_path}/nothing=1"], "nothing/calibration.json cannot be read"),
+        ([*points, f"{tmp_path}/run0"], "run0 is not FOLDER=GAIN"),
+        (points[:2], "needs three calibrations"),
+    ):
+        assert main(["gap", *bad, "--output", str(tmp_path / "none.png")]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()

@@ -20,6 +20,7 @@ from llamafactory_hera.calibration.samples import draw_samples
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.trust_region import HeldOut
 from llamafactory_hera.calibration.weights import HeadWeights
+from llamafactory_hera.heads.targets import Target
 from llamafactory_hera.selection.forward import Forward
 from tests.calibration.tiny import calibration_model, collate, inputs, noise_images
 
@@ -66,6 +67,10 @@ def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: s
     assert names(tmp_path) == FILES
     assert json.loads((tmp_path / "calibration.json").read_text()) == json.loads(json.dumps(report))
     assert report["calibrated"]
+    caf, isal = torch.tensor(report["caf"]), torch.tensor(report["isal_standardized"])
+    gaps = (caf - caf.mean(1, keepdim=True)) / caf.std(1, correction=0, keepdim=True) - isal
+    changed = [Target.parse(head) for head in report["calibrated"]]
+    assert report["gap"] == pytest.approx(sum(gaps[head].item() for head in changed) / len(changed), rel=1e-4)
     assert report["nothing_because"] is None
     assert 0 < report["kl"]["total"] <= report["kl"]["delta"] == 0.05
     states = {target["head"]: target for target in report["targets"]}
@@ -167,6 +172,27 @@ def test_the_papers_ablations_run(tmp_path: Path, name: str) -> None:
         assert max(report["adapter_rank"].values()) % 8 == 0  # heads of 8 values
     if name == "single anchor":
         assert {len(target["anchors"]) for target in report["targets"]} == {1}
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
+def test_pruning_takes_the_output_of_the_targets_away_and_of_no_other_head(tmp_path: Path, name: str) -> None:
+    model = calibration_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = replace(CONFIG, update="prune", targets="no_caf", p_isal=10, delta=0)
+    (report,) = calibrate_heads(inputs(model), config, tmp_path)
+    scores = torch.tensor(report["isal_standardized"])
+    lowest = {f"L{layer}H{row.argmin()}" for layer, row in enumerate(scores)}
+    assert set(report["calibrated"]) == {target["head"] for target in report["targets"]} == lowest
+    assert {target["state"] for target in report["targets"]} == {"pruned"}
+    assert f"{len(lowest)} of 32 heads pruned" in render_summary(report)
+    features = [sample.features for sample in draw_samples(inputs(model).source, config).held_out]
+    held_out = HeldOut(Forward(model), HeadWeights(model), features, collate, config)
+    adapted = PeftModel.from_pretrained(model, tmp_path).merge_and_unload()
+    assert report["kl"]["total"] == pytest.approx(held_out.kl(), rel=1e-5)
+    for layer, row in enumerate(scores):
+        name = next(key for key in before if f"layers.{layer}.self_attn.o_proj" in key and "vision" not in key)
+        before[name].unflatten(1, (8, 8))[:, row.argmin()] = 0
+    assert all(torch.equal(value, before[key]) for key, value in adapted.state_dict().items())
 
 
 @pytest.mark.parametrize("control", ["shuffled", "blank"])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint, select
+from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
 from llamafactory_hera.selection.pictures import write_report
 
 from .runner import HostServer, run_command, write_recipe
@@ -124,6 +124,39 @@ def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
     anew = server.run(args | {"hera_select_seed": 9, "max_steps": 1}, here)
     assert anew.ok, anew.output
     assert "scoring pass" in anew.output
+
+
+def test_another_dataset_selects_for_a_run(server: HostServer, here: Path, chosen: dict) -> None:
+    data = here / "two_datasets"
+    shutil.copytree(here / "hera_demo/data", data)
+    # with an images folder of its own, as those of recipes/data
+    (data / "other").mkdir()
+    shutil.copytree(data / "images", data / "other/images")
+    info = json.loads((data / "dataset_info.json").read_text())
+    rows = json.loads((data / info["hera_demo_captions"]["file_name"]).read_text())
+    for row in rows:
+        row["images"] = [image.removeprefix("images/") for image in row["images"]]
+    (data / "other/rows.json").write_text(json.dumps(rows))
+    info["other"] = info["hera_demo_captions"] | {"file_name": "other/rows.json"}
+    (data / "dataset_info.json").write_text(json.dumps(info))
+
+    args = chosen | {"dataset_dir": str(data), "output_dir": "saves/of_other", "max_steps": 2}
+    run = server.run(args | {"hera_select_dataset": "other"}, here)
+    assert run.ok, run.output
+    path = write(here, args)
+    named = Targets.load(run.folder / "hera/heads.json")
+    trained_on = select(path, ["output_dir=saves/of_other_alone", "dataset=other", f"media_dir={data}/other/images"])
+    for fact in ("scores", "samples_digest", "dataset"):
+        assert named.provenance[fact] == trained_on.provenance[fact]
+    assert named.provenance["dataset"] == "other"
+    again = server.run(args, here)  # the training data select for it
+    assert again.ok, again.output
+    assert Targets.load(run.folder / "hera/heads.json").provenance["dataset"] == "hera_demo"
+    missing = server.run(args | {"hera_select_dataset": "nope"}, here)
+    assert not missing.ok
+    assert f"hera_select_dataset: nope cannot be found in dataset_dir: {data}. Undefined" in missing.output
+    training = ["hera_select_dataset=nope", "hera_teacher_cache=filled_for_training"]
+    assert fill_teacher(path, training) == 96  # what training reads, whatever selects
 
 
 def test_auto_on_two_processes(server: HostServer, here: Path, chosen: dict) -> None:

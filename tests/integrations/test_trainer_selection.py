@@ -128,6 +128,11 @@ def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
     assert states[0] == states[1]
 
 
+def test_a_dataset_of_the_hosts_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^hera_select_dataset: grand_captions .* `llamafactory-hera select` writes"):
+        selecting(tmp_path, select_dataset="grand_captions")
+
+
 def test_layers_are_selected_too(tmp_path: Path) -> None:
     trainer = selecting(tmp_path, heads=None, granularity="layer", layers="auto", select_m=1)
     assert trainer.aligner.targets.granularity == "layer"

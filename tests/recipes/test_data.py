@@ -1,12 +1,16 @@
 """The datasets of the recipes, loaded by the host from small files of their formats."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import transformers as tf
 from datasets.exceptions import DatasetGenerationError
@@ -65,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path: Path) -> Path:
     """A copy of ``recipes/data`` with the two LLaVA files in it, and the pictures but one."""
     folder = tmp_path / "data"
-    shutil.copytree(ROOT / "recipes/data", folder, ignore=shutil.ignore_patterns("llava_*", "grand_*"))
+    shutil.copytree(ROOT / "recipes/data", folder, ignore=shutil.ignore_patterns("llava_*", "grand_*", "finevision"))
     files = {"llava_pretrain/blip_laion_cc_sbu_558k.json": PRETRAIN, "llava_instruct/raw.json": INSTRUCT}
     for name, rows in files.items():
         (folder / name).parent.mkdir()
@@ -175,3 +179,38 @@ def test_dense_captions_load(model: Path, data: Path) -> None:
     assert "1 rows left out, no picture" in printed
     samples = loaded(model, data, "grand_captions", "llava_plain")
     assert [answers(model, sample) for sample in samples] == [caption + "\n", "A cat sleeps.\n"]
+
+
+def test_finevision_loads_from_parquet_with_as_many_rows_of_a_subset_as_asked(model: Path, data: Path) -> None:
+    def encoded(kind: str) -> dict[str, Any]:
+        file = io.BytesIO()
+        Image.effect_noise((40, 30), 50).save(file, kind)
+        return {"bytes": file.getvalue(), "path": None}
+
+    def said(*texts: str) -> list[dict[str, str]]:
+        return [{"user": user, "assistant": answer} for user, answer in pairwise(texts)][::2]
+
+    rows = [
+        {"images": [encoded("PNG")], "texts": said("What is <image> it?", "A bird.", "Which?", "A swan.")},
+        {"images": [encoded("JPEG"), encoded("PNG")], "texts": said("What differs?", "The colour.")},
+        {"images": [], "texts": said("What does <image> mean?", "A tag.")},
+        {"images": [{"bytes": b"no picture", "path": None}], "texts": said("What?", "Nothing.")},
+        {"images": [encoded("PNG")], "texts": said("", "")},
+    ]
+    source = data / "finevision/parquet"
+    for subset, held in (("charts", rows), ("birds", rows[:1] * 200)):
+        for part in range(0, len(held), 150):
+            (source / subset).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(held[part : part + 150]), source / subset / f"train-{part:05}.parquet")
+    printed = prepare(data, "finevision", str(source), "charts=5", "birds=3")
+    assert "5 rows with a picture, 1 text-only rows, 1 rows left out, broken picture, 1 rows left out, no" in printed
+    samples = loaded(model, data, "finevision", "llava_qwen2_5")
+    held = [sample["images"] or [] for sample in samples]
+    names = [[Path(image).relative_to(data / "finevision/images").as_posix() for image in images] for images in held]
+    assert names[:3] == [["charts/0_0.png"], ["charts/1_0.jpeg", "charts/1_1.png"], []]
+    drawn = [int(name.split("/")[1].split("_")[0]) for (name,) in names[3:]]
+    assert len(set(drawn)) == 3
+    assert max(drawn) > 3  # from the whole subset, not from its beginning
+    image = tf.AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<image>")
+    assert [sample["input_ids"].count(image) for sample in samples] == [16, 32, 0, 16, 16, 16]
+    assert answers(model, samples[0]) == "A bird.<|im_end|>\nA swan.<|im_end|>\n"

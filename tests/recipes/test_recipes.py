@@ -42,6 +42,7 @@ def test_every_backbone_has_its_recipes_as_the_generator_writes_them(
     expected |= {f"ablations/{key}_{row.name}" for key in ablations.MODELS for row in ablations.ROWS}
     rivals = "cmar jarvis jarvis_lora jarvis_pretrain ross ross_lora ross_pretrain viral viral_lora"
     expected |= {f"ablations/{ablations.RIVALRY}_{name}" for name in rivals.split()}
+    expected |= {f"qwen3_vl_4b_finevision_{kind}" for kind in ("hera", "sft")}
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
     written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
@@ -172,6 +173,7 @@ def test_every_row_of_the_ablation_is_a_recipe_and_a_command_for_its_stage_one(
             stage_one.get("hera_select"),
             stage_one.get("hera_select_m"),
         )
+        assert stage_one.get("hera_select_dataset") == ("grand_captions" if targets == "auto" else None)
         assert found == (objective, granularity, targets, strategy, m)
         HeraConfig.from_keys({k: v for k, v in stage_one.items() if k.startswith("hera_")})
         assert keys["hera_weight"] == stage_one["hera_weight"] == 0.01

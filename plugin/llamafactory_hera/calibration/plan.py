@@ -34,6 +34,8 @@ class Plan(NamedTuple):
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
     """Chooses targets and anchors and computes the low-rank updates."""
     targets = choose_targets(profile.saliency, profile.influence(config.caf_lambda), config)
+    if config.update == "prune":
+        return Plan(targets, {target: [] for target in targets}, [removal(target, weights) for target in targets])
     anchors = {target: find_anchors(target, profile, weights, config) for target in targets}
     ready = [target for target in targets if anchors[target]]
     return Plan(targets, anchors, [make_update(heads, anchors, weights, config) for heads in units(ready, weights)])
@@ -119,6 +121,13 @@ def make_update(
     if len(heads) == weights.group_size:
         edits.append(edit(heads, "value"))
     return Update(heads, tuple(edit for edit in edits if edit.left.shape[1] > 0))
+
+
+def removal(head: Target, weights: HeadWeights) -> Update:
+    """The update that takes a head's output slice away (head pruning, section 3.6): ``W - W``, exact in any type."""
+    output = weights.of_head(head, "output").float()
+    unit = torch.eye(output.shape[1], device=output.device)
+    return Update((head,), (Edit(head.layer, "output", weights.index(head, "output"), -output, unit),))
 
 
 def trimmed_mean(stack: Tensor, trim: float) -> Tensor:

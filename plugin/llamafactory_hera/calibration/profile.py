@@ -134,6 +134,13 @@ class HeadGates(Hooks):
         return ((heads * gates).flatten(-2), *rest)
 
 
+def standard_scores(values: Tensor) -> Tensor:
+    """Standard scores of heads ``[L, H]`` within each layer (eq. 4); zero where all are equal."""
+    centred = values - values.mean(dim=1, keepdim=True)
+    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
+    return centred / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
+
+
 @dataclass(frozen=True)
 class Profile:
     """What profiling measured."""
@@ -144,10 +151,8 @@ class Profile:
 
     @property
     def saliency(self) -> Tensor:
-        """I-SAL: standard scores of ``r`` within each layer (eq. 4), ``[L, H]``; zero where all heads are equal."""
-        centred = self.flow - self.flow.mean(dim=1, keepdim=True)
-        deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-        return centred / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
+        """I-SAL: standard scores of ``r``, ``[L, H]``."""
+        return standard_scores(self.flow)
 
     def influence(self, curvature_weight: float) -> Tensor:
         """CAF (eq. 5), ``[L, H]``: the mean gradient, with its sign, plus lambda times the mean squared gradient."""

@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import CenteredNorm
 from matplotlib.patheffects import withStroke
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
+from ..files import read_json
 from ..heads.targets import Target
 from ..selection.pictures import new_figure, save_figure, tick_step
 from .plan import Anchor, Plan
-from .profile import Profile
+from .profile import Profile, standard_scores
 from .settings import RahConfig
 from .trust_region import Outcome, Trial
 from .weights import HeadWeights, lora_factors
 
+REPORT_FILE = "calibration.json"
 _CELL, _LABEL = 0.2, 0.22  # inches
 
 
@@ -26,13 +28,16 @@ def describe(
 ) -> dict[str, Any]:
     """The content of ``calibration.json``; ``facts`` say where all this comes from."""
     saliency, influence = profile.saliency, profile.influence(config.caf_lambda)
+    gaps = standard_scores(influence) - saliency
     trials = {head: trial for trial in outcome.trials for head in trial.update.heads}
-    calibrated = [str(head) for update, _ in outcome.accepted for head in update.heads]
+    changed = [head for update, _ in outcome.accepted for head in update.heads]
+    calibrated = [str(head) for head in changed]
     tried = [trial for trial in outcome.trials if trial.tried]
-    rolled_back = [trial for trial in tried if trial.state != "calibrated"]
+    rolled_back = [trial for trial in tried if trial.alpha == 0]
     layout = weights.layout
     return {
         "calibrated": calibrated,
+        "gap": sum(gaps[head].item() for head in changed) / len(changed) if changed else None,
         "nothing_because": _reason_for_nothing(plan, outcome, config),
         "heads": {
             "layers": layout.n_layers,
@@ -42,7 +47,7 @@ def describe(
             "calibrated_share": round(len(calibrated) / (layout.n_layers * layout.n_heads), 6),
         },
         "kl": {
-            "delta": config.delta,
+            "delta": config.delta if config.update == "calibrate" else None,
             "total_before_roll_back": outcome.totals[0][1] if outcome.totals else 0.0,
             "total": outcome.kl,
             "measured": [{"updates": number, "kl": kl} for number, kl in outcome.totals],
@@ -124,7 +129,7 @@ def render_summary(report: dict[str, Any]) -> str:
     control = report["provenance"]["control"]
     lines = [
         f"RAH-LoRA on {f'{control} images' if control else 'the data as they are'}: {len(report['calibrated'])} of "
-        f"{heads['layers'] * heads['query']} heads calibrated; {len(targets)} were targets"
+        f"{heads['layers'] * heads['query']} heads {report['settings']['rah_update']}d; {len(targets)} were targets"
     ]
     if targets:
         lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
@@ -137,11 +142,15 @@ def render_summary(report: dict[str, Any]) -> str:
         )
     if report["nothing_because"] is not None:
         lines.append(f"No adapter: {report['nothing_because']}.")
+    elif kl["delta"] is None:
+        lines.append(f"KL of all together {kl['total']:.6f}, without a bound")
     else:
         lines.append(
             f"KL of all together {kl['total']:.6f}, {kl['total_before_roll_back']:.6f} before roll-back, at most "
             f"{kl['delta']:g}; {kl['roll_back_rate']:.1%} of the updates rolled back"
         )
+    if report["gap"] is not None:
+        lines.append(f"influence-saliency gap of these heads {report['gap']:.3f}")
     compared = report.get("compared_with_uncorrupted")
     if compared is not None:
         lines.append(
@@ -195,6 +204,48 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     facts = report["provenance"]
     data = f"{facts['control']} images of {facts['dataset']}" if facts["control"] else facts["dataset"]
-    outcome = report["nothing_because"] or f"KL {report['kl']['total']:.4f} of at most {report['kl']['delta']:g}"
+    total, delta = report["kl"]["total"], report["kl"]["delta"]
+    outcome = report["nothing_because"] or f"KL {total:.4f}{f' of at most {delta:g}' if delta is not None else ''}"
     figure.suptitle(f"{facts['model']}, {facts['samples']['profiled']} samples of {data}\n{outcome}", fontsize=10)
     save_figure(figure, target)
+
+
+def correlate_gains(measured: Sequence[str], target: Path) -> str:
+    """Draws the influence-saliency gap of calibrations against what they gained, and says how both correlate.
+
+    The paper states r > 0.8 (section 1) and neither defines the gap nor says over which points: here a point is a
+    calibration, and its gap the mean over its changed heads of CAF less I-SAL, both as standard scores of the layer.
+
+    Args:
+        measured: ``FOLDER=GAIN``: a calibration's output, and what it changed on a benchmark, in points.
+        target: A PNG to write.
+
+    Raises:
+        ValueError: A folder without a gap, a gain that is no number, or too few different points.
+    """
+    names, gaps, gains = [], [], []
+    for point in measured:
+        folder, _, gain = point.rpartition("=")
+        try:
+            names.append(folder)
+            gains.append(float(gain))
+            gaps.append(float(read_json(Path(folder) / REPORT_FILE)["gap"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"gap: {point} is not FOLDER=GAIN with the output folder of a calibration that changed heads and a "
+                f"number ({type(error).__name__}: {error}); for instance saves/calibrate=1.4."
+            ) from error
+    if len(set(gaps)) < 3 or len(set(gains)) < 2:
+        raise ValueError("gap: a correlation needs three calibrations or more, with different gaps and gains.")
+    r, p = pearsonr(gaps, gains)
+    figure = new_figure(5.0, 4.0)
+    axes = figure.subplots()
+    axes.scatter(gaps, gains)
+    axes.axline((float(np.mean(gaps)), float(np.mean(gains))), slope=np.polyfit(gaps, gains, 1)[0], color="0.6")
+    points = list(zip(names, gaps, gains, strict=True))
+    for name, x, y in points:
+        axes.annotate(Path(name).name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="influence-saliency gap", ylabel="gain, points", title=f"r = {r:.2f}")
+    save_figure(figure, target)
+    rows = [f"{x:8.3f} {y:+8.2f}  {name}" for name, x, y in points]
+    return "\n".join([f"{'gap':>8} {'gain':>8}", *rows, f"r = {r:.3f} over {len(gaps)} calibrations, p = {p:.3g}"])

@@ -20,7 +20,7 @@ from ..selection.scores import package_versions
 from ..selection.select import check_writable
 from .plan import make_plan
 from .profile import Profile, check_tokens, profile_heads, weights_digest
-from .report import compare, describe, draw_calibration
+from .report import REPORT_FILE, compare, describe, draw_calibration
 from .samples import CalibrationInputs, Control, Drawn, corrupt, draw_samples
 from .settings import RahConfig
 from .trust_region import HeldOut, Outcome, try_updates
@@ -28,7 +28,7 @@ from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, Scaled, save_ada
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE, PICTURE_FILE, PROFILE_FILE = "calibration.json", "calibration.png", "calibration_profile.safetensors"
+PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
 _DIGEST = "adapter_sha256"
 
 
@@ -78,7 +78,7 @@ class _Calibration:
         profiled = time.perf_counter()
         plan = make_plan(profile, self._weights, self._config)
         outcome = Outcome()
-        if plan.updates and self._config.delta > 0:
+        if plan.updates and (self._config.delta > 0 or self._config.update == "prune"):
             outcome = try_updates(plan.updates, self._held_out(drawn.held_out).kl, self._config)
         trust_region = round(time.perf_counter() - profiled, 3)
         seconds = {"profiling": None if reused else round(profiled - started, 3), "trust_region": trust_region}

@@ -9,6 +9,7 @@ from ..knobs import KeyedConfig, knob
 
 Text = Literal["conversation", "prompt"]
 Positions = Literal["text", "all", "last"]
+Change = Literal["calibrate", "prune"]
 TargetRule = Literal["paper", "no_caf", "random", "inverse"]
 
 _LAYERS = "first_half, all, or zero-based layers such as 0-15 or 3,5,8-11"
@@ -58,6 +59,11 @@ class RahConfig(KeyedConfig):
         "Standard deviations of I-SAL above its layer's mean beyond which a head is an anchor (eq. 8; ours).",
         at_least=0,
         hint="anchors look across text and image more than their layer's mean",
+    )
+    update: Change = knob(
+        "calibrate",
+        "What happens to targets: they move towards anchors (calibrate), or their output is removed, whatever the KL "
+        "(prune, a baseline of the paper).",
     )
     k: int = knob(3, "Anchors for each target; 1 is the paper's ablation of the single nearest one.", at_least=1)
     rho: float = knob(

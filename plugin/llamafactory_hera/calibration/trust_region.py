@@ -15,7 +15,9 @@ from .profile import counted_logits
 from .settings import RahConfig
 from .weights import HeadWeights, Scaled, Update, applied
 
-State = Literal["calibrated", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"]
+State = Literal[
+    "calibrated", "pruned", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"
+]
 
 
 class Step(NamedTuple):
@@ -45,7 +47,7 @@ class Outcome:
     @property
     def accepted(self) -> list[Scaled]:
         """The updates that stay, with their step sizes."""
-        return [(trial.update, trial.alpha) for trial in self.trials if trial.state == "calibrated"]
+        return [(trial.update, trial.alpha) for trial in self.trials if trial.alpha > 0]
 
     @property
     def kl(self) -> float:
@@ -58,7 +60,11 @@ def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], floa
 
     The step is the first of ``alpha_max, alpha_max / 2, ...`` with a divergence of ``delta`` or less (text under eq.
     15). The highest CAF comes first, so the least influential updates are given up. ``kl`` is :meth:`HeldOut.kl`.
+    Pruning has no bound: all of it stays.
     """
+    if config.update == "prune":
+        pruned = [Trial(update, "pruned", 1.0) for update in updates]
+        return Outcome(pruned, [(len(updates), kl([(update, 1.0) for update in updates]))])
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
     kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
     totals: list[tuple[int, float]] = []

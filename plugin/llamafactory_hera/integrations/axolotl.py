@@ -41,6 +41,7 @@ _REFUSED = {
     "rl": "HeRA is for supervised fine-tuning",
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
+    "hera_select_dataset": "heads are selected on datasets; give a file of `llamafactory-hera select` as hera_heads",
     "trainer_cls": "the plugin brings the trainer",
 }
 # Each process would hold a part of a sample's tokens or heads.

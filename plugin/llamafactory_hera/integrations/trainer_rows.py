@@ -173,8 +173,15 @@ def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config
     """The heads or layers of a Trainer's run; ``auto`` selects them on its own dataset, collator and model.
 
     Raises:
-        ValueError: As :func:`~.resolve.resolve_targets`; or ``auto`` where a process does not hold the whole model.
+        ValueError: As :func:`~.resolve.resolve_targets`; ``auto`` where a process does not hold the whole model; or
+            ``hera_select_dataset``, which a Trainer has no folder of datasets for.
     """
+    if config.select.dataset is not None:
+        raise ValueError(
+            f"hera_select_dataset: {config.select.dataset} is a dataset of LLaMA-Factory's, and a Trainer selects on "
+            f"its own; remove it. For heads of other data give their file as {config.targets_key}, which "
+            "`llamafactory-hera select` writes, or a run of that data with auto (max_steps=1)."
+        )
     model, args = trainer.model, trainer.args
     configuration = model_config(model)
     layout = head_layout(configuration)

@@ -140,7 +140,7 @@ def differences(provenance: dict[str, Any], now: dict[str, Any], role: Role) -> 
     """
     return [
         f"{key} was {_shown(provenance, fact)}, is {_shown(now, fact)}"
-        for fact, key in (_MEASURED[role] | HeraConfig.fact_keys(role)).items()
+        for fact, key in (HeraConfig.fact_keys(role) | _MEASURED[role]).items()
         if fact in provenance and provenance[fact] != now.get(fact)
     ]
 

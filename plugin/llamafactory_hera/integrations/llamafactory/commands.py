@@ -48,7 +48,7 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
 
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
     """Fills a recipe's ``hera_teacher_cache`` with its whole dataset; returns how many images it holds then."""
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
     held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
         print(f"{read.config.teacher_cache}: features of {held} images")

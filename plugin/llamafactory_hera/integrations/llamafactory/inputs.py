@@ -27,7 +27,7 @@ from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_eve
 from llamafactory_hera.teachers.images import ImageLike, load_image
 
 from .checks import N_CHECKED, check_image_tokens
-from .recipe import HostArguments, adapter_folders, model_folder
+from .recipe import HostArguments, adapter_folders, check_datasets, model_folder
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -> Run:
@@ -35,18 +35,21 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
     def facts() -> dict[str, str]:
         fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
-        model, dataset = host.model.model_name_or_path, ", ".join(host.data.dataset)
+        model, dataset = host.model.model_name_or_path, config.select.dataset or ", ".join(host.data.dataset)
         return {"model": model, "dataset": dataset, "model_fingerprint": fingerprint}
 
-    def inputs() -> SelectionInputs:
-        own = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))
-        return selection_inputs(config, own)
-
+    inputs = partial(selection_inputs, config, host)
     return Run(Path(host.training.output_dir), layout, facts, inputs, host.training.resume_from_checkpoint)
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
+    host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # the run's own stay
+    name, folder = config.select.dataset, host.data.dataset_dir
+    if name is not None:
+        check_datasets("hera_select_dataset", [name], folder)
+        host.data.dataset, images = [name], Path(str(folder), name, "images")
+        host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights, training = model_folder(host.model), host.training
     data = _HostData(host, config.select.samples)
     alone = config.select.mode == "llm"  # the language model, without images

@@ -111,15 +111,20 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     if name is not None and name not in TEMPLATES:
         near = " or ".join(get_close_matches(name, TEMPLATES, cutoff=0.5)) or "llava_qwen3"
         raise ValueError(f"template: {name} does not exist; write the one of the model, for instance {near}.")
-    try:
-        get_dataset_list(data.dataset, data.dataset_dir)
-    except ValueError as error:
-        raise ValueError(
-            f"dataset: {', '.join(data.dataset)} cannot be found in dataset_dir: {data.dataset_dir}. {error} Name "
-            "datasets of its dataset_info.json, or add them there."
-        ) from error
+    check_datasets("dataset", data.dataset, data.dataset_dir)
     adapter_folders(host.model)
     return host
+
+
+def check_datasets(key: str, names: Sequence[str], folder: Any) -> None:
+    """Checks that the datasets which a key names are those of a ``dataset_dir``."""
+    try:
+        get_dataset_list(names, folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{key}: {', '.join(names)} cannot be found in dataset_dir: {folder}. {error} Name datasets of its "
+            "dataset_info.json, or add them there."
+        ) from error
 
 
 def model_folder(model_args: Any) -> Path:
