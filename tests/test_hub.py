@@ -30,13 +30,13 @@ def model(tmp_path):
     return folder
 
 
-def cut_in_parts(folder, stem="model", suffix=".safetensors"):
-    parts = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
+def cut_in_parts(folder, stem="model", suffix="safetensors"):
+    parts = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
     (folder / "model.safetensors").unlink(missing_ok=True)
     for name in parts:
-        save = torch.save if suffix == ".bin" else save_file
+        save = torch.save if suffix == "bin" else save_file
         save({name: torch.ones(2)}, folder / name)
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": {name: name for name in parts}}))
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": {name: name for name in parts}}))
     return parts
 
 
@@ -194,15 +194,14 @@ def test_weights_are_fetched_only_when_asked_for(serve, model):
     assert sorted(fetched) == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
 @pytest.mark.parametrize("parts", [False, True])
-def test_what_transformers_would_load_is_fetched_and_nothing_else(suffix, parts, serve, model):
-    stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    weights = {f"{stem}{suffix}"}
+def test_what_transformers_or_diffusers_would_load_is_fetched_and_nothing_else(name, parts, serve, model):
+    weights = {name}
     if parts:
-        weights = {*cut_in_parts(model, stem, suffix), f"{stem}{suffix}.index.json"}
-    elif suffix == ".bin":
-        (model / "model.safetensors").rename(model / "pytorch_model.bin")
+        weights = {*cut_in_parts(model, *name.partition(".")[::2]), f"{name}.index.json"}
+    else:
+        (model / "model.safetensors").rename(model / name)
     (model / "consolidated.safetensors").write_bytes(b"the same again, for another program")
     fetched = serve(model)
     find(REPO)

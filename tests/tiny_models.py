@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 60, 61, 62, 63
 LAYERS, HEADS = 2, 4
 _SIDE, _PATCH = 16, 8
 
-_DECODER: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -36,7 +36,9 @@ _DECODER: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_DECODER_WITH_HEAD_DIM = _DECODER | {"head_dim": 16}
+_DECODER_WITH_HEAD_DIM = DECODER | {"head_dim": 16}
+# every expert sees every token, so that each gets a gradient
+_EXPERTS: dict[str, Any] = _DECODER_WITH_HEAD_DIM | {"num_experts_per_tok": 2, "num_local_experts": 2}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -57,13 +59,25 @@ TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
     "llama": lambda **kw: tf.LlamaConfig(**_DECODER_WITH_HEAD_DIM | kw),
     "mistral": lambda **kw: tf.MistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
     "qwen2": lambda **kw: tf.Qwen2Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
-    "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**_DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
+    "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
     "qwen3": lambda **kw: tf.Qwen3Config(**_DECODER_WITH_HEAD_DIM | kw),
     "qwen3_vl_text": lambda **kw: tf.Qwen3VLTextConfig(**_DECODER_WITH_HEAD_DIM | {"rope_parameters": _mrope(8)} | kw),
     "gemma2": lambda **kw: tf.Gemma2Config(**_DECODER_WITH_HEAD_DIM | kw),
     "gemma3_text": lambda **kw: tf.Gemma3TextConfig(**_DECODER_WITH_HEAD_DIM | kw),
     "phi3": lambda **kw: tf.Phi3Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "gemma": lambda **kw: tf.GemmaConfig(**_DECODER_WITH_HEAD_DIM | kw),
+    "glm4": lambda **kw: tf.Glm4Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "granite": lambda **kw: tf.GraniteConfig(**_DECODER_WITH_HEAD_DIM | {"residual_multiplier": 0.5} | kw),
+    "smollm3": lambda **kw: tf.SmolLM3Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "cohere2": lambda **kw: tf.Cohere2Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "ministral": lambda **kw: tf.MinistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
+    "ministral3": lambda **kw: tf.Ministral3Config(**_DECODER_WITH_HEAD_DIM | kw),
+    "mixtral": lambda **kw: tf.MixtralConfig(**_EXPERTS | kw),
+    "qwen3_moe": lambda **kw: tf.Qwen3MoeConfig(**_EXPERTS | {"num_experts": 2, "moe_intermediate_size": 32} | kw),
+    "llama4_text": lambda **kw: tf.Llama4TextConfig(**_EXPERTS | kw),
+    "gpt_oss": lambda **kw: tf.GptOssConfig(**_EXPERTS | kw),
+    "olmo2": lambda **kw: tf.Olmo2Config(**_DECODER_WITH_HEAD_DIM | kw),
 }
 
 #: Families without a causal LM of their own: the decoder alone is the bare model.
@@ -156,13 +170,22 @@ def _qwen3_vl(**kw: Any) -> nn.Module:
     return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
 
 
+def _llama4(**kw: Any) -> nn.Module:
+    vision = _VISION | {"patch_size": 4, "intermediate_size": 128, "rope_parameters": {"rope_theta": 10000.0}}
+    vision |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
+    text = TEXT_CONFIGS["llama4_text"](**kw)
+    return tf.Llama4ForConditionalGeneration(
+        tf.Llama4Config(text_config=text, vision_config=tf.Llama4VisionConfig(**vision), image_token_index=IMAGE)
+    )
+
+
+#: Families that take the common LLaVA as it is.
+_IN_LLAVA = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "glm4", "granite", "smollm3", "cohere2")
+_IN_LLAVA += ("ministral", "ministral3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2")
+
 #: Name -> a tiny VLM; keyword arguments go to the text configuration.
 VLMS: dict[str, Callable[..., nn.Module]] = {
-    "llava-llama": lambda **kw: _llava("llama", **kw),
-    "llava-qwen2": lambda **kw: _llava("qwen2", **kw),
-    "llava-qwen3": lambda **kw: _llava("qwen3", **kw),
-    "llava-mistral": lambda **kw: _llava("mistral", **kw),
-    "llava-phi3": lambda **kw: _llava("phi3", **kw),
+    **{f"llava-{text}": partial(_llava, text) for text in _IN_LLAVA},
     "llava_next-mistral": _llava_next,
     "internvl-qwen2": _internvl,
     "gemma3": _gemma3,
@@ -170,6 +193,7 @@ VLMS: dict[str, Callable[..., nn.Module]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "llama4": _llama4,
 }
 
 
@@ -269,6 +293,32 @@ def teacher_folder() -> str:
     processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": size, "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return str(folder)
+
+
+@cache
+def autoencoder_folder() -> str:
+    """The folder of a tiny AutoencoderKL whose posterior is its mean."""
+    from diffusers import AutoencoderKL
+
+    folder = tempfile.mkdtemp(prefix="tiny_autoencoder_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(5)
+    model = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    with torch.no_grad():
+        model.encoder.conv_out.weight[2:] = 0
+        model.encoder.conv_out.bias[2:] = -30
+    model.save_pretrained(folder)
+    return folder
 
 
 def student_processor() -> tf.SiglipImageProcessor:

@@ -6,14 +6,16 @@ read, and once more when the run has ended, HeRA's workflow must have been enter
 add stages.
 """
 
+import json
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .registry import around, misfit_of_functions
 
 WHAT = "stage: hera takes no route around its trainer"
-FUNCTIONS = {"get_train_args": "args", "_training_function": "config"}
-USED = {"_training_function": "get_train_args"}
+FUNCTIONS = {"get_train_args": "args", "get_infer_args": "args", "_training_function": "config"}
+USED = {"_training_function": "get_train_args", "export_model": "get_infer_args"}
 # what every workflow reads its data with, raw or tokenized, before it loads weights
 _DATA = "llamafactory.data.loader"
 _READS = {"get_dataset_list": "dataset_names dataset_dir", "has_tokenized_data": "path"}
@@ -45,6 +47,13 @@ def apply(module: Any) -> None:
         return parsed
 
     @around(module)
+    def get_infer_args(host: Any, args: Any = None) -> Any:
+        parsed = host(args)
+        for folder in (parsed[0].model_name_or_path, *(parsed[0].adapter_name_or_path or [])):
+            _refuse_two_way(Path(folder) / "hera" / "run.json")
+        return parsed
+
+    @around(module)
     def _training_function(host: Any, config: dict[str, Any]) -> None:
         host(config)
         _refuse("has trained")
@@ -58,6 +67,16 @@ def apply(module: Any) -> None:
     def has_tokenized_data(host: Any, path: Any) -> Any:
         _refuse("was about to train")
         return host(path)
+
+
+def _refuse_two_way(run: Path) -> None:
+    """The tuner parses such arguments for an export alone."""
+    if run.is_file() and json.loads(run.read_text(encoding="utf-8")).get("hera_visual_attention") == "two_way":
+        raise ValueError(
+            f"hera_visual_attention: {run.parent.parent} was trained with two_way, which no model file says: what "
+            "loads the exported one attends causally, and that is another model. Evaluate it inside "
+            "llamafactory_hera.heads.hooks.TwoWayVisualAttention, or train with causal."
+        )
 
 
 def _refuse(what: str) -> None:

@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
     build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
     build.add_argument("--output", required=True, help="folder to make")
+    aspect = "pad: images become squares in the mean colour first, as in LLaVA-1.5's stage 2 (default: %(default)s)"
+    build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=aspect)
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
     build.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file, GiB (default: %(default)s)")
 
@@ -153,7 +155,8 @@ def _build(args: argparse.Namespace) -> int:
     from .backbones.build import build_backbone
 
     print(f"reading {args.language_model} and {args.vision_model}", flush=True)
-    built = build_backbone(args.language_model, args.vision_model, args.output, args.seed, args.shard_gib)
+    options = (args.seed, args.shard_gib, args.image_aspect_ratio)
+    built = build_backbone(args.language_model, args.vision_model, args.output, *options)
     print(f"{built.folder}: {built.n_parameters:,} parameters")
     print(f"<image> is token {built.image_token_id}; an image takes {built.image_tokens} tokens of cutoff_len")
     print(f"template: llava_plain in stage 1, {built.template or 'none that is known here'} in stage 2")

@@ -10,8 +10,8 @@ from .files import read_json
 CONFIG_FILE = "config.json"
 #: What a checkpoint holds beside its weights: configurations, tokenizers, templates.
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
-# In the order in which transformers prefers them; each may be cut into parts that an index names.
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# In the order in which transformers prefers them, then diffusers'; each may be cut into parts that an index names.
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 
 
 def local_folder(
@@ -30,7 +30,8 @@ def local_folder(
         key: The config key or option to name in errors.
         what: What belongs there, for errors: "a vision model such as facebook/dinov2-large".
         patterns: Which files of a hub model are fetched beside its weights.
-        weights: Fetch those that transformers would load; a folder's own are not looked at, see `weight_files`.
+        weights: Fetch those that transformers or diffusers would load; a folder's own are not looked at, see
+            `weight_files`.
         needs: The file without which it is not such a model.
         **hub: ``revision``, ``cache_dir`` and ``token`` of the hub's client.
 
@@ -116,7 +117,7 @@ def _unreachable(repo: str, key: str, error: Exception, hub: dict[str, Any]) -> 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files that transformers would load from ``folder``.
+    """The weight files that transformers or diffusers would load from ``folder``.
 
     Raises:
         ValueError: There are none, a part that the index names is missing, or a file is not whole.

@@ -1,16 +1,17 @@
-"""The rows of the paper's ablation (table 1), VIRAL and CMAR: the stage-2 recipe with other ``hera_*`` keys."""
+"""The rows of the paper's tables 1 and 4: the recipes of two stages with other ``hera_*`` keys."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llamafactory_hera.backbones.table import TEACHER, Backbone
 
+from .sizes import SIZES
 from .text import Recipe
 
 FOLDER = "ablations"
-#: The two LLMs of the paper's table.
-MODELS = ("qwen2_5_3b", "qwen3_4b")
+#: The two LLMs of the paper's table 1, and the one of table 4.
+MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
 #: Lines of recipes/README.md between which the generator writes its table.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
@@ -20,22 +21,20 @@ _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of table 1, whose alignment is part of both stages.
 
     Attributes:
         name: In the file's name.
         title: What is aligned with what.
         keys: Keys that say so; ``hera_heads`` is a number where the paper's first so many heads are meant.
-        both: The objective is part of stage 1, too.
-        paper: The paper's vision average on the two LLMs; empty where its table has no such row.
+        paper: The paper's vision average on the two LLMs.
         note: A sentence of the header.
     """
 
     name: str
     title: str
     keys: dict[str, Any]
-    both: bool = True
-    paper: tuple[str, ...] = ("", "")
+    paper: tuple[str, str]
     note: str = ""
 
     def values(self, model: Backbone) -> dict[str, Any]:
@@ -50,20 +49,42 @@ def _auto(strategy: str, m: int) -> dict[str, Any]:
     return {"hera_heads": "auto", "hera_select": strategy, "hera_select_m": m}
 
 
-_OURS = "The paper names this row and does not say how features are matched: docs/method.md says what is done here."
+_OURS = (
+    "Visual tokens against the teacher's patches, as VIRAL and REPA match them (paper, sec. 4.2); what the paper "
+    "leaves open, the projector above all, is named in docs/method.md."
+)
+_VIRAL = (
+    "VIRAL reads hidden_states[n / 2]; teacher and weight are those of HeRA's paper. VIRAL's own teacher is "
+    "facebook/dinov2-base; by LoRA it trains the model's projector at 2e-5, where the host has one rate."
+)
+_CMAR = (
+    "The paper gives neither weight nor stages: 0.1 is a reproduction's, 0.01 would be HeRA's; that it is part of "
+    "both stages is this project's choice."
+)
+_ROSS = (
+    "The data are those of HeRA's paper, 665k instructions, where ROSS's own are 737k. The memory above leaves the "
+    "denoiser out, 64 million parameters in fp32 with their AdamW, and its activations."
+)
+_JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way is JARVIS's own attention, see docs/method.md."
+_JARVIS_TWO = "JARVIS is a part of stage 1 alone."
+_VAE_NEED = (
+    "an AutoencoderKL; the source takes FLUX.1-dev's, whose licence must be accepted: hf download "
+    "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
+)
+VAE = "models/flux/vae"
 _TEN = "The run warns: ten heads wrecked Qwen2.5-3B in the paper."
 
 ROWS = (
     Row(
         "feature_layer_middle",
-        "features of the middle layer are matched",
+        "visual tokens of the middle layer are matched",
         {"hera_objective": "feature", **_LAYER, "hera_layers": "middle"},
         paper=("50.1", "53.4"),
         note=_OURS,
     ),
     Row(
         "feature_head_worst5",
-        "features of the 5 least aligned heads are matched",
+        "visual tokens of the 5 least aligned heads are matched",
         {"hera_objective": "feature", "hera_heads": 5},
         paper=("51.6", "55.9"),
         note=_OURS,
@@ -85,68 +106,121 @@ ROWS = (
     Row("head_worst1", "the least aligned head", {"hera_heads": 1}, paper=("51.2", "57.0")),
     Row("head_worst3", "the 3 least aligned heads", {"hera_heads": 3}, paper=("51.0", "57.0")),
     Row("head_worst10", "the 10 least aligned heads", _auto("worst", 10), paper=("38.9", "56.3"), note=_TEN),
-    Row(
-        "viral",
-        "VIRAL (arXiv 2509.07979), visual tokens of the middle layer and the teacher's patches",
-        {"hera_objective": "viral", **_LAYER, "hera_layers": "middle", "hera_weight": 0.5},
-        both=False,
-    ),
-    Row(
-        "cmar",
-        "CMAR, 1 - CKA of the penultimate layer and the teacher",
-        {"hera_objective": "cka", **_LAYER, "hera_layers": "penultimate", "hera_weight": 0.01},
-        note="That it has HeRA's weight and is part of both stages is this project's choice.",
-    ),
 )
 
 
 def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
-    """The rows for one LLM.
+    """The rows of table 1 for one LLM.
 
     Args:
         model: The LLM.
         hera: Its stage-2 recipe, from which a row differs in the ``hera_*`` keys and its folders alone.
     """
     for row in ROWS:
-        values = row.values(model)
-        stage_one = f"saves/{model.key}/pretrain_{row.name if row.both else 'sft'}"
-        changed = {"model_name_or_path": stage_one, "output_dir": f"saves/{model.key}/{row.name}"}
-        sections = [
-            (name, _hera(values, keys) if name == "hera" else {k: changed.get(k, v) for k, v in keys.items()})
-            for name, keys in hera.sections
-        ]
-        needs = [(f"{stage_one}/", "the output of stage 1, see below"), *hera.needs[1:]]
+        first = row.values(model)
+        stage_one = f"saves/{model.key}/pretrain_{row.name}"
+        second = dict(first)
+        key = "hera_layers" if "hera_layers" in first else "hera_heads"
+        if first[key] == "auto":  # what stage 1 selected, on the language model that it left as it was
+            path = f"{stage_one}/hera/{key.removeprefix('hera_')}.json"
+            dropped = {"hera_select"} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
+            second = {k: path if k == key else v for k, v in first.items() if k not in dropped}
+        keys = _CONTRASTIVE if "hera_objective" not in first else ("hera_weight",)
         title = f"{model.title}, LLaVA stage 2, ablation: {row.title}."
-        name = f"{FOLDER}/{model.key}_{row.name}"
-        notes = f"{_stage_one(model, row, values, stage_one)} {row.note}".rstrip()
-        yield replace(hera, name=name, title=title, needs=needs, sections=sections, notes=notes)
+        notes = f"Stage 1 with the same alignment: {_stage_one(model, first, stage_one)}. {row.note}".rstrip()
+        yield _changed(hera, model, row.name, title, stage_one, second, keys, notes)
 
 
-def _hera(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    if "hera_objective" in values:  # nothing is compared with candidates, by a temperature
-        return {**values, "hera_teacher": TEACHER, "hera_weight": values.get("hera_weight", keys["hera_weight"])}
-    return {**values, "hera_teacher": TEACHER, **{key: keys[key] for key in _CONTRASTIVE}}
+def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
+    """The rows of table 4: ROSS, VIRAL, JARVIS and CMAR as their sources train them, and by LoRA as VIRAL does.
+
+    Args:
+        model: The LLM.
+        pretrain: Its stage 1 with HeRA.
+        hera: Its stage 2 with HeRA.
+        lora: The same by LoRA.
+    """
+    saves = f"saves/{model.key}"
+    plain = f"Stage 1 goes without it: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
+    plain += f" output_dir={saves}/pretrain_sft stage=sft`."
+    layers = SIZES[model.key].layers
+    viral = {"hera_objective": "viral", **_LAYER, "hera_layers": f"L{layers // 2 - 1}", "hera_weight": 0.5}
+    cmar = {"hera_objective": "cka", **_LAYER, "hera_layers": "penultimate", "hera_weight": 0.1}
+    cmar["hera_accumulate"] = "gradcache"
+    ross = {"hera_objective": "ross", **_LAYER, "hera_layers": "final", "hera_weight": 1.0, "hera_teacher": VAE}
+    jarvis = {"hera_objective": "jarvis", **_LAYER, "hera_layers": f"L{layers // 4 - 1}", "hera_weight": 1.0}
+    stages = {
+        "ross_pretrain": (
+            pretrain,
+            "ROSS",
+            f"models/{model.key}",
+            {**ross, "hera_own_learning_rate": "1.0e-4"},
+            _ROSS,
+        ),
+        "jarvis_pretrain": (pretrain, "JARVIS", f"models/{model.key}", jarvis, _JARVIS),
+    }
+    for suffix, recipe in (("", hera), ("_lora", lora)):
+        second = {**ross, "hera_own_from": f"{saves}/ross_pretrain"}
+        stages[f"ross{suffix}"] = (recipe, "ROSS", f"{saves}/ross_pretrain", second, _ROSS)
+        stages[f"viral{suffix}"] = (recipe, "VIRAL", f"{saves}/pretrain_sft", viral, f"{plain} {_VIRAL}")
+    stages["cmar"] = (hera, "CMAR", f"{saves}/pretrain_cmar", cmar, _CMAR)
+    for name, (recipe, title, start, keys, notes) in stages.items():
+        stage = "stage 1" if recipe is pretrain else "stage 2 by LoRA" if recipe is lora else "stage 2"
+        if name == "cmar":
+            notes = f"Stage 1 with the same alignment: {_stage_one(model, keys, start)}. {notes}"
+        yield _changed(recipe, model, name, f"{model.title}, LLaVA {stage} with {title}.", start, keys, (), notes)
+    for suffix, recipe in (("", hera), ("_lora", lora)):
+        name, start = f"jarvis{suffix}", f"{saves}/jarvis_pretrain"
+        title = f"{model.title}, LLaVA stage 2{' by LoRA' if suffix else ''} behind JARVIS's stage 1, plain."
+        after = recipe.without_hera(f"{FOLDER}/{model.key}_{name}", title, f"{saves}/{name}", _JARVIS_TWO)
+        yield _starting(after, start)
 
 
-def _stage_one(model: Backbone, row: Row, values: dict[str, Any], folder: str) -> str:
-    command = f"llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder}"
-    if not row.both:
-        return f"Stage 1 goes without it: `{command} stage=sft`."
-    others = {key: value for key, value in values.items() if key != "hera_weight"}
-    if "hera_heads" not in others:
-        others["hera_heads"] = "null"
+def _starting(recipe: Recipe, start: str) -> Recipe:
+    sections = [
+        (name, {k: start if k == "model_name_or_path" else v for k, v in keys.items()})
+        for name, keys in recipe.sections
+    ]
+    return replace(recipe, sections=sections, needs=[(f"{start}/", "the output of its stage 1"), *recipe.needs[1:]])
+
+
+def _changed(
+    recipe: Recipe,
+    model: Backbone,
+    name: str,
+    title: str,
+    start: str,
+    keys: dict[str, Any],
+    kept: Iterable[str],
+    notes: str,
+) -> Recipe:
+    """A recipe with other ``hera_*`` keys, from and into other folders; ``kept`` are those that stay."""
+    section = dict(recipe.sections)["hera"]
+    teacher = keys.get("hera_teacher", TEACHER)
+    hera = {**keys, "hera_teacher": teacher, **{key: section[key] for key in kept if key not in keys}}
+    output = f"saves/{model.key}/{name}"
+    sections = [
+        (part, hera if part == "hera" else {k: output if k == "output_dir" else v for k, v in each.items()})
+        for part, each in recipe.sections
+    ]
+    needs = [need for need in recipe.needs if need[0] != TEACHER or teacher == TEACHER]
+    needs += [(f"{VAE}/", _VAE_NEED)] if teacher == VAE else []
+    changed = replace(
+        recipe, name=f"{FOLDER}/{model.key}_{name}", title=title, needs=needs, sections=sections, notes=notes
+    )
+    return changed if start == recipe.keys["model_name_or_path"] else _starting(changed, start)
+
+
+def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
+    others = {"hera_heads": "null", **keys}
     if "hera_objective" in others:
         others["hera_memory"] = 0
-    text = f"Stage 1 with the same alignment: `{command} {' '.join(f'{k}={v}' for k, v in others.items())}`."
-    if values.get("hera_heads") == "auto":
-        text += f" For the heads that it selected append hera_heads={folder}/hera/heads.json to the command above."
-    if values.get("hera_layers") == "auto":
-        text += f" For the layers that it selected append hera_layers={folder}/hera/layers.json to the command above."
-    return text
+    settings = " ".join(f"{key}={value}" for key, value in others.items())
+    return f"`llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder} {settings}`"
 
 
 def index() -> str:
-    """The table of recipes/README.md."""
+    """The tables of recipes/README.md."""
     lines = ["| Row | Qwen2.5-3B | Qwen3-4B | the paper's vision average |", "| --- | --- | --- | --- |"]
     rows = [
         (
@@ -156,11 +230,24 @@ def index() -> str:
         ),
         ("HeRA: the contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 / 58.5"),
     ]
-    rows += [
-        (row.title, [f"{FOLDER}/{key}_{row.name}" for key in MODELS], " / ".join(row.paper) if row.paper[0] else "–")
-        for row in ROWS
+    rows += [(row.title, [f"{FOLDER}/{key}_{row.name}" for key in MODELS], " / ".join(row.paper)) for row in ROWS]
+    lines += [f"| {text} | {' | '.join(map(_link, names))} | {paper} |" for text, names, paper in rows]
+    lines += ["", "Table 4, on Qwen3-8B:", ""]
+    lines += [
+        "| Method | Stage 1 | Stage 2 | by LoRA | the paper's vision average |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    for text, names, paper in rows:
-        links = " | ".join(f"[{name.rpartition('/')[2]}]({name}.yaml)" for name in names)
-        lines.append(f"| {text} | {links} | {paper} |")
+    first = {"ROSS": "ross_pretrain", "JARVIS": "jarvis_pretrain"}
+    for title, paper in (("ROSS", "56.2"), ("VIRAL", "54.2"), ("JARVIS", "58.7"), ("CMAR", "56.9")):
+        name = f"{FOLDER}/{RIVALRY}_{title.lower()}"
+        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "in the header of stage 2"
+        by_lora = "–" if title == "CMAR" else _link(f"{name}_lora")
+        lines.append(f"| {title} | {one} | {_link(name)} | {by_lora} | {paper} |")
+    none, ours = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
+    lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {ours} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
+    lines.append(f"| none | in the header of stage 2 | {none} | – | 55.9 |")
     return "\n".join(lines)
+
+
+def _link(name: str) -> str:
+    return f"[{name.rpartition('/')[2]}]({name}.yaml)"

@@ -16,7 +16,8 @@ NF4_BYTES = 0.56
 OVERHEAD = 5 * GIB
 #: A card must keep some room.
 USABLE = 0.9
-#: The paper's stage 2 compares a sample with the 127 others of its global batch.
+#: Samples that are compared at least: this project's choice, as many as LLaVA's stage 2 has in its global batch. The
+#: paper does not say within what it compares.
 CANDIDATES = 128
 
 
@@ -82,7 +83,7 @@ def spread(work: Work, gpus: int) -> Batches:
     """The largest micro-batch that fits, and the remembered samples that make up for what accumulation takes away.
 
     HeRA compares the samples of a micro-batch over all GPUs. Where that is less than the global batch, `hera_memory`
-    brings the candidates up to it, or to the paper's 128 where the global batch itself is smaller.
+    brings the candidates up to it, or to `CANDIDATES` where the global batch itself is smaller.
     """
     choices = [size for size in (32, 16, 8, 4, 2, 1) if size * gpus <= work.global_batch]
     fitting = [size for size in choices if work.memory(gpus, size) <= USABLE * work.card]

@@ -1,7 +1,7 @@
 """The recipes, made of the table of backbones.
 
 Hyper-parameters are LLaVA-1.5's, which the paper uses (arXiv 2606.23885): stage 1 with global batch 256 and learning
-rate 1e-3 on the projector, stage 2 with 128 and 2e-5; cosine, 3 % warm-up, one epoch, bf16. Learning rates of LoRA and
+rate 1e-3 on the projector, stage 2 with 128 and 2e-5 (LoRA 2e-4); cosine, 3 % warm-up, one epoch, bf16. Learning rates
 of finished VLMs are this project's choice.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS, TEACHER, VISION_MODEL, Backbone
 
 from . import sections
-from .ablations import MARKS, ablations, index
+from .ablations import MARKS, RIVALRY, ablations, index, rivals
 from .ablations import MODELS as ABLATED
 from .memory import Work, spread
 from .sizes import SIZES, Sizes
@@ -48,6 +48,7 @@ def _pretrain(model: Backbone) -> Recipe:
     plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[GPUS.index(DEFAULT_GPUS)]
     build = f"llamafactory-hera build --language-model {model.checkpoint} --vision-model {VISION_MODEL}"
+    build += " --image-aspect-ratio pad"
     return Recipe(
         f"{model.key}_pretrain",
         f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, all else is frozen.",
@@ -91,7 +92,7 @@ def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
             sections.hera(model.heads, batches),
             sections.data("llava_instruct", model.template, CUTOFF),
             sections.output(f"{model.key}/{kind}"),
-            sections.train(batches, rate),
+            sections.train(batches, rate, train_sampling_strategy="group_by_length"),
         ],
     )
 
@@ -172,6 +173,8 @@ def all_recipes() -> Iterator[Recipe]:
     yield _native(NATIVE_MODELS["qwen2_5_vl_7b"], "hera_qlora")
     for key in ABLATED:
         yield from ablations(LANGUAGE_MODELS[key], _stage_two(LANGUAGE_MODELS[key], "hera"))
+    model = LANGUAGE_MODELS[RIVALRY]
+    yield from rivals(model, _pretrain(model), _stage_two(model, "hera"), _stage_two(model, "hera_lora"))
 
 
 def write_recipes(folder: Path) -> list[Path]:

@@ -92,13 +92,14 @@ def output(folder: str) -> Section:
     )
 
 
-def train(batches: Batches, learning_rate: str) -> Section:
+def train(batches: Batches, learning_rate: str, **keys: Any) -> Section:
     """One epoch of LLaVA-1.5's schedule."""
     return (
         "train",
         {
             "per_device_train_batch_size": batches.per_device,
             "gradient_accumulation_steps": batches.accumulation,
+            **keys,
             "learning_rate": learning_rate,
             "num_train_epochs": 1.0,
             "lr_scheduler_type": "cosine",

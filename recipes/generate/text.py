@@ -16,6 +16,7 @@ _COMMENTS = {
     "additional_target": "the projector, which lora_target: all leaves out",
     "hera_memory": "recent samples as further candidates, see the table above",
     "gradient_accumulation_steps": "see the table above",
+    "train_sampling_strategy": "rows of like length together; transformers 4 calls it group_by_length: true",
     "media_dir": "image paths in the data are relative to it",
 }
 

@@ -92,6 +92,36 @@ def test_the_towers_patch_tokens_are_the_images_tokens(tower: str, checkpoints: 
     assert not torch.allclose(seen, other)
 
 
+@pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
+def test_images_are_padded_to_squares_before_the_towers_own_processor(
+    tower: str, checkpoints: dict, build: Build, tmp_path: Path
+) -> None:
+    from llamafactory.data.mm_plugin import get_mm_plugin
+
+    folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"resample": 2, "image_mean": [0.2, 0.4, 0.6], "image_std": [0.3, 0.4, 0.5]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    own = tf.AutoImageProcessor.from_pretrained(folder)
+    wide = Image.effect_noise((640, 480), 80).convert("RGB")
+    squares = {}
+    for name, image, corner in (("wide", wide, (0, 80)), ("high", wide.rotate(90, expand=True), (80, 0))):
+        squares[name] = image, Image.new("RGB", (640, 640), (51, 102, 153))
+        squares[name][1].paste(image, corner)
+
+    built = build(tower=folder, image_aspect_ratio="pad").folder
+    tf.AutoProcessor.from_pretrained(built).save_pretrained(tmp_path / "again")
+    host = get_mm_plugin("llava", image_token="<image>")
+    for place in (built, tmp_path / "again"):
+        processor = tf.AutoProcessor.from_pretrained(place)
+        for image, square in squares.values():
+            expected = own(square, return_tensors="pt")["pixel_values"]
+            assert torch.equal(processor(images=image, text="<image>", return_tensors="pt")["pixel_values"], expected)
+            # what the host trains and chats with
+            inputs = host.get_mm_inputs([image], [], [], [1], [], [], [], processor)
+            assert torch.equal(inputs["pixel_values"], expected)
+
+
 def test_tied_embeddings_stay_tied(build: Build, tmp_path: Path) -> None:
     llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
     built = build(llm)
@@ -170,7 +200,9 @@ def test_the_command_builds_and_says_what_to_write_into_a_recipe(
     checkpoints: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--language-model", str(checkpoints["llama3"]), "--vision-model", str(checkpoints["clip"])]
+    arguments += ["--image-aspect-ratio", "pad"]
     assert main(["build", *arguments, "--output", str(tmp_path / "built")]) == 0
+    assert tf.AutoProcessor.from_pretrained(tmp_path / "built").image_processor.do_pad
     printed = capsys.readouterr().out
     assert "an image takes 16 tokens of cutoff_len" in printed
     assert "template: llava_plain in stage 1, llava_llama3 in stage 2" in printed

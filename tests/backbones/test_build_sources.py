@@ -63,9 +63,15 @@ def test_another_kind_of_model_is_refused_with_what_can_be_given(
     tf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16).save_pretrained(tmp_path / "gpt2")
     for llm, kind in (("siglip", "siglip"), (build(output="finished").folder, "llava"), (tmp_path / "gpt2", "gpt2")):
         message = refused(
-            rf"--language-model: .* \({kind}\) is not a language model alone .* types: gemma2, ", llm=llm
+            rf"--language-model: .* \({kind}\) is not a language model alone .* types: .*gemma2, ", llm=llm
         )
         assert "added to FAMILIES in heads/families.py; a multimodal model is trained as it is" in message
+    for config in (tf.Gemma2Config(), tf.GraniteConfig(logits_scaling=8.0), tf.Cohere2Config()):
+        config.save_pretrained(tmp_path / "scaled")
+        refused(
+            rf"--language-model: .* \({config.model_type}\) has (final_)?logit.* behind its lm_head",
+            llm=tmp_path / "scaled",
+        )
     tower = r"cannot be the vision tower; give one of these types: clip, .* not SigLIP2 NaFlex"
     refused(rf"--vision-model: .* \(qwen3\) {tower}", tower="qwen3")
     for config in (tf.Siglip2Config(), tf.Dinov2WithRegistersConfig(), tf.ResNetConfig()):
@@ -245,6 +251,12 @@ def test_an_image_processor_that_does_not_fit_is_refused(
     else:
         edit(tower / "preprocessor_config.json", **settings)
     refused(rf"--vision-model: the image processor of {tower} {match}", tower=tower)
+
+
+def test_padding_is_refused_where_the_towers_processor_does_more_than_llavas(refused: Refused, tower: Path) -> None:
+    edit(tower / "preprocessor_config.json", image_processor_type="ConvNextImageProcessor", crop_pct=0.5)
+    match = "--image-aspect-ratio: pad cannot be had with a ConvNextImageProcessor.* give square"
+    refused(match, tower=tower, image_aspect_ratio="pad")
 
 
 def test_dinov2_takes_images_of_another_size_than_it_was_trained_on(

@@ -66,7 +66,8 @@ def flows(model: nn.Module, batch: dict[str, Any], bins: int = 4) -> list[tuple[
 @pytest.mark.parametrize("name", VLMS)
 def test_captured_flow_is_that_of_the_attention_that_the_model_returns(name: str) -> None:
     model = vlm(name).eval()
-    assert model.config.get_text_config()._attn_implementation == "sdpa"
+    # sdpa has no place for the sinks of gpt-oss
+    assert (model.config.get_text_config()._attn_implementation == "sdpa") == (name != "llava-gpt_oss")
     batch = vlm_batch(model, rows=3)
     n_image = int((batch["input_ids"][0] == IMAGE).sum())
     found = flows(model, batch, n_image)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llamafactory_hera.backbones.build import build_backbone
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
@@ -89,7 +89,7 @@ def stage_one(place: Path, server: HostServer) -> dict[str, Run]:
     runs = {}
     for key, family in LLMS.items():
         llm = save_paper_llm(family, full_size.SIZES[key], place / f"llm_{key}")
-        build_backbone(str(llm), str(place / "tower"), place / f"models/{key}")
+        build_backbone(str(llm), str(place / "tower"), place / f"models/{key}", image_aspect_ratio="pad")
         runs[key] = train(f"{key}_pretrain", place, server)
     return runs
 
@@ -129,7 +129,9 @@ def test_stage_one_moves_the_projector_alone(key: str, place: Path, stage_one: d
 @pytest.mark.parametrize("key", LLMS)
 def test_stage_two_starts_from_stage_one(key: str, place: Path, stage_one: dict[str, Run], server: HostServer) -> None:
     assert stage_one[key].ok
-    check(train(f"{key}_hera", place, server))
+    run = train(f"{key}_hera", place, server)
+    check(run)
+    assert AutoProcessor.from_pretrained(run.folder).image_processor.do_pad
 
 
 def test_the_baseline_and_lora_run_too(place: Path, stage_one: dict[str, Run], server: HostServer) -> None:

@@ -89,19 +89,29 @@ def _check(run: Run, n_steps: int) -> None:
         assert line["hera_loss"] > 0
 
 
-@pytest.mark.parametrize(
-    "loading",
-    [{"train_sampling_strategy": "group_by_length"}, {"streaming": True, "buffer_size": 32}],
-    ids=["grouped by length", "streaming"],
-)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ways_to_load(server: HostServer, world: Path, recipe: dict, loading: dict, ranks: int) -> None:
-    args = {"output_dir": f"saves/{next(iter(loading))}_{ranks}", "max_steps": 3, "per_device_train_batch_size": 4}
+def test_a_stream_is_read(server: HostServer, world: Path, recipe: dict, ranks: int) -> None:
+    args = {"output_dir": f"saves/streaming_{ranks}", "max_steps": 3, "per_device_train_batch_size": 4}
+    args |= {"dataloader_num_workers": 1, "streaming": True, "buffer_size": 32}
     # otherwise accelerate has the first process read all batches, which must then have one length; so for any stage
     args |= {"ddp_backend": "gloo", "accelerator_config": {"dispatch_batches": False}} if ranks > 1 else {}
-    args |= {"dataset": "hera_demo,hera_demo_text"} if "streaming" not in loading else {}
-    args |= {"dataloader_num_workers": 1}
-    _check(server.run(recipe | args | loading, world, ranks=ranks), 3)
+    _check(server.run(recipe | args, world, ranks=ranks), 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_batches_grouped_by_length_show_images_or_are_short_text(
+    server: HostServer, world: Path, recipe: dict, ranks: int
+) -> None:
+    args = {"dataset": "hera_demo,hera_demo_text", "max_samples": 32, "max_steps": -1, "num_train_epochs": 1.0}
+    args |= {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1, "hera_k": 1}
+    args |= {"per_device_train_batch_size": 4 // ranks, "output_dir": f"saves/grouped_{ranks}"}
+    run = server.run(recipe | args | ({"ddp_backend": "gloo"} if ranks > 1 else {}), world, ranks=ranks)
+    assert run.ok, run.output
+    of_images = [line for line in run.logs() if line.get("hera_mknn_chance") == pytest.approx(1 / 3)]
+    of_text = [line for line in run.logs() if line.get("hera_empty_steps")]
+    # transformers sorts four groups of four batches, so at most one batch of a group mixes both kinds
+    assert len(of_images) + len(of_text) >= 12
+    assert min(len(of_images), len(of_text)) > 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

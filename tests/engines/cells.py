@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
+from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch
+from llamafactory_hera.objectives.jarvis import Jarvis, draw_blocks
+from llamafactory_hera.objectives.ross import DRAWS, Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.gradcache import keep_random_state
 from tests.terms import ContrastiveTerm
-from tests.tiny_models import student_processor, teacher_folder
+from tests.tiny_models import autoencoder_folder, student_processor, teacher_folder
 
 from .engines import ENGINES
 from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
@@ -28,10 +31,41 @@ TAU = "log_temperature"
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
 
 
+class GivenRoss(Ross):
+    """ROSS, smaller and past its zeros, with draws that depend on the sample."""
+
+    width, depth, heads = 32, 2, 4
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        latents = batch.teacher
+        times = torch.linspace(50, 900, DRAWS).long().unsqueeze(1).expand(-1, len(latents))
+        noise = torch.stack([(3 * draw * latents + draw).sin() for draw in range(1, DRAWS + 1)])
+        return self.loss(batch.tokens[0], latents, times, noise)[None]
+
+
+class GivenJarvis(Jarvis):
+    """JARVIS with blocks that depend on the sample, in every micro-batch."""
+
+    def prepare(self, step: Step) -> Plan:
+        drawn = []
+        for ids, attended in zip(step.input_ids, step.attention_mask, strict=True):
+            generator = torch.Generator().manual_seed(int(ids[attended].sum()))
+            drawn.append(draw_blocks(step.side, 1, generator))
+        return self.plan(step, *(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+
+
 def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = HEADS, **keys: object) -> Aligner:
     """The product's own aligner on a model that no engine has wrapped yet."""
+    given = {"ross": f"{__name__}:GivenRoss", "jarvis": f"{__name__}:GivenJarvis"}
+    teacher = autoencoder_folder() if objective == "ross" else teacher_folder()
+    objective = given.get(objective, objective)
     named = {"heads": targets} if "H" in targets else {"layers": targets, "granularity": "layer"}
-    config = HeraConfig(objective=objective, weight=1.0, k=K, teacher=teacher_folder(), **named, **keys)
+    config = HeraConfig(objective=objective, weight=1.0, k=K, teacher=teacher, **named, **keys)
     return Aligner(model, config, image_processor=student_processor())
 
 

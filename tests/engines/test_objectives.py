@@ -21,6 +21,9 @@ CASES = {
     "cka, layers": ("cka", LAYERS, "reentrant"),
     "viral, layers": ("viral", LAYERS, "reentrant"),
     "viral, one layer": ("viral", "L1", "off"),
+    "ross": ("ross", "final", "reentrant"),
+    "jarvis": ("jarvis", "L1", "reentrant"),
+    "jarvis, no checkpointing": ("jarvis", "L1", "off"),
 }
 
 
@@ -37,6 +40,11 @@ def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, 
             for rank in range(1, RANKS):
                 for name, gradient in found[rank][data][loss].items():
                     assert torch.equal(gradient, found[0][data][loss][name])
+
+
+@pytest.mark.parametrize("case", ["feature, heads", "ross", "jarvis"])
+def test_in_4_bit(workers: WorkerPair, case: str) -> None:
+    test_gradients_equal_those_of_one_process(workers, "DDP", "qlora", case)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -4,12 +4,14 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from tests.tiny_models import LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
+from tests.head_reference import check_pooled
+from tests.tiny_models import DECODER, LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import (
     FAMILIES,
+    Family,
     HeadLayout,
     decoder_layers,
     head_layout,
@@ -60,6 +62,31 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones():
             call(gpt2().config)
         assert all(known in str(error.value) for known in FAMILIES)
         assert "add one line to FAMILIES" in str(error.value)
+
+
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+_MIXED = ["full_attention", "linear_attention"]
+_STREAMS = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "why"),
+    [
+        (tf.DeepseekV3ForCausalLM, _LATENT, "4 heads of 8 .* takes 32 .*'deepseek_v3' has one that takes 48"),
+        (tf.MllamaForCausalLM, {"cross_attention_layers": [1]}, "layer 1 of this 'mllama_text_model' has none"),
+        (tf.Qwen3_5ForCausalLM, {"layer_types": _MIXED}, "layer 1 of this 'qwen3_5_text' has none"),
+        (tf.PhiForCausalLM, {}, "layer 0 of this 'phi' has none"),
+        (tf.Gemma3nForCausalLM, _STREAMS, r"a layer hands on \[4, 3, 10, 48\] for 3 rows of 10 tokens"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_and_with_a_line_in_the_table_too(kind, keys, why, monkeypatch):
+    config = kind.config_class(**DECODER | keys)
+    with pytest.raises(ValueError, match=f"the text model type '{config.model_type}' is not known"):
+        head_layout(config)
+    monkeypatch.setitem(FAMILIES, config.model_type, Family())
+    batch = text_batch()
+    with pytest.raises(ValueError, match=f"model_name_or_path: .*{why}.*[Uu]se another model"):
+        check_pooled(kind(config), batch, batch["attention_mask"].bool())
 
 
 def test_a_module_without_a_configuration_is_refused():
@@ -136,6 +163,10 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
     return {n for n, g in zip(trainable, gradients, strict=True) if g is not None and g.abs().max() > 1e-6}
 
 
+#: Get no gradient: that of the keys cancels out in the softmax, that of the projection belongs to no head.
+BIASES = ("k_proj.bias", "o_proj.bias")
+
+
 @pytest.mark.parametrize("whole_layer", [False, True], ids=["head", "layer"])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
@@ -143,10 +174,10 @@ def test_upstream_of_a_bare_decoder(model_type, layer, whole_layer):
     model = text_model(model_type)
     found = set(trainable_upstream(model, layer, whole_layer))
     arrived = reached(model, text_batch(), layer, whole_layer)
-    assert any("mlp" in name and f"layers.{layer}." in name for name in found) == whole_layer
+    behind = (".mlp.", ".feed_forward.")
+    assert any(f"layers.{layer}{part}" in name for name in found for part in behind) == whole_layer
     assert arrived <= found
-    # the bias of the keys cancels out in the softmax
-    assert not {name for name in found - arrived if "k_proj.bias" not in name}
+    assert not {name for name in found - arrived if not name.endswith(BIASES)}
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -157,7 +188,7 @@ def test_upstream_inside_a_vlm(name, layer):
     arrived = reached(model, vlm_batch(model), layer)
     assert arrived <= found
     # of the vision side, not everything is used by every model (a class token, the layers behind the chosen one)
-    unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and "k_proj.bias" not in n}
+    unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and not n.endswith(BIASES)}
     assert not unused
     assert any("vision" in n or "visual" in n for n in arrived)
 

@@ -1,4 +1,4 @@
-"""JARVIS: its blocks, its mask against the source's steps one by one, and what a real model sees and trains."""
+"""JARVIS: its blocks, its mask against the source step by step, and what a real model sees and trains under it."""
 
 from dataclasses import replace
 from itertools import count, product

@@ -40,6 +40,8 @@ def test_every_backbone_has_its_recipes_as_the_generator_writes_them(
     expected = {f"{key}_{kind}" for key in LANGUAGE_MODELS for kind in KINDS}
     expected |= {f"{key}_{kind}" for key in NATIVE_MODELS for kind in ("hera", "hera_lora")}
     expected |= {f"ablations/{key}_{row.name}" for key in ablations.MODELS for row in ablations.ROWS}
+    rivals = "cmar jarvis jarvis_lora jarvis_pretrain ross ross_lora ross_pretrain viral viral_lora"
+    expected |= {f"ablations/{ablations.RIVALRY}_{name}" for name in rivals.split()}
     assert set(values) == expected | {"qwen2_5_vl_7b_hera_qlora"}
     written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
@@ -53,16 +55,18 @@ def test_the_host_parses_every_recipe(parsed: dict, values: dict) -> None:
     assert set(parsed) == set(values)
     for name, facts in parsed.items():
         assert facts["template"], f"{name}: {values[name]['template']} is not registered"
-        assert facts["use_hera"] == (not name.endswith("_sft"))
+        assert (
+            facts["use_hera"] == (values[name]["stage"] == "hera") != name.endswith(("_sft", "jarvis", "jarvis_lora"))
+        )
         assert facts["stage"] == values[name]["stage"]
         assert facts["bf16"]
         assert facts["warmup"] == 30  # 3 %
-        assert facts["zero3"] == (name.endswith(("_hera", "_sft")) or name.startswith("ablations/")), name
+        whole = name.endswith(("_hera", "_sft")) or "/" in name
+        assert facts["zero3"] == (whole and not name.endswith(("_lora", "_pretrain"))), name
     for key in LANGUAGE_MODELS:
         assert parsed[f"{key}_pretrain"]["learning_rate"] == 1e-3
         assert parsed[f"{key}_hera"]["learning_rate"] == 2e-5
-    assert parsed["ablations/qwen3_4b_viral"]["aligned"] == ["viral", "layer", "middle"]
-    assert parsed["ablations/qwen3_4b_cmar"]["aligned"] == ["cka", "layer", "penultimate"]
+    assert parsed["ablations/qwen3_8b_viral"]["aligned"] == ["viral", "layer", "L17"]
     assert parsed["qwen3_4b_hera"]["aligned"] == ["contrastive", "head", None]
 
 
@@ -136,7 +140,7 @@ def test_the_index_links_every_recipe_and_nothing_else(folder: Path) -> None:
     assert f"{ablations.MARKS[0]}\n{ablations.index()}\n{ablations.MARKS[1]}" in page
 
 
-#: Of the paper's table 1 and section on other methods: objective, granularity, heads or layers, strategy, m.
+#: Of the paper's table 1: objective, granularity, heads or layers, strategy of stage 1, m.
 ROWS_OF_THE_PAPER = {
     "feature_layer_middle": ("feature", "layer", "middle", None, None),
     "feature_head_worst5": ("feature", "head", 5, None, None),
@@ -147,51 +151,76 @@ ROWS_OF_THE_PAPER = {
     "head_worst1": ("contrastive", "head", 1, None, None),
     "head_worst3": ("contrastive", "head", 3, None, None),
     "head_worst10": ("contrastive", "head", "auto", "worst", 10),
-    "viral": ("viral", "layer", "middle", None, None),
-    "cmar": ("cka", "layer", "penultimate", None, None),
 }
 
 
 @pytest.mark.parametrize("key", ablations.MODELS)
-def test_every_row_of_the_ablation_is_a_recipe(key: str, values: dict) -> None:
+def test_every_row_of_the_ablation_is_a_recipe_and_a_command_for_its_stage_one(
+    key: str, values: dict, folder: Path
+) -> None:
     assert {row.name for row in ablations.ROWS} == set(ROWS_OF_THE_PAPER)
     twin = values[f"{key}_hera"]
     for name, (objective, granularity, targets, strategy, m) in ROWS_OF_THE_PAPER.items():
         keys = values[f"ablations/{key}_{name}"]
+        stage_one = command_of(folder / f"ablations/{key}_{name}.yaml", values)
         if isinstance(targets, int):
             targets = ",".join(LANGUAGE_MODELS[key].heads.split(",")[:targets])
         found = (
-            keys.get("hera_objective", "contrastive"),
-            keys.get("hera_granularity", "head"),
-            keys.get("hera_layers", keys.get("hera_heads")),
-            keys.get("hera_select"),
-            keys.get("hera_select_m"),
+            stage_one.get("hera_objective", "contrastive"),
+            stage_one.get("hera_granularity", "head"),
+            stage_one.get("hera_layers", stage_one.get("hera_heads")),
+            stage_one.get("hera_select"),
+            stage_one.get("hera_select_m"),
         )
         assert found == (objective, granularity, targets, strategy, m)
-        assert keys["hera_weight"] == (0.5 if name == "viral" else 0.01)
+        HeraConfig.from_keys({k: v for k, v in stage_one.items() if k.startswith("hera_")})
+        assert keys["hera_weight"] == stage_one["hera_weight"] == 0.01
+        # stage 2 goes on with the same, and names what stage 1 selected
+        aligned = f"hera_{granularity}s"
+        expected = f"{stage_one['output_dir']}/hera/{granularity}s.json" if targets == "auto" else targets
+        assert (keys[aligned], keys.get("hera_select_m", 5)) == (expected, m or 5)
+        assert keys.get("hera_objective", "contrastive") == objective
+        assert stage_one["output_dir"] == keys["model_name_or_path"]
         # nothing else differs from the HeRA recipe but the folders
         folders = ("model_name_or_path", "output_dir")
         assert without_hera(keys, *folders) == without_hera(twin, *folders)
 
 
-@pytest.mark.parametrize("key", ablations.MODELS)
-def test_the_command_for_stage_one_makes_what_stage_two_starts_from(key: str, values: dict, folder: Path) -> None:
-    for row in ablations.ROWS:
-        name = f"ablations/{key}_{row.name}"
-        text = " ".join(line.lstrip("# ") for line in (folder / f"{name}.yaml").read_text().splitlines())
-        command = re.search(r"`llamafactory-cli train recipes/(\w+)\.yaml ([^`]+)`", text)
-        overrides = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in command[2].split())}
-        stage_one = values[command[1]] | overrides
-        assert stage_one["output_dir"] == values[name]["model_name_or_path"]
-        if row.both:
-            ours, theirs = (
-                {k: v for k, v in keys.items() if k.startswith("hera_") and v is not None}
-                for keys in (stage_one, values[name])
-            )
-            HeraConfig.from_keys(ours)
-            unused = {"hera_k", "hera_temperature", "hera_memory"}
-            assert {k: v for k, v in ours.items() if k not in unused} == {
-                k: v for k, v in theirs.items() if k not in unused
-            }
-        else:
-            assert stage_one["stage"] == "sft"
+def command_of(file: Path, values: dict) -> dict[str, Any]:
+    """The keys of the command for stage 1 that a recipe's header gives."""
+    text = " ".join(line.lstrip("# ") for line in file.read_text().splitlines())
+    command = re.search(r"`llamafactory-cli train recipes/(\w+)\.yaml ([^`]+)`", text)
+    return values[command[1]] | {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in command[2].split())}
+
+
+#: Of the paper's table 4: objective, layer and weight, stage 1's rates (the model's, the objective's own).
+RIVALS = {
+    "viral": ("viral", "L17", 0.5, (1e-3, None)),
+    "cmar": ("cka", "penultimate", 0.1, (1e-3, None)),
+    "ross": ("ross", "final", 1.0, (1e-3, 1e-4)),
+    "jarvis": ("jarvis", "L8", 1.0, (1e-3, None)),
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_the_rivals_are_trained_as_their_sources_train_them(name: str, values: dict, folder: Path) -> None:
+    objective, layer, weight, rates = RIVALS[name]
+    second = values[f"ablations/qwen3_8b_{name}"]
+    first = values.get(f"ablations/qwen3_8b_{name}_pretrain")
+    first = first or command_of(folder / f"ablations/qwen3_8b_{name}.yaml", values)
+    assert first["output_dir"] == second["model_name_or_path"]
+    assert (first["freeze_language_model"], second["freeze_language_model"]) == (True, False)
+    aligned = [keys for keys in (first, second) if keys["stage"] == "hera"]
+    assert [keys is first for keys in aligned] == {"viral": [False], "jarvis": [True]}.get(name, [True, False])
+    for keys in aligned:
+        HeraConfig.from_keys({k: v for k, v in keys.items() if k.startswith("hera_")})
+        found = (keys["hera_objective"], keys["hera_granularity"], keys["hera_layers"], keys["hera_weight"])
+        assert found == (objective, "layer", layer, weight)
+    assert (float(first["learning_rate"]), first.get("hera_own_learning_rate")) == rates
+    assert float(second["learning_rate"]) == 2e-5
+    if name != "cmar":
+        lora = values[f"ablations/qwen3_8b_{name}_lora"]
+        assert (lora["lora_rank"], lora["lora_alpha"], float(lora["learning_rate"])) == (128, 256, 2e-4)
+        assert lora["additional_target"] == "multi_modal_projector"
+        own = {k: v for k, v in lora.items() if k.startswith("hera_")}
+        assert own == {k: v for k, v in second.items() if k.startswith("hera_")}

@@ -99,3 +99,26 @@ def make_images():
         return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
 
     return make
+
+
+@pytest.fixture
+def zero3():
+    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
+    config = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    yield deepspeed.is_deepspeed_zero3_enabled
+    deepspeed.unset_hf_deepspeed_config()
+    del config
+
+
+@pytest.fixture
+def fsdp(monkeypatch):
+    """What rank 1 of a launch with efficient loading sees."""
+    for name, value in (
+        ("ACCELERATE_USE_FSDP", "true"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
+        ("LOCAL_RANK", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
+    return tf.modeling_utils.is_fsdp_enabled

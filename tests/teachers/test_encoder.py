@@ -214,29 +214,6 @@ def test_images_that_the_model_cannot_take_are_refused_at_loading(
         load(folder)
 
 
-@pytest.fixture
-def zero3():
-    deepspeed = pytest.importorskip("transformers.integrations.deepspeed")
-    config = deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
-    yield deepspeed.is_deepspeed_zero3_enabled
-    deepspeed.unset_hf_deepspeed_config()
-    del config
-
-
-@pytest.fixture
-def fsdp(monkeypatch):
-    """What rank 1 of a launch with efficient loading sees."""
-    for name, value in (
-        ("ACCELERATE_USE_FSDP", "true"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
-        ("LOCAL_RANK", "1"),
-    ):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
-    return tf.modeling_utils.is_fsdp_enabled
-
-
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
 def test_the_teacher_is_whole_on_every_rank(engine, save_teacher, make_images, request):
     folder = save_teacher("dinov2")

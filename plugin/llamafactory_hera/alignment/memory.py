@@ -1,8 +1,8 @@
 """Cross-batch memory: the last M (representation, teacher vector) pairs as further candidates of the contrastive loss.
 
-The paper's batches hold enough candidates by themselves; small global batches do not. Remembering recent detached
-pairs follows cross-batch memory for embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). It is this
-project's addition, off by default.
+Small global batches hold too few candidates by themselves. Remembering recent detached pairs follows cross-batch
+memory for embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). It is this project's addition, off by
+default.
 """
 
 import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -53,6 +53,7 @@ def build_backbone(
     output: str | Path,
     seed: int = 0,
     shard_gib: float = 4.0,
+    image_aspect_ratio: Literal["square", "pad"] = "square",
 ) -> BuiltModel:
     """Makes a ``LlavaForConditionalGeneration`` of an LLM and a vision encoder, with a random projector.
 
@@ -65,6 +66,8 @@ def build_backbone(
         output: Folder to make.
         seed: Of the projector.
         shard_gib: Largest weight file, in GiB.
+        image_aspect_ratio: What the model's processor does to images, in LLaVA's words: ``pad`` makes squares of them
+            with the processor's mean colour first, ``square`` leaves all to the vision encoder's own processor.
 
     Raises:
         ValueError: Names the option, its value and the remedy.
@@ -74,7 +77,7 @@ def build_backbone(
     with _partial_folder(output) as (output, partial):
         read_config(vision_model, VISION_KEY)  # before the language model's weights are fetched
         language, vision = open_language_model(language_model), open_vision_encoder(vision_model)
-        processor, size, template = make_processor(language, vision)
+        processor, size, template = make_processor(language, vision, image_aspect_ratio == "pad")
         config = _config(language, vision, processor, size)
         weights = _weights(language, vision, config, seed)
         n_parameters = _check(weights, config, language, vision)
@@ -85,6 +88,7 @@ def build_backbone(
                 "and run the same command again, or give a folder on another disk."
             )
         notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
+        notes |= {"image_aspect_ratio": image_aspect_ratio}
         generation = language.folder / "generation_config.json"
         try:
             processor.save_pretrained(partial)

@@ -6,7 +6,8 @@ template renders what the host's template of the same name makes of the conversa
 
 from typing import Any
 
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from ..hub import CONFIG_FILE
 from .sources import LANGUAGE_KEY, TOWERS, VISION_KEY, Source, one_line
@@ -58,12 +59,12 @@ _VICUNA = (
 )
 
 
-def make_processor(language: Source, vision: Source) -> tuple[Any, tuple[int, int], str | None]:
+def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, tuple[int, int], str | None]:
     """The processor, height and width in pixels of the images that it makes, and the host's template that fits it."""
     from tokenizers import AddedToken
     from transformers import LlavaProcessor
 
-    image_processor, size = _image_processor(vision)
+    image_processor, size = _image_processor(vision, pad)
     tokenizer = _tokenizer(language)
     # one token of its own; where it is a token already, that one
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
@@ -82,7 +83,7 @@ def make_processor(language: Source, vision: Source) -> tuple[Any, tuple[int, in
     return processor, size, template
 
 
-def _image_processor(vision: Source) -> tuple[Any, tuple[int, int]]:
+def _image_processor(vision: Source, pad: bool) -> tuple[Any, tuple[int, int]]:
     """The encoder's image processor, and the size of its images: one, and the size that the encoder takes."""
     from transformers import AutoImageProcessor
 
@@ -90,7 +91,7 @@ def _image_processor(vision: Source) -> tuple[Any, tuple[int, int]]:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
         probes = [Image.new("RGB", size) for size in ((64, 48), (48, 80))]
-        sizes = {tuple(processor(probe, return_tensors="pt")["pixel_values"].shape[-2:]) for probe in probes}
+        sizes: set[Any] = {tuple(_pixels(processor, probe).shape[-2:]) for probe in probes}
     except Exception as error:  # transformers raises whatever a broken setting leads to
         raise ValueError(
             f"{VISION_KEY}: the image processor of {folder} cannot be used ({one_line(error)}). Copy or download "
@@ -104,7 +105,30 @@ def _image_processor(vision: Source) -> tuple[Any, tuple[int, int]]:
             f"those of one size, the vision tower's {taken} (image_size in {CONFIG_FILE}). Set do_center_crop, size "
             f"and crop_size to {taken} in {_IMAGE_SETTINGS}, or copy that of the same model into the folder."
         )
-    return processor, sizes.pop()
+    return _padding(processor, probes) if pad else processor, sizes.pop()
+
+
+def _padding(own: Any, probes: list[Image.Image]) -> Any:
+    """LLaVA's image processor with an encoder's own settings: images become squares first, in their mean colour."""
+    from transformers import LlavaImageProcessor
+
+    settings = {"do_center_crop": False} | own.to_dict()
+    processor: Any = LlavaImageProcessor.from_dict(settings | {"do_pad": True})
+    color = tuple(int(255 * mean) for mean in processor.image_mean)
+    squares = [ImageOps.pad(probe, (max(probe.size),) * 2, color=color) for probe in probes]
+    if not all(
+        torch.allclose(_pixels(processor, probe), _pixels(own, square), atol=0.05)  # a few levels of 256
+        for probe, square in zip(probes, squares, strict=True)
+    ):
+        raise ValueError(
+            f"--image-aspect-ratio: pad cannot be had with a {type(own).__name__}, which does more with its settings "
+            f"({_IMAGE_SETTINGS} of {VISION_KEY}) than LLaVA's image processor does; give square."
+        )
+    return processor
+
+
+def _pixels(processor: Any, image: Image.Image) -> torch.Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"]
 
 
 def _tokenizer(language: Source) -> Any:

@@ -50,6 +50,8 @@ TOWERS = {
 }
 # Checkpoints with a text half, whose vision half is one of them.
 _NESTED = ("clip", "siglip")
+# What some language models (Gemma 2, Granite, Cohere 2) do to their logits.
+_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def open_language_model(name_or_path: str) -> Source:
@@ -61,6 +63,12 @@ def open_language_model(name_or_path: str) -> Source:
             f"Give one of these types: {', '.join(sorted(FAMILIES))}. A new type is added to FAMILIES in "
             "heads/families.py; a multimodal model is trained as it is, with model_name_or_path."
         )
+    for key in _LOGITS:
+        if (value := getattr(config, key, None)) not in (None, 1):
+            raise ValueError(
+                f"{LANGUAGE_KEY}: {folder} ({config.model_type}) has {key}: {value} behind its lm_head, and LLaVA "
+                "has no place for it: the built model's logits would be others. Give another language model."
+            )
     folder, stored = _read_weights(name_or_path, LANGUAGE_KEY)
     weights = {f"language_model.{name}": tensor for name, tensor in stored.items()}
     if EMBEDDING not in weights:

@@ -103,11 +103,10 @@ class HeadWeights:
                 "Calibrate the base model without quantization_bit (the adapter loads on the quantised one, too), or "
                 "dequantise the checkpoint."
             )
-        heads, axis = (layout.n_kv_heads, 0) if kind == "value" else (layout.n_heads, 1)
-        width = weight.shape[axis]
-        if width != heads * layout.head_dim:
+        heads, width = layout.n_kv_heads, weight.shape[0]
+        if kind == "value" and width != heads * layout.head_dim:
             raise ValueError(
-                f"model_name_or_path: a {kind} projection is {width} wide, and {heads} heads of {layout.head_dim} "
+                f"model_name_or_path: a value projection is {width} wide, and {heads} heads of {layout.head_dim} "
                 f"values need {heads * layout.head_dim}. Use another model."
             )
         return module

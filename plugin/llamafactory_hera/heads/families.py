@@ -2,7 +2,9 @@
 
 The table names, for each text backbone, the attention module of a decoder layer and its output projection. A new
 architecture needs one line here if its layers follow the usual layout: ``layer.<attention>.<output>`` whose input
-holds the heads side by side, ``head_dim`` values each.
+holds the heads side by side, ``head_dim`` values each. Some layers go on with what the attention puts out before the
+residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scales it. A head's contribution is read
+before that, at the projection.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch import nn
 class Family:
     """Names of the modules inside a decoder layer."""
 
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"  # None: the attention takes the residual stream as it is
     attention: str = "self_attn"
     output: str = "o_proj"
 
@@ -32,6 +34,18 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(),
     "gemma3_text": Family(),
     "phi3": Family(),
+    "gemma": Family(),
+    "glm4": Family(),
+    "granite": Family(),
+    "smollm3": Family(),
+    "cohere2": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
+    "mixtral": Family(),
+    "qwen3_moe": Family(),
+    "llama4_text": Family(),
+    "gpt_oss": Family(),
+    "olmo2": Family(input_norm=None),
 }
 
 #: In place of a layer's number: the output of the norm behind the last one.
@@ -112,8 +126,24 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The text decoder's layers, in order; errors as of :func:`text_decoder`."""
-    return list(text_decoder(model).layers)  # type: ignore[arg-type]
+    """The text decoder's layers, in order.
+
+    Raises:
+        ValueError: As of :func:`text_decoder`, or an output projection does not take the heads side by side.
+    """
+    layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
+    family, width = FAMILIES[layout.model_type], layout.n_heads * layout.head_dim
+    for index, layer in enumerate(layers):
+        projection = getattr(getattr(layer, family.attention, None), family.output, None)
+        taken = getattr(projection, "in_features", width)
+        if projection is None or taken != width:
+            raise ValueError(
+                f"model_name_or_path: {layout.n_heads} heads of {layout.head_dim} values side by side need a "
+                f"{family.attention}.{family.output} that takes {width} values, and layer {index} of this "
+                f"{layout.model_type!r} has {'none' if projection is None else f'one that takes {taken}'}. Use "
+                "another model, or correct its line in FAMILIES (heads/families.py)."
+            )
+    return layers
 
 
 def final_norm(model: nn.Module) -> nn.Module:
@@ -153,7 +183,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     if layer != FINAL:
         inside, later = [layers[layer]], layers[layer:]
         if not whole_layer:
-            inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention)]
+            inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention) if name]
     feeding = {id(p) for module in inside for p in module.parameters()}
     behind = {id(p) for module in later for p in module.parameters()} | _behind_the_decoder(model)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind - feeding]

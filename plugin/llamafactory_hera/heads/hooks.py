@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import FINAL, decoder_layers, final_norm, head_layout, model_config, text_decoder
-from .pooling import pool_tokens
+from .pooling import image_token_id, pool_tokens
 from .targets import Targets
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
@@ -172,6 +172,30 @@ class DecoderInputs(Hooks):
             closed = closed.masked_fill_(~self._attention, torch.finfo(embeds.dtype).min)
             kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}
         return args, kwargs
+
+
+class TwoWayVisualAttention(DecoderInputs):
+    """Lets the tokens of an image see one another in both directions: JARVIS's attention, for evaluation.
+
+    Enter it around forward passes, or ``generate``, of a model trained with ``hera_visual_attention: two_way``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._model, self._image_token = model, image_token_id(model_config(model))
+
+    def _hook(self) -> None:
+        super()._hook()
+        self._undo.append(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+
+    def _look(self, _: nn.Module, __: tuple, kwargs: dict[str, Any]) -> None:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        visual = ids == self._image_token
+        if ids.shape[1] == 1 or not visual.any():  # a token behind everything, or text
+            return self.set()
+        at = torch.arange(ids.shape[1], device=ids.device)
+        sees = (at.unsqueeze(1) >= at) | (visual.unsqueeze(2) & visual.unsqueeze(1))
+        self.set(sees if mask is None else sees & mask.bool().unsqueeze(1))
 
 
 def in_backward() -> bool:

@@ -51,7 +51,16 @@ def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[i
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without any."""
+    """Mean of ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without any.
+
+    Raises:
+        ValueError: ``hidden`` is not of these tokens: layers that hand on several streams at once.
+    """
+    if hidden.shape[:-1] != mask.shape:
+        raise ValueError(
+            f"model_name_or_path: a layer hands on {list(hidden.shape)} for {mask.shape[0]} rows of {mask.shape[1]} "
+            "tokens: several streams, as in Gemma 3n. Its layers cannot be read; use another model."
+        )
     # divided in single precision and before the product: float16 can hold neither a large count nor a long sum
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)

@@ -28,6 +28,7 @@ class Options:
     side: int = 0  #: Tokens along a side of an image's grid, for views other than ``pooled``.
     initializer_range: float = 0.02  #: The language model's own.
     visual_attention: Literal["causal", "two_way"] = "causal"  #: `hera_visual_attention`.
+    weight: float = 1.0  #: `hera_weight`; 0 in a run that only keeps what an objective does to the forward pass.
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Objective(nn.Module, ABC):
     least_samples: ClassVar[int] = 1
     #: Names of :meth:`values`.
     logged: ClassVar[tuple[str, ...]] = ()
-    #: Optimizer steps at the start in which the student gets no gradient yet, and that is no fault.
+    #: Optimizer steps at a rate above 0 in which the student gets no gradient at the start, and that is no fault.
     silent_steps: ClassVar[int] = 0
     #: Its plan changes the attention: not under FlashAttention 2, nor with sliding windows.
     plans_attention: ClassVar[bool] = False

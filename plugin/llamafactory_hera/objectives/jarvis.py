@@ -43,9 +43,12 @@ class Jarvis(Objective):
     def prepare(self, step: Step) -> Plan:
         """Draws the blocks of each sample, and whether the micro-batch is a plain one."""
         # the same on all processes: in a plain one z has no gradient, and gradients are averaged over all of them
-        plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
-        drawn = draw_blocks(step.side, len(step.positions), step.generator())
-        targets, context = (tensor.to(step.input_ids.device) for tensor in drawn)
+        plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN or self.options.weight == 0
+        return self.plan(step, *draw_blocks(step.side, len(step.positions), step.generator()), plain)
+
+    def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
+        """The plan of a micro-batch for what :func:`draw_blocks` gave; a ``plain`` one has no masks and no term."""
+        targets, context = targets.to(step.input_ids.device), context.to(step.input_ids.device)
         places = targets.flatten(1)
         positions, facts = step.positions.gather(1, places), {"places": places}
         two_way = self.options.visual_attention == "two_way"

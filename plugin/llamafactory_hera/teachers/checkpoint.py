@@ -15,13 +15,14 @@ from ..files import read_json
 from ..hub import CONFIG_FILE, local_folder, weight_files
 
 KEY = "hera_teacher"
+VISION_MODEL = "a vision model such as facebook/dinov2-large"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Raise this when the feature that is taken from the same files changes: caches of the old one must not be read.
 _FEATURE_VERSION = 1
 _HASH_BLOCK = 16 * 2**20
 # What saving or copying a model changes without changing what it computes.
-_INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version")
+_INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,23 @@ class TeacherInfo:
     name: str
 
 
-def teacher_folder(name_or_path: str, weights: bool = True) -> Path:
+def teacher_folder(name_or_path: str, weights: bool = True, what: str = VISION_MODEL) -> Path:
     """The local folder with a teacher's files, fetched when it is a hub id; see `hub.local_folder`."""
-    what = "a vision model such as facebook/dinov2-large"
     return local_folder(name_or_path, KEY, what, patterns=PROCESSOR_FILES, weights=weights)
+
+
+def whole_teacher_folder(value: str, what: str = VISION_MODEL) -> Path:
+    """The folder with its weights.
+
+    Raises:
+        ValueError: They are not there or not whole.
+    """
+    folder = teacher_folder(value, what=what)
+    try:
+        weight_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
+    return folder
 
 
 def check_teacher(name_or_path: str) -> TeacherInfo:
@@ -98,12 +112,7 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
     family = FAMILIES[model_type]
     # Hub configs leave out what equals the default, so the config class has to fill it in.
     config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
-    folder = teacher_folder(value)
-    try:
-        weight_files(folder)
-    except ValueError as error:
-        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
-    return TeacherInfo(family, config, folder, value)
+    return TeacherInfo(family, config, whole_teacher_folder(value), value)
 
 
 def _processor_config(folder: Path) -> dict[str, Any] | None:
@@ -118,7 +127,8 @@ def teacher_fingerprint(folder: str | Path) -> str:
     """A digest, 64 hexadecimal digits, of everything in a teacher's files that decides its features.
 
     It covers ``config.json`` and the image processor's settings (parsed, without the keys that saving adds), every
-    byte and name of the weight files, and which output is the feature; not library versions, dtype and device.
+    byte and name of the weight files, and which output is the feature; not library versions, dtype and device. Of an
+    autoencoder there are only configuration and weights.
     """
     folder = Path(folder)
     weights = weight_files(folder)

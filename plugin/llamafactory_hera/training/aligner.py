@@ -109,7 +109,13 @@ class Aligner:
             student = StudentImages(self._side, image_processor or _image_processor(model_configuration))
             if self.targets.granularity == "head":
                 _warn_of_dropout(model, self.targets)
-        self.teacher = TeacherFeatures(config, device, dtype, student)
+        trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
+        if kind.plans_attention and trained and config.weight > 0 and rank() == 0:
+            logger.warning(
+                "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
+                f"{config.objective} plans, not under its own; that is for a stage that trains the projector alone."
+            )
+        self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
         options = Options(
             n_targets=len(self.targets.items),
             dim=head_layout(model_configuration).hidden_size,
@@ -120,6 +126,7 @@ class Aligner:
             side=self._side,
             initializer_range=getattr(model_configuration.get_text_config(), "initializer_range", 0.02),
             visual_attention=config.visual_attention,
+            weight=config.weight,
         )
         self.objective = create(config.objective, options, seed).to(device)
         self.optimizer = ObjectiveOptimizer(self.objective)
@@ -157,10 +164,10 @@ class Aligner:
             drop: Columns that ``collate`` must not see.
             decode: What decodes the images of a row of :func:`~..teachers.images.undecoded`.
         """
-        processor = None if self._side else self.teacher.encoder.processor
+        processor = None if self._side else getattr(self.teacher.encoder, "processor", None)
         return HeraCollator(
             collate, processor, cache=self.teacher.cache, images_of=images_of, drop=drop, decode=decode,
-            image_index=self.config.image_index,
+            image_index=self.config.image_index, one_image=self.objective.one_image,
         )  # fmt: skip
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -306,7 +313,7 @@ class Aligner:
         if self.config.own_learning_rate is not None and peak:
             learning_rate *= self.config.own_learning_rate / peak
         self.optimizer.step(learning_rate, scale)
-        self._n_steps += 1
+        self._n_steps += learning_rate > 0
 
     # -- the run ---------------------------------------------------------------------------------------------------
 

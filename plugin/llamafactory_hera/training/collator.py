@@ -14,6 +14,7 @@ from ..teachers.cache import FeatureCache
 from ..teachers.checkpoint import check_teacher
 from ..teachers.encoder import TeacherProcessor, VisionTeacher, check_grid, normalization
 from ..teachers.images import KEY_BYTES, ImageLike, decoded_key, images_by, load_image, sample_images, shown_image
+from ..teachers.latents import LatentTeacher
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -36,6 +37,7 @@ class HeraCollator:
     Args:
         collate: The loop's own collator.
         processor: The teacher's image processor; None where it sees the batch's own pixels.
+        one_image: Samples with several images are refused.
         cache: Features computed before, or None.
         image_index: Which image of a sample with several; clamped to what there is.
         images_of: From a row of the dataset to its images.
@@ -47,6 +49,7 @@ class HeraCollator:
     processor: TeacherProcessor | None
     cache: FeatureCache | None = None
     image_index: int = 0
+    one_image: bool = False
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -55,6 +58,8 @@ class HeraCollator:
         """Collates ``rows`` and adds the teacher's tensors."""
         # first: a collator may take the images out of the rows, and give a batch without any a dummy image
         stored = [images_by(self.images_of, row) for row in rows]
+        if self.one_image:
+            check_one_image(max(map(len, stored)))
         shown = [(shown_image(len(images), self.image_index), len(images)) for images in stored]
         decoded = stored
         if self.decode is not None:
@@ -93,6 +98,15 @@ class HeraCollator:
             for row, (image, _) in pending.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
+
+
+def check_one_image(most: int) -> None:
+    """Refuses samples with several images, of which the largest has ``most``."""
+    if most > 1:
+        raise ValueError(
+            f"dataset: a sample has {most} images, and this hera_objective masks the tokens of one; leave such "
+            "samples out."
+        )
 
 
 @dataclass(frozen=True)
@@ -134,15 +148,25 @@ class TeacherFeatures:
         device: Of the teacher.
         dtype: Compute type of a vision model.
         student: For an objective on visual tokens.
+        latents: The teacher is an autoencoder.
     """
 
     def __init__(
-        self, config: HeraConfig, device: torch.device, dtype: torch.dtype, student: StudentImages | None = None
+        self,
+        config: HeraConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        student: StudentImages | None = None,
+        latents: bool = False,
     ) -> None:
         self.student = student
-        if student is not None:
-            check_grid(check_teacher(config.teacher), student.side)
-        self.encoder: VisionTeacher = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
+        self.encoder: VisionTeacher | LatentTeacher
+        if latents:
+            self.encoder = LatentTeacher.from_pretrained(config.teacher, device)
+        else:
+            if student is not None:
+                check_grid(check_teacher(config.teacher), student.side)
+            self.encoder = VisionTeacher.from_pretrained(config.teacher, device=device, dtype=dtype)
         self.cache: FeatureCache | None = None
         if config.teacher_cache:
             fingerprint, size = self.encoder.fingerprint, self.encoder.dim
@@ -182,7 +206,10 @@ class TeacherFeatures:
         return features if self.student is None else features.unflatten(1, (tokens, -1))
 
     def _compute(self, pixels: Tensor) -> Tensor:
-        return self.encoder.encode(pixels) if self.student is None else self.encoder.targets(pixels, self.student.side)
+        if self.student is not None:
+            return self.encoder.targets(pixels, self.student.side)
+        assert isinstance(self.encoder, VisionTeacher)
+        return self.encoder.encode(pixels)
 
     def _remember(self, inputs: dict[str, Tensor], rows: Tensor, computed: Tensor) -> Tensor:
         """Caches features and returns them rounded as they will be read, so that a resumed run sees the same."""

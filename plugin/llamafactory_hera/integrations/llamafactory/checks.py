@@ -16,7 +16,9 @@ from llamafactory_hera.objectives import find
 from llamafactory_hera.teachers.checkpoint import check_teacher
 from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.teachers.latents import check_latent_teacher
 from llamafactory_hera.training.checks import check_attention, check_batch, check_parallelism
+from llamafactory_hera.training.collator import check_one_image
 
 from .recipe import HostArguments
 
@@ -46,12 +48,17 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
     check_parallelism(host.training)
-    teacher = check_teacher(config.teacher)
     check_batch(config, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
     objective = find(config.objective)
+    if objective.view == "latents":
+        check_latent_teacher(config.teacher)
+    else:
+        teacher = check_teacher(config.teacher)
     if objective.view != "pooled":
-        check_grid(teacher, grid_side(model_config, config.objective))
+        side = grid_side(model_config, config.objective)
+        if objective.view == "patches":
+            check_grid(teacher, side)
         check_attention(objective, config.objective, model_config, str(host.model.flash_attn))
     return head_layout(model_config)
 
@@ -74,8 +81,13 @@ def multimodal_config(model_args: Any, why: str) -> Any:
     return config
 
 
-def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off."""
+def checked_dataset(
+    get_dataset: Callable[..., dict[str, Any]], one_image: bool = False
+) -> Callable[..., dict[str, Any]]:
+    """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off.
+
+    With ``one_image`` also samples with several.
+    """
 
     @wraps(get_dataset)
     def get_checked(
@@ -88,6 +100,8 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
         train = module.get("train_dataset")
         if train is not None:
             _check_images(train, data_args)
+            if one_image:
+                check_one_image(max(len(row.get("images") or []) for row in islice(_image_rows(train), N_CHECKED**3)))
             first = enumerate(islice(train, N_CHECKED * N_CHECKED))
             for row, sample in islice((each for each in first if each[1].get("images")), N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, **tokenizer_module)
@@ -108,12 +122,15 @@ def _name_broken_image(error: OSError, model_args: Any, data_args: Any, training
     return f"dataset: {', '.join(names)} cannot be read: {error}"
 
 
-def _check_images(dataset: Any, data_args: Any) -> None:
-    rows: Iterable[dict[str, Any]] = dataset
+def _image_rows(dataset: Any) -> Iterable[dict[str, Any]]:
+    """The rows, without other columns where those can be left out, of a stream the first."""
     if hasattr(dataset, "select_columns") and "images" in (dataset.column_names or []):
-        rows = dataset.select_columns(["images"])
-    elif not hasattr(dataset, "__len__"):
-        rows = islice(dataset, N_CHECKED * N_CHECKED)  # a stream has no end to look for
+        return dataset.select_columns(["images"])
+    return dataset if hasattr(dataset, "__len__") else islice(dataset, N_CHECKED * N_CHECKED)
+
+
+def _check_images(dataset: Any, data_args: Any) -> None:
+    rows = _image_rows(dataset)
     found = len(list(islice((row for row in rows if row.get("images")), 2)))
     if found < 2:
         raise ValueError(

@@ -74,7 +74,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     proof = _Proof()
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements: dict[str, Any] = {
-        "get_dataset": checked_dataset(workflow.get_dataset),
+        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective).one_image),
         "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
         "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,

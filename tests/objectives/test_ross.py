@@ -1,0 +1,213 @@
+"""ROSS against a naive denoiser and schedule in float64, and what its zeros at the start mean for the student."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llamafactory_hera.objectives import Options, TokenBatch, create
+from llamafactory_hera.objectives.ross import DRAWS, STEPS, Ross, alpha_bar
+from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+
+SIDE, B, D, C = 3, 3, 12, 8
+T = SIDE * SIDE
+
+
+class Small(Ross):
+    width, depth, heads = 16, 2, 2
+
+
+@pytest.fixture
+def small() -> Small:
+    """One whose zeros are gone."""
+    torch.manual_seed(0)
+    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    with torch.no_grad():
+        for parameter in ross.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return ross
+
+
+def draws() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z, latents, times and noise."""
+    torch.manual_seed(1)
+    noise = torch.randn(DRAWS, B, T, C)
+    return torch.randn(B, T, D), torch.randn(B, T, C), torch.randint(STEPS, (DRAWS, B)), noise
+
+
+def naive_alpha_bar(t: int) -> float:
+    """A product of 1 - beta, step by step."""
+
+    def level(share: float) -> float:
+        return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return math.prod(1 - min(1 - level((i + 1) / 1000) / level(i / 1000), 0.999) for i in range(t + 1))
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 998, 999])
+def test_the_schedule_is_the_cosine_with_cut_steps(t: int, small: Small) -> None:
+    expected = naive_alpha_bar(t)
+    assert alpha_bar()[t].item() == pytest.approx(expected, rel=1e-9)
+    assert small.levels[:, t].tolist() == pytest.approx([math.sqrt(expected), math.sqrt(1 - expected)], rel=1e-6)
+
+
+def norm(x: Tensor, eps: float) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return x @ module.weight.detach().double().T + module.bias.detach().double()
+
+
+def sinusoids(value: float, size: int) -> tuple[list[float], list[float]]:
+    angles = [value * 10_000 ** (-i / size) for i in range(size)]
+    return [math.sin(angle) for angle in angles], [math.cos(angle) for angle in angles]
+
+
+def naive_denoiser(ross: Small, noisy: Tensor, t: int, z: Tensor) -> Tensor:
+    """The noise in the latents ``[T, C]`` of one image in one draw, given ``[T, D]``."""
+    net = ross.denoiser
+    sines, cosines = sinusoids(t, 128)
+    time = linear(net.embed_time[2], silu(linear(net.embed_time[0], torch.tensor(cosines + sines).double())))
+    condition = silu(time + linear(net.embed_token[1], silu(norm(z, 1e-5))))
+    places = []
+    for place in range(T):
+        column, row = (sinusoids(at, ross.width // 4) for at in (place % SIDE, place // SIDE))
+        places.append([*column[0], *column[1], *row[0], *row[1]])
+    x = linear(net.embed, noisy) + torch.tensor(places).double()
+    for block in net.blocks:
+        shift, scale, gate, shift2, scale2, gate2 = linear(block.modulation[1], condition).chunk(6, dim=-1)
+        qkv = linear(block.qkv, norm(x, 1e-6) * (1 + scale) + shift)
+        size = ross.width // ross.heads
+        mixed = torch.empty_like(x)
+        for head in range(ross.heads):
+            q, k, v = (qkv[:, i * ross.width + head * size :][:, :size] for i in range(3))
+            mixed[:, head * size : (head + 1) * size] = (q @ k.T / math.sqrt(size)).softmax(-1) @ v
+        x = x + gate * linear(block.out, mixed)
+        hidden = linear(block.mlp[0], norm(x, 1e-6) * (1 + scale2) + shift2)
+        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + gate2 * linear(block.mlp[2], hidden)
+    shift, scale = linear(net.modulation[1], condition).chunk(2, dim=-1)
+    return linear(net.last, norm(x, 1e-6) * (1 + scale) + shift)
+
+
+def test_the_loss_is_the_error_of_the_noise_that_the_denoiser_finds(small: Small) -> None:
+    z, latents, times, noise = draws()
+    errors = torch.zeros(DRAWS, B).double()
+    for n in range(DRAWS):
+        for b in range(B):
+            t = int(times[n, b])
+            left, e = naive_alpha_bar(t), noise[n, b].double()
+            noisy = math.sqrt(left) * latents[b].double() + math.sqrt(1 - left) * e
+            errors[n, b] = (naive_denoiser(small, noisy, t, z[b].double()) - e).square().mean()
+    found = small.loss(z, latents, times, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small.loss(z, latents, times, noise).equal(found)
+    found = small.double().loss(z.double(), latents.double(), times, noise.double())
+    torch.testing.assert_close(found, errors.mean(0), atol=1e-6, rtol=1e-6)
+
+
+def test_a_new_denoiser_finds_nothing() -> None:
+    """So the loss is the mean square of the noise, of which each image has four draws of its own."""
+    z, latents, times, noise = draws()
+    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    assert ross.loss(z, latents, times, noise).equal(noise.square().mean(dim=(0, 2, 3)))
+    batch = TokenBatch(z[None], None, latents, torch.ones(B, dtype=torch.bool))
+    torch.manual_seed(2)
+    found = ross(batch)
+    assert found.shape == (1, B)
+    assert found.unique().numel() == B
+    assert found.mean().item() == pytest.approx(1.0, abs=0.1)
+    torch.manual_seed(2)
+    assert ross(batch).equal(found)
+    assert not ross(batch).equal(found)
+
+
+def test_the_student_gets_no_gradient_in_two_steps_and_one_in_the_third() -> None:
+    z, latents, times, noise = draws()
+    z.requires_grad_()
+    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    optimizer = ObjectiveOptimizer(ross)
+    silent = []
+    for _ in range(3):
+        z.grad = None
+        ross.loss(z, latents, times, noise).sum().backward()
+        silent.append(not z.grad.any())
+        optimizer.step(1e-3)
+    assert silent == [True, True, False]
+    assert silent.count(True) == Ross.silent_steps
+
+
+def test_a_sample_without_an_image_touches_no_other(small: Small) -> None:
+    z, latents, times, noise = draws()
+    z.requires_grad_()
+
+    def gradients(rows: list[int], row_without: float) -> list[Tensor]:
+        """Of the other samples' loss, and that; the first is the one without an image."""
+        without = torch.tensor([True, False, False]).view(B, 1, 1)
+        tokens, target = (torch.where(without, row_without, x)[rows] for x in (z, latents))
+        losses = small.loss(tokens, target, times[:, rows], noise[:, rows])
+        loss = torch.where(without.flatten()[rows], 0.0, losses).sum()
+        return [loss, *torch.autograd.grad(loss, [z, *small.parameters()])]
+
+    alone = gradients([1, 2], 0.0)
+    assert alone[1][1:].any()
+    for row_without in (0.0, 7.0):
+        found = gradients([0, 1, 2], row_without)
+        assert not found[1][0].any()
+        torch.testing.assert_close(found, alone)
+
+
+def test_gradients_are_those_of_finite_differences(small: Small) -> None:
+    z, latents, times, noise = (x.double() if x.is_floating_point() else x for x in draws())
+    small.double()
+    # perturbed in place, where the loss reads them
+    values = [
+        p for name, p in small.named_parameters() if name.endswith(("token.1.bias", "qkv.bias", "lation.1.bias"))
+    ]
+
+    def loss(z: Tensor, *_: Tensor) -> Tensor:
+        return small.loss(z, latents[:1], times[:, :1], noise[:, :1])
+
+    assert len(values) == 6
+    assert torch.autograd.gradcheck(loss, [z[:1].requires_grad_(), *values])
+
+
+def test_blocks_are_computed_again_in_the_backward_pass(small: Small) -> None:
+    calls = []
+    for block in small.denoiser.blocks:
+        block.register_forward_pre_hook(lambda module, _: calls.append(module))
+    loss = small.loss(*draws()).sum()
+    assert calls == list(small.denoiser.blocks)
+    loss.backward()
+    assert calls[2:] == list(small.denoiser.blocks)[::-1]
+
+
+def test_it_is_drawn_as_the_authors_draw_it() -> None:
+    ross = create("ross", Options(n_targets=1, dim=64, teacher_dim=64, side=2))
+    bound = math.sqrt(6 / (1024 + 3072))
+    spread = {"embed_time.0": 0.02, "embed_time.2": 0.02, "embed_token.1": 0.02}
+    spread |= {"blocks.2.qkv": bound / math.sqrt(3), "embed": math.sqrt(2 / (1024 + 64))}
+    spread |= dict.fromkeys(["blocks.0.modulation.1", "blocks.2.modulation.1", "modulation.1", "last"], 0.0)
+    for name, expected in spread.items():
+        linear = ross.denoiser.get_submodule(name)
+        assert linear.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not linear.bias.any()
+    assert ross.denoiser.blocks[2].qkv.weight.abs().max() <= bound
+
+
+def test_its_size_is_that_of_the_authors() -> None:
+    with torch.device("meta"):
+        ross = Ross(Options(n_targets=1, dim=4096, teacher_dim=64, side=27))
+    assert sum(parameter.numel() for parameter in ross.parameters()) == pytest.approx(64.4e6, rel=1e-3)
+    assert ross.denoiser.positions.shape == (729, 1024)
+
+
+def test_it_reads_one_layer() -> None:
+    with pytest.raises(ValueError, match="hera_layers: ross reads one layer, not 2"):
+        Ross(Options(n_targets=2, dim=D, teacher_dim=C, side=SIDE))
