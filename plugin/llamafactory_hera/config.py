@@ -121,8 +121,8 @@ class HeraConfig(KeyedConfig):
     )
     visual_attention: Literal["causal", "two_way"] = knob(
         "causal",
-        "Of jarvis: visual tokens see those before them (causal), or one another in both directions, as its authors' "
-        "do (two_way), which no other program does with the trained model.",
+        "Of jarvis: visual tokens see those before them (causal), or, as its authors have it, one another in both "
+        "directions (two_way), as which no other program runs the trained model.",
         Role.FIXED,
     )
     own_learning_rate: float | None = knob(
