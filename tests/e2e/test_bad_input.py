@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers as tf
 
 from .runner import HostServer
 
@@ -18,10 +19,14 @@ def weightless(world: Path) -> Path:
     folder = world / "weightless"
     shutil.copytree(world / "hera_demo/model", folder)
     (folder / "model.safetensors").unlink()
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 24, "patch_size": 8}
+    tf.ViTModel(tf.ViTConfig(**size)).save_pretrained(world / "vit")
+    tf.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(world / "vit")
     return folder
 
 
 LAYER = {"hera_heads": None, "hera_granularity": "layer"}
+JARVIS = {**LAYER, "hera_layers": "L0", "hera_objective": "jarvis", "hera_weight": 1.0}
 
 # change of the recipe -> what the message must hold
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -61,10 +66,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"hera_objective": "cka", "per_device_train_batch_size": 2},
         ["per_device_train_batch_size", "hera_objective: cka", "3 samples"],
     ),
-    "viral and a cache": (
-        {**LAYER, "hera_layers": "L1", "hera_objective": "viral", "hera_teacher_cache": "cache"},
-        ["hera_teacher_cache", "viral", "remove it"],
+    "ross and a cache": (
+        {**LAYER, "hera_layers": "final", "hera_objective": "ross", "hera_teacher_cache": "cache"},
+        ["hera_teacher_cache", "ross", "remove it"],
     ),
+    "ross without an autoencoder": (
+        {**LAYER, "hera_layers": "final", "hera_objective": "ross", "hera_teacher_cache": None},
+        ["hera_teacher", "is not an AutoencoderKL"],
+    ),
+    "jarvis and gradcache": ({**JARVIS, "hera_accumulate": "gradcache"}, ["hera_accumulate: gradcache", "jarvis"]),
+    "jarvis and fa2": ({**JARVIS, "flash_attn": "fa2"}, ["flash_attn: fa2", "jarvis", "flash_attn: sdpa"]),
+    "a teacher of another grid": ({**JARVIS, "hera_teacher": "vit"}, ["hera_teacher: vit", "3 x 3", "tokens"]),
+    "no earlier run": ({"hera_own_from": "saves/nope"}, ["hera_own_from: saves/nope", "output_dir of a run"]),
     "no such checkpoint": (
         {"resume_from_checkpoint": "saves/nope/checkpoint-2"},
         ["resume_from_checkpoint", "saves/nope/checkpoint-2 is not a folder"],
@@ -82,6 +95,23 @@ def test_message(server: HostServer, world: Path, weightless: Path, recipe: dict
     assert not run.ok
     error = run.output[run.output.rindex("ValueError: ") :]
     assert all(part in error for part in expected), error
+
+
+def test_several_images_where_a_method_takes_one(
+    server: HostServer, world: Path, weightless: Path, recipe: dict
+) -> None:
+    data = world / "data_two_images"
+    shutil.copytree(world / "hera_demo/data", data)
+    file = data / json.loads((data / "dataset_info.json").read_text())["hera_demo"]["file_name"]
+    samples = json.loads(file.read_text())
+    samples[7]["images"] *= 2
+    samples[7]["messages"][0]["content"] = "<image>" + samples[7]["messages"][0]["content"]
+    file.write_text(json.dumps(samples))
+    args = {**recipe, **JARVIS, "model_name_or_path": str(weightless), "dataset_dir": str(data)}
+    args = {key: value for key, value in args.items() if value is not None} | {"output_dir": "saves/bad"}
+    run = server.run(args, world)
+    assert not run.ok
+    assert "dataset: a sample has 2 images" in run.output[run.output.rindex("ValueError: ") :]
 
 
 @pytest.mark.parametrize("damage", ["missing", "corrupt"])

@@ -130,6 +130,23 @@ def test_two_processes_compute_the_term_of_one(server: HostServer, world: Path, 
         assert together["hera_loss"] == pytest.approx(alone["hera_loss"], rel=1e-4)
 
 
+def test_two_way_attention_trains_in_both_stages_and_is_refused_at_export(
+    server: HostServer, world: Path, recipe: dict
+) -> None:
+    two_way = {**CASES["jarvis"][0], "hera_visual_attention": "two_way", "max_steps": 2}
+    first = server.run(_args(recipe, two_way, {"output_dir": "saves/two_way"}), world)
+    assert first.ok, first.output
+    second = {"model_name_or_path": "saves/two_way", "hera_weight": 0.0, "output_dir": "saves/two_way_2"}
+    run = server.run(_args(recipe, two_way, second), world)
+    assert run.ok, run.output
+    assert all("hera_loss" not in line for line in run.logs())
+    export = {"model_name_or_path": "saves/two_way_2", "template": recipe["template"], "export_dir": "saves/no"}
+    refused = server.run(export, world, call="export")
+    assert not refused.ok
+    assert "hera_visual_attention: saves/two_way_2 was trained with two_way" in refused.output
+    assert not (world / "saves/no").exists()
+
+
 def test_batches_of_text_alone(server: HostServer, world: Path, recipe: dict) -> None:
     mixed = {"dataset": "hera_demo,hera_demo_text", "per_device_train_batch_size": 4, "max_steps": 8}
     run = server.run(_args(recipe, VIRAL, mixed, {"output_dir": "saves/viral_mixed"}), world)

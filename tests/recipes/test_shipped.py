@@ -23,7 +23,7 @@ def test_the_list_names_every_recipe_with_what_it_does(folder: Path, capsys: pyt
     assert sorted(line.split()[0] for line in lines) == sorted(files)
     assert all(len(line.split()) > 4 for line in lines)
     run("qwen3_8b", "gemma")
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 15
     assert run("llama9") == 2
     assert "no recipe's name contains llama9" in capsys.readouterr().err
 

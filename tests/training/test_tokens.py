@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Targets
 from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
+from llamafactory_hera.heads.hooks import TwoWayVisualAttention
 from llamafactory_hera.objectives import Objective, Plan, Step, TokenBatch
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED, StudentImages
@@ -286,6 +287,26 @@ def test_a_plan_changes_attention_embeddings_tokens_and_who_enters(attention: st
     aligner.save(tmp_path)
     aligner.load(tmp_path)
     assert aligner._n_micro_batches == 2
+
+
+def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
+    model = vlm("llava-qwen3").eval()
+    batch = vlm_batch(model, 3)
+    keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "visual_attention": "two_way"}
+    aligner = aligner_of(model, **keys | {"weight": 0.0})  # stage 2: no masks, the attention alone
+    rows = aligner.collator(lambda rows: vlm_batch(model, len(rows)))(image_rows(model, 3))
+    micro_batch = aligner.begin(rows)
+    trained = model(**rows).logits
+    aligner.finish(micro_batch)
+    aligner.end()
+    plain = model(**batch).logits
+    with TwoWayVisualAttention(model):
+        evaluated = model(**batch).logits
+        model.generate(**batch, max_new_tokens=3, do_sample=False)
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(trained[mask], evaluated[mask])
+    assert not torch.allclose(plain[mask], evaluated[mask], atol=1e-3)
+    assert torch.equal(model(**batch).logits, plain)
 
 
 def test_without_a_plan_not_a_bit_changes() -> None:

@@ -146,7 +146,7 @@ class HeadCapture(LayerHooks):
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            read = self._read
+            read, n_rows = self._read, 1
             if read is None:
                 return original(function, *args, **kwargs)
 
@@ -166,7 +166,6 @@ class HeadCapture(LayerHooks):
                 n_rows = len(rows[0])
                 return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-            n_rows = 1
             # the host's checkpointing function finds the layer as the `__self__` of what it is given
             together = original(MethodType(run, layer), *args, **kwargs)
             output, rows = together[:-n_rows], together[-n_rows:]

@@ -6,6 +6,7 @@ over text against the feature of the image.
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +42,8 @@ class Feature(Objective):
         return torch.stack(losses)
 
     def _loss(self, target: int, batch: TokenBatch) -> Tensor:
-        first, *rest = self.projectors[target % len(self.projectors)]
-        predicted = batch.linear(target, first)
-        for module in rest:
-            predicted = module(predicted)
+        projector = cast(nn.Sequential, self.projectors[target % len(self.projectors)])
+        predicted = projector[1:](batch.linear(target, cast(nn.Linear, projector[0])))
         return cosine_loss(predicted, batch.teacher).mean(dim=-1)
 
 

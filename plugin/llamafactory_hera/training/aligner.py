@@ -382,7 +382,7 @@ class Aligner:
     # -- never a silent no-op --------------------------------------------------------------------------------------
 
     def _warn_when_idle(self) -> None:
-        if not self._idle_steps or rank() > 0:
+        if not self._idle_steps or rank() > 0 or self.config.weight == 0:
             return
         why = f"no batch had {self.objective.least_samples} samples with an image"
         remedy = "Mix in more samples with images, or use a larger batch"

@@ -17,6 +17,7 @@ from llamafactory_hera.teachers.checkpoint import check_teacher
 from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.teachers.latents import check_latent_teacher
+from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import check_attention, check_batch, check_parallelism
 from llamafactory_hera.training.collator import check_one_image
 
@@ -50,6 +51,8 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     check_parallelism(host.training)
     check_batch(config, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
+    if config.own_from is not None:
+        earlier_values(config.own_from)
     objective = find(config.objective)
     if objective.view == "latents":
         check_latent_teacher(config.teacher)
