@@ -38,6 +38,7 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
+from llamafactory_hera.objectives import find
 from llamafactory_hera.training import HeraCollator
 
 SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "HeRA, cached teacher", "HeRA, teacher on the fly")
@@ -205,7 +206,8 @@ def train_recipe(options: argparse.Namespace, folder: str) -> None:
         key, value = override.split("=", 1)
         arguments[key] = yaml.safe_load(value)
     arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
-    arguments |= {"hera_teacher_cache": f"{folder}/cache"}
+    if find(arguments.get("hera_objective", "contrastive")).view != "latents":  # whose teacher draws a sample
+        arguments |= {"hera_teacher_cache": f"{folder}/cache"}
     if "plugins" in arguments:
         from axolotl.cli.train import do_cli
 
