@@ -65,14 +65,15 @@ class ObjectiveOptimizer:
     def load_values(self, values: dict[str, Tensor]) -> None:
         """Takes the values of another run's :meth:`state`, which must be of the same objective; not its optimizer."""
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
-        expected = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        if {name: tuple(t.shape) for name, t in found.items()} != expected:
+        found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
+        expected = {name: p.shape for name, p in self._trained.items()}
+        if {name: t.shape for name, t in found.items()} != expected:
             raise ValueError(
                 f"hera_own_from: it holds {_shapes(found)}, and this run's objective trains "
-                f"{_shapes(self._parameters)}; give a run of the same objective on as many targets of this model."
+                f"{_shapes(self._trained)}; give a run of the same objective on as many targets of this model."
             )
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._trained.items():
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
