@@ -135,11 +135,16 @@ def _config(language: Source, vision: Source, processor: Any, size: tuple[int, i
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """The language model's generation settings, which a chat's last token ends too: a base model's own do not."""
+    """The language model's generation settings, with the chat template's last token as one more end (base models')."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     settings = {name: getattr(config, name) for name in names}
     if (file := language.folder / _GENERATION).is_file():
-        settings |= read_json(file)
+        try:
+            settings |= read_json(file)
+        except (ValueError, TypeError) as error:  # not an object
+            raise ValueError(
+                f"{LANGUAGE_KEY}: {one_line(error)}. Copy {file} of the same model again, whole, or remove it."
+            ) from error
     ends = settings["eos_token_id"]
     ends = [*(ends if isinstance(ends, list) else [ends]), chat_end(tokenizer)]
     return settings | {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)) or None}

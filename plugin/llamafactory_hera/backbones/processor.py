@@ -81,7 +81,7 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, tu
     tokenizer.chat_template = _chat_template(tokenizer, template)
     if "bos_token" in (tokenizer.chat_template or ""):
         # the template writes it; a tokenizer that adds one would begin a rendered chat with two
-        tokenizer.init_kwargs["add_bos_token"] = tokenizer.add_bos_token = False
+        tokenizer.add_bos_token = False
     has_cls = TOWERS[vision.config.model_type].has_cls
     processor = LlavaProcessor(
         image_processor=image_processor,
