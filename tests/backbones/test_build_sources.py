@@ -227,7 +227,7 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(
 @pytest.mark.parametrize(
     ("file", "content", "match"),
     [
-        ("chat_template.jinja", "{{ raise_exception('no') }}", r"its chat template cannot render .*no.* Copy chat_tem"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", r"its chat template cannot render .*no.* Copy chat_t"),
         ("generation_config.json", "{", r"generation_config\.json is not JSON .*Copy .* again, whole, or remove it"),
         ("generation_config.json", "[1]", r"generation_config\.json of the same model again, whole, or remove it"),
     ],

@@ -114,7 +114,7 @@ def test_the_loss_is_taken_on_the_answers_and_their_end(built: Any, processor: A
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_every_way_to_a_prompt_gives_the_beginning_of_what_was_trained_with_one_bos(built: Any, processor: Any) -> None:
+def test_every_way_to_a_prompt_gives_what_training_began_with_and_one_bos(built: Any, processor: Any) -> None:
     _, tokenizer, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS[:1])
     prompt = ids[: labels.index(next(label for label in labels if label != -100))]
