@@ -192,6 +192,7 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
             LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
             "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
         ),
+        (LAYER | {"hera_layers": "auto", "hera_objective": "ross"}, "hera_layers: auto scores against a vision model"),
         ({"hera_visual_attention": "two_way"}, "hera_visual_attention: two_way has no use with .* contrastive"),
         (
             {"hera_own_learning_rate": 0},

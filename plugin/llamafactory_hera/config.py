@@ -240,6 +240,11 @@ class HeraConfig(KeyedConfig):
                 f"hera_accumulate: gradcache has no use with {named}, a mean over samples, none of which is compared "
                 "with another; set it to none."
             )
+        if objective.view == "latents" and self.named_targets == AUTO:
+            raise ValueError(
+                f"{self.targets_key}: auto scores against a vision model, and hera_teacher is an autoencoder with "
+                f"{named}; write hera_layers: final."
+            )
         if objective.view == "latents" and self.teacher_cache is not None:
             raise ValueError(
                 f"hera_teacher_cache: {self.teacher_cache} holds what does not change, and {named} draws a sample of "

@@ -398,8 +398,17 @@ def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) ->
         second.step(5e-4)
     second.step(5e-4, peak=1e-3)  # half of the peak
     assert before - parameter.item() == pytest.approx(5e-3, rel=1e-3)
-    with pytest.raises(ValueError, match=r"^hera_own_from: it holds log_temperature \[\], .* trains projectors"):
+    with pytest.raises(ValueError, match=r"^hera_own_from: .* hera_objective was contrastive, is feature; view was"):
         aligner_of(model, heads=HEADS, objective="feature", own_from=str(tmp_path))
-    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/state.safetensors"):
+    aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
+    with pytest.raises(ValueError, match=r"^hera_own_from: its projectors.0.0.weight is not that of this run"):
+        aligner_of(
+            vlm("llava-llama", hidden_size=64),
+            heads=HEADS,
+            objective="feature",
+            projector="separate",
+            own_from=str(tmp_path),
+        )
+    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/ folder"):
         aligner_of(model, heads=HEADS, own_from="nowhere")
     assert math.isfinite(parameter.item())

@@ -181,6 +181,8 @@ class DecoderInputs(Hooks):
         embeds = kwargs["inputs_embeds"]
         if self._embeddings is not None:
             positions, vector = self._embeddings
+            if vector.shape != embeds.shape[-1:]:
+                raise ValueError(f"A plan's embedding has the shape {list(vector.shape)}, not [{embeds.shape[-1]}].")
             # a row of its own takes what is no position, so that shapes do not depend on values
             padded = nn.functional.pad(embeds, (0, 0, 0, 1))
             index = torch.where(positions < 0, embeds.shape[1], positions).unsqueeze(-1).expand(-1, -1, len(vector))

@@ -134,7 +134,7 @@ class Aligner:
         self.objective = create(config.objective, options, seed).to(device)
         self.optimizer = ObjectiveOptimizer(self.objective)
         if config.own_from is not None:
-            self.optimizer.load_values(earlier_values(config.own_from))
+            self.optimizer.load_values(earlier_values(config))
         self.memory = CrossBatchMemory(config.memory)
         self.decoder_inputs = DecoderInputs(model, two_way=config.visual_attention == "two_way")
         self.term: HeraTerm | TokenTerm
@@ -212,6 +212,11 @@ class Aligner:
         number, self._n_micro_batches = self._n_micro_batches, self._n_micro_batches + 1
         step = Step(ids, attended, positions, shown, self._side, self._seed, rank(), number)
         plan = self.objective.prepare(step) or Plan()
+        if plan.attention is not None and not self.objective.plans_attention:
+            raise ValueError(
+                f"hera_objective: {self.config.objective} plans an attention mask; set plans_attention = True in its "
+                "class, by which models that take none are refused."
+            )
         self.decoder_inputs.set(plan.attention, plan.embeddings)
         self.capture.tokens(positions if plan.positions is None else plan.positions)
         if plan.valid is not None:  # the teacher need not look at who sits out

@@ -1,7 +1,5 @@
 """The parameters that an objective trains beside the model: temperature, projectors; replicated on every rank."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -68,9 +66,12 @@ class ObjectiveOptimizer:
         found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
         expected = {name: p.shape for name, p in self._trained.items()}
         if {name: t.shape for name, t in found.items()} != expected:
+            first = next(
+                name for name in {**expected, **found} if name not in found or found[name].shape != expected.get(name)
+            )
             raise ValueError(
-                f"hera_own_from: it holds {_shapes(found)}, and this run's objective trains "
-                f"{_shapes(self._trained)}; give a run of the same objective on as many targets of this model."
+                f"hera_own_from: its {first} is not that of this run ({list(expected.get(first, ()))}); give a run of "
+                "the same objective on as many targets of this model."
             )
         with torch.no_grad():
             for name, parameter in self._trained.items():
@@ -90,7 +91,3 @@ class ObjectiveOptimizer:
             self._optimizer.state[parameter] = {
                 slot: t.to("cpu" if slot == "step" else parameter.device, copy=True) for slot, t in slots.items()
             }
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items()) or "nothing"

@@ -117,7 +117,13 @@ class TokenTerm:
         teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
         projections = None if batch.projections is None else batch.projections.float()
         batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
-        by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
+        losses = self.objective(batch)
+        if losses.shape != (len(tokens), len(valid)):
+            raise ValueError(
+                f"{type(self.objective).__name__} returns a loss of shape {list(losses.shape)}; on tokens it is one "
+                f"for each target and sample, {[len(tokens), len(valid)]}."
+            )
+        by_target = torch.where(valid, losses, 0.0).sum(dim=1)
         sound, teacher_finite = _sound(tokens, teacher, by_target)
         facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
         if world_size() > 1:
