@@ -401,14 +401,9 @@ def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"^hera_own_from: .* hera_objective was contrastive, is feature; view was"):
         aligner_of(model, heads=HEADS, objective="feature", own_from=str(tmp_path))
     aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
+    wide = vlm("llava-llama", hidden_size=64)
     with pytest.raises(ValueError, match=r"^hera_own_from: its projectors.0.0.weight is not that of this run"):
-        aligner_of(
-            vlm("llava-llama", hidden_size=64),
-            heads=HEADS,
-            objective="feature",
-            projector="separate",
-            own_from=str(tmp_path),
-        )
+        aligner_of(wide, heads=HEADS, objective="feature", projector="separate", own_from=str(tmp_path))
     with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/ folder"):
         aligner_of(model, heads=HEADS, own_from="nowhere")
     assert math.isfinite(parameter.item())

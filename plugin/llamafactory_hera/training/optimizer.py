@@ -66,9 +66,8 @@ class ObjectiveOptimizer:
         found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
         expected = {name: p.shape for name, p in self._trained.items()}
         if {name: t.shape for name, t in found.items()} != expected:
-            first = next(
-                name for name in {**expected, **found} if name not in found or found[name].shape != expected.get(name)
-            )
+            shapes = {name: t.shape for name, t in found.items()}
+            first = next(name for name in {**expected, **found} if shapes.get(name) != expected.get(name))
             raise ValueError(
                 f"hera_own_from: its {first} is not that of this run ({list(expected.get(first, ()))}); give a run of "
                 "the same objective on as many targets of this model."
