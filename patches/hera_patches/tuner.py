@@ -6,7 +6,6 @@ read, and once more when the run has ended, HeRA's workflow must have been enter
 add stages.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -73,9 +72,11 @@ def apply(module: Any) -> None:
 
 def _refuse_two_way(model_args: Any) -> None:
     """A model trained with two_way must neither be exported nor trained on with the causal attention."""
+    from llamafactory_hera.files import RUN_FOLDER, read_json
+
     for folder in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or [])):
-        run = Path(folder) / "hera" / "run.json"
-        if run.is_file() and json.loads(run.read_text(encoding="utf-8")).get("hera_visual_attention") == "two_way":
+        run = Path(folder) / RUN_FOLDER / "run.json"
+        if run.is_file() and read_json(run).get("hera_visual_attention") == "two_way":
             raise ValueError(
                 f"hera_visual_attention: {folder} was trained with two_way, which no model file says: what loads it "
                 "otherwise attends causally, and that is another model. Train on with two_way (hera_weight: 0 for "

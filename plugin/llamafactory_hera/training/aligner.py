@@ -112,12 +112,8 @@ class Aligner:
             student = StudentImages(self._side, processor, covered=self._side * patch)
             if self.targets.granularity == "head":
                 _warn_of_dropout(model, self.targets)
-        trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
-        if kind.plans_attention and trained and config.weight > 0 and rank() == 0:
-            logger.warning(
-                "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
-                f"{config.objective} plans, not under its own; that is for a stage that trains the projector alone."
-            )
+            if kind.plans_attention and config.weight > 0:
+                _warn_of_trained_decoder(model, config.objective)
         self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
         options = Options(
             n_targets=len(self.targets.items),
@@ -448,6 +444,14 @@ def _image_processor(configuration: Any) -> Any:
             f"model_name_or_path: {configuration._name_or_path!r} holds no image processor ({error}), which says how "
             "to undo what it did to the pixels; save the model's processor there."
         ) from error
+
+
+def _warn_of_trained_decoder(model: nn.Module, objective: str) -> None:
+    if rank() == 0 and any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters()):
+        logger.warning(
+            "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
+            f"{objective} plans, not under its own; that is for a stage that trains the projector alone."
+        )
 
 
 def _warn_of_dropout(model: nn.Module, targets: Targets) -> None:

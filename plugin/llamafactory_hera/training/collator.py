@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,9 +133,13 @@ class StudentImages:
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
         index, count = image.unbind(dim=1)
         place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
-        mean, std = (each.to(values.device) for each in normalization(self.processor))
+        mean, std = (each.to(values.device) for each in self._normalization)
         end = self.covered or values.shape[-1]
         return (values[place][..., :end, :end].float() * std + mean).clamp(0, 1)
+
+    @cached_property
+    def _normalization(self) -> tuple[Tensor, Tensor]:
+        return normalization(self.processor)
 
     def fingerprint(self, teacher: str) -> str:
         """A digest of a teacher's fingerprint, the grid, and the settings of the student's processor."""

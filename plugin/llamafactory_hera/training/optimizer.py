@@ -64,10 +64,9 @@ class ObjectiveOptimizer:
         """Takes the values of another run's :meth:`state`, which must be of the same objective; not its optimizer."""
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
         found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
-        expected = {name: p.shape for name, p in self._trained.items()}
-        if {name: t.shape for name, t in found.items()} != expected:
-            shapes = {name: t.shape for name, t in found.items()}
-            first = next(name for name in {**expected, **found} if shapes.get(name) != expected.get(name))
+        shapes, expected = ({name: t.shape for name, t in held.items()} for held in (found, self._trained))
+        first = next((name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)), None)
+        if first is not None:
             raise ValueError(
                 f"hera_own_from: its {first} is not that of this run ({list(expected.get(first, ()))}); give a run of "
                 "the same objective on as many targets of this model."
