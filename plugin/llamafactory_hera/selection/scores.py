@@ -165,14 +165,12 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` (or ``aligned``, those asked for) and ``top-5`` of the first file: of each target its MKNN (or NaN) in
-    #: every file, and their ``mean``.
+    #: ``worst-5`` of the first file, or ``aligned``, and ``top-5`` of the first: each with its MKNN (or NaN) in every
+    #: file, and their ``mean``.
     groups: dict[str, dict[str, list[float]]]
 
 
-def compare(
-    paths: Sequence[str | os.PathLike], names: Sequence[str] = (), aligned: str | None = None
-) -> Comparison:
+def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
     """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared.
 
     ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run.
