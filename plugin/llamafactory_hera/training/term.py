@@ -59,9 +59,12 @@ class HeraTerm:
         if not (sound.all() & teacher_finite):
             return _left_out(~sound, n_samples)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
+        chance = candidates.chance
+        if len(self.memory) < self.memory.size:  # not comparable yet: among fewer candidates more agree by chance
+            mknn, chance = torch.full_like(mknn, math.nan), torch.full_like(chance, math.nan)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
         loss, comparable = by_target.mean(), self.objective.comparable(batch)
-        return TermOutput(loss, mknn, candidates.chance, n_samples, candidates.duplicates, comparable=comparable)
+        return TermOutput(loss, mknn, chance, n_samples, candidates.duplicates, comparable=comparable)
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
