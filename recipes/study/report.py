@@ -1,282 +1,318 @@
-"""A study's record as a page with two pictures: everything that was measured, nothing concluded."""
+"""What the finished runs measured, with intervals over seeds, as one record and a page: nothing concluded."""
 
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llamafactory_hera.files import write_json, write_text
+from llamafactory_hera.alignment import chance_level
+from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.selection.pictures import BLUE, GREY, ORANGE, new_figure, plain, save_figure
-from results import COSTS, label
-from settings import BASELINE, METHODS, TUNED
-from world import CATEGORIES
+from llamafactory_hera.selection.scores import choose_targets, package_versions
+from parts import NEIGHBOURS
+from settings import BASELINE, METHODS, PRIMARY, TUNED, Settings
+from world import CATEGORIES, SETS, Sample, World
 
-_COLUMNS = (*CATEGORIES, "mean")
-_MODES = {
-    "llm": "Captions alone, without the image (the paper's way of selecting)",
-    "mllm": "Image and caption together, as in training (base: with a projector that nothing has trained)",
-}
-_TITLES = {"llm": "captions alone", "mllm": "image and caption"}
-_READERS = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
-_COSTS = {
-    "step_s": "step, s",
-    "process_cpu_s": "CPU of the process, s",
-    "process_peak_mib": "peak memory of the process, MiB",
-}
+LEVEL = 0.95
+COLUMNS = (*CATEGORIES, "mean")
+#: The models before any multimodal training.
+BASE = "base"
+MODES = {"mllm": "Picture and caption together, as in training", "llm": "Captions alone, as heads are selected"}
+GROUPS = {"worst5": "worst", "top5": "top"}
+_SET_NAMES = {"seen": "scenes as in training", "new": "held-out combinations"}
+_COSTS = {"stage1_cpu_s": "stage 1, CPU s", "stage2_cpu_s": "stage 2, CPU s", "process_peak_mib": "peak memory, MiB"}
 
 
-_GROUPS = (("worst5", "worst-5", ORANGE, "o"), ("top5", "top-5", BLUE, "s"))
-_NOTHING = {"mean": float("nan"), "low": None, "high": None}  # no seed in common with the baseline
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the ends of its interval, None where one value alone says nothing of its spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    def text(self, digits: int, scale: float = 1, sign: str = "") -> str:
+        """For instance ``+1.2 [0.3, 2.1]``."""
+        form = f"{sign}.{digits}f"
+        ends = "" if self.low is None else f" [{scale * self.low:{form}}, {scale * (self.high or 0):{form}}]"
+        return f"{scale * self.mean:{form}}{ends}"
 
 
-def write_report(root: Path, report: dict[str, Any]) -> Path:
-    """Writes ``report.json``, its two pictures and the page.
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Student's t interval of the mean of independent values, at level 0.95.
 
-    Args:
-        root: The study's folder.
-        report: Everything that is said.
-
-    Returns:
-        The page.
+    Raises:
+        ValueError: There is no value.
     """
-    write_json(root / "report.json", report)
-    measured = report["measured"]
-    _draw_mechanism(measured, root / "mechanism.png")
-    _draw_accuracy(measured, root / "accuracy.png")
-    chapters = (
-        _head(report),
-        _choice(report["tuning"]),
-        _teacher(report["teacher"]),
-        _selection(measured),
-        _mechanism(measured),
-        _accuracy(measured),
-        _cost(measured["cost"], report),
-    )
-    page = root / "report.md"
-    write_text(page, "\n\n".join(chapters) + "\n")
-    return page
+    if not values:
+        raise ValueError("values: none is given")
+    from scipy.stats import t
+
+    count, mean = len(values), sum(values) / len(values)
+    if count == 1:
+        return Interval(mean, None, None, 1)
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(variance / count)
+    return Interval(mean, mean - half, mean + half, count)
 
 
-def _head(report: dict[str, Any]) -> str:
-    settings, machine = report["settings"], report["machine"]
-    seeds = ", ".join(map(str, settings["seeds"]))
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    hours = report["elapsed_s"] / 3600
-    workers = " or ".join(map(str, machine["workers"]))
-    missing = report["measured"]["missing"]
-    return "\n".join(
-        (
-            "# Study",
-            "",
-            f"{report['measured']['runs']} runs, seeds {seeds}; {report['date']}; {workers} runs side by "
-            f"side on {machine['cores']} cores ({machine['processor']}), {machine['load']:.1f} mean load at the end; "
-            f"{hours:.2f} h of finished work. {versions}.",
-            "",
-            f"Command: `{report['command']}`",
-            "",
-            *([f"**Failed, and in no row below: {', '.join(missing)}.**", ""] if missing else []),
-            f"{settings['scenes']} training scenes, {settings['questions']} questions of each category on scenes with "
-            "held-out combinations of shape, colour and cell. "
-            f"Steps: {settings['language_steps']} of text alone, {settings['stage1_steps']} of stage 1, "
-            f"{settings['stage2_steps']} of stage 2, at batch {settings['batch_size']}. Brackets hold 95 % intervals "
-            "over seeds (Student's t); those of differences are paired by seed. An interval that holds 0 does not "
-            "show a difference. They are not corrected for their number: of a hundred, five miss by chance. Data, "
-            "questions, vision tower and teacher are the same for all seeds, so that an interval covers the language "
-            "model, the projector, the order of samples and the draw of random heads alone.",
-        )
-    )
+def paired_interval(values: dict[int, float], others: dict[int, float]) -> Interval | None:
+    """The interval of the difference over the seeds that both have, paired by seed; None where there is none."""
+    both = sorted(values.keys() & others.keys())
+    return mean_interval([values[seed] - others[seed] for seed in both]) if both else None
 
 
-def _choice(tuning: dict[str, Any]) -> str:
-    lines = [
-        "## What was chosen on the validation split",
-        "",
-        f"The weight of {METHODS[TUNED].label}, seed {tuning['tried'][0]['seed']}, which no row below uses; the best "
-        f"mean over categories was frozen for every row that does not say otherwise: **{tuning['chosen']:g}**.",
-        "",
-        _header("weight", *_COLUMNS),
-    ]
-    lines += [
-        _row(f"{tried['weight']:g}", *(f"{100 * tried['accuracy'][name]:.1f}" for name in _COLUMNS))
-        for tried in tuning["tried"]
-    ]
-    return "\n".join(lines)
+def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
+    """Accuracy without the picture, by reader and category: what an accuracy has to be compared with.
+
+    ``text_alone`` answers a question as it was most often answered in training; ``one_answer`` gives all questions of
+    a category the answer that is right most often.
+    """
+
+    def most_often(key: str, samples: Sequence[Sample]) -> dict[str, str]:
+        counts: dict[str, Counter[str]] = {}
+        for sample in samples:
+            counts.setdefault(getattr(sample, key), Counter())[sample.answer] += 1
+        return {name: found.most_common(1)[0][0] for name, found in counts.items()}
+
+    asked, found = world.test[kind], {}
+    for reader, key, known in (("text_alone", "question", world.train), ("one_answer", "category", asked)):
+        answers = most_often(key, known)
+        shares = {
+            name: sum(answers.get(getattr(s, key)) == s.answer for s in asked if s.category == name)
+            / sum(s.category == name for s in asked)
+            for name in CATEGORIES
+        }
+        found[reader] = shares | {"mean": sum(shares.values()) / len(shares)}
+    return found
 
 
-def _teacher(control: dict[str, Any]) -> str:
-    lines = [
-        "## What the teacher knows",
-        "",
-        f"kNN accuracy (k={control['k']}) of its CLS token, %, with the share of the most frequent answer in "
-        "brackets: of validation images by neighbours among training images, where colour and shape go together "
-        "otherwise than in training, and of scenes with independent factors among their like.",
-        "",
-        _header("scenes", *next(iter(control["scenes"].values()))),
-    ]
-    lines += [
-        _row(name, *(f"{100 * cell['accuracy']:.1f} ({100 * cell['majority']:.1f})" for cell in found.values()))
-        for name, found in control["scenes"].items()
-    ]
-    return "\n".join(lines)
+def gather(root: Path, settings: Settings) -> dict[str, dict[str, dict[int, float]]]:
+    """What the runs measured: by quantity, method and seed. Quantities are paths such as ``accuracy/seen/colour``."""
+    seeds = {seed: read_json(root / f"done/seeds/{seed}.json") for seed in settings.seeds}
+    found: dict[str, dict[str, dict[int, float]]] = {}
 
+    def add(quantity: str, method: str, seed: int, value: float) -> None:
+        found.setdefault(quantity, {}).setdefault(method, {})[seed] = value
 
-def _selection(measured: dict[str, Any]) -> str:
-    found = measured["selection"]
-    lines = [
-        "## The heads",
-        "",
-        "MKNN of the pre-trained language model's heads on the training captions that they were selected on, and the "
-        "rank correlation (Spearman) of all heads' scores there with those on test captions: near 1 the choice of "
-        "worst heads is a fact of the model, near 0 of the captions.",
-        "",
-        _header("seed", "worst-5", "all", "top-5", "rank correlation", "worst-5", "top-5"),
-    ]
-    for seed, heads in measured["heads"].items():
-        scores = [f"{found[name]['by_seed'][seed]:.4f}" for name in ("worst5", "all", "top5")]
-        names = [" ".join(heads[group]) for group in ("worst5", "top5")]
-        lines.append(_row(seed, *scores, f"{found['rank_correlation']['by_seed'][seed]:.2f}", *names))
-    return "\n".join(lines)
+    def add_scores(method: str, seed: int, scores: dict[str, list[list[float]]]) -> None:
+        for mode, table in scores.items():
+            for group, strategy in GROUPS.items():
+                heads = choose_targets(seeds[seed]["scores"], strategy, 5)
+                add(f"mknn/{mode}/{group}", method, seed, sum(table[h.layer][h.head] for h in heads) / len(heads))
+            values = [score for row in table for score in row]
+            add(f"mknn/{mode}/all", method, seed, sum(values) / len(values))
 
+    from scipy.stats import spearmanr
 
-def _mechanism(measured: dict[str, Any]) -> str:
-    lines = [
-        "## Mechanism: MKNN of the heads that were worst and top before training",
-        "",
-        "On test captions, which nothing was trained or selected on.",
-        "",
-        "![MKNN of worst and top heads](mechanism.png)",
-    ]
-    groups, differences = {"worst5": "worst-5", "top5": "top-5", "all": "all"}, {"base": "base", "baseline": "SFT"}
-    for mode, rows in measured["mechanism"].items():
-        lines += ["", f"{_MODES[mode]}; chance {measured['chance'][mode]:.4f}:", ""]
-        what = ["MKNN", *(f"minus {name}" for name in differences.values())]
-        lines.append(_header("", *(f"{group}, {name}" for group in groups.values() for name in what)))
-        for name, row in rows.items():
-            cells = []
-            for group in groups:
-                cells += [_interval(row[group], 4), *(_difference(row[group], 4, to=other) for other in differences)]
-            lines.append(_row(label(name), *cells))
-    return "\n".join(lines)
-
-
-def _accuracy(measured: dict[str, Any]) -> str:
-    rows = measured["accuracy"]
-    lines = [
-        "## Held-out accuracy by category, %",
-        "",
-        "![Accuracy by category](accuracy.png)",
-        "",
-        "Below the methods stand two that never see the image: the answer that the question had most often in "
-        "training, and for every question of a category the one answer that is right most often. A method that is no "
-        "better than these has not learned the category.",
-        "",
-        _header("", *_COLUMNS),
-    ]
-    lines += [
-        _row(label(name), *(_interval(row[category], 1, 100) for category in _COLUMNS)) for name, row in rows.items()
-    ]
-    lines += [
-        _row(_READERS[name], *(f"{100 * row[category]:.1f}" for category in _COLUMNS))
-        for name, row in measured["floor"].items()
-    ]
-    lines += ["", "Minus SFT, percentage points:", "", _header("", *_COLUMNS)]
-    lines += [
-        _row(label(name), *(_difference(row[category], 1, 100) for category in _COLUMNS))
-        for name, row in rows.items()
-        if name != BASELINE
-    ]
-    return "\n".join(lines)
-
-
-def _cost(rows: dict[str, Any], report: dict[str, Any]) -> str:
-    workers = " or ".join(map(str, report["machine"]["workers"]))
-    lines = [
-        "## Cost of stage 2, relative to SFT",
-        "",
-        f"Taken from the runs themselves, {workers} side by side with one thread each, so that a run's pace depends "
-        "on its neighbour's; peak memory and CPU are of the whole process, with imports and predictions. "
-        "The teacher's features of all images were computed beforehand, which no row is charged for; VIRAL needs "
-        "those of patches and runs the teacher in every step. × SFT: ratios of the runs of a seed.",
-        "",
-        _header("", *(f"{_COSTS[name]}{what}" for name in COSTS for what in ("", ", × SFT"))),
-    ]
-    for name, row in rows.items():
-        cells = []
-        for quantity in COSTS:
-            if quantity not in row:  # no seed in common with SFT
-                cells += ["", ""]
+    for seed, record in seeds.items():
+        add_scores(BASE, seed, record["mknn"])
+        one, other = ([score for row in record[name] for score in row] for name in ("scores", "again"))
+        add("rank", BASE, seed, float(spearmanr(one, other).statistic))
+    for method in settings.methods:
+        for seed in settings.seeds_of(method):
+            file = root / f"done/runs/{method}-{seed}.json"
+            if not file.exists():
                 continue
-            mean = row[quantity]["mean"]
-            ratio = "" if name == BASELINE else _interval(row[quantity]["over_baseline"], 3)
-            cells += [f"{mean:.3g}" if mean < 100 else f"{mean:.0f}", ratio]
-        lines.append(_row(label(name), *cells))
-    return "\n".join(lines)
+            record = read_json(file)
+            add_scores(method, seed, record["mknn"])
+            for kind, shares in record["accuracy"].items():
+                for category, share in shares.items():
+                    add(f"accuracy/{kind}/{category}", method, seed, share)
+            for name, value in record["cost"].items():
+                add(f"cost/{name}", method, seed, value)
+    return found
 
 
-def _interval(value: dict[str, Any], digits: int, scale: float = 1, sign: str = "") -> str:
-    form = f"{sign}.{digits}f"
-    text = f"{scale * value['mean']:{form}}"
-    if value["low"] is None:
-        return text
-    return f"{text} [{scale * value['low']:{form}}, {scale * value['high']:{form}}]"
+def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str, workers: int) -> Path:
+    """Writes ``report.json``, two pictures and the page; returns the page."""
+    found = gather(root, settings)
+    floors = {kind: without_looking(world, kind) for kind in SETS}
+    parts = read_json(root / "done/parts.json")
+    tried = {w: read_json(root / f"done/tuning/{w:g}.json")["accuracy"] for w in settings.weights}
+    chance = chance_level(len(world.scored), min(NEIGHBOURS, len(world.scored) - 2))
+    record = {"settings": settings.to_dict(), "chosen": chosen, "measured": found, "floors": floors, "teacher": parts}
+    write_json(root / "report.json", record | {"chance": chance, "versions": package_versions()})
+    methods = [name for name in settings.methods if name in found["cost/stage2_cpu_s"]]
+    _draw(found, methods, chance, root / "study.png")
+    missing = [
+        f"{method}-{seed}"
+        for method in settings.methods
+        for seed in settings.seeds_of(method)
+        if seed not in found["cost/stage2_cpu_s"].get(method, {})
+    ]
+    marks = [read_json(file) for file in sorted((root / "done").rglob("*.json"))]
+    hours = sum(mark["wall_s"] for mark in marks) / workers / 3600
+    page = [
+        f"{sum(len(found['cost/stage2_cpu_s'][m]) for m in methods)} runs; {time.strftime('%Y-%m-%d')}; {workers} "
+        f"side by side on {len(os.sched_getaffinity(0))} cores ({_processor()}); {hours:.2f} h of work. "
+        + ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        + f". `python recipes/study --size {size}`.",
+        *([f"**Not finished, and in no row below: {', '.join(missing)}.**"] if missing else []),
+        "Brackets hold 95 % intervals over seeds (Student's t); those of differences are paired by seed. They are not "
+        "corrected for their number. Data, questions and teacher are the same for all seeds: an interval covers the "
+        "language model, the projector, the order of samples and the draw of random heads.",
+        "### The question: HeRA worst-5 minus …",
+        _primary(found),
+        f"### MKNN of the heads that were worst and top before training (chance {chance:.4f})",
+        "On captions of scenes that nothing was trained or selected on.\n\n![MKNN and accuracy](study.png)",
+        *(f"{title}:\n\n{_mknn(found, mode, [BASE, *methods])}" for mode, title in MODES.items()),
+        *(
+            f"### Accuracy on {_SET_NAMES[kind]}, %\n\n{_accuracy(found, kind, methods, floors[kind])}"
+            for kind in SETS
+        ),
+        "### The heads",
+        f"Rank correlation (Spearman) of all heads' scores on two disjoint halves of {2 * settings.scored} training "
+        f"captions, before multimodal training: {_spread(found['rank'][BASE])}.",
+        "### What the teacher knows",
+        "kNN accuracy of its CLS token on scenes with independent factors, %, and the most frequent answer's: "
+        + ", ".join(f"{name} {100 * right:.1f} ({100 * most:.1f})" for name, (right, most) in parts["knows"].items())
+        + ".",
+        f"### The weight chosen on the validation questions: {chosen:g}",
+        _table(
+            ("weight", *(_SET_NAMES[kind] for kind in SETS)),
+            [(f"{w:g}", *(f"{100 * shares[kind]['mean']:.1f}" for kind in SETS)) for w, shares in tried.items()],
+        ),
+        "### Cost, as a ratio to SFT's of the same seed",
+        "CPU time and peak memory of each run's process, one thread each, runs side by side. The teacher's features "
+        "of whole pictures were computed beforehand; methods on visual tokens run the teacher in every step.",
+        _cost(found, methods),
+    ]
+    target = root / "report.md"
+    write_text(target, "# Study\n\n" + "\n\n".join(page) + "\n")
+    return target
 
 
-def _difference(value: dict[str, Any], digits: int, scale: float = 1, to: str = "baseline") -> str:
-    """The interval of a difference; nothing where no seed is in common."""
-    found = value.get(f"minus_{to}")
-    return "" if found is None else _interval(found, digits, scale, "+")
+def _primary(found: dict[str, dict[str, dict[int, float]]]) -> str:
+    quantities = {
+        "accuracy, scenes as in training, points": ("accuracy/seen/mean", 2, 100),
+        "accuracy, held-out combinations, points": ("accuracy/new/mean", 2, 100),
+        "MKNN of worst-5, picture and caption": ("mknn/mllm/worst5", 4, 1),
+        "MKNN of all heads, picture and caption": ("mknn/mllm/all", 4, 1),
+    }
+    rows = []
+    for ours in ("worst5_paper", TUNED):
+        for other in (name for name in PRIMARY if name not in (TUNED, "worst5_paper")):
+            cells = []
+            for quantity, digits, scale in quantities.values():
+                by_method = found[quantity]
+                difference = paired_interval(by_method.get(ours, {}), by_method.get(other, {}))
+                cells.append(difference.text(digits, scale, "+") if difference else "")
+            if any(cells):
+                rows.append((f"{METHODS[ours].label} − {METHODS[other].label}", *cells))
+    return _table(("", *quantities), rows)
 
 
-def _header(*cells: str) -> str:
-    return _row(*cells) + "\n|---|" + "--:|" * (len(cells) - 1)
+def _mknn(found: dict[str, dict[str, dict[int, float]]], mode: str, methods: Sequence[str]) -> str:
+    rows = []
+    for method in methods:
+        cells = []
+        for group in (*GROUPS, "all"):
+            by_method = found[f"mknn/{mode}/{group}"]
+            minus = None if method == BASELINE else paired_interval(by_method[method], by_method[BASELINE])
+            cells += [_spread(by_method[method], 4), minus.text(4, sign="+") if minus else ""]
+        rows.append((_label(method), *cells))
+    heads = [cell for group in (*GROUPS, "all") for cell in (group, f"{group} − SFT")]
+    return _table(("", *heads), rows)
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _accuracy(
+    found: dict[str, dict[str, dict[int, float]]],
+    kind: str,
+    methods: Sequence[str],
+    floor: dict[str, dict[str, float]],
+) -> str:
+    rows = []
+    for method in methods:
+        shares = [found[f"accuracy/{kind}/{name}"] for name in COLUMNS]
+        minus = None if method == BASELINE else paired_interval(shares[-1][method], shares[-1][BASELINE])
+        cells = [f"{100 * mean_interval(list(share[method].values())).mean:.1f}" for share in shares[:-1]]
+        last = mean_interval(list(shares[-1][method].values())).text(1, 100)
+        rows.append((_label(method), *cells, last, minus.text(2, 100, "+") if minus else ""))
+    readers = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
+    rows += [(name, *(f"{100 * floor[key][column]:.1f}" for column in COLUMNS), "") for key, name in readers.items()]
+    return _table(("", *COLUMNS, "mean − SFT"), rows)
 
 
-def _draw_mechanism(measured: dict[str, Any], target: Path) -> None:
-    """MKNN of worst and top heads for every method, with its interval, in both modes of scoring."""
-    modes = measured["mechanism"]
-    rows = list(next(iter(modes.values())))
-    figure = new_figure(10, 1.4 + 0.36 * len(rows))
-    for axes, (mode, found) in zip(figure.subplots(1, len(modes), sharey=True), modes.items(), strict=True):
-        for group, name, colour, marker in _GROUPS:
-            values = [found[row][group] for row in rows]
-            _points(axes, values, colour, marker, name, 0.12 if group == "top5" else -0.12)
-        axes.axvline(measured["chance"][mode], color="black", linestyle="--", linewidth=1, label="chance")
-        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-        axes.set_xlabel("MKNN")
-        axes.set_title(_TITLES[mode], fontsize=10)
+def _cost(found: dict[str, dict[str, dict[int, float]]], methods: Sequence[str]) -> str:
+    rows = []
+    for method in methods:
+        cells = [_spread(found[f"cost/{name}"][BASELINE], 0) for name in _COSTS]
+        if method != BASELINE:
+            pairs = [(found[f"cost/{name}"][method], found[f"cost/{name}"][BASELINE]) for name in _COSTS]
+            cells = [
+                mean_interval([mine[seed] / theirs[seed] for seed in mine if seed in theirs]).text(3)
+                for mine, theirs in pairs
+            ]
+        rows.append((_label(method), *cells))
+    return _table(("", *_COSTS.values()), rows)
+
+
+def _spread(by_seed: dict[int, float], digits: int = 2) -> str:
+    return mean_interval(list(by_seed.values())).text(digits)
+
+
+def _label(name: str) -> str:
+    return "before" if name == BASE else METHODS[name].label
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
+
+
+def _draw(found: dict[str, dict[str, dict[int, float]]], methods: Sequence[str], chance: float, target: Path) -> None:
+    """MKNN of worst and top heads, and mean accuracy minus the baseline's on both sets, each with its interval."""
+    rows = [BASE, *methods]
+    figure = new_figure(11, 1.4 + 0.36 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, series, scale in (
+        (left, {"worst-5": ("mknn/mllm/worst5", ORANGE), "top-5": ("mknn/mllm/top5", BLUE)}, 1),
+        (
+            right,
+            {_SET_NAMES["seen"]: ("accuracy/seen/mean", BLUE), _SET_NAMES["new"]: ("accuracy/new/mean", GREY)},
+            100,
+        ),
+    ):
+        for shift, (name, (quantity, colour)) in zip((-0.12, 0.12), series.items(), strict=True):
+            points = []
+            for place, method in enumerate(rows):
+                values = found[quantity].get(method, {})
+                if scale == 100 and method == BASELINE:
+                    continue
+                interval = (
+                    paired_interval(values, found[quantity][BASELINE])
+                    if scale == 100
+                    else mean_interval(list(values.values()))
+                )
+                if interval is not None:
+                    points.append(
+                        (
+                            place + shift,
+                            scale * interval.mean,
+                            scale * (interval.mean - (interval.low or interval.mean)),
+                        )
+                    )
+            places, means, half = zip(*points, strict=True)
+            axes.errorbar(means, places, xerr=half, fmt="o", color=colour, label=name, capsize=2, markersize=4)
+        axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
+        axes.axvline(chance if scale == 1 else 0, color="black", linestyle="--", linewidth=1)
+        axes.legend(fontsize=8, frameon=False)
         plain(axes)
-    axes.invert_yaxis()
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    left.set_xlabel("MKNN, picture and caption (dashed: chance)")
+    right.set_xlabel("mean accuracy minus SFT's, percentage points")
+    left.invert_yaxis()
     save_figure(figure, target)
 
 
-def _draw_accuracy(measured: dict[str, Any], target: Path) -> None:
-    """Each method's accuracy minus the baseline's, with its interval, by category."""
-    rows = [row for row in measured["accuracy"] if row != BASELINE]
-    figure = new_figure(12, 1.2 + 0.34 * max(2, len(rows)))
-    for axes, name in zip(figure.subplots(1, len(_COLUMNS), sharey=True, sharex=True), _COLUMNS, strict=True):
-        values = [_scaled(measured["accuracy"][row][name].get("minus_baseline", _NOTHING)) for row in rows]
-        _points(axes, values, BLUE if name == "mean" else GREY, "o", None, 0)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-        sft, text = measured["accuracy"][BASELINE][name]["mean"], measured["floor"]["text_alone"][name]
-        axes.set_title(f"{name}\nSFT {100 * sft:.1f} %\ntext {100 * text:.1f} %", fontsize=9)
-        plain(axes)
-    axes.invert_yaxis()
-    figure.supxlabel(f"accuracy minus {label(BASELINE)}'s, percentage points", fontsize=9)
-    save_figure(figure, target)
-
-
-def _points(axes: Any, values: list[dict[str, Any]], colour: str, marker: str, name: str | None, shift: float) -> None:
-    means = [value["mean"] for value in values]
-    low = [value["mean"] - value["low"] if value["low"] is not None else 0 for value in values]
-    high = [value["high"] - value["mean"] if value["high"] is not None else 0 for value in values]
-    places = [place + shift for place in range(len(values))]
-    axes.errorbar(means, places, xerr=[low, high], fmt=marker, color=colour, label=name, capsize=2, markersize=4)
-
-
-def _scaled(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: 100 * number if number is not None and key != "count" else number for key, number in value.items()}
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -88,12 +88,13 @@ def sample_scene(
     rng: random.Random,
     split: str = "train",
     kept_colours: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOUR[shape]},
+    most: int = GRID**2,
 ) -> Scene:
-    """Draws one scene: of ``train``, or with one or more objects that only ``split`` has.
+    """Draws one scene of one to ``most`` objects: of ``train``, or with one or more that only ``split`` has.
 
     ``kept_colours`` gives, for shape, row and column, the colour that each split but ``train`` keeps for itself there.
     """
-    cells = sorted(rng.sample(range(GRID**2), rng.randint(1, GRID**2)))
+    cells = sorted(rng.sample(range(GRID**2), rng.randint(1, most)))
     kept = set() if split == "train" else set(rng.sample(cells, rng.randint(1, len(cells))))
     objects = []
     for cell in cells:
