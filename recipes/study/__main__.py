@@ -69,12 +69,15 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
         tries = {f"tuning/{weight:g}": weight for weight in settings.weights}
         work({n: partial(run, TUNED, tuned, weight, heads[tuned], world.validation) for n, weight in tries.items()})
         chosen = choose_weight({weight: done(root, name) for name, weight in tries.items()})
-        methods = sorted(settings.methods, key=lambda name: name not in PRIMARY)  # the question of the study first
-        runs = {
-            f"runs/{method}-{seed}": partial(run, method, seed, chosen, heads[seed], world.test)
-            for method in methods
+        # the question of the study first, and all its methods of a seed before the next
+        ordered = [(method, seed) for seed in settings.seeds for method in settings.methods if method in PRIMARY]
+        ordered += [
+            (method, seed)
+            for method in settings.methods
+            if method not in PRIMARY
             for seed in settings.seeds_of(method)
-        }
+        ]
+        runs = {f"runs/{m}-{seed}": partial(run, m, seed, chosen, heads[seed], world.test) for m, seed in ordered}
         try:
             work(runs)
         finally:
@@ -158,9 +161,9 @@ def _run_job(root: Path, name: str, job: Job) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     log = root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - for as long as the process lives
+    for descriptor in (1, 2):
+        os.dup2(sys.stdout.fileno(), descriptor)
     started = time.time()
     try:
         found = job()

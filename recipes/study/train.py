@@ -118,7 +118,7 @@ def run(
         )
         torch.manual_seed(seed)
         common = {"train_dataset": encoder.encode(samples), "data_collator": encoder, "processing_class": processor}
-        hera = None if stage not in method.stages else _config(root, settings, method, weight, heads)
+        hera = None if stage not in method.stages else hera_config(root, settings, method, weight, heads)
         trainer = (
             Trainer(model, arguments, **common) if hera is None else HeraTrainer(model, arguments, hera=hera, **common)
         )
@@ -137,7 +137,7 @@ def run(
     }
 
 
-def _config(
+def hera_config(
     root: Path, settings: Settings, method: Method, weight: float | None, heads: dict[str, list[str]]
 ) -> HeraConfig | None:
     if method.keys is None:

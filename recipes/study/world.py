@@ -129,6 +129,7 @@ def asked_of(scene: Scene) -> list[Question]:
         "colour": lambda text: True,
         "shape": lambda text: " at the " in text,
         "size": lambda text: " at the " in text,
+        "where": lambda text: True,
         "exist": lambda text: True,
     }
     found = [q for q in questions(scene, all_pairs()) if q.category in kept and kept[q.category](q.text)]
