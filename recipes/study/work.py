@@ -51,7 +51,7 @@ def parts() -> None:
 def tower() -> None:
     """The vision tower: a masked autoencoder of the training images, frozen from then on."""
     with models.reproducible(0):
-        made, losses = models.train_vision_tower(_training_images(), _settings().tower_steps)
+        made, _, losses = models.train_vision_tower(_training_images(), _settings().tower_steps)
     made.save_pretrained(TOWER)
     print(f"vision tower: pixel error {losses[0]:.4f} -> {losses[-1]:.4f}")
 

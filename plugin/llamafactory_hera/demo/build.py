@@ -137,7 +137,7 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
     saved = language_model, tokenizer
     trained("language_model", "language model, text alone", values, paths["language_model"], *saved)
 
-    tower, values = models.train_vision_tower(images, size.vision_steps)
+    tower, _, values = models.train_vision_tower(images, size.vision_steps)
     llava = models.assemble_llava(language_model, tower, tokenizer)
     trained("vision_tower", "vision tower, images alone", values, paths["model"], *llava)
 

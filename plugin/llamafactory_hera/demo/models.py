@@ -7,7 +7,7 @@ projector stays random: training it is what stage 1 is for.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 THREADS = 1  # sums are split by thread, so another number may give other last bits
 MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
-_SQUARE = {"height": SIDE, "width": SIDE}
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
 # ChatML; content is a string or a list of image and text entries
@@ -31,6 +30,28 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
+
+
+class Encoder(NamedTuple):
+    """Shape of a vision transformer with four heads, in pixels and channels, and its highest learning rate."""
+
+    side: int = SIDE
+    patch: int = PATCH
+    width: int = 64
+    layers: int = 2
+    rate: float = 3e-3
+
+    def config(self) -> dict[str, Any]:
+        """What the configurations of all kinds call alike."""
+        heads = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": 4}
+        return {"image_size": self.side, "patch_size": self.patch, **heads}
+
+    def square(self) -> dict[str, int]:
+        """The size of its images as image processors take it."""
+        return {"height": self.side, "width": self.side}
+
+
+_TOWER, _TEACHER = Encoder(), Encoder(layers=3, rate=2e-3)
 
 
 @contextmanager
@@ -123,25 +144,28 @@ def train_language_model(
     return _optimise([model], loss, steps, 4e-3)
 
 
-def train_vision_tower(images: list[Image.Image], steps: int) -> tuple[hf.SiglipVisionModel, list[float]]:
-    """A SigLIP vision model of 16 patch tokens of width 64, a masked autoencoder; with the pixel error of every step.
+def train_vision_tower(
+    images: list[Image.Image], steps: int, encoder: Encoder = _TOWER
+) -> tuple[hf.SiglipVisionModel, hf.SiglipImageProcessor, list[float]]:
+    """A SigLIP vision model, a masked autoencoder; with its processor and the pixel error of every step.
 
     Half of the patches are greyed out, and a linear layer, thrown away afterwards, reads all pixels back from the
     patch tokens that LLaVA reads (``vision_feature_layer: -1``).
     """
-    shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "intermediate_size": 128}
-    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
-    read_out = torch.nn.Linear(64, 3 * PATCH * PATCH)
-    pixels = hf.SiglipImageProcessor(size=_SQUARE)(images, return_tensors="pt")["pixel_values"]
+    side, patch = encoder.side, encoder.patch
+    tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(intermediate_size=2 * encoder.width, **encoder.config()))
+    read_out = torch.nn.Linear(encoder.width, 3 * patch * patch)
+    processor = hf.SiglipImageProcessor(size=encoder.square())
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
 
     def loss() -> torch.Tensor:
         batch = pixels[torch.randint(len(pixels), (128,))]
-        hidden = torch.rand(len(batch), 1, SIDE // PATCH, SIDE // PATCH) < 0.5
-        hidden = hidden.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
+        hidden = torch.rand(len(batch), 1, side // patch, side // patch) < 0.5
+        hidden = hidden.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
         tokens = tower(batch.masked_fill(hidden, 0.0), output_hidden_states=True).hidden_states[-1]
-        return F.mse_loss(read_out(tokens), F.unfold(batch, PATCH, stride=PATCH).transpose(1, 2))
+        return F.mse_loss(read_out(tokens), F.unfold(batch, patch, stride=patch).transpose(1, 2))
 
-    return tower, _optimise([tower, read_out], loss, steps, 3e-3)
+    return tower, processor, _optimise([tower, read_out], loss, steps, encoder.rate)
 
 
 def assemble_llava(
@@ -165,7 +189,7 @@ def assemble_llava(
     llava.lm_head.load_state_dict(language_model.lm_head.state_dict())
     llava.generation_config = language_model.generation_config
     settings = {"patch_size": PATCH, "vision_feature_select_strategy": "full", "chat_template": CHAT_TEMPLATE}
-    return llava, hf.LlavaProcessor(hf.SiglipImageProcessor(size=_SQUARE), tokenizer, **settings)
+    return llava, hf.LlavaProcessor(hf.SiglipImageProcessor(size=_TOWER.square()), tokenizer, **settings)
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
@@ -182,19 +206,22 @@ def random_view(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_teacher(
-    images: list[Image.Image], steps: int, view: Callable[[torch.Tensor], torch.Tensor] = random_view
+    images: list[Image.Image],
+    steps: int,
+    view: Callable[[torch.Tensor], torch.Tensor] = random_view,
+    encoder: Encoder = _TEACHER,
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
-    """A DINOv2 model of width 64 trained by SimCLR (arXiv 2002.05709), its processor, and the loss of every step.
+    """A DINOv2 model trained by SimCLR (arXiv 2002.05709), its processor, and the loss of every step.
 
     Two random views of an image must find each other among those of the batch, by the cosine of their CLS tokens
     behind a two-layer head, thrown away afterwards, at a temperature of 0.1 (InfoNCE, in nats).
     """
-    shape: dict[str, Any] = {"image_size": SIDE, "patch_size": PATCH, "hidden_size": 64, "mlp_ratio": 2}
-    teacher = hf.Dinov2Model(hf.Dinov2Config(num_hidden_layers=3, num_attention_heads=4, **shape))
-    head = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    width = encoder.width
+    teacher = hf.Dinov2Model(hf.Dinov2Config(mlp_ratio=2, **encoder.config()))
+    head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.GELU(), torch.nn.Linear(width, width))
     processor = hf.BitImageProcessor(
-        size={"shortest_edge": SIDE},
-        crop_size=_SQUARE,
+        size={"shortest_edge": encoder.side},
+        crop_size=encoder.square(),
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
@@ -208,4 +235,4 @@ def train_teacher(
         similarity = (vectors @ vectors.T / 0.1).fill_diagonal_(float("-inf"))
         return F.cross_entropy(similarity, partners)
 
-    return teacher, processor, _optimise([teacher, head], loss, steps, 2e-3)
+    return teacher, processor, _optimise([teacher, head], loss, steps, encoder.rate)
