@@ -1,7 +1,8 @@
 """Emoji with their Unicode names and easy-VQA's shapes with its questions, as the host's datasets; nothing is drawn.
 
 In one folder, the host's ``dataset_dir``: ``emoji`` and ``shapes`` to train on, ``emoji_heldout`` and
-``shapes_heldout`` for what is measured, whose images no model here is trained on.
+``shapes_heldout`` for what is measured, whose images no model here is trained on; ``half_a`` and ``half_b`` are
+disjoint sets of emoji of both kinds, for scoring heads alone.
 """
 
 import random
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from llamafactory_hera.demo.dataset import TAGS, conversation
 from llamafactory_hera.files import read_json, write_json
 
-SIDE, HELD_OUT, SHAPES = 64, 344, {"train": 2000, "test": 600}
+SIDE, HELD_OUT, HALF, SHAPES = 64, 344, 600, {"train": 2000, "test": 600}
 KINDS, _FORMS = ("colour", "shape", "yes or no"), ("circle", "rectangle", "triangle")
 FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the one size of the font's pictures
@@ -34,6 +35,8 @@ def write_pictures(folder: Path) -> None:
         "shapes": _shapes("train", rng),
         "shapes_heldout": _shapes("test", rng),
     }
+    halves = rng.sample(rows["emoji"] + rows["emoji_heldout"], 2 * HALF)
+    rows |= {"half_a": halves[:HALF], "half_b": halves[HALF:]}
     info = {}
     for name, content in rows.items():
         for file, image, _, _ in content:

@@ -1,6 +1,7 @@
 """The vision tower and the teacher, which are trained here on training images alone, and what they know of others."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,29 @@ from llamafactory_hera.teachers.encoder import VisionTeacher
 from pictures import KINDS, SIDE, kind_of
 from work import nearest_vote
 
-TOWER = models.Encoder(SIDE, patch=16, width=192, layers=6, rate=1e-3)
-TEACHER = models.Encoder(SIDE, patch=8, width=128, layers=4, rate=1e-3)
-STEPS = {"tower": 1200, "teacher": 600}
+_TOWER = models.Encoder(SIDE, patch=16, width=192, layers=6, rate=1e-3)
+_TEACHER = models.Encoder(SIDE, patch=8, width=128, layers=4, rate=1e-3)
+_TOWER_STEPS, _TEACHER_STEPS = 1200, 600
 _GREY = 0.3
 _LEAST = 8  # emoji whose names end alike
 
 
 def train_tower(data: Path, folder: Path) -> None:
     """A masked autoencoder, which is the second teacher, too."""
-    _save(folder, models.train_vision_tower(_training_images(data), STEPS["tower"], TOWER))
+    with models.reproducible(0):
+        _save(folder, models.train_vision_tower(_training_images(data), _TOWER_STEPS, _TOWER))
 
 
 def train_teacher(data: Path, folder: Path) -> None:
     """DINOv2's architecture, trained by contrast."""
-    _save(folder, models.train_teacher(_training_images(data), STEPS["teacher"], view, TEACHER))
+    with models.reproducible(0):
+        _save(folder, models.train_teacher(_training_images(data), _TEACHER_STEPS, view, _TEACHER))
 
 
 def _save(folder: Path, trained: tuple[Any, Any, list[float]]) -> None:
-    model, processor, losses = trained
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    print(f"{folder.name}: {len(losses)} steps, loss {losses[0]:.3f} -> {sum(losses[-20:]) / 20:.3f}")
+    for part in trained[:2]:
+        part.save_pretrained(folder)
+    print(f"{folder.name}: loss {trained[2][0]:.3f} -> {sum(trained[2][-20:]) / 20:.3f}")
 
 
 def _training_images(data: Path) -> list[Image.Image]:
@@ -55,30 +57,25 @@ def view(pixels: torch.Tensor) -> torch.Tensor:
     return models.random_view(torch.where(grey, cut.mean(dim=1, keepdim=True), cut))
 
 
-def write_knowledge(data: Path, folders: list[Path], target: Path) -> None:
-    """Accuracy of a vote of the ten nearest training images on held-out ones, beside the most frequent answer's.
+def write_knowledge(data: Path, folders: Sequence[Path], target: Path) -> None:
+    """Accuracy of the ten nearest training images' vote on held-out ones, the most frequent answer's, and how many.
 
     Asked for are the colour and the shape of easy-VQA's images, and the last word of an emoji's name where enough
     names end so (face, symbol, heart, …).
     """
-    found: dict[str, Any] = {}
-    for folder in folders:
-        encoder = VisionTeacher.from_pretrained(str(folder), "cpu", torch.float32)
-        for asked, kind in (("shapes", KINDS[0]), ("shapes", KINDS[1]), ("emoji", "last word")):
-            known, new = (_labelled(read_json(data / f"{asked}{split}.json"), kind) for split in ("", "_heldout"))
-            often = {word for word, n in Counter(label for _, label in known).items() if n >= _LEAST}
-            new = [(file, label) for file, label in new if label in often]
-            vectors = [
-                encoder.encode(encoder.processor.batch([Image.open(data / file) for file, _ in rows]))
-                for rows in (known, new)
-            ]
-            voted = nearest_vote(vectors[0], [label for _, label in known], vectors[1])
-            truth = [label for _, label in new]
-            found.setdefault(folder.name, {})[kind] = {
-                "accuracy": sum(map(str.__eq__, voted, truth)) / len(truth),
-                "majority": Counter(truth).most_common(1)[0][1] / len(truth),
-                "images": len(truth),
-            }
+    found: dict[str, Any] = {folder.name: {} for folder in folders}
+    for kind, dataset in {"colour": "shapes", "shape": "shapes", "last word of the name": "emoji"}.items():
+        known, new = (_labelled(read_json(data / f"{dataset}{split}.json"), kind) for split in ("", "_heldout"))
+        counts = Counter(label for _, label in known)
+        new = [(file, label) for file, label in new if counts[label] >= _LEAST]
+        truth = [label for _, label in new]
+        for folder in folders:
+            encoder = VisionTeacher.from_pretrained(str(folder), "cpu", torch.float32)
+            pixels = (encoder.processor.batch([Image.open(data / file) for file, _ in rows]) for rows in (known, new))
+            vectors, queries = map(encoder.encode, pixels)
+            voted = nearest_vote(vectors, [label for _, label in known], queries)
+            right, majority = sum(map(str.__eq__, voted, truth)), Counter(truth).most_common(1)[0][1]
+            found[folder.name][kind] = (right / len(truth), majority / len(truth), len(truth))
     write_json(target, found)
 
 
