@@ -75,8 +75,8 @@ def plan(seeds: tuple[int, ...], methods: tuple[str, ...]) -> list[Unit]:
     add("stage1", ("model",), host("train", "recipes/real/stage1.yaml"))
     add("knowledge", ("tower", "teacher"), made=("knowledge.json",))
     chosen = [METHODS[method] for method in methods]
-    strategies = {f"random-{seed}" if it[0] == "random" else it[0] for seed in seeds for it in chosen if it}
-    for name in sorted(strategies):
+    strategies = sorted({_selection(how, seed) for seed in seeds for how in chosen if how})
+    for name in strategies:
         strategy, _, seed = name.partition("-")
         keys = (f"hera_select={strategy}", f"hera_select_seed={seed or 0}", f"output_dir={ROOT}/selection/{name}")
         command = own("select", _HERA, f"model_name_or_path={ROOT}/model", "hera_heads=auto", *keys)
@@ -84,14 +84,13 @@ def plan(seeds: tuple[int, ...], methods: tuple[str, ...]) -> list[Unit]:
     for name, scoring in SCORINGS.items():
         after = ("stage1", "selection/worst")
         add(name, after, score(f"{ROOT}/stage1", name, *scoring), made=(f"scores/{name}.json",))
-    needed = (*SCORINGS, *(f"selection/{name}" for name in sorted(strategies)))
+    needed = (*SCORINGS, *(f"selection/{name}" for name in strategies))
     for seed in seeds:  # all methods of a seed before the next: one that is stopped is whole as far as it got
         for method, how in zip(methods, chosen, strict=True):
             name = f"{method}-s{seed}"
             output, recipe, keys = f"{ROOT}/runs/{name}", _SFT, [f"seed={seed}"]
             if how is not None:
-                folder = f"random-{seed}" if how[0] == "random" else how[0]
-                heads = f"{ROOT}/selection/{folder}/hera/heads.json"
+                heads = f"{ROOT}/selection/{_selection(how, seed)}/hera/heads.json"
                 recipe, keys = _HERA, [*keys, f"hera_heads={heads}", f"hera_weight={how[1]}"]
             train = host("train", recipe, f"output_dir={output}", *keys)
             predict = ("do_train=false", "do_predict=true", "predict_with_generate=true")
@@ -101,6 +100,10 @@ def plan(seeds: tuple[int, ...], methods: tuple[str, ...]) -> list[Unit]:
     export = host("export", *(f"{key}={value}" for key, value in page.EXPORT.items()))
     add("chat", ("worst5_1-s0",), export, ["recipes/real", "chat"], made=("exported", "chat.png"))
     return units
+
+
+def _selection(how: tuple[str, float], seed: int) -> str:
+    return f"random-{seed}" if how[0] == "random" else how[0]
 
 
 def main() -> int:
@@ -116,9 +119,8 @@ def main() -> int:
         Path(ROOT).mkdir(exist_ok=True)
         language_model.assemble(GGUF)
         with locked(Path(ROOT)) as lock, terminated_like_interrupted():
-            Pool(Path(ROOT).resolve(), 2, lock, lambda line: print(f"[hera real] {line}", flush=True)).run(
-                plan(*SIZES[work])
-            )
+            pool = Pool(Path(ROOT).resolve(), 2, lock, lambda line: print(f"[hera real] {line}", flush=True))
+            pool.run(plan(*SIZES[work]))
         names = ("before", "sft-s0", "worst5_1-s0")
         files = [f"{ROOT}/scores/{name}.json" for name in names]
         hera(["report", *files, "--names", "before", "SFT", "HeRA", "--output", f"{ROOT}/report"])

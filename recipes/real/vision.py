@@ -17,7 +17,7 @@ from work import nearest_vote
 
 _TOWER = models.Encoder(SIDE, patch=16, width=192, layers=6, rate=1e-3)
 _TEACHER = models.Encoder(SIDE, patch=8, width=128, layers=4, rate=1e-3)
-_TOWER_STEPS, _TEACHER_STEPS = 1200, 600
+_TOWER_STEPS, _TEACHER_STEPS = 500, 300
 _GREY = 0.3
 _LEAST = 8  # emoji whose names end alike
 
