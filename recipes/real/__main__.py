@@ -93,7 +93,14 @@ def plan(seeds: tuple[int, ...], methods: tuple[str, ...]) -> list[Unit]:
                 heads = f"{ROOT}/selection/{_selection(how, seed)}/hera/heads.json"
                 recipe, keys = _HERA, [*keys, f"hera_heads={heads}", f"hera_weight={how[1]}"]
             train = host("train", recipe, f"output_dir={output}", *keys)
-            predict = ("do_train=false", "do_predict=true", "predict_with_generate=true")
+            # as many of either dataset; in float32: see Forward.run
+            predict = (
+                "do_train=false",
+                "do_predict=true",
+                "predict_with_generate=true",
+                "bf16=false",
+                "max_samples=300",
+            )
             answers = host("train", _SFT, *predict, f"adapter_name_or_path={output}", f"output_dir={output}/answers")
             scored = score(output, name, *SCORINGS["before"])
             add(name, needed, train, answers, scored, made=(f"runs/{name}", f"scores/{name}.json"))

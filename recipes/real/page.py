@@ -12,7 +12,7 @@ from scipy.stats import binomtest, spearmanr
 from llamafactory_hera.files import read_json, write_text
 from llamafactory_hera.selection.pictures import new_figure, save_figure
 from llamafactory_hera.selection.scores import ScoreFile
-from pictures import HELD_OUT, KINDS, kind_of
+from pictures import KINDS, kind_of
 from results import mean_interval
 
 ROOT = "hera_real"
@@ -115,5 +115,5 @@ def _right(run: str) -> dict[str, list[bool]]:
     found: dict[str, list[bool]] = {kind: [] for kind in ("name", *KINDS)}
     for i, line in enumerate(map(json.loads, lines)):
         said, answer = line["predict"].strip(), line["label"].strip()
-        found["name" if i < HELD_OUT else kind_of(answer)].append(said == answer)
+        found["name" if i < len(lines) // 2 else kind_of(answer)].append(said == answer)
     return found

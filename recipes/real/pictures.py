@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from llamafactory_hera.demo.dataset import TAGS, conversation
 from llamafactory_hera.files import read_json, write_json
 
-SIDE, HELD_OUT, HALF, SHAPES = 64, 344, 600, {"train": 2000, "test": 600}
+SIDE, HELD_OUT, HALF, SHAPES = 64, 344, 600, {"train": 2000, "test": 300}
 KINDS, _FORMS = ("colour", "shape", "yes or no"), ("circle", "rectangle", "triangle")
 _FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the one size of the font's pictures
