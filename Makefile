@@ -1,5 +1,5 @@
 # Everything a fresh clone needs; each target sets up what it uses.
-#   make demo        build the tiny demo, train with and without HeRA, compare (CPU, a few minutes after set-up)
+#   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
 #   make real        HeRA on Gemma 3 270M, whose terms ask for ACCEPT_GEMMA_TERMS=1; REAL=full: hours (docs/real_model.md)
 #   make test        every test, those in a browser too
@@ -15,6 +15,7 @@ STAMP := $(VENV)/.installed
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
+DEMO_RUNS := before sft sft_reordered hera hera_reordered
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -56,15 +57,21 @@ $(STAMP): pyproject.toml constraints.txt patches/llamafactory_hera.pth patches/l
 
 demo: $(STAMP)
 	$(BIN)/llamafactory-hera demo
-	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml
 	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml
-	$(BIN)/llamafactory-hera score recipes/demo_hera.yaml --output saves/demo_before.json
-	$(BIN)/llamafactory-hera score saves/demo_sft --recipe recipes/demo_hera.yaml
-	$(BIN)/llamafactory-hera score saves/demo_hera --recipe recipes/demo_hera.yaml
-	$(BIN)/llamafactory-hera report saves/demo_before.json saves/demo_sft/hera/scores.json \
-		saves/demo_hera/hera/scores.json --names before SFT HeRA --output saves/demo_report
-	@cat saves/demo_report.md
-	@ls saves/demo_report.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
+	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml
+	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml seed=1 output_dir=saves/demo_sft_reordered
+	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml seed=1 output_dir=saves/demo_hera_reordered
+	set -e; for mode in llm mllm; do \
+	  for run in $(DEMO_RUNS); do \
+	    model=saves/demo_$$run; test $$run != before || model=hera_demo/model; \
+	    $(BIN)/llamafactory-hera score $$model --recipe recipes/demo_hera.yaml --output saves/demo_$$mode/$$run.json \
+	      dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=$$mode; \
+	  done; \
+	  $(BIN)/llamafactory-hera report $(DEMO_RUNS:%=saves/demo_$$mode/%.json) --names $(DEMO_RUNS) \
+	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode; \
+	done
+	@cat saves/demo_llm.md saves/demo_mllm.md
+	@ls saves/demo_*llm.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
 
 # goes on where it was stopped
 study: $(STAMP)

@@ -81,7 +81,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
         **{"hera_projector": "separate", "hera_own_learning_rate": 1e-4, "hera_own_from": "saves/one"},
-        **{"hera_visual_attention": "two_way"},
+        **{"hera_visual_attention": "causal"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
         **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5, "hera_select_dataset": "captions"},
@@ -192,6 +192,8 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
             LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
             "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
         ),
+        (LAYER | {"hera_layers": "auto", "hera_objective": "ross"}, "hera_layers: auto scores against a vision model"),
+        ({"hera_visual_attention": "two_way"}, "hera_visual_attention: two_way has no use with .* contrastive"),
         (
             {"hera_own_learning_rate": 0},
             "hera_own_learning_rate: 0",

@@ -6,7 +6,6 @@ read, and once more when the run has ended, HeRA's workflow must have been enter
 add stages.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,15 +41,17 @@ def apply(module: Any) -> None:
     def get_train_args(host: Any, args: Any = None) -> Any:
         global _missing
         parsed = host(args)
-        _, _, training_args, finetuning_args, _ = parsed
-        _missing = getattr(finetuning_args, "use_hera", False) and training_args.do_train
+        model_args, _, training_args, finetuning_args, _ = parsed
+        use_hera = getattr(finetuning_args, "use_hera", False)
+        if not (use_hera and finetuning_args.hera_visual_attention == "two_way"):
+            _refuse_two_way(model_args)
+        _missing = use_hera and training_args.do_train
         return parsed
 
     @around(module)
     def get_infer_args(host: Any, args: Any = None) -> Any:
         parsed = host(args)
-        for folder in (parsed[0].model_name_or_path, *(parsed[0].adapter_name_or_path or [])):
-            _refuse_two_way(Path(folder) / "hera" / "run.json")
+        _refuse_two_way(parsed[0])  # parsed here for an export alone
         return parsed
 
     @around(module)
@@ -69,14 +70,18 @@ def apply(module: Any) -> None:
         return host(path)
 
 
-def _refuse_two_way(run: Path) -> None:
-    """The tuner parses such arguments for an export alone."""
-    if run.is_file() and json.loads(run.read_text(encoding="utf-8")).get("hera_visual_attention") == "two_way":
-        raise ValueError(
-            f"hera_visual_attention: {run.parent.parent} was trained with two_way, which no model file says: what "
-            "loads the exported one attends causally, and that is another model. Evaluate it inside "
-            "llamafactory_hera.heads.hooks.TwoWayVisualAttention, or train with causal."
-        )
+def _refuse_two_way(model_args: Any) -> None:
+    """A model trained with two_way must neither be exported nor trained on with the causal attention."""
+    from llamafactory_hera.files import RUN_FOLDER, read_json
+
+    for folder in (model_args.model_name_or_path, *(model_args.adapter_name_or_path or [])):
+        run = Path(folder) / RUN_FOLDER / "run.json"
+        if run.is_file() and read_json(run).get("hera_visual_attention") == "two_way":
+            raise ValueError(
+                f"hera_visual_attention: {folder} was trained with two_way, which no model file says: what loads it "
+                "otherwise attends causally, and that is another model. Train on with two_way (hera_weight: 0 for "
+                "plain fine-tuning), evaluate inside llamafactory_hera.heads.hooks.DecoderInputs(model, two_way=True)."
+            )
 
 
 def _refuse(what: str) -> None:

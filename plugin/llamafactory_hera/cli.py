@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "compare head scores before and after training")
     report.add_argument("files", metavar="SCORES.json", nargs="+", help="score files, the one before training first")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
+    aligned = "heads or layers to show instead of the worst of the first file: names, or a run's heads.json"
+    report.add_argument("--aligned", metavar="HEADS", help=aligned)
     report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
 
     build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
@@ -150,7 +152,7 @@ def _score(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from .selection.pictures import write_report
 
-    for path in write_report(args.files, args.output, args.names):
+    for path in write_report(args.files, args.output, args.names, args.aligned):
         print(path)
     return 0
 

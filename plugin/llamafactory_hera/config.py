@@ -84,8 +84,9 @@ class HeraConfig(KeyedConfig):
     objective: str = knob(
         "contrastive",
         "What is minimised: HeRA's loss over neighbours (contrastive), visual tokens against the teacher's patches "
-        "(feature, viral; at masked places jarvis), averages over text against its features (feature_pooled), 1 - CKA "
-        "over the batch (cka), or a class of your own as my_package.my_module:MyObjective.",
+        "(feature, viral; at masked places jarvis) or an autoencoder's latents (ross), averages over text against its "
+        "features (feature_pooled), 1 - CKA over the batch (cka), or a class of your own as "
+        "my_package.my_module:MyObjective.",
         Role.FIXED,
     )
     granularity: Granularity = knob(
@@ -122,7 +123,7 @@ class HeraConfig(KeyedConfig):
     visual_attention: Literal["causal", "two_way"] = knob(
         "causal",
         "Of jarvis: visual tokens see those before them (causal), or, as its authors have it, one another in both "
-        "directions (two_way), as which no other program runs the trained model.",
+        "directions (two_way); no other program runs a model trained this way.",
         Role.FIXED,
     )
     own_learning_rate: float | None = knob(
@@ -134,7 +135,7 @@ class HeraConfig(KeyedConfig):
     own_from: str | None = knob(None, "Output folder of an earlier run, where what the objective trains starts from.")
     teacher: str = knob(
         "facebook/dinov2-large",
-        "Frozen vision teacher: a local folder or the id of a hub model.",
+        "Frozen vision teacher, or for ross an autoencoder: a local folder or the id of a hub model.",
         *_READING,
         Role.TRAINS,
         fact="teacher_fingerprint",
@@ -228,10 +229,21 @@ class HeraConfig(KeyedConfig):
                 f"hera_memory: {self.memory} has no use with {named}, which compares no sample with remembered ones; "
                 "set it to 0."
             )
-        if objective.least_samples == 1 and self.accumulate == "gradcache":
+        if self.visual_attention == "two_way" and not objective.plans_attention:
+            raise ValueError(
+                f"hera_visual_attention: two_way has no use with {named}, which leaves the attention as it is; set it "
+                "to causal."
+            )
+        tokens = objective.view != "pooled"
+        if (objective.least_samples == 1 or tokens) and self.accumulate == "gradcache":
             raise ValueError(
                 f"hera_accumulate: gradcache has no use with {named}, a mean over samples, none of which is compared "
                 "with another; set it to none."
+            )
+        if objective.view == "latents" and self.named_targets == AUTO:
+            raise ValueError(
+                f"{self.targets_key}: auto scores against a vision model, and hera_teacher is an autoencoder with "
+                f"{named}; write hera_layers: final."
             )
         if objective.view == "latents" and self.teacher_cache is not None:
             raise ValueError(

@@ -44,7 +44,10 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [self.processor.apply_chat_template(row["messages"]) for row in rows]
         images = [path for row in rows for path in row["images"]] or None
-        batch = self.processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+        # where the template writes the BOS token, the tokenizer must not add another
+        options = {"add_special_tokens": not texts[0].startswith(self.processor.tokenizer.bos_token or "\0")}
+        options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        batch = self.processor(text=texts, images=images, **options)
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
             starts = (ids.unfold(0, len(self.answer), 1) == torch.tensor(self.answer)).all(dim=1).nonzero()

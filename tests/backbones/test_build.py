@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llamafactory_hera.cli import main
 
 from .conftest import Build
-from .tiny import FAMILIES, TOWERS, save_language_model
+from .tiny import FAMILIES, TOWERS, new_tokenizer, save_language_model
 
 PROMPT = torch.tensor([[5, 70, 300, 41, 7, 260]])
 
@@ -147,6 +147,21 @@ def test_rows_to_spare_and_a_special_image_token_that_is_there_are_used(
     assert len(tf.AutoTokenizer.from_pretrained(built.folder)) == 404
     embedding = "model.embed_tokens.weight"
     assert torch.equal(stored(built.folder)[f"language_model.{embedding}"], stored(llm)[embedding])
+
+
+def test_generation_settings_are_the_language_models_with_the_chats_end(
+    checkpoints: dict, build: Build, tmp_path: Path
+) -> None:
+    llm = shutil.copytree(checkpoints["llama3_base"], tmp_path / "llm")
+    own = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 7, "bos_token_id": 5, "pad_token_id": 8}
+    (llm / "generation_config.json").write_text(json.dumps(own))
+    with_file = json.loads((build(llm).folder / "generation_config.json").read_text())
+    end = new_tokenizer("llama3_base").convert_tokens_to_ids("<|eot_id|>")
+    assert with_file == own | {"eos_token_id": [7, end]}
+    (llm / "generation_config.json").unlink()
+    settings = tf.GenerationConfig.from_pretrained(build(llm, output="without").folder)
+    eos = json.loads((llm / "config.json").read_text())["eos_token_id"]
+    assert settings.eos_token_id == [eos, end]
 
 
 def test_old_pickled_checkpoints_are_read(checkpoints: dict, build: Build, tmp_path: Path) -> None:

@@ -224,6 +224,21 @@ def test_a_tokenizer_that_is_missing_or_of_another_model_is_refused(
     refused(r"--language-model: the tokenizer in .* cannot be opened .* again, whole", llm=llm)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "match"),
+    [
+        ("chat_template.jinja", "{{ raise_exception('no') }}", r"its chat template cannot render .*no.* Copy chat_t"),
+        ("generation_config.json", "{", r"generation_config\.json is not JSON .*Copy .* again, whole, or remove it"),
+        ("generation_config.json", "[1]", r"generation_config\.json of the same model again, whole, or remove it"),
+    ],
+)
+def test_a_chat_template_or_generation_settings_that_cannot_be_used_are_refused(
+    file: str, content: str, match: str, refused: Refused, llm: Path
+) -> None:
+    (llm / file).write_text(content)
+    refused(f"--language-model: .*{match}", llm=llm)
+
+
 def test_a_token_that_was_added_behind_the_embedding_gets_a_row(build: Build, llm: Path) -> None:
     tokenizer = new_tokenizer("qwen3").from_pretrained(llm)
     tokenizer.add_tokens(["<pad>"], special_tokens=True)

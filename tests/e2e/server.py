@@ -5,6 +5,7 @@ standard input, answers go to standard output.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -87,6 +88,7 @@ def main() -> None:
 
     import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
 
+    gc.freeze()  # a child collects garbage after training, and would walk all of these
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)

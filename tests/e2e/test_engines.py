@@ -70,8 +70,9 @@ def test_engines_give_one_series_of_losses(
         assert run.ok, run.output
         series[name] = run.logs()
     for name in ("zero2", "zero3"):
-        for ours, ddp in zip(series[name], series["DDP"], strict=True):
-            for key in ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature"):
+        for step, (ours, ddp) in enumerate(zip(series[name], series["DDP"], strict=True)):
+            mknn = ["hera_mknn"] if step else []  # the first fills the memory
+            for key in ("loss", "lm_loss", "hera_loss", *mknn, "hera_temperature"):
                 assert ours[key] == pytest.approx(ddp[key], rel=1e-5), (name, key)
             assert ours["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=1e-4), name
 

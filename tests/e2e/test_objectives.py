@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_model_is_plain(
     )
     measured |= {"hera_temperature"} if "contrastive" in case else set()
     for line in whole.logs():
-        if "hera_empty_steps" in line:  # jarvis leaves some out
+        if "hera_loss" not in line:  # jarvis leaves some out
             continue
         assert {key for key in line if key.startswith("hera_") or key == "lm_loss"} == measured
         assert line["loss"] == pytest.approx(line["lm_loss"] + settings["hera_weight"] * line["hera_loss"], rel=1e-5)
@@ -144,6 +144,10 @@ def test_two_way_attention_trains_in_both_stages_and_is_refused_at_export(
     refused = server.run(export, world, call="export")
     assert not refused.ok
     assert "hera_visual_attention: saves/two_way_2 was trained with two_way" in refused.output
+    plain = {"model_name_or_path": "saves/two_way", "stage": "sft", "output_dir": "saves/no"}
+    hera = {key: None for key in {**recipe, **two_way} if key.startswith("hera_")}
+    dropped = server.run(_args(recipe, two_way, hera, plain), world)
+    assert "hera_visual_attention: saves/two_way was trained with two_way" in dropped.output
     assert not (world / "saves/no").exists()
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 import llamafactory
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from .runner import HostServer, run_command, write_recipe
+from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
+from llamafactory_hera.selection.scores import compare
+
+from .runner import ROOT, HostServer, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +77,22 @@ def test_hera_changes_the_weights_and_its_weight_matters(server: HostServer, wor
     # the appended rows may change the rounding of a matrix product, nothing more
     assert all(torch.allclose(idle[name], plain[name], atol=1e-5) for name in plain)
     assert not all(torch.allclose(aligned[name], plain[name], atol=1e-5) for name in plain)
+
+
+def test_the_demo_aligns_its_heads_and_plain_training_does_not(
+    server: HostServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, output = run_command(["llamafactory-hera", "demo"], tmp_path, timeout=300)
+    assert code == 0, output
+    files, recipes = [], {name: ROOT / f"recipes/demo_{name}.yaml" for name in ("sft", "hera")}
+    held_out = ["hera_select_mode=mllm", "dataset=hera_demo_heldout", "hera_select_samples=128"]
+    for recipe in recipes.values():
+        run = server.run(yaml.safe_load(recipe.read_text()), tmp_path, timeout=400)
+        assert run.ok, run.output
+        files.append(score_checkpoint(run.folder, recipes["hera"], overrides=held_out))
+    plain, aligned = compare(files, aligned="saves/demo_hera/hera/heads.json").groups["aligned"]["mean"]
+    assert aligned > plain + 0.05, f"{plain:.4f} without HeRA, {aligned:.4f} with it"
 
 
 def test_sft_is_bit_identical_with_the_plugin_switched_off(server: HostServer, world: Path, recipe: dict) -> None:

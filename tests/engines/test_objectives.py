@@ -27,9 +27,13 @@ CASES = {
 }
 
 
+#: A layer read without checkpointing knows nothing of adapters inside it.
+CELLS = [(case, "full") for case in CASES]
+CELLS += [(case, "lora") for case in CASES if "H" in CASES[case][1] or CASES[case][2] != "off"]
+
+
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-@pytest.mark.parametrize("tuning", ["full", "lora"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "tuning"), CELLS)
 def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, tuning: str, case: str) -> None:
     objective, targets, checkpointing = CASES[case]
     found = workers.run(gradients, engine, tuning, checkpointing, DATA, 1, objective, targets)

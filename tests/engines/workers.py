@@ -1,5 +1,6 @@
 """Two gloo processes that are started once and run one function after the other."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,9 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from . import cells  # noqa: F401
+
+    gc.freeze()  # DeepSpeed collects garbage with every engine, and would walk all that is imported
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     pipe.send((True, pickle.dumps("ready")))

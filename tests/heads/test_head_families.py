@@ -1,5 +1,7 @@
 """Where the heads are in a model, and which parameters feed one, held against the gradients that arrive."""
 
+from itertools import product
+
 import pytest
 import torch
 import transformers as tf
@@ -167,30 +169,29 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
 BIASES = ("k_proj.bias", "o_proj.bias")
 
 
-@pytest.mark.parametrize("whole_layer", [False, True], ids=["head", "layer"])
-@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_upstream_of_a_bare_decoder(model_type, layer, whole_layer):
+def test_upstream_of_a_bare_decoder(model_type):
     model = text_model(model_type)
-    found = set(trainable_upstream(model, layer, whole_layer))
-    arrived = reached(model, text_batch(), layer, whole_layer)
-    behind = (".mlp.", ".feed_forward.")
-    assert any(f"layers.{layer}{part}" in name for name in found for part in behind) == whole_layer
-    assert arrived <= found
-    assert not {name for name in found - arrived if not name.endswith(BIASES)}
+    for layer, whole_layer in product((0, 1), (False, True)):
+        found = set(trainable_upstream(model, layer, whole_layer))
+        arrived = reached(model, text_batch(), layer, whole_layer)
+        behind = (".mlp.", ".feed_forward.")
+        assert any(f"layers.{layer}{part}" in name for name in found for part in behind) == whole_layer
+        assert arrived <= found
+        assert not {name for name in found - arrived if not name.endswith(BIASES)}
 
 
-@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("name", VLMS)
-def test_upstream_inside_a_vlm(name, layer):
+def test_upstream_inside_a_vlm(name):
     model = vlm(name)
-    found = set(trainable_upstream(model, layer))
-    arrived = reached(model, vlm_batch(model), layer)
-    assert arrived <= found
-    # of the vision side, not everything is used by every model (a class token, the layers behind the chosen one)
-    unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and not n.endswith(BIASES)}
-    assert not unused
-    assert any("vision" in n or "visual" in n for n in arrived)
+    for layer in (0, 1):
+        found = set(trainable_upstream(model, layer))
+        arrived = reached(model, vlm_batch(model), layer)
+        assert arrived <= found
+        # of the vision side, not everything is used by every model (a class token, layers behind the chosen one)
+        unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and not n.endswith(BIASES)}
+        assert not unused
+        assert any("vision" in n or "visual" in n for n in arrived)
 
 
 def train(model: nn.Module, *parts: str) -> nn.Module:

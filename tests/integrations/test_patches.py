@@ -144,7 +144,7 @@ def _uses_nothing(model_args, data_args, training_args, finetuning_args, generat
         (sft_workflow, {}, "no function run_sft"),
         (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
         (sft_workflow, {"run_sft": _uses_nothing}, "run_sft does not use get_dataset"),
-        (tuner, {"get_train_args": lambda args: None}, "no function _training_function"),
+        (tuner, {"get_train_args": lambda args: None}, "no function get_infer_args"),
         (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
         (templates, {}, "register_template"),
         (constants, {"TRAINING_STAGES": {"DPO": "dpo"}}, "not a dictionary with sft"),

@@ -1,11 +1,16 @@
 """The scripts of recipes/ train the demo model as they stand there."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers import AutoProcessor
 
+from llamafactory_hera.backbones.build import build_backbone
+from tests.backbones.tiny import save_language_model, save_tower
 from tests.e2e.runner import ROOT, run_command
 
 SCRIPT = str(ROOT / "recipes/transformers/sft_vlm_hera.py")
@@ -62,3 +67,19 @@ def test_the_script_trains_lora_and_resumes_with_what_it_selected(world: Path) -
     (resumed,) = run(world, "lora", "--lora", "4", "--resume")
     assert resumed["hera_temperature"] == straight["hera_temperature"]
     assert json.loads((world / "lora/hera/heads.json").read_text())["provenance"]["date"] == date
+
+
+def test_a_row_begins_with_one_bos_whether_the_template_the_tokenizer_or_both_write_it(tmp_path: Path) -> None:
+    parts = save_language_model("llama3", tmp_path / "llm"), save_tower("siglip", tmp_path / "tower")
+    processor = AutoProcessor.from_pretrained(build_backbone(*map(str, parts), tmp_path / "built").folder)
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    content = [{"type": "image"}, {"type": "text", "text": "A dog?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A red car."}]
+    row = {"messages": messages, "images": [Image.new("RGB", (40, 30))]}
+    template, bos = processor.chat_template, processor.tokenizer.bos_token_id
+    silent = template.replace("bos_token +", "'' +")
+    for adds, processor.chat_template in ((False, template), (True, template), (True, silent)):
+        processor.tokenizer.add_bos_token = adds
+        batch = runpy.run_path(SCRIPT)["Collator"](processor)([row])
+        assert batch["input_ids"][0, 0] == bos
+        assert (batch["input_ids"] == bos).sum() == 1

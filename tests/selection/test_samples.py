@@ -1,5 +1,6 @@
 """Which samples are drawn, and captions as token ids."""
 
+import copy
 import logging
 
 import pytest
@@ -125,6 +126,13 @@ def tokenizer():
 def test_the_caption_is_averaged_over_and_bos_is_not(tokenizer):
     features = encode_caption("a red cross", tokenizer, 16)
     assert features == {"input_ids": [1, 3, 4, 5], "attention_mask": [1] * 4, "labels": [-100, 3, 4, 5]}
+
+
+def test_a_tokenizer_whose_chat_template_writes_bos_gives_the_same_caption(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_bos_token, other.chat_template = False, "{{ bos_token }}{{ messages[0]['content'] }}"
+    for length in (3, 16):
+        assert encode_caption("a red cross", other, length) == encode_caption("a red cross", tokenizer, length)
 
 
 def test_a_long_caption_is_cut_and_an_empty_one_is_none(tokenizer):

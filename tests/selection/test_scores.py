@@ -174,6 +174,16 @@ def test_worst_and_top_are_those_of_the_first_file_and_the_page_holds_them_and_t
     assert "![MKNN of the worst and top heads](x.png)" in page
 
 
+def test_aligned_heads_stand_in_the_place_of_the_worst(files, tmp_path):
+    for aligned in ("L1H1,L0H0", str(write_scores(tmp_path / "heads.json", [[0.0, 1.0], [1.0, 0.1]]))):
+        comparison = compare(files, aligned=aligned)
+        assert list(comparison.groups) == ["aligned", "top-5"]
+        assert comparison.groups["aligned"]["mean"] == pytest.approx([0.35, 0.445])
+    page = write_report(files, tmp_path / "report", aligned=aligned)[1].read_text()
+    assert "| **aligned mean** | 0.3500 | 0.4450 | +0.0950 |" in page
+    assert " Top heads are those of base." in page
+
+
 def test_layers_are_compared_where_the_first_file_names_layers(tmp_path):
     own = ([0.3, 0.1, None], [0.35, 0.4, 0.2])
     files = [

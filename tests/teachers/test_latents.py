@@ -117,7 +117,7 @@ def cut(folder: Path) -> None:
             "is not an AutoencoderKL .its _class_name is 'AutoencoderDC'.. Give a diff",
         ),
         ({"_class_name": None, "model_type": "dinov2"}, "is not an AutoencoderKL .*None.*sub-folder, vae"),
-        ({"shift_factor": None}, r"config\.json has no shift_factor, which"),
+        ({"shift_factor": None}, r"config\.json has no shift_factor, by which"),
         ({"shift_factor": None, "scaling_factor": None}, "has no shift_factor and no scaling_factor.*Give an autoenc"),
         (
             lambda folder: (folder / "config.json").unlink(),

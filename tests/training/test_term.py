@@ -159,6 +159,15 @@ def test_the_memory_takes_in_a_batch_after_its_loss(z, teacher):
     torch.testing.assert_close(again.loss, naive_term(*everything, [True] * 2 * N, TAU, 3, True, N).loss)
 
 
+def test_mknn_is_measured_among_as_many_candidates_from_first_to_last():
+    term = ContrastiveTerm(3, memory=CrossBatchMemory(2 * N))
+    outputs = [term(torch.randn(HEADS, N, D), torch.randn(N, D_TEACHER), all_valid(), TAU) for _ in range(4)]
+    assert [output.mknn.isfinite().all().item() for output in outputs] == [False, False, True, True]
+    chances = [math.nan] * 2 + [3 / (3 * N - 1)] * 2
+    assert [output.chance.item() for output in outputs] == pytest.approx(chances, nan_ok=True)
+    assert all(output.loss > 0 for output in outputs)
+
+
 # -- samples that do not enter, and few candidates -------------------------------------------------------------------
 
 
@@ -175,7 +184,7 @@ def test_a_row_that_is_not_valid_changes_nothing_and_is_not_remembered(z, teache
     expected = ContrastiveTerm(3)(alone, teacher[valid], all_valid(7), TAU)
     assert (output.broken, output.n_samples) == (None, 7)
     torch.testing.assert_close(output.loss, expected.loss)
-    torch.testing.assert_close(output.mknn, expected.mknn)
+    torch.testing.assert_close(ContrastiveTerm(3)(z, teacher, valid, TAU).mknn, expected.mknn)
     output.loss.backward()
     expected.loss.backward()
     torch.testing.assert_close(z.grad[:, valid], alone.grad)

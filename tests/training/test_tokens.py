@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Targets
 from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
-from llamafactory_hera.heads.hooks import TwoWayVisualAttention
+from llamafactory_hera.heads.hooks import DecoderInputs
 from llamafactory_hera.objectives import Objective, Plan, Step, TokenBatch
+from llamafactory_hera.objectives.ross import Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED, StudentImages
-from tests.tiny_models import IMAGE, image_rows, student_processor, teacher_folder, vlm, vlm_batch
+from tests.tiny_models import IMAGE, autoencoder_folder, image_rows, student_processor, teacher_folder, vlm, vlm_batch
 
 HEADS, LAYERS = "L1H2,L0H1,L1H0", "L0,L1"
 
@@ -299,8 +300,11 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
     trained = model(**rows).logits
     aligner.finish(micro_batch)
     aligner.end()
+    assert aligner.begin(dict(batch)) is None  # evaluation during training
+    assert torch.equal(model(**batch).logits, trained)
+    aligner.decoder_inputs.remove()
     plain = model(**batch).logits
-    with TwoWayVisualAttention(model):
+    with DecoderInputs(model, two_way=True):
         evaluated = model(**batch).logits
         model.generate(**batch, max_new_tokens=3, do_sample=False)
     mask = batch["attention_mask"].bool()
@@ -326,6 +330,7 @@ def test_without_a_plan_not_a_bit_changes() -> None:
         (tf.Qwen3Config(), "flash_attention_2", "flash_attn: flash_attention_2 takes no mask .* flash_attn: sdpa"),
         (tf.Gemma2Config(), "sdpa", "hera_objective: planned .* gemma2 has layers with a sliding window"),
         (tf.MistralConfig(), "sdpa", "hera_objective: planned .* mistral has layers with a sliding window"),
+        (tf.Llama4TextConfig(), "sdpa", "hera_objective: planned .* llama4_text has layers with a .* or chunks"),
     ],
 )
 def test_attention_that_takes_no_mask_is_refused(config: Any, used: str, said: str) -> None:
@@ -350,6 +355,36 @@ def test_draws_of_a_micro_batch_repeat_and_agree_between_processes() -> None:
 # -- what the objective trains ---------------------------------------------------------------------------------------
 
 
+def test_a_fixed_temperature_stays_what_the_recipe_says(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+    aligner_of(model, heads=HEADS, temperature=0.3).save(tmp_path)
+    fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, own_from=str(tmp_path))
+    assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)
+
+
+def test_ross_is_not_taken_for_idle_where_the_first_batches_have_no_image() -> None:
+    model = vlm("llava-llama")
+    keys = {"granularity": "layer", "layers": "final", "teacher": autoencoder_folder()}
+    aligner = aligner_of(model, objective=f"{__name__}:SmallRoss", **keys)
+    collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
+    for shown in (False, False, True, True, True, True):
+        batch = collate(image_rows(model, 2, shown))
+        if not shown:
+            batch["input_ids"][batch["input_ids"] == IMAGE] = 5
+        micro_batch = aligner.begin(batch)
+        hidden = model.model.language_model(input_ids=batch["input_ids"]) if not shown else model(**batch)
+        (aligner.finish(micro_batch) + 0 * hidden[0].sum()).backward()
+        aligner.end()
+        aligner.step(1e-3)
+        assert ("hera_mknn" in aligner.logs()) is False
+
+
+class SmallRoss(Ross):
+    """Of a size for tests."""
+
+    width, depth, heads = 16, 1, 2
+
+
 def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) -> None:
     model = vlm("llava-llama")
     first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
@@ -359,10 +394,16 @@ def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) ->
     parameter = second.objective.get_parameter("log_temperature")
     parameter.grad = torch.ones(())
     before = parameter.item()
+    with pytest.raises(ValueError, match=r"^hera_own_learning_rate: 0.01 is a peak .* step\(learning_rate, peak="):
+        second.step(5e-4)
     second.step(5e-4, peak=1e-3)  # half of the peak
     assert before - parameter.item() == pytest.approx(5e-3, rel=1e-3)
-    with pytest.raises(ValueError, match=r"^hera_own_from: it holds log_temperature \[\], .* trains projectors"):
+    with pytest.raises(ValueError, match=r"^hera_own_from: .* hera_objective was contrastive, is feature; view was"):
         aligner_of(model, heads=HEADS, objective="feature", own_from=str(tmp_path))
-    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/state.safetensors"):
+    aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
+    wide = vlm("llava-llama", hidden_size=64)
+    with pytest.raises(ValueError, match=r"^hera_own_from: its projectors.0.0.weight is not that of this run"):
+        aligner_of(wide, heads=HEADS, objective="feature", projector="separate", own_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/ folder"):
         aligner_of(model, heads=HEADS, own_from="nowhere")
     assert math.isfinite(parameter.item())

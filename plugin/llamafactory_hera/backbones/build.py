@@ -14,8 +14,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from .. import __version__
-from ..files import write_json
-from .processor import make_processor
+from ..files import read_json, write_json
+from .processor import chat_end, make_processor
 from .sources import (
     EMBEDDING,
     HEAD,
@@ -33,6 +33,7 @@ GIB = 2**30
 PROVENANCE = "backbone.json"
 # Embeddings are resized to a multiple of this, as the host does.
 _VOCABULARY_MULTIPLE = 64
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,11 @@ def build_backbone(
             )
         notes = {"language_model": language_model, "vision_model": vision_model, "seed": seed, "template": template}
         notes |= {"image_aspect_ratio": image_aspect_ratio}
-        generation = language.folder / "generation_config.json"
+        generation = _generation(language, config, processor.tokenizer)
         try:
             processor.save_pretrained(partial)
             write_json(partial / PROVENANCE, notes | {"llamafactory-hera": __version__})
-            if generation.is_file():
-                shutil.copyfile(generation, partial / generation.name)
+            write_json(partial / _GENERATION, generation)
             save_torch_state_dict(weights, partial, max_shard_size=int(shard_gib * GIB))
             config.save_pretrained(partial)
             os.replace(partial, output)
@@ -132,6 +132,22 @@ def _config(language: Source, vision: Source, processor: Any, size: tuple[int, i
         dtype=language.weights[EMBEDDING].dtype,
         architectures=["LlavaForConditionalGeneration"],
     )
+
+
+def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
+    """The language model's generation settings, with the chat template's last token as one more end (base models')."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings = {name: getattr(config, name) for name in names}
+    if (file := language.folder / _GENERATION).is_file():
+        try:
+            settings |= read_json(file)
+        except (ValueError, TypeError) as error:  # not an object
+            raise ValueError(
+                f"{LANGUAGE_KEY}: {one_line(error)}. Copy {file} of the same model again, whole, or remove it."
+            ) from error
+    ends = settings["eos_token_id"]
+    ends = [*(ends if isinstance(ends, list) else [ends]), chat_end(tokenizer)]
+    return settings | {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)) or None}
 
 
 def _weights(language: Source, vision: Source, config: Any, seed: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from .sources import LANGUAGE_KEY, TOWERS, VISION_KEY, Source, one_line
 IMAGE_TOKEN = "<image>"
 
 _PROBE = "What is shown in this image? A red car, 2 people."
+_ANSWER = "An answer."
 _IMAGE_SETTINGS = "preprocessor_config.json"
 
 # In front of a template that takes strings: contents become strings, images become the image token.
@@ -40,6 +41,14 @@ _CHATML = (
     "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+_LLAMA3 = (
+    "{%- for message in messages -%}"
+    "{{- (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
+    "{{- message['content'] + '<|eot_id|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"
 )
 
 # The format of Vicuna 1.1 and 1.5 and of LLaVA-1.5.
@@ -70,6 +79,9 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, tu
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     template = _host_template(language.config.model_type, tokenizer)
     tokenizer.chat_template = _chat_template(tokenizer, template)
+    if "bos_token" in (tokenizer.chat_template or ""):
+        # the template writes it; a tokenizer that adds one would begin a rendered chat with two
+        tokenizer.add_bos_token = False
     has_cls = TOWERS[vision.config.model_type].has_cls
     processor = LlavaProcessor(
         image_processor=image_processor,
@@ -81,6 +93,26 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, tu
         chat_template=tokenizer.chat_template,
     )
     return processor, size, template
+
+
+def chat_end(tokenizer: Any) -> int | None:
+    """The special token right behind an answer in the chat template; None where there is no template or no such token.
+
+    Raises:
+        ValueError: The template cannot render a question and its answer.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2]
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(
+            f"{LANGUAGE_KEY}: its chat template cannot render a question and an answer ({one_line(error)}). Copy "
+            "chat_template.jinja, or tokenizer_config.json where the template is there, of the same model into it."
+        ) from error
+    end = next(iter(tokenizer.encode(rest, add_special_tokens=False)), None)
+    return end if end in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end].special else None
 
 
 def _image_processor(vision: Source, pad: bool) -> tuple[Any, tuple[int, int]]:
@@ -174,10 +206,19 @@ def _host_template(model_type: str, tokenizer: Any) -> str | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """The template for processor and tokenizer, or None: hybrid Qwen3 models get ChatML, which does not think."""
+    """The template for processor and tokenizer, or None.
+
+    Hybrid Qwen3 models get ChatML, which does not think; Llama 3's base models and Vicuna, which have none, theirs.
+    """
     own = tokenizer.chat_template
     if template == "llava_qwen3" and own is not None and "enable_thinking" in own:
         own = _CHATML
+    elif own is None and template == "llava_llama3":
+        own = _LLAMA3
     elif own is None and template == "llava_vicuna":
-        own = _VICUNA
+        own, bos = _VICUNA, tokenizer.bos_token
+        alone, behind = (tokenizer.encode(text, add_special_tokens=False) for text in ("A", f"{bos}A"))
+        if bos is not None and behind[1:] != alone:
+            # SentencePiece puts a space in front of a text, and most tokenizers none behind a BOS that is written out
+            own = own.replace("{{- bos_token -}}", "{{- bos_token -}}{{- ' ' -}}")
     return None if own is None else _FLATTEN + own

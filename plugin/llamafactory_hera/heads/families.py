@@ -7,6 +7,7 @@ residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scale
 before that, at the projection.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 #: In place of a layer's number: the output of the norm behind the last one.
-FINAL = -1
+FINAL = sys.maxsize
 
 _MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

@@ -87,12 +87,6 @@ class PooledHeads(Hooks):
             return pool_tokens(kept, self._mask)
 
 
-def text_decoder(model: nn.Module) -> nn.Module:
-    """The module that holds the text decoder's layers: it runs on token ids alone and computes no logits."""
-    layers = decoder_layers(model)
-    return next(m for m in model.modules() if list(getattr(m, "layers", None) or []) == layers)
-
-
 def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
     """The effective output projection ``[D, H * d]`` of each decoder layer, a function each: one is held at a time.
 

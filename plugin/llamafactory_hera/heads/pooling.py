@@ -73,6 +73,9 @@ def grid_side(config: Any, objective: str) -> int:
     remedy = "use a LLaVA-style model (`llamafactory-hera build` makes one from an LLM), or another objective"
     if config.model_type not in _FIXED_GRID:
         raise ValueError(f"{needs}, and those of {config.model_type!r} models are not; {remedy}.")
+    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
+    if whole and "siglip" not in config.vision_config.model_type:
+        raise ValueError(f"{needs}, and this model keeps its tower's CLS token, too; {remedy}.")
     size, patch = config.vision_config.image_size, config.vision_config.patch_size
     if not isinstance(size, int):
         if size[0] != size[1]:

@@ -125,7 +125,7 @@ class Targets:
     def named(cls, value: str, granularity: Granularity, layout: HeadLayout) -> Self:
         """Reads the value of a setting for a model, in which all of it must exist; :data:`NAMED_LAYERS`, too."""
         if granularity == "layer" and value in NAMED_LAYERS:
-            return cls((Target({"middle": layout.n_layers // 2, "penultimate": layout.n_layers - 2}[value]),))
+            return cls((Target({"middle": layout.n_layers // 2, "penultimate": max(layout.n_layers - 2, 0)}[value]),))
         targets = cls.resolve(value, granularity)
         targets.check(layout)
         return targets

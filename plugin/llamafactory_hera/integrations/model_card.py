@@ -59,14 +59,9 @@ def _card_facts(
 ) -> dict[str, Any]:
     """The facts of a run: what was aligned to what and how, and what was measured; what is not known is left out."""
     config, targets = aligner.config, aligner.targets
-    # where no sample could be compared there is a loss, 0, and nothing was measured
-    measured = "hera_mknn" if aligner.objective.view == "pooled" else "hera_loss"
-    lines = [line for line in log_history if measured in line]
-    curves = {
-        name: {"first": lines[0][name], "last": lines[-1][name]}
-        for name in _CURVES
-        if lines and name in lines[0] and name in lines[-1]
-    }
+    lines = [line for line in log_history if line.get("hera_loss")]  # 0 where no sample could be compared
+    logged = {name: [line[name] for line in lines if name in line] for name in _CURVES}
+    curves = {name: {"first": values[0], "last": values[-1]} for name, values in logged.items() if values}
     facts: dict[str, Any] = {
         targets.what: list(targets.names),
         "objective": config.objective,
@@ -106,7 +101,7 @@ def _render(facts: dict[str, Any]) -> str:
     if "weights_of_step" in facts:
         lines[-1] += f" The weights are those of step {facts['weights_of_step']}, the best one."
     if facts["curves"]:
-        several = {"first": "first log line", "last": "last log line"}
+        several = {"first": "first logged", "last": "last logged"}
         shown = several if facts["log_lines"] > 1 else {"last": "the only log line"}
         lines += ["", f"| measured in training | {' | '.join(shown.values())} |", "|---|" + "--:|" * len(shown)]
         lines += [

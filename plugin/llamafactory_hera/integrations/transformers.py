@@ -247,6 +247,7 @@ class HeraTrainerMixin(_Base):
         if aligner.objective.uses_candidates:
             up_to = "up to " if config.memory else ""  # the memory fills while training
             counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
+            counted += "; hera_mknn is logged from when they are all there" * (config.memory > 0)
             lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")

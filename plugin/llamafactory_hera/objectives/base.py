@@ -158,7 +158,7 @@ class Objective(nn.Module, ABC):
     logged: ClassVar[tuple[str, ...]] = ()
     #: Optimizer steps at a rate above 0 in which the student gets no gradient at the start, and that is no fault.
     silent_steps: ClassVar[int] = 0
-    #: Its plan changes the attention: not under FlashAttention 2, nor with sliding windows.
+    #: Its plan changes the attention: with eager attention and sdpa alone, and no sliding windows.
     plans_attention: ClassVar[bool] = False
     #: A sample with several images is refused.
     one_image: ClassVar[bool] = False
@@ -179,7 +179,7 @@ class Objective(nn.Module, ABC):
         """
 
     def prepare(self, step: Step) -> Plan | None:
-        """Changes the forward pass that comes, if the objective must; on visual tokens alone.
+        """Changes the next forward pass, if the objective must; on visual tokens alone.
 
         Called in the training process, on every rank, before each forward pass. What the plan holds may carry
         gradient.

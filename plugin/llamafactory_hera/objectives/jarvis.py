@@ -51,12 +51,11 @@ class Jarvis(Objective):
         targets, context = targets.to(step.input_ids.device), context.to(step.input_ids.device)
         places = targets.flatten(1)
         positions, facts = step.positions.gather(1, places), {"places": places}
-        two_way = self.options.visual_attention == "two_way"
         if plain:
-            whole = visible(step, targets[:, :0], torch.ones_like(context), two_way) if two_way else None
-            return Plan(positions, whole, None, torch.zeros_like(step.valid), facts)
+            return Plan(positions, valid=torch.zeros_like(step.valid), facts=facts)
         masked = torch.where(step.valid.unsqueeze(1), positions, -1)
-        return Plan(positions, visible(step, targets, context, two_way), (masked, self.z), facts=facts)
+        seen = visible(step, targets, context, self.options.visual_attention == "two_way")
+        return Plan(positions, seen, (masked, self.z), facts=facts)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """The loss of each target and sample."""

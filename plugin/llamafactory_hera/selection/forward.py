@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Mode
-from ..heads.families import media_token_ids, model_config
-from ..heads.pooled import text_decoder
+from ..heads.families import media_token_ids, model_config, text_decoder
 from ..heads.pooling import Pooling, token_mask
 from .samples import Collate, Features
 

@@ -139,7 +139,8 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
         axes.axhline(first.chance, color="black", linestyle="--", linewidth=1, label="chance")
         axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set_title(f"{title} {first.chosen.what} of {comparison.names[0]}", fontsize=10)
+        whose = "" if title == "aligned" else f" of {comparison.names[0]}"
+        axes.set_title(f"{title} {first.chosen.what}{whose}", fontsize=10)
         plain(axes)
     both[0].set_ylabel("MKNN")
     chance, *bars = zip(*both[0].get_legend_handles_labels(), strict=True)
@@ -149,10 +150,13 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
 
 
 def write_report(
-    paths: Sequence[str | os.PathLike], output: str | os.PathLike = "hera_report", names: Sequence[str] = ()
+    paths: Sequence[str | os.PathLike],
+    output: str | os.PathLike = "hera_report",
+    names: Sequence[str] = (),
+    aligned: str | None = None,
 ) -> tuple[Path, Path]:
-    """Compares score files, "before" first, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths."""
-    comparison = compare(paths, names)
+    """Compares score files as :func:`compare` does, in ``OUTPUT.png`` and ``OUTPUT.md``, and returns their paths."""
+    comparison = compare(paths, names, aligned)
     base = Path(output)
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
     try:

@@ -154,11 +154,15 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
     """A caption as up to ``max_length`` token ids for the language model alone; None for an empty one.
 
-    Special tokens that the tokenizer itself puts around it (a leading BOS) have no label: they are not averaged.
+    Special tokens that the tokenizer puts around it, and the BOS token where a chat template writes it instead, have
+    no label: they are not averaged.
     """
     if not text.strip():
         return None
     encoded = tokenizer(text.strip(), truncation=True, max_length=max_length, return_special_tokens_mask=True)
     tokens, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and "bos_token" in str(tokenizer.chat_template) and tokens[:1] != [bos]:
+        tokens, special = [bos, *tokens][:max_length], [1, *special][:max_length]
     labels = [IGNORE_INDEX if skipped else token for token, skipped in zip(tokens, special, strict=True)]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}

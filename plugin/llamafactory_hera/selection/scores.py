@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import statistics
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,12 +165,16 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` and ``top-5`` of the first file, each with its MKNN (or NaN) in every file, and their ``mean``.
+    #: ``worst-5`` of the first file, or ``aligned``, and ``top-5`` of the first: each with its MKNN (or NaN) in every
+    #: file, and their ``mean``.
     groups: dict[str, dict[str, list[float]]]
 
 
-def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Comparison:
-    """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared."""
+def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
+    """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared.
+
+    ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run.
+    """
     if len(paths) < 2:
         raise ValueError("report: give two score files or more, the one before training first.")
     if names and len(names) != len(paths):
@@ -187,10 +192,13 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = ()) -> Co
     ranked = list(files[0].ranked())
     n = min(_N_COMPARED, len(ranked))
     known = [file.ranked(files[0].chosen.granularity) for file in files]
+    least: tuple[str, Sequence[Target]] = (f"worst-{n}", ranked[:n])
+    if aligned is not None:
+        least = "aligned", Targets.resolve(aligned, files[0].chosen.granularity).items
     groups = {}
-    for title, targets in (("worst", ranked[:n]), ("top", ranked[::-1][:n])):
+    for title, targets in (least, (f"top-{n}", ranked[::-1][:n])):
         rows = {str(target): [scores.get(target, math.nan) for scores in known] for target in targets}
-        groups[f"{title}-{n}"] = rows | {"mean": [sum(column) / n for column in zip(*rows.values(), strict=True)]}
+        groups[title] = rows | {"mean": [statistics.mean(column) for column in zip(*rows.values(), strict=True)]}
     return Comparison(files, names or _short_names([file.path.absolute() for file in files]), groups)
 
 
@@ -206,14 +214,16 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
     """The comparison as a page with a table and, by its path relative to the page, the picture."""
     first = comparison.files[0]
     facts, what = first.provenance, first.chosen.what
+    kind = next(iter(comparison.groups)).split("-")[0]
+    least = "T" if kind == "aligned" else "Worst and t"
     lines = [
         "# Head alignment before and after",
         "",
         f"MKNN against {facts['teacher']} on {facts['samples']} samples of {facts['dataset']}, k={facts['k']}, mode "
-        f"{facts['mode']}; unrelated features reach {first.chance:.4f}. Worst and top {what} are those of "
+        f"{facts['mode']}; unrelated features reach {first.chance:.4f}. {least}op {what} are those of "
         f"{comparison.names[0]}.",
         "",
-        f"![MKNN of the worst and top {what}]({picture})",
+        f"![MKNN of the {kind} and top {what}]({picture})",
         "",
         f"| {first.chosen.granularity} | " + " | ".join(comparison.names) + " | change |",
         "|---|" + "--:|" * (len(comparison.files) + 1),

@@ -130,7 +130,7 @@ class VisionTeacher:
 
     @torch.no_grad()
     def targets(self, images: Tensor, side: int) -> Tensor:
-        """The output's patch tokens on the student's grid, else as `encode`.
+        """The output's patch tokens on the student's grid (CLIP's before its final norm), otherwise as `encode`.
 
         Args:
             images: ``[B, 3, S, S]`` in [0, 1], as the student sees them.

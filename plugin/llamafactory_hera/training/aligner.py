@@ -63,6 +63,7 @@ class MicroBatch:
     inputs: dict[str, Tensor]  #: What :class:`HeraCollator` added to the batch.
     pixels: Tensor | None = None  #: What the student sees, for an objective on tokens.
     facts: dict[str, Tensor] = field(default_factory=dict)  #: Of the objective's plan.
+    planned: bool = False  #: The plan says who enters: nobody is no fault then.
 
 
 class Aligner:
@@ -106,15 +107,13 @@ class Aligner:
         if kind.view != "pooled":
             check_attention(kind, config.objective, model_configuration, model_configuration._attn_implementation)
             self._side = grid_side(model_configuration, config.objective)
-            student = StudentImages(self._side, image_processor or _image_processor(model_configuration))
+            patch = model_configuration.vision_config.patch_size if kind.view == "patches" else 0
+            processor = image_processor or _image_processor(model_configuration)
+            student = StudentImages(self._side, processor, covered=self._side * patch)
             if self.targets.granularity == "head":
                 _warn_of_dropout(model, self.targets)
-        trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
-        if kind.plans_attention and trained and config.weight > 0 and rank() == 0:
-            logger.warning(
-                "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
-                f"{config.objective} plans, not under its own; that is for a stage that trains the projector alone."
-            )
+            if kind.plans_attention and config.weight > 0:
+                _warn_of_trained_decoder(model, config.objective)
         self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
         options = Options(
             n_targets=len(self.targets.items),
@@ -131,9 +130,9 @@ class Aligner:
         self.objective = create(config.objective, options, seed).to(device)
         self.optimizer = ObjectiveOptimizer(self.objective)
         if config.own_from is not None:
-            self.optimizer.load_values(earlier_values(config.own_from))
+            self.optimizer.load_values(earlier_values(config))
         self.memory = CrossBatchMemory(config.memory)
-        self.decoder_inputs = DecoderInputs(model)
+        self.decoder_inputs = DecoderInputs(model, two_way=config.visual_attention == "two_way")
         self.term: HeraTerm | TokenTerm
         if student is None:
             self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
@@ -182,6 +181,8 @@ class Aligner:
             ValueError: The first batch with images lacks them, or does not tell the answer from the prompt.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
+        if self._side:
+            self.decoder_inputs.install()
         if not inputs:
             return None
         self.capture.install()
@@ -207,11 +208,17 @@ class Aligner:
         number, self._n_micro_batches = self._n_micro_batches, self._n_micro_batches + 1
         step = Step(ids, attended, positions, shown, self._side, self._seed, rank(), number)
         plan = self.objective.prepare(step) or Plan()
-        self.decoder_inputs.install()
+        if plan.attention is not None and not self.objective.plans_attention:
+            raise ValueError(
+                f"hera_objective: {self.config.objective} plans an attention mask; set plans_attention = True in its "
+                "class, by which models that take none are refused."
+            )
         self.decoder_inputs.set(plan.attention, plan.embeddings)
         self.capture.tokens(positions if plan.positions is None else plan.positions)
-        valid = shown if plan.valid is None else plan.valid
-        return MicroBatch(valid, inputs, student.pixels(batch, which), plan.facts)
+        if plan.valid is not None:  # the teacher need not look at who sits out
+            shown, inputs["hera_source"] = plan.valid, inputs["hera_source"].where(plan.valid, NO_IMAGE)
+        pixels = student.pixels(batch, which)
+        return MicroBatch(shown, inputs, pixels, plan.facts, planned=plan.valid is not None)
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
         """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
@@ -270,7 +277,7 @@ class Aligner:
                 projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
                 batch = TokenBatch(representations, projections, features, micro_batch.valid, micro_batch.facts)
                 output = self.term(batch)
-            self._record(output)
+            self._record(output, micro_batch.planned)
             term = self.config.weight * output.loss
         if self._n_samples and not self._gradient_checked and not representations.requires_grad:
             raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
@@ -302,23 +309,33 @@ class Aligner:
                 raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
         self.capture.pool(None)
 
-    def step(self, learning_rate: float, scale: float = 1.0, peak: float = 0.0) -> None:
+    def step(self, learning_rate: float, scale: float = 1.0, peak: float | None = None) -> None:
         """Trains what the objective trains by one step, then forgets its gradients; every rank must call it.
 
         Args:
             learning_rate: The run's at this step.
             scale: Factor of the loss scaler that the gradients still have, 1 without one.
             peak: The run's ``learning_rate``, the peak of its schedule, for ``hera_own_learning_rate``.
+
+        Raises:
+            ValueError: That key is set, and the peak is not given or 0.
         """
-        if self.config.own_learning_rate is not None and peak:
+        if self.config.own_learning_rate is not None:
+            if not peak:
+                raise ValueError(
+                    f"hera_own_learning_rate: {self.config.own_learning_rate} is a peak on the run's schedule, whose "
+                    "own is not given or 0; call step(learning_rate, peak=...), or remove the key."
+                )
             learning_rate *= self.config.own_learning_rate / peak
+        if self._n_steps < self.objective.silent_steps and learning_rate > 0:
+            gradients = (p.grad for p in self.objective.parameters() if p.grad is not None)
+            self._n_steps += any(bool(gradient.any()) for gradient in gradients)
         self.optimizer.step(learning_rate, scale)
-        self._n_steps += learning_rate > 0
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def logs(self) -> dict[str, float]:
-        """The running statistics since the last call, equal on every rank but for rounding."""
+        """The running statistics since the last call; of pooled objectives equal on every rank but for rounding."""
         return {**self.statistics.take(), **self.objective.values()}
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -343,10 +360,11 @@ class Aligner:
         """Ends the run: takes the hooks away and writes the features that wait in memory."""
         self._warn_when_idle()
         self.capture.remove()
-        self.decoder_inputs.remove()
+        if self.config.visual_attention == "causal":  # the model's attention otherwise, in evaluation, too
+            self.decoder_inputs.remove()
         self.teacher.flush()
 
-    def _record(self, output: TermOutput) -> None:
+    def _record(self, output: TermOutput, planned: bool = False) -> None:
         self._comparable = output.comparable
         if output.broken is not None:
             self._n_samples = 0
@@ -356,14 +374,16 @@ class Aligner:
         self._nan_in_a_row = 0
         if output.n_samples:
             self._idle_steps = None
-        elif self._idle_steps is not None:
+        elif self._idle_steps is not None and not planned:
             self._idle_steps += 1
             if self._idle_steps == _IDLE_STEPS:
                 self._warn_when_idle()
-        # a micro-batch of tokens without any, or that the plan left out, is no part of the mean
-        loss = output.loss.detach() if output.n_samples or not self._side else output.chance
-        self.statistics.add(hera_loss=loss, hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
-        self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(output.n_samples == 0))
+        if output.n_samples or not self._side:  # a micro-batch of tokens without any is no part of the mean
+            self.statistics.add(hera_loss=output.loss.detach())
+        if not self._side:
+            self.statistics.add(hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
+        empty = output.n_samples == 0 and not planned
+        self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(empty))
 
     def _count_non_finite(self, broken: Tensor) -> None:
         self._nan_in_a_row += 1
@@ -424,6 +444,14 @@ def _image_processor(configuration: Any) -> Any:
             f"model_name_or_path: {configuration._name_or_path!r} holds no image processor ({error}), which says how "
             "to undo what it did to the pixels; save the model's processor there."
         ) from error
+
+
+def _warn_of_trained_decoder(model: nn.Module, objective: str) -> None:
+    if rank() == 0 and any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters()):
+        logger.warning(
+            "freeze_language_model: false lets the language model learn under the attention that hera_objective: "
+            f"{objective} plans, not under its own; that is for a stage that trains the projector alone."
+        )
 
 
 def _warn_of_dropout(model: nn.Module, targets: Targets) -> None:

@@ -57,15 +57,23 @@ def load_state(
     return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
 
-def earlier_values(folder: str) -> dict[str, Tensor]:
-    """The tensors that an earlier run left in ``folder/hera``, for ``hera_own_from``."""
+def earlier_values(config: HeraConfig) -> dict[str, Tensor]:
+    """The tensors that an earlier run of the same objective left in the folder of ``hera_own_from``."""
+    source = Path(str(config.own_from)) / RUN_FOLDER
     try:
-        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
-    except (OSError, SafetensorError) as error:
+        saved, values = read_json(source / _RUN_FILE), load_file(source / _STATE_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"hera_own_from: {folder} holds no whole {RUN_FOLDER}/{_STATE_FILE} ({error}); give the output_dir of a "
-            "run with HeRA, or one of its checkpoints."
+            f"hera_own_from: {config.own_from} holds no whole {RUN_FOLDER}/ folder ({error}); give the output_dir "
+            "of a run with HeRA, or one of its checkpoints."
         ) from error
+    same = ("hera_objective", "view", "hera_granularity", "hera_projector")
+    now = {**config.with_role(Role.FIXED), "view": find(config.objective).view}
+    if changed := _differences(saved, {key: now[key] for key in same}):
+        raise ValueError(
+            f"hera_own_from: {config.own_from} is another kind of run: {'; '.join(changed)}; give one of the same."
+        )
+    return values
 
 
 def checkpoint_of(training_args: Any) -> str | None:

@@ -44,10 +44,10 @@ def check_attention(objective: type[Objective], name: str, model_config: Any, us
     text = model_config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None) if kinds is None else None
-    if window or "sliding_attention" in (kinds or []):
+    if window or set(kinds or []) - {"full_attention"}:
         raise ValueError(
             f"hera_objective: {name} plans which token sees which, and {text.model_type} has layers with a sliding "
-            "window of their own; use a model without, or another objective."
+            "window or chunks of their own; use a model without, or another objective."
         )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,8 +105,7 @@ def check_one_image(most: int) -> None:
     """Refuses samples with several images, of which the largest has ``most``."""
     if most > 1:
         raise ValueError(
-            f"dataset: a sample has {most} images, and this hera_objective masks the tokens of one; leave such "
-            "samples out."
+            f"dataset: a sample has {most} images, and this hera_objective takes one; leave such samples out."
         )
 
 
@@ -116,10 +116,12 @@ class StudentImages:
     Args:
         side: Tokens along a side of an image's grid.
         processor: The student's image processor.
+        covered: Pixels along a side that the tower's patches cover (378 of 384 at 14); 0 takes all.
     """
 
     side: int
     processor: Any
+    covered: int = 0
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
         """Of a batch's ``pixel_values`` the chosen image of each sample, ``[B, 3, S, S]`` in [0, 1].
@@ -131,12 +133,17 @@ class StudentImages:
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
         index, count = image.unbind(dim=1)
         place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
-        mean, std = (each.to(values.device) for each in normalization(self.processor))
-        return (values[place].float() * std + mean).clamp(0, 1)
+        mean, std = (each.to(values.device) for each in self._normalization)
+        end = self.covered or values.shape[-1]
+        return (values[place][..., :end, :end].float() * std + mean).clamp(0, 1)
+
+    @cached_property
+    def _normalization(self) -> tuple[Tensor, Tensor]:
+        return normalization(self.processor)
 
     def fingerprint(self, teacher: str) -> str:
-        """A digest of a teacher's fingerprint and of everything that decides what it sees."""
-        described = f"{teacher} {self.side} {self.processor.to_json_string()}"
+        """A digest of a teacher's fingerprint, the grid, and the settings of the student's processor."""
+        described = f"{teacher} {self.side} {self.covered} {self.processor.to_json_string()}"
         return hashlib.sha256(described.encode()).hexdigest()
 
 

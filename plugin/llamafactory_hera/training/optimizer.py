@@ -1,7 +1,5 @@
 """The parameters that an objective trains beside the model: temperature, projectors; replicated on every rank."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,14 +63,16 @@ class ObjectiveOptimizer:
     def load_values(self, values: dict[str, Tensor]) -> None:
         """Takes the values of another run's :meth:`state`, which must be of the same objective; not its optimizer."""
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
-        expected = {name: tuple(p.shape) for name, p in self._parameters.items()}
-        if {name: tuple(t.shape) for name, t in found.items()} != expected:
+        found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
+        shapes, expected = ({name: t.shape for name, t in held.items()} for held in (found, self._trained))
+        first = next((name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)), None)
+        if first is not None:
             raise ValueError(
-                f"hera_own_from: it holds {_shapes(found)}, and this run's objective trains "
-                f"{_shapes(self._parameters)}; give a run of the same objective on as many targets of this model."
+                f"hera_own_from: its {first} is not that of this run ({list(expected.get(first, ()))}); give a run of "
+                "the same objective on as many targets of this model."
             )
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self._trained.items():
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -89,7 +89,3 @@ class ObjectiveOptimizer:
             self._optimizer.state[parameter] = {
                 slot: t.to("cpu" if slot == "step" else parameter.device, copy=True) for slot, t in slots.items()
             }
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items()) or "nothing"

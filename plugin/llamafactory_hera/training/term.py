@@ -59,9 +59,12 @@ class HeraTerm:
         if not (sound.all() & teacher_finite):
             return _left_out(~sound, n_samples)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
+        chance = candidates.chance
+        if len(self.memory) < self.memory.size:  # not comparable yet: among fewer candidates more agree by chance
+            mknn, chance = torch.full_like(mknn, math.nan), torch.full_like(chance, math.nan)
         self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
         loss, comparable = by_target.mean(), self.objective.comparable(batch)
-        return TermOutput(loss, mknn, candidates.chance, n_samples, candidates.duplicates, comparable=comparable)
+        return TermOutput(loss, mknn, chance, n_samples, candidates.duplicates, comparable=comparable)
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
@@ -117,7 +120,13 @@ class TokenTerm:
         teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
         projections = None if batch.projections is None else batch.projections.float()
         batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
-        by_target = torch.where(valid, self.objective(batch), 0.0).sum(dim=1)
+        losses = self.objective(batch)
+        if losses.shape != (len(tokens), len(valid)):
+            raise ValueError(
+                f"{type(self.objective).__name__} returns a loss of shape {list(losses.shape)}; on tokens it is one "
+                f"for each target and sample, {[len(tokens), len(valid)]}."
+            )
+        by_target = torch.where(valid, losses, 0.0).sum(dim=1)
         sound, teacher_finite = _sound(tokens, teacher, by_target)
         facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
         if world_size() > 1:

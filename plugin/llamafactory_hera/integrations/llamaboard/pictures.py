@@ -41,7 +41,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     if measured:
         _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
-        # it falls while the memory fills: of few candidates many are neighbours by chance
+        # of each line, as batches may hold images of different numbers
         chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
             style = {"color": GREY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}

@@ -52,7 +52,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     check_batch(config, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
     if config.own_from is not None:
-        earlier_values(config.own_from)
+        earlier_values(config)
     objective = find(config.objective)
     if objective.view == "latents":
         check_latent_teacher(config.teacher)

@@ -13,6 +13,7 @@ from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
@@ -49,6 +50,11 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
     """Fills a recipe's ``hera_teacher_cache`` with its whole dataset; returns how many images it holds then."""
     read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
+    if find(read.config.objective).view != "pooled":
+        raise ValueError(
+            f"hera_teacher_cache: hera_objective: {read.config.objective} keeps features of tokens there, which "
+            "training fills as it goes; leave --teacher-only out."
+        )
     held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
         print(f"{read.config.teacher_cache}: features of {held} images")
