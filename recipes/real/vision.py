@@ -4,10 +4,8 @@ import random
 import subprocess
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +19,7 @@ from llamafactory_hera.teachers.encoder import VisionTeacher
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the one size of the font's pictures
-_TOWER = models.Encoder(_SIDE, patch=16, width=192, layers=6, rate=1e-3)
-_TEACHER = models.Encoder(_SIDE, patch=8, width=128, layers=4, rate=1e-3)
-_TOWER_STEPS, _TEACHER_STEPS = 600, 400
-_GREY = 0.3
-_LEAST, _NEIGHBOURS = 8, 10  # training emoji whose names end alike; neighbours that vote
+_LEAST, _NEIGHBOURS = 4, 10  # training emoji whose names end alike; neighbours that vote
 
 
 def write_data(folder: Path) -> None:
@@ -37,19 +31,14 @@ def write_data(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     rng, emoji, info = random.Random(0), draw_emoji(), {}
     names = rng.sample(sorted(emoji), len(emoji))
-    halves = rng.sample(names, 2 * _HALF)
-    parts = {
-        "emoji": names[_HELD_OUT:],
-        "heldout": names[:_HELD_OUT],
-        "half_a": halves[:_HALF],
-        "half_b": halves[_HALF:],
-    }
+    parts = {"heldout": names[:_HELD_OUT], "emoji": names[_HELD_OUT:]}
+    names = rng.sample(names, 2 * _HALF)
+    parts |= {"half_a": names[:_HALF], "half_b": names[_HALF:]}
     for dataset, part in parts.items():
         rows = []
         for name in part:
-            file = f"images/{name.replace(' ', '_')}.png"
-            emoji[name].save(folder / file)
-            rows.append({"messages": conversation([("<image>\nWhat is this?", name)]), "images": [file]})
+            rows.append({"messages": conversation([("<image>", name)]), "images": [f"images/{name}.png"]})
+            emoji[name].save(folder / rows[-1]["images"][0])
         write_json(folder / f"{dataset}.json", rows)
         columns = {"messages": "messages", "images": "images"}
         info[dataset] = {"file_name": f"{dataset}.json", "formatting": "sharegpt", "columns": columns, "tags": TAGS}
@@ -59,8 +48,7 @@ def write_data(folder: Path) -> None:
 def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
     """Each emoji of one code point by its name in small letters, on white.
 
-    Raises:
-        ValueError: The font is neither installed under ``root`` nor to be had from Debian.
+    Raises ValueError where the font is neither installed under ``root`` nor to be had from Debian.
     """
     font, drawn = root / _FONT, {}
     with TemporaryDirectory() as folder:
@@ -82,17 +70,16 @@ def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
     return drawn
 
 
-def train_tower(data: Path, folder: Path) -> None:
-    """A masked autoencoder, which is the second teacher, too."""
+def train(data: Path, folder: Path, name: Path) -> None:
+    """The tower as a masked autoencoder, which is the second teacher, too; the teacher, a DINOv2, by contrast."""
     torch.manual_seed(0)
-    _save(folder, models.train_vision_tower(_images(data, read_json(data / "emoji.json")), _TOWER_STEPS, _TOWER))
-
-
-def train_teacher(data: Path, folder: Path) -> None:
-    """DINOv2's architecture, trained by contrast."""
-    torch.manual_seed(0)
-    images = _images(data, read_json(data / "emoji.json"))
-    _save(folder, models.train_teacher(images, _TEACHER_STEPS, view, _TEACHER))
+    images, _ = _load(data, "emoji")
+    if str(name) == "tower":
+        trained = models.train_vision_tower(images, 600, models.Encoder(_SIDE, 16, width=192, layers=6, rate=1e-3))
+    else:
+        trained = models.train_teacher(images, 400, view, models.Encoder(_SIDE, 8, width=128, layers=4, rate=1e-3))
+    for part in trained[:2]:
+        part.save_pretrained(folder)
 
 
 def view(pixels: torch.Tensor) -> torch.Tensor:
@@ -102,43 +89,29 @@ def view(pixels: torch.Tensor) -> torch.Tensor:
     affine[:, 0, 0] = affine[:, 1, 1] = scale
     affine[:, :, 2] = (1 - scale)[:, None] * torch.empty(len(pixels), 2).uniform_(-1, 1)
     cut = F.grid_sample(pixels, F.affine_grid(affine, list(pixels.shape), align_corners=False), align_corners=False)
-    grey = torch.rand(len(pixels), 1, 1, 1) < _GREY
+    grey = torch.rand(len(pixels), 1, 1, 1) < 0.3
     return models.random_view(torch.where(grey, cut.mean(dim=1, keepdim=True), cut))
 
 
-def write_knowledge(data: Path, encoders: Sequence[Path], folder: Path) -> None:
+def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
     """How well the nearest training images tell the last word of a held-out emoji's name (face, symbol, heart, …).
 
-    Asked for are words in which enough names end. ``knowledge.json`` has each encoder's accuracy, that of the most
-    frequent answer, and the number of images.
+    ``knowledge.json`` has each encoder's accuracy, the most frequent word's, and how many images have a usual word.
     """
-    known, new = (read_json(data / f"{dataset}.json") for dataset in ("emoji", "heldout"))
-    labels = [*map(_last_word, known)]
-    counts = Counter(labels)
-    new = [row for row in new if counts[_last_word(row)] >= _LEAST]
-    truth, found = [_last_word(row) for row in new], {}
+    (images, words), (others, truth) = (_load(data, dataset) for dataset in ("emoji", "heldout"))
+    usual, found = [i for i, word in enumerate(truth) if words.count(word) >= _LEAST], {}
+    most = Counter(truth[i] for i in usual).most_common(1)[0][1]
     for path in encoders:
         encoder = VisionTeacher.from_pretrained(str(path), "cpu", torch.float32)
-        vectors, queries = (
-            F.normalize(encoder.encode(encoder.processor.batch(_images(data, it)))) for it in (known, new)
-        )
-        nearest = (queries @ vectors.T).topk(_NEIGHBOURS).indices.tolist()
-        votes = [[labels[i] for i in row] for row in nearest]
-        right = sum(max(vote, key=vote.count) == word for vote, word in zip(votes, truth, strict=True))
-        majority = Counter(truth).most_common(1)[0][1]
-        found[path.name] = (right / len(truth), majority / len(truth), len(truth))
+        vectors, queries = (F.normalize(encoder.encode(encoder.processor.batch(it))) for it in (images, others))
+        votes = [[words[n] for n in near] for near in (queries @ vectors.T).topk(_NEIGHBOURS).indices.tolist()]
+        right = sum(max(votes[i], key=votes[i].count) == truth[i] for i in usual)
+        found[path.name] = (right / len(usual), most / len(usual), len(usual))
     write_json(folder / "knowledge.json", found)
 
 
-def _images(data: Path, rows: list[dict[str, Any]]) -> list[Image.Image]:
-    return [Image.open(data / row["images"][0]) for row in rows]
-
-
-def _last_word(row: dict[str, Any]) -> str:
-    return row["messages"][1]["content"].split()[-1]
-
-
-def _save(folder: Path, trained: tuple[Any, Any, list[float]]) -> None:
-    for part in trained[:2]:
-        part.save_pretrained(folder)
-    print(f"loss {trained[2][0]:.3f} -> {sum(trained[2][-20:]) / 20:.3f}")
+def _load(data: Path, dataset: str) -> tuple[list[Image.Image], list[str]]:
+    """A dataset's images and the last words of their names."""
+    rows = read_json(data / f"{dataset}.json")
+    words = [row["messages"][1]["content"].split()[-1] for row in rows]
+    return [Image.open(data / row["images"][0]) for row in rows], words

