@@ -16,7 +16,7 @@ import language_model
 ROOT, OUT = Path("hera_real"), "OUT"  # OUT stands in a command for the folder that it fills
 _HERA, _HOST, _OWN = "recipes/real/hera.yaml", "from llamafactory.cli import main; main()", "llamafactory_hera.cli"
 #: Plain fine-tuning, and HeRA by the strategy that selects its five heads, and its weight.
-METHODS = ("sft", "worst5_1", "worst5_0.1", "worst5_0.01", "top5_1", "random5_1")
+METHODS = ("sft", "worst5_1", "top5_1", "random5_1", "worst5_0.1", "worst5_0.01")
 SIZES = {"default": ((0,), METHODS[:2]), "full": ((0, 1, 2), METHODS)}  # seeds and methods
 #: Scorings before stage 2: dataset, mode, teacher. The tower is another teacher, as it was trained otherwise.
 SCORINGS = {
@@ -84,8 +84,9 @@ def run(seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
             trained = step(f"runs/{name}", ("-c", _HOST, "train", recipe, *keys))
             score(name, trained, *SCORINGS["before"])
             step(f"choices/{name}", _call("page.write_choices", ROOT, OUT, trained))
-    merge = (f"model_name_or_path={stage1}", f"adapter_name_or_path={ROOT}/runs/worst5_1-s0", "template=llava_plain")
-    export = ("-c", _HOST, "export", *merge, "finetuning_type=lora", f"export_dir={OUT}", "export_device=cpu")
+    adapter = ("--adapter_name_or_path", f"{ROOT}/runs/worst5_1-s0", "--finetuning_type", "lora")
+    merge = ("--model_name_or_path", str(stage1), *adapter, "--template", "llava_plain", "--export_dir", OUT)
+    export = ("-c", _HOST, "export", *merge, "--export_device", "cpu")
     step("exported", export, _call("page.draw_chat", ROOT, OUT))
     files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5_1-s0")]
     aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")

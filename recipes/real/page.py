@@ -13,28 +13,21 @@ from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.selection.pictures import new_figure, save_figure
 from llamafactory_hera.selection.scores import ScoreFile
 
-_CHOICES = 8
-_MEASURED = ("own name", "own image")
+_CHOICES, _MEASURED = 8, ("own name", "own image")
 _ORDERS = {
     "two disjoint sets of 600 names": ("half_a", "half_b"),
     "two teachers": ("half_a", "tower"),
     "names alone, and behind their images": ("half_a", "mllm"),
 }
-_NOTE = (
-    "MKNN on {} held-out emoji with their names (chance {:.3f}); language modelling loss of the last twenty steps; "
-    "how often, of eight held-out emoji, an image's own name is the likeliest behind it, and a name likeliest behind "
-    "its own image (chance 0.125). Brackets: 95 %, over seeds, or of one seed over emoji."
-)
+_NOTE = """
+MKNN on {} held-out emoji with their names (chance {:.3f}); language modelling loss of the last twenty steps; of
+eight held-out emoji, how often an image's own name is the likeliest behind it, and a name likelier behind its own
+image than behind the others (chance 0.125). Brackets: 95 %, over seeds, or of one seed over emoji.
+"""
 
 
-def write_choices(root: Path, adapter: Path | None, folder: Path) -> None:
-    """Writes ``choices.json``: for each measure, of each held-out emoji, whether its own is the likeliest of eight.
-
-    Args:
-        root: Where data and the model of stage 1 are.
-        adapter: A run's, or None for the model itself.
-        folder: Where to write.
-    """
+def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None:
+    """For both measures, of each held-out emoji, whether its own is the likeliest of eight; no adapter: of stage 1."""
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -50,14 +43,14 @@ def write_choices(root: Path, adapter: Path | None, folder: Path) -> None:
         texts = [f"<image>{row['messages'][1]['content']}\n" for row in part]
         batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
         pixels = batch.pop("pixel_values").to(torch.bfloat16).repeat_interleave(len(part), dim=0)
-        batch = {name: batch[name].repeat(len(part), 1) for name in ("input_ids", "attention_mask")}
-        first = int((batch["input_ids"][0] == model.config.image_token_id).nonzero()[-1]) + 1
+        batch = {name: tokens.repeat(len(part), 1) for name, tokens in batch.items()}
+        ids, attended = batch["input_ids"], batch["attention_mask"]
+        first = int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1
         with torch.inference_mode():
-            keep = torch.arange(first - 1, batch["input_ids"].shape[1] - 1)
-            logits = model(**batch, pixel_values=pixels, logits_to_keep=keep, use_cache=False).logits
-            known = logits.float().log_softmax(-1).gather(-1, batch["input_ids"][:, first:, None])[..., 0]
-        # [image, name], in nats
-        likely = (known * batch["attention_mask"][:, first:]).sum(-1).view(len(part), len(part))
+            kept = torch.arange(first - 1, ids.shape[1] - 1)
+            logits = model(**batch, pixel_values=pixels, logits_to_keep=kept, use_cache=False).logits
+            known = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
+        likely = (known * attended[:, first:]).sum(-1).view(len(part), len(part))  # [image, name], in nats
         for axis, name in zip((1, 0), _MEASURED, strict=True):
             found[name] += (likely.argmax(axis) == torch.arange(len(part))).tolist()
     write_json(folder / "choices.json", found)
@@ -72,11 +65,10 @@ def draw_chat(root: Path, exported: Path) -> None:
     for axes, row in zip(figure.subplots(2, 8).flat, read_json(root / "data/heldout.json"), strict=False):
         (question, answer), image = row["messages"], str(root / "data" / row["images"][0])
         said = talk.chat([question], images=[image], do_sample=False, max_new_tokens=12)[0].response_text
-        said = said.partition("\n")[0]
         axes.imshow(Image.open(image))
         axes.set_axis_off()
-        axes.set_title(f"{answer['content']}\n→ {said}", fontsize=6)
-        print(f"{answer['content']} -> {said}")
+        axes.set_title(f"{answer['content']}\n→ {said.partition(chr(10))[0]}", fontsize=6)
+        print(axes.get_title())
     save_figure(figure, exported / "chat.png")
 
 
@@ -84,52 +76,51 @@ def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path
     """Writes ``real.md`` from what has finished."""
     scores = {path.parent.name: ScoreFile.load(path).ranked("head") for path in root.glob("scores/*/heads.json")}
     order = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head"))
-    worst, top = order[:5], order[::-1][:5]
+    groups = worst, top, _ = order[:5], order[::-1][:5], order
     lines = ["# HeRA on Gemma 3 270M", "", "![All heads](selection/worst/hera/heads.png)", ""]
     lines += [f"Worst: {' '.join(map(str, worst))}. Top: {' '.join(map(str, top))}.", ""]
-    lines += _header("the last word of a held-out name, by", "accuracy", "most frequent word", "images")
+    lines += _header("last words of held-out names, by the nearest images", "right", "most frequent word", "images")
     for encoder, known in read_json(root / "knowledge/knowledge.json").items():
-        lines.append(f"| {encoder}'s ten nearest | " + " | ".join(f"{value:.3g}" for value in known) + " |")
+        lines.append(_row(encoder, *(f"{value:.3g}" for value in known)))
     lines += ["", *_header("order of the heads over", "rank correlation", "worst five in common", "top five")]
-    for title, (one, other) in _ORDERS.items():
-        same = [len(set(list(scores[one])[cut]) & set(list(scores[other])[cut])) for cut in _ENDS]
-        rho = spearmanr(*([scores[name][head] for head in order] for name in (one, other))).statistic
-        lines.append(f"| {title} | {rho:.2f} | {same[0]} | {same[1]} |")
+    for title, names in _ORDERS.items():
+        one, other = (scores[name] for name in names)
+        same = [len({*list(one)[end]} & {*list(other)[end]}) for end in (slice(5), slice(-5, None))]
+        rho = spearmanr([one[head] for head in order], [other[head] for head in order]).statistic
+        lines.append(_row(title, f"{rho:.2f}", *map(str, same)))
     before = ScoreFile.load(root / "scores/before/heads.json")
-    lines += ["", _NOTE.format(before.provenance["samples"], before.chance), ""]
-    lines += _header("", "worst-5", "top-5", "all", "loss", *_MEASURED)
+    lines += [_NOTE.format(before.provenance["samples"], before.chance)]
+    lines += _header("", "seeds", "worst-5", "top-5", "all", "loss", *_MEASURED)
     for method in ("before", *methods):
-        names = [method] if method == "before" else [f"{method}-s{seed}" for seed in seeds]
-        names = [name for name in names if (root / "choices" / name).is_dir()]
-        if names:
-            groups = (
-                [np.mean([scores[name][head] for head in heads]) for name in names] for heads in (worst, top, order)
-            )
-            cells = [_interval(group) for group in groups]
-            cells.append("" if method == "before" else _interval([_loss(root / "runs" / name) for name in names]))
-            right = [read_json(root / "choices" / name / "choices.json") for name in names]
+        runs = ["before"] if method == "before" else [f"{method}-s{seed}" for seed in seeds]
+        runs = [run for run in runs if (root / "choices" / run).is_dir()]
+        if runs:
+            cells = [_interval([np.mean([scores[run][head] for head in heads]) for run in runs]) for heads in groups]
+            cells.append("" if method == "before" else _interval([_loss(root / "runs" / run) for run in runs]))
+            right = [read_json(root / "choices" / run / "choices.json") for run in runs]
             cells += [_interval([np.mean(it[kind]) for it in right], right[0][kind]) for kind in _MEASURED]
-            lines.append(f"| {method}{f', {len(names)} seeds' * (len(names) > 1)} | " + " | ".join(cells) + " |")
+            lines.append(_row(method, str(len(runs)), *cells))
     lines += ["", "![Held-out emoji, and what the exported model calls them](exported/chat.png)", ""]
-    write_text(root / "real.md", "\n".join([*lines, "![Worst and top heads](report.png)"]) + "\n")
+    write_text(root / "real.md", "\n".join([*lines, "![Worst and top heads](report/report.png)"]) + "\n")
     return root / "real.md"
 
 
-_ENDS = slice(5), slice(-5, None)
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _header(*titles: str) -> list[str]:
-    return ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
+    return [_row(*titles), "|---|" + "--:|" * (len(titles) - 1)]
 
 
 def _interval(values: Sequence[Any], answers: Sequence[bool] = ()) -> str:
     """A mean with its interval: Student's over seeds or, of one seed, Wilson's over its answers."""
-    mean, bounds = float(np.mean(values)), None
+    shown = f"{np.mean(values):.3f}"
     if len(values) > 1:
-        bounds = t.interval(0.95, len(values) - 1, mean, sem(values))
+        low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
     elif answers:
-        bounds = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
-    return f"{mean:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+        low, high = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
+    return f"{shown} [{low:.3f}, {high:.3f}]" if len(values) > 1 or answers else shown
 
 
 def _loss(run: Path) -> float:
