@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
         part = rows[start : start + _CHOICES]
         images = [Image.open(root / "data" / row["images"][0]) for row in part]
         # as the host encodes llava_plain: the image, the caption, a line break
-        texts = [f"<image>{row['messages'][1]['content']}\n" for row in part]
+        texts = [f"<image>{row['response']}\n" for row in part]
         batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
         pixels = batch.pop("pixel_values").to(torch.bfloat16).repeat_interleave(len(part), dim=0)
         batch = {name: tokens.repeat(len(part), 1) for name, tokens in batch.items()}
@@ -63,12 +64,12 @@ def draw_chat(root: Path, exported: Path) -> None:
     talk = ChatModel({"model_name_or_path": str(exported), "template": "llava_plain", "infer_dtype": "float32"})
     figure = new_figure(11.0, 4.0)
     for axes, row in zip(figure.subplots(2, 8).flat, read_json(root / "data/heldout.json"), strict=False):
-        (question, answer), image = row["messages"], str(root / "data" / row["images"][0])
-        said = talk.chat([question], images=[image], do_sample=False, max_new_tokens=12)[0].response_text
+        image = str(root / "data" / row["images"][0])
+        turn = [{"role": "user", "content": row["prompt"]}]
+        said = talk.chat(turn, images=[image], do_sample=False, max_new_tokens=12)[0].response_text.partition("\n")[0]
         axes.imshow(Image.open(image))
         axes.set_axis_off()
-        axes.set_title(f"{answer['content']}\n→ {said.partition(chr(10))[0]}", fontsize=6)
-        print(axes.get_title())
+        axes.set_title("\n".join(fill(text, 24) for text in (row["response"], f"→ {said}")), fontsize=6)
     save_figure(figure, exported / "chat.png")
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 from llamafactory_hera.demo import models
-from llamafactory_hera.demo.dataset import TAGS, conversation
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.teachers.encoder import VisionTeacher
 
@@ -34,14 +33,13 @@ def write_data(folder: Path) -> None:
     parts = {"heldout": names[:_HELD_OUT], "emoji": names[_HELD_OUT:]}
     names = rng.sample(names, 2 * _HALF)
     parts |= {"half_a": names[:_HALF], "half_b": names[_HALF:]}
+    columns = {"prompt": "prompt", "response": "response", "images": "images"}
     for dataset, part in parts.items():
-        rows = []
-        for name in part:
-            rows.append({"messages": conversation([("<image>", name)]), "images": [f"images/{name}.png"]})
-            emoji[name].save(folder / rows[-1]["images"][0])
+        rows = [{"prompt": "<image>", "response": name, "images": [f"images/{name}.png"]} for name in part]
         write_json(folder / f"{dataset}.json", rows)
-        columns = {"messages": "messages", "images": "images"}
-        info[dataset] = {"file_name": f"{dataset}.json", "formatting": "sharegpt", "columns": columns, "tags": TAGS}
+        info[dataset] = {"file_name": f"{dataset}.json", "columns": columns}
+    for name, image in emoji.items():
+        image.save(folder / f"images/{name}.png")
     write_json(folder / "dataset_info.json", info)
 
 
@@ -113,5 +111,5 @@ def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
 def _load(data: Path, dataset: str) -> tuple[list[Image.Image], list[str]]:
     """A dataset's images and the last words of their names."""
     rows = read_json(data / f"{dataset}.json")
-    words = [row["messages"][1]["content"].split()[-1] for row in rows]
+    words = [row["response"].split()[-1] for row in rows]
     return [Image.open(data / row["images"][0]) for row in rows], words
