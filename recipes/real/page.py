@@ -1,6 +1,6 @@
 """What was measured, as a page with pictures; nothing is concluded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -80,18 +80,17 @@ def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path
     groups = worst, top, _ = order[:5], order[::-1][:5], order
     lines = ["# HeRA on Gemma 3 270M", "", "![All heads](selection/worst/hera/heads.png)", ""]
     lines += [f"Worst: {' '.join(map(str, worst))}. Top: {' '.join(map(str, top))}.", ""]
-    lines += _header("last words of held-out names, by the nearest images", "right", "most frequent word", "images")
-    for encoder, known in read_json(root / "knowledge/knowledge.json").items():
-        lines.append(_row(encoder, *(f"{value:.3g}" for value in known)))
-    lines += ["", *_header("order of the heads over", "rank correlation", "worst five in common", "top five")]
+    known = read_json(root / "knowledge/knowledge.json")
+    titles = "last words of held-out names, by the nearest images", "right", "most frequent word", "images"
+    lines += _table(*titles, rows=[(name, *(f"{value:.3g}" for value in values)) for name, values in known.items()])
+    rows: list[Any] = []
     for title, names in _ORDERS.items():
         one, other = (scores[name] for name in names)
         same = [len({*list(one)[end]} & {*list(other)[end]}) for end in (slice(5), slice(-5, None))]
         rho = spearmanr([one[head] for head in order], [other[head] for head in order]).statistic
-        lines.append(_row(title, f"{rho:.2f}", *map(str, same)))
-    before = ScoreFile.load(root / "scores/before/heads.json")
-    lines += [_NOTE.format(before.provenance["samples"], before.chance)]
-    lines += _header("", "seeds", "worst-5", "top-5", "all", "loss", *_MEASURED)
+        rows.append((title, f"{rho:.2f}", *map(str, same)))
+    lines += _table("order of the heads over", "rank correlation", "worst five in common", "top five", rows=rows)
+    before, rows = ScoreFile.load(root / "scores/before/heads.json"), []
     for method in ("before", *methods):
         runs = ["before"] if method == "before" else [f"{method}-s{seed}" for seed in seeds]
         runs = [run for run in runs if (root / "choices" / run).is_dir()]
@@ -100,18 +99,17 @@ def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path
             cells.append("" if method == "before" else _interval([_loss(root / "runs" / run) for run in runs]))
             right = [read_json(root / "choices" / run / "choices.json") for run in runs]
             cells += [_interval([np.mean(it[kind]) for it in right], right[0][kind]) for kind in _MEASURED]
-            lines.append(_row(method, str(len(runs)), *cells))
-    lines += ["", "![Held-out emoji, and what the exported model calls them](exported/chat.png)", ""]
+            rows.append((method, str(len(runs)), *cells))
+    lines.append(_NOTE.format(before.provenance["samples"], before.chance))
+    lines += _table("", "seeds", "worst-5", "top-5", "all", "loss", *_MEASURED, rows=rows)
+    lines += ["![Held-out emoji, and what the exported model calls them](exported/chat.png)", ""]
     write_text(root / "real.md", "\n".join([*lines, "![Worst and top heads](report/report.png)"]) + "\n")
     return root / "real.md"
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _header(*titles: str) -> list[str]:
-    return [_row(*titles), "|---|" + "--:|" * (len(titles) - 1)]
+def _table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rule = ("---", *("--:" for _ in titles[1:]))
+    return [*(f"| {' | '.join(row)} |" for row in (titles, rule, *rows)), ""]
 
 
 def _interval(values: Sequence[Any], answers: Sequence[bool] = ()) -> str:
