@@ -20,7 +20,7 @@ _ORDERS = {
     "two teachers": ("half_a", "tower"),
     "names alone, and behind their images": ("half_a", "mllm"),
 }
-_NOTE = """
+_NOTE = """\
 MKNN on {} held-out emoji with their names (chance {:.3f}); language modelling loss of the last twenty steps; of
 eight held-out emoji, how often an image's own name is the likeliest behind it, and a name likelier behind its own
 image than behind the others (chance 0.125). Brackets: 95 %, over seeds, or of one seed over emoji.
