@@ -1,6 +1,7 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default|full (CPU: docs/study.md)
+#   make real        HeRA on Gemma 3 270M, for ACCEPT_GEMMA_TERMS=1; REAL=full takes hours (CPU: docs/real_model.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
@@ -11,8 +12,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REAL_STAMP := $(VENV)/.real
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
+REAL ?= default
 DEMO_RUNS := before sft sft_reordered hera hera_reordered
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
@@ -44,7 +47,7 @@ endef
 # $(call test_in,folder,tests)
 test_in = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python $(TESTS) $(2)
 
-.PHONY: demo study test test-fast test-host test-latest test-axolotl lint lines setup clean
+.PHONY: demo study real test test-fast test-host test-latest test-axolotl lint lines setup clean
 
 setup: $(STAMP)
 
@@ -74,6 +77,15 @@ demo: $(STAMP)
 # goes on where it was stopped
 study: $(STAMP)
 	$(BIN)/python recipes/study --size $(STUDY)
+
+# goes on where it was stopped
+real: $(REAL_STAMP)
+	@$(BIN)/python recipes/real $(REAL)
+
+$(REAL_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" 2> $@.log \
+	  || { echo "real: the packages of [real] cannot be had ($@.log); run it again with a network" >&2; exit 2; }
+	@touch $@
 
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
 $(CHROMIUM): $(STAMP)
@@ -112,9 +124,9 @@ lint: $(STAMP)
 # lines and files of each room
 lines:
 	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/study \
-		recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
+		recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
 		echo "lines in $$(git ls-files $$room | grep -c '\.py$$') files  $$room"; done
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study saves artifacts
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study hera_real saves artifacts

@@ -34,13 +34,14 @@ class JobFailed(ValueError):
     """Processes ended with an error; what does not need them is done."""
 
 
-def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2) -> Path:
+def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2, seeds: int = 0) -> Path:
     """Does what of a study is not done yet, and writes ``report.md``, ``report.json`` and the figures.
 
     Args:
         output: The study's folder.
         size: One of ``SIZES``.
         workers: Processes side by side; numbers do not depend on it, times do.
+        seeds: How many the primary methods have, where not the size's; a finished study can be given more.
 
     Returns:
         The page.
@@ -51,9 +52,9 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
     """
     if size not in SIZES:
         raise ValueError(f"STUDY={size!r}: choose one of {', '.join(SIZES)}")
-    if workers < 1:
-        raise ValueError(f"workers={workers}: choose 1 or more")
-    root, settings = Path(output).absolute(), SIZES[size]
+    if workers < 1 or seeds < 0:
+        raise ValueError(f"workers={workers}, seeds={seeds}: choose 1 or more")
+    root, settings = Path(output).absolute(), SIZES[size].with_seeds(seeds) if seeds else SIZES[size]
     _claim(root, settings, output)
     with _locked(root):
         # as many runs as cores side by side is the fastest way, and numbers do not depend on cores
@@ -195,8 +196,8 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
     file, asked = root / STUDY, settings.to_dict()
     if file.exists():
         found = read_json(file)["settings"]
-        if found != asked:
-            other = sorted(key for key in asked.keys() | found.keys() if found.get(key) != asked.get(key))
+        other = sorted(key for key in asked.keys() | found.keys() if found.get(key) != asked.get(key))
+        if other and other != ["seeds"]:
             raise ValueError(
                 f"output={str(output)!r} holds a study with other settings ({', '.join(other)}): choose another "
                 "folder, or remove it yourself"
@@ -218,9 +219,10 @@ def main() -> int:
     parser.add_argument("--size", default="default", help=f"one of {', '.join(SIZES)}")
     parser.add_argument("--output", help="folder (default hera_study/SIZE)")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side")
+    parser.add_argument("--seeds", type=int, default=0, help="of the primary methods, where not the size's")
     options = parser.parse_args()
     try:
-        page = run_study(options.output or f"hera_study/{options.size}", options.size, options.workers)
+        page = run_study(options.output or f"hera_study/{options.size}", options.size, options.workers, options.seeds)
     except ValueError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2

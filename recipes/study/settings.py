@@ -1,6 +1,6 @@
 """What a study is: its methods and how large it is."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from llamafactory_hera.config import Strategy
@@ -107,6 +107,10 @@ class Settings:
         return {"generator": GENERATOR} | {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
+
+    def with_seeds(self, count: int) -> "Settings":
+        """The same study with so many seeds; its runs depend on one each."""
+        return replace(self, seeds=tuple(range(1, count + 1)))
 
 
 #: Sizes by name. ``smoke`` only takes the way once, with two methods: its numbers say nothing.

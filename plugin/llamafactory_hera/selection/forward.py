@@ -86,7 +86,8 @@ class Forward:
 
     def run(self, batch: dict[str, Any]) -> None:
         """A pass for what is captured on the way."""
-        self._call(batch, 1)
+        # by index: of a slice, not contiguous, PyTorch multiplies bfloat16 by a copy of lm_head for each sample
+        self._call(batch, torch.zeros(1, dtype=torch.long, device=self.device))
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
         """Logits ``[B, P, V]`` at some positions ``[P]``, on the model's device, of every sample."""
