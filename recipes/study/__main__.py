@@ -177,7 +177,13 @@ def _run_job(root: Path, name: str, job: Job) -> None:
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Holds the study's folder, and lets SIGTERM stop its processes as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+    def stop(number: int, frame: Any) -> None:  # no exception: one that is raised in a fork's own hooks is ignored
+        for process in multiprocessing.active_children():
+            process.terminate()
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     with open(root / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

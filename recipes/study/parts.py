@@ -20,14 +20,14 @@ from llamafactory_hera.alignment import nearest_neighbors
 from llamafactory_hera.alignment.scoring import score_heads
 from llamafactory_hera.config import Mode
 from llamafactory_hera.demo import models
-from llamafactory_hera.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place
+from llamafactory_hera.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place, render
 from llamafactory_hera.heads.pooled import PooledHeads, projection_weights
 from llamafactory_hera.selection.forward import Forward
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.fill import encode_images
 from settings import Settings
-from world import Sample, World, draw
+from world import Sample, World
 
 TOKENIZER, TEACHER, CACHE = "parts/tokenizer", "parts/teacher", "parts/teacher_cache"
 #: Heads are scored with so many neighbours, as the paper's are.
@@ -82,7 +82,7 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
     """
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
-    vectors = F.normalize(features_of(root, [draw(scene, rng) for scene in scenes]), dim=-1)
+    vectors = F.normalize(features_of(root, [render(scene) for scene in scenes]), dim=-1)
     half = len(_INDEPENDENT)
     found = {}
     for factor in ("count", "colour", "shape", "size"):

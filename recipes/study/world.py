@@ -1,4 +1,4 @@
-"""The study's world: the demo's scenes under lamps of all colours, split by what an object is and where it stands.
+"""The study's world: the demo's scenes of one or two objects, split by what an object is and where it stands.
 
 Every combination of shape, colour and cell belongs to one split. For a shape in a cell one colour is kept for the
 test, another for validation, and four are for training; the two are never the shape's preferred colour, so that the
@@ -6,16 +6,12 @@ language prior is the same in every cell. A training scene holds training combin
 other splits holds at least one combination of that split and otherwise training combinations, and only objects of the
 former kind, or the whole scene, are asked about: no training scene or caption answers that. A ``seen`` scene is drawn
 as those of training are.
-
-A lamp multiplies each colour channel of the whole picture by a number of its own, so that some colours look alike and
-a pixel alone does not tell a colour.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 from PIL import Image
 
 from llamafactory_hera.demo.models import TURN_END as END
@@ -40,7 +36,6 @@ from settings import Settings
 CATEGORIES = ("count", "colour", "shape", "size", "where", "exist", "trap")
 #: Where questions are asked: scenes as in training, and scenes with combinations that training never shows.
 SETS = ("seen", "new")
-LAMP = 0.0
 MOST = 2  # objects a scene
 _PER_SCENE = 2  # questions about a scene that is not trained on
 
@@ -83,7 +78,7 @@ def make_world(settings: Settings) -> World:
     train, captions, texts = [], [], []
     for _ in range(settings.scenes):
         scene = sample_scene(rng, "train", kept_colours, MOST)
-        image, text = draw(scene, rng), caption(scene, rng)
+        image, text = render(scene), caption(scene, rng)
         captions.append(Sample(image, "", text, scene=scene))
         picked = pick_questions(asked_of(scene), rng, settings.asked)
         train += [Sample(image, question.text, question.answer) for question in picked]
@@ -94,7 +89,7 @@ def make_world(settings: Settings) -> World:
     ]
     rng = random.Random("study scored")
     scenes = [sample_scene(rng, "train", kept_colours, MOST) for _ in range(settings.scored)]
-    scored = [Sample(draw(scene, rng), "", caption(scene, rng), scene=scene) for scene in scenes]
+    scored = [Sample(render(scene), "", caption(scene, rng), scene=scene) for scene in scenes]
     return World(train, captions, texts, *held_out, scored)
 
 
@@ -114,12 +109,6 @@ def split_of(item: SceneObject) -> str:
     """The split that an object's combination of shape, colour and cell belongs to."""
     kept = kept_colours(item.shape, item.row, item.column)
     return next((split for split, colour in kept.items() if colour == item.colour), "train")
-
-
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene under a lamp of its own."""
-    lamp = np.array([rng.uniform(1 - LAMP, 1 + LAMP) for _ in "RGB"])
-    return Image.fromarray((np.asarray(render(scene)) * lamp).clip(0, 255).astype(np.uint8))
 
 
 def asked_of(scene: Scene) -> list[Question]:
@@ -164,7 +153,7 @@ def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
             category = category_of(question)
             if category and missing[category] and (not question.about or kept & set(question.about)):
                 pools.setdefault(category, []).append(question)
-        image = draw(scene, rng)
+        image = render(scene)
         for category in sorted(pools, key=lambda name: (-missing[name], rng.random()))[:_PER_SCENE]:
             answer = rng.choice(sorted({question.answer for question in pools[category]}))
             question = rng.choice([q for q in pools[category] if q.answer == answer])
