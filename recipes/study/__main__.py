@@ -181,6 +181,7 @@ def _locked(root: Path) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:  # no exception: one that is raised in a fork's own hooks is ignored
         for process in multiprocessing.active_children():
             process.terminate()
+            process.join()
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
