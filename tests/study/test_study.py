@@ -15,7 +15,7 @@ from llamafactory_hera.files import read_json
 from settings import METHODS, SIZES
 from world import CATEGORIES, make_world
 
-from ..e2e.runner import run_command
+from ..e2e.runner import environment, run_command
 from .conftest import STUDY, main_module
 
 pytestmark = pytest.mark.slow
@@ -59,8 +59,7 @@ def test_a_rerun_does_nothing_and_other_settings_are_refused(study):
 
 
 def test_a_killed_study_ends_its_processes_and_goes_on(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen(COMMAND, cwd=tmp_path, env=environment, start_new_session=True)
+    process = subprocess.Popen(COMMAND, cwd=tmp_path, env=environment(), start_new_session=True)
     while not (tmp_path / "smoke/done/parts.json").exists():
         assert process.poll() is None
         time.sleep(0.05)
