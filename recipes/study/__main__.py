@@ -143,7 +143,9 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
         while waiting and len(running) < workers:
             name = waiting.pop(0)
             process = context.Process(target=_run_job, args=(root, name, jobs[name]), daemon=True)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a process that is known is stopped, too
             process.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             running[process.sentinel] = name, process, time.time()
         for sentinel in wait(list(running)):
             name, process, started = running.pop(sentinel)
@@ -160,6 +162,7 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
 
 def _run_job(root: Path, name: str, job: Job) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     log = root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - for as long as the process lives
