@@ -172,7 +172,8 @@ def assemble_llava(
     language_model: hf.Qwen3ForCausalLM, tower: hf.SiglipVisionModel, tokenizer: hf.PreTrainedTokenizerBase
 ) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
     """A LLaVA with the weights of both, a random two-layer projector, and its processor: a token for each patch."""
-    side, patch = tower.config.image_size, tower.config.patch_size
+    vision: Any = tower.config
+    side, patch = vision.image_size, vision.patch_size
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = hf.LlavaConfig(
         vision_config=tower.config.to_dict(),
