@@ -111,7 +111,7 @@ def check(run: Run, hera: bool = True) -> None:
         if hera:
             # chance is log of the candidates, at least 3 of a batch of 4 with one row of text
             assert line["hera_loss"] > 0.1
-            assert 0 <= line["hera_mknn"] <= 1
+            assert 0 <= line.get("hera_mknn", 0) <= 1  # logged from when the memory is full
 
 
 @pytest.mark.parametrize("key", LLMS)

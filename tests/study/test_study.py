@@ -45,11 +45,13 @@ def test_the_report_holds_what_was_measured(study):
     assert (study / "study.png").stat().st_size > 5000
 
 
-def test_a_rerun_does_nothing_and_other_settings_are_refused(study):
+def test_a_rerun_does_nothing_more_seeds_are_added_and_other_settings_refused(study):
     main = main_module()
     before = {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")}
     main.run_study(study, "smoke")
     assert {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")} == before
+    main.run_study(study, "smoke", seeds=1)  # another one, numbered from 1
+    assert read_json(study / "report.json")["measured"]["cost/stage2_cpu_s"]["sft"].keys() == {"1"}
     with pytest.raises(ValueError, match=r"other settings .*scenes.*choose another folder"):
         main.run_study(study, "default")
     with pytest.raises(ValueError, match="holds no study"):
