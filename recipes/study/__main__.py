@@ -22,7 +22,7 @@ import train
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.selection.scores import choose_targets
 from report import write_report
-from settings import PRIMARY, SIZES, TUNED, Settings
+from settings import BASELINE, PRIMARY, SIZES, TUNED, Settings
 from world import World, make_world
 
 STUDY = "study.json"
@@ -82,7 +82,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
         try:
             work(runs)
         finally:
-            if all(_mark(root, f"runs/{method}-{settings.seeds[0]}").exists() for method in ("sft", TUNED)):
+            if all(_mark(root, f"runs/{method}-{settings.seeds[0]}").exists() for method in (BASELINE, TUNED)):
                 page = write_report(root, settings, chosen, world, size, workers)
     return page
 
@@ -103,12 +103,7 @@ def _seed(root: Path, world: World, settings: Settings, seed: int) -> dict[str, 
     model, processor = parts.load_llava(root, seed)
     encoder = train.Encoder(processor)
     halves = world.captions[: settings.scored], world.captions[settings.scored : 2 * settings.scored]
-    scores, again = (
-        parts.head_scores(
-            model, encoder.batches(encoder.captions(half)), parts.features_of(root, parts.shown(half)), "llm"
-        )
-        for half in halves
-    )
+    scores, again = (train.measure(root, model, encoder, half, ("llm",))["llm"] for half in halves)
     heads = {name: [str(head) for head in choose_targets(scores, name, 5, seed)] for name in STRATEGIES}
     return {
         "heads": heads,

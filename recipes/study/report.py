@@ -130,7 +130,7 @@ def gather(root: Path, settings: Settings) -> dict[str, dict[str, dict[int, floa
 
 
 def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str, workers: int) -> Path:
-    """Writes ``report.json``, two pictures and the page; returns the page."""
+    """Writes ``report.json``, a picture and the page; returns the page."""
     found = gather(root, settings)
     floors = {kind: without_looking(world, kind) for kind in SETS}
     parts = read_json(root / "done/parts.json")
@@ -291,15 +291,10 @@ def _draw(found: dict[str, dict[str, dict[int, float]]], methods: Sequence[str],
                     else mean_interval(list(values.values()))
                 )
                 if interval is not None:
-                    points.append(
-                        (
-                            place + shift,
-                            scale * interval.mean,
-                            scale * (interval.mean - (interval.low or interval.mean)),
-                        )
-                    )
-            places, means, half = zip(*points, strict=True)
-            axes.errorbar(means, places, xerr=half, fmt="o", color=colour, label=name, capsize=2, markersize=4)
+                    half = 0.0 if interval.low is None else interval.mean - interval.low
+                    points.append((place + shift, scale * interval.mean, scale * half))
+            places, means, halves = zip(*points, strict=True)
+            axes.errorbar(means, places, xerr=halves, fmt="o", color=colour, label=name, capsize=2, markersize=4)
         axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
         axes.axvline(chance if scale == 1 else 0, color="black", linestyle="--", linewidth=1)
         axes.legend(fontsize=8, frameon=False)

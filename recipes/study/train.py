@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
-from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.config import HeraConfig, Mode
 from llamafactory_hera.demo.models import IMAGE
 from llamafactory_hera.demo.scenes import GRID
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
@@ -89,7 +89,7 @@ def run(
         questions: What is asked afterwards, by set.
 
     Returns:
-        ``accuracy`` by set and category, ``mknn`` by mode, layer and head, ``cost``, and the last ``loss`` of stage 2.
+        ``accuracy`` by set and category, ``mknn`` by mode, layer and head, and ``cost``.
     """
     torch.set_num_threads(1)
     method, (model, processor) = METHODS[name], load_llava(root, seed)
@@ -127,13 +127,10 @@ def run(
         cost[f"stage{stage}_cpu_s"] = time.process_time() - started
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cost["process_peak_mib"] = usage.ru_maxrss / 1024
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "weight": None if hera is None else hera.weight,
         "accuracy": {kind: answer_all(model, encoder, asked) for kind, asked in questions.items()},
         "mknn": measure(root, model, encoder, world.scored),
         "cost": cost,
-        "loss": history[-1],
     }
 
 
@@ -156,13 +153,13 @@ def hera_config(
     return HeraConfig(**keys)
 
 
-def measure(root: Path, model: Any, encoder: Encoder, samples: Sequence[Sample]) -> dict[str, list[list[float]]]:
+def measure(
+    root: Path, model: Any, encoder: Encoder, samples: Sequence[Sample], modes: Sequence[Mode] = ("llm", "mllm")
+) -> dict[str, list[list[float]]]:
     """MKNN of all heads on captions alone (``llm``) and on pictures with captions (``mllm``)."""
     features = features_of(root, shown(samples))
-    return {
-        "llm": head_scores(model, encoder.batches(encoder.captions(samples)), features, "llm"),
-        "mllm": head_scores(model, encoder.batches(encoder.encode(samples)), features, "mllm"),
-    }
+    encoded = {"llm": encoder.captions, "mllm": encoder.encode}
+    return {mode: head_scores(model, encoder.batches(encoded[mode](samples)), features, mode) for mode in modes}
 
 
 def answer_all(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> dict[str, float]:
