@@ -107,10 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if status is not None:
         return status
     try:
-        return parsed.run(parsed)
+        status = parsed.run(parsed)
     except ValueError as error:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
         return 2
+    if "LOCAL_RANK" in os.environ:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():  # a process that ends with its group may abort: PyTorch's issue 190489
+            torch.distributed.destroy_process_group()
+    return status
 
 
 # -- the subcommands -------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
+    trainer.accelerator.end_training()  # a process that ends with its group may abort
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
+    trainer.accelerator.end_training()  # a process that ends with its group may abort
 
 
 if __name__ == "__main__":
