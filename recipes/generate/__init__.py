@@ -1,1 +1,1 @@
-"""Writes the training recipes and their table in ``recipes/README.md``: ``python recipes/generate``."""
+"""Writes the training recipes, their table in ``recipes/README.md``, and all keys: ``python recipes/generate``."""

@@ -141,6 +141,12 @@ def test_the_index_links_every_recipe_and_nothing_else(folder: Path) -> None:
     assert f"{ablations.MARKS[0]}\n{ablations.index()}\n{ablations.MARKS[1]}" in page
 
 
+def test_the_reference_of_keys_is_what_the_generator_writes() -> None:
+    from generate import reference
+
+    assert (ROOT / "docs/keys.md").read_text(encoding="utf-8") == reference.page()
+
+
 #: Of the paper's table 1: objective, granularity, heads or layers, strategy of stage 1, m.
 ROWS_OF_THE_PAPER = {
     "feature_layer_middle": ("feature", "layer", "middle", None, None),
