@@ -8,11 +8,14 @@
 #   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
 #   make test-axolotl  the plugin in axolotl, whose pins exclude ours
 #   make lint        ruff, import-linter, deptry, mypy
+#   make docs        the site of the documentation, in artifacts/site
+#   make release     wheel and sdist, in dist, checked as a package index would
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL_STAMP := $(VENV)/.real
+DOCS_STAMP := $(VENV)/.docs
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
@@ -47,7 +50,7 @@ endef
 # $(call test_in,folder,tests)
 test_in = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python $(TESTS) $(2)
 
-.PHONY: demo study real test test-fast test-host test-latest test-axolotl lint lines setup clean
+.PHONY: demo study real test test-fast test-host test-latest test-axolotl lint docs release lines setup clean
 
 setup: $(STAMP)
 
@@ -121,6 +124,22 @@ lint: $(STAMP)
 	$(BIN)/deptry .
 	$(BIN)/mypy
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# of the files that git knows or would take; a link that leads nowhere is an error
+docs: $(DOCS_STAMP)
+	rm -rf .cache/docs && mkdir -p .cache/docs
+	git ls-files -co --exclude-standard '*.md' constraints.txt docs recipes | xargs cp --parents -t .cache/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+	@echo "artifacts/site/index.html; to search in it, too: $(BIN)/python -m http.server --directory artifacts/site"
+
+release: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 # lines and files of each room
 lines:
 	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/study \
@@ -129,4 +148,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study hera_real saves artifacts
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study hera_real saves artifacts dist

@@ -71,8 +71,9 @@ def score_checkpoint(
 
     Args:
         checkpoint: A model's folder or hub id, or an adapter's folder for the recipe's model; None is that model.
+        recipe: Dataset, template, teacher and settings.
         output: The file to write, with a picture beside it; default ``hera/scores.json`` in CHECKPOINT or output_dir.
-        recipe, overrides: Dataset, template, teacher and settings; ``key=value`` s go over the recipe.
+        overrides: ``key=value`` s that go over the recipe.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
