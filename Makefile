@@ -137,8 +137,8 @@ docs: $(DOCS_STAMP)
 
 release: $(STAMP)
 	rm -rf dist
-	$(BIN)/python -m build --outdir dist
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
 
 # lines and files of each room
 lines:
