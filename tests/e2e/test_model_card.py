@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from .runner import HostServer
 from .test_training import LORA
@@ -31,14 +32,22 @@ def test_card_and_json_say_what_the_run_did(server: HostServer, world: Path, rec
         assert score == scores[layer][head]
     assert (facts["objective"], facts["teacher"], facts["steps"]) == ("contrastive", recipe["hera_teacher"], 3)
     card = (run.folder / "README.md").read_text()
-    assert card.startswith("---\n")  # the host's metadata stays first
+    metadata = ModelCard(card).data
+    tuned = tuning.get("finetuning_type", "full")
+    assert {"llama-factory", tuned, "hera", "llamafactory", "contrastive"} <= set(metadata.tags)
+    assert metadata.base_model is None  # a folder here names no model of the hub
+    (result,) = metadata.eval_results
+    assert (result.dataset_type, result.metric_type) == (recipe["dataset"], "mknn_llm_before")
+    assert result.metric_value == round(sum(facts["selection"]["mknn"].values()) / len(facts["heads"]), 4)
     assert card.count(TITLE) == 1
     assert "## Training procedure" in card  # the host's own text stays
     for told in (*facts["heads"], facts["teacher"], "arXiv:2606.23885", f"{last['hera_mknn']:.4g}"):
         assert told in card
     again = server.run(recipe | tuning | auto | {"output_dir": output}, world)
     assert again.ok, again.output
-    assert (again.folder / "README.md").read_text().count(TITLE) == 1
+    page = (again.folder / "README.md").read_text()
+    assert page.count(TITLE) == 1
+    assert len(ModelCard(page).data.eval_results) == 1
 
 
 def test_layers_and_their_objective_are_named(server: HostServer, world: Path, recipe: dict) -> None:

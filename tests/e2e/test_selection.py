@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
@@ -203,6 +204,9 @@ def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, he
     assert files[1] == full.folder / "hera/scores.json"
     scores = [json.loads(file.read_text())["provenance"] for file in files]
     assert len({json.dumps(said["scores"]) for said in scores}) == 3
+    for run, said in zip((full, lora), scores[1:], strict=True):
+        (result,) = ModelCard.load(run.folder / "README.md").data.eval_results
+        assert (result.metric_type, result.metric_value) == ("mknn_llm_after", round(said["scores"][1][0], 4))
     assert len({said["model_fingerprint"] for said in scores}) == 3
     assert scores[2]["adapters"] == [str(lora.folder)]
     assert files[1].with_suffix(".png").is_file()

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.integrations.model_card import index_scores
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
@@ -86,14 +89,41 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor)
 
+    straight.hub_datasets = ["owner/images"]
     straight.create_model_card()
-    straight.create_model_card()  # the section takes the place of the earlier one
+    straight.create_model_card(finetuned_from="owner/model")  # the section takes the place of the earlier one
     page = (tmp_path / "run/README.md").read_text()
+    metadata = ModelCard(page).data
+    assert {"hera", "contrastive"} <= set(metadata.tags)
+    assert "llamafactory" not in metadata.tags
+    assert (metadata.datasets, metadata.base_model) == (["owner/images"], "owner/model")
     assert page.count("## Alignment with a vision encoder") == 1
     assert "aligned heads L1H0, L0H2" in page
     assert "| language-modeling loss |" in page
     facts = json.loads((tmp_path / "run/hera/card.json").read_text())
     assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
+
+
+def test_the_card_holds_the_mknn_before_and_after_training_as_the_hub_reads_it(tmp_path: Path) -> None:
+    said = {"dataset": "pairs", "mode": "llm", "k": 10, "samples": 1000, "chance_level": 0.01}
+    items = Targets.parse("L1H0,L0H2").items
+    before, after = (
+        Targets(items, said | {"scores": scores})
+        for scores in ([[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]], [[0.9, 0.9, 0.4], [0.6, 0.9, 0.9]])
+    )
+    model = vlm("llava-llama")
+    rows = image_rows(model, BATCH)
+    data: dict[str, Any] = {"train_dataset": rows, "data_collator": collate_rows}
+    trainer = HeraTrainer(model, arguments(tmp_path), hera=hera(), targets=before, **data)
+    trainer.create_model_card(finetuned_from=str(tmp_path))
+    after.save(tmp_path / "scores.json")
+    for _ in range(2):  # the second takes the place of the first
+        index_scores(tmp_path, tmp_path / "scores.json")
+    metadata = ModelCard.load(tmp_path / "README.md").data
+    found = {result.metric_type: result.metric_value for result in metadata.eval_results}
+    assert found == {"mknn_llm_before": 0.2, "mknn_llm_after": 0.5}
+    assert len(metadata.eval_results) == 2
+    assert metadata.base_model is None  # a folder here names no model of the hub
 
 
 @pytest.mark.parametrize("save_steps", [2, 4])

@@ -1,13 +1,17 @@
-"""What a finished run says of itself: a section of the host's model card, and the same facts as JSON."""
+"""What a finished run says of itself: metadata and a section of the host's model card, and the same facts as JSON."""
 
 import os
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard
+
 from ..config import HeraConfig
-from ..files import RUN_FOLDER, write_json, write_text
+from ..files import RUN_FOLDER, read_json, write_json, write_text
 from ..heads import Targets
 from ..knobs import Role
 from ..selection.scores import package_versions
@@ -39,8 +43,12 @@ def write_card(
     log_history: list[dict[str, float]],
     steps: int,
     best_step: int | None = None,
+    datasets: Sequence[str] = (),
 ) -> None:
     """Adds the section to ``README.md`` in the output folder, instead of an earlier one, and writes the JSON.
+
+    The page's metadata get tags, the hub ids of ``datasets``, and the MKNN before training where a selection measured
+    it; a ``base_model`` that is a folder here goes, as the hub would take it for a model of that name or refuse it.
 
     ``best_step`` is the one whose weights were loaded at the end, as the best.
     """
@@ -49,9 +57,61 @@ def write_card(
     (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN_FOLDER / _FACTS, facts)
     page = folder / "README.md"
-    before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
-    write_text(page, "\n\n".join(filter(None, [before, f"{_BEGIN}\n{_render(facts)}\n{_END}\n"])))
+    text = page.read_text(encoding="utf-8") if page.is_file() else "---\n{}\n---\n"
+    card = ModelCard(text, ignore_metadata_errors=True)
+    before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL).strip("\n")
+    card.text = "\n\n".join(filter(None, [before, f"{_BEGIN}\n{_render(facts)}\n{_END}\n"]))
+    tags = list(card.data.tags or [])
+    tags += ["hera", facts["objective"].rpartition(":")[2], *(["llamafactory"] if "llama-factory" in tags else [])]
+    card.data.tags = list(dict.fromkeys(tags))
+    card.data.datasets = list(dict.fromkeys([*(card.data.datasets or []), *datasets])) or None
+    if isinstance(card.data.base_model, str) and Path(card.data.base_model).is_dir():
+        card.data.base_model = None
+    selection = facts.get("selection", {})
+    if {"mknn", "dataset"} <= selection.keys():
+        _index(card, folder, _result(selection, selection["mknn"], "before"))
+    write_text(page, str(card))
+
+
+def index_scores(folder: Path, scores: Path) -> None:
+    """Puts the MKNN that was measured on a run's model into its model card; where there is no such card, nothing.
+
+    Args:
+        folder: The output folder of the run.
+        scores: The file that ``llamafactory-hera score`` wrote.
+    """
+    page, file = folder / "README.md", folder / RUN_FOLDER / _FACTS
+    if not (page.is_file() and file.is_file()):
+        return
+    facts, scored = read_json(file), Targets.load(scores).provenance
+    aligned = Targets.parse(facts.get("heads") or facts["layers"], "head" if "heads" in facts else "layer")
+    known = _scores(Targets(aligned.items, scored))
+    if known:
+        card = ModelCard.load(page, ignore_metadata_errors=True)
+        _index(card, folder, _result(scored, known, "after"))
+        write_text(page, str(card))
+
+
+def _result(facts: dict[str, Any], scores: dict[str, float], when: str) -> EvalResult:
+    """The mean of heads' or layers' scores as the hub reads it, with what they were measured on."""
+    mode, chance = facts.get("mode"), facts.get("chance_level", float("nan"))
+    measured = f"mode {mode}, k={facts.get('k')}, {facts.get('samples')} samples, chance {chance:.4f}"
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=facts["dataset"],
+        dataset_name=facts["dataset"],
+        metric_type=f"mknn_{mode}_{when}",
+        metric_name=f"MKNN {when} training, mean of {', '.join(scores)} ({measured})",
+        metric_value=round(mean(scores.values()), 4),
+    )
+
+
+def _index(card: ModelCard, folder: Path, result: EvalResult) -> None:
+    """Puts a result into a card's ``model-index``, in the place of an earlier one of the same metric and data."""
+    name = (result.dataset_type, result.metric_type)
+    others = [each for each in card.data.eval_results or [] if (each.dataset_type, each.metric_type) != name]
+    card.data.eval_results = [*others, result]
+    card.data.model_name = card.data.model_name or folder.name
 
 
 def _card_facts(

@@ -5,7 +5,7 @@ that is overridden is a method of transformers' Trainer.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +51,8 @@ class HeraTrainerMixin(_Base):
         ValueError: A setting, the data, the model or the teacher does not fit; names what, the value and the remedy.
     """
 
+    #: Hub ids of the training data, for the model card.
+    hub_datasets: Sequence[str] = ()
     model: Any
     args: Any
     data_collator: Any
@@ -193,8 +195,8 @@ class HeraTrainerMixin(_Base):
     def write_hera_card(self) -> None:
         """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
         if self.is_world_process_zero():
-            state = self.state
-            write_card(self.args.output_dir, self.aligner, state.log_history, state.global_step, self._best_step)
+            state, run = self.state, (self.args.output_dir, self.aligner)
+            write_card(*run, state.log_history, state.global_step, self._best_step, self.hub_datasets)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
         # first, so that a checkpoint with weights is never without the HeRA state

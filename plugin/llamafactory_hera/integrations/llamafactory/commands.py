@@ -13,6 +13,7 @@ from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.integrations.model_card import index_scores
 from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
@@ -69,6 +70,8 @@ def score_checkpoint(
 ) -> Path:
     """Scores a checkpoint or adapter as a selection does, writes a file to be compared, and returns its path.
 
+    The model card of a run gets the MKNN of the heads or layers that it aligned.
+
     Args:
         checkpoint: A model's folder or hub id, or an adapter's folder for the recipe's model; None is that model.
         recipe: Dataset, template, teacher and settings.
@@ -93,6 +96,8 @@ def score_checkpoint(
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
+        if checkpoint is not None:
+            index_scores(Path(checkpoint), path)
     return path
 
 

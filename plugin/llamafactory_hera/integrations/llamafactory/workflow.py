@@ -6,6 +6,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+from llamafactory.data.parser import get_dataset_list
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
@@ -31,9 +32,10 @@ class _Proof(TrainerCallback):
 
     trainer: HeraSftTrainer | None = None
 
-    def make(self, *args: Any, **kwargs: Any) -> HeraSftTrainer:
+    def make(self, *args: Any, hub_datasets: list[str], **kwargs: Any) -> HeraSftTrainer:
         """Makes our trainer, as the host makes its own."""
         self.trainer = HeraSftTrainer(*args, **kwargs)
+        self.trainer.hub_datasets = hub_datasets
         return self.trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -71,11 +73,13 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         workflow_card(trainer, *rest)
         trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
 
+    data = get_dataset_list(host.data.dataset, host.data.dataset_dir)
+    hub_datasets = [each.dataset_name for each in data if each.load_from == "hf_hub"]
     proof = _Proof()
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements: dict[str, Any] = {
         "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective).one_image),
-        "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
+        "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
         "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,
     }
