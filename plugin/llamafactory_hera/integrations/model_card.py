@@ -61,15 +61,16 @@ def write_card(
     card = ModelCard(text, ignore_metadata_errors=True)
     before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL).strip("\n")
     card.text = "\n\n".join(filter(None, [before, f"{_BEGIN}\n{_render(facts)}\n{_END}\n"]))
-    tags = list(card.data.tags or [])
+    data: Any = card.data  # ModelCardData
+    tags = list(data.tags or [])
     tags += ["hera", facts["objective"].rpartition(":")[2], *(["llamafactory"] if "llama-factory" in tags else [])]
-    card.data.tags = list(dict.fromkeys(tags))
-    card.data.datasets = list(dict.fromkeys([*(card.data.datasets or []), *datasets])) or None
-    if isinstance(card.data.base_model, str) and Path(card.data.base_model).is_dir():
-        card.data.base_model = None
+    data.tags = list(dict.fromkeys(tags))
+    data.datasets = list(dict.fromkeys([*(data.datasets or []), *datasets])) or None
+    if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
+        data.base_model = None
     selection = facts.get("selection", {})
     if {"mknn", "dataset"} <= selection.keys():
-        _index(card, folder, _result(selection, selection["mknn"], "before"))
+        _index(card.data, folder, _result(selection, selection["mknn"], "before"))
     write_text(page, str(card))
 
 
@@ -88,7 +89,7 @@ def index_scores(folder: Path, scores: Path) -> None:
     known = _scores(Targets(aligned.items, scored))
     if known:
         card = ModelCard.load(page, ignore_metadata_errors=True)
-        _index(card, folder, _result(scored, known, "after"))
+        _index(card.data, folder, _result(scored, known, "after"))
         write_text(page, str(card))
 
 
@@ -106,12 +107,12 @@ def _result(facts: dict[str, Any], scores: dict[str, float], when: str) -> EvalR
     )
 
 
-def _index(card: ModelCard, folder: Path, result: EvalResult) -> None:
-    """Puts a result into a card's ``model-index``, in the place of an earlier one of the same metric and data."""
+def _index(data: Any, folder: Path, result: EvalResult) -> None:
+    """Puts a result into ``model-index``, in the place of an earlier one of the same metric and data."""
     name = (result.dataset_type, result.metric_type)
-    others = [each for each in card.data.eval_results or [] if (each.dataset_type, each.metric_type) != name]
-    card.data.eval_results = [*others, result]
-    card.data.model_name = card.data.model_name or folder.name
+    others = [each for each in data.eval_results or [] if (each.dataset_type, each.metric_type) != name]
+    data.eval_results = [*others, result]
+    data.model_name = data.model_name or folder.name
 
 
 def _card_facts(
