@@ -7,7 +7,7 @@ from the class; nothing repeats them.
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from enum import Enum
 from types import NoneType, UnionType
@@ -84,15 +84,11 @@ class KeyedConfig:
             unknown = next((key for key in source if key.startswith(cls.PREFIX) and key not in known), None)
             if unknown is not None:
                 raise ValueError(f"{unknown}: there is no such key; known are {', '.join(known)}.")
-        return cls._read(source)
-
-    @classmethod
-    def _read(cls, source: Mapping[str, Any] | object) -> Self:
         values: dict[str, Any] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
             nested = _config_type(declared)
             if nested:
-                values[declared.name] = nested._read(source)
+                values[declared.name] = nested.from_keys(source)
                 continue
             key = _key_of(cls, declared)
             value = source.get(key, MISSING) if isinstance(source, Mapping) else getattr(source, key, MISSING)
@@ -102,36 +98,29 @@ class KeyedConfig:
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value."""
-        return {key: value for key, _, value in self._items()}
+        found: dict[str, Any] = {}
+        for declared in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, declared.name)
+            found |= value.keys() if _config_type(declared) else {_key_of(self, declared): value}
+        return found
 
-    def with_role(self, role: Role) -> dict[str, Any]:
-        """The keys of a role with their values."""
-        return {key: value for key, declared, value in self._items() if role in declared.metadata["roles"]}
+    def with_role(self, *roles: Role) -> dict[str, Any]:
+        """The keys of these roles with their values."""
+        knobs = self.knobs()
+        return {key: value for key, value in self.keys().items() if {*roles} & {*knobs[key].metadata["roles"]}}
 
     def facts(self, *roles: Role) -> dict[str, Any]:
         """The values of these roles by their names in provenance."""
-        return {
-            fact_of(declared): value
-            for _, declared, value in self._items()
-            if set(roles) & set(declared.metadata["roles"])
-        }
+        knobs = self.knobs()
+        return {fact_of(knobs[key]): value for key, value in self.with_role(*roles).items()}
 
     @classmethod
     def fact_keys(cls, role: Role) -> dict[str, str]:
         """Names in provenance of the facts of a role, each with the key that decides it."""
         return {fact_of(d): key for key, d in cls.knobs().items() if role in d.metadata["roles"]}
 
-    def _items(self) -> Iterator[tuple[str, Field, Any]]:
-        for declared in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, declared.name)
-            if _config_type(declared):
-                yield from value._items()
-            else:
-                yield _key_of(self, declared), declared, value
-
 
 def _key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
-    """The key of a field."""
     return declared.metadata["key"] or f"{config.PREFIX}{declared.name}"
 
 
