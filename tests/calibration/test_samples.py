@@ -41,7 +41,7 @@ def test_samples_without_an_image_are_passed_over_and_counted(caplog: pytest.Log
 @pytest.mark.parametrize(
     "empty, message",
     [
-        (20, r"dataset: none of its samples has an image.*`images` column"),
+        (20, r"dataset: 0 of its 20.*20 have no image.*`images` column"),
         (12, r"dataset: 8 of its 20.*rah_probes: 5.*rah_held_out: 4.*12 have no image"),
     ],
 )

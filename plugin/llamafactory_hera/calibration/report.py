@@ -88,7 +88,6 @@ def _describe_target(head: Target, anchors: Sequence[Anchor], trial: Trial | Non
         "changed_with": [str(other) for other in trial.update.heads if other != head] if trial else [],
         "changes": sorted({edit.kind for edit in trial.update.edits}) if trial and trial.alpha else [],
         "alpha": trial.alpha if trial else 0.0,
-        "kl_at_alpha_max": tried[0].kl if tried else None,
         "kl": tried[-1].kl if tried else None,
         "tried": [step._asdict() for step in tried],
     }
@@ -105,15 +104,11 @@ def compare(normal: dict[str, Any], corrupted: dict[str, Any]) -> dict[str, Any]
     union = len(set(ours) | set(theirs))
     return {
         "targets_normal": ours,
-        "targets_control": theirs,
         "targets_in_both": both,
         "targets_jaccard": round(len(both) / union, 6) if union else None,
         "isal_rank_correlation": mean_rank_correlation(normal["isal"], corrupted["isal"]),
         "caf_rank_correlation": mean_rank_correlation(normal["caf"], corrupted["caf"]),
-        "calibrated_normal": normal["calibrated"],
-        "calibrated_control": corrupted["calibrated"],
         "kl_normal": normal["kl"]["total"],
-        "kl_control": corrupted["kl"]["total"],
     }
 
 
@@ -157,7 +152,7 @@ def render_summary(report: dict[str, Any]) -> str:
             f"control {control}: {len(compared['targets_in_both'])} targets are also targets "
             f"of the uncorrupted data, which has {len(compared['targets_normal'])}; rank correlation of I-SAL "
             f"{compared['isal_rank_correlation']:.3f}, of CAF {compared['caf_rank_correlation']:.3f}; KL "
-            f"{compared['kl_control']:.6f}, on uncorrupted samples "
+            f"{kl['total']:.6f}, on uncorrupted samples "
             f"{compared['kl_control_on_uncorrupted_samples']:.6f}, against {compared['kl_normal']:.6f} without control"
         )
     return "\n".join(lines)

@@ -63,13 +63,11 @@ def draw_samples(source: Source, config: RahConfig) -> Drawn:
     """Draws samples with an image, one for each image, in an order that depends on the seed alone."""
     found = draw(source, config.samples, config.seed)
     drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
-    if not drawn and without_image == found.rows:
-        raise ValueError("dataset: none of its samples has an image; use a dataset with an `images` column.")
     if drawn < config.probes + config.held_out:
         raise ValueError(
             f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {config.probes} and "
             f"rah_held_out: {config.held_out} need together ({without_image} have no image, {without_text} no text; "
-            "each image counts once). Use more data, or lower rah_probes or rah_held_out."
+            "each image counts once). Use more data with an `images` column, or lower rah_probes or rah_held_out."
         )
     if without_image or without_text:
         logger.warning(
