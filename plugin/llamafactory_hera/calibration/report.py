@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files import read_json
 from ..heads.targets import Target
-from ..selection.pictures import new_figure, save_figure, tick_step
+from ..selection.pictures import heat_map, new_figure, save_figure
 from .plan import Anchor, Plan
 from .profile import Profile, standard_scores
 from .settings import RahConfig
@@ -20,7 +20,7 @@ from .trust_region import Outcome, Trial
 from .weights import HeadWeights, lora_factors
 
 REPORT_FILE = "calibration.json"
-_CELL, _LABEL = 0.2, 0.22  # inches
+_CELL = 0.2  # inches
 
 
 def describe(
@@ -161,15 +161,11 @@ def render_summary(report: dict[str, Any]) -> str:
 def draw_calibration(report: dict[str, Any], target: Path) -> None:
     """Draws CAF and I-SAL of every head one above the other, targets and anchors marked (fig. 3), into a PNG."""
     targets = [target["head"] for target in report["targets"]]
+    anchors = sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]})
     marks = (
         ([head for head in targets if head in report["calibrated"]], "X", "white", "target, calibrated"),
         ([head for head in targets if head not in report["calibrated"]], "X", "none", "target, not changed"),
-        (
-            sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]}),
-            "o",
-            "none",
-            "anchor",
-        ),
+        (anchors, "o", "none", "anchor"),
     )
     # a white line within a black one shows on every colour of the scale
     outline = [withStroke(linewidth=3.0, foreground="black")]
@@ -178,17 +174,12 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
-    cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
-    caf = upper.imshow(report["caf"], cmap="cividis", **cells)
+    heat_map(figure, upper, report["caf"], (width, height), "CAF")
     # equal colours mean equal distance from the layer's mean
-    isal = lower.imshow(report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), **cells)
-    for axes, image, title in ((upper, caf, "CAF"), (lower, isal, "I-SAL, standardised in each layer")):
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-        axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
-        axes.set_yticks(range(0, n_layers, tick_step(n_layers, height, _LABEL)))
-        axes.tick_params(labelsize=8)
-        axes.set(xlabel="head", ylabel="layer")
-        axes.set_title(title, fontsize=10)
+    colours: dict[str, Any] = {"cmap": "RdBu_r", "norm": CenteredNorm()}
+    title = "I-SAL, standardised in each layer"
+    heat_map(figure, lower, report["isal_standardized"], (width, height), title, **colours)
+    for axes in (upper, lower):
         for heads, marker, face, label in marks:
             if heads:
                 layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
