@@ -1,8 +1,8 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change. What it needs of the host:
-``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that it uses) and, for anything
-else, ``check(module)``, which returns None, or ``NOT_NEEDED``, or says why the change does not fit.
+A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change, or raises where it does not fit.
+What it needs of the host: ``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that
+it uses) and, of another module, ``check(module)``, which returns None or says why the change does not fit.
 All are tested with 0.9.5.
 """
 
@@ -35,12 +35,10 @@ _WEB_UI = (
 
 #: Host module -> patch module of this package. Names only: nothing is imported before the host is.
 PATCHES = _TRAINING + _WEB_UI
-#: What ``check`` returns where the host already does what the patch is for.
-NOT_NEEDED = "not needed"
 
 
 class Status(NamedTuple):
-    """What became of one patch: ``applied``, ``not needed`` or ``does not fit``, with the reason."""
+    """What became of one patch: ``applied`` or ``does not fit``, with the reason."""
 
     name: str
     what: str
@@ -52,7 +50,7 @@ _statuses: dict[str, Status] = {}
 
 
 def misfit(patch: Any, module: Any) -> str | None:
-    """Says what a host's module lacks for a patch, or ``NOT_NEEDED``, or None."""
+    """Says what a host's module lacks for a patch, or None."""
     if hasattr(patch, "check") and (reason := patch.check(module)):
         return reason
     return misfit_of_functions(module, getattr(patch, "FUNCTIONS", {}), getattr(patch, "USED", {}))
@@ -111,8 +109,8 @@ def apply_to(module: ModuleType) -> None:
             patch.apply(module)
     except Exception as error:  # a broken patch must not take the host down
         reason = f"{type(error).__name__}: {error}"
-    if reason in (None, NOT_NEEDED):
-        _statuses[name] = Status(name, patch.WHAT, reason or "applied")
+    if reason is None:
+        _statuses[name] = Status(name, patch.WHAT, "applied")
         return
     _statuses[name] = Status(name, patch.WHAT, "does not fit", reason)
     lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
