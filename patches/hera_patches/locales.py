@@ -10,9 +10,6 @@ WHAT = "labels of HeRA's fields in the web UI's five languages"
 
 
 def apply(module: Any) -> None:
-    """Adds the texts; English stands for a language that the plugin does not have."""
     from llamafactory_hera.integrations.llamaboard.names import locales
 
-    languages = module.LOCALES["training_stage"]
-    for name, texts in locales().items():
-        module.LOCALES[name] = {lang: texts.get(lang, texts["en"]) for lang in languages}
+    module.LOCALES |= locales(module.LOCALES["training_stage"])
