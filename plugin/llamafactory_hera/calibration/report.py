@@ -88,8 +88,8 @@ def _describe_target(head: Target, anchors: Sequence[Anchor], trial: Trial | Non
         "changed_with": [str(other) for other in trial.update.heads if other != head] if trial else [],
         "changes": sorted({edit.kind for edit in trial.update.edits}) if trial and trial.alpha else [],
         "alpha": trial.alpha if trial else 0.0,
-        "kl": tried[-1].kl if tried else None,
-        "tried": [step._asdict() for step in tried],
+        "kl": tried[-1][1] if tried else None,
+        "tried": [{"alpha": alpha, "kl": kl} for alpha, kl in tried],
     }
 
 
