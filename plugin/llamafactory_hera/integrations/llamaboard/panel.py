@@ -67,7 +67,7 @@ class Panel:
     def load_file(self, lang: str, path: str | None) -> Data:
         """Puts a heads file into the heads field and shows it."""
         if not path:
-            return self._unchanged()
+            return self._update(hera_status=gr.skip())
         try:
             return self._show_heads(Path(path), lang, "loaded", fill=True)
         except ValueError as error:
@@ -112,7 +112,7 @@ class Panel:
         """Shows the job until it has ended, if one runs."""
         job = self._job
         if job is None or not job.running:
-            yield self._unchanged()
+            yield self._update(hera_status=gr.skip())
             return
         while job.running:
             yield self._show_progress(job)
@@ -173,9 +173,6 @@ class Panel:
 
     def _update(self, **values: Any) -> Data:
         return {self._elements[name]: value for name, value in values.items()}
-
-    def _unchanged(self) -> Data:
-        return self._update(hera_status=gr.skip())
 
     def _show_text(self, text: str, **further: Any) -> Data:
         return self._update(hera_status=text, **{"hera_progress": gr.Slider(visible=False), **further})

@@ -112,5 +112,4 @@ def _report(folder: Path, suffix: str) -> Path:
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        image.load()
         return image.copy()
