@@ -8,6 +8,7 @@ from the class; nothing repeats them.
 import math
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from enum import Enum
 from types import NoneType, UnionType
@@ -149,59 +150,42 @@ def typed(key: str, value: Any, kind: Any) -> Any:
     truth values may be written as text; a list of names becomes one text.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None and NoneType in kinds:
-        return None
-    readers = [_reader(option) for option in kinds if option is not NoneType]
-    expected = " or ".join(words for _, words in readers)
-    for read, _ in readers:
-        try:
-            if value is not None:
-                return read(value)
-        except (KeyError, OverflowError, TypeError, ValueError):
-            pass
+    options = [option for option in kinds if option is not NoneType]
+    expected = " or ".join(map(_words, options))
     if value is None:
+        if NoneType in kinds:
+            return None
         raise ValueError(f"{key}: it has no value; write {expected}, or remove the key.")
+    for option in options:
+        with suppress(KeyError, OverflowError, TypeError, ValueError):
+            return _read(option, value)
     if all(get_origin(option) is Literal for option in kinds):
         raise ValueError(f"{key}: {value!r} is unknown; choose {expected}.")
     raise ValueError(f"{key}: {value!r} is not {expected}; write {expected}.")
 
 
-def _reader(kind: Any) -> tuple[Callable[[Any], Any], str]:
+def _words(kind: Any) -> str:
     if get_origin(kind) is not Literal:
-        return _READERS[kind]
+        return _WORDS[kind]
     options = get_args(kind)
-    words = f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
-    return {option: option for option in options}.__getitem__, words
+    return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
 
 
-def _read_bool(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _read_number(value: Any) -> float:
-    if isinstance(value, bool):
+def _read(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return {option: option for option in get_args(kind)}[value]
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is str:
+        # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    number = float(value)
+    if isinstance(value, bool) or (kind is int and number != int(number)):
         raise ValueError
-    return float(value)
+    return kind(number)
 
 
-def _read_int(value: Any) -> int:
-    number = _read_number(value)
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
-def _read_text(value: Any) -> str:
-    # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_read_bool, "true or false"),
-    int: (_read_int, "a whole number"),
-    float: (_read_number, "a number"),
-    str: (_read_text, "a text"),
-}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "at_least": (operator.ge, "{:g} or more"),
     "above": (operator.gt, "more than {:g}"),
