@@ -209,18 +209,17 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
     Raises:
         ValueError: A folder without a gap, a gain that is no number, or too few different points.
     """
-    names, gaps, gains = [], [], []
+    points = []
     for point in measured:
         folder, _, gain = point.rpartition("=")
         try:
-            names.append(folder)
-            gains.append(float(gain))
-            gaps.append(float(read_json(Path(folder) / REPORT_FILE)["gap"]))
+            points.append((folder, float(read_json(Path(folder) / REPORT_FILE)["gap"]), float(gain)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"gap: {point} is not FOLDER=GAIN with the output folder of a calibration that changed heads and a "
                 f"number ({type(error).__name__}: {error}); for instance saves/calibrate=1.4."
             ) from error
+    gaps, gains = [gap for _, gap, _ in points], [gain for *_, gain in points]
     if len(set(gaps)) < 3 or len(set(gains)) < 2:
         raise ValueError("gap: a correlation needs three calibrations or more, with different gaps and gains.")
     r, p = pearsonr(gaps, gains)
@@ -228,7 +227,6 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
     axes = figure.subplots()
     axes.scatter(gaps, gains)
     axes.axline((float(np.mean(gaps)), float(np.mean(gains))), slope=np.polyfit(gaps, gains, 1)[0], color="0.6")
-    points = list(zip(names, gaps, gains, strict=True))
     for name, x, y in points:
         axes.annotate(Path(name).name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="influence-saliency gap", ylabel="gain, points", title=f"r = {r:.2f}")

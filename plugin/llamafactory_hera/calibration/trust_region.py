@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +15,13 @@ from .profile import counted_logits
 from .settings import RahConfig
 from .weights import HeadWeights, Scaled, Update, applied
 
-State = Literal[
-    "calibrated", "pruned", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"
-]
-
 
 @dataclass(frozen=True)
 class Trial:
     """What became of an update: its state and its step, 0 where it was given up."""
 
     update: Update
-    state: State
+    state: str
     alpha: float = 0.0
     tried: Sequence[tuple[float, float]] = ()  # steps that were tried on it alone, with their divergence in nats
 
