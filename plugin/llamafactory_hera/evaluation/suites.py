@@ -7,6 +7,8 @@ sample with what :func:`aggregate` needs and, where samples depend on one anothe
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 #: The definitions, one ``<name>.yaml`` each.
 FOLDER = Path(__file__).parent / "suites"
@@ -38,6 +40,18 @@ class Task:
 SUITES: dict[str, tuple[Task, ...]] = {
     "demo": (Task("hera_demo_questions", "Held-out questions", "Demo", "no", "not in the paper", ("data",), None),),
 }
+
+
+def definition(task: Task) -> dict[str, Any]:
+    """A task's definition as lmms-eval takes it; ``<lmms_eval>`` in it is where that is installed."""
+    import lmms_eval
+    from lmms_eval.utils import load_yaml_config
+
+    text = (FOLDER / f"{task.name}.yaml").read_text(encoding="utf-8")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{task.name}.yaml"
+        path.write_text(text.replace("<lmms_eval>", str(Path(lmms_eval.__file__).parent)), encoding="utf-8")
+        return load_yaml_config(str(path))
 
 
 def aggregate(task: str, records: Records) -> dict[str, float]:
