@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..files import read_json_lines
-from .models import default_dtype, load
+from .models import default_dtype, load, model_folders
 
 #: Of the tokens of an answer where a task names no number.
 MAX_NEW_TOKENS = 1024
@@ -76,7 +76,12 @@ class HeraVLM(lmms):
         # nothing else of the stored settings: a repetition penalty or a temperature acts on greedy answers, too
         pad = self.tokenizer.pad_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=pad)
-        self._pad = image_aspect_ratio == "pad"
+        self._pad, self._break = image_aspect_ratio == "pad", ""
+        probe = [{"type": "image"}, {"type": "text", "text": "Q"}]
+        behind_image = self.prompt([{"role": "user", "content": probe}]).partition("Q")[0][-1:]
+        # LLaMA-Factory puts nothing behind an image, and our data do; the makers' templates of some models do not
+        if behind_image != "\n" and (model_folders(pretrained)[0] / "trainer_log.jsonl").is_file():
+            self._break = "\n"
         self._answers = _Answers(Path(answers) if answers is not None else None, self._rank)
         self._key = f"{key} {image_aspect_ratio}"
 
@@ -95,7 +100,8 @@ class HeraVLM(lmms):
                 text = text.replace(getattr(self.processor, token, None) or "\0", "")
             images = [self._image(part["url"]) for part in message["content"] if part["type"] == "image"]
             parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-            told.append({"role": message["role"], "content": [*parts, {"type": "text", "text": text}]})
+            text = {"type": "text", "text": self._break * bool(parts) + text}
+            told.append({"role": message["role"], "content": [*parts, text]})
         return told
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
