@@ -109,7 +109,7 @@ def test_every_task_is_defined_and_has_a_case() -> None:
 #: Tasks that lmms-eval scores as the suite does: its definition, its score, answers that both read alike.
 ALIKE = {
     "pope": ("pope/pope.yaml", "pope_accuracy", ["yes", "yes", "yes", "no"]),
-    "gqa": ("gqa/gqa.yaml", "exact_match", ["red", "blue", "Red", "red"]),
+    "gqa": ("gqa/gqa.yaml", "exact_match", ["red", "blue", "Red", "sky"]),
     "mmmu": ("mmmu/mmmu_val.yaml", "mmmu_acc", ["B", "100", "7"]),
     "cv_bench": ("cv_bench/cv_bench.yaml", "cv_bench_acc", ["(B)", "A", "B", "A"]),
 }

@@ -1,8 +1,8 @@
 """What each task asks, and how an answer is judged.
 
-Prompts and rules are those of Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the
-paper names (app. B), with its oddities, as these move scores: an option's letter behind "answer is:" is not found, an
-answer to MathVista's choices has to be the bare letter. The four hallucination suites follow their authors.
+Prompts and rules are those of Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which
+the paper names (app. B), with its oddities, as these move scores: an option's letter behind "answer is:" is not found,
+an answer to MathVista's choices has to be the bare letter. The four hallucination suites follow their authors.
 """
 
 import functools

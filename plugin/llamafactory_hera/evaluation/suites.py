@@ -15,7 +15,7 @@ import numpy as np
 
 Records = Sequence[Mapping[str, Any]]
 #: Sums over records by name, of one group, of all, or of many resamples.
-Sums = Mapping[str, Any]
+Sums = dict[str, Any]
 
 
 @dataclass(frozen=True)
