@@ -1,0 +1,286 @@
+"""``llamafactory-hera eval``: one process for each task of each model, results that are resumed, the table."""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, read_json_lines, write_json, write_text
+from ..selection.scores import package_versions
+from .models import default_dtype, model_folders, weights_digest
+from .suites import SUITES, Task, aggregate, definition
+from .table import write_table
+
+# what a launcher tells its processes; a task is launched by itself
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+_NLTK = {"punkt_tab": "tokenizers", "wordnet": "corpora", "averaged_perceptron_tagger_eng": "taggers"}
+
+
+def evaluate(
+    models: Sequence[str],
+    suite: str,
+    tasks: Sequence[str] = (),
+    data: str | os.PathLike | None = None,
+    output: str | os.PathLike = "saves/eval",
+    batch_size: int = 16,
+    limit: int | None = None,
+    check: bool = False,
+    image_aspect_ratio: str = "none",
+    names: Sequence[str] = (),
+    paper: str | None = None,
+) -> int:
+    """Evaluates models on a suite, writes ``OUTPUT/<suite>.md``, ``.json`` and ``.png``, and prints the table.
+
+    What belongs to a task lies in ``OUTPUT/<model>-<digest>/<task>``: ``result.json``, ``records.jsonl`` and
+    ``answers.jsonl``, from which a run that was stopped goes on. A task that fails is named, and the others go on.
+
+    Args:
+        models: Folders of models or adapters, or hub ids; the table's differences are to the first.
+        suite: A key of ``SUITES``.
+        tasks: Some of its tasks; all by default.
+        data: A folder with data that are not fetched: a ``save_to_disk`` folder or a ``.json`` file for each task.
+        batch_size: Samples in a batch; no answer depends on it in whole precision.
+        limit: Samples of each task, to try it; written to ``result_limit.json``, which no table reads.
+        check: Only say for each task whether it is ready, or what is missing.
+        image_aspect_ratio: ``none`` or ``pad``, see ``HeraVLM``; models built with ``pad`` need none.
+        names: For the table, one for each model.
+        paper: The backbone of the paper's columns.
+
+    Returns:
+        0, or 1 where a task failed or is not ready.
+
+    Raises:
+        ValueError: An argument or a model; names it and the remedy, before anything runs.
+    """
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ValueError('eval: lmms-eval is not installed; run pip install "llamafactory-hera[eval]".')
+    chosen = _chosen(suite, tasks)
+    folder = None if data is None else Path(data).absolute()
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--data: {data} is not a folder; give the one that holds {chosen[0].data}.")
+    lacking = {task.name: missing(task, folder) for task in chosen}
+    if check:
+        for name, what in lacking.items():
+            print(f"{name}: {'; '.join(what) or 'ready'}")
+        return int(any(lacking.values()))
+    named = _named(models, names)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit: {limit} is not a number of samples; give 1 or more, or leave it out.")
+    digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
+    places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
+    settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
+    failed = []
+    for name, model in named.items():
+        for task in chosen:
+            job = {"model": model, "digest": digests[name], "settings": settings, "task": task.name, "suite": suite}
+            job |= {"limit": limit, "batch_size": batch_size, "data": None if folder is None else str(folder)}
+            why = "; ".join(lacking[task.name]) or _run(job, places[name] / task.name)
+            if why:
+                failed.append(f"{name}, {task.name}: {why}")
+                print(failed[-1], file=sys.stderr)
+                continue
+            result = read_json(places[name] / task.name / _file(limit))
+            scores = ", ".join(f"{key} {value:.1f}" for key, value in result["scores"].items())
+            print(f"{name}, {task.title} ({result['n']} samples{' of a limited run' if limit else ''}): {scores}")
+    if limit is None:
+        for path in write_table(Path(output), places, suite, paper):
+            print(path.read_text(encoding="utf-8") if path.suffix == ".md" else path)
+    if failed:
+        print("\n".join(["Failed:", *failed]), file=sys.stderr)
+    return int(bool(failed))
+
+
+def missing(task: Task, data: Path | None) -> list[str]:
+    """What a task needs and does not find; nothing is loaded."""
+    lacks = []
+    given = local_data(task, data)
+    for need in task.needs:
+        kind, _, name = need.partition(":")
+        if kind == "data" and given is None:
+            lacks.append(f"its data: give --data, a folder that holds {task.data} or {task.data}.json")
+        elif kind == "token" and given is None:
+            from huggingface_hub import get_token
+
+            if get_token() is None:
+                lacks.append(f"a token of the hub (`hf auth login`, or HF_TOKEN), or {task.data} in --data")
+        elif kind == "nltk":
+            import nltk
+
+            try:
+                nltk.data.find(f"{_NLTK[name]}/{name}")
+            except LookupError:
+                lacks.append(f"nltk's {name}: python -m nltk.downloader {name}")
+        elif kind == "spacy" and importlib.util.find_spec(name) is None:
+            lacks.append(f"spaCy's {name}: python -m spacy download {name}")
+        elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
+            lacks.append(f"the folder that {name} names")
+    if given is None and "data" not in task.needs and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        lacks.append(f"its data: HF_HUB_OFFLINE is set, and --data holds no {task.data}")
+    return lacks
+
+
+def local_data(task: Task, data: Path | None) -> Path | None:
+    """Where a task's data lie in ``--data``: a folder of ``save_to_disk`` or a file of rows; None: at the hub."""
+    found = [] if data is None else [path for path in (data / task.data, data / f"{task.data}.json") if path.exists()]
+    return found[0] if found else None
+
+
+def _chosen(suite: str, tasks: Sequence[str]) -> list[Task]:
+    if suite not in SUITES:
+        raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}.")
+    known = {task.name: task for task in SUITES[suite]} | {task.data: task for task in SUITES[suite]}
+    for name in tasks:
+        if name not in known:
+            there = ", ".join(task.data for task in SUITES[suite])
+            raise ValueError(f"--tasks: {name} is not in the suite {suite}; it has {there}.")
+    return [task for task in SUITES[suite] if not tasks or {task.name, task.data} & set(tasks)]
+
+
+def _named(models: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    if not models:
+        raise ValueError("MODEL: none is named; give the folder of a model or an adapter, or a hub id.")
+    if names and len(names) != len(models):
+        raise ValueError(f"--names: {len(names)} names for {len(models)} models; give one for each.")
+    short = [Path(model).name for model in models]
+    named = dict(zip(names or (short if len(set(short)) == len(short) else models), models, strict=True))
+    if len(named) < len(models):
+        raise ValueError("--names: two models have the same name; give each one of its own.")
+    return named
+
+
+def _file(limit: int | None, name: str = "result.json") -> str:
+    return name if limit is None else name.replace(".", "_limit.")
+
+
+def _run(job: dict[str, Any], folder: Path) -> str:
+    """Runs a task in a process of its own, unless its result is there; returns why it failed, or nothing."""
+    job |= {"folder": str(folder.absolute()), "state": _state(job)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as lock:
+        if lock is None:
+            return f"another evaluation writes into {folder}; wait for it, or give another --output"
+        try:
+            if read_json(folder / _file(job["limit"]))["state"] == job["state"]:
+                return ""
+        except (ValueError, KeyError, TypeError):
+            pass  # none yet, or not whole: it is made again, from the answers that are there
+        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+        environment |= {"LOGURU_LEVEL": environment.get("LOGURU_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, *_launcher(environment), "-m", __name__, json.dumps(job)]
+        status = subprocess.run(command, env=environment, pass_fds=[lock], check=False).returncode
+    return f"its process ended with status {status}" if status else ""
+
+
+def _state(job: Mapping[str, Any]) -> str:
+    """A digest of what a result depends on: the model, settings, the suite's files, data that lie here."""
+    task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
+    given = local_data(task, None if job["data"] is None else Path(job["data"]))
+    files = [Path(__file__).with_name(name) for name in ("suites.py", "scoring.py")]
+    digest = hashlib.sha256(json.dumps([job[key] for key in ("digest", "settings", "task", "limit")]).encode())
+    for path in files:
+        digest.update(path.read_bytes())
+    for path in [] if given is None else [given] if given.is_file() else sorted(given.rglob("*")):
+        whole = path.suffix in (".json", ".jsonl") and path.is_file()  # such a folder's tables have their digest there
+        digest.update(path.read_bytes() if whole else f"{path.name} {path.stat().st_size}".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int | None]:
+    """Holds a folder for this process and those it starts; None where another holds it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield None
+            return
+        yield file.fileno()
+
+
+def _launcher(environment: Mapping[str, str]) -> list[str]:
+    """What starts several processes, one for each accelerator or ``NPROC_PER_NODE``; nothing for one."""
+    import torch
+
+    n = int(environment.get("NPROC_PER_NODE") or torch.accelerator.device_count() or 1)
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+
+
+# -- in the process of a task ----------------------------------------------------------------------------------------
+
+
+def run_task(job: Mapping[str, Any]) -> None:
+    """Evaluates one model on one task and writes ``records.jsonl``, then its result; ``job`` is that of `_run`."""
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    from .vlm import HeraVLM
+
+    started, folder = time.perf_counter(), Path(job["folder"])
+    task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
+    config = definition(task) | {"task": task.name}
+    given = local_data(task, None if job["data"] is None else Path(job["data"]))
+    if given is not None:
+        config |= _from_disk(given, config)
+    asked = ConfigurableMessagesTask(config=config, model_name="hera_vlm")
+    answers = folder / "answers.jsonl"
+    key = f"{job['digest']} {job['settings']['dtype']}"
+    model = HeraVLM(job["model"], job["batch_size"], answers=answers, key=key, **job["settings"])
+    found = simple_evaluate(
+        model=model,
+        tasks=[asked],
+        task_manager=TaskManager(include_defaults=False),
+        batch_size=job["batch_size"],
+        limit=job["limit"],
+        bootstrap_iters=0,
+        cli_args=Namespace(output_path=str(folder), process_with_media=False),
+    )
+    if model.rank > 0:
+        return
+    samples = {sample["doc_id"]: sample["hera"] for sample in found["samples"][task.name]}
+    records = [samples[number] for number in sorted(samples)]
+    (folder / _file(job["limit"])).unlink(missing_ok=True)  # it is never beside records of another run
+    write_text(folder / _file(job["limit"], "records.jsonl"), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    first = min((line for line in read_json_lines(answers)), key=lambda line: line["doc_id"])
+    result = {name: job[name] for name in ("task", "suite", "model", "digest", "settings", "limit", "state")}
+    result |= {"n": len(records), "scores": aggregate(task.name, records), "prompt": first["prompt"]}
+    result |= {"versions": package_versions(), "batch_size": job["batch_size"], "dtype": job["settings"]["dtype"]}
+    write_json(folder / _file(job["limit"]), result | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _from_disk(given: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a definition read its data from a folder of ``save_to_disk``, or a file of rows with image paths."""
+    if given.is_dir():
+        return {"dataset_path": str(given), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
+    files = {config.get("test_split") or config["validation_split"]: str(given)}
+    opened = partial(_open_images, given.parent, config.get("process_docs"))
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "process_docs": opened}
+
+
+def _open_images(folder: Path, process: Any, rows: Any) -> Any:
+    """Rows whose column ``image`` holds paths from a folder, with the images themselves."""
+    from datasets import Image
+
+    if "image" in rows.column_names:
+        rows = rows.map(lambda row: {"image": str(folder / row["image"])}, load_from_cache_file=False)
+        rows = rows.cast_column("image", Image())
+    return process(rows) if process else rows
+
+
+if __name__ == "__main__":
+    run_task(json.loads(sys.argv[1]))
+    if "LOCAL_RANK" in os.environ:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():  # a process that ends with its group may abort: PyTorch's issue 190489
+            torch.distributed.destroy_process_group()
