@@ -18,7 +18,7 @@ from typing import Any
 from ..files import read_json, read_json_lines, write_json, write_text
 from ..selection.scores import package_versions
 from .models import default_dtype, model_folders, weights_digest
-from .suites import FOLDER, SUITES, Task, aggregate, definition
+from .suites import SUITES, Task, aggregate, definition
 from .table import write_table
 
 # what a launcher tells its processes; a task is launched by itself
@@ -186,7 +186,7 @@ def _state(job: Mapping[str, Any]) -> str:
     """A digest of what a result depends on: the model, settings, the suite's files, data that lie here."""
     task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
     given = local_data(task, None if job["data"] is None else Path(job["data"]))
-    files = sorted([*FOLDER.rglob("*.yaml"), *(FOLDER.parent / name for name in ("suites.py", "scoring.py"))])
+    files = [Path(__file__).with_name(name) for name in ("suites.py", "scoring.py")]
     digest = hashlib.sha256(json.dumps([job[key] for key in ("digest", "settings", "task", "limit")]).encode())
     for path in files:
         digest.update(path.read_bytes())

@@ -1,18 +1,218 @@
-"""The table of one or several evaluated models."""
+"""The table of one or several evaluated models: Markdown, JSON and a picture, beside what the paper reports."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import read_json, write_json, write_text
+from ..selection.pictures import BLUE, GREEN, GREY, ORANGE, new_figure, plain, save_figure
+from .suites import SUITES, Task, scores, tally
+
+#: What the paper reports: for each backbone, for LLaVA's training and with HeRA, scores by row.
+PAPER = Path(__file__).with_name("paper.json")
+_RESAMPLES = 1000
+_RANKS = ("same", "close", "no")
+
+
+@dataclass
+class Row:
+    """One score of a task, or an average of scores."""
+
+    key: str  # a task's name, with the score behind a stroke where it has several; a category; All
+    title: str
+    n: int | None = None
+    comparable: str = ""
+    why: str = ""
+    values: dict[str, float] = field(default_factory=dict)  # by model
+    #: By model, to the first one: the difference, and the ends of the interval that holds 95 % of it over resamples.
+    differences: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    paper: dict[str, float] = field(default_factory=dict)  # LLaVA, HeRA, gain
+    average: bool = False
+    whole: bool = True  # all samples of the task, as far as their number is known
+    scale: float = 1.0  # what an average multiplies it by
+    draws: dict[str, Any] = field(default_factory=dict)  # by model, the differences of all resamples
+
+    def compare(self, model: str, difference: float, draws: Any) -> None:
+        """Keeps a difference with its resamples."""
+        low, high = np.percentile(draws, [2.5, 97.5])
+        self.draws[model], self.differences[model] = draws, (difference, float(low), float(high))
 
 
 def write_table(output: Path, folders: Mapping[str, Path], suite: str, paper: str | None = None) -> list[Path]:
     """Writes ``<suite>.md``, ``.json`` and ``.png`` into ``output`` and returns their paths.
 
+    Intervals are of a paired bootstrap: both models are scored on the same resamples of samples, or of groups of them
+    where they depend on one another.
+
     Args:
         folders: Name of a model -> the folder with its ``<task>/result.json``; differences are to the first.
-        suite: Whose tasks are the rows; one without a result, or with a limited one, stays empty.
+        suite: Whose tasks are the rows; one without a result, or with a limited one, stays empty. An average is there
+            where every one of its tasks is, with all its samples.
         paper: The backbone of the paper's columns, for instance qwen3_8b; none by default.
 
     Raises:
         ValueError: The paper has no such backbone; names those that it has.
     """
-    return []
+    known = read_json(PAPER)
+    if paper is not None and paper not in known["backbones"]:
+        raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known['backbones'])}.")
+    reported = known["backbones"][paper] if paper else None
+    generator = np.random.default_rng(0)
+    rows = []
+    for category in dict.fromkeys(task.category for task in SUITES[suite]):
+        members = [_rows(task, folders, generator) for task in SUITES[suite] if task.category == category]
+        rows += [row for member in members for row in member]
+        if suite == "paper":
+            rows.append(_average(category, f"{category}, average", [member[0] for member in members], folders))
+    if suite == "paper":
+        rows.append(_average("All", "All 18, average", [row for row in rows if not row.average], folders))
+    for row in rows:
+        both = {name: reported[name] for name in ("LLaVA", "HeRA")} if reported else {}
+        row.paper = {name: values[row.key] for name, values in both.items() if row.key in values}
+        if len(row.paper) == 2:
+            row.paper["gain"] = round(row.paper["HeRA"] - row.paper["LLaVA"], 1)
+    page, data, picture = (output / f"{suite}.{kind}" for kind in ("md", "json", "png"))
+    columns = ["key", "title", "n", "values", "differences", "paper", "comparable", "why"]
+    kept = [{name: getattr(row, name) for name in columns} for row in rows]
+    write_json(data, {"suite": suite, "models": list(folders), "paper": reported and reported["title"], "rows": kept})
+    write_text(page, _markdown(rows, list(folders), reported and f"{reported['title']}: {known['source']}"))
+    _draw(rows, list(folders), picture)
+    return [page, data, picture]
+
+
+def _rows(task: Task, folders: Mapping[str, Path], generator: np.random.Generator) -> list[Row]:
+    """A row for each score of a task."""
+    results = {name: _load(folder / task.name) for name, folder in folders.items()}
+    found = {name: result for name, result in results.items() if result is not None}
+    if not found:
+        return [Row(task.name, task.title, None, task.comparable, task.why)]
+    first = next(iter(found.values()))
+    names, n = list(first["scores"]), first["n"]
+    comparable, why, whole = task.comparable, task.why, task.n in (None, n)
+    if not whole:
+        comparable, why = "no", f"{n} of {task.n} samples"
+    rows = {
+        name: Row(f"{task.name}/{name}", f"{task.title}: {name}", n, comparable, why)
+        if len(names) > 1
+        else Row(task.name, task.title, n, comparable, why, whole=whole, scale=0.05 if task.title == "MME" else 1.0)
+        for name in names
+    }
+    for model, result in found.items():
+        for name, row in rows.items():
+            if result["n"] == n:  # in one row stand the same samples
+                row.values[model] = result["scores"][name]
+    before = results[next(iter(folders))]
+    for model, result in found.items():
+        if before is None or result is before or list(result["tally"]) != list(before["tally"]):
+            continue
+        drawn = _resample(task.name, [before["tally"], result["tally"]], generator)
+        for name, row in rows.items():
+            row.compare(model, result["scores"][name] - before["scores"][name], drawn[1][name] - drawn[0][name])
+    return list(rows.values())
+
+
+def _load(folder: Path) -> dict[str, Any] | None:
+    """A whole result with its records; None where there is none."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = read_json(folder / "result.json")
+    if result["limit"] is not None:
+        return None
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return result | {"tally": tally(result["task"], [json.loads(line) for line in lines])}
+
+
+def _resample(task: str, tallies: Sequence[Mapping], generator: np.random.Generator) -> list[dict[str, Any]]:
+    """The scores of several models on the same resamples of their groups."""
+    groups = len(tallies[0])
+    names = [sorted({name for sums in each.values() for name in sums}) for each in tallies]
+    tables = [
+        np.array([[sums.get(name, 0.0) for name in kept] for sums in each.values()])
+        for each, kept in zip(tallies, names, strict=True)
+    ]
+    times = (np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(_RESAMPLES))
+    totals = np.stack([times_each @ np.hstack(tables) for times_each in times])
+    ends = np.cumsum([table.shape[1] for table in tables])[:-1]
+    return [
+        scores(task, dict(zip(kept, part.T, strict=True)))
+        for kept, part in zip(names, np.split(totals, ends, axis=1), strict=True)
+    ]
+
+
+def _average(key: str, title: str, rows: Sequence[Row], folders: Mapping[str, Path]) -> Row:
+    """The mean of scores, of the models that have all of them whole."""
+    worst = max((row.comparable for row in rows), key=_RANKS.index)
+    average = Row(key, title, None, worst, average=True)
+    for model in folders:
+        if all(row.whole and model in row.values for row in rows):
+            average.values[model] = float(np.mean([row.values[model] * row.scale for row in rows]))
+        if all(row.whole and model in row.draws for row in rows):
+            draws = np.mean([row.draws[model] * row.scale for row in rows], axis=0)
+            average.compare(model, average.values[model] - average.values[next(iter(folders))], draws)
+    return average
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _markdown(rows: Sequence[Row], models: Sequence[str], source: str | None) -> str:
+    others = models[1:]
+    differences = [f"{model} − {models[0]}" for model in others]
+    theirs = ["paper LLaVA", "paper HeRA", "paper's gain"] if source else []
+    table = [["benchmark", "n", *models, *differences, *theirs, "comparable", "why not"]]
+    for row in rows:
+        cells = [row.title, str(row.n or "")]
+        cells += [f"{row.values[model]:.1f}" if model in row.values else "–" for model in models]
+        for model in others:
+            drawn = [_signed(value) for value in row.differences.get(model, ())]
+            cells.append(f"{drawn[0]} ({drawn[1]} … {drawn[2]})" if drawn else "–")
+        for name in ("LLaVA", "HeRA", "gain") if theirs else ():
+            value = row.paper.get(name)
+            cells.append("–" if value is None else _signed(value) if name == "gain" else f"{value:.1f}")
+        table.append([f"**{cell}**" if row.average and cell else cell for cell in cells] + [row.comparable, row.why])
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
+    lines.insert(1, "| --- " * len(table[0]) + "|")
+    notes = "In percent (MME: points; divided by 20 in averages), ↓: lower is better."
+    if others:
+        notes += " In brackets: 95 % of the differences over resamples of the samples."
+    if source:
+        notes += f"\nPaper, {source}."
+    return "\n".join([*lines, "", notes, ""])
+
+
+def _draw(rows: Sequence[Row], models: Sequence[str], target: Path) -> None:
+    """Differences with their intervals and the paper's gains; of one model its scores."""
+    figure = new_figure(8.0, 1.2 + 0.3 * len(rows))
+    axes = figure.subplots()
+    others, places = models[1:], np.arange(len(rows))
+    for position, model in enumerate(others or models):
+        offset = (position - (len(others or models) - 1) / 2) * 0.22
+        colour = (BLUE, ORANGE, GREEN)[position % 3]
+        shown = [(place, row) for place, row in zip(places, rows, strict=True)
+                 if model in (row.differences if others else row.values)]  # fmt: skip
+        for place, row in shown:
+            if others:
+                middle, low, high = (value * row.scale for value in row.differences[model])
+                axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1.6)
+            else:
+                middle = row.values[model] * row.scale
+            axes.plot(
+                middle, place + offset, "o", color=colour, markersize=5, label=model if row is shown[0][1] else None
+            )
+    gains = [(row.paper["gain"], place) for place, row in zip(places, rows, strict=True) if "gain" in row.paper]
+    if others and gains:
+        axes.plot(*zip(*gains, strict=True), "D", color="none", markeredgecolor="black", label="the paper's gain")
+    if others:
+        axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    axes.set_yticks(places, [f"{row.title} / 20" if row.scale != 1 else row.title for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel(f"difference to {models[0]} in points, 95 % interval" if others else "percent")
+    plain(axes)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    save_figure(figure, target)
