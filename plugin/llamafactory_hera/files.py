@@ -59,7 +59,7 @@ def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
 def read_json_lines(path: str | os.PathLike) -> list[Any]:
     """The lines of a file that is appended to; one that a killed process left half is left out."""
     found = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -188,7 +188,8 @@ CHAT = {
     "llava_1_5_7b": "{%- for message in messages -%}{{- message['role'].upper() + ': ' -}}" + _PARTS + "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}",
     "llava_next_7b": "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{- '[INST] ' -}}"
-    + _PARTS + "{{- '[/INST]' -}}{%- else -%}{{- ' ' + message['content'][0]['text'] + '</s> ' -}}{%- endif -%}"
+    + _PARTS
+    + "{{- '[/INST]' -}}{%- else -%}{{- ' ' + message['content'][0]['text'] + '</s> ' -}}{%- endif -%}"
     "{%- endfor -%}",
     "internvl3_8b": _CHATML.replace("%SYSTEM%", "").replace("%IMAGE%", "<IMG_CONTEXT>\\n"),
     "gemma3_4b": "{{- bos_token -}}{%- for message in messages -%}"

@@ -16,6 +16,7 @@ import yaml
 
 from llamafactory_hera.evaluation.run import evaluate, missing
 from llamafactory_hera.evaluation.suites import Task
+from llamafactory_hera.files import read_json_lines
 
 from ..e2e.runner import environment, run_command
 
@@ -33,7 +34,7 @@ def result(root: Path, name: str = "result.json") -> dict[str, Any]:
 
 def lines(root: Path, name: str) -> list[dict[str, Any]]:
     (file,) = root.glob(f"saves/eval/*/{TASK}/{name}")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return read_json_lines(file)
 
 
 def answer_half(data: Path, answers: list[dict[str, Any]]) -> None:
@@ -63,7 +64,6 @@ def test_scores_are_those_of_the_answers_and_nothing_is_done_twice(folder: Path,
     assert [record["right"] for record in lines(tmp_path, "records.jsonl")] == [0, 1] * 12
 
     whole = (place / "result.json").read_bytes()
-    started = time.perf_counter()
     code, output = run_command(command(folder, data), tmp_path)
     assert (code, "accuracy 50.0" in output, "Loading weights" in output) == (0, True, False), output
     code, output = run_command(command(folder, data, "--limit", "5", "--batch-size", "2"), tmp_path)
@@ -92,9 +92,9 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, data: Path, tmp_path: P
     assert not (place / "result.json").exists()
     code, output = run_command(run, tmp_path)
     assert code == 0, output
-    whole = [line for line in kept.splitlines(keepends=True) if line.endswith("\n")]
-    assert len(whole) < 24
-    assert (place / "answers.jsonl").read_text().startswith("".join(whole))
+    whole = kept[: kept.rindex("\n") + 1]
+    assert whole.count("\n") < 24
+    assert (place / "answers.jsonl").read_text().startswith(whole)
     assert sorted(line["doc_id"] for line in lines(tmp_path, "answers.jsonl")) == list(range(24))
     assert result(tmp_path)["n"] == 24
 
@@ -107,7 +107,7 @@ def test_two_processes_answer_as_one_does(folder: Path, data: Path, tmp_path: Pa
         assert code == 0, output
     said = [{line["key"]: line["answer"] for line in lines(tmp_path, "answers.jsonl")}]
     (place,) = (tmp_path / "two/saves/eval").glob(f"*/{TASK}")
-    parts = [[json.loads(line) for line in path.read_text().splitlines()] for path in place.glob("answers*.jsonl")]
+    parts = [read_json_lines(path) for path in place.glob("answers*.jsonl")]
     assert [len(part) for part in parts] == [12, 12]
     said.append({line["key"]: line["answer"] for part in parts for line in part})
     assert said[0] == said[1]
@@ -152,8 +152,7 @@ def test_a_published_dataset_from_our_command_and_from_lmms_eval(folder: Path, t
     (file,) = (tmp_path / "plain").rglob("*_results.json")
     assert json.loads(file.read_text())["results"]["easy_vqa"]["exact_match,none"] == 0.5, output
     (file,) = (tmp_path / "plain").rglob("*_samples_easy_vqa.jsonl")
-    samples = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {sample["doc_id"]: sample["filtered_resps"][0] for sample in samples} == ours
+    assert {sample["doc_id"]: sample["filtered_resps"] for sample in read_json_lines(file)} == ours
 
 
 def opened(row: dict[str, Any]) -> list[Any]:

@@ -12,15 +12,20 @@ from lmms_eval.api.instance import Instance
 from PIL import Image
 
 from llamafactory_hera.backbones.build import build_backbone
-from llamafactory_hera.evaluation.vlm import HeraVLM
-
 from llamafactory_hera.backbones.table import NATIVE_MODELS
+from llamafactory_hera.evaluation.vlm import HeraVLM
+from llamafactory_hera.files import read_json_lines
 
 from ..backbones.standins import NATIVE, save_native
 from ..backbones.test_templates import encoded
 from ..backbones.tiny import FAMILIES, save_language_model, save_tower
 
-TEXTS = ["What is it?", "How many wheels does it have? Four, and a spare one.", "A dog?", "Who sits in it?\nYes or no."]
+TEXTS = [
+    "What is it?",
+    "How many wheels does it have? Four, and a spare one.",
+    "A dog?",
+    "Who sits in it?\nYes or no.",
+]
 SETTINGS = {"max_new_tokens": 6, "temperature": 0, "do_sample": False, "num_beams": 1}
 
 
@@ -53,8 +58,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers_of(path: Path) -> list[list[int]]:
-    lines = sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["doc_id"])
-    return [line["ids"] for line in lines]
+    return [line["ids"] for line in sorted(read_json_lines(path), key=lambda line: line["doc_id"])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,18 +128,18 @@ def model(folder: Path) -> HeraVLM:
 @pytest.mark.parametrize(
     "given, text",
     [
-        ("IA", "<image>\nA"),
-        ("AIB", "<image>\nA B"),  # a blank where the image was
-        ("A I B", "<image>\nA B"),
-        ("AIIB", "<image>\n<image>\nA B"),
+        ("I|A", "<image>\nA"),
+        ("A|I|B", "<image>\nA B"),  # a blank where the image was
+        ("A |I|B", "<image>\nA B"),
+        ("A|I|I|B", "<image>\n<image>\nA B"),
         ("A", "A"),
-        ("I@A", "<image>\nA"),  # a literal image token would ask for an image of its own
+        ("I|<image>A", "<image>\nA"),  # a literal image token would ask for an image of its own
     ],
 )
 def test_images_come_first_and_texts_are_one(model: HeraVLM, given: str, text: str) -> None:
     content = [
-        {"type": "image", "url": picture(0)} if piece == "I" else {"type": "text", "text": piece.replace("@", "<image>")}
-        for piece in (("I", "@A") if given == "I@A" else ("A ", "I", "B") if given == "A I B" else given)
+        {"type": "image", "url": picture(0)} if piece == "I" else {"type": "text", "text": piece}
+        for piece in given.split("|")
     ]
     prompt = model.prompt(model.conversation([{"role": "user", "content": content}]))
     assert f"<|end_header_id|>\n\n{text}<|eot_id|>" in prompt

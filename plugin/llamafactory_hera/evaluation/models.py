@@ -1,6 +1,7 @@
 """What a model is made of: its folders, a digest of them, and how it is loaded."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from ..hub import CONFIG_FILE, local_folder, weight_files
 
 ADAPTER = "adapter_config.json"
 # beside the weights, what decides a prompt or an answer
-_DECIDES = ("config", "generation_config", "preprocessor_config", "processor_config", "tokenizer", "special_tokens")
-_DECIDES += ("added_tokens", "chat_template", "vocab", "merges", "adapter_")
+_DECIDES = re.compile(
+    "(config|generation_config|(pre)?processor_config|tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|"
+    "adapter_)"
+)
 
 
 def model_folders(name: str) -> list[Path]:
@@ -37,7 +40,7 @@ def weights_digest(folders: list[Path]) -> str:
     """
     files = list(weight_files(folders[-1]))
     for folder in folders:
-        files += [path for path in folder.iterdir() if path.is_file() and path.name.startswith(_DECIDES)]
+        files += [path for path in folder.iterdir() if path.is_file() and _DECIDES.match(path.name)]
     digest = hashlib.sha256()
     for path in sorted(set(files), key=lambda path: (folders.index(path.parent), path.name)):
         with path.open("rb") as file:
@@ -72,7 +75,7 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
     except ValueError as error:  # transformers has no such class for the configuration
         kind = read_json(base / CONFIG_FILE).get("model_type")
-        raise ValueError(f"MODEL: {name} cannot be loaded as a multimodal model (model_type {kind}): {error}") from error
+        raise ValueError(f"MODEL: {name} is not a multimodal model that can be loaded ({kind}): {error}") from error
     for folder in adapters:
         from peft import PeftModel
 

@@ -83,8 +83,8 @@ def evaluate(
     failed = []
     for name, model in named.items():
         for task in chosen:
-            job = {"model": model, "digest": digests[name], "settings": settings, "task": task.name, "suite": suite}
-            job |= {"limit": limit, "batch_size": batch_size, "data": None if folder is None else str(folder)}
+            job: dict[str, Any] = {"model": model, "digest": digests[name], "settings": settings, "task": task.name}
+            job |= {"suite": suite, "limit": limit, "batch_size": batch_size, "data": folder and str(folder)}
             why = "; ".join(lacking[task.name]) or _run(job, places[name] / task.name)
             if why:
                 failed.append(f"{name}, {task.name}: {why}")
@@ -115,10 +115,10 @@ def missing(task: Task, data: Path | None) -> list[str]:
             if get_token() is None:
                 lacks.append(f"a token of the hub (`hf auth login`, or HF_TOKEN), or {task.data} in --data")
         elif kind == "nltk":
-            import nltk
+            from nltk import data as nltk_data
 
             try:
-                nltk.data.find(f"{_NLTK[name]}/{name}")
+                nltk_data.find(f"{_NLTK[name]}/{name}")
             except LookupError:
                 lacks.append(f"nltk's {name}: python -m nltk.downloader {name}")
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
@@ -251,8 +251,11 @@ def run_task(job: Mapping[str, Any]) -> None:
     samples = {sample["doc_id"]: sample["hera"] for sample in found["samples"][task.name]}
     records = [samples[number] for number in sorted(samples)]
     (folder / _file(job["limit"])).unlink(missing_ok=True)  # it is never beside records of another run
-    write_text(folder / _file(job["limit"], "records.jsonl"), "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    first = min((line for line in read_json_lines(answers)), key=lambda line: line["doc_id"])
+    write_text(
+        folder / _file(job["limit"], "records.jsonl"),
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+    )
+    first = min(read_json_lines(answers), key=lambda line: line["doc_id"])
     result = {name: job[name] for name in ("task", "suite", "model", "digest", "settings", "limit", "state")}
     result |= {"n": len(records), "scores": aggregate(task.name, records), "prompt": first["prompt"]}
     result |= {"versions": package_versions(), "batch_size": job["batch_size"], "dtype": job["settings"]["dtype"]}
@@ -263,9 +266,9 @@ def _from_disk(given: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a definition read its data from a folder of ``save_to_disk``, or a file of rows with image paths."""
     if given.is_dir():
         return {"dataset_path": str(given), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
-    files = {config.get("test_split") or config["validation_split"]: str(given)}
+    files = {"data_files": {config.get("test_split") or config["validation_split"]: str(given)}}
     opened = partial(_open_images, given.parent, config.get("process_docs"))
-    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "process_docs": opened}
+    return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "process_docs": opened}
 
 
 def _open_images(folder: Path, process: Any, rows: Any) -> Any:

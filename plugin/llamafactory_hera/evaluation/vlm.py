@@ -28,7 +28,8 @@ _PARTS = {"image", "text"}
 class HeraVLM(lmms):
     """Greedy answers in batches, each as the model gives it alone, by the processor's own chat template.
 
-    Several processes (``torchrun``, ``accelerate launch``) share the samples. An error is raised, not counted as wrong.
+    Several processes (``torchrun``, ``accelerate launch``) share the samples. An error is raised, not counted as
+    wrong.
 
     Args:
         pretrained: The folder of a model or of an adapter, or a hub id.
@@ -100,8 +101,8 @@ class HeraVLM(lmms):
                 text = text.replace(getattr(self.processor, token, None) or "\0", "")
             images = [self._image(part["url"]) for part in message["content"] if part["type"] == "image"]
             parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-            text = {"type": "text", "text": self._break * bool(parts) + text}
-            told.append({"role": message["role"], "content": [*parts, text]})
+            parts.append({"type": "text", "text": self._break * bool(parts) + text})
+            told.append({"role": message["role"], "content": parts})
         return told
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
@@ -249,9 +250,9 @@ class _Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
             self.found |= {line["key"]: line["answer"] for line in read_json_lines(file)}
-        with self._path.open("a+b") as file:  # a line that was cut off ends here
-            file.seek(max(0, file.tell() - 1))
-            file.write(b"" if file.read() in (b"", b"\n") else b"\n")
+        with self._path.open("a+b") as own:  # a line that was cut off ends here
+            own.seek(max(0, own.tell() - 1))
+            own.write(b"" if own.read() in (b"", b"\n") else b"\n")
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Keeps a batch's answers, on disk before it returns."""
