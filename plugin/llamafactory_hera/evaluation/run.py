@@ -17,12 +17,13 @@ from typing import Any
 
 from ..files import read_json, read_json_lines, write_json, write_text
 from ..selection.scores import package_versions
+from .card import write_index
 from .models import default_dtype, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
 from .table import write_table
 
-# what a launcher tells its processes; a task is launched by itself
-_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+# what launchers and Trainers tell processes; a task is launched by itself
+_LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 _NLTK = {"punkt_tab": "tokenizers", "wordnet": "corpora", "averaged_perceptron_tagger_eng": "taggers"}
 
 
@@ -62,13 +63,11 @@ def evaluate(
     Raises:
         ValueError: An argument or a model; names it and the remedy, before anything runs.
     """
-    if importlib.util.find_spec("lmms_eval") is None:
-        raise ValueError('eval: lmms-eval is not installed; run pip install "llamafactory-hera[eval]".')
     chosen = _chosen(suite, tasks)
     folder = None if data is None else Path(data).absolute()
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--data: {data} is not a folder; give the one that holds {chosen[0].data}.")
-    lacking = {task.name: missing(task, folder) for task in chosen}
+    lacking = {task.name: what for task, what in ready(chosen, folder).items()}
     if check:
         for name, what in lacking.items():
             print(f"{name}: {'; '.join(what) or 'ready'}")
@@ -94,11 +93,26 @@ def evaluate(
             scores = ", ".join(f"{key} {value:.1f}" for key, value in result["scores"].items())
             print(f"{name}, {task.title} ({result['n']} samples{' of a limited run' if limit else ''}): {scores}")
     if limit is None:
+        for name, model in named.items():
+            done = {task: places[name] / task.name / "result.json" for task in SUITES[suite]}
+            found = {task: read_json(path) for task, path in done.items() if path.is_file()}
+            write_index(model_folders(model)[0], found)
         for path in write_table(Path(output), places, suite, paper):
             print(path.read_text(encoding="utf-8") if path.suffix == ".md" else path)
     if failed:
         print("\n".join(["Failed:", *failed]), file=sys.stderr)
     return int(bool(failed))
+
+
+def ready(tasks: Sequence[Task], data: Path | None) -> dict[Task, list[str]]:
+    """What each task lacks.
+
+    Raises:
+        ValueError: lmms-eval is not installed.
+    """
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ValueError('eval: lmms-eval is not installed; run pip install "llamafactory-hera[eval]".')
+    return {task: missing(task, data) for task in tasks}
 
 
 def missing(task: Task, data: Path | None) -> list[str]:
@@ -175,7 +189,7 @@ def _run(job: dict[str, Any], folder: Path) -> str:
                 return ""
         except (ValueError, KeyError, TypeError):
             pass  # none yet, or not whole: it is made again, from the answers that are there
-        environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHED}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"LOGURU_LEVEL": environment.get("LOGURU_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, *_launcher(environment), "-m", __name__, json.dumps(job)]
         status = subprocess.run(command, env=environment, pass_fds=[lock], check=False).returncode

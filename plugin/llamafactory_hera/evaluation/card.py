@@ -1,0 +1,39 @@
+"""A run's scores in its model card, as the hub reads them (``model-index``)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+
+from ..files import write_text
+from .suites import Task
+
+#: What a Trainer leaves in the folder of a run: a model that was fetched keeps its card as it is.
+_OF_A_RUN = "trainer_state.json"
+
+
+def write_index(folder: Path, results: Mapping[Task, Mapping[str, Any]]) -> None:
+    """Puts a run's headline scores into its ``README.md``, in the place of earlier ones; its text stays as it is.
+
+    Args:
+        folder: Of a run; of another model nothing is written.
+        results: By task, the contents of ``result.json``, all of them of whole tasks.
+    """
+    page = folder / "README.md"
+    if not page.is_file() or not (folder / _OF_A_RUN).is_file() or not results:
+        return
+    card = ModelCard.load(page, ignore_metadata_errors=True)
+    held = {(each.dataset_type, each.metric_type): each for each in card.data.eval_results or []}
+    for task, result in results.items():
+        name, value = next(iter(result["scores"].items()))
+        held[task.name, name] = EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=task.name,
+            dataset_name=task.title,
+            metric_type=name,
+            metric_value=round(value, 2),
+        )
+    card.data.eval_results = list(held.values())
+    card.data.model_name = card.data.model_name or folder.name
+    write_text(page, str(card))
