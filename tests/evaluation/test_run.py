@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from llamafactory_hera.evaluation.card import write_index
+from llamafactory_hera.evaluation.models import model_folders, weights_digest
 from llamafactory_hera.evaluation.run import evaluate, missing
 from llamafactory_hera.evaluation.suites import Task
 from llamafactory_hera.files import read_json_lines
@@ -181,6 +183,7 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(
         ({"names": ["a", "b"]}, "--names: 2 names for 1 models"),
         ({"suite": "vision"}, "--suite: vision is unknown; choose demo"),
         ({"tasks": ["pope"]}, "--tasks: pope is not in the suite demo; it has demo_questions"),
+        ({"paper": "gpt_2"}, "--paper: gpt_2 is not a backbone of the paper; choose .*qwen3_8b"),
         ({"data": "nowhere"}, "--data: nowhere is not a folder"),
         ({"limit": 0}, "--limit: 0 is not a number of samples"),
         ({"batch_size": 0}, "--batch-size: 0 is not a number of samples"),
@@ -198,10 +201,7 @@ def test_a_folder_in_use_and_a_task_without_data_are_named_and_end_in_one(
 ) -> None:
     assert evaluate([str(folder)], "demo", output=tmp_path / "eval") == 1
     assert f"built, {TASK}: its data: give --data" in capfd.readouterr().err
-    (place,) = (tmp_path / "eval").glob("*") if (tmp_path / "eval").exists() else [None]
-    assert place is None
-    from llamafactory_hera.evaluation.models import model_folders, weights_digest
-
+    assert not (tmp_path / "eval").exists()
     place = tmp_path / f"eval/built-{weights_digest(model_folders(str(folder)))[:8]}/{TASK}"
     place.mkdir(parents=True)
     with (place / ".lock").open("w") as held:
@@ -212,8 +212,6 @@ def test_a_folder_in_use_and_a_task_without_data_are_named_and_end_in_one(
 
 
 def test_the_digest_is_of_what_decides_answers(folder: Path, tmp_path: Path) -> None:
-    from llamafactory_hera.evaluation.models import weights_digest
-
     shutil.copytree(folder, tmp_path / "copy")
     first = weights_digest([folder])
     (tmp_path / "copy/README.md").write_text("of no matter")
@@ -246,3 +244,23 @@ def test_the_check_says_what_a_task_lacks(
     assert any(what.startswith(lacks) for what in missing(task, tmp_path))
     (tmp_path / "pope.json").write_text("[]")
     assert (missing(task, tmp_path) == []) == (need in ("token", "data"))
+
+
+def test_scores_enter_the_card_of_a_run_and_no_others(tmp_path: Path) -> None:
+    task = Task("hera_pope", "POPE", "General", "same", "", (), None)
+    other = Task("hera_gqa", "GQA", "General", "same", "", (), None)
+    text = "---\nlicense: apache-2.0\ntags:\n- hera\n---\n\n# A run\n\n<!-- llamafactory-hera -->\nSection\n"
+    (tmp_path / "README.md").write_text(text)
+    write_index(tmp_path, {task: {"scores": {"accuracy": 81.234}}})
+    assert (tmp_path / "README.md").read_text() == text  # of a model that was not trained here
+    (tmp_path / "trainer_state.json").touch()
+    write_index(tmp_path, {task: {"scores": {"accuracy": 81.234}}, other: {"scores": {"accuracy": 60.0}}})
+    write_index(tmp_path, {task: {"scores": {"accuracy": 82.0, "f1": 1.0}}})
+    page = (tmp_path / "README.md").read_text()
+    (index,) = yaml.safe_load(page.split("---")[1])["model-index"]
+    assert [(each["dataset"]["name"], each["metrics"][0]["value"]) for each in index["results"]] == [
+        ("POPE", 82.0),
+        ("GQA", 60.0),
+    ]
+    assert page.endswith(text.partition("# A run")[2])
+    assert yaml.safe_load(page.split("---")[1])["tags"] == ["hera"]

@@ -20,7 +20,7 @@ from ..selection.scores import package_versions
 from .card import write_index
 from .models import default_dtype, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
-from .table import write_table
+from .table import PAPER, write_table
 
 # what launchers and Trainers tell processes; a task is launched by itself
 _LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
@@ -76,6 +76,8 @@ def evaluate(
     for key, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{key}: {value} is not a number of samples; give 1 or more, or leave it out.")
+    if paper is not None and paper not in (known := read_json(PAPER)["backbones"]):
+        raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known)}.")
     digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
     settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
@@ -92,11 +94,13 @@ def evaluate(
             result = read_json(places[name] / task.name / _file(limit))
             scores = ", ".join(f"{key} {value:.1f}" for key, value in result["scores"].items())
             print(f"{name}, {task.title} ({result['n']} samples{' of a limited run' if limit else ''}): {scores}")
-    if limit is None:
+    results = {
+        name: {task: read_json(path) for task in SUITES[suite] if (path := place / task.name / _file(None)).is_file()}
+        for name, place in places.items()
+    }
+    if limit is None and any(results.values()):
         for name, model in named.items():
-            done = {task: places[name] / task.name / "result.json" for task in SUITES[suite]}
-            found = {task: read_json(path) for task, path in done.items() if path.is_file()}
-            write_index(model_folders(model)[0], found)
+            write_index(model_folders(model)[0], results[name])
         for path in write_table(Path(output), places, suite, paper):
             print(path.read_text(encoding="utf-8") if path.suffix == ".md" else path)
     if failed:
