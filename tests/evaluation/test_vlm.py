@@ -52,11 +52,6 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tower("siglip", tmp_path_factory.mktemp("towers") / "siglip")
 
 
-def build(family: str, tower: Path, folder: Path) -> Any:
-    llm = save_language_model(family, folder / "llm")
-    return build_backbone(str(llm), str(tower), folder / "built")
-
-
 def answers_of(path: Path) -> list[list[int]]:
     lines = sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["doc_id"])
     return [line["ids"] for line in lines]
@@ -64,7 +59,7 @@ def answers_of(path: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_direct_generation_from_what_training_saw(family: str, towers: Path, tmp_path: Path) -> None:
-    backbone = build(family, towers, tmp_path)
+    backbone = build_backbone(str(save_language_model(family, tmp_path / "llm")), str(towers), tmp_path / "built")
     model = tf.AutoModelForImageTextToText.from_pretrained(backbone.folder, dtype=torch.float32)
     processor = tf.AutoProcessor.from_pretrained(backbone.folder)
     direct = []
@@ -119,11 +114,6 @@ def test_a_native_model_is_asked_as_its_maker_does_and_once_trained_as_in_traini
     seen, labels = encoded(NATIVE_MODELS[key].template, folder, [(f"<image>\n{TEXTS[0]}", "A.")], image=picture(0))
     prompt = seen[: next(i for i, label in enumerate(labels) if label != -100)]
     assert (ids.tolist() == prompt) == (key not in OTHERWISE)
-
-
-@pytest.fixture(scope="module")
-def folder(towers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("llama3", towers, tmp_path_factory.mktemp("llama3")).folder
 
 
 @pytest.fixture(scope="module")

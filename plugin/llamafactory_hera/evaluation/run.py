@@ -74,8 +74,9 @@ def evaluate(
             print(f"{name}: {'; '.join(what) or 'ready'}")
         return int(any(lacking.values()))
     named = _named(models, names)
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit: {limit} is not a number of samples; give 1 or more, or leave it out.")
+    for key, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{key}: {value} is not a number of samples; give 1 or more, or leave it out.")
     digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
     settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
