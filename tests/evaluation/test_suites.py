@@ -102,7 +102,9 @@ def test_every_task_is_defined_and_has_a_case() -> None:
     assert named - {"chair", "amber_g"} == set(CASES)
     assert [len(SUITES["paper"]), len(SUITES["hallucination"])] == [18, 4]
     for task in TASKS.values():
-        assert definition(task)["test_split"], task.name
+        config = definition(task)
+        assert config["test_split"], task.name
+        assert bool((config.get("dataset_kwargs") or {}).get("token")) == ("token" in task.needs), task.name
     assert definition(TASKS["mathvista"])["dataset_path"] == "AI4Math/MathVista"
 
 

@@ -104,13 +104,13 @@ def test_averages_are_of_whole_categories(tmp_path: Path) -> None:
 def test_what_is_limited_or_smaller_is_not_compared(tmp_path: Path) -> None:
     whole_suite(tmp_path / "one", 6)
     put(tmp_path / "one", "hera_gqa", share(5), limit=10)
-    put(tmp_path / "one", "hera_seed", share(5))
+    put(tmp_path / "one", "hera_vstar", share(5))
     write_table(tmp_path, {"one": tmp_path / "one"}, "paper")
     rows = rows_of(tmp_path / "paper.json")
     assert rows["hera_gqa"]["values"] == {}
-    assert (rows["hera_seed"]["comparable"], rows["hera_seed"]["why"]) == ("no", "10 of 14233 samples")
-    assert rows["hera_seed"]["values"] == {"one": 50}
-    assert rows["General"]["values"] == rows["All"]["values"] == {}
+    assert (rows["hera_vstar"]["comparable"], rows["hera_vstar"]["why"]) == ("no", "10 of 191 samples")
+    assert rows["hera_vstar"]["values"] == {"one": 50}
+    assert rows["General"]["values"] == rows["Vision"]["values"] == rows["All"]["values"] == {}
     assert rows["OCR"]["values"] == pytest.approx({"one": 60})
 
 

@@ -157,7 +157,7 @@ def _average(key: str, title: str, rows: Sequence[Row], folders: Mapping[str, Pa
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0:+.1f}".replace("-", "−")  # never −0.0
 
 
 def _markdown(rows: Sequence[Row], models: Sequence[str], source: str | None) -> str:
