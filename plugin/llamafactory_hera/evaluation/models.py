@@ -65,7 +65,8 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     *adapters, base = model_folders(name)
-    own = [folder for folder in adapters if (folder / "tokenizer_config.json").is_file()]
+    whole = ("processor_config.json", "preprocessor_config.json")
+    own = [folder for folder in adapters if any((folder / name).is_file() for name in whole)]
     processor: Any = AutoProcessor.from_pretrained((own or [base])[0])
     if getattr(processor, "image_processor", None) is None or processor.chat_template is None:
         lacks = "chat template" if hasattr(processor, "image_processor") else "image processor"

@@ -12,10 +12,11 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, read_json_lines, write_json, write_text
+from ..files import read_json, write_json, write_text
 from ..selection.scores import package_versions
 from .card import write_index
 from .models import default_dtype, model_folders, weights_digest
@@ -80,6 +81,10 @@ def evaluate(
         raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known)}.")
     digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: {output} cannot be used ({error.strerror}); give another folder.") from error
     settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
     failed = []
     for name, model in named.items():
@@ -204,10 +209,9 @@ def _state(job: Mapping[str, Any]) -> str:
     """A digest of what a result depends on: the model, settings, the suite's files, data that lie here."""
     task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
     given = local_data(task, None if job["data"] is None else Path(job["data"]))
-    files = [Path(__file__).with_name(name) for name in ("suites.py", "scoring.py")]
     digest = hashlib.sha256(json.dumps([job[key] for key in ("digest", "settings", "task", "limit")]).encode())
-    for path in files:
-        digest.update(path.read_bytes())
+    for name in ("suites.py", "scoring.py"):
+        digest.update(Path(__file__).with_name(name).read_bytes())
     for path in [] if given is None else [given] if given.is_file() else sorted(given.rglob("*")):
         whole = path.suffix in (".json", ".jsonl") and path.is_file()  # such a folder's tables have their digest there
         digest.update(path.read_bytes() if whole else f"{path.name} {path.stat().st_size}".encode())
@@ -252,9 +256,8 @@ def run_task(job: Mapping[str, Any]) -> None:
     if given is not None:
         config |= _from_disk(given, config)
     asked = ConfigurableMessagesTask(config=config, model_name="hera_vlm")
-    answers = folder / "answers.jsonl"
-    key = f"{job['digest']} {job['settings']['dtype']}"
-    model = HeraVLM(job["model"], job["batch_size"], answers=answers, key=key, **job["settings"])
+    kept: dict[str, Any] = {"answers": folder / "answers.jsonl", "key": f"{job['digest']} {job['settings']['dtype']}"}
+    model = HeraVLM(job["model"], job["batch_size"], **kept, **job["settings"])
     found = simple_evaluate(
         model=model,
         tasks=[asked],
@@ -273,10 +276,10 @@ def run_task(job: Mapping[str, Any]) -> None:
         folder / _file(job["limit"], "records.jsonl"),
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
     )
-    first = min(read_json_lines(answers), key=lambda line: line["doc_id"])
     result = {name: job[name] for name in ("task", "suite", "model", "digest", "settings", "limit", "state")}
-    result |= {"n": len(records), "scores": aggregate(task.name, records), "prompt": first["prompt"]}
-    result |= {"versions": package_versions(), "batch_size": job["batch_size"], "dtype": job["settings"]["dtype"]}
+    result |= {"n": len(records), "scores": aggregate(task.name, records), "prompt": model.prompts[min(samples)]}
+    versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
+    result |= {"versions": versions, "batch_size": job["batch_size"], "dtype": job["settings"]["dtype"]}
     write_json(folder / _file(job["limit"]), result | {"seconds": round(time.perf_counter() - started, 1)})
 
 
@@ -294,7 +297,7 @@ def _open_images(folder: Path, process: Any, rows: Any) -> Any:
     from datasets import Image
 
     if "image" in rows.column_names:
-        rows = rows.map(lambda row: {"image": str(folder / row["image"])}, load_from_cache_file=False)
+        rows = rows.map(lambda row: {"image": str(folder / row["image"])}, keep_in_memory=True)
         rows = rows.cast_column("image", Image())
     return process(rows) if process else rows
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +81,10 @@ class HeraVLM(lmms):
         probe = [{"type": "image"}, {"type": "text", "text": "Q"}]
         behind_image = self.prompt([{"role": "user", "content": probe}]).partition("Q")[0][-1:]
         # LLaMA-Factory puts nothing behind an image, and our data do; the makers' templates of some models do not
-        if behind_image != "\n" and (model_folders(pretrained)[0] / "trainer_log.jsonl").is_file():
+        trained = any((folder / "trainer_log.jsonl").is_file() for folder in model_folders(pretrained))
+        if behind_image != "\n" and trained:
             self._break = "\n"
+        self.prompts: dict[int, str] = {}  # of the last task's samples, by number
         self._answers = _Answers(Path(answers) if answers is not None else None, self._rank)
         self._key = f"{key} {image_aspect_ratio}"
 
@@ -141,7 +143,7 @@ class HeraVLM(lmms):
             for first in range(0, len(group), self.batch_size)
         ]
         keys: dict[int, str] = {}
-        workers = min(4, len(batches) - 1, len(os.sched_getaffinity(0)))
+        workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
         loader = DataLoader(
             _Batches(self, requests, batches, self._answers.found),
             batch_size=None,
@@ -161,7 +163,9 @@ class HeraVLM(lmms):
                     line = {"key": keys[row], "task": request.task_name, "doc_id": request.doc_id, "prompt": prompt}
                     lines.append(line | {"answer": text.strip(), "ids": ids})
                 self._answers.append(lines)
-        return [self._answers.found[keys[i]] for i in range(len(requests))]
+        found = [self._answers.found[keys[i]] for i in range(len(requests))]
+        self.prompts = {request.doc_id: line["prompt"] for request, line in zip(requests, found, strict=True)}
+        return [line["answer"] for line in found]
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> list[list[int]]:
         """The tokens of each answer, without the one that ends it."""
@@ -212,9 +216,9 @@ class _Batches(Dataset):
         model: HeraVLM,
         requests: Sequence[Instance],
         batches: Sequence[tuple[dict[str, Any], list[int]]],
-        found: Mapping[str, str],
+        found: Collection[str],
     ) -> None:
-        self._model, self._requests, self._batches, self._found = model, requests, batches, dict(found)
+        self._model, self._requests, self._batches, self._found = model, requests, batches, set(found)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -240,23 +244,23 @@ class _Batches(Dataset):
 
 
 class _Answers:
-    """Answers by their key, appended to a file, of each process its own; all of them are read."""
+    """Lines of answers by their key, appended to a file, of each process its own; all of them are read."""
 
     def __init__(self, path: Path | None, rank: int) -> None:
-        self.found: dict[str, str] = {}
+        self.found: dict[str, Mapping[str, Any]] = {}
         self._path = path if path is None or rank == 0 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
         if path is None or self._path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
-            self.found |= {line["key"]: line["answer"] for line in read_json_lines(file)}
+            self.found |= {line["key"]: line for line in read_json_lines(file)}
         with self._path.open("a+b") as own:  # a line that was cut off ends here
             own.seek(max(0, own.tell() - 1))
             own.write(b"" if own.read() in (b"", b"\n") else b"\n")
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Keeps a batch's answers, on disk before it returns."""
-        self.found |= {line["key"]: line["answer"] for line in lines}
+        self.found |= {line["key"]: line for line in lines}
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
