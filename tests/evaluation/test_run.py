@@ -102,6 +102,27 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_what_stops_a_task_is_named_and_its_answers_stay(folder: Path, data: Path, tmp_path: Path) -> None:
+    rows = json.loads((data / "demo_questions.json").read_text())
+    shortest = min(range(24), key=lambda i: len(rows[i]["question"]))  # one of the last to be asked
+    lost = data / rows[shortest]["image"]
+    image = lost.read_bytes()
+    lost.unlink()
+    code, output = run_command(command(folder, data, "--batch-size", "1"), tmp_path)
+    assert code == 1
+    failed = output.rpartition("Failed:")[2]
+    assert f"built, {TASK}: " in failed
+    assert f"FileNotFoundError: [Errno 2] No such file or directory: '{lost}'" in failed
+    kept = lines(tmp_path, "answers.jsonl")
+    assert kept
+    lost.write_bytes(image)
+    code, output = run_command(command(folder, data, "--batch-size", "1"), tmp_path)
+    assert code == 0, output
+    assert lines(tmp_path, "answers.jsonl")[: len(kept)] == kept
+    assert result(tmp_path)["n"] == 24
+
+
+@pytest.mark.slow
 def test_two_processes_answer_as_one_does(folder: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "two/data")
     for cwd, n in ((tmp_path, "1"), (tmp_path / "two", "2")):

@@ -25,6 +25,7 @@ from .table import PAPER, write_table
 
 # what launchers and Trainers tell processes; a task is launched by itself
 _LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+_ERROR = "error.txt"
 _NLTK = {"punkt_tab": "tokenizers", "wordnet": "corpora", "averaged_perceptron_tagger_eng": "taggers"}
 
 
@@ -201,8 +202,10 @@ def _run(job: dict[str, Any], folder: Path) -> str:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"LOGURU_LEVEL": environment.get("LOGURU_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, *_launcher(environment), "-m", __name__, json.dumps(job)]
+        (folder / _ERROR).unlink(missing_ok=True)
         status = subprocess.run(command, env=environment, pass_fds=[lock], check=False).returncode
-    return f"its process ended with status {status}" if status else ""
+        told = (folder / _ERROR).read_text(encoding="utf-8") if (folder / _ERROR).is_file() else ""
+    return told or f"its process ended with status {status}" if status else ""
 
 
 def _state(job: Mapping[str, Any]) -> str:
@@ -302,8 +305,21 @@ def _open_images(folder: Path, process: Any, rows: Any) -> Any:
     return process(rows) if process else rows
 
 
+def _tell(error: Exception, folder: Path) -> None:
+    """Leaves a word about an error to the command: its type and its last line, without what tried it again."""
+    tried = getattr(error, "last_attempt", None)
+    cause = error if tried is None else tried.exception()
+    *_, last = str(cause).strip().splitlines() or [""]
+    write_text(folder / _ERROR, f"{type(cause).__name__}: {last[:300]}")
+
+
 if __name__ == "__main__":
-    run_task(json.loads(sys.argv[1]))
+    asked_for = json.loads(sys.argv[1])
+    try:
+        run_task(asked_for)
+    except Exception as error:
+        _tell(error, Path(asked_for["folder"]))
+        raise
     if "LOCAL_RANK" in os.environ:
         import torch.distributed
 
