@@ -17,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json, write_text
-from ..selection.scores import package_versions
 from .card import write_index
 from .models import default_dtype, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
-from .table import PAPER, write_table
 
 # what launchers and Trainers tell processes; a task is launched by itself
 _LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
@@ -78,7 +76,7 @@ def evaluate(
     for key, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{key}: {value} is not a number of samples; give 1 or more, or leave it out.")
-    if paper is not None and paper not in (known := read_json(PAPER)["backbones"]):
+    if paper is not None and paper not in (known := read_json(Path(__file__).with_name("paper.json"))["backbones"]):
         raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known)}.")
     digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
@@ -105,6 +103,8 @@ def evaluate(
         for name, place in places.items()
     }
     if limit is None and any(results.values()):
+        from .table import write_table  # it takes seconds to import what draws
+
         for name, model in named.items():
             write_index(model_folders(model)[0], results[name])
         for path in write_table(Path(output), places, suite, paper):
@@ -250,6 +250,7 @@ def run_task(job: Mapping[str, Any]) -> None:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
+    from ..selection.scores import package_versions
     from .vlm import HeraVLM
 
     started, folder = time.perf_counter(), Path(job["folder"])
