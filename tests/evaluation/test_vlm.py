@@ -1,6 +1,7 @@
 """The model class: its answers are those of direct generation from what training saw, whatever is in a batch."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def parts(seed: int, text: str) -> list[dict[str, Any]]:
     return [{"type": "image", "url": picture(seed)}, {"type": "text", "text": text}]
 
 
+def trained_prompt(template: str, folder: Path, seed: int) -> list[int]:
+    """What the host makes in training of the picture and the text with a number, up to the answer."""
+    ids, labels = encoded(template, folder, [(f"<image>\n{TEXTS[seed]}", "An answer.")], image=picture(seed))
+    return ids[: next(i for i, label in enumerate(labels) if label != -100)]
+
+
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tower("siglip", tmp_path_factory.mktemp("towers") / "siglip")
@@ -67,9 +74,8 @@ def test_answers_are_direct_generation_from_what_training_saw(family: str, tower
     model = tf.AutoModelForImageTextToText.from_pretrained(backbone.folder, dtype=torch.float32)
     processor = tf.AutoProcessor.from_pretrained(backbone.folder)
     direct = []
-    for seed, text in enumerate(TEXTS):
-        ids, labels = encoded(backbone.template, backbone.folder, [(f"<image>\n{text}", "An answer.")])
-        prompt = torch.tensor([ids[: next(i for i, label in enumerate(labels) if label != -100)]])
+    for seed in range(len(TEXTS)):
+        prompt = torch.tensor([trained_prompt(backbone.template, backbone.folder, seed)])
         pixels = processor.image_processor(picture(seed), return_tensors="pt")["pixel_values"]
         generated = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels, max_new_tokens=6, do_sample=False
@@ -115,9 +121,14 @@ def test_a_native_model_is_asked_as_its_maker_does_and_once_trained_as_in_traini
     (folder / "trainer_log.jsonl").touch()
     trained = HeraVLM(str(folder))
     (ids,) = trained.inputs([trained.conversation([{"role": "user", "content": parts(0, TEXTS[0])}])])["input_ids"]
-    seen, labels = encoded(NATIVE_MODELS[key].template, folder, [(f"<image>\n{TEXTS[0]}", "A.")], image=picture(0))
-    prompt = seen[: next(i for i, label in enumerate(labels) if label != -100)]
-    assert (ids.tolist() == prompt) == (key not in OTHERWISE)
+    assert (ids.tolist() == trained_prompt(NATIVE_MODELS[key].template, folder, 0)) == (key not in OTHERWISE)
+
+
+def test_the_demos_model_is_asked_as_in_training(world: Path) -> None:
+    folder = world / "hera_demo/model"
+    model = HeraVLM(str(folder))
+    (ids,) = model.inputs([model.conversation([{"role": "user", "content": parts(0, TEXTS[0])}])])["input_ids"]
+    assert ids.tolist() == trained_prompt("llava_qwen3", folder, 0)
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +236,17 @@ def test_answers_that_are_there_are_not_made_again(folder: Path, tmp_path: Path)
             ask(changed, documents)
     with pytest.raises(AttributeError):  # another picture under the same question
         ask(resumed, [parts(9, TEXTS[0])])
+
+
+def test_what_cannot_be_asked_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="qwen3 has no image processor, with which it is asked"):
+        HeraVLM(str(save_language_model("qwen3", tmp_path / "qwen3")))
+    shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template*"))
+    with pytest.raises(ValueError, match="mute has no chat template"):
+        HeraVLM(str(tmp_path / "mute"))
+    for options, message in (
+        ({"batch_size": "auto"}, "batch_size: auto is not a number of samples"),
+        ({"image_aspect_ratio": "square"}, "image_aspect_ratio: 'square' is unknown; choose none or pad"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HeraVLM(str(folder), **options)

@@ -73,7 +73,7 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         raise ValueError(f"MODEL: {name} has no {lacks}, with which it is asked; give a multimodal chat model.")
     weight_files(base)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype)
+        model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map={"": device})
     except ValueError as error:  # transformers has no such class for the configuration
         kind = read_json(base / CONFIG_FILE).get("model_type")
         raise ValueError(f"MODEL: {name} is not a multimodal model that can be loaded ({kind}): {error}") from error
@@ -81,4 +81,4 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return model.to(device).eval(), processor
+    return model.eval(), processor
