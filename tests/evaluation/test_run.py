@@ -286,3 +286,15 @@ def test_scores_enter_the_card_of_a_run_and_no_others(tmp_path: Path) -> None:
     ]
     assert page.endswith(text.partition("# A run")[2])
     assert yaml.safe_load(page.split("---")[1])["tags"] == ["hera"]
+
+
+@pytest.mark.slow
+def test_the_check_takes_no_time_and_loads_nothing(data: Path, tmp_path: Path) -> None:
+    code, output = run_command(command(Path("gone"), data, "--check"), tmp_path)
+    assert (code, output) == (0, f"{TASK}: ready\n")
+    code = "import sys; from llamafactory_hera.evaluation.run import evaluate; evaluate([], 'paper', check=True); "
+    status, output = run_command(
+        ["python", "-c", f"{code}assert not {{'torch', 'matplotlib'}} & set(sys.modules)"], tmp_path
+    )
+    assert status == 0, output
+    assert "hera_pope: a token of the hub" in output
