@@ -21,7 +21,8 @@ def put(folder: Path, task: str, records: list[dict], **changed) -> None:
     """A result as a run leaves it."""
     result = {"task": task, "limit": None, "n": len(records), "scores": aggregate(task, records)}
     write_json(folder / task / "result.json", result | changed)
-    write_text(folder / task / "records.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_text(folder / task / "records.jsonl", lines)
 
 
 def share(right: int, of: int = 10) -> list[dict]:
@@ -75,7 +76,7 @@ def test_differences_are_paired_to_the_first_model(tmp_path: Path) -> None:
     """The same answers: no difference at all; 3 of 40 more are right: the interval holds 7.5, and not 25."""
     right = {"before": share(20, 40), "same": share(20, 40), "more": share(23, 40)}
     for name, records in right.items():
-        put(tmp_path / name, "hera_gqa", records)
+        put(tmp_path / name, "hera_gqa", [{**record, "id": "a\u2028b"} for record in records])  # no end of a line
     write_table(tmp_path, {name: tmp_path / name for name in right}, "paper")
     found = rows_of(tmp_path / "paper.json")["hera_gqa"]["differences"]
     assert found["same"] == [0, 0, 0]

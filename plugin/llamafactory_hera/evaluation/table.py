@@ -1,6 +1,5 @@
 """The table of one or several evaluated models: Markdown, JSON and a picture, beside what the paper reports."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json, write_json, write_text
+from ..files import read_json, read_json_lines, write_json, write_text
 from ..selection.pictures import BLUE, GREEN, GREY, ORANGE, new_figure, plain, save_figure
 from .suites import SUITES, Task, scores, tally
 
@@ -122,8 +121,7 @@ def _load(folder: Path) -> dict[str, Any] | None:
     result = read_json(folder / "result.json")
     if result["limit"] is not None:
         return None
-    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
-    return result | {"tally": tally(result["task"], [json.loads(line) for line in lines])}
+    return result | {"tally": tally(result["task"], read_json_lines(folder / "records.jsonl"))}
 
 
 def _resample(task: str, tallies: Sequence[Mapping], generator: np.random.Generator) -> list[dict[str, Any]]:
