@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from lmms_eval.api.instance import Instance
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.backbones.build import build_backbone
 from llamafactory_hera.backbones.table import NATIVE_MODELS
@@ -250,3 +251,15 @@ def test_what_cannot_be_asked_is_refused(folder: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             HeraVLM(str(folder), **options)
+
+
+def test_missing_weights_are_refused_and_tied_ones_are_not_missing(towers: Path, tmp_path: Path) -> None:
+    llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
+    tied = build_backbone(str(llm), str(towers), tmp_path / "tied").folder
+    HeraVLM(str(tied))
+    weights = load_file(tied / "model.safetensors")
+    assert not any("lm_head" in name for name in weights)
+    save_file({name: value for name, value in weights.items() if "v_proj.w" not in name}, tied / "model.safetensors")
+    lacking = sorted(name for name in weights if "v_proj.w" in name)
+    with pytest.raises(ValueError, match=rf"tied lack {len(lacking)} tensors .*, first .*v_proj.weight, .*; copy or"):
+        HeraVLM(str(tied))

@@ -60,7 +60,8 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """Model, an adapter merged, and processor, an adapter's own where it has one.
 
     Raises:
-        ValueError: It is not a multimodal model, or its processor has no chat template; names the remedy.
+        ValueError: It is not a multimodal model, its processor has no chat template, or weights are missing, which
+            transformers would fill with random numbers; names the remedy.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -73,10 +74,16 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         raise ValueError(f"MODEL: {name} has no {lacks}, with which it is asked; give a multimodal chat model.")
     weight_files(base)
     try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype, device_map={"": device})
+        options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+        model, loading = AutoModelForImageTextToText.from_pretrained(base, **options)
     except ValueError as error:  # transformers has no such class for the configuration
         kind = read_json(base / CONFIG_FILE).get("model_type")
         raise ValueError(f"MODEL: {name} is not a multimodal model that can be loaded ({kind}): {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"MODEL: the weights of {base} lack {len(missing)} tensors that its {CONFIG_FILE} asks for, first "
+            f"{', '.join(missing[:3])}; copy or download it again, whole."
+        )
     for folder in adapters:
         from peft import PeftModel
 
