@@ -126,10 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
         return 2
     if "LOCAL_RANK" in os.environ:
-        import torch.distributed
+        from .alignment.gather import end_launch
 
-        if torch.distributed.is_initialized():  # a process that ends with its group may abort: PyTorch's issue 190489
-            torch.distributed.destroy_process_group()
+        end_launch()
     return status
 
 

@@ -315,14 +315,12 @@ def _tell(error: Exception, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    from ..alignment.gather import end_launch
+
     asked_for = json.loads(sys.argv[1])
     try:
         run_task(asked_for)
     except Exception as error:
         _tell(error, Path(asked_for["folder"]))
         raise
-    if "LOCAL_RANK" in os.environ:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():  # a process that ends with its group may abort: PyTorch's issue 190489
-            torch.distributed.destroy_process_group()
+    end_launch()
