@@ -79,23 +79,23 @@ class Settings:
         methods: Names of ``METHODS``.
     """
 
-    scenes: int = 4000
-    asked: int = 4
+    scenes: int = 16000
+    asked: int = 2
     questions: int = 500
     scored: int = 2000
-    teacher_steps: int = 1200
-    language_steps: int = 600
+    teacher_steps: int = 800
+    language_steps: int = 1500
     stage1_steps: int = 60
-    stage2_steps: int = 900
+    stage2_steps: int = 1500
     batch_size: int = 48
     memory: int = 128
     neighbours: int = 10
     stage1_rate: float = 2e-3
-    stage2_rate: float = 2e-3
+    stage2_rate: float = 3e-3
     seeds: tuple[int, ...] = tuple(range(1, 11))
     secondary_seeds: int = 4
     tuning_seed: int = 100
-    weights: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    weights: tuple[float, ...] = (0.03, 0.1, 0.3)
     methods: tuple[str, ...] = tuple(METHODS)
 
     def seeds_of(self, method: str) -> tuple[int, ...]:
