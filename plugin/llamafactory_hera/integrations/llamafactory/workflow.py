@@ -66,8 +66,8 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         return run_sft(*arguments)
     _log_through_host()
     config = HeraConfig.from_keys(host.finetuning)
-    if config.eval is not None:
-        _check_evaluation(config.eval, Path(str(host.data.dataset_dir)))
+    data = Path(str(host.data.dataset_dir))
+    asked = [] if config.eval == "none" else _ready_tasks(config.eval, data)
     layout = check_run(config, host)
     checkpoint = checkpoint_of(host.training)
     host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
@@ -95,33 +95,33 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
     finally:
         vars(workflow).update(before)
-    if config.eval is not None and host.training.process_index == 0:
+    if asked and host.training.process_index == 0:
         proof.trainer = None  # its weights make room
-        _evaluate(config.eval, Path(str(host.data.dataset_dir)), Path(host.training.output_dir))
+        _evaluate(config.eval, asked, data, Path(host.training.output_dir))
 
 
-def _check_evaluation(suite: str, data: Path) -> None:
-    """Says before the training if nothing of a suite can be evaluated after it, and logs what cannot."""
+def _ready_tasks(suite: str, data: Path) -> list[str]:
+    """The tasks of a suite for after the training; the others are logged, and none at all is refused."""
     lacks = ready(SUITES[suite], data)
     for task, what in lacks.items():
         if what:
-            logger.warning(f"hera_eval: {task.name} will be left out; it lacks {'; '.join(what)}.")
+            logger.warning(f"hera_eval: {task.data} will be left out; it lacks {'; '.join(what)}.")
     if all(lacks.values()):
         why = "; ".join(next(iter(lacks.values())))
         raise ValueError(f"hera_eval: no task of the suite {suite} is ready; the first lacks {why}.")
+    return [task.data for task, what in lacks.items() if not what]
 
 
-def _evaluate(suite: str, data: Path, folder: Path) -> None:
+def _evaluate(suite: str, tasks: list[str], data: Path, folder: Path) -> None:
     """Evaluates a finished run, in processes of its own."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    tasks = [task.name for task, what in ready(SUITES[suite], data).items() if not what]
-    if evaluate([str(folder)], suite, tasks, data if data.is_dir() else None, folder / RUN_FOLDER / "eval"):
+    output = folder / RUN_FOLDER / "eval"
+    if evaluate([str(folder)], suite, tasks, data if data.is_dir() else None, output):
         raise RuntimeError(
             f"hera_eval: the run is whole, in {folder}, and its evaluation failed. "
-            f"`llamafactory-hera eval {folder} --suite {suite} --data {data} --output {folder / RUN_FOLDER / 'eval'}` "
-            "goes on with it."
+            f"`llamafactory-hera eval {folder} --suite {suite} --data {data} --output {output}` goes on with it."
         )
 
 
