@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from llamafactory_hera.evaluation.card import write_index
 from llamafactory_hera.evaluation.models import model_folders, weights_digest
 from llamafactory_hera.evaluation.run import evaluate, missing
-from llamafactory_hera.evaluation.suites import Task
+from llamafactory_hera.evaluation.suites import SUITES
 from llamafactory_hera.files import read_json_lines
 
 from ..e2e.runner import environment, run_command
@@ -222,7 +223,7 @@ def test_a_folder_in_use_and_a_task_without_data_are_named_and_end_in_one(
     folder: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     assert evaluate([str(folder)], "demo", output=tmp_path / "eval") == 1
-    assert f"built, {TASK}: its data: give --data" in capfd.readouterr().err
+    assert "built, demo_questions: its data: give --data" in capfd.readouterr().err
     assert list((tmp_path / "eval").iterdir()) == []
     place = tmp_path / f"eval/built-{weights_digest(model_folders(str(folder)))[:8]}/{TASK}"
     place.mkdir(parents=True)
@@ -252,7 +253,7 @@ def test_the_digest_is_of_what_decides_answers(folder: Path, tmp_path: Path) -> 
     [
         ("token", "a token of the hub"),
         ("data", "its data: give --data"),
-        ("nltk:wordnet", "nltk's wordnet"),
+        ("nltk:corpora/wordnet", "nltk's corpora/wordnet"),
         ("spacy:en_core_web_lg", "spaCy's en_core_web_lg"),
         ("env:AMBER_BASE_DIR", "the folder that AMBER_BASE_DIR names"),
     ],
@@ -262,15 +263,14 @@ def test_the_check_says_what_a_task_lacks(
 ) -> None:
     for name in ("HF_TOKEN", "AMBER_BASE_DIR"):
         monkeypatch.delenv(name, raising=False)
-    task = Task("hera_pope", "POPE", "General", "same", "", (need,), None)
+    task = replace(SUITES["paper"][1], needs=(need,))
     assert any(what.startswith(lacks) for what in missing(task, tmp_path))
     (tmp_path / "pope.json").write_text("[]")
     assert (missing(task, tmp_path) == []) == (need in ("token", "data"))
 
 
 def test_scores_enter_the_card_of_a_run_and_no_others(tmp_path: Path) -> None:
-    task = Task("hera_pope", "POPE", "General", "same", "", (), None)
-    other = Task("hera_gqa", "GQA", "General", "same", "", (), None)
+    other, task, *_ = SUITES["paper"]
     text = "---\nlicense: apache-2.0\ntags:\n- hera\n---\n\n# A run\n\n<!-- llamafactory-hera -->\nSection\n"
     (tmp_path / "README.md").write_text(text)
     write_index(tmp_path, {task: {"scores": {"accuracy": 81.234}}})
@@ -291,10 +291,10 @@ def test_scores_enter_the_card_of_a_run_and_no_others(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_check_takes_no_time_and_loads_nothing(data: Path, tmp_path: Path) -> None:
     code, output = run_command(command(Path("gone"), data, "--check"), tmp_path)
-    assert (code, output) == (0, f"{TASK}: ready\n")
+    assert (code, output) == (0, "demo_questions: ready\n")
     code = "import sys; from llamafactory_hera.evaluation.run import evaluate; evaluate([], 'paper', check=True); "
     status, output = run_command(
         ["python", "-c", f"{code}assert not {{'torch', 'matplotlib'}} & set(sys.modules)"], tmp_path
     )
     assert status == 0, output
-    assert "hera_pope: a token of the hub" in output
+    assert "\npope: a token of the hub" in output

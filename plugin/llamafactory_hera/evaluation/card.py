@@ -24,16 +24,11 @@ def write_index(folder: Path, results: Mapping[Task, Mapping[str, Any]]) -> None
     if not page.is_file() or not (folder / _OF_A_RUN).is_file() or not results:
         return
     card = ModelCard.load(page, ignore_metadata_errors=True)
-    held = {(each.dataset_type, each.metric_type): each for each in card.data.eval_results or []}
+    held = {each.dataset_type: each for each in card.data.eval_results or []}
     for task, result in results.items():
-        name, value = next(iter(result["scores"].items()))
-        held[task.name, name] = EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=task.name,
-            dataset_name=task.title,
-            metric_type=name,
-            metric_value=round(value, 2),
-        )
+        metric, value = next(iter(result["scores"].items()))
+        asked = ("image-text-to-text", task.name, task.title)
+        held[task.name] = EvalResult(*asked, metric_type=metric, metric_value=round(value, 2))
     card.data.eval_results = list(held.values())
     card.data.model_name = card.data.model_name or folder.name
     write_text(page, str(card))

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,6 @@ from .suites import SUITES, Task, aggregate, definition
 # what launchers and Trainers tell processes; a task is launched by itself
 _LAUNCHED = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 _ERROR = "error.txt"
-_NLTK = {"punkt_tab": "tokenizers", "wordnet": "corpora", "averaged_perceptron_tagger_eng": "taggers"}
 
 
 def evaluate(
@@ -45,17 +43,7 @@ def evaluate(
     What belongs to a task lies in ``OUTPUT/<model>-<digest>/<task>``: ``result.json``, ``records.jsonl`` and
     ``answers.jsonl``, from which a run that was stopped goes on. A task that fails is named, and the others go on.
 
-    Args:
-        models: Folders of models or adapters, or hub ids; the table's differences are to the first.
-        suite: A key of ``SUITES``.
-        tasks: Some of its tasks; all by default.
-        data: A folder with data that are not fetched: a ``save_to_disk`` folder or a ``.json`` file for each task.
-        batch_size: Samples in a batch; no answer depends on it in whole precision.
-        limit: Samples of each task, to try it; written to ``result_limit.json``, which no table reads.
-        check: Only say for each task whether it is ready, or what is missing.
-        image_aspect_ratio: ``none`` or ``pad``, see ``HeraVLM``; models built with ``pad`` need none.
-        names: For the table, one for each model.
-        paper: The backbone of the paper's columns.
+    The arguments are those of the command, whose help says them.
 
     Returns:
         0, or 1 where a task failed or is not ready.
@@ -67,10 +55,9 @@ def evaluate(
     folder = None if data is None else Path(data).absolute()
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--data: {data} is not a folder; give the one that holds {chosen[0].data}.")
-    lacking = {task.name: what for task, what in ready(chosen, folder).items()}
+    lacking = {task: "; ".join(what) for task, what in ready(chosen, folder).items()}
     if check:
-        for name, what in lacking.items():
-            print(f"{name}: {'; '.join(what) or 'ready'}")
+        print("\n".join(f"{task.data}: {why or 'ready'}" for task, why in lacking.items()))
         return int(any(lacking.values()))
     named = _named(models, names)
     for key, value in (("--limit", limit), ("--batch-size", batch_size)):
@@ -90,10 +77,8 @@ def evaluate(
         for task in chosen:
             job: dict[str, Any] = {"model": model, "digest": digests[name], "settings": settings, "task": task.name}
             job |= {"suite": suite, "limit": limit, "batch_size": batch_size, "data": folder and str(folder)}
-            why = "; ".join(lacking[task.name]) or _run(job, places[name] / task.name)
-            if why:
-                failed.append(f"{name}, {task.name}: {why}")
-                print(failed[-1], file=sys.stderr)
+            if why := lacking[task] or _run(task, job, places[name] / task.name):
+                failed.append(f"{name}, {task.data}: {why}")
                 continue
             result = read_json(places[name] / task.name / _file(limit))
             scores = ", ".join(f"{key} {value:.1f}" for key, value in result["scores"].items())
@@ -142,9 +127,9 @@ def missing(task: Task, data: Path | None) -> list[str]:
             from nltk import data as nltk_data
 
             try:
-                nltk_data.find(f"{_NLTK[name]}/{name}")
+                nltk_data.find(name)
             except LookupError:
-                lacks.append(f"nltk's {name}: python -m nltk.downloader {name}")
+                lacks.append(f"nltk's {name}: python -m nltk.downloader {name.partition('/')[2]}")
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
             lacks.append(f"spaCy's {name}: python -m spacy download {name}")
         elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
@@ -154,21 +139,19 @@ def missing(task: Task, data: Path | None) -> list[str]:
     return lacks
 
 
-def local_data(task: Task, data: Path | None) -> Path | None:
+def local_data(task: Task, data: str | Path | None) -> Path | None:
     """Where a task's data lie in ``--data``: a folder of ``save_to_disk`` or a file of rows; None: at the hub."""
-    found = [] if data is None else [path for path in (data / task.data, data / f"{task.data}.json") if path.exists()]
-    return found[0] if found else None
+    places = [] if data is None else [Path(data, task.data), Path(data, f"{task.data}.json")]
+    return next((path for path in places if path.exists()), None)
 
 
 def _chosen(suite: str, tasks: Sequence[str]) -> list[Task]:
     if suite not in SUITES:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}.")
-    known = {task.name: task for task in SUITES[suite]} | {task.data: task for task in SUITES[suite]}
-    for name in tasks:
-        if name not in known:
-            there = ", ".join(task.data for task in SUITES[suite])
-            raise ValueError(f"--tasks: {name} is not in the suite {suite}; it has {there}.")
-    return [task for task in SUITES[suite] if not tasks or {task.name, task.data} & set(tasks)]
+    known = {task.data: task for task in SUITES[suite]}
+    for name in set(tasks) - set(known):
+        raise ValueError(f"--tasks: {name} is not in the suite {suite}; it has {', '.join(known)}.")
+    return [known[name] for name in known if not tasks or name in tasks]
 
 
 def _named(models: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -187,12 +170,16 @@ def _file(limit: int | None, name: str = "result.json") -> str:
     return name if limit is None else name.replace(".", "_limit.")
 
 
-def _run(job: dict[str, Any], folder: Path) -> str:
+def _run(task: Task, job: dict[str, Any], folder: Path) -> str:
     """Runs a task in a process of its own, unless its result is there; returns why it failed, or nothing."""
-    job |= {"folder": str(folder.absolute()), "state": _state(job)}
+    import torch
+
+    job |= {"folder": str(folder.absolute()), "state": _state(task, job)}
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as lock:
-        if lock is None:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             return f"another evaluation writes into {folder}; wait for it, or give another --output"
         try:
             if read_json(folder / _file(job["limit"]))["state"] == job["state"]:
@@ -201,17 +188,19 @@ def _run(job: dict[str, Any], folder: Path) -> str:
             pass  # none yet, or not whole: it is made again, from the answers that are there
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"LOGURU_LEVEL": environment.get("LOGURU_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, *_launcher(environment), "-m", __name__, json.dumps(job)]
+        # one for each accelerator
+        n = int(environment.get("NPROC_PER_NODE") or torch.accelerator.device_count() or 1)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
+        command = [sys.executable, *launcher, "-m", __name__, json.dumps(job)]
         (folder / _ERROR).unlink(missing_ok=True)
-        status = subprocess.run(command, env=environment, pass_fds=[lock], check=False).returncode
+        status = subprocess.run(command, env=environment, pass_fds=[lock.fileno()], check=False).returncode
         told = (folder / _ERROR).read_text(encoding="utf-8") if (folder / _ERROR).is_file() else ""
     return told or f"its process ended with status {status}" if status else ""
 
 
-def _state(job: Mapping[str, Any]) -> str:
+def _state(task: Task, job: Mapping[str, Any]) -> str:
     """A digest of what a result depends on: the model, settings, the suite's files, data that lie here."""
-    task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
-    given = local_data(task, None if job["data"] is None else Path(job["data"]))
+    given = local_data(task, job["data"])
     digest = hashlib.sha256(json.dumps([job[key] for key in ("digest", "settings", "task", "limit")]).encode())
     for name in ("suites.py", "scoring.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
@@ -219,26 +208,6 @@ def _state(job: Mapping[str, Any]) -> str:
         whole = path.suffix in (".json", ".jsonl") and path.is_file()  # such a folder's tables have their digest there
         digest.update(path.read_bytes() if whole else f"{path.name} {path.stat().st_size}".encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[int | None]:
-    """Holds a folder for this process and those it starts; None where another holds it."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-            return
-        yield file.fileno()
-
-
-def _launcher(environment: Mapping[str, str]) -> list[str]:
-    """What starts several processes, one for each accelerator or ``NPROC_PER_NODE``; nothing for one."""
-    import torch
-
-    n = int(environment.get("NPROC_PER_NODE") or torch.accelerator.device_count() or 1)
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"] if n > 1 else []
 
 
 # -- in the process of a task ----------------------------------------------------------------------------------------
@@ -255,9 +224,8 @@ def run_task(job: Mapping[str, Any]) -> None:
 
     started, folder = time.perf_counter(), Path(job["folder"])
     task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
-    config = definition(task) | {"task": task.name}
-    given = local_data(task, None if job["data"] is None else Path(job["data"]))
-    if given is not None:
+    config = definition(task)
+    if (given := local_data(task, job["data"])) is not None:
         config |= _from_disk(given, config)
     asked = ConfigurableMessagesTask(config=config, model_name="hera_vlm")
     kept: dict[str, Any] = {"answers": folder / "answers.jsonl", "key": f"{job['digest']} {job['settings']['dtype']}"}
@@ -283,7 +251,7 @@ def run_task(job: Mapping[str, Any]) -> None:
     result = {name: job[name] for name in ("task", "suite", "model", "digest", "settings", "limit", "state")}
     result |= {"n": len(records), "scores": aggregate(task.name, records), "prompt": model.prompts[min(samples)]}
     versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
-    result |= {"versions": versions, "batch_size": job["batch_size"], "dtype": job["settings"]["dtype"]}
+    result |= {"versions": versions, "batch_size": job["batch_size"]}
     write_json(folder / _file(job["limit"]), result | {"seconds": round(time.perf_counter() - started, 1)})
 
 
@@ -291,7 +259,7 @@ def _from_disk(given: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a definition read its data from a folder of ``save_to_disk``, or a file of rows with image paths."""
     if given.is_dir():
         return {"dataset_path": str(given), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
-    files = {"data_files": {config.get("test_split") or config["validation_split"]: str(given)}}
+    files = {"data_files": {config["test_split"]: str(given)}}
     opened = partial(_open_images, given.parent, config.get("process_docs"))
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files, "process_docs": opened}
 
@@ -306,14 +274,6 @@ def _open_images(folder: Path, process: Any, rows: Any) -> Any:
     return process(rows) if process else rows
 
 
-def _tell(error: Exception, folder: Path) -> None:
-    """Leaves a word about an error to the command: its type and its last line, without what tried it again."""
-    tried = getattr(error, "last_attempt", None)
-    cause = error if tried is None else tried.exception()
-    *_, last = str(cause).strip().splitlines() or [""]
-    write_text(folder / _ERROR, f"{type(cause).__name__}: {last[:300]}")
-
-
 if __name__ == "__main__":
     from ..alignment.gather import end_launch
 
@@ -321,6 +281,9 @@ if __name__ == "__main__":
     try:
         run_task(asked_for)
     except Exception as error:
-        _tell(error, Path(asked_for["folder"]))
+        tried = getattr(error, "last_attempt", None)  # lmms-eval tries some of its steps again
+        cause = error if tried is None else tried.exception()
+        *_, last = str(cause).strip().splitlines() or [""]
+        write_text(Path(asked_for["folder"], _ERROR), f"{type(cause).__name__}: {last[:300]}")
         raise
     end_launch()

@@ -1,8 +1,8 @@
-"""The suites: which benchmarks there are, what each needs, and how a score is made of its records.
+"""The suites: which benchmarks there are, how each is asked, and how a score is made of its records.
 
-A record is a flat dict for each sample, which :mod:`.scoring` makes of an answer. Samples that depend on one another
-(the questions of an image, a question with its options moved) have the same ``group``: a score counts groups where the
-benchmark does, and an interval is over groups.
+A record is a flat dict for each sample. Samples that depend on one another (the questions of an image, a question
+with its options moved) have the same ``group``: a score counts groups where the benchmark does, and an interval is
+over groups.
 """
 
 from collections import defaultdict
@@ -13,97 +13,138 @@ from typing import Any
 
 import numpy as np
 
+from . import scoring as by
+from .scoring import LETTER, ONLY_LETTER, PHRASE, Row, options
+
 Records = Sequence[Mapping[str, Any]]
 #: Sums over records by name, of one group, of all, or of many resamples.
 Sums = dict[str, Any]
+#: Of a row: the name of its column, or a function.
+Of = str | Callable[[Row], Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark of a suite.
+    """One benchmark of a suite, asked and judged as :mod:`.scoring` says.
 
     ``needs`` names what :func:`~llamafactory_hera.evaluation.run.missing` looks for before it is run: ``token`` (a
-    login at the hub), ``data`` (it must lie in ``--data``), ``nltk:PACKAGE``, ``spacy:PACKAGE``, ``env:VARIABLE``.
+    login at the hub), ``data`` (it must lie in ``--data``), ``nltk:PATH``, ``spacy:PACKAGE``, ``env:VARIABLE``.
     """
 
-    name: str  # ours, for instance hera_pope
+    data: str  # what its data are called in ``--data``: a folder of ``save_to_disk``, or with .json a file of rows
     title: str  # the paper's
     category: str  # General, Knowledge, OCR, Vision, Hallucination or Demo
-    comparable: str  # with the paper: same, close or no
-    why: str  # it is not the same, in a phrase
-    needs: tuple[str, ...]
     n: int | None  # samples of the whole task, where known
+    prompt: Of  # a Jinja template of a row's columns, or a function
+    judge: Callable[[Row, str], bool | float | dict[str, Any]]
+    tokens: int = 512  # of an answer, at most
+    source: str = ""  # lmms-eval's definition, which says where the data are; by default <data>/<data>.yaml
+    needs: tuple[str, ...] = ("token",)
+    group: Of = ""
+    kind: Of = ""  # a record's category
+    rows: Callable[[Any], Any] | None = None  # changes the data once they are loaded
+    comparable: str = "same"  # with the paper: same, close or no
+    why: str = ""  # it is not the same, in a phrase
 
     @property
-    def data(self) -> str:
-        """What its data are called in ``--data``: a folder of ``save_to_disk``, or a file of rows with ``.json``."""
-        return self.name.removeprefix("hera_")
+    def name(self) -> str:
+        """For lmms-eval and in results."""
+        return f"hera_{self.data}"
+
+    def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What lmms-eval is to keep of an answer."""
+        verdict = self.judge(row, answers[0].strip())
+        record: dict[str, Any] = verdict if isinstance(verdict, dict) else {"right": float(verdict)}
+        for name, of in (("group", self.group), ("category", self.kind)):
+            if of:
+                record[name] = of(row) if callable(of) else row.get(of)
+        return {"hera": record}
 
 
-def _task(name: str, title: str, category: str, n: int | None, *needs: str, close: str = "") -> Task:
-    return Task(f"hera_{name}", title, category, "close" if close else "same", close, needs, n)
-
-
-_NLTK = ("nltk:punkt_tab", "nltk:averaged_perceptron_tagger_eng", "nltk:wordnet")
+_ASK = "{{question}}\n"
+_NLTK = ("nltk:tokenizers/punkt_tab", "nltk:taggers/averaged_perceptron_tagger_eng", "nltk:corpora/wordnet")
 SUITES: dict[str, tuple[Task, ...]] = {
-    "demo": (Task("hera_demo_questions", "Held-out questions", "Demo", "no", "not in the paper", ("data",), None),),
+    "demo": (
+        Task("demo_questions", "Held-out questions", "Demo", None, "{{question}}", by.exact, 32, needs=("data",),
+             group="source", kind="category", comparable="no", why="not in the paper"),
+    ),
     "paper": (
-        _task("gqa", "GQA", "General", 12578, "token"),
-        _task("pope", "POPE", "General", 9000, "token"),
-        _task("mme", "MME", "General", 2374, "token"),
-        _task("mmbench", "MMBench", "General", 4329, "token"),
-        _task("seed", "SEED", "General", 14233, "token"),
-        _task("scienceqa", "ScienceQA", "Knowledge", 2017, "token"),
-        _task("mmmu", "MMMU", "Knowledge", 900),
-        _task("mathvista", "MathVista", "Knowledge", 1000, "token"),
-        _task("ai2d", "AI2D", "Knowledge", 3088, "token"),
-        _task("chartqa", "ChartQA", "OCR", 2500, "token"),
-        _task("ocrbench", "OCRBench", "OCR", 1000, "token"),
-        _task("textvqa", "TextVQA", "OCR", 5000),
-        _task("vizwiz", "VizWiz", "OCR", 4319),
-        _task("mmvp", "MMVP", "Vision", 300, "token"),
-        _task("realworldqa", "RealWorldQA", "Vision", 765, "token"),
-        _task("blink", "BLINK", "Vision", 793),
-        _task("vstar", "V*", "Vision", 191),
-        _task("cv_bench", "CV-Bench", "Vision", 2638),
+        Task("gqa", "GQA", "General", 12578, _ASK + PHRASE, by.exact, 128, group="imageId", rows=by.gqa_rows),
+        Task("pope", "POPE", "General", 9000, _ASK + PHRASE, by.pope, 128, group="image_source"),
+        Task("mme", "MME", "General", 2374, _ASK + PHRASE, by.exact, 32, kind="category",
+             group=lambda row: f"{row['category']}/{row['question_id']}"),
+        Task("mmbench", "MMBench", "General", 4329, by.mmbench_prompt, by.letter,
+             source="mmbench/mmbench_en_dev_static.yaml",
+             group=lambda row: int(row["index"]) % 1_000_000),  # a question and its copies with the options moved on
+        Task("seed", "SEED", "General", 14233,
+             lambda row: options(f"{row['question']} Options:", [row[f"choice_{name}"] for name in "abcd"]),
+             by.letter, source="seedbench/seedbench.yaml", rows=by.seed_rows),
+        Task("scienceqa", "ScienceQA", "Knowledge", 2017,
+             lambda row: options(
+                 (f"{row['hint']} " if row["hint"] else "") + row["question"], row["choices"], ONLY_LETTER),
+             by.scienceqa, source="scienceqa/scienceqa_img.yaml"),
+        Task("mmmu", "MMMU", "Knowledge", 900, by.mmmu_prompt, by.mmmu, source="mmmu/mmmu_val.yaml", needs=()),
+        Task("mathvista", "MathVista", "Knowledge", 1000, by.mathvista_prompt, by.mathvista,
+             source="mathvista/mathvista_testmini_format.yaml"),
+        Task("ai2d", "AI2D", "Knowledge", 3088, lambda row: options(row["question"], row["options"]), by.ai2d),
+        Task("chartqa", "ChartQA", "OCR", 2500, _ASK + "Answer the question using a single number or phrase.",
+             by.chartqa, 128),
+        Task("ocrbench", "OCRBench", "OCR", 1000, _ASK + "Give the short answer directly.", by.ocrbench),
+        Task("textvqa", "TextVQA", "OCR", 5000, by.textvqa_prompt, by.vqa, needs=(),
+             source="textvqa/textvqa_val.yaml"),
+        Task("vizwiz", "VizWiz", "OCR", 4319,
+             f"{_ASK}When the provided information is insufficient, respond with 'Unanswerable'.\n{PHRASE}",
+             by.vqa, 128, source="vizwiz_vqa/vizwiz_vqa_val.yaml", needs=()),
+        Task("mmvp", "MMVP", "Vision", 300, by.mmvp_prompt, by.mmvp,
+             group=lambda row: (int(by.lower_keys(row)["index"]) - 1) // 2),
+        Task("realworldqa", "RealWorldQA", "Vision", 765, "{{question}}", by.realworldqa),
+        Task("blink", "BLINK", "Vision", 793, "{{prompt}}\n" + ONLY_LETTER, by.blink, 32,
+             source="blink/blink_counting.yaml", needs=(), rows=by.blink_rows),
+        Task("vstar", "V*", "Vision", 191, by.vstar_prompt, by.letter, 32,
+             source="vstar_bench/vstar_bench.yaml", needs=()),
+        Task("cv_bench", "CV-Bench", "Vision", 2638, "{{prompt}}\n" + LETTER, by.letter, needs=(), kind="source"),
     ),
     "hallucination": (
-        _task("chair", "CHAIR", "Hallucination", 500, "token", *_NLTK, close="which 500 images is not said"),
-        _task("amber_g", "AMBER generative", "Hallucination", 1004, "env:AMBER_BASE_DIR", "spacy:en_core_web_lg",
-              *_NLTK, close="medium word vectors are taken where they are installed"),
-        _task("amber_d", "AMBER discriminative", "Hallucination", 14216, "data", "env:AMBER_BASE_DIR"),
-        _task("hallusionbench", "HallusionBench", "Hallucination", 951, "token",
-              close="yes or no is read from the answer instead of asking GPT-4; questions with an image only"),
+        Task("chair", "CHAIR", "Hallucination", 500, "Please describe this image in detail.", by.chair,
+             source="coco_cap_chair/coco_cap_chair.yaml", needs=("token", *_NLTK),
+             comparable="close", why="which 500 images is not said"),
+        Task("amber_g", "AMBER generative", "Hallucination", 1004, "Describe this image.", by.amber_g,
+             needs=("env:AMBER_BASE_DIR", "spacy:en_core_web_lg", *_NLTK),
+             comparable="close", why="medium word vectors are taken where they are installed"),
+        Task("amber_d", "AMBER discriminative", "Hallucination", 14216, "{{query}}", by.amber_d, 128,
+             needs=("data", "env:AMBER_BASE_DIR"), rows=by.amber_d_rows),
+        Task("hallusionbench", "HallusionBench", "Hallucination", 951, _ASK + PHRASE, by.hallusionbench, 128,
+             source="hallusion_bench/hallusion_bench_image.yaml",
+             group=lambda row: " ".join(f"{row[of]}" for of in ("category", "subcategory", "set_id", "question_id")),
+             kind=lambda row: "hard" if str(row["visual_input"]) == "2" else "easy", comparable="close",
+             why="yes or no is read from the answer instead of asking GPT-4; questions with an image only"),
     ),
 }  # fmt: skip
 
 
 def definition(task: Task) -> dict[str, Any]:
-    """A task as lmms-eval takes it: the data of its own definition, asked and judged as :mod:`.scoring` says."""
+    """A task as lmms-eval takes it, with the data of its own definition."""
     from lmms_eval import tasks
     from lmms_eval.utils import load_yaml_config
 
-    from . import scoring
-
-    asked = scoring.TASKS[task.data]
-    config: dict[str, Any] = dict(asked.data)
-    if asked.source:
+    config = {"dataset_path": "json", "test_split": "test"}
+    if "data" not in task.needs:
+        source = Path(str(tasks.__file__)).parent / (task.source or f"{task.data}/{task.data}.yaml")
         # "simple" leaves its functions out, and with them packages that only these import
-        whole = load_yaml_config(str(Path(str(tasks.__file__)).parent / asked.source), mode="simple")
+        whole = load_yaml_config(str(source), mode="simple")
         config = {key: whole.get(key) for key in ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")}
+    score = {"metric": "hera", "aggregation": lambda records: next(iter(aggregate(task.name, records).values()))}
     return config | {
         "task": task.name,
         "output_type": "generate_until",
-        "process_docs": asked.rows,
-        "doc_to_visual": scoring.image,
-        "doc_to_text": asked.prompt,
+        "process_docs": task.rows,
+        "doc_to_visual": by.image,
+        "doc_to_text": task.prompt,
         "doc_to_target": "",
-        "process_results": asked.judge,
+        "process_results": task.record,
         # lmms-eval would end an answer at an empty line
-        "generation_kwargs": {"max_new_tokens": asked.tokens, "do_sample": False, "until": []},
-        "metric_list": [
-            {"metric": "hera", "aggregation": lambda records: headline(task.name, records), "higher_is_better": True}
-        ],
+        "generation_kwargs": {"max_new_tokens": task.tokens, "do_sample": False, "until": []},
+        "metric_list": [score | {"higher_is_better": True}],
     }
 
 
@@ -114,11 +155,6 @@ def aggregate(task: str, records: Records) -> dict[str, float]:
         for name, value in sums.items():
             total[name] += value
     return {name: float(value) for name, value in scores(task, total).items()}
-
-
-def headline(task: str, records: Records) -> float:
-    """The first of the scores."""
-    return next(iter(aggregate(task, records).values()))
 
 
 def tally(task: str, records: Records) -> dict[Any, Sums]:
@@ -174,25 +210,14 @@ def _mme_image(records: Records) -> Sums:
     return {**_add(records), f"{kind}/images": 1, f"{kind}/both": both}
 
 
-_PERCEPTION = (
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-)
+_PERCEIVED = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 
 
 def _mme(sums: Sums) -> dict[str, Any]:
     """Points: for each category of perception the accuracy over questions and that over images, where both count."""
     points = [
         _percent(sums[f"{kind}/right"], sums[f"{kind}/n"]) + _percent(sums[f"{kind}/both"], sums[f"{kind}/images"])
-        for kind in _PERCEPTION
+        for kind in _PERCEIVED
     ]
     return {"perception": sum(points)}
 

@@ -49,16 +49,11 @@ def write_table(output: Path, folders: Mapping[str, Path], suite: str, paper: st
 
     Args:
         folders: Name of a model -> the folder with its ``<task>/result.json``; differences are to the first.
-        suite: Whose tasks are the rows; one without a result, or with a limited one, stays empty. An average is there
-            where every one of its tasks is, with all its samples.
+        suite: Whose tasks are the rows; one without a result stays empty. An average is there where every one of its
+            tasks is, with all its samples.
         paper: The backbone of the paper's columns, for instance qwen3_8b; none by default.
-
-    Raises:
-        ValueError: The paper has no such backbone; names those that it has.
     """
     known = read_json(PAPER)
-    if paper is not None and paper not in known["backbones"]:
-        raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known['backbones'])}.")
     reported = known["backbones"][paper] if paper else None
     generator = np.random.default_rng(0)
     rows = []
@@ -115,12 +110,10 @@ def _rows(task: Task, folders: Mapping[str, Path], generator: np.random.Generato
 
 
 def _load(folder: Path) -> dict[str, Any] | None:
-    """A whole result with its records; None where there is none."""
+    """A result with its records; None where there is none."""
     if not (folder / "result.json").is_file():
         return None
     result = read_json(folder / "result.json")
-    if result["limit"] is not None:
-        return None
     return result | {"tally": tally(result["task"], read_json_lines(folder / "records.jsonl"))}
 
 
@@ -187,27 +180,26 @@ def _draw(rows: Sequence[Row], models: Sequence[str], target: Path) -> None:
     """Differences with their intervals and the paper's gains; of one model its scores."""
     figure = new_figure(8.0, 1.2 + 0.3 * len(rows))
     axes = figure.subplots()
-    others, places = models[1:], np.arange(len(rows))
+    others = models[1:]
     for position, model in enumerate(others or models):
-        offset = (position - (len(others or models) - 1) / 2) * 0.22
-        colour = (BLUE, ORANGE, GREEN)[position % 3]
-        shown = [(place, row) for place, row in zip(places, rows, strict=True)
-                 if model in (row.differences if others else row.values)]  # fmt: skip
-        for place, row in shown:
-            if others:
-                middle, low, high = (value * row.scale for value in row.differences[model])
-                axes.plot([low, high], [place + offset] * 2, color=colour, linewidth=1.6)
-            else:
-                middle = row.values[model] * row.scale
-            axes.plot(
-                middle, place + offset, "o", color=colour, markersize=5, label=model if row is shown[0][1] else None
-            )
-    gains = [(row.paper["gain"], place) for place, row in zip(places, rows, strict=True) if "gain" in row.paper]
+        offset, colour = (position - (len(others or models) - 1) / 2) * 0.22, (BLUE, ORANGE, GREEN)[position % 3]
+        drawn = []
+        for place, row in enumerate(rows):
+            of = row.differences if others else {name: (value,) * 3 for name, value in row.values.items()}
+            if model in of:
+                drawn.append((place + offset, *(row.scale * value for value in of[model])))
+        if drawn:
+            y, middle, low, high = np.array(drawn).T
+            axes.hlines(y, low, high, color=colour, linewidth=1.6)
+            axes.plot(middle, y, "o", color=colour, markersize=5, label=model)
+    gains = [(row.paper["gain"], place) for place, row in enumerate(rows) if "gain" in row.paper]
     if others and gains:
         axes.plot(*zip(*gains, strict=True), "D", color="none", markeredgecolor="black", label="the paper's gain")
     if others:
         axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    axes.set_yticks(places, [f"{row.title} / 20" if row.scale != 1 else row.title for row in rows], fontsize=8)
+    axes.set_yticks(
+        range(len(rows)), [f"{row.title} / 20" if row.scale != 1 else row.title for row in rows], fontsize=8
+    )
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(f"difference to {models[0]} in points, 95 % interval" if others else "percent")
     plain(axes)
