@@ -135,16 +135,17 @@ def test_scores_agree_with_those_of_lmms_evals_own_definitions(tmp_path: Path) -
 
 def test_captions_are_counted_as_their_authors_do() -> None:
     """CHAIR: 1 of 4, 0 of 1, 0 of no objects are not there. AMBER: two descriptions."""
-    chair = [{"mentioned": 4, "wrong": 1}, {"mentioned": 1, "wrong": 0}, {"mentioned": 0, "wrong": 0}]
+    counts = [(4, 1, 1), (1, 0, 0), (0, 0, 0)]
+    chair = [dict(zip(("mentioned", "wrong", "with_wrong"), each, strict=True)) for each in counts]
     assert aggregate("hera_chair", chair) == pytest.approx({"CHAIRs ↓": 100 / 3, "CHAIRi ↓": 20})
-    kinds = ("chair", "safe_cover", "hallu_cover", "non_hallu")
-    names = [f"{kind}_{what}" for kind in kinds for what in ("score", "num")]
-    amber = [dict(zip(names, counts, strict=True)) for counts in [(1, 4, 2, 7, 1, 3, 0, 1), (0, 1, 3, 3, 0, 2, 1, 1)]]
+    names = [f"{kind}_{what}" for kind in ("chair", "safe_cover", "hallu_cover") for what in ("score", "num")]
+    names += ["hallu_score", "non_hallu_num"]
+    amber = [dict(zip(names, counts, strict=True)) for counts in [(1, 4, 2, 7, 1, 3, 1, 1), (0, 1, 3, 3, 0, 2, 0, 1)]]
     assert aggregate("hera_amber_g", amber) == pytest.approx({"CHAIR ↓": 20, "Cover": 50, "Hal ↓": 50, "Cog ↓": 20})
 
 
 def test_nothing_said_is_a_score_of_zero() -> None:
-    said = [{"truth": "no", "said": "yes", "right": 0}]
+    said = [{"right": 0, "no": 1, "said_no": 0, "both_no": 0}]
     assert set(aggregate("hera_amber_d", said).values()) == {0.0}
 
 

@@ -13,7 +13,6 @@ from llamafactory_hera.evaluation.suites import SUITES, aggregate, tally
 from llamafactory_hera.evaluation.table import PAPER, write_table
 from llamafactory_hera.files import read_json, write_json, write_text
 
-SAID = ("yes", "no")
 KINDS = ("existence", "OCR")
 
 
@@ -49,8 +48,8 @@ def rows_of(path: Path) -> dict[str, dict]:
     ("hera_mmvp", lambda draw, i: {"right": draw(2), "group": i // 2}),
     ("hera_mme", lambda draw, i: {"right": draw(2), "group": i // 2, "category": KINDS[i // 20]}),
     ("hera_cv_bench", lambda draw, i: {"right": draw(2), "category": ("ADE20K", "COCO", "Omni3D")[i % 3]}),
-    ("hera_chair", lambda draw, i: {"mentioned": 3 + draw(3), "wrong": draw(3)}),
-    ("hera_amber_d", lambda draw, i: {"right": draw(2), "truth": SAID[i % 2], "said": SAID[draw(2)]}),
+    ("hera_chair", lambda draw, i: {"mentioned": 3 + draw(3), "wrong": draw(3), "with_wrong": draw(2)}),
+    ("hera_amber_d", lambda draw, i: {"right": draw(2), "no": i % 2, "said_no": draw(2), "both_no": draw(2)}),
     ("hera_hallusionbench", lambda draw, i: {"right": draw(2), "group": i // 2, "category": ("easy", "hard")[i % 2]}),
 ])  # fmt: skip
 def test_resamples_are_scored_as_lists_of_their_records(monkeypatch, task: str, record) -> None:
@@ -124,7 +123,7 @@ def test_other_samples_have_no_difference(tmp_path: Path) -> None:
 
 def test_the_page_and_the_picture(tmp_path: Path) -> None:
     for name, wrong in (("LLaVA|x", 2), ("HeRA", 1)):
-        put(tmp_path / name, "hera_chair", [{"mentioned": 4, "wrong": wrong}] * 500)
+        put(tmp_path / name, "hera_chair", [{"mentioned": 4, "wrong": wrong, "with_wrong": 1}] * 500)
     page, data, picture = write_table(tmp_path, {n: tmp_path / n for n in ("LLaVA|x", "HeRA")}, "hallucination")
     lines = page.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "| benchmark | n | LLaVA\\|x | HeRA | HeRA − LLaVA\\|x | comparable | why not |"

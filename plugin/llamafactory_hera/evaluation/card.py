@@ -9,19 +9,16 @@ from huggingface_hub import EvalResult, ModelCard
 from ..files import write_text
 from .suites import Task
 
-#: What a Trainer leaves in the folder of a run: a model that was fetched keeps its card as it is.
-_OF_A_RUN = "trainer_state.json"
-
 
 def write_index(folder: Path, results: Mapping[Task, Mapping[str, Any]]) -> None:
     """Puts a run's headline scores into its ``README.md``, in the place of earlier ones; its text stays as it is.
 
     Args:
-        folder: Of a run; of another model nothing is written.
+        folder: Of a run, with what a Trainer leaves; a model that was fetched keeps its card as it is.
         results: By task, the contents of ``result.json``, all of them of whole tasks.
     """
     page = folder / "README.md"
-    if not page.is_file() or not (folder / _OF_A_RUN).is_file() or not results:
+    if not page.is_file() or not (folder / "trainer_state.json").is_file() or not results:
         return
     card = ModelCard.load(page, ignore_metadata_errors=True)
     held = {each.dataset_type: each for each in card.data.eval_results or []}

@@ -235,7 +235,8 @@ def chair(row: Row, answer: str) -> dict[str, int]:
     from lmms_eval.tasks.coco_cap_chair.utils import caption_to_words
 
     mentioned = caption_to_words(answer)[1]
-    return {"mentioned": len(mentioned), "wrong": sum(word not in row["gt_object"] for word in mentioned)}
+    wrong = sum(word not in row["gt_object"] for word in mentioned)
+    return {"mentioned": len(mentioned), "wrong": wrong, "with_wrong": int(wrong > 0)}
 
 
 def amber_g(row: Row, answer: str) -> dict[str, int]:
@@ -244,13 +245,15 @@ def amber_g(row: Row, answer: str) -> dict[str, int]:
 
     counts = amber_g_process_result(row, [answer])["amber_chair"]
     kinds = ("chair", "safe_cover", "hallu_cover", "non_hallu")
-    return {f"{kind}_{what}": int(counts[f"{kind}_{what}"]) for kind in kinds for what in ("score", "num")}
+    record = {f"{kind}_{what}": int(counts[f"{kind}_{what}"]) for kind in kinds for what in ("score", "num")}
+    return record | {"hallu_score": record["non_hallu_num"] - record["non_hallu_score"]}
 
 
 def amber_d(row: Row, answer: str) -> dict[str, Any]:
     """Yes or no, by how the answer begins; "no" is what is to be found (AMBER, ``inference.py``)."""
     said = next((word for word in ("yes", "no") if re.match(rf"{word}\b", answer.lower())), "")
-    return {"truth": row["truth"], "said": said, "right": int(said == row["truth"])}
+    no, said_no = int(row["truth"] == "no"), int(said == "no")
+    return {"right": int(said == row["truth"]), "no": no, "said_no": said_no, "both_no": no * said_no}
 
 
 def hallusionbench(row: Row, answer: str) -> bool:

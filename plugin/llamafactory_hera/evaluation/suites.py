@@ -176,27 +176,26 @@ def _percent(part: Any, whole: Any) -> Any:
     return 100 * part / np.maximum(whole, 1e-9)  # nothing of nothing is 0
 
 
+def _ratios(parts: Mapping[str, tuple[str, str]]) -> Callable[[Sums], dict[str, Any]]:
+    return lambda sums: {name: _percent(sums[part], sums[whole]) for name, (part, whole) in parts.items()}
+
+
+def _right(sums: Sums, kind: str) -> Any:
+    return _percent(sums[f"{kind}/right"], sums[f"{kind}/n"])
+
+
 def _add(records: Records) -> Sums:
     """Sums of all numbers of the records, and of those that are right by category."""
     sums: dict[str, float] = defaultdict(float)
     for record in records:
         sums["n"] += 1
         for name, value in record.items():
-            if name not in ("id", "group") and not isinstance(value, str):
+            if name != "group" and not isinstance(value, str):
                 sums[name] += value
         if "category" in record:
             sums[f"{record['category']}/n"] += 1
             sums[f"{record['category']}/right"] += record["right"]
     return sums
-
-
-def _accuracy(sums: Sums) -> dict[str, Any]:
-    return {"accuracy": _percent(sums["right"], sums["n"])}
-
-
-def _by_category(sums: Sums) -> dict[str, Any]:
-    kinds = sorted(name.removesuffix("/n") for name in sums if name.endswith("/n"))
-    return _accuracy(sums) | {kind: _percent(sums[f"{kind}/right"], sums[f"{kind}/n"]) for kind in kinds}
 
 
 def _whole(records: Records) -> Sums:
@@ -206,59 +205,7 @@ def _whole(records: Records) -> Sums:
 
 def _mme_image(records: Records) -> Sums:
     kind = records[0]["category"]
-    both = int(all(record["right"] for record in records))
-    return {**_add(records), f"{kind}/images": 1, f"{kind}/both": both}
-
-
-_PERCEIVED = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
-
-
-def _mme(sums: Sums) -> dict[str, Any]:
-    """Points: for each category of perception the accuracy over questions and that over images, where both count."""
-    points = [
-        _percent(sums[f"{kind}/right"], sums[f"{kind}/n"]) + _percent(sums[f"{kind}/both"], sums[f"{kind}/images"])
-        for kind in _PERCEIVED
-    ]
-    return {"perception": sum(points)}
-
-
-def _cv_bench(sums: Sums) -> dict[str, Any]:
-    """Half for 2D, of which ADE20K and COCO are a half each, and half for 3D."""
-    ade, coco, omni = (_percent(sums[f"{kind}/right"], sums[f"{kind}/n"]) for kind in ("ADE20K", "COCO", "Omni3D"))
-    return {"accuracy": ((ade + coco) / 2 + omni) / 2}
-
-
-def _caption(records: Records) -> Sums:
-    return {**_add(records), "with_wrong": sum(record["wrong"] > 0 for record in records)}
-
-
-def _chair(sums: Sums) -> dict[str, Any]:
-    return {
-        "CHAIRs ↓": _percent(sums["with_wrong"], sums["n"]),
-        "CHAIRi ↓": _percent(sums["wrong"], sums["mentioned"]),
-    }
-
-
-def _amber_g(sums: Sums) -> dict[str, Any]:
-    return {
-        "CHAIR ↓": _percent(sums["chair_score"], sums["chair_num"]),
-        "Cover": _percent(sums["safe_cover_score"], sums["safe_cover_num"]),
-        "Hal ↓": 100 - _percent(sums["non_hallu_score"], sums["non_hallu_num"]),
-        "Cog ↓": _percent(sums["hallu_cover_score"], sums["hallu_cover_num"]),
-    }
-
-
-def _noes(records: Records) -> Sums:
-    no = [(record["truth"] == "no", record["said"] == "no") for record in records]
-    counts = {"no": sum(truth for truth, _ in no), "said_no": sum(said for _, said in no)}
-    return {**_add(records), **counts, "both_no": sum(truth and said for truth, said in no)}
-
-
-def _amber_d(sums: Sums) -> dict[str, Any]:
-    """Of the answer "no": the thing asked for is not in the image."""
-    precision, recall = _percent(sums["both_no"], sums["said_no"]), _percent(sums["both_no"], sums["no"])
-    f1 = 2 * precision * recall / (precision + recall + 0.01)  # AMBER's 0.0001, in percent
-    return {"accuracy": _accuracy(sums)["accuracy"], "precision": precision, "recall": recall, "F1": f1}
+    return {**_add(records), f"{kind}/images": 1, f"{kind}/both": _whole(records)["right"]}
 
 
 def _question(records: Records) -> Sums:
@@ -269,21 +216,49 @@ def _question(records: Records) -> Sums:
     }
 
 
-def _hallusion(sums: Sums) -> dict[str, Any]:
-    halves = {kind: _percent(sums[f"{kind}/right"], sums[f"{kind}/n"]) for kind in ("easy", "hard")}
-    return {"qAcc": _percent(sums["right"], sums["n"])} | halves
+def _by_category(sums: Sums) -> dict[str, Any]:
+    kinds = sorted(name.removesuffix("/n") for name in sums if name.endswith("/n"))
+    return _ACCURACY(sums) | {kind: _right(sums, kind) for kind in kinds}
 
 
+def _mme(sums: Sums) -> dict[str, Any]:
+    """Points: for each category of perception the accuracy over questions and that over images, where both count."""
+    kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+    both = [_percent(sums[f"{kind}/both"], sums[f"{kind}/images"]) for kind in kinds]
+    return {"perception": sum(_right(sums, kind) for kind in kinds) + sum(both)}
+
+
+def _cv_bench(sums: Sums) -> dict[str, Any]:
+    """Half for 2D, of which ADE20K and COCO are a half each, and half for 3D."""
+    return {"accuracy": ((_right(sums, "ADE20K") + _right(sums, "COCO")) / 2 + _right(sums, "Omni3D")) / 2}
+
+
+def _amber_d(sums: Sums) -> dict[str, Any]:
+    """Of the answer "no": the thing asked for is not in the image."""
+    precision, recall = _percent(sums["both_no"], sums["said_no"]), _percent(sums["both_no"], sums["no"])
+    f1 = 2 * precision * recall / (precision + recall + 0.01)  # AMBER's 0.0001, in percent
+    return _ACCURACY(sums) | {"precision": precision, "recall": recall, "F1": f1}
+
+
+_ACCURACY = _ratios({"accuracy": ("right", "n")})
+_CHAIR = {"CHAIRs ↓": ("with_wrong", "n"), "CHAIRi ↓": ("wrong", "mentioned")}
+_AMBER = {
+    "CHAIR ↓": ("chair_score", "chair_num"),
+    "Cover": ("safe_cover_score", "safe_cover_num"),
+    "Hal ↓": ("hallu_score", "non_hallu_num"),
+    "Cog ↓": ("hallu_cover_score", "hallu_cover_num"),
+}
+_QUESTIONS = {"qAcc": ("right", "n"), "easy": ("easy/right", "easy/n"), "hard": ("hard/right", "hard/n")}
 _Rule = tuple[Callable[[Records], Sums], Callable[[Sums], dict[str, Any]]]
-_EACH: _Rule = (_add, _accuracy)
+_EACH: _Rule = (_add, _ACCURACY)
 _RULES: dict[str, _Rule] = {
     "hera_demo_questions": (_add, _by_category),
     "hera_mme": (_mme_image, _mme),
-    "hera_mmbench": (_whole, _accuracy),
-    "hera_mmvp": (_whole, _accuracy),
+    "hera_mmbench": (_whole, _ACCURACY),
+    "hera_mmvp": (_whole, _ACCURACY),
     "hera_cv_bench": (_add, _cv_bench),
-    "hera_chair": (_caption, _chair),
-    "hera_amber_g": (_add, _amber_g),
-    "hera_amber_d": (_noes, _amber_d),
-    "hera_hallusionbench": (_question, _hallusion),
+    "hera_chair": (_add, _ratios(_CHAIR)),
+    "hera_amber_g": (_add, _ratios(_AMBER)),
+    "hera_amber_d": (_add, _amber_d),
+    "hera_hallusionbench": (_question, _ratios(_QUESTIONS)),
 }

@@ -44,8 +44,7 @@ class Row:
 def write_table(output: Path, folders: Mapping[str, Path], suite: str, paper: str | None = None) -> list[Path]:
     """Writes ``<suite>.md``, ``.json`` and ``.png`` into ``output`` and returns their paths.
 
-    Intervals are of a paired bootstrap: both models are scored on the same resamples of samples, or of groups of them
-    where they depend on one another.
+    Intervals are of a paired bootstrap: both models are scored on the same resamples of samples, or of their groups.
 
     Args:
         folders: Name of a model -> the folder with its ``<task>/result.json``; differences are to the first.
@@ -84,28 +83,22 @@ def _rows(task: Task, folders: Mapping[str, Path], generator: np.random.Generato
     found = {name: result for name, result in results.items() if result is not None}
     if not found:
         return [Row(task.name, task.title, None, task.comparable, task.why)]
-    first = next(iter(found.values()))
-    names, n = list(first["scores"]), first["n"]
-    comparable, why, whole = task.comparable, task.why, task.n in (None, n)
-    if not whole:
-        comparable, why = "no", f"{n} of {task.n} samples"
+    first, before = next(iter(found.values())), results[next(iter(folders))]
+    n, several, whole = first["n"], len(first["scores"]) > 1, task.n in (None, first["n"])
+    comparable, why = (task.comparable, task.why) if whole else ("no", f"{n} of {task.n} samples")
+    extra: dict[str, Any] = {"whole": whole, "scale": 0.05 if task.title == "MME" else 1.0}
     rows = {
-        name: Row(f"{task.name}/{name}", f"{task.title}: {name}", n, comparable, why)
-        if len(names) > 1
-        else Row(task.name, task.title, n, comparable, why, whole=whole, scale=0.05 if task.title == "MME" else 1.0)
-        for name in names
+        name: Row(task.name + several * f"/{name}", task.title + several * f": {name}", n, comparable, why, **extra)
+        for name in first["scores"]
     }
     for model, result in found.items():
-        for name, row in rows.items():
-            if result["n"] == n:  # in one row stand the same samples
+        if result["n"] == n:  # in one row stand the same samples
+            for name, row in rows.items():
                 row.values[model] = result["scores"][name]
-    before = results[next(iter(folders))]
-    for model, result in found.items():
-        if before is None or result is before or list(result["tally"]) != list(before["tally"]):
-            continue
-        drawn = _resample(task.name, [before["tally"], result["tally"]], generator)
-        for name, row in rows.items():
-            row.compare(model, result["scores"][name] - before["scores"][name], drawn[1][name] - drawn[0][name])
+        if before is not None and result is not before and list(result["tally"]) == list(before["tally"]):
+            drawn = _resample(task.name, [before["tally"], result["tally"]], generator)
+            for name, row in rows.items():
+                row.compare(model, result["scores"][name] - before["scores"][name], drawn[1][name] - drawn[0][name])
     return list(rows.values())
 
 
@@ -119,19 +112,12 @@ def _load(folder: Path) -> dict[str, Any] | None:
 
 def _resample(task: str, tallies: Sequence[Mapping], generator: np.random.Generator) -> list[dict[str, Any]]:
     """The scores of several models on the same resamples of their groups."""
-    groups = len(tallies[0])
-    names = [sorted({name for sums in each.values() for name in sums}) for each in tallies]
-    tables = [
-        np.array([[sums.get(name, 0.0) for name in kept] for sums in each.values()])
-        for each, kept in zip(tallies, names, strict=True)
-    ]
+    groups, names = len(tallies[0]), sorted({name for each in tallies for sums in each.values() for name in sums})
+    members = zip(*(each.values() for each in tallies), strict=True)
+    table = np.array([[sums.get(name, 0.0) for sums in same for name in names] for same in members])
     times = (np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(_RESAMPLES))
-    totals = np.stack([times_each @ np.hstack(tables) for times_each in times])
-    ends = np.cumsum([table.shape[1] for table in tables])[:-1]
-    return [
-        scores(task, dict(zip(kept, part.T, strict=True)))
-        for kept, part in zip(names, np.split(totals, ends, axis=1), strict=True)
-    ]
+    totals = np.stack([times_each @ table for times_each in times])
+    return [scores(task, dict(zip(names, part.T, strict=True))) for part in np.split(totals, len(tallies), axis=1)]
 
 
 def _average(key: str, title: str, rows: Sequence[Row], folders: Mapping[str, Path]) -> Row:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +14,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..files import read_json_lines
 from .models import default_dtype, load, model_folders
-
-#: Of the tokens of an answer where a task names no number.
-MAX_NEW_TOKENS = 1024
-_PARTS = {"image", "text"}
 
 
 class HeraVLM(lmms):
@@ -92,9 +89,8 @@ class HeraVLM(lmms):
         """A task's messages as training saw ours: RGB images first, one text, no token that stands for an image."""
         told = []
         for message in messages:
-            kinds = {part["type"] for part in message["content"]}
-            if kinds - _PARTS:
-                raise ValueError(f"{', '.join(sorted(kinds - _PARTS))}: hera_vlm takes text and images alone.")
+            if other := {part["type"] for part in message["content"]} - {"image", "text"}:
+                raise ValueError(f"{', '.join(sorted(other))}: hera_vlm takes text and images alone.")
             text = ""
             for part in (part["text"] for part in message["content"] if part["type"] == "text"):
                 # an image may have stood where one text ends and the next begins
@@ -143,15 +139,16 @@ class HeraVLM(lmms):
             for first in range(0, len(group), self.batch_size)
         ]
         keys: dict[int, str] = {}
+        # images are read and made inputs beside the model
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
         loader = DataLoader(
-            _Batches(self, requests, batches, self._answers.found),
+            batches,  # type: ignore[arg-type]
             batch_size=None,
+            collate_fn=partial(self._prepare, requests),
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,  # a task's functions cannot be sent
         )
-        shown = tqdm(loader, total=len(batches), desc="answers", disable=self._rank > 0)
-        for (chosen, _), (batch_keys, parts) in zip(batches, shown, strict=True):
+        for chosen, batch_keys, parts in tqdm(loader, total=len(batches), desc="answers", disable=self._rank > 0):
             keys |= batch_keys
             for rows, prompts, inputs in parts:
                 lines = []
@@ -166,6 +163,27 @@ class HeraVLM(lmms):
         found = [self._answers.found[keys[i]] for i in range(len(requests))]
         self.prompts = {request.doc_id: line["prompt"] for request, line in zip(requests, found, strict=True)}
         return [line["answer"] for line in found]
+
+    def _prepare(
+        self, requests: Sequence[Instance], batch: tuple[dict[str, Any], list[int]]
+    ) -> tuple[dict[str, Any], dict[int, str], list[tuple[list[int], list[str], dict]]]:
+        """A batch's settings, the keys of all its rows, and inputs of those that have no answer yet."""
+        settings, rows = batch
+        keys, rest = {}, []
+        for row in rows:
+            _, to_messages, _, doc_id, task, split = requests[row].args
+            told = self.conversation(to_messages(self.task_dict[task][split][doc_id]))
+            prompt = self.prompt(told)
+            keys[row] = self.answer_key(told, prompt, settings)
+            if keys[row] not in self._answers.found:
+                shown = any(part["type"] == "image" for message in told for part in message["content"])
+                rest.append((shown, row, prompt, told))
+        parts = []
+        for with_images in (True, False):  # a processor takes none of either kind among the other
+            if same := [each[1:] for each in rest if each[0] == with_images]:
+                chosen, prompts, conversations = map(list, zip(*same, strict=True))
+                parts.append((chosen, prompts, self.inputs(conversations)))
+        return settings, keys, parts
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> list[list[int]]:
         """The tokens of each answer, without the one that ends it."""
@@ -202,45 +220,10 @@ def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("do_sample: true: hera_vlm answers greedily; set it to false, or temperature to 0.")
     until = asked.get("until") or []
     return {
-        "max_new_tokens": int(asked.get("max_new_tokens") or MAX_NEW_TOKENS),
+        "max_new_tokens": int(asked.get("max_new_tokens") or 1024),
         "num_beams": int(asked.get("num_beams") or 1),
         "until": [until] if isinstance(until, str) else list(until),
     }
-
-
-class _Batches(Dataset):
-    """Makes batches in worker processes: keys of all rows, and inputs of those that have no answer yet."""
-
-    def __init__(
-        self,
-        model: HeraVLM,
-        requests: Sequence[Instance],
-        batches: Sequence[tuple[dict[str, Any], list[int]]],
-        found: Collection[str],
-    ) -> None:
-        self._model, self._requests, self._batches, self._found = model, requests, batches, set(found)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> tuple[dict[int, str], list[tuple[list[int], list[str], dict]]]:
-        settings, rows = self._batches[index]
-        keys, rest = {}, []
-        for row in rows:
-            _, to_messages, _, doc_id, task, split = self._requests[row].args
-            told = self._model.conversation(to_messages(self._model.task_dict[task][split][doc_id]))
-            prompt = self._model.prompt(told)
-            keys[row] = self._model.answer_key(told, prompt, settings)
-            if keys[row] not in self._found:
-                shown = any(part["type"] == "image" for message in told for part in message["content"])
-                rest.append((shown, row, prompt, told))
-        parts = []
-        for with_images in (True, False):  # a processor takes none of either kind among the other
-            same = [each for each in rest if each[0] == with_images]
-            if same:
-                _, chosen, prompts, conversations = map(list, zip(*same, strict=True))
-                parts.append((chosen, prompts, self._model.inputs(conversations)))
-        return keys, parts
 
 
 class _Answers:
