@@ -17,7 +17,7 @@ from llamafactory.webui.locales import ALERTS
 from .fields import problem_with, with_hera
 from .job import COMPARE, SELECT, Job, compare_job, heads_file, select_job
 from .names import STAGE, message
-from .pictures import report_files, report_pictures, report_table, show_heads
+from .pictures import evaluations, report_files, report_pictures, report_table, show_heads
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -157,11 +157,17 @@ class Panel:
             self._job, self._data = job, data
 
     def with_reason(self, update: Data, data: Data) -> Data:
-        """What the host shows of a run, with the reason first where it has failed."""
+        """What the host shows of a run, with the reason first where it has failed, and else its evaluation."""
         if not self._is_hera(data):
             return update
+        return {key: self._first(shown, data) if isinstance(shown, str) else shown for key, shown in update.items()}
+
+    def _first(self, text: str, data: Data) -> str:
         lang = self._value(data, "top.lang")
-        return {key: reason_first(shown, lang) if isinstance(shown, str) else shown for key, shown in update.items()}
+        done, ended, rest = text.partition(ALERTS["info_finished"][lang])
+        if done or not ended:
+            return reason_first(text, lang)
+        return f"{ended}\n\n{evaluations(Path(self._engine.runner._parse_train_args(data)['output_dir']))}{rest}"
 
     def _is_hera(self, data: Data) -> bool:
         # the host's evaluation tab sends no stage
@@ -194,7 +200,7 @@ class Panel:
         if job.kind == SELECT:
             return self._show_heads(heads_file(job.folder), job.lang, "selected", fill)
         return self._show_text(
-            f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
+            f"{message('compared', job.lang)}\n\n{report_table(job.folder)}\n\n{evaluations(job.folder)}",
             hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
             hera_report=gr.File(value=report_files(job.folder), visible=True),
         )
