@@ -74,11 +74,12 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         raise ValueError(f"MODEL: {name} has no {lacks}, with which it is asked; give a multimodal chat model.")
     weight_files(base)
     try:
-        options = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
-        model, loading = AutoModelForImageTextToText.from_pretrained(base, **options)
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+        found: Any = AutoModelForImageTextToText.from_pretrained(base, **options)
     except ValueError as error:  # transformers has no such class for the configuration
         kind = read_json(base / CONFIG_FILE).get("model_type")
         raise ValueError(f"MODEL: {name} is not a multimodal model that can be loaded ({kind}): {error}") from error
+    model, loading = found
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"MODEL: the weights of {base} lack {len(missing)} tensors that its {CONFIG_FILE} asks for, first "

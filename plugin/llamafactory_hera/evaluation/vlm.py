@@ -141,7 +141,7 @@ class HeraVLM(lmms):
         keys: dict[int, str] = {}
         # images are read and made inputs beside the model
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        loader = DataLoader(
+        loader: DataLoader = DataLoader(
             batches,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=partial(self._prepare, requests),
