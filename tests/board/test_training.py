@@ -87,6 +87,7 @@ def test_the_evaluation_of_a_finished_run_is_shown(board: Board, page: BoardPage
     accuracy = json.loads(file.read_text())["scores"]["accuracy"]
     expect(page.page.get_by_role("cell", name=f"{accuracy:.1f}", exact=True).first).to_be_visible()
     page.shot("25_evaluated", top=page.button("Start"))
+    expect(page.status).to_contain_text("Before and after training", timeout=SLOW)  # nothing runs any more
 
 
 def test_why_a_run_has_failed_is_shown_first(page: BoardPage) -> None:

@@ -112,7 +112,7 @@ def test_what_stops_a_task_is_named_and_its_answers_stay(folder: Path, data: Pat
     code, output = run_command(command(folder, data, "--batch-size", "1"), tmp_path)
     assert code == 1
     failed = output.rpartition("Failed:")[2]
-    assert f"built, {TASK}: " in failed
+    assert "built, demo_questions: " in failed
     assert f"FileNotFoundError: [Errno 2] No such file or directory: '{lost}'" in failed
     kept = lines(tmp_path, "answers.jsonl")
     assert kept

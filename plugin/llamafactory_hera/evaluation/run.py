@@ -215,13 +215,15 @@ def _state(task: Task, job: Mapping[str, Any]) -> str:
 
 def run_task(job: Mapping[str, Any]) -> None:
     """Evaluates one model on one task and writes ``records.jsonl``, then its result; ``job`` is that of `_run`."""
-    from lmms_eval.api.task import ConfigurableMessagesTask
+    from lmms_eval.api.task import ConfigurableMessagesTask  # it has PIL take half an image for a whole one
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
+    from PIL import ImageFile
 
     from ..selection.scores import package_versions
     from .vlm import HeraVLM
 
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     started, folder = time.perf_counter(), Path(job["folder"])
     task = next(task for task in SUITES[job["suite"]] if task.name == job["task"])
     config = definition(task)
