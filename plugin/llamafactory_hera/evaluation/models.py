@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,5 +89,13 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     for folder in adapters:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with warnings.catch_warnings():  # PEFT warns of tensors that are missing, and leaves what it drew for them
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            try:
+                model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            except UserWarning as error:
+                raise ValueError(
+                    f"MODEL: the adapter {folder} is not whole, or was trained on another model than {base}: "
+                    f"{str(error)[:200]}; copy it again, or correct its base_model_name_or_path."
+                ) from error
     return model.eval(), processor
