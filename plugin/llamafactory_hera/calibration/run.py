@@ -4,16 +4,15 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ..files import read_json, write_json
+from ..selection.features import writing
 from ..selection.forward import Forward
 from ..selection.samples import Sample
 from ..selection.scores import package_versions
@@ -105,7 +104,7 @@ class _Calibration:
             return profile, True
         features = [sample.features for sample in drawn.profiled]
         profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
-        with _writing(path.parent):
+        with writing(path.parent):
             profile.save(path, key)
         return profile, False
 
@@ -130,7 +129,7 @@ class _Calibration:
     def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
         """Replaces adapter, picture and report; the report comes last, so that a folder with a report is complete."""
         files = [PICTURE_FILE, REPORT_FILE]
-        with _writing(folder), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
+        with writing(folder), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
             work = Path(name)
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)
@@ -160,14 +159,3 @@ def _check_folder(folder: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"output_dir: {folder} cannot be written ({reason}); make room there, or give another folder."
-        ) from error

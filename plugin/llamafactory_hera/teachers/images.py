@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import IterableDataset
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
@@ -119,6 +119,8 @@ def load_image(image: ImageLike) -> Image.Image:
         ValueError: Names the file when it is missing, corrupt or not an image.
     """
     source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
+    # packages such as lmms-eval switch it on when they are imported: half an image would be taken for a whole one
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
     except Exception as error:  # PIL's plugins raise errors of many kinds on broken files
