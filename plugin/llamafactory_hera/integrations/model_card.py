@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HeraConfig
-from ..files import RUN_FOLDER, write_json, write_text
+from ..files import CARD, RUN_FOLDER, write_json, write_text
 from ..heads import Targets
 from ..knobs import Role
-from ..selection.scores import package_versions
+from ..selection.scores import command_line, package_versions
 from ..training import Aligner
 
-_FACTS = "card.json"
 _PAPER = "https://arxiv.org/abs/2606.23885"
 _CITATION = """@article{caffagni2026hera,
   title   = {Mind the Heads: Topological Representation Alignment for Multimodal LLMs},
@@ -47,7 +46,7 @@ def write_card(
     facts = _card_facts(aligner, log_history, steps, best_step)
     folder = Path(output_dir)
     (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FOLDER / _FACTS, facts)
+    write_json(folder / RUN_FOLDER / CARD, facts)
     page = folder / "README.md"
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     before = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", before, flags=re.DOTALL).rstrip("\n")
@@ -71,6 +70,8 @@ def _card_facts(
         "steps": steps,
         "curves": curves,
         "log_lines": len(lines),
+        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in lines],
+        "command": command_line(),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": _PAPER,
@@ -121,7 +122,7 @@ def _render(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"{versions}. The same facts: `{RUN_FOLDER}/{_FACTS}`.",
+        f"{versions}. The same facts: `{RUN_FOLDER}/{CARD}`.",
         "",
         f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).",
         "",

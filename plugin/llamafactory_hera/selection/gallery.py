@@ -1,0 +1,230 @@
+"""What a head sees: the images that it takes for neighbours beside the teacher's, before training and after.
+
+A selection writes the neighbours of a few samples by every head and layer while it holds their features; a picture of
+any head is then drawn from that file without a model.
+"""
+
+import json
+import os
+import textwrap
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..alignment.scoring import nearest_samples
+from ..files import write_safetensors
+from ..heads.pooling import IGNORE_INDEX
+from ..heads.targets import Target, Targets
+from ..teachers.images import ImageLike, load_image
+from .pictures import GREEN, GREY, new_figure, save_figure
+from .samples import Sample
+from .scores import ScoreFile, load_files
+
+_QUERIES = 12
+_SHOWN = 4  # of each query's neighbours
+_PIXELS = 128  # of an image's longer side
+_CAPTION = 160  # characters that are kept
+# inches: an image, from one to the next, from one group of images to the next, the head of the picture
+_SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
+
+
+def neighbors_file(scores: Path) -> Path:
+    """The file beside ``heads.json`` or ``scores.json`` that holds who is whose neighbour."""
+    return scores.with_suffix(".neighbors.safetensors")
+
+
+def write_neighbors(
+    path: Path,
+    samples: Sequence[Sample],
+    teacher: Tensor,
+    features: Iterable[tuple[Tensor, Tensor, Callable[[], Tensor]]],
+    normalize: bool,
+    tokenizer: Any,
+) -> None:
+    """Writes the neighbours of a dozen of N samples, equally far apart in the order in which they were drawn.
+
+    Args:
+        path: See :func:`neighbors_file`.
+        samples: In the order of the features.
+        teacher: The teacher's neighbours ``[N, k]``.
+        features: Of each layer, its heads' outputs ``[N, H, d]``, its own ``[N, D]``, and its output projection.
+        normalize: As in scoring.
+        tokenizer: Makes captions of the samples' labelled tokens; None leaves them out.
+    """
+    n, k = teacher.shape
+    queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
+    found = [
+        (nearest_samples(heads, weight(), queries, k, normalize), nearest_samples(own, None, queries, k, normalize))
+        for heads, own, weight in features
+    ]
+    heads, layers = (torch.stack(side).cpu() for side in zip(*found, strict=True))
+    tensors = {"queries": queries, "teacher": teacher.cpu()[queries], "heads": heads, "layers": layers}
+    seen = torch.cat([tensor.flatten() for tensor in tensors.values()]).unique()
+    kept = {row: [_kept(samples[row].image), _caption(samples[row], tokenizer)] for row in seen[seen >= 0].tolist()}
+    write_safetensors(path, {name: tensor.int() for name, tensor in tensors.items()}, {"samples": json.dumps(kept)})
+
+
+def _kept(image: ImageLike) -> str:
+    """A file by its path; of an image that has none, a small copy as a data URI."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    buffer, small = BytesIO(), load_image(image)
+    small.thumbnail((_PIXELS, _PIXELS))
+    small.save(buffer, "JPEG")
+    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _caption(sample: Sample, tokenizer: Any) -> str:
+    told = [label for label in sample.features.get("labels") or [] if label != IGNORE_INDEX]
+    text = tokenizer.decode(told, skip_special_tokens=True) if tokenizer is not None else ""
+    return " ".join(text.split())[:_CAPTION]
+
+
+class Neighbors(NamedTuple):
+    """The content of a file that :func:`write_neighbors` wrote; indices are those of samples, -1 for none."""
+
+    queries: Tensor  #: ``[Q]``
+    teacher: Tensor  #: ``[Q, k]``, nearest first
+    heads: Tensor  #: ``[L, H, Q, k]``
+    layers: Tensor  #: ``[L, Q, k]``
+    samples: dict[str, list[str]]  #: Path or data URI of an image, and caption, by index.
+
+    @classmethod
+    def load(cls, scores: Path) -> "Neighbors":
+        """Reads the file beside a file of scores; raises ValueError where there is none."""
+        path = neighbors_file(scores)
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name).long() for name in file.keys()}
+                return cls(**tensors, samples=json.loads(file.metadata()["samples"]))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"gallery: {path} cannot be read ({error}). `select` and `score` write it beside their scores; score "
+                "again, or move the two files together."
+            ) from error
+
+    def of(self, target: Target) -> Tensor:
+        """``[Q, k]`` of a head or layer."""
+        return self.layers[target.layer] if target.head is None else self.heads[target.layer, target.head]
+
+
+def default_targets(scored: ScoreFile) -> list[Target]:
+    """The worst, the median and the best head or layer of a file."""
+    ranked = list(scored.ranked())
+    return [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+
+
+def write_gallery(
+    paths: Sequence[str | os.PathLike],
+    output: str | os.PathLike = "hera_gallery",
+    names: Sequence[str] = (),
+    targets: str | None = None,
+) -> list[Path]:
+    """Draws ``OUTPUT_L3H4.png`` for each head or layer, by default the worst, median and best of the first file.
+
+    Args:
+        paths: Files or folders of ``select`` and ``score``, of one model at several times, "before" first.
+        output: Beginning of the pictures' names.
+        names: One for each file.
+        targets: Names of heads or layers, or the path of a file of them.
+
+    Raises:
+        ValueError: Bad input; names the file and the remedy.
+    """
+    files, names = load_files(paths, names, "gallery")
+    known = files[0].of(files[0].chosen.granularity)
+    chosen = Targets.resolve(targets, files[0].chosen.granularity).items if targets else default_targets(files[0])
+    outside = [
+        str(target) for target in chosen if any(not 0 <= i < n for i, n in zip(target, known.shape, strict=False))
+    ]
+    if outside:
+        raise ValueError(f"gallery: {', '.join(outside)} does not exist in {files[0].path}; name others.")
+    pictures = []
+    for target, figure in zip(chosen, draw_gallery(files, names, chosen), strict=True):
+        pictures.append(Path(f"{output}_{target}.png"))
+        try:
+            pictures[-1].parent.mkdir(parents=True, exist_ok=True)
+            save_figure(figure, pictures[-1])
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"gallery: {pictures[-1]} cannot be written ({reason}); give another path.") from error
+    return pictures
+
+
+def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], targets: Sequence[Target]) -> list[Figure]:
+    """A figure for each head or layer: a row for each query, with the nearest images of the teacher and of each file.
+
+    An image of a head is framed where it is one of the teacher's ``k``, so the teacher need not show it.
+    """
+    held = [Neighbors.load(file.path) for file in files]
+    return [_draw(files, held, names, target) for target in targets]
+
+
+def _draw(files: Sequence[ScoreFile], held: Sequence[Neighbors], names: Sequence[str], target: Target) -> Figure:
+    first = held[0]
+    n_queries, k = first.teacher.shape
+    shown = min(_SHOWN, k)
+    starts = [0.1 + _STEP + 0.35 + group * (shown * _STEP + _GROUP) for group in range(1 + len(held))]
+    width, height = starts[-1] + shown * _STEP + _GROUP, _TOP + n_queries * _ROW
+    figure = new_figure(width, height)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    facts = files[0].provenance
+
+    def show(index: int, x: float, y: float) -> None:
+        path, caption = first.samples[str(index)]
+        try:
+            image = load_image(path)
+        except ValueError as error:
+            raise ValueError(
+                f"gallery: {error} Relative paths are those of the folder in which it was scored; score again if the "
+                "images were moved."
+            ) from error
+        image.thumbnail((_PIXELS, _PIXELS))
+        axes.imshow(image, extent=(x, x + _SIDE, y + _SIDE, y), interpolation="antialiased")
+        lines = textwrap.wrap(textwrap.shorten(caption, 44, placeholder="…"), 23)[:2]
+        axes.text(x, y + _SIDE + 0.03, "\n".join(lines), fontsize=5, va="top", linespacing=1.05)
+
+    def title(x: float, text: str, **style: Any) -> None:
+        axes.text(x, _TOP - 0.12, text, fontsize=10, va="bottom", **style)
+
+    axes.text(
+        0.1,
+        0.12,
+        f"{target}: its {shown} nearest images of {facts['samples']}, framed where they are among the teacher's {k}",
+        fontsize=13,
+        va="top",
+    )
+    title(0.1, "query")
+    title(starts[0], f"teacher: {facts['teacher']}")
+    for start, name, file in zip(starts[1:], names, files, strict=True):
+        score = file.of("layer" if target.head is None else "head")[tuple(i for i in target if i is not None)]
+        title(start, f"{name}: MKNN {score:.3f}, chance {file.chance:.3f}", weight="bold")
+    for row, query in enumerate(first.queries.tolist()):
+        y = _TOP + row * _ROW
+        show(query, 0.1, y)
+        of_teacher = first.teacher[row].tolist()
+        for group, (start, nearest) in enumerate(
+            zip(starts, [of_teacher, *(side.of(target)[row].tolist() for side in held)], strict=True)
+        ):
+            for place, index in enumerate(nearest[:shown]):
+                x = start + place * _STEP
+                if index >= 0:
+                    show(index, x, y)
+                if group and index in of_teacher:
+                    axes.add_patch(Rectangle((x, y), _SIDE, _SIDE, fill=False, edgecolor=GREEN, linewidth=3))
+            if group:
+                share = len(set(nearest) & set(of_teacher)) / k
+                colour = GREEN if share else GREY
+                axes.text(start + shown * _STEP, y + _SIDE / 2, f"{share:.1f}", color=colour, fontsize=11, va="center")
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    return figure
