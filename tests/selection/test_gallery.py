@@ -29,7 +29,7 @@ def write_seen(scores: Path, images: Path, seed: int) -> Path:
     samples = {}
     for index, image in enumerate(noise_images(N)):
         image.save(images / f"{index}.png")
-        samples[index] = [str(images / f"{index}.png"), f"caption {index}"]
+        samples[index] = [str(images / f"{index}.png"), f"caption {index} for $5 and_$x^"]
     heads = drawn(6 * QUERIES, seed).view(3, 2, QUERIES, K)
     heads[1, 0] = -1  # could not be scored
     tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": heads}
@@ -47,7 +47,7 @@ def files(tmp_path) -> list[Path]:
 
 @pytest.mark.parametrize("target", [Target(0, 1), Target(1, 0), Target(2)], ids=str)
 def test_an_image_is_framed_exactly_where_teacher_and_head_agree(files, target):
-    (figure,) = draw_gallery(*load_files(files, (), "gallery"), [target])
+    figure = draw_gallery(*load_files(files, (), "gallery"), target)
     (axes,) = figure.axes
     held = [Neighbors.load(path) for path in files]
     agreed = [
@@ -111,5 +111,5 @@ def test_a_head_that_is_not_there_is_named(files, tmp_path, head):
 
 
 def test_a_folder_without_scores_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"scores: .* holds no scores.json or heads.json or layers.json; make one"):
+    with pytest.raises(ValueError, match=r"scores: .* cannot be read .*give a heads.json"):
         write_gallery([tmp_path])

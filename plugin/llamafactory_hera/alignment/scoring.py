@@ -117,12 +117,11 @@ def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: in
     Returns:
         ``[H, Q, k]`` or ``[Q, k]``, nearest first; -1 where :func:`score_heads` gives NaN.
     """
-    d, rows, found = features.shape[-1], rows.to(features.device), []
-    with full_precision(features.device.type):
+    device, d, found = features.device, features.shape[-1], []
+    rows = rows.to(device)
+    with full_precision(device.type):
         for head, vectors in enumerate(features.transpose(0, 1) if weight is not None else [features]):
-            columns = (
-                None if weight is None else weight[:, head * d : (head + 1) * d].to(vectors.device, torch.float32)
-            )
+            columns = None if weight is None else weight[:, head * d : (head + 1) * d].to(device, torch.float32)
             queries, keys, sound = _factors(vectors, columns, normalize)
             similarities = (queries[rows] @ keys.T).scatter_(1, rows[:, None], -torch.inf)
             nearest = similarities.sort(dim=1, descending=True, stable=True).indices[:, :k]

@@ -103,7 +103,7 @@ class Neighbors(NamedTuple):
         path = neighbors_file(scores)
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name).long() for name in file.keys()}
+                tensors = {name: file.get_tensor(name).long() for name in cls._fields[:-1]}
                 return cls(**tensors, samples=json.loads(file.metadata()["samples"]))
         except (OSError, SafetensorError) as error:
             raise ValueError(
@@ -148,7 +148,8 @@ def write_gallery(
     if outside:
         raise ValueError(f"gallery: {', '.join(outside)} does not exist in {files[0].path}; name others.")
     pictures = []
-    for target, figure in zip(chosen, draw_gallery(files, names, chosen), strict=True):
+    for target in chosen:
+        figure = draw_gallery(files, names, target)
         pictures.append(Path(f"{output}_{target}.png"))
         try:
             pictures[-1].parent.mkdir(parents=True, exist_ok=True)
@@ -159,17 +160,13 @@ def write_gallery(
     return pictures
 
 
-def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], targets: Sequence[Target]) -> list[Figure]:
-    """A figure for each head or layer: a row for each query, with the nearest images of the teacher and of each file.
+def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Target) -> Figure:
+    """A row for each query, with the nearest images of the teacher and, by a head or layer, of each file.
 
-    An image of a head is framed where it is one of the teacher's ``k``, so the teacher need not show it.
+    An image is framed where it is one of the teacher's ``k``, fewer of which are shown.
     """
     held = [Neighbors.load(file.path) for file in files]
-    return [_draw(files, held, names, target) for target in targets]
-
-
-def _draw(files: Sequence[ScoreFile], held: Sequence[Neighbors], names: Sequence[str], target: Target) -> Figure:
-    first = held[0]
+    first, facts = held[0], files[0].provenance
     n_queries, k = first.teacher.shape
     shown = min(_SHOWN, k)
     starts = [0.1 + _STEP + 0.35 + group * (shown * _STEP + _GROUP) for group in range(1 + len(held))]
@@ -178,53 +175,44 @@ def _draw(files: Sequence[ScoreFile], held: Sequence[Neighbors], names: Sequence
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    facts = files[0].provenance
+
+    def write(x: float, y: float, text: str, size: float, va: str = "top", **style: Any) -> None:
+        axes.text(x, y, text, fontsize=size, va=va, parse_math=False, **style)
 
     def show(index: int, x: float, y: float) -> None:
         path, caption = first.samples[str(index)]
         try:
             image = load_image(path)
         except ValueError as error:
-            raise ValueError(
-                f"gallery: {error} Relative paths are those of the folder in which it was scored; score again if the "
-                "images were moved."
-            ) from error
+            remedy = "A relative path starts in the folder in which it was scored; score again if images were moved."
+            raise ValueError(f"gallery: {error} {remedy}") from error
         image.thumbnail((_PIXELS, _PIXELS))
-        axes.imshow(image, extent=(x, x + _SIDE, y + _SIDE, y), interpolation="antialiased")
+        axes.imshow(image, extent=(x, x + _SIDE, y + _SIDE, y))
         lines = textwrap.wrap(textwrap.shorten(caption, 44, placeholder="…"), 23)[:2]
-        axes.text(x, y + _SIDE + 0.03, "\n".join(lines), fontsize=5, va="top", linespacing=1.05)
+        write(x, y + _SIDE + 0.03, "\n".join(lines), 5)
 
-    def title(x: float, text: str, **style: Any) -> None:
-        axes.text(x, _TOP - 0.12, text, fontsize=10, va="bottom", **style)
-
-    axes.text(
-        0.1,
-        0.12,
-        f"{target}: its {shown} nearest images of {facts['samples']}, framed where they are among the teacher's {k}",
-        fontsize=13,
-        va="top",
-    )
-    title(0.1, "query")
-    title(starts[0], f"teacher: {facts['teacher']}")
+    what = f"{target}: its {shown} nearest of {facts['samples']} images, framed where among the teacher's {k}"
+    write(0.1, 0.12, f"{what}; beside each row the share of the {k} that both name", 13)
+    write(0.1, _TOP - 0.12, "query", 10, "bottom")
+    write(starts[0], _TOP - 0.12, f"teacher: {facts['teacher']}", 10, "bottom")
     for start, name, file in zip(starts[1:], names, files, strict=True):
-        score = file.of("layer" if target.head is None else "head")[tuple(i for i in target if i is not None)]
-        title(start, f"{name}: MKNN {score:.3f}, chance {file.chance:.3f}", weight="bold")
+        score = file.scores[target] if target.head is not None else file.layer_scores[target.layer]
+        text = f"{name}: MKNN {score:.3f} (chance {file.chance:.3f})"
+        write(start, _TOP - 0.12, text, 10, "bottom", weight="bold")
     for row, query in enumerate(first.queries.tolist()):
-        y = _TOP + row * _ROW
+        y, of_teacher = _TOP + row * _ROW, first.teacher[row].tolist()
         show(query, 0.1, y)
-        of_teacher = first.teacher[row].tolist()
-        for group, (start, nearest) in enumerate(
-            zip(starts, [of_teacher, *(side.of(target)[row].tolist() for side in held)], strict=True)
-        ):
+        found = [of_teacher, *(side.of(target)[row].tolist() for side in held)]
+        for start, nearest in zip(starts, found, strict=True):
             for place, index in enumerate(nearest[:shown]):
                 x = start + place * _STEP
                 if index >= 0:
                     show(index, x, y)
-                if group and index in of_teacher:
+                if nearest is not of_teacher and index in of_teacher:
                     axes.add_patch(Rectangle((x, y), _SIDE, _SIDE, fill=False, edgecolor=GREEN, linewidth=3))
-            if group:
+            if nearest is not of_teacher:
                 share = len(set(nearest) & set(of_teacher)) / k
                 colour = GREEN if share else GREY
-                axes.text(start + shown * _STEP, y + _SIDE / 2, f"{share:.1f}", color=colour, fontsize=11, va="center")
+                write(start + shown * _STEP, y + _SIDE / 2, f"{share:.1f}", 11, "center", color=colour)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure

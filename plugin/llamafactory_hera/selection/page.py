@@ -19,11 +19,11 @@ from .gallery import default_targets, draw_gallery
 from .pictures import BLUE, GREEN, GREY, ORANGE, draw_comparison, inline_svg, new_figure, plain
 from .scores import Comparison, ScoreFile, command_line, compare
 
-_CURVES = {
-    "lm_loss": ("language-modeling loss", BLUE),
-    "hera_loss": ("alignment loss", ORANGE),
-    "hera_mknn": ("MKNN in batches", GREEN),
-    "hera_temperature": ("temperature τ", GREY),
+_PANELS = {
+    "language-modeling loss": {"lm_loss": BLUE},
+    "alignment loss": {"hera_loss": ORANGE},
+    "MKNN in batches (grey: chance)": {"hera_mknn": GREEN, "hera_mknn_chance": GREY},
+    "temperature τ": {"hera_temperature": BLUE},
 }
 _NO_FACTS = ("curves", "log", "log_lines", "command", "versions", "paper")  # shown elsewhere, or not at all
 _PAGE = """<!DOCTYPE html>
@@ -53,7 +53,7 @@ def write_page(
 ) -> Path:
     """Compares score files as :func:`~.scores.compare` does, in a page of its own; returns its path.
 
-    What was trained is read from the ``card.json`` of the run that ``aligned`` or, last first, a score file is part of.
+    What was trained is read from ``card.json`` beside ``aligned`` or, last first, beside a score file.
 
     Raises:
         ValueError: As there; or the page cannot be written.
@@ -96,8 +96,8 @@ def _parts(comparison: Comparison, card: dict[str, Any]) -> Iterable[str]:
     shown = [Target.parse(next(iter(next(iter(comparison.groups.values())))), first.chosen.granularity)]
     try:
         shown += default_targets(first)[1:]
-        for target, figure in zip(shown, draw_gallery(comparison.files, comparison.names, shown), strict=True):
-            drawn = BytesIO()
+        for target in shown:
+            drawn, figure = BytesIO(), draw_gallery(comparison.files, comparison.names, target)
             figure.savefig(drawn, format="jpeg", dpi=110, pil_kwargs={"quality": 85})
             source = b64encode(drawn.getvalue()).decode()
             yield f'<p><img alt="Nearest images of {target}" src="data:image/jpeg;base64,{source}"></p>'
@@ -138,21 +138,13 @@ def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float]) -> str:
 
 
 def _curves(log: list[dict[str, float]]) -> str:
-    """Each curve that was logged in a panel of its own, the MKNN beside chance."""
-    shown = {key: style for key, style in _CURVES.items() if any(key in line for line in log)}
+    shown = {title: curves for title, curves in _PANELS.items() if any(next(iter(curves)) in line for line in log)}
     figure = new_figure(3.4 * len(shown), 2.6)
-    for axes, (key, (label, colour)) in zip(
-        figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
-    ):
-        drawn = {key: {"color": colour}}
-        if key == "hera_mknn":
-            drawn["hera_mknn_chance"] = {"color": GREY, "linestyle": "--", "label": "chance"}
-        for name, style in drawn.items():
-            lines = [line for line in log if name in line]
-            axes.plot([line["step"] for line in lines], [line[name] for line in lines], marker=".", **style)
-        axes.set_title(label, fontsize=10)
+    for axes, (title, curves) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for key, colour in curves.items():
+            lines = [line for line in log if key in line]
+            axes.plot([line["step"] for line in lines], [line[key] for line in lines], color=colour, marker=".")
+        axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         plain(axes)
-        if key == "hera_mknn":
-            axes.legend(fontsize=8, frameon=False)
-    return inline_svg(figure, f"Curves over the steps: {', '.join(label for label, _ in shown.values())}")
+    return inline_svg(figure, f"Over the steps: {', '.join(shown)}")

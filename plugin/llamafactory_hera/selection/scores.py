@@ -87,13 +87,8 @@ class ScoreFile:
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
         """Reads a file, or a folder's scores, else its selection; raises ValueError where there are none."""
         if os.path.isdir(path):
-            named = [Path(path, *inner, name) for inner in ([RUN_FOLDER], []) for name in _SCORE_FILES]
-            found = next((file for file in named if file.is_file()), None)
-            if found is None:
-                raise ValueError(
-                    f"scores: {path} holds no {' or '.join(_SCORE_FILES)}; make one with `llamafactory-hera score`."
-                )
-            path = found
+            named = (Path(path, RUN_FOLDER, name) for name in _SCORE_FILES)
+            path = next((file for file in named if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
         scores, layer_scores = (chosen.provenance.get(name) for name in ("scores", "layer_scores"))
         if not scores:
@@ -196,7 +191,15 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), align
     ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run.
     """
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        paths, names = _before_and_after(Path(paths[0])), names or ("before", "after")
+        run = paths[0]
+        after, *selected = (Path(run, RUN_FOLDER, name) for name in _SCORE_FILES)
+        paths = [next((path for path in selected if path.is_file()), selected[0]), after]
+        names = names or ("before", "after")
+        if missing := [str(path) for path in paths if not os.path.isfile(path)]:
+            raise ValueError(
+                f"report: {' and '.join(missing)} is missing: select writes {selected[0].name}, and "
+                f"`llamafactory-hera score {run} --recipe RECIPE.yaml` {after.name}; or give files of scores."
+            )
     if len(paths) < 2:
         raise ValueError("report: give two score files or more, the one before training first, or a run's folder.")
     files, names = load_files(paths, names, "report")
@@ -230,20 +233,6 @@ def load_files(
                 "with the same recipe."
             )
     return files, names or _short_names([file.path.absolute() for file in files])
-
-
-def _before_and_after(run: Path) -> list[Path]:
-    """The selection and the scores of a run."""
-    after, *before = (run / RUN_FOLDER / name for name in _SCORE_FILES)
-    selected = next((path for path in before if path.is_file()), None)
-    if selected is None:
-        raise ValueError(f"report: {run} is not the folder of a run with HeRA ({before[0]} is missing); give another.")
-    if not after.is_file():
-        raise ValueError(
-            f"report: {after} is missing; write it with `llamafactory-hera score {run} --recipe RECIPE.yaml`, with the "
-            "recipe of the run."
-        )
-    return [selected, after]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
