@@ -69,10 +69,11 @@ demo: $(STAMP)
 	      dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=$$mode; \
 	  done; \
 	  $(BIN)/llamafactory-hera report $(DEMO_RUNS:%=saves/demo_$$mode/%.json) --names $(DEMO_RUNS) \
-	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode; \
+	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode --html saves/demo_$$mode.html; \
 	done
 	@cat saves/demo_llm.md saves/demo_mllm.md
 	@ls saves/demo_*llm.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
+	@echo "everything on one page: saves/demo_llm.html and saves/demo_mllm.html"
 
 # goes on where it was stopped
 study: $(STAMP)
