@@ -213,6 +213,6 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Targe
             if nearest is not of_teacher:
                 share = len(set(nearest) & set(of_teacher)) / k
                 colour = GREEN if share else GREY
-                write(start + shown * _STEP, y + _SIDE / 2, f"{share:.1f}", 11, "center", color=colour)
+                write(start + shown * _STEP, y + _SIDE / 2, f"{share:.2f}", 11, "center", color=colour)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure

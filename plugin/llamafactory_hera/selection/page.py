@@ -3,7 +3,7 @@
 import math
 import os
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -74,18 +74,18 @@ def write_page(
 
 def _parts(comparison: Comparison, card: dict[str, Any]) -> Iterable[str]:
     first, what = comparison.files[0], comparison.files[0].chosen.what
-    facts = first.provenance
+    facts, (group, framed) = first.provenance, next(iter(comparison.groups.items()))
     yield (
         f"<p>MKNN against {escape(facts['teacher'])} on {facts['samples']} samples of {escape(facts['dataset'])}, "
         f"k = {facts['k']}, mode {facts['mode']}. Unrelated features reach {first.chance:.4f}.</p>"
     )
     yield "<h2>What was trained</h2>"
     yield _facts(card) if card else f"<p>No {CARD} lies beside the scores: a finished run writes it.</p>"
-    yield f"<h2>All {what} before and after</h2><p>Framed: the {what} that each file names.</p><div class=maps>"
+    yield f"<h2>All {what} before and after</h2><p>Framed: {group}.</p><div class=maps>"
     known = np.concatenate([file.of(first.chosen.granularity).ravel() for file in comparison.files])
     limits = float(np.nanmin(known)), float(np.nanmax(known))
     for name, file in zip(comparison.names, comparison.files, strict=True):
-        yield _heat_map(name, file, limits)
+        yield _heat_map(name, file, limits, framed)
     yield f"</div><p>From {limits[0]:.3f} (dark) to {limits[1]:.3f} (light); values where the pointer rests.</p>"
     yield f"<h2>{' and '.join(comparison.groups)}</h2>"
     yield inline_svg(draw_comparison(comparison), "MKNN of the least and most aligned, before and after")
@@ -93,7 +93,7 @@ def _parts(comparison: Comparison, card: dict[str, Any]) -> Iterable[str]:
         yield f"<h2>Training</h2>{_curves(card['log'])}"
     yield "<h2>What a head sees</h2>"
     # the first that is shown above, which need not be the worst, the median and the best
-    shown = [Target.parse(next(iter(next(iter(comparison.groups.values())))), first.chosen.granularity)]
+    shown = [Target.parse(next(iter(framed)), first.chosen.granularity)]
     try:
         shown += default_targets(first)[1:]
         for target in shown:
@@ -120,7 +120,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f"<table class=facts>{''.join(rows)}</table>"
 
 
-def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float]) -> str:
+def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float], framed: Container[str]) -> str:
     """A table with a row for each layer, on a colour scale that all files share."""
     scores = np.atleast_2d(file.of(file.chosen.granularity).T).T  # layers are one column
     by_head, rows = file.chosen.granularity == "head", []
@@ -130,7 +130,7 @@ def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float]) -> str:
             target = Target(layer, head if by_head else None)
             share = (value - limits[0]) / max(limits[1] - limits[0], 1e-9)
             colour = "#fff" if math.isnan(value) else to_hex(colormaps["cividis"](share))
-            chosen = " class=chosen" if target in file.chosen.items else ""
+            chosen = " class=chosen" if str(target) in framed else ""
             tip = f"{target} {value:.4f}, {value / file.chance:.2f} × chance"
             cells.append(f'<td{chosen} style="background:{colour}" title="{tip}"></td>')
         rows.append(f"<tr><th>L{layer}</th>{''.join(cells)}</tr>")
