@@ -170,7 +170,7 @@ def package_versions() -> dict[str, str]:
 def command_line() -> str:
     """How this process was started, as a shell takes it, without secrets: the file may be published."""
     words = sys.orig_argv
-    if len(words) > 1 and Path(words[1]).parent == Path(words[0]).parent:  # a command beside its interpreter
+    if Path(sys.executable).parent == Path(words[min(1, len(words) - 1)]).parent:  # a command beside its interpreter
         words = [Path(words[1]).name, *words[2:]]
     return re.sub(r"(\w*(?:hub_token|api_key|password)[= ])\S+", r"\1…", shlex.join(words))
 
