@@ -29,7 +29,7 @@ def write_seen(scores: Path, images: Path, seed: int) -> Path:
     samples = {}
     for index, image in enumerate(noise_images(N)):
         image.save(images / f"{index}.png")
-        samples[index] = [str(images / f"{index}.png"), f"caption {index} for $5 and_$x^"]
+        samples[index] = [str(images / f"{index}.png"), rf"{index}: $\q$, a caption"]
     heads = drawn(6 * QUERIES, seed).view(3, 2, QUERIES, K)
     heads[1, 0] = -1  # could not be scored
     tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": heads}
@@ -101,9 +101,9 @@ def test_what_cannot_be_drawn_is_named(files, tmp_path, harm, message):
         write_gallery(files, tmp_path / "seen", targets="L0H1")
 
 
-@pytest.mark.parametrize("head", ["L3H0", "L0H2"])
-def test_a_head_that_is_not_there_is_named(files, tmp_path, head):
-    with pytest.raises(ValueError, match=f"gallery: {head} does not exist in .*heads.json"):
+@pytest.mark.parametrize("head", ["L3H0", "L0H2", "L1H0"])
+def test_a_head_that_is_not_there_or_not_scored_is_named(files, tmp_path, head):
+    with pytest.raises(ValueError, match=f"gallery: {head} has no score in .*heads.json"):
         write_gallery(files, tmp_path / "seen", targets=head)
 
 

@@ -140,13 +140,10 @@ def write_gallery(
         ValueError: Bad input; names the file and the remedy.
     """
     files, names = load_files(paths, names, "gallery")
-    known = files[0].of(files[0].chosen.granularity)
+    known = files[0].ranked()
     chosen = Targets.resolve(targets, files[0].chosen.granularity).items if targets else default_targets(files[0])
-    outside = [
-        str(target) for target in chosen if any(not 0 <= i < n for i, n in zip(target, known.shape, strict=False))
-    ]
-    if outside:
-        raise ValueError(f"gallery: {', '.join(outside)} does not exist in {files[0].path}; name others.")
+    if outside := [str(target) for target in chosen if target not in known]:
+        raise ValueError(f"gallery: {', '.join(outside)} has no score in {files[0].path}; name others.")
     pictures = []
     for target in chosen:
         figure = draw_gallery(files, names, target)
