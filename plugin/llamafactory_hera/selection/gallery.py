@@ -128,16 +128,10 @@ def write_gallery(
     names: Sequence[str] = (),
     targets: str | None = None,
 ) -> list[Path]:
-    """Draws ``OUTPUT_L3H4.png`` for each head or layer, by default the worst, median and best of the first file.
+    """Draws ``OUTPUT_L3H4.png`` for each of ``targets`` (names, or the path of a file of them), and returns the paths.
 
-    Args:
-        paths: Files or folders of ``select`` and ``score``, of one model at several times, "before" first.
-        output: Beginning of the pictures' names.
-        names: One for each file.
-        targets: Names of heads or layers, or the path of a file of them.
-
-    Raises:
-        ValueError: Bad input; names the file and the remedy.
+    By default these are the worst, the median and the best of the first file; a file or the folder of a ``select`` or
+    ``score`` is a path. Bad input is a ValueError that names it and the remedy.
     """
     files, names = load_files(paths, names, "gallery")
     known = files[0].ranked()
