@@ -72,12 +72,13 @@ demo: $(STAMP)
 	      dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=$$mode; \
 	  done; \
 	  $(BIN)/llamafactory-hera report $(DEMO_RUNS:%=saves/demo_$$mode/%.json) --names $(DEMO_RUNS) \
-	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode; \
+	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode --html saves/demo_$$mode.html; \
 	done
 	$(BIN)/llamafactory-hera eval $(patsubst saves/demo_before,hera_demo/model,$(DEMO_RUNS:%=saves/demo_%)) \
 	  --names $(DEMO_RUNS) --suite demo --data hera_demo/data --output saves/demo_eval
 	@cat saves/demo_llm.md saves/demo_mllm.md saves/demo_eval/demo.md
 	@ls saves/demo_*llm.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
+	@echo "everything on one page: saves/demo_llm.html and saves/demo_mllm.html"
 
 # goes on where it was stopped
 study: $(STAMP)

@@ -49,11 +49,21 @@ def _parser() -> argparse.ArgumentParser:
     _take_overrides(score, "hera_select_mode=mllm")
 
     report = command("report", _report, "compare head scores before and after training")
-    report.add_argument("files", metavar="SCORES.json", nargs="+", help="score files, the one before training first")
+    several = "files or folders of select and score, the one before training first"
+    report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     aligned = "heads or layers to show instead of the worst of the first file: names, or a run's heads.json"
     report.add_argument("--aligned", metavar="HEADS", help=aligned)
-    report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
+    written = "OUTPUT.png and OUTPUT.md are written (default: hera_report, and with --html neither)"
+    report.add_argument("--output", help=written)
+    report.add_argument("--html", metavar="FILE.html", help="write one page with everything, which needs no network")
+
+    gallery = command("gallery", _gallery, "draw which images a head takes for neighbours, beside the teacher's")
+    gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
+    gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
+    drawn = "names, or a file of them (default: the worst, median and best of the first file)"
+    gallery.add_argument("--heads", metavar="HEADS", help=drawn)
+    gallery.add_argument("--output", default="hera_gallery", help="OUTPUT_L3H4.png is written for each (%(default)s)")
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, beside the paper's table")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; differences are to the first")
@@ -169,10 +179,20 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from .selection.page import write_page
     from .selection.pictures import write_report
 
-    for path in write_report(args.files, args.output, args.names, args.aligned):
-        print(path)
+    if args.output or not args.html:
+        print(*write_report(args.files, args.output or "hera_report", args.names, args.aligned), sep="\n")
+    if args.html:
+        print(write_page(args.files, args.html, args.names, args.aligned))
+    return 0
+
+
+def _gallery(args: argparse.Namespace) -> int:
+    from .selection.gallery import write_gallery
+
+    print(*write_gallery(args.files, args.output, args.names, args.heads), sep="\n")
     return 0
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 #: Folder beside a run's weights, in its output folder and in each checkpoint, that holds what belongs to HeRA.
 RUN_FOLDER = "hera"
+#: What a finished run says of itself, in that folder.
+CARD = "card.json"
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def test_a_comparison_scores_the_trained_model_as_the_selection_did(run: Path) -
     assert {f"hera_select_{setting}" for setting in expected} <= set(score)
     assert {"hera_pooling=mean", "hera_similarity=dot"} <= set(score)
     assert report[1:3] == [str(run / "hera/heads.json"), str(run / "hera/scores.json")]
+    assert report[-2:] == ["--html", str(run / "hera/report.html")]
 
 
 def test_heads_without_scores_have_the_model_before_training_scored_first(run: Path) -> None:

@@ -50,7 +50,12 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert code == 0, output
     assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
     folder = here / "saves/select/hera"
-    assert sorted(file.name for file in folder.iterdir()) == ["heads.json", "heads.png", "run.yaml"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "heads.json",
+        "heads.neighbors.safetensors",
+        "heads.png",
+        "run.yaml",
+    ]
     heads = Targets.load(folder / "heads.json")
     assert len(heads.items) == 3
     assert f"selected (worst): {heads}" in output

@@ -102,6 +102,8 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     assert "| language-modeling loss |" in page
     facts = json.loads((tmp_path / "run/hera/card.json").read_text())
     assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
+    assert [line["step"] for line in facts["log"]] == [1, 2, 3, 4, 5, 6]
+    assert facts["log"][-1]["lm_loss"] == facts["curves"]["lm_loss"]["last"]
 
 
 def test_the_card_holds_the_mknn_before_and_after_training_as_the_hub_reads_it(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What is chosen by scores, the table, and before beside after: the same heads in every file, nothing incomparable."""
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from llamafactory_hera.selection.pictures import write_report
 from llamafactory_hera.selection.scores import (
     ScoreFile,
     choose_targets,
+    command_line,
     compare,
     differences,
     rank_targets,
@@ -146,6 +149,14 @@ def test_what_each_fact_decides(other, roles, shown):
 def test_a_fact_that_an_older_file_lacks_is_not_compared():
     older = {fact: value for fact, value in facts().items() if fact != "similarity"}
     assert differences(older, facts(similarity="dot"), Role.SELECTS) == []
+
+
+def test_a_command_is_shown_as_a_shell_takes_it_and_without_secrets(monkeypatch):
+    folder, told = Path(sys.executable).parent, ["train", "a b.yaml", "hub_token=hf_x", "--hub_token", "hf_y"]
+    shown = "train 'a b.yaml' hub_token=… --hub_token …"
+    for started, first in ((f"{folder}/llamafactory-cli", "llamafactory-cli"), ("-m", f"{sys.executable} -m")):
+        monkeypatch.setattr(sys, "orig_argv", [sys.executable, started, *told])
+        assert command_line() == f"{first} {shown}"
 
 
 # -- before and after ------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamafactory_hera.alignment import mutual_knn
+from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
 from llamafactory_hera.heads import HeadCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import select
 from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 from tests.ranks import run_ranks
@@ -32,19 +33,24 @@ def teacher_features(inputs, samples):
     return torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples]).half()
 
 
-def naive_scores(inputs, chosen):
-    """Each sample alone, no padding: D-sized contributions of every head, then MKNN of the dense formula."""
+def naive_contributions(inputs, chosen):
+    """Each sample alone, no padding: D-sized contributions of every head ``[L * H, N, D]``."""
     model = inputs.load_model()
-    samples = draw_samples(inputs.source, chosen)
     collate = inputs.collator(model)
     rows = []
     with HeadCapture(model, Targets.parse(ALL_HEADS)) as capture, torch.no_grad():
-        for sample in samples:
+        for sample in draw_samples(inputs.source, chosen):
             batch = collate([dict(sample.features)])
             capture.pool(batch.pop("labels") != -100)
             model(**batch)
             rows.append(capture.representations()[:, 0])
-    heads, teacher = torch.stack(rows, dim=1), teacher_features(inputs, samples)
+    return torch.stack(rows, dim=1)
+
+
+def naive_scores(inputs, chosen):
+    """MKNN of the dense formula."""
+    teacher = teacher_features(inputs, draw_samples(inputs.source, chosen))
+    heads = naive_contributions(inputs, chosen)
     return mutual_knn(heads, teacher, chosen.select.k, chosen.normalize).view(LAYERS, HEADS)
 
 
@@ -66,6 +72,25 @@ def test_scores_are_those_of_the_formula(tmp_path, make, keys):
     assert len(set(expected.flatten().tolist())) > 3
     order = sorted(range(LAYERS * HEADS), key=lambda i: (expected.flatten()[i].item(), i))
     assert [str(head) for head in heads.items] == [ALL_HEADS[i] for i in order[:3]]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_the_neighbours_kept_beside_the_file_are_those_of_the_formula(tmp_path, similarity):
+    inputs, chosen = text_inputs(tmp_path), settings(similarity=similarity)
+    select_targets(inputs, chosen, tmp_path / "heads.json")
+    kept = Neighbors.load(tmp_path / "heads.json")
+    assert kept.queries.tolist() == [round(place * 39 / 11) for place in range(12)]
+    k, normalize = chosen.select.k, chosen.normalize
+    expected = nearest_neighbors(naive_contributions(inputs, chosen), k, normalize)[:, kept.queries]
+    assert torch.equal(kept.heads.flatten(0, 1), expected)
+    teacher = nearest_neighbors(teacher_features(inputs, draw_samples(inputs.source, chosen)), k, normalize)
+    assert torch.equal(kept.teacher, teacher[kept.queries])
+    # of twelve samples all are queries: what they share with the teacher on average is the score
+    everyone = text_inputs(tmp_path)
+    scores = select_targets(everyone, settings(select_samples=12), tmp_path / "all.json").provenance["scores"]
+    kept = Neighbors.load(tmp_path / "all.json")
+    shared = (kept.heads[..., None] == kept.teacher[:, None, :]).any(-1).float().mean((-1, -2))
+    torch.testing.assert_close(shared, torch.tensor(scores), atol=1e-6, rtol=0)
 
 
 def test_layer_scores_are_those_of_the_layers_output(tmp_path):
@@ -112,7 +137,7 @@ def test_the_file_says_where_the_heads_come_from(tmp_path):
     )
     assert facts["versions"]["torch"] == version("torch")
     assert [len(row) for row in facts["scores"]] == [HEADS] * LAYERS
-    assert [file.name for file in path.parent.iterdir()] == ["heads.json"]
+    assert {file.name for file in path.parent.iterdir()} == {"heads.json", "heads.neighbors.safetensors"}
 
 
 def test_the_batch_size_does_not_matter_and_fp16_changes_a_neighbour_at_most(tmp_path):
@@ -158,7 +183,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, kill_after, caplog):
     assert sum(sizes) == 100 - 64
     assert "2 of 4 blocks are there" in caplog.text
     assert again.provenance["scores"] == whole.provenance["scores"]
-    assert [path.name for path in target.parent.iterdir()] == ["heads.json"]
+    assert {path.name for path in target.parent.iterdir()} == {"heads.json", "heads.neighbors.safetensors"}
 
 
 @pytest.mark.parametrize("changed", ["captions", "model"])
@@ -253,6 +278,7 @@ def test_a_head_with_nan_is_named_and_never_taken(tmp_path, caplog):
     assert heads.provenance["scores"][1][1] is None
     assert sum(score is None for row in heads.provenance["scores"] for score in row) == 1
     assert Target(1, 1) not in heads.items
+    assert (Neighbors.load(tmp_path / "heads.json").of(Target(1, 1)) == -1).all()
     assert len(heads.items) == 7
 
 

@@ -97,6 +97,32 @@ def score_features(
     return _score_sets(features[None], None, teacher_neighbors, normalize, memory_limit_bytes)[0]
 
 
+@torch.no_grad()
+def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: int, normalize: bool = True) -> Tensor:
+    """The neighbours that :func:`score_heads`, or without a weight :func:`score_features`, counts, of some samples.
+
+    Args:
+        features: Outputs of a layer's heads ``[N, H, d]`` with its ``o_proj.weight``, or the layer's own ``[N, D]``.
+        weight: ``[D, H * d]``, or None.
+        rows: The samples that are asked for, ``[Q]``.
+        k: Neighbours of each.
+        normalize: Cosine similarity when true, dot product otherwise.
+
+    Returns:
+        ``[H, Q, k]`` or ``[Q, k]``, nearest first; -1 where :func:`score_heads` gives NaN.
+    """
+    device, d, found = features.device, features.shape[-1], []
+    rows = rows.to(device)
+    with full_precision(device.type):
+        for head, vectors in enumerate(features.transpose(0, 1) if weight is not None else [features]):
+            columns = None if weight is None else weight[:, head * d : (head + 1) * d].to(device, torch.float32)
+            queries, keys, sound = _factors(vectors, columns, normalize)
+            similarities = (queries[rows] @ keys.T).scatter_(1, rows[:, None], -torch.inf)
+            nearest = similarities.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            found.append(nearest.where(sound, -1))
+    return torch.stack(found) if weight is not None else found[0]
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Matrix products in true fp32: no autocast, no TF32, no bf16 emulation, whatever the caller has switched on."""

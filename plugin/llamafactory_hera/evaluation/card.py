@@ -1,6 +1,6 @@
 """A run's scores in its model card, as the hub reads them (``model-index``)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,17 @@ def write_index(folder: Path, results: Mapping[Task, Mapping[str, Any]]) -> None
     if not page.is_file() or not (folder / "trainer_state.json").is_file() or not results:
         return
     card = ModelCard.load(page, ignore_metadata_errors=True)
-    held = {each.dataset_type: each for each in card.data.eval_results or []}
+    found = []
     for task, result in results.items():
         metric, value = next(iter(result["scores"].items()))
         asked = ("image-text-to-text", task.name, task.title)
-        held[task.name] = EvalResult(*asked, metric_type=metric, metric_value=round(value, 2))
+        found.append(EvalResult(*asked, metric_type=metric, metric_value=round(value, 2)))
+    index(card, folder, found)
+    write_text(page, str(card))
+
+
+def index(card: ModelCard, folder: Path, results: Sequence[EvalResult]) -> None:
+    """Puts results into a run's ``model-index``, in the place of earlier ones of the same metric and data."""
+    held = {(each.dataset_type, each.metric_type): each for each in [*(card.data.eval_results or []), *results]}
     card.data.eval_results = list(held.values())
     card.data.model_name = card.data.model_name or folder.name
-    write_text(page, str(card))

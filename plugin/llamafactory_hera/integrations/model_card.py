@@ -11,13 +11,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..config import HeraConfig
-from ..files import RUN_FOLDER, read_json, write_json, write_text
+from ..evaluation.card import index
+from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
 from ..heads import Targets
 from ..knobs import Role
-from ..selection.scores import package_versions
+from ..selection.scores import command_line, package_versions
 from ..training import Aligner
 
-_FACTS = "card.json"
 _PAPER = "https://arxiv.org/abs/2606.23885"
 _CITATION = """@article{caffagni2026hera,
   title   = {Mind the Heads: Topological Representation Alignment for Multimodal LLMs},
@@ -55,7 +55,7 @@ def write_card(
     facts = _card_facts(aligner, log_history, steps, best_step)
     folder = Path(output_dir)
     (folder / RUN_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN_FOLDER / _FACTS, facts)
+    write_json(folder / RUN_FOLDER / CARD, facts)
     page = folder / "README.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else "---\n{}\n---\n"
     card = ModelCard(text, ignore_metadata_errors=True)
@@ -70,7 +70,7 @@ def write_card(
         data.base_model = None
     selection = facts.get("selection", {})
     if {"mknn", "dataset"} <= selection.keys():
-        _index(card.data, folder, _result(selection, selection["mknn"], "before"))
+        index(card, folder, [_result(selection, selection["mknn"], "before")])
     write_text(page, str(card))
 
 
@@ -81,7 +81,7 @@ def index_scores(folder: Path, scores: Path) -> None:
         folder: The output folder of the run.
         scores: The file that ``llamafactory-hera score`` wrote.
     """
-    page, file = folder / "README.md", folder / RUN_FOLDER / _FACTS
+    page, file = folder / "README.md", folder / RUN_FOLDER / CARD
     if not (page.is_file() and file.is_file()):
         return
     facts, scored = read_json(file), Targets.load(scores).provenance
@@ -89,7 +89,7 @@ def index_scores(folder: Path, scores: Path) -> None:
     known = _scores(Targets(aligned.items, scored))
     if known:
         card = ModelCard.load(page, ignore_metadata_errors=True)
-        _index(card.data, folder, _result(scored, known, "after"))
+        index(card, folder, [_result(scored, known, "after")])
         write_text(page, str(card))
 
 
@@ -105,14 +105,6 @@ def _result(facts: dict[str, Any], scores: dict[str, float], when: str) -> EvalR
         metric_name=f"MKNN {when} training, mean of {', '.join(scores)} ({measured})",
         metric_value=round(mean(scores.values()), 4),
     )
-
-
-def _index(data: Any, folder: Path, result: EvalResult) -> None:
-    """Puts a result into ``model-index``, in the place of an earlier one of the same metric and data."""
-    name = (result.dataset_type, result.metric_type)
-    others = [each for each in data.eval_results or [] if (each.dataset_type, each.metric_type) != name]
-    data.eval_results = [*others, result]
-    data.model_name = data.model_name or folder.name
 
 
 def _card_facts(
@@ -132,6 +124,8 @@ def _card_facts(
         "steps": steps,
         "curves": curves,
         "log_lines": len(lines),
+        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in lines],
+        "command": command_line(),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": _PAPER,
@@ -182,7 +176,7 @@ def _render(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines += [
         "",
-        f"{versions}. The same facts: `{RUN_FOLDER}/{_FACTS}`.",
+        f"{versions}. The same facts: `{RUN_FOLDER}/{CARD}`.",
         "",
         f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).",
         "",

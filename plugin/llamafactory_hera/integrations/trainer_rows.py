@@ -48,7 +48,7 @@ class TrainerRows:
         self._media = media_token_ids(model_config(trainer.model))
         processor = getattr(trainer, "processing_class", None)
         tokenizer = getattr(processor, "tokenizer", processor)
-        self._tokenizer = tokenizer if hasattr(tokenizer, "batch_decode") else None
+        self.tokenizer = tokenizer if hasattr(tokenizer, "batch_decode") else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,12 +76,12 @@ class TrainerRows:
     def _caption(self, tokens: list[int], labels: list[int]) -> Features | None:
         pairs = [(t, label != IGNORE_INDEX) for t, label in zip(tokens, labels, strict=True) if t not in self._media]
         answers = [[token for token, _ in group] for told, group in groupby(pairs, lambda pair: pair[1]) if told]
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             ids = [token for answer in answers for token in answer]
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} if ids else None
-        spoken = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        spoken = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         text = "\n".join(answer.strip() for answer in spoken)
-        return encode_caption(text, self._tokenizer, len(tokens))
+        return encode_caption(text, self.tokenizer, len(tokens))
 
     def collate(self, features: list[Features]) -> dict[str, Any]:
         """The batch that the trainer's own collator makes of some rows, named by their numbers."""
@@ -201,6 +201,7 @@ def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config
             dataset_name=rows().name,
             autocast=autocast_dtype(args),
             num_workers=args.dataloader_num_workers,
+            tokenizer=rows().tokenizer,
         )
 
     run = Run(Path(args.output_dir), layout, facts, inputs, checkpoint_of(args))

@@ -1,7 +1,10 @@
 """The pictures: scores of all heads, layers against heads (paper, fig. 3 left), runs side by side (fig. 3 right)."""
 
 import os
+import re
 from collections.abc import Sequence
+from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 # For things that stand side by side; the first is what the others are compared with.
 _SERIES = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 
+_TIP = "tip:"  # before the text of a ``gid``
 _CELL = 0.16  # inches
 _LABEL = 0.2  # inches along the axis that a tick label needs
 
@@ -46,6 +50,15 @@ def save_figure(figure: Figure, target: Path) -> None:
     """Writes a PNG; the file appears complete or not at all."""
     with whole_file(target) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
+
+
+def inline_svg(figure: Figure, alt: str) -> str:
+    """A figure as a part of an HTML page; what has a ``gid`` of ours shows it when the pointer rests there."""
+    drawn = StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    tipped = re.sub(rf'<g id="{_TIP}(.*?)">', r"<g><title>\1</title>", text[text.index("<svg") :])
+    return tipped.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 
 def show(path: Path) -> None:
@@ -131,7 +144,7 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
     axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
-def _draw_comparison(comparison: Comparison, target: Path) -> None:
+def draw_comparison(comparison: Comparison) -> Figure:
     """Draws the worst and top heads or layers of the first file in every file, as bars."""
     first, n_files = comparison.files[0], len(comparison.files)
     figure = new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
@@ -141,7 +154,9 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
         columns = zip(*rows.values(), strict=True)
         for position, (values, name) in enumerate(zip(columns, comparison.names, strict=True)):
             places = [place + (position - (n_files - 1) / 2) * width for place in range(len(rows))]
-            axes.bar(places, values, width * 0.92, color=_SERIES[position % len(_SERIES)], label=name)
+            bars = axes.bar(places, values, width * 0.92, color=_SERIES[position % len(_SERIES)], label=name)
+            for bar, target, value in zip(bars, rows, values, strict=True):
+                bar.set_gid(f"{_TIP}{target} {name}: {value:.4f}")
         axes.axhline(first.chance, color="black", linestyle="--", linewidth=1, label="chance")
         axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
@@ -152,7 +167,7 @@ def _draw_comparison(comparison: Comparison, target: Path) -> None:
     chance, *bars = zip(*both[0].get_legend_handles_labels(), strict=True)
     handles, labels = zip(*bars, chance, strict=True)
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, n_files + 1), fontsize=8, frameon=False)
-    save_figure(figure, target)
+    return figure
 
 
 def write_report(
@@ -167,7 +182,7 @@ def write_report(
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
-        _draw_comparison(comparison, picture)
+        save_figure(draw_comparison(comparison), picture)
         write_text(page, render_markdown(comparison, picture.name))
     except OSError as error:
         raise ValueError(

@@ -58,6 +58,8 @@ class SelectionInputs:
     autocast: torch.dtype | None = None
     #: Processes that decode images.
     num_workers: int = 0
+    #: Makes captions of labelled tokens, for people.
+    tokenizer: Any = None
 
 
 class Sample(NamedTuple):

@@ -3,7 +3,10 @@
 import math
 import os
 import random
+import re
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from ..heads.targets import Granularity, Target, Targets
 from ..knobs import Role
 
 _N_COMPARED = 5  # in each group of a comparison, as in the paper
+_SCORE_FILES = ("scores.json", "heads.json", "layers.json")  # of a folder; the first is that of `score`
 _ROWS = 10  # of the table in the terminal
 _PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
 # Facts that are no setting of ours, each with what decides it; the others are declared with their keys.
@@ -81,7 +85,10 @@ class ScoreFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
-        """Reads a file; raises ValueError where it is missing or holds no scores."""
+        """Reads a file, or a folder's scores, else its selection; raises ValueError where there are none."""
+        if os.path.isdir(path):
+            named = (Path(path, RUN_FOLDER, name) for name in _SCORE_FILES)
+            path = next((file for file in named if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
         scores, layer_scores = (chosen.provenance.get(name) for name in ("scores", "layer_scores"))
         if not scores:
@@ -160,6 +167,14 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def command_line() -> str:
+    """How this process was started, as a shell takes it, without secrets: the file may be published."""
+    words = sys.orig_argv
+    if Path(sys.executable).parent == Path(words[min(1, len(words) - 1)]).parent:  # a command beside its interpreter
+        words = [Path(words[1]).name, *words[2:]]
+    return re.sub(r"(\w*(?:hub_token|api_key|password)[= ])\S+", r"\1…", shlex.join(words))
+
+
 class Comparison(NamedTuple):
     """Score files of one model at several times, "before" first, each with a short name."""
 
@@ -175,20 +190,19 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), align
 
     ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run.
     """
-    if len(paths) < 2:
-        raise ValueError("report: give two score files or more, the one before training first.")
-    if names and len(names) != len(paths):
-        raise ValueError(f"report: {len(names)} names for {len(paths)} files; give one for each.")
-    files = [ScoreFile.load(path) for path in paths]
-    for file in files[1:]:
-        differing = differences(files[0].provenance, file.provenance, Role.SCORES)
-        if files[0].scores.shape != file.scores.shape:
-            differing.append("they differ in their number of heads")
-        if differing:
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        run = paths[0]
+        after, *selected = (Path(run, RUN_FOLDER, name) for name in _SCORE_FILES)
+        paths = [next((path for path in selected if path.is_file()), selected[0]), after]
+        names = names or ("before", "after")
+        if missing := [str(path) for path in paths if not os.path.isfile(path)]:
             raise ValueError(
-                f"report: {files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}. Score both with "
-                "the same recipe."
+                f"report: {' and '.join(missing)} is missing: select writes {selected[0].name}, and "
+                f"`llamafactory-hera score {run} --recipe RECIPE.yaml` {after.name}; or give files of scores."
             )
+    if len(paths) < 2:
+        raise ValueError("report: give two score files or more, the one before training first, or a run's folder.")
+    files, names = load_files(paths, names, "report")
     ranked = list(files[0].ranked())
     n = min(_N_COMPARED, len(ranked))
     known = [file.ranked(files[0].chosen.granularity) for file in files]
@@ -199,7 +213,26 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), align
     for title, targets in (least, (f"top-{n}", ranked[::-1][:n])):
         rows = {str(target): [scores.get(target, math.nan) for scores in known] for target in targets}
         groups[title] = rows | {"mean": [statistics.mean(column) for column in zip(*rows.values(), strict=True)]}
-    return Comparison(files, names or _short_names([file.path.absolute() for file in files]), groups)
+    return Comparison(files, names, groups)
+
+
+def load_files(
+    paths: Sequence[str | os.PathLike], names: Sequence[str], command: str
+) -> tuple[list[ScoreFile], Sequence[str]]:
+    """Reads score files of one model at several times with a name for each; refuses what cannot be compared."""
+    if names and len(names) != len(paths):
+        raise ValueError(f"{command}: {len(names)} names for {len(paths)} files; give one for each.")
+    files = [ScoreFile.load(path) for path in paths]
+    for file in files[1:]:
+        differing = differences(files[0].provenance, file.provenance, Role.SCORES)
+        if files[0].scores.shape != file.scores.shape:
+            differing.append("they differ in their number of heads")
+        if differing:
+            raise ValueError(
+                f"{command}: {files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}. Score both "
+                "with the same recipe."
+            )
+    return files, names or _short_names([file.path.absolute() for file in files])
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

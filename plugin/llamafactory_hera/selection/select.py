@@ -25,6 +25,7 @@ from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, shown_image
 from .features import PREFIX, FeatureBlocks, compute_features, writing
 from .fingerprint import is_own_vision_tower, model_fingerprint
+from .gallery import neighbors_file, write_neighbors
 from .samples import Sample, SelectionInputs, draw_samples, samples_digest
 from .scores import choose_targets, package_versions
 
@@ -86,7 +87,12 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
             "scores": [_written(row) for row in heads],
         }
         chosen = Targets(items, provenance)
+        device = next(model.parameters()).device
+        features = zip(
+            blocks.read("heads", device), blocks.read("layer", device), projection_weights(model), strict=True
+        )
         with writing(path):
+            write_neighbors(neighbors_file(path), samples, neighbors, features, config.normalize, inputs.tokenizer)
             chosen.save(path)
         FeatureBlocks.clear(folder)
         return chosen

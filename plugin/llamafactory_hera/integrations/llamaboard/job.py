@@ -23,7 +23,7 @@ from llamafactory_hera.knobs import fact_of
 from .names import STAGE
 
 SELECT, COMPARE = "select", "compare"
-#: The comparison's picture and page, in the run's ``hera`` folder.
+#: The comparison's picture and pages, in the run's ``hera`` folder.
 REPORT = "report"
 
 #: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
@@ -148,6 +148,7 @@ def compare_job(folder: Path, lang: str) -> Job | None:
         before = folder / RUN_FOLDER / "before.json"
         commands.append(["score", str(recipe), "--output", str(before)])
     commands.append(["score", str(folder), "--recipe", str(recipe), "--output", str(after), *settings])
-    report = ["--names", "before", "after", "--output", str(folder / RUN_FOLDER / REPORT)]
+    written = str(folder / RUN_FOLDER / REPORT)
+    report = ["--names", "before", "after", "--output", written, "--html", f"{written}.html"]
     commands.append(["report", str(before), str(after), *report])
     return Job(COMPARE, commands, folder, lang)

@@ -105,10 +105,10 @@ def evaluations(folder: Path) -> str:
 
 
 def report_files(folder: Path) -> list[str]:
-    """The comparison's page and picture, at a place from where the web UI may serve them."""
+    """The comparison's pages and picture, at a place from where the web UI may serve them."""
     # Gradio copies them into its cache from the system's folder for temporary files, not from anywhere
     copies = tempfile.mkdtemp()
-    return [shutil.copy(_report(folder, suffix), copies) for suffix in ("md", "png")]
+    return [shutil.copy(_report(folder, suffix), copies) for suffix in ("md", "png", "html")]
 
 
 def _report(folder: Path, suffix: str) -> Path:

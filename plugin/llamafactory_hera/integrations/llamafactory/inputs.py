@@ -59,6 +59,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
+        tokenizer=data.tokenizer,
         **data.facts,
     )
 
