@@ -32,6 +32,6 @@ def write_index(folder: Path, results: Mapping[Task, Mapping[str, Any]]) -> None
 
 def index(card: ModelCard, folder: Path, results: Sequence[EvalResult]) -> None:
     """Puts results into a run's ``model-index``, in the place of earlier ones of the same metric and data."""
-    held = {(each.dataset_type, each.metric_type): each for each in [*(card.data.eval_results or []), *results]}
-    card.data.eval_results = list(held.values())
-    card.data.model_name = card.data.model_name or folder.name
+    data: Any = card.data  # ModelCardData
+    held = {(each.dataset_type, each.metric_type): each for each in [*(data.eval_results or []), *results]}
+    data.eval_results, data.model_name = list(held.values()), data.model_name or folder.name
