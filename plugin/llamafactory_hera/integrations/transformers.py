@@ -22,7 +22,7 @@ from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
-from ..training.gradcache import GradientCache, keep_random_state
+from ..training.gradcache import keep_random_state
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
@@ -128,7 +128,8 @@ class HeraTrainerMixin(_Base):
     def _collect(self, model: torch.nn.Module) -> None:
         """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
         batches, self._to_collect = self._to_collect, []
-        self._random_states, self.aligner.cached = [], GradientCache()  # of a step cut short
+        self._random_states = []
+        self.aligner.cached.clear()  # of a step cut short
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
@@ -221,9 +222,10 @@ class HeraTrainerMixin(_Base):
         if checkpoint is not None:
             self.aligner.load(checkpoint)
 
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> float | Tensor:
         scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
+        # not get_scale, which waits for the device
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
     def _log_summary(self) -> None:
         """Logs objective, targets, teacher, batch sizes and candidates; warns when the candidates are few."""
@@ -275,6 +277,7 @@ class _AlignerCallback(TrainerCallback):
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
         self._trainer.aligner.statistics.take()
+        self._trainer.aligner.batch_size = state.train_batch_size  # which may be smaller than asked for
         self._trainer._log_summary()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -37,10 +37,10 @@ class Contrastive(Objective):
         """Samples with a neighbour."""
         return batch.candidates.known
 
-    def comparable(self, batch: PooledBatch) -> bool:
+    def comparable(self, batch: PooledBatch) -> Tensor:
         """With a single candidate the loss is the logarithm of 1, which has no gradient."""
-        several = batch.candidates.allowed.sum(dim=1)[batch.valid] > 1
-        return bool(self.entering(batch).any()) and bool(several.all())
+        several = batch.candidates.allowed.sum(dim=1) > 1
+        return self.entering(batch).any() & (several | ~batch.valid).all()
 
     def values(self) -> dict[str, float]:
         """The temperature."""

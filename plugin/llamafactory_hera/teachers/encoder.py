@@ -79,6 +79,8 @@ class VisionTeacher:
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
         self.dim: int = info.config.hidden_size
+        # here: a copy in the step would make the host wait
+        self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -141,9 +143,8 @@ class VisionTeacher:
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-        mean, std = self.processor.mean.to(images), self.processor.std.to(images)
         # whatever else there is (CLS, registers) comes first
-        return self._forward((images - mean) / std).last_hidden_state.float()[:, -side * side :]
+        return self._forward((images - self._mean) / self._std).last_hidden_state.float()[:, -side * side :]
 
     def _forward(self, pixel_values: Tensor) -> Any:
         if self._model.training:
@@ -187,7 +188,7 @@ def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
         "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32, device=device),
-        "spatial_shapes": torch.tensor([[rows, columns]], device=device).repeat(batch, 1),
+        "spatial_shapes": torch.stack([torch.full((batch,), n, device=device) for n in (rows, columns)], dim=1),
     }
 
 
