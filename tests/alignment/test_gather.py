@@ -63,7 +63,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
         output.loss.backward()
         results[f"loss {step}"] = output.loss.detach()
         results[f"mknn {step}"] = output.mknn
-        results[f"samples {step}"] = torch.tensor(output.n_samples)
+        results[f"samples {step}"] = output.n_samples
         results[f"gradient {step}"] = torch.cat([p.grad.flatten() for p in module.parameters()])
         results[f"temperature gradient {step}"] = log_temperature.grad.clone()
     results.update(memory.state_dict())

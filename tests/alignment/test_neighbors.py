@@ -114,13 +114,17 @@ def test_candidates_are_other_valid_images_and_remembered_ones():
     teacher[6] = teacher[1]
     teacher[4] = torch.nan
     valid = torch.tensor([True, True, True, True, False])
-    candidates = teacher_candidates(teacher, valid, 3, normalize=False)
+    candidates = teacher_candidates(teacher, valid, 3, False, torch.ones(2, dtype=torch.bool))
     allowed = [[1, 2, 5, 6], [0, 2, 3, 5], [0, 1, 3, 5, 6], [1, 2, 5, 6], []]
     assert [row.nonzero().flatten().tolist() for row in candidates.allowed] == allowed
     teacher[4] = 0
     assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3, normalize=False)
     assert candidates.duplicates == 1
     assert candidates.known.tolist() == valid.tolist()
+    half = teacher_candidates(teacher, valid, 3, False, torch.tensor([False, True])).allowed
+    assert torch.equal(half[:, :5], candidates.allowed[:, :5])
+    assert torch.equal(half[:, 6], candidates.allowed[:, 6])
+    assert not half[:, 5].any()
     assert candidates.chance.item() == pytest.approx((3 / 4 * 3 + 3 / 5) / 4)
 
 

@@ -161,8 +161,7 @@ def test_a_plain_micro_batch_has_no_masks_and_does_not_enter() -> None:
     for two_way in (False, True):
         _, plan = prepared(objective(two_way), plain=True)
         assert plan.attention is plan.embeddings is None
-        assert plan.valid is not None
-        assert not plan.valid.any()
+        assert plan.nobody
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------

@@ -144,8 +144,7 @@ def test_cached_features_are_those_that_were_computed(tmp_path: Path) -> None:
     second = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = second.collate(second.rows)
     assert batch["hera_source"].tolist() == [CACHED] * BATCH
-    with pytest.raises(ValueError, match=r"^hera_features: a batch has samples with images"):
-        second.aligner.teacher.features({"hera_source": batch["hera_source"]})
+    assert second.aligner.teacher.features({"hera_source": batch["hera_source"]}).isnan().all()  # lost on the way
     # as transformers' Trainer casts under DeepSpeed
     batch = {name: values.bfloat16() if values.is_floating_point() else values for name, values in batch.items()}
     assert torch.equal(second.aligner.teacher.features(second.aligner.begin(batch).inputs), computed)
@@ -251,10 +250,10 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     steps(1)  # the count starts again
     assert run.aligner.logs()["hera_nan_steps"] == 2
     monkeypatch.setattr(source, name, broken)
-    steps(2)
+    steps(3)  # the host does not wait to be told
     where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
     with pytest.raises(RuntimeError, match=rf"not finite in 3 steps in a row \(hera_max_nan\), because of {where}"):
-        steps(1)
+        run.aligner.logs()
 
 
 # -- running means ---------------------------------------------------------------------------------------------------
@@ -264,8 +263,8 @@ def test_means_and_counts_since_the_last_time() -> None:
     statistics = RunningMeans()
     for loss, mknn in ((1.0, 0.5), (2.0, math.nan), (6.0, 0.1)):
         statistics.add(loss=torch.tensor(loss), mknn=torch.tensor(mknn))
-    statistics.count(duplicates=2, skipped=0)
-    statistics.count(duplicates=1)
+    for counts in ({"duplicates": 2, "skipped": 0}, {"duplicates": 1}):
+        statistics.count(**{name: torch.tensor(n) for name, n in counts.items()})
     assert statistics.take() == pytest.approx({"loss": 3.0, "mknn": 0.3, "duplicates": 3})
     assert statistics.take() == {}
     for value in (1e8, *([1.0] * 100)):  # added up in double precision

@@ -124,16 +124,16 @@ class Plan:
         embeddings: Positions ``[B, p]`` and the vector ``[D]`` that stands there instead of the token's embedding; a
             position of -1 is none.
         valid: Boolean ``[B]``, which samples enter.
-        nobody: No sample enters, whatever ``valid`` says: the teacher need not look at any.
         facts: Tensors for :meth:`Objective.forward`.
+        nobody: No sample enters, whatever ``valid`` says: the teacher need not look at any.
     """
 
     positions: Tensor | None = None
     attention: Tensor | None = None
     embeddings: tuple[Tensor, Tensor] | None = None
     valid: Tensor | None = None
-    nobody: bool = False
     facts: dict[str, Tensor] = field(default_factory=dict)
+    nobody: bool = False
 
 
 class Objective(nn.Module, ABC):

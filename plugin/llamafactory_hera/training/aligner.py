@@ -154,7 +154,7 @@ class Aligner:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples in the largest batch of a process; unless it is set, processes agree on it in each step, and wait."""
+        """Samples of a process's largest batch; unless it is set, processes agree on it at each step, and wait."""
         return self.term.n_rows if isinstance(self.term, HeraTerm) else None
 
     @batch_size.setter
@@ -230,11 +230,12 @@ class Aligner:
             )
         self.decoder_inputs.set(plan.attention, plan.embeddings)
         self.capture.tokens(positions if plan.positions is None else plan.positions)
-        planned = plan.valid is not None or plan.nobody
         if plan.nobody:
+            shown = torch.zeros_like(shown)
             inputs.pop("hera_rows", None)
-        if planned:
-            shown = torch.zeros_like(shown) if plan.valid is None or plan.nobody else plan.valid
+        elif plan.valid is not None:
+            shown = plan.valid
+        planned = plan.nobody or plan.valid is not None
         return MicroBatch(shown, inputs, student.pixels(batch, which), plan.facts, planned)
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:

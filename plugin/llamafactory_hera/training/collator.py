@@ -31,10 +31,10 @@ class HeraCollator:
     """Wraps a collator; images are decoded where it runs.
 
     Every tensor it adds but one has the batch as its first axis: ``hera_source [B]`` (one of the three above), and
-    where needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed casts
-    what is floating point), and either ``hera_pixels [B, 3, h, w]`` or ``hera_image [B, 2]`` (which image of the sample
-    the teacher sees, of how many). ``hera_rows [P]`` are the rows from ``PIXELS``, which only the host can tell without
-    waiting for the device.
+    where needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed
+    casts what is floating point), and either ``hera_pixels [B, 3, h, w]`` or ``hera_image [B, 2]`` (which image of the
+    sample the teacher sees, of how many). ``hera_rows [P]`` are the rows from ``PIXELS``: on a device, finding them
+    would make the host wait.
 
     Args:
         collate: The loop's own collator.

@@ -95,8 +95,8 @@ class HeraTerm:
             missing = n_rows - len(valid)
             if missing < 0:
                 raise ValueError(
-                    f"per_device_train_batch_size: {self.n_rows}, and a batch of this process has {len(valid)} samples "
-                    f"in {n_batches} micro-batches; let the loader make batches of at most that size."
+                    f"per_device_train_batch_size: {self.n_rows}, and a process has {len(valid)} samples in "
+                    f"{n_batches} micro-batches; let the loader make batches of at most that size."
                 )
         rows = z.transpose(0, 1).float()  # [B, n_targets, D]: ranks are concatenated along the first axis
         # not a product with the mask: a non-finite value outside it must not spread
