@@ -78,6 +78,7 @@ class Bench:
     def prepare(self, kind: str) -> None:
         """What lasts as long as a run of this kind."""
         aligner = self.trainer.aligner
+        aligner.teacher.flush()  # what is on its way into the cache of the last kind
         aligner.capture.remove()
         if kind != SFT:
             aligner.capture.install()

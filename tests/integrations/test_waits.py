@@ -1,19 +1,14 @@
 """In the steady state the host never waits for the device because of the alignment."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from llamafactory_hera.objectives import PooledBatch
-from llamafactory_hera.objectives.contrastive import Contrastive
-from llamafactory_hera.training import Aligner, aligner
+from llamafactory_hera.training import aligner
 from tests.tiny_models import autoencoder_folder, collate_rows, image_rows, student_processor, teacher_folder, vlm
 from tests.training.test_tokens import SmallRoss
 from tests.waits import Waits

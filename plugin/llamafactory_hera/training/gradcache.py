@@ -66,6 +66,7 @@ class GradientCache:
         those that were added :meth:`check` refuses: the gradient would belong to another forward pass.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
+        assert first.grad is not None
         # not a product with the mask: a non-finite value outside it must not spread
         rows = torch.where(valid, representations.float(), 0.0)
         expected = torch.where(valid, first.detach(), 0.0)
