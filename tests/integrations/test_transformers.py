@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainer
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.integrations.gradients import KeepGradients, token_mean
-from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 BATCH = 4
+VIRAL = {"heads": None, "granularity": "layer", "layers": "L1", "objective": "viral"}
 
 
 def hera(**keys: object) -> HeraConfig:
@@ -249,6 +251,32 @@ def test_no_other_host_is_imported(tmp_path: Path) -> None:
     assert done.stdout.strip().splitlines()[-1:] == ["[]"], done.stderr
     # messages are seen where nobody has set up a handler
     assert re.search(r"\[INFO\|llamafactory_hera.*HeRA \| heads: L1H0,L0H2", done.stderr)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("keys", [{}, {"accumulate": "gradcache"}, VIRAL], ids=["heads", "gradcache", "tokens"])
+def test_terms_that_are_not_finite_leave_what_is_trained_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
+) -> None:
+    monkeypatch.setattr("llamafactory_hera.training.aligner._image_processor", lambda _: student_processor())
+    settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = trainer_of(tmp_path, hera={"max_nan": 9, **keys}, **settings)
+    source = trainer.aligner.capture if side == "student" else trainer.aligner.teacher
+    name = "representations" if side == "student" else "features"
+    original = getattr(source, name)
+    monkeypatch.setattr(source, name, lambda *args: original(*args).index_fill(0, torch.tensor([0]), math.nan))
+    before = trainer.aligner.optimizer.state()
+    trainer.train()
+    rounds = 1 if "accumulate" in keys else 2
+    assert [line["hera_nan_steps"] for line in lines(trainer)] == [rounds, 1, rounds]  # an epoch has three batches
+    after = trainer.aligner.optimizer.state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    plain = vlm("llava-llama")
+    rows = [{k: v for k, v in row.items() if k != "images"} for row in image_rows(plain, 3 * BATCH)]
+    sft = Trainer(plain, arguments(tmp_path, **settings), train_dataset=rows, data_collator=collate_rows)
+    sft.train()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 # -- gradient accumulation -------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from llamafactory_hera.training import aligner
+from llamafactory_hera.training import Aligner, aligner
 from tests.tiny_models import autoencoder_folder, collate_rows, image_rows, student_processor, teacher_folder, vlm
 from tests.training.test_tokens import SmallRoss
 from tests.waits import Waits
@@ -87,3 +88,30 @@ def test_neither_where_the_cache_lacks_features_nor_where_it_has_them(tmp_path: 
         waits = run(tmp_path, teacher_cache=str(tmp_path / "cache"), memory=6)
         assert waits.host
         assert not waits.ours
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks the device itself")
+@pytest.mark.parametrize("cached", [False, True], ids=["on the fly", "cache"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gradient caching"])
+def test_a_gpu_is_never_waited_for(tmp_path: Path, mode: str, cached: bool) -> None:
+    keys = {"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, "weight": 1.0, **MODES[mode]}
+    if "Ross" in keys.get("objective", ""):
+        keys["teacher"] = autoencoder_folder()
+    model = vlm("llava-llama").cuda()
+    ours = Aligner(model, HeraConfig(**keys, teacher_cache=str(tmp_path) if cached else None))
+    collate = ours.collator(collate_rows, drop=("images",))
+    rows = image_rows(model, STEPS * BATCH)
+    for step in range(STEPS):
+        inputs = {n: t.cuda() for n, t in collate(rows[step * BATCH :][:BATCH]).items()}
+        torch.cuda.set_sync_debug_mode("error" if step >= FIRST else "default")
+        try:
+            micro_batch = ours.begin(inputs)
+            torch.cuda.set_sync_debug_mode("default")  # the model itself waits
+            loss = model(**inputs).loss
+            torch.cuda.set_sync_debug_mode("error" if step >= FIRST else "default")
+            (loss + ours.finish(micro_batch)).backward()
+            ours.end()
+            ours.step(1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert ours.logs()["hera_loss"] > 0
