@@ -167,7 +167,9 @@ class HeraConfig(KeyedConfig):
     image_index: int = knob(
         0, "Which image of a sample with several the teacher sees; negative counts from the last.", Role.RESUMABLE
     )
-    max_nan: int = knob(10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1)
+    max_nan: int = knob(
+        10, "Steps in a row with a non-finite HeRA term after which the run stops, at its next log line.", at_least=1
+    )
     heads_force: bool = knob(
         False, "Train with a heads.json that was selected on another model or teacher, or with another m."
     )
