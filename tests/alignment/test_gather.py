@@ -54,9 +54,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
     wrapped = DistributedDataParallel(module) if wrap else module
     memory = CrossBatchMemory(5)
     term = ContrastiveTerm(k=3, memory=memory)
-    waits = Waits()
-    if batch != "uneven":  # there the ranks agree on a size
-        term.n_rows = 6
+    waits, n_rows = Waits(), None if batch == "uneven" else 6  # there the ranks agree on a size
     log_temperature = torch.tensor(-1.0, requires_grad=True)
     results = {}
     for step in range(2):
@@ -65,7 +63,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
         inputs, teacher = (tensor[mine] for tensor in samples(step))
         heads, entering, temperature = heads_of(wrapped, inputs), torch.tensor(valid)[mine], log_temperature.exp()
         with waits:
-            output = term(heads, teacher, entering, temperature)
+            output = term(heads, teacher, entering, temperature, n_rows)
         output.loss.backward()
         results[f"loss {step}"] = output.loss.detach()
         results[f"mknn {step}"] = output.mknn
@@ -73,9 +71,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
         results[f"gradient {step}"] = torch.cat([p.grad.flatten() for p in module.parameters()])
         results[f"temperature gradient {step}"] = log_temperature.grad.clone()
     results.update(memory.state_dict())
-    if term.n_rows is not None:
-        results["waits"] = torch.tensor(sum(waits.ours.values()))
-        assert not waits.ours, waits.ours
+    assert sum(waits.ours.values()) == (2 if n_rows is None and wrap else 0), waits.ours
     return results
 
 
@@ -93,10 +89,10 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
     with pytest.raises(ValueError, match="refused by 0"):
         on_first(refuse)
-    term = ContrastiveTerm(k=1)
-    term.n_rows = 1
-    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: 1, and a process has 3 samples in 1 micro-"):
-        term(torch.zeros(1, 3, 2), torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), torch.ones(()))
+    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: it makes 1 samples, and this process has 3;"):
+        ContrastiveTerm(k=1)(
+            torch.zeros(1, 3, 2), torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), torch.ones(()), 1
+        )
 
     rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
     other_side = others * 1  # made before the gather, so that its gradient is passed on after it

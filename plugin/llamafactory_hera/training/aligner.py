@@ -139,6 +139,8 @@ class Aligner:
             self._image_token = image_token_id(model_configuration)
             self.term = TokenTerm(self.objective)
         self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
+        #: Samples of a process's largest micro-batch; unless it is set, processes agree on it at each step, and wait.
+        self.batch_size: int | None = None
         self.statistics = RunningMeans()
         self.cached = GradientCache()
         # on the device, which the host does not wait for
@@ -151,16 +153,6 @@ class Aligner:
         self._enters = False  # samples did in the last term, while the host looks
         self._comparable = False  # all of them must have a gradient
         self._idle_steps: int | None = 0  # None once a sample has entered
-
-    @property
-    def batch_size(self) -> int | None:
-        """Samples of a process's largest batch; unless it is set, processes agree on it at each step, and wait."""
-        return self.term.n_rows if isinstance(self.term, HeraTerm) else None
-
-    @batch_size.setter
-    def batch_size(self, size: int | None) -> None:
-        if isinstance(self.term, HeraTerm):
-            self.term.n_rows = size
 
     def collator(
         self,
@@ -290,7 +282,7 @@ class Aligner:
         else:
             features = self.teacher.features(micro_batch.inputs, micro_batch.pixels)
             if isinstance(self.term, HeraTerm):
-                output = self.term(representations, features, micro_batch.valid)
+                output = self.term(representations, features, micro_batch.valid, self.batch_size)
             else:
                 projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
                 batch = TokenBatch(representations, projections, features, micro_batch.valid, micro_batch.facts)
@@ -313,7 +305,7 @@ class Aligner:
     def solve(self, scale: float | Tensor = 1.0) -> None:
         """Computes the term of what was collected, whose parts :meth:`finish` hands out; ``scale`` as for step."""
         assert isinstance(self.term, HeraTerm)
-        self._record(self.cached.solve(self.term, self.config.weight, scale))
+        self._record(self.cached.solve(self.term, self.config.weight, scale, self.batch_size))
 
     def end(self) -> None:
         """Called after the backward pass: stops reading and, once, checks that gradient reached what is aligned.

@@ -42,14 +42,18 @@ class GradientCache:
         self._teacher.append(teacher)
         self._valid.append(valid)
 
-    def solve(self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0) -> TermOutput:
+    def solve(
+        self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0, batch_size: int | None = None
+    ) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all ranks, each of which must call it.
 
         The objective gets its own gradient, times ``scale``: that of a gradient scaler, which is divided out later.
+        No micro-batch of a rank is larger than ``batch_size``.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
-        output = term(torch.cat(self._waiting, dim=1), teacher, valid, self._n_batches)
+        n_rows = batch_size and batch_size * self._n_batches
+        output = term(torch.cat(self._waiting, dim=1), teacher, valid, n_rows)
         loss = weight * output.loss
         loss.backward()
         for parameter in term.objective.parameters():

@@ -42,20 +42,21 @@ class HeraTerm:
     k: int  #: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
     memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
-    n_rows: int | None = None  #: A batch of no rank is larger; without it the ranks agree at each step, and wait.
     _fewest: Tensor | None = field(default=None, init=False)  # candidates of a sample that entered, so far
     _warned: bool = field(default=False, init=False)
 
-    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor, n_batches: int = 1) -> TermOutput:
+    def __call__(
+        self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
+    ) -> TermOutput:
         """Computes the term of this rank's ``[n_targets, B, D]`` and ``[B, D_teacher]``: anything where not valid.
 
         Args:
             representations: Of the student.
             teacher: Features of the same samples.
             valid: Boolean ``[B]``.
-            n_batches: Micro-batches of the loader that these are.
+            n_rows: No rank has more samples; without it the ranks agree on a number, and wait for it.
         """
-        batch, all_teacher = self._batch(*self._gather(representations, teacher, valid, n_batches))
+        batch, all_teacher = self._batch(*self._gather(representations, teacher, valid, n_rows))
         z, candidates, enters = batch.z, batch.candidates, self.objective.entering(batch)
         by_target = self.objective(batch)
         finite, teacher_finite = _finite(z, batch.teacher, by_target)
@@ -88,15 +89,15 @@ class HeraTerm:
         candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled)
         return PooledBatch(z, everything, teacher, valid, candidates, self.normalize), all_teacher
 
-    def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor, n_batches: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
         missing = 0
         if world_size() > 1:
-            n_rows = common_row_count(len(valid), valid.device) if self.n_rows is None else self.n_rows * n_batches
+            n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
             missing = n_rows - len(valid)
             if missing < 0:
                 raise ValueError(
-                    f"per_device_train_batch_size: {self.n_rows}, and a process has {len(valid)} samples in "
-                    f"{n_batches} micro-batches; let the loader make batches of at most that size."
+                    f"per_device_train_batch_size: it makes {n_rows} samples, and this process has {len(valid)}; let "
+                    "the loader make batches of at most that size."
                 )
         rows = z.transpose(0, 1).float()  # [B, n_targets, D]: ranks are concatenated along the first axis
         # not a product with the mask: a non-finite value outside it must not spread
