@@ -290,6 +290,7 @@ class Aligner:
             self._record(output, micro_batch.planned)
             term = self.config.weight * output.loss
         if not self._gradient_checked:
+            self.cached.check()
             if self._enters and not representations.requires_grad:
                 raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
             # a rank whose samples have no image gets a gradient of zero
