@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +19,17 @@ RUN_FOLDER = "hera"
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Gives a temporary path beside ``path`` to write to; it takes its place at the end, or goes when writing fails.
 
+    A file that was there keeps its mode, and a link to it leads to the new one.
+
     Yields:
         A hidden name in the same folder, of this process alone.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         yield temporary
+        if path.is_file():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,7 +39,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text as UTF-8, folders included."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def read_json(path: str | os.PathLike) -> Any:

@@ -38,6 +38,8 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
             "before training."
         )
     path = named_output(read.values, "saves/selection") / RUN_FOLDER / file_name("head")
+    if in_place:
+        set_heads_in_place(Path(recipe), Targets.parse("L0H0"), check_only=True)  # before hours of scoring
     heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
