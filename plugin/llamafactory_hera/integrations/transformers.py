@@ -6,6 +6,7 @@ that is overridden is a method of transformers' Trainer.
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..alignment.gather import mean_over_ranks, world_size
+from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
+from ..files import LOCK, held
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
@@ -84,6 +86,7 @@ class HeraTrainerMixin(_Base):
         self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+        self._lock = ExitStack()
 
     def check_collator(self, hera: HeraConfig) -> None:
         """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
@@ -272,6 +275,8 @@ class _AlignerCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lock = held(f"{args.output_dir}/{LOCK}", "output_dir")
+        on_first(lambda: self._trainer._lock.enter_context(lock))
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
         self._trainer.aligner.statistics.take()
@@ -285,6 +290,7 @@ class _AlignerCallback(TrainerCallback):
         self._trainer.aligner.finalize()
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
+        self._trainer._lock.close()
 
 
 def _show_messages() -> None:

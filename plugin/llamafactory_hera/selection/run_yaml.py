@@ -1,6 +1,6 @@
 """Writing keys into a recipe: only a value's own characters change; what cannot be changed so is left alone.
 
-It is spliced into the text: a library that keeps comments (ruamel.yaml) still rewrites indentation, JSON and line ends.
+A value is spliced into the text: ruamel.yaml, which keeps comments, rewrites indentation, JSON and line ends.
 """
 
 import math
@@ -77,7 +77,8 @@ def _with_key(text: str, key: str, value: Any) -> str:
     Raises:
         ValueError: That would change more than the key.
     """
-    before, root = yaml.safe_load(text) or {}, yaml.compose(text, yaml.SafeLoader)
+    root: Any = yaml.compose(text, yaml.SafeLoader)
+    before = yaml.safe_load(text) or {}
     if not isinstance(before, dict):
         raise ValueError("it is not a mapping of keys to values")
     flow = isinstance(root, yaml.MappingNode) and root.flow_style
@@ -121,15 +122,16 @@ def _spliced(text: str, key: str, written: str, line: str, opened: int, indent: 
 
 def _entries(text: str) -> Iterator[tuple[str, int, int, int, int]]:
     """Of each key its name, and where its characters and those of its value begin and end."""
-    depth, nodes = 0, []  # of the root's keys and values in turn: first event, begin, end
-    for event in yaml.parse(text, yaml.SafeLoader):
-        begins, ends = isinstance(event, yaml.CollectionStartEvent), isinstance(event, yaml.CollectionEndEvent)
-        depth -= ends
-        if depth == 1 and not ends and isinstance(event, yaml.NodeEvent):
-            nodes.append([event, event.start_mark.index, event.start_mark.index])
-        if nodes and depth:  # the end of a block of lines is where the next key begins: it has no width
-            first, last = event.start_mark.index, event.end_mark.index
-            nodes[-1][2] = first + len(text[first:last].rstrip()) if last > first else nodes[-1][2]
-        depth += begins
-    for (name, *place), (_, start, end) in zip(nodes[::2], nodes[1::2], strict=True):
-        yield getattr(name, "value", ""), *place, start, end
+    depth = 0
+    nodes: list[list[Any]] = []  # of the root's keys and values in turn: first event, begin, end
+    events: Iterator[Any] = yaml.parse(text, yaml.SafeLoader)
+    for event in events:
+        first, last = event.start_mark.index, event.end_mark.index
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth == 1 and hasattr(event, "anchor"):  # begins a node
+            nodes.append([event, first, first])
+        if nodes and depth and first < last:  # the end of a block of lines is where the next key begins
+            nodes[-1][2] = first + len(text[first:last].rstrip())
+        depth += isinstance(event, yaml.CollectionStartEvent)
+    for (name, begin, behind), (_, start, end) in zip(nodes[::2], nodes[1::2], strict=True):
+        yield getattr(name, "value", ""), begin, behind, start, end

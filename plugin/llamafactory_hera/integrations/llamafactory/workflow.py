@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
+from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import LOCK, held
+from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
@@ -59,6 +63,19 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     _log_through_host()
     config = HeraConfig.from_keys(host.finetuning)
     layout = check_run(config, host)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
+        _train(workflow, run_sft, arguments, host, config, layout)
+
+
+def _train(
+    workflow: ModuleType,
+    run_sft: Callable[..., None],
+    arguments: tuple,
+    host: HostArguments,
+    config: HeraConfig,
+    layout: HeadLayout,
+) -> None:
     checkpoint = checkpoint_of(host.training)
     host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
     targets = resolve_targets(config, selecting_run(config, host, layout))
@@ -82,7 +99,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     before = {name: getattr(workflow, name) for name in replacements}
     vars(workflow).update(replacements)
     try:
-        return run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
     finally:
         vars(workflow).update(before)
 
