@@ -83,6 +83,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["resume_from_checkpoint", "saves/nope/checkpoint-2 is not a folder"],
     ),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint: true", "output_dir: saves/bad"]),
+    "output is the teacher": ({"output_dir": "hera_demo/teacher"}, ["output_dir: hera_demo/teacher is hera_teacher"]),
+    "output around the data": ({"output_dir": "hera_demo"}, ["output_dir: hera_demo is around", "folder of its own"]),
+    "output in the cache": (
+        {"output_dir": "cache/run", "hera_teacher_cache": "cache"},
+        ["cache/run lies in hera_teacher_cache: cache"],
+    ),
+    "output is the data": ({"output_dir": "hera_demo/data"}, ["hera_demo/data is dataset_dir: hera_demo/data"]),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from llamafactory.data.loader import _get_merged_dataset
@@ -18,7 +19,7 @@ from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.teachers.latents import check_latent_teacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_attention, check_batch, check_parallelism
+from llamafactory_hera.training.checks import check_attention, check_batch, check_output, check_parallelism
 from llamafactory_hera.training.collator import check_one_image
 
 from .recipe import HostArguments
@@ -50,6 +51,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
         refuse_keys(arguments, keys, "stage: hera")
     check_parallelism(host.training)
     check_batch(config, host.training)
+    check_folders(host.training.output_dir, host, config)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
     if config.own_from is not None:
         earlier_values(config)
@@ -64,6 +66,18 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
             check_grid(teacher, side)
         check_attention(objective, config.objective, model_config, str(host.model.flash_attn))
     return head_layout(model_config)
+
+
+def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
+    """Checks that ``output_dir`` is a folder of its own, apart from model, data, teacher and cache."""
+    model, data = host.model, host.data
+    apart = {"model_name_or_path": model.model_name_or_path, "hera_teacher": config.teacher if config else None}
+    apart |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
+    for key in ("dataset_dir", "media_dir"):  # beside the files of a dataset a run may write
+        folder = getattr(data, key)
+        inside = isinstance(folder, str) and Path(folder).resolve() in Path(output_dir).resolve().parents
+        apart[key] = folder if isinstance(folder, str) and not (inside and folder == data.dataset_dir) else None
+    check_output(output_dir, config.teacher_cache if config else None, apart)
 
 
 def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
