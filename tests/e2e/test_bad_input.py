@@ -91,6 +91,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "output is the data": ({"output_dir": "hera_demo/data"}, ["hera_demo/data is dataset_dir: hera_demo/data"]),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
+    "two samples": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
 }
 
 

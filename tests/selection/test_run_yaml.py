@@ -99,7 +99,7 @@ def test_in_place_changes_nothing_else(recipe, before, after):
 _NAMES = st.sampled_from(["hera_heads", '"hera_heads"', "? hera_heads\n", "hera_k", "stage", "'x y'", "<<"])
 _VALUES = st.sampled_from(
     ["auto", "", "'L1H0'", '"a: b # c"', "[L1H0, L2H0]", "{a: [1, *x]}", "*x", "&x 1", "&y auto", "*y", "!!str 1", "~",
-     ".nan", ">-\n  auto\n", "|-\n  auto\n  more", "|+\n  a\n\n", ">\n", "\n  - a\n  - b: 1", "\n- a", "\n  b: &x {c: 1}",
+     ".nan", ">-\n auto\n", "|-\n  auto\n  more", "|+\n  a\n\n", ">\n", "\n - a\n - b: 1", "\n- a", "\n  b: &x {c: 1}",
      "\n  auto", "# c\n  auto", "# c: d\n  - 1"]
 )  # fmt: skip
 _ENTRY = st.tuples(_NAMES, _VALUES, st.sampled_from(["\n", "  # why\n", "\n\n# next: 1\n"]))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from ..alignment.gather import world_size
 from ..config import HeraConfig
 from ..objectives import Objective, find
@@ -14,14 +16,14 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
     Raises:
-        ValueError: It holds fewer, and none are remembered.
+        ValueError: It holds fewer, those included that are remembered.
     """
     objective = find(config.objective)
     size = training_args.per_device_train_batch_size
     together = size * world_size()
     if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if together < objective.least_samples and config.memory == 0:
+    if together + config.memory < objective.least_samples:
         memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
         raise ValueError(
             f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
@@ -44,7 +46,8 @@ def check_output(output_dir: str, teacher_cache: str | None, apart: Mapping[str,
     output = Path(output_dir).expanduser().resolve()
     for key, value in {"hera_teacher_cache": teacher_cache, **apart}.items():
         place = Path(value or ".").expanduser().resolve()
-        if not value or not (place.is_dir() or value == teacher_cache):
+        own = place.parent == output and place.name.startswith(PREFIX_CHECKPOINT_DIR)  # one of the folder's run
+        if not value or own or not (place.is_dir() or value == teacher_cache):
             continue
         where = "is" if place == output else "lies in" if place in output.parents else "is around"
         if where != "is around" or output in place.parents:

@@ -40,7 +40,7 @@ class HeraTerm:
     """
 
     objective: Objective
-    k: int  #: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
+    k: int  #: Teacher neighbours per sample; at most half of the candidates, with one warning.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
     memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
     _warned: bool = field(default=False, init=False)
@@ -93,11 +93,11 @@ class HeraTerm:
         if self._warned or not n_samples or rank() > 0:
             return
         fewest = int(candidates.allowed.sum(dim=1)[enters].min())
-        if fewest < self.k:
+        if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates; k "
-                "shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
+                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates, of "
+                "which at most half are taken: all would leave the teacher no choice. Use a larger global batch, or hera_memory to remember recent samples."
             )
 
 
