@@ -281,3 +281,29 @@ def test_a_copy_of_the_model_is_its_own(model, batch, mask, names, checkpointing
     assert torch.equal(output, clean(**batch).logits)
     ours, theirs = (captured(each, batch, mask, names, CAPTURES[names]) for each in (copied, clean))
     assert torch.equal(ours, theirs)
+
+
+def _nested(model, batch, mask):
+    with HeadCapture(model, "L1H3"):
+        captured(model, batch, mask)
+
+
+MISUSES = {
+    "a mask of fewer tokens": (
+        lambda m, b, mask: captured(m, b, mask[:, :4]),
+        r"^mask: \[3, 4\] does not fit .* \[3, 10\]",
+    ),
+    "a mask of one row": (
+        lambda m, b, mask: captured(m, b, mask[0], "L1", LayerCapture),
+        r"^mask: \[10\] does not fit",
+    ),
+    "two captures": (_nested, r"heads of layers \[0, 1\] are captured already, .*; leave that one first"),
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_a_misuse_is_named_and_leaves_nothing_behind(model, batch, mask, case):
+    before, (misuse, message) = state_of(model), MISUSES[case]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        misuse(model, batch, mask)
+    assert state_of(model) == before

@@ -81,6 +81,13 @@ class HeadCapture(LayerHooks):
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
+        projections = [output_projection(layer, self._layout.model_type) for layer in self._layers.values()]
+        readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections]
+        if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
+            raise RuntimeError(
+                f"HeadCapture: heads of layers {list(self._layers)} are captured already, by another HeadCapture; "
+                "leave that one first (`capture.remove()`)."
+            )
         for index, layer in self._layers.items():
             projection = output_projection(layer, self._layout.model_type)
             # a partial, not a closure: its parts are copied with the model
@@ -143,9 +150,9 @@ class HeadCapture(LayerHooks):
         return selector
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        (function, *args), read, n_rows = args, self._read, 1
+        function, rest, read, n_rows = args[0], args[1:], self._read, 1
         if read is None:
-            return original(function, *args, **kw)
+            return original(function, *rest, **kw)
 
         def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
             # runs again in the backward pass, when other tokens may be named
@@ -164,7 +171,7 @@ class HeadCapture(LayerHooks):
             return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
         # the host's checkpointing function finds the layer as the `__self__` of what it is given
-        together = original(MethodType(run, layer), *args, **kw)
+        together = original(MethodType(run, layer), *rest, **kw)
         output, rows = together[:-n_rows], together[-n_rows:]
         self._keep(index, *rows)
         return output[0] if len(output) == 1 else tuple(output)

@@ -256,8 +256,8 @@ class HeraTrainerMixin(_Base):
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:
             logger.warning(
-                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; use a "
-                f"larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; use "
+                f"a larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
             )
 
 
