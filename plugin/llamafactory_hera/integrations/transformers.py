@@ -86,6 +86,7 @@ class HeraTrainerMixin(_Base):
         self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+        self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
         self._lock = ExitStack()
 
     def check_collator(self, hera: HeraConfig) -> None:
@@ -116,6 +117,9 @@ class HeraTrainerMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
+        engine = getattr(self.accelerator.deepspeed_engine_wrapped, "engine", None)
+        if engine is not None:  # before its backward pass, which at the end of a step changes the scale
+            self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._to_collect:
             self._collect(model)
         if self._random_states:
@@ -226,6 +230,8 @@ class HeraTrainerMixin(_Base):
 
     def _loss_scale(self) -> float:
         scaler = self.accelerator.scaler
+        if self._engine_scale is not None:
+            return self._engine_scale
         return 1.0 if scaler is None else scaler.get_scale()
 
     def _log_summary(self) -> None:
@@ -256,8 +262,8 @@ class HeraTrainerMixin(_Base):
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:
             logger.warning(
-                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; use "
-                f"a larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; "
+                f"use a larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
             )
 
 

@@ -96,9 +96,9 @@ class HeraTerm:
         if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates, of which "
-                "at most half are taken: all would leave the teacher no choice. Use a larger global batch, or hera_memory "
-                "to remember recent samples."
+                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates, of "
+                "which at most half are taken: all would leave the teacher no choice. Use a larger global batch, or "
+                "hera_memory to remember recent samples."
             )
 
 
