@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
@@ -120,7 +121,10 @@ def load_image(image: ImageLike) -> Image.Image:
     """
     source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
-        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        if opened.mode.startswith("I;16"):  # `convert` cuts off what 8 bits do not hold
+            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        return opened.convert("RGB")
     except Exception as error:  # PIL's plugins raise errors of many kinds on broken files
         raise ValueError(
             f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it or "
