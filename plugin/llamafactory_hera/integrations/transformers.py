@@ -117,7 +117,7 @@ class HeraTrainerMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
-        engine = getattr(self.accelerator.deepspeed_engine_wrapped, "engine", None)
+        engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
         if engine is not None:  # before its backward pass, which at the end of a step changes the scale
             self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._to_collect:
