@@ -389,9 +389,10 @@ def test_what_the_objective_trains_is_free_of_deepspeed_s_loss_scale(tmp_path: P
             scaler.update_scale(overflow=False)
 
         if scaled:
-            engine = SimpleNamespace(optimizer=scaler, destroy=lambda: None)
-            trainer.accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=engine)
-            trainer.accelerator.backward = backward
+            engine = SimpleNamespace(optimizer=scaler)
+            vars(trainer.accelerator).update(
+                backward=backward, deepspeed_engine_wrapped=SimpleNamespace(engine=engine), free_memory=lambda *_: None
+            )
         trainer.train()
         return [line["hera_temperature"] for line in lines(trainer)]
 
