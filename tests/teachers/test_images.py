@@ -158,6 +158,8 @@ def test_a_data_uri_is_the_file_in_it(picture):
     ("image", "message"),
     [
         ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is not valid base64"),
+        ({"path": "data:image/png;base64," + "!" * 9999}, r"The image 'data:image/png;base64,!{18}…' is not valid"),
+        ("x" * 9999, r"The image file 'x{40}…' cannot be read"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
     ],
 )

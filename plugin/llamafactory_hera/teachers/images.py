@@ -166,11 +166,11 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
 
 
 def _name(image: ImageLike) -> str:
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        return repr(f"{name[:40]}…" if name.startswith("data:") else name)
-    path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", getattr(image, "name", None))
-    return repr(path) if path else f"given as {type(image).__name__} without a path"
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", getattr(image, "name", None))
+    name = str((image.get("path") if isinstance(image, dict) else path) or "")
+    if name.startswith("data:") or len(name) > 1000:  # or base64 alone
+        name = f"{name[:40]}…"
+    return repr(name) if name else f"given as {type(image).__name__} without a path"
 
 
 def _encoded(image: ImageLike) -> bytes:
@@ -192,7 +192,7 @@ def _encoded(image: ImageLike) -> bytes:
             return Path(path).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"The image file {os.fspath(path)!r} cannot be read ({error.strerror or error}). Check the path in "
+                f"The image file {_name(path)} cannot be read ({error.strerror or error}). Check the path in "
                 "the dataset and `media_dir`."
             ) from error
     if isinstance(image, dict) or not hasattr(image, "seek"):
