@@ -112,7 +112,7 @@ def test_provenance_of_another_type_is_refused_when_it_is_read(tmp_path: Path, n
 
 @pytest.mark.parametrize("name", ["L" + "9" * 5000, f"L1H{'9' * 5000}"])
 def test_a_name_of_5000_digits_is_no_page_of_text(name: str) -> None:
-    with pytest.raises(ValueError, match="^hera_heads: 'L.{0,39}' is not a head; "):
+    with pytest.raises(ValueError, match=r"^hera_heads: 'L.{0,39}' is not a head; "):
         Targets.parse(name)
 
 
