@@ -22,7 +22,7 @@ from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import checkpoint_step, load_renamed_weights
+from ..training.checkpoint import check_tuning, checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import GradientCache, keep_random_state
 from .model_card import write_card
@@ -213,6 +213,9 @@ class HeraTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
+        peft = next(iter(getattr(target, "peft_config", {}).values()), None)
+        settings = {"lora_rank": getattr(peft, "r", None), "use_dora": getattr(peft, "use_dora", False)}
+        check_tuning(resume_from_checkpoint, "full" if peft is None else peft.peft_type.value.lower(), **settings)
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -19,7 +19,7 @@ from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
-from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
+from llamafactory_hera.training.checkpoint import check_checkpoint, check_tuning, checkpoint_of
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
@@ -83,6 +83,8 @@ def _train(
         setattr(host.finetuning, config.targets_key, str(targets))
     if checkpoint is not None:
         check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+        tuning = host.finetuning
+        check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
 
     def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
         workflow_card(trainer, *rest)
@@ -91,7 +93,7 @@ def _train(
     proof = _Proof()
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements: dict[str, Any] = {
-        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective).one_image),
+        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
         "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
         "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,
