@@ -65,6 +65,15 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_the_links_to_it(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    old, new = tmp_path / ".a.txt.tmp1", tmp_path / ".a.txt.tmp2"
+    for left in (old, new):
+        left.write_text("half of")
+    os.utime(old, (0, 0))
+    write_text(tmp_path / "a.txt", "all")
+    assert sorted(os.listdir(tmp_path)) == [new.name, "a.txt"]
+
+
 def take(lock):
     with held(lock, "key"):
         return lock.read_text()

@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,7 @@ RUN_FOLDER = "hera"
 
 
 LOCK = f"{RUN_FOLDER}/.lock"  #: In an output folder while a run writes there.
+_ABANDONED_AFTER_SECONDS = 3600
 _HELD: set[str] = set()
 
 
@@ -87,6 +90,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_AFTER_SECONDS:  # by a process that was killed
+                left.unlink()
     try:
         yield temporary
         if path.is_file():

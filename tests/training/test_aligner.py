@@ -257,6 +257,15 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
         steps(1)
 
 
+def test_a_model_that_is_nan_from_the_start_is_said_to_be() -> None:
+    run = Run(max_nan=2)
+    with torch.no_grad():
+        run.model.get_input_embeddings().weight.fill_(math.nan)
+    run.step()
+    with pytest.raises(RuntimeError, match="No step was finite: the weights of model_name_or_path may hold NaN"):
+        run.step()
+
+
 # -- running means ---------------------------------------------------------------------------------------------------
 
 

@@ -25,10 +25,10 @@ from ..knobs import Role
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, shown_image
+from ..teachers.images import ImageLike, load_image, shown_image
 from .features import PREFIX, FeatureBlocks, compute_features, writing
 from .fingerprint import is_own_vision_tower, model_fingerprint
-from .samples import Sample, SelectionInputs, draw_samples, samples_digest
+from .samples import Sample, SelectionInputs, draw_samples, of_sample, samples_digest
 from .scores import choose_targets, package_versions
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,13 @@ def _find_neighbors(
             "ineffective. Its default is facebook/dinov2-large."
         )
     images = [sample.image for sample in samples]
-    cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    try:
+        cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    except ValueError:
+        for sample in samples:
+            with of_sample(sample.row):
+                load_image(sample.image)
+        raise
     features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
     fingerprint = teacher.fingerprint
     del teacher

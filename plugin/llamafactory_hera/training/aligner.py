@@ -142,7 +142,7 @@ class Aligner:
         self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
         self.statistics = RunningMeans()
         self.cached = GradientCache()
-        self._nan_in_a_row = 0
+        self._nan_in_a_row, self._was_finite = 0, False
         self._n_samples = 0  # that entered the last term
         self._comparable = False  # all of them must have a gradient
         self._batch_checked = self._gradient_checked = self._gradient_due = False
@@ -371,7 +371,7 @@ class Aligner:
             self._count_non_finite(output.broken)
             return
         self._n_samples = output.n_samples
-        self._nan_in_a_row = 0
+        self._nan_in_a_row, self._was_finite = 0, True
         if output.n_samples:
             self._idle_steps = None
         elif self._idle_steps is not None and not planned:
@@ -392,6 +392,8 @@ class Aligner:
             return
         where = ", ".join(name for name, bad in zip(self.targets.names, broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        if not self._was_finite:
+            remedy = "No step was finite: the weights of model_name_or_path may hold NaN, or not fit fp16; load others"
         if not where:
             where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
         raise RuntimeError(
