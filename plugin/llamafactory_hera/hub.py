@@ -147,6 +147,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _parts(index: Path) -> list[str]:
     try:
-        return sorted(set(read_json(index)["weight_map"].values()))
+        parts = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"{outside[0]} lies outside of its folder")
+        return parts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} cannot be read as an index of weights ({error})") from error

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,7 +137,7 @@ def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
         "neighbours: 2",
         "candidates per sample: 3 (3 of the batch, 0 remembered)",
-        "hera_k: 2 neighbours among 3 candidates are too few to be informative",
+        "hera_k: 2 neighbours are more than half of 3 candidates",
     ):
         assert part in caplog.text
 
@@ -399,3 +400,28 @@ def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
     assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
     assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
+
+
+def test_what_the_objective_trains_is_free_of_deepspeed_s_loss_scale(tmp_path: Path) -> None:
+    """By its own loss scaler: its engine refuses fp16 on most CPUs."""
+    module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # grows behind each step
+
+    def temperatures(scaled: bool) -> list[float]:
+        trainer = trainer_of(tmp_path / str(scaled), hera={"own_learning_rate": 0.1})
+
+        def backward(loss: Tensor, **_: object) -> None:
+            scaler.backward(loss)
+            for parameter in filter(lambda p: p.grad is not None, trainer.model.parameters()):
+                parameter.grad /= scaler.loss_scale
+            scaler.update_scale(overflow=False)
+
+        if scaled:
+            engine = SimpleNamespace(optimizer=scaler)
+            vars(trainer.accelerator).update(
+                backward=backward, deepspeed_engine_wrapped=SimpleNamespace(engine=engine), free_memory=lambda *_: None
+            )
+        trainer.train()
+        return [line["hera_temperature"] for line in lines(trainer)]
+
+    assert temperatures(scaled=True) == pytest.approx(temperatures(scaled=False), rel=1e-5)

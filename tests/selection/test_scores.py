@@ -242,5 +242,7 @@ def test_what_cannot_be_compared_or_written_is_named(files, tmp_path):
     (tmp_path / "hand.json").write_text('{"heads": ["L0H0"]}')
     with pytest.raises(ValueError, match=r"hand\.json names heads and holds no scores"):
         compare([files[0], tmp_path / "hand.json"])
+    with pytest.raises(ValueError, match=r"nope\.json cannot be read .*; give a file that `llamafactory-hera score`"):
+        compare([files[0], tmp_path / "nope.json"])
     with pytest.raises(ValueError, match=r"report: .*hand.json/report cannot be written"):
         write_report(files, tmp_path / "hand.json/report")

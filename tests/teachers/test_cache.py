@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import save, save_file
 from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers import cache as cache_module
@@ -175,6 +175,16 @@ def test_a_feature_that_is_not_finite_in_float16_is_refused_with_its_key(value, 
     with pytest.raises(ValueError, match=f"{keys_of([2])[0].hex()} is not finite in float16.*hera_teacher_cache"):
         cache.put(keys_of([1, 2]), features)
     assert len(cache) == 0
+
+
+def test_shards_of_nothing_or_of_nan_are_left_out(cache):
+    nothing = {"keys": np.zeros((0, 16), np.uint8), "checksums": np.zeros(0, np.uint32)}
+    nothing["features"] = np.zeros((0, DIM), np.float16)
+    save_file(nothing, cache.folder / "0.safetensors", {"index_crc32": "0"})
+    write_shard(cache.folder / "1.safetensors", key_array(keys_of([1])), np.full((1, DIM), np.nan, np.float16))
+    cache.refresh()
+    assert cache.get(keys_of([1])) == [None]
+    assert {path.suffix for path in cache.folder.glob("[01].*")} == {".corrupt"}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -97,7 +97,7 @@ def test_a_bare_loop_aligns(keys: dict) -> None:
             logs.append(run.aligner.logs())
         first, last = (sum(line["hera_loss"] for line in pair) for pair in (logs[:2], logs[-2:]))
         if "hera_temperature" in logs[0]:
-            assert logs[0]["hera_mknn_chance"] == pytest.approx(2 / 3)
+            assert logs[0]["hera_mknn_chance"] == pytest.approx(1 / 3)
             assert (logs[-1]["hera_temperature"] == pytest.approx(0.07, rel=1e-6)) == (weight == 0)
         return first, last, run.aligner.objective.state_dict()
 
@@ -256,6 +256,15 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
     with pytest.raises(RuntimeError, match=rf"not finite in 3 steps in a row \(hera_max_nan\), because of {where}"):
         run.aligner.logs()
+
+
+def test_a_model_that_is_nan_from_the_start_is_said_to_be() -> None:
+    run = Run(max_nan=2)
+    with torch.no_grad():
+        run.model.get_input_embeddings().weight.fill_(math.nan)
+    run.step()
+    with pytest.raises(RuntimeError, match="No step was finite: the weights of model_name_or_path may hold NaN"):
+        run.step()
 
 
 # -- running means ---------------------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import write_json
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.training.checkpoint import (
     check_checkpoint,
+    check_tuning,
     checkpoint_of,
     load_renamed_weights,
     load_state,
@@ -42,6 +44,33 @@ def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
         assert checkpoint_of(arguments(last, tmp_path)) == str(tmp_path / "checkpoint-12")
     named = str(tmp_path / "checkpoint-8")
     assert checkpoint_of(arguments(named, tmp_path)) == named
+
+
+LORA = {"peft_type": "LORA", "r": 8, "use_dora": False}
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind", "settings", "said"),
+    [
+        (None, "full", {}, None),
+        (None, "freeze", {}, None),
+        (None, "lora", {"lora_rank": 8}, "finetuning_type was full, is lora"),
+        (LORA, "full", {}, "finetuning_type was lora, is full"),
+        (LORA, "oft", {}, "finetuning_type was lora, is oft"),
+        (LORA, "lora", {"lora_rank": 8, "use_dora": False}, None),
+        (LORA, "lora", {"lora_rank": 4, "use_dora": True}, "lora_rank was 8, is 4; use_dora was False, is True"),
+    ],
+)
+def test_a_checkpoint_of_another_tuning_is_refused(
+    tmp_path: Path, saved: dict | None, kind: str, settings: dict, said: str | None
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    if saved is not None:
+        write_json(tmp_path / "adapter_config.json", saved)
+    if said is None:
+        return check_tuning(tmp_path, kind, **settings)
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint: this run differs .*: {said}. Restore"):
+        check_tuning(tmp_path, kind, **settings)
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])

@@ -46,8 +46,8 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
             for. Every sample is asked for, and all others are its candidates, when it is left out.
 
     Returns:
-        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample that has
-        fewer candidates has all of them, followed by -1.
+        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample has at most
+        half of its candidates, followed by -1: if all were neighbours, the teacher would decide nothing.
 
     Raises:
         ValueError: ``k`` does not fit the number of samples.
@@ -66,8 +66,8 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
             similarities.masked_fill_(~allowed[rows], -torch.inf)
         ranked = similarities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
         if allowed is not None:
-            among = allowed[rows].expand_as(similarities).gather(-1, ranked)
-            ranked = ranked.masked_fill(~among, -1)
+            most = allowed[rows].sum(dim=-1, keepdim=True) // 2
+            ranked = ranked.masked_fill(torch.arange(ranked.shape[-1], device=most.device) >= most, -1)
         parts.append(ranked)
     return torch.cat(parts, dim=-2)
 
@@ -89,7 +89,7 @@ def mutual_knn(
         k: Neighbours per sample.
         normalize: Cosine similarity when true, dot product otherwise; for both sides.
         allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as :func:`nearest_neighbors` takes
-            it; samples without any do not enter the mean.
+            it; samples with fewer than two do not enter the mean.
 
     Returns:
         A scalar, or ``[H]``, between 0 and 1; NaN where no sample has a candidate. Compare it with
@@ -118,7 +118,7 @@ class Candidates:
 
     Attributes:
         allowed: Boolean ``[N, M]``: whom each sample is compared with.
-        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 where there are fewer.
+        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 beyond half of them.
         duplicates: Pairs of samples of the batch that show the same image, a scalar.
     """
 
@@ -144,7 +144,7 @@ def teacher_candidates(
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
 
     A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
-    Where fewer than ``k`` candidates exist, all of them are neighbours.
+    At most half of its candidates are its neighbours.
 
     Args:
         teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows

@@ -39,6 +39,15 @@ def copy_recipes(target: str | Path) -> list[Path]:
     target, source = Path(target), recipes_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--copy-to: {target} is not empty; give another folder.")
+    try:
+        return _copied(source, target)
+    except OSError as error:
+        raise ValueError(
+            f"--copy-to: {target} cannot be written ({error.strerror or error}); give another folder."
+        ) from error
+
+
+def _copied(source: Path, target: Path) -> list[Path]:
     copied = []
     folders = (source, *(source / name for name in _FOLDERS))
     for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):

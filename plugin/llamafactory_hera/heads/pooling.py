@@ -54,8 +54,13 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without any.
 
     Raises:
-        ValueError: ``hidden`` is not of these tokens: layers that hand on several streams at once.
+        ValueError: The mask is not of these tokens, or layers hand on several streams at once.
     """
+    if hidden.dim() == 3 and hidden.shape[:-1] != mask.shape:
+        raise ValueError(
+            f"mask: {list(mask.shape)} does not fit a pass over {list(hidden.shape[:-1])} tokens; give a boolean of "
+            "the shape of its input_ids."
+        )
     if hidden.shape[:-1] != mask.shape:
         raise ValueError(
             f"model_name_or_path: a layer hands on {list(hidden.shape)} for {mask.shape[0]} rows of {mask.shape[1]} "

@@ -6,6 +6,7 @@ that is overridden is a method of transformers' Trainer.
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..alignment.gather import mean_over_ranks, world_size
+from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
+from ..files import LOCK, held
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import checkpoint_step, load_renamed_weights
+from ..training.checkpoint import check_tuning, checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
@@ -84,6 +86,8 @@ class HeraTrainerMixin(_Base):
         self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+        self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
+        self._lock = ExitStack()
 
     def check_collator(self, hera: HeraConfig) -> None:
         """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
@@ -113,6 +117,9 @@ class HeraTrainerMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
+        engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+        if engine is not None:  # before its backward pass, which at the end of a step changes the scale
+            self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._to_collect:
             self._collect(model)
         if self._random_states:
@@ -207,6 +214,9 @@ class HeraTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
+        peft = next(iter(getattr(target, "peft_config", {}).values()), None)
+        settings = {"lora_rank": getattr(peft, "r", None), "use_dora": getattr(peft, "use_dora", False)}
+        check_tuning(resume_from_checkpoint, "full" if peft is None else peft.peft_type.value.lower(), **settings)
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -224,6 +234,8 @@ class HeraTrainerMixin(_Base):
 
     def _loss_scale(self) -> float | Tensor:
         scaler = self.accelerator.scaler
+        if self._engine_scale is not None:
+            return self._engine_scale
         # not get_scale, which waits for the device
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
@@ -255,8 +267,8 @@ class HeraTrainerMixin(_Base):
             logger.info(f"HeRA | {name}: {value}")
         if aligner.objective.uses_candidates and candidates < 2 * config.k:
             logger.warning(
-                f"hera_k: {config.k} neighbours among {candidates} candidates are too few to be informative; use a "
-                f"larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
+                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; "
+                f"use a larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
             )
 
 
@@ -274,6 +286,8 @@ class _AlignerCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lock = held(f"{args.output_dir}/{LOCK}", "output_dir")
+        on_first(lambda: self._trainer._lock.enter_context(lock))
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
         self._trainer.aligner.statistics.take()
@@ -288,6 +302,7 @@ class _AlignerCallback(TrainerCallback):
         self._trainer.aligner.finalize()
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
+        self._trainer._lock.close()
 
 
 def _show_messages() -> None:

@@ -24,7 +24,7 @@ from .samples import Sample, SelectionInputs
 
 logger = logging.getLogger(__name__)
 
-#: Of the names of folders that are deleted once their features are scored.
+#: Of the names of folders with features, which are deleted once they are scored.
 PREFIX = "features-"
 # A killed run loses at most one block on each process; blocks are what processes share out.
 _BLOCK_SAMPLES = 32
@@ -72,11 +72,9 @@ class FeatureBlocks:
             parts = [safe_open(self._path(block), "pt").get_tensor(name) for block in range(len(self.rows))]
             yield torch.cat(parts)[place].to(device)
 
-    @staticmethod
-    def clear(folder: Path) -> None:
-        """Deletes the features of this and of earlier runs."""
-        for path in folder.glob(f"{PREFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+    def clear(self) -> None:
+        """Deletes these features; those of other settings and of other people stay."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"

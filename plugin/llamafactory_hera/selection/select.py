@@ -2,7 +2,9 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig
+from ..files import held
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import projection_weights
 from ..heads.targets import Targets
@@ -22,10 +25,10 @@ from ..knobs import Role
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, shown_image
+from ..teachers.images import ImageLike, load_image, shown_image
 from .features import PREFIX, FeatureBlocks, compute_features, writing
 from .fingerprint import is_own_vision_tower, model_fingerprint
-from .samples import Sample, SelectionInputs, draw_samples, samples_digest
+from .samples import Sample, SelectionInputs, draw_samples, of_sample, samples_digest
 from .scores import choose_targets, package_versions
 
 logger = logging.getLogger(__name__)
@@ -42,8 +45,14 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
+    check_writable(path.parent)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(held(path.with_name(".lock"), "output_dir")))
+        return _select(inputs, config, path, fingerprint)
+
+
+def _select(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None) -> Targets:
     folder = path.parent
-    check_writable(folder)
     samples = draw_samples(inputs.source, config)
     neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
     model = inputs.load_model()
@@ -88,7 +97,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
         chosen = Targets(items, provenance)
         with writing(path):
             chosen.save(path)
-        FeatureBlocks.clear(folder)
+        blocks.clear()
+        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
         return chosen
 
     return on_first(choose)
@@ -133,7 +143,13 @@ def _find_neighbors(
             "ineffective. Its default is facebook/dinov2-large."
         )
     images = [sample.image for sample in samples]
-    cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    try:
+        cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    except ValueError:
+        for sample in samples:
+            with of_sample(sample.row):
+                load_image(sample.image)
+        raise
     features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
     fingerprint = teacher.fingerprint
     del teacher

@@ -64,8 +64,8 @@ class Shard:
             header = json.loads(file.read(length))
         self._features_at = 8 + length + header["features"]["data_offsets"][0]
         self.keys: NDArray[np.bytes_] = keys.reshape(-1).view(_KEY_DTYPE)
-        if str(_index_checksum(self.keys, self.checksums)) != index_checksum:
-            raise ValueError("the checksum of its keys is wrong")
+        if not len(self) or str(_index_checksum(self.keys, self.checksums)) != index_checksum:
+            raise ValueError("it holds nothing, or the checksum of its keys is wrong")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,6 +85,8 @@ class Shard:
                 if zlib.crc32(content) != self.checksums[row]:
                     raise ValueError(f"the checksum of row {row} is wrong")
                 found.append(np.frombuffer(content, np.float16))
+                if not np.isfinite(found[-1]).all():
+                    raise ValueError(f"row {row} holds NaN or infinity")
         return found
 
 
@@ -200,8 +202,8 @@ class FeatureCache:
         if not finite.all():
             image = keys[int((~finite).nonzero()[0])].hex()
             raise ValueError(
-                f"The teacher's feature of the image with key {image} is not finite in float16: its weights or the "
-                "image are broken. If they are not, train without hera_teacher_cache."
+                f"hera_teacher: its feature of the image with key {image} is not finite in float16: its weights or "
+                "the image are broken. Replace them; if they are whole, remove hera_teacher_cache: it stores float16."
             )
         for i, held in enumerate(self.get(keys)):
             # Cloned: what waits must not change when the caller changes what it got.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoint import KEY, TeacherInfo, check_teacher, teacher_fingerprint
+from .checkpoint import KEY, TeacherInfo, check_teacher, loading, teacher_fingerprint
 
 # Weights that no feature reads: a checkpoint may lack them.
 _UNREAD_WEIGHTS = ("mask_token", "head.", "pooler.")
@@ -99,18 +99,20 @@ class VisionTeacher:
                 is not the one that its position embeddings are for.
         """
         info = check_teacher(name_or_path)
-        processor = TeacherProcessor(info)
-        if not info.family.any_size:
-            size = info.config.image_size
-            expected = (size, size) if isinstance(size, int) else tuple(size)
-            if processor.pixel_size != expected:
-                raise ValueError(
-                    f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its "
-                    f"model takes {expected}. Use the preprocessor_config.json that belongs to the model."
-                )
+        with loading(info.name):
+            processor = TeacherProcessor(info)
+            if not info.family.any_size:
+                size = info.config.image_size
+                expected = (size, size) if isinstance(size, int) else tuple(size)
+                if processor.pixel_size != expected:
+                    raise ValueError(
+                        f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, "
+                        f"its model takes {expected}. Use the preprocessor_config.json that belongs to the model."
+                    )
+            model = _load_model(info, dtype)
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return cls(_load_model(info, dtype).to(device), processor, info)
+        return cls(model.to(device), processor, info)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:

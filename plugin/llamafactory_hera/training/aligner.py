@@ -145,6 +145,7 @@ class Aligner:
         self.cached = GradientCache()
         # on the device, which the host does not wait for
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
+        self._was_finite = torch.zeros((), dtype=torch.bool, device=device)  # a term since the run began
         self._broken = torch.zeros(len(self.targets.items), dtype=torch.bool, device=device)  # in the last such step
         self._left_out: Tensor | None = None  # a term since the last optimizer step was not finite
         self._batch_checked = self._gradient_due = False
@@ -388,6 +389,7 @@ class Aligner:
 
     def _record(self, output: TermOutput, planned: bool = False) -> None:
         sound, entered = output.sound, output.n_samples > 0
+        self._was_finite = self._was_finite | sound
         self._left_out = ~sound if self._left_out is None else self._left_out | ~sound
         self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
@@ -421,6 +423,8 @@ class Aligner:
     def _stop(self, in_a_row: int) -> None:
         where = ", ".join(name for name, bad in zip(self.targets.names, self._broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        if not self._was_finite.item():
+            remedy = "No step was finite: the weights of model_name_or_path may hold NaN, or not fit fp16; load others"
         if not where:
             where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
         raise RuntimeError(

@@ -39,7 +39,7 @@ class HeraTerm:
     """
 
     objective: Objective
-    k: int  #: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
+    k: int  #: Teacher neighbours per sample; at most half of the candidates, with one warning.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
     memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
     _fewest: Tensor | None = field(default=None, init=False)  # candidates of a sample that entered, so far
@@ -62,7 +62,7 @@ class HeraTerm:
         finite, teacher_finite = _finite(z, batch.teacher, by_target)
         sound = finite.all() & teacher_finite
         if self.objective.uses_candidates:
-            fewest = torch.where(enters, candidates.allowed.sum(dim=1), self.k).amin()
+            fewest = torch.where(enters, candidates.allowed.sum(dim=1), 2 * self.k).amin()
             self._fewest = fewest if self._fewest is None else torch.minimum(self._fewest, fewest)
         known = sound
         if self.memory.size:  # not comparable until it is full: among fewer candidates more agree by chance
@@ -111,15 +111,16 @@ class HeraTerm:
         return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
 
     def warn_when_few(self) -> None:
-        """Warns, once, when a sample had fewer than k candidates; the host waits for the device here."""
+        """Warns, once, when k was more than half of a sample's candidates; the host waits for the device here."""
         if self._warned or self._fewest is None or rank() > 0:
             return
         fewest = int(self._fewest)
-        if fewest < self.k:
+        if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are asked for and a sample of a batch had {fewest} candidates; k "
-                "shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
+                f"hera_k: {self.k} neighbours are asked for and a sample of a batch had {fewest} candidates, of which "
+                "at most half are taken: all would leave the teacher no choice. Use a larger global batch, or "
+                "hera_memory to remember recent samples."
             )
 
 

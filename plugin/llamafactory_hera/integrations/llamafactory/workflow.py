@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
+from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import LOCK, held
+from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
-from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
+from llamafactory_hera.training.checkpoint import check_checkpoint, check_tuning, checkpoint_of
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
@@ -59,6 +63,19 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     _log_through_host()
     config = HeraConfig.from_keys(host.finetuning)
     layout = check_run(config, host)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
+        _train(workflow, run_sft, arguments, host, config, layout)
+
+
+def _train(
+    workflow: ModuleType,
+    run_sft: Callable[..., None],
+    arguments: tuple,
+    host: HostArguments,
+    config: HeraConfig,
+    layout: HeadLayout,
+) -> None:
     checkpoint = checkpoint_of(host.training)
     host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
     targets = resolve_targets(config, selecting_run(config, host, layout))
@@ -66,6 +83,8 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         setattr(host.finetuning, config.targets_key, str(targets))
     if checkpoint is not None:
         check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+        tuning = host.finetuning
+        check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
 
     def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
         workflow_card(trainer, *rest)
@@ -74,7 +93,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     proof = _Proof()
     workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
     replacements: dict[str, Any] = {
-        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective).one_image),
+        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
         "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
         "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
         "create_modelcard_and_push": create_card,
@@ -82,7 +101,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     before = {name: getattr(workflow, name) for name in replacements}
     vars(workflow).update(replacements)
     try:
-        return run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
     finally:
         vars(workflow).update(before)
 
