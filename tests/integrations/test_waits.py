@@ -85,7 +85,7 @@ def test_the_host_waits_for_nothing_of_ours(tmp_path: Path, mode: str) -> None:
 
 def test_neither_where_the_cache_lacks_features_nor_where_it_has_them(tmp_path: Path) -> None:
     for _ in ("misses", "hits"):
-        waits = run(tmp_path, teacher_cache=str(tmp_path / "cache"), memory=6)
+        waits = run(tmp_path / "run", teacher_cache=str(tmp_path / "cache"), memory=6)
         assert waits.host
         assert not waits.ours
 

@@ -216,6 +216,9 @@ def test_k_is_at_most_half_of_the_candidates_with_one_warning(z, teacher, caplog
     enough(z, teacher, all_valid(), TAU)
     enough(z, teacher, ~all_valid(), TAU)  # a batch without images says nothing about k
     enough.warn_when_few()
+    filling = ContrastiveTerm(N - 1, memory=CrossBatchMemory(2 * N))
+    filling(z, teacher, all_valid(), TAU)  # enough once the memory is full
+    filling.warn_when_few()
     assert not caplog.records
     term = ContrastiveTerm(20)
     for _ in range(3):
@@ -225,13 +228,13 @@ def test_k_is_at_most_half_of_the_candidates_with_one_warning(z, teacher, caplog
     assert output.chance.item() == pytest.approx(half / (N - 1))
     assert not torch.equal(term(z, teacher.flip(0), all_valid(), TAU).loss, output.loss)  # the teacher decides
     assert len(caplog.records) == 1
-    for part in ("hera_k: 20 neighbours", f"had {N - 1} candidates", "hera_memory"):
+    for part in ("hera_k: 20 neighbours", f"the {N - 1} candidates", "hera_memory: 80"):
         assert part in caplog.text
     teacher[1] = teacher[0]  # a copy leaves a sample with fewer candidates than the others
     copied = ContrastiveTerm(half)
     copied(z, teacher, all_valid(), TAU)
     copied.warn_when_few()
-    assert f"had {N - 2} candidates" in caplog.text
+    assert f"the {N - 2} candidates" in caplog.text
 
 
 # -- values that are not finite --------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ class HeraTrainerMixin(_Base):
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
     def _log_summary(self) -> None:
-        """Logs objective, targets, teacher, batch sizes and candidates; warns when the candidates are few."""
+        """Logs objective, targets, teacher, batch sizes and candidates."""
         if not self.is_world_process_zero():
             return
         config, aligner = self.aligner.config, self.aligner
@@ -265,11 +265,6 @@ class HeraTrainerMixin(_Base):
             lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")
-        if aligner.objective.uses_candidates and candidates < 2 * config.k:
-            logger.warning(
-                f"hera_k: {config.k} neighbours are more than half of {candidates} candidates, and half are taken; "
-                f"use a larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
-            )
 
 
 class HeraTrainer(HeraTrainerMixin, Trainer):

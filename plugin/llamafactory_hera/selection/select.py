@@ -48,60 +48,56 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     check_writable(path.parent)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(held(path.with_name(".lock"), "output_dir")))
-        return _select(inputs, config, path, fingerprint)
+        folder = path.parent
+        samples = draw_samples(inputs.source, config)
+        neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
+        model = inputs.load_model()
+        layout = head_layout(model_config(model))
+        by_head = config.granularity == "head"
+        rule = config.select.strategy, config.select.m, config.select.seed
+        # too few heads or layers are refused before the passes
+        choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
+        if fingerprint is None:
+            fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
+        digest = samples_digest(samples)
+        key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
+        blocks = compute_features(inputs, model, samples, config, folder, key)
 
+        def choose() -> Targets:
+            heads, layers = _score(model, blocks, neighbors, config)
+            if heads.isnan().all():
+                raise ValueError(
+                    "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, "
+                    "or its activations do not fit fp16: use bf16 or fp32."
+                )
+            items = choose_targets((heads if by_head else layers).tolist(), *rule)
+            provenance = {
+                "model": inputs.model_name,
+                "adapters": [str(folder) for folder in inputs.adapter_folders],
+                "teacher": config.teacher,
+                **config.facts(Role.SELECTS, Role.SCORES),
+                "dataset": inputs.dataset_name,
+                "stored_dtype": config.select.dtype,
+                "batch_size": config.select.batch_size,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": package_versions(),
+                "model_fingerprint": fingerprint,
+                "teacher_fingerprint": teacher_fingerprint,
+                "samples_digest": digest,
+                "samples": len(samples),
+                "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
+                "chance_level": chance_level(*neighbors.shape),
+                "layer_scores": _written(layers),
+                "scores": [_written(row) for row in heads],
+            }
+            chosen = Targets(items, provenance)
+            with writing(path):
+                chosen.save(path)
+            blocks.clear()
+            shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+            return chosen
 
-def _select(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None) -> Targets:
-    folder = path.parent
-    samples = draw_samples(inputs.source, config)
-    neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
-    model = inputs.load_model()
-    layout = head_layout(model_config(model))
-    by_head = config.granularity == "head"
-    rule = config.select.strategy, config.select.m, config.select.seed
-    # too few heads or layers are refused before the passes
-    choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
-    if fingerprint is None:
-        fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
-    digest = samples_digest(samples)
-    key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
-    blocks = compute_features(inputs, model, samples, config, folder, key)
-
-    def choose() -> Targets:
-        heads, layers = _score(model, blocks, neighbors, config)
-        if heads.isnan().all():
-            raise ValueError(
-                "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, or "
-                "its activations do not fit fp16: use bf16 or fp32."
-            )
-        items = choose_targets((heads if by_head else layers).tolist(), *rule)
-        provenance = {
-            "model": inputs.model_name,
-            "adapters": [str(folder) for folder in inputs.adapter_folders],
-            "teacher": config.teacher,
-            **config.facts(Role.SELECTS, Role.SCORES),
-            "dataset": inputs.dataset_name,
-            "stored_dtype": config.select.dtype,
-            "batch_size": config.select.batch_size,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": package_versions(),
-            "model_fingerprint": fingerprint,
-            "teacher_fingerprint": teacher_fingerprint,
-            "samples_digest": digest,
-            "samples": len(samples),
-            "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
-            "chance_level": chance_level(*neighbors.shape),
-            "layer_scores": _written(layers),
-            "scores": [_written(row) for row in heads],
-        }
-        chosen = Targets(items, provenance)
-        with writing(path):
-            chosen.save(path)
-        blocks.clear()
-        shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
-        return chosen
-
-    return on_first(choose)
+        return on_first(choose)
 
 
 def _score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:

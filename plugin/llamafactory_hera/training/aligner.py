@@ -417,10 +417,8 @@ class Aligner:
         if isinstance(self.term, HeraTerm):
             self.term.warn_when_few()
         self.cached.check()
-        if (in_a_row := int(self._most_nan)) >= self.config.max_nan:
-            self._stop(in_a_row)
-
-    def _stop(self, in_a_row: int) -> None:
+        if (in_a_row := int(self._most_nan)) < self.config.max_nan:
+            return
         where = ", ".join(name for name, bad in zip(self.targets.names, self._broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
         if not self._was_finite.item():

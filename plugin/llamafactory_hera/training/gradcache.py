@@ -86,8 +86,7 @@ class GradientCache:
         Raises:
             RuntimeError: A micro-batch gave other representations in its second pass.
         """
-        difference = 0.0 if self._difference is None else float(self._difference)
-        if difference > _TOLERANCE:
+        if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
                 f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
                 f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."

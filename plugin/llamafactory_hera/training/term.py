@@ -61,12 +61,12 @@ class HeraTerm:
         by_target = self.objective(batch)
         finite, teacher_finite = _finite(z, batch.teacher, by_target)
         sound = finite.all() & teacher_finite
-        if self.objective.uses_candidates:
-            fewest = torch.where(enters, candidates.allowed.sum(dim=1), 2 * self.k).amin()
-            self._fewest = fewest if self._fewest is None else torch.minimum(self._fewest, fewest)
         known = sound
         if self.memory.size:  # not comparable until it is full: among fewer candidates more agree by chance
             known = sound & (self.memory.filled is not None and self.memory.filled.all())
+        if self.objective.uses_candidates:
+            fewest = torch.where(enters & known, candidates.allowed.sum(dim=1), 2 * self.k).amin()
+            self._fewest = fewest if self._fewest is None else torch.minimum(self._fewest, fewest)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z, batch.teacher, batch.valid & sound)
         return TermOutput(
@@ -118,9 +118,9 @@ class HeraTerm:
         if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are asked for and a sample of a batch had {fewest} candidates, of which "
-                "at most half are taken: all would leave the teacher no choice. Use a larger global batch, or "
-                "hera_memory to remember recent samples."
+                f"hera_k: {self.k} neighbours are more than half of the {fewest} candidates that a sample had, and at "
+                "most half are taken: all would leave the teacher no choice. Use a larger batch per device, more "
+                f"processes, or hera_memory: {max(4 * self.k, 64)}."
             )
 
 

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import LOCK, held
-from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
@@ -65,45 +64,31 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     layout = check_run(config, host)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
-        _train(workflow, run_sft, arguments, host, config, layout)
+        checkpoint = checkpoint_of(host.training)
+        host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
+        targets = resolve_targets(config, selecting_run(config, host, layout))
+        if config.named_targets == AUTO:
+            setattr(host.finetuning, config.targets_key, str(targets))
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+            tuning = host.finetuning
+            check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
 
+        def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
+            workflow_card(trainer, *rest)
+            trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
 
-def _train(
-    workflow: ModuleType,
-    run_sft: Callable[..., None],
-    arguments: tuple,
-    host: HostArguments,
-    config: HeraConfig,
-    layout: HeadLayout,
-) -> None:
-    checkpoint = checkpoint_of(host.training)
-    host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
-    targets = resolve_targets(config, selecting_run(config, host, layout))
-    if config.named_targets == AUTO:
-        setattr(host.finetuning, config.targets_key, str(targets))
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
-        tuning = host.finetuning
-        check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
-
-    def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
-        workflow_card(trainer, *rest)
-        trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
-
-    proof = _Proof()
-    workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
-    replacements: dict[str, Any] = {
-        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
-        "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
-        "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
-        "create_modelcard_and_push": create_card,
-    }
-    before = {name: getattr(workflow, name) for name in replacements}
-    vars(workflow).update(replacements)
-    try:
-        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
-    finally:
-        vars(workflow).update(before)
+        proof = _Proof()
+        workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
+        replacements: dict[str, Any] = {
+            "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
+            "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets),
+            "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
+            "create_modelcard_and_push": create_card,
+        }
+        stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
+        vars(workflow).update(replacements)
+        return run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
 
 
 def _curves(objective: str) -> list[str]:
