@@ -5,10 +5,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .heads.pooling import Pooling
-from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Targets
+from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
 from .knobs import KeyedConfig, Role, knob
-from .objectives import find
 
 _MOST_HEADS = 5  # more wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0)
 
@@ -236,6 +234,8 @@ class HeraConfig(KeyedConfig):
             warnings.warn(f"{key}: {chosen} heads are {advice}.", stacklevel=5)
 
     def _check_objective(self) -> None:
+        from .objectives import find  # with torch, which a command that reads scores can do without
+
         objective, named = find(self.objective), f"hera_objective: {self.objective}"
         if self.granularity not in objective.granularities:
             raise ValueError(

@@ -1,6 +1,8 @@
 """What is chosen by scores, the table, and before beside after: the same heads in every file, nothing incomparable."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,3 +248,14 @@ def test_what_cannot_be_compared_or_written_is_named(files, tmp_path):
         compare([files[0], tmp_path / "nope.json"])
     with pytest.raises(ValueError, match=r"report: .*hand.json/report cannot be written"):
         write_report(files, tmp_path / "hand.json/report")
+
+
+def test_a_report_does_not_wait_for_torch(tmp_path):
+    files = [str(write_scores(tmp_path / f"{n}.json", scores)) for n, scores in enumerate((BEFORE, AFTER))]
+    code = "import sys; from llamafactory_hera.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "report", *files, "--output", str(tmp_path / "report")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines()[-1] == "0 False", run.stdout + run.stderr

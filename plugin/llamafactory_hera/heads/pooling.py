@@ -1,12 +1,13 @@
 """Which tokens of a sample are read: those that a representation is averaged over, and those of an image."""
 
 from collections.abc import Collection
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["answer", "text", "mean", "last"]
+from .targets import Pooling
+
 IGNORE_INDEX = -100
 
 #: Model types whose images are all one square grid of tokens, row by row.

@@ -10,6 +10,8 @@ from ..files import read_json, write_json
 from .families import FINAL, HeadLayout
 
 Granularity = Literal["head", "layer"]
+#: Which tokens a representation is averaged over.
+Pooling = Literal["answer", "text", "mean", "last"]
 
 #: The value of ``hera_heads`` or ``hera_layers`` that asks for a selection before training.
 AUTO = "auto"
