@@ -22,7 +22,7 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_di
 _BY_INDEX = ("index", "index_put", "index_put_")
 _COPIES = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 # Their tensors are on the CPU: of the loader, features that have arrived, blocks that are drawn there.
-_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, TeacherFeatures._store, jarvis.draw_blocks)}
+_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, TeacherFeatures.flush, jarvis.draw_blocks)}
 _DRAWS = jarvis.Jarvis.prepare.__code__
 
 

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 #: Folder beside a run's weights, in its output folder and in each checkpoint, that holds what belongs to HeRA.
 RUN_FOLDER = "hera"
-
-
 LOCK = f"{RUN_FOLDER}/.lock"  #: In an output folder while a run writes there.
 _ABANDONED_AFTER_SECONDS = 3600
 _HELD: set[str] = set()
+
+
+@contextmanager
+def writing(key: str, path: str | os.PathLike, remedy: str = "give another folder") -> Iterator[None]:
+    """Makes an ``OSError`` a ``ValueError`` with the key, the path that is written to, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{key}: {path} cannot be written ({error.strerror or error}); {remedy}.") from error
 
 
 @contextmanager
@@ -39,12 +46,8 @@ def held(lock: str | os.PathLike, key: str) -> Iterator[None]:
     if path in _HELD:
         yield
         return
-    try:
+    with writing(key, os.path.dirname(path)):
         descriptor = _taken(path, key)
-    except OSError as error:
-        raise ValueError(
-            f"{key}: {path} cannot be written ({error.strerror or error}); give another folder."
-        ) from error
     _HELD.add(path)
     try:
         yield

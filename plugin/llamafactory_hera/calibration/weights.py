@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import read_json, write_json
+from ..files import read_json, write_json, write_safetensors
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
 from ..heads.targets import Target
 
@@ -151,7 +150,7 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], ba
         for name, both in factors.items()
         for side, factor in zip("AB", both, strict=True)
     }
-    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
+    write_safetensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
 
 
 def lora_factors(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig
-from ..files import held
+from ..files import held, writing
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import projection_weights
 from ..heads.targets import Targets
@@ -26,7 +26,7 @@ from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, load_image, shown_image
-from .features import PREFIX, FeatureBlocks, compute_features, writing
+from .features import MAKE_ROOM, PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .samples import Sample, SelectionInputs, draw_samples, of_sample, samples_digest
 from .scores import choose_targets, package_versions
@@ -45,7 +45,6 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
-    check_writable(path.parent)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(held(path.with_name(".lock"), "output_dir")))
         folder = path.parent
@@ -91,7 +90,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
                 "scores": [_written(row) for row in heads],
             }
             chosen = Targets(items, provenance)
-            with writing(path):
+            with writing("output_dir", path, MAKE_ROOM):
                 chosen.save(path)
             blocks.clear()
             shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
@@ -117,15 +116,6 @@ def _score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: H
 def _written(scores: Tensor) -> list[float | None]:
     """Scores as they are written; one that could not be computed is null."""
     return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder and checks that it can be written, before anything is computed."""
-    probe = folder / f".writable-{rank()}"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
 
 
 def _find_neighbors(

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from ..files import write_json
+from ..files import write_json, writing
 from .images import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -139,14 +139,9 @@ class FeatureCache:
         self._shards: dict[Path, Shard] = {}
         self._waiting: dict[bytes, Tensor] = {}
         manifest = {"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16", "name": teacher_name}
-        try:
+        with writing("hera_teacher_cache", folder, "give a folder that this user can write to"):
             if not (self.folder / MANIFEST).exists():
                 write_json(self.folder / MANIFEST, manifest)
-        except OSError as error:
-            raise ValueError(
-                f"hera_teacher_cache: the folder {folder} cannot be made or written ({error.strerror or error}). Give "
-                "a folder that this user can write to."
-            ) from error
         self.refresh()
         try:
             self._merge()

@@ -210,7 +210,7 @@ class TeacherFeatures:
         if "hera_features" in inputs:
             held = inputs["hera_features"].view(torch.float16).to(features)
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
-        self._store()
+        self.flush(wait=False)
         if pixels is not None and rows is not None:
             features = features.index_copy(0, rows, self._remember(inputs, self._compute(pixels[rows]).flatten(1)))
         return features if self.student is None else features.unflatten(1, (tokens, -1))
@@ -234,30 +234,24 @@ class TeacherFeatures:
         self._waiting.append((keys, features, arrived))
         return rounded.to(computed)
 
-    def _store(self, wait: bool = False) -> None:
-        """Puts into the cache what has arrived on the host, or waits for the rest, too."""
-        while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].query()):
-            keys, features, arrived = self._waiting.pop(0)
-            if arrived is not None:
-                arrived.synchronize()
-            if self.cache is not None:
-                try:
-                    self.cache.put([bytes(key) for key in keys.numpy()], features)
-                except OSError as error:
-                    self._drop_cache(self.cache, error)
+    def flush(self, wait: bool = True) -> None:
+        """Writes the features that wait in memory; without ``wait`` it only takes in those that are on the host.
 
-    def flush(self) -> None:
-        """Writes the features that wait in memory; a cache that cannot be written is no reason to stop."""
-        self._store(wait=True)
-        if self.cache is not None:
-            try:
+        A cache that cannot be written is no reason to stop.
+        """
+        if self.cache is None:
+            return
+        try:
+            while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].query()):
+                keys, features, arrived = self._waiting.pop(0)
+                if arrived is not None:
+                    arrived.synchronize()
+                self.cache.put([bytes(key) for key in keys.numpy()], features)
+            if wait:
                 self.cache.flush()
-            except OSError as error:
-                self._drop_cache(self.cache, error)
-
-    def _drop_cache(self, cache: FeatureCache, error: OSError) -> None:
-        logger.warning(
-            f"hera_teacher_cache: {cache.folder} cannot be written ({error}); the run goes on and computes the "
-            "features that are not in it."
-        )
-        self.cache = None
+        except OSError as error:
+            logger.warning(
+                f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run goes on and computes "
+                "the features that are not in it."
+            )
+            self.cache = None
