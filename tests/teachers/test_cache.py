@@ -358,8 +358,9 @@ def test_merged_shards_keep_to_their_size_and_few_or_large_ones_are_left_alone(f
     write_many(folder, range(5))
     assert len(shard_files(opened(folder))) == 5
     write_many(folder, range(5, 40))
-    monkeypatch.setattr(cache_module, "_MERGED_ROWS", 2)
-    assert len(shard_files(opened(folder))) == 40
+    with monkeypatch.context() as context:
+        context.setattr(cache_module, "_FLUSH_ROWS", 1)
+        assert len(shard_files(opened(folder))) == 40
     monkeypatch.setattr(cache_module, "_MERGED_ROWS", 10)
     reader = opened(folder)
     assert len(shard_files(reader)) == 4

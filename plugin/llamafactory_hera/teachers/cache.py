@@ -39,7 +39,7 @@ _ABANDONED_AFTER_SECONDS = 3600
 # `put` writes a shard by itself when so many features wait.
 _FLUSH_ROWS = 4096
 _MAX_SMALL_SHARDS = 64
-_MERGED_ROWS = 65_536
+_MERGED_ROWS = 16_384  # held in memory four times while they are merged
 
 # What opening or reading a shard raises that is not what was written.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -167,7 +167,7 @@ class FeatureCache:
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
         for shard in list(self._shards.values()):
             rows = shard.rows_of(wanted)
-            held = [i for i, feature in enumerate(found) if feature is None and rows[i] >= 0]
+            held = [i for i in np.flatnonzero(rows >= 0) if found[i] is None]
             try:
                 for i, feature in zip(held, shard.read(rows[held]) if held else [], strict=True):
                     found[i] = torch.from_numpy(feature)
@@ -239,13 +239,16 @@ class FeatureCache:
     def _merge(self) -> None:
         """Merges small shards when there are many, and sweeps up what killed writers left.
 
+        What a run wrote of a full batch stays: a million images are 245 such shards, which open in a second, and
+        merging them would take minutes.
+
         A merged shard is in place before its parts are unlinked, so killing the process loses nothing: what is then
         held twice is the same. It is named by its parts: processes that merge the same ones write the same file.
         """
         for path in self.folder.glob(f"{_TEMPORARY}*"):
             if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 path.unlink(missing_ok=True)
-        small = sorted(path for path, shard in self._shards.items() if len(shard) < _MERGED_ROWS // 2)
+        small = sorted(path for path, shard in self._shards.items() if len(shard) < _FLUSH_ROWS)
         if len(small) <= _MAX_SMALL_SHARDS:
             return
         while small:
