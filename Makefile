@@ -71,7 +71,9 @@ demo: $(STAMP)
 	  $(BIN)/llamafactory-hera report $(DEMO_RUNS:%=saves/demo_$$mode/%.json) --names $(DEMO_RUNS) \
 	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode; \
 	done
-	@cat saves/demo_llm.md saves/demo_mllm.md
+	$(BIN)/llamafactory-hera eval $(patsubst saves/demo_before,hera_demo/model,$(DEMO_RUNS:%=saves/demo_%)) \
+	  --names $(DEMO_RUNS) --suite demo --data hera_demo/data --output saves/demo_eval
+	@cat saves/demo_llm.md saves/demo_mllm.md saves/demo_eval/demo.md
 	@ls saves/demo_*llm.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
 
 # goes on where it was stopped

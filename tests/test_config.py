@@ -43,7 +43,7 @@ ROLES = {
 }
 #: What is aligned is kept apart, and the temperature with it; the others change nothing that is computed.
 NO_ROLE = {"hera_heads", "hera_layers", "hera_heads_force", "hera_temperature", "hera_teacher_cache", "hera_max_nan"}
-NO_ROLE |= {"hera_own_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb"}
+NO_ROLE |= {"hera_own_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb", "hera_eval"}
 
 
 @pytest.mark.parametrize("role", Role)
@@ -81,7 +81,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
         **{"hera_projector": "separate", "hera_own_learning_rate": 1e-4, "hera_own_from": "saves/one"},
-        **{"hera_visual_attention": "causal"},
+        **{"hera_visual_attention": "causal", "hera_eval": "demo"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
         **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5, "hera_select_dataset": "captions"},

@@ -9,22 +9,12 @@ from typing import Any
 
 WHAT = "HeRA in the web UI's stage list, backbones in its model list"
 FUNCTIONS = {"register_model_group": "models template multimodal"}
-_NAMES = ("SUPPORTED_MODELS", "MULTIMODAL_SUPPORTED_MODELS", "DEFAULT_TEMPLATE", "DownloadSource")
-
-
-def check(module: Any) -> str | None:
-    """Says what the host's module lacks, or None."""
-    stages = getattr(module, "TRAINING_STAGES", None)
-    if not isinstance(stages, dict) or "sft" not in stages.values():
-        return "TRAINING_STAGES is not a dictionary with sft"
-    missing = [name for name in _NAMES if not hasattr(module, name)]
-    return f"no {', '.join(missing)}" if missing else None
 
 
 def apply(module: Any) -> None:
-    """Adds the stage, and the backbones that the host does not list."""
     from llamafactory_hera.integrations.llamaboard.names import STAGE, STAGE_TITLE, register_models
 
-    if STAGE not in module.TRAINING_STAGES.values():
-        module.TRAINING_STAGES[STAGE_TITLE] = STAGE
+    stages = module.TRAINING_STAGES
     register_models(module)
+    if STAGE not in stages.values():
+        stages[STAGE_TITLE] = STAGE

@@ -27,7 +27,7 @@ class _Finding(NamedTuple):
 
 def run_doctor() -> int:
     """Prints the report and returns the exit status: 0 when everything is in place, 1 otherwise."""
-    findings = [*_versions(), *_torch_family(), *_accelerator(), *_deepspeed(), *_patches()]
+    findings = [*_packages_found(), *_accelerator(), *_patches()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{'ok ' if finding.remedy is None else 'OFF'} {finding.name:<{width}}  {finding.text}")
@@ -38,16 +38,20 @@ def run_doctor() -> int:
     return 1 if off else 0
 
 
-def _versions() -> Iterator[_Finding]:
+def _packages_found() -> Iterator[_Finding]:
     yield _Finding("llamafactory-hera", f"{llamafactory_hera.__version__}, Python {platform.python_version()}")
     for name in _PACKAGES:
         try:
             text, remedy = version(name), None
         except PackageNotFoundError:
-            text = "not installed"
-            remedy = None if name in ("torchaudio", "deepspeed") else _PINNED
-        if name == "llamafactory" and text not in (_TESTED_HOST, "not installed"):
+            yield _Finding(name, "not installed", None if name in ("torchaudio", "deepspeed") else _PINNED)
+            continue
+        if name == "llamafactory" and text != _TESTED_HOST:
             text += f" (tested: {_TESTED_HOST}; see the patches below)"
+        if error := _import_error(name):
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            text += f", does not import: {reason[0]}"
+            remedy = f"install versions that belong together, for instance {_PINNED}"
         yield _Finding(name, text, remedy)
 
 
@@ -57,21 +61,6 @@ def _import_error(module: str) -> Exception | None:
     except Exception as error:
         return error
     return None
-
-
-def _torch_family() -> Iterator[_Finding]:
-    for module in ("torch", "torchvision", "torchaudio"):
-        error = _import_error(module)
-        if error is not None and not (isinstance(error, ModuleNotFoundError) and error.name == module):
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            yield _Finding(
-                "torch family",
-                f"{module} does not import beside torch: {reason[0]}",
-                f"install versions that belong together, for instance {_PINNED} (torch 2.11.0, torchvision 0.26.0, "
-                "torchaudio 2.11.0)",
-            )
-            return
-    yield _Finding("torch family", "torch, torchvision and torchaudio import together")
 
 
 def _accelerator() -> Iterator[_Finding]:
@@ -85,16 +74,6 @@ def _accelerator() -> Iterator[_Finding]:
     else:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         yield _Finding("accelerator", accelerator.type if accelerator else "none: CPU only (enough for the demo)")
-
-
-def _deepspeed() -> Iterator[_Finding]:
-    error = _import_error("deepspeed")
-    if isinstance(error, ModuleNotFoundError):
-        yield _Finding("deepspeed import", "not installed: no ZeRO")
-    elif error is not None:
-        yield _Finding("deepspeed import", f"fails: {error}", f"reinstall it: {_PINNED}")
-    else:
-        yield _Finding("deepspeed import", "works")
 
 
 def _patches() -> Iterator[_Finding]:
@@ -111,9 +90,7 @@ def _patches() -> Iterator[_Finding]:
     for target, name in PATCHES:
         if error := _import_error(target):
             yield _Finding(f"patch {name}", f"{target} does not import: {error}", f"repair the host: {_PINNED}")
-    for status in statuses():
-        remedy = f"install a tested host ({_TESTED_HOST}): {_PINNED}"
-        text = f"{status.state}: {status.reason}" if status.reason else status.state
-        yield _Finding(
-            f"patch {status.name}", f"{text} ({status.what})", remedy if status.state == "does not fit" else None
-        )
+    for name, what, misfit in statuses():
+        text = f"does not fit: {misfit}" if misfit else "applied"
+        remedy = f"install a tested host ({_TESTED_HOST}): {_PINNED}" if misfit else None
+        yield _Finding(f"patch {name}", f"{text} ({what})", remedy)

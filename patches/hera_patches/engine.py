@@ -4,19 +4,13 @@ Why: the host does so while it trains, and knows nothing of what else may run. C
 elements to its pages.
 """
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from .registry import around
 
 WHAT = "the web UI's settings after a reload"
-
-
-def check(module: Any) -> str | None:
-    """Says what the host's engine lacks, or None."""
-    resume = getattr(getattr(module, "Engine", None), "resume", None)
-    return None if inspect.isgeneratorfunction(resume) else "Engine.resume is not a generator"
+FUNCTIONS = {"Engine.resume": "self"}
 
 
 def apply(module: Any) -> None:

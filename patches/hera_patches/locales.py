@@ -9,19 +9,7 @@ from typing import Any
 WHAT = "labels of HeRA's fields in the web UI's five languages"
 
 
-def check(module: Any) -> str | None:
-    """Says what the host's module lacks, or None."""
-    locales = getattr(module, "LOCALES", None)
-    if not isinstance(locales, dict) or "en" not in locales.get("training_stage", {}):
-        return "LOCALES has no texts by element and language"
-    taken = [name for name in locales if name.startswith("hera_")]
-    return f"LOCALES already has {', '.join(taken)}" if taken else None
-
-
 def apply(module: Any) -> None:
-    """Adds the texts; English stands for a language that the plugin does not have."""
     from llamafactory_hera.integrations.llamaboard.names import locales
 
-    languages = module.LOCALES["training_stage"]
-    for name, texts in locales().items():
-        module.LOCALES[name] = {lang: texts.get(lang, texts["en"]) for lang in languages}
+    module.LOCALES |= locales(module.LOCALES["training_stage"])

@@ -13,7 +13,6 @@ USED = {"LogCallback.on_log": "_write_log"}
 
 
 def apply(module: Any) -> None:
-    """Wraps ``LogCallback.on_log``."""
 
     @around(module.LogCallback)
     def on_log(host: Any, self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

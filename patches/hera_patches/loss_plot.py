@@ -12,7 +12,6 @@ FUNCTIONS = {"gen_loss_plot": "trainer_log", "smooth": "scalars"}
 
 
 def apply(module: Any) -> None:
-    """Wraps ``gen_loss_plot``."""
 
     @around(module)
     def gen_loss_plot(host: Any, trainer_log: list[dict[str, Any]]) -> Any:

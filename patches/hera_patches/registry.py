@@ -1,9 +1,8 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change. What it needs of the host:
-``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that it uses) and, for anything
-else, ``check(module)``, which returns None, or ``NOT_NEEDED``, or says why the change does not fit.
-All are tested with 0.9.5.
+A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change, or raises where it does not fit.
+What it needs of the host: ``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that
+it uses). All are tested with 0.9.5.
 """
 
 import inspect
@@ -35,30 +34,20 @@ _WEB_UI = (
 
 #: Host module -> patch module of this package. Names only: nothing is imported before the host is.
 PATCHES = _TRAINING + _WEB_UI
-#: What ``check`` returns where the host already does what the patch is for.
-NOT_NEEDED = "not needed"
 
 
 class Status(NamedTuple):
-    """What became of one patch: ``applied``, ``not needed`` or ``does not fit``, with the reason."""
+    """What became of one patch; ``misfit`` says why it does not fit, and is None where it was applied."""
 
     name: str
     what: str
-    state: str
-    reason: str = ""
+    misfit: str | None
 
 
 _statuses: dict[str, Status] = {}
 
 
-def misfit(patch: Any, module: Any) -> str | None:
-    """Says what a host's module lacks for a patch, or ``NOT_NEEDED``, or None."""
-    if hasattr(patch, "check") and (reason := patch.check(module)):
-        return reason
-    return misfit_of_functions(module, getattr(patch, "FUNCTIONS", {}), getattr(patch, "USED", {}))
-
-
-def misfit_of_functions(module: Any, functions: dict[str, str], used: dict[str, str]) -> str | None:
+def misfit_of(module: Any, functions: dict[str, str], used: dict[str, str]) -> str | None:
     """Says which of ``FUNCTIONS`` and ``USED`` a host's module does not meet, or None."""
     for path, expected in functions.items():
         function = _find(module, path)
@@ -106,15 +95,14 @@ def apply_to(module: ModuleType) -> None:
     target, name = next(patch for patch in PATCHES if patch[0] == module.__name__)
     patch = import_module(f"{__package__}.{name}")
     try:
-        reason = misfit(patch, module)
+        reason = misfit_of(module, getattr(patch, "FUNCTIONS", {}), getattr(patch, "USED", {}))
         if reason is None:
             patch.apply(module)
     except Exception as error:  # a broken patch must not take the host down
         reason = f"{type(error).__name__}: {error}"
-    if reason in (None, NOT_NEEDED):
-        _statuses[name] = Status(name, patch.WHAT, reason or "applied")
+    _statuses[name] = Status(name, patch.WHAT, reason)
+    if reason is None:
         return
-    _statuses[name] = Status(name, patch.WHAT, "does not fit", reason)
     lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
     print(
         f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
@@ -131,7 +119,7 @@ def statuses() -> list[Status]:
 def require() -> None:
     """Raises ``RuntimeError`` if a patch that a training run needs was tried and does not fit this host."""
     tried = [_statuses[name] for _, name in _TRAINING if name in _statuses]
-    misfits = [f"{status.name} ({status.reason})" for status in tried if status.state == "does not fit"]
+    misfits = [f"{status.name} ({status.misfit})" for status in tried if status.misfit]
     if misfits:
         raise RuntimeError(
             f"stage: hera cannot run on this LLaMA-Factory: {'; '.join(misfits)}. Install a tested version "

@@ -17,13 +17,9 @@ FUNCTIONS = {
 }
 
 
-def check(module: Any) -> str | None:
-    """Says what the host's module lacks, or None."""
-    return None if "info_finished" in getattr(module, "ALERTS", {}) else "no ALERTS with info_finished"
-
-
 def apply(module: Any) -> None:
     """Wraps four methods of ``Runner``; ``hera`` is the panel that the train tab has given it."""
+    finished = module.ALERTS["info_finished"]
 
     @around(module.Runner)
     def _parse_train_args(host: Any, self: Any, data: dict[Any, Any]) -> dict[str, Any]:
@@ -39,7 +35,7 @@ def apply(module: Any) -> None:
     def _finalize(host: Any, self: Any, lang: str, finish_info: str) -> None:
         data = self.running_data if self.do_train and not self.aborted else None
         host(self, lang, finish_info)
-        if data is not None and finish_info == module.ALERTS["info_finished"][lang] and hasattr(self, "hera"):
+        if data is not None and finish_info == finished[lang] and hasattr(self, "hera"):
             self.hera.trained(data)
 
     @around(module.Runner)

@@ -12,7 +12,6 @@ FUNCTIONS = {"save_args": "config_path config_dict", "load_args": "config_path"}
 
 
 def apply(module: Any) -> None:
-    """Wraps ``save_args`` and ``load_args``."""
     from llamafactory_hera.integrations.llamaboard import saved
 
     around(module)(saved.save_args)

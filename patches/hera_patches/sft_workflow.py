@@ -16,7 +16,6 @@ USED = {"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_
 
 
 def apply(module: Any) -> None:
-    """Wraps ``run_sft``."""
 
     @around(module)
     def run_sft(

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .registry import around, misfit_of_functions
+from .registry import around, misfit_of
 
 WHAT = "stage: hera takes no route around its trainer"
 FUNCTIONS = {"get_train_args": "args", "get_infer_args": "args", "_training_function": "config"}
@@ -29,13 +29,11 @@ def arrived() -> None:
     _missing = False
 
 
-def check(module: Any) -> str | None:
-    """Says what the host's module for data lacks, or None."""
-    return misfit_of_functions(import_module(_DATA), _READS, _READERS)
-
-
 def apply(module: Any) -> None:
     """Wraps the tuner's parsing and its choice of a workflow, and what finds the data."""
+    data = import_module(_DATA)
+    if misfit := misfit_of(data, _READS, _READERS):
+        raise RuntimeError(f"{_DATA}: {misfit}")
 
     @around(module)
     def get_train_args(host: Any, args: Any = None) -> Any:
@@ -59,12 +57,12 @@ def apply(module: Any) -> None:
         host(config)
         _refuse("has trained")
 
-    @around(import_module(_DATA))
+    @around(data)
     def get_dataset_list(host: Any, dataset_names: Any, dataset_dir: Any) -> Any:
         _refuse("was about to train")
         return host(dataset_names, dataset_dir)
 
-    @around(import_module(_DATA))
+    @around(data)
     def has_tokenized_data(host: Any, path: Any) -> Any:
         _refuse("was about to train")
         return host(path)

@@ -56,6 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--aligned", metavar="HEADS", help=aligned)
     report.add_argument("--output", default="hera_report", help="OUTPUT.png and OUTPUT.md are written (%(default)s)")
 
+    evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, beside the paper's table")
+    evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; differences are to the first")
+    evaluate.add_argument("--suite", default="demo", help="demo, paper or hallucination (default: %(default)s)")
+    evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="some of the suite's tasks")
+    evaluate.add_argument("--data", metavar="FOLDER", help="data that lie here: a folder or .json for each task")
+    evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results go there (%(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="N samples of each task, to try it; enters no table")
+    evaluate.add_argument("--check", action="store_true", help="only say what each task lacks; no model is loaded")
+    evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
+    evaluate.add_argument("--paper", metavar="BACKBONE", help="of the paper's columns, for instance qwen3_8b")
+    aspect = "pad: images become squares in the mean colour first; models built with pad need none (%(default)s)"
+    evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
+
     build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
     build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
     vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
@@ -113,10 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
         return 2
     if "LOCAL_RANK" in os.environ:
-        import torch.distributed
+        from .alignment.gather import end_launch
 
-        if torch.distributed.is_initialized():  # a process that ends with its group may abort: PyTorch's issue 190489
-            torch.distributed.destroy_process_group()
+        end_launch()
     return status
 
 
@@ -162,6 +175,12 @@ def _report(args: argparse.Namespace) -> int:
     for path in write_report(args.files, args.output, args.names, args.aligned):
         print(path)
     return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .evaluation.run import evaluate
+
+    return evaluate(**{name: value for name, value in vars(args).items() if name != "run"})
 
 
 def _build(args: argparse.Namespace) -> int:

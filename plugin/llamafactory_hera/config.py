@@ -184,6 +184,11 @@ class HeraConfig(KeyedConfig):
     max_nan: int = knob(
         10, "Steps in a row with a non-finite HeRA term after which the run stops, at its next log line.", at_least=1
     )
+    eval: Literal["none", "demo", "paper", "hallucination"] = knob(
+        "none",
+        "Suite of benchmarks to evaluate the finished run on, as `llamafactory-hera eval` does, with data in "
+        "dataset_dir; results go to output_dir/hera/eval and into the model card.",
+    )
     heads_force: bool = knob(
         False, "Train with a heads.json that was selected on another model or teacher, or with another m."
     )

@@ -132,6 +132,17 @@ def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
+def read_json_lines(path: str | os.PathLike) -> list[Any]:
+    """The lines of a file that is appended to; one that a killed process left half is left out."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:

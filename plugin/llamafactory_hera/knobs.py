@@ -7,7 +7,8 @@ from the class; nothing repeats them.
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from enum import Enum
 from types import NoneType, UnionType
@@ -84,15 +85,11 @@ class KeyedConfig:
             unknown = next((key for key in source if key.startswith(cls.PREFIX) and key not in known), None)
             if unknown is not None:
                 raise ValueError(f"{unknown}: there is no such key; known are {', '.join(known)}.")
-        return cls._read(source)
-
-    @classmethod
-    def _read(cls, source: Mapping[str, Any] | object) -> Self:
         values: dict[str, Any] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
             nested = _config_type(declared)
             if nested:
-                values[declared.name] = nested._read(source)
+                values[declared.name] = nested.from_keys(source)
                 continue
             key = _key_of(cls, declared)
             value = source.get(key, MISSING) if isinstance(source, Mapping) else getattr(source, key, MISSING)
@@ -102,36 +99,29 @@ class KeyedConfig:
 
     def keys(self) -> dict[str, Any]:
         """Every key with its value."""
-        return {key: value for key, _, value in self._items()}
+        found: dict[str, Any] = {}
+        for declared in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, declared.name)
+            found |= value.keys() if _config_type(declared) else {_key_of(self, declared): value}
+        return found
 
-    def with_role(self, role: Role) -> dict[str, Any]:
-        """The keys of a role with their values."""
-        return {key: value for key, declared, value in self._items() if role in declared.metadata["roles"]}
+    def with_role(self, *roles: Role) -> dict[str, Any]:
+        """The keys of these roles with their values."""
+        knobs = self.knobs()
+        return {key: value for key, value in self.keys().items() if {*roles} & {*knobs[key].metadata["roles"]}}
 
     def facts(self, *roles: Role) -> dict[str, Any]:
         """The values of these roles by their names in provenance."""
-        return {
-            fact_of(declared): value
-            for _, declared, value in self._items()
-            if set(roles) & set(declared.metadata["roles"])
-        }
+        knobs = self.knobs()
+        return {fact_of(knobs[key]): value for key, value in self.with_role(*roles).items()}
 
     @classmethod
     def fact_keys(cls, role: Role) -> dict[str, str]:
         """Names in provenance of the facts of a role, each with the key that decides it."""
         return {fact_of(d): key for key, d in cls.knobs().items() if role in d.metadata["roles"]}
 
-    def _items(self) -> Iterator[tuple[str, Field, Any]]:
-        for declared in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, declared.name)
-            if _config_type(declared):
-                yield from value._items()
-            else:
-                yield _key_of(self, declared), declared, value
-
 
 def _key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
-    """The key of a field."""
     return declared.metadata["key"] or f"{config.PREFIX}{declared.name}"
 
 
@@ -160,59 +150,42 @@ def typed(key: str, value: Any, kind: Any) -> Any:
     truth values may be written as text; a list of names becomes one text.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None and NoneType in kinds:
-        return None
-    readers = [_reader(option) for option in kinds if option is not NoneType]
-    expected = " or ".join(words for _, words in readers)
-    for read, _ in readers:
-        try:
-            if value is not None:
-                return read(value)
-        except (KeyError, OverflowError, TypeError, ValueError):
-            pass
+    options = [option for option in kinds if option is not NoneType]
+    expected = " or ".join(map(_words, options))
     if value is None:
+        if NoneType in kinds:
+            return None
         raise ValueError(f"{key}: it has no value; write {expected}, or remove the key.")
+    for option in options:
+        with suppress(KeyError, OverflowError, TypeError, ValueError):
+            return _read(option, value)
     if all(get_origin(option) is Literal for option in kinds):
         raise ValueError(f"{key}: {value!r} is unknown; choose {expected}.")
     raise ValueError(f"{key}: {value!r} is not {expected}; write {expected}.")
 
 
-def _reader(kind: Any) -> tuple[Callable[[Any], Any], str]:
+def _words(kind: Any) -> str:
     if get_origin(kind) is not Literal:
-        return _READERS[kind]
+        return _WORDS[kind]
     options = get_args(kind)
-    words = f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
-    return {option: option for option in options}.__getitem__, words
+    return f"one of {', '.join(map(str, options))}" if len(options) > 1 else str(options[0])
 
 
-def _read_bool(value: Any) -> bool:
-    return {"true": True, "false": False}[str(value).lower()]
-
-
-def _read_number(value: Any) -> float:
-    if isinstance(value, bool):
+def _read(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is Literal:
+        return {option: option for option in get_args(kind)}[value]
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is str:
+        # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    number = float(value)
+    if isinstance(value, bool) or (kind is int and number != int(number)):
         raise ValueError
-    return float(value)
+    return kind(number)
 
 
-def _read_int(value: Any) -> int:
-    number = _read_number(value)
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
-def _read_text(value: Any) -> str:
-    # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    bool: (_read_bool, "true or false"),
-    int: (_read_int, "a whole number"),
-    float: (_read_number, "a number"),
-    str: (_read_text, "a text"),
-}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "at_least": (operator.ge, "{:g} or more"),
     "above": (operator.gt, "more than {:g}"),

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -22,7 +23,7 @@ import train
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.selection.scores import choose_targets
 from report import write_report
-from settings import BASELINE, PRIMARY, SIZES, TUNED, Settings
+from settings import BASELINE, SIZES, TUNED, Settings
 from world import World, make_world
 
 STUDY = "study.json"
@@ -54,14 +55,14 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
         raise ValueError(f"STUDY={size!r}: choose one of {', '.join(SIZES)}")
     if workers < 1 or seeds < 0:
         raise ValueError(f"workers={workers}, seeds={seeds}: choose 1 or more")
-    root, settings = Path(output).absolute(), SIZES[size].with_seeds(seeds) if seeds else SIZES[size]
+    root, settings = Path(output).absolute(), SIZES[size]
+    if seeds:
+        settings = replace(settings, seeds=tuple(range(1, seeds + 1)))
     _claim(root, settings, output)
     with _locked(root):
-        # as many runs as cores side by side is the fastest way, and numbers do not depend on cores
-        torch.set_num_threads(1)
         work = partial(work_through, root, workers=workers)
         world = make_world(settings)  # the processes are forked from this one and have it, too
-        work({"parts": partial(_parts, root, world, settings)})
+        work({"parts": partial(parts.make_parts, root, world, settings)})
         numbers = dict.fromkeys((settings.tuning_seed, *settings.seeds))
         work({f"seeds/{seed}": partial(_seed, root, world, settings, seed) for seed in numbers})
         run = partial(train.run, root, world, settings)
@@ -70,31 +71,21 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
         tries = {f"tuning/{weight:g}": weight for weight in settings.weights}
         work({n: partial(run, TUNED, tuned, weight, heads[tuned], world.validation) for n, weight in tries.items()})
         chosen = choose_weight({weight: done(root, name) for name, weight in tries.items()})
-        # the question of the study first, and all its methods of a seed before the next
-        ordered = [(method, seed) for seed in settings.seeds for method in settings.methods if method in PRIMARY]
-        ordered += [
-            (method, seed)
-            for method in settings.methods
-            if method not in PRIMARY
-            for seed in settings.seeds_of(method)
-        ]
-        runs = {f"runs/{m}-{seed}": partial(run, m, seed, chosen, heads[seed], world.test) for m, seed in ordered}
+        runs = {
+            f"runs/{name}-{seed}": partial(run, name, seed, chosen, heads[seed], world.test)
+            for name, seed in settings.runs()
+        }
         try:
             work(runs)
         finally:
             if all(_mark(root, f"runs/{method}-{settings.seeds[0]}").exists() for method in (BASELINE, TUNED)):
-                page = write_report(root, settings, chosen, world, size, workers)
+                page = write_report(root, settings, chosen, world, size)
     return page
 
 
 def choose_weight(tried: Mapping[float, dict[str, Any]]) -> float:
     """The weight with the best mean accuracy over both sets of validation questions, the smaller one of equals."""
     return max(tried, key=lambda weight: (sum(row["mean"] for row in tried[weight]["accuracy"].values()), -weight))
-
-
-def _parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
-    parts.make_tokenizer(root, world)
-    return parts.make_teacher(root, world, settings)
 
 
 def _seed(root: Path, world: World, settings: Settings, seed: int) -> dict[str, Any]:
@@ -158,6 +149,8 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
 def _run_job(root: Path, name: str, job: Job) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    # as many runs as cores side by side is the fastest way, and numbers do not depend on cores
+    torch.set_num_threads(1)
     log = root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)  # noqa: SIM115 - for as long as the process lives
@@ -207,7 +200,7 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
                 f"output={str(output)!r} holds a study with other settings ({', '.join(other)}): choose another "
                 "folder, or remove it yourself"
             )
-    elif root.exists() and not (root.is_dir() and not any(root.iterdir())):
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and holds no study: choose another folder")
     else:
         try:

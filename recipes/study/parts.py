@@ -16,22 +16,15 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llamafactory_hera.alignment import nearest_neighbors
-from llamafactory_hera.alignment.scoring import score_heads
-from llamafactory_hera.config import Mode
 from llamafactory_hera.demo import models
 from llamafactory_hera.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place, render
-from llamafactory_hera.heads.pooled import PooledHeads, projection_weights
-from llamafactory_hera.selection.forward import Forward
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.fill import encode_images
 from settings import Settings
-from world import Sample, World
+from world import World
 
-TOKENIZER, TEACHER, CACHE = "parts/tokenizer", "parts/teacher", "parts/teacher_cache"
-#: Heads are scored with so many neighbours, as the paper's are.
-NEIGHBOURS = 10
+TOKENIZER, TEACHER, CACHE, LLAVA = "parts/tokenizer", "parts/teacher", "parts/teacher_cache", "seeds/{}/llava"
 GREY = 0.4
 #: Of the teacher; the tower has its patches, one for each cell of a scene.
 SHAPE = models.Encoder(patch=CELL, layers=3, rate=2e-3)
@@ -40,24 +33,20 @@ _BATCH = 100
 _INDEPENDENT = [1] * 800 + [2] * 200 + [3] * 200 + [4] * 200  # objects a scene
 
 
-def make_tokenizer(root: Path, world: World) -> None:
-    """A tokenizer of the training texts."""
-    texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
-    models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)
-
-
-def make_teacher(root: Path, world: World, settings: Settings) -> dict[str, Any]:
-    """The teacher, self-supervised on training pictures; returns what its CLS token tells of others.
+def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
+    """A tokenizer of the training texts, and the teacher, self-supervised; returns what its CLS token tells of others.
 
     The demo's training, but a view is often grey. Colours and places alone tell almost every picture of these scenes
     from the others, and a teacher that always sees colours learns little about shapes.
     """
+    texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
+    models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)
     images = [sample.image for sample in world.captions]
     with models.reproducible(0):
         made, processor, losses = models.train_teacher(images, settings.teacher_steps, partly_grey_view, SHAPE)
     for part in (made, processor):
         part.save_pretrained(root / TEACHER)
-    features_of(root, [sample.image for sample in (*world.captions, *world.scored)])  # into the cache of all runs
+    features_of(root, [*images, *(sample.image for sample in world.scored)])  # into the cache of all runs
     return {"loss": [losses[0], losses[-1]], "knows": teacher_knowledge(root)}
 
 
@@ -83,18 +72,14 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
     vectors = F.normalize(features_of(root, [render(scene) for scene in scenes]), dim=-1)
-    half = len(_INDEPENDENT)
-    found = {}
+    half, found = len(_INDEPENDENT), {}
     for factor in ("count", "colour", "shape", "size"):
-        counting = factor == "count"
-        rows = [row for row in range(half) if counting or len(scenes[row].objects) == 1]
-        known, asked = ([scenes[row + shift].objects for row in rows] for shift in (0, half))
-        labels, truth = (
-            [len(objects) if counting else getattr(objects[0], factor) for objects in of] for of in (known, asked)
-        )
-        places = torch.tensor(rows)
-        nearest = (vectors[places + half] @ vectors[places].T).topk(_VOTERS).indices.tolist()
-        votes = [[labels[place] for place in near] for near in nearest]
+        every = factor == "count"
+        labels = [len(scene.objects) if every else getattr(scene.objects[0], factor) for scene in scenes]
+        known = torch.tensor([row for row in range(half) if every or len(scenes[row].objects) == 1])
+        nearest = known[(vectors[known + half] @ vectors[known].T).topk(_VOTERS).indices]
+        votes = [[labels[row] for row in rows] for rows in nearest.tolist()]
+        truth = [labels[row + half] for row in known.tolist()]
         right = sum(max(vote, key=vote.count) == answer for vote, answer in zip(votes, truth, strict=True))
         found[factor] = (right / len(truth), max(map(truth.count, set(truth))) / len(truth))
     return found
@@ -140,33 +125,10 @@ def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
         models.train_language_model(language_model, tokenizer, world.texts, settings.language_steps)
         made = models.assemble_llava(language_model, seeing_nothing(), tokenizer)
     for part in made:
-        part.save_pretrained(root / llava_of(seed))
-
-
-def llava_of(seed: int) -> str:
-    """The folder of a seed's LLaVA, where all its runs start."""
-    return f"seeds/{seed}/llava"
+        part.save_pretrained(root / LLAVA.format(seed))
 
 
 def load_llava(root: Path, seed: int) -> tuple[Any, Any]:
-    """A seed's LLaVA and its processor."""
-    folder = root / llava_of(seed)
+    """A seed's LLaVA, where all its runs start, and its processor."""
+    folder = root / LLAVA.format(seed)
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-
-
-def head_scores(model: Any, batches: Any, features: torch.Tensor, mode: Mode) -> list[list[float]]:
-    """MKNN of every head, layers by heads, on samples in order, whose teacher features are [N, D]."""
-    forward, pooled, heads = Forward(model.eval(), mode), PooledHeads(model), []
-    with pooled, torch.no_grad():
-        for batch in batches:
-            pooled.pool(forward.tokens("text", batch))
-            forward.run(batch)
-            heads.append(pooled.take()[0])
-    weights = [weight() for weight in projection_weights(model)]
-    k = min(NEIGHBOURS, len(features) - 2)
-    return score_heads(torch.cat(heads), weights, nearest_neighbors(features, k)).tolist()
-
-
-def shown(samples: Sequence[Sample]) -> list[Image.Image]:
-    """The pictures of samples."""
-    return [sample.image for sample in samples]

@@ -3,21 +3,25 @@
 import math
 import os
 import platform
+import re
+import statistics
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import spearmanr, t
 
 from llamafactory_hera.alignment import chance_level
 from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.selection.pictures import BLUE, GREY, ORANGE, new_figure, plain, save_figure
 from llamafactory_hera.selection.scores import choose_targets, package_versions
-from parts import NEIGHBOURS
 from settings import BASELINE, METHODS, PRIMARY, TUNED, Settings
-from world import CATEGORIES, SETS, Sample, World
+from train import NEIGHBOURS
+from world import CATEGORIES, SETS, World, shares
 
-LEVEL = 0.95
 COLUMNS = (*CATEGORIES, "mean")
 #: The models before any multimodal training.
 BASE = "base"
@@ -25,46 +29,43 @@ MODES = {"mllm": "Picture and caption together, as in training", "llm": "Caption
 GROUPS = {"worst5": "worst", "top5": "top"}
 _SET_NAMES = {"seen": "scenes as in training", "new": "held-out combinations"}
 _COSTS = {"stage1_cpu_s": "stage 1, CPU s", "stage2_cpu_s": "stage 2, CPU s", "process_peak_mib": "peak memory, MiB"}
+_RUN = "cost/stage2_cpu_s"  # what every finished run has
+
+BySeed = dict[int, float]
+ByMethod = dict[str, BySeed]
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A mean and the ends of its interval, None where one value alone says nothing of its spread."""
 
     mean: float
     low: float | None
     high: float | None
-    count: int
-
-    def text(self, digits: int, scale: float = 1, sign: str = "") -> str:
-        """For instance ``+1.2 [0.3, 2.1]``."""
-        form = f"{sign}.{digits}f"
-        ends = "" if self.low is None else f" [{scale * self.low:{form}}, {scale * (self.high or 0):{form}}]"
-        return f"{scale * self.mean:{form}}{ends}"
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Student's t interval of the mean of independent values, at level 0.95.
-
-    Raises:
-        ValueError: There is no value.
-    """
+def mean_interval(values: Collection[float]) -> Interval | None:
+    """Student's t interval of the mean of independent values, at level 0.95; None where there is no value."""
     if not values:
-        raise ValueError("values: none is given")
-    from scipy.stats import t
-
-    count, mean = len(values), sum(values) / len(values)
-    if count == 1:
-        return Interval(mean, None, None, 1)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * math.sqrt(variance / count)
-    return Interval(mean, mean - half, mean + half, count)
+        return None
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return Interval(mean, None, None)
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, float(mean - half), float(mean + half))
 
 
-def paired_interval(values: dict[int, float], others: dict[int, float]) -> Interval | None:
-    """The interval of the difference over the seeds that both have, paired by seed; None where there is none."""
-    both = sorted(values.keys() & others.keys())
-    return mean_interval([values[seed] - others[seed] for seed in both]) if both else None
+def paired_interval(values: BySeed, others: BySeed, ratio: bool = False) -> Interval | None:
+    """The interval of the difference, or ratio, over the seeds that both have, seed by seed."""
+    pairs = [(values[seed], others[seed]) for seed in sorted(values.keys() & others.keys())]
+    return mean_interval([mine / theirs if ratio else mine - theirs for mine, theirs in pairs])
+
+
+def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:
+    """For instance ``+1.2 [+0.3, +2.1]``; empty for None."""
+    if interval is None:
+        return ""
+    mean, *ends = (None if end is None else f"{scale * end:{sign}.{digits}f}" for end in interval)
+    return mean if None in ends else f"{mean} [{', '.join(ends)}]"
 
 
 def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
@@ -73,29 +74,20 @@ def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
     ``text_alone`` answers a question as it was most often answered in training; ``one_answer`` gives all questions of
     a category the answer that is right most often.
     """
-
-    def most_often(key: str, samples: Sequence[Sample]) -> dict[str, str]:
-        counts: dict[str, Counter[str]] = {}
-        for sample in samples:
-            counts.setdefault(getattr(sample, key), Counter())[sample.answer] += 1
-        return {name: found.most_common(1)[0][0] for name, found in counts.items()}
-
     asked, found = world.test[kind], {}
     for reader, key, known in (("text_alone", "question", world.train), ("one_answer", "category", asked)):
-        answers = most_often(key, known)
-        shares = {
-            name: sum(answers.get(getattr(s, key)) == s.answer for s in asked if s.category == name)
-            / sum(s.category == name for s in asked)
-            for name in CATEGORIES
-        }
-        found[reader] = shares | {"mean": sum(shares.values()) / len(shares)}
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for sample in known:
+            counts[getattr(sample, key)][sample.answer] += 1
+        said = {name: counted.most_common(1)[0][0] for name, counted in counts.items()}
+        found[reader] = shares(asked, [said.get(getattr(sample, key)) == sample.answer for sample in asked])
     return found
 
 
-def gather(root: Path, settings: Settings) -> dict[str, dict[str, dict[int, float]]]:
+def gather(root: Path, settings: Settings) -> dict[str, ByMethod]:
     """What the runs measured: by quantity, method and seed. Quantities are paths such as ``accuracy/seen/colour``."""
     seeds = {seed: read_json(root / f"done/seeds/{seed}.json") for seed in settings.seeds}
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    found: dict[str, ByMethod] = {}
 
     def add(quantity: str, method: str, seed: int, value: float) -> None:
         found.setdefault(quantity, {}).setdefault(method, {})[seed] = value
@@ -104,32 +96,26 @@ def gather(root: Path, settings: Settings) -> dict[str, dict[str, dict[int, floa
         for mode, table in scores.items():
             for group, strategy in GROUPS.items():
                 heads = choose_targets(seeds[seed]["scores"], strategy, 5)
-                add(f"mknn/{mode}/{group}", method, seed, sum(table[h.layer][h.head] for h in heads) / len(heads))
-            values = [score for row in table for score in row]
-            add(f"mknn/{mode}/all", method, seed, sum(values) / len(values))
-
-    from scipy.stats import spearmanr
+                add(f"mknn/{mode}/{group}", method, seed, statistics.fmean(table[h.layer][h.head] for h in heads))
+            add(f"mknn/{mode}/all", method, seed, float(np.mean(table)))
 
     for seed, record in seeds.items():
         add_scores(BASE, seed, record["mknn"])
-        one, other = ([score for row in record[name] for score in row] for name in ("scores", "again"))
-        add("rank", BASE, seed, float(spearmanr(one, other).statistic))
-    for method in settings.methods:
-        for seed in settings.seeds_of(method):
-            file = root / f"done/runs/{method}-{seed}.json"
-            if not file.exists():
-                continue
-            record = read_json(file)
-            add_scores(method, seed, record["mknn"])
-            for kind, shares in record["accuracy"].items():
-                for category, share in shares.items():
-                    add(f"accuracy/{kind}/{category}", method, seed, share)
-            for name, value in record["cost"].items():
-                add(f"cost/{name}", method, seed, value)
+        add("rank", BASE, seed, float(spearmanr(np.ravel(record["scores"]), np.ravel(record["again"])).statistic))
+    for method, seed in settings.runs():
+        if not (file := root / f"done/runs/{method}-{seed}.json").exists():
+            continue
+        record = read_json(file)
+        add_scores(method, seed, record["mknn"])
+        for kind, by_category in record["accuracy"].items():
+            for category, share in by_category.items():
+                add(f"accuracy/{kind}/{category}", method, seed, share)
+        for name, value in record["cost"].items():
+            add(f"cost/{name}", method, seed, value)
     return found
 
 
-def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str, workers: int) -> Path:
+def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str) -> Path:
     """Writes ``report.json``, a picture and the page; returns the page."""
     found = gather(root, settings)
     floors = {kind: without_looking(world, kind) for kind in SETS}
@@ -138,21 +124,17 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
     chance = chance_level(len(world.scored), min(NEIGHBOURS, len(world.scored) - 2))
     record = {"settings": settings.to_dict(), "chosen": chosen, "measured": found, "floors": floors, "teacher": parts}
     write_json(root / "report.json", record | {"chance": chance, "versions": package_versions()})
-    methods = [name for name in settings.methods if name in found["cost/stage2_cpu_s"]]
+    methods = [name for name in settings.methods if name in found[_RUN]]
     _draw(found, methods, chance, root / "study.png")
-    missing = [
-        f"{method}-{seed}"
-        for method in settings.methods
-        for seed in settings.seeds_of(method)
-        if seed not in found["cost/stage2_cpu_s"].get(method, {})
-    ]
-    marks = [read_json(file) for file in sorted((root / "done").rglob("*.json"))]
-    hours = sum(mark["wall_s"] for mark in marks) / workers / 3600
+    missing = [f"{method}-{seed}" for method, seed in settings.runs() if seed not in found[_RUN].get(method, {})]
+    hours = sum(read_json(file)["wall_s"] for file in (root / "done").rglob("*.json")) / 3600
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
+    machine = names[0] if names else platform.machine()
     page = [
-        f"{sum(len(found['cost/stage2_cpu_s'][m]) for m in methods)} runs; {time.strftime('%Y-%m-%d')}; {workers} "
-        f"side by side on {len(os.sched_getaffinity(0))} cores ({_processor()}); {hours:.2f} h of work. "
+        f"{sum(map(len, found[_RUN].values()))} runs; {time.strftime('%Y-%m-%d')}; {hours:.2f} hours of processes of "
+        f"one thread, on {len(os.sched_getaffinity(0))} cores ({machine}). "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        + f". `python recipes/study --size {size}`.",
+        + f". `python recipes/study --size {size} --seeds {len(settings.seeds)}`.",
         *([f"**Not finished, and in no row below: {', '.join(missing)}.**"] if missing else []),
         "Brackets hold 95 % intervals over seeds (Student's t); those of differences are paired by seed. They are not "
         "corrected for their number. Data, questions and teacher are the same for all seeds: an interval covers the "
@@ -160,7 +142,7 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         "### The question: HeRA worst-5 minus …",
         _primary(found),
         f"### MKNN of the heads that were worst and top before training (chance {chance:.4f})",
-        "On captions of scenes that nothing was trained or selected on.\n\n![MKNN and accuracy](study.png)",
+        "On further scenes, drawn as those of training, with their captions.\n\n![MKNN and accuracy](study.png)",
         *(f"{title}:\n\n{_mknn(found, mode, [BASE, *methods])}" for mode, title in MODES.items()),
         *(
             f"### Accuracy on {_SET_NAMES[kind]}, %\n\n{_accuracy(found, kind, methods, floors[kind])}"
@@ -168,7 +150,7 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         ),
         "### The heads",
         f"Rank correlation (Spearman) of all heads' scores on two disjoint halves of {2 * settings.scored} training "
-        f"captions, before multimodal training: {_spread(found['rank'][BASE])}.",
+        f"captions, before multimodal training: {shown(mean_interval(found['rank'][BASE].values()), 2)}.",
         "### What the teacher knows",
         "kNN accuracy of its CLS token on scenes with independent factors, %, and the most frequent answer's: "
         + ", ".join(f"{name} {100 * right:.1f} ({100 * most:.1f})" for name, (right, most) in parts["knows"].items())
@@ -188,73 +170,60 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
     return target
 
 
-def _primary(found: dict[str, dict[str, dict[int, float]]]) -> str:
+def _against(by_method: ByMethod, ours: str, other: str = BASELINE, ratio: bool = False) -> Interval | None:
+    """As ``paired_interval``; None of a method and itself."""
+    return None if ours == other else paired_interval(by_method.get(ours, {}), by_method.get(other, {}), ratio)
+
+
+def _primary(found: dict[str, ByMethod]) -> str:
     quantities = {
         "accuracy, scenes as in training, points": ("accuracy/seen/mean", 2, 100),
         "accuracy, held-out combinations, points": ("accuracy/new/mean", 2, 100),
         "MKNN of worst-5, picture and caption": ("mknn/mllm/worst5", 4, 1),
         "MKNN of all heads, picture and caption": ("mknn/mllm/all", 4, 1),
     }
-    rows = []
-    for ours in ("worst5_paper", TUNED):
-        for other in (name for name in PRIMARY if name not in (TUNED, "worst5_paper")):
-            cells = []
-            for quantity, digits, scale in quantities.values():
-                by_method = found[quantity]
-                difference = paired_interval(by_method.get(ours, {}), by_method.get(other, {}))
-                cells.append(difference.text(digits, scale, "+") if difference else "")
-            if any(cells):
-                rows.append((f"{METHODS[ours].label} − {METHODS[other].label}", *cells))
+    rows, ours = [], ("worst5_paper", TUNED)
+    for mine, other in ((mine, other) for mine in ours for other in PRIMARY if other not in ours):
+        cells = [shown(_against(found[name], mine, other), *how, "+") for name, *how in quantities.values()]
+        if any(cells):
+            rows.append((f"{METHODS[mine].label} − {METHODS[other].label}", *cells))
     return _table(("", *quantities), rows)
 
 
-def _mknn(found: dict[str, dict[str, dict[int, float]]], mode: str, methods: Sequence[str]) -> str:
-    rows = []
+def _mknn(found: dict[str, ByMethod], mode: str, methods: Sequence[str]) -> str:
+    groups, rows = (*GROUPS, "all"), []
     for method in methods:
         cells = []
-        for group in (*GROUPS, "all"):
-            by_method = found[f"mknn/{mode}/{group}"]
-            minus = None if method == BASELINE else paired_interval(by_method[method], by_method[BASELINE])
-            cells += [_spread(by_method[method], 4), minus.text(4, sign="+") if minus else ""]
+        for by_method in (found[f"mknn/{mode}/{group}"] for group in groups):
+            cells.append(shown(mean_interval(by_method[method].values()), 4))
+            cells.append(shown(_against(by_method, method), 4, sign="+"))
         rows.append((_label(method), *cells))
-    heads = [cell for group in (*GROUPS, "all") for cell in (group, f"{group} − SFT")]
-    return _table(("", *heads), rows)
+    return _table(("", *(cell for group in groups for cell in (group, f"{group} − SFT"))), rows)
 
 
 def _accuracy(
-    found: dict[str, dict[str, dict[int, float]]],
-    kind: str,
-    methods: Sequence[str],
-    floor: dict[str, dict[str, float]],
+    found: dict[str, ByMethod], kind: str, methods: Sequence[str], floor: dict[str, dict[str, float]]
 ) -> str:
     rows = []
     for method in methods:
-        shares = [found[f"accuracy/{kind}/{name}"] for name in COLUMNS]
-        minus = None if method == BASELINE else paired_interval(shares[-1][method], shares[-1][BASELINE])
-        cells = [f"{100 * mean_interval(list(share[method].values())).mean:.1f}" for share in shares[:-1]]
-        last = mean_interval(list(shares[-1][method].values())).text(1, 100)
-        rows.append((_label(method), *cells, last, minus.text(2, 100, "+") if minus else ""))
+        *of_categories, mean = (found[f"accuracy/{kind}/{name}"] for name in COLUMNS)
+        cells = [f"{100 * statistics.fmean(by_method[method].values()):.1f}" for by_method in of_categories]
+        cells.append(shown(mean_interval(mean[method].values()), 1, 100))
+        rows.append((_label(method), *cells, shown(_against(mean, method), 2, 100, "+")))
     readers = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
     rows += [(name, *(f"{100 * floor[key][column]:.1f}" for column in COLUMNS), "") for key, name in readers.items()]
     return _table(("", *COLUMNS, "mean − SFT"), rows)
 
 
-def _cost(found: dict[str, dict[str, dict[int, float]]], methods: Sequence[str]) -> str:
-    rows = []
-    for method in methods:
-        cells = [_spread(found[f"cost/{name}"][BASELINE], 0) for name in _COSTS]
-        if method != BASELINE:
-            pairs = [(found[f"cost/{name}"][method], found[f"cost/{name}"][BASELINE]) for name in _COSTS]
-            cells = [
-                mean_interval([mine[seed] / theirs[seed] for seed in mine if seed in theirs]).text(3)
-                for mine, theirs in pairs
-            ]
-        rows.append((_label(method), *cells))
+def _cost(found: dict[str, ByMethod], methods: Sequence[str]) -> str:
+    costs = [found[f"cost/{name}"] for name in _COSTS]
+    rows = [(_label(BASELINE), *(shown(mean_interval(by_method[BASELINE].values()), 0) for by_method in costs))]
+    rows += [
+        (_label(method), *(shown(_against(by_method, method, ratio=True), 3) for by_method in costs))
+        for method in methods
+        if method != BASELINE
+    ]
     return _table(("", *_COSTS.values()), rows)
-
-
-def _spread(by_seed: dict[int, float], digits: int = 2) -> str:
-    return mean_interval(list(by_seed.values())).text(digits)
 
 
 def _label(name: str) -> str:
@@ -266,48 +235,33 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
 
 
-def _draw(found: dict[str, dict[str, dict[int, float]]], methods: Sequence[str], chance: float, target: Path) -> None:
+def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, target: Path) -> None:
     """MKNN of worst and top heads, and mean accuracy minus the baseline's on both sets, each with its interval."""
     rows = [BASE, *methods]
     figure = new_figure(11, 1.4 + 0.36 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, series, scale in (
-        (left, {"worst-5": ("mknn/mllm/worst5", ORANGE), "top-5": ("mknn/mllm/top5", BLUE)}, 1),
-        (
-            right,
-            {_SET_NAMES["seen"]: ("accuracy/seen/mean", BLUE), _SET_NAMES["new"]: ("accuracy/new/mean", GREY)},
-            100,
-        ),
+    for axes, shift, quantity, name, colour in (
+        (left, -0.12, "mknn/mllm/worst5", "worst-5", ORANGE),
+        (left, 0.12, "mknn/mllm/top5", "top-5", BLUE),
+        (right, -0.12, "accuracy/seen/mean", _SET_NAMES["seen"], BLUE),
+        (right, 0.12, "accuracy/new/mean", _SET_NAMES["new"], GREY),
     ):
-        for shift, (name, (quantity, colour)) in zip((-0.12, 0.12), series.items(), strict=True):
-            points = []
-            for place, method in enumerate(rows):
-                values = found[quantity].get(method, {})
-                if scale == 100 and method == BASELINE:
-                    continue
-                interval = (
-                    paired_interval(values, found[quantity][BASELINE])
-                    if scale == 100
-                    else mean_interval(list(values.values()))
-                )
-                if interval is not None:
-                    half = 0.0 if interval.low is None else interval.mean - interval.low
-                    points.append((place + shift, scale * interval.mean, scale * half))
-            places, means, halves = zip(*points, strict=True)
-            axes.errorbar(means, places, xerr=halves, fmt="o", color=colour, label=name, capsize=2, markersize=4)
+        by_method, scale, points = found[quantity], 1 if axes is left else 100, []
+        for place, method in enumerate(rows):
+            interval = mean_interval(by_method[method].values()) if axes is left else _against(by_method, method)
+            if interval is not None:
+                half = 0.0 if interval.low is None else interval.mean - interval.low
+                points.append((place + shift, scale * interval.mean, scale * half))
+        places, means, halves = zip(*points, strict=True)
+        axes.errorbar(means, places, xerr=halves, fmt="o", color=colour, label=name, capsize=2, markersize=4)
+    for axes, dashed, label in (
+        (left, chance, "MKNN, picture and caption (dashed: chance)"),
+        (right, 0, "mean accuracy minus SFT's, percentage points"),
+    ):
         axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
-        axes.axvline(chance if scale == 1 else 0, color="black", linestyle="--", linewidth=1)
+        axes.axvline(dashed, color="black", linestyle="--", linewidth=1)
         axes.legend(fontsize=8, frameon=False)
+        axes.set_xlabel(label)
         plain(axes)
-    left.set_xlabel("MKNN, picture and caption (dashed: chance)")
-    right.set_xlabel("mean accuracy minus SFT's, percentage points")
     left.invert_yaxis()
     save_figure(figure, target)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

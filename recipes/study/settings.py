@@ -1,13 +1,12 @@
 """What a study is: its methods and how large it is."""
 
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from llamafactory_hera.config import Strategy
 
 #: Raise it when the same settings give another study than before.
 GENERATOR = 2
-PAPER_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,14 @@ class Method:
     Attributes:
         label: Its name in tables.
         heads: The strategy by which five heads are selected; None where the method has no heads.
-        weight: The loss's: the paper's, the one chosen on the validation questions, or a number of the method's own.
+        weight: The loss's; None where it is the one chosen on the validation questions.
         keys: Further fields of ``HeraConfig``; None for plain fine-tuning.
         stages: Stages that use the method; the others are plain.
     """
 
     label: str
     heads: Strategy | None = None
-    weight: Literal["paper", "chosen"] | float = "chosen"
+    weight: float | None = None
     keys: dict[str, Any] | None = field(default_factory=dict)
     stages: tuple[int, ...] = (1, 2)
 
@@ -35,7 +34,7 @@ def _layer(name: str, objective: str = "contrastive") -> dict[str, Any]:
 
 METHODS: dict[str, Method] = {
     "sft": Method("SFT", keys=None),
-    "worst5_paper": Method("HeRA worst-5, paper's weight", "worst", "paper"),
+    "worst5_paper": Method("HeRA worst-5, paper's weight", "worst", 0.01),
     "worst5": Method("HeRA worst-5", "worst"),
     "top5": Method("HeRA top-5", "top"),
     "random5": Method("HeRA random-5", "random"),
@@ -98,9 +97,11 @@ class Settings:
     weights: tuple[float, ...] = (0.03, 0.1, 0.3)
     methods: tuple[str, ...] = tuple(METHODS)
 
-    def seeds_of(self, method: str) -> tuple[int, ...]:
-        """The seeds of a method's runs."""
-        return self.seeds if method in PRIMARY else self.seeds[: self.secondary_seeds]
+    def runs(self) -> list[tuple[str, int]]:
+        """Method and seed of all runs: the primary methods' first, and all those of a seed before the next."""
+        few = self.seeds[: self.secondary_seeds]
+        found = [(m, seed) for seed in self.seeds for m in self.methods if m in PRIMARY or seed in few]
+        return sorted(found, key=lambda run: run[0] not in PRIMARY)
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written beside the results."""
@@ -108,16 +109,11 @@ class Settings:
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
-    def with_seeds(self, count: int) -> "Settings":
-        """The same study with so many seeds; its runs depend on one each."""
-        return replace(self, seeds=tuple(range(1, count + 1)))
-
 
 #: Sizes by name. ``smoke`` only takes the way once, with two methods: its numbers say nothing.
 SIZES: dict[str, Settings] = {
     "smoke": Settings(
         scenes=128,
-        asked=2,
         questions=6,
         scored=24,
         teacher_steps=10,
@@ -127,8 +123,8 @@ SIZES: dict[str, Settings] = {
         batch_size=16,
         memory=32,
         neighbours=5,
-        seeds=(0,),
-        tuning_seed=0,
+        seeds=(1,),
+        tuning_seed=1,
         weights=(0.1,),
         methods=("sft", "worst5"),
     ),

@@ -4,6 +4,7 @@ import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
+from llamafactory_hera.alignment import nearest_neighbors, score_heads
 from llamafactory_hera.config import HeraConfig, Mode
 from llamafactory_hera.demo.models import IMAGE
 from llamafactory_hera.demo.scenes import GRID
+from llamafactory_hera.heads.pooled import PooledHeads, projection_weights
 from llamafactory_hera.heads.pooling import IGNORE_INDEX
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from parts import CACHE, TEACHER, features_of, head_scores, load_llava, shown
-from settings import METHODS, PAPER_WEIGHT, Method, Settings
-from world import CATEGORIES, END, Sample, World, asked
+from llamafactory_hera.selection.forward import Forward
+from parts import CACHE, TEACHER, features_of, load_llava
+from settings import METHODS, Method, Settings
+from world import END, Sample, World, asked, shares
 
-_ANSWERED = 256  # questions a forward pass
+#: Heads are scored with so many neighbours, as the paper's are.
+NEIGHBOURS = 10
+_AT_ONCE = 256  # samples a forward pass
 
 
 class Encoder:
@@ -35,7 +41,8 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """Tokens, labels on the answer, the picture and its pixels; a caption follows its picture at once."""
-        pixels = self._processor.image_processor(shown(samples), return_tensors="pt")["pixel_values"]
+        images = [sample.image for sample in samples]
+        pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"]
         rows = []
         for sample, pixel_values in zip(samples, pixels, strict=True):
             answer = self._ids(sample.answer + END)
@@ -46,8 +53,7 @@ class Encoder:
 
     def captions(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """Captions alone."""
-        rows = [self._ids(sample.answer) for sample in samples]
-        return [{"input_ids": ids, "labels": ids} for ids in rows]
+        return [{"input_ids": (ids := self._ids(sample.answer)), "labels": ids} for sample in samples]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
@@ -62,8 +68,8 @@ class Encoder:
 
     def batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """All rows in order, many at once."""
-        for start in range(0, len(rows), _ANSWERED):
-            yield self(rows[start : start + _ANSWERED])
+        for start in range(0, len(rows), _AT_ONCE):
+            yield self(rows[start : start + _AT_ONCE])
 
 
 def run(
@@ -72,7 +78,7 @@ def run(
     settings: Settings,
     name: str,
     seed: int,
-    weight: float | None,
+    chosen: float,
     heads: dict[str, list[str]],
     questions: dict[str, list[Sample]],
 ) -> dict[str, Any]:
@@ -84,23 +90,25 @@ def run(
         settings: Amounts.
         name: One of ``METHODS``.
         seed: Whose LLaVA is trained, in whose order of samples.
-        weight: The chosen weight; None before it is chosen.
+        chosen: The loss's weight, for methods without one of their own.
         heads: Names of heads by strategy.
         questions: What is asked afterwards, by set.
 
     Returns:
         ``accuracy`` by set and category, ``mknn`` by mode, layer and head, and ``cost``.
     """
-    torch.set_num_threads(1)
     method, (model, processor) = METHODS[name], load_llava(root, seed)
     encoder = Encoder(processor)
     projector = model.get_submodule("model.multi_modal_projector")
     cost: dict[str, float] = {}
-    for stage, samples, rate in ((1, world.captions, settings.stage1_rate), (2, world.train, settings.stage2_rate)):
+    stages = (
+        (1, world.captions, settings.stage1_steps, settings.stage1_rate),
+        (2, world.train, settings.stage2_steps, settings.stage2_rate),
+    )
+    for stage, samples, steps, rate in stages:
         model.requires_grad_(stage == 2)
         model.get_submodule("model.vision_tower").requires_grad_(False)
         projector.requires_grad_(True)
-        steps = settings.stage1_steps if stage == 1 else settings.stage2_steps
         arguments = TrainingArguments(
             str(root / f"runs/{name}-{seed}"),
             max_steps=steps,
@@ -108,7 +116,7 @@ def run(
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(0.05 * steps),
-            seed=seed,
+            seed=seed,  # of the order of samples, too
             use_cpu=True,
             logging_steps=max(1, steps // 20),
             disable_tqdm=True,
@@ -116,17 +124,14 @@ def run(
             report_to="none",
             remove_unused_columns=False,
         )
-        torch.manual_seed(seed)
         common = {"train_dataset": encoder.encode(samples), "data_collator": encoder, "processing_class": processor}
-        hera = None if stage not in method.stages else hera_config(root, settings, method, weight, heads)
-        trainer = (
-            Trainer(model, arguments, **common) if hera is None else HeraTrainer(model, arguments, hera=hera, **common)
-        )
+        hera = None if stage not in method.stages else hera_config(root, settings, method, chosen, heads)
+        make = Trainer if hera is None else partial(HeraTrainer, hera=hera)
+        trainer = make(model, arguments, **common)
         started = time.process_time()
         trainer.train()
         cost[f"stage{stage}_cpu_s"] = time.process_time() - started
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    cost["process_peak_mib"] = usage.ru_maxrss / 1024
+    cost["process_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "accuracy": {kind: answer_all(model, encoder, asked) for kind, asked in questions.items()},
         "mknn": measure(root, model, encoder, world.scored),
@@ -135,31 +140,38 @@ def run(
 
 
 def hera_config(
-    root: Path, settings: Settings, method: Method, weight: float | None, heads: dict[str, list[str]]
+    root: Path, settings: Settings, method: Method, chosen: float, heads: dict[str, list[str]]
 ) -> HeraConfig | None:
+    """A method's settings; None for plain fine-tuning."""
     if method.keys is None:
         return None
-    keys = {"teacher": str(root / TEACHER), "k": settings.neighbours, **method.keys}
-    if keys.get("objective", "contrastive") == "contrastive":
-        keys |= {"memory": settings.memory}
-    if keys.get("objective", "contrastive") in (
-        "contrastive",
-        "cka",
-    ):  # the cache holds what a picture shows as a whole
+    keys = {"teacher": str(root / TEACHER), "k": settings.neighbours, "weight": method.weight or chosen, **method.keys}
+    objective = method.keys.get("objective", "contrastive")
+    if objective == "contrastive":
+        keys["memory"] = settings.memory
+    if objective in ("contrastive", "cka"):  # the cache holds what a picture shows as a whole
         keys["teacher_cache"] = str(root / CACHE)
     if method.heads is not None:
         keys["heads"] = ",".join(heads[method.heads])
-    keys["weight"] = {"paper": PAPER_WEIGHT, "chosen": weight}.get(method.weight, method.weight)
     return HeraConfig(**keys)
 
 
 def measure(
     root: Path, model: Any, encoder: Encoder, samples: Sequence[Sample], modes: Sequence[Mode] = ("llm", "mllm")
 ) -> dict[str, list[list[float]]]:
-    """MKNN of all heads on captions alone (``llm``) and on pictures with captions (``mllm``)."""
-    features = features_of(root, shown(samples))
-    encoded = {"llm": encoder.captions, "mllm": encoder.encode}
-    return {mode: head_scores(model, encoder.batches(encoded[mode](samples)), features, mode) for mode in modes}
+    """MKNN of all heads, layers by heads, on captions alone (``llm``) and on pictures with captions (``mllm``)."""
+    teacher = features_of(root, [sample.image for sample in samples])
+    neighbours = nearest_neighbors(teacher, min(NEIGHBOURS, len(samples) - 2))
+    weights, scores = [weight() for weight in projection_weights(model)], {}
+    for mode in modes:
+        forward, pooled, heads = Forward(model.eval(), mode), PooledHeads(model), []
+        with pooled, torch.no_grad():
+            for batch in encoder.batches(encoder.captions(samples) if mode == "llm" else encoder.encode(samples)):
+                pooled.pool(forward.tokens("text", batch))
+                forward.run(batch)
+                heads.append(pooled.take()[0])
+        scores[mode] = score_heads(torch.cat(heads), weights, neighbours).tolist()
+    return scores
 
 
 def answer_all(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> dict[str, float]:
@@ -168,14 +180,10 @@ def answer_all(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> dict[
     Decoding gives the true answer if and only if each of its tokens, its end too, is the most likely one behind the
     true ones before it: one forward pass tells.
     """
-    right: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
-    rows = encoder.encode(samples)
-    for start, batch in zip(range(0, len(rows), _ANSWERED), encoder.batches(rows), strict=True):
+    right: list[bool] = []
+    for batch in encoder.batches(encoder.encode(samples)):
         labels = batch.pop("labels")[:, 1:]
         with torch.inference_mode():
             likely = model.eval()(**batch).logits[:, :-1].argmax(dim=-1)
-        exact = ((likely == labels) | (labels == IGNORE_INDEX)).all(dim=1).tolist()
-        for sample, is_right in zip(samples[start : start + _ANSWERED], exact, strict=True):
-            right[sample.category].append(is_right)
-    shares = {category: sum(found) / len(found) for category, found in right.items()}
-    return shares | {"mean": sum(shares.values()) / len(shares)}
+        right += ((likely == labels) | (labels == IGNORE_INDEX)).all(dim=1).tolist()
+    return shares(samples, right)

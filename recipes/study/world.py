@@ -9,7 +9,7 @@ as those of training are.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -113,15 +113,13 @@ def split_of(item: SceneObject) -> str:
 
 def asked_of(scene: Scene) -> list[Question]:
     """The study's questions about a scene, by their category; of the demo's those that a small model can learn."""
-    kept: dict[str, Callable[[str], bool]] = {
-        "count": lambda text: text != "How many objects are there?",
-        "colour": lambda text: True,
-        "shape": lambda text: " at the " in text,
-        "size": lambda text: " at the " in text,
-        "where": lambda text: True,
-        "exist": lambda text: True,
-    }
-    found = [q for q in questions(scene, all_pairs()) if q.category in kept and kept[q.category](q.text)]
+    found = [
+        question
+        for question in questions(scene, all_pairs())
+        if question.category != "relation"
+        and question.text != "How many objects are there?"
+        and (question.category not in ("shape", "size") or " at the " in question.text)
+    ]
     for index, item in enumerate(scene.objects):
         if sum(other.colour == item.colour for other in scene.objects) == 1:
             found.append(Question("where", f"Where is the {item.colour} object?", item.position, (index,)))
@@ -134,6 +132,15 @@ def category_of(question: Question) -> str | None:
         return "trap"
     by_name = question.category == "colour" and " at the " not in question.text
     return None if by_name else question.category
+
+
+def shares(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
+    """The share of right answers by category, and the ``mean`` of these shares."""
+    found = {}
+    for name in CATEGORIES:
+        of_category = [is_right for sample, is_right in zip(samples, right, strict=True) if sample.category == name]
+        found[name] = sum(of_category) / len(of_category)
+    return found | {"mean": sum(found.values()) / len(found)}
 
 
 def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:

@@ -26,7 +26,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         row["images"] = [str(path.parent / image) for image in row.get("images", [])]
         for message in row["messages"]:
-            parts = [[{"type": "text", "text": text}] for text in message["content"].split("<image>")]
+            content = message["content"].replace("<image>\n", "<image>")  # the template puts the line break there
+            parts = [[{"type": "text", "text": text}] for text in content.split("<image>")]
             message["content"] = parts[0] + [part for text in parts[1:] for part in ({"type": "image"}, *text)]
     return rows
 

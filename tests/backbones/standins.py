@@ -163,10 +163,48 @@ NATIVE: dict[str, Callable[[Path], None]] = {
 }
 
 
+_CHATML = (
+    "{%- for message in messages -%}"
+    "%SYSTEM%"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '%IMAGE%' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_QWEN_SYSTEM = (
+    "{%- if loop.first and message['role'] != 'system' -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}"
+)
+_PARTS = (  # images first, then text
+    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] + ' ' -}}{%- endfor -%}"
+)
+#: The makers' chat templates, in short forms that render the same for questions with images and their answers.
+CHAT = {
+    "qwen2_5_vl_7b": _CHATML.replace("%SYSTEM%", _QWEN_SYSTEM).replace("%IMAGE%", _QWEN_IMAGE),
+    "qwen3_vl_4b": _CHATML.replace("%SYSTEM%", "").replace("%IMAGE%", _QWEN_IMAGE),
+    "llava_1_5_7b": "{%- for message in messages -%}{{- message['role'].upper() + ': ' -}}" + _PARTS + "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}",
+    "llava_next_7b": "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{- '[INST] ' -}}"
+    + _PARTS
+    + "{{- '[/INST]' -}}{%- else -%}{{- ' ' + message['content'][0]['text'] + '</s> ' -}}{%- endif -%}"
+    "{%- endfor -%}",
+    "internvl3_8b": _CHATML.replace("%SYSTEM%", "").replace("%IMAGE%", "<IMG_CONTEXT>\\n"),
+    "gemma3_4b": "{{- bos_token -}}{%- for message in messages -%}"
+    "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}"
+    "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{{- '<end_of_turn>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}",
+}
+
+
 def save_native(key: str, folder: Path) -> Path:
     """A stand-in for the native model ``key``."""
     torch.manual_seed(9)
     NATIVE[key](folder)
+    (folder / "chat_template.jinja").write_text(CHAT[key], encoding="utf-8")
     return folder
 
 

@@ -75,10 +75,12 @@ def host(template_name: str, folder: Path) -> Any:
     return SupervisedDatasetProcessor(template, tokenizer, processor, data_args)
 
 
-def encoded(template_name: str, folder: Path, turns: list, system: str | None = None) -> tuple[list[int], list[int]]:
+def encoded(
+    template_name: str, folder: Path, turns: list, system: str | None = None, image: Image.Image | None = None
+) -> tuple[list[int], list[int]]:
     """Input ids and labels of a conversation, made by the host's own data processor."""
     messages = conversation(turns)
-    images = [Image.new("RGB", (40, 30))] * sum(turn[0].count("<image>") for turn in turns)
+    images = [image or Image.new("RGB", (40, 30))] * sum(turn[0].count("<image>") for turn in turns)
     return host(template_name, folder)._encode_data_example(messages[:-1], messages[-1:], system, None, images, [], [])
 
 

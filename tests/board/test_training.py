@@ -78,6 +78,18 @@ def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) ->
     page.shot("23_compared", top=page.button("Select heads"))
 
 
+def test_the_evaluation_of_a_finished_run_is_shown(board: Board, page: BoardPage) -> None:
+    page.describe_run("evaluated", Attention_heads=HEADS, extra={"max_steps": 2})
+    page.choose("Evaluation", "demo")
+    page.press("Start")
+    expect(page.page.get_by_role("cell", name="Held-out questions: accuracy")).to_be_visible(timeout=SLOW)
+    (file,) = folder_of(board, "evaluated").glob("hera/eval/*/*/result.json")
+    accuracy = json.loads(file.read_text())["scores"]["accuracy"]
+    expect(page.page.get_by_role("cell", name=f"{accuracy:.1f}", exact=True).first).to_be_visible()
+    page.shot("25_evaluated", top=page.button("Start"))
+    expect(page.status).to_contain_text("Before and after training", timeout=SLOW)  # nothing runs any more
+
+
 def test_why_a_run_has_failed_is_shown_first(page: BoardPage) -> None:
     page.describe_run("failed", Attention_heads="L99H0")
     page.press("Start")

@@ -206,11 +206,10 @@ def test_a_control_says_what_it_did(tmp_path: Path, control: str) -> None:
     assert json.loads((folder / "calibration.json").read_text())["provenance"]["control"] == control
     compared = corrupted["compared_with_uncorrupted"]
     assert compared["targets_normal"] == [target["head"] for target in normal["targets"]]
-    assert compared["targets_control"] == [target["head"] for target in corrupted["targets"]]
-    assert set(compared["targets_in_both"]) == set(compared["targets_normal"]) & set(compared["targets_control"])
+    both = set(compared["targets_normal"]) & {target["head"] for target in corrupted["targets"]}
+    assert set(compared["targets_in_both"]) == both
     assert -1 <= compared["caf_rank_correlation"] < 1
     assert compared["kl_normal"] == normal["kl"]["total"]
-    assert compared["kl_control"] == corrupted["kl"]["total"]
     assert f"control {control}" in render_summary(corrupted)
     # the divergence on uncorrupted samples is that of the control's own adapter
     features = [sample.features for sample in draw_samples(inputs(model).source, CONFIG).held_out]

@@ -131,3 +131,22 @@ def test_a_missing_package_names_the_extra(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r'pip install "llamafactory-hera\[demo\]"'):
         make_samples(Amounts(1, 0, 0), Amounts(0, 0, 0), seed=0)
+
+
+def test_the_questions_are_those_of_held_out_conversations(demo):
+    asked = load(demo, "demo_questions.json")
+    told = [
+        (row["images"][0], question["content"].removeprefix("<image>\n"), answer["content"])
+        for row in load(demo, "demo_heldout.json")
+        for question, answer in list(zip(row["messages"][::2], row["messages"][1::2], strict=True))[:-1]  # no caption
+    ]
+    assert [(row["image"], row["question"], row["answer"]) for row in asked] == told
+    assert len({row["id"] for row in asked}) == len(asked)
+    factors = load(demo, "factors.json")
+    for row in asked:
+        assert {"text": row["question"], "category": row["category"]}.items() <= {
+            key: value
+            for question in factors[row["image"]]["questions"]
+            if question["text"] == row["question"]
+            for key, value in question.items()
+        }.items()

@@ -196,7 +196,7 @@ def test_chat_template_is_chatml(demo):
     tokenizer = AutoTokenizer.from_pretrained(demo["language_model"])
     messages = [
         {"role": "system", "content": "S"},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nQ"}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]},
         {"role": "assistant", "content": "A"},
     ]
     expected = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n<image>\nQ<|im_end|>\n"

@@ -161,7 +161,7 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
 
 # change of the demo recipe -> what the message must hold
 BAD: dict[str, tuple[list[str], list[str]]] = {
-    "no image": (["dataset=hera_demo_text"], ["dataset", "none of its samples has an image", "`images`"]),
+    "no image": (["dataset=hera_demo_text"], ["dataset", "have no image", "`images`"]),
     "too few": (["max_samples=50"], ["dataset: 50 of its 50", "rah_probes: 32", "rah_held_out: 32"]),
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens", "set cutoff_len to"]),
     "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only", "qwen3"]),

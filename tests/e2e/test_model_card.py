@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from .runner import HostServer
 from .test_training import LORA
@@ -57,3 +58,20 @@ def test_a_run_without_hera_has_the_hosts_card_alone(server: HostServer, world: 
     assert run.ok, run.output
     assert TITLE not in (run.folder / "README.md").read_text()
     assert not (run.folder / "hera").exists()
+
+
+def test_a_finished_run_is_evaluated_and_its_card_says_what_it_reached(
+    server: HostServer, world: Path, recipe: dict
+) -> None:
+    halves = {"per_device_train_batch_size": 8, "ddp_backend": "gloo", "max_steps": 2}
+    run = server.run(recipe | halves | {"hera_eval": "demo", "output_dir": "saves/evaluated"}, world, ranks=2)
+    assert run.ok, run.output
+    (file,) = run.folder.glob("hera/eval/*/hera_demo_questions/result.json")
+    result = json.loads(file.read_text())
+    assert result["n"] == len(json.loads((world / "hera_demo/data/demo_questions.json").read_text()))
+    card = ModelCard.load(run.folder / "README.md")
+    (entry,) = card.data.eval_results
+    told = (entry.dataset_type, entry.metric_type, entry.metric_value)
+    assert told == ("hera_demo_questions", "accuracy", round(result["scores"]["accuracy"], 2))
+    assert card.data.base_model  # what the host wrote stays
+    assert card.text.count(TITLE) == 1

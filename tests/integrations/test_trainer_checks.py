@@ -62,7 +62,7 @@ def test_an_output_dir_that_is_not_its_own_is_refused(tmp_path: Path, keys: dict
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": rows_without("images")}, r"^images_of: found no image in the 8 rows .* looked at \(input_ids,"),
+        ({"rows": rows_without("images")}, r"^images_of: found no image in the 8 rows of train_dataset \(input_ids,"),
         ({"images_of": lambda row: []}, r"^images_of: found no image .*; pass images_of, from a row to a list\."),
         ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; expected a list of images"),
         ({"images_of": lambda row: None}, r"^images_of returned NoneType; expected a list of images"),

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from llamafactory_hera.files import read_json
-from report import mean_interval, paired_interval
+from report import mean_interval, paired_interval, shown
 from settings import METHODS, PRIMARY, SIZES
 from train import hera_config
 
@@ -27,21 +27,20 @@ def test_against_the_formula_and_scipy(count):
     mean = sum(values) / count
     deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     half = T_TABLE[count - 1] * deviation / math.sqrt(count)
-    assert (found.mean, found.low, found.high) == pytest.approx((mean, mean - half, mean + half), abs=1e-4)
-    theirs = stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values))
-    assert (found.low, found.high) == pytest.approx(theirs)
+    assert found == pytest.approx((mean, mean - half, mean + half), abs=1e-4)
+    assert found[1:] == pytest.approx(stats.t.interval(0.95, count - 1, loc=mean, scale=stats.sem(values)))
 
 
-def test_differences_are_taken_seed_by_seed():
+def test_differences_and_ratios_are_taken_seed_by_seed():
     baseline = {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.2}
     # the seeds differ much, the methods by little: unpaired the interval would be wide
     found = paired_interval({2: 0.92, 0: 0.12, 1: 0.51}, baseline)
     theirs = stats.ttest_rel([0.12, 0.51, 0.92], [0.1, 0.5, 0.9]).confidence_interval(0.95)
-    assert (found.mean, found.low, found.high) == pytest.approx((0.05 / 3, *theirs))
-    assert found.count == 3
-    assert found.text(1, 100, "+") == "+1.7 [+0.2, +3.1]"
-    assert mean_interval([0.5]).text(2) == "0.50"
-    assert paired_interval({9: 1.0}, baseline) is None
+    assert found == pytest.approx((0.05 / 3, *theirs))
+    assert shown(found, 1, 100, "+") == "+1.7 [+0.2, +3.1]"
+    assert shown(paired_interval({2: 1.8, 0: 0.2}, baseline, ratio=True), 1) == "2.0 [2.0, 2.0]"
+    assert shown(mean_interval([0.5]), 2) == "0.50"
+    assert shown(paired_interval({9: 1.0}, baseline), 2) == ""
 
 
 def test_the_weight_is_the_best_of_both_sets_and_the_smaller_of_equals():
@@ -62,7 +61,10 @@ def test_every_method_is_a_configuration_of_its_own_and_aligns_its_heads():
     assert [made[name].heads for name in PRIMARY if name in made] == ["L0H1", "L0H1", "L0H2", "L0H3"]
     default = SIZES["default"]
     assert default.tuning_seed not in default.seeds
-    assert default.seeds_of("viral") == default.seeds[:4]
+    runs = default.runs()
+    assert [len([seed for name, seed in runs if name == method]) for method in ("random5", "viral")] == [10, 4]
+    assert runs[:5] == [(name, 1) for name in PRIMARY]
+    assert {name for name, _ in runs[:50]} == set(PRIMARY)
 
 
 def test_jobs_run_side_by_side_once_and_a_failed_one_is_named_and_tried_again(tmp_path, capsys):

@@ -38,7 +38,7 @@ def test_the_report_holds_what_was_measured(study):
             assert measured[f"accuracy/{kind}/{category}"].keys() == {"sft", "worst5"}
     for mode in ("llm", "mllm"):
         assert measured[f"mknn/{mode}/worst5"].keys() == {"base", "sft", "worst5"}
-    assert measured["cost/stage2_cpu_s"]["worst5"]["0"] > 0
+    assert measured["cost/stage2_cpu_s"]["worst5"]["1"] > 0
     assert record["chosen"] == 0.1
     assert "HeRA worst-5 − SFT" in page
     assert "Not finished" not in page
@@ -50,8 +50,9 @@ def test_a_rerun_does_nothing_more_seeds_are_added_and_other_settings_refused(st
     before = {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")}
     main.run_study(study, "smoke")
     assert {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")} == before
-    main.run_study(study, "smoke", seeds=1)  # another one, numbered from 1
-    assert read_json(study / "report.json")["measured"]["cost/stage2_cpu_s"]["sft"].keys() == {"1"}
+    page = main.run_study(study, "smoke", seeds=2).read_text()
+    assert read_json(study / "report.json")["measured"]["cost/stage2_cpu_s"]["sft"].keys() == {"1", "2"}
+    assert "`python recipes/study --size smoke --seeds 2`" in page
     with pytest.raises(ValueError, match=r"other settings .*scenes.*choose another folder"):
         main.run_study(study, "default")
     with pytest.raises(ValueError, match="holds no study"):
@@ -71,15 +72,15 @@ def test_a_killed_study_ends_its_processes_and_goes_on(tmp_path):
         os.killpg(process.pid, 0)
     code, output = run_command(COMMAND, tmp_path, timeout=600)
     assert code == 0, output
-    assert "parts" not in output.split("seeds/0")[0]
+    assert "parts" not in output.split("seeds/1")[0]
 
 
 def test_every_method_trains(study):
     """All methods that the smoke study leaves out, for two steps each, from its seed."""
     main, settings = main_module(), SIZES["smoke"]
-    world, heads = make_world(settings), main.done(study, "seeds/0")["heads"]
+    world, heads = make_world(settings), main.done(study, "seeds/1")["heads"]
     rest = [name for name in METHODS if name not in settings.methods]
-    run = partial(train.run, study, world, settings, seed=0, weight=0.1, heads=heads, questions=world.test)
+    run = partial(train.run, study, world, settings, seed=1, chosen=0.1, heads=heads, questions=world.test)
     main.work_through(study, {f"rest/{name}": partial(run, name=name) for name in rest}, 2)
     for name in rest:
         assert 0 <= main.done(study, f"rest/{name}")["accuracy"]["seen"]["mean"] <= 1

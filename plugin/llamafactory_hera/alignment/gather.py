@@ -49,6 +49,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def end_launch() -> None:
+    """Ends the default group, if there is one: a process that ends with it may abort (PyTorch's issue 190489)."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_first(compute: Callable[[], Result]) -> Result:
     """What the first process computes, on every process; if it refuses its input, every process does.
 

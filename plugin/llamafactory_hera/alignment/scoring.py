@@ -7,7 +7,7 @@ similarity reaches the ``k``-th largest of its row, so the rows are never sorted
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,6 @@ def score_heads(
     teacher_neighbors: Tensor,
     normalize: bool = True,
     memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT,
-    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """MKNN (paper, eq. 2-3) of the contribution of every head (eq. 7) to the residual stream.
 
@@ -47,7 +46,6 @@ def score_heads(
         teacher_neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors`.
         normalize: Cosine similarity when true, dot product otherwise.
         memory_limit_bytes: Bound on the working memory, inputs not counted.
-        progress: Called with the number of layers done.
 
     Returns:
         ``[L, H]`` in fp32 on the device of the features. NaN where a head's outputs or weights hold NaN or infinity;
@@ -73,8 +71,6 @@ def score_heads(
             names = " ".join(f"L{index}H{head}" for head in broken)
             logger.warning("NaN or infinity in the outputs or weights of %s: scored as NaN.", names)
         scores.append(of_layer)
-        if progress is not None:
-            progress(index + 1)
     return torch.stack(scores)
 
 
@@ -87,20 +83,18 @@ def score_features(
     """MKNN of features that are compared as they are, such as a layer's own output (paper, fig. 3 left).
 
     Args:
-        features: ``[N, D]``, or ``[M, N, D]`` for several sets of the same samples. Any float type.
+        features: ``[N, D]``, any float type.
         teacher_neighbors: ``[N, k]``.
         normalize: Cosine similarity when true, dot product otherwise.
         memory_limit_bytes: Bound on the working memory, inputs not counted.
 
     Returns:
-        A scalar, or ``[M]``, in fp32; NaN for a set that holds NaN or infinity.
+        A scalar in fp32; NaN where they hold NaN or infinity.
 
     Raises:
         ValueError: Shapes do not fit together, or the memory limit is too small.
     """
-    sets = features if features.dim() == 3 else features[None]
-    scores = _score_sets(sets, None, teacher_neighbors, normalize, memory_limit_bytes)
-    return scores if features.dim() == 3 else scores[0]
+    return _score_sets(features[None], None, teacher_neighbors, normalize, memory_limit_bytes)[0]
 
 
 @contextmanager

@@ -99,8 +99,8 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
 class HeadGates(Hooks):
     """Multiplies each head's output by a gate of 1 while it is entered, one gate for each sample and head.
 
-    A head's output is its slice of the output projection's input. Weights are frozen meanwhile. Samples do not mix:
-    the gradient of a sum of losses with respect to a sample's gate is that of its own loss.
+    A head's output is its slice of the output projection's input. Samples do not mix: the gradient of a sum of losses
+    with respect to a sample's gate is that of its own loss.
     """
 
     def __init__(self, forward: Forward, positions: Positions) -> None:
@@ -120,10 +120,6 @@ class HeadGates(Hooks):
         return torch.stack(torch.autograd.grad(losses.sum(), self._gates), dim=1).cpu()
 
     def _hook(self) -> None:
-        for parameter in self._forward.model.parameters():
-            if parameter.requires_grad:
-                self._undo.append(partial(setattr, parameter, "requires_grad", True))
-                parameter.requires_grad_(False)
         for index, projection in enumerate(self._projections):
             self._undo.append(projection.register_forward_pre_hook(partial(self._gate, index)).remove)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files import read_json
 from ..heads.targets import Target
-from ..selection.pictures import new_figure, save_figure, tick_step
+from ..selection.pictures import heat_map, new_figure, save_figure
 from .plan import Anchor, Plan
 from .profile import Profile, standard_scores
 from .settings import RahConfig
@@ -20,7 +20,7 @@ from .trust_region import Outcome, Trial
 from .weights import HeadWeights, lora_factors
 
 REPORT_FILE = "calibration.json"
-_CELL, _LABEL = 0.2, 0.22  # inches
+_CELL = 0.2  # inches
 
 
 def describe(
@@ -88,9 +88,8 @@ def _describe_target(head: Target, anchors: Sequence[Anchor], trial: Trial | Non
         "changed_with": [str(other) for other in trial.update.heads if other != head] if trial else [],
         "changes": sorted({edit.kind for edit in trial.update.edits}) if trial and trial.alpha else [],
         "alpha": trial.alpha if trial else 0.0,
-        "kl_at_alpha_max": tried[0].kl if tried else None,
-        "kl": tried[-1].kl if tried else None,
-        "tried": [step._asdict() for step in tried],
+        "kl": tried[-1][1] if tried else None,
+        "tried": [{"alpha": alpha, "kl": kl} for alpha, kl in tried],
     }
 
 
@@ -105,15 +104,11 @@ def compare(normal: dict[str, Any], corrupted: dict[str, Any]) -> dict[str, Any]
     union = len(set(ours) | set(theirs))
     return {
         "targets_normal": ours,
-        "targets_control": theirs,
         "targets_in_both": both,
         "targets_jaccard": round(len(both) / union, 6) if union else None,
         "isal_rank_correlation": mean_rank_correlation(normal["isal"], corrupted["isal"]),
         "caf_rank_correlation": mean_rank_correlation(normal["caf"], corrupted["caf"]),
-        "calibrated_normal": normal["calibrated"],
-        "calibrated_control": corrupted["calibrated"],
         "kl_normal": normal["kl"]["total"],
-        "kl_control": corrupted["kl"]["total"],
     }
 
 
@@ -157,7 +152,7 @@ def render_summary(report: dict[str, Any]) -> str:
             f"control {control}: {len(compared['targets_in_both'])} targets are also targets "
             f"of the uncorrupted data, which has {len(compared['targets_normal'])}; rank correlation of I-SAL "
             f"{compared['isal_rank_correlation']:.3f}, of CAF {compared['caf_rank_correlation']:.3f}; KL "
-            f"{compared['kl_control']:.6f}, on uncorrupted samples "
+            f"{kl['total']:.6f}, on uncorrupted samples "
             f"{compared['kl_control_on_uncorrupted_samples']:.6f}, against {compared['kl_normal']:.6f} without control"
         )
     return "\n".join(lines)
@@ -166,15 +161,11 @@ def render_summary(report: dict[str, Any]) -> str:
 def draw_calibration(report: dict[str, Any], target: Path) -> None:
     """Draws CAF and I-SAL of every head one above the other, targets and anchors marked (fig. 3), into a PNG."""
     targets = [target["head"] for target in report["targets"]]
+    anchors = sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]})
     marks = (
         ([head for head in targets if head in report["calibrated"]], "X", "white", "target, calibrated"),
         ([head for head in targets if head not in report["calibrated"]], "X", "none", "target, not changed"),
-        (
-            sorted({anchor["head"] for target in report["targets"] for anchor in target["anchors"]}),
-            "o",
-            "none",
-            "anchor",
-        ),
+        (anchors, "o", "none", "anchor"),
     )
     # a white line within a black one shows on every colour of the scale
     outline = [withStroke(linewidth=3.0, foreground="black")]
@@ -183,17 +174,12 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
-    cells: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest"}
-    caf = upper.imshow(report["caf"], cmap="cividis", **cells)
+    heat_map(figure, upper, report["caf"], (width, height), "CAF")
     # equal colours mean equal distance from the layer's mean
-    isal = lower.imshow(report["isal_standardized"], cmap="RdBu_r", norm=CenteredNorm(), **cells)
-    for axes, image, title in ((upper, caf, "CAF"), (lower, isal, "I-SAL, standardised in each layer")):
-        figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-        axes.set_xticks(range(0, n_heads, tick_step(n_heads, width, _LABEL)))
-        axes.set_yticks(range(0, n_layers, tick_step(n_layers, height, _LABEL)))
-        axes.tick_params(labelsize=8)
-        axes.set(xlabel="head", ylabel="layer")
-        axes.set_title(title, fontsize=10)
+    colours: dict[str, Any] = {"cmap": "RdBu_r", "norm": CenteredNorm()}
+    title = "I-SAL, standardised in each layer"
+    heat_map(figure, lower, report["isal_standardized"], (width, height), title, **colours)
+    for axes in (upper, lower):
         for heads, marker, face, label in marks:
             if heads:
                 layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
@@ -223,18 +209,17 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
     Raises:
         ValueError: A folder without a gap, a gain that is no number, or too few different points.
     """
-    names, gaps, gains = [], [], []
+    points = []
     for point in measured:
         folder, _, gain = point.rpartition("=")
         try:
-            names.append(folder)
-            gains.append(float(gain))
-            gaps.append(float(read_json(Path(folder) / REPORT_FILE)["gap"]))
+            points.append((folder, float(read_json(Path(folder) / REPORT_FILE)["gap"]), float(gain)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"gap: {point} is not FOLDER=GAIN with the output folder of a calibration that changed heads and a "
                 f"number ({type(error).__name__}: {error}); for instance saves/calibrate=1.4."
             ) from error
+    gaps, gains = [gap for _, gap, _ in points], [gain for *_, gain in points]
     if len(set(gaps)) < 3 or len(set(gains)) < 2:
         raise ValueError("gap: a correlation needs three calibrations or more, with different gaps and gains.")
     r, p = pearsonr(gaps, gains)
@@ -242,7 +227,6 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
     axes = figure.subplots()
     axes.scatter(gaps, gains)
     axes.axline((float(np.mean(gaps)), float(np.mean(gains))), slope=np.polyfit(gaps, gains, 1)[0], color="0.6")
-    points = list(zip(names, gaps, gains, strict=True))
     for name, x, y in points:
         axes.annotate(Path(name).name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="influence-saliency gap", ylabel="gain, points", title=f"r = {r:.2f}")

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..files import held, read_json, write_json, writing
+from ..selection.features import MAKE_ROOM
 from ..selection.forward import Forward
 from ..selection.samples import Sample
 from ..selection.scores import package_versions
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
 _DIGEST = "adapter_sha256"
-_MAKE_ROOM = "make room there, or give another folder"
 
 
 def calibrate_heads(
@@ -103,7 +103,7 @@ class _Calibration:
             return profile, True
         features = [sample.features for sample in drawn.profiled]
         profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
-        with writing("output_dir", path.parent, _MAKE_ROOM):
+        with writing("output_dir", path.parent, MAKE_ROOM):
             profile.save(path, key)
         return profile, False
 
@@ -128,7 +128,7 @@ class _Calibration:
     def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
         """Replaces adapter, picture and report; the report comes last, so that a folder with a report is complete."""
         files = [PICTURE_FILE, REPORT_FILE]
-        with writing("output_dir", folder, _MAKE_ROOM), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
+        with writing("output_dir", folder, MAKE_ROOM), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
             work = Path(name)
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)

@@ -62,23 +62,18 @@ class Drawn:
 def draw_samples(source: Source, config: RahConfig) -> Drawn:
     """Draws samples with an image, one for each image, in an order that depends on the seed alone."""
     found = draw(source, config.samples, config.seed)
-    drawn, without_image, without_text = len(found.samples), found.without_image, found.without_text
-    if not drawn and without_image == found.rows:
-        raise ValueError("dataset: none of its samples has an image; use a dataset with an `images` column.")
+    drawn = len(found.samples)
+    passed_over = f"{found.without_image} have no image, {found.without_text} no text; each image counts once"
     if drawn < config.probes + config.held_out:
         raise ValueError(
             f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {config.probes} and "
-            f"rah_held_out: {config.held_out} need together ({without_image} have no image, {without_text} no text; "
-            "each image counts once). Use more data, or lower rah_probes or rah_held_out."
-        )
-    if without_image or without_text:
-        logger.warning(
-            "dataset: %d samples without an image and %d without text were passed over.", without_image, without_text
+            f"rah_held_out: {config.held_out} need together ({passed_over}). Use more "
+            "data with an `images` column, or lower rah_probes or rah_held_out."
         )
     if drawn < config.samples:
-        logger.warning("rah_samples: %d are asked for, and the dataset has %d images.", config.samples, drawn)
+        logger.warning("rah_samples: %d are asked for, and %d are there (%s).", config.samples, drawn, passed_over)
     n = drawn - config.held_out
-    return Drawn(found.samples[:n], found.samples[n:], without_image)
+    return Drawn(found.samples[:n], found.samples[n:], found.without_image)
 
 
 def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:

@@ -9,8 +9,6 @@ from ..knobs import KeyedConfig, knob
 
 Text = Literal["conversation", "prompt"]
 Positions = Literal["text", "all", "last"]
-Change = Literal["calibrate", "prune"]
-TargetRule = Literal["paper", "no_caf", "random", "inverse"]
 
 _LAYERS = "first_half, all, or zero-based layers such as 0-15 or 3,5,8-11"
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -42,7 +40,7 @@ class RahConfig(KeyedConfig):
         "one (ours).",
     )
     layers: str = knob("first_half", f"Layers that are calibrated: {_LAYERS}.")
-    targets: TargetRule = knob(
+    targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
         "paper",
         "How targets are chosen: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many at random "
         "(random), or high I-SAL and high CAF (inverse).",
@@ -60,7 +58,7 @@ class RahConfig(KeyedConfig):
         at_least=0,
         hint="anchors look across text and image more than their layer's mean",
     )
-    update: Change = knob(
+    update: Literal["calibrate", "prune"] = knob(
         "calibrate",
         "What happens to targets: they move towards anchors (calibrate), or their output is removed, whatever the KL "
         "(prune, a baseline of the paper).",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,26 +15,15 @@ from .profile import counted_logits
 from .settings import RahConfig
 from .weights import HeadWeights, Scaled, Update, applied
 
-State = Literal[
-    "calibrated", "pruned", "equals its anchors", "rolled back: no step holds", "rolled back: total too large"
-]
-
-
-class Step(NamedTuple):
-    """A step that was tried, and the divergence that it caused, in nats."""
-
-    alpha: float
-    kl: float
-
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of an update: its state, its step (0 where it was given up), and the steps tried on it alone."""
+    """What became of an update: its state and its step, 0 where it was given up."""
 
     update: Update
-    state: State
+    state: str
     alpha: float = 0.0
-    tried: Sequence[Step] = ()
+    tried: Sequence[tuple[float, float]] = ()  # steps that were tried on it alone, with their divergence in nats
 
 
 @dataclass(frozen=True)
@@ -81,11 +70,11 @@ def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], floa
 def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Trial:
     if not update.edits:
         return Trial(update, "equals its anchors")
-    tried: list[Step] = []
+    tried: list[tuple[float, float]] = []
     for halving in range(config.halvings + 1):
         alpha = config.alpha_max / 2**halving
-        tried.append(Step(alpha, kl([(update, alpha)])))
-        if tried[-1].kl <= config.delta:
+        tried.append((alpha, kl([(update, alpha)])))
+        if tried[-1][1] <= config.delta:
             return Trial(update, "calibrated", alpha, tried)
     return Trial(update, "rolled back: no step holds", 0.0, tried)
 

@@ -5,6 +5,7 @@ Written into one folder, the host's ``dataset_dir`` and by default its ``media_d
 - ``dataset_info.json`` names ``hera_demo`` (training conversations: questions, and a caption before or after them),
   ``hera_demo_heldout`` (of held-out images, caption last), ``hera_demo_captions`` (the training images with captions
   alone: stage 1 and head selection) and ``hera_demo_text`` (no images).
+- ``demo_questions.json``: the questions about held-out images, one a row, for `llamafactory-hera eval --suite demo`.
 - ``images/*.png``: rendered scenes, and digits and photographs that scikit-learn and scikit-image carry. Held-out
   digits are other samples, held-out photographs share no pixel with training ones.
 - ``factors.json``: what each image shows, and the category of every question, for evaluation alone.
@@ -217,4 +218,11 @@ def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -
         info[name] = {"file_name": file, "formatting": "sharegpt", "columns": columns, "tags": TAGS}
         write_json(folder / file, content, indent=1)
     write_json(folder / "dataset_info.json", info, indent=1)
+    asked = [
+        {"id": f"{sample.name}/{number}", "source": sample.name, "image": f"images/{sample.name}"}
+        | {"question": question.text, "answer": question.answer, "category": question.category}
+        for sample in samples["held_out"]
+        for number, question in enumerate(sample.questions)
+    ]
+    write_json(folder / "demo_questions.json", asked, indent=1)
     return rows

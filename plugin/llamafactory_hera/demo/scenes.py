@@ -37,7 +37,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its factors, its cell, and where it is drawn (centre and radius in pixels)."""
+    """One object: its factors, its cell, and its centre in pixels."""
 
     shape: str
     colour: str
@@ -46,7 +46,6 @@ class SceneObject:
     column: int
     x: int
     y: int
-    radius: int
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -115,7 +114,7 @@ def place(rng: random.Random, shape: str, colour: str, size: str, row: int, colu
     """An object with these factors somewhere in its cell, one free pixel on every side."""
     slack = CELL // 2 - RADIUS[size] - 1
     x, y = (cell * CELL + CELL // 2 + rng.randint(-slack, slack) for cell in (column, row))
-    return SceneObject(shape, colour, size, row, column, x, y, RADIUS[size])
+    return SceneObject(shape, colour, size, row, column, x, y)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -124,7 +123,7 @@ def render(scene: Scene) -> Image.Image:
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
     for item in scene.objects:
-        dx, dy, r = columns - item.x, rows - item.y, item.radius
+        dx, dy, r = columns - item.x, rows - item.y, RADIUS[item.size]
         box = (abs(dx) <= r) & (abs(dy) <= r)
         covered = {
             "circle": dx**2 + dy**2 <= (r + 0.3) ** 2,

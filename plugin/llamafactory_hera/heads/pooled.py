@@ -1,7 +1,6 @@
 """Reading every head and every layer at once: averages over tokens of one forward pass, without gradient."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,22 +34,17 @@ class PooledHeads(Hooks):
         super().__init__()
         self.layout = head_layout(model_config(model))
         self._layers = decoder_layers(model)
-        self._mask: Tensor | None = None
-        self._heads: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
+        self._mask: Tensor
+        self._heads: list[Tensor] = []  # layers run in their order
+        self._outputs: list[Tensor] = []
 
     def _hook(self) -> None:
-        for index, layer in enumerate(self._layers):
+        for layer in self._layers:
             projection = output_projection(layer, self.layout.model_type)
-            self._undo.append(projection.register_forward_pre_hook(partial(self._before_projection, index)).remove)
-            self._undo.append(layer.register_forward_hook(partial(self._after_layer, index)).remove)
+            self._undo.append(projection.register_forward_pre_hook(self._before_projection).remove)
+            self._undo.append(layer.register_forward_hook(self._after_layer).remove)
 
-    def remove(self) -> None:
-        """Takes every hook away and forgets what was captured."""
-        super().remove()
-        self.pool(None)
-
-    def pool(self, mask: Tensor | None) -> None:
+    def pool(self, mask: Tensor) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``, and forgets the last pass."""
         self._mask = mask
         self._heads.clear()
@@ -61,27 +55,18 @@ class PooledHeads(Hooks):
 
         Returns:
             Head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device.
-
-        Raises:
-            RuntimeError: Not every layer ran since :meth:`pool`.
         """
-        indices = range(len(self._layers))
-        missing = [index for index in indices if index not in self._outputs]
-        if missing:
-            raise RuntimeError(f"No forward pass through layers {missing}: call `pool(mask)`, then the model.")
-        heads = torch.stack([self._heads[index] for index in indices], dim=1)
-        layers = torch.stack([self._outputs[index] for index in indices], dim=1)
-        return heads.unflatten(-1, (self.layout.n_heads, self.layout.head_dim)), layers
+        heads = torch.stack(self._heads, dim=1).unflatten(-1, (self.layout.n_heads, self.layout.head_dim))
+        return heads, torch.stack(self._outputs, dim=1)
 
-    def _before_projection(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._heads[index] = self._mean(inputs[0])
+    def _before_projection(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._heads.append(self._mean(inputs[0]))
 
-    def _after_layer(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
-        self._outputs[index] = self._mean(output[0] if isinstance(output, tuple) else output)
+    def _after_layer(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._outputs.append(self._mean(output[0] if isinstance(output, tuple) else output))
 
     def _mean(self, hidden: Tensor) -> Tensor:
         """In true fp32, whatever the model runs in; what lies outside the mask has no influence, not even as NaN."""
-        assert self._mask is not None
         kept = hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).float()
         with full_precision(kept.device.type):
             return pool_tokens(kept, self._mask)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -117,27 +117,22 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         ValueError: Names ``images_of`` or ``remove_unused_columns``, and the remedy.
     """
     rows, _ = undecoded_rows(trainer.train_dataset, images_of)
-    sized = not is_stream(rows)
-    looked_at = (rows[row] for row in spread(len(rows))) if sized else islice(rows, N_LOOKED_AT)
-    count, columns, found = 0, [], None
-    for row in looked_at:
-        count, columns = count + 1, list(row) if isinstance(row, Mapping) else []
-        if images_by(images_of, row):
-            found = row
+    looked_at: Iterator[Any] = islice(rows, N_LOOKED_AT)
+    count = f"first {N_LOOKED_AT}"
+    if not is_stream(rows):  # some from all over, then all: few may have one
+        looked_at = (rows[row] for row in chain(spread(len(rows)), range(len(rows))))
+        count = str(len(rows))
+    columns: list[str] = []
+    for found in looked_at:
+        columns = list(found) if isinstance(found, Mapping) else []
+        if images_by(images_of, found):
             break
-    if found is None and sized:  # few rows may have one
-        count, narrow = len(rows), rows
-        if images_of is sample_images and hasattr(rows, "select_columns"):
-            narrow = rows.select_columns([name for name in IMAGE_COLUMNS if name in columns])
-        found = next((rows[row] for row in range(len(narrow)) if images_by(images_of, narrow[row])), None)
-    if found is None:
+    else:
         raise ValueError(
-            f"images_of: found no image in the {count} rows of train_dataset looked at "
-            f"({', '.join(columns) or 'no columns'}), and HeRA compares samples by what their images show. Images are "
-            "looked for in the columns images and image, and in the image parts of messages, prompt and completion; "
-            "pass images_of, from a row to a list."
+            f"images_of: found no image in the {count} rows of train_dataset ({', '.join(columns) or 'no columns'}), "
+            "and HeRA compares samples by what their images show. Images are looked for in the columns images and "
+            "image, and in the image parts of messages, prompt and completion; pass images_of, from a row to a list."
         )
-    columns = list(found) if isinstance(found, Mapping) else []
     if not (trainer.args.remove_unused_columns and isinstance(found, dict)):
         return
     trainer._set_signature_columns_if_needed()
@@ -155,9 +150,9 @@ def check_rows(trainer: Any, images_of: Callable[[Any], list[ImageLike]]) -> Non
         )
 
 
-def spread(count: int, n: int = N_LOOKED_AT) -> Sequence[int]:
-    """Up to ``n`` numbers below ``count``, from the first on, equally far apart."""
-    return range(0, count, max(1, -(-count // n)))
+def spread(count: int) -> Sequence[int]:
+    """Up to :data:`N_LOOKED_AT` numbers below ``count``, from the first on, equally far apart."""
+    return range(0, count, max(1, -(-count // N_LOOKED_AT)))
 
 
 def pad_captions(captions: list[Features]) -> dict[str, Any]:

@@ -18,12 +18,7 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
 
         HeraSFTTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=dataset)
 
-    Args:
-        model: As for ``SFTTrainer``, which ``args`` and ``*others`` are for, too.
-        args: An ``SFTConfig``.
-        *others: As for ``SFTTrainer``.
-        hera: The ``hera_*`` keys.
-        **kwargs: As for ``SFTTrainer`` and :class:`HeraTrainerMixin`.
+    Arguments are those of ``SFTTrainer`` and :class:`HeraTrainerMixin`.
 
     Raises:
         ValueError: As for the mixin; samples would share a row of the batch; TRL reads no image of this data; or the

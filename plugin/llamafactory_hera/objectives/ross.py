@@ -76,10 +76,7 @@ class Denoiser(nn.Module):
     Args:
         side: Places along a side of the grid.
         channels: Of the latents of a place.
-        dim: Size D of the language model's vectors.
-        width: Of the blocks.
-        depth: Number of blocks.
-        heads: Attention heads of a block.
+        dim: Size D of the language model's vectors; ``width``, ``depth`` and ``heads`` are the blocks'.
     """
 
     positions: Tensor

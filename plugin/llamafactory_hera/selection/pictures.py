@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
 
 from ..files import whole_file, write_text, writing
 from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
@@ -63,7 +65,7 @@ def draw_scores(scored: ScoreFile, target: Path) -> None:
         width, height = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
         figure = new_figure(width + 6.2, height + 1.2)
         heat, curves = figure.subplots(1, 2, width_ratios=[width + 1.2, 5.0])
-        _heat_map(figure, heat, scored, (width, height))
+        _draw_heads(figure, heat, scored, (width, height))
         _curves(curves, scored)
     provenance = scored.provenance
     figure.suptitle(
@@ -74,11 +76,21 @@ def draw_scores(scored: ScoreFile, target: Path) -> None:
     save_figure(figure, target)
 
 
-def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, float]) -> None:
-    n_layers, n_heads = scored.scores.shape
-    known = np.ma.masked_invalid(scored.scores)
-    image = axes.imshow(known, cmap="cividis", aspect="auto", interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
+def heat_map(
+    figure: Figure, axes: Axes, values: ArrayLike, size: tuple[float, float], title: str, **style: Any
+) -> Colorbar:
+    """Draws values ``[L, H]`` of all heads on axes of ``size`` inches, and returns the scale of their colours."""
+    image = axes.imshow(values, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | style)
+    for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
+        axis.set_ticks(range(0, count, tick_step(count, room, _LABEL)))
+    axes.tick_params(labelsize=8)
+    axes.set(xlabel="head", ylabel="layer")
+    axes.set_title(title, fontsize=9)
+    return figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
+
+
+def _draw_heads(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, float]) -> None:
+    bar = heat_map(figure, axes, np.ma.masked_invalid(scored.scores), size, f"framed: {_selected(scored)}")
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(np.isnan(scored.scores)):
         axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
@@ -90,12 +102,6 @@ def _heat_map(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, 
             axes.add_patch(
                 Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3)
             )
-    axes.set_xticks(range(0, n_heads, tick_step(n_heads, size[0], _LABEL)))
-    axes.set_yticks(range(0, n_layers, tick_step(n_layers, size[1], _LABEL)))
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("head")
-    axes.set_ylabel("layer")
-    axes.set_title(f"framed: {_selected(scored)}", fontsize=9)
 
 
 def _selected(scored: ScoreFile) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import IterableDataset
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
@@ -120,6 +120,8 @@ def load_image(image: ImageLike) -> Image.Image:
         ValueError: Names the file when it is missing, corrupt or not an image.
     """
     source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
+    # packages such as lmms-eval switch it on when they are imported: half an image would be taken for a whole one
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         opened = source if isinstance(source, Image.Image) else Image.open(source)
         if opened.mode.startswith("I;16"):  # `convert` cuts off what 8 bits do not hold

@@ -53,7 +53,6 @@ class LatentTeacher:
     Attributes:
         dim: Channels of a token's target, those of 2 x 2 latents.
         fingerprint: Digest of its config and weights, see `teacher_fingerprint`.
-        device: Where it is.
     """
 
     def __init__(self, model: Any, fingerprint: str) -> None:

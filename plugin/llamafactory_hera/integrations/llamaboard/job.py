@@ -95,9 +95,17 @@ class Job:
 
     def _run(self) -> None:
         code = 1
+        environment = {**os.environ, "TQDM_MININTERVAL": "0.5", "PYTHONUNBUFFERED": "1"}
         try:
             for command in self.commands:
-                if code := self._run_one(command):
+                line = [sys.executable, "-m", "llamafactory_hera.cli", *command]
+                with self.log.open("ab") as log, self._lock:
+                    if self.aborted:
+                        break
+                    self._process = subprocess.Popen(
+                        line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                    )
+                if code := self._process.wait():
                     break
         except Exception as error:
             with self.log.open("a", encoding="utf-8") as log:
@@ -105,18 +113,6 @@ class Job:
         finally:
             self.code = code
             atexit.unregister(self.abort)
-
-    def _run_one(self, command: Sequence[str]) -> int:
-        environment = {**os.environ, "TQDM_MININTERVAL": "0.5", "PYTHONUNBUFFERED": "1"}
-        line = [sys.executable, "-m", "llamafactory_hera.cli", *command]
-        with self.log.open("ab") as log:
-            with self._lock:
-                if self.aborted:
-                    return 1
-                self._process = subprocess.Popen(
-                    line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-                )
-            return self._process.wait()
 
 
 def heads_file(folder: Path) -> Path:

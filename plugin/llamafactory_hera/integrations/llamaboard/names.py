@@ -1,5 +1,6 @@
 """The names under which the web UI shows the plugin: stage, models, elements, and their texts in five languages."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,12 +28,10 @@ def message(name: str, lang: str, **values: Any) -> str:
     return texts().get(lang, texts()["en"])["messages"][name].format(**values)
 
 
-def locales() -> dict[str, dict[str, dict[str, str]]]:
-    """Labels and hints in the form of the host's ``LOCALES``: element, language, property."""
-    return {
-        name: {lang: dict(spoken["elements"][name]) for lang, spoken in texts().items()}
-        for name in texts()["en"]["elements"]
-    }
+def locales(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Labels and hints in the form of the host's ``LOCALES``: element, language (or English), property."""
+    spoken = {lang: texts().get(lang, texts()["en"])["elements"] for lang in languages}
+    return {name: {lang: spoken[lang][name] for lang in spoken} for name in texts()["en"]["elements"]}
 
 
 def register_models(constants: ModuleType) -> None:

@@ -17,7 +17,7 @@ from llamafactory.webui.locales import ALERTS
 from .fields import problem_with, with_hera
 from .job import COMPARE, SELECT, Job, compare_job, heads_file, select_job
 from .names import STAGE, message
-from .pictures import report_files, report_pictures, report_table, show_heads
+from .pictures import evaluations, report_files, report_pictures, report_table, show_heads
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -67,7 +67,7 @@ class Panel:
     def load_file(self, lang: str, path: str | None) -> Data:
         """Puts a heads file into the heads field and shows it."""
         if not path:
-            return self._unchanged()
+            return self._update(hera_status=gr.skip())
         try:
             return self._show_heads(Path(path), lang, "loaded", fill=True)
         except ValueError as error:
@@ -112,7 +112,7 @@ class Panel:
         """Shows the job until it has ended, if one runs."""
         job = self._job
         if job is None or not job.running:
-            yield self._unchanged()
+            yield self._update(hera_status=gr.skip())
             return
         while job.running:
             yield self._show_progress(job)
@@ -157,11 +157,17 @@ class Panel:
             self._job, self._data = job, data
 
     def with_reason(self, update: Data, data: Data) -> Data:
-        """What the host shows of a run, with the reason first where it has failed."""
+        """What the host shows of a run, with the reason first where it has failed, and else its evaluation."""
         if not self._is_hera(data):
             return update
+        return {key: self._first(shown, data) if isinstance(shown, str) else shown for key, shown in update.items()}
+
+    def _first(self, text: str, data: Data) -> str:
         lang = self._value(data, "top.lang")
-        return {key: reason_first(shown, lang) if isinstance(shown, str) else shown for key, shown in update.items()}
+        done, ended, rest = text.partition(ALERTS["info_finished"][lang])
+        if done or not ended:
+            return reason_first(text, lang)
+        return f"{ended}\n\n{evaluations(Path(self._engine.runner._parse_train_args(data)['output_dir']))}{rest}"
 
     def _is_hera(self, data: Data) -> bool:
         # the host's evaluation tab sends no stage
@@ -173,9 +179,6 @@ class Panel:
 
     def _update(self, **values: Any) -> Data:
         return {self._elements[name]: value for name, value in values.items()}
-
-    def _unchanged(self) -> Data:
-        return self._update(hera_status=gr.skip())
 
     def _show_text(self, text: str, **further: Any) -> Data:
         return self._update(hera_status=text, **{"hera_progress": gr.Slider(visible=False), **further})
@@ -197,7 +200,7 @@ class Panel:
         if job.kind == SELECT:
             return self._show_heads(heads_file(job.folder), job.lang, "selected", fill)
         return self._show_text(
-            f"{message('compared', job.lang)}\n\n{report_table(job.folder)}",
+            f"{message('compared', job.lang)}\n\n{report_table(job.folder)}\n\n{evaluations(job.folder)}",
             hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
             hera_report=gr.File(value=report_files(job.folder), visible=True),
         )

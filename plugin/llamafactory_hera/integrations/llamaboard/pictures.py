@@ -99,6 +99,11 @@ def report_pictures(folder: Path, lang: str) -> list[Picture]:
     return [(_read(_report(folder, "png")), message("report_picture", lang)), *trained]
 
 
+def evaluations(folder: Path) -> str:
+    """The tables of a run's evaluations as Markdown; empty where there is none."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in sorted(folder.glob(f"{RUN_FOLDER}/eval/*.md")))
+
+
 def report_files(folder: Path) -> list[str]:
     """The comparison's page and picture, at a place from where the web UI may serve them."""
     # Gradio copies them into its cache from the system's folder for temporary files, not from anywhere
@@ -112,5 +117,4 @@ def _report(folder: Path, suffix: str) -> Path:
 
 def _read(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        image.load()
         return image.copy()

@@ -56,20 +56,19 @@ def load_args(host: Callable[[str], dict[str, Any] | None], config_path: str) ->
     settings = host(config_path)
     if not isinstance(settings, dict):
         return settings
+    plain = {key: value for key, value in settings.items() if not key.startswith(_PREFIX)}
+    ours = {key: value for key, value in settings.items() if key not in plain}
     lines = Path(config_path).read_text(encoding="utf-8").splitlines()
     try:
-        ours = yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
-        entries = [(key, value, _fits(key, value)) for key, value in ours.items()]
-    except (yaml.YAMLError, AttributeError) as error:
+        ours |= yaml.safe_load("\n".join(line[len(_MARK) :] for line in lines if line.startswith(_MARK))) or {}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         logger.warning_rank0(
             f"HeRA | {config_path}: its lines with {_MARK.strip()} cannot be read and are left out: {error}"
         )
-        entries = []
-    plain = [(key, value, not key.startswith(_PREFIX) or _fits(key, value)) for key, value in settings.items()]
-    wrong = [key for key, _, fits in (*plain, *entries) if not fits]
+    wrong = [key for key, value in ours.items() if not _fits(key, value)]
     if wrong:
         logger.warning_rank0(f"HeRA | {config_path}: no field takes {', '.join(wrong)} as the file has it; left out.")
-    return {key: value for key, value, fits in (*plain, *entries) if fits}
+    return plain | {key: value for key, value in ours.items() if key not in wrong}
 
 
 def _fits(key: str, value: Any) -> bool:

@@ -27,15 +27,6 @@ _BASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def lacking(host: ModuleType) -> str | None:
-    """Says what the host's ``data.template`` module lacks for :func:`register`, or None."""
-    needed = ("register_template", "TEMPLATES", "Template", "StringFormatter", "EmptyFormatter")
-    missing = [name for name in needed if not hasattr(host, name)]
-    if not missing:
-        missing = [f"template {base}" for base, _ in _BASES.values() if base not in host.TEMPLATES]
-    return f"no {', '.join(missing)}" if missing else None
-
-
 def register(host: ModuleType) -> None:
     """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
     bos = host.EmptyFormatter(slots=[{"bos_token"}])

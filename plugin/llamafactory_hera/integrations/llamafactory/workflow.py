@@ -1,18 +1,23 @@
 """Runs the host's SFT workflow with its own trainer under the HeRA mixin."""
 
+import gc
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
 from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.files import LOCK, held
+from llamafactory_hera.evaluation.run import evaluate, ready
+from llamafactory_hera.evaluation.suites import SUITES
+from llamafactory_hera.files import LOCK, RUN_FOLDER, held
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
@@ -23,6 +28,8 @@ from llamafactory_hera.training.checkpoint import check_checkpoint, check_tuning
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
 from .recipe import HostArguments
+
+logger = logging.getLogger("llamafactory_hera")
 
 
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
@@ -61,6 +68,8 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         return run_sft(*arguments)
     _log_through_host()
     config = HeraConfig.from_keys(host.finetuning)
+    data = Path(str(host.data.dataset_dir))
+    asked = [] if config.eval == "none" else _ready_tasks(config.eval, data)
     layout = check_run(config, host)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
@@ -88,7 +97,35 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         }
         stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
         vars(workflow).update(replacements)
-        return run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+        if asked and host.training.process_index == 0:
+            proof.trainer = None  # its weights make room
+            _evaluate(config.eval, asked, data, Path(host.training.output_dir))
+
+
+def _ready_tasks(suite: str, data: Path) -> list[str]:
+    """The tasks of a suite for after the training; the others are logged, and none at all is refused."""
+    lacks = ready(SUITES[suite], data)
+    for task, what in lacks.items():
+        if what:
+            logger.warning(f"hera_eval: {task.data} will be left out; it lacks {'; '.join(what)}.")
+    if all(lacks.values()):
+        why = "; ".join(next(iter(lacks.values())))
+        raise ValueError(f"hera_eval: no task of the suite {suite} is ready; the first lacks {why}.")
+    return [task.data for task, what in lacks.items() if not what]
+
+
+def _evaluate(suite: str, tasks: list[str], data: Path, folder: Path) -> None:
+    """Evaluates a finished run, in processes of its own."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    output = folder / RUN_FOLDER / "eval"
+    if evaluate([str(folder)], suite, tasks, data if data.is_dir() else None, output):
+        raise RuntimeError(
+            f"hera_eval: the run is whole, in {folder}, and its evaluation failed. "
+            f"`llamafactory-hera eval {folder} --suite {suite} --data {data} --output {output}` goes on with it."
+        )
 
 
 def _curves(objective: str) -> list[str]:

@@ -1,0 +1,28 @@
+"""A random model that answers something, and the demo's questions."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llamafactory_hera.backbones.build import build_backbone
+
+from ..backbones.tiny import save_language_model, save_tower
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built model."""
+    root = tmp_path_factory.mktemp("llama3")
+    tower = save_tower("siglip", root / "siglip")
+    return build_backbone(str(save_language_model("llama3", root / "llm")), str(tower), root / "built").folder
+
+
+@pytest.fixture
+def data(world: Path, tmp_path: Path) -> Path:
+    """The data of the demo's questions, 24 of them."""
+    shutil.copytree(world / "hera_demo/data", tmp_path / "data")
+    file = tmp_path / "data/demo_questions.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:24]))
+    return tmp_path / "data"
