@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..alignment.gather import barrier, rank, world_size
 from ..config import HeraConfig, StoredDtype
 from ..files import write_safetensors, writing
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import PooledHeads
+from ..teachers.fill import Progress
 from .forward import Forward, plan_batches, run_batches
 from .samples import Sample, SelectionInputs
 
@@ -109,7 +109,7 @@ def compute_features(
     mine = missing[rank() :: world_size()]
     total = sum(len(rows[block]) for block in mine)
     parts: list[tuple[Tensor, Tensor]] = []
-    bar = tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
+    bar = Progress("scoring pass", total, unit="sample")
     with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
         def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ def checked_dataset(
         try:
             module = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer_module)
         except OSError as error:
-            raise ValueError(_name_broken_image(error, model_args, data_args, training_args)) from error
+            # the host's error may print an image that the dataset holds as base64, all of it
+            raise ValueError(_name_broken_image(error, model_args, data_args, training_args)) from None
         train = module.get("train_dataset")
         if train is not None:
             _check_images(train, data_args, max(2, objective.least_samples))
