@@ -45,19 +45,11 @@ class SelectConfig(KeyedConfig):
         fact="dataset",
     )
     samples: int = knob(
-        1000,
-        "Image-caption pairs to score the heads on.",
-        Role.SELECTS,
-        at_least=1,
-        at_most=10**7,
-        fact="samples_asked",
+        1000, "Image-caption pairs to score heads on.", Role.SELECTS, at_least=1, at_most=10**7, fact="samples_asked"
     )
     k: int = knob(10, "Nearest neighbours per sample when scoring heads.", Role.SELECTS, Role.SCORES, at_least=1)
     batch_size: int = knob(
-        16,
-        "Samples per device in a forward pass of the selection; halved if memory runs out.",
-        at_least=1,
-        at_most=10**5,
+        16, "Samples per device in a forward pass of selection; halved if memory runs out.", at_least=1, at_most=10**5
     )
     seed: int = knob(0, "Seed of the draw of samples, and of the heads of hera_select: random.", Role.SELECTS)
     dtype: StoredDtype = knob(

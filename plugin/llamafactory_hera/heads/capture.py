@@ -81,15 +81,14 @@ class HeadCapture(LayerHooks):
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
-        projections = [output_projection(layer, self._layout.model_type) for layer in self._layers.values()]
-        readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections]
+        projections = {i: output_projection(layer, self._layout.model_type) for i, layer in self._layers.items()}
+        readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections.values()]
         if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
             raise RuntimeError(
                 f"HeadCapture: heads of layers {list(self._layers)} are captured already, by another HeadCapture; "
                 "leave that one first (`capture.remove()`)."
             )
-        for index, layer in self._layers.items():
-            projection = output_projection(layer, self._layout.model_type)
+        for index, projection in projections.items():
             # a partial, not a closure: its parts are copied with the model
             self._replace(projection, "forward", partial(self._project, index, projection, projection.forward))
 
