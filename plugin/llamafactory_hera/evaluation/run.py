@@ -293,11 +293,11 @@ def run_task(job: Mapping[str, Any]) -> None:
 
 
 def _try_rows(task: Task, asked: Any, limit: int | None, given: Path) -> None:
-    """Makes each row's prompt and judges an empty answer: one that does not fit is found before a model is loaded."""
+    """Makes each row's prompt and judges some answer: one that does not fit is found before a model is loaded."""
     for number, row in enumerate(islice(asked.eval_docs_no_media, limit)):
         try:
             asked.doc_to_text(row)
-            task.record(row, [""])
+            task.record(row, ["a"])
         except Exception as error:  # of a template, or of another package's judge
             why = f"it has no column {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"--data: row {number} (from 0) of {given} is not one of {task.data}: {why}.") from error
