@@ -21,6 +21,7 @@ from PIL import Image
 from llamafactory_hera.evaluation.card import write_index
 from llamafactory_hera.evaluation.models import model_folders, weights_digest
 from llamafactory_hera.evaluation.run import evaluate, missing, run_task
+from llamafactory_hera.evaluation.scoring import demo
 from llamafactory_hera.evaluation.suites import SUITES
 from llamafactory_hera.files import read_json_lines
 
@@ -48,7 +49,7 @@ def answer_half(data: Path, answers: list[dict[str, Any]]) -> None:
     said = {line["doc_id"]: line["answer"] for line in answers}
     rows = json.loads((data / "demo_questions.json").read_text())
     for number, row in enumerate(rows):
-        row["answer"] = f"{said[number]}." if number % 2 else "never"  # a full stop is of no matter
+        row["answer"] = said[number] if number % 2 else "never"
     (data / "demo_questions.json").write_text(json.dumps(rows))
 
 
@@ -256,6 +257,11 @@ def test_questions_that_are_not_whole_are_named_before_a_model_is_loaded(rows, m
     job = {"folder": str(tmp_path), "suite": "demo", "task": TASK, "data": str(tmp_path), "limit": None}
     with pytest.raises(ValueError, match=re.escape(message.format(tmp_path / "demo_questions.json"))):
         run_task(job)
+
+
+def test_a_full_stop_in_a_reference_is_of_no_matter() -> None:
+    assert demo({**WHOLE, "answer": "Yes."}, "yes")
+    assert not demo({**WHOLE, "answer": "Yes."}, "no")
 
 
 def test_what_lies_in_data_is_opened_before_anything_runs(tmp_path: Path) -> None:
