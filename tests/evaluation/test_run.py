@@ -259,6 +259,19 @@ def test_questions_that_are_not_whole_are_named_before_a_model_is_loaded(rows, m
         run_task(job)
 
 
+def test_a_benchmarks_rows_are_tried_before_a_model_is_loaded(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "Q?", "answer": answer, "image_source": "x"} for answer in ("yes", None)]
+    job = {"folder": str(tmp_path), "suite": "paper", "task": "hera_pope", "data": str(tmp_path), "limit": None}
+    (tmp_path / "pope.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) of .*pope\.json is not one of pope: .*NoneType"):
+        run_task(job)
+    del rows[0]["image_source"]
+    (tmp_path / "pope.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(ValueError, match=r"row 0 .*: it has no column 'image_source'"):
+        run_task(job)
+
+
 def test_a_full_stop_in_a_reference_is_of_no_matter() -> None:
     assert demo({**WHOLE, "answer": "Yes."}, "yes")
     assert not demo({**WHOLE, "answer": "Yes."}, "no")
