@@ -85,6 +85,13 @@ def test_differences_are_paired_to_the_first_model(tmp_path: Path) -> None:
     assert set(found) == {"same", "more"}
 
 
+def test_a_row_of_a_category_counts_its_own_samples(tmp_path: Path) -> None:
+    records = [{"right": 1, "category": "shape" if i < 3 else "size"} for i in range(10)]
+    put(tmp_path / "one", "hera_demo_questions", records)
+    write_table(tmp_path, {"one": tmp_path / "one"}, "demo")
+    assert [row["n"] for row in rows_of(tmp_path / "demo.json").values()] == [10, 3, 7]
+
+
 def test_averages_are_of_whole_categories(tmp_path: Path) -> None:
     """General with MME / 20: (4 · 60 + 100 / 20) / 5; all 18: (17 · 60 + 5) / 18."""
     for name, right in (("before", 6), ("after", 8)):

@@ -204,6 +204,10 @@ def test_an_adapter_is_asked_with_what_it_learned(folder: Path, tmp_path: Path) 
     answers = ask(HeraVLM(str(tmp_path / "adapter")), documents)
     assert answers == ask(unmerged, documents)
     assert answers != ask(HeraVLM(str(folder)), documents)
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(weights).items() if "down_proj" not in name}, weights)
+    with pytest.raises(ValueError, match=r"adapter .*adapter is not whole, .*down_proj.*; copy it again"):
+        HeraVLM(str(tmp_path / "adapter"))
 
 
 def test_pad_makes_squares_in_the_mean_colour(folder: Path) -> None:

@@ -34,6 +34,8 @@ def test_other_stages_do_not_see_the_keys_and_say_so() -> None:
         )
     assert (arguments.stage, arguments.use_hera) == ("dpo", False)
     assert not [key for key in arguments.to_dict() if key.startswith("hera_")]
+    with pytest.raises(ValueError, match="hera_eval: demo follows a run of stage: hera; for stage: sft leave it out"):
+        FinetuningArguments(stage="sft", hera_eval="demo")
 
 
 def test_the_host_parses_the_extended_class_which_has_every_key_and_keeps_its_own_defaults() -> None:

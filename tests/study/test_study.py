@@ -5,20 +5,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+from llamafactory_hera.evaluation.vlm import HeraVLM
 from llamafactory_hera.files import read_json
+from parts import load_llava
 from settings import METHODS, SIZES
-from world import CATEGORIES, make_world
+from world import CATEGORIES, make_world, shares
 
 from ..e2e.runner import environment, run_command
+from ..evaluation.test_vlm import ask
 from .conftest import STUDY, main_module
 
 pytestmark = pytest.mark.slow
+#: A picture, and the question behind it, as the study's models read them.
+CHAT_TEMPLATE = (
+    "{% for part in messages[0]['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] + ' ' }}"
+    "{% endfor %}"
+)
 COMMAND = [sys.executable, str(STUDY), "--size", "smoke", "--output", "smoke"]
 
 
@@ -84,3 +95,27 @@ def test_every_method_trains(study):
     main.work_through(study, {f"rest/{name}": partial(run, name=name) for name in rest}, 2)
     for name in rest:
         assert 0 <= main.done(study, f"rest/{name}")["accuracy"]["seen"]["mean"] <= 1
+
+
+def test_one_forward_pass_counts_what_the_evaluation_answers(study):
+    """A model that has just begun to answer: the same questions are right by `llamafactory-hera eval`'s class."""
+    world = make_world(replace(SIZES["smoke"], questions=20))
+    model, processor = load_llava(study, 1)
+    encoder = train.Encoder(processor)
+    rows = encoder.encode(world.train)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        optimizer.zero_grad()
+        model(**encoder(rows[16 * step % 128 :][:16])).loss.backward()
+        optimizer.step()
+    processor.chat_template = CHAT_TEMPLATE
+    for part in (model, processor):
+        part.save_pretrained(study / "asked")
+    samples = world.test["seen"]
+    documents = [
+        [{"type": "image", "url": sample.image}, {"type": "text", "text": sample.question}] for sample in samples
+    ]
+    answers = ask(HeraVLM(str(study / "asked"), batch_size=32), documents)
+    right = shares(samples, [answer == sample.answer for answer, sample in zip(answers, samples, strict=True)])
+    assert train.answer_all(model, encoder, samples) == right
+    assert 0 < right["mean"] < 1

@@ -87,9 +87,12 @@ def _rows(task: Task, folders: Mapping[str, Path], generator: np.random.Generato
     n, several, whole = first["n"], len(first["scores"]) > 1, task.n in (None, first["n"])
     comparable, why = (task.comparable, task.why) if whole else ("no", f"{n} of {task.n} samples")
     extra: dict[str, Any] = {"whole": whole, "scale": 0.05 if task.title == "MME" else 1.0}
+    asked = {name: int(sum(sums.get(f"{name}/n", 0) for sums in first["tally"].values())) for name in first["scores"]}
     rows = {
-        name: Row(task.name + several * f"/{name}", task.title + several * f": {name}", n, comparable, why, **extra)
-        for name in first["scores"]
+        name: Row(
+            task.name + several * f"/{name}", task.title + several * f": {name}", count or n, comparable, why, **extra
+        )
+        for name, count in asked.items()
     }
     for model, result in found.items():
         if result["n"] == n:  # in one row stand the same samples
