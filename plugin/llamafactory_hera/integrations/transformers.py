@@ -228,9 +228,9 @@ class HeraTrainerMixin(_Base):
         self._best_step = checkpoint_step(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None:  # first, as torch does not say whose tensors do not fit
             self.aligner.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _loss_scale(self) -> float | Tensor:
         scaler = self.accelerator.scaler

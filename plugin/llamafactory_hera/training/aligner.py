@@ -98,6 +98,7 @@ class Aligner:
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         self._check_trainable(model)
+        self._n_trained = sum(parameter.requires_grad for parameter in model.parameters())
         model_configuration = model_config(model)
         self._media_token_ids = media_token_ids(model_configuration)
         kind = find(config.objective)
@@ -365,7 +366,8 @@ class Aligner:
         state = {**self.optimizer.state(), **self.memory.state_dict()}
         if self._side:
             state[_COUNT] = torch.tensor(self._n_micro_batches)
-        save_state(folder, state, self.targets, self.teacher.encoder.fingerprint, self.config, self.objective.values())
+        run = self.targets, self.teacher.encoder.fingerprint, self.config, self._n_trained
+        save_state(folder, state, *run, self.objective.values())
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores what :meth:`save` wrote.
@@ -373,7 +375,8 @@ class Aligner:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        state = load_state(folder, self.targets, self.teacher.encoder.fingerprint, self.config)
+        run = self.targets, self.teacher.encoder.fingerprint, self.config, self._n_trained
+        state = load_state(folder, *run)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         self._n_micro_batches = int(state.get(_COUNT, 0))

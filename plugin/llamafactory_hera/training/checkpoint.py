@@ -25,6 +25,7 @@ logger = logging.getLogger("llamafactory_hera")
 
 _STATE_FILE = "state.safetensors"
 _RUN_FILE = "run.json"
+_TRAINED = "trained_tensors"
 _ADAPTERS = {kind.value.lower() for kind in PeftType}
 
 
@@ -34,6 +35,7 @@ def save_state(
     targets: Targets,
     teacher_fingerprint: str,
     config: HeraConfig,
+    n_trained: int,
     values: dict[str, float],
 ) -> None:
     """Writes ``folder/hera``: tensors, targets with their provenance, and the facts that a resumed run must share."""
@@ -42,14 +44,16 @@ def save_state(
     write_safetensors(target / _STATE_FILE, state)
     targets.save(target / targets.file_name)
     facts = _identity(targets, teacher_fingerprint, config) | config.with_role(Role.RESUMABLE)
-    write_json(target / _RUN_FILE, {**facts, "hera_teacher_name": config.teacher, **values})
+    write_json(target / _RUN_FILE, {**facts, "hera_teacher_name": config.teacher, _TRAINED: n_trained, **values})
 
 
 def load_state(
-    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
+    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig, n_trained: int
 ) -> dict[str, Tensor]:
     """The tensors that :func:`save_state` wrote; refuses a checkpoint of another run, warns of what may change."""
     saved = _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    if (was := saved.get(_TRAINED, n_trained)) != n_trained:
+        _refuse(folder, [f"finetuning_type trained {was} tensors of the model, trains {n_trained}"])
     changed = _differences(saved, config.with_role(Role.RESUMABLE), where_known=True)
     if changed and rank() == 0:
         logger.warning(

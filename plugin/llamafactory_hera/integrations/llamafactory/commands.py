@@ -43,12 +43,8 @@ def select(
     output_dir = named_output(read.values, "saves/selection")
     check_folders(str(output_dir), read.host, read.config)
     path = output_dir / RUN_FOLDER / file_name("head")
-    trained = next(filter(Path.exists, map(path.with_name, ("card.json", "run.json"))), None)
-    if trained is not None and not force:
-        raise ValueError(
-            f"output_dir: {output_dir} holds a run that has trained ({trained}), whose heads.json says what it "
-            "aligned; give another folder, or --force to replace it."
-        )
+    if not force:
+        _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
     if in_place:
         set_heads_in_place(Path(recipe), Targets.parse("L0H0"), check_only=True)  # before hours of scoring
     heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
@@ -102,6 +98,8 @@ def score_checkpoint(
             folder = named_output(read.values, "saves/selection")
         output = folder / RUN_FOLDER / "scores.json"
     path = Path(output)
+    if path.name in map(file_name, ("head", "layer")):
+        _keep_trained(path, f"--output: {path.parent}", "give another name")
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
@@ -137,6 +135,14 @@ def calibrate(
     check_folders(str(output_dir), host)
     _check_calibrated(host.model)
     return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)
+
+
+def _keep_trained(path: Path, where: str, remedy: str) -> None:
+    trained = next(filter(Path.exists, map(path.with_name, ("card.json", "run.json"))), None)
+    if trained is not None:
+        raise ValueError(
+            f"{where} holds a run that has trained ({trained}), whose {path.name} says what it aligned; {remedy}."
+        )
 
 
 def _check_calibrated(model_args: Any) -> None:
