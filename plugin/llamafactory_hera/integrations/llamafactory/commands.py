@@ -98,7 +98,7 @@ def score_checkpoint(
             folder = named_output(read.values, "saves/selection")
         output = folder / RUN_FOLDER / "scores.json"
     path = Path(output)
-    if path.name in map(file_name, ("head", "layer")):
+    if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
