@@ -20,17 +20,17 @@ def add(memory: CrossBatchMemory, first: int, n: int) -> None:
 
 def held(memory: CrossBatchMemory) -> list[int]:
     """Numbers of the samples that are held, oldest first; representations and teacher must name the same ones."""
-    if memory.filled is None:
-        assert memory.representations is None
+    if memory.pairs is None:
         return []
-    assert memory.representations.shape == (HEADS, memory.size, D)
-    assert memory.teacher.shape == (memory.size, D_TEACHER)
-    for values in (memory.representations.transpose(0, 1), memory.teacher):
-        assert not values[~memory.filled].any()
+    representations, teacher, filled = memory.pairs
+    assert representations.shape == (HEADS, memory.size, D)
+    assert teacher.shape == (memory.size, D_TEACHER)
+    for values in (representations.transpose(0, 1), teacher):
+        assert not values[~filled].any()
     expected, _ = pairs(0, 1)
-    offsets = (memory.representations - memory.teacher[:, :1])[:, memory.filled]
+    offsets = (representations - teacher[:, :1])[:, filled]
     torch.testing.assert_close(offsets, expected.expand_as(offsets), rtol=0, atol=1e-5)
-    return [int(number) for number in memory.teacher[memory.filled, 0]]
+    return [int(number) for number in teacher[filled, 0]]
 
 
 def test_it_keeps_the_last_pairs_first_in_first_out():
@@ -71,9 +71,9 @@ def test_what_it_holds_is_detached_and_a_copy():
     memory = CrossBatchMemory(2)
     valid = torch.ones(3, dtype=torch.bool)
     memory.append(representations * 1, teacher * 1, valid)
-    assert not memory.representations.requires_grad
-    assert not memory.teacher.requires_grad
-    assert memory.representations.untyped_storage().nbytes() == memory.representations.nbytes  # not the whole batch
+    for values in memory.pairs:
+        assert not values.requires_grad
+        assert values.untyped_storage().nbytes() == values.nbytes  # not the whole batch
     memory = CrossBatchMemory(3)
     representations, teacher = pairs(0, 3)
     representations = representations.clone()

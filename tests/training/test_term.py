@@ -146,7 +146,7 @@ def test_a_batch_of_one_learns_from_the_memory():
         assert z.grad.abs().max() > 0 or len(losses) < 3
     assert losses[0] == losses[1] == 0  # no candidate, then a single one: nothing to tell apart
     assert min(losses[2:]) > 0
-    assert term.memory.filled.all()
+    assert term.memory.pairs[2].all()
 
 
 def test_the_memory_takes_in_a_batch_after_its_loss(z, teacher):
@@ -258,9 +258,9 @@ def test_a_value_that_is_not_finite_leaves_the_term_out_and_is_never_remembered(
         assert (output.sound.item(), output.comparable.item()) == (False, False)
         assert output.mknn.shape == (HEADS,)
         assert output.mknn.isnan().all()
-        assert not term.memory.filled.any()
+        assert not term.memory.pairs[2].any()
     assert term(z, teacher, all_valid(), TAU).sound
-    assert term.memory.representations.isfinite().all()
+    assert term.memory.pairs[0].isfinite().all()
 
 
 # -- visual tokens ---------------------------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ class CrossBatchMemory:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.representations: Tensor | None = None  # [n_heads, size, D]
-        self.teacher: Tensor | None = None  # [size, D_teacher]
-        self.filled: Tensor | None = None  # boolean [size]
+        #: Representations ``[n_heads, size, D]``, teacher ``[size, D_teacher]``, which are filled, boolean ``[size]``.
+        self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
         """Adds the pairs that are valid, dropping the oldest beyond ``size``.
@@ -36,34 +35,29 @@ class CrossBatchMemory:
         if self.size == 0:
             return
         z, teacher = representations.detach(), teacher.detach()
-        if self.representations is None or self.teacher is None or self.filled is None:
-            self.representations = z.new_zeros(len(z), self.size, z.shape[-1])
-            self.teacher = teacher.new_zeros(self.size, teacher.shape[-1])
-            self.filled = valid.new_zeros(self.size)
-        filled = torch.cat([self.filled.to(valid), valid])
+        old_z, old_teacher, filled = self.pairs or (
+            z.new_zeros(len(z), self.size, z.shape[-1]),
+            teacher.new_zeros(self.size, teacher.shape[-1]),
+            valid.new_zeros(self.size),
+        )
+        z, teacher = torch.cat([old_z.to(z), z], dim=1), torch.cat([old_teacher.to(teacher), teacher])
+        filled = torch.cat([filled.to(valid), valid])
         # a stable order: what is empty comes first, the rest as it came
         last = filled.byte().argsort(stable=True)[-self.size :]
-        self.filled = filled[last]
-        kept, kept_teacher = (
-            torch.cat([self.representations.to(z), z], dim=1),
-            torch.cat([self.teacher.to(teacher), teacher]),
-        )
-        # not a product with the mask: a value that is not finite would stay
-        self.representations = torch.where(self.filled.unsqueeze(1), kept[:, last], 0.0)
-        self.teacher = torch.where(self.filled.unsqueeze(1), kept_teacher[last], 0.0)
+        filled = filled[last]
+        rows = filled.unsqueeze(1)  # not a product with the mask: a value that is not finite would stay
+        self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled
 
     def state_dict(self) -> dict[str, Tensor]:
         """The pairs that are held; empty when there are none."""
-        if self.representations is None or self.teacher is None or self.filled is None or not self.filled.any():
+        if self.pairs is None or not self.pairs[2].any():
             return {}
-        return {
-            "memory.representations": self.representations[:, self.filled],
-            "memory.teacher": self.teacher[self.filled],
-        }
+        z, teacher, filled = self.pairs
+        return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what :meth:`state_dict` gave, cut to this queue's size."""
-        self.representations = self.teacher = self.filled = None
+        self.pairs = None
         if "memory.teacher" in state:
             teacher = state["memory.teacher"]
             self.append(state["memory.representations"], teacher, torch.ones(len(teacher), dtype=torch.bool))

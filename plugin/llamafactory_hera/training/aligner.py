@@ -98,7 +98,6 @@ class Aligner:
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         self._check_trainable(model)
-        self._n_trained = sum(parameter.requires_grad for parameter in model.parameters())
         model_configuration = model_config(model)
         self._media_token_ids = media_token_ids(model_configuration)
         kind = find(config.objective)
@@ -115,6 +114,8 @@ class Aligner:
             if kind.plans_attention and config.weight > 0:
                 _warn_of_trained_decoder(model, config.objective)
         self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
+        n_trained = sum(parameter.requires_grad for parameter in model.parameters())
+        self._identity = self.targets, self.teacher.encoder.fingerprint, config, n_trained  # of a checkpoint
         options = Options(
             n_targets=len(self.targets.items),
             dim=head_layout(model_configuration).hidden_size,
@@ -366,8 +367,7 @@ class Aligner:
         state = {**self.optimizer.state(), **self.memory.state_dict()}
         if self._side:
             state[_COUNT] = torch.tensor(self._n_micro_batches)
-        run = self.targets, self.teacher.encoder.fingerprint, self.config, self._n_trained
-        save_state(folder, state, *run, self.objective.values())
+        save_state(folder, state, *self._identity, self.objective.values())
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores what :meth:`save` wrote.
@@ -375,8 +375,7 @@ class Aligner:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        run = self.targets, self.teacher.encoder.fingerprint, self.config, self._n_trained
-        state = load_state(folder, *run)
+        state = load_state(folder, *self._identity)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         self._n_micro_batches = int(state.get(_COUNT, 0))

@@ -63,7 +63,7 @@ class HeraTerm:
         sound = finite.all() & teacher_finite
         known = sound
         if self.memory.size:  # not comparable until it is full: among fewer candidates more agree by chance
-            known = sound & (self.memory.filled is not None and self.memory.filled.all())
+            known = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
         if self.objective.uses_candidates:
             fewest = torch.where(enters & known, candidates.allowed.sum(dim=1), 2 * self.k).amin()
             self._fewest = fewest if self._fewest is None else torch.minimum(self._fewest, fewest)
@@ -82,10 +82,11 @@ class HeraTerm:
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
-        everything, all_teacher, filled = z, teacher, self.memory.filled
-        if self.memory.representations is not None and self.memory.teacher is not None and filled is not None:
-            everything = torch.cat([z, self.memory.representations.to(z)], dim=1)
-            all_teacher, filled = torch.cat([teacher, self.memory.teacher.to(teacher)]), filled.to(valid)
+        everything, all_teacher, filled = z, teacher, None
+        if self.memory.pairs is not None:
+            older, older_teacher, filled = self.memory.pairs
+            everything, filled = torch.cat([z, older.to(z)], dim=1), filled.to(valid)
+            all_teacher = torch.cat([teacher, older_teacher.to(teacher)])
         candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled)
         return PooledBatch(z, everything, teacher, valid, candidates, self.normalize), all_teacher
 
