@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..files import write_text
+from ..files import write_text, writing
 from ..heads.targets import Targets
 
 _KEY = "hera_heads"
@@ -53,17 +53,16 @@ def set_heads_in_place(recipe: Path, heads: Targets, check_only: bool = False) -
     """
     try:
         text = _with_key(_read(recipe), _KEY, str(heads))
-        if check_only and not os.access(recipe, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        if not check_only:
-            write_text(recipe, text)
-    except OSError as error:
-        raise ValueError(f"The recipe {recipe} cannot be written ({error.strerror or error}).") from error
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"--in-place: {recipe} is left as it is, as {' '.join(str(error).split())}; write {_KEY}: into it "
             "yourself, or leave --in-place out."
         ) from error
+    with writing("--in-place", recipe, "make it writable, or leave --in-place out"):
+        if not check_only:
+            write_text(recipe, text)
+        elif not os.access(recipe, os.W_OK):
+            raise PermissionError(13, "Permission denied")
 
 
 def _read(recipe: Path) -> str:
