@@ -1,14 +1,31 @@
-"""Runs a function in several real processes that form a gloo group."""
+"""Other real processes: those of a gloo group that run a function, and one that holds a lock."""
 
 import multiprocessing
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def holder(lock: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds a lock file, and is killed at the end."""
+    code = "import sys; from llamafactory_hera.files import held\nwith held(sys.argv[1], 'key'): print(); input()"
+    pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-uc", code, str(lock)], **pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str) -> None:

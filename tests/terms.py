@@ -22,6 +22,8 @@ class ContrastiveTerm(HeraTerm):
         memory = CrossBatchMemory(0) if memory is None else memory
         super().__init__(_AtTemperature(Options(n_targets=1, dim=1, teacher_dim=1)), k, normalize, memory)
 
-    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor) -> TermOutput:
+    def __call__(
+        self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor, n_rows: int | None = None
+    ) -> TermOutput:
         self.objective.given = temperature
-        return super().__call__(representations, teacher, valid)
+        return super().__call__(representations, teacher, valid, n_rows)

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     select = command("select", _select, "score every attention head and write the run's recipe")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
     select.add_argument("--in-place", action="store_true", help="write the heads into the recipe itself, too")
+    select.add_argument("--force", action="store_true", help="replace the heads of a run that has trained there")
     select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache for all samples")
     _take_overrides(select, "hera_select_mode=mllm")
 
@@ -165,7 +166,7 @@ def _select(args: argparse.Namespace) -> int:
     if args.teacher_only:
         fill_teacher(args.recipe, args.overrides)
     else:
-        select(args.recipe, args.overrides, in_place=args.in_place)
+        select(args.recipe, args.overrides, in_place=args.in_place, force=args.force)
     return 0
 
 

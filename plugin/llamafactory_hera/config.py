@@ -5,10 +5,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .heads.pooling import Pooling
-from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Targets
+from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
 from .knobs import KeyedConfig, Role, knob
-from .objectives import find
 
 _MOST_HEADS = 5  # more wrecked a model in the paper (Qwen2.5-3B with m=10: All 54.2 -> 46.0)
 
@@ -47,17 +45,19 @@ class SelectConfig(KeyedConfig):
         fact="dataset",
     )
     samples: int = knob(
-        1000, "Image-caption pairs to score the heads on.", Role.SELECTS, at_least=1, fact="samples_asked"
+        1000, "Image-caption pairs to score heads on.", Role.SELECTS, at_least=1, at_most=10**7, fact="samples_asked"
     )
     k: int = knob(10, "Nearest neighbours per sample when scoring heads.", Role.SELECTS, Role.SCORES, at_least=1)
     batch_size: int = knob(
-        16, "Samples per device in a forward pass of the selection; halved if memory runs out.", at_least=1
+        16, "Samples per device in a forward pass of selection; halved if memory runs out.", at_least=1, at_most=10**5
     )
     seed: int = knob(0, "Seed of the draw of samples, and of the heads of hera_select: random.", Role.SELECTS)
     dtype: StoredDtype = knob(
         "fp32", "Precision in which head outputs are stored for scoring: fp32 or fp16.", fact="stored_dtype"
     )
-    memory_gb: float = knob(4.0, "Bound on the working memory of scoring, in GiB.", above=0, hint="for instance 4")
+    memory_gb: float = knob(
+        4.0, "Bound on the working memory of scoring, in GiB.", above=0, at_most=10**5, hint="for instance 4"
+    )
 
     def check(self) -> None:
         """There must be neighbours to choose among."""
@@ -102,13 +102,17 @@ class HeraConfig(KeyedConfig):
         "Weight (lambda) of the alignment loss beside the language-modeling loss.",
         Role.RESUMABLE,
         at_least=0,
+        at_most=1000,
         hint="the paper uses 0.01",
     )
-    k: int = knob(10, "Nearest neighbours in the teacher's space per sample.", Role.RESUMABLE, at_least=1)
+    k: int = knob(
+        10, "Nearest neighbours in the teacher's space per sample.", Role.RESUMABLE, at_least=1, at_most=10**6
+    )
     temperature: float = knob(
         0.07,
         "Initial softmax temperature of the contrastive loss, learned in log scale.",
-        above=0,
+        above=0.0001,
+        at_most=100,
         hint="the paper uses 0.07",
     )
     fixed_temperature: bool = knob(
@@ -131,6 +135,7 @@ class HeraConfig(KeyedConfig):
         "Peak learning rate of what the objective trains beside the model; by default the run's.",
         Role.RESUMABLE,
         above=0,
+        at_most=10,
     )
     own_from: str | None = knob(None, "Output folder of an earlier run, where what the objective trains starts from.")
     teacher: str = knob(
@@ -154,9 +159,10 @@ class HeraConfig(KeyedConfig):
     )
     memory: int = knob(
         0,
-        "Recent samples kept as further candidates, for global batches below hera_k + 1; 0 for none.",
+        "Recent samples kept as further candidates, for global batches below twice hera_k; 0 for none.",
         Role.RESUMABLE,
         at_least=0,
+        at_most=10**6,
     )
     accumulate: Literal["none", "gradcache"] = knob(
         "none",
@@ -167,7 +173,9 @@ class HeraConfig(KeyedConfig):
     image_index: int = knob(
         0, "Which image of a sample with several the teacher sees; negative counts from the last.", Role.RESUMABLE
     )
-    max_nan: int = knob(10, "Steps in a row with a non-finite HeRA term after which the run stops.", at_least=1)
+    max_nan: int = knob(
+        10, "Steps in a row with a non-finite HeRA term after which the run stops, at its next log line.", at_least=1
+    )
     eval: Literal["none", "demo", "paper", "hallucination"] = knob(
         "none",
         "Suite of benchmarks to evaluate the finished run on, as `llamafactory-hera eval` does, with data in "
@@ -223,6 +231,8 @@ class HeraConfig(KeyedConfig):
             warnings.warn(f"{key}: {chosen} heads are {advice}.", stacklevel=5)
 
     def _check_objective(self) -> None:
+        from .objectives import find  # with torch, which a command that reads scores can do without
+
         objective, named = find(self.objective), f"hera_objective: {self.objective}"
         if self.granularity not in objective.granularities:
             raise ValueError(

@@ -108,7 +108,9 @@ def _unreachable(repo: str, key: str, error: Exception, hub: dict[str, Any]) -> 
         why = "HF_HUB_OFFLINE is set"
     folder = f"models/{repo.split('/')[1]}"
     command = f"hf download {repo}" + (f" --revision {hub['revision']}" if hub.get("revision") else "")
-    place = f"give {key} {folder}" if key.startswith("--") else f"set {key}: {folder}"
+    place = f"set {key}: {folder}"
+    if key.startswith("--") or key == "MODEL":
+        place = f"give {folder if key == 'MODEL' else f'{key} {folder}'}"
     cache = hub.get("cache_dir") or constants.HF_HUB_CACHE
     return ValueError(
         f"{key}: {repo} is not a folder here, {why}, and the hub cache {cache} does not hold the whole model. On a "
@@ -147,6 +149,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _parts(index: Path) -> list[str]:
     try:
-        return sorted(set(read_json(index)["weight_map"].values()))
+        parts = sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [part for part in parts if Path(part).name != part]:
+            raise ValueError(f"{outside[0]} lies outside of its folder")
+        return parts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} cannot be read as an index of weights ({error})") from error

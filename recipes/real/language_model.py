@@ -23,8 +23,8 @@ def require_acceptance() -> None:
         text = " ".join(text.split())
         print(text[max(0, text.find("By using, reproducing")) :].partition("Send feedback")[0], flush=True)
         raise ValueError(
-            f"ACCEPT_GEMMA_TERMS: {accepted}; the weights come under the terms above ({terms}). Read them, and if you "
-            "accept them run `ACCEPT_GEMMA_TERMS=1 make real`."
+            f"ACCEPT_GEMMA_TERMS is {accepted or 'not set'}; the weights come under the terms above ({terms}). Read "
+            "them, and if you accept them run `ACCEPT_GEMMA_TERMS=1 make real`."
         )
 
 

@@ -214,7 +214,7 @@ def _claim(root: Path, settings: Settings, output: str | os.PathLike) -> None:
 def main() -> int:
     """The command; its exit status is 0, 2 for bad input or a failed run, 130 when it was stopped."""
     parser = argparse.ArgumentParser(prog="recipes/study", description=__doc__)
-    parser.add_argument("--size", default="default", help=f"one of {', '.join(SIZES)}")
+    parser.add_argument("--size", default="default", choices=SIZES)
     parser.add_argument("--output", help="folder (default hera_study/SIZE)")
     parser.add_argument("--workers", type=int, default=2, help="processes side by side")
     parser.add_argument("--seeds", type=int, default=0, help="of the primary methods, where not the size's")

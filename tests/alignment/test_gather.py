@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from tests.ranks import run_ranks
 from tests.terms import ContrastiveTerm
+from tests.waits import Waits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,20 +54,24 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
     wrapped = DistributedDataParallel(module) if wrap else module
     memory = CrossBatchMemory(5)
     term = ContrastiveTerm(k=3, memory=memory)
+    waits, n_rows = Waits(), None if batch == "uneven" else 6  # there the ranks agree on a size
     log_temperature = torch.tensor(-1.0, requires_grad=True)
     results = {}
     for step in range(2):
         module.zero_grad()
         log_temperature.grad = None
         inputs, teacher = (tensor[mine] for tensor in samples(step))
-        output = term(heads_of(wrapped, inputs), teacher, torch.tensor(valid)[mine], log_temperature.exp())
+        heads, entering, temperature = heads_of(wrapped, inputs), torch.tensor(valid)[mine], log_temperature.exp()
+        with waits:
+            output = term(heads, teacher, entering, temperature, n_rows)
         output.loss.backward()
         results[f"loss {step}"] = output.loss.detach()
         results[f"mknn {step}"] = output.mknn
-        results[f"samples {step}"] = torch.tensor(output.n_samples)
+        results[f"samples {step}"] = output.n_samples
         results[f"gradient {step}"] = torch.cat([p.grad.flatten() for p in module.parameters()])
         results[f"temperature gradient {step}"] = log_temperature.grad.clone()
     results.update(memory.state_dict())
+    assert sum(waits.ours.values()) == (2 if n_rows is None and wrap else 0), waits.ours
     return results
 
 
@@ -84,6 +89,10 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
     with pytest.raises(ValueError, match="refused by 0"):
         on_first(refuse)
+    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: it makes 1 samples, and this process has 3;"):
+        ContrastiveTerm(k=1)(
+            torch.zeros(1, 3, 2), torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), torch.ones(()), 1
+        )
 
     rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
     other_side = others * 1  # made before the gather, so that its gradient is passed on after it

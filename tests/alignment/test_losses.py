@@ -37,7 +37,7 @@ def test_value_and_gradients_are_those_of_equation_4(neighbors, normalize, shape
     allowed = None
     if masked:
         allowed = (torch.rand(5, N) < 0.7).fill_diagonal_(False)
-        allowed[1], allowed[3], allowed[3, 2] = False, False, True
+        allowed[1], allowed[3], allowed[3, [2, 4]] = False, False, True
         neighbors = nearest_neighbors(torch.randn(N, 4), K, allowed=allowed)
         assert (neighbors[[1, 3]] >= 0).sum(1).tolist() == [0, 1]
     loss = contrastive_loss(z, neighbors, temperature, normalize, allowed)

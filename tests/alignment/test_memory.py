@@ -14,37 +14,54 @@ def pairs(first: int, n: int) -> tuple[Tensor, Tensor]:
     return numbers.view(1, n, 1).expand(HEADS, n, D) + heads, numbers.view(n, 1).expand(n, D_TEACHER).clone()
 
 
+def add(memory: CrossBatchMemory, first: int, n: int) -> None:
+    memory.append(*pairs(first, n), torch.ones(n, dtype=torch.bool))
+
+
 def held(memory: CrossBatchMemory) -> list[int]:
     """Numbers of the samples that are held, oldest first; representations and teacher must name the same ones."""
-    if not len(memory):
-        assert memory.representations is None
+    if memory.pairs is None:
         return []
-    assert memory.representations.shape == (HEADS, len(memory), D)
-    assert memory.teacher.shape == (len(memory), D_TEACHER)
+    representations, teacher, filled = memory.pairs
+    assert representations.shape == (HEADS, memory.size, D)
+    assert teacher.shape == (memory.size, D_TEACHER)
+    for values in (representations.transpose(0, 1), teacher):
+        assert not values[~filled].any()
     expected, _ = pairs(0, 1)
-    offsets = memory.representations - memory.teacher[:, :1]
+    offsets = (representations - teacher[:, :1])[:, filled]
     torch.testing.assert_close(offsets, expected.expand_as(offsets), rtol=0, atol=1e-5)
-    return [int(number) for number in memory.teacher[:, 0]]
+    return [int(number) for number in teacher[filled, 0]]
 
 
 def test_it_keeps_the_last_pairs_first_in_first_out():
     memory = CrossBatchMemory(5)
     assert held(memory) == []
-    memory.append(*pairs(0, 2))
+    add(memory, 0, 2)
     assert held(memory) == [0, 1]
-    memory.append(*pairs(2, 2))
+    add(memory, 2, 2)
     assert held(memory) == [0, 1, 2, 3]
-    memory.append(*pairs(4, 3))
+    add(memory, 4, 3)
     assert held(memory) == [2, 3, 4, 5, 6]
-    memory.append(*pairs(7, 9))  # more than it holds
+    add(memory, 7, 9)  # more than it holds
     assert held(memory) == [11, 12, 13, 14, 15]
-    memory.append(*pairs(16, 0))
+    add(memory, 16, 0)
     assert held(memory) == [11, 12, 13, 14, 15]
+
+
+def test_pairs_that_are_not_valid_are_not_kept_whatever_they_hold():
+    memory = CrossBatchMemory(5)
+    representations, teacher = (tensor.clone() for tensor in pairs(0, 8))
+    representations[:, 1], teacher[1], teacher[6] = torch.nan, torch.inf, torch.nan
+    valid = torch.tensor([True, False, True, True, False, False, False, True])
+    memory.append(representations, teacher, valid)
+    assert held(memory) == [0, 2, 3, 7]
+    memory.append(representations, teacher, valid)
+    assert held(memory) == [7, 0, 2, 3, 7]
 
 
 def test_size_zero_keeps_nothing():
     memory = CrossBatchMemory(0)
-    memory.append(*pairs(0, 3))
+    add(memory, 0, 3)
     assert held(memory) == []
     assert memory.state_dict() == {}
 
@@ -52,14 +69,15 @@ def test_size_zero_keeps_nothing():
 def test_what_it_holds_is_detached_and_a_copy():
     representations, teacher = (tensor.clone().requires_grad_() for tensor in pairs(0, 3))
     memory = CrossBatchMemory(2)
-    memory.append(representations * 1, teacher * 1)
-    assert not memory.representations.requires_grad
-    assert not memory.teacher.requires_grad
-    assert memory.representations.untyped_storage().nbytes() == memory.representations.nbytes  # not the whole batch
+    valid = torch.ones(3, dtype=torch.bool)
+    memory.append(representations * 1, teacher * 1, valid)
+    for values in memory.pairs:
+        assert not values.requires_grad
+        assert values.untyped_storage().nbytes() == values.nbytes  # not the whole batch
     memory = CrossBatchMemory(3)
     representations, teacher = pairs(0, 3)
     representations = representations.clone()
-    memory.append(representations, teacher)
+    memory.append(representations, teacher, valid)
     representations.fill_(99)
     teacher.fill_(99)
     assert held(memory) == [0, 1, 2]
@@ -67,20 +85,20 @@ def test_what_it_holds_is_detached_and_a_copy():
 
 def test_state_round_trip():
     memory, restored = CrossBatchMemory(4), CrossBatchMemory(4)
-    memory.append(*pairs(0, 3))
+    add(memory, 0, 3)
     state = memory.state_dict()
-    restored.append(*pairs(50, 4))  # what was held before is forgotten
+    add(restored, 50, 4)  # what was held before is forgotten
     restored.load_state_dict(state)
     assert held(restored) == [0, 1, 2]
     for one in (memory, restored):
-        one.append(*pairs(3, 2))
+        add(one, 3, 2)
     assert held(restored) == held(memory) == [1, 2, 3, 4]
     assert state["memory.teacher"][:, 0].tolist() == [0, 1, 2]  # a later step does not change a saved state
 
 
 def test_an_empty_state_empties_the_memory():
     memory = CrossBatchMemory(4)
-    memory.append(*pairs(0, 3))
+    add(memory, 0, 3)
     memory.load_state_dict(CrossBatchMemory(4).state_dict())
     assert held(memory) == []
 
@@ -88,7 +106,7 @@ def test_an_empty_state_empties_the_memory():
 @pytest.mark.parametrize("size, expected", [(2, [3, 4]), (9, [0, 1, 2, 3, 4]), (0, [])])
 def test_a_memory_of_another_size_takes_the_newest_that_fit(size, expected):
     memory = CrossBatchMemory(5)
-    memory.append(*pairs(0, 5))
+    add(memory, 0, 5)
     resized = CrossBatchMemory(size)
     resized.load_state_dict(memory.state_dict())
     assert held(resized) == expected

@@ -85,7 +85,7 @@ def test_neighbors_are_the_same_whatever_rows_are_ranked_at_a_time(monkeypatch):
 
 def naive_among(features: Tensor, allowed: Tensor, k: int, normalize: bool = True) -> list[list[int]]:
     order = naive_neighbors(features, len(features) - 1, normalize)[: len(allowed)]
-    found = [[j for j in order[i] if row[j]][:k] for i, row in enumerate(allowed.tolist())]
+    found = [[j for j in order[i] if row[j]][: min(k, sum(row) // 2)] for i, row in enumerate(allowed.tolist())]
     return [row + [-1] * (min(k, len(features)) - len(row)) for row in found]
 
 
@@ -114,14 +114,18 @@ def test_candidates_are_other_valid_images_and_remembered_ones():
     teacher[6] = teacher[1]
     teacher[4] = torch.nan
     valid = torch.tensor([True, True, True, True, False])
-    candidates = teacher_candidates(teacher, valid, 3, normalize=False)
+    candidates = teacher_candidates(teacher, valid, 3, False, torch.ones(2, dtype=torch.bool))
     allowed = [[1, 2, 5, 6], [0, 2, 3, 5], [0, 1, 3, 5, 6], [1, 2, 5, 6], []]
     assert [row.nonzero().flatten().tolist() for row in candidates.allowed] == allowed
     teacher[4] = 0
     assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3, normalize=False)
     assert candidates.duplicates == 1
     assert candidates.known.tolist() == valid.tolist()
-    assert candidates.chance.item() == pytest.approx((3 / 4 * 3 + 3 / 5) / 4)
+    half = teacher_candidates(teacher, valid, 3, False, torch.tensor([False, True])).allowed
+    assert torch.equal(half[:, :5], candidates.allowed[:, :5])
+    assert torch.equal(half[:, 6], candidates.allowed[:, 6])
+    assert not half[:, 5].any()
+    assert candidates.chance.item() == pytest.approx((2 / 4 * 3 + 2 / 5) / 4)
 
 
 def test_mutual_knn_ignores_the_order_inside_a_neighborhood_and_the_width_of_features():

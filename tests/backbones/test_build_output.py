@@ -9,6 +9,7 @@ import pytest
 import transformers as tf
 
 from llamafactory_hera.backbones import build as build_module
+from tests.ranks import holder
 
 from .conftest import Build
 from .test_build import load
@@ -56,11 +57,15 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(
     if function != "replace":  # config.json comes last
         with pytest.raises(ValueError, match=r"config\.json"):
             tf.AutoConfig.from_pretrained(tmp_path / "built.partial")
-    with pytest.raises(
-        ValueError, match=r"--output: .*built\.partial is there, of a build that was killed .*; remove"
-    ):
+    with pytest.raises(ValueError, match=r"--output: .*built\.partial is there, of a build that was killed; remove"):
         build()
     shutil.rmtree(tmp_path / "built.partial")
+    load(build().folder)
+
+
+def test_a_second_build_of_one_folder_names_the_first(build: Build, tmp_path: Path) -> None:
+    with holder(tmp_path / "built.lock") as process, pytest.raises(ValueError, match=f"process {process.pid} on "):
+        build()
     load(build().folder)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = yaml.safe_load(Path(options.recipe).read_text(encoding="utf-8"))
     heads = select(options.recipe, [f"output_dir={options.output}/selection"])
-    names = [str(head) for head in heads.heads]
+    names = [str(head) for head in heads.items]
     scoring = ["hera_select_mode=mllm", f"dataset={options.heldout}"]
 
     def mknn(checkpoint: str, name: str) -> tuple[float, float]:
@@ -49,7 +49,7 @@ def main() -> None:
         output = options.output / f"{name}_scores.json"
         score_checkpoint(checkpoint, options.recipe, output, scoring)
         provenance = json.loads(output.read_text(encoding="utf-8"))["provenance"]
-        scores = [provenance["scores"][head.layer][head.head] for head in heads.heads]
+        scores = [provenance["scores"][head.layer][head.head] for head in heads.items]
         return statistics.mean(scores), provenance["chance_level"]
 
     before, chance = mknn(recipe["model_name_or_path"], "before")

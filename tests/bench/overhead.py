@@ -78,6 +78,7 @@ class Bench:
     def prepare(self, kind: str) -> None:
         """What lasts as long as a run of this kind."""
         aligner = self.trainer.aligner
+        aligner.teacher.flush()  # what is on its way into the cache of the last kind
         aligner.capture.remove()
         if kind != SFT:
             aligner.capture.install()
@@ -205,7 +206,8 @@ def train_recipe(options: argparse.Namespace, folder: str) -> None:
     for override in options.overrides:
         key, value = override.split("=", 1)
         arguments[key] = yaml.safe_load(value)
-    arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1, "output_dir": folder}
+    arguments |= {"max_steps": 1, "save_strategy": "no", "gradient_accumulation_steps": 1}
+    arguments |= {"output_dir": f"{folder}/run"}  # apart from the cache
     draws = find(arguments.get("hera_objective", "contrastive")).view == "latents"  # a sample in each step
     arguments |= {"hera_teacher_cache": None if draws else f"{folder}/cache"}
     if "plugins" in arguments:

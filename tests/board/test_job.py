@@ -1,6 +1,7 @@
 """Scoring jobs as processes, the commands of a comparison, and the reason of a run that has failed."""
 
 import json
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, compare_job, select_job
+from llamafactory_hera.teachers.fill import PROGRESS, Progress
 
 
 def job(folder: Path, *commands: list[str]) -> Job:
@@ -52,21 +54,24 @@ def test_a_job_is_aborted_with_its_processes(tmp_path: Path) -> None:
     started.abort()  # does nothing
 
 
-def test_progress_is_the_last_bar_of_the_log(tmp_path: Path) -> None:
+def test_progress_is_the_last_line_that_a_bar_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     started = job(tmp_path)
-    assert started.progress() is None
     started.log.parent.mkdir()
-    bars = [
-        "[transformers] a warning",
-        "Loading weights: 100%|████| 61/61 [00:00<00:00, 40.0it/s]",
-        "HeRA | teacher:   0%|          | 0/96 [00:00<?, ?image/s]\rHeRA | teacher: 100%|███| 96/96 [00:01<00:00]",
-        "HeRA | scoring pass:   0%| | 0/96 [00:00<?, ?sample/s]\rHeRA | scoring pass:  67%|██▋ | 64/96 [00:00<00:00]",
-    ]
-    started.log.write_text("\n".join(bars[:3]))
-    assert started.progress() == ("teacher", 96, 96)
-    started.log.write_text("\n".join(bars))
+    started.progress_log.touch()
+    assert started.progress() is None
+    monkeypatch.setenv(PROGRESS, str(started.progress_log))
+    for phase, done in (("teacher", 96), ("scoring pass", 64)):
+        bar = Progress(phase, 96)
+        bar.update(done)
+        bar.close()
+        assert started.progress() == (phase, done, 96)
+    with started.progress_log.open("a") as lines:
+        lines.write('["scoring pass", 9')  # by a process that was killed
     assert started.progress() == ("scoring pass", 64, 96)
-    assert started.output() == bars[0]
+    started.log.write_text("[transformers] a warning\n" + capfd.readouterr().err)
+    assert started.output() == "[transformers] a warning"
 
 
 @pytest.fixture
@@ -146,14 +151,26 @@ def test_the_last_error_of_a_failed_run_comes_first(text: str, lang: str, shown:
     assert reason_first(text, lang) == (text if shown is None else f"{head}{gap}**{shown}**{gap}{rest}")
 
 
-def test_a_run_of_the_evaluation_tab_which_sends_no_stage_is_shown_as_it_is() -> None:
+def test_what_is_shown_of_a_run(tmp_path: Path) -> None:
     from llamafactory_hera.integrations.llamaboard import panel
 
     elements = dict.fromkeys(panel._CHANGED)
     manager = SimpleNamespace(get_elem_by_id=lambda id_: id_)
+    runner = SimpleNamespace(_parse_train_args=lambda data: {"output_dir": tmp_path})
     shown = {"eval.output_box": FAILED.format(last="ValueError: wrong")}
-    made = panel.Panel(SimpleNamespace(manager=manager), elements)
+    made = panel.Panel(SimpleNamespace(manager=manager, runner=runner), elements)
+    # the evaluation tab sends no stage: as it is
     assert made.with_reason(shown, {"top.lang": "en"}) == shown
     assert made.refusal({"top.lang": "en"}, do_train=False) == ""
     hera = made.with_reason(shown, {"top.lang": "en", "train.training_stage": "HeRA"})
     assert "**ValueError: wrong**" in hera["eval.output_box"]
+
+    curves = {"train.loss_viewer": "curves"}
+    log, started = tmp_path / "trainer_log.jsonl", tmp_path / "llamaboard_config.yaml"
+    log.touch()
+    started.touch()
+    for age, kept in ((0, True), (60, False)):  # of what is in the log
+        os.utime(log, (time.time() + 1 - age,) * 2)
+        seen = made.with_reason(curves, {"top.lang": "en", "train.training_stage": "HeRA"})
+        assert (seen == curves) is kept
+        assert kept or seen["train.loss_viewer"].value is None

@@ -1,6 +1,7 @@
 """Selecting heads in the page: started, followed, reloaded, aborted, looked at again, refused."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 from playwright.sync_api import expect
@@ -60,25 +61,41 @@ def test_an_earlier_selection_is_loaded_and_looked_at(selected: str, board: Boar
     expect(page.field("Attention heads")).to_have_value("by_hand.json")
 
 
-def test_a_selection_is_aborted_with_all_its_processes(board: Board, page: BoardPage) -> None:
+def test_a_selection_is_aborted_with_all_its_processes(
+    board: Board, page: BoardPage, open_page: Callable[[Board], BoardPage]
+) -> None:
     page.describe_run("aborted")
     page.press("Select heads")
     expect(page.status).to_contain_text("Selecting heads")
     assert any("llamafactory_hera.cli select" in line for line in board.processes())
     page.press("Start")  # nothing else may start meanwhile
     expect(page.page.get_by_text("A process is in running").first).to_be_visible()
-    page.press("Abort scoring")
+    other = open_page(board)
+    expect(other.status).to_contain_text("Selecting heads")
+    other.press("Abort scoring")
+    expect(other.status).to_have_text("Aborted.")
     expect(page.status).to_have_text("Aborted.")
     assert not any("llamafactory_hera.cli" in line for line in board.processes())
     expect(page.field("Attention heads")).to_have_value("")
     page.shot("12_aborted")
+    page.press("Select heads")  # it was aborted elsewhere
+    expect(page.status).to_contain_text("Selecting heads")
+    refusal = page.page.get_by_test_id("toast-body").filter(has_text="A process is in running")
+    expect(refusal).to_have_count(0)
+    page.press("Select heads")  # while this page follows the job
+    expect(refusal).to_be_visible()
+    page.press("Abort scoring")
+    expect(page.status).to_have_text("Aborted.")
+    other.open()
+    expect(other.status).to_have_text("")  # of a job that another page has started
 
 
 def test_why_a_selection_has_failed_is_shown(page: BoardPage) -> None:
     page.describe_run("refused", Teacher="no_such_teacher")
     page.press("Select heads")
     expect(page.status).to_contain_text("Failed with exit code 2", timeout=SLOW)
-    expect(page.status).to_contain_text("hera_teacher: the folder no_such_teacher does not exist")
+    reason = page.status.locator("p").filter(has_text="hera_teacher: the folder no_such_teacher does not exist")
+    expect(reason).to_be_visible()  # where lines are wrapped
     page.shot("13_missing_teacher")
 
 
@@ -87,4 +104,6 @@ def test_without_a_dataset_nothing_is_started(page: BoardPage, board: Board) -> 
     page.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
     page.press("Select heads")
     expect(page.status).to_contain_text("Please choose a dataset")
+    page.choose("Stage", "Supervised Fine-Tuning")
+    expect(page.button("Select heads")).not_to_be_visible()
     assert not any("llamafactory_hera.cli" in line for line in board.processes())

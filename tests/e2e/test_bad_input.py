@@ -84,7 +84,20 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["resume_from_checkpoint", "saves/nope/checkpoint-2 is not a folder"],
     ),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint: true", "output_dir: saves/bad"]),
+    "output is the teacher": ({"output_dir": "hera_demo/teacher"}, ["output_dir: hera_demo/teacher is hera_teacher"]),
+    "output around the data": ({"output_dir": "hera_demo"}, ["output_dir: hera_demo is around", "folder of its own"]),
+    "output in the cache": (
+        {"output_dir": "cache/run", "hera_teacher_cache": "cache"},
+        ["cache/run lies in hera_teacher_cache: cache"],
+    ),
+    "output is the data": ({"output_dir": "hera_demo/data"}, ["hera_demo/data is dataset_dir: hera_demo/data"]),
     "one sample": ({"per_device_train_batch_size": 1}, ["per_device_train_batch_size", "hera_memory"]),
+    "two images": ({"max_samples": 2}, ["dataset", "2 samples with an image", "compares 3 or more", "max_samples"]),
+    "a stream without workers": (
+        {"streaming": True, "dataloader_num_workers": 0},
+        ["dataloader_num_workers: 0", "set it to 1 or more"],
+    ),
+    "two samples": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
 }
 
 

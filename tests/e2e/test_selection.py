@@ -67,6 +67,13 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert run.ok, run.output
     assert f"HeRA | heads: {heads}" in run.output
     assert Targets.load(run.folder / "hera/heads.json") == heads  # the scores are not lost
+    with pytest.raises(ValueError, match=r"output_dir: saves/select holds a run that has trained .*, or --force to"):
+        select(path, ["hera_select=top"])
+    with pytest.raises(ValueError, match=r"--output: saves/select/hera holds a run that has trained .*; give another"):
+        score_checkpoint(None, path, "saves/select/hera/heads.json")
+    assert select(path, ["hera_select=top"], force=True) == Targets.load(folder / "heads.json") != heads
+    with pytest.raises(ValueError, match="output_dir: hera_demo/model is model_name_or_path: hera_demo/model"):
+        select(path, ["output_dir=hera_demo/model"])
 
 
 def test_a_llava_is_selected_as_the_plain_llm_in_it(here: Path, chosen: dict) -> None:

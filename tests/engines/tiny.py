@@ -185,7 +185,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
         "hera_image": torch.stack([torch.zeros_like(shown), shown], dim=1).long(),
     }
     if shown.any():
-        teacher["hera_pixels"] = pixels
+        teacher |= {"hera_pixels": pixels, "hera_rows": shown.nonzero()[:, 0]}
     return Batch(inputs, teacher)
 
 

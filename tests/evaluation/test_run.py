@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from llamafactory_hera.evaluation.card import write_index
 from llamafactory_hera.evaluation.models import model_folders, weights_digest
-from llamafactory_hera.evaluation.run import evaluate, missing
+from llamafactory_hera.evaluation.run import evaluate, missing, run_task
+from llamafactory_hera.evaluation.scoring import demo
 from llamafactory_hera.evaluation.suites import SUITES
 from llamafactory_hera.files import read_json_lines
 
@@ -106,17 +110,17 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path, data: Path, tmp_path: P
 def test_what_stops_a_task_is_named_and_its_answers_stay(folder: Path, data: Path, tmp_path: Path) -> None:
     rows = json.loads((data / "demo_questions.json").read_text())
     shortest = min(range(24), key=lambda i: len(rows[i]["question"]))  # one of the last to be asked
-    lost = data / rows[shortest]["image"]
-    image = lost.read_bytes()
-    lost.unlink()
+    torn = data / rows[shortest]["image"]
+    image = torn.read_bytes()
+    torn.write_bytes(image[: len(image) // 2])
     code, output = run_command(command(folder, data, "--batch-size", "1"), tmp_path)
     assert code == 1
     failed = output.rpartition("Failed:")[2]
     assert "built, demo_questions: " in failed
-    assert f"FileNotFoundError: [Errno 2] No such file or directory: '{lost}'" in failed
+    assert re.search(rf"sample \d+ \(from 0\) of {TASK}: its image cannot be read", failed)
     kept = lines(tmp_path, "answers.jsonl")
     assert kept
-    lost.write_bytes(image)
+    torn.write_bytes(image)
     code, output = run_command(command(folder, data, "--batch-size", "1"), tmp_path)
     assert code == 0, output
     assert lines(tmp_path, "answers.jsonl")[: len(kept)] == kept
@@ -180,8 +184,6 @@ def test_a_published_dataset_from_our_command_and_from_lmms_eval(folder: Path, t
 
 
 def opened(row: dict[str, Any]) -> list[Any]:
-    from PIL import Image
-
     return [Image.open(row["image"])]
 
 
@@ -189,10 +191,13 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, base in (("orphan", "saves/gone"), ("unnamed", "")):
+    for name, base in (("orphan", "saves/gone"), ("unnamed", ""), ("bare", str(folder))):
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
     shutil.copytree(folder, "torn", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder, "cut")
+    Path("cut/config.json").write_text("{")
+    shutil.copytree(folder, "mute", ignore=shutil.ignore_patterns("*processor_config.json"))
     given = {"models": [str(folder)], "suite": "demo", "data": data}
     for changed, message in (
         ({"models": []}, "MODEL: none is named"),
@@ -200,11 +205,14 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(
         ({"models": [str(data)]}, "holds no config.json. Give the folder"),
         ({"models": ["orphan"]}, "base_model_name_or_path of the adapter orphan: .*saves/gone"),
         ({"models": ["unnamed"]}, "adapter unnamed: it names no model"),
-        ({"models": ["torn"]}, "torn holds no weights"),
+        ({"models": ["torn"]}, "MODEL: torn holds no weights.*Copy or download the model again"),
+        ({"models": ["cut"]}, "MODEL: cut/config.json is not JSON"),
+        ({"models": ["mute"]}, "MODEL: the processor of mute cannot be loaded; copy or download it again"),
+        ({"models": ["bare"]}, "MODEL: the adapter bare holds no adapter_model.safetensors"),
         ({"models": [str(folder)] * 2, "names": ["a", "a"]}, "--names: two models have the same name"),
         ({"names": ["a", "b"]}, "--names: 2 names for 1 models"),
         ({"suite": "vision"}, "--suite: vision is unknown; choose demo"),
-        ({"tasks": ["pope"]}, "--tasks: pope is not in the suite demo; it has demo_questions"),
+        ({"tasks": ["demo_questions,pope"]}, "--tasks: pope is not in the suite demo; it has demo_questions"),
         ({"paper": "gpt_2"}, "--paper: gpt_2 is not a backbone of the paper; choose .*qwen3_8b"),
         ({"output": "orphan/adapter_config.json/x"}, "--output: orphan.* cannot be used"),
         ({"data": "nowhere"}, "--data: nowhere is not a folder"),
@@ -234,6 +242,64 @@ def test_a_folder_in_use_and_a_task_without_data_are_named_and_end_in_one(
     assert [path.name for path in place.iterdir()] == [".lock"]
 
 
+WHOLE = {"source": "a", "image": "a.png", "question": "Q?", "answer": "yes", "category": "exist"}
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{**WHOLE, "answer": 4}], "row 0 (from 0) of {} is not one of demo_questions: answer is 4; write a text"),
+    ([WHOLE, {**WHOLE, "question": None}], "row 1 (from 0) of {} is not one of demo_questions: question is None"),
+    ([{name: value for name, value in WHOLE.items() if name != "source"}], "it has no column 'source'"),
+    ([{**WHOLE, "category": "accuracy"}], "category: accuracy is what the score of all questions is called"),
+])  # fmt: skip
+def test_questions_that_are_not_whole_are_named_before_a_model_is_loaded(rows, message: str, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "demo_questions.json").write_text(json.dumps(rows))
+    job = {"folder": str(tmp_path), "suite": "demo", "task": TASK, "data": str(tmp_path), "limit": None}
+    with pytest.raises(ValueError, match=re.escape(message.format(tmp_path / "demo_questions.json"))):
+        run_task(job)
+
+
+def test_a_benchmarks_rows_are_tried_before_a_model_is_loaded(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "Q?", "answer": answer, "image_source": "x"} for answer in ("yes", None)]
+    job = {"folder": str(tmp_path), "suite": "paper", "task": "hera_pope", "data": str(tmp_path), "limit": None}
+    (tmp_path / "pope.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\) of .*pope\.json is not one of pope: .*NoneType"):
+        run_task(job)
+    del rows[0]["image_source"]
+    (tmp_path / "pope.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(ValueError, match=r"row 0 .*: it has no column 'image_source'"):
+        run_task(job)
+
+
+def test_a_full_stop_in_a_reference_is_of_no_matter() -> None:
+    assert demo({**WHOLE, "answer": "Yes."}, "yes")
+    assert not demo({**WHOLE, "answer": "Yes."}, "no")
+
+
+def test_what_lies_in_data_is_opened_before_anything_runs(tmp_path: Path) -> None:
+    (task,) = SUITES["demo"]
+    path = tmp_path / "demo_questions.json"
+    for text, message in (
+        (json.dumps([WHOLE]), "is 'a.png', not a file's path from there"),
+        (json.dumps([{**WHOLE, "image": 5}]), "image of row 0 (from 0)"),
+        ("", "is not JSON"),
+        ("[]", "is not a list of rows"),
+        ('{"rows": []}', "is not a list of rows"),
+    ):
+        path.write_text(text)
+        assert message in missing(task, tmp_path)[0]
+    path.unlink()
+    path.with_suffix("").mkdir()
+    assert "is not a folder of save_to_disk" in missing(task, tmp_path)[0]
+    rows = Dataset.from_list([WHOLE])
+    rows.save_to_disk(str(path.with_suffix("")))
+    assert "holds no split test" in missing(task, tmp_path)[0]
+    shutil.rmtree(path.with_suffix(""))
+    DatasetDict({"test": rows}).save_to_disk(str(path.with_suffix("")))
+    assert missing(task, tmp_path) == []
+
+
 def test_the_digest_is_of_what_decides_answers(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     first = weights_digest([folder])
@@ -261,11 +327,11 @@ def test_the_digest_is_of_what_decides_answers(folder: Path, tmp_path: Path) -> 
 def test_the_check_says_what_a_task_lacks(
     need: str, lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_TOKEN", "AMBER_BASE_DIR"):
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "AMBER_BASE_DIR"):
         monkeypatch.delenv(name, raising=False)
     task = replace(SUITES["paper"][1], needs=(need,))
     assert any(what.startswith(lacks) for what in missing(task, tmp_path))
-    (tmp_path / "pope.json").write_text("[]")
+    (tmp_path / "pope.json").write_text('[{"image": "pope.json"}]')
     assert (missing(task, tmp_path) == []) == (need in ("token", "data"))
 
 
@@ -297,4 +363,4 @@ def test_the_check_takes_no_time_and_loads_nothing(data: Path, tmp_path: Path) -
         ["python", "-c", f"{code}assert not {{'torch', 'matplotlib'}} & set(sys.modules)"], tmp_path
     )
     assert status == 0, output
-    assert "\npope: a token of the hub" in output
+    assert "\npope: its data: HF_HUB_OFFLINE is set" in output

@@ -1,5 +1,6 @@
 """How heads and layers are captured: the ways to name the tokens, the order of targets, and what is left behind."""
 
+import copy
 import gc
 import weakref
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
+from llamafactory_hera.heads.hooks import DecoderInputs
 
 HEADS = "L1H3,L0H2,L1H0,L1H1"
 CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
@@ -258,3 +260,50 @@ def test_nothing_of_a_pass_is_kept_alive_after_the_context(model, batch, mask):
     handle.remove()
     gc.collect()
     assert entered[0]() is None
+
+
+@both
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_copy_of_the_model_is_its_own(model, batch, mask, names, checkpointing):
+    """As EMA and SWA make it, while targets are captured."""
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    clean = text_model("qwen3", seed=1, attention_bias=True)
+    with CAPTURES[names](model, names) as capture, DecoderInputs(model):
+        capture.pool(mask)
+        model(**batch)
+        z = capture.representations()
+        copied = copy.deepcopy(copy.deepcopy(model))
+        copied.load_state_dict(clean.state_dict())
+        output = copied(**batch).logits
+        output.square().mean().backward()
+        assert torch.equal(capture.representations(), z)
+    assert torch.equal(output, clean(**batch).logits)
+    ours, theirs = (captured(each, batch, mask, names, CAPTURES[names]) for each in (copied, clean))
+    assert torch.equal(ours, theirs)
+
+
+def _nested(model, batch, mask):
+    with HeadCapture(model, "L1H3"):
+        captured(model, batch, mask)
+
+
+MISUSES = {
+    "a mask of fewer tokens": (
+        lambda m, b, mask: captured(m, b, mask[:, :4]),
+        r"^mask: \[3, 4\] does not fit .* \[3, 10\]",
+    ),
+    "a mask of one row": (
+        lambda m, b, mask: captured(m, b, mask[0], "L1", LayerCapture),
+        r"^mask: \[10\] does not fit",
+    ),
+    "two captures": (_nested, r"heads of layers \[0, 1\] are captured already, .*; leave that one first"),
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_a_misuse_is_named_and_leaves_nothing_behind(model, batch, mask, case):
+    before, (misuse, message) = state_of(model), MISUSES[case]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        misuse(model, batch, mask)
+    assert state_of(model) == before

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Dinov2Config
 
 from llamafactory_hera.heads.pooling import (
+    check_image_tokens,
     grid_side,
     image_token_id,
     pool_tokens,
@@ -140,6 +141,7 @@ def test_the_tokens_of_the_image_that_the_teacher_sees() -> None:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     attended = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    check_image_tokens(ids, attended, torch.tensor(shown), MARK, PER_IMAGE)
     found = token_positions(ids, attended, torch.tensor(shown), MARK, PER_IMAGE)
     for row, (index, count), positions in zip(rows, shown, found.tolist(), strict=True):
         places = [place for place, token in enumerate(row) if token == MARK]
@@ -151,15 +153,15 @@ def test_the_tokens_of_the_image_that_the_teacher_sees() -> None:
 def test_the_dummy_image_of_the_host_is_none() -> None:
     ids = torch.tensor([sequence(1, 2, "image")])
     attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
-    token_positions(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
+    check_image_tokens(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
     with pytest.raises(ValueError, match="1 images has 0 image tokens instead of 4"):
-        token_positions(ids, attended, torch.tensor([[0, 1]]), MARK, PER_IMAGE)
+        check_image_tokens(ids, attended, torch.tensor([[0, 1]]), MARK, PER_IMAGE)
 
 
 def test_tokens_that_were_cut_off_are_named() -> None:
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
     with pytest.raises(ValueError, match=r"^A sample with 2 images has 7 image tokens instead of 8"):
-        token_positions(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
+        check_image_tokens(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 
 @pytest.mark.parametrize("name", VLMS)

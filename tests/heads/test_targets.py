@@ -97,9 +97,28 @@ def test_what_lies_outside_a_model_is_refused(targets: Targets, n_layers: int, n
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scores", "abc"), ("scores", 3), ("scores", [1, 2]), ("scores", [[1], [1, 2]]), ("scores", [["a"]]),
+     ("layer_scores", "abc"), ("layer_scores", [1, 2, 3]), ("chance_level", "x"), ("chance_level", [1])],
+)  # fmt: skip
+def test_provenance_of_another_type_is_refused_when_it_is_read(tmp_path: Path, name: str, value: object) -> None:
+    """Not after training, when the model card shows it."""
+    content = {"scores": [[0.1, None], [0.2, 0.3]], "layer_scores": [0.1, 0.2], "chance_level": 0.1, name: value}
+    (tmp_path / "heads.json").write_text(json.dumps({"heads": ["L0H0"], "provenance": content}))
+    with pytest.raises(ValueError, match=f'^hera_heads: "{name}" in the provenance of .*heads.json is not what'):
+        Targets.load(tmp_path / "heads.json")
+
+
+@pytest.mark.parametrize("name", ["L" + "9" * 5000, f"L1H{'9' * 5000}"])
+def test_a_name_of_5000_digits_is_no_page_of_text(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^hera_heads: 'L.{0,39}' is not a head; "):
+        Targets.parse(name)
+
+
 @both
 def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
-    chosen = Targets(targets.items, {"model": "Modell Ä", "scores": [0.1, 0.2], "k": 10})
+    chosen = Targets(targets.items, {"model": "Modell Ä", "scores": [[0.1, None]], "k": 10})
     path = tmp_path / targets.file_name
     chosen.save(path)
     for read in (

@@ -27,10 +27,15 @@ def test_stage_hera_is_sft_inside_and_hera_outside() -> None:
     assert arguments.to_dict()["hera_heads"] == "L0H1"
 
 
-def test_other_stages_do_not_see_the_keys() -> None:
-    (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict({"stage": "dpo", "hera_k": 0})
+def test_other_stages_do_not_see_the_keys_and_say_so() -> None:
+    with pytest.warns(match="stage: dpo does not read hera_heads, hera_k; write stage: hera"):
+        (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict(
+            {"stage": "dpo", "hera_k": 0, "hera_heads": "L0H1"}
+        )
     assert (arguments.stage, arguments.use_hera) == ("dpo", False)
     assert not [key for key in arguments.to_dict() if key.startswith("hera_")]
+    with pytest.raises(ValueError, match="hera_eval: demo follows a run of stage: hera; for stage: sft leave it out"):
+        FinetuningArguments(stage="sft", hera_eval="demo")
 
 
 def test_the_host_parses_the_extended_class_which_has_every_key_and_keeps_its_own_defaults() -> None:

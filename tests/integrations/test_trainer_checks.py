@@ -14,9 +14,10 @@ from llamafactory_hera.integrations.trainer_rows import N_LOOKED_AT, check_rows
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training import checks
-from llamafactory_hera.training.checks import check_settings
+from llamafactory_hera.training.checks import check_output, check_settings
 from tests.integrations.test_trainer_selection import Stream
 from tests.integrations.test_transformers import BATCH, arguments, hera
+from tests.ranks import holder
 from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
 
 
@@ -33,6 +34,29 @@ def rows_without(*columns: str, n: int = 2 * BATCH) -> list[dict]:
 
 def raw(n: int = BATCH) -> list[dict]:
     return [{"messages": [], "images": row["images"]} for row in image_rows(vlm("llava-llama"), n)]
+
+
+def test_a_second_run_into_one_folder_names_the_first(tmp_path: Path) -> None:
+    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+    with holder(tmp_path / "hera/.lock") as process, pytest.raises(ValueError, match=f"process {process.pid} on "):
+        trainer.train()
+    trainer.train()  # the first was killed
+    assert not (tmp_path / "hera/.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"hera_teacher_cache": "out"}, "output_dir: .*out is hera_teacher_cache: .*; give it a folder of its own"),
+        ({"hera_teacher_cache": "out/cache"}, "output_dir: .*out is around hera_teacher_cache: .*out/cache"),
+        ({"hera_teacher": "."}, r"output_dir: .*out lies in hera_teacher: .*, which the run reads"),
+    ],
+)
+def test_an_output_dir_that_is_not_its_own_is_refused(tmp_path: Path, keys: dict, message: str) -> None:
+    keys = {key: str(tmp_path / place) for key, place in keys.items()}
+    with pytest.raises(ValueError, match=message):
+        check_output(str(tmp_path / "out"), keys.get("hera_teacher_cache"), keys)
+    check_output(str(tmp_path / "out"), str(tmp_path / "out2"), {"model": "out/hub-id"})
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +27,10 @@ from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainer
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.integrations.gradients import KeepGradients, token_mean
-from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 BATCH = 4
+VIRAL = {"heads": None, "granularity": "layer", "layers": "L1", "objective": "viral"}
 
 
 def hera(**keys: object) -> HeraConfig:
@@ -166,7 +169,7 @@ def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
         "neighbours: 2",
         "candidates per sample: 3 (3 of the batch, 0 remembered)",
-        "hera_k: 2 neighbours among 3 candidates are too few to be informative",
+        "hera_k: 2 neighbours are more than half of the 3 candidates that a sample had",
     ):
         assert part in caplog.text
 
@@ -281,6 +284,32 @@ def test_no_other_host_is_imported(tmp_path: Path) -> None:
     assert done.stdout.strip().splitlines()[-1:] == ["[]"], done.stderr
     # messages are seen where nobody has set up a handler
     assert re.search(r"\[INFO\|llamafactory_hera.*HeRA \| heads: L1H0,L0H2", done.stderr)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("keys", [{}, {"accumulate": "gradcache"}, VIRAL], ids=["heads", "gradcache", "tokens"])
+def test_terms_that_are_not_finite_leave_what_is_trained_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
+) -> None:
+    monkeypatch.setattr("llamafactory_hera.training.aligner._image_processor", lambda _: student_processor())
+    settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer = trainer_of(tmp_path, hera={"max_nan": 9, **keys}, **settings)
+    source = trainer.aligner.capture if side == "student" else trainer.aligner.teacher
+    name = "representations" if side == "student" else "features"
+    original = getattr(source, name)
+    monkeypatch.setattr(source, name, lambda *args: original(*args).index_fill(0, torch.tensor([0]), math.nan))
+    before = trainer.aligner.optimizer.state()
+    trainer.train()
+    rounds = 1 if "accumulate" in keys else 2
+    assert [line["hera_nan_steps"] for line in lines(trainer)] == [rounds, 1, rounds]  # an epoch has three batches
+    after = trainer.aligner.optimizer.state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    plain = vlm("llava-llama")
+    rows = [{k: v for k, v in row.items() if k != "images"} for row in image_rows(plain, 3 * BATCH)]
+    sft = Trainer(plain, arguments(tmp_path, **settings), train_dataset=rows, data_collator=collate_rows)
+    sft.train()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 # -- gradient accumulation -------------------------------------------------------------------------------------------
@@ -403,3 +432,28 @@ def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
     assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
     assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
+
+
+def test_what_the_objective_trains_is_free_of_deepspeed_s_loss_scale(tmp_path: Path) -> None:
+    """By its own loss scaler: its engine refuses fp16 on most CPUs."""
+    module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # grows behind each step
+
+    def temperatures(scaled: bool) -> list[float]:
+        trainer = trainer_of(tmp_path / str(scaled), hera={"own_learning_rate": 0.1})
+
+        def backward(loss: Tensor, **_: object) -> None:
+            scaler.backward(loss)
+            for parameter in filter(lambda p: p.grad is not None, trainer.model.parameters()):
+                parameter.grad /= scaler.loss_scale
+            scaler.update_scale(overflow=False)
+
+        if scaled:
+            engine = SimpleNamespace(optimizer=scaler)
+            vars(trainer.accelerator).update(
+                backward=backward, deepspeed_engine_wrapped=SimpleNamespace(engine=engine), free_memory=lambda *_: None
+            )
+        trainer.train()
+        return [line["hera_temperature"] for line in lines(trainer)]
+
+    assert temperatures(scaled=True) == pytest.approx(temperatures(scaled=False), rel=1e-5)

@@ -161,8 +161,7 @@ def test_a_plain_micro_batch_has_no_masks_and_does_not_enter() -> None:
     for two_way in (False, True):
         _, plan = prepared(objective(two_way), plain=True)
         assert plan.attention is plan.embeddings is None
-        assert plan.valid is not None
-        assert not plan.valid.any()
+        assert plan.nobody
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
@@ -314,6 +313,8 @@ def test_an_aligner_hands_the_key_on_and_plain_micro_batches_are_no_part_of_the_
     for _ in range(20):
         collated = collate(rows)
         micro_batch = aligner.begin(collated)
+        # the teacher looks at nothing in a plain one
+        assert ("hera_rows" in micro_batch.inputs) == bool(micro_batch.valid.any())
         logits = model(**collated).logits
         terms.append(aligner.finish(micro_batch))
         (logits.sum() * 0 + terms[-1]).backward()

@@ -89,6 +89,7 @@ def loaded(model: Path, data: Path, dataset: str, template: str) -> list[dict[st
     from llamafactory.model import load_tokenizer
 
     from llamafactory_hera.integrations.llamafactory.checks import checked_dataset
+    from llamafactory_hera.objectives import find
 
     keys = {
         "model_name_or_path": str(model),
@@ -108,7 +109,8 @@ def loaded(model: Path, data: Path, dataset: str, template: str) -> list[dict[st
     model_args, data_args, training_args, _, _ = get_train_args(keys)
     module = load_tokenizer(model_args)
     shape = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    prepared = checked_dataset(get_dataset)(shape, model_args, data_args, training_args, stage="sft", **module)
+    checked = checked_dataset(get_dataset, find("feature_pooled"))
+    prepared = checked(shape, model_args, data_args, training_args, stage="sft", **module)
     return list(prepared["train_dataset"])
 
 

@@ -40,6 +40,8 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert "python mine/data/prepare.py instruct mine/data/llava_instruct/" in Path("mine/data/README.md").read_text()
     copied = {file.relative_to("mine").with_suffix("").as_posix() for file in Path("mine").rglob("*.yaml")}
     assert copied == set(shipped_recipes())
+    with pytest.raises(ValueError, match=r"--copy-to: /proc/mine cannot be written \(.*\); give another folder"):
+        copy_recipes("/proc/mine")
     with pytest.raises(ValueError, match="--copy-to: mine is not empty"):
         copy_recipes("mine")
 

@@ -52,17 +52,18 @@ def test_another_run_goes_on_with_the_blocks_that_are_there_and_whole(tmp_path, 
     assert torch.equal(read(again), heads)
 
 
-def test_features_of_another_key_are_not_seen_and_all_are_cleared_together(tmp_path):
-    written(tmp_path)
-    assert FeatureBlocks(tmp_path, "b" * 64, ROWS, LAYERS, "fp32").missing() == [0, 1, 2]
-    (tmp_path / "heads.json").write_text("{}")
-    FeatureBlocks.clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["heads.json"]
+def test_features_of_another_key_are_not_seen_and_not_cleared(tmp_path):
+    blocks, *_ = written(tmp_path)
+    other = FeatureBlocks(tmp_path, "b" * 64, ROWS, LAYERS, "fp32")
+    assert other.missing() == [0, 1, 2]
+    (tmp_path / "features-mine").mkdir()
+    blocks.clear()
+    assert sorted(tmp_path.iterdir()) == [other.folder, tmp_path / "features-mine"]
 
 
 def test_a_block_that_cannot_be_written_names_the_key(tmp_path):
     blocks, heads, layers = written(tmp_path)
-    FeatureBlocks.clear(tmp_path)
+    blocks.clear()
     blocks.folder.write_text("a file where the folder should be")
     with pytest.raises(ValueError, match=r"output_dir: .*block-00000"):
         blocks.write(0, heads[:2], layers[:2])

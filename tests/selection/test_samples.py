@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection.samples import draw, draw_samples, encode_caption, samples_digest
+from llamafactory_hera.teachers.images import load_image
 
 from .tiny import Rows, captions, noise_images, settings
 
@@ -43,6 +44,16 @@ def test_the_image_that_stands_for_a_sample_decides_what_is_a_repetition():
     found = draw(source, 6, seed=0, image_index=-1)
     assert sorted(sample.row for sample in found.samples) == list(range(6))
     assert all(sample.image is source.own[sample.row] for sample in found.samples)
+
+
+def test_a_broken_image_is_named_with_its_sample():
+    source = Pairs(4)
+    source.own[2] = b"not an image"
+    drawn = draw(source, 4, seed=0, image_index=1)  # by its bytes
+    source.encode = lambda row: load_image(source.own[row]) and None
+    assert len(drawn.samples) == 4
+    with pytest.raises(ValueError, match=r"^dataset: sample 2 \(counted from 0\): The image .* cannot be decoded"):
+        draw(source, 4, seed=0, image_index=1)
 
 
 def test_rows_are_counted_until_there_are_enough():

@@ -1,6 +1,7 @@
 """What is chosen by scores, the table, and before beside after: the same heads in every file, nothing incomparable."""
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -253,5 +254,18 @@ def test_what_cannot_be_compared_or_written_is_named(files, tmp_path):
     (tmp_path / "hand.json").write_text('{"heads": ["L0H0"]}')
     with pytest.raises(ValueError, match=r"hand\.json names heads and holds no scores"):
         compare([files[0], tmp_path / "hand.json"])
+    with pytest.raises(ValueError, match=r"nope\.json cannot be read .*; give a file that `llamafactory-hera score`"):
+        compare([files[0], tmp_path / "nope.json"])
     with pytest.raises(ValueError, match=r"report: .*hand.json/report cannot be written"):
         write_report(files, tmp_path / "hand.json/report")
+
+
+def test_a_report_does_not_wait_for_torch(tmp_path):
+    files = [str(write_scores(tmp_path / f"{n}.json", scores)) for n, scores in enumerate((BEFORE, AFTER))]
+    code = "import sys; from llamafactory_hera.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "report", *files, "--output", str(tmp_path / "report")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.splitlines()[-1] == "0 False", run.stdout + run.stderr

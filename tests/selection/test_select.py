@@ -19,7 +19,7 @@ from llamafactory_hera.selection.forward import Forward
 from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
-from tests.ranks import run_ranks
+from tests.ranks import holder, run_ranks
 from tests.tiny_models import HEADS, LAYERS, text_model
 
 from .tiny import Rows, captions, layer_settings, noise_images, settings, text_inputs, vlm_inputs
@@ -296,6 +296,19 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tm
     unused = dataclasses.replace(inputs, load_teacher=lambda: 1 / 0, load_model=lambda: 1 / 0)
     with pytest.raises(ValueError, match=r"output_dir: .*out cannot be written"):
         select_targets(unused, settings(), tmp_path / "out/heads.json")
+
+
+def test_a_selection_leaves_what_is_another_s_and_keeps_out_a_second_one(tmp_path):
+    inputs, path = text_inputs(tmp_path), tmp_path / "out/heads.json"
+    others = [tmp_path / "out" / name for name in ("features-mine/notes.txt", f"features-{'0' * 16}/block-00000")]
+    for file in others:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    with holder(path.with_name(".lock")) as process, pytest.raises(ValueError, match=f"process {process.pid} on "):
+        select_targets(inputs, settings(), path)
+    assert not path.exists()
+    select_targets(inputs, settings(), path)
+    assert sorted(path.parent.iterdir()) == sorted([*(file.parent for file in others), path])
 
 
 def test_too_little_memory_names_the_key_and_keeps_the_features(tmp_path):

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save
+from safetensors.numpy import save, save_file
 from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers import cache as cache_module
@@ -177,9 +177,19 @@ def test_a_feature_that_is_not_finite_in_float16_is_refused_with_its_key(value, 
     assert len(cache) == 0
 
 
+def test_shards_of_nothing_or_of_nan_are_left_out(cache):
+    nothing = {"keys": np.zeros((0, 16), np.uint8), "checksums": np.zeros(0, np.uint32)}
+    nothing["features"] = np.zeros((0, DIM), np.float16)
+    save_file(nothing, cache.folder / "0.safetensors", {"index_crc32": "0"})
+    write_shard(cache.folder / "1.safetensors", key_array(keys_of([1])), np.full((1, DIM), np.nan, np.float16))
+    cache.refresh()
+    assert cache.get(keys_of([1])) == [None]
+    assert {path.suffix for path in cache.folder.glob("[01].*")} == {".corrupt"}
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"hera_teacher_cache: the folder .*file/inner cannot be made or written"):
+    with pytest.raises(ValueError, match=r"hera_teacher_cache: .*file/inner cannot be written"):
         FeatureCache(tmp_path / "file" / "inner", TEACHER, DIM)
 
 
@@ -348,8 +358,9 @@ def test_merged_shards_keep_to_their_size_and_few_or_large_ones_are_left_alone(f
     write_many(folder, range(5))
     assert len(shard_files(opened(folder))) == 5
     write_many(folder, range(5, 40))
-    monkeypatch.setattr(cache_module, "_MERGED_ROWS", 2)
-    assert len(shard_files(opened(folder))) == 40
+    with monkeypatch.context() as context:
+        context.setattr(cache_module, "_FLUSH_ROWS", 1)
+        assert len(shard_files(opened(folder))) == 40
     monkeypatch.setattr(cache_module, "_MERGED_ROWS", 10)
     reader = opened(folder)
     assert len(shard_files(reader)) == 4

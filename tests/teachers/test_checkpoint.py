@@ -60,6 +60,20 @@ def cut_weights(folder):
         ),
         (remove("model.safetensors"), r"holds no weights \(looked for model\.safetensors.*again, whole"),
         (cut_weights, r"model\.safetensors is not a whole safetensors file.*again, whole"),
+        (
+            write("preprocessor_config.json", '{"size": {"height": 200000}}'),
+            r"asks for images of \[200000\] pixels, not 1 ",
+        ),
+        (write("config.json", '{"model_type": ["dinov2"]}'), "is not a vision model"),
+        (write("config.json", '{"model_type": "dinov2", "hidden_size": "x"}'), "cannot be loaded .*again, whole"),
+        (
+            lambda folder: (
+                (folder / "model.safetensors")
+                .rename(folder / "model.safetensors.index.json")
+                .write_text('{"weight_map": {"a": "/etc/passwd"}}')
+            ),
+            "/etc/passwd lies outside of its folder.*again, whole",
+        ),
         (lambda folder: write_sharded(folder)[1].unlink(), r"model-00002-of-.* is missing.*again, whole"),
     ],
 )

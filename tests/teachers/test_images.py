@@ -117,6 +117,14 @@ def test_other_colour_modes_become_rgb(mode, make_images):
     assert load_image(buffer.getvalue()).mode == "RGB"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_are_scaled_to_8(kind):
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format=kind)
+    assert (np.asarray(load_image(buffer.getvalue()))[..., 0] == values // 256).all()
+
+
 def test_a_missing_file_is_named(tmp_path):
     for call in (load_image, image_key):
         for image in (str(tmp_path / "gone.png"), {"path": str(tmp_path / "gone.png"), "bytes": None}):
@@ -151,6 +159,8 @@ def test_a_data_uri_is_the_file_in_it(picture):
     ("image", "message"),
     [
         ("data:image/png;base64,a", r"The image 'data:image/png;base64,a…' is not valid base64"),
+        ({"path": "data:image/png;base64," + "!" * 9999}, r"The image 'data:image/png;base64,!{18}…' is not valid"),
+        ("x" * 9999, r"The image file 'x{40}…' cannot be read"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import write_json
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.training.checkpoint import (
     check_checkpoint,
+    check_tuning,
     checkpoint_of,
     load_renamed_weights,
     load_state,
@@ -42,6 +45,33 @@ def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
         assert checkpoint_of(arguments(last, tmp_path)) == str(tmp_path / "checkpoint-12")
     named = str(tmp_path / "checkpoint-8")
     assert checkpoint_of(arguments(named, tmp_path)) == named
+
+
+LORA = {"peft_type": "LORA", "r": 8, "use_dora": False}
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind", "settings", "said"),
+    [
+        (None, "full", {}, None),
+        (None, "freeze", {}, None),
+        (None, "lora", {"lora_rank": 8}, "finetuning_type was full, is lora"),
+        (LORA, "full", {}, "finetuning_type was lora, is full"),
+        (LORA, "oft", {}, "finetuning_type was lora, is oft"),
+        (LORA, "lora", {"lora_rank": 8, "use_dora": False}, None),
+        (LORA, "lora", {"lora_rank": 4, "use_dora": True}, "lora_rank was 8, is 4; use_dora was False, is True"),
+    ],
+)
+def test_a_checkpoint_of_another_tuning_is_refused(
+    tmp_path: Path, saved: dict | None, kind: str, settings: dict, said: str | None
+) -> None:
+    (tmp_path / "model.safetensors").touch()
+    if saved is not None:
+        write_json(tmp_path / "adapter_config.json", saved)
+    if said is None:
+        return check_tuning(tmp_path, kind, **settings)
+    with pytest.raises(ValueError, match=f"^resume_from_checkpoint: this run differs .*: {said}. Restore"):
+        check_tuning(tmp_path, kind, **settings)
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])
@@ -79,11 +109,11 @@ def test_one_that_was_not_saved_to_its_end_is_refused_with_the_one_before(tmp_pa
     ],
 )
 def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], said: str) -> None:
-    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
-    assert load_state(tmp_path, HEADS, "fingerprint", config()).keys() == STATE.keys()
+    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
+    assert load_state(tmp_path, HEADS, "fingerprint", config(), 8).keys() == STATE.keys()
     targets = Targets.parse(now.pop("targets", str(HEADS)))
     fingerprint = now.pop("teacher_fingerprint", "fingerprint")
-    for call in (load_state, check_checkpoint):
+    for call in (partial(load_state, n_trained=8), check_checkpoint):
         with pytest.raises(
             ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{said}.* Restore these"
         ):
@@ -92,24 +122,30 @@ def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[s
 
 def test_what_may_change_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
+    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
     # a learned temperature goes on from the checkpoint's, whatever it started from; the rest is of no weight
-    load_state(tmp_path, HEADS, "fingerprint", config(temperature=0.5, max_nan=3, teacher="moved/teacher"))
+    load_state(tmp_path, HEADS, "fingerprint", config(temperature=0.5, max_nan=3, teacher="moved/teacher"), 8)
     assert not [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
-    load_state(tmp_path, HEADS, "fingerprint", config(weight=0.5, k=3))
+    load_state(tmp_path, HEADS, "fingerprint", config(weight=0.5, k=3), 8)
     assert "resume_from_checkpoint: hera_weight was 0.01, is 0.5; hera_k was 10, is 3. The run goes on" in caplog.text
+
+
+def test_a_run_that_trains_other_tensors_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
+    with pytest.raises(ValueError, match=r": finetuning_type trained 8 tensors of the model, trains 3\. Restore"):
+        load_state(tmp_path, HEADS, "fingerprint", config(), 3)
 
 
 @pytest.mark.parametrize("damage", ["no folder", "half a file", "no facts"])
 def test_a_checkpoint_without_a_whole_hera_folder_is_refused(tmp_path: Path, damage: str) -> None:
     if damage != "no folder":
-        save_state(tmp_path, STATE, HEADS, "fingerprint", config(), {})
+        save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
         state = tmp_path / "hera/state.safetensors"
         if damage == "half a file":
             state.write_bytes(state.read_bytes()[:-2])
         else:
             (tmp_path / "hera/run.json").unlink()
-    for call in (load_state, check_checkpoint):
+    for call in (partial(load_state, n_trained=8), check_checkpoint):
         with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds no whole hera/ folder .*damaged one"):
             call(tmp_path, HEADS, "fingerprint", config())
 

@@ -196,6 +196,15 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path)
     assert second[1] == pytest.approx(first[1], abs=1e-4)
 
 
+def test_an_image_that_was_cut_off_is_refused_where_batches_are_made() -> None:
+    model = vlm("llava-llama")
+    collate = aligner_of(model, heads=HEADS, objective="feature").collator(lambda rows: vlm_batch(model, len(rows)))
+    rows = image_rows(model, 2)
+    assert len(collate(rows)["hera_rows"]) == 2
+    with pytest.raises(ValueError, match=r"^A sample with 2 images has 4 image tokens instead of 8"):
+        collate([rows[0], {**rows[1], "images": 2 * rows[1]["images"]}])
+
+
 def test_a_teacher_with_another_grid_is_refused(tmp_path: Path) -> None:
     tf.ViTModel(
         tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8)

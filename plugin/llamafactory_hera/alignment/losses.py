@@ -78,7 +78,7 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(predicted, target, dim=-1)
 
 
-def cka_loss(z: Tensor, teacher: Tensor) -> Tensor:
+def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor:
     """One minus the linear CKA of two sets of features (Kornblith et al. 2019, arXiv 1905.00414, eq. 3 and sec. 3).
 
     ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features centred over samples. It does not change when
@@ -87,16 +87,20 @@ def cka_loss(z: Tensor, teacher: Tensor) -> Tensor:
     Args:
         z: ``[..., N, D]``.
         teacher: ``[N, D_teacher]``, of the same samples.
+        enters: Boolean ``[N]``, the samples that count, by default all; rows of others must be finite.
 
     Returns:
         ``[...]``, between 0 and 1; 1, without gradient, where all samples of a side are equal.
     """
-    ours, theirs = _centred_gram(z), _centred_gram(teacher)
+    enters = torch.ones_like(teacher[:, 0], dtype=torch.bool) if enters is None else enters
+    ours, theirs = _centred_gram(z, enters), _centred_gram(teacher, enters)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
     # a side of length 0 has the product 0; divided by a tiny number its gradient would overflow
     return 1 - (ours * theirs).sum(dim=(-1, -2)) / torch.where(lengths > 0, lengths, 1.0)
 
 
-def _centred_gram(features: Tensor) -> Tensor:
-    centred = features - features.mean(dim=-2, keepdim=True)
+def _centred_gram(features: Tensor, enters: Tensor) -> Tensor:
+    rows = enters.unsqueeze(-1)
+    mean = torch.where(rows, features, 0.0).sum(dim=-2, keepdim=True) / enters.sum().clamp(min=1)
+    centred = torch.where(rows, features - mean, 0.0)
     return centred @ centred.transpose(-1, -2)

@@ -46,8 +46,8 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
             for. Every sample is asked for, and all others are its candidates, when it is left out.
 
     Returns:
-        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample that has
-        fewer candidates has all of them, followed by -1.
+        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample has at most
+        half of its candidates, followed by -1: if all were neighbours, the teacher would decide nothing.
 
     Raises:
         ValueError: ``k`` does not fit the number of samples.
@@ -66,8 +66,8 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
             similarities.masked_fill_(~allowed[rows], -torch.inf)
         ranked = similarities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
         if allowed is not None:
-            among = allowed[rows].expand_as(similarities).gather(-1, ranked)
-            ranked = ranked.masked_fill(~among, -1)
+            most = allowed[rows].sum(dim=-1, keepdim=True) // 2
+            ranked = ranked.masked_fill(torch.arange(ranked.shape[-1], device=most.device) >= most, -1)
         parts.append(ranked)
     return torch.cat(parts, dim=-2)
 
@@ -89,7 +89,7 @@ def mutual_knn(
         k: Neighbours per sample.
         normalize: Cosine similarity when true, dot product otherwise; for both sides.
         allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as :func:`nearest_neighbors` takes
-            it; samples without any do not enter the mean.
+            it; samples with fewer than two do not enter the mean.
 
     Returns:
         A scalar, or ``[H]``, between 0 and 1; NaN where no sample has a candidate. Compare it with
@@ -104,7 +104,7 @@ def mutual_knn(
     of_student, of_teacher = (nearest_neighbors(side, k, normalize, allowed) for side in (student, teacher))
     shared = (neighbor_mask(of_student, m) & neighbor_mask(of_teacher, m)).sum(dim=-1)
     counts = (of_teacher >= 0).sum(dim=-1)
-    return (shared / counts.clamp(min=1))[..., counts > 0].mean(dim=-1)
+    return (shared / counts.clamp(min=1)).sum(dim=-1) / (counts > 0).sum()
 
 
 def chance_level(n_samples: int, k: int) -> float:
@@ -118,13 +118,13 @@ class Candidates:
 
     Attributes:
         allowed: Boolean ``[N, M]``: whom each sample is compared with.
-        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 where there are fewer.
-        duplicates: Pairs of samples of the batch that show the same image.
+        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 beyond half of them.
+        duplicates: Pairs of samples of the batch that show the same image, a scalar.
     """
 
     allowed: Tensor
     neighbors: Tensor
-    duplicates: int
+    duplicates: Tensor
 
     @property
     def known(self) -> Tensor:
@@ -135,27 +135,30 @@ class Candidates:
     def chance(self) -> Tensor:
         """The MKNN that unrelated features reach on average among these candidates; NaN where nobody has any."""
         counts = (self.neighbors >= 0).sum(dim=-1)
-        return (counts / self.allowed.sum(dim=-1).clamp(min=1))[self.known].mean()
+        return (counts / self.allowed.sum(dim=-1).clamp(min=1)).sum() / self.known.sum()
 
 
-def teacher_candidates(teacher: Tensor, valid: Tensor, k: int, normalize: bool) -> Candidates:
+def teacher_candidates(
+    teacher: Tensor, valid: Tensor, k: int, normalize: bool, filled: Tensor | None = None
+) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
 
     A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
-    Where fewer than ``k`` candidates exist, all of them are neighbours.
+    At most half of its candidates are its neighbours.
 
     Args:
-        teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows of
-            the batch that are not valid may hold anything.
+        teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows
+            that are not valid, or filled, may hold anything.
         valid: Boolean ``[N]``.
         k: Neighbours per sample.
         normalize: Cosine similarity when true, dot product otherwise.
+        filled: Boolean ``[M - N]``, where there are remembered samples; left out where nothing is remembered.
     """
     n, m = len(valid), len(teacher)
+    usable = valid if filled is None else torch.cat([valid, filled])
     same_image = similarity(teacher[:n], teacher) > SAME_IMAGE
-    usable = torch.nn.functional.pad(valid, (0, m - n), value=True)
     others = ~torch.eye(n, m, dtype=torch.bool, device=teacher.device)
     pairs = valid[:, None] & usable & others
     allowed = pairs & ~same_image
-    duplicates = int((pairs & same_image)[:, :n].sum()) // 2
+    duplicates = (pairs & same_image)[:, :n].sum() // 2
     return Candidates(allowed, nearest_neighbors(teacher, k, normalize, allowed), duplicates)

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from .. import __version__
-from ..files import read_json, write_json
+from ..files import held, read_json, write_json
 from .processor import chat_end, make_processor
 from .sources import (
     EMBEDDING,
@@ -213,20 +213,19 @@ def _check(weights: dict[str, Tensor], config: Any, language: Source, vision: So
 @contextmanager
 def _partial_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
     """Gives the folder to make, links followed, and ``OUTPUT.partial`` to make it in, which goes when that fails."""
-    try:
-        folder = Path(output).absolute().resolve()
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"--output: {folder} is not empty; give another folder, or remove it yourself.")
-        partial = folder.with_name(f"{folder.name}.partial")
-        if partial.exists():
-            raise ValueError(
-                f"--output: {partial} is there, of a build that was killed or still runs; remove it when none runs, "
-                "or give another --output."
-            )
-        partial.mkdir(parents=True)
-    except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError before Python 3.13
-        raise ValueError(f"--output: {output} cannot be used ({error}); give another folder.") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            folder = Path(output).absolute().resolve()
+            stack.enter_context(held(folder.with_name(f"{folder.name}.lock"), "--output"))
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"--output: {folder} is not empty; give another folder, or remove it yourself.")
+            partial = folder.with_name(f"{folder.name}.partial")
+            if partial.exists():
+                raise ValueError(
+                    f"--output: {partial} is there, of a build that was killed; remove it, or give another --output."
+                )
+            partial.mkdir(parents=True)
+        except (OSError, RuntimeError) as error:  # a link that leads to itself is a RuntimeError before Python 3.13
+            raise ValueError(f"--output: {output} cannot be used ({error}); give another folder.") from error
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
         yield folder, partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

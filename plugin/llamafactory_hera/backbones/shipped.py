@@ -6,6 +6,8 @@ import shutil
 from importlib.metadata import distribution
 from pathlib import Path
 
+from ..files import writing
+
 _SHARE = "share/llamafactory-hera/recipes/"
 _INDEX = "README.md"
 # Of a copy, without what a user has put beside ``dataset_info.json``.
@@ -39,16 +41,16 @@ def copy_recipes(target: str | Path) -> list[Path]:
     target, source = Path(target), recipes_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--copy-to: {target} is not empty; give another folder.")
-    copied = []
-    folders = (source, *(source / name for name in _FOLDERS))
-    for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
-        place = target / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, place)
-        if file.suffix in (".yaml", ".md", ".py"):
-            place.write_text(_moved(file.read_text(encoding="utf-8"), target.as_posix()), encoding="utf-8")
-        if file.suffix == ".yaml":
-            copied.append(place)
+    copied, folders = [], (source, *(source / name for name in _FOLDERS))
+    with writing("--copy-to", target):
+        for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+            if file.suffix in (".yaml", ".md", ".py"):
+                place.write_text(_moved(file.read_text(encoding="utf-8"), target.as_posix()), encoding="utf-8")
+            if file.suffix == ".yaml":
+                copied.append(place)
     return copied
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..files import read_json, write_json
-from ..selection.features import writing
+from ..files import held, read_json, write_json, writing
+from ..selection.features import MAKE_ROOM
 from ..selection.forward import Forward
 from ..selection.samples import Sample
 from ..selection.scores import package_versions
-from ..selection.select import check_writable
 from .plan import make_plan
 from .profile import Profile, check_tokens, profile_heads, weights_digest
 from .report import REPORT_FILE, compare, describe, draw_calibration
@@ -104,7 +103,7 @@ class _Calibration:
             return profile, True
         features = [sample.features for sample in drawn.profiled]
         profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
-        with writing(path.parent):
+        with writing("output_dir", path.parent, MAKE_ROOM):
             profile.save(path, key)
         return profile, False
 
@@ -129,7 +128,7 @@ class _Calibration:
     def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
         """Replaces adapter, picture and report; the report comes last, so that a folder with a report is complete."""
         files = [PICTURE_FILE, REPORT_FILE]
-        with writing(folder), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
+        with writing("output_dir", folder, MAKE_ROOM), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
             work = Path(name)
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)
@@ -145,7 +144,8 @@ class _Calibration:
 
 def _check_folder(folder: Path) -> None:
     """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
-    check_writable(folder)
+    with held(folder / ".lock", "output_dir"):  # which makes the folder, and writes there
+        pass
     ours = not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
     with suppress(OSError, ValueError, KeyError, TypeError):
         ours = ours or read_json(folder / REPORT_FILE)[_DIGEST] == _digest(folder / ADAPTER_FILE)

@@ -37,9 +37,17 @@ def weights_digest(folders: list[Path]) -> str:
     """A digest of all that decides a model's answers: weights, adapter, tokenizer, templates and settings.
 
     Raises:
-        ValueError: Weights are missing or not whole.
+        ValueError: Weights, an adapter's too, or the configuration are missing or not whole.
     """
-    files = list(weight_files(folders[-1]))
+    *adapters, base = folders
+    try:
+        read_json(base / CONFIG_FILE)
+        files = list(weight_files(base))
+    except ValueError as error:
+        raise ValueError(f"MODEL: {error}. Copy or download the model again, whole.") from error
+    for adapter in adapters:
+        if not any(adapter.glob("adapter_model.*")):
+            raise ValueError(f"MODEL: the adapter {adapter} holds no adapter_model.safetensors; copy it again, whole.")
     for folder in folders:
         files += [path for path in folder.iterdir() if path.is_file() and _DECIDES.match(path.name)]
     digest = hashlib.sha256()
@@ -57,22 +65,42 @@ def default_dtype() -> str:
     return "auto" if torch.accelerator.is_available() else "float32"
 
 
-def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
-    """Model, an adapter merged, and processor, an adapter's own where it has one.
+def load_processor(name: str) -> Any:
+    """What a model is asked with: its processor, an adapter's own where it has one.
 
     Raises:
-        ValueError: It is not a multimodal model, its processor has no chat template, or weights are missing, which
-            transformers would fill with random numbers; names the remedy.
+        ValueError: It is not whole, has no chat template or takes no images.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     *adapters, base = model_folders(name)
     whole = ("processor_config.json", "preprocessor_config.json")
     own = [folder for folder in adapters if any((folder / name).is_file() for name in whole)]
-    processor: Any = AutoProcessor.from_pretrained((own or [base])[0])
+    folder = (own or [base])[0]
+    try:
+        processor: Any = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MODEL: the processor of {folder} cannot be loaded; copy or download it again, whole, with "
+            f"{' or '.join(whole)}. ({' '.join(str(error).split())[:200]})"
+        ) from error
     if getattr(processor, "image_processor", None) is None or processor.chat_template is None:
         lacks = "chat template" if hasattr(processor, "image_processor") else "image processor"
         raise ValueError(f"MODEL: {name} has no {lacks}, with which it is asked; give a multimodal chat model.")
+    return processor
+
+
+def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
+    """Model, an adapter merged, and processor.
+
+    Raises:
+        ValueError: It is not a multimodal model, or weights are missing, which transformers or PEFT would fill with
+            random numbers; names the remedy.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    processor = load_processor(name)
+    *adapters, base = model_folders(name)
     weight_files(base)
     try:
         options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
@@ -93,7 +121,7 @@ def load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
             warnings.filterwarnings("error", "Found missing adapter keys")
             try:
                 model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-            except UserWarning as error:
+            except (UserWarning, ValueError, TypeError) as error:
                 raise ValueError(
                     f"MODEL: the adapter {folder} is not whole, or was trained on another model than {base}: "
                     f"{str(error)[:200]}; copy it again, or correct its base_model_name_or_path."

@@ -12,12 +12,13 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json, write_text
 from .card import write_index
-from .models import default_dtype, model_folders, weights_digest
+from .models import default_dtype, load_processor, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
 
 # what launchers and Trainers tell processes; a task is launched by itself
@@ -66,7 +67,10 @@ def evaluate(
     if paper is not None and paper not in (known := read_json(Path(__file__).with_name("paper.json"))["backbones"]):
         raise ValueError(f"--paper: {paper} is not a backbone of the paper; choose {', '.join(known)}.")
     digests = {name: weights_digest(model_folders(model)) for name, model in named.items()}
-    places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}" for name, model in named.items()}
+    for model in named.values():
+        load_processor(model)
+    padded = "-pad" * (image_aspect_ratio == "pad")  # another way to ask, of its own results
+    places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}{padded}" for name, model in named.items()}
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,13 +116,14 @@ def ready(tasks: Sequence[Task], data: Path | None) -> dict[Task, list[str]]:
 
 def missing(task: Task, data: Path | None) -> list[str]:
     """What a task needs and does not find; nothing is loaded."""
-    lacks = []
     given = local_data(task, data)
+    lacks = [_unfit(given, task)] if given is not None else []
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
     for need in task.needs:
         kind, _, name = need.partition(":")
         if kind == "data" and given is None:
             lacks.append(f"its data: give --data, a folder that holds {task.data} or {task.data}.json")
-        elif kind == "token" and given is None:
+        elif kind == "token" and given is None and not offline:
             from huggingface_hub import get_token
 
             if get_token() is None:
@@ -133,10 +138,35 @@ def missing(task: Task, data: Path | None) -> list[str]:
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
             lacks.append(f"spaCy's {name}: python -m spacy download {name}")
         elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
-            lacks.append(f"the folder that {name} names")
-    if given is None and "data" not in task.needs and os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        lacks.append(f"its data: HF_HUB_OFFLINE is set, and --data holds no {task.data}")
-    return lacks
+            lacks.append(f"the folder that {name} names: set it to AMBER's folder data, from its repository")
+    if given is None and "data" not in task.needs and offline:
+        lacks.append(f"its data: HF_HUB_OFFLINE is set; unset it, or give --data, a folder that holds {task.data}")
+    return list(filter(None, lacks))
+
+
+def _unfit(given: Path, task: Task) -> str:
+    """Why data that lie here cannot be a task's, or nothing."""
+    if given.is_file():
+        try:
+            rows = read_json(given)
+        except ValueError as error:
+            return f"its data: {error}"
+        if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+            return f"its data: {given} is not a list of rows; write [{{...}}, ...]"
+        for number, path in enumerate(row.get("image") for row in rows):
+            if not (isinstance(path, str) and (given.parent / path).is_file()):
+                return f"its data: image of row {number} (from 0) of {given} is {path!r}, not a file's path from there"
+        return ""
+    from datasets import DatasetDict, load_from_disk
+
+    split = definition(task)["test_split"]
+    try:
+        found = load_from_disk(str(given))
+    except (OSError, ValueError) as error:
+        return f"its data: {given} is not a folder of save_to_disk ({error})"
+    if isinstance(found, DatasetDict) and found.get(split):
+        return ""
+    return f"its data: {given} holds no split {split}; write DatasetDict({{'{split}': rows}}).save_to_disk(...) to it"
 
 
 def local_data(task: Task, data: str | Path | None) -> Path | None:
@@ -149,6 +179,7 @@ def _chosen(suite: str, tasks: Sequence[str]) -> list[Task]:
     if suite not in SUITES:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}.")
     known = {task.data: task for task in SUITES[suite]}
+    tasks = [name for some in tasks for name in some.split(",") if name]
     for name in set(tasks) - set(known):
         raise ValueError(f"--tasks: {name} is not in the suite {suite}; it has {', '.join(known)}.")
     return [known[name] for name in known if not tasks or name in tasks]
@@ -186,6 +217,7 @@ def _run(task: Task, job: dict[str, Any], folder: Path) -> str:
                 return ""
         except (ValueError, KeyError, TypeError):
             pass  # none yet, or not whole: it is made again, from the answers that are there
+        (folder / _file(job["limit"])).unlink(missing_ok=True)  # of other data or settings: no table has it as today's
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHED)}
         environment |= {"LOGURU_LEVEL": environment.get("LOGURU_LEVEL", "WARNING"), "TOKENIZERS_PARALLELISM": "false"}
         # one for each accelerator
@@ -215,6 +247,7 @@ def _state(task: Task, job: Mapping[str, Any]) -> str:
 
 def run_task(job: Mapping[str, Any]) -> None:
     """Evaluates one model on one task and writes ``records.jsonl``, then its result; ``job`` is that of `_run`."""
+    from datasets import disable_progress_bars
     from lmms_eval.api.task import ConfigurableMessagesTask  # it has PIL take half an image for a whole one
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -229,7 +262,10 @@ def run_task(job: Mapping[str, Any]) -> None:
     config = definition(task)
     if (given := local_data(task, job["data"])) is not None:
         config |= _from_disk(given, config)
+    disable_progress_bars()
     asked = ConfigurableMessagesTask(config=config, model_name="hera_vlm")
+    if given is not None:
+        _try_rows(task, asked, job["limit"], given)
     kept: dict[str, Any] = {"answers": folder / "answers.jsonl", "key": f"{job['digest']} {job['settings']['dtype']}"}
     model = HeraVLM(job["model"], job["batch_size"], **kept, **job["settings"])
     found = simple_evaluate(
@@ -245,7 +281,6 @@ def run_task(job: Mapping[str, Any]) -> None:
         return
     samples = {sample["doc_id"]: sample["hera"] for sample in found["samples"][task.name]}
     records = [samples[number] for number in sorted(samples)]
-    (folder / _file(job["limit"])).unlink(missing_ok=True)  # it is never beside records of another run
     write_text(
         folder / _file(job["limit"], "records.jsonl"),
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
@@ -255,6 +290,17 @@ def run_task(job: Mapping[str, Any]) -> None:
     versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
     result |= {"versions": versions, "batch_size": job["batch_size"]}
     write_json(folder / _file(job["limit"]), result | {"seconds": round(time.perf_counter() - started, 1)})
+
+
+def _try_rows(task: Task, asked: Any, limit: int | None, given: Path) -> None:
+    """Makes each row's prompt and judges some answer: one that does not fit is found before a model is loaded."""
+    for number, row in enumerate(islice(asked.eval_docs_no_media, limit)):
+        try:
+            asked.doc_to_text(row)
+            task.record(row, ["a"])
+        except Exception as error:  # of a template, or of another package's judge
+            why = f"it has no column {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"--data: row {number} (from 0) of {given} is not one of {task.data}: {why}.") from error
 
 
 def _from_disk(given: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +331,13 @@ if __name__ == "__main__":
     except Exception as error:
         tried = getattr(error, "last_attempt", None)  # lmms-eval tries some of its steps again
         cause = error if tried is None else tried.exception()
+        if type(cause).__name__ == "DatasetGenerationError":
+            cause = cause.__cause__ or cause
         *_, last = str(cause).strip().splitlines() or [""]
-        write_text(Path(asked_for["folder"], _ERROR), f"{type(cause).__name__}: {last[:300]}")
+        ours = isinstance(cause, ValueError)
+        told = last.removeprefix("ValueError: ") if ours else f"{type(cause).__name__}: {last}"
+        write_text(Path(asked_for["folder"], _ERROR), told[:500])
+        if ours:
+            sys.exit(1)
         raise
     end_launch()

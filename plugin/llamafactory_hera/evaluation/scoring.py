@@ -146,6 +146,16 @@ def exact(row: Row, answer: str) -> bool:
     return answer.lower().rstrip(".") == row["answer"].lower()
 
 
+def demo(row: Row, answer: str) -> bool:
+    """As `exact`, of a row that a user may have written, maybe with a full stop."""
+    for name in ("source", "question", "answer", "category"):
+        if not isinstance(row[name], str):
+            raise ValueError(f"{name} is {row[name]!r}; write a text")
+    if row["category"] == "accuracy":
+        raise ValueError("category: accuracy is what the score of all questions is called; choose another name")
+    return exact({"answer": row["answer"].strip().rstrip(".")}, answer)
+
+
 def letter(row: Row, answer: str) -> bool:
     """The option's letter."""
     return _letter(answer) == (row.get("label") or row["answer"]).lower().strip("()")

@@ -57,7 +57,7 @@ class Task:
         record: dict[str, Any] = verdict if isinstance(verdict, dict) else {"right": float(verdict)}
         for name, of in (("group", self.group), ("category", self.kind)):
             if of:
-                record[name] = of(row) if callable(of) else row.get(of)
+                record[name] = of(row) if callable(of) else row[of]
         return {"hera": record}
 
 
@@ -65,7 +65,7 @@ _ASK = "{{question}}\n"
 _NLTK = ("nltk:tokenizers/punkt_tab", "nltk:taggers/averaged_perceptron_tagger_eng", "nltk:corpora/wordnet")
 SUITES: dict[str, tuple[Task, ...]] = {
     "demo": (
-        Task("demo_questions", "Held-out questions", "Demo", None, "{{question}}", by.exact, 32, needs=("data",),
+        Task("demo_questions", "Held-out questions", "Demo", None, "{{question}}", by.demo, 32, needs=("data",),
              group="source", kind="category", comparable="no", why="not in the paper"),
     ),
     "paper": (

@@ -172,7 +172,13 @@ class HeraVLM(lmms):
         keys, rest = {}, []
         for row in rows:
             _, to_messages, _, doc_id, task, split = requests[row].args
-            told = self.conversation(to_messages(self.task_dict[task][split][doc_id]))
+            try:
+                told = self.conversation(to_messages(self.task_dict[task][split][doc_id]))
+            except OSError as error:
+                raise ValueError(
+                    f"sample {doc_id} (from 0) of {task}: its image cannot be read ({error}); replace it, or leave "
+                    "its row out."
+                ) from error
             prompt = self.prompt(told)
             keys[row] = self.answer_key(told, prompt, settings)
             if keys[row] not in self._answers.found:

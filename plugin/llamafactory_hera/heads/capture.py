@@ -81,40 +81,44 @@ class HeadCapture(LayerHooks):
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
-        for index, layer in self._layers.items():
-            projection = output_projection(layer, self._layout.model_type)
-            self._replace(projection, "forward", self._projection_forward(index, projection))
+        projections = {i: output_projection(layer, self._layout.model_type) for i, layer in self._layers.items()}
+        readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections.values()]
+        if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
+            raise RuntimeError(
+                f"HeadCapture: heads of layers {list(self._layers)} are captured already, by another HeadCapture; "
+                "leave that one first (`capture.remove()`)."
+            )
+        for index, projection in projections.items():
+            # a partial, not a closure: its parts are copied with the model
+            self._replace(projection, "forward", partial(self._project, index, projection, projection.forward))
 
-    def _projection_forward(self, index: int, projection: nn.Module) -> Callable[..., Tensor]:
-        original = projection.forward
-
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._read is None:
-                return original(hidden, *args, **kwargs)
-            read = self._read(hidden)
-            self._watch(index, read)
-            # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
-            biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
-            at_tokens = read.dim() == 3
-            added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
-            output = original(torch.cat([hidden, added], dim=1), *args, **kwargs)
-            # a copy: a view would keep the layer's whole output alive for as long as the rows
-            images = output[:, hidden.shape[1] :].clone()
-            n = len(self._heads_of[index])
-            if at_tokens:
-                size = n * self._layout.head_dim
-                images = images.flatten(0, 1)
-                images = images[:size] - images[size : size + 1] if biased else images[:size]
-                rows: tuple[Tensor, ...] = (self._head_outputs(index, read), images.unflatten(0, (n, -1)))
-            else:
-                rows = (images[:, :n] - images[:, n:] if biased else images,)
-            if index in self._frames:
-                self._frames[index].append(rows)
-            elif not in_backward():
-                self._keep(index, *rows)
-            return output[:, : hidden.shape[1]]
-
-        return forward
+    def _project(
+        self, index: int, projection: nn.Module, original: Callable[..., Tensor], hidden: Tensor, *args: Any, **kw: Any
+    ) -> Tensor:
+        if self._read is None:
+            return original(hidden, *args, **kw)
+        read = self._read(hidden)
+        self._watch(index, read)
+        # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
+        biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
+        at_tokens = read.dim() == 3
+        added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
+        output = original(torch.cat([hidden, added], dim=1), *args, **kw)
+        # a copy: a view would keep the layer's whole output alive for as long as the rows
+        images = output[:, hidden.shape[1] :].clone()
+        n = len(self._heads_of[index])
+        if at_tokens:
+            size = n * self._layout.head_dim
+            images = images.flatten(0, 1)
+            images = images[:size] - images[size : size + 1] if biased else images[:size]
+            rows: tuple[Tensor, ...] = (self._head_outputs(index, read), images.unflatten(0, (n, -1)))
+        else:
+            rows = (images[:, :n] - images[:, n:] if biased else images,)
+        if index in self._frames:
+            self._frames[index].append(rows)
+        elif not in_backward():
+            self._keep(index, *rows)
+        return output[:, : hidden.shape[1]]
 
     def _head_outputs(self, index: int, read: Tensor) -> Tensor:
         """The chosen heads of ``[B, t, H*d]``, as ``[B, n, t, d]``."""
@@ -144,35 +148,32 @@ class HeadCapture(LayerHooks):
             self._selectors[index] = selector
         return selector
 
-    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        def checkpointing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            read, n_rows = self._read, 1
-            if read is None:
-                return original(function, *args, **kwargs)
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        function, rest, read, n_rows = args[0], args[1:], self._read, 1
+        if read is None:
+            return original(function, *rest, **kw)
 
-            def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
-                # runs again in the backward pass, when other tokens may be named
-                outer, self._read, self._frames[index] = self._read, read, []
-                try:
-                    output = function(*run_args, **run_kwargs)
-                finally:
-                    self._read, rows = outer, self._frames.pop(index)
-                if not rows:
-                    raise RuntimeError(
-                        "HeadCapture was left before the backward pass, where gradient checkpointing runs the layers "
-                        "again: keep it entered until after `loss.backward()`."
-                    )
-                nonlocal n_rows
-                n_rows = len(rows[0])
-                return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
+        def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
+            # runs again in the backward pass, when other tokens may be named
+            outer, self._read, self._frames[index] = self._read, read, []
+            try:
+                output = function(*run_args, **run_kwargs)
+            finally:
+                self._read, rows = outer, self._frames.pop(index)
+            if not rows:
+                raise RuntimeError(
+                    "HeadCapture was left before the backward pass, where gradient checkpointing runs the layers "
+                    "again: keep it entered until after `loss.backward()`."
+                )
+            nonlocal n_rows
+            n_rows = len(rows[0])
+            return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-            # the host's checkpointing function finds the layer as the `__self__` of what it is given
-            together = original(MethodType(run, layer), *args, **kwargs)
-            output, rows = together[:-n_rows], together[-n_rows:]
-            self._keep(index, *rows)
-            return output[0] if len(output) == 1 else tuple(output)
-
-        return checkpointing
+        # the host's checkpointing function finds the layer as the `__self__` of what it is given
+        together = original(MethodType(run, layer), *rest, **kw)
+        output, rows = together[:-n_rows], together[-n_rows:]
+        self._keep(index, *rows)
+        return output[0] if len(output) == 1 else tuple(output)
 
 
 class LayerCapture(LayerHooks):
@@ -215,17 +216,14 @@ class LayerCapture(LayerHooks):
         if index not in self._inside and not in_backward():
             self._read_output(index, output)
 
-    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        def checkpointing(*args: Any, **kwargs: Any) -> Any:
-            self._inside.add(index)
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                self._inside.discard(index)
-            self._read_output(index, output)
-            return output
-
-        return checkpointing
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        self._inside.add(index)
+        try:
+            output = original(*args, **kw)
+        finally:
+            self._inside.discard(index)
+        self._read_output(index, output)
+        return output
 
     def _read_output(self, index: int, output: Any) -> None:
         if self._read is None:

@@ -7,11 +7,14 @@ residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scale
 before that, at the projection.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ def text_decoder(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: Unknown architecture, or not exactly one text decoder in the model.
     """
+    from torch.nn import ModuleList
+
     layout = head_layout(model_config(model))
     # the innermost with the same layers: wrappers (FSDP, PEFT) answer for what they wrap
     found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
-        if kind == layout.model_type and isinstance(layers, nn.ModuleList) and len(layers) == layout.n_layers:
+        if kind == layout.model_type and isinstance(layers, ModuleList) and len(layers) == layout.n_layers:
             found[layers] = (name, module)
     if len(found) != 1:
         names = ", ".join(name for name, _ in found.values()) or "none"

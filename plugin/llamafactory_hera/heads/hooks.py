@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -80,6 +81,12 @@ class LayerHooks(Hooks):
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """What the hooks of a model's copy (EMA, SWA) lead to: it reads nothing, so that they call the copy's own."""
+        inert = object.__new__(type(self))
+        vars(inert).update(vars(self), _read=None, _rows={}, _undo=[], _layers={}, _wrapped={}, gradient_seen=set())
+        return inert
+
     def remove(self) -> None:
         """Takes every hook away and forgets what was captured."""
         super().remove()
@@ -88,8 +95,8 @@ class LayerHooks(Hooks):
         self._wrapped.clear()
 
     @abstractmethod
-    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpointing function that calls the layer's ``original`` and keeps the layer's rows."""
+    def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """Calls the checkpointing function of a layer, its ``original``, and keeps the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
         """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
@@ -110,7 +117,8 @@ class LayerHooks(Hooks):
         for index, layer in self._layers.items():
             function = vars(layer).get(_CHECKPOINTING)
             if function is not None and function is not self._wrapped.get(index):
-                self._wrapped[index] = self._checkpointed(index, layer, function)
+                # a partial, not a closure: its parts are copied with the model
+                self._wrapped[index] = partial(self._checkpointed, index, layer, function)
                 self._replace(layer, _CHECKPOINTING, self._wrapped[index])
 
     def _check_captured(self) -> None:

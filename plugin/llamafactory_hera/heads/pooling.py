@@ -1,12 +1,13 @@
 """Which tokens of a sample are read: those that a representation is averaged over, and those of an image."""
 
 from collections.abc import Collection
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-Pooling = Literal["answer", "text", "mean", "last"]
+from .targets import Pooling
+
 IGNORE_INDEX = -100
 
 #: Model types whose images are all one square grid of tokens, row by row.
@@ -54,8 +55,13 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without any.
 
     Raises:
-        ValueError: ``hidden`` is not of these tokens: layers that hand on several streams at once.
+        ValueError: The mask is not of these tokens, or layers hand on several streams at once.
     """
+    if hidden.dim() == 3 and hidden.shape[:-1] != mask.shape:
+        raise ValueError(
+            f"mask: {list(mask.shape)} does not fit a pass over {list(hidden.shape[:-1])} tokens; give a boolean of "
+            "the shape of its input_ids."
+        )
     if hidden.shape[:-1] != mask.shape:
         raise ValueError(
             f"model_name_or_path: a layer hands on {list(hidden.shape)} for {mask.shape[0]} rows of {mask.shape[1]} "
@@ -96,14 +102,36 @@ def token_positions(
     """Positions ``[B, per_image]`` of the tokens of one image of each sample.
 
     The attention mask is 0 for padding and the host's dummy image; ``image`` ``[B, 2]`` says which image, of how many,
-    ``(0, 0)`` for a sample without one, which gives any position. Another number of ``token_id`` than these images
-    should have is refused.
+    ``(0, 0)`` for a sample without one, which gives any position.
     """
+    shown = _shown(input_ids, attention_mask, token_id)
+    length = input_ids.shape[1]
+    places = torch.where(shown, torch.arange(length, device=input_ids.device), length - 1).sort(dim=1).values
+    columns = image[:, :1] * per_image + torch.arange(per_image, device=input_ids.device)
+    return places.gather(1, columns.clamp(max=length - 1))
+
+
+def _shown(input_ids: Tensor, attention_mask: Tensor | None, token_id: int) -> Tensor:
     shown = input_ids == token_id
-    if attention_mask is not None:
-        shown &= attention_mask.bool()
-    index, count = image.unbind(dim=1)
-    found = shown.sum(dim=1)
+    return shown if attention_mask is None else shown & attention_mask.bool()
+
+
+def check_image_tokens(
+    input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
+) -> None:
+    """Refuses a batch, while it is on the CPU, whose samples have other numbers of ``token_id`` than their images.
+
+    Args:
+        input_ids: ``[B, L]``.
+        attention_mask: ``[B, L]``.
+        image: As for :func:`token_positions`.
+        token_id: The placeholder.
+        per_image: How many an image has.
+
+    Raises:
+        ValueError: Tokens were cut off, or the model's images have another number.
+    """
+    count, found = image[:, 1], _shown(input_ids, attention_mask, token_id).sum(dim=1)
     wrong = (found != count * per_image) & (count > 0)
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -113,7 +141,3 @@ def token_positions(
             "(cutoff_len, max_length) if they were cut off; a model whose images take other numbers of tokens does "
             "not work with this objective."
         )
-    length = input_ids.shape[1]
-    places = torch.where(shown, torch.arange(length, device=input_ids.device), length - 1).sort(dim=1).values
-    columns = index.unsqueeze(1) * per_image + torch.arange(per_image, device=input_ids.device)
-    return places.gather(1, columns.clamp(max=length - 1))

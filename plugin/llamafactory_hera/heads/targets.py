@@ -10,13 +10,15 @@ from ..files import read_json, write_json
 from .families import FINAL, HeadLayout
 
 Granularity = Literal["head", "layer"]
+#: Which tokens a representation is averaged over.
+Pooling = Literal["answer", "text", "mean", "last"]
 
 #: The value of ``hera_heads`` or ``hera_layers`` that asks for a selection before training.
 AUTO = "auto"
 #: Values of ``hera_layers`` that mean a layer of any model.
 NAMED_LAYERS = ("middle", "penultimate")
 
-_NAME = re.compile(r"[Ll](\d+)(?:[Hh](\d+))?")
+_NAME = re.compile(r"[Ll](\d{1,6})(?:[Hh](\d{1,6}))?")
 _SYNTAX = {
     "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
     "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or final",
@@ -46,9 +48,9 @@ class Target(NamedTuple):
         """Reads ``L3H4``, or ``L3`` or ``final``; another syntax is refused with ``key``, value and remedy."""
         if granularity == "layer" and text.strip() == "final":
             return cls(FINAL)
-        match = _NAME.fullmatch(text.strip())
+        match, key = _NAME.fullmatch(text.strip()), key or _key(granularity)
         if match is None or (match[2] is None) == (granularity == "head"):
-            raise ValueError(f"{key or _key(granularity)}: {text!r} is not a {granularity}; {_SYNTAX[granularity]}.")
+            raise ValueError(f"{key}: {text[:40]!r} is not a {granularity}; {_SYNTAX[granularity]}.")
         return cls(int(match[1]), None if match[2] is None else int(match[2]))
 
 
@@ -153,6 +155,8 @@ class Targets:
         key = key or _key(expected)
         example = "L13H12,L7H6" if expected == "head" else "L14,L15"
         remedy = f"give a {file_name(expected)} that a selection wrote, or name the {expected}s ({example})"
+        if key not in ("hera_heads", "hera_layers"):
+            remedy = "give a file that `llamafactory-hera score` or a selection wrote"
         try:
             content = read_json(path)
         except ValueError as error:
@@ -165,6 +169,9 @@ class Targets:
         provenance = content.get("provenance") or {}
         if not isinstance(provenance, dict):
             raise ValueError(f'{key}: the "provenance" of {path} is not an object; {remedy}.')
+        wrong = _wrong(provenance)
+        if wrong:
+            raise ValueError(f'{key}: "{wrong}" in the provenance of {path} is not what a selection writes; {remedy}.')
         return replace(cls.parse(content[f"{named}s"], named, key), provenance=provenance)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -188,6 +195,20 @@ class Targets:
                 f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
                 f"{heads}; choose {self.what} of this model{found_by}."
             )
+
+
+def _wrong(provenance: dict[str, Any]) -> str | None:
+    """The name of what is not of its type in the provenance: it is read after training, too, for the model card."""
+
+    def numbers(values: Any) -> bool:
+        return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
+
+    heads, layers = provenance.get("scores"), provenance.get("layer_scores")
+    if heads and not (isinstance(heads, list) and all(map(numbers, heads)) and len(set(map(len, heads))) == 1):
+        return "scores"
+    if layers and not (numbers(layers) and len(layers) == len(heads or layers)):
+        return "layer_scores"
+    return None if numbers([provenance.get("chance_level")]) else "chance_level"
 
 
 def file_name(granularity: Granularity) -> str:

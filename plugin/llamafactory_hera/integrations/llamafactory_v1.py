@@ -75,16 +75,17 @@ class HeraV1Trainer(SFTTrainer):
         device = DistributedInterface().current_device
         # before the model is wrapped; on rows that name their images
         self.aligner = Aligner(kwargs["model"], hera, device=device, seed=args.seed)
-        self._teacher_inputs = self.aligner.collator(lambda rows: {})
+        self.aligner.batch_size = args.micro_batch_size
         super().__init__(**{**kwargs, "renderer": _Renderer(kwargs["renderer"].processor)})
         self.callback_handler.add_callback(_AlignerCallback(self))
         self._step_metrics: dict[str, float] = {}
 
     def compute_loss(self, batch: dict[str, Any]) -> Tensor:
         """The LM loss of a micro-batch, plus the weighted term."""
-        teacher = self._teacher_inputs([{"images": json.loads(images)} for images in batch[_NAME]])
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        micro_batch = self.aligner.begin({name: v.to(self.device) for name, v in (tensors | teacher).items()})
+        collator = self.aligner.collator(lambda rows: tensors)
+        inputs = collator([{"images": json.loads(images)} for images in batch[_NAME]])
+        micro_batch = self.aligner.begin({name: v.to(self.device, non_blocking=True) for name, v in inputs.items()})
         assert micro_batch is not None
         loss = super().compute_loss(batch)
         self.aligner.statistics.add(lm_loss=loss.detach())
@@ -132,7 +133,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         ),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
         f"micro_batch_size: {size}": (
-            size * int(os.environ.get("WORLD_SIZE", 1)) < least and hera.memory == 0,
+            size * int(os.environ.get("WORLD_SIZE", 1)) + hera.memory < least,
             f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",
         ),
     }

@@ -6,6 +6,7 @@ that is overridden is a method of transformers' Trainer.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..alignment.gather import mean_over_ranks, world_size
+from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
+from ..files import LOCK, held
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import checkpoint_step, load_renamed_weights
+from ..training.checkpoint import check_tuning, checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
-from ..training.gradcache import GradientCache, keep_random_state
+from ..training.gradcache import keep_random_state
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
@@ -86,6 +88,8 @@ class HeraTrainerMixin(_Base):
         self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
+        self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
+        self._lock = ExitStack()
 
     def check_collator(self, hera: HeraConfig) -> None:
         """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
@@ -115,6 +119,9 @@ class HeraTrainerMixin(_Base):
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward."""
+        engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+        if engine is not None:  # before its backward pass, which at the end of a step changes the scale
+            self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._to_collect:
             self._collect(model)
         if self._random_states:
@@ -130,7 +137,8 @@ class HeraTrainerMixin(_Base):
     def _collect(self, model: torch.nn.Module) -> None:
         """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
         batches, self._to_collect = self._to_collect, []
-        self._random_states, self.aligner.cached = [], GradientCache()  # of a step cut short
+        self._random_states = []
+        self.aligner.cached.clear()  # of a step cut short
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
@@ -208,6 +216,9 @@ class HeraTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
+        peft = next(iter(getattr(target, "peft_config", {}).values()), None)
+        settings = {"lora_rank": getattr(peft, "r", None), "use_dora": getattr(peft, "use_dora", False)}
+        check_tuning(resume_from_checkpoint, "full" if peft is None else peft.peft_type.value.lower(), **settings)
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -219,16 +230,19 @@ class HeraTrainerMixin(_Base):
         self._best_step = checkpoint_step(best)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
+        if checkpoint is not None:  # first, as torch does not say whose tensors do not fit
             self.aligner.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _loss_scale(self) -> float:
+    def _loss_scale(self) -> float | Tensor:
         scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
+        if self._engine_scale is not None:
+            return self._engine_scale
+        # not get_scale, which waits for the device
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
     def _log_summary(self) -> None:
-        """Logs objective, targets, teacher, batch sizes and candidates; warns when the candidates are few."""
+        """Logs objective, targets, teacher, batch sizes and candidates."""
         if not self.is_world_process_zero():
             return
         config, aligner = self.aligner.config, self.aligner
@@ -253,11 +267,6 @@ class HeraTrainerMixin(_Base):
             lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")
-        if aligner.objective.uses_candidates and candidates < 2 * config.k:
-            logger.warning(
-                f"hera_k: {config.k} neighbours among {candidates} candidates are too few to be informative; use a "
-                f"larger batch per device, more processes, or hera_memory: {max(4 * config.k, 64)}."
-            )
 
 
 class HeraTrainer(HeraTrainerMixin, Trainer):
@@ -274,9 +283,12 @@ class _AlignerCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lock = held(f"{args.output_dir}/{LOCK}", "output_dir")
+        on_first(lambda: self._trainer._lock.enter_context(lock))
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
         self._trainer.aligner.statistics.take()
+        self._trainer.aligner.batch_size = state.train_batch_size  # which may be smaller than asked for
         self._trainer._log_summary()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -287,6 +299,7 @@ class _AlignerCallback(TrainerCallback):
         self._trainer.aligner.finalize()
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
+        self._trainer._lock.close()
 
 
 def _show_messages() -> None:

@@ -125,6 +125,7 @@ class Plan:
             position of -1 is none.
         valid: Boolean ``[B]``, which samples enter.
         facts: Tensors for :meth:`Objective.forward`.
+        nobody: No sample enters, whatever ``valid`` says: the teacher need not look at any.
     """
 
     positions: Tensor | None = None
@@ -132,6 +133,7 @@ class Plan:
     embeddings: tuple[Tensor, Tensor] | None = None
     valid: Tensor | None = None
     facts: dict[str, Tensor] = field(default_factory=dict)
+    nobody: bool = False
 
 
 class Objective(nn.Module, ABC):
@@ -190,9 +192,9 @@ class Objective(nn.Module, ABC):
         """Which samples of a pooled batch enter the loss, boolean ``[N]``."""
         return batch.valid & (batch.valid.sum() >= self.least_samples)
 
-    def comparable(self, batch: PooledBatch) -> bool:
-        """Whether every sample that enters must get a gradient."""
-        return bool(self.entering(batch).any())
+    def comparable(self, batch: PooledBatch) -> Tensor:
+        """Whether every sample that enters must get a gradient, a boolean scalar."""
+        return self.entering(batch).any()
 
     def values(self) -> dict[str, float]:
         """Numbers worth logging, by their names in the log."""

@@ -1,5 +1,6 @@
 """CKA, CMAR's objective: the similarities among the samples of a batch must be the teacher's, all of them."""
 
+import torch
 from torch import Tensor
 
 from ..alignment.losses import cka_loss
@@ -15,10 +16,8 @@ class CKA(Objective):
     def forward(self, batch: PooledBatch) -> Tensor:
         """The loss of each target; 0 below three samples."""
         enters = self.entering(batch)
-        if not enters.any():
-            return 0.0 * batch.z.sum(dim=(1, 2))
-        return cka_loss(batch.z[:, enters], batch.teacher[enters])
+        return torch.where(enters.any(), cka_loss(batch.z, batch.teacher, enters), 0.0)
 
-    def comparable(self, batch: PooledBatch) -> bool:
+    def comparable(self, batch: PooledBatch) -> Tensor:
         """Where all samples show one image there is no structure to learn."""
-        return super().comparable(batch) and bool(batch.candidates.allowed.any())
+        return super().comparable(batch) & batch.candidates.allowed.any()

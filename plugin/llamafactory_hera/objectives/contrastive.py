@@ -14,7 +14,7 @@ class Contrastive(Objective):
     """Multi-target InfoNCE with a temperature that is learned in log scale (paper, sec. 3)."""
 
     uses_candidates = True
-    least_samples = 2
+    least_samples = 3  # of two candidates one is the neighbour; with one the loss is the logarithm of 1
     logged = ("hera_temperature",)
 
     def __init__(self, options: Options) -> None:
@@ -37,10 +37,10 @@ class Contrastive(Objective):
         """Samples with a neighbour."""
         return batch.candidates.known
 
-    def comparable(self, batch: PooledBatch) -> bool:
-        """With a single candidate the loss is the logarithm of 1, which has no gradient."""
-        several = batch.candidates.allowed.sum(dim=1)[batch.valid] > 1
-        return bool(self.entering(batch).any()) and bool(several.all())
+    def comparable(self, batch: PooledBatch) -> Tensor:
+        """All that are valid enter, which each have a gradient."""
+        enters = self.entering(batch)
+        return enters.any() & (enters | ~batch.valid).all()
 
     def values(self) -> dict[str, float]:
         """The temperature."""

@@ -48,11 +48,13 @@ class Jarvis(Objective):
 
     def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
         """The plan of a micro-batch for what :func:`draw_blocks` gave; a ``plain`` one has no masks and no term."""
-        targets, context = targets.to(step.input_ids.device), context.to(step.input_ids.device)
+        device = step.input_ids.device
+        if device.type != "cpu":  # from pinned memory the host does not wait for the copy
+            targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
         places = targets.flatten(1)
         positions, facts = step.positions.gather(1, places), {"places": places}
         if plain:
-            return Plan(positions, valid=torch.zeros_like(step.valid), facts=facts)
+            return Plan(positions, nobody=True, facts=facts)
         masked = torch.where(step.valid.unsqueeze(1), positions, -1)
         seen = visible(step, targets, context, self.options.visual_attention == "two_way")
         return Plan(positions, seen, (masked, self.z), facts=facts)

@@ -5,42 +5,31 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..alignment.gather import barrier, rank, world_size
 from ..config import HeraConfig, StoredDtype
-from ..files import write_safetensors
+from ..files import write_safetensors, writing
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import PooledHeads
+from ..teachers.fill import Progress
 from .forward import Forward, plan_batches, run_batches
 from .samples import Sample, SelectionInputs
 
 logger = logging.getLogger(__name__)
 
-#: Of the names of folders that are deleted once their features are scored.
+#: What helps where the output folder is full.
+MAKE_ROOM = "free space there, or give another folder; what was computed before stays and is used by the next run"
+#: Of the names of folders with features, which are deleted once they are scored.
 PREFIX = "features-"
 # A killed run loses at most one block on each process; blocks are what processes share out.
 _BLOCK_SAMPLES = 32
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the output folder where something in it cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"output_dir: {path} cannot be written ({error.strerror or error}). Free space there, or give another "
-            "folder; what was computed before stays there and is used by the next run."
-        ) from error
 
 
 class FeatureBlocks:
@@ -61,7 +50,7 @@ class FeatureBlocks:
         """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]``."""
         tensors = {f"heads.{index}": self._stored(heads[:, index]) for index in range(self._n_layers)}
         tensors |= {f"layer.{index}": self._stored(layers[:, index]) for index in range(self._n_layers)}
-        with writing(self._path(block)):
+        with writing("output_dir", self._path(block), MAKE_ROOM):
             write_safetensors(self._path(block), tensors)
 
     def read(self, kind: Literal["heads", "layer"], device: torch.device) -> Iterator[Tensor]:
@@ -72,11 +61,9 @@ class FeatureBlocks:
             parts = [safe_open(self._path(block), "pt").get_tensor(name) for block in range(len(self.rows))]
             yield torch.cat(parts)[place].to(device)
 
-    @staticmethod
-    def clear(folder: Path) -> None:
-        """Deletes the features of this and of earlier runs."""
-        for path in folder.glob(f"{PREFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+    def clear(self) -> None:
+        """Deletes these features; those of other settings and of other people stay."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
@@ -122,7 +109,7 @@ def compute_features(
     mine = missing[rank() :: world_size()]
     total = sum(len(rows[block]) for block in mine)
     parts: list[tuple[Tensor, Tensor]] = []
-    bar = tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
+    bar = Progress("scoring pass", total, unit="sample")
     with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
         def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

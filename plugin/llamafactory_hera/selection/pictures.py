@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
-from ..files import whole_file, write_text
+from ..files import whole_file, write_text, writing
 from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
 
 # From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
@@ -180,12 +180,8 @@ def write_report(
     comparison = compare(paths, names, aligned)
     base = Path(output)
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
-    try:
+    with writing("report", base, "give another path"):
         base.parent.mkdir(parents=True, exist_ok=True)
         save_figure(draw_comparison(comparison), picture)
         write_text(page, render_markdown(comparison, picture.name))
-    except OSError as error:
-        raise ValueError(
-            f"report: {base} cannot be written ({error.strerror or error}); give another path."
-        ) from error
     return picture, page

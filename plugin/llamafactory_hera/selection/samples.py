@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -81,6 +82,17 @@ class Draw(NamedTuple):
     without_text: int
 
 
+@contextmanager
+def of_sample(row: int) -> Iterator[None]:
+    """Adds the sample to what is said of a broken image."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("The image"):
+            raise
+        raise ValueError(f"dataset: sample {row} (counted from 0): {error}") from error
+
+
 def draw(
     source: Source,
     count: int,
@@ -102,10 +114,11 @@ def draw(
             without_image += 1
             continue
         image = images[shown_image(len(images), image_index)]
-        key = image_key(image)
+        with of_sample(row):
+            key = image_key(image)
+            features = None if key in seen else source.encode(row)
         if key in seen:
             continue
-        features = source.encode(row)
         if features is None or not usable(features):
             without_text += 1
             continue

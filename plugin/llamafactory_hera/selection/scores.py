@@ -25,6 +25,8 @@ from ..knobs import Role
 _N_COMPARED = 5  # in each group of a comparison, as in the paper
 _SCORE_FILES = ("scores.json", "heads.json", "layers.json")  # of a folder; the first is that of `score`
 _ROWS = 10  # of the table in the terminal
+# What tables and pictures show of a file's provenance.
+_SHOWN = ("scores", "layer_scores", "chance_level", "samples", "k", "strategy", "mode", "model", "teacher", "dataset")
 _PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
 # Facts that are no setting of ours, each with what decides it; the others are declared with their keys.
 _MEASURED = {
@@ -90,13 +92,14 @@ class ScoreFile:
             named = (Path(path, RUN_FOLDER, name) for name in _SCORE_FILES)
             path = next((file for file in named if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
-        scores, layer_scores = (chosen.provenance.get(name) for name in ("scores", "layer_scores"))
-        if not scores:
+        missing = next((name for name in _SHOWN if not chosen.provenance.get(name)), None)
+        if missing is not None:
             raise ValueError(
-                f"scores: {path} names {chosen.what} and holds no scores; make one with `llamafactory-hera score`."
+                f"scores: {path} names {chosen.what} and holds no {missing}; make one with `llamafactory-hera score`."
             )
         # null becomes NaN
-        return cls(Path(path), chosen, np.array(scores, dtype=float), np.array(layer_scores, dtype=float))
+        scores, layer_scores = (np.array(chosen.provenance[name], dtype=float) for name in _SHOWN[:2])
+        return cls(Path(path), chosen, scores, layer_scores)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig
+from ..files import held, writing
 from ..heads.families import head_layout, model_config
 from ..heads.pooled import projection_weights
 from ..heads.targets import Targets
@@ -22,11 +25,11 @@ from ..knobs import Role
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, shown_image
-from .features import PREFIX, FeatureBlocks, compute_features, writing
+from ..teachers.images import ImageLike, load_image, shown_image
+from .features import MAKE_ROOM, PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .gallery import neighbors_file, write_neighbors
-from .samples import Sample, SelectionInputs, draw_samples, samples_digest
+from .samples import Sample, SelectionInputs, draw_samples, of_sample, samples_digest
 from .scores import choose_targets, package_versions
 
 logger = logging.getLogger(__name__)
@@ -43,61 +46,63 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
-    folder = path.parent
-    check_writable(folder)
-    samples = draw_samples(inputs.source, config)
-    neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
-    model = inputs.load_model()
-    layout = head_layout(model_config(model))
-    by_head = config.granularity == "head"
-    rule = config.select.strategy, config.select.m, config.select.seed
-    # too few heads or layers are refused before the passes
-    choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
-    if fingerprint is None:
-        fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
-    digest = samples_digest(samples)
-    key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
-    blocks = compute_features(inputs, model, samples, config, folder, key)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(held(path.with_name(".lock"), "output_dir")))
+        folder = path.parent
+        samples = draw_samples(inputs.source, config)
+        neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
+        model = inputs.load_model()
+        layout = head_layout(model_config(model))
+        by_head = config.granularity == "head"
+        rule = config.select.strategy, config.select.m, config.select.seed
+        # too few heads or layers are refused before the passes
+        choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
+        if fingerprint is None:
+            fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
+        digest = samples_digest(samples)
+        key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
+        blocks = compute_features(inputs, model, samples, config, folder, key)
 
-    def choose() -> Targets:
-        heads, layers = _score(model, blocks, neighbors, config)
-        if heads.isnan().all():
-            raise ValueError(
-                "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, or "
-                "its activations do not fit fp16: use bf16 or fp32."
+        def choose() -> Targets:
+            heads, layers = _score(model, blocks, neighbors, config)
+            if heads.isnan().all():
+                raise ValueError(
+                    "model_name_or_path: the output of every head holds NaN or infinity. The checkpoint is damaged, "
+                    "or its activations do not fit fp16: use bf16 or fp32."
+                )
+            items = choose_targets((heads if by_head else layers).tolist(), *rule)
+            provenance = {
+                "model": inputs.model_name,
+                "adapters": [str(folder) for folder in inputs.adapter_folders],
+                "teacher": config.teacher,
+                **config.facts(Role.SELECTS, Role.SCORES),
+                "dataset": inputs.dataset_name,
+                "stored_dtype": config.select.dtype,
+                "batch_size": config.select.batch_size,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": package_versions(),
+                "model_fingerprint": fingerprint,
+                "teacher_fingerprint": teacher_fingerprint,
+                "samples_digest": digest,
+                "samples": len(samples),
+                "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
+                "chance_level": chance_level(*neighbors.shape),
+                "layer_scores": _written(layers),
+                "scores": [_written(row) for row in heads],
+            }
+            chosen = Targets(items, provenance)
+            device = next(model.parameters()).device
+            features = zip(
+                blocks.read("heads", device), blocks.read("layer", device), projection_weights(model), strict=True
             )
-        items = choose_targets((heads if by_head else layers).tolist(), *rule)
-        provenance = {
-            "model": inputs.model_name,
-            "adapters": [str(folder) for folder in inputs.adapter_folders],
-            "teacher": config.teacher,
-            **config.facts(Role.SELECTS, Role.SCORES),
-            "dataset": inputs.dataset_name,
-            "stored_dtype": config.select.dtype,
-            "batch_size": config.select.batch_size,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": package_versions(),
-            "model_fingerprint": fingerprint,
-            "teacher_fingerprint": teacher_fingerprint,
-            "samples_digest": digest,
-            "samples": len(samples),
-            "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
-            "chance_level": chance_level(*neighbors.shape),
-            "layer_scores": _written(layers),
-            "scores": [_written(row) for row in heads],
-        }
-        chosen = Targets(items, provenance)
-        device = next(model.parameters()).device
-        features = zip(
-            blocks.read("heads", device), blocks.read("layer", device), projection_weights(model), strict=True
-        )
-        with writing(path):
-            write_neighbors(neighbors_file(path), samples, neighbors, features, config.normalize, inputs.tokenizer)
-            chosen.save(path)
-        FeatureBlocks.clear(folder)
-        return chosen
+            with writing("output_dir", path, MAKE_ROOM):
+                write_neighbors(neighbors_file(path), samples, neighbors, features, config.normalize, inputs.tokenizer)
+                chosen.save(path)
+            blocks.clear()
+            shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+            return chosen
 
-    return on_first(choose)
+        return on_first(choose)
 
 
 def _score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:
@@ -119,15 +124,6 @@ def _written(scores: Tensor) -> list[float | None]:
     return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
 
 
-def check_writable(folder: Path) -> None:
-    """Makes the folder and checks that it can be written, before anything is computed."""
-    probe = folder / f".writable-{rank()}"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-
-
 def _find_neighbors(
     samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
@@ -139,7 +135,13 @@ def _find_neighbors(
             "ineffective. Its default is facebook/dinov2-large."
         )
     images = [sample.image for sample in samples]
-    cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    try:
+        cache = _filled_cache(config.teacher_cache or folder / _SCRATCH, teacher, images, inputs, config)
+    except ValueError:
+        for sample in samples:
+            with of_sample(sample.row):
+                load_image(sample.image)
+        raise
     features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
     fingerprint = teacher.fingerprint
     del teacher

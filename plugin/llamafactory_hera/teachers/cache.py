@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from ..files import write_json
+from ..files import write_json, writing
 from .images import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _ABANDONED_AFTER_SECONDS = 3600
 # `put` writes a shard by itself when so many features wait.
 _FLUSH_ROWS = 4096
 _MAX_SMALL_SHARDS = 64
-_MERGED_ROWS = 65_536
+_MERGED_ROWS = 16_384  # held in memory four times while they are merged
 
 # What opening or reading a shard raises that is not what was written.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)
@@ -64,8 +64,8 @@ class Shard:
             header = json.loads(file.read(length))
         self._features_at = 8 + length + header["features"]["data_offsets"][0]
         self.keys: NDArray[np.bytes_] = keys.reshape(-1).view(_KEY_DTYPE)
-        if str(_index_checksum(self.keys, self.checksums)) != index_checksum:
-            raise ValueError("the checksum of its keys is wrong")
+        if not len(self) or str(_index_checksum(self.keys, self.checksums)) != index_checksum:
+            raise ValueError("it holds nothing, or the checksum of its keys is wrong")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,6 +85,8 @@ class Shard:
                 if zlib.crc32(content) != self.checksums[row]:
                     raise ValueError(f"the checksum of row {row} is wrong")
                 found.append(np.frombuffer(content, np.float16))
+                if not np.isfinite(found[-1]).all():
+                    raise ValueError(f"row {row} holds NaN or infinity")
         return found
 
 
@@ -137,14 +139,9 @@ class FeatureCache:
         self._shards: dict[Path, Shard] = {}
         self._waiting: dict[bytes, Tensor] = {}
         manifest = {"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16", "name": teacher_name}
-        try:
+        with writing("hera_teacher_cache", folder, "give a folder that this user can write to"):
             if not (self.folder / MANIFEST).exists():
                 write_json(self.folder / MANIFEST, manifest)
-        except OSError as error:
-            raise ValueError(
-                f"hera_teacher_cache: the folder {folder} cannot be made or written ({error.strerror or error}). Give "
-                "a folder that this user can write to."
-            ) from error
         self.refresh()
         try:
             self._merge()
@@ -170,7 +167,7 @@ class FeatureCache:
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
         for shard in list(self._shards.values()):
             rows = shard.rows_of(wanted)
-            held = [i for i, feature in enumerate(found) if feature is None and rows[i] >= 0]
+            held = [i for i in np.flatnonzero(rows >= 0) if found[i] is None]
             try:
                 for i, feature in zip(held, shard.read(rows[held]) if held else [], strict=True):
                     found[i] = torch.from_numpy(feature)
@@ -200,8 +197,8 @@ class FeatureCache:
         if not finite.all():
             image = keys[int((~finite).nonzero()[0])].hex()
             raise ValueError(
-                f"The teacher's feature of the image with key {image} is not finite in float16: its weights or the "
-                "image are broken. If they are not, train without hera_teacher_cache."
+                f"hera_teacher: its feature of the image with key {image} is not finite in float16: its weights or "
+                "the image are broken. Replace them; if they are whole, remove hera_teacher_cache: it stores float16."
             )
         for i, held in enumerate(self.get(keys)):
             # Cloned: what waits must not change when the caller changes what it got.
@@ -242,13 +239,16 @@ class FeatureCache:
     def _merge(self) -> None:
         """Merges small shards when there are many, and sweeps up what killed writers left.
 
+        What a run wrote of a full batch stays: a million images are 245 such shards, which open in a second, and
+        merging them would take minutes.
+
         A merged shard is in place before its parts are unlinked, so killing the process loses nothing: what is then
         held twice is the same. It is named by its parts: processes that merge the same ones write the same file.
         """
         for path in self.folder.glob(f"{_TEMPORARY}*"):
             if time.time() - path.stat().st_mtime > _ABANDONED_AFTER_SECONDS:
                 path.unlink(missing_ok=True)
-        small = sorted(path for path, shard in self._shards.items() if len(shard) < _MERGED_ROWS // 2)
+        small = sorted(path for path, shard in self._shards.items() if len(shard) < _FLUSH_ROWS)
         if len(small) <= _MAX_SMALL_SHARDS:
             return
         while small:

@@ -6,6 +6,8 @@ of their patch tokens, which is this project's choice. Register tokens take part
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Raise this when the feature that is taken from the same files changes: caches of the old one must not be read.
 _FEATURE_VERSION = 1
+_LARGEST = 4096  # pixels along a side: one image more would fill the memory
 _HASH_BLOCK = 16 * 2**20
 # What saving or copying a model changes without changing what it computes.
 _INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
@@ -95,9 +98,12 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
     try:
         model_type = read_json(folder / CONFIG_FILE).get("model_type")
         processor = _processor_config(folder)
+        sizes = [size for key in ("size", "crop_size") for size in _numbers((processor or {}).get(key))]
+        if not all(0 < size <= _LARGEST for size in sizes):
+            raise ValueError(f"its image processor asks for images of {sizes} pixels, not 1 to {_LARGEST}")
     except (ValueError, AttributeError) as error:  # the latter where it holds no JSON object
         raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{KEY}: {value} is not a vision model that can be the teacher (its model_type is {model_type!r}). Give "
             f"one of these: {', '.join(sorted(FAMILIES))}; the paper's is facebook/dinov2-large."
@@ -111,8 +117,26 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
 
     family = FAMILIES[model_type]
     # Hub configs leave out what equals the default, so the config class has to fill it in.
-    config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
+    with loading(value):
+        config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
     return TeacherInfo(family, config, whole_teacher_folder(value), value)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Names the teacher where its files hold what no model can be made of: each class has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(KEY) or "OutOfMemory" in type(error).__name__:
+            raise
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
+        raise ValueError(f"{KEY}: {name} cannot be loaded ({why}). Copy or download it again, whole.") from error
+
+
+def _numbers(value: Any) -> list[float]:
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [number for number in held if isinstance(number, int | float)]
 
 
 def _processor_config(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoint import KEY, TeacherInfo, check_teacher, teacher_fingerprint
+from .checkpoint import KEY, TeacherInfo, check_teacher, loading, teacher_fingerprint
 
 # Weights that no feature reads: a checkpoint may lack them.
 _UNREAD_WEIGHTS = ("mask_token", "head.", "pooler.")
@@ -79,6 +79,8 @@ class VisionTeacher:
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
         self.dim: int = info.config.hidden_size
+        # here: a copy in the step would make the host wait
+        self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @classmethod
     def from_pretrained(
@@ -97,18 +99,20 @@ class VisionTeacher:
                 is not the one that its position embeddings are for.
         """
         info = check_teacher(name_or_path)
-        processor = TeacherProcessor(info)
-        if not info.family.any_size:
-            size = info.config.image_size
-            expected = (size, size) if isinstance(size, int) else tuple(size)
-            if processor.pixel_size != expected:
-                raise ValueError(
-                    f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, its "
-                    f"model takes {expected}. Use the preprocessor_config.json that belongs to the model."
-                )
+        with loading(info.name):
+            processor = TeacherProcessor(info)
+            if not info.family.any_size:
+                size = info.config.image_size
+                expected = (size, size) if isinstance(size, int) else tuple(size)
+                if processor.pixel_size != expected:
+                    raise ValueError(
+                        f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, "
+                        f"its model takes {expected}. Use the preprocessor_config.json that belongs to the model."
+                    )
+            model = _load_model(info, dtype)
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return cls(_load_model(info, dtype).to(device), processor, info)
+        return cls(model.to(device), processor, info)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -141,9 +145,8 @@ class VisionTeacher:
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-        mean, std = self.processor.mean.to(images), self.processor.std.to(images)
         # whatever else there is (CLS, registers) comes first
-        return self._forward((images - mean) / std).last_hidden_state.float()[:, -side * side :]
+        return self._forward((images - self._mean) / self._std).last_hidden_state.float()[:, -side * side :]
 
     def _forward(self, pixel_values: Tensor) -> Any:
         if self._model.training:
@@ -187,7 +190,7 @@ def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
         "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32, device=device),
-        "spatial_shapes": torch.tensor([[rows, columns]], device=device).repeat(batch, 1),
+        "spatial_shapes": torch.stack([torch.full((batch,), n, device=device) for n in (rows, columns)], dim=1),
     }
 
 

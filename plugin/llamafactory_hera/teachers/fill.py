@@ -1,8 +1,12 @@
 """Features of many images: looked up where the cache has them, computed in batches where it has not."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -17,7 +21,23 @@ from .images import ImageLike, image_key, load_image
 
 logger = logging.getLogger(__name__)
 
+#: Environment variable with the file to which progress is appended, for a program that shows it.
+PROGRESS = "HERA_PROGRESS"
 _LOOK_UP_AT_ONCE = 1024
+
+
+class Progress(tqdm):
+    """The first process's bar; what it shows also goes as a line of JSON, (phase, done, total), to `PROGRESS`."""
+
+    def __init__(self, phase: str, total: int, **options: Any) -> None:
+        self._phase = phase
+        super().__init__(total=total, desc=f"HeRA | {phase}", disable=rank() != 0, **options)
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        if file := os.environ.get(PROGRESS):
+            with Path(file).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps([self._phase, self.n, self.total]) + "\n")
+        return super().display(*args, **kwargs)
 
 
 def encode_images(
@@ -59,7 +79,7 @@ def fill_cache(
     missing = [i for i, feature in zip(different.values(), found, strict=True) if feature is None]
     decoded = partial(_decoded, images, teacher.processor)
     loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)  # type: ignore[arg-type]
-    bar = tqdm(total=len(missing), desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0)
+    bar = Progress("teacher", len(missing), unit="image", delay=0.3)
     try:
         for chosen, pixels in loader:
             while True:

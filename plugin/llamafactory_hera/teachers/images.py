@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import ExifTags, Image, ImageFile
 from torch.utils.data import IterableDataset
 
@@ -122,7 +123,10 @@ def load_image(image: ImageLike) -> Image.Image:
     # packages such as lmms-eval switch it on when they are imported: half an image would be taken for a whole one
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        return (source if isinstance(source, Image.Image) else Image.open(source)).convert("RGB")
+        opened = source if isinstance(source, Image.Image) else Image.open(source)
+        if opened.mode.startswith("I;16"):  # `convert` cuts off what 8 bits do not hold
+            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+        return opened.convert("RGB")
     except Exception as error:  # PIL's plugins raise errors of many kinds on broken files
         raise ValueError(
             f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it or "
@@ -164,11 +168,11 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
 
 
 def _name(image: ImageLike) -> str:
-    if isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        return repr(f"{name[:40]}…" if name.startswith("data:") else name)
-    path = image.get("path") if isinstance(image, dict) else getattr(image, "filename", getattr(image, "name", None))
-    return repr(path) if path else f"given as {type(image).__name__} without a path"
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", getattr(image, "name", None))
+    name = str((image.get("path") if isinstance(image, dict) else path) or "")
+    if name.startswith("data:") or len(name) > 1000:  # or base64 alone
+        name = f"{name[:40]}…"
+    return repr(name) if name else f"given as {type(image).__name__} without a path"
 
 
 def _encoded(image: ImageLike) -> bytes:
@@ -190,7 +194,7 @@ def _encoded(image: ImageLike) -> bytes:
             return Path(path).read_bytes()
         except OSError as error:
             raise ValueError(
-                f"The image file {os.fspath(path)!r} cannot be read ({error.strerror or error}). Check the path in "
+                f"The image file {_name(path)} cannot be read ({error.strerror or error}). Check the path in "
                 "the dataset and `media_dir`."
             ) from error
     if isinstance(image, dict) or not hasattr(image, "seek"):

@@ -16,7 +16,6 @@ Any training loop can use it; integrations/transformers.py does for every Traine
 import logging
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +114,8 @@ class Aligner:
             if kind.plans_attention and config.weight > 0:
                 _warn_of_trained_decoder(model, config.objective)
         self.teacher = TeacherFeatures(config, device, dtype, student, latents=kind.view == "latents")
+        n_trained = sum(parameter.requires_grad for parameter in model.parameters())
+        self._identity = self.targets, self.teacher.encoder.fingerprint, config, n_trained  # of a checkpoint
         options = Options(
             n_targets=len(self.targets.items),
             dim=head_layout(model_configuration).hidden_size,
@@ -140,12 +141,20 @@ class Aligner:
             self._image_token = image_token_id(model_configuration)
             self.term = TokenTerm(self.objective)
         self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
+        #: Samples of a process's largest micro-batch; unless it is set, processes agree on it at each step, and wait.
+        self.batch_size: int | None = None
         self.statistics = RunningMeans()
         self.cached = GradientCache()
-        self._nan_in_a_row = 0
-        self._n_samples = 0  # that entered the last term
+        # on the device, which the host does not wait for
+        self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
+        self._was_finite = torch.zeros((), dtype=torch.bool, device=device)  # a term since the run began
+        self._broken = torch.zeros(len(self.targets.items), dtype=torch.bool, device=device)  # in the last such step
+        self._left_out: Tensor | None = None  # a term since the last optimizer step was not finite
+        self._batch_checked = self._gradient_due = False
+        # From the first gradient on all goes well but for what log lines tell; until then the host waits and looks.
+        self._gradient_checked = config.weight == 0
+        self._enters = False  # samples did in the last term, while the host looks
         self._comparable = False  # all of them must have a gradient
-        self._batch_checked = self._gradient_checked = self._gradient_due = False
         self._idle_steps: int | None = 0  # None once a sample has entered
 
     def collator(
@@ -167,6 +176,7 @@ class Aligner:
         return HeraCollator(
             collate, processor, cache=self.teacher.cache, images_of=images_of, drop=drop, decode=decode,
             image_index=self.config.image_index, one_image=self.objective.one_image,
+            tokens=(self._image_token, self._side**2) if self._side else None,
         )  # fmt: skip
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -215,10 +225,13 @@ class Aligner:
             )
         self.decoder_inputs.set(plan.attention, plan.embeddings)
         self.capture.tokens(positions if plan.positions is None else plan.positions)
-        if plan.valid is not None:  # the teacher need not look at who sits out
-            shown, inputs["hera_source"] = plan.valid, inputs["hera_source"].where(plan.valid, NO_IMAGE)
-        pixels = student.pixels(batch, which)
-        return MicroBatch(shown, inputs, pixels, plan.facts, planned=plan.valid is not None)
+        if plan.nobody:
+            shown = torch.zeros_like(shown)
+            inputs.pop("hera_rows", None)
+        elif plan.valid is not None:
+            shown = plan.valid
+        planned = plan.nobody or plan.valid is not None
+        return MicroBatch(shown, inputs, student.pixels(batch, which), plan.facts, planned)
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
         """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
@@ -258,7 +271,7 @@ class Aligner:
 
         Raises:
             ValueError: There is no micro-batch: the batch was not made by :meth:`collator`.
-            RuntimeError: Nothing that is aligned can carry a gradient, or too many non-finite terms in a row.
+            RuntimeError: Nothing that is aligned can carry a gradient; or, in the first steps, as :meth:`logs`.
         """
         if micro_batch is None:
             raise ValueError(
@@ -272,16 +285,18 @@ class Aligner:
         else:
             features = self.teacher.features(micro_batch.inputs, micro_batch.pixels)
             if isinstance(self.term, HeraTerm):
-                output = self.term(representations, features, micro_batch.valid)
+                output = self.term(representations, features, micro_batch.valid, self.batch_size)
             else:
                 projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
                 batch = TokenBatch(representations, projections, features, micro_batch.valid, micro_batch.facts)
                 output = self.term(batch)
             self._record(output, micro_batch.planned)
             term = self.config.weight * output.loss
-        if self._n_samples and not self._gradient_checked and not representations.requires_grad:
-            raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
-        if not self._gradient_checked:  # a rank whose samples have no image gets a gradient of zero
+        if not self._gradient_checked:
+            self.cached.check()
+            if self._enters and not representations.requires_grad:
+                raise RuntimeError(self._idle_message("their outputs carry no gradient in this setup"))
+            # a rank whose samples have no image gets a gradient of zero
             self._gradient_due = self._comparable and bool(micro_batch.valid.any())
         return term
 
@@ -291,10 +306,10 @@ class Aligner:
         self.cached.add(self.capture.representations(), features, micro_batch.valid)
         self.capture.pool(None)
 
-    def solve(self, scale: float = 1.0) -> None:
+    def solve(self, scale: float | Tensor = 1.0) -> None:
         """Computes the term of what was collected, whose parts :meth:`finish` hands out; ``scale`` as for step."""
         assert isinstance(self.term, HeraTerm)
-        self._record(self.cached.solve(self.term, self.config.weight, scale))
+        self._record(self.cached.solve(self.term, self.config.weight, scale, self.batch_size))
 
     def end(self) -> None:
         """Called after the backward pass: stops reading and, once, checks that gradient reached what is aligned.
@@ -302,15 +317,17 @@ class Aligner:
         Raises:
             RuntimeError: The first backward pass with comparable samples left all of it without gradient.
         """
-        if not self._gradient_checked and self._gradient_due and self.config.weight > 0:
+        if not self._gradient_checked and self._gradient_due:
             if self.capture.gradient_seen:
                 self._gradient_checked = True
             elif self._n_steps >= self.objective.silent_steps:
                 raise RuntimeError(self._idle_message("no gradient arrived at them in the first backward pass"))
         self.capture.pool(None)
 
-    def step(self, learning_rate: float, scale: float = 1.0, peak: float | None = None) -> None:
+    def step(self, learning_rate: float, scale: float | Tensor = 1.0, peak: float | None = None) -> None:
         """Trains what the objective trains by one step, then forgets its gradients; every rank must call it.
+
+        There is none where a term since the last step was left out, as it was not finite.
 
         Args:
             learning_rate: The run's at this step.
@@ -330,12 +347,19 @@ class Aligner:
         if self._n_steps < self.objective.silent_steps and learning_rate > 0:
             gradients = (p.grad for p in self.objective.parameters() if p.grad is not None)
             self._n_steps += any(bool(gradient.any()) for gradient in gradients)
-        self.optimizer.step(learning_rate, scale)
+        self.optimizer.step(learning_rate, scale, self._left_out)
+        self._left_out = None
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def logs(self) -> dict[str, float]:
-        """The running statistics since the last call; of pooled objectives equal on every rank but for rounding."""
+        """The running statistics since the last call; of pooled objectives equal on every rank but for rounding.
+
+        Raises:
+            RuntimeError: ``hera_max_nan`` terms in a row were not finite, or gradient caching ran a micro-batch twice
+                with different outputs.
+        """
+        self._look()
         return {**self.statistics.take(), **self.objective.values()}
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -343,7 +367,7 @@ class Aligner:
         state = {**self.optimizer.state(), **self.memory.state_dict()}
         if self._side:
             state[_COUNT] = torch.tensor(self._n_micro_batches)
-        save_state(folder, state, self.targets, self.teacher.encoder.fingerprint, self.config, self.objective.values())
+        save_state(folder, state, *self._identity, self.objective.values())
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores what :meth:`save` wrote.
@@ -351,13 +375,14 @@ class Aligner:
         Raises:
             ValueError: The checkpoint is not of a HeRA run, or of one that aligned something else.
         """
-        state = load_state(folder, self.targets, self.teacher.encoder.fingerprint, self.config)
+        state = load_state(folder, *self._identity)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         self._n_micro_batches = int(state.get(_COUNT, 0))
 
     def finalize(self) -> None:
         """Ends the run: takes the hooks away and writes the features that wait in memory."""
+        self._look()
         self._warn_when_idle()
         self.capture.remove()
         if self.config.visual_attention == "causal":  # the model's attention otherwise, in evaluation, too
@@ -365,38 +390,45 @@ class Aligner:
         self.teacher.flush()
 
     def _record(self, output: TermOutput, planned: bool = False) -> None:
-        self._comparable = output.comparable
-        if output.broken is not None:
-            self._n_samples = 0
-            self._count_non_finite(output.broken)
-            return
-        self._n_samples = output.n_samples
-        self._nan_in_a_row = 0
-        if output.n_samples:
-            self._idle_steps = None
-        elif self._idle_steps is not None and not planned:
-            self._idle_steps += 1
-            if self._idle_steps == _IDLE_STEPS:
-                self._warn_when_idle()
-        if output.n_samples or not self._side:  # a micro-batch of tokens without any is no part of the mean
-            self.statistics.add(hera_loss=output.loss.detach())
+        sound, entered = output.sound, output.n_samples > 0
+        self._was_finite = self._was_finite | sound
+        self._left_out = ~sound if self._left_out is None else self._left_out | ~sound
+        self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
+        self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
+        self._broken = torch.where(sound, self._broken, output.broken)
+        # a micro-batch of tokens without any is no part of the mean
+        known = sound & entered if self._side else sound
+        self.statistics.add(hera_loss=torch.where(known, output.loss.detach(), math.nan))
         if not self._side:
             self.statistics.add(hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
-        empty = output.n_samples == 0 and not planned
-        self.statistics.count(hera_duplicates=output.n_duplicates, hera_empty_steps=int(empty))
+        self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_steps=~sound)
+        if not planned:
+            self.statistics.count(hera_empty_steps=sound & ~entered)
+        if not self._gradient_checked:
+            self._look()
+            self._comparable, self._enters = bool(output.comparable), bool(entered & sound)
+            if self._enters:
+                self._idle_steps = None
+            elif self._idle_steps is not None and not planned and bool(sound):
+                self._idle_steps += 1
+                if self._idle_steps == _IDLE_STEPS:
+                    self._warn_when_idle()
 
-    def _count_non_finite(self, broken: Tensor) -> None:
-        self._nan_in_a_row += 1
-        self.statistics.count(hera_nan_steps=1)
-        if self._nan_in_a_row < self.config.max_nan:
+    def _look(self) -> None:
+        """What only the device knew until now; the host waits for it here."""
+        if isinstance(self.term, HeraTerm):
+            self.term.warn_when_few()
+        self.cached.check()
+        if (in_a_row := int(self._most_nan)) < self.config.max_nan:
             return
-        where = ", ".join(name for name, bad in zip(self.targets.names, broken.tolist(), strict=True) if bad)
+        where = ", ".join(name for name, bad in zip(self.targets.names, self._broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        if not self._was_finite.item():
+            remedy = "No step was finite: the weights of model_name_or_path may hold NaN, or not fit fp16; load others"
         if not where:
             where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
         raise RuntimeError(
-            f"The HeRA term was not finite in {self._nan_in_a_row} steps in a row (hera_max_nan), because of {where}. "
-            f"{remedy}."
+            f"The HeRA term was not finite in {in_a_row} steps in a row (hera_max_nan), because of {where}. {remedy}."
         )
 
     # -- never a silent no-op --------------------------------------------------------------------------------------
@@ -470,7 +502,7 @@ class RunningMeans:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._numbers: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
         """Adds scalar tensors to the means of their names."""
@@ -479,10 +511,10 @@ class RunningMeans:
             self._sums[name] = self._sums.get(name, 0.0) + torch.where(known, value, 0.0).double()
             self._numbers[name] = self._numbers.get(name, 0) + known
 
-    def count(self, **increments: int) -> None:
+    def count(self, **increments: Tensor) -> None:
         """Adds to counters; a counter that stays 0 is not reported."""
         for name, increment in increments.items():
-            self._counts[name] += increment
+            self._counts[name] = self._counts.get(name, 0) + increment.long()
 
     def take(self) -> dict[str, float]:
         """Means and counts since the last call; NaN where no value was known."""
@@ -490,6 +522,6 @@ class RunningMeans:
             name: total.item() / n if (n := int(self._numbers[name])) else math.nan
             for name, total in self._sums.items()
         }
-        counts = {name: float(value) for name, value in self._counts.items() if value}
-        self._sums, self._numbers, self._counts = {}, {}, defaultdict(int)
+        counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
+        self._sums, self._numbers, self._counts = {}, {}, {}
         return means | counts

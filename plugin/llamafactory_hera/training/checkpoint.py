@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftType
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ logger = logging.getLogger("llamafactory_hera")
 
 _STATE_FILE = "state.safetensors"
 _RUN_FILE = "run.json"
+_TRAINED = "trained_tensors"
+_ADAPTERS = {kind.value.lower() for kind in PeftType}
 
 
 def save_state(
@@ -32,6 +35,7 @@ def save_state(
     targets: Targets,
     teacher_fingerprint: str,
     config: HeraConfig,
+    n_trained: int,
     values: dict[str, float],
 ) -> None:
     """Writes ``folder/hera``: tensors, targets with their provenance, and the facts that a resumed run must share."""
@@ -40,14 +44,16 @@ def save_state(
     write_safetensors(target / _STATE_FILE, state)
     targets.save(target / targets.file_name)
     facts = _identity(targets, teacher_fingerprint, config) | config.with_role(Role.RESUMABLE)
-    write_json(target / _RUN_FILE, {**facts, "hera_teacher_name": config.teacher, **values})
+    write_json(target / _RUN_FILE, {**facts, "hera_teacher_name": config.teacher, _TRAINED: n_trained, **values})
 
 
 def load_state(
-    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig
+    folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig, n_trained: int
 ) -> dict[str, Tensor]:
     """The tensors that :func:`save_state` wrote; refuses a checkpoint of another run, warns of what may change."""
     saved = _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
+    if (was := saved.get(_TRAINED, n_trained)) != n_trained:
+        _refuse(folder, [f"finetuning_type trained {was} tensors of the model, trains {n_trained}"])
     changed = _differences(saved, config.with_role(Role.RESUMABLE), where_known=True)
     if changed and rank() == 0:
         logger.warning(
@@ -112,6 +118,26 @@ def check_checkpoint(
     _checked_facts(folder, _identity(targets, teacher_fingerprint, config))
 
 
+def check_tuning(folder: str | os.PathLike, kind: str, **settings: Any) -> None:
+    """Refuses a checkpoint of another kind of training, whose weights would be left out or not fit.
+
+    Args:
+        folder: The checkpoint.
+        kind: ``lora``, ``oft`` or another adapter of PEFT; anything else trains the model's own weights.
+        settings: ``lora_rank`` and ``use_dora``, which are compared under LoRA.
+    """
+    files = [*Path(folder).glob("adapter_config.json"), *Path(folder).glob("*/adapter_config.json")]
+    if not files and not any(Path(folder).glob("model*.safetensors")):
+        return  # an engine's own files
+    saved = read_json(files[0]) if files else {}
+    was: dict[str, Any] = {"finetuning_type": str(saved.get("peft_type", "full")).lower()}
+    now: dict[str, Any] = {"finetuning_type": kind if kind in _ADAPTERS else "full"}
+    if was == now == {"finetuning_type": "lora"}:
+        was |= {"lora_rank": saved.get("r"), "use_dora": saved.get("use_dora", False)}
+        now |= settings
+    _refuse(folder, _differences(was, now))
+
+
 def checkpoint_step(checkpoint: str | os.PathLike) -> int:
     """The step after which the Trainer saved a folder, by its name; -1 for another one's."""
     step = Path(checkpoint).name.rpartition("-")[2]
@@ -153,13 +179,16 @@ def _checked_facts(folder: str | os.PathLike, now: dict[str, Any]) -> dict[str, 
             "checkpoint of stage: hera, or a damaged one. Resume a HeRA checkpoint, or start a new run from these "
             "weights with model_name_or_path or adapter_name_or_path."
         ) from error
-    changed = _differences(saved, now)
+    _refuse(folder, _differences(saved, now))
+    return saved
+
+
+def _refuse(folder: str | os.PathLike, changed: list[str]) -> None:
     if changed:
         raise ValueError(
             f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
             "Restore these settings, or start a new run."
         )
-    return saved
 
 
 # -- weights whose names changed -------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """Refuses settings, trainers and models under which HeRA would be wrong or do nothing, before the first step."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..alignment.gather import world_size
 from ..config import HeraConfig
@@ -12,20 +16,45 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
     Raises:
-        ValueError: It holds fewer, and none are remembered.
+        ValueError: It holds fewer, those included that are remembered.
     """
     objective = find(config.objective)
     size = training_args.per_device_train_batch_size
     together = size * world_size()
     if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if together < objective.least_samples and config.memory == 0:
+    if together + config.memory < objective.least_samples:
         memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
         raise ValueError(
             f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
             f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
             f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
         )
+
+
+def check_output(output_dir: str, teacher_cache: str | None, apart: Mapping[str, str | None]) -> None:
+    """Checks that a run writes where nothing lies that it reads.
+
+    Args:
+        output_dir: Where it writes.
+        teacher_cache: Its ``hera_teacher_cache``, which may not be there yet.
+        apart: Other keys with folders; what is not a folder, such as a hub id, is left out.
+
+    Raises:
+        ValueError: ``output_dir`` is one of them, or inside of one, or around it.
+    """
+    output = Path(output_dir).expanduser().resolve()
+    for key, value in {"hera_teacher_cache": teacher_cache, **apart}.items():
+        place = Path(value or ".").expanduser().resolve()
+        own = place.parent == output and place.name.startswith(PREFIX_CHECKPOINT_DIR)  # one of the folder's run
+        if not value or own or not (place.is_dir() or value == teacher_cache):
+            continue
+        where = "is" if place == output else "lies in" if place in output.parents else "is around"
+        if where != "is around" or output in place.parents:
+            raise ValueError(
+                f"output_dir: {output_dir} {where} {key}: {value}, which the run reads and would overwrite or mix "
+                "with its own files; give it a folder of its own."
+            )
 
 
 def check_attention(objective: type[Objective], name: str, model_config: Any, used: str | None) -> None:
@@ -77,6 +106,8 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
             process reads for all, or Unsloth's patches.
     """
     check_batch(config, trainer.args)
+    model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
+    check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
     if trainer.model_init is not None:
         raise ValueError(

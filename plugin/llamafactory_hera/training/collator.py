@@ -3,14 +3,14 @@
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import HeraConfig
+from ..heads.pooling import check_image_tokens
 from ..teachers.cache import FeatureCache
 from ..teachers.checkpoint import check_teacher
 from ..teachers.encoder import TeacherProcessor, VisionTeacher, check_grid, normalization
@@ -30,10 +30,11 @@ PREFIX = "hera_"
 class HeraCollator:
     """Wraps a collator; images are decoded where it runs.
 
-    Every tensor it adds has the batch as its first axis: ``hera_source [B]`` (one of the three above), and where
-    needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed casts what
-    is floating point), and either ``hera_pixels [B, 3, h, w]`` or ``hera_image [B, 2]`` (which image of the sample
-    the teacher sees, of how many).
+    Every tensor it adds but one has the batch as its first axis: ``hera_source [B]`` (one of the three above), and
+    where needed ``hera_keys [B, 16]``, ``hera_features [B, D_teacher]`` (the bits of float16, as int16: DeepSpeed
+    casts what is floating point), and either ``hera_pixels [B, 3, h, w]`` or ``hera_image [B, 2]`` (which image of the
+    sample the teacher sees, of how many). ``hera_rows [P]`` are the rows from ``PIXELS``: on a device, finding them
+    would make the host wait.
 
     Args:
         collate: The loop's own collator.
@@ -44,6 +45,7 @@ class HeraCollator:
         images_of: From a row of the dataset to its images.
         drop: Columns that ``collate`` must not see.
         decode: Makes of a row, whose images are as they are stored, what ``collate`` and the teacher see.
+        tokens: The placeholder of an image and how many it has, where these are read: batches with others are refused.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -54,6 +56,7 @@ class HeraCollator:
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    tokens: tuple[int, int] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
@@ -75,7 +78,10 @@ class HeraCollator:
             teacher["hera_image"] = torch.tensor(shown)
         if self.drop:
             rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
-        return {**self.collate(rows), **teacher}
+        batch = self.collate(rows)
+        if self.tokens is not None:
+            check_image_tokens(batch["input_ids"], batch.get("attention_mask"), teacher["hera_image"], *self.tokens)
+        return {**batch, **teacher}
 
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
         """Of each row's image, or None: as it is seen, and as it is stored."""
@@ -94,6 +100,8 @@ class HeraCollator:
                     batch["hera_features"][row] = feature.view(torch.int16)
                 source[list(known)] = CACHED
             pending = {row: image for row, image in pending.items() if row not in known}
+        if pending:
+            batch["hera_rows"] = torch.tensor(list(pending))
         if pending and self.processor is not None:
             batch["hera_pixels"] = torch.zeros(len(images), 3, *self.processor.pixel_size)
             for row, (image, _) in pending.items():
@@ -122,6 +130,7 @@ class StudentImages:
     side: int
     processor: Any
     covered: int = 0
+    _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
         """Of a batch's ``pixel_values`` the chosen image of each sample, ``[B, 3, S, S]`` in [0, 1].
@@ -133,13 +142,14 @@ class StudentImages:
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
         index, count = image.unbind(dim=1)
         place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
-        mean, std = (each.to(values.device) for each in self._normalization)
+        mean, std = self._normalization(values.device)
         end = self.covered or values.shape[-1]
         return (values[place][..., :end, :end].float() * std + mean).clamp(0, 1)
 
-    @cached_property
-    def _normalization(self) -> tuple[Tensor, Tensor]:
-        return normalization(self.processor)
+    def _normalization(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._held:  # copied once: a copy makes the host wait
+            self._held[device] = tuple(each.to(device) for each in normalization(self.processor))
+        return self._held[device]
 
     def fingerprint(self, teacher: str) -> str:
         """A digest of a teacher's fingerprint, the grid, and the settings of the student's processor."""
@@ -180,36 +190,29 @@ class TeacherFeatures:
             if student is not None:
                 fingerprint, size = student.fingerprint(fingerprint), size * student.side**2
             self.cache = FeatureCache(config.teacher_cache, fingerprint, size)
+        self._waiting: list[tuple[Tensor, Tensor, Any]] = []  # keys and features on their way to the host, and when
 
     def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
         """Features of a batch's samples ``[B, D_teacher]``, or of its tokens ``[B, T, D_teacher]``; 0: no image.
 
+        NaN where what the collator added was lost on the way, which only the device knows.
+
         Args:
             inputs: What the collator added.
             pixels: Of :meth:`StudentImages.pixels`, for the tokens.
-
-        Raises:
-            ValueError: What the collator added for some samples was lost on the way.
         """
-        source = inputs["hera_source"]
+        source, rows = inputs["hera_source"], inputs.get("hera_rows")
         if pixels is None:
             pixels = inputs.get("hera_pixels")
         tokens = 1 if self.student is None else self.student.side**2
-        features = torch.zeros(len(source), tokens * self.encoder.dim, device=source.device)
-        given = {"hera_features": (CACHED, inputs.get("hera_features")), "hera_pixels": (PIXELS, pixels)}
-        for name, (place, held) in given.items():
-            if held is None and (source == place).any():
-                raise ValueError(
-                    f"{name}: a batch has samples with images and not this tensor; hand all {PREFIX}* tensors of the "
-                    "collator's batch on (of a stream: accelerator_config: {dispatch_batches: false})."
-                )
+        features = torch.full((len(source), tokens * self.encoder.dim), torch.nan, device=source.device)
+        features = torch.where((source == NO_IMAGE).unsqueeze(1), 0.0, features)
         if "hera_features" in inputs:
             held = inputs["hera_features"].view(torch.float16).to(features)
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
-        rows = source == PIXELS
-        if pixels is not None and rows.any():
-            computed = self._compute(pixels[rows]).flatten(1)
-            features[rows] = self._remember(inputs, rows, computed)
+        self.flush(wait=False)
+        if pixels is not None and rows is not None:
+            features = features.index_copy(0, rows, self._remember(inputs, self._compute(pixels[rows]).flatten(1)))
         return features if self.student is None else features.unflatten(1, (tokens, -1))
 
     def _compute(self, pixels: Tensor) -> Tensor:
@@ -218,28 +221,37 @@ class TeacherFeatures:
         assert isinstance(self.encoder, VisionTeacher)
         return self.encoder.encode(pixels)
 
-    def _remember(self, inputs: dict[str, Tensor], rows: Tensor, computed: Tensor) -> Tensor:
-        """Caches features and returns them rounded as they will be read, so that a resumed run sees the same."""
+    def _remember(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
+        """Sends features to the cache and returns them rounded as they will be read: a resumed run sees the same."""
         if self.cache is None:
             return computed
-        keys = [bytes(key.tolist()) for key in inputs["hera_keys"][rows].cpu()]
+        rounded, arrived = computed.half(), None
+        keys = inputs["hera_keys"][inputs["hera_rows"]]
+        keys, features = (each.to("cpu", non_blocking=True) for each in (keys, rounded))
+        if rounded.device.type != "cpu":
+            arrived = torch.get_device_module(rounded.device).Event()
+            arrived.record()
+        self._waiting.append((keys, features, arrived))
+        return rounded.to(computed)
+
+    def flush(self, wait: bool = True) -> None:
+        """Writes the features that wait in memory; without ``wait`` it only takes in those that are on the host.
+
+        A cache that cannot be written is no reason to stop.
+        """
+        if self.cache is None:
+            return
         try:
-            return self.cache.put(keys, computed.cpu()).to(computed)
-        except OSError as error:
-            self._drop_cache(self.cache, error)
-            return computed
-
-    def flush(self) -> None:
-        """Writes the features that wait in memory; a cache that cannot be written is no reason to stop."""
-        if self.cache is not None:
-            try:
+            while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].query()):
+                keys, features, arrived = self._waiting.pop(0)
+                if arrived is not None:
+                    arrived.synchronize()
+                self.cache.put([bytes(key) for key in keys.numpy()], features)
+            if wait:
                 self.cache.flush()
-            except OSError as error:
-                self._drop_cache(self.cache, error)
-
-    def _drop_cache(self, cache: FeatureCache, error: OSError) -> None:
-        logger.warning(
-            f"hera_teacher_cache: {cache.folder} cannot be written ({error}); the run goes on and computes the "
-            "features that are not in it."
-        )
-        self.cache = None
+        except OSError as error:
+            logger.warning(
+                f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run goes on and computes "
+                "the features that are not in it."
+            )
+            self.cache = None

@@ -21,15 +21,20 @@ class GradientCache:
     """The micro-batches of one optimizer step, in order: added, solved together, taken out one by one."""
 
     def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
-        self._teacher: list[Tensor] = []
-        self._valid: list[Tensor] = []
-        self._n_batches = 0
-        self._value = torch.zeros(())
+        self.clear()
+        self._value, self._sound = torch.zeros(()), torch.ones((), dtype=torch.bool)
+        self._difference: Tensor | None = None  # the largest one between two passes of a micro-batch
 
     def __len__(self) -> int:
         """Micro-batches that are still to be run with a graph."""
         return len(self._waiting)
+
+    def clear(self) -> None:
+        """Forgets the micro-batches, those of a step cut short."""
+        self._waiting: list[Tensor] = []
+        self._teacher: list[Tensor] = []
+        self._valid: list[Tensor] = []
+        self._n_batches = 0
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
         """Adds a micro-batch of this rank; arguments as for :class:`~.term.HeraTerm`."""
@@ -37,20 +42,24 @@ class GradientCache:
         self._teacher.append(teacher)
         self._valid.append(valid)
 
-    def solve(self, term: HeraTerm, weight: float, scale: float = 1.0) -> TermOutput:
+    def solve(
+        self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0, batch_size: int | None = None
+    ) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all ranks, each of which must call it.
 
         The objective gets its own gradient, times ``scale``: that of a gradient scaler, which is divided out later.
+        No micro-batch of a rank is larger than ``batch_size``.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
-        output = term(torch.cat(self._waiting, dim=1), teacher, valid)
+        self._n_batches = len(self._waiting)
+        n_rows = batch_size and batch_size * self._n_batches
+        output = term(torch.cat(self._waiting, dim=1), teacher, valid, n_rows)
         loss = weight * output.loss
-        if loss.requires_grad:  # a term that is not finite is a constant 0
-            loss.backward()
-            for parameter in term.objective.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-        self._value, self._n_batches = loss.detach(), len(self._waiting)
+        loss.backward()
+        for parameter in term.objective.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self._value, self._sound = loss.detach(), output.sound
         self._teacher = []
         return output
 
@@ -58,28 +67,30 @@ class GradientCache:
         """Stands for the weighted term in the next micro-batch, which has been run again with a graph.
 
         The mean over the micro-batches has the value and the gradient of the step's term. Representations other than
-        those that were added are refused: the gradient would belong to another forward pass.
+        those that were added :meth:`check` refuses: the gradient would belong to another forward pass.
         """
-        first = self._waiting.pop(0)
-        valid = self._valid.pop(0)
-        if first.grad is None:
-            return self._value
+        first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
+        assert first.grad is not None
         # not a product with the mask: a non-finite value outside it must not spread
-        rows = torch.where(valid.view(1, -1, 1), representations.float(), 0.0)
-        _check_repeats(rows[:, valid].detach(), first[:, valid].detach())
+        rows = torch.where(valid, representations.float(), 0.0)
+        expected = torch.where(valid, first.detach(), 0.0)
+        difference = (rows.detach() - expected).norm() / expected.norm()
+        # NaN, of a micro-batch without images or one that is not finite, is no difference
+        self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
+    def check(self) -> None:
+        """The host waits for the device here.
 
-def _check_repeats(rows: Tensor, first: Tensor) -> None:
-    if rows.numel() == 0:
-        return
-    difference = float((rows - first).norm() / first.norm())
-    if difference > _TOLERANCE:
-        raise RuntimeError(
-            f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
-            f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
-        )
+        Raises:
+            RuntimeError: A micro-batch gave other representations in its second pass.
+        """
+        if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
+            raise RuntimeError(
+                f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
+                f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
+            )
 
 
 def keep_random_state(device: torch.device) -> Callable[[], None]:

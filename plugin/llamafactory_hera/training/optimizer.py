@@ -23,22 +23,27 @@ class ObjectiveOptimizer:
         self._parameters = dict(objective.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         trained = self._trained.values()
-        self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0) if trained else None
+        # fused: it asks the device, not the host, whether to step, and counts steps there
+        self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
-    def step(self, learning_rate: float, scale: float = 1.0) -> None:
+    def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
         """One optimizer step, then forgets the gradients; every rank must call it.
 
-        The factor ``scale`` of a gradient scaler is divided out first. Without a finite gradient there is no step.
+        The factor ``scale`` of a gradient scaler is divided out first. Without a finite gradient there is no step, nor
+        where the boolean scalar ``skip`` is true; the host does not wait to be told.
         """
         if self._optimizer is None:
             return
         self.reduce_gradients()
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
-        if scale != 1.0:
+        if isinstance(scale, Tensor) or scale != 1.0:
             for gradient in gradients:
                 gradient.mul_(1 / scale)
-        if gradients and bool(torch.stack([g.isfinite().all() for g in gradients]).all()):
+        if gradients:
+            finite = torch.stack([gradient.isfinite().all() for gradient in gradients]).all()
+            left_out = ~finite if skip is None else ~finite | skip
             self._optimizer.param_groups[0]["lr"] = learning_rate
+            self._optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -85,7 +90,5 @@ class ObjectiveOptimizer:
         for name, parameter in self._trained.items():
             prefix = f"{_OPTIMIZER}{name}."
             slots = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-            # the step count stays on the CPU, as torch.optim keeps it; copies, because the optimizer works in place
-            self._optimizer.state[parameter] = {
-                slot: t.to("cpu" if slot == "step" else parameter.device, copy=True) for slot, t in slots.items()
-            }
+            # copies, because the optimizer works in place
+            self._optimizer.state[parameter] = {slot: t.to(parameter.device, copy=True) for slot, t in slots.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..alignment.gather import common_row_count, gather_rows, rank, world_size
 from ..alignment.memory import CrossBatchMemory
-from ..alignment.neighbors import Candidates, mutual_knn, teacher_candidates
+from ..alignment.neighbors import mutual_knn, teacher_candidates
 from ..objectives.base import Objective, PooledBatch, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -19,17 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TermOutput:
-    """The term of a step and what is worth logging of it."""
+    """The term of a step and what is worth logging of it; on the device, where nobody waits for it."""
 
-    loss: Tensor  #: Scalar with gradient; 0 when no sample entered.
+    loss: Tensor  #: Scalar with gradient; 0 when no sample entered, or a value was not finite.
     mknn: Tensor  #: In-batch agreement of student and teacher ``[n_targets]``; NaN where it is not measured.
     chance: Tensor  #: The MKNN that unrelated features would reach in this batch, a scalar; NaN likewise.
-    n_samples: int  #: Samples of the global batch that entered.
-    n_duplicates: int  #: Pairs of samples that show the same image and were kept apart.
-    #: When a value was not finite and the term was left out: boolean ``[n_targets]``, equal on every rank: true for
-    #: the targets that gave it, false everywhere when it was the teacher.
-    broken: Tensor | None = None
-    comparable: bool = False  #: Every sample that entered must have a gradient.
+    n_samples: Tensor  #: Samples of the global batch that entered.
+    n_duplicates: Tensor  #: Pairs of samples that show the same image and were kept apart.
+    sound: Tensor  #: Every value was finite; where not, the gradient is 0, too. Equal on every rank.
+    broken: Tensor  #: Targets that gave a value that is not ``[n_targets]``; none when it was the teacher.
+    comparable: Tensor  #: Every sample that entered must have a gradient.
 
 
 @dataclass(eq=False)
@@ -40,44 +39,67 @@ class HeraTerm:
     """
 
     objective: Objective
-    k: int  #: Teacher neighbours per sample; shrinks, with one warning, where fewer candidates exist.
+    k: int  #: Teacher neighbours per sample; at most half of the candidates, with one warning.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
     memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
+    _fewest: Tensor | None = field(default=None, init=False)  # candidates of a sample that entered, so far
     _warned: bool = field(default=False, init=False)
 
-    def __call__(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> TermOutput:
-        """Computes the term of this rank's ``[n_targets, B, D]`` and ``[B, D_teacher]``: anything where not valid."""
-        batch, all_teacher = self._batch(*self._gather(representations, teacher, valid))
-        enters = self.objective.entering(batch)
-        n_samples = int(enters.sum())
-        if self.objective.uses_candidates:
-            self._warn_when_few(batch.candidates, enters, n_samples)
+    def __call__(
+        self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
+    ) -> TermOutput:
+        """Computes the term of this rank's ``[n_targets, B, D]`` and ``[B, D_teacher]``: anything where not valid.
 
+        Args:
+            representations: Of the student.
+            teacher: Features of the same samples.
+            valid: Boolean ``[B]``.
+            n_rows: No rank has more samples; without it the ranks agree on a number, and wait for it.
+        """
+        batch, all_teacher = self._batch(*self._gather(representations, teacher, valid, n_rows))
+        z, candidates, enters = batch.z, batch.candidates, self.objective.entering(batch)
         by_target = self.objective(batch)
-        z, candidates = batch.z, batch.candidates
-        sound, teacher_finite = _sound(z, batch.teacher, by_target)
-        if not (sound.all() & teacher_finite):
-            return _left_out(~sound, n_samples)
+        finite, teacher_finite = _finite(z, batch.teacher, by_target)
+        sound = finite.all() & teacher_finite
+        known = sound
+        if self.memory.size:  # not comparable until it is full: among fewer candidates more agree by chance
+            known = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
+        if self.objective.uses_candidates:
+            fewest = torch.where(enters & known, candidates.allowed.sum(dim=1), 2 * self.k).amin()
+            self._fewest = fewest if self._fewest is None else torch.minimum(self._fewest, fewest)
         mknn = mutual_knn(batch.everything, all_teacher, self.k, self.normalize, candidates.allowed)
-        chance = candidates.chance
-        if len(self.memory) < self.memory.size:  # not comparable yet: among fewer candidates more agree by chance
-            mknn, chance = torch.full_like(mknn, math.nan), torch.full_like(chance, math.nan)
-        self.memory.append(z[:, batch.valid], batch.teacher[batch.valid])
-        loss, comparable = by_target.mean(), self.objective.comparable(batch)
-        return TermOutput(loss, mknn, chance, n_samples, candidates.duplicates, comparable=comparable)
+        self.memory.append(z, batch.teacher, batch.valid & sound)
+        return TermOutput(
+            _left_out(by_target.mean(), sound, z),
+            torch.where(known, mknn, math.nan),
+            torch.where(known, candidates.chance, math.nan),
+            enters.sum(),
+            candidates.duplicates,
+            sound,
+            ~finite,
+            self.objective.comparable(batch) & sound,
+        )
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
         """The global batch, and the teacher's features of it with those of remembered samples behind them."""
-        everything, all_teacher = z, teacher
-        if self.memory.representations is not None and self.memory.teacher is not None:
-            everything = torch.cat([z, self.memory.representations.to(z)], dim=1)
-            all_teacher = torch.cat([teacher, self.memory.teacher.to(teacher)])
-        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize)
+        everything, all_teacher, filled = z, teacher, None
+        if self.memory.pairs is not None:
+            older, older_teacher, filled = self.memory.pairs
+            everything, filled = torch.cat([z, older.to(z)], dim=1), filled.to(valid)
+            all_teacher = torch.cat([teacher, older_teacher.to(teacher)])
+        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled)
         return PooledBatch(z, everything, teacher, valid, candidates, self.normalize), all_teacher
 
-    def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n_rows = common_row_count(valid.shape[0], valid.device)
-        missing = n_rows - valid.shape[0]
+    def _gather(self, z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        missing = 0
+        if world_size() > 1:
+            n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
+            missing = n_rows - len(valid)
+            if missing < 0:
+                raise ValueError(
+                    f"per_device_train_batch_size: it makes {n_rows} samples, and this process has {len(valid)}; let "
+                    "the loader make batches of at most that size."
+                )
         rows = z.transpose(0, 1).float()  # [B, n_targets, D]: ranks are concatenated along the first axis
         # not a product with the mask: a non-finite value outside it must not spread
         rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
@@ -89,15 +111,17 @@ class HeraTerm:
         gathered_valid = gather_rows(valid.to(torch.uint8)).bool()
         return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
 
-    def _warn_when_few(self, candidates: Candidates, enters: Tensor, n_samples: int) -> None:
-        if self._warned or not n_samples or rank() > 0:
+    def warn_when_few(self) -> None:
+        """Warns, once, when k was more than half of a sample's candidates; the host waits for the device here."""
+        if self._warned or self._fewest is None or rank() > 0:
             return
-        fewest = int(candidates.allowed.sum(dim=1)[enters].min())
-        if fewest < self.k:
+        fewest = int(self._fewest)
+        if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are asked for and a sample of this batch has {fewest} candidates; k "
-                "shrinks to what there is. Use a larger global batch, or hera_memory to remember recent samples."
+                f"hera_k: {self.k} neighbours are more than half of the {fewest} candidates that a sample had, and at "
+                "most half are taken: all would leave the teacher no choice. Use a larger batch per device, more "
+                f"processes, or hera_memory: {max(4 * self.k, 64)}."
             )
 
 
@@ -127,26 +151,28 @@ class TokenTerm:
                 f"for each target and sample, {[len(tokens), len(valid)]}."
             )
         by_target = torch.where(valid, losses, 0.0).sum(dim=1)
-        sound, teacher_finite = _sound(tokens, teacher, by_target)
-        facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~sound]).float()
+        finite, teacher_finite = _finite(tokens, teacher, by_target)
+        facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~finite]).float()
         if world_size() > 1:
             dist.all_reduce(facts)
-        n_samples, broken = int(facts[0]), facts[2:] > 0
-        if facts[1:].any():
-            return _left_out(broken, n_samples)
+        n_samples, sound, broken = facts[0], ~facts[1:].any(), facts[2:] > 0
+        loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
+        loss = _left_out(loss, sound, tokens, *([] if projections is None else [projections]))
         unknown = torch.full_like(by_target.detach(), math.nan)
-        loss = by_target.mean() * world_size() / max(n_samples, 1)
-        return TermOutput(loss, unknown, unknown[0], n_samples, 0, comparable=n_samples > 0)
+        duplicates = torch.zeros_like(n_samples)
+        return TermOutput(loss, unknown, unknown[0], n_samples, duplicates, sound, broken, sound & (n_samples > 0))
 
 
-def _sound(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
+def _finite(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
     """Which targets gave finite values ``[n_targets]``, and whether the teacher did."""
     # The loss does not tell it all: a sample without candidates has none, and a NaN of the teacher only misleads.
     finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), teacher.isfinite().all()
     return finite & (by_target.isfinite() | ~teacher_finite), teacher_finite
 
 
-def _left_out(broken: Tensor, n_samples: int) -> TermOutput:
-    """The output of a term that is not finite: a constant 0."""
-    unknown = torch.full(broken.shape, math.nan, device=broken.device)
-    return TermOutput(unknown.new_zeros(()), unknown, unknown[0], n_samples, 0, broken)
+def _left_out(loss: Tensor, sound: Tensor, *inputs: Tensor) -> Tensor:
+    """``loss``, or where it is not sound 0, with a gradient of 0 for the ``inputs`` that it was computed from."""
+    for values in inputs:
+        if values.requires_grad:  # not a product: 0 times what is not finite would reach the model
+            values.register_hook(lambda gradient: torch.where(sound, gradient, 0.0))
+    return torch.where(sound, loss, 0.0)

@@ -16,9 +16,10 @@ from llamafactory.extras.constants import TRAINING_ARGS
 from llamafactory.webui.common import _clean_cmd, abort_process
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.files import RUN_FOLDER, write_text
+from llamafactory_hera.files import RUN_FOLDER, read_json_lines, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
 from llamafactory_hera.knobs import fact_of
+from llamafactory_hera.teachers.fill import PROGRESS
 
 from .names import STAGE
 
@@ -29,8 +30,6 @@ REPORT = "report"
 #: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
 _SCORED_WITH = ("select_mode", "select_samples", "select_k", "select_seed", "select_dtype", "pooling", "similarity")
 
-# tqdm's line, as the scoring pass and the teacher write it
-_BAR = re.compile(r"HeRA \| ([^:\r\n]+):\s*\d+%\|.*\| (\d+)/(\d+) \[")
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
 
@@ -54,6 +53,11 @@ class Job:
         return self.folder / RUN_FOLDER / f"{self.kind}.log"
 
     @property
+    def progress_log(self) -> Path:
+        """The file to which the commands append how far they are."""
+        return self.log.with_suffix(".jsonl")
+
+    @property
     def running(self) -> bool:
         """Whether a command runs or is about to."""
         return self.code is None
@@ -62,6 +66,7 @@ class Job:
         """Starts the first command; raises ``OSError`` where the log cannot be written."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_bytes(b"")
+        self.progress_log.write_bytes(b"")
         atexit.register(self.abort)
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -77,8 +82,8 @@ class Job:
 
     def progress(self) -> tuple[str, int, int] | None:
         """The phase that was last reported, how much of it is done, and of how much."""
-        bars = _BAR.findall(self._text())
-        return (bars[-1][0], int(bars[-1][1]), int(bars[-1][2])) if bars else None
+        lines = read_json_lines(self.progress_log)
+        return tuple(lines[-1]) if lines else None
 
     def output(self, n_lines: int = 30) -> str:
         """The last lines of the log, progress bars left out."""
@@ -95,7 +100,12 @@ class Job:
 
     def _run(self) -> None:
         code = 1
-        environment = {**os.environ, "TQDM_MININTERVAL": "0.5", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "TQDM_MININTERVAL": "0.5",
+            "PYTHONUNBUFFERED": "1",
+            PROGRESS: str(self.progress_log),
+        }
         try:
             for command in self.commands:
                 line = [sys.executable, "-m", "llamafactory_hera.cli", *command]

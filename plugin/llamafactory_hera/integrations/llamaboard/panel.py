@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.components import Component
-from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
+from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINER_LOG, TRAINING_STAGES
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, save_args
 from llamafactory.webui.locales import ALERTS
 
@@ -69,7 +69,7 @@ class Panel:
         if not path:
             return self._update(hera_status=gr.skip())
         try:
-            return self._show_heads(Path(path), lang, "loaded", fill=True)
+            return self._show_heads(Path(path), lang, "loaded")
         except ValueError as error:
             gr.Warning(str(error))
             return self._show_text(str(error))
@@ -117,13 +117,10 @@ class Panel:
         while job.running:
             yield self._show_progress(job)
             time.sleep(_INTERVAL)
-        yield self._show_result(job, fill=True)
+        yield self._show_result(job)
 
     def after_reload(self) -> Iterator[Data]:
-        """What a freshly loaded page shows: the job that runs, or the result of the last one."""
-        if self._job is not None and not self._job.running:
-            yield self._show_result(self._job, fill=False)
-            return
+        """What a freshly loaded page shows: the job that runs, if one does."""
         if self._busy:
             yield self._update(hera_tab=gr.Accordion(open=True))
         yield from self.follow()
@@ -157,10 +154,20 @@ class Panel:
             self._job, self._data = job, data
 
     def with_reason(self, update: Data, data: Data) -> Data:
-        """What the host shows of a run, with the reason first where it has failed, and else its evaluation."""
+        """What the host shows of a run, with the reason first where it has failed, and else its evaluation.
+
+        Curves and progress of an earlier run are not shown until this one has logged a step.
+        """
         if not self._is_hera(data):
             return update
-        return {key: self._first(shown, data) if isinstance(shown, str) else shown for key, shown in update.items()}
+        shown = {key: self._first(text, data) if isinstance(text, str) else text for key, text in update.items()}
+        folder = Path(self._engine.runner._parse_train_args(data)["output_dir"])
+        log, started = folder / TRAINER_LOG, folder / LLAMABOARD_CONFIG  # which is written at each start
+        if not log.is_file() or log.stat().st_mtime < started.stat().st_mtime:
+            element = self._engine.manager.get_elem_by_id
+            shown |= {element("train.loss_viewer"): gr.Plot(value=None)}
+            shown |= {element("train.progress_bar"): gr.Slider(visible=False)}
+        return shown
 
     def _first(self, text: str, data: Data) -> str:
         lang = self._value(data, "top.lang")
@@ -191,30 +198,32 @@ class Panel:
         label, percent = f"{message(phase, job.lang)} {done}/{total}", round(100 * done / max(1, total), 1)
         return self._show_text(text, hera_progress=gr.Slider(label=label, value=percent, visible=True))
 
-    def _show_result(self, job: Job, fill: bool) -> Data:
-        """The result of a job that has ended; ``fill`` puts selected heads into the heads field."""
+    def _show_result(self, job: Job) -> Data:
         if job.aborted:
             return self._show_text(message("aborted", job.lang))
         if job.code != 0:
-            return self._show_text(f"**{message('failed', job.lang, code=job.code)}**\n\n```\n{job.output()}\n```")
+            output = job.output()
+            # as text, too: a long line is cut off in a block
+            reason = (_ERROR.findall(output) or output.splitlines() or [""])[-1]
+            failed = message("failed", job.lang, code=job.code)
+            return self._show_text(f"**{failed}** {reason}\n\n```\n{output}\n```")
         if job.kind == SELECT:
-            return self._show_heads(heads_file(job.folder), job.lang, "selected", fill)
+            return self._show_heads(heads_file(job.folder), job.lang, "selected")
         return self._show_text(
             f"{message('compared', job.lang)}\n\n{report_table(job.folder)}\n\n{evaluations(job.folder)}",
             hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),
             hera_report=gr.File(value=report_files(job.folder), visible=True),
         )
 
-    def _show_heads(self, path: Path, lang: str, how: str, fill: bool) -> Data:
+    def _show_heads(self, path: Path, lang: str, how: str) -> Data:
         """A heads file: its heads, their scores as a table and as a picture; ``how`` names the message."""
         names, table, pictures = show_heads(path, lang)
         # the path, not the names: training then checks what the heads were selected for, and keeps their scores
-        filled = {"hera_heads": str(path)} if fill else {}
         return self._show_text(
             f"{message(how, lang, heads=names, path=f'`{path}`')}\n\n{table}",
             hera_gallery=gr.Gallery(value=pictures, visible=bool(pictures)),
             hera_report=gr.File(visible=False),
-            **filled,
+            hera_heads=str(path),
         )
 
 

@@ -87,8 +87,9 @@ def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Element
     quiet = {"show_progress": "hidden", "concurrency_limit": None}
     lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")
 
-    elements["hera_select_btn"].click(panel.select, inputs, outputs, **quiet)
-    elements["hera_compare_btn"].click(panel.compare, inputs, outputs, **quiet)
+    # "multiple": else a press is lost, silently, on a page that still follows a job
+    elements["hera_select_btn"].click(panel.select, inputs, outputs, trigger_mode="multiple", **quiet)
+    elements["hera_compare_btn"].click(panel.compare, inputs, outputs, trigger_mode="multiple", **quiet)
     elements["hera_stop_btn"].click(panel.abort, queue=False)
     heads_file = elements["hera_heads_file"]
     heads_file.focus(panel.list_files, [model_name], [heads_file], queue=False)
@@ -100,4 +101,4 @@ def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Element
 
 
 def _open(training_stage: str) -> Any:
-    return gr.Accordion(open=True) if TRAINING_STAGES[training_stage] == STAGE else gr.skip()
+    return gr.Accordion(open=TRAINING_STAGES[training_stage] == STAGE)

@@ -1,5 +1,6 @@
 """The ``hera_*`` keys inside the host's fine-tuning arguments; they are declared in ``config.py``."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Literal, get_args
@@ -36,6 +37,16 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             if self.use_hera:
                 self.stage = "sft"
             super().__post_init__()
+            if not self.use_hera and self.hera_eval != "none":
+                raise ValueError(
+                    f"hera_eval: {self.hera_eval} follows a run of stage: hera; for stage: {self.stage} leave it out, "
+                    f"and run `llamafactory-hera eval OUTPUT_DIR --suite {self.hera_eval}`."
+                )
+            unread = [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]
+            if unread and not self.use_hera:
+                warnings.warn(
+                    f"stage: {self.stage} does not read {', '.join(unread)}; write stage: hera.", stacklevel=2
+                )
             if self.use_hera:
                 require()
                 # read once here, so that every value has its type wherever the host shows it

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from llamafactory.data.loader import _get_merged_dataset
@@ -12,16 +13,16 @@ from llamafactory.model import load_config
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimodal
 from llamafactory_hera.heads.pooling import grid_side
-from llamafactory_hera.objectives import find
+from llamafactory_hera.objectives import Objective, find
 from llamafactory_hera.teachers.checkpoint import check_teacher
 from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.teachers.latents import check_latent_teacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_attention, check_batch, check_parallelism
+from llamafactory_hera.training.checks import check_attention, check_batch, check_output, check_parallelism
 from llamafactory_hera.training.collator import check_one_image
 
-from .recipe import HostArguments
+from .recipe import HostArguments, check_stream
 
 #: How many samples the checks look at where looking at all would take long.
 N_CHECKED = 32
@@ -50,6 +51,8 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
         refuse_keys(arguments, keys, "stage: hera")
     check_parallelism(host.training)
     check_batch(config, host.training)
+    check_folders(host.training.output_dir, host, config)
+    check_stream(host.data, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
     if config.own_from is not None:
         earlier_values(config)
@@ -64,6 +67,18 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
             check_grid(teacher, side)
         check_attention(objective, config.objective, model_config, str(host.model.flash_attn))
     return head_layout(model_config)
+
+
+def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
+    """Checks that ``output_dir`` is a folder of its own, apart from model, data, teacher and cache."""
+    model, data = host.model, host.data
+    apart = {"model_name_or_path": model.model_name_or_path, "hera_teacher": config.teacher if config else None}
+    apart |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
+    for key in ("dataset_dir", "media_dir"):  # beside the files of a dataset a run may write
+        folder = getattr(data, key)
+        inside = isinstance(folder, str) and Path(folder).resolve() in Path(output_dir).resolve().parents
+        apart[key] = folder if isinstance(folder, str) and not (inside and folder == data.dataset_dir) else None
+    check_output(output_dir, config.teacher_cache if config else None, apart)
 
 
 def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
@@ -85,11 +100,11 @@ def multimodal_config(model_args: Any, why: str) -> Any:
 
 
 def checked_dataset(
-    get_dataset: Callable[..., dict[str, Any]], one_image: bool = False
+    get_dataset: Callable[..., dict[str, Any]], objective: type[Objective]
 ) -> Callable[..., dict[str, Any]]:
     """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off.
 
-    With ``one_image`` also samples with several.
+    Also samples with several images, where an objective takes one.
     """
 
     @wraps(get_dataset)
@@ -99,11 +114,12 @@ def checked_dataset(
         try:
             module = get_dataset(template, model_args, data_args, training_args, stage=stage, **tokenizer_module)
         except OSError as error:
-            raise ValueError(_name_broken_image(error, model_args, data_args, training_args)) from error
+            # the host's error may print an image that the dataset holds as base64, all of it
+            raise ValueError(_name_broken_image(error, model_args, data_args, training_args)) from None
         train = module.get("train_dataset")
         if train is not None:
-            _check_images(train, data_args)
-            if one_image:
+            _check_images(train, data_args, max(2, objective.least_samples))
+            if objective.one_image:
                 check_one_image(max(len(row.get("images") or []) for row in islice(_image_rows(train), N_CHECKED**3)))
             first = enumerate(islice(train, N_CHECKED * N_CHECKED))
             for row, sample in islice((each for each in first if each[1].get("images")), N_CHECKED):
@@ -132,13 +148,14 @@ def _image_rows(dataset: Any) -> Iterable[dict[str, Any]]:
     return dataset if hasattr(dataset, "__len__") else islice(dataset, N_CHECKED * N_CHECKED)
 
 
-def _check_images(dataset: Any, data_args: Any) -> None:
+def _check_images(dataset: Any, data_args: Any, least: int) -> None:
     rows = _image_rows(dataset)
-    found = len(list(islice((row for row in rows if row.get("images")), 2)))
-    if found < 2:
+    found = len(list(islice((row for row in rows if row.get("images")), least)))
+    if found < least:
+        held = {0: "no", 1: "one sample with an"}.get(found, f"{found} samples with an")
         raise ValueError(
-            f"dataset: {', '.join(data_args.dataset or [])} holds {'one sample with an' if found else 'no'} image, "
-            "and HeRA compares samples by what their images show; use a dataset with an `images` column or stage: sft."
+            f"dataset: {', '.join(data_args.dataset or [])} holds {held} image, and HeRA compares {least} or more by "
+            "what their images show; use a dataset with an `images` column, raise max_samples, or use stage: sft."
         )
 
 

@@ -19,15 +19,18 @@ from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
-from .checks import UNREADABLE, multimodal_config, refuse_keys
+from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
 from .recipe import NOT_TRAINING, host_arguments, model_folder, named_output, read_recipe, read_values
 
 
-def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False) -> Targets:
+def select(
+    recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False, force: bool = False
+) -> Targets:
     """Selects heads for a recipe and writes ``output_dir/hera/`` : ``heads.json``, ``run.yaml`` and ``heads.png``.
 
-    ``overrides`` are ``key=value`` s over the recipe; ``in_place`` writes the heads into the recipe itself, too.
+    ``overrides`` are ``key=value`` s over the recipe; ``in_place`` writes the heads into the recipe itself, too, and
+    ``force`` replaces those that a run in the same folder has trained.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -38,7 +41,13 @@ def select(recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: b
             f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
             "before training."
         )
-    path = named_output(read.values, "saves/selection") / RUN_FOLDER / file_name("head")
+    output_dir = named_output(read.values, "saves/selection")
+    check_folders(str(output_dir), read.host, read.config)
+    path = output_dir / RUN_FOLDER / file_name("head")
+    if not force:
+        _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
+    if in_place:
+        set_heads_in_place(Path(recipe), Targets.parse("L0H0"), check_only=True)  # before hours of scoring
     heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
@@ -93,6 +102,8 @@ def score_checkpoint(
             folder = named_output(read.values, "saves/selection")
         output = folder / RUN_FOLDER / "scores.json"
     path = Path(output)
+    if path.name in (file_name("head"), file_name("layer")):
+        _keep_trained(path, f"--output: {path.parent}", "give another name")
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
@@ -127,8 +138,17 @@ def calibrate(
     # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
+    check_folders(str(output_dir), host)
     _check_calibrated(host.model)
     return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)
+
+
+def _keep_trained(path: Path, where: str, remedy: str) -> None:
+    trained = next(filter(Path.exists, map(path.with_name, ("card.json", "run.json"))), None)
+    if trained is not None:
+        raise ValueError(
+            f"{where} holds a run that has trained ({trained}), whose {path.name} says what it aligned; {remedy}."
+        )
 
 
 def _check_calibrated(model_args: Any) -> None:

@@ -112,8 +112,19 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
         near = " or ".join(get_close_matches(name, TEMPLATES, cutoff=0.5)) or "llava_qwen3"
         raise ValueError(f"template: {name} does not exist; write the one of the model, for instance {near}.")
     check_datasets("dataset", data.dataset, data.dataset_dir)
+    check_stream(data, host.training)
     adapter_folders(host.model)
     return host
+
+
+def check_stream(data: Any, training: Any) -> None:
+    """Checks that the host, which cuts a local file into as many parts as there are workers, makes one at least."""
+    local = any(each.load_from == "file" for each in get_dataset_list(data.dataset, data.dataset_dir))
+    if data.streaming and local and training.dataloader_num_workers == 0:
+        raise ValueError(
+            "dataloader_num_workers: 0 leaves LLaMA-Factory's streaming no part of a local dataset; set it to 1 or "
+            "more, or streaming: false."
+        )
 
 
 def check_datasets(key: str, names: Sequence[str], folder: Any) -> None:

@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,16 +14,17 @@ from llamafactory.data.parser import get_dataset_list
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
+from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.evaluation.run import evaluate, ready
 from llamafactory_hera.evaluation.suites import SUITES
-from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.files import LOCK, RUN_FOLDER, held
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
 from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
-from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
+from llamafactory_hera.training.checkpoint import check_checkpoint, check_tuning, checkpoint_of
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
@@ -71,37 +73,38 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     data = Path(str(host.data.dataset_dir))
     asked = [] if config.eval == "none" else _ready_tasks(config.eval, data)
     layout = check_run(config, host)
-    checkpoint = checkpoint_of(host.training)
-    host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
-    targets = resolve_targets(config, selecting_run(config, host, layout))
-    if config.named_targets == AUTO:
-        setattr(host.finetuning, config.targets_key, str(targets))
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
+        checkpoint = checkpoint_of(host.training)
+        host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
+        targets = resolve_targets(config, selecting_run(config, host, layout))
+        if config.named_targets == AUTO:
+            setattr(host.finetuning, config.targets_key, str(targets))
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+            tuning = host.finetuning
+            check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
 
-    def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
-        workflow_card(trainer, *rest)
-        trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
+        def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
+            workflow_card(trainer, *rest)
+            trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
 
-    data = get_dataset_list(host.data.dataset, host.data.dataset_dir)
-    hub_datasets = [each.dataset_name for each in data if each.load_from == "hf_hub"]
-    proof = _Proof()
-    workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
-    replacements: dict[str, Any] = {
-        "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective).one_image),
-        "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
-        "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
-        "create_modelcard_and_push": create_card,
-    }
-    before = {name: getattr(workflow, name) for name in replacements}
-    vars(workflow).update(replacements)
-    try:
+        named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
+        hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
+        proof = _Proof()
+        workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
+        replacements: dict[str, Any] = {
+            "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
+            "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
+            "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
+            "create_modelcard_and_push": create_card,
+        }
+        stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
+        vars(workflow).update(replacements)
         run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
-    finally:
-        vars(workflow).update(before)
-    if asked and host.training.process_index == 0:
-        proof.trainer = None  # its weights make room
-        _evaluate(config.eval, asked, data, Path(host.training.output_dir))
+        if asked and host.training.process_index == 0:
+            proof.trainer = None  # its weights make room
+            _evaluate(config.eval, asked, data, Path(host.training.output_dir))
 
 
 def _ready_tasks(suite: str, data: Path) -> list[str]:
