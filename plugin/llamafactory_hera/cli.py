@@ -180,12 +180,13 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .selection.page import write_page
     from .selection.pictures import write_report
 
     if args.output or not args.html:
         print(*write_report(args.files, args.output or "hera_report", args.names, args.aligned), sep="\n")
     if args.html:
+        from .selection.page import write_page
+
         print(write_page(args.files, args.html, args.names, args.aligned))
     return 0
 

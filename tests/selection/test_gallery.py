@@ -108,5 +108,5 @@ def test_a_head_that_is_not_there_or_not_scored_is_named(files, tmp_path, head):
 
 
 def test_a_folder_without_scores_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"scores: .* cannot be read .*give a heads.json"):
+    with pytest.raises(ValueError, match=r"scores: .* cannot be read .*; give a file that `llamafactory-hera score`"):
         write_gallery([tmp_path])

@@ -16,7 +16,7 @@ from llamafactory_hera.heads import HeadCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import select
 from llamafactory_hera.selection.forward import Forward
-from llamafactory_hera.selection.gallery import Neighbors
+from llamafactory_hera.selection.gallery import Neighbors, neighbors_file
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 from tests.ranks import holder, run_ranks
@@ -308,7 +308,7 @@ def test_a_selection_leaves_what_is_another_s_and_keeps_out_a_second_one(tmp_pat
         select_targets(inputs, settings(), path)
     assert not path.exists()
     select_targets(inputs, settings(), path)
-    assert sorted(path.parent.iterdir()) == sorted([*(file.parent for file in others), path])
+    assert sorted(path.parent.iterdir()) == sorted([*(file.parent for file in others), path, neighbors_file(path)])
 
 
 def test_too_little_memory_names_the_key_and_keeps_the_features(tmp_path):

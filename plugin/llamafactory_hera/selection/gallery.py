@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..alignment.scoring import nearest_samples
-from ..files import write_safetensors
+from ..files import write_safetensors, writing
 from ..heads.pooling import IGNORE_INDEX
 from ..heads.targets import Target, Targets
 from ..teachers.images import ImageLike, load_image
@@ -142,12 +142,9 @@ def write_gallery(
     for target in chosen:
         figure = draw_gallery(files, names, target)
         pictures.append(Path(f"{output}_{target}.png"))
-        try:
+        with writing("gallery", pictures[-1], "give another path"):
             pictures[-1].parent.mkdir(parents=True, exist_ok=True)
             save_figure(figure, pictures[-1])
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(f"gallery: {pictures[-1]} cannot be written ({reason}); give another path.") from error
     return pictures
 
 
