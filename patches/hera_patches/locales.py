@@ -10,6 +10,6 @@ WHAT = "labels of HeRA's fields in the web UI's five languages"
 
 
 def apply(module: Any) -> None:
-    from llamafactory_hera.integrations.llamaboard.names import locales
+    from llamafactory_hera.integrations.llamaboard.fields import locales
 
     module.LOCALES |= locales(module.LOCALES["training_stage"])

@@ -6,9 +6,18 @@ import string
 import pytest
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
+from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, options, problem_with, takes, with_hera
-from llamafactory_hera.integrations.llamaboard.names import MODELS, locales, message, texts
+from llamafactory_hera.integrations.llamaboard.fields import (
+    FIELDS,
+    default,
+    locales,
+    options,
+    problem_with,
+    takes,
+    with_fields,
+)
+from llamafactory_hera.integrations.llamaboard.names import MODELS, message, texts
 
 NAMED = "heads objective granularity layers teacher teacher_cache weight k temperature memory pooling select select_m"
 
@@ -16,7 +25,7 @@ NAMED = "heads objective granularity layers teacher teacher_cache weight k tempe
 def test_the_keys_of_heads_teacher_loss_and_selection_are_shown_with_their_defaults() -> None:
     assert {f"hera_{name}" for name in NAMED.split()} <= set(FIELDS)
     shown = {key: default(key) for key in FIELDS}
-    declared = HeraConfig(heads="L0H1").keys() | {"hera_heads": None}
+    declared = HeraConfig(heads="L0H1").keys() | RahConfig().keys() | {"hera_heads": None}
     assert shown == {key: "" if declared[key] is None else declared[key] for key in FIELDS}
     assert all(value in options(key) for key, value in shown.items() if options(key))
     # the host sends nothing for false, so that a ticked box could not be unticked
@@ -72,15 +81,16 @@ def test_the_host_has_the_texts_in_its_languages() -> None:
         assert set(by_language) == set(LOCALES["training_stage"])
         assert LOCALES[name] == by_language
     assert message("aborted", "fr") == "Aborted."  # a language that the host may gain
+    assert LOCALES["hera_k"]["en"]["info"] == "Nearest neighbours in the teacher's space. Default: 10."
 
 
 def test_extra_arguments_win_over_the_fields() -> None:
     values = {f"train.{key}": default(key) for key in FIELDS}
     values["train.hera_heads"] = " L1H2 "
-    args = with_hera({"stage": "hera", "hera_k": 3, "hera_max_nan": 7}, values.__getitem__)
+    args = with_fields({"stage": "hera", "hera_k": 3, "hera_max_nan": 7}, "hera_", values.__getitem__)
     assert args["hera_heads"] == "L1H2"
     assert (args["hera_k"], args["hera_max_nan"]) == (3, 7)
-    assert set(args) == {"stage", "hera_max_nan", *FIELDS}
+    assert set(args) == {"stage", "hera_max_nan", *(key for key in FIELDS if key.startswith("hera_"))}
 
 
 LAYER = {"hera_granularity": "layer", "hera_layers": "L1"}

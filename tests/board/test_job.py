@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, compare_job, select_job
+from llamafactory_hera.integrations.llamaboard.job import SELECT, Job, compare_job, recipe_job
 from llamafactory_hera.teachers.fill import PROGRESS, Progress
 
 
@@ -84,8 +84,8 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_selection_runs_a_recipe_of_the_page_s_arguments(tmp_path: Path) -> None:
-    args = {"stage": "sft", "output_dir": str(tmp_path / "run"), "hera_k": 3, "empty": "", "unset": None}
-    started = select_job(args, "en")
+    args = {"stage": "hera", "output_dir": str(tmp_path / "run"), "hera_k": 3, "empty": "", "unset": None}
+    started = recipe_job(SELECT, args, "en")
     assert started.commands == [["select", str(tmp_path / "run/hera/select.yaml")]]
     content = yaml.safe_load(Path(started.commands[0][1]).read_text())
     assert content == {"stage": "hera", "output_dir": args["output_dir"], "hera_k": 3}

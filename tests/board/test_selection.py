@@ -1,5 +1,6 @@
 """Selecting heads in the page: started, followed, reloaded, aborted, looked at again, refused."""
 
+import os
 import re
 from collections.abc import Callable
 
@@ -72,7 +73,7 @@ def test_a_selection_is_aborted_with_all_its_processes(
     expect(page.page.get_by_text("A process is in running").first).to_be_visible()
     other = open_page(board)
     expect(other.status).to_contain_text("Selecting heads")
-    other.press("Abort scoring")
+    other.press("Abort job")
     expect(other.status).to_have_text("Aborted.")
     expect(page.status).to_have_text("Aborted.")
     assert not any("llamafactory_hera.cli" in line for line in board.processes())
@@ -84,10 +85,21 @@ def test_a_selection_is_aborted_with_all_its_processes(
     expect(refusal).to_have_count(0)
     page.press("Select heads")  # while this page follows the job
     expect(refusal).to_be_visible()
-    page.press("Abort scoring")
+    page.press("Abort job")
     expect(page.status).to_have_text("Aborted.")
     other.open()
     expect(other.status).to_have_text("")  # of a job that another page has started
+
+
+def test_a_model_is_calibrated_without_training(page: BoardPage, board: Board) -> None:
+    page.describe_run("moved", Calibration_samples="48", Calibrated_layers="all", extra={"rah_held_out": 16})
+    page.press("Calibrate")
+    expect(page.status).to_contain_text("Calibrating")
+    expect(page.status).to_contain_text("RAH-LoRA on the data as they are", timeout=SLOW)
+    expect(page.picture).to_be_visible()
+    folder = board.folder / FOLDER.replace("/full", "/lora") / "moved"
+    assert {"adapter_config.json", "adapter_model.safetensors", "calibration.json"} <= set(os.listdir(folder))
+    page.shot("14_calibrated")
 
 
 def test_why_a_selection_has_failed_is_shown(page: BoardPage) -> None:

@@ -1,32 +1,57 @@
-"""Which ``hera_*`` keys have a field in the web UI, and the arguments that a run gets from the fields.
+"""Which ``hera_*`` and ``rah_*`` keys have a field in the web UI, and the arguments that a run gets from the fields.
 
 Type, default and choices of a field are those that the key declares. Keys without a field go into the host's "Extra
 arguments".
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.knobs import choices, typed
 from llamafactory_hera.objectives import names
 
-from .names import message
+from .names import message, texts
 
-#: Rows of the accordion. The host drops what is false or empty from a command, so a switch must be off by default.
-ROWS = (
-    ["hera_heads"],
-    ["hera_objective", "hera_granularity", "hera_layers"],
-    ["hera_teacher", "hera_teacher_cache"],
-    ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
-    ["hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate", "hera_eval"],
-    ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
-)
+#: Groups of the accordion by their titles, and the rows of each. The host drops what is false or empty from a command,
+#: so a switch must be off by default.
+GROUPS = {
+    "hera_what": (["hera_heads"], ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"]),
+    "hera_whom": (["hera_teacher", "hera_teacher_cache", "hera_similarity"],),
+    "hera_strength": (
+        ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
+        ["hera_memory", "hera_accumulate"],
+    ),
+    "hera_selecting": (
+        ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
+    ),
+    "hera_after": (["hera_eval"],),
+    "hera_calibration": (["rah_samples", "rah_layers", "rah_alpha_max", "rah_delta"],),
+}
+_KNOBS = HeraConfig.knobs() | RahConfig.knobs()
 
 #: Key -> its declaration. The element of a key has the id ``train.<key>``.
-FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
+FIELDS: dict[str, dataclasses.Field] = {key: _KNOBS[key] for rows in GROUPS.values() for row in rows for key in row}
+
+
+def locales(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Labels and hints, with defaults, in the form of the host's ``LOCALES``: element, language, property.
+
+    A language that the host has gained since has the English ones.
+    """
+    spoken = {lang: texts().get(lang, texts()["en"])["elements"] for lang in languages}
+    return {
+        name: {lang: _shown(name, lang, spoken[lang][name]) for lang in spoken} for name in texts()["en"]["elements"]
+    }
+
+
+def _shown(name: str, lang: str, properties: dict[str, str]) -> dict[str, str]:
+    if name not in FIELDS or default(name) in ("", False):
+        return properties
+    return properties | {"info": f"{properties['info']} {message('default', lang, value=default(name))}"}
 
 
 def options(key: str) -> list[str]:
@@ -50,12 +75,12 @@ def takes(key: str, value: Any) -> bool:
         return False
 
 
-def with_hera(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
-    """The arguments of a run with the ``hera_*`` keys; those that "Extra arguments" has put in already win.
+def with_fields(args: dict[str, Any], prefix: str, value_of: Callable[[str], Any]) -> dict[str, Any]:
+    """The arguments of a run with the keys of a prefix; those that "Extra arguments" has put in already win.
 
     ``value_of`` gives the value of a field by its element id.
     """
-    shown = {key: value_of(f"train.{key}") for key in FIELDS if key not in args}
+    shown = {key: value_of(f"train.{key}") for key in FIELDS if key.startswith(prefix) and key not in args}
     return args | {key: value.strip() if isinstance(value, str) else value for key, value in shown.items()}
 
 

@@ -1,4 +1,4 @@
-"""A scoring job of the web UI, in processes of its own: the selection of heads, or a comparison of a trained model."""
+"""A job of the web UI, in processes of its own: a selection of heads, a comparison with before, or a calibration."""
 
 import atexit
 import os
@@ -21,9 +21,7 @@ from llamafactory_hera.heads.targets import Targets, file_name
 from llamafactory_hera.knobs import fact_of
 from llamafactory_hera.teachers.fill import PROGRESS
 
-from .names import STAGE
-
-SELECT, COMPARE = "select", "compare"
+SELECT, COMPARE, CALIBRATE = "select", "compare", "calibrate"
 #: The comparison's picture and pages, in the run's ``hera`` folder.
 REPORT = "report"
 
@@ -38,7 +36,7 @@ _TAIL = 1 << 16  # bytes
 class Job:
     """Runs ``llamafactory-hera`` commands in order, until one fails."""
 
-    kind: str  # SELECT or COMPARE
+    kind: str  # SELECT, COMPARE or CALIBRATE
     commands: Sequence[Sequence[str]]
     folder: Path  # the run's
     lang: str  # of the page that started it
@@ -130,12 +128,12 @@ def heads_file(folder: Path) -> Path:
     return folder / RUN_FOLDER / file_name("head")
 
 
-def select_job(args: dict[str, Any], lang: str) -> Job:
-    """The selection for a run of these arguments; writes its recipe, or raises ``OSError`` where it cannot."""
+def recipe_job(kind: str, args: dict[str, Any], lang: str) -> Job:
+    """A selection or calibration with these arguments; writes its recipe, or raises ``OSError`` where it cannot."""
     folder = Path(args["output_dir"])
-    recipe = folder / RUN_FOLDER / "select.yaml"
-    write_text(recipe, yaml.safe_dump(_clean_cmd({**args, "stage": STAGE}), sort_keys=False, allow_unicode=True))
-    return Job(SELECT, [["select", str(recipe)]], folder, lang)
+    recipe = folder / RUN_FOLDER / f"{kind}.yaml"
+    write_text(recipe, yaml.safe_dump(_clean_cmd(args), sort_keys=False, allow_unicode=True))
+    return Job(kind, [[kind, str(recipe)]], folder, lang)
 
 
 def compare_job(folder: Path, lang: str) -> Job | None:

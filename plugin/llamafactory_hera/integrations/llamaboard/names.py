@@ -1,6 +1,5 @@
 """The names under which the web UI shows the plugin: stage, models, elements, and their texts in five languages."""
 
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +25,6 @@ def texts() -> dict[str, dict[str, dict[str, Any]]]:
 def message(name: str, lang: str, **values: Any) -> str:
     """A message in a language of the host; English for one that the host has gained since."""
     return texts().get(lang, texts()["en"])["messages"][name].format(**values)
-
-
-def locales(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Labels and hints in the form of the host's ``LOCALES``: element, language (or English), property."""
-    spoken = {lang: texts().get(lang, texts()["en"])["elements"] for lang in languages}
-    return {name: {lang: spoken[lang][name] for lang in spoken} for name in texts()["en"]["elements"]}
 
 
 def register_models(constants: ModuleType) -> None:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINER_LOG, TRAINING_STAGES
-from llamafactory.webui.common import DEFAULT_SAVE_DIR, save_args
+from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir, save_args
 from llamafactory.webui.locales import ALERTS
 
-from .fields import problem_with, with_hera
-from .job import COMPARE, SELECT, Job, compare_job, heads_file, select_job
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.config import HeraConfig
+
+from .fields import problem_with, with_fields
+from .job import CALIBRATE, COMPARE, SELECT, Job, compare_job, heads_file, recipe_job
 from .names import STAGE, message
-from .pictures import evaluations, report_files, report_pictures, report_table, show_heads
+from .pictures import evaluations, report_files, report_pictures, report_table, show_calibration, show_heads
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -27,13 +30,14 @@ Data = dict[Component, Any]
 
 #: What a job changes in the page.
 _CHANGED = ("hera_tab", "hera_status", "hera_progress", "hera_gallery", "hera_report", "hera_heads")
+_RUNNING = {SELECT: "selecting", COMPARE: "comparing", CALIBRATE: "calibrating"}  # what is said meanwhile
 _INTERVAL = 0.7  # seconds between two looks at a job
 # the last lines of a traceback; torchrun puts the rank in front
 _ERROR = re.compile(r"^(?:\[rank\d+\]:\s?)?(\w*Error: .+)$", re.MULTILINE)
 
 
 class Panel:
-    """The scoring job of a board: one at a time, and none beside a training run."""
+    """The job of a board: one at a time, and none beside a training run."""
 
     def __init__(self, engine: "Engine", elements: dict[str, Component]) -> None:
         self._engine = engine
@@ -50,6 +54,10 @@ class Panel:
     def compare(self, data: Data) -> Iterator[Data]:
         """Compares the finished run in the output folder with before."""
         yield from self._begin(data, COMPARE)
+
+    def calibrate(self, data: Data) -> Iterator[Data]:
+        """Calibrates the model of the page by RAH-LoRA, whatever the stage."""
+        yield from self._begin(data, CALIBRATE)
 
     def abort(self) -> None:
         """Stops the job."""
@@ -81,16 +89,20 @@ class Panel:
             error = ALERTS["err_demo"][lang]
         elif self._busy:
             error = ALERTS["err_conflict"][lang]
-        args = {} if error else self.with_hera(runner._parse_train_args(data), data)
+        args = {} if error else self.with_hera(runner._parse_train_args(data), data) | {"stage": STAGE}
         if not error and kind == SELECT:  # before anything of an earlier run in the folder is written anew
             error = problem_with(args, lang, selecting=True)
+        if not error and kind == CALIBRATE:
+            plain = {key: value for key, value in args.items() if not key.startswith(HeraConfig.PREFIX)}
+            args = with_fields(plain, RahConfig.PREFIX, lambda id_: self._value(data, id_))
+            args |= {"stage": "sft", "output_dir": self._adapter_folder(data)}
         if error:
             gr.Warning(error)
             yield self._show_text(error)
             return
         folder = Path(args["output_dir"])
         try:
-            job = select_job(args, lang) if kind == SELECT else compare_job(folder, lang)
+            job = compare_job(folder, lang) if kind == COMPARE else recipe_job(kind, args, lang)
             if job is None:
                 yield self._show_text(message("not_trained", lang, folder=f"`{folder}`"))
                 return
@@ -103,6 +115,10 @@ class Panel:
             return
         self._job, self._data = job, data
         yield from self.follow()
+
+    def _adapter_folder(self, data: Data) -> str:
+        """Where the host looks for adapters of the model."""
+        return str(get_save_dir(self._value(data, "top.model_name"), "lora", self._value(data, "train.output_dir")))
 
     @property
     def _busy(self) -> bool:
@@ -132,7 +148,7 @@ class Panel:
 
     def with_hera(self, args: dict[str, Any], data: Data) -> dict[str, Any]:
         """The arguments of a run with what the page's HeRA fields say."""
-        return with_hera(args, lambda id_: self._value(data, id_))
+        return with_fields(args, HeraConfig.PREFIX, lambda id_: self._value(data, id_))
 
     def refusal(self, data: Data, do_train: bool) -> str:
         """Why a run must not start now; empty if it may."""
@@ -191,7 +207,7 @@ class Panel:
         return self._update(hera_status=text, **{"hera_progress": gr.Slider(visible=False), **further})
 
     def _show_progress(self, job: Job) -> Data:
-        text, progress = message("selecting" if job.kind == SELECT else "comparing", job.lang), job.progress()
+        text, progress = message(_RUNNING[job.kind], job.lang), job.progress()
         if progress is None:
             return self._show_text(text)
         phase, done, total = progress
@@ -209,6 +225,13 @@ class Panel:
             return self._show_text(f"**{failed}** {reason}\n\n```\n{output}\n```")
         if job.kind == SELECT:
             return self._show_heads(heads_file(job.folder), job.lang, "selected")
+        if job.kind == CALIBRATE:
+            table, pictures = show_calibration(job.folder)
+            return self._show_text(
+                f"{message('calibrated', job.lang, folder=f'`{job.folder}`')}\n\n{table}",
+                hera_gallery=gr.Gallery(value=pictures, visible=True),
+                hera_report=gr.File(visible=False),
+            )
         return self._show_text(
             f"{message('compared', job.lang)}\n\n{report_table(job.folder)}\n\n{evaluations(job.folder)}",
             hera_gallery=gr.Gallery(value=report_pictures(job.folder, job.lang), visible=True),

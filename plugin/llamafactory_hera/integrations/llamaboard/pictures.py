@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.calibration.report import REPORT_FILE, render_summary
+from llamafactory_hera.calibration.run import PICTURE_FILE
+from llamafactory_hera.files import RUN_FOLDER, read_json
 from llamafactory_hera.heads.targets import Targets
+from llamafactory_hera.selection.gallery import neighbors_file, write_gallery
 from llamafactory_hera.selection.pictures import BLUE, GREEN, GREY, ORANGE, draw_scores, new_figure
 from llamafactory_hera.selection.scores import ScoreFile, render_table
 
@@ -83,7 +86,23 @@ def show_heads(path: Path, lang: str) -> tuple[str, str, list[Picture]]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "heads.png"
         draw_scores(scored, target)
-        return names, f"```\n{render_table(scored)}\n```", [(_read(target), message("heads_picture", lang))]
+        pictures = [(_read(target), message("heads_picture", lang))]
+    return names, f"```\n{render_table(scored)}\n```", pictures + _galleries([path], [], lang)
+
+
+def _galleries(files: Sequence[Path], names: Sequence[str], lang: str) -> list[Picture]:
+    """What the worst, the median and the best head of the first file see; none for files without their neighbours."""
+    if not all(neighbors_file(file).is_file() for file in files):
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = write_gallery(files, Path(folder, "seen"), names)
+        return [(_read(path), message("gallery_picture", lang, head=path.stem.partition("_")[2])) for path in drawn]
+
+
+def show_calibration(folder: Path) -> tuple[str, list[Picture]]:
+    """What a calibration has done, as a table and as a picture."""
+    summary = render_summary(read_json(folder / REPORT_FILE))
+    return f"```\n{summary}\n```", [(_read(folder / PICTURE_FILE), "RAH-LoRA")]
 
 
 def report_table(folder: Path) -> str:
@@ -93,10 +112,11 @@ def report_table(folder: Path) -> str:
 
 
 def report_pictures(folder: Path, lang: str) -> list[Picture]:
-    """The comparison of a run with before, and the heads that it trained."""
-    heads = heads_file(folder)
-    trained = show_heads(heads, lang)[2] if heads.is_file() else []
-    return [(_read(_report(folder, "png")), message("report_picture", lang)), *trained]
+    """The comparison of a run with before, what heads see, and the heads that it trained."""
+    heads, after = heads_file(folder), folder / RUN_FOLDER / "scores.json"
+    trained = show_heads(heads, lang)[2][:1] if heads.is_file() else []
+    seen = _galleries([heads, after], ["before", "after"], lang)
+    return [(_read(_report(folder, "png")), message("report_picture", lang)), *seen, *trained]
 
 
 def evaluations(folder: Path) -> str:

@@ -31,14 +31,14 @@ _INSTEAD: dict[str, tuple[Collection[str], str]] = {
     "top.model_name": (MODELS, "Custom"),
     "top.template": (TEMPLATES, "default"),
 }
-_PREFIX = "train.hera_"
+_PREFIXES = ("train.hera_", "train.rah_")
 _COMPARE = "train.hera_compare"  # a tick that is no key of a run
 _DEFAULTS = {f"train.{key}": default(key) for key in FIELDS} | {_COMPARE: True}
 
 
 def save_args(host: Callable[[str, dict[str, Any]], None], config_path: str, config_dict: dict[str, Any]) -> None:
     """The host's function of the same name, with HeRA's settings as comments behind its own."""
-    ours = {key: value for key, value in config_dict.items() if key.startswith(_PREFIX)}
+    ours = {key: value for key, value in config_dict.items() if key.startswith(_PREFIXES)}
     plain = {key: value for key, value in config_dict.items() if key not in ours}
     for key, (values, instead) in _INSTEAD.items():
         if plain.get(key) in values:
@@ -56,7 +56,7 @@ def load_args(host: Callable[[str], dict[str, Any] | None], config_path: str) ->
     settings = host(config_path)
     if not isinstance(settings, dict):
         return settings
-    plain = {key: value for key, value in settings.items() if not key.startswith(_PREFIX)}
+    plain = {key: value for key, value in settings.items() if not key.startswith(_PREFIXES)}
     ours = {key: value for key, value in settings.items() if key not in plain}
     lines = Path(config_path).read_text(encoding="utf-8").splitlines()
     try:

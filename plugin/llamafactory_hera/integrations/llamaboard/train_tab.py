@@ -8,7 +8,7 @@ from gradio.components import Component
 from gradio.context import get_blocks_context
 from llamafactory.extras.constants import TRAINING_STAGES
 
-from .fields import FIELDS, ROWS, default, options
+from .fields import FIELDS, GROUPS, default, options
 from .names import STAGE
 from .panel import Panel
 
@@ -44,19 +44,23 @@ def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) ->
 def _create_accordion() -> Elements:
     elements: Elements = {}
     with gr.Accordion(open=False) as tab:
-        for row in ROWS:
-            with gr.Row():
-                for key in row:
-                    elements[key] = _widget(key)
-                    if key == "hera_heads":
-                        elements["hera_heads_file"] = gr.Dropdown(allow_custom_value=True, value=None)
+        for title, rows in GROUPS.items():
+            elements[title] = gr.Markdown()
+            for row in rows:
+                with gr.Row():
+                    for key in row:
+                        elements[key] = _widget(key)
+                        if key == "hera_heads":
+                            elements["hera_heads_file"] = gr.Dropdown(allow_custom_value=True, value=None)
+                        if key == "hera_eval":
+                            elements["hera_compare"] = gr.Checkbox(value=True)
         with gr.Row():
             with gr.Column():
                 with gr.Row():
                     elements["hera_select_btn"] = gr.Button(variant="primary")
                     elements["hera_compare_btn"] = gr.Button()
+                    elements["hera_calibrate_btn"] = gr.Button()
                     elements["hera_stop_btn"] = gr.Button(variant="stop")
-                elements["hera_compare"] = gr.Checkbox(value=True)
                 elements["hera_progress"] = gr.Slider(visible=False, interactive=False, elem_id="hera_progress")
                 elements["hera_status"] = gr.Markdown(elem_id="hera_status")
                 elements["hera_report"] = gr.File(visible=False, interactive=False, elem_id="hera_report")
@@ -88,8 +92,8 @@ def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Element
     lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")
 
     # "multiple": else a press is lost, silently, on a page that still follows a job
-    elements["hera_select_btn"].click(panel.select, inputs, outputs, trigger_mode="multiple", **quiet)
-    elements["hera_compare_btn"].click(panel.compare, inputs, outputs, trigger_mode="multiple", **quiet)
+    for button, begin in (("select", panel.select), ("compare", panel.compare), ("calibrate", panel.calibrate)):
+        elements[f"hera_{button}_btn"].click(begin, inputs, outputs, trigger_mode="multiple", **quiet)
     elements["hera_stop_btn"].click(panel.abort, queue=False)
     heads_file = elements["hera_heads_file"]
     heads_file.focus(panel.list_files, [model_name], [heads_file], queue=False)
