@@ -49,7 +49,7 @@ def locales(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _shown(name: str, lang: str, properties: dict[str, str]) -> dict[str, str]:
-    if name not in FIELDS or default(name) in ("", False):
+    if name not in FIELDS or default(name) == "" or default(name) is False:
         return properties
     return properties | {"info": f"{properties['info']} {message('default', lang, value=default(name))}"}
 
