@@ -36,7 +36,7 @@ def writing(key: str, path: str | os.PathLike, remedy: str = "give another folde
 
 @contextmanager
 def held(lock: str | os.PathLike, key: str) -> Iterator[None]:
-    """Keeps other processes from what a lock file stands for; within a process it may be entered again.
+    """Keeps other processes from what ``FOLDER/.lock`` or ``FOLDER.lock`` stands for; a process may enter it again.
 
     The file names host and process. The kernel says whether a process of this host still lives; of other hosts, whose
     locks a shared file system may not show, a file that is there counts.
@@ -48,7 +48,7 @@ def held(lock: str | os.PathLike, key: str) -> Iterator[None]:
     if path in _HELD:
         yield
         return
-    with writing(key, os.path.dirname(path)):
+    with writing(key, path.removesuffix(".lock").rstrip("/")):
         descriptor = _taken(path, key)
     _HELD.add(path)
     try:

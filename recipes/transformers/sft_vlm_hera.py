@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
+from llamafactory_hera.alignment.gather import end_launch
 from llamafactory_hera.config import HeraConfig, SelectConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
 
@@ -112,8 +113,8 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
     trainer.create_model_card()
-    trainer.accelerator.end_training()  # a process that ends with its group may abort
 
 
 if __name__ == "__main__":
     main()
+    end_launch()  # a process that ends with its group may abort

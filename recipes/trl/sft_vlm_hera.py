@@ -17,6 +17,7 @@ from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import SFTConfig
 
+from llamafactory_hera.alignment.gather import end_launch
 from llamafactory_hera.config import HeraConfig, SelectConfig
 from llamafactory_hera.integrations.trl import HeraSFTTrainer
 
@@ -71,8 +72,8 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
-    trainer.accelerator.end_training()  # a process that ends with its group may abort
 
 
 if __name__ == "__main__":
     main()
+    end_launch()  # a process that ends with its group may abort

@@ -1,6 +1,7 @@
 """The processes of a launch, and gathering their rows into the global batch with gradient."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -50,9 +51,14 @@ def barrier() -> None:
 
 
 def end_launch() -> None:
-    """Ends the default group, if there is one: a process that ends with it may abort (PyTorch's issue 190489)."""
+    """Ends the default group, if there is one: a process that ends with it may abort (PyTorch's issue 190489).
+
+    gloo's threads let go of an operation's tensors after it has returned, and abort if Python is gone by then.
+    DistributedDataParallel keeps the threads past the group's end, so that nothing but time can be given to them.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)
 
 
 def on_first(compute: Callable[[], Result]) -> Result:
