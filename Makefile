@@ -20,6 +20,7 @@ CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
 DEMO_RUNS := before sft sft_reordered hera hera_reordered
+DEMO_MODELS := hera_demo/model $(addprefix saves/demo_,$(wordlist 2,5,$(DEMO_RUNS)))
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -65,20 +66,14 @@ demo: $(STAMP)
 	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml
 	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml seed=1 output_dir=saves/demo_sft_reordered
 	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml seed=1 output_dir=saves/demo_hera_reordered
-	set -e; for mode in llm mllm; do \
-	  for run in $(DEMO_RUNS); do \
-	    model=saves/demo_$$run; test $$run != before || model=hera_demo/model; \
-	    $(BIN)/llamafactory-hera score $$model --recipe recipes/demo_hera.yaml --output saves/demo_$$mode/$$run.json \
-	      dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=$$mode; \
-	  done; \
-	  $(BIN)/llamafactory-hera report $(DEMO_RUNS:%=saves/demo_$$mode/%.json) --names $(DEMO_RUNS) \
-	    --aligned saves/demo_hera/hera/heads.json --output saves/demo_$$mode --html saves/demo_$$mode.html; \
-	done
-	$(BIN)/llamafactory-hera eval $(patsubst saves/demo_before,hera_demo/model,$(DEMO_RUNS:%=saves/demo_%)) \
-	  --names $(DEMO_RUNS) --suite demo --data hera_demo/data --output saves/demo_eval
-	@cat saves/demo_llm.md saves/demo_mllm.md saves/demo_eval/demo.md
-	@ls saves/demo_*llm.png saves/demo_hera/hera/heads.png saves/demo_hera/training_*.png
-	@echo "everything on one page: saves/demo_llm.html and saves/demo_mllm.html"
+	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo_hera.yaml \
+	  dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=mllm
+	$(BIN)/llamafactory-hera report $(DEMO_MODELS) --names $(DEMO_RUNS) \
+	  --aligned saves/demo_hera/hera/heads.json --output saves/demo --html saves/demo.html
+	$(BIN)/llamafactory-hera eval $(DEMO_MODELS) --names $(DEMO_RUNS) --suite demo --data hera_demo/data \
+	  --output saves/demo_eval
+	@cat saves/demo.md saves/demo_eval/demo.md
+	@echo "everything on one page: saves/demo.html"
 
 # goes on where it was stopped
 study: $(STAMP)

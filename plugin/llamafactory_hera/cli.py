@@ -43,8 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache for all samples")
     _take_overrides(select, "hera_select_mode=mllm")
 
-    score = command("score", _score, "score every attention head of a checkpoint or an adapter")
-    score.add_argument("target", metavar="CHECKPOINT|RECIPE.yaml", help="a model, an adapter, or a recipe's own model")
+    score = command("score", _score, "score every attention head of checkpoints or adapters")
+    scored = "models and adapters, or a recipe's own model"
+    score.add_argument("targets", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help=scored)
     score.add_argument("--recipe", metavar="RECIPE.yaml", help="says dataset, template, teacher and settings")
     score.add_argument("--output", metavar="FILE.json", help="default: hera/scores.json in the checkpoint's folder")
     _take_overrides(score, "hera_select_mode=mllm")
@@ -173,9 +174,12 @@ def _select(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from .integrations.llamafactory.commands import score_checkpoint
 
-    is_recipe = Path(args.target).suffix in (".yaml", ".yml", ".json")
-    recipe = args.target if is_recipe else args.recipe
-    print(score_checkpoint(None if is_recipe else args.target, recipe, args.output, args.overrides))
+    if args.output and len(args.targets) > 1:
+        raise ValueError("--output: one file cannot take the scores of several; leave it out.")
+    for target in args.targets:
+        is_recipe = Path(target).suffix in (".yaml", ".yml", ".json")
+        recipe = target if is_recipe else args.recipe
+        print(score_checkpoint(None if is_recipe else target, recipe, args.output, args.overrides))
     return 0
 
 

@@ -230,6 +230,13 @@ def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, he
     )
     assert code == 0, output
     assert json.loads((here / "saves/again.json").read_text())["provenance"]["scores"] == scores[1]["scores"]
+    (here / "saves/full/hera/scores.json").unlink()
+    both = ["llamafactory-hera", "score", "saves/lora", "saves/full", "--recipe", str(path)]
+    code, output = run_command(both, here)
+    assert code == 0, output
+    assert json.loads(files[1].read_text())["provenance"]["scores"] == scores[1]["scores"]
+    code, output = run_command([*both, "--output", "saves/both.json"], here)
+    assert (code, "--output: one file" in output) == (2, True)
     code, output = run_command(["llamafactory-hera", "report", "saves/before.json", "saves/again.json"], here)
     assert code == 0, output
     assert (here / "hera_report.png").is_file()
