@@ -119,6 +119,7 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
         ({"dist_config": {"name": "deepspeed"}}, "dist_config.name: deepspeed does not work"),
         ({"resume_from_checkpoint": "saves/x"}, "resume_from_checkpoint: saves/x does not work"),
         ({"hera_select_dataset": "captions"}, "hera_select_dataset: captions does not work"),
+        ({"hera_eval": "demo"}, "hera_eval: demo does not work"),
         ({"hera_accumulate": "gradcache"}, "hera_accumulate: gradcache does not work"),
     ],
 )
