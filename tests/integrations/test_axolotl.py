@@ -140,6 +140,7 @@ def test_what_hera_needs_is_set(keys: dict[str, Any]) -> None:
         ({"skip_prepare_dataset": False}, "skip_prepare_dataset: False does not work"),
         ({"adapter": "lora", "lora_o_kernel": True}, "lora_o_kernel: True does not work"),
         ({"hera_select_dataset": "grand_captions"}, "hera_select_dataset: grand_captions does not work"),
+        ({"hera_eval": "demo"}, "hera_eval: demo does not work"),
         ({"sample_packing": True}, "sample_packing: True does not work"),
         ({"batch_flattening": "auto"}, "batch_flattening: auto does not work"),
         ({"pretraining_dataset": "text.jsonl"}, "pretraining_dataset: text.jsonl does not work .* write datasets"),

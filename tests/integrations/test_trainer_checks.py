@@ -73,6 +73,7 @@ def test_an_output_dir_that_is_not_its_own_is_refused(tmp_path: Path, keys: dict
             "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to False",
         ),
         ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
+        ({"hera": {"eval": "demo"}}, r"^hera_eval: demo .*; leave it out, and use `.* eval .* --suite demo`"),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else None,

@@ -42,6 +42,7 @@ _REFUSED = {
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
     "hera_select_dataset": "heads are selected on datasets; give a file of `llamafactory-hera select` as hera_heads",
+    "hera_eval": "it evaluates after runs of LLaMA-Factory; use `llamafactory-hera eval` on the finished model",
     "trainer_cls": "the plugin brings the trainer",
 }
 # Each process would hold a part of a sample's tokens or heads.
@@ -67,7 +68,7 @@ class HeraPlugin(BasePlugin):
                 raise ValueError(f"{key}: {cfg[key]} does not work with HeRA ({why}); remove the key.")
             cfg[key] = value
         for key, why in _REFUSED.items():
-            if cfg.get(key):
+            if cfg.get(key) and cfg[key] != "none":
                 raise ValueError(f"{key}: {cfg[key]} does not work with HeRA ({why}); remove the key.")
         for key in _UNDIVIDED:
             if (cfg.get(key) or 1) > 1:

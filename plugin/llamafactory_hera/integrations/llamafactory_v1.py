@@ -131,6 +131,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
             hera.select.dataset is not None,
             "it selects nothing; name a file that `llamafactory-hera select` has written as hera_heads",
         ),
+        f"hera_eval: {hera.eval}": (hera.eval != "none", "use `llamafactory-hera eval` on the finished model"),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
         f"micro_batch_size: {size}": (
             size * int(os.environ.get("WORLD_SIZE", 1)) + hera.memory < least,

@@ -102,13 +102,18 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     """Checks a Trainer's arguments, and that nobody has replaced the attention of its model.
 
     Raises:
-        ValueError: As above; or ``nn.DataParallel``, a model over several devices, ``model_init``, a stream that one
-            process reads for all, or Unsloth's patches.
+        ValueError: As above; or an evaluation that nobody starts, ``nn.DataParallel``, a model over several devices,
+            ``model_init``, a stream that one process reads for all, or Unsloth's patches.
     """
     check_batch(config, trainer.args)
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
+    if config.eval != "none":
+        raise ValueError(
+            f"hera_eval: {config.eval} evaluates after runs of LLaMA-Factory; leave it out, and use "
+            f"`llamafactory-hera eval {trainer.args.output_dir} --suite {config.eval}` on the finished model."
+        )
     if trainer.model_init is not None:
         raise ValueError(
             "model_init: train() would build another model than that whose heads are read; give the trainer a model."

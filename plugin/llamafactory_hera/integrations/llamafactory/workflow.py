@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -95,7 +96,10 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
         replacements: dict[str, Any] = {
             "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
-            "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
+            # whose evaluation is started here
+            "CustomSeq2SeqTrainer": partial(
+                proof.make, hera=replace(config, eval="none"), targets=targets, hub_datasets=hub_datasets
+            ),
             "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
             "create_modelcard_and_push": create_card,
         }
