@@ -5,7 +5,7 @@ import hashlib
 import os
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -108,6 +108,29 @@ def _undecoded(feature: Any) -> Any:
 def shown_image(count: int, index: int) -> int:
     """Which of a sample's images stands for it: ``index``, negative from the end, clamped to what there is."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
+
+
+class ShownImages(Sequence):
+    """The images that stand for some rows of a dataset; read when asked for, as a row may hold them as bytes.
+
+    Args:
+        dataset: Rows by number.
+        images_of: From a row to its images.
+        index: As for :func:`shown_image`.
+        rows: Numbers of rows with an image.
+    """
+
+    def __init__(
+        self, dataset: Any, images_of: Callable[[Any], list[ImageLike]], index: int, rows: Sequence[int]
+    ) -> None:
+        self._dataset, self._images_of, self._index, self._rows = dataset, images_of, index, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        images = images_by(self._images_of, self._dataset[self._rows[place]])
+        return images[shown_image(len(images), self._index)]
 
 
 def load_image(image: ImageLike) -> Image.Image:

@@ -12,6 +12,10 @@ from ..objectives import Objective, find
 from ..teachers.images import is_stream
 
 
+# Switches of hosts that order samples, or leave them no order to choose.
+_ORDERS = ("streaming", "disable_shuffling", "group_by_length", "curriculum_sampling")
+
+
 def check_batch(config: HeraConfig, training_args: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
@@ -30,6 +34,21 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
             f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
             f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
         )
+
+
+def check_order(config: HeraConfig, *arguments: Any) -> None:
+    """Checks that a host's arguments ask for no order of samples beside that of ``hera_batches: neighbours``.
+
+    Raises:
+        ValueError: They do.
+    """
+    usual = {"train_sampling_strategy": "random"} | dict.fromkeys(_ORDERS, False)
+    for key, value in ((key, getattr(each, key, None)) for each in arguments for key in usual):
+        if config.batches == "neighbours" and value is not None and value != usual[key]:
+            raise ValueError(
+                f"{key}: {value} orders the samples, and so does hera_batches: neighbours; set {key}: "
+                f"{str(usual[key]).lower()}, or hera_batches: random."
+            )
 
 
 def check_output(output_dir: str, teacher_cache: str | None, apart: Mapping[str, str | None]) -> None:
@@ -109,6 +128,12 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
+    check_order(config, trainer.args, getattr(trainer, "finetuning_args", None))
+    if config.batches == "neighbours" and is_stream(trainer.train_dataset):
+        raise ValueError(
+            "train_dataset: a stream has an order of its own, and hera_batches: neighbours chooses one; give a dataset "
+            "whose rows have numbers, or set hera_batches: random."
+        )
     if trainer.model_init is not None:
         raise ValueError(
             "model_init: train() would build another model than that whose heads are read; give the trainer a model."
