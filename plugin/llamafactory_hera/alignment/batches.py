@@ -13,7 +13,6 @@ what order a machine adds up. **(ours)**
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -61,9 +60,7 @@ def neighbour_order(
             yield from rng.permutation(np.concatenate([rows[members], rest])).tolist()
 
 
-def _groups(
-    features: Tensor, counts: list[int], k: int, normalize: bool, rng: np.random.Generator
-) -> list[list[int]]:
+def _groups(features: Tensor, counts: list[int], k: int, normalize: bool, rng: np.random.Generator) -> list[list[int]]:
     """Deals a pool's samples ``[n, D]``, in random order, out to batches of so many, as groups of neighbours."""
     features = features.double()
     near = cosine = similarity(features, features).float().numpy()

@@ -11,7 +11,6 @@ from ..config import HeraConfig
 from ..objectives import Objective, find
 from ..teachers.images import is_stream
 
-
 # Switches of hosts that order samples, or leave them no order to choose.
 _ORDERS = ("streaming", "disable_shuffling", "group_by_length", "curriculum_sampling")
 
@@ -131,7 +130,7 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     check_order(config, trainer.args, getattr(trainer, "finetuning_args", None))
     if config.batches == "neighbours" and is_stream(trainer.train_dataset):
         raise ValueError(
-            "train_dataset: a stream has an order of its own, and hera_batches: neighbours chooses one; give a dataset "
+            "train_dataset: a stream has an order of its own, and hera_batches: neighbours makes one; give a dataset "
             "whose rows have numbers, or set hera_batches: random."
         )
     if trainer.model_init is not None:
