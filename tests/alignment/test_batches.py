@@ -76,6 +76,12 @@ def test_groups_share_a_batch_at_random_and_rows_of_a_batch_stand_in_random_orde
     assert any(len({row // 6 for row in batch[:6]}) == 2 for batch in batches[0])
 
 
+def test_the_last_batches_of_a_pool_are_as_alike_as_the_first() -> None:
+    features = torch.nn.functional.normalize(torch.randn(2048, 8), dim=1)
+    alike = [(features[rows] @ features[rows].T).mean().item() for rows in cut(order(features, 16, 7), 16)]
+    assert sum(alike[:32]) / 32 == pytest.approx(sum(alike[-32:]) / 32, abs=0.05)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_rows_without_an_image_are_spread_evenly(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_module, "POOL", 16)
