@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import batches as batches_module
-from llamafactory_hera.alignment.batches import NeighbourSampler, neighbour_order
+from llamafactory_hera.alignment.batches import NeighbourSampler
 
 
 def order(features: Tensor, batch_size: int, k: int, shown: list[bool] | None = None, **how: object) -> list[int]:
     shown = [True] * len(features) if shown is None else shown
-    return list(neighbour_order(np.array(shown), lambda rows: features[torch.tensor(rows)], batch_size, k, **how))
+    return list(NeighbourSampler(np.array(shown), lambda rows: features[torch.tensor(rows)], batch_size, k, **how))
 
 
 def cut(rows: list[int], size: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.teachers.images import undecoded
 from llamafactory_hera.training import Aligner
-from llamafactory_hera.training.checks import check_order, check_settings
+from llamafactory_hera.training.checks import check_batch, check_settings
 from llamafactory_hera.training.collator import CACHED
 from tests.e2e.runner import free_port
 from tests.integrations.test_trainer_selection import Stream
@@ -138,11 +138,11 @@ def test_another_order_is_refused(tmp_path: Path, values: dict[str, str], messag
 
 @pytest.mark.parametrize("key", ["disable_shuffling", "streaming", "group_by_length", "curriculum_sampling"])
 def test_a_host_s_switch_is_refused(key: str) -> None:
-    asked = hera(batches="neighbours", teacher_cache="cache")
-    check_order(asked, SimpleNamespace(**{key: False}), None)
-    check_order(hera(), SimpleNamespace(**{key: True}))
+    asked, size = hera(batches="neighbours", teacher_cache="cache"), SimpleNamespace(per_device_train_batch_size=4)
+    check_batch(asked, size, SimpleNamespace(**{key: False}), None)
+    check_batch(hera(), size, SimpleNamespace(**{key: True}))
     with pytest.raises(ValueError, match=f"^{key}: True orders .* set {key}: false, or hera_batches: random"):
-        check_order(asked, None, SimpleNamespace(**{key: True}))
+        check_batch(asked, size, None, SimpleNamespace(**{key: True}))
 
 
 def test_a_stream_is_refused(tmp_path: Path) -> None:

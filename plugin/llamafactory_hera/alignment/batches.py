@@ -11,6 +11,7 @@ what order a machine adds up. **(ours)**
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,41 +24,43 @@ from .neighbors import SAME_IMAGE, similarity
 POOL = 4096
 
 
-def neighbour_order(
-    shown: NDArray[np.bool_],
-    features_of: Callable[[NDArray[np.intp]], Tensor],
-    batch_size: int,
-    k: int,
-    normalize: bool = True,
-    seed: int = 0,
-    epoch: int = 0,
-) -> Iterator[int]:
-    """Every row of a dataset once, so that each ``batch_size`` of them are groups of neighbours.
+@dataclass(eq=False)
+class NeighbourSampler(Sampler[int]):
+    """Every row of a dataset once an epoch, so that each ``batch_size`` of them are groups of neighbours.
 
     A group is a sample with up to ``k`` of its nearest among those of its pool that have no place yet; at most half of
     a batch's other samples, so that a batch has two groups at least. Its members show different images. Which groups
     share a batch is random, and so is the order within a batch. Rows without an image are spread evenly.
-
-    Args:
-        shown: ``[N]``, which rows have an image; one at least.
-        features_of: From rows to the teacher's features of their images, ``[n, D]``.
-        batch_size: Samples that are compared with one another.
-        k: Neighbours per sample.
-        normalize: Cosine similarity when true, dot product otherwise.
-        seed: Of the order.
-        epoch: Each has an order of its own.
     """
-    rng = np.random.default_rng([seed, epoch])
-    with_image, without = (rng.permutation(np.flatnonzero(rows)) for rows in (shown, ~shown))
-    edges = np.append(np.arange(0, len(shown), batch_size), len(shown))  # of batches
-    images = edges * len(with_image) // len(shown)  # samples with an image in front of each
-    texts, n_batches = edges - images, len(edges) - 1
-    for pool in np.array_split(np.arange(n_batches), min(n_batches, -(-len(with_image) // POOL))):
-        rows = with_image[images[pool[0]] : images[pool[-1] + 1]]
-        batches = _groups(features_of(rows), np.diff(images)[pool].tolist(), k, normalize, rng)
-        for batch, members in zip(pool, batches, strict=True):
-            rest = without[texts[batch] : texts[batch + 1]]
-            yield from rng.permutation(np.concatenate([rows[members], rest])).tolist()
+
+    shown: NDArray[np.bool_]  #: ``[N]``, which rows have an image; one at least.
+    features_of: Callable[[NDArray[np.intp]], Tensor]  #: From rows to the teacher's features of them, ``[n, D]``.
+    batch_size: int  #: Samples that are compared with one another.
+    k: int  #: Neighbours per sample.
+    normalize: bool = True  #: Cosine similarity when true, dot product otherwise.
+    seed: int = 0
+    epoch: int = 0  #: Each has an order of its own.
+
+    def set_epoch(self, epoch: int) -> None:
+        """Names the epoch of the next walk."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    def __iter__(self) -> Iterator[int]:
+        rng, n = np.random.default_rng([self.seed, self.epoch]), len(self)
+        with_image, without = (rng.permutation(np.flatnonzero(rows)) for rows in (self.shown, ~self.shown))
+        edges = np.append(np.arange(0, n, self.batch_size), n)  # of batches
+        images = edges * len(with_image) // n  # samples with an image in front of each
+        texts, n_batches = edges - images, len(edges) - 1
+        for pool in np.array_split(np.arange(n_batches), min(n_batches, -(-len(with_image) // POOL))):
+            rows = with_image[images[pool[0]] : images[pool[-1] + 1]]
+            counts = np.diff(images)[pool].tolist()
+            batches = _groups(self.features_of(rows), counts, self.k, self.normalize, rng)
+            for batch, members in zip(pool, batches, strict=True):
+                rest = without[texts[batch] : texts[batch + 1]]
+                yield from rng.permutation(np.concatenate([rows[members], rest])).tolist()
 
 
 def _groups(features: Tensor, counts: list[int], k: int, normalize: bool, rng: np.random.Generator) -> list[list[int]]:
@@ -89,28 +92,3 @@ def _groups(features: Tensor, counts: list[int], k: int, normalize: bool, rng: n
     for members, count in zip(batches, counts, strict=True):
         members += [next(left) for _ in range(count - len(members))]
     return batches
-
-
-class NeighbourSampler(Sampler[int]):
-    """The order of each epoch, for a DataLoader; arguments as for :func:`neighbour_order`."""
-
-    def __init__(
-        self,
-        shown: NDArray[np.bool_],
-        features_of: Callable[[NDArray[np.intp]], Tensor],
-        batch_size: int,
-        k: int,
-        normalize: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self._arguments, self._epoch = (shown, features_of, batch_size, k, normalize, seed), 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Names the epoch whose order the next walk takes."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._arguments[0])
-
-    def __iter__(self) -> Iterator[int]:
-        return neighbour_order(*self._arguments, self._epoch)

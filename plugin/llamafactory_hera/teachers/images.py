@@ -6,7 +6,7 @@ import os
 from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -110,27 +110,21 @@ def shown_image(count: int, index: int) -> int:
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
+@dataclass(frozen=True)
 class ShownImages(Sequence):
-    """The images that stand for some rows of a dataset; read when asked for, as a row may hold them as bytes.
+    """The images that stand for some rows of a dataset; read when asked for, as a row may hold them as bytes."""
 
-    Args:
-        dataset: Rows by number.
-        images_of: From a row to its images.
-        index: As for :func:`shown_image`.
-        rows: Numbers of rows with an image.
-    """
-
-    def __init__(
-        self, dataset: Any, images_of: Callable[[Any], list[ImageLike]], index: int, rows: Sequence[int]
-    ) -> None:
-        self._dataset, self._images_of, self._index, self._rows = dataset, images_of, index, rows
+    dataset: Any
+    images_of: Callable[[Any], list[ImageLike]]
+    image_index: int  #: As for :func:`shown_image`.
+    rows: Sequence[int]  #: Rows with an image, by number.
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, place: Any) -> Any:
-        images = images_by(self._images_of, self._dataset[self._rows[place]])
-        return images[shown_image(len(images), self._index)]
+        images = images_by(self.images_of, self.dataset[self.rows[place]])
+        return images[shown_image(len(images), self.image_index)]
 
 
 def load_image(image: ImageLike) -> Image.Image:

@@ -11,16 +11,26 @@ from ..config import HeraConfig
 from ..objectives import Objective, find
 from ..teachers.images import is_stream
 
-# Switches of hosts that order samples, or leave them no order to choose.
-_ORDERS = ("streaming", "disable_shuffling", "group_by_length", "curriculum_sampling")
+# Keys of hosts that order samples, or leave them no order to choose; with the value that does not.
+_ORDERS: dict[str, Any] = dict.fromkeys(
+    ("streaming", "disable_shuffling", "group_by_length", "curriculum_sampling"), False
+)
+_ORDERS |= {"train_sampling_strategy": "random"}
 
 
-def check_batch(config: HeraConfig, training_args: Any) -> None:
+def check_batch(config: HeraConfig, training_args: Any, *others: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
     Raises:
-        ValueError: It holds fewer, those included that are remembered.
+        ValueError: It holds fewer, those included that are remembered; or, under ``hera_batches: neighbours``, these
+            arguments or other ones of the host ask for an order of samples.
     """
+    for key, value in ((key, getattr(each, key, None)) for each in (training_args, *others) for key in _ORDERS):
+        if config.batches == "neighbours" and value not in (None, _ORDERS[key]):
+            raise ValueError(
+                f"{key}: {value} orders the samples, and so does hera_batches: neighbours; set {key}: "
+                f"{str(_ORDERS[key]).lower()}, or hera_batches: random."
+            )
     objective = find(config.objective)
     size = training_args.per_device_train_batch_size
     together = size * world_size()
@@ -33,21 +43,6 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
             f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
             f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
         )
-
-
-def check_order(config: HeraConfig, *arguments: Any) -> None:
-    """Checks that a host's arguments ask for no order of samples beside that of ``hera_batches: neighbours``.
-
-    Raises:
-        ValueError: They do.
-    """
-    usual = {"train_sampling_strategy": "random"} | dict.fromkeys(_ORDERS, False)
-    for key, value in ((key, getattr(each, key, None)) for each in arguments for key in usual):
-        if config.batches == "neighbours" and value is not None and value != usual[key]:
-            raise ValueError(
-                f"{key}: {value} orders the samples, and so does hera_batches: neighbours; set {key}: "
-                f"{str(usual[key]).lower()}, or hera_batches: random."
-            )
 
 
 def check_output(output_dir: str, teacher_cache: str | None, apart: Mapping[str, str | None]) -> None:
@@ -123,11 +118,10 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
         ValueError: As above; or ``nn.DataParallel``, a model over several devices, ``model_init``, a stream that one
             process reads for all, or Unsloth's patches.
     """
-    check_batch(config, trainer.args)
+    check_batch(config, trainer.args, getattr(trainer, "finetuning_args", None))
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
-    check_order(config, trainer.args, getattr(trainer, "finetuning_args", None))
     if config.batches == "neighbours" and is_stream(trainer.train_dataset):
         raise ValueError(
             "train_dataset: a stream has an order of its own, and hera_batches: neighbours makes one; give a dataset "
