@@ -21,7 +21,7 @@ ROWS = (
     ["hera_objective", "hera_granularity", "hera_layers"],
     ["hera_teacher", "hera_teacher_cache"],
     ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
-    ["hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate", "hera_eval"],
+    ["hera_pooling", "hera_similarity", "hera_memory", "hera_accumulate", "hera_batches", "hera_eval"],
     ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
 )
 
