@@ -170,6 +170,12 @@ class HeraConfig(KeyedConfig):
         "at the price of one more forward pass (gradcache).",
         Role.RESUMABLE,
     )
+    batches: Literal["random", "neighbours"] = knob(
+        "random",
+        "Which samples share a batch: any (random), or groups of nearest neighbours in the teacher's space "
+        "(neighbours), found in hera_teacher_cache, which is filled before the first step.",
+        Role.RESUMABLE,
+    )
     image_index: int = knob(
         0, "Which image of a sample with several the teacher sees; negative counts from the last.", Role.RESUMABLE
     )
@@ -248,6 +254,15 @@ class HeraConfig(KeyedConfig):
             raise ValueError(
                 f"hera_visual_attention: two_way has no use with {named}, which leaves the attention as it is; set it "
                 "to causal."
+            )
+        if self.batches == "neighbours" and not objective.uses_candidates:
+            raise ValueError(
+                f"hera_batches: neighbours has no use with {named}, which asks for no neighbours; set it to random."
+            )
+        if self.batches == "neighbours" and not self.teacher_cache:
+            raise ValueError(
+                "hera_batches: neighbours finds them in hera_teacher_cache, which is not set; name a folder there, or "
+                "set hera_batches: random."
             )
         tokens = objective.view != "pooled"
         if (objective.least_samples == 1 or tokens) and self.accumulate == "gradcache":

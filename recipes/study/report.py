@@ -18,7 +18,7 @@ from llamafactory_hera.alignment import chance_level
 from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.selection.pictures import BLUE, GREY, ORANGE, new_figure, plain, save_figure
 from llamafactory_hera.selection.scores import choose_targets, package_versions
-from settings import BASELINE, METHODS, PRIMARY, TUNED, Settings
+from settings import BASELINE, BATCHES, METHODS, PRIMARY, TUNED, Settings
 from train import NEIGHBOURS
 from world import CATEGORIES, SETS, World, shares
 
@@ -183,7 +183,9 @@ def _primary(found: dict[str, ByMethod]) -> str:
         "MKNN of all heads, picture and caption": ("mknn/mllm/all", 4, 1),
     }
     rows, ours = [], ("worst5_paper", TUNED)
-    for mine, other in ((mine, other) for mine in ours for other in PRIMARY if other not in ours):
+    pairs = [(mine, other) for mine in ours for other in PRIMARY if other not in ours]
+    pairs += [(name, name.replace("neighbours", "random")) for name in BATCHES if "neighbours" in name]
+    for mine, other in pairs:
         cells = [shown(_against(found[name], mine, other), *how, "+") for name, *how in quantities.values()]
         if any(cells):
             rows.append((f"{METHODS[mine].label} − {METHODS[other].label}", *cells))

@@ -19,6 +19,7 @@ class Method:
         weight: The loss's; None where it is the one chosen on the validation questions.
         keys: Further fields of ``HeraConfig``; None for plain fine-tuning.
         stages: Stages that use the method; the others are plain.
+        batch_size: Samples a step, where not the study's; as many steps as see as many samples.
     """
 
     label: str
@@ -26,6 +27,7 @@ class Method:
     weight: float | None = None
     keys: dict[str, Any] | None = field(default_factory=dict)
     stages: tuple[int, ...] = (1, 2)
+    batch_size: int | None = None
 
 
 def _layer(name: str, objective: str = "contrastive") -> dict[str, Any]:
@@ -44,6 +46,12 @@ METHODS: dict[str, Method] = {
     "feature_heads": Method("features, worst-5", "worst", keys={"objective": "feature"}),
     "viral": Method("VIRAL", weight=0.5, keys=_layer("middle", "viral"), stages=(2,)),
     "jarvis": Method("JARVIS", weight=1.0, keys=_layer("middle", "jarvis"), stages=(1,)),
+}
+#: ``hera_batches`` at three sizes, with no candidates but the batch: the methods of the size ``batches`` alone.
+BATCHES: dict[str, Method] = {
+    f"{kind}_{size}": Method(f"{kind}, batch {size}", "worst", keys={"memory": 0, "batches": kind}, batch_size=size)
+    for size in (16, 64, 128)
+    for kind in ("random", "neighbours")
 }
 #: What the others are compared with.
 BASELINE = "sft"
@@ -129,4 +137,6 @@ SIZES: dict[str, Settings] = {
         methods=("sft", "worst5"),
     ),
     "default": Settings(),
+    "batches": Settings(methods=(BASELINE, TUNED, *BATCHES), secondary_seeds=40),
 }
+METHODS |= BATCHES  # not among the default's

@@ -105,14 +105,16 @@ def run(
         (1, world.captions, settings.stage1_steps, settings.stage1_rate),
         (2, world.train, settings.stage2_steps, settings.stage2_rate),
     )
+    batch_size = method.batch_size or settings.batch_size
     for stage, samples, steps, rate in stages:
+        steps = max(1, steps * settings.batch_size // batch_size)
         model.requires_grad_(stage == 2)
         model.get_submodule("model.vision_tower").requires_grad_(False)
         projector.requires_grad_(True)
         arguments = TrainingArguments(
             str(root / f"runs/{name}-{seed}"),
             max_steps=steps,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=batch_size,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(0.05 * steps),
@@ -148,7 +150,7 @@ def hera_config(
     keys = {"teacher": str(root / TEACHER), "k": settings.neighbours, "weight": method.weight or chosen, **method.keys}
     objective = method.keys.get("objective", "contrastive")
     if objective == "contrastive":
-        keys["memory"] = settings.memory
+        keys.setdefault("memory", settings.memory)
     if objective in ("contrastive", "cka"):  # the cache holds what a picture shows as a whole
         keys["teacher_cache"] = str(root / CACHE)
     if method.heads is not None:

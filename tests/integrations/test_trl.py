@@ -317,6 +317,17 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
 
 
+def test_batches_of_neighbours_take_the_place_of_the_random_order(tmp_path: Path) -> None:
+    case = Case("neighbours", steps=3, hera={"batches": "neighbours", "teacher_cache": str(tmp_path / "cache")})
+    case.skip()
+    with pytest.raises(ValueError, match=r"^train_sampling_strategy: sequential .* set .*: random, or hera_batches"):
+        trainer_of(tmp_path / "run", case)
+    trainer = trainer_of(tmp_path / "run", case, train_sampling_strategy="random", max_steps=3)
+    trainer.train()
+    assert sorted(trainer._order) == list(range(3 * BATCH))
+    assert len(trainer.aligner.teacher.cache) > 0
+
+
 def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Path) -> None:
     case = Case("", hera={"memory": 6}, steps=3)
     case.skip()

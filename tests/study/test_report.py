@@ -4,6 +4,7 @@ import math
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from scipy import stats
 
 from llamafactory_hera.files import read_json
 from report import mean_interval, paired_interval, shown
-from settings import METHODS, PRIMARY, SIZES
+from settings import BATCHES, METHODS, PRIMARY, SIZES
 from train import hera_config
 
 from .conftest import main_module
@@ -54,7 +55,7 @@ def test_every_method_is_a_configuration_of_its_own_and_aligns_its_heads():
     heads = {"worst": ["L0H1"], "top": ["L0H2"], "random": ["L0H3"]}
     made = {name: hera_config(Path("."), SIZES["default"], method, 0.3, heads) for name, method in METHODS.items()}
     assert made.pop("sft") is None
-    assert len(set(map(str, made.values()))) == len(made)
+    assert len({f"{config} {METHODS[name].batch_size}" for name, config in made.items()}) == len(made)
     for name, config in made.items():
         config.check()
         assert config.weight == {"worst5_paper": 0.01, "viral": 0.5, "jarvis": 1.0, "cmar": 0.1}.get(name, 0.3)
@@ -65,6 +66,17 @@ def test_every_method_is_a_configuration_of_its_own_and_aligns_its_heads():
     assert [len([seed for name, seed in runs if name == method]) for method in ("random5", "viral")] == [10, 4]
     assert runs[:5] == [(name, 1) for name in PRIMARY]
     assert {name for name, _ in runs[:50]} == set(PRIMARY)
+    assert not {name for name, _ in runs} & set(BATCHES)
+
+
+def test_batches_are_compared_at_three_sizes_with_nothing_remembered():
+    found = replace(SIZES["batches"], seeds=(1, 2))
+    assert {name for name, _ in found.runs()} == {"sft", "worst5", *BATCHES}
+    assert len(found.runs()) == 2 * (2 + 6)
+    for name, method in BATCHES.items():
+        config = hera_config(Path("."), found, method, 0.3, {"worst": ["L0H1"]})
+        kind, size = name.split("_")
+        assert (config.batches, method.batch_size, config.memory, config.heads) == (kind, int(size), 0, "L0H1")
 
 
 def test_jobs_run_side_by_side_once_and_a_failed_one_is_named_and_tried_again(tmp_path, capsys):

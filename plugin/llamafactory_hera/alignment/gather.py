@@ -80,6 +80,14 @@ def on_first(compute: Callable[[], Result]) -> Result:
     return shared[0]
 
 
+def of_all(value: Result) -> list[Result]:
+    """What each process gives, in rank order, on every process."""
+    held: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(held, value)
+    return held
+
+
 def common_row_count(n_rows: int, device: torch.device) -> int:
     """The largest ``n_rows`` over all ranks: what each rank pads to before :func:`gather_rows`."""
     if world_size() == 1:

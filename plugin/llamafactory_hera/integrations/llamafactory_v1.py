@@ -133,6 +133,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         ),
         f"hera_eval: {hera.eval}": (hera.eval != "none", "use `llamafactory-hera eval` on the finished model"),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
+        f"hera_batches: {hera.batches}": (hera.batches != "random", "the engine orders the samples"),
         f"micro_batch_size: {size}": (
             size * int(os.environ.get("WORLD_SIZE", 1)) + hera.memory < least,
             f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..alignment.gather import world_size
+from ..alignment.gather import of_all, world_size
 from ..config import HeraConfig
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.pooling import IGNORE_INDEX
@@ -232,10 +231,8 @@ def _is_sharded(model: nn.Module) -> bool:
 def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     """Refuses to select where processes do not all hold the same, whole model."""
     sharded = _is_sharded(model)
-    held: list[Any] = [None] * world_size()
-    if world_size() > 1:
-        mine = None if sharded else model_fingerprint(model, head_layout(model_config(model)))
-        dist.all_gather_object(held, mine)
+    alone = sharded or world_size() == 1
+    held = of_all(None if alone else model_fingerprint(model, head_layout(model_config(model))))
     if sharded or len(set(held)) > 1:
         raise ValueError(
             f"{config.targets_key}: auto needs the whole model on every process, and here it was loaded in parts "

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..alignment.batches import NeighbourSampler
 from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
 from ..files import LOCK, held
@@ -86,6 +87,7 @@ class HeraTrainerMixin(_Base):
         self.add_callback(_AlignerCallback(self))
         self._compute_loss_called = False
         self._best_step: int | None = None
+        self._order: NeighbourSampler | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
         self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
@@ -109,6 +111,21 @@ class HeraTrainerMixin(_Base):
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator, self._signature_columns = dataset, collate, columns
+
+    def _get_train_sampler(self, *args: Any) -> Any:
+        """The order of samples: each slice of it that is compared at once is whole batches of all processes."""
+        config, settings = self.aligner.config, self.args
+        if config.batches == "random":
+            return super()._get_train_sampler(*args)
+        together = self._train_batch_size * (1 if self.accelerator.split_batches else world_size())
+        if config.accumulate == "gradcache":
+            together *= settings.gradient_accumulation_steps
+        seed = settings.seed if settings.data_seed is None else settings.data_seed
+        with untouched_random_state():
+            self._order = self.aligner.sampler(
+                self.train_dataset, together, self._images_of, seed, settings.dataloader_num_workers
+            )
+        return self._order
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
@@ -290,6 +307,10 @@ class _AlignerCallback(TrainerCallback):
         self._trainer.aligner.statistics.take()
         self._trainer.aligner.batch_size = state.train_batch_size  # which may be smaller than asked for
         self._trainer._log_summary()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._order is not None:  # on several processes accelerate does not reach that of a resumed run
+            self._trainer._order.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
+from ..alignment.batches import NeighbourSampler
 from ..alignment.gather import rank
 from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
@@ -178,6 +179,29 @@ class Aligner:
             image_index=self.config.image_index, one_image=self.objective.one_image,
             tokens=(self._image_token, self._side**2) if self._side else None,
         )  # fmt: skip
+
+    def sampler(
+        self,
+        dataset: Any,
+        batch_size: int,
+        images_of: Callable[[Any], list[ImageLike]] = sample_images,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> NeighbourSampler:
+        """The order of samples that ``hera_batches: neighbours`` means; every process must call it.
+
+        Args:
+            dataset: Rows by number, as the collator sees them.
+            batch_size: Samples that are compared with one another, over all processes.
+            images_of: From a row of the dataset to its images.
+            seed: Of the order.
+            num_workers: Processes that decode images whose features the cache lacks.
+
+        Raises:
+            ValueError: An image is missing or corrupt; names the file.
+        """
+        shown, features_of = self.teacher.of_dataset(dataset, images_of, self.config, num_workers)
+        return NeighbourSampler(shown, features_of, batch_size, self.config.k, self.config.normalize, seed)
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
 

@@ -11,13 +11,26 @@ from ..config import HeraConfig
 from ..objectives import Objective, find
 from ..teachers.images import is_stream
 
+# Keys of hosts that order samples, or leave them no order to choose; with the value that does not.
+_ORDERS: dict[str, Any] = dict.fromkeys(
+    ("streaming", "disable_shuffling", "group_by_length", "curriculum_sampling"), False
+)
+_ORDERS |= {"train_sampling_strategy": "random"}
 
-def check_batch(config: HeraConfig, training_args: Any) -> None:
+
+def check_batch(config: HeraConfig, training_args: Any, *others: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
     Raises:
-        ValueError: It holds fewer, those included that are remembered.
+        ValueError: It holds fewer, those included that are remembered; or, under ``hera_batches: neighbours``, these
+            arguments or other ones of the host ask for an order of samples.
     """
+    for key, value in ((key, getattr(each, key, None)) for each in (training_args, *others) for key in _ORDERS):
+        if config.batches == "neighbours" and value not in (None, _ORDERS[key]):
+            raise ValueError(
+                f"{key}: {value} orders the samples, and so does hera_batches: neighbours; set {key}: "
+                f"{str(_ORDERS[key]).lower()}, or hera_batches: random."
+            )
     objective = find(config.objective)
     size = training_args.per_device_train_batch_size
     together = size * world_size()
@@ -105,7 +118,7 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
         ValueError: As above; or an evaluation that nobody starts, ``nn.DataParallel``, a model over several devices,
             ``model_init``, a stream that one process reads for all, or Unsloth's patches.
     """
-    check_batch(config, trainer.args)
+    check_batch(config, trainer.args, getattr(trainer, "finetuning_args", None))
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
@@ -113,6 +126,11 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
         raise ValueError(
             f"hera_eval: {config.eval} evaluates after runs of LLaMA-Factory; leave it out, and use "
             f"`llamafactory-hera eval {trainer.args.output_dir} --suite {config.eval}` on the finished model."
+        )
+    if config.batches == "neighbours" and is_stream(trainer.train_dataset):
+        raise ValueError(
+            "train_dataset: a stream has an order of its own, and hera_batches: neighbours makes one; give a dataset "
+            "whose rows have numbers, or set hera_batches: random."
         )
     if trainer.model_init is not None:
         raise ValueError(

@@ -6,15 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ..alignment.gather import of_all, rank, world_size
 from ..config import HeraConfig
 from ..heads.pooling import check_image_tokens
 from ..teachers.cache import FeatureCache
 from ..teachers.checkpoint import check_teacher
 from ..teachers.encoder import TeacherProcessor, VisionTeacher, check_grid, normalization
-from ..teachers.images import KEY_BYTES, ImageLike, decoded_key, images_by, load_image, sample_images, shown_image
+from ..teachers.fill import fill_cache
+from ..teachers.images import (
+    KEY_BYTES,
+    ImageLike,
+    ShownImages,
+    decoded_key,
+    images_by,
+    load_image,
+    sample_images,
+    shown_image,
+)
 from ..teachers.latents import LatentTeacher
 
 logger = logging.getLogger("llamafactory_hera")
@@ -214,6 +227,41 @@ class TeacherFeatures:
         if pixels is not None and rows is not None:
             features = features.index_copy(0, rows, self._remember(inputs, self._compute(pixels[rows]).flatten(1)))
         return features if self.student is None else features.unflatten(1, (tokens, -1))
+
+    def of_dataset(
+        self, dataset: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig, num_workers: int = 0
+    ) -> tuple[NDArray[np.bool_], Callable[[NDArray[np.intp]], Tensor]]:
+        """Which rows have an image ``[N]``, and what gives the features ``[n, D]`` of the images of such rows.
+
+        Each process reads the images of its share and computes what the cache lacks; all must call it.
+
+        Raises:
+            ValueError: An image is missing or corrupt; names the file. When features are asked for: they are gone.
+        """
+        cache, encoder = self.cache, self.encoder
+        assert cache is not None
+        assert isinstance(encoder, VisionTeacher)
+        if rank() == 0:
+            logger.info(f"HeRA | batches: reading the images of {len(dataset)} rows, for their neighbours")
+        mine = [row for row in range(rank(), len(dataset), world_size()) if images_by(images_of, dataset[row])]
+        images = ShownImages(dataset, images_of, config.image_index, mine)
+        found = fill_cache(encoder, cache, images, config.select.batch_size, num_workers)
+        shown, keys = np.zeros(len(dataset), dtype=bool), np.zeros((len(dataset), KEY_BYTES), dtype=np.uint8)
+        for rows, joined in of_all((mine, b"".join(found))):
+            shown[rows], keys[rows] = True, np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)
+        cache.refresh()
+
+        def features_of(rows: NDArray[np.intp]) -> Tensor:
+            features = cache.get([key.tobytes() for key in keys[rows]])
+            held = [feature for feature in features if feature is not None]
+            if len(held) < len(rows):
+                raise ValueError(
+                    f"hera_teacher_cache: {cache.folder} lacks the features of {len(rows) - len(held)} images, which "
+                    "it held when the run began; let all machines share it, and start or resume the run to fill it."
+                )
+            return torch.stack(held)
+
+        return shown, features_of
 
     def _compute(self, pixels: Tensor) -> Tensor:
         if self.student is not None:

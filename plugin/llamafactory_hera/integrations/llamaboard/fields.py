@@ -23,7 +23,7 @@ GROUPS = {
     "hera_whom": (["hera_teacher", "hera_teacher_cache", "hera_similarity"],),
     "hera_strength": (
         ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
-        ["hera_memory", "hera_accumulate"],
+        ["hera_memory", "hera_accumulate", "hera_batches"],
     ),
     "hera_selecting": (
         ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],

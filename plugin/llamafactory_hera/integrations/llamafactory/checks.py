@@ -50,7 +50,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
     check_parallelism(host.training)
-    check_batch(config, host.training)
+    check_batch(config, host.training, host.data, host.finetuning)
     check_folders(host.training.output_dir, host, config)
     check_stream(host.data, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
