@@ -1,7 +1,7 @@
 """Training steps with HeRA against the same steps without: seconds and peak memory.
 
     llamafactory-hera demo
-    python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--threads 1]
+    python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
     python tests/bench/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
     python tests/bench/overhead.py recipes/trl/sft_vlm_hera.py [--option=value ...]
     python tests/bench/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
@@ -56,10 +56,11 @@ class Bench:
 
     Args:
         trainer: After its first step: model, optimizer and engine are as in a run.
+        accumulate: Micro-batches of a step.
     """
 
-    def __init__(self, trainer: HeraTrainerMixin) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: HeraTrainerMixin, accumulate: int) -> None:
+        self.trainer, self.accumulate = trainer, accumulate
         self.cuda = trainer.args.device.type == "cuda"
         self.cache = trainer.aligner.teacher.cache
         loader = trainer.get_train_dataloader()
@@ -87,9 +88,10 @@ class Bench:
     def step(self, kind: str, number: int) -> None:
         """Everything that happens between two optimizer steps."""
         trainer, model = self.trainer, self.trainer.model_wrapped
-        inputs = self.collators[kind]([dict(sample) for sample in self.batches[number % N_BATCHES]])
         owner = super(HeraTrainerMixin, trainer) if kind == SFT else trainer  # the host's own step, or ours
-        owner.training_step(model, inputs)
+        for micro in range(self.accumulate):
+            rows = self.batches[(number * self.accumulate + micro) % N_BATCHES]
+            owner.training_step(model, self.collators[kind]([dict(sample) for sample in rows]))
         trainer.optimizer.step()
         if kind != SFT:
             trainer.aligner.step(trainer._get_learning_rate())
@@ -178,6 +180,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--row", action="store_true")
     options, scripts = parser.parse_known_args()
@@ -186,7 +189,7 @@ def main() -> None:
 
     def measure(trainer: HeraTrainerMixin, **_: Any) -> None:
         super(HeraTrainerMixin, trainer).train()
-        report(Bench(trainer), options)
+        report(Bench(trainer, options.accumulate), options)
         raise Finished
 
     HeraTrainerMixin.train = measure

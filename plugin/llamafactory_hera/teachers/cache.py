@@ -70,10 +70,12 @@ class Shard:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def rows_of(self, keys: NDArray[np.bytes_]) -> NDArray[np.intp]:
-        """The row of each of the ``[n]`` keys; -1 where this shard does not hold it."""
-        rows = np.minimum(np.searchsorted(self.keys, keys), len(self) - 1)
-        return np.where(self.keys[rows] == keys, rows, -1)
+    def find(self, keys: NDArray[np.bytes_]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Which of the ``[n]`` keys this shard holds, and the row of each of them."""
+        rows = self.keys.searchsorted(keys)
+        rows[rows == len(self)] = 0
+        (held,) = (self.keys[rows] == keys).nonzero()
+        return held, rows[held]
 
     def read(self, rows: Iterable[int]) -> list[NDArray[np.float16]]:
         """``[D]`` of each row."""
@@ -166,11 +168,12 @@ class FeatureCache:
         wanted = key_array(keys)
         found: list[Tensor | None] = [self._waiting.get(key) for key in keys]
         for shard in list(self._shards.values()):
-            rows = shard.rows_of(wanted)
-            held = [i for i in np.flatnonzero(rows >= 0) if found[i] is None]
+            held, rows = shard.find(wanted)
+            if not len(held):
+                continue
             try:
-                for i, feature in zip(held, shard.read(rows[held]) if held else [], strict=True):
-                    found[i] = torch.from_numpy(feature)
+                for i, feature in zip(held, shard.read(rows), strict=True):
+                    found[i] = torch.from_numpy(feature) if found[i] is None else found[i]
             except FileNotFoundError:  # another process has merged it
                 del self._shards[shard.path]
                 self.refresh()
