@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import os
 import resource
 import socket
@@ -88,6 +89,18 @@ def test_a_lock_keeps_another_process_out_and_names_it_until_it_ends(tmp_path):
         assert take(lock) == f"{here} {os.getpid()}"
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_where_the_file_system_has_no_locks_the_process_table_decides(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("llamafactory_hera.files.fcntl.lockf", none)
+    lock = tmp_path / ".lock"
+    assert take(lock) == f"{socket.gethostname()} {os.getpid()}"
+    lock.write_text(f"{socket.gethostname()} {os.getppid()}")
+    with pytest.raises(ValueError, match=f"process {os.getppid()} on "):
+        take(lock)
 
 
 def test_a_lock_of_another_host_counts_as_long_as_it_is_there(tmp_path):

@@ -116,8 +116,15 @@ def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     parse = parser.parse_known_args
 
     def parse_known_args(args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
-        parsed, rest = parse([arg for arg in args if not _OVERRIDE.fullmatch(arg)], namespace)
-        parsed.overrides += [arg for arg in args if _OVERRIDE.fullmatch(arg)]
+        own: list[str] = []
+        overrides: list[str] = []
+        for before, arg in zip(("", *args), args, strict=False):
+            option = parser._option_string_actions.get(before)
+            is_value = option is not None and option.nargs is None
+            is_own = is_value or not _OVERRIDE.fullmatch(arg) or Path(arg).exists()
+            (own if is_own else overrides).append(arg)
+        parsed, rest = parse(own, namespace)
+        parsed.overrides += overrides
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]

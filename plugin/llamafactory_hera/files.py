@@ -69,7 +69,8 @@ def _taken(path: str, key: str) -> int:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:  # a file system without locks lets the process table decide
-            free = error.errno not in (errno.EACCES, errno.EAGAIN) and not os.path.exists(f"/proc/{process}")
+            lives = process != "" and os.path.exists(f"/proc/{process}")
+            free = error.errno not in (errno.EACCES, errno.EAGAIN) and not lives
         if not free or host not in ("", here):
             os.close(descriptor)
             gone = "" if host in ("", here) else f"; if that is gone, remove {path}"

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llamafactory_hera.objectives import Options, TokenBatch, create
 
-sys.path.append(str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.backbones.full_size import SIZES, vlm_config
 
 SIDE, PATCH = 27, 14

@@ -19,7 +19,7 @@ import transformers as tf
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 
-sys.path.append(str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.backbones.full_size import VISION, vlm_config
 
 TEACHER = tf.Dinov2Config(

@@ -1,6 +1,7 @@
 """The command line of calibrate."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,17 @@ def test_overrides_may_stand_before_and_behind_the_control(
     assert main(["calibrate", "r.yaml", "rah_k=1", "--control", "blank", "output_dir=saves/x"]) == 0
     assert calls == [("r.yaml", ["rah_k=1", "output_dir=saves/x"], "blank")]
     assert capsys.readouterr().out == "report one\nreport two\n"
+
+
+def test_what_an_option_takes_and_what_lies_there_is_no_override(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(commands, "score_checkpoint", lambda *arguments: calls.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    Path("run_lr=1e-4").mkdir()
+    main(["score", "run_lr=1e-4", "--recipe", "r.yaml", "hera_k=3", "--output", "scores_k=3.json"])
+    assert calls == [("run_lr=1e-4", "r.yaml", "scores_k=3.json", ["hera_k=3"])]
 
 
 @pytest.mark.parametrize("given, used", [("3,1", "3"), (None, "0"), ("", "")])

@@ -90,6 +90,8 @@ def test_gaps_are_correlated_with_gains(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["gap", *points, "--output", str(tmp_path / "gap.png")]) == 0
     assert f"r = {np.corrcoef(gaps, gains)[0, 1]:.3f} over 4 calibrations" in capsys.readouterr().out
     assert matplotlib.image.imread(tmp_path / "gap.png")[..., :3].std() > 0.05
+    assert main(["gap", *points, "--output", str(tmp_path / "missing/gap.png")]) == 2
+    assert "--output: " in capsys.readouterr().err
     for bad, said in (
         ([*points, f"{tmp_path}/run4=1"], "run4=1 is not FOLDER=GAIN"),  # changed no head
         ([*points, f"{tmp_path}/nothing=1"], "nothing/calibration.json cannot be read"),

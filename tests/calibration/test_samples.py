@@ -67,14 +67,19 @@ def test_shuffled_gives_every_sample_anothers_image_within_its_part() -> None:
     assert corrupt(drawn, rows, "shuffled", seed=0).digest() == shuffled.digest()
 
 
-def test_images_are_exchanged_between_samples_with_as_many() -> None:
+def test_images_are_exchanged_between_samples_with_as_many(caplog: pytest.LogCaptureFixture) -> None:
     images = noise_images(30)
     rows = Rows([[images[row]] if row % 2 else [images[row], images[29 - row]] for row in range(14)])
     drawn = draw_samples(rows, CONFIG)
     shuffled = corrupt(drawn, rows, "shuffled", seed=0)
     for ours, theirs in zip(drawn.profiled, shuffled.profiled, strict=True):
         assert len(ours.images) == len(theirs.images)
+    rows = Rows([[images[row]] for row in range(13)] + [[images[13], images[14]]])
+    every = RahConfig(samples=14, held_out=4, probes=4)
+    corrupt(draw_samples(rows, every), rows, "shuffled", seed=0)
+    assert "--control: 1 of " in caplog.text
     numbers = RahConfig(samples=2, held_out=1, probes=1)
+    rows = Rows([[images[row]] if row % 2 else [images[row], images[29 - row]] for row in range(14)])
     with pytest.raises(ValueError, match=r"--control.*blank"):
         corrupt(draw_samples(rows, numbers), rows, "shuffled", seed=0)
 

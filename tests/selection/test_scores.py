@@ -251,6 +251,8 @@ def test_what_cannot_be_compared_or_written_is_named(files, tmp_path):
         compare(files[:1])
     with pytest.raises(ValueError, match="1 names for 2 files"):
         compare(files, ["before"])
+    with pytest.raises(ValueError, match=r"^--aligned: L99H0 has no score in .*; name others"):
+        compare(files, aligned="L0H0,L99H0")
     (tmp_path / "hand.json").write_text('{"heads": ["L0H0"]}')
     with pytest.raises(ValueError, match=r"hand\.json names heads and holds no scores"):
         compare([files[0], tmp_path / "hand.json"])

@@ -96,7 +96,7 @@ def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int
 
 
 def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
-    """The images of each sample's successor in a shuffled ring of those with as many, so that nobody keeps its own."""
+    """The images of each sample's successor in a shuffled ring of those with as many; one without its like is told."""
     rings: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):
         rings.setdefault(len(sample.images), []).append(index)
@@ -105,6 +105,8 @@ def _exchanged(samples: Sequence[Sample], seed: int) -> list[list[ImageLike]]:
             "--control: no two samples have as many images, so that none can be exchanged; use --control blank, or "
             "a dataset with one image a sample."
         )
+    if alone := sum(len(ring) == 1 for ring in rings.values()):
+        logger.warning(f"--control: {alone} of {len(samples)} samples keep their images, as no other has as many.")
     givers: dict[int, int] = {}
     for ring in rings.values():
         random.Random(seed).shuffle(ring)

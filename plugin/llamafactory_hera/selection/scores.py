@@ -212,6 +212,9 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), align
     least: tuple[str, Sequence[Target]] = (f"worst-{n}", ranked[:n])
     if aligned is not None:
         least = "aligned", Targets.resolve(aligned, files[0].chosen.granularity).items
+        scored = {Target(*place) for place in np.ndindex(files[0].of(files[0].chosen.granularity).shape)}
+        if outside := [str(target) for target in least[1] if target not in scored]:
+            raise ValueError(f"--aligned: {', '.join(outside)} has no score in {files[0].path}; name others.")
     groups = {}
     for title, targets in (least, (f"top-{n}", ranked[::-1][:n])):
         rows = {str(target): [scores.get(target, math.nan) for scores in known] for target in targets}
