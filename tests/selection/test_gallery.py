@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llamafactory_hera.files import write_safetensors
 from llamafactory_hera.heads import Target
@@ -69,6 +70,15 @@ def test_an_image_is_framed_exactly_where_teacher_and_head_agree(files, target):
     shares = [text.get_text() for text in axes.texts if text.get_text().replace(".", "").isdigit()]
     counts = [sum(found[:2] == (row, side) for found in agreed) for row in range(QUERIES) for side in range(2)]
     assert shares == [f"{count / K:.2f}" for count in counts]
+
+
+def test_each_file_brings_the_images_of_its_own_neighbours(files):
+    path, held = neighbors_file(files[1]), Neighbors.load(files[1])
+    tensors = load_file(path)
+    tensors["heads"][0, 1, 0, 0] = N
+    write_safetensors(path, tensors, {"samples": json.dumps(held.samples | {N: held.samples["0"]})})
+    (axes,) = draw_gallery(*load_files(files, (), "gallery"), Target(0, 1)).axes
+    assert len(axes.images) == QUERIES * (1 + 3 * K)
 
 
 def test_by_default_the_worst_the_median_and_the_best_of_the_first_file_are_drawn(files, tmp_path):

@@ -155,6 +155,8 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Targe
     """
     held = [Neighbors.load(file.path) for file in files]
     first, facts = held[0], files[0].provenance
+    # each file has the images of its own neighbours
+    samples = {index: sample for side in held for index, sample in side.samples.items()}
     n_queries, k = first.teacher.shape
     shown = min(_SHOWN, k)
     starts = [0.1 + _STEP + 0.35 + group * (shown * _STEP + _GROUP) for group in range(1 + len(held))]
@@ -168,7 +170,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Targe
         axes.text(x, y, text, fontsize=size, va=va, parse_math=False, **style)
 
     def show(index: int, x: float, y: float) -> None:
-        path, caption = first.samples[str(index)]
+        path, caption = samples[str(index)]
         try:
             image = load_image(path)
         except ValueError as error:
