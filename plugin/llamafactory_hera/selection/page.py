@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from ..files import CARD, read_json, write_text
+from ..files import CARD, read_json, write_text, writing
 from ..heads.targets import Target
 from .gallery import default_targets, draw_gallery
 from .pictures import BLUE, GREEN, GREY, ORANGE, draw_comparison, inline_svg, new_figure, plain
@@ -63,12 +63,8 @@ def write_page(
     path = next((folder / CARD for folder in folders if (folder / CARD).is_file()), None)
     card = read_json(path) if path else {}
     title = f"HeRA: {comparison.files[-1].provenance['model']}"
-    try:
+    with writing("report", target, "give another path"):
         write_text(target, _PAGE.format(title=escape(title), body="\n".join(_parts(comparison, card))))
-    except OSError as error:
-        raise ValueError(
-            f"report: {target} cannot be written ({error.strerror or error}); give another path."
-        ) from error
     return Path(target)
 
 
