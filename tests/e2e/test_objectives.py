@@ -172,7 +172,7 @@ def test_layers_are_selected_once(server: HostServer, world: Path, recipe: dict)
     assert (run.folder / "hera/layers.png").is_file()
     again = server.run(args, world)
     assert again.ok, again.output
-    assert "which was selected with the same settings" in again.output, again.output
+    assert "which was selected with the same settings" in again.output
 
     of_file = {"hera_layers": "saves/layers_auto/hera/layers.json", "output_dir": "saves/layers_file"}
     other = server.run(_args(args, of_file), world)

@@ -127,7 +127,7 @@ def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(
 
     resumed = server.run(args | {"resume_from_checkpoint": "saves/auto/checkpoint-2", "max_steps": 4}, here)
     assert resumed.ok, resumed.output
-    assert "which was selected with the same settings" in resumed.output, resumed.output
+    assert "which was selected with the same settings" in resumed.output
     assert "scoring pass" not in resumed.output
     assert resumed.logs()[-1]["loss"] == run.logs()[-1]["loss"]
 
