@@ -179,10 +179,14 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from .hub import local_folder
     from .integrations.llamafactory.commands import score_checkpoint
 
     if args.output and len(args.targets) > 1:
         raise ValueError("--output: one file cannot take the scores of several; leave it out.")
+    for target in args.targets[1:]:  # before the first one's hours; that one tells for itself
+        if not Path(target).exists():
+            local_folder(target, "CHECKPOINT", "a model or of an adapter")
     for target in args.targets:
         is_recipe = Path(target).suffix in (".yaml", ".yml", ".json")
         recipe = target if is_recipe else args.recipe

@@ -41,7 +41,8 @@ def test_card_and_json_say_what_the_run_did(server: HostServer, world: Path, rec
     assert result.metric_value == round(sum(facts["selection"]["mknn"].values()) / len(facts["heads"]), 4)
     assert card.count(TITLE) == 1
     assert "## Training procedure" in card  # the host's own text stays
-    for told in (*facts["heads"], facts["teacher"], "arXiv:2606.23885", f"{last['hera_mknn']:.4g}"):
+    measured = f"{last['hera_mknn']:.4g}", "with those of its batch, in random batches"
+    for told in (*facts["heads"], facts["teacher"], "arXiv:2606.23885", *measured):
         assert told in card
     again = server.run(recipe | tuning | auto | {"output_dir": output}, world)
     assert again.ok, again.output

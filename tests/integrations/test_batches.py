@@ -1,6 +1,7 @@
 """`hera_batches: neighbours` in a Trainer: which rows each step compares, alone, on two processes, and resumed."""
 
 import os
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,20 @@ def test_a_host_s_switch_is_refused(key: str) -> None:
     check_batch(hera(), size, SimpleNamespace(**{key: True}))
     with pytest.raises(ValueError, match=f"^{key}: True orders .* set {key}: false, or hera_batches: random"):
         check_batch(asked, size, None, SimpleNamespace(**{key: True}))
+
+
+def test_what_would_make_no_groups_is_refused(tmp_path: Path) -> None:
+    small, asked = SimpleNamespace(per_device_train_batch_size=2), hera(batches="neighbours", teacher_cache="cache")
+    check_batch(hera(memory=8), small)
+    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: 2 gives .* neighbours makes groups"):
+        check_batch(replace(asked, memory=8), small)
+    rows = image_rows(vlm("llava-llama"), 4)
+    aligner = Aligner(vlm("llava-llama"), replace(asked, teacher_cache=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"^batch_size: 2 is too small for groups"):
+        aligner.sampler(rows, 2)
+    batch = {"input_ids": torch.zeros(1, 4), "hera_source": torch.tensor([CACHED])}
+    with pytest.raises(ValueError, match=r"^hera_batches: neighbours is an order .* sampler=aligner.sampler"):
+        aligner.begin(batch)  # a loop of its own without that order
 
 
 def test_a_stream_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command `recipes`: lists what is shipped, and copies it so that it runs from another folder."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert Path(keys["deepspeed"]).is_file()
     assert keys["dataset"] in json.loads(Path(keys["dataset_dir"], "dataset_info.json").read_text())
     for page in ("qwen3_8b_hera.yaml", "README.md", "data/README.md", "data/prepare.py"):
-        assert " recipes/" not in Path("mine", page).read_text()
+        stayed = re.findall(r"(?<![\w/])recipes/(\w*)", Path("mine", page).read_text())  # the repository's alone
+        assert not any(Path("mine", name).exists() for name in stayed)
+    assert "python recipes/generate" in Path("mine/README.md").read_text()
     assert "python mine/data/prepare.py instruct mine/data/llava_instruct/" in Path("mine/data/README.md").read_text()
     copied = {file.relative_to("mine").with_suffix("").as_posix() for file in Path("mine").rglob("*.yaml")}
     assert copied == set(shipped_recipes())
@@ -44,6 +47,8 @@ def test_a_copy_runs_from_its_own_folder(tmp_path: Path, monkeypatch: pytest.Mon
         copy_recipes("/proc/mine")
     with pytest.raises(ValueError, match="--copy-to: mine is not empty"):
         copy_recipes("mine")
+    with pytest.raises(ValueError, match=r"--copy-to: mine/README.md is a file"):
+        copy_recipes("mine/README.md")
 
 
 def test_a_copy_without_the_data_that_a_user_has_fetched_quotes_a_folder_with_a_space(

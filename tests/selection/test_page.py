@@ -40,7 +40,7 @@ def test_values_are_those_of_the_files(run, tmp_path):
         scored = ScoreFile.load(run / f"hera/{name}.json")
         for target, score in scored.ranked().items():
             assert f'title="{target} {score:.4f}, {score / 0.01:.2f} × chance"' in page
-    assert re.findall('class=chosen.*?title="(.*?) ', page) == ["L0H0", "L0H1", "L1H1", "L2H0", "L2H1"] * 2
+    assert re.findall('class=chosen.*?title="(.*?) ', page) == CARD["heads"] * 2  # not the worst: what it aligned
     bars = dict(re.findall(r"<title>(L\dH\d \w+): ([\d.]+)</title>", page))
     assert bars == {
         f"L{layer}H{head} {name}": f"{scores[layer][head]:.4f}"
@@ -80,8 +80,9 @@ def test_layers_are_one_column(tmp_path):
         ),
         (lambda run: (run / "hera/card.json").write_text("{"), "card.json is not JSON"),
         (lambda run: (run.parent / "page.html").mkdir(), "page.html cannot be written"),
+        (lambda run: (run.parent / "page.html").write_text("{}"), "--html: .*page.html is there and is no HTML page"),
     ],
-    ids=["no run", "no selection", "no scores", "a damaged card", "no place"],
+    ids=["no run", "no selection", "no scores", "a damaged card", "no place", "a file of something else"],
 )
 def test_what_is_missing_is_named(run, tmp_path, capsys, harm, message):
     harm(run)
@@ -94,5 +95,8 @@ def test_with_html_the_other_files_are_written_where_they_are_asked_for(run, tmp
     before = {path.name for path in tmp_path.iterdir()}
     assert main(["report", str(run), "--html", "page.html"]) == 0
     assert {path.name for path in tmp_path.iterdir()} - before == {"page.html"}
+    first = (tmp_path / "page.html").read_text()
+    assert main(["report", str(run), "--html", "page.html"]) == 0
+    assert (tmp_path / "page.html").read_text() == first
     assert main(["report", str(run), "--html", "page.html", "--output", "r"]) == 0
     assert {path.name for path in tmp_path.iterdir()} - before == {"page.html", "r.md", "r.png"}

@@ -22,6 +22,8 @@ from .neighbors import SAME_IMAGE, similarity
 
 #: Samples with an image among which neighbours are looked for; a batch may be larger.
 POOL = 4096
+#: The smallest batch with a group of two and another one beside it.
+LEAST_GROUPED = 3
 
 
 @dataclass(eq=False)

@@ -40,7 +40,8 @@ def copy_recipes(target: str | Path) -> list[Path]:
     """Copies every recipe, ``dataset_info.json`` and the DeepSpeed files; paths under ``recipes/`` are adapted."""
     target, source = Path(target), recipes_folder()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--copy-to: {target} is not empty; give another folder.")
+        problem = "is not empty" if target.is_dir() else "is a file"
+        raise ValueError(f"--copy-to: {target} {problem}; give another folder.")
     copied, folders = [], (source, *(source / name for name in _FOLDERS))
     with writing("--copy-to", target):
         for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
@@ -55,6 +56,6 @@ def copy_recipes(target: str | Path) -> list[Path]:
 
 
 def _moved(text: str, folder: str) -> str:
-    """The text with every path under ``recipes/`` leading into another folder, quoted as a shell and YAML take it."""
-    paths = re.compile(r"(?<![\w/])recipes/[\w./-]*")
+    """The text with every path to something copied leading into another folder, quoted as a shell and YAML take it."""
+    paths = re.compile(rf"(?<![\w/])recipes/(?:(?:{'|'.join(_FOLDERS)})\b[\w./-]*|[\w-]*\.[\w.-]+|(?![\w/]))")
     return paths.sub(lambda found: shlex.quote(f"{folder}/{found[0].removeprefix('recipes/')}"), text)

@@ -215,9 +215,10 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
         try:
             points.append((folder, float(read_json(Path(folder) / REPORT_FILE)["gap"]), float(gain)))
         except (ValueError, KeyError, TypeError) as error:
+            why = f" ({error})" if isinstance(error, ValueError) else ""
             raise ValueError(
                 f"gap: {point} is not FOLDER=GAIN with the output folder of a calibration that changed heads and a "
-                f"number ({type(error).__name__}: {error}); for instance saves/calibrate=1.4."
+                f"number{why}; for instance saves/calibrate=1.4."
             ) from error
     gaps, gains = [gap for _, gap, _ in points], [gain for *_, gain in points]
     if len(set(gaps)) < 3 or len(set(gains)) < 2:

@@ -86,7 +86,7 @@ class RahConfig(KeyedConfig):
         if profiled < self.probes:
             raise ValueError(
                 f"rah_samples: {self.samples} less rah_held_out: {self.held_out} leave {profiled} samples, fewer than "
-                f"rah_probes: {self.probes}; raise rah_samples or lower rah_probes."
+                f"rah_probes: {self.probes}; raise rah_samples, or lower rah_held_out or rah_probes."
             )
         if self.w_v + self.w_o == 0:
             raise ValueError("rah_w_v: 0 and rah_w_o: 0 leave no parametric similarity; raise one, or set rah_rho: 1.")

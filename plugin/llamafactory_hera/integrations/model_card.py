@@ -133,7 +133,7 @@ def _card_facts(
     if best_step not in (None, steps):
         facts["weights_of_step"] = best_step
     if aligner.objective.uses_candidates:
-        facts["k"] = config.k
+        facts |= {"k": config.k, "memory": config.memory, "batches": config.batches}
     if targets.provenance:
         names = [*HeraConfig.fact_keys(Role.SELECTS), "samples", "chance_level", "dataset", "date"]
         facts["selection"] = {name: targets.provenance[name] for name in names if name in targets.provenance}
@@ -163,6 +163,10 @@ def _render(facts: dict[str, Any]) -> str:
             f"| {_CURVES[name]} | {' | '.join(f'{value[column]:.4g}' for column in shown)} |"
             for name, value in facts["curves"].items()
         ]
+    if "memory" in facts and "hera_mknn" in facts["curves"]:
+        remembered = f" and up to {facts['memory']} remembered" if facts["memory"] else ""
+        among = f"those of its batch{remembered}, in {facts['batches']} batches"
+        lines += ["", f"MKNN in training compares a sample with {among}; other candidates give other values."]
     selection = facts.get("selection", {})
     if "mknn" in selection:
         lines += [

@@ -1,5 +1,6 @@
 """One HTML page about a run, for a browser without a network: nothing on it is fetched, and it has no script."""
 
+import logging
 import math
 import os
 from base64 import b64encode
@@ -18,6 +19,8 @@ from ..heads.targets import Target
 from .gallery import default_targets, draw_gallery
 from .pictures import BLUE, GREEN, GREY, ORANGE, draw_comparison, inline_svg, new_figure, plain
 from .scores import Comparison, ScoreFile, command_line, compare
+
+logger = logging.getLogger("llamafactory_hera")
 
 _PANELS = {
     "language-modeling loss": {"lm_loss": BLUE},
@@ -56,9 +59,11 @@ def write_page(
     What was trained is read from ``card.json`` beside ``aligned`` or, last first, beside a score file.
 
     Raises:
-        ValueError: As there; or the page cannot be written.
+        ValueError: As there; or the page cannot be written, or would replace a file that is no page.
     """
     comparison = compare(paths, names, aligned)
+    if os.path.isfile(target) and not Path(target).read_bytes().startswith(_PAGE[:9].encode()):
+        raise ValueError(f"--html: {target} is there and is no HTML page, and would be lost; give another path.")
     folders = ([Path(aligned).parent] if aligned else []) + [file.path.parent for file in comparison.files[::-1]]
     path = next((folder / CARD for folder in folders if (folder / CARD).is_file()), None)
     card = read_json(path) if path else {}
@@ -98,6 +103,7 @@ def _parts(comparison: Comparison, card: dict[str, Any]) -> Iterable[str]:
             source = b64encode(drawn.getvalue()).decode()
             yield f'<p><img alt="Nearest images of {target}" src="data:image/jpeg;base64,{source}"></p>'
     except ValueError as error:
+        logger.warning(f"The page lacks pictures of nearest images: {error}")
         yield f"<p>{escape(str(error))}</p>"
     yield "<h2>How it was made</h2>"
     yield _facts(card.get("versions") or facts.get("versions", {}))

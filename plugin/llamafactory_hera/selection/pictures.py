@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colorbar import Colorbar
@@ -55,7 +56,8 @@ def save_figure(figure: Figure, target: Path) -> None:
 def inline_svg(figure: Figure, alt: str) -> str:
     """A figure as a part of an HTML page; what has a ``gid`` of ours shows it when the pointer rests there."""
     drawn = StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": alt}):  # the same page twice is the same file
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
     text = drawn.getvalue()
     tipped = re.sub(rf'<g id="{_TIP}(.*?)">', r"<g><title>\1</title>", text[text.index("<svg") :])
     return tipped.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)

@@ -191,25 +191,32 @@ class Comparison(NamedTuple):
 def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
     """Reads two or more score files, "before" first, called by their folders; refuses what cannot be compared.
 
-    ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run.
+    ``aligned`` are shown instead of the worst: names, or the ``heads.json`` of a run; of a run's folder its own.
     """
-    if len(paths) == 1 and os.path.isdir(paths[0]):
+    of_run = len(paths) == 1 and os.path.isdir(paths[0])
+    if of_run:
         run = paths[0]
         after, *selected = (Path(run, RUN_FOLDER, name) for name in _SCORE_FILES)
         paths = [next((path for path in selected if path.is_file()), selected[0]), after]
         names = names or ("before", "after")
         if missing := [str(path) for path in paths if not os.path.isfile(path)]:
             raise ValueError(
-                f"report: {' and '.join(missing)} is missing: select writes {selected[0].name}, and "
-                f"`llamafactory-hera score {run} --recipe RECIPE.yaml` {after.name}; or give files of scores."
+                f"report: {' and '.join(missing)} {'are' if missing[1:] else 'is'} missing: select writes "
+                f"{selected[0].name}, and `llamafactory-hera score {run} --recipe RECIPE.yaml` "
+                f"{after.name}; or give files of scores."
             )
     if len(paths) < 2:
-        raise ValueError("report: give two score files or more, the one before training first, or a run's folder.")
+        raise ValueError(
+            f"report: {', '.join(map(str, paths))} is one file, or not there; give two score files or more, the one "
+            "before training first, or a run's folder."
+        )
     files, names = load_files(paths, names, "report")
     ranked = list(files[0].ranked())
     n = min(_N_COMPARED, len(ranked))
     known = [file.ranked(files[0].chosen.granularity) for file in files]
     least: tuple[str, Sequence[Target]] = (f"worst-{n}", ranked[:n])
+    if of_run and set(files[0].chosen.items) != set(ranked[:n]):
+        aligned = aligned or str(files[0].path)
     if aligned is not None:
         least = "aligned", Targets.resolve(aligned, files[0].chosen.granularity).items
         scored = {Target(*place) for place in np.ndindex(files[0].of(files[0].chosen.granularity).shape)}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from ..alignment.batches import NeighbourSampler
+from ..alignment.batches import LEAST_GROUPED, NeighbourSampler
 from ..alignment.gather import rank
 from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
@@ -43,7 +43,7 @@ from ..heads.targets import AUTO
 from ..objectives import Options, Plan, Step, TokenBatch, create, find
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import earlier_values, load_state, save_state
-from .checks import check_attention
+from .checks import check_attention, check_eval
 from .collator import NO_IMAGE, PREFIX, HeraCollator, StudentImages, TeacherFeatures
 from .gradcache import GradientCache
 from .optimizer import ObjectiveOptimizer
@@ -93,6 +93,7 @@ class Aligner:
         seed: int = 0,
         image_processor: Any = None,
     ) -> None:
+        check_eval(config)
         device = next(model.parameters()).device if device is None else device
         self.config = config
         self.targets = _named_targets(config, model) if targets is None else targets
@@ -152,6 +153,7 @@ class Aligner:
         self._broken = torch.zeros(len(self.targets.items), dtype=torch.bool, device=device)  # in the last such step
         self._left_out: Tensor | None = None  # a term since the last optimizer step was not finite
         self._batch_checked = self._gradient_due = False
+        self._ordered = config.batches == "random"  # or somebody has asked for the order
         # From the first gradient on all goes well but for what log lines tell; until then the host waits and looks.
         self._gradient_checked = config.weight == 0
         self._enters = False  # samples did in the last term, while the host looks
@@ -198,8 +200,11 @@ class Aligner:
             num_workers: Processes that decode images whose features the cache lacks.
 
         Raises:
-            ValueError: An image is missing or corrupt; names the file.
+            ValueError: An image is missing or corrupt, and is named; or the batch is too small for groups.
         """
+        if batch_size < LEAST_GROUPED:
+            raise ValueError(f"batch_size: {batch_size} is too small for groups; give {LEAST_GROUPED} or more.")
+        self._ordered = True
         shown, features_of = self.teacher.of_dataset(dataset, images_of, self.config, num_workers)
         return NeighbourSampler(shown, features_of, batch_size, self.config.k, self.config.normalize, seed)
 
@@ -259,6 +264,11 @@ class Aligner:
 
     def _check_batch(self, batch: dict[str, Any], shown: Tensor) -> None:
         """What no recipe or row could tell: looked at once, as it makes the host wait for the device."""
+        if not self._ordered:
+            raise ValueError(
+                f"hera_batches: {self.config.batches} is an order of the samples, and nobody has asked for it: give "
+                "the DataLoader sampler=aligner.sampler(dataset, batch_size), or set hera_batches: random."
+            )
         if not self._media_token_ids:
             return
         ids = batch["input_ids"][shown]

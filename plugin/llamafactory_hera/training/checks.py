@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..alignment.batches import LEAST_GROUPED
 from ..alignment.gather import world_size
 from ..config import HeraConfig
 from ..objectives import Objective, find
@@ -36,12 +37,27 @@ def check_batch(config: HeraConfig, training_args: Any, *others: Any) -> None:
     together = size * world_size()
     if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
+    if config.batches == "neighbours" and together < LEAST_GROUPED:
+        raise ValueError(
+            f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_batches: "
+            f"neighbours makes groups in batches of {LEAST_GROUPED} at least; raise it, use more processes, or set "
+            "hera_batches: random."
+        )
     if together + config.memory < objective.least_samples:
         memory = f"set hera_memory: {4 * config.k}, " if objective.uses_candidates else ""
         raise ValueError(
             f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
             f"{config.objective} needs {objective.least_samples} samples together; raise it, use more processes, "
             f"{memory}or, under gradient accumulation, hera_accumulate: gradcache."
+        )
+
+
+def check_eval(config: HeraConfig, folder: str = "FOLDER") -> None:
+    """Refuses an evaluation that nobody starts; ``folder`` is that of the finished model."""
+    if config.eval != "none":
+        raise ValueError(
+            f"hera_eval: {config.eval} evaluates after runs of LLaMA-Factory; leave it out, and use "
+            f"`llamafactory-hera eval {folder} --suite {config.eval}` on the finished model."
         )
 
 
@@ -122,11 +138,7 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
     check_parallelism(trainer.args)
-    if config.eval != "none":
-        raise ValueError(
-            f"hera_eval: {config.eval} evaluates after runs of LLaMA-Factory; leave it out, and use "
-            f"`llamafactory-hera eval {trainer.args.output_dir} --suite {config.eval}` on the finished model."
-        )
+    check_eval(config, trainer.args.output_dir)
     if config.batches == "neighbours" and is_stream(trainer.train_dataset):
         raise ValueError(
             "train_dataset: a stream has an order of its own, and hera_batches: neighbours makes one; give a dataset "

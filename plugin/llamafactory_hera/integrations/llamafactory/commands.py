@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,8 @@ def score_checkpoint(
     path = Path(output)
     if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
+    elif path.is_file() and not _holds_scores(path):
+        raise ValueError(f"--output: {path} is there and holds no scores, and would be lost; give another name.")
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
@@ -149,6 +152,12 @@ def _keep_trained(path: Path, where: str, remedy: str) -> None:
         raise ValueError(
             f"{where} holds a run that has trained ({trained}), whose {path.name} says what it aligned; {remedy}."
         )
+
+
+def _holds_scores(path: Path) -> bool:
+    with suppress(ValueError):
+        return bool(Targets.load(path).provenance)
+    return False
 
 
 def _check_calibrated(model_args: Any) -> None:

@@ -93,6 +93,8 @@ def named_output(values: Mapping[str, Any], example: str) -> Path:
 
 def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     """Parses a recipe's keys with the host's parser, and checks that what they name is there."""
+    if values.get("stage") == "hera" and os.environ.get("HERA_DISABLE", "0") not in ("", "0"):
+        raise ValueError(f"HERA_DISABLE: {os.environ['HERA_DISABLE']} keeps stage: hera from LLaMA-Factory; unset it.")
     if not values.get("model_name_or_path"):
         raise ValueError("model_name_or_path: none is named; give the folder of a model, or a hub id.")
     if values.get("dataset") is None:
