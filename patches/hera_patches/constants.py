@@ -7,7 +7,6 @@ these options for every model.
 
 from typing import Any
 
-WHAT = "HeRA in the web UI's stage list, backbones in its model list"
 FUNCTIONS = {"register_model_group": "models template multimodal"}
 
 

@@ -93,6 +93,6 @@ def _patches() -> Iterator[_Finding]:
         if error := _import_error(target):
             yield _Finding(f"patch {name}", f"{target} does not import: {error}", f"repair the host: {_PINNED}")
     for name, what, misfit in statuses():
-        text = f"does not fit: {misfit}" if misfit else "applied"
+        text = f"does not fit: {misfit}." if misfit else "applied."
         remedy = f"install a tested host ({_TESTED_HOST}): {_PINNED}" if misfit else None
-        yield _Finding(f"patch {name}", f"{text} ({what})", remedy)
+        yield _Finding(f"patch {name}", f"{text} {what}", remedy)

@@ -9,7 +9,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "the web UI's settings after a reload"
 FUNCTIONS = {"Engine.resume": "self"}
 
 

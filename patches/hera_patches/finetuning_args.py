@@ -9,7 +9,6 @@ from typing import Any
 
 from .registry import require
 
-WHAT = "stage: hera and the hera_* keys in FinetuningArguments"
 FUNCTIONS = {"FinetuningArguments.__post_init__": "self", "FinetuningArguments.to_dict": "self"}
 
 

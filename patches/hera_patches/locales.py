@@ -6,8 +6,6 @@ host lets plugins add elements to its pages.
 
 from typing import Any
 
-WHAT = "labels of HeRA's fields in the web UI's five languages"
-
 
 def apply(module: Any) -> None:
     from llamafactory_hera.integrations.llamaboard.fields import locales

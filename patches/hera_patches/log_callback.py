@@ -7,7 +7,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "lm_loss and hera_* in trainer_log.jsonl"
 FUNCTIONS = {"LogCallback.on_log": "self args state control kwargs", "LogCallback._write_log": "self output_dir logs"}
 USED = {"LogCallback.on_log": "_write_log"}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "LM loss, HeRA loss and MKNN in the web UI's plot"
 FUNCTIONS = {"gen_loss_plot": "trainer_log", "smooth": "scalars"}
 
 

@@ -1,8 +1,8 @@
 """Which host modules are changed, and what became of each change in this process.
 
-A patch module has ``WHAT`` (one line) and ``apply(module)``, which makes the change, or raises where it does not fit.
-What it needs of the host: ``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a function -> names that
-it uses). All are tested with 0.9.5.
+The first line of a patch module's docstring says what it does; its ``apply(module)`` makes the change, or raises where
+it does not fit. What it needs of the host: ``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a
+function -> names that it uses). All are tested with 0.9.5.
 """
 
 import inspect
@@ -100,7 +100,7 @@ def apply_to(module: ModuleType) -> None:
             patch.apply(module)
     except Exception as error:  # a broken patch must not take the host down
         reason = f"{type(error).__name__}: {error}"
-    _statuses[name] = Status(name, patch.WHAT, reason)
+    _statuses[name] = Status(name, (patch.__doc__ or "").partition("\n")[0], reason)
     if reason is None:
         return
     lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"

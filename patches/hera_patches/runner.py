@@ -8,7 +8,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "HeRA runs from the web UI"
 FUNCTIONS = {
     "Runner._parse_train_args": "self data",
     "Runner._initialize": "self data do_train from_preview",

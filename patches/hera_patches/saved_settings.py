@@ -7,7 +7,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "settings saved by the web UI open without the plugin"
 FUNCTIONS = {"save_args": "config_path config_dict", "load_args": "config_path"}
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from . import tuner
 from .registry import around
 
-WHAT = "stage: hera in run_sft"
 FUNCTIONS = {"run_sft": "model_args data_args training_args finetuning_args generating_args callbacks"}
 #: What the HeRA workflow replaces while it runs.
 USED = {"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_and_push"}

@@ -6,8 +6,6 @@ when the host has these templates.
 
 from typing import Any
 
-WHAT = "templates llava_plain, llava_qwen2_5, llava_qwen3, llava_llama3, llava_vicuna"
-
 
 def apply(module: Any) -> None:
     from llamafactory_hera.integrations.llamafactory.templates import register

@@ -8,7 +8,6 @@ from typing import Any
 
 from .registry import around
 
-WHAT = "the HeRA accordion in the web UI's train tab"
 FUNCTIONS = {"create_train_tab": "engine", "change_stage": "training_stage"}
 USED = {"create_train_tab": "get_base_elems mm_tab start_btn output_box training_stage"}
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from .registry import around, misfit_of
 
-WHAT = "stage: hera takes no route around its trainer"
 FUNCTIONS = {"get_train_args": "args", "get_infer_args": "args", "_training_function": "config"}
 USED = {"_training_function": "get_train_args", "export_model": "get_infer_args"}
 # what every workflow reads its data with, raw or tokenized, before it loads weights
