@@ -37,7 +37,7 @@ def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tu
     found = [Block(*[torch.empty(0)] * 3) for _ in decoder_layers(model)]
     handles = []
     for block, layer in zip(found, decoder_layers(model), strict=True):
-        attention = attention_module(layer, head_layout(model_config(model)).model_type)
+        attention = attention_module(layer)
 
         def entering(_, args, block=block):
             block.entered = args[0]
@@ -85,7 +85,7 @@ def check_heads(
     kept = mask.bool().any(1, keepdim=True)
     for index, block in enumerate(blocks(model, batch)[0]):
         assert block.entered.shape[-1] == HEADS * layout.head_dim
-        projection = attention_module(decoder_layers(model)[index], layout.model_type).o_proj
+        projection = attention_module(decoder_layers(model)[index]).o_proj
         contributions = captured[index * HEADS : (index + 1) * HEADS]
         expected = mean_over(block.attended, mask)
         weight, bias = (projection.weight, projection.bias) if projections is None else projections[index]

@@ -40,7 +40,7 @@ def test_a_captured_head_is_its_slice_of_the_projection(key: str, tmp_path: Path
     layout = head_layout(model.config)
     inputs = {}
     handles = [
-        output_projection(layer, layout.model_type).register_forward_pre_hook(
+        output_projection(layer).register_forward_pre_hook(
             lambda module, args, index=index: inputs.update({index: args[0].detach()})
         )
         for index, layer in enumerate(decoder_layers(model))
@@ -55,7 +55,7 @@ def test_a_captured_head_is_its_slice_of_the_projection(key: str, tmp_path: Path
         z = capture.representations()
 
     for row, (layer, head) in enumerate([(0, 3), (1, 0), (1, 2)]):
-        weight = output_projection(decoder_layers(model)[layer], layout.model_type).weight
+        weight = output_projection(decoder_layers(model)[layer]).weight
         piece = slice(head * layout.head_dim, (head + 1) * layout.head_dim)
         for sample in range(2):
             tokens = inputs[layer][sample, mask[sample].bool(), piece]

@@ -23,7 +23,7 @@ def check_layers(model: nn.Module, key: str) -> None:
     assert len(layers) == layout.n_layers == sizes.layers
     assert (layout.n_heads, layout.n_kv_heads, layout.head_dim) == (sizes.heads, sizes.kv_heads, sizes.head_dim)
     for layer in layers:
-        projection = output_projection(layer, layout.model_type)
+        projection = output_projection(layer)
         assert projection.weight.shape == (sizes.hidden, sizes.heads * sizes.head_dim)
         assert layer.self_attn.v_proj.weight.shape == (sizes.kv_heads * sizes.head_dim, sizes.hidden)
 

@@ -55,7 +55,7 @@ def test_half_precision_is_averaged_in_single_precision_and_a_shorter_map_keeps_
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    return [attention_module(layer, head_layout(model.config).model_type) for layer in decoder_layers(model)]
+    return [attention_module(layer) for layer in decoder_layers(model)]
 
 
 def flows(model: nn.Module, batch: dict[str, Any], bins: int = 4) -> list[tuple[torch.Tensor, ...]]:
@@ -183,7 +183,7 @@ def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, ga
     """The loss of a copy of the model that has the gate in its weights."""
     changed = copy.deepcopy(model)
     layout = head_layout(changed.config)
-    weight = output_projection(decoder_layers(changed)[layer], layout.model_type).weight
+    weight = output_projection(decoder_layers(changed)[layer]).weight
     with torch.no_grad():
         weight[:, head * layout.head_dim : (head + 1) * layout.head_dim] *= gate
         return loss_of(changed, batch)

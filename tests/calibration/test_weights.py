@@ -28,7 +28,7 @@ def test_a_heads_slices_are_what_its_output_is_made_of(name: str) -> None:
     model = vlm(name).eval()
     weights = HeadWeights(model)
     layout, layer = weights.layout, 1
-    attention = attention_module(decoder_layers(model)[layer], layout.model_type)
+    attention = attention_module(decoder_layers(model)[layer])
     seen: dict[str, torch.Tensor] = {}
     attention.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
     attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))

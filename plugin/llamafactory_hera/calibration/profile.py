@@ -48,7 +48,7 @@ class AttentionFlow(Hooks):
         config = model_config(forward.model)
         self._forward, self._bins, self._text_config = forward, bins, config.get_text_config()
         layers = decoder_layers(forward.model)
-        self._attentions = [attention_module(layer, head_layout(config).model_type) for layer in layers]
+        self._attentions = [attention_module(layer) for layer in layers]
         self._tokens: list[tuple[Tensor, Tensor]] = []
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
 
@@ -108,7 +108,7 @@ class HeadGates(Hooks):
         self._forward, self._positions = forward, positions
         self._layout = head_layout(model_config(forward.model))
         layers = decoder_layers(forward.model)
-        self._projections = [output_projection(layer, self._layout.model_type) for layer in layers]
+        self._projections = [output_projection(layer) for layer in layers]
         self._gates: list[Tensor] = []
 
     @torch.enable_grad()

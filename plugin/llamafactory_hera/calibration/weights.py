@@ -58,8 +58,8 @@ class HeadWeights:
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         self.names: dict[tuple[int, Slice], str] = {}
         for layer, module in enumerate(decoder_layers(model)):
-            value = getattr(attention_module(module, self.layout.model_type), "v_proj", None)
-            output = output_projection(module, self.layout.model_type)
+            value = getattr(attention_module(module), "v_proj", None)
+            output = output_projection(module)
             for kind, projection in zip(SLICES, (value, output), strict=True):
                 self.projections[layer, kind] = self._checked(projection, kind)
                 self.names[layer, kind] = names[self.projections[layer, kind]]

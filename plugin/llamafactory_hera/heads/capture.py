@@ -81,7 +81,7 @@ class HeadCapture(LayerHooks):
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _hook(self) -> None:
-        projections = {i: output_projection(layer, self._layout.model_type) for i, layer in self._layers.items()}
+        projections = {i: output_projection(layer) for i, layer in self._layers.items()}
         readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections.values()]
         if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
             raise RuntimeError(

@@ -1,7 +1,6 @@
 """Where the heads are: from a model of transformers to the output projections of its text decoder.
 
-The table names, for each text backbone, the attention module of a decoder layer and its output projection. A new
-architecture needs one line here if its layers follow the usual layout: ``layer.<attention>.<output>`` whose input
+A new architecture needs its name here if its layers follow the usual layout: ``layer.self_attn.o_proj``, whose input
 holds the heads side by side, ``head_dim`` values each. Some layers go on with what the attention puts out before the
 residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scales it. A head's contribution is read
 before that, at the projection.
@@ -17,40 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
-class Family:
-    """Names of the modules inside a decoder layer."""
-
-    input_norm: str | None = "input_layernorm"  # None: the attention takes the residual stream as it is
-    attention: str = "self_attn"
-    output: str = "o_proj"
-
-
-#: ``model_type`` of the text configuration -> layout of its decoder layers.
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen2_vl_text": Family(),
-    "qwen2_5_vl_text": Family(),
-    "qwen3": Family(),
-    "qwen3_vl_text": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
-    "phi3": Family(),
-    "gemma": Family(),
-    "glm4": Family(),
-    "granite": Family(),
-    "smollm3": Family(),
-    "cohere2": Family(),
-    "ministral": Family(),
-    "ministral3": Family(),
-    "mixtral": Family(),
-    "qwen3_moe": Family(),
-    "llama4_text": Family(),
-    "gpt_oss": Family(),
-    "olmo2": Family(input_norm=None),
-}
+#: ``model_type`` of the text configurations whose decoder layers have the usual layout.
+FAMILIES = frozenset({
+    "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "llama4_text", "ministral",
+    "ministral3", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
+    "qwen3_moe", "qwen3_vl_text", "smollm3",
+})  # fmt: skip
 
 #: In place of a layer's number: the output of the norm behind the last one.
 FINAL = sys.maxsize
@@ -83,7 +54,7 @@ def head_layout(config: Any) -> HeadLayout:
         raise ValueError(
             f"model_name_or_path: the text model type {text.model_type!r} is not known to heads/families.py; "
             f"known are {', '.join(sorted(FAMILIES))}. If its layers have an output projection that takes the heads "
-            "side by side, add one line to FAMILIES."
+            "side by side, add it to FAMILIES."
         )
     n_heads = text.num_attention_heads
     return HeadLayout(
@@ -138,16 +109,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         ValueError: As of :func:`text_decoder`, or an output projection does not take the heads side by side.
     """
     layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
-    family, width = FAMILIES[layout.model_type], layout.n_heads * layout.head_dim
+    width = layout.n_heads * layout.head_dim
     for index, layer in enumerate(layers):
-        projection = getattr(getattr(layer, family.attention, None), family.output, None)
+        projection = getattr(getattr(layer, "self_attn", None), "o_proj", None)
         taken = getattr(projection, "in_features", width)
         if projection is None or taken != width:
             raise ValueError(
                 f"model_name_or_path: {layout.n_heads} heads of {layout.head_dim} values side by side need a "
-                f"{family.attention}.{family.output} that takes {width} values, and layer {index} of this "
-                f"{layout.model_type!r} has {'none' if projection is None else f'one that takes {taken}'}. Use "
-                "another model, or correct its line in FAMILIES (heads/families.py)."
+                f"self_attn.o_proj that takes {width} values, and layer {index} of this {layout.model_type!r} has "
+                f"{'none' if projection is None else f'one that takes {taken}'}. Use another model."
             )
     return layers
 
@@ -166,14 +136,14 @@ def model_config(model: nn.Module) -> Any:
     raise ValueError(f"{type(model).__name__} holds no transformers model: it has no configuration.")
 
 
-def attention_module(layer: nn.Module, model_type: str) -> nn.Module:
+def attention_module(layer: nn.Module) -> nn.Module:
     """The attention module of a decoder layer."""
-    return getattr(layer, FAMILIES[model_type].attention)
+    return layer.self_attn  # type: ignore[return-value]
 
 
-def output_projection(layer: nn.Module, model_type: str) -> nn.Module:
+def output_projection(layer: nn.Module) -> nn.Module:
     """The output projection (``o_proj``) of a decoder layer; under PEFT the adapter's layer around it."""
-    return getattr(attention_module(layer, model_type), FAMILIES[model_type].output)
+    return attention_module(layer).o_proj  # type: ignore[return-value]
 
 
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
@@ -183,13 +153,13 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     input norm and the attention, or all of it; for :data:`FINAL` everything but the output embeddings. Call it before
     a sharding engine renames or flattens parameters.
     """
-    family = FAMILIES[head_layout(model_config(model)).model_type]
     layers = decoder_layers(model)
     inside, later = [final_norm(model)], []
     if layer != FINAL:
         inside, later = [layers[layer]], layers[layer:]
         if not whole_layer:
-            inside = [getattr(layers[layer], name) for name in (family.input_norm, family.attention) if name]
+            names = ("input_layernorm", "self_attn")  # OLMo 2 has no such norm
+            inside = [part for name, part in layers[layer].named_children() if name in names]
     feeding = {id(p) for module in inside for p in module.parameters()}
     behind = {id(p) for module in later for p in module.parameters()} | _behind_the_decoder(model)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind - feeding]

@@ -40,7 +40,7 @@ class PooledHeads(Hooks):
 
     def _hook(self) -> None:
         for layer in self._layers:
-            projection = output_projection(layer, self.layout.model_type)
+            projection = output_projection(layer)
             self._undo.append(projection.register_forward_pre_hook(self._before_projection).remove)
             self._undo.append(layer.register_forward_hook(self._after_layer).remove)
 
@@ -82,7 +82,7 @@ def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
     width = layout.n_heads * layout.head_dim
 
     def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
-        projection = output_projection(layer, layout.model_type)
+        projection = output_projection(layer)
 
         @torch.no_grad()
         def weight() -> Tensor:

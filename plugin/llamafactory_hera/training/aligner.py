@@ -521,8 +521,8 @@ def _warn_of_trained_decoder(model: nn.Module, objective: str) -> None:
 
 
 def _warn_of_dropout(model: nn.Module, targets: Targets) -> None:
-    layers, kind = decoder_layers(model), head_layout(model_config(model)).model_type
-    parts = [part for layer in targets.layers for part in output_projection(layers[layer], kind).modules()]
+    layers = decoder_layers(model)
+    parts = [part for layer in targets.layers for part in output_projection(layers[layer]).modules()]
     if rank() == 0 and any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts):
         logger.warning(
             "lora_dropout: a head's part of o_proj is read once for all tokens of a micro-batch, so that dropout in "
