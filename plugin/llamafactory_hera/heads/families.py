@@ -73,11 +73,6 @@ def media_token_ids(config: Any) -> frozenset[int]:
     return frozenset(i for i in ids if isinstance(i, int))
 
 
-def is_multimodal(config: Any) -> bool:
-    """Whether the configuration describes a model that sees images."""
-    return getattr(config, "vision_config", None) is not None
-
-
 def text_decoder(model: nn.Module) -> nn.Module:
     """The text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP wrappers.
 

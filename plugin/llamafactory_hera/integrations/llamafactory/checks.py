@@ -11,7 +11,7 @@ from llamafactory.data.mm_plugin import IMAGE_PLACEHOLDER
 from llamafactory.model import load_config
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads.families import HeadLayout, head_layout, is_multimodal
+from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.pooling import grid_side
 from llamafactory_hera.objectives import Objective, find
 from llamafactory_hera.teachers.checkpoint import check_teacher
@@ -91,7 +91,7 @@ def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
 def multimodal_config(model_args: Any, why: str) -> Any:
     """The model's configuration, which must be a multimodal model's."""
     config = load_config(model_args)
-    if not is_multimodal(config):
+    if getattr(config, "vision_config", None) is None:
         raise ValueError(
             f"model_name_or_path: {model_args.model_name_or_path} is a text-only model ({config.model_type}), and "
             f"{why}; give a multimodal model (`llamafactory-hera build` makes one from an LLM)."
