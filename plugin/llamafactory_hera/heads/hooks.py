@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .families import FINAL, decoder_layers, final_norm, head_layout, model_config, text_decoder
-from .pooling import image_token_id, pool_tokens
+from .pooling import pool_tokens
 from .targets import Targets
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
@@ -159,7 +159,7 @@ class DecoderInputs(Hooks):
         super().__init__()
         self._decoder = text_decoder(model)
         self._model = next(m for m in model.modules() if isinstance(m, PreTrainedModel)) if two_way else None
-        self._image_token = image_token_id(model_config(model)) if two_way else -1
+        self._image_token = model_config(model).image_token_id if two_way else -1
         self._attention: Tensor | None = None
         self._two_way: Tensor | None = None
         self._embeddings: tuple[Tensor, Tensor] | None = None

@@ -90,12 +90,6 @@ def grid_side(config: Any, objective: str) -> int:
     return size // patch
 
 
-def image_token_id(config: Any) -> int:
-    """The placeholder of an image in ``input_ids``."""
-    found = getattr(config, "image_token_id", None)
-    return config.image_token_index if found is None else found
-
-
 def token_positions(
     input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
 ) -> Tensor:

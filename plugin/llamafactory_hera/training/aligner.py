@@ -38,7 +38,7 @@ from ..heads.families import (
     trainable_upstream,
 )
 from ..heads.hooks import DecoderInputs
-from ..heads.pooling import IGNORE_INDEX, grid_side, image_token_id, text_mask, token_mask, token_positions
+from ..heads.pooling import IGNORE_INDEX, grid_side, text_mask, token_mask, token_positions
 from ..heads.targets import AUTO
 from ..objectives import Options, Plan, Step, TokenBatch, create, find
 from ..teachers.images import ImageLike, sample_images
@@ -140,7 +140,7 @@ class Aligner:
         if student is None:
             self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
         else:
-            self._image_token = image_token_id(model_configuration)
+            self._image_token = model_configuration.image_token_id
             self.term = TokenTerm(self.objective)
         self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
         #: Samples of a process's largest micro-batch; unless it is set, processes agree on it at each step, and wait.
