@@ -1,6 +1,5 @@
 """What of a run is kept beside the weights, and whether a checkpoint belongs to the run that resumes it."""
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -204,21 +203,13 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     Returns:
         False where the Trainer's own way does: no ``model.safetensors`` or shards of it, or the names agree.
     """
-    names = _tensor_names(Path(checkpoint))
+    names: set[str] = set()
+    for path in Path(checkpoint).glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= {*file.keys()}
     if not names or names <= model.state_dict().keys():
         return False
     # models mix types, and fp32 holds each value of all of them; what is loaded is cast parameter by parameter
     saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)  # type: ignore[attr-defined]
     model.load_state_dict(saved.state_dict())
     return True
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        return set()
-    with safe_open(weights, "pt") as file:
-        return set(file.keys())
