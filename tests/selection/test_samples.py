@@ -40,31 +40,29 @@ class Pairs:
 
 def test_the_image_that_stands_for_a_sample_decides_what_is_a_repetition():
     source = Pairs(6)
-    assert len(draw(source, 6, seed=0).samples) == 1
-    found = draw(source, 6, seed=0, image_index=-1)
-    assert sorted(sample.row for sample in found.samples) == list(range(6))
-    assert all(sample.image is source.own[sample.row] for sample in found.samples)
+    assert len(draw(source, 6, seed=0)[0]) == 1
+    found, *_ = draw(source, 6, seed=0, image_index=-1)
+    assert sorted(sample.row for sample in found) == list(range(6))
+    assert all(sample.image is source.own[sample.row] for sample in found)
 
 
 def test_a_broken_image_is_named_with_its_sample():
     source = Pairs(4)
     source.own[2] = b"not an image"
-    drawn = draw(source, 4, seed=0, image_index=1)  # by its bytes
+    drawn, *_ = draw(source, 4, seed=0, image_index=1)  # by its bytes
     source.encode = lambda row: load_image(source.own[row]) and None
-    assert len(drawn.samples) == 4
+    assert len(drawn) == 4
     with pytest.raises(ValueError, match=r"^dataset: sample 2 \(counted from 0\): The image .* cannot be decoded"):
         draw(source, 4, seed=0, image_index=1)
 
 
 def test_rows_are_counted_until_there_are_enough():
     source = Pairs(10)
-    found = draw(source, 3, seed=0, image_index=1, usable=lambda features: features["input_ids"][0] % 2 == 0)
-    assert len(found.samples) == 3
-    assert all(sample.row % 2 == 0 for sample in found.samples)
-    assert found.rows == 10
-    assert found.without_text <= 5
-    everything = draw(source, 10, seed=0, image_index=1, usable=lambda features: False)
-    assert (everything.samples, everything.without_text, everything.without_image) == ([], 10, 0)
+    found, _, without_text = draw(source, 3, 0, image_index=1, usable=lambda row: row["input_ids"][0] % 2 == 0)
+    assert len(found) == 3
+    assert all(sample.row % 2 == 0 for sample in found)
+    assert without_text <= 5
+    assert draw(source, 10, seed=0, image_index=1, usable=lambda features: False) == ([], 0, 10)
 
 
 def test_the_draw_depends_on_the_seed_alone_and_a_smaller_one_is_its_beginning():

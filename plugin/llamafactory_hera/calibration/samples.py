@@ -61,19 +61,19 @@ class Drawn:
 
 def draw_samples(source: Source, config: RahConfig) -> Drawn:
     """Draws samples with an image, one for each image, in an order that depends on the seed alone."""
-    found = draw(source, config.samples, config.seed)
-    drawn = len(found.samples)
-    passed_over = f"{found.without_image} have no image, {found.without_text} no text; each image counts once"
+    samples, without_image, without_text = draw(source, config.samples, config.seed)
+    drawn = len(samples)
+    passed_over = f"{without_image} have no image, {without_text} no text; each image counts once"
     if drawn < config.probes + config.held_out:
         raise ValueError(
-            f"dataset: {drawn} of its {found.rows} samples can be used, fewer than rah_probes: {config.probes} and "
+            f"dataset: {drawn} of its {len(source)} samples can be used, fewer than rah_probes: {config.probes} and "
             f"rah_held_out: {config.held_out} need together ({passed_over}). Use more "
             "data with an `images` column, or lower rah_probes or rah_held_out."
         )
     if drawn < config.samples:
         logger.warning("rah_samples: %d are asked for, and %d are there (%s).", config.samples, drawn, passed_over)
     n = drawn - config.held_out
-    return Drawn(found.samples[:n], found.samples[n:], found.without_image)
+    return Drawn(samples[:n], samples[n:], without_image)
 
 
 def corrupt(drawn: Drawn, source: CalibrationSource, control: Control, seed: int) -> Drawn:

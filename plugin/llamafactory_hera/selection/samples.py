@@ -73,15 +73,6 @@ class Sample(NamedTuple):
     features: Features
 
 
-class Draw(NamedTuple):
-    """What was drawn of a dataset's rows, in order, and how many rows were passed over on the way."""
-
-    samples: list[Sample]
-    rows: int
-    without_image: int
-    without_text: int
-
-
 @contextmanager
 def of_sample(row: int) -> Iterator[None]:
     """Adds the sample to what is said of a broken image."""
@@ -99,8 +90,8 @@ def draw(
     seed: int,
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
-) -> Draw:
-    """Draws up to ``count`` usable samples in an order that depends on the seed alone, each image once."""
+) -> tuple[list[Sample], int, int]:
+    """Up to ``count`` samples, drawn by the seed alone, each image once; how many rows had no image, and no text."""
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
     drawn: list[Sample] = []
@@ -124,7 +115,7 @@ def draw(
             continue
         seen.add(key)
         drawn.append(Sample(row, list(images), image, key, features))
-    return Draw(drawn, len(order), without_image, without_text)
+    return drawn, without_image, without_text
 
 
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
@@ -140,15 +131,13 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
         return len(features["input_ids"]) > 0
 
     asked, k = config.select.samples, config.select.k
-    samples, rows, without_image, without_text = draw(
-        source, asked, config.select.seed, config.image_index, has_tokens
-    )
+    samples, without_image, without_text = draw(source, asked, config.select.seed, config.image_index, has_tokens)
     drawn = len(samples)
     passed_over = f"{without_image} have no image, {without_text} no text that leaves a token; each image counts once"
     if drawn < k + 2:
         raise ValueError(
-            f"dataset: {drawn} of its {rows} samples can be scored, and hera_select_k: {k} needs {k + 2} or more "
-            f"({passed_over}). Use more data with images and assistant turns, or lower hera_select_k."
+            f"dataset: {drawn} of its {len(source)} samples can be scored, and hera_select_k: {k} needs {k + 2} or "
+            f"more ({passed_over}). Use more data with images and assistant turns, or lower hera_select_k."
         )
     if drawn < asked:
         logger.warning("hera_select_samples: %d are asked for, and %d are there (%s).", asked, drawn, passed_over)
