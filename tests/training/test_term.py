@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
 from llamafactory_hera.alignment.memory import CrossBatchMemory
-from llamafactory_hera.objectives import Options, TokenBatch, create
-from llamafactory_hera.training.term import TokenTerm
+from llamafactory_hera.objectives import Objective, Options, TokenBatch, create
+from llamafactory_hera.training.term import token_term
 from tests.terms import ContrastiveTerm
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
@@ -269,8 +269,8 @@ LAYERS, B, SIDE = 2, 4, 2
 
 
 @pytest.fixture
-def token_term() -> TokenTerm:
-    return TokenTerm(create("viral", Options(LAYERS, D, D_TEACHER)))
+def viral() -> Objective:
+    return create("viral", Options(LAYERS, D, D_TEACHER))
 
 
 @pytest.fixture
@@ -284,14 +284,10 @@ def patches() -> Tensor:
 
 
 @pytest.mark.parametrize("valid", [[True] * 4, [True, False, True, False], [False, True, False, False], [False] * 4])
-def test_it_is_the_mean_over_layers_and_images_one_by_one(token_term, tokens, patches, valid):
-    output = token_term(TokenBatch(tokens, None, patches, torch.tensor(valid)))
+def test_it_is_the_mean_over_layers_and_images_one_by_one(viral, tokens, patches, valid):
+    output = token_term(viral, TokenBatch(tokens, None, patches, torch.tensor(valid)))
     one = torch.tensor([True])
-    losses = [
-        token_term.objective(TokenBatch(tokens[:, i : i + 1], None, patches[i : i + 1], one))
-        for i in range(B)
-        if valid[i]
-    ]
+    losses = [viral(TokenBatch(tokens[:, i : i + 1], None, patches[i : i + 1], one)) for i in range(B) if valid[i]]
     expected = torch.cat(losses, dim=1).mean() if losses else 0 * tokens.sum()
     torch.testing.assert_close(output.loss, expected)
     wanted = torch.autograd.grad(expected, tokens)[0]
@@ -302,12 +298,12 @@ def test_it_is_the_mean_over_layers_and_images_one_by_one(token_term, tokens, pa
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_an_image_that_is_not_valid_changes_nothing(token_term, tokens, patches, value):
+def test_an_image_that_is_not_valid_changes_nothing(viral, tokens, patches, value):
     valid = torch.tensor([True, True, False, True])
-    expected = token_term(TokenBatch(tokens, None, patches, valid)).loss
+    expected = token_term(viral, TokenBatch(tokens, None, patches, valid)).loss
     with torch.no_grad():
         tokens[:, 2], patches[2] = value, value
-    output = token_term(TokenBatch(tokens, None, patches, valid))
+    output = token_term(viral, TokenBatch(tokens, None, patches, valid))
     torch.testing.assert_close(output.loss, expected)
     output.loss.backward()
     assert tokens.grad.isfinite().all()
@@ -315,10 +311,10 @@ def test_an_image_that_is_not_valid_changes_nothing(token_term, tokens, patches,
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_an_image_that_is_not_finite_leaves_the_term_out(token_term, tokens, patches, side):
+def test_an_image_that_is_not_finite_leaves_the_term_out(viral, tokens, patches, side):
     with torch.no_grad():
         (tokens[1] if side == "student" else patches)[0] = math.nan
-    output = token_term(TokenBatch(tokens, None, patches, all_valid(B)))
+    output = token_term(viral, TokenBatch(tokens, None, patches, all_valid(B)))
     output.loss.backward()
     assert (output.loss.item(), output.sound.item()) == (0, False)
     assert not tokens.grad.any()

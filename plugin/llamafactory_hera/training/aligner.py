@@ -47,7 +47,7 @@ from .checks import check_attention, check_eval
 from .collator import NO_IMAGE, PREFIX, HeraCollator, StudentImages, TeacherFeatures
 from .gradcache import GradientCache
 from .optimizer import ObjectiveOptimizer
-from .term import HeraTerm, TermOutput, TokenTerm
+from .term import HeraTerm, TermOutput, token_term
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -136,12 +136,11 @@ class Aligner:
             self.optimizer.load_values(earlier_values(config))
         self.memory = CrossBatchMemory(config.memory)
         self.decoder_inputs = DecoderInputs(model, two_way=config.visual_attention == "two_way")
-        self.term: HeraTerm | TokenTerm
+        self.term: HeraTerm | None = None  # of pooled vectors
         if student is None:
             self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
         else:
             self._image_token = model_configuration.image_token_id
-            self.term = TokenTerm(self.objective)
         self._seed, self._n_micro_batches, self._n_steps = seed, 0, 0
         #: Samples of a process's largest micro-batch; unless it is set, processes agree on it at each step, and wait.
         self.batch_size: int | None = None
@@ -318,12 +317,12 @@ class Aligner:
             term = self.cached.take(representations)
         else:
             features = self.teacher.features(micro_batch.inputs, micro_batch.pixels)
-            if isinstance(self.term, HeraTerm):
+            if self.term is not None:
                 output = self.term(representations, features, micro_batch.valid, self.batch_size)
             else:
                 projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
                 batch = TokenBatch(representations, projections, features, micro_batch.valid, micro_batch.facts)
-                output = self.term(batch)
+                output = token_term(self.objective, batch)
             self._record(output, micro_batch.planned)
             term = self.config.weight * output.loss
         if not self._gradient_checked:
@@ -342,7 +341,7 @@ class Aligner:
 
     def solve(self, scale: float | Tensor = 1.0) -> None:
         """Computes the term of what was collected, whose parts :meth:`finish` hands out; ``scale`` as for step."""
-        assert isinstance(self.term, HeraTerm)
+        assert self.term is not None
         self._record(self.cached.solve(self.term, self.config.weight, scale, self.batch_size))
 
     def end(self) -> None:
@@ -450,7 +449,7 @@ class Aligner:
 
     def _look(self) -> None:
         """What only the device knew until now; the host waits for it here."""
-        if isinstance(self.term, HeraTerm):
+        if self.term is not None:
             self.term.warn_when_few()
         self.cached.check()
         if (in_a_row := int(self._most_nan)) < self.config.max_nan:

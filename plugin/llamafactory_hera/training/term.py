@@ -125,42 +125,36 @@ class HeraTerm:
             )
 
 
-@dataclass(eq=False)
-class TokenTerm:
-    """Computes a term that is a mean over samples, whose vectors (visual tokens) are too many to be gathered.
+def token_term(objective: Objective, batch: TokenBatch) -> TermOutput:
+    """Computes this rank's part of a term over samples whose vectors (visual tokens) are too many to be gathered.
 
-    The loss of a process is scaled by the number of processes over the samples of all of them, so that the engine's
-    averaging of gradients gives the gradient of the mean over the global batch. The objective's own parameters are in
-    no engine's hands: their gradients must be averaged over the processes. Every rank must call it in every step, also
-    when none of its samples has an image.
+    The mean over ranks is the term: the loss of a process is scaled by the number of processes over the samples of all
+    of them, so that the engine's averaging of gradients gives the gradient of the mean over the global batch. The
+    objective's own parameters are in no engine's hands: their gradients must be averaged over the processes. Every
+    rank must call it in every step, also when none of its samples has an image; where not valid it may hold anything.
     """
-
-    objective: Objective
-
-    def __call__(self, batch: TokenBatch) -> TermOutput:
-        """Computes this rank's part, of anything where a sample is not valid; the mean over ranks is the term."""
-        valid = batch.valid
-        tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
-        teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
-        projections = None if batch.projections is None else batch.projections.float()
-        batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
-        losses = self.objective(batch)
-        if losses.shape != (len(tokens), len(valid)):
-            raise ValueError(
-                f"{type(self.objective).__name__} returns a loss of shape {list(losses.shape)}; on tokens it is one "
-                f"for each target and sample, {[len(tokens), len(valid)]}."
-            )
-        by_target = torch.where(valid, losses, 0.0).sum(dim=1)
-        finite, teacher_finite = _finite(tokens, teacher, by_target)
-        facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~finite]).float()
-        if world_size() > 1:
-            dist.all_reduce(facts)
-        n_samples, sound, broken = facts[0], ~facts[1:].any(), facts[2:] > 0
-        loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
-        loss = _left_out(loss, sound, tokens, *([] if projections is None else [projections]))
-        unknown = torch.full_like(by_target.detach(), math.nan)
-        duplicates = torch.zeros_like(n_samples)
-        return TermOutput(loss, unknown, unknown[0], n_samples, duplicates, sound, broken, sound & (n_samples > 0))
+    valid = batch.valid
+    tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
+    teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
+    projections = None if batch.projections is None else batch.projections.float()
+    batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
+    losses = objective(batch)
+    if losses.shape != (len(tokens), len(valid)):
+        raise ValueError(
+            f"{type(objective).__name__} returns a loss of shape {list(losses.shape)}; on tokens it is one "
+            f"for each target and sample, {[len(tokens), len(valid)]}."
+        )
+    by_target = torch.where(valid, losses, 0.0).sum(dim=1)
+    finite, teacher_finite = _finite(tokens, teacher, by_target)
+    facts = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~finite]).float()
+    if world_size() > 1:
+        dist.all_reduce(facts)
+    n_samples, sound, broken = facts[0], ~facts[1:].any(), facts[2:] > 0
+    loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
+    loss = _left_out(loss, sound, tokens, *([] if projections is None else [projections]))
+    unknown = torch.full_like(by_target.detach(), math.nan)
+    duplicates = torch.zeros_like(n_samples)
+    return TermOutput(loss, unknown, unknown[0], n_samples, duplicates, sound, broken, sound & (n_samples > 0))
 
 
 def _finite(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
