@@ -214,7 +214,7 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(
         ({"suite": "vision"}, "--suite: vision is unknown; choose demo"),
         ({"tasks": ["demo_questions,pope"]}, "--tasks: pope is not in the suite demo; it has demo_questions"),
         ({"paper": "gpt_2"}, "--paper: gpt_2 is not a backbone of the paper; choose .*qwen3_8b"),
-        ({"output": "orphan/adapter_config.json/x"}, "--output: orphan.* cannot be used"),
+        ({"output": "orphan/adapter_config.json/x"}, "--output: orphan.* cannot be written"),
         ({"data": "nowhere"}, "--data: nowhere is not a folder"),
         ({"limit": 0}, "--limit: 0 is not a number of samples"),
         ({"batch_size": 0}, "--batch-size: 0 is not a number of samples"),

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json, write_text
+from ..files import read_json, write_json, write_text, writing
 from .card import write_index
 from .models import default_dtype, load_processor, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
@@ -71,10 +71,8 @@ def evaluate(
         load_processor(model)
     padded = "-pad" * (image_aspect_ratio == "pad")  # another way to ask, of its own results
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}{padded}" for name, model in named.items()}
-    try:
+    with writing("--output", output):
         Path(output).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output: {output} cannot be used ({error.strerror}); give another folder.") from error
     settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
     failed = []
     for name, model in named.items():
