@@ -69,19 +69,6 @@ def test_held_out_answers_cannot_be_copied_from_the_caption(demo):
         assert not any(message["content"].endswith(".") for message in row["messages"][1:-2:2])
 
 
-def test_factors_cover_every_image_and_question(demo):
-    factors = load(demo, "factors.json")
-    for file, split in (("demo_train.json", "train"), ("demo_heldout.json", "held_out")):
-        for row in load(demo, file):
-            entry = factors.pop(row["images"][0])
-            assert entry["split"] == split
-            pairs = [(m["content"], a["content"]) for m, a in zip(row["messages"], row["messages"][1:], strict=False)]
-            for question in entry["questions"]:
-                asked = [answer for text, answer in pairs if text.removeprefix("<image>\n") == question["text"]]
-                assert asked == [question["answer"]]
-    assert not factors
-
-
 def test_held_out_regions_share_no_pixel_with_training_regions():
     train = [region for region in REGIONS if region.split == "train"]
     held_out = [region for region in REGIONS if region.split == "held_out"]
@@ -94,7 +81,7 @@ def test_held_out_regions_share_no_pixel_with_training_regions():
 def test_photographs_show_every_region_in_turn():
     regions = [region for region in REGIONS if region.split == "train"]
     made = photographs(len(regions) + 1, random.Random(0), "train")
-    assert [item.factors["subject"] for item in made] == [region.subject for region in [*regions, regions[0]]]
+    assert [item.questions[0].answer for item in made] == [region.subject for region in [*regions, regions[0]]]
     assert {item.image.size for item in made} == {(PHOTO_SIDE, PHOTO_SIDE)}
     assert {item.image.mode for item in made} == {"RGB"}
     assert made[0].image.tobytes() != made[-1].image.tobytes()  # another crop of the same region
@@ -118,8 +105,8 @@ def test_yes_no_questions_about_real_images_are_answered_by_what_they_show():
     answers = []
     for item in items:
         text, answer = item.questions[1].text, item.questions[1].answer
-        named = text.removesuffix("?").removeprefix("Is this a picture of ").removeprefix("Is this the ")
-        assert (answer == "yes") == (named == item.factors["subject"])
+        named = text.removesuffix("?").removeprefix("Is this a picture of ").removeprefix("Is this the digit ")
+        assert (answer == "yes") == (named == item.questions[0].answer)
         answers.append(answer)
     assert 40 < answers.count("yes") < 80
 
@@ -142,11 +129,4 @@ def test_the_questions_are_those_of_held_out_conversations(demo):
     ]
     assert [(row["image"], row["question"], row["answer"]) for row in asked] == told
     assert len({row["id"] for row in asked}) == len(asked)
-    factors = load(demo, "factors.json")
-    for row in asked:
-        assert {"text": row["question"], "category": row["category"]}.items() <= {
-            key: value
-            for question in factors[row["image"]]["questions"]
-            if question["text"] == row["question"]
-            for key, value in question.items()
-        }.items()
+    assert {row["category"] for row in asked if "_scene_" not in row["source"]} == {"digit", "photograph"}

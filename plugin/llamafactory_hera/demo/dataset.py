@@ -8,12 +8,10 @@ Written into one folder, the host's ``dataset_dir`` and by default its ``media_d
 - ``demo_questions.json``: the questions about held-out images, one a row, for `llamafactory-hera eval --suite demo`.
 - ``images/*.png``: rendered scenes, and digits and photographs that scikit-learn and scikit-image carry. Held-out
   digits are other samples, held-out photographs share no pixel with training ones.
-- ``factors.json``: what each image shows, and the category of every question, for evaluation alone.
 """
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -41,13 +39,12 @@ class Amounts(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image with everything that is said about it, and what it shows (``factors``)."""
+    """One image with everything that is said about it."""
 
     name: str
     image: Image.Image
     caption: str
     questions: tuple[Question, ...]
-    factors: dict[str, Any]
 
     def messages(self, rng: random.Random, caption_first: bool) -> list[dict[str, str]]:
         """The conversation; with the caption last, no answer can be copied from it."""
@@ -119,9 +116,8 @@ def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, li
         for number in range(amount.scenes):
             scene = sample_scene(rng, split)
             asked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
-            factors = {"kind": "scene", "split": split, "scene": asdict(scene)}
             name = f"{split}_scene_{number:05d}.png"
-            made.append(Sample(name, render(scene), caption(scene, rng), asked, factors))
+            made.append(Sample(name, render(scene), caption(scene, rng), asked))
         samples[split] = made + samples[split] + photographs(amount.photographs, rng, split)
         rng.shuffle(samples[split])
     return samples
@@ -174,8 +170,7 @@ def _real_sample(
     other = rng.choice([name for name in names if name != shown])
     named, answer = rng.choice([(shown, "yes"), (other, "no")])
     asked = Question(kind, open_question, shown), Question(kind, closed_question.format(named), answer)
-    factors = {"kind": kind, "split": split, "subject": f"digit {shown}" if kind == "digit" else shown}
-    return Sample(f"{split}_{kind}_{number:05d}.png", image, text, asked, factors)
+    return Sample(f"{split}_{kind}_{number:05d}.png", image, text, asked)
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
@@ -192,15 +187,11 @@ def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
 
 
 def write_dataset(folder: Path, samples: dict[Split, list[Sample]], seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Writes images, conversations, ``dataset_info.json`` and ``factors.json``; returns the rows of each dataset."""
+    """Writes images, conversations and ``dataset_info.json``; returns the rows of each dataset."""
     rng = random.Random(f"conversations {seed}")
     (folder / "images").mkdir(parents=True)
-    factors = {}
     for sample in (*samples["train"], *samples["held_out"]):
         sample.image.save(folder / "images" / sample.name)
-        asked = [asdict(question) for question in sample.questions]
-        factors[f"images/{sample.name}"] = sample.factors | {"questions": asked}
-    write_json(folder / "factors.json", factors, indent=1)
 
     def row(sample: Sample, messages: list[dict[str, str]]) -> dict[str, Any]:
         return {"messages": messages, "images": [f"images/{sample.name}"]}
