@@ -47,18 +47,6 @@ class Panel:
         self._job: Job | None = None  # the last one
         self._data: Data = {}  # of the page that started it
 
-    def select(self, data: Data) -> Iterator[Data]:
-        """Selects heads for the run that the page describes, and follows the selection."""
-        yield from self._begin(data, SELECT)
-
-    def compare(self, data: Data) -> Iterator[Data]:
-        """Compares the finished run in the output folder with before."""
-        yield from self._begin(data, COMPARE)
-
-    def calibrate(self, data: Data) -> Iterator[Data]:
-        """Calibrates the model of the page by RAH-LoRA, whatever the stage."""
-        yield from self._begin(data, CALIBRATE)
-
     def abort(self) -> None:
         """Stops the job."""
         if self._job is not None:
@@ -82,7 +70,8 @@ class Panel:
             gr.Warning(str(error))
             return self._show_text(str(error))
 
-    def _begin(self, data: Data, kind: str) -> Iterator[Data]:
+    def begin(self, kind: str, data: Data) -> Iterator[Data]:
+        """Starts a job of a kind for what the page describes, whatever its stage, and follows it."""
         lang, runner = self._value(data, "top.lang"), self._engine.runner
         error = runner._initialize(data, do_train=True, from_preview=True)
         if self._engine.demo_mode:

@@ -1,6 +1,7 @@
 """The host's train tab with the HeRA accordion in it: a field for each key, and what selects and compares heads."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -9,6 +10,7 @@ from gradio.context import get_blocks_context
 from llamafactory.extras.constants import TRAINING_STAGES
 
 from .fields import FIELDS, GROUPS, default, options
+from .job import CALIBRATE, COMPARE, SELECT
 from .names import STAGE
 from .panel import Panel
 
@@ -92,8 +94,9 @@ def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Element
     lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")
 
     # "multiple": else a press is lost, silently, on a page that still follows a job
-    for button, begin in (("select", panel.select), ("compare", panel.compare), ("calibrate", panel.calibrate)):
-        elements[f"hera_{button}_btn"].click(begin, inputs, outputs, trigger_mode="multiple", **quiet)
+    for kind in (SELECT, COMPARE, CALIBRATE):
+        begin = partial(panel.begin, kind)
+        elements[f"hera_{kind}_btn"].click(begin, inputs, outputs, trigger_mode="multiple", **quiet)
     elements["hera_stop_btn"].click(panel.abort, queue=False)
     heads_file = elements["hera_heads_file"]
     heads_file.focus(panel.list_files, [model_name], [heads_file], queue=False)
