@@ -72,7 +72,7 @@ def test_none_and_the_same_twice_are_refused(targets: Targets) -> None:
 
 
 def test_errors_name_the_callers_key() -> None:
-    for call in (Targets.parse, Target.parse, Targets.resolve):
+    for call in (Targets.parse, Target.parse):
         with pytest.raises(ValueError, match=r"^--heads: "):
             call("nonsense", key="--heads")
 

@@ -118,10 +118,10 @@ class Targets:
         return cls(tuple(items))
 
     @classmethod
-    def resolve(cls, value: str, granularity: Granularity = "head", key: str | None = None) -> Self:
+    def resolve(cls, value: str, granularity: Granularity = "head") -> Self:
         """Reads the value of a setting: names, or the path of a file."""
         is_path = value.strip().endswith(".json") or os.path.sep in value or os.path.isfile(value)
-        return cls.load(value, granularity, key) if is_path else cls.parse(value, granularity, key)
+        return cls.load(value, granularity) if is_path else cls.parse(value, granularity)
 
     @classmethod
     def named(cls, value: str, granularity: Granularity, layout: HeadLayout) -> Self:
@@ -178,7 +178,7 @@ class Targets:
         """Writes the JSON form; the file appears complete or not at all."""
         write_json(path, {self.what: list(self.names), "provenance": self.provenance})
 
-    def check(self, layout: HeadLayout, key: str | None = None) -> None:
+    def check(self, layout: HeadLayout) -> None:
         """Checks that everything that is named exists in a model.
 
         Raises:
@@ -192,7 +192,7 @@ class Targets:
             if self.granularity == "head":
                 heads, found_by = f" with heads H0 to H{n_heads - 1}", " (`llamafactory-hera select` finds them)"
             raise ValueError(
-                f"{key or self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
+                f"{self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}"
                 f"{heads}; choose {self.what} of this model{found_by}."
             )
 
