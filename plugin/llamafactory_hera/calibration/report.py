@@ -33,7 +33,7 @@ def describe(
     changed = [head for update, _ in outcome.accepted for head in update.heads]
     calibrated = [str(head) for head in changed]
     tried = [trial for trial in outcome.trials if trial.tried]
-    rolled_back = [trial for trial in tried if trial.alpha == 0]
+    n_rolled_back = sum(trial.alpha == 0 for trial in tried)
     layout = weights.layout
     return {
         "calibrated": calibrated,
@@ -42,8 +42,6 @@ def describe(
         "heads": {
             "layers": layout.n_layers,
             "query": layout.n_heads,
-            "key_value": layout.n_kv_heads,
-            "head_dim": layout.head_dim,
             "calibrated_share": round(len(calibrated) / (layout.n_layers * layout.n_heads), 6),
         },
         "kl": {
@@ -51,8 +49,7 @@ def describe(
             "total_before_roll_back": outcome.totals[0][1] if outcome.totals else 0.0,
             "total": outcome.kl,
             "measured": [{"updates": number, "kl": kl} for number, kl in outcome.totals],
-            "rolled_back": [str(head) for trial in rolled_back for head in trial.update.heads],
-            "roll_back_rate": round(len(rolled_back) / len(tried), 6) if tried else 0.0,
+            "roll_back_rate": round(n_rolled_back / len(tried), 6) if tried else 0.0,
         },
         "targets": [
             {"head": str(head), "isal_standardized": saliency[head].item(), "caf": influence[head].item()}
@@ -101,11 +98,9 @@ def compare(normal: dict[str, Any], corrupted: dict[str, Any]) -> dict[str, Any]
     """What a control did to the targets, the scores and the divergence, from the reports with and without it."""
     ours, theirs = ([target["head"] for target in report["targets"]] for report in (normal, corrupted))
     both = [head for head in ours if head in theirs]
-    union = len(set(ours) | set(theirs))
     return {
         "targets_normal": ours,
         "targets_in_both": both,
-        "targets_jaccard": round(len(both) / union, 6) if union else None,
         "isal_rank_correlation": mean_rank_correlation(normal["isal"], corrupted["isal"]),
         "caf_rank_correlation": mean_rank_correlation(normal["caf"], corrupted["caf"]),
         "kl_normal": normal["kl"]["total"],
