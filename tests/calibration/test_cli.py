@@ -37,6 +37,8 @@ def test_what_an_option_takes_and_what_lies_there_is_no_override(
     Path("run_lr=1e-4").mkdir()
     main(["score", "run_lr=1e-4", "--recipe", "r.yaml", "hera_k=3", "--output", "scores_k=3.json"])
     assert calls == [("run_lr=1e-4", "r.yaml", "scores_k=3.json", ["hera_k=3"])]
+    assert main(["score", "run_lr=1e-4", "nope", "--recipe", "r.yaml"]) == 2  # before the first one is scored
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("given, used", [("3,1", "3"), (None, "0"), ("", "")])
