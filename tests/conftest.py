@@ -3,8 +3,9 @@
 import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,9 +20,11 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test draws the same numbers, alone or after others."""
+def alone() -> Iterator[None]:
+    """Every test draws the same numbers, alone or after others, and leaves the environment as it was."""
     torch.manual_seed(0)
+    with patch.dict(os.environ):  # the command sets the host's level of messages, which a fork server would keep
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

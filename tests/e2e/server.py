@@ -16,7 +16,7 @@ import traceback
 
 def _child(job: dict, rank: int) -> None:
     os.setsid()
-    log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    log = os.open(job["logs"][rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.chdir(job["cwd"])
