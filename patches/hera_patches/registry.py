@@ -100,7 +100,7 @@ def apply_to(module: ModuleType) -> None:
             patch.apply(module)
     except Exception as error:  # a broken patch must not take the host down
         reason = f"{type(error).__name__}: {error}"
-    _statuses[name] = Status(name, (patch.__doc__ or "").partition("\n")[0], reason)
+    _statuses[name] = Status(name, (patch.__doc__ or "").partition("\n")[0].replace("``", "`"), reason)
     if reason is None:
         return
     lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
