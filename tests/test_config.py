@@ -82,7 +82,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
         **{"hera_projector": "separate", "hera_own_learning_rate": 1e-4, "hera_own_from": "saves/one"},
-        **{"hera_visual_attention": "causal", "hera_eval": "demo", "hera_batches": "neighbours"},
+        **{"hera_visual_attention": "causal", "hera_eval": "demo", "hera_batches": "neighbors"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
         **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5, "hera_select_dataset": "captions"},
@@ -194,10 +194,10 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
             {"hera_objective": "feature", "hera_accumulate": "gradcache"},
             "hera_accumulate: gradcache has no use with hera_objective: feature.* set it to none",
         ),
-        ({"hera_batches": "neighbours"}, "hera_batches: neighbours finds them in hera_teacher_cache, which"),
+        ({"hera_batches": "neighbors"}, "hera_batches: neighbors finds them in hera_teacher_cache, which"),
         (
-            {"hera_objective": "cka", "hera_batches": "neighbours", "hera_teacher_cache": "cache"},
-            "hera_batches: neighbours has no use with hera_objective: cka.* set it to random",
+            {"hera_objective": "cka", "hera_batches": "neighbors", "hera_teacher_cache": "cache"},
+            "hera_batches: neighbors has no use with hera_objective: cka.* set it to random",
         ),
         (
             LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},

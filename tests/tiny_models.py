@@ -197,7 +197,7 @@ VLMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _randomise(model: nn.Module, seed: int) -> nn.Module:
+def _randomize(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -210,13 +210,13 @@ def text_model(model_type: str, seed: int = 0, **config: Any) -> nn.Module:
     torch.manual_seed(seed)
     configuration = TEXT_CONFIGS[model_type](**config)
     build = _TEXT_MODELS.get(model_type, tf.AutoModelForCausalLM.from_config)
-    return _randomise(build(configuration), seed).train()
+    return _randomize(build(configuration), seed).train()
 
 
 def vlm(name: str, seed: int = 0, **config: Any) -> nn.Module:
     """A VLM, in training mode."""
     torch.manual_seed(seed)
-    return _randomise(VLMS[name](**config), seed).train()
+    return _randomize(VLMS[name](**config), seed).train()
 
 
 def text_batch(rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, Tensor]:
@@ -285,7 +285,7 @@ def teacher_folder() -> str:
     )
     torch.manual_seed(4)
     model = tf.Dinov2Model(config)
-    with torch.no_grad():  # the usual initialisation gives every image almost the same feature
+    with torch.no_grad():  # the usual initialization gives every image almost the same feature
         for parameter in model.parameters():
             parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
     model.save_pretrained(folder)

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", help=written)
     report.add_argument("--html", metavar="FILE.html", help="write one page with everything, which needs no network")
 
-    gallery = command("gallery", _gallery, "draw which images a head takes for neighbours, beside the teacher's")
+    gallery = command("gallery", _gallery, "draw which images a head takes for neighbors, beside the teacher's")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     drawn = "names, or a file of them (default: the worst, median and best of the first file)"
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--check", action="store_true", help="only say what each task lacks; no model is loaded")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
     evaluate.add_argument("--paper", metavar="BACKBONE", help="of the paper's columns, for instance qwen3_8b")
-    aspect = "pad: images become squares in the mean colour first; models built with pad need none (%(default)s)"
+    aspect = "pad: images become squares in the mean color first; models built with pad need none (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
     build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
     build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
     build.add_argument("--output", required=True, help="folder to make")
-    aspect = "pad: images become squares in the mean colour first, as in LLaVA-1.5's stage 2 (default: %(default)s)"
+    aspect = "pad: images become squares in the mean color first, as in LLaVA-1.5's stage 2 (default: %(default)s)"
     build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=aspect)
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
     build.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file, GiB (default: %(default)s)")

@@ -47,7 +47,7 @@ class SelectConfig(KeyedConfig):
     samples: int = knob(
         1000, "Image-caption pairs to score heads on.", Role.SELECTS, at_least=1, at_most=10**7, fact="samples_asked"
     )
-    k: int = knob(10, "Nearest neighbours per sample when scoring heads.", Role.SELECTS, Role.SCORES, at_least=1)
+    k: int = knob(10, "Nearest neighbors per sample when scoring heads.", Role.SELECTS, Role.SCORES, at_least=1)
     batch_size: int = knob(
         16, "Samples per device in a forward pass of selection; halved if memory runs out.", at_least=1, at_most=10**5
     )
@@ -60,7 +60,7 @@ class SelectConfig(KeyedConfig):
     )
 
     def check(self) -> None:
-        """There must be neighbours to choose among."""
+        """There must be neighbors to choose among."""
         least = self.k + 2
         if self.samples < least:
             raise ValueError(f"hera_select_samples: {self.samples} is out of range; choose {least} or more.")
@@ -83,7 +83,7 @@ class HeraConfig(KeyedConfig):
     )
     objective: str = knob(
         "contrastive",
-        "What is minimised: HeRA's loss over neighbours (contrastive), visual tokens against the teacher's patches "
+        "What is minimized: HeRA's loss over neighbors (contrastive), visual tokens against the teacher's patches "
         "(feature, viral; at masked places jarvis) or an autoencoder's latents (ross), averages over text against its "
         "features (feature_pooled), 1 - CKA over the batch (cka), or a class of your own as "
         "my_package.my_module:MyObjective.",
@@ -106,7 +106,7 @@ class HeraConfig(KeyedConfig):
         hint="the paper uses 0.01",
     )
     k: int = knob(
-        10, "Nearest neighbours in the teacher's space per sample.", Role.RESUMABLE, at_least=1, at_most=10**6
+        10, "Nearest neighbors in the teacher's space per sample.", Role.RESUMABLE, at_least=1, at_most=10**6
     )
     temperature: float = knob(
         0.07,
@@ -170,10 +170,10 @@ class HeraConfig(KeyedConfig):
         "at the price of one more forward pass (gradcache).",
         Role.RESUMABLE,
     )
-    batches: Literal["random", "neighbours"] = knob(
+    batches: Literal["random", "neighbors"] = knob(
         "random",
-        "Which samples share a batch: any (random), or groups of nearest neighbours in the teacher's space "
-        "(neighbours), found in hera_teacher_cache, which is filled before the first step.",
+        "Which samples share a batch: any (random), or groups of nearest neighbors in the teacher's space "
+        "(neighbors), found in hera_teacher_cache, which is filled before the first step.",
         Role.RESUMABLE,
     )
     image_index: int = knob(
@@ -255,13 +255,13 @@ class HeraConfig(KeyedConfig):
                 f"hera_visual_attention: two_way has no use with {named}, which leaves the attention as it is; set it "
                 "to causal."
             )
-        if self.batches == "neighbours" and not objective.uses_candidates:
+        if self.batches == "neighbors" and not objective.uses_candidates:
             raise ValueError(
-                f"hera_batches: neighbours has no use with {named}, which asks for no neighbours; set it to random."
+                f"hera_batches: neighbors has no use with {named}, which asks for no neighbors; set it to random."
             )
-        if self.batches == "neighbours" and not self.teacher_cache:
+        if self.batches == "neighbors" and not self.teacher_cache:
             raise ValueError(
-                "hera_batches: neighbours finds them in hera_teacher_cache, which is not set; name a folder there, or "
+                "hera_batches: neighbors finds them in hera_teacher_cache, which is not set; name a folder there, or "
                 "set hera_batches: random."
             )
         tokens = objective.view != "pooled"

@@ -70,7 +70,7 @@ _ROSS = (
 _JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way is JARVIS's own attention, see docs/method.md."
 _JARVIS_TWO = "JARVIS is a part of stage 1 alone."
 _VAE_NEED = (
-    "an AutoencoderKL; the source takes FLUX.1-dev's, whose licence must be accepted: hf download "
+    "an AutoencoderKL; the source takes FLUX.1-dev's, whose license must be accepted: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
 )
 VAE = "models/flux/vae"

@@ -10,7 +10,7 @@ GIB = 2**30
 TRAINED_BYTES = 16
 #: Bytes of a logit while the loss is taken: the bf16 logit, its fp32 copy, the softmax and the gradient.
 LOGIT_BYTES = 14
-#: Bytes of a parameter that bitsandbytes keeps in 4 bits, with its share of the quantisation constants.
+#: Bytes of a parameter that bitsandbytes keeps in 4 bits, with its share of the quantization constants.
 NF4_BYTES = 0.56
 #: CUDA context, DINOv2-L in bf16 with its activations, the vision tower's activations, fragmentation.
 OVERHEAD = 5 * GIB

@@ -41,7 +41,7 @@ def assemble(target: Path) -> None:
 def make_tokenizer(gguf: Path) -> Any:
     """Gemma's tokenizer from the vocabulary and scores in a GGUF file.
 
-    SentencePiece's BPE joins the two neighbours whose union has the best score, so the merges are all ways to cut a
+    SentencePiece's BPE joins the two neighbors whose union has the best score, so the merges are all ways to cut a
     token in two tokens, in the order of the whole's score. What transformers makes of the file has no merges and cuts
     words into letters.
     """

@@ -18,7 +18,7 @@ from llamafactory_hera.teachers.encoder import VisionTeacher
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the one size of the font's pictures
-_LEAST, _NEIGHBOURS = 4, 10  # training emoji whose names end alike; neighbours that vote
+_LEAST, _NEIGHBORS = 4, 10  # training emoji whose names end alike; neighbors that vote
 
 
 def write_data(folder: Path) -> None:
@@ -81,14 +81,14 @@ def train(data: Path, folder: Path, name: Path) -> None:
 
 
 def view(pixels: torch.Tensor) -> torch.Tensor:
-    """A random part of every image, half of its sides at least, in other colours or none: [B, 3, S, S], the same."""
+    """A random part of every image, half of its sides at least, in other colors or none: [B, 3, S, S], the same."""
     affine = torch.zeros(len(pixels), 2, 3)
     scale = torch.empty(len(pixels)).uniform_(0.5, 1.0)
     affine[:, 0, 0] = affine[:, 1, 1] = scale
     affine[:, :, 2] = (1 - scale)[:, None] * torch.empty(len(pixels), 2).uniform_(-1, 1)
     cut = F.grid_sample(pixels, F.affine_grid(affine, list(pixels.shape), align_corners=False), align_corners=False)
-    grey = torch.rand(len(pixels), 1, 1, 1) < 0.3
-    return models.random_view(torch.where(grey, cut.mean(dim=1, keepdim=True), cut))
+    gray = torch.rand(len(pixels), 1, 1, 1) < 0.3
+    return models.random_view(torch.where(gray, cut.mean(dim=1, keepdim=True), cut))
 
 
 def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
@@ -102,7 +102,7 @@ def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
     for path in encoders:
         encoder = VisionTeacher.from_pretrained(str(path), "cpu", torch.float32)
         vectors, queries = (F.normalize(encoder.encode(encoder.processor.batch(it))) for it in (images, others))
-        votes = [[words[n] for n in near] for near in (queries @ vectors.T).topk(_NEIGHBOURS).indices.tolist()]
+        votes = [[words[n] for n in near] for near in (queries @ vectors.T).topk(_NEIGHBORS).indices.tolist()]
         right = sum(max(votes[i], key=votes[i].count) == truth[i] for i in usual)
         found[path.name] = (right / len(usual), most / len(usual), len(usual))
     write_json(folder / "knowledge.json", found)

@@ -25,7 +25,7 @@ from settings import Settings
 from world import World
 
 TOKENIZER, TEACHER, CACHE, LLAVA = "parts/tokenizer", "parts/teacher", "parts/teacher_cache", "seeds/{}/llava"
-GREY = 0.4
+GRAY = 0.4
 #: Of the teacher; the tower has its patches, one for each cell of a scene.
 SHAPE = models.Encoder(patch=CELL, layers=3, rate=2e-3)
 _VOTERS = 10
@@ -36,8 +36,8 @@ _INDEPENDENT = [1] * 800 + [2] * 200 + [3] * 200 + [4] * 200  # objects a scene
 def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
     """A tokenizer of the training texts, and the teacher, self-supervised; returns what its CLS token tells of others.
 
-    The demo's training, but a view is often grey. Colours and places alone tell almost every picture of these scenes
-    from the others, and a teacher that always sees colours learns little about shapes.
+    The demo's training, but a view is often gray. Colors and places alone tell almost every picture of these scenes
+    from the others, and a teacher that always sees colors learns little about shapes.
     """
     texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
     models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)
@@ -51,10 +51,10 @@ def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
 
 
 def partly_grey_view(pixels: torch.Tensor) -> torch.Tensor:
-    """A random view of every picture, grey with probability ``GREY``: [B, 3, S, S], the same."""
+    """A random view of every picture, gray with probability ``GRAY``: [B, 3, S, S], the same."""
     view = models.random_view(pixels)
-    grey = torch.rand(len(view), 1, 1, 1) < GREY
-    return torch.where(grey, view.mean(dim=1, keepdim=True), view)
+    gray = torch.rand(len(view), 1, 1, 1) < GRAY
+    return torch.where(gray, view.mean(dim=1, keepdim=True), view)
 
 
 def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -66,14 +66,14 @@ def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
     """By factor the share of right votes of the nearest scenes, and the most frequent answer's.
 
-    Scenes are fresh, their factors independent; one half is asked by neighbours in the other. The number of objects is
+    Scenes are fresh, their factors independent; one half is asked by neighbors in the other. The number of objects is
     asked of scenes of one to four, the rest of scenes with one.
     """
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
     vectors = F.normalize(features_of(root, [render(scene) for scene in scenes]), dim=-1)
     half, found = len(_INDEPENDENT), {}
-    for factor in ("count", "colour", "shape", "size"):
+    for factor in ("count", "color", "shape", "size"):
         every = factor == "count"
         labels = [len(scene.objects) if every else getattr(scene.objects[0], factor) for scene in scenes]
         known = torch.tensor([row for row in range(half) if every or len(scenes[row].objects) == 1])
@@ -86,7 +86,7 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
 
 
 def independent_scene(rng: random.Random, number: int) -> Scene:
-    """A scene of so many objects whose shape, colour, size and cell are drawn evenly and by themselves."""
+    """A scene of so many objects whose shape, color, size and cell are drawn evenly and by themselves."""
     cells = sorted(rng.sample(range(GRID**2), number))
     objects = [
         place(rng, rng.choice(SHAPES), rng.choice(tuple(PALETTE)), rng.choice(SIZES), *divmod(cell, GRID))

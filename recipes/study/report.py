@@ -16,10 +16,10 @@ from scipy.stats import spearmanr, t
 
 from llamafactory_hera.alignment import chance_level
 from llamafactory_hera.files import read_json, write_json, write_text
-from llamafactory_hera.selection.pictures import BLUE, GREY, ORANGE, new_figure, plain, save_figure
+from llamafactory_hera.selection.pictures import BLUE, GRAY, ORANGE, new_figure, plain, save_figure
 from llamafactory_hera.selection.scores import choose_targets, package_versions
 from settings import BASELINE, BATCHES, METHODS, PRIMARY, TUNED, Settings
-from train import NEIGHBOURS
+from train import NEIGHBORS
 from world import CATEGORIES, SETS, World, shares
 
 COLUMNS = (*CATEGORIES, "mean")
@@ -85,7 +85,7 @@ def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
 
 
 def gather(root: Path, settings: Settings) -> dict[str, ByMethod]:
-    """What the runs measured: by quantity, method and seed. Quantities are paths such as ``accuracy/seen/colour``."""
+    """What the runs measured: by quantity, method and seed. Quantities are paths such as ``accuracy/seen/color``."""
     seeds = {seed: read_json(root / f"done/seeds/{seed}.json") for seed in settings.seeds}
     found: dict[str, ByMethod] = {}
 
@@ -121,7 +121,7 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
     floors = {kind: without_looking(world, kind) for kind in SETS}
     parts = read_json(root / "done/parts.json")
     tried = {w: read_json(root / f"done/tuning/{w:g}.json")["accuracy"] for w in settings.weights}
-    chance = chance_level(len(world.scored), min(NEIGHBOURS, len(world.scored) - 2))
+    chance = chance_level(len(world.scored), min(NEIGHBORS, len(world.scored) - 2))
     record = {"settings": settings.to_dict(), "chosen": chosen, "measured": found, "floors": floors, "teacher": parts}
     write_json(root / "report.json", record | {"chance": chance, "versions": package_versions()})
     methods = [name for name in settings.methods if name in found[_RUN]]
@@ -184,7 +184,7 @@ def _primary(found: dict[str, ByMethod]) -> str:
     }
     rows, ours = [], ("worst5_paper", TUNED)
     pairs = [(mine, other) for mine in ours for other in PRIMARY if other not in ours]
-    pairs += [(name, name.replace("neighbours", "random")) for name in BATCHES if "neighbours" in name]
+    pairs += [(name, name.replace("neighbors", "random")) for name in BATCHES if "neighbors" in name]
     for mine, other in pairs:
         cells = [shown(_against(found[name], mine, other), *how, "+") for name, *how in quantities.values()]
         if any(cells):
@@ -242,11 +242,11 @@ def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, tar
     rows = [BASE, *methods]
     figure = new_figure(11, 1.4 + 0.36 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, shift, quantity, name, colour in (
+    for axes, shift, quantity, name, color in (
         (left, -0.12, "mknn/mllm/worst5", "worst-5", ORANGE),
         (left, 0.12, "mknn/mllm/top5", "top-5", BLUE),
         (right, -0.12, "accuracy/seen/mean", _SET_NAMES["seen"], BLUE),
-        (right, 0.12, "accuracy/new/mean", _SET_NAMES["new"], GREY),
+        (right, 0.12, "accuracy/new/mean", _SET_NAMES["new"], GRAY),
     ):
         by_method, scale, points = found[quantity], 1 if axes is left else 100, []
         for place, method in enumerate(rows):
@@ -255,7 +255,7 @@ def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, tar
                 half = 0.0 if interval.low is None else interval.mean - interval.low
                 points.append((place + shift, scale * interval.mean, scale * half))
         places, means, halves = zip(*points, strict=True)
-        axes.errorbar(means, places, xerr=halves, fmt="o", color=colour, label=name, capsize=2, markersize=4)
+        axes.errorbar(means, places, xerr=halves, fmt="o", color=color, label=name, capsize=2, markersize=4)
     for axes, dashed, label in (
         (left, chance, "MKNN, picture and caption (dashed: chance)"),
         (right, 0, "mean accuracy minus SFT's, percentage points"),

@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
 BATCHES: dict[str, Method] = {
     f"{kind}_{size}": Method(f"{kind}, batch {size}", "worst", keys={"memory": 0, "batches": kind}, batch_size=size)
     for size in (16, 64, 128)
-    for kind in ("random", "neighbours")
+    for kind in ("random", "neighbors")
 }
 #: What the others are compared with.
 BASELINE = "sft"
@@ -76,7 +76,7 @@ class Settings:
         stage2_steps: Updates of projector and language model, on questions.
         batch_size: Samples a step, in one micro-batch.
         memory: ``hera_memory``.
-        neighbours: ``hera_k`` of training.
+        neighbors: ``hera_k`` of training.
         stage1_rate: Highest learning rate of stage 1.
         stage2_rate: Highest learning rate of stage 2.
         seeds: One run of each primary method.
@@ -96,7 +96,7 @@ class Settings:
     stage2_steps: int = 1500
     batch_size: int = 48
     memory: int = 128
-    neighbours: int = 10
+    neighbors: int = 10
     stage1_rate: float = 2e-3
     stage2_rate: float = 3e-3
     seeds: tuple[int, ...] = tuple(range(1, 11))
@@ -130,7 +130,7 @@ SIZES: dict[str, Settings] = {
         stage2_steps=3,
         batch_size=16,
         memory=32,
-        neighbours=5,
+        neighbors=5,
         seeds=(1,),
         tuning_seed=1,
         weights=(0.1,),

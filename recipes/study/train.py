@@ -24,8 +24,8 @@ from parts import CACHE, TEACHER, features_of, load_llava
 from settings import METHODS, Method, Settings
 from world import END, Sample, World, asked, shares
 
-#: Heads are scored with so many neighbours, as the paper's are.
-NEIGHBOURS = 10
+#: Heads are scored with so many neighbors, as the paper's are.
+NEIGHBORS = 10
 _AT_ONCE = 256  # samples a forward pass
 
 
@@ -147,7 +147,7 @@ def hera_config(
     """A method's settings; None for plain fine-tuning."""
     if method.keys is None:
         return None
-    keys = {"teacher": str(root / TEACHER), "k": settings.neighbours, "weight": method.weight or chosen, **method.keys}
+    keys = {"teacher": str(root / TEACHER), "k": settings.neighbors, "weight": method.weight or chosen, **method.keys}
     objective = method.keys.get("objective", "contrastive")
     if objective == "contrastive":
         keys.setdefault("memory", settings.memory)
@@ -163,7 +163,7 @@ def measure(
 ) -> dict[str, list[list[float]]]:
     """MKNN of all heads, layers by heads, on captions alone (``llm``) and on pictures with captions (``mllm``)."""
     teacher = features_of(root, [sample.image for sample in samples])
-    neighbours = nearest_neighbors(teacher, min(NEIGHBOURS, len(samples) - 2))
+    neighbors = nearest_neighbors(teacher, min(NEIGHBORS, len(samples) - 2))
     weights, scores = [weight() for weight in projection_weights(model)], {}
     for mode in modes:
         forward, pooled, heads = Forward(model.eval(), mode), PooledHeads(model), []
@@ -172,7 +172,7 @@ def measure(
                 pooled.pool(forward.tokens("text", batch))
                 forward.run(batch)
                 heads.append(pooled.take()[0])
-        scores[mode] = score_heads(torch.cat(heads), weights, neighbours).tolist()
+        scores[mode] = score_heads(torch.cat(heads), weights, neighbors).tolist()
     return scores
 
 

@@ -1,7 +1,7 @@
 """The study's world: the demo's scenes of one or two objects, split by what an object is and where it stands.
 
-Every combination of shape, colour and cell belongs to one split. For a shape in a cell one colour is kept for the
-test, another for validation, and four are for training; the two are never the shape's preferred colour, so that the
+Every combination of shape, color and cell belongs to one split. For a shape in a cell one color is kept for the
+test, another for validation, and four are for training; the two are never the shape's preferred color, so that the
 language prior is the same in every cell. A training scene holds training combinations alone. A ``new`` scene of the
 other splits holds at least one combination of that split and otherwise training combinations, and only objects of the
 former kind, or the whole scene, are asked about: no training scene or caption answers that. A ``seen`` scene is drawn
@@ -31,9 +31,9 @@ from llamafactory_hera.demo.scenes import (
 )
 from settings import Settings
 
-#: ``trap``: the colour of a named shape that has not its preferred colour, so that the answer that is most likely from
-#: the text alone is wrong. ``colour`` asks by place, where text alone has nothing to go by.
-CATEGORIES = ("count", "colour", "shape", "size", "where", "exist", "trap")
+#: ``trap``: the color of a named shape that has not its preferred color, so that the answer that is most likely from
+#: the text alone is wrong. ``color`` asks by place, where text alone has nothing to go by.
+CATEGORIES = ("count", "color", "shape", "size", "where", "exist", "trap")
 #: Where questions are asked: scenes as in training, and scenes with combinations that training never shows.
 SETS = ("seen", "new")
 MOST = 2  # objects a scene
@@ -77,7 +77,7 @@ def make_world(settings: Settings) -> World:
     rng = random.Random("study train")
     train, captions, texts = [], [], []
     for _ in range(settings.scenes):
-        scene = sample_scene(rng, "train", kept_colours, MOST)
+        scene = sample_scene(rng, "train", kept_colors, MOST)
         image, text = render(scene), caption(scene, rng)
         captions.append(Sample(image, "", text, scene=scene))
         picked = pick_questions(asked_of(scene), rng, settings.asked)
@@ -88,7 +88,7 @@ def make_world(settings: Settings) -> World:
         for split in ("validation", "test")
     ]
     rng = random.Random("study scored")
-    scenes = [sample_scene(rng, "train", kept_colours, MOST) for _ in range(settings.scored)]
+    scenes = [sample_scene(rng, "train", kept_colors, MOST) for _ in range(settings.scored)]
     scored = [Sample(render(scene), "", caption(scene, rng), scene=scene) for scene in scenes]
     return World(train, captions, texts, *held_out, scored)
 
@@ -98,17 +98,17 @@ def asked(question: str) -> str:
     return f"{question} " if question else ""
 
 
-def kept_colours(shape: str, row: int, column: int) -> dict[str, str]:
-    """The colours that a shape in a cell has in ``test`` and in ``validation`` scenes and nowhere else."""
-    # so many colours behind the preferred one, and one more for each cell in reading order
+def kept_colors(shape: str, row: int, column: int) -> dict[str, str]:
+    """The colors that a shape in a cell has in ``test`` and in ``validation`` scenes and nowhere else."""
+    # so many colors behind the preferred one, and one more for each cell in reading order
     start = SHAPES.index(shape) + row * GRID + column
     return {split: tuple(PALETTE)[(start + shift) % len(PALETTE)] for split, shift in (("test", 1), ("validation", 2))}
 
 
 def split_of(item: SceneObject) -> str:
-    """The split that an object's combination of shape, colour and cell belongs to."""
-    kept = kept_colours(item.shape, item.row, item.column)
-    return next((split for split, colour in kept.items() if colour == item.colour), "train")
+    """The split that an object's combination of shape, color and cell belongs to."""
+    kept = kept_colors(item.shape, item.row, item.column)
+    return next((split for split, color in kept.items() if color == item.color), "train")
 
 
 def asked_of(scene: Scene) -> list[Question]:
@@ -121,16 +121,16 @@ def asked_of(scene: Scene) -> list[Question]:
         and (question.category not in ("shape", "size") or " at the " in question.text)
     ]
     for index, item in enumerate(scene.objects):
-        if sum(other.colour == item.colour for other in scene.objects) == 1:
-            found.append(Question("where", f"Where is the {item.colour} object?", item.position, (index,)))
+        if sum(other.color == item.color for other in scene.objects) == 1:
+            found.append(Question("where", f"Where is the {item.color} object?", item.position, (index,)))
     return found
 
 
 def category_of(question: Question) -> str | None:
-    """A question's category in the test; None for the colour of a named shape that has its preferred colour."""
+    """A question's category in the test; None for the color of a named shape that has its preferred color."""
     if question.trap:
         return "trap"
-    by_name = question.category == "colour" and " at the " not in question.text
+    by_name = question.category == "color" and " at the " not in question.text
     return None if by_name else question.category
 
 
@@ -153,7 +153,7 @@ def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
     rng = random.Random(f"study {name}")
     missing = dict.fromkeys(CATEGORIES, per_category)
     while any(missing.values()):
-        scene = sample_scene(rng, split, kept_colours, MOST)
+        scene = sample_scene(rng, split, kept_colors, MOST)
         kept = {i for i, item in enumerate(scene.objects) if split_of(item) == split}
         pools: dict[str, list[Question]] = {}
         for question in asked_of(scene):

@@ -1,4 +1,4 @@
-"""An order of rows whose slices are batches of neighbours."""
+"""An order of rows whose slices are batches of neighbors."""
 
 import math
 import operator
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import batches as batches_module
-from llamafactory_hera.alignment.batches import NeighbourSampler
+from llamafactory_hera.alignment.batches import NeighborSampler
 
 
 def order(features: Tensor, batch_size: int, k: int, shown: list[bool] | None = None, **how: object) -> list[int]:
     shown = [True] * len(features) if shown is None else shown
-    return list(NeighbourSampler(np.array(shown), lambda rows: features[torch.tensor(rows)], batch_size, k, **how))
+    return list(NeighborSampler(np.array(shown), lambda rows: features[torch.tensor(rows)], batch_size, k, **how))
 
 
 def cut(rows: list[int], size: int) -> list[list[int]]:
@@ -52,7 +52,7 @@ def test_each_row_comes_once_an_epoch_and_the_order_is_that_of_seed_and_epoch(
 
 
 @pytest.mark.parametrize(("batch_size", "k", "size"), [(12, 5, 6), (12, 100, 6), (16, 3, 4), (16, 10, 8)])
-def test_a_batch_is_whole_groups_of_neighbours_and_at_least_two(batch_size: int, k: int, size: int) -> None:
+def test_a_batch_is_whole_groups_of_neighbors_and_at_least_two(batch_size: int, k: int, size: int) -> None:
     for batch in cut(order(clusters(12, size), batch_size, k), batch_size):
         of_cluster = np.bincount([row // size for row in batch])
         assert set(of_cluster) <= {0, size}
@@ -107,7 +107,7 @@ def test_features_are_asked_for_pool_by_pool(monkeypatch: pytest.MonkeyPatch) ->
         asked.append(len(rows))
         return torch.randn(len(rows), 4)
 
-    sampler = NeighbourSampler(np.ones(64, dtype=bool), features_of, 8, 3)
+    sampler = NeighborSampler(np.ones(64, dtype=bool), features_of, 8, 3)
     walk = iter(sampler)
     assert len(sampler) == 64
     assert not asked

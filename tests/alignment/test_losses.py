@@ -8,7 +8,7 @@ N, D, K = 7, 5, 3
 
 
 def naive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, normalize: bool, allowed=None) -> Tensor:
-    """Equation 4 as it is written, one sample and one neighbour at a time; autograd differentiates it."""
+    """Equation 4 as it is written, one sample and one neighbor at a time; autograd differentiates it."""
     if normalize:
         z = torch.stack([row / row.square().sum().sqrt() for row in z])
     losses = []
@@ -31,7 +31,7 @@ def neighbors() -> Tensor:
 @pytest.mark.parametrize("shape", [(N, D), (4, N, D)], ids=["one head", "several heads"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all others", "allowed candidates"])
 def test_value_and_gradients_are_those_of_equation_4(neighbors, normalize, shape, masked):
-    """With a mask the first 5 samples are asked for; one has a single neighbour and one has no candidate."""
+    """With a mask the first 5 samples are asked for; one has a single neighbor and one has no candidate."""
     z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     allowed = None

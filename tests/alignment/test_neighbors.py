@@ -33,7 +33,7 @@ def test_neighbors_are_the_most_similar_others_best_first(k, normalize):
     assert nearest_neighbors(features, k, normalize).tolist() == naive_neighbors(features, k, normalize)
 
 
-def test_normalising_is_the_default_and_changes_the_neighbors():
+def test_normalizing_is_the_default_and_changes_the_neighbors():
     features = torch.randn(13, 5) * torch.rand(13, 1).mul(3).exp()
     cosine, dot = (nearest_neighbors(features, 3, normalize) for normalize in (True, False))
     assert torch.equal(nearest_neighbors(features, 3), cosine)
@@ -143,7 +143,7 @@ def test_unrelated_features_score_at_chance_level():
 
 @pytest.mark.parametrize("k", [0, -1, 5, 6])
 def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
-    with pytest.raises(ValueError, match=rf"k={k} neighbours of 5 samples: choose 1 <= k <= 4"):
+    with pytest.raises(ValueError, match=rf"k={k} neighbors of 5 samples: choose 1 <= k <= 4"):
         nearest_neighbors(torch.randn(5, 3), k)
     with pytest.raises(ValueError, match=rf"k={k} .* choose 1 <= k <= 4"):
         mutual_knn(torch.randn(2, 5, 3), torch.randn(5, 3), k)
@@ -156,7 +156,7 @@ def test_different_numbers_of_samples_are_refused():
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(50, 6), (3, 50, 6)])
-def test_neighbours_by_blocks_of_rows_are_those_of_the_whole(normalize, shape, monkeypatch):
+def test_neighbors_by_blocks_of_rows_are_those_of_the_whole(normalize, shape, monkeypatch):
     features = torch.randn(shape)
     features[..., 10:20, :] = features[..., :10, :]  # exact ties
     whole = nearest_neighbors(features, 5, normalize)

@@ -83,7 +83,7 @@ def whole_numbers(seed: int = 0) -> tuple[Tensor, list[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("n", "n_heads", "d", "dim", "k", "undecided"),
     [
-        (11, 3, 4, 9, 10, 0),  # every other sample is a neighbour
+        (11, 3, 4, 9, 10, 0),  # every other sample is a neighbor
         (12, 3, 4, 9, 10, 0.01),
         (2, 1, 4, 9, 1, 0),
         (64, 5, 8, 20, 10, 0.01),
@@ -109,7 +109,7 @@ def test_equal_similarities_rank_by_rising_index(seed):
     scores = score_heads(pooled, weights, neighbors, normalize=False)
     assert_scores(scores, pooled, weights, neighbors, normalize=False, slack=0, undecided=0)
     assert_scores(score_heads(pooled, weights, neighbors), pooled, weights, neighbors, undecided=1)
-    # all alike: the neighbours are the ten lowest indices
+    # all alike: the neighbors are the ten lowest indices
     lowest = torch.stack([torch.tensor([j for j in range(11) if j != i][:10]) for i in range(90)])
     assert score_heads(pooled[5].expand_as(pooled), weights, lowest, normalize=False).tolist() == [[1.0] * 3]
     assert score_heads(torch.zeros_like(pooled), weights, lowest).tolist() == [[1.0] * 3]

@@ -65,7 +65,7 @@ def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], **text
 
 
 def _qwen2_5_vl(folder: Path) -> None:
-    # widths are multiples of 64, the block of 4-bit quantisation: this model serves QLoRA too
+    # widths are multiples of 64, the block of 4-bit quantization: this model serves QLoRA too
     vision = {"hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
     vision |= {"fullatt_block_indexes": [1], "window_size": 28}
     _qwen_vl(folder, "Qwen2_5_VL", 14, vision, hidden_size=64)

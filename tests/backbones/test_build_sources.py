@@ -91,13 +91,13 @@ def test_without_the_hub_the_command_that_fetches_the_files_is_named(
     refused("the folder no/such/folder does not exist", llm="no/such/folder")
 
 
-def test_quantised_models_are_refused_before_their_weights_are_read(refused: Refused, llm: Path, tower: Path) -> None:
+def test_quantized_models_are_refused_before_their_weights_are_read(refused: Refused, llm: Path, tower: Path) -> None:
     for folder in (llm, tower):
         (folder / "model.safetensors").unlink()
         for method in ("fp8", "gptq"):
             edit(folder / "config.json", quantization_config={"quant_method": method})
             message = refused(
-                rf"is quantised \(quantization_config in config.json, method {method}\).* unquantised",
+                rf"is quantized \(quantization_config in config.json, method {method}\).* unquantized",
                 **{folder.name: folder},
             )
             assert message.startswith("--language-model" if folder is llm else "--vision-model")

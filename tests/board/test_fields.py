@@ -81,7 +81,7 @@ def test_the_host_has_the_texts_in_its_languages() -> None:
         assert set(by_language) == set(LOCALES["training_stage"])
         assert LOCALES[name] == by_language
     assert message("aborted", "fr") == "Aborted."  # a language that the host may gain
-    assert LOCALES["hera_k"]["en"]["info"] == "Nearest neighbours in the teacher's space. Default: 10."
+    assert LOCALES["hera_k"]["en"]["info"] == "Nearest neighbors in the teacher's space. Default: 10."
 
 
 def test_extra_arguments_win_over_the_fields() -> None:

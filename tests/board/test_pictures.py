@@ -30,7 +30,7 @@ def plot() -> Any:
     return gen_loss_plot
 
 
-def test_both_losses_have_a_labelled_axis_and_mknn_its_own(plot: Any) -> None:
+def test_both_losses_have_a_labeled_axis_and_mknn_its_own(plot: Any) -> None:
     log = [hera_line(step) for step in range(1, 21)]
     losses, alignment, hera = plot(log).axes
     assert [axes.get_ylabel() for axes in (losses, hera, alignment)] == ["LM loss", "HeRA loss", "MKNN"]

@@ -26,7 +26,7 @@ def log_of(board: Board, run: str) -> list[dict]:
 
 
 def test_train_reload_abort_resume_and_compare(board: Board, page: BoardPage) -> None:
-    weights = {"HeRA_weight": "0.3", "Neighbours_(k)": "3"}
+    weights = {"HeRA_weight": "0.3", "Neighbors_(k)": "3"}
     page.describe_run("trained", Attention_heads=HEADS, Epochs="50", Save_steps="25", **weights)
     page.press("Start")
     expect(page.plot).to_be_visible(timeout=SLOW)

@@ -52,7 +52,7 @@ def test_maps_show_the_scores_and_marks_stand_on_their_heads(monkeypatch: pytest
     labels = [text.get_text() for text in made.legends[0].get_texts()]
     assert labels == ["target, calibrated (1)", "target, not changed (1)", "anchor (2)"]
     low, high = made.axes[1].images[0].get_clim()
-    assert low == -high  # equal colours mean equal distance from the mean
+    assert low == -high  # equal colors mean equal distance from the mean
 
 
 def test_a_calibration_of_nothing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def _in_eight_bits(attention: nn.Module) -> None:
 def test_weights_that_are_not_plain_are_refused_with_both_remedies(change: Callable[[nn.Module], None]) -> None:
     model = calibration_model()
     change(model.model.language_model.layers[1].self_attn)
-    with pytest.raises(ValueError, match=r"quantised.*base model without quantization_bit.*dequantise"):
+    with pytest.raises(ValueError, match=r"quantized.*base model without quantization_bit.*dequantize"):
         HeadWeights(model)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
     "blue": (50, 80, 235),
@@ -21,7 +21,7 @@ WORDS = ("zero", "one", "two", "three", "four")
 @dataclass(frozen=True)
 class Seen:
     size: str
-    colour: str
+    color: str
     shape: str
     place: str
     x: float
@@ -31,21 +31,21 @@ class Seen:
         """Whether "object at the top left", "red circle", … describes this object."""
         if phrase.startswith("object at the "):
             return phrase.removeprefix("object at the ") == self.place
-        return set(phrase.split()) <= {self.size, self.colour, self.shape, "object"}
+        return set(phrase.split()) <= {self.size, self.color, self.shape, "object"}
 
 
 def read(image: Image.Image) -> list[Seen]:
-    """The connected one-coloured regions of a 2×2 scene, as objects."""
+    """The connected one-colored regions of a 2×2 scene, as objects."""
     pixels = np.asarray(image).astype(int)
     found = []
-    for colour, value in COLOURS.items():
+    for color, value in COLORS.items():
         labels, _ = ndimage.label((pixels == value).all(-1), structure=np.ones((3, 3)))
         for rows, columns in ndimage.find_objects(labels):
             mask = labels[rows, columns] > 0
             y, x = (rows.start + rows.stop - 1) / 2, (columns.start + columns.stop - 1) / 2
             place = ("top" if y < 16 else "bottom") + (" left" if x < 16 else " right")
             size = "large" if mask.shape[0] > 10 else "small"
-            found.append(Seen(size, colour, _shape(mask), place, x, y))
+            found.append(Seen(size, color, _shape(mask), place, x, y))
     return found
 
 
@@ -69,7 +69,7 @@ def answer(objects: list[Seen], question: str) -> str:
     if match := re.fullmatch(r"How many (.+) are there\?", question):
         noun = {"objects": "object", "crosses": "cross"}.get(match[1], match[1].removesuffix("s"))
         return WORDS[sum(item.fits(noun) for item in objects)]
-    if match := re.fullmatch(r"What (colour|shape) is the (.+)\?", question):
+    if match := re.fullmatch(r"What (color|shape) is the (.+)\?", question):
         return getattr(the(match[2]), match[1])
     if match := re.fullmatch(r"Where is the (.+)\?", question):
         return the(match[1]).place
@@ -101,7 +101,7 @@ def holds(first: Seen, relation: str, second: Seen) -> bool:
 
 
 def read_caption(text: str) -> tuple[set[tuple[str, str, str, str]], list[tuple[str, str, str]], str | None]:
-    """(objects as (size, colour, shape, place), relations, count word) that a caption claims."""
+    """(objects as (size, color, shape, place), relations, count word) that a caption claims."""
     pattern = r"[Aa] (small|large) (\w+) (\w+)(?: is)? at the (top left|top right|bottom left|bottom right)"
     relation = r"The ([a-z ]+) is (left of|right of|above|below) the ([a-z ]+)\."
     count = re.search(r"There (?:is|are) (\w+) objects?", text)

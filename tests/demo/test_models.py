@@ -90,13 +90,13 @@ def test_every_training_lowers_its_loss(demo):
 
 
 def shared_pairs(scenes) -> torch.Tensor:
-    """Jaccard overlap of the (colour, shape) pairs of every two scenes: [N, N]."""
+    """Jaccard overlap of the (color, shape) pairs of every two scenes: [N, N]."""
     pairs = [{item.pair for item in scene.objects} for scene in scenes]
     return torch.tensor([[len(a & b) / len(a | b) for b in pairs] for a in pairs])
 
 
-def neighbour_overlap(teacher, pixels: torch.Tensor, overlap: torch.Tensor, k: int = 10) -> float:
-    """Mean overlap of an image with its k nearest neighbours by the teacher's CLS token."""
+def neighbor_overlap(teacher, pixels: torch.Tensor, overlap: torch.Tensor, k: int = 10) -> float:
+    """Mean overlap of an image with its k nearest neighbors by the teacher's CLS token."""
     with torch.no_grad():
         vectors = torch.nn.functional.normalize(teacher(pixels).last_hidden_state[:, 0], dim=-1)
     nearest = (vectors @ vectors.T).fill_diagonal_(-2).topk(k).indices
@@ -114,7 +114,7 @@ def test_training_brings_images_of_the_same_things_together_without_labels():
         with reproducible(0):
             teacher, processor, losses = train_teacher(train, steps)
             pixels = processor([render(scene) for scene in unseen], return_tensors="pt")["pixel_values"]
-            return neighbour_overlap(teacher, pixels, overlap), losses
+            return neighbor_overlap(teacher, pixels, overlap), losses
 
     (before, _), (after, losses) = trained(0), trained(60)
     assert losses[-1] < 0.6 * losses[0]

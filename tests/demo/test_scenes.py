@@ -5,7 +5,7 @@ import pytest
 
 from llamafactory_hera.demo.scenes import (
     PALETTE,
-    PREFERRED_COLOUR,
+    PREFERRED_COLOR,
     SHAPES,
     caption,
     pick_questions,
@@ -16,7 +16,7 @@ from llamafactory_hera.demo.scenes import (
 
 from .scene_reader import WORDS, answer, holds, read, read_caption
 
-CATEGORIES = {"count", "colour", "shape", "where", "relation", "size", "exist"}
+CATEGORIES = {"count", "color", "shape", "where", "relation", "size", "exist"}
 SPLITS = ("train", "held_out")
 HELD_OUT = {("green", "circle"), ("blue", "square"), ("yellow", "triangle"), ("red", "cross")}
 
@@ -32,7 +32,7 @@ def test_captions_are_true_of_the_pixels(split):
     for scene in scenes(split, 300):
         seen = read(render(scene))
         claimed, relations, count = read_caption(caption(scene, rng))
-        assert claimed == {(item.size, item.colour, item.shape, item.place) for item in seen}
+        assert claimed == {(item.size, item.color, item.shape, item.place) for item in seen}
         assert len(seen) == len(scene.objects)
         assert count in (None, WORDS[len(seen)])
         for first, relation, second in relations:
@@ -52,11 +52,11 @@ def test_every_answer_is_true_of_the_pixels(split):
     assert set(asked) == CATEGORIES
 
 
-def test_traps_are_colour_questions_whose_usual_answer_is_wrong():
+def test_traps_are_color_questions_whose_usual_answer_is_wrong():
     usual = dict(zip(SHAPES, ("red", "green", "blue", "yellow"), strict=True))
     for scene in scenes("train", 100):
         for question in split_questions(scene, "train"):
-            named = [shape for shape in SHAPES if question.text == f"What colour is the {shape}?"]
+            named = [shape for shape in SHAPES if question.text == f"What color is the {shape}?"]
             assert question.trap == bool(named and question.answer != usual[named[0]])
 
 
@@ -67,7 +67,7 @@ def test_no_training_scene_or_text_holds_a_held_out_pair():
         seen_pairs |= {item.pair for item in scene.objects}
         text = " ".join(q.text + " " + q.answer for q in split_questions(scene, "train")) + caption(scene, rng)
         assert not [pair for pair in HELD_OUT if " ".join(pair) in text]
-    assert seen_pairs == {(colour, shape) for colour in PALETTE for shape in SHAPES} - HELD_OUT
+    assert seen_pairs == {(color, shape) for color in PALETTE for shape in SHAPES} - HELD_OUT
 
 
 def test_every_held_out_scene_and_question_is_about_something_held_out():
@@ -79,9 +79,9 @@ def test_every_held_out_scene_and_question_is_about_something_held_out():
             assert not question.about or unseen & set(question.about)
 
 
-def test_colour_follows_shape_in_three_of_five_objects():
+def test_color_follows_shape_in_three_of_five_objects():
     items = [item for scene in scenes("train", 1500) for item in scene.objects]
-    usual = sum(item.colour == PREFERRED_COLOUR[item.shape] for item in items) / len(items)
+    usual = sum(item.color == PREFERRED_COLOR[item.shape] for item in items) / len(items)
     assert usual == pytest.approx(0.6, abs=0.035)
 
 

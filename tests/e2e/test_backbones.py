@@ -60,7 +60,7 @@ def write_data(folder: Path) -> None:
         for name in rows:
             (folder / name / "images").mkdir(parents=True, exist_ok=True)
             image.save(folder / name / "images" / f"{number}.png")
-        caption = f"A box of {side} pixels on a ground of colour {color[0]}."
+        caption = f"A box of {side} pixels on a ground of color {color[0]}."
         asked = [("<image>\nWhat is shown in this image?", caption), ("How wide is it?", f"{side} pixels.")]
         for name, turns in (("llava_pretrain", asked[:1]), ("llava_instruct", asked)):
             messages = [{"from": r, "value": v} for turn in turns for r, v in zip(("human", "gpt"), turn, strict=True)]

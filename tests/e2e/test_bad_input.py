@@ -97,9 +97,9 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"streaming": True, "dataloader_num_workers": 0},
         ["dataloader_num_workers: 0", "set it to 1 or more"],
     ),
-    "neighbours in a given order": (
-        {"hera_batches": "neighbours", "hera_teacher_cache": "cache", "disable_shuffling": True},
-        ["disable_shuffling: True", "hera_batches: neighbours", "set disable_shuffling: false"],
+    "neighbors in a given order": (
+        {"hera_batches": "neighbors", "hera_teacher_cache": "cache", "disable_shuffling": True},
+        ["disable_shuffling: True", "hera_batches: neighbors", "set disable_shuffling: false"],
     ),
     "two samples": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
 }

@@ -1,4 +1,4 @@
-"""`hera_batches: neighbours` through the real host."""
+"""`hera_batches: neighbors` through the real host."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def test_two_processes_under_accumulation_compare_what_one_compares(
     server: HostServer, world: Path, recipe: dict
 ) -> None:
     # without a step a batch's term tells who is in it
-    args = recipe | {"hera_batches": "neighbours", "hera_teacher_cache": "cache", "learning_rate": 0.0}
+    args = recipe | {"hera_batches": "neighbors", "hera_teacher_cache": "cache", "learning_rate": 0.0}
     args |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     one = server.run(args | {"output_dir": "saves/one"}, world)
     two = server.run(

@@ -166,7 +166,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens", "set cutoff_len to"]),
     "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only", "qwen3"]),
     "no model": (["model_name_or_path=./nowhere"], ["model_name_or_path", "./nowhere"]),
-    "quantised": (["quantization_bit=4"], ["quantization_bit: 4", "Calibrate the base model", "dequantise"]),
+    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "Calibrate the base model", "dequantize"]),
     "unknown key": (["rah_anchors=3"], ["rah_anchors", "rah_k"]),
     "bad value": (["rah_delta=-1"], ["rah_delta", "-1", "0 or more"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
@@ -233,7 +233,7 @@ def test_bad_input_is_named_and_leaves_nothing(world: Path, messages: dict[str, 
 
 
 def test_answers_are_not_needed(world: Path) -> None:
-    data = world / "unlabelled"
+    data = world / "unlabeled"
     data.mkdir()
     rows = json.loads((world / "hera_demo/data/demo_train.json").read_text())
     asked = [{"instruction": row["messages"][0]["content"], "images": row["images"]} for row in rows]
@@ -245,9 +245,9 @@ def test_answers_are_not_needed(world: Path) -> None:
         "dataset_dir": str(data),
         "dataset": "questions",
         "media_dir": str(world / "hera_demo/data"),
-        "output_dir": "saves/unlabelled",
+        "output_dir": "saves/unlabeled",
     }
-    file = write_recipe(world / "unlabelled.yaml", recipe)
+    file = write_recipe(world / "unlabeled.yaml", recipe)
     whole, prompts = calibrate_many(world, [(file, [], None), (file, ["rah_text=prompt"], None)])
     # without an answer the conversation is the prompt
     assert whole["reports"][0]["calibrated"]

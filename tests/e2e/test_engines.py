@@ -47,7 +47,7 @@ def _engine(name: str, world: Path) -> dict[str, Any]:
     config = json.loads((ROOT / f"recipes/deepspeed/{name}.json").read_text(encoding="utf-8"))
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     (world / f"{name}.json").write_text(json.dumps(config), encoding="utf-8")
-    # with use_cpu the Trainer does not initialise DeepSpeed; without a visible GPU the run is on the CPU anyway
+    # with use_cpu the Trainer does not initialize DeepSpeed; without a visible GPU the run is on the CPU anyway
     return {"deepspeed": f"{name}.json", "use_cpu": False}
 
 

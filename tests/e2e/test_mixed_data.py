@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_only_samples_with_an_image_enter_and_copies_are_no_neighbours(
+def test_only_samples_with_an_image_enter_and_copies_are_no_neighbors(
     server: HostServer, place: Path, recipe: dict
 ) -> None:
     args = {
@@ -73,7 +73,7 @@ def test_only_samples_with_an_image_enter_and_copies_are_no_neighbours(
     assert run.ok, run.output
     shown = [images[0] for images in IMAGES if images]
     candidates = [sum(other != image for other in shown) for image in shown]
-    chance = sum(min(K, n // 2) / n for n in candidates) / len(shown)  # at most half are neighbours
+    chance = sum(min(K, n // 2) / n for n in candidates) / len(shown)  # at most half are neighbors
     copies = sum(shown[i] == shown[j] for i in range(len(shown)) for j in range(i))
     for line in run.logs():
         assert line["hera_duplicates"] == copies == 3

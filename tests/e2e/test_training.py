@@ -257,7 +257,7 @@ def test_cached_teacher_features_change_nothing(server: HostServer, world: Path,
 def test_a_single_candidate_in_the_first_step_is_no_idle_run(
     server: HostServer, world: Path, recipe: dict, batch: int, memory: int
 ) -> None:
-    # who has one candidate has no neighbour: no gradient yet, and nothing wrong with the heads
+    # who has one candidate has no neighbor: no gradient yet, and nothing wrong with the heads
     small = {"per_device_train_batch_size": batch, "hera_memory": memory, "output_dir": "saves/single"}
     run = server.run(recipe | small, world)
     assert run.ok, run.output

@@ -122,7 +122,7 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
         ({"hera_select_dataset": "captions"}, "hera_select_dataset: captions does not work"),
         ({"hera_eval": "demo"}, "hera_eval: demo does not work"),
         ({"hera_accumulate": "gradcache"}, "hera_accumulate: gradcache does not work"),
-        ({"hera_batches": "neighbours", "hera_teacher_cache": "cache"}, "hera_batches: neighbours does not work"),
+        ({"hera_batches": "neighbors", "hera_teacher_cache": "cache"}, "hera_batches: neighbors does not work"),
     ],
 )
 def test_what_does_not_work_is_refused_before_anything_is_loaded(change: dict[str, Any], message: str) -> None:

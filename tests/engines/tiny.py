@@ -69,7 +69,7 @@ def _new_model() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # the usual initialisation is too small to tell a wrong gradient from rounding
+    with torch.no_grad():  # the usual initialization is too small to tell a wrong gradient from rounding
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.5 if "embed" in name else parameter.shape[-1] ** -0.5, generator=generator)
@@ -104,7 +104,7 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
         lora_dropout=dropout,
         use_dora=tuning == "dora",
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        # the host quantises the projector too, and 4-bit weights cannot be trained
+        # the host quantizes the projector too, and 4-bit weights cannot be trained
         modules_to_save=None if tuning == "qlora" else ["multi_modal_projector"],
     )
     torch.manual_seed(2)

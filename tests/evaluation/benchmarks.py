@@ -115,10 +115,10 @@ CASES = {
     ),
     "ocrbench": Case(
         _rows("dataset question question_type answer",
-              ("IIIT5K", "What?", "Regular Text Recognition", ["Centre", "CENTER"]),
-              ("IIIT5K", "What?", "Regular Text Recognition", ["Centre"]),
+              ("IIIT5K", "What?", "Regular Text Recognition", ["Center", "CENTER"]),
+              ("IIIT5K", "What?", "Regular Text Recognition", ["Center"]),
               ("HME100k", "What?", "Handwritten Mathematical Expression Recognition", ["a + b"])),
-        ["it says centre here", "center", "= a+b"],
+        ["it says center here", "center", "= a+b"],
         "What?\nGive the short answer directly.",
         {"accuracy": 100 * 2 / 3},
     ),

@@ -210,7 +210,7 @@ def test_an_adapter_is_asked_with_what_it_learned(folder: Path, tmp_path: Path) 
         HeraVLM(str(tmp_path / "adapter"))
 
 
-def test_pad_makes_squares_in_the_mean_colour(folder: Path) -> None:
+def test_pad_makes_squares_in_the_mean_color(folder: Path) -> None:
     padded = HeraVLM(str(folder), image_aspect_ratio="pad")
     message = {"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (20, 10), "red")}]}
     (told,) = padded.conversation([message])

@@ -94,7 +94,7 @@ def test_the_weight_of_a_layer_is_the_merged_one(adapter):
         torch.testing.assert_close(weight, layer.self_attn.o_proj.weight.data, atol=tolerance, rtol=10 * tolerance)
 
 
-def test_the_weight_of_a_4_bit_layer_is_what_it_dequantises_to():
+def test_the_weight_of_a_4_bit_layer_is_what_it_dequantizes_to():
     bnb = pytest.importorskip("bitsandbytes")
     model = text_model("llama").eval()
     layer = decoder_layers(model)[0]

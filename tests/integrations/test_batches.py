@@ -1,4 +1,4 @@
-"""`hera_batches: neighbours` in a Trainer: which rows each step compares, alone, on two processes, and resumed."""
+"""`hera_batches: neighbors` in a Trainer: which rows each step compares, alone, on two processes, and resumed."""
 
 import os
 from dataclasses import replace
@@ -44,7 +44,7 @@ def trainer_of(folder: Path, cache: Path, size: int = TOGETHER, **values: Any) -
     for row in rows[::5]:
         row["images"] = []
     rows[3]["images"] = rows[4]["images"]
-    keys = {"batches": "neighbours", "teacher_cache": str(cache), **values.pop("hera", {})}
+    keys = {"batches": "neighbors", "teacher_cache": str(cache), **values.pop("hera", {})}
     values = {"per_device_train_batch_size": size, "max_steps": -1, "num_train_epochs": 2, **values}
     settings = arguments(folder, **{"save_only_model": True, **values})
     return HeraTrainer(model, settings, hera=hera(**keys), train_dataset=rows, data_collator=Seen(rows))
@@ -139,7 +139,7 @@ def test_another_order_is_refused(tmp_path: Path, values: dict[str, str], messag
 
 @pytest.mark.parametrize("key", ["disable_shuffling", "streaming", "group_by_length", "curriculum_sampling"])
 def test_a_host_s_switch_is_refused(key: str) -> None:
-    asked, size = hera(batches="neighbours", teacher_cache="cache"), SimpleNamespace(per_device_train_batch_size=4)
+    asked, size = hera(batches="neighbors", teacher_cache="cache"), SimpleNamespace(per_device_train_batch_size=4)
     check_batch(asked, size, SimpleNamespace(**{key: False}), None)
     check_batch(hera(), size, SimpleNamespace(**{key: True}))
     with pytest.raises(ValueError, match=f"^{key}: True orders .* set {key}: false, or hera_batches: random"):
@@ -147,16 +147,16 @@ def test_a_host_s_switch_is_refused(key: str) -> None:
 
 
 def test_what_would_make_no_groups_is_refused(tmp_path: Path) -> None:
-    small, asked = SimpleNamespace(per_device_train_batch_size=2), hera(batches="neighbours", teacher_cache="cache")
+    small, asked = SimpleNamespace(per_device_train_batch_size=2), hera(batches="neighbors", teacher_cache="cache")
     check_batch(hera(memory=8), small)
-    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: 2 gives .* neighbours makes groups"):
+    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: 2 gives .* neighbors makes groups"):
         check_batch(replace(asked, memory=8), small)
     rows = image_rows(vlm("llava-llama"), 4)
     aligner = Aligner(vlm("llava-llama"), replace(asked, teacher_cache=str(tmp_path)))
     with pytest.raises(ValueError, match=r"^batch_size: 2 is too small for groups"):
         aligner.sampler(rows, 2)
     batch = {"input_ids": torch.zeros(1, 4), "hera_source": torch.tensor([CACHED])}
-    with pytest.raises(ValueError, match=r"^hera_batches: neighbours is an order .* sampler=aligner.sampler"):
+    with pytest.raises(ValueError, match=r"^hera_batches: neighbors is an order .* sampler=aligner.sampler"):
         aligner.begin(batch)  # a loop of its own without that order
 
 
@@ -180,7 +180,7 @@ def test_images_inside_of_a_dataset_are_found_as_the_collator_finds_them(tmp_pat
     """Those of the library `datasets`, which are encoded bytes in its rows."""
     rows = [{"images": row["images"]} for row in image_rows(vlm("llava-llama"), 8)]
     data = Dataset.from_list(rows, features=Features({"images": List(Image())}))
-    aligner = Aligner(vlm("llava-llama"), hera(batches="neighbours", teacher_cache=str(tmp_path)))
+    aligner = Aligner(vlm("llava-llama"), hera(batches="neighbors", teacher_cache=str(tmp_path)))
     stored, decode = undecoded(data)
     assert sorted(aligner.sampler(stored, 4)) == list(range(8))
     collate = aligner.collator(lambda rows: {"input_ids": torch.zeros(len(rows), 1)}, decode=decode)

@@ -167,9 +167,9 @@ def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
         "heads: L1H0,L0H2",
         "objective: contrastive, weight 1.0",
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
-        "neighbours: 2",
+        "neighbors: 2",
         "candidates per sample: 3 (3 of the batch, 0 remembered)",
-        "hera_k: 2 neighbours are more than half of the 3 candidates that a sample had",
+        "hera_k: 2 neighbors are more than half of the 3 candidates that a sample had",
     ):
         assert part in caplog.text
 

@@ -317,8 +317,8 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
 
 
-def test_batches_of_neighbours_take_the_place_of_the_random_order(tmp_path: Path) -> None:
-    case = Case("neighbours", steps=3, hera={"batches": "neighbours", "teacher_cache": str(tmp_path / "cache")})
+def test_batches_of_neighbors_take_the_place_of_the_random_order(tmp_path: Path) -> None:
+    case = Case("neighbors", steps=3, hera={"batches": "neighbors", "teacher_cache": str(tmp_path / "cache")})
     case.skip()
     with pytest.raises(ValueError, match=r"^train_sampling_strategy: sequential .* set .*: random, or hera_batches"):
         trainer_of(tmp_path / "run", case)

@@ -28,12 +28,12 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def naive_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Kornblith et al., eq. 3 with the HSIC of linear kernels written out: H K H by a centring matrix."""
+    """Kornblith et al., eq. 3 with the HSIC of linear kernels written out: H K H by a centering matrix."""
     n = len(x)
-    centring = torch.eye(n, dtype=x.dtype) - 1 / n
+    centering = torch.eye(n, dtype=x.dtype) - 1 / n
 
     def hsic(a: Tensor, b: Tensor) -> Tensor:
-        return torch.trace(a @ a.T @ centring @ b @ b.T @ centring) / (n - 1) ** 2
+        return torch.trace(a @ a.T @ centering @ b @ b.T @ centering) / (n - 1) ** 2
 
     return hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
 

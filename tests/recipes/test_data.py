@@ -35,7 +35,7 @@ PRETRAIN = [
         "Render a clear and concise summary of the photo.\n<image>",
         "select luxury furniture 3 - inch gel memory foam mattress topper",
     ),
-    row("002239345", "00223/002239345.jpg", "<image>\nWhat is this?", "a grey watch with an army style strap"),
+    row("002239345", "00223/002239345.jpg", "<image>\nWhat is this?", "a gray watch with an army style strap"),
 ]
 INSTRUCT = [
     row(
@@ -194,7 +194,7 @@ def test_finevision_loads_from_parquet_with_as_many_rows_of_a_subset_as_asked(mo
 
     rows = [
         {"images": [encoded("PNG")], "texts": said("What is <image> it?", "A bird.", "Which?", "A swan.")},
-        {"images": [encoded("JPEG"), encoded("PNG")], "texts": said("What differs?", "The colour.")},
+        {"images": [encoded("JPEG"), encoded("PNG")], "texts": said("What differs?", "The color.")},
         {"images": [], "texts": said("What does <image> mean?", "A tag.")},
         {"images": [{"bytes": b"no picture", "path": None}], "texts": said("What?", "Nothing.")},
         {"images": [encoded("PNG")], "texts": said("", "")},

@@ -100,7 +100,7 @@ def test_a_native_model_trains_llm_and_projector(key: str, values: dict) -> None
 
 @pytest.mark.slow
 def test_qlora_trains_adapters_alone(values: dict) -> None:
-    # the same keys without the quantisation, which needs weights
+    # the same keys without the quantization, which needs weights
     keys = {k: v for k, v in values["qwen2_5_vl_7b_hera_qlora"].items() if "quantization" not in k}
     trained, _ = split(tuned(keys, "qwen2_5_vl_7b"))
     assert of(trained, "lora_") == set(trained)

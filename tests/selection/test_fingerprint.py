@@ -128,7 +128,7 @@ def test_weights_without_a_decoder_are_named(tmp_path):
         model_fingerprint(tmp_path / "teacher", head_layout(text_model("qwen3").config))
 
 
-def test_the_models_own_vision_tower_is_recognised_and_another_teacher_is_not(tmp_path):
+def test_the_models_own_vision_tower_is_recognized_and_another_teacher_is_not(tmp_path):
     model = vlm("llava-qwen3")
     model.save_pretrained(tmp_path / "model")
     tower = model.model.vision_tower

@@ -20,7 +20,7 @@ N, K, QUERIES = 9, 4, 3
 
 
 def write_seen(scores: Path, images: Path, seed: int) -> Path:
-    """Neighbours as a selection keeps them: the teacher's are the same in every file, those of heads depend on it."""
+    """Neighbors as a selection keeps them: the teacher's are the same in every file, those of heads depend on it."""
 
     def drawn(count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def test_an_image_is_framed_exactly_where_teacher_and_head_agree(files, target):
     assert shares == [f"{count / K:.2f}" for count in counts]
 
 
-def test_each_file_brings_the_images_of_its_own_neighbours(files):
+def test_each_file_brings_the_images_of_its_own_neighbors(files):
     path, held = neighbors_file(files[1]), Neighbors.load(files[1])
     tensors = load_file(path)
     tensors["heads"][0, 1, 0, 0] = N
@@ -103,7 +103,7 @@ def test_a_folder_stands_for_its_scores_and_one_file_is_enough(files, tmp_path):
         (lambda run: (run / "run/hera/scores.neighbors.safetensors").write_text("x"), "gallery: .*cannot be read"),
         (lambda run: (run / "seen_L0H1.png").mkdir(), "gallery: .*seen_L0H1.png cannot be written"),
     ],
-    ids=["images moved", "neighbours deleted", "neighbours damaged", "no place"],
+    ids=["images moved", "neighbors deleted", "neighbors damaged", "no place"],
 )
 def test_what_cannot_be_drawn_is_named(files, tmp_path, harm, message):
     harm(tmp_path)

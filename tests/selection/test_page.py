@@ -26,7 +26,7 @@ CARD = {
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run: its selection, its scores, its card, and who is whose neighbour."""
+    """The folder of a run: its selection, its scores, its card, and who is whose neighbor."""
     folder = tmp_path / "run"
     for seed, (name, scores) in enumerate({"heads": BEFORE, "scores": AFTER}.items(), 1):
         write_seen(write_scores(folder / f"hera/{name}.json", scores), tmp_path / "images", seed)

@@ -75,7 +75,7 @@ def test_scores_are_those_of_the_formula(tmp_path, make, keys):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_the_neighbours_kept_beside_the_file_are_those_of_the_formula(tmp_path, similarity):
+def test_the_neighbors_kept_beside_the_file_are_those_of_the_formula(tmp_path, similarity):
     inputs, chosen = text_inputs(tmp_path), settings(similarity=similarity)
     select_targets(inputs, chosen, tmp_path / "heads.json")
     kept = Neighbors.load(tmp_path / "heads.json")
@@ -140,7 +140,7 @@ def test_the_file_says_where_the_heads_come_from(tmp_path):
     assert {file.name for file in path.parent.iterdir()} == {"heads.json", "heads.neighbors.safetensors"}
 
 
-def test_the_batch_size_does_not_matter_and_fp16_changes_a_neighbour_at_most(tmp_path):
+def test_the_batch_size_does_not_matter_and_fp16_changes_a_neighbor_at_most(tmp_path):
     inputs = text_inputs(tmp_path)
     rows = {"select_batch_size": 1}, {"select_batch_size": 40}, {"select_dtype": "fp16"}
     one, many, rounded = (

@@ -46,7 +46,7 @@ def test_differences_and_ratios_are_taken_seed_by_seed():
 
 def test_the_weight_is_the_best_of_both_sets_and_the_smaller_of_equals():
     def record(seen: float, new: float) -> dict:
-        return {"accuracy": {"seen": {"mean": seen, "colour": 0.0}, "new": {"mean": new}}}
+        return {"accuracy": {"seen": {"mean": seen, "color": 0.0}, "new": {"mean": new}}}
 
     assert main.choose_weight({0.1: record(0.5, 0.5), 0.3: record(0.4, 0.7), 1.0: record(0.7, 0.4)}) == 0.3
 

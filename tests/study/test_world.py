@@ -19,12 +19,12 @@ def world() -> World:
 
 
 def combinations(samples: list[Sample]) -> list[set[tuple]]:
-    return [{(o.shape, o.colour, o.row, o.column) for o in sample.scene.objects} for sample in samples]
+    return [{(o.shape, o.color, o.row, o.column) for o in sample.scene.objects} for sample in samples]
 
 
 def test_every_new_scene_holds_a_combination_that_no_other_split_has(world):
     trained = set().union(*combinations(world.captions))
-    assert len(trained) == 4 * 4 * 4  # of each shape and cell four colours
+    assert len(trained) == 4 * 4 * 4  # of each shape and cell four colors
     kept = [combinations(held_out["new"]) for held_out in (world.validation, world.test)]
     unseen = [set().union(*scenes) - trained for scenes in kept]
     assert [len(found) for found in unseen] == [4 * 4, 4 * 4]
@@ -36,11 +36,11 @@ def test_every_new_scene_holds_a_combination_that_no_other_split_has(world):
         assert set().union(*combinations(samples)) <= trained
 
 
-def test_training_shows_every_colour_of_every_shape_and_mostly_the_usual_one(world):
+def test_training_shows_every_color_of_every_shape_and_mostly_the_usual_one(world):
     seen = [combination for scene in combinations(world.captions) for combination in scene]
-    assert {combination[:2] for combination in seen} == {(shape, colour) for shape in SHAPES for colour in PALETTE}
+    assert {combination[:2] for combination in seen} == {(shape, color) for shape in SHAPES for color in PALETTE}
     for cell in {combination[2:] for combination in seen}:
-        here = [USUAL[shape] == colour for shape, colour, *place in seen if tuple(place) == cell]
+        here = [USUAL[shape] == color for shape, color, *place in seen if tuple(place) == cell]
         assert sum(here) / len(here) == pytest.approx(0.6, abs=0.06)
     assert {len(sample.scene.objects) for sample in world.captions} == set(range(1, MOST + 1))
 
@@ -55,7 +55,7 @@ def test_each_set_has_as_many_questions_of_each_category_and_new_ones_are_about_
         for sample in asked:
             place = sample.question.split(" at the ")[1].split()
             (item,) = [o for o in sample.scene.objects if o.position.split() == [place[0], place[1].rstrip("?")]]
-            assert (item.shape, item.colour, item.row, item.column) not in trained
+            assert (item.shape, item.color, item.row, item.column) not in trained
 
 
 def test_text_alone_fails_on_traps_and_answers_are_balanced(world):
@@ -63,7 +63,7 @@ def test_text_alone_fails_on_traps_and_answers_are_balanced(world):
         floor = without_looking(world, kind)
         assert floor["text_alone"]["trap"] == 0
         assert floor["one_answer"]["exist"] < 0.65
-        assert floor["one_answer"]["colour"] < 0.4
-    named = Counter(s.answer for s in world.train if s.question == "What colour is the circle?")
+        assert floor["one_answer"]["color"] < 0.4
+    named = Counter(s.answer for s in world.train if s.question == "What color is the circle?")
     assert named.most_common(1)[0][0] == "red"  # a prior, not a rule
     assert 0.4 < named["red"] / named.total() < 0.8

@@ -56,7 +56,7 @@ def _processor(kind: str):
     return tf.ViTImageProcessor(size=_SQUARE)
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def _randomize(model: torch.nn.Module) -> None:
     # Fresh models have norms of one and biases of zero, which would hide a norm that is left out.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def save_teacher(tmp_path):
         folder = tmp_path / (name or kind)
         torch.manual_seed(seed)
         model = MODELS[kind]()
-        _randomise(model)
+        _randomize(model)
         model.save_pretrained(folder)
         _processor(kind).save_pretrained(folder)
         return folder

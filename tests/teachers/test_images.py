@@ -111,7 +111,7 @@ def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_other_colour_modes_become_rgb(mode, make_images):
+def test_other_color_modes_become_rgb(mode, make_images):
     buffer = io.BytesIO()
     make_images(1)[0].convert(mode).save(buffer, format="TIFF" if mode == "CMYK" else "PNG")
     assert load_image(buffer.getvalue()).mode == "RGB"

@@ -25,9 +25,9 @@ def teacher() -> VisionTeacher:
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
     paths = []
-    for index, colour in enumerate(("red", "green", "blue")):
+    for index, color in enumerate(("red", "green", "blue")):
         path = tmp_path / f"{index}.png"
-        Image.new("RGB", (20, 12), colour).save(path)
+        Image.new("RGB", (20, 12), color).save(path)
         paths.append(str(path))
     return paths
 

@@ -228,7 +228,7 @@ def test_k_is_at_most_half_of_the_candidates_with_one_warning(z, teacher, caplog
     assert output.chance.item() == pytest.approx(half / (N - 1))
     assert not torch.equal(term(z, teacher.flip(0), all_valid(), TAU).loss, output.loss)  # the teacher decides
     assert len(caplog.records) == 1
-    for part in ("hera_k: 20 neighbours", f"the {N - 1} candidates", "hera_memory: 80"):
+    for part in ("hera_k: 20 neighbors", f"the {N - 1} candidates", "hera_memory: 80"):
         assert part in caplog.text
     teacher[1] = teacher[0]  # a copy leaves a sample with fewer candidates than the others
     copied = ContrastiveTerm(half)

@@ -1,11 +1,11 @@
-"""Batches of neighbours: an order of a dataset whose consecutive batches hold groups of true neighbours.
+"""Batches of neighbors: an order of a dataset whose consecutive batches hold groups of true neighbors.
 
-In a small random batch the teacher's nearest samples are hardly alike, and the loss asks for neighbours that are none.
+In a small random batch the teacher's nearest samples are hardly alike, and the loss asks for neighbors that are none.
 Here each batch is filled with a few groups of samples that the teacher finds alike: in a group lie a sample's
-neighbours, in the batch's other groups those that they are told from. A trainer walks one sequence of rows and deals
+neighbors, in the batch's other groups those that they are told from. A trainer walks one sequence of rows and deals
 it out to its processes in consecutive batches, so that an order is all that is needed: what is compared at once is a
 slice of it. The order is drawn by seed and epoch. It is cut into pools of some thousand samples, within which
-neighbours are exact, so that time and memory grow with the dataset, not with its square; they are found as the order
+neighbors are exact, so that time and memory grow with the dataset, not with its square; they are found as the order
 is walked, pool by pool. Every process finds the same: similarities are computed in float64 and rounded, which hides in
 what order a machine adds up. **(ours)**
 """
@@ -20,15 +20,15 @@ from torch.utils.data import Sampler
 
 from .neighbors import SAME_IMAGE, similarity
 
-#: Samples with an image among which neighbours are looked for; a batch may be larger.
+#: Samples with an image among which neighbors are looked for; a batch may be larger.
 POOL = 4096
 #: The smallest batch with a group of two and another one beside it.
 LEAST_GROUPED = 3
 
 
 @dataclass(eq=False)
-class NeighbourSampler(Sampler[int]):
-    """Every row of a dataset once an epoch, so that each ``batch_size`` of them are groups of neighbours.
+class NeighborSampler(Sampler[int]):
+    """Every row of a dataset once an epoch, so that each ``batch_size`` of them are groups of neighbors.
 
     A group is a sample with up to ``k`` of its nearest among those of its pool that have no place yet; at most half of
     a batch's other samples, so that a batch has two groups at least. Its members show different images. Which groups
@@ -38,7 +38,7 @@ class NeighbourSampler(Sampler[int]):
     shown: NDArray[np.bool_]  #: ``[N]``, which rows have an image; one at least.
     features_of: Callable[[NDArray[np.intp]], Tensor]  #: From rows to the teacher's features of them, ``[n, D]``.
     batch_size: int  #: Samples that are compared with one another.
-    k: int  #: Neighbours per sample.
+    k: int  #: Neighbors per sample.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise.
     seed: int = 0
     epoch: int = 0  #: Each has an order of its own.
@@ -66,7 +66,7 @@ class NeighbourSampler(Sampler[int]):
 
 
 def _groups(features: Tensor, counts: list[int], k: int, normalize: bool, rng: np.random.Generator) -> list[list[int]]:
-    """Deals a pool's samples ``[n, D]``, in random order, out to batches of so many, as groups of neighbours."""
+    """Deals a pool's samples ``[n, D]``, in random order, out to batches of so many, as groups of neighbors."""
     features = features.double()
     near = cosine = similarity(features, features).float().numpy()
     if not normalize:

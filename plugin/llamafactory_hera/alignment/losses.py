@@ -1,6 +1,6 @@
 """The losses that pull representations towards the teacher.
 
-Neighbourhoods (HeRA's contrastive loss, paper, eq. 4 and 8), vectors (cosine), and whole similarity structures (CKA).
+Neighborhoods (HeRA's contrastive loss, paper, eq. 4 and 8), vectors (cosine), and whole similarity structures (CKA).
 """
 
 import torch
@@ -22,8 +22,8 @@ def contrastive_loss(
 ) -> Tensor:
     """``L_RA`` averaged over samples (paper, eq. 4), and over heads where several are given (eq. 8).
 
-    The loss of a sample with the neighbours ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j``
-    over its candidates; samples without a neighbour do not enter the mean.
+    The loss of a sample with the neighbors ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j``
+    over its candidates; samples without a neighbor do not enter the mean.
 
     Args:
         z: Student representations ``[M, D]``, or ``[H, M, D]``.
@@ -36,7 +36,7 @@ def contrastive_loss(
         per_head: Return the loss of each head.
 
     Returns:
-        A scalar, or ``[H]``; 0 where no sample has a neighbour.
+        A scalar, or ``[H]``; 0 where no sample has a neighbor.
 
     Raises:
         ValueError: ``neighbors`` belongs to other samples, or ``temperature`` is a number that is not above 0.
@@ -81,7 +81,7 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor:
     """One minus the linear CKA of two sets of features (Kornblith et al. 2019, arXiv 1905.00414, eq. 3 and sec. 3).
 
-    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features centred over samples. It does not change when
+    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features centered over samples. It does not change when
     either side is rotated or scaled.
 
     Args:
@@ -93,14 +93,14 @@ def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor
         ``[...]``, between 0 and 1; 1, without gradient, where all samples of a side are equal.
     """
     enters = torch.ones_like(teacher[:, 0], dtype=torch.bool) if enters is None else enters
-    ours, theirs = _centred_gram(z, enters), _centred_gram(teacher, enters)
+    ours, theirs = _centered_gram(z, enters), _centered_gram(teacher, enters)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
     # a side of length 0 has the product 0; divided by a tiny number its gradient would overflow
     return 1 - (ours * theirs).sum(dim=(-1, -2)) / torch.where(lengths > 0, lengths, 1.0)
 
 
-def _centred_gram(features: Tensor, enters: Tensor) -> Tensor:
+def _centered_gram(features: Tensor, enters: Tensor) -> Tensor:
     rows = enters.unsqueeze(-1)
     mean = torch.where(rows, features, 0.0).sum(dim=-2, keepdim=True) / enters.sum().clamp(min=1)
-    centred = torch.where(rows, features - mean, 0.0)
-    return centred @ centred.transpose(-1, -2)
+    centered = torch.where(rows, features - mean, 0.0)
+    return centered @ centered.transpose(-1, -2)

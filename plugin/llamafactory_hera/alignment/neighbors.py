@@ -1,6 +1,6 @@
-"""Nearest neighbours and the Mutual K-Nearest Neighbour (MKNN) alignment metric (paper, eq. 2-3).
+"""Nearest neighbors and the Mutual K-Nearest Neighbor (MKNN) alignment metric (paper, eq. 2-3).
 
-One tie rule holds everywhere: neighbours are ordered by falling similarity, and equal similarities by rising index.
+One tie rule holds everywhere: neighbors are ordered by falling similarity, and equal similarities by rising index.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     Args:
         queries: ``[..., N, D]``.
         candidates: ``[..., M, D]``.
-        normalize: L2-normalise both sides first (cosine). The paper writes a dot product and does not say whether
-            vectors are normalised; normalising is this project's choice.
+        normalize: L2-normalize both sides first (cosine). The paper writes a dot product and does not say whether
+            vectors are normalized; normalizing is this project's choice.
 
     Returns:
         ``[..., N, M]`` in float32 (float64 stays float64): ranking half-precision similarities would create ties.
@@ -40,21 +40,21 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
 
     Args:
         features: ``[M, D]``, or ``[H, M, D]`` for many sets of features of the same samples.
-        k: Neighbours per sample, ``1 <= k <= M - 1``; with ``allowed`` any number above 0.
+        k: Neighbors per sample, ``1 <= k <= M - 1``; with ``allowed`` any number above 0.
         normalize: Cosine similarity when true, dot product otherwise.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples: those whose neighbours are asked
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples: those whose neighbors are asked
             for. Every sample is asked for, and all others are its candidates, when it is left out.
 
     Returns:
         Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample has at most
-        half of its candidates, followed by -1: if all were neighbours, the teacher would decide nothing.
+        half of its candidates, followed by -1: if all were neighbors, the teacher would decide nothing.
 
     Raises:
         ValueError: ``k`` does not fit the number of samples.
     """
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
-        raise ValueError(f"k={k} neighbours of {m} samples: choose 1 <= k <= {m - 1}, or give more samples.")
+        raise ValueError(f"k={k} neighbors of {m} samples: choose 1 <= k <= {m - 1}, or give more samples.")
     n = m if allowed is None else allowed.shape[0]
     parts = []
     for start in range(0, n, _ROWS):
@@ -73,7 +73,7 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
-    """Neighbour indices ``[..., N, k]``, -1 for none, as a boolean membership mask ``[..., N, n_candidates]``."""
+    """Neighbor indices ``[..., N, k]``, -1 for none, as a boolean membership mask ``[..., N, n_candidates]``."""
     mask = torch.zeros(*neighbors.shape[:-1], n_candidates + 1, dtype=torch.bool, device=neighbors.device)
     return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column takes the -1
 
@@ -81,12 +81,12 @@ def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
 def mutual_knn(
     student: Tensor, teacher: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None
 ) -> Tensor:
-    """MKNN: the mean share of neighbours that student and teacher agree on (paper, eq. 3).
+    """MKNN: the mean share of neighbors that student and teacher agree on (paper, eq. 3).
 
     Args:
         student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
         teacher: ``[M, D_teacher]``, features of the same samples in the same order.
-        k: Neighbours per sample.
+        k: Neighbors per sample.
         normalize: Cosine similarity when true, dot product otherwise; for both sides.
         allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as :func:`nearest_neighbors` takes
             it; samples with fewer than two do not enter the mean.
@@ -128,7 +128,7 @@ class Candidates:
 
     @property
     def known(self) -> Tensor:
-        """Boolean ``[N]``: the sample has a neighbour."""
+        """Boolean ``[N]``: the sample has a neighbor."""
         return (self.neighbors >= 0).any(dim=-1)
 
     @property
@@ -141,16 +141,16 @@ class Candidates:
 def teacher_candidates(
     teacher: Tensor, valid: Tensor, k: int, normalize: bool, filled: Tensor | None = None
 ) -> Candidates:
-    """Finds each sample's candidates and, among them, its ``k`` nearest neighbours in the teacher's space.
+    """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
     A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
-    At most half of its candidates are its neighbours.
+    At most half of its candidates are its neighbors.
 
     Args:
         teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows
             that are not valid, or filled, may hold anything.
         valid: Boolean ``[N]``.
-        k: Neighbours per sample.
+        k: Neighbors per sample.
         normalize: Cosine similarity when true, dot product otherwise.
         filled: Boolean ``[M - N]``, where there are remembered samples; left out where nothing is remembered.
     """

@@ -1,7 +1,7 @@
 """MKNN of every head of a model against one teacher, in bounded memory.
 
 With the contributions ``c_i = W o_i`` of a head (paper, eq. 7), ``<c_i, c_j> = o_iᵀ (WᵀW) o_j``: the ``[d, d]`` Gram
-matrix of its projection replaces every ``D``-sized vector. A teacher's neighbour is one of the student's when its
+matrix of its projection replaces every ``D``-sized vector. A teacher's neighbor is one of the student's when its
 similarity reaches the ``k``-th largest of its row, so the rows are never sorted.
 """
 
@@ -35,7 +35,7 @@ def score_heads(
     """MKNN (paper, eq. 2-3) of the contribution of every head (eq. 7) to the residual stream.
 
     The same as forming each ``W_O[:, h*d:(h+1)*d] @ o``, removing the diagonal of the similarities, sorting each row
-    and intersecting with the teacher's neighbours, but in fp32: samples whose similarities differ by no more than its
+    and intersecting with the teacher's neighbors, but in fp32: samples whose similarities differ by no more than its
     rounding may change places. Similarities that come out equal are ranked by rising index; those of copies of one
     sample do as a rule, which rests on the matrix product alone.
 
@@ -99,13 +99,13 @@ def score_features(
 
 @torch.no_grad()
 def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: int, normalize: bool = True) -> Tensor:
-    """The neighbours that :func:`score_heads`, or without a weight :func:`score_features`, counts, of some samples.
+    """The neighbors that :func:`score_heads`, or without a weight :func:`score_features`, counts, of some samples.
 
     Args:
         features: Outputs of a layer's heads ``[N, H, d]`` with its ``o_proj.weight``, or the layer's own ``[N, D]``.
         weight: ``[D, H * d]``, or None.
         rows: The samples that are asked for, ``[Q]``.
-        k: Neighbours of each.
+        k: Neighbors of each.
         normalize: Cosine similarity when true, dot product otherwise.
 
     Returns:
@@ -193,7 +193,7 @@ def _factors(vectors: Tensor, columns: Tensor | None, normalize: bool) -> tuple[
 
     For dot products all vectors are brought near 1 by one power of two: squares of very large or small values would
     leave fp32. For cosines lengths are taken in fp64, a vector that the projection removes is zero, and keys are
-    centred, which shifts each row by one number: fp32 would else lose that in which nearly parallel vectors differ.
+    centered, which shifts each row by one number: fp32 would else lose that in which nearly parallel vectors differ.
     """
     queries = vectors.float()
     gram = None if columns is None else columns.T @ columns
@@ -214,12 +214,12 @@ def _factors(vectors: Tensor, columns: Tensor | None, normalize: bool) -> tuple[
 
 
 def _count_shared(similarities: Tensor, neighbors: Tensor) -> Tensor:
-    """How many of the teacher's neighbours ``[R, k]`` are among the ``k`` most similar of their rows ``[R, N]``."""
+    """How many of the teacher's neighbors ``[R, k]`` are among the ``k`` most similar of their rows ``[R, N]``."""
     k = neighbors.shape[1]
     best = _largest(similarities, k + 1)
     threshold = best[:, k - 1 : k]
     shared = (similarities.gather(1, neighbors) >= threshold).sum(-1)
-    # The k-th and the next are equal: of those that equal them, the ones of lowest index are neighbours.
+    # The k-th and the next are equal: of those that equal them, the ones of lowest index are neighbors.
     tied = (best[:, k - 1] == best[:, k]).nonzero().squeeze(1)
     for rows in tied.split(max(1, len(similarities) // 8)):
         values, level = similarities[rows], threshold[rows]

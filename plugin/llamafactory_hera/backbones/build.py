@@ -68,7 +68,7 @@ def build_backbone(
         seed: Of the projector.
         shard_gib: Largest weight file, in GiB.
         image_aspect_ratio: What the model's processor does to images, in LLaVA's words: ``pad`` makes squares of them
-            with the processor's mean colour first, ``square`` leaves all to the vision encoder's own processor.
+            with the processor's mean color first, ``square`` leaves all to the vision encoder's own processor.
 
     Raises:
         ValueError: Names the option, its value and the remedy.
@@ -164,7 +164,7 @@ def _weights(language: Source, vision: Source, config: Any, seed: int) -> dict[s
 
 
 def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    """Two linear layers with PyTorch's default initialisation, as LLaVA-1.5 begins; a generator for each tensor."""
+    """Two linear layers with PyTorch's default initialization, as LLaVA-1.5 begins; a generator for each tensor."""
     projector: dict[str, Tensor] = {}
     for layer, inputs in ((1, width), (2, hidden)):
         for kind, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):

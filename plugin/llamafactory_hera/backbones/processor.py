@@ -141,7 +141,7 @@ def _image_processor(vision: Source, pad: bool) -> tuple[Any, tuple[int, int]]:
 
 
 def _padding(own: Any, probes: list[Image.Image]) -> Any:
-    """LLaVA's image processor with an encoder's own settings: images become squares first, in their mean colour."""
+    """LLaVA's image processor with an encoder's own settings: images become squares first, in their mean color."""
     from transformers import LlavaImageProcessor
 
     settings = {"do_center_crop": False} | own.to_dict()

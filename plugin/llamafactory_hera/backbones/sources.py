@@ -108,7 +108,7 @@ def open_vision_encoder(name_or_path: str) -> Source:
 
 
 def read_config(name_or_path: str, key: str) -> tuple[Path, Any]:
-    """The folder of a checkpoint, without its weights when it is a hub model, and its configuration, not quantised."""
+    """The folder of a checkpoint, without its weights when it is a hub model, and its configuration, not quantized."""
     from transformers import AutoConfig
 
     folder = local_folder(name_or_path, key, _WHAT[key], weights=False)
@@ -119,11 +119,11 @@ def read_config(name_or_path: str, key: str) -> tuple[Path, Any]:
             f"{key}: {folder / CONFIG_FILE} is not a valid configuration ({one_line(error)}). Correct it, or copy or "
             "download it again, whole."
         ) from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
         raise ValueError(
-            f"{key}: {folder} is quantised (quantization_config in {CONFIG_FILE}, method "
-            f"{quantised.get('quant_method')}); give the unquantised checkpoint. Training can quantise the built "
+            f"{key}: {folder} is quantized (quantization_config in {CONFIG_FILE}, method "
+            f"{quantized.get('quant_method')}); give the unquantized checkpoint. Training can quantize the built "
             "model (quantization_bit)."
         )
     return folder, config

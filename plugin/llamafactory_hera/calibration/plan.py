@@ -42,7 +42,7 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
 
 
 def choose_targets(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
-    """The targets, highest CAF first, from standardised I-SAL and CAF ``[L, H]`` (eq. 6 and 7).
+    """The targets, highest CAF first, from standardized I-SAL and CAF ``[L, H]`` (eq. 6 and 7).
 
     I-SAL lies below a percentile of its layer, CAF above another. ``no_caf`` leaves the second condition out,
     ``inverse`` mirrors the first, ``random`` draws, in each layer, as many heads as ``paper`` would take.

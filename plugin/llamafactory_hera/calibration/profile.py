@@ -29,7 +29,7 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
     """``r`` of eq. 3 ``[H]`` and ``A^{T->I}`` of eq. 10 ``[H, bins]``, in fp32, of one sample.
 
     From its attention ``[H, T, T]``, queries before keys, and the positions of its text and image tokens. Images may
-    have different numbers of tokens, and a mean of maps needs one length: neighbouring tokens share a bin.
+    have different numbers of tokens, and a mean of maps needs one length: neighboring tokens share a bin.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -132,9 +132,9 @@ class HeadGates(Hooks):
 
 def standard_scores(values: Tensor) -> Tensor:
     """Standard scores of heads ``[L, H]`` within each layer (eq. 4); zero where all are equal."""
-    centred = values - values.mean(dim=1, keepdim=True)
-    deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return centred / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
+    centered = values - values.mean(dim=1, keepdim=True)
+    deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
+    return centered / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
 
 
 @dataclass(frozen=True)

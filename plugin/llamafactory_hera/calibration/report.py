@@ -162,7 +162,7 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
         ([head for head in targets if head not in report["calibrated"]], "X", "none", "target, not changed"),
         (anchors, "o", "none", "anchor"),
     )
-    # a white line within a black one shows on every colour of the scale
+    # a white line within a black one shows on every color of the scale
     outline = [withStroke(linewidth=3.0, foreground="black")]
     style: dict[str, Any] = {"edgecolors": "white", "linewidths": 1.2, "s": 46, "path_effects": outline}
     n_layers, n_heads = np.shape(report["caf"])
@@ -170,10 +170,10 @@ def draw_calibration(report: dict[str, Any], target: Path) -> None:
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
     heat_map(figure, upper, report["caf"], (width, height), "CAF")
-    # equal colours mean equal distance from the layer's mean
-    colours: dict[str, Any] = {"cmap": "RdBu_r", "norm": CenteredNorm()}
-    title = "I-SAL, standardised in each layer"
-    heat_map(figure, lower, report["isal_standardized"], (width, height), title, **colours)
+    # equal colors mean equal distance from the layer's mean
+    colors: dict[str, Any] = {"cmap": "RdBu_r", "norm": CenteredNorm()}
+    title = "I-SAL, standardized in each layer"
+    heat_map(figure, lower, report["isal_standardized"], (width, height), title, **colors)
     for axes in (upper, lower):
         for heads, marker, face, label in marks:
             if heads:

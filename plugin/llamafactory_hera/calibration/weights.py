@@ -98,9 +98,9 @@ class HeadWeights:
         if not isinstance(module, nn.Linear) or weight is None or weight.dtype not in _FLOATS:
             stored = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
             raise ValueError(
-                f"model_name_or_path: its projections are {type(module).__name__}{stored}, quantised or wrapped. "
-                "Calibrate the base model without quantization_bit (the adapter loads on the quantised one, too), or "
-                "dequantise the checkpoint."
+                f"model_name_or_path: its projections are {type(module).__name__}{stored}, quantized or wrapped. "
+                "Calibrate the base model without quantization_bit (the adapter loads on the quantized one, too), or "
+                "dequantize the checkpoint."
             )
         heads, width = layout.n_kv_heads, weight.shape[0]
         if kind == "value" and width != heads * layout.head_dim:

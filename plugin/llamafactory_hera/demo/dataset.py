@@ -84,12 +84,12 @@ REGIONS: tuple[Region, ...] = (
     Region("rocket", (0.2, 0.05, 0.8, 1.0), "a rocket", "a white rocket against a dark blue sky"),
     Region("china", (0.05, 0.05, 0.62, 0.95), "a tower", "a red and green tower above the trees"),
     Region("flower", (0.22, 0.15, 0.75, 0.9), "a flower", "a round orange flower with many petals"),
-    *_texture("brick", "a brick wall", "grey bricks in even rows"),
+    *_texture("brick", "a brick wall", "gray bricks in even rows"),
     *_texture("grass", "grass", "long blades of grass seen from above"),
-    *_texture("gravel", "gravel", "many small grey stones"),
+    *_texture("gravel", "gravel", "many small gray stones"),
     *_texture("coins", "coins", "old coins in rows on a dark table"),
     *_texture("hubble_deep_field", "galaxies", "bright galaxies in a black sky"),
-    *_texture("moon", "the moon", "the grey ground of the moon"),
+    *_texture("moon", "the moon", "the gray ground of the moon"),
     *_texture("immunohistochemistry", "tissue", "brown and blue tissue under a microscope"),
 )
 _SUBJECTS = sorted({region.subject for region in REGIONS})
@@ -154,8 +154,8 @@ def digits(train: int, held_out: int, rng: random.Random) -> dict[Split, list[Sa
     made: dict[Split, list[Sample]] = {"train": [], "held_out": []}
     for index in rng.sample(range(len(bunch.target)), train + held_out):
         split: Split = "train" if len(made["train"]) < train else "held_out"
-        grey = Image.fromarray((bunch.images[index] * (255 / 16)).astype(np.uint8))
-        image = grey.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        gray = Image.fromarray((bunch.images[index] * (255 / 16)).astype(np.uint8))
+        image = gray.resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC).convert("RGB")
         word = NUMBERS[bunch.target[index]]
         text = f"A handwritten digit {word} in white on black."
         made[split].append(_real_sample("digit", split, len(made[split]), image, text, word, rng))

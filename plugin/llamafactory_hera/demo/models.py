@@ -67,7 +67,7 @@ def reproducible(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _optimise(
+def _optimize(
     modules: list[torch.nn.Module], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> list[float]:
     """AdamW with warm-up and cosine decay; the modules are in eval mode afterwards. Returns the loss of every step."""
@@ -131,7 +131,7 @@ def train_language_model(
 ) -> list[float]:
     """Next-token training on whole documents with their chat tokens, in place; the loss of every step."""
     encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
-    # neighbours in length make a batch; padding comes last, and causal attention needs no mask for it
+    # neighbors in length make a batch; padding comes last, and causal attention needs no mask for it
     encoded.sort(key=len)
     batch_size = min(16, len(encoded))
 
@@ -141,7 +141,7 @@ def train_language_model(
         ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         return model(input_ids=ids, labels=pad_sequence(rows, batch_first=True, padding_value=-100)).loss
 
-    return _optimise([model], loss, steps, 4e-3)
+    return _optimize([model], loss, steps, 4e-3)
 
 
 def train_vision_tower(
@@ -165,7 +165,7 @@ def train_vision_tower(
         tokens = tower(batch.masked_fill(hidden, 0.0), output_hidden_states=True).hidden_states[-1]
         return F.mse_loss(read_out(tokens), F.unfold(batch, patch, stride=patch).transpose(1, 2))
 
-    return tower, processor, _optimise([tower, read_out], loss, steps, encoder.rate)
+    return tower, processor, _optimize([tower, read_out], loss, steps, encoder.rate)
 
 
 def assemble_llava(
@@ -196,7 +196,7 @@ def assemble_llava(
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """One random view of every image, normalised pixels [B, 3, S, S]; left and right and colours keep their names."""
+    """One random view of every image, normalized pixels [B, 3, S, S]; left and right and colors keep their names."""
     count = len(pixels)
     affine = torch.zeros(count, 2, 3)
     affine[:, 0, 0] = affine[:, 1, 1] = torch.empty(count).uniform_(0.85, 1.15)
@@ -238,4 +238,4 @@ def train_teacher(
         similarity = (vectors @ vectors.T / 0.1).fill_diagonal_(float("-inf"))
         return F.cross_entropy(similarity, partners)
 
-    return teacher, processor, _optimise([teacher, head], loss, steps, encoder.rate)
+    return teacher, processor, _optimize([teacher, head], loss, steps, encoder.rate)

@@ -1,9 +1,9 @@
 """The rendered world: which scenes exist, how one is drawn, what is said about it, and which scenes are held out.
 
-A scene is one to four objects on a 2×2 grid. Every shape has a preferred colour, drawn with probability
-``COLOUR_BIAS``: text alone answers many colour questions, and only the image the rest. Every shape has one held-out
-colour, the preferred one of the next shape: no training scene holds such a pair and no training question names one,
-every held-out scene holds at least one. So a held-out scene is a new combination of known shapes and colours.
+A scene is one to four objects on a 2×2 grid. Every shape has a preferred color, drawn with probability
+``COLOR_BIAS``: text alone answers many color questions, and only the image the rest. Every shape has one held-out
+color, the preferred one of the next shape: no training scene holds such a pair and no training question names one,
+every held-out scene holds at least one. So a held-out scene is a new combination of known shapes and colors.
 """
 
 import random
@@ -17,9 +17,9 @@ from PIL import Image
 
 Split = Literal["train", "held_out"]
 
-PREFERRED_COLOUR = {"circle": "red", "square": "green", "triangle": "blue", "cross": "yellow"}
-HELD_OUT_COLOUR = {"circle": "green", "square": "blue", "triangle": "yellow", "cross": "red"}
-SHAPES = tuple(PREFERRED_COLOUR)
+PREFERRED_COLOR = {"circle": "red", "square": "green", "triangle": "blue", "cross": "yellow"}
+HELD_OUT_COLOR = {"circle": "green", "square": "blue", "triangle": "yellow", "cross": "red"}
+SHAPES = tuple(PREFERRED_COLOR)
 PALETTE = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -31,16 +31,16 @@ PALETTE = {
 RADIUS = {"small": 3, "large": 6}
 SIZES = tuple(RADIUS)
 GRID, CELL = 2, 16
-COLOUR_BIAS = 0.6
+COLOR_BIAS = 0.6
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its factors, its cell, and its centre in pixels."""
+    """One object: its factors, its cell, and its center in pixels."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     row: int
     column: int
@@ -49,8 +49,8 @@ class SceneObject:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(colour, shape)."""
-        return self.colour, self.shape
+        """(color, shape)."""
+        return self.color, self.shape
 
     @property
     def position(self) -> str:
@@ -60,7 +60,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order on a uniform grey background (0 to 255)."""
+    """Objects in reading order on a uniform gray background (0 to 255)."""
 
     objects: tuple[SceneObject, ...]
     background: int
@@ -70,28 +70,28 @@ class Scene:
 class Question:
     """A question about an image, and its answer, a word or a short phrase."""
 
-    category: str  # count, colour, shape, where, relation, size or exist; of a real image its kind
+    category: str  # count, color, shape, where, relation, size or exist; of a real image its kind
     text: str
     answer: str
     about: tuple[int, ...] = ()  # indices of objects; empty for the whole image
-    trap: bool = False  # it asks for the colour of a named shape that has not its preferred colour
+    trap: bool = False  # it asks for the color of a named shape that has not its preferred color
 
 
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
-    """The (colour, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
-    pairs = [(colour, shape) for shape in SHAPES for colour in PALETTE]
-    return [(c, s) for c, s in pairs if c != HELD_OUT_COLOUR[s]] if split == "train" else pairs
+    """The (color, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
+    pairs = [(color, shape) for shape in SHAPES for color in PALETTE]
+    return [(c, s) for c, s in pairs if c != HELD_OUT_COLOR[s]] if split == "train" else pairs
 
 
 def sample_scene(
     rng: random.Random,
     split: str = "train",
-    kept_colours: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOUR[shape]},
+    kept_colors: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOR[shape]},
     most: int = GRID**2,
 ) -> Scene:
     """Draws one scene of one to ``most`` objects: of ``train``, or with one or more that only ``split`` has.
 
-    ``kept_colours`` gives, for shape, row and column, the colour that each split but ``train`` keeps for itself there.
+    ``kept_colors`` gives, for shape, row and column, the color that each split but ``train`` keeps for itself there.
     """
     cells = sorted(rng.sample(range(GRID**2), rng.randint(1, most)))
     kept = set() if split == "train" else set(rng.sample(cells, rng.randint(1, len(cells))))
@@ -99,26 +99,26 @@ def sample_scene(
     for cell in cells:
         row, column = divmod(cell, GRID)
         shape, size = rng.choice(SHAPES), rng.choice(SIZES)
-        own, usual = kept_colours(shape, row, column), PREFERRED_COLOUR[shape]
+        own, usual = kept_colors(shape, row, column), PREFERRED_COLOR[shape]
         if cell in kept:
-            colour = own[split]
-        elif rng.random() < COLOUR_BIAS:
-            colour = usual
+            color = own[split]
+        elif rng.random() < COLOR_BIAS:
+            color = usual
         else:
-            colour = rng.choice([name for name in PALETTE if name not in {usual, *own.values()}])
-        objects.append(place(rng, shape, colour, size, row, column))
+            color = rng.choice([name for name in PALETTE if name not in {usual, *own.values()}])
+        objects.append(place(rng, shape, color, size, row, column))
     return Scene(tuple(objects), background=rng.randint(20, 70))
 
 
-def place(rng: random.Random, shape: str, colour: str, size: str, row: int, column: int) -> SceneObject:
+def place(rng: random.Random, shape: str, color: str, size: str, row: int, column: int) -> SceneObject:
     """An object with these factors somewhere in its cell, one free pixel on every side."""
     slack = CELL // 2 - RADIUS[size] - 1
     x, y = (cell * CELL + CELL // 2 + rng.randint(-slack, slack) for cell in (column, row))
-    return SceneObject(shape, colour, size, row, column, x, y)
+    return SceneObject(shape, color, size, row, column, x, y)
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw the scene: an RGB image without smoothing, every object in its exact palette colour."""
+    """Draw the scene: an RGB image without smoothing, every object in its exact palette color."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
@@ -131,20 +131,20 @@ def render(scene: Scene) -> Image.Image:
             "triangle": box & (2 * abs(dx) <= dy + r),
             "cross": box & ((abs(dx) <= r // 3) | (abs(dy) <= r // 3)),
         }
-        pixels[covered[item.shape]] = PALETTE[item.colour]
+        pixels[covered[item.shape]] = PALETTE[item.color]
     return Image.fromarray(pixels)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A full description: every object with size, colour, shape and place, then one relation if one can be said."""
+    """A full description: every object with size, color, shape and place, then one relation if one can be said."""
     items = list(scene.objects)
     rng.shuffle(items)
     if rng.random() < 0.5:
         head = "There is one object" if len(items) == 1 else f"There are {NUMBERS[len(items)]} objects"
-        *most, last = [f"a {item.size} {item.colour} {item.shape} at the {item.position}" for item in items]
+        *most, last = [f"a {item.size} {item.color} {item.shape} at the {item.position}" for item in items]
         text = f"{head}: {' and '.join(filter(None, (', '.join(most), last)))}."
     else:
-        text = " ".join(f"A {item.size} {item.colour} {item.shape} is at the {item.position}." for item in items)
+        text = " ".join(f"A {item.size} {item.color} {item.shape} is at the {item.position}." for item in items)
     if related := _related(scene):
         _, _, first, second, relation, _ = rng.choice(related)
         text += f" The {first} is {relation} the {second}."
@@ -154,9 +154,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def _name(scene: Scene, item: SceneObject) -> str | None:
     """The shortest phrase that names this object alone, "circle" to "large red circle", or None if there is none."""
     phrase = ""
-    for field in ("shape", "colour", "size"):
+    for field in ("shape", "color", "size"):
         phrase = f"{getattr(item, field)} {phrase}".strip()
-        if sum(f"{other.size} {other.colour} {other.shape}".endswith(phrase) for other in scene.objects) == 1:
+        if sum(f"{other.size} {other.color} {other.shape}".endswith(phrase) for other in scene.objects) == 1:
             return phrase
     return None
 
@@ -175,24 +175,24 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
 def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
     """Every question that the scene allows, in a fixed order, each with its one true answer.
 
-    Of pairs of (colour, shape) only ``pairs`` are asked for, so that training text never mentions a held-out one.
+    Of pairs of (color, shape) only ``pairs`` are asked for, so that training text never mentions a held-out one.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
     nouns = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
-    for word, noun in (nouns | {colour: f"{colour} objects" for colour in PALETTE}).items():
+    for word, noun in (nouns | {color: f"{color} objects" for color in PALETTE}).items():
         number = sum(word in item.pair for item in objects)
         found.append(Question("count", f"How many {noun} are there?", NUMBERS[number]))
     for index, item in enumerate(objects):
         name = _name(scene, item)
-        trap = item.colour != PREFERRED_COLOUR[item.shape]
-        only_colour = sum(other.colour == item.colour for other in objects) == 1
+        trap = item.color != PREFERRED_COLOR[item.shape]
+        only_color = sum(other.color == item.color for other in objects) == 1
         about_one = (
-            (True, "colour", f"What colour is the object at the {item.position}?", item.colour, False),
+            (True, "color", f"What color is the object at the {item.position}?", item.color, False),
             (True, "shape", f"What shape is the object at the {item.position}?", item.shape, False),
             (True, "size", f"Is the object at the {item.position} large or small?", item.size, False),
-            (name == item.shape, "colour", f"What colour is the {name}?", item.colour, trap),
-            (only_colour, "shape", f"What shape is the {item.colour} object?", item.shape, False),
+            (name == item.shape, "color", f"What color is the {name}?", item.color, trap),
+            (only_color, "shape", f"What shape is the {item.color} object?", item.shape, False),
             (name, "where", f"Where is the {name}?", item.position, False),
             (name, "size", f"Is the {name} large or small?", item.size, False),
         )
@@ -224,7 +224,7 @@ def split_questions(scene: Scene, split: Split) -> list[Question]:
     found = questions(scene, all_pairs(split))
     if split == "train":
         return found
-    unseen = {i for i, item in enumerate(scene.objects) if item.colour == HELD_OUT_COLOUR[item.shape]}
+    unseen = {i for i, item in enumerate(scene.objects) if item.color == HELD_OUT_COLOR[item.shape]}
     return [question for question in found if not question.about or unseen & set(question.about)]
 
 

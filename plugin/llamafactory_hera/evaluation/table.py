@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..files import read_json, read_json_lines, write_json, write_text
-from ..selection.pictures import BLUE, GREEN, GREY, ORANGE, new_figure, plain, save_figure
+from ..selection.pictures import BLUE, GREEN, GRAY, ORANGE, new_figure, plain, save_figure
 from .suites import SUITES, Task, scores, tally
 
 #: What the paper reports: for each backbone, for LLaVA's training and with HeRA, scores by row.
@@ -171,7 +171,7 @@ def _draw(rows: Sequence[Row], models: Sequence[str], target: Path) -> None:
     axes = figure.subplots()
     others = models[1:]
     for position, model in enumerate(others or models):
-        offset, colour = (position - (len(others or models) - 1) / 2) * 0.22, (BLUE, ORANGE, GREEN)[position % 3]
+        offset, color = (position - (len(others or models) - 1) / 2) * 0.22, (BLUE, ORANGE, GREEN)[position % 3]
         drawn = []
         for place, row in enumerate(rows):
             of = row.differences if others else {name: (value,) * 3 for name, value in row.values.items()}
@@ -179,13 +179,13 @@ def _draw(rows: Sequence[Row], models: Sequence[str], target: Path) -> None:
                 drawn.append((place + offset, *(row.scale * value for value in of[model])))
         if drawn:
             y, middle, low, high = np.array(drawn).T
-            axes.hlines(y, low, high, color=colour, linewidth=1.6)
-            axes.plot(middle, y, "o", color=colour, markersize=5, label=model)
+            axes.hlines(y, low, high, color=color, linewidth=1.6)
+            axes.plot(middle, y, "o", color=color, markersize=5, label=model)
     gains = [(row.paper["gain"], place) for place, row in enumerate(rows) if "gain" in row.paper]
     if others and gains:
         axes.plot(*zip(*gains, strict=True), "D", color="none", markeredgecolor="black", label="the paper's gain")
     if others:
-        axes.axvline(0, color=GREY, linewidth=1, linestyle="--")
+        axes.axvline(0, color=GRAY, linewidth=1, linestyle="--")
     axes.set_yticks(
         range(len(rows)), [f"{row.title} / 20" if row.scale != 1 else row.title for row in rows], fontsize=8
     )

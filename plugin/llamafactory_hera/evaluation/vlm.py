@@ -33,7 +33,7 @@ class HeraVLM(lmms):
         batch_size: Samples in a batch.
         device: Where it runs; by default what accelerate finds.
         dtype: ``auto`` (as stored) or a name of torch's; by default as :func:`~.models.default_dtype` says.
-        image_aspect_ratio: ``pad`` makes images squares in the processor's mean colour before anything else.
+        image_aspect_ratio: ``pad`` makes images squares in the processor's mean color before anything else.
         answers: A file that each batch's answers are appended to, and from where a run that was stopped takes them.
         key: What they depend on beside prompt, images and the task's generation settings, for instance the weights.
 

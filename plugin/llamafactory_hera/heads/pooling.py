@@ -26,7 +26,7 @@ def token_mask(
     ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, which are the caption in stage 1 and
     the assistant's turns in stage 2. The others are this project's options: ``text`` takes every token but padding,
     ``mean`` every one, ``last`` the last one. Placeholders of images and videos (``media_token_ids``) are no text:
-    only ``mean`` and ``last`` take them, labelled or not.
+    only ``mean`` and ``last`` take them, labeled or not.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling == "answer":

@@ -57,7 +57,7 @@ class TrainerRows:
         return images_by(self._images_of, self._rows[row])
 
     def encode(self, row: int) -> Features | None:
-        """What the trainer's collator makes of the row alone; in mode ``llm`` its labelled tokens, as a caption."""
+        """What the trainer's collator makes of the row alone; in mode ``llm`` its labeled tokens, as a caption."""
         batch = self.collate([{"row": row}])
         ids = batch["input_ids"][0]
         attended = batch["attention_mask"][0].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()

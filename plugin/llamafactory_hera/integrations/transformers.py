@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..alignment.batches import NeighbourSampler
+from ..alignment.batches import NeighborSampler
 from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
 from ..files import LOCK, held
@@ -87,7 +87,7 @@ class HeraTrainerMixin(_Base):
         self.add_callback(_AlignerCallback(self))
         self._compute_loss_called = False
         self._best_step: int | None = None
-        self._order: NeighbourSampler | None = None
+        self._order: NeighborSampler | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
         self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
@@ -281,7 +281,7 @@ class HeraTrainerMixin(_Base):
             up_to = "up to " if config.memory else ""  # the memory fills while training
             counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
             counted += "; hera_mknn is logged from when they are all there" * (config.memory > 0)
-            lines |= {"neighbours": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
+            lines |= {"neighbors": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
         for name, value in lines.items():
             logger.info(f"HeRA | {name}: {value}")
 

@@ -40,7 +40,7 @@ class PooledBatch:
         everything: ``[n_targets, M, D]``: ``z``, and remembered representations behind it.
         teacher: ``[N, D_teacher]`` in fp32.
         valid: Boolean ``[N]``: the sample has an image and pooled tokens.
-        candidates: Whom each sample is compared with, and its neighbours in the teacher's space.
+        candidates: Whom each sample is compared with, and its neighbors in the teacher's space.
         normalize: Cosine similarity when true, dot product otherwise.
     """
 

@@ -11,7 +11,7 @@ from .base import Objective, PooledBatch, register
 class CKA(Objective):
     """One minus the linear CKA of representations and teacher features over the samples of the global batch."""
 
-    least_samples = 3  # two centred samples are always collinear: their CKA is 1
+    least_samples = 3  # two centered samples are always collinear: their CKA is 1
 
     def forward(self, batch: PooledBatch) -> Tensor:
         """The loss of each target; 0 below three samples."""

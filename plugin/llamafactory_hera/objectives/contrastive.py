@@ -1,4 +1,4 @@
-"""HeRA's objective: a sample's neighbours in the teacher's space must be near (paper, eq. 4 and 8)."""
+"""HeRA's objective: a sample's neighbors in the teacher's space must be near (paper, eq. 4 and 8)."""
 
 import math
 
@@ -14,7 +14,7 @@ class Contrastive(Objective):
     """Multi-target InfoNCE with a temperature that is learned in log scale (paper, sec. 3)."""
 
     uses_candidates = True
-    least_samples = 3  # of two candidates one is the neighbour; with one the loss is the logarithm of 1
+    least_samples = 3  # of two candidates one is the neighbor; with one the loss is the logarithm of 1
     logged = ("hera_temperature",)
 
     def __init__(self, options: Options) -> None:
@@ -27,14 +27,14 @@ class Contrastive(Objective):
         return self.log_temperature.exp()
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each target: the mean over samples that have a neighbour."""
+        """The loss of each target: the mean over samples that have a neighbor."""
         neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
         return contrastive_loss(
             batch.everything, neighbors, self.temperature(), batch.normalize, allowed, per_head=True
         )
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Samples with a neighbour."""
+        """Samples with a neighbor."""
         return batch.candidates.known
 
     def comparable(self, batch: PooledBatch) -> Tensor:

@@ -24,7 +24,7 @@ _MAX_BETA = 0.999
 def alpha_bar() -> Tensor:
     """``[STEPS]`` in float64: the share of the latents' variance that is left at each step of the cosine schedule.
 
-    Nichol and Dhariwal (arXiv 2102.09672), eq. 17, by its ratios of neighbours, which are cut so that some is left.
+    Nichol and Dhariwal (arXiv 2102.09672), eq. 17, by its ratios of neighbors, which are cut so that some is left.
     """
     level = ((torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (level[1:] / level[:-1]).clamp(min=1 - _MAX_BETA).cumprod(0)

@@ -38,7 +38,7 @@ def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: S
     has been trained.
 
     Args:
-        weights: A checkpoint's folder, or a model in memory with whole, unquantised parameters.
+        weights: A checkpoint's folder, or a model in memory with whole, unquantized parameters.
         layout: Of its text decoder.
         adapters: Folders of those on top of it.
 

@@ -1,6 +1,6 @@
-"""What a head sees: the images that it takes for neighbours beside the teacher's, before training and after.
+"""What a head sees: the images that it takes for neighbors beside the teacher's, before training and after.
 
-A selection writes the neighbours of a few samples by every head and layer while it holds their features; a picture of
+A selection writes the neighbors of a few samples by every head and layer while it holds their features; a picture of
 any head is then drawn from that file without a model.
 """
 
@@ -24,12 +24,12 @@ from ..files import write_safetensors, writing
 from ..heads.pooling import IGNORE_INDEX
 from ..heads.targets import Target, Targets
 from ..teachers.images import ImageLike, load_image
-from .pictures import GREEN, GREY, new_figure, save_figure
+from .pictures import GREEN, GRAY, new_figure, save_figure
 from .samples import Sample
 from .scores import ScoreFile, load_files
 
 _QUERIES = 12
-_SHOWN = 4  # of each query's neighbours
+_SHOWN = 4  # of each query's neighbors
 _PIXELS = 128  # of an image's longer side
 _CAPTION = 160  # characters that are kept
 # inches: an image, from one to the next, from one group of images to the next, the head of the picture
@@ -37,7 +37,7 @@ _SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
 
 
 def neighbors_file(scores: Path) -> Path:
-    """The file beside ``heads.json`` or ``scores.json`` that holds who is whose neighbour."""
+    """The file beside ``heads.json`` or ``scores.json`` that holds who is whose neighbor."""
     return scores.with_suffix(".neighbors.safetensors")
 
 
@@ -49,15 +49,15 @@ def write_neighbors(
     normalize: bool,
     tokenizer: Any,
 ) -> None:
-    """Writes the neighbours of a dozen of N samples, equally far apart in the order in which they were drawn.
+    """Writes the neighbors of a dozen of N samples, equally far apart in the order in which they were drawn.
 
     Args:
         path: See :func:`neighbors_file`.
         samples: In the order of the features.
-        teacher: The teacher's neighbours ``[N, k]``.
+        teacher: The teacher's neighbors ``[N, k]``.
         features: Of each layer, its heads' outputs ``[N, H, d]``, its own ``[N, D]``, and its output projection.
         normalize: As in scoring.
-        tokenizer: Makes captions of the samples' labelled tokens; None leaves them out.
+        tokenizer: Makes captions of the samples' labeled tokens; None leaves them out.
     """
     n, k = teacher.shape
     queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
@@ -155,7 +155,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Targe
     """
     held = [Neighbors.load(file.path) for file in files]
     first, facts = held[0], files[0].provenance
-    # each file has the images of its own neighbours
+    # each file has the images of its own neighbors
     samples = {index: sample for side in held for index, sample in side.samples.items()}
     n_queries, k = first.teacher.shape
     shown = min(_SHOWN, k)
@@ -202,7 +202,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], target: Targe
                     axes.add_patch(Rectangle((x, y), _SIDE, _SIDE, fill=False, edgecolor=GREEN, linewidth=3))
             if nearest is not of_teacher:
                 share = len(set(nearest) & set(of_teacher)) / k
-                colour = GREEN if share else GREY
-                write(start + shown * _STEP, y + _SIDE / 2, f"{share:.2f}", 11, "center", color=colour)
+                color = GREEN if share else GRAY
+                write(start + shown * _STEP, y + _SIDE / 2, f"{share:.2f}", 11, "center", color=color)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure

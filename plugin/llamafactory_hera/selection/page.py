@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from ..files import CARD, read_json, write_text, writing
 from ..heads.targets import Target
 from .gallery import default_targets, draw_gallery
-from .pictures import BLUE, GREEN, GREY, ORANGE, draw_comparison, inline_svg, new_figure, plain
+from .pictures import BLUE, GREEN, GRAY, ORANGE, draw_comparison, inline_svg, new_figure, plain
 from .scores import Comparison, ScoreFile, command_line, compare
 
 logger = logging.getLogger("llamafactory_hera")
@@ -25,7 +25,7 @@ logger = logging.getLogger("llamafactory_hera")
 _PANELS = {
     "language-modeling loss": {"lm_loss": BLUE},
     "alignment loss": {"hera_loss": ORANGE},
-    "MKNN in batches (grey: chance)": {"hera_mknn": GREEN, "hera_mknn_chance": GREY},
+    "MKNN in batches (gray: chance)": {"hera_mknn": GREEN, "hera_mknn_chance": GRAY},
     "temperature τ": {"hera_temperature": BLUE},
 }
 _NO_FACTS = ("curves", "log", "log_lines", "command", "versions", "paper")  # shown elsewhere, or not at all
@@ -123,7 +123,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 
 def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float], framed: Container[str]) -> str:
-    """A table with a row for each layer, on a colour scale that all files share."""
+    """A table with a row for each layer, on a color scale that all files share."""
     scores = np.atleast_2d(file.of(file.chosen.granularity).T).T  # layers are one column
     by_head, rows = file.chosen.granularity == "head", []
     for layer, values in enumerate(scores):
@@ -131,10 +131,10 @@ def _heat_map(name: str, file: ScoreFile, limits: tuple[float, float], framed: C
         for head, value in enumerate(values.tolist()):
             target = Target(layer, head if by_head else None)
             share = (value - limits[0]) / max(limits[1] - limits[0], 1e-9)
-            colour = "#fff" if math.isnan(value) else to_hex(colormaps["cividis"](share))
+            color = "#fff" if math.isnan(value) else to_hex(colormaps["cividis"](share))
             chosen = " class=chosen" if str(target) in framed else ""
             tip = f"{target} {value:.4f}, {value / file.chance:.2f} × chance"
-            cells.append(f'<td{chosen} style="background:{colour}" title="{tip}"></td>')
+            cells.append(f'<td{chosen} style="background:{color}" title="{tip}"></td>')
         rows.append(f"<tr><th>L{layer}</th>{''.join(cells)}</tr>")
     return f"<div><h3>{escape(name)}</h3><table class=map>{''.join(rows)}</table></div>"
 
@@ -143,9 +143,9 @@ def _curves(log: list[dict[str, float]]) -> str:
     shown = {title: curves for title, curves in _PANELS.items() if any(next(iter(curves)) in line for line in log)}
     figure = new_figure(3.4 * len(shown), 2.6)
     for axes, (title, curves) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
-        for key, colour in curves.items():
+        for key, color in curves.items():
             lines = [line for line in log if key in line]
-            axes.plot([line["step"] for line in lines], [line[key] for line in lines], color=colour, marker=".")
+            axes.plot([line["step"] for line in lines], [line[key] for line in lines], color=color, marker=".")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("step")
         plain(axes)

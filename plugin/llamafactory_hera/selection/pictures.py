@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike
 from ..files import whole_file, write_text, writing
 from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
 
-# From the palette of Okabe and Ito, which every common kind of colour blindness can tell apart.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+# From the palette of Okabe and Ito, which every common kind of color blindness can tell apart.
+BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 # For things that stand side by side; the first is what the others are compared with.
-_SERIES = (GREY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+_SERIES = (GRAY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 
 _TIP = "tip:"  # before the text of a ``gid``
 _CELL = 0.16  # inches
@@ -94,7 +94,7 @@ def draw_scores(scored: ScoreFile, target: Path) -> None:
 def heat_map(
     figure: Figure, axes: Axes, values: ArrayLike, size: tuple[float, float], title: str, **style: Any
 ) -> Colorbar:
-    """Draws values ``[L, H]`` of all heads on axes of ``size`` inches, and returns the scale of their colours."""
+    """Draws values ``[L, H]`` of all heads on axes of ``size`` inches, and returns the scale of their colors."""
     image = axes.imshow(values, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | style)
     for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
         axis.set_ticks(range(0, count, tick_step(count, room, _LABEL)))
@@ -108,14 +108,14 @@ def _draw_heads(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float
     bar = heat_map(figure, axes, np.ma.masked_invalid(scored.scores), size, f"framed: {_selected(scored)}")
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(np.isnan(scored.scores)):
-        axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GREY)
+        axes.text(head, layer, "×", ha="center", va="center", fontsize=7, color=GRAY)
     for target in scored.chosen.items:
         assert target.head is not None
         corner = (target.head - 0.5, target.layer - 0.5)
-        # a dark line around a light one shows on both ends of the colour scale
-        for colour, line in (("black", 3.4), ("white", 1.4)):
+        # a dark line around a light one shows on both ends of the color scale
+        for color, line in (("black", 3.4), ("white", 1.4)):
             axes.add_patch(
-                Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=line, clip_on=False, zorder=3)
+                Rectangle(corner, 1, 1, fill=False, edgecolor=color, linewidth=line, clip_on=False, zorder=3)
             )
 
 
@@ -128,7 +128,7 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
     layers = np.arange(len(scored.scores))
     known = np.ma.masked_invalid(scored.scores)
     best, worst = known.max(axis=1).filled(np.nan), known.min(axis=1).filled(np.nan)
-    axes.fill_between(layers, worst, best, color=GREY, alpha=0.15, linewidth=0)
+    axes.fill_between(layers, worst, best, color=GRAY, alpha=0.15, linewidth=0)
     axes.plot(layers, best, color=BLUE, marker="^", markersize=4, label="best head of the layer")
     axes.plot(layers, scored.layer_scores, color="black", marker="o", markersize=3, label="layer output")
     axes.plot(layers, worst, color=ORANGE, marker="v", markersize=4, label="worst head of the layer")
@@ -136,7 +136,7 @@ def _curves(axes: Axes, scored: ScoreFile) -> None:
         chosen = [target.layer for target in scored.chosen.items]
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": ORANGE, "linewidths": 1.8}
         axes.scatter(chosen, scored.layer_scores[chosen], s=110, **ring, label=_selected(scored), zorder=3)
-    axes.axhline(scored.chance, color=GREY, linestyle="--", linewidth=1, label="chance")
+    axes.axhline(scored.chance, color=GRAY, linestyle="--", linewidth=1, label="chance")
     axes.set_xlabel("layer")
     axes.set_ylabel("MKNN")
     axes.set_xticks(range(0, len(layers), tick_step(len(layers), 4.0, 0.3)))

@@ -59,7 +59,7 @@ class SelectionInputs:
     autocast: torch.dtype | None = None
     #: Processes that decode images.
     num_workers: int = 0
-    #: Makes captions of labelled tokens, for people.
+    #: Makes captions of labeled tokens, for people.
     tokenizer: Any = None
 
 
@@ -121,7 +121,7 @@ def draw(
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
     """Draws ``hera_select_samples`` samples in an order that depends on the seed alone.
 
-    Two samples of one image would be each other's nearest neighbour for the teacher, whatever the head, so the second
+    Two samples of one image would be each other's nearest neighbor for the teacher, whatever the head, so the second
     is passed over. The paper does not say how it treats them.
     """
 

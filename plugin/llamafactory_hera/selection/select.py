@@ -1,4 +1,4 @@
-"""A whole selection: samples, the teacher's neighbours, forward passes, scores, heads or layers."""
+"""A whole selection: samples, the teacher's neighbors, forward passes, scores, heads or layers."""
 
 import logging
 import math
@@ -127,7 +127,7 @@ def _written(scores: Tensor) -> list[float | None]:
 def _find_neighbors(
     samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """The teacher's neighbours ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory."""
+    """The teacher's neighbors ``[N, k]`` of N samples, and its fingerprint; afterwards it is gone from memory."""
     teacher = inputs.load_teacher()
     if rank() == 0 and is_own_vision_tower(inputs.weights, teacher.info.path):
         logger.warning(

@@ -187,7 +187,7 @@ class FeatureCache:
 
         Returns:
             ``[n, D]`` in float16 on the CPU, as a later `get` returns them. Use these: a first run that
-            used unrounded features would choose other neighbours than its repetition from the cache.
+            used unrounded features would choose other neighbors than its repetition from the cache.
 
         Raises:
             ValueError: Wrong shape, or a feature that is not finite in float16.

@@ -1,4 +1,4 @@
-"""The frozen vision encoder whose features say which images are neighbours, and its own image processor."""
+"""The frozen vision encoder whose features say which images are neighbors, and its own image processor."""
 
 import math
 import os
@@ -92,7 +92,7 @@ class VisionTeacher:
             name_or_path: A folder or a hub id, of a model type in `checkpoint.FAMILIES`.
             device: Default: the current CUDA device, else the CPU.
             dtype: Of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the memory and
-                changes a few near-tied neighbours.
+                changes a few near-tied neighbors.
 
         Raises:
             ValueError: The teacher cannot be used (see `check_teacher`), lacks weights, or its processor's image size
@@ -160,7 +160,7 @@ class VisionTeacher:
 
 
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[3, 1, 1]`` by which an image processor normalises pixels in [0, 1]."""
+    """Mean and standard deviation ``[3, 1, 1]`` by which an image processor normalizes pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
     if image_processor.do_normalize:
         mean, std = image_processor.image_mean, image_processor.image_std

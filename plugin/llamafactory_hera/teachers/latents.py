@@ -41,7 +41,7 @@ def check_latent_teacher(name_or_path: str) -> Path:
         raise ValueError(f"{KEY}: {value} is not an {_CLASS} (its _class_name is {kind!r}). Give {_WHAT}.")
     if missing := [name for name in ("shift_factor", "scaling_factor") if config.get(name) is None]:
         raise ValueError(
-            f"{KEY}: {file} has no {' and no '.join(missing)}, by which its latents are centred and scaled. Give "
+            f"{KEY}: {file} has no {' and no '.join(missing)}, by which its latents are centered and scaled. Give "
             "an autoencoder that has both, such as FLUX.1-dev's."
         )
     return whole_teacher_folder(value, _WHAT)

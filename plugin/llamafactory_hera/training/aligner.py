@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from ..alignment.batches import LEAST_GROUPED, NeighbourSampler
+from ..alignment.batches import LEAST_GROUPED, NeighborSampler
 from ..alignment.gather import rank
 from ..alignment.memory import CrossBatchMemory
 from ..config import HeraConfig
@@ -188,8 +188,8 @@ class Aligner:
         images_of: Callable[[Any], list[ImageLike]] = sample_images,
         seed: int = 0,
         num_workers: int = 0,
-    ) -> NeighbourSampler:
-        """The order of samples that ``hera_batches: neighbours`` means; every process must call it.
+    ) -> NeighborSampler:
+        """The order of samples that ``hera_batches: neighbors`` means; every process must call it.
 
         Args:
             dataset: Rows by number, as the collator sees them.
@@ -205,7 +205,7 @@ class Aligner:
             raise ValueError(f"batch_size: {batch_size} is too small for groups; give {LEAST_GROUPED} or more.")
         self._ordered = True
         shown, features_of = self.teacher.of_dataset(dataset, images_of, self.config, num_workers)
-        return NeighbourSampler(shown, features_of, batch_size, self.config.k, self.config.normalize, seed)
+        return NeighborSampler(shown, features_of, batch_size, self.config.k, self.config.normalize, seed)
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
@@ -288,10 +288,10 @@ class Aligner:
                 f"(only {', '.join(batch)}): the model would not see them. Give the collator the images."
             )
         if self.config.pooling == "answer" and batch.get("labels") is not None:
-            labelled = batch["labels"][shown] != IGNORE_INDEX
+            labeled = batch["labels"][shown] != IGNORE_INDEX
             # in front of an image stands a prompt; a caption behind it, with a label on everything, is stage 1
             in_front = text & (media.cumsum(dim=1) == 0)
-            if labelled[text].all() and in_front.any():
+            if labeled[text].all() and in_front.any():
                 raise ValueError(
                     "hera_pooling: answer averages over the tokens with a label, and in the first batch all text has "
                     "one, what stands in front of the image, too. Let only answers have labels (-100 elsewhere; in "

@@ -23,13 +23,13 @@ def check_batch(config: HeraConfig, training_args: Any, *others: Any) -> None:
     """Checks that a batch over all processes holds the samples that the objective needs together.
 
     Raises:
-        ValueError: It holds fewer, those included that are remembered; or, under ``hera_batches: neighbours``, these
+        ValueError: It holds fewer, those included that are remembered; or, under ``hera_batches: neighbors``, these
             arguments or other ones of the host ask for an order of samples.
     """
     for key, value in ((key, getattr(each, key, None)) for each in (training_args, *others) for key in _ORDERS):
-        if config.batches == "neighbours" and value not in (None, _ORDERS[key]):
+        if config.batches == "neighbors" and value not in (None, _ORDERS[key]):
             raise ValueError(
-                f"{key}: {value} orders the samples, and so does hera_batches: neighbours; set {key}: "
+                f"{key}: {value} orders the samples, and so does hera_batches: neighbors; set {key}: "
                 f"{str(_ORDERS[key]).lower()}, or hera_batches: random."
             )
     objective = find(config.objective)
@@ -37,10 +37,10 @@ def check_batch(config: HeraConfig, training_args: Any, *others: Any) -> None:
     together = size * world_size()
     if config.accumulate == "gradcache":
         together *= training_args.gradient_accumulation_steps
-    if config.batches == "neighbours" and together < LEAST_GROUPED:
+    if config.batches == "neighbors" and together < LEAST_GROUPED:
         raise ValueError(
             f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_batches: "
-            f"neighbours makes groups in batches of {LEAST_GROUPED} at least; raise it, use more processes, or set "
+            f"neighbors makes groups in batches of {LEAST_GROUPED} at least; raise it, use more processes, or set "
             "hera_batches: random."
         )
     if together + config.memory < objective.least_samples:
@@ -109,21 +109,21 @@ def check_attention(objective: type[Objective], name: str, model_config: Any, us
         )
 
 
-def check_parallelism(training_args: Any) -> None:
+def check_parallelizm(training_args: Any) -> None:
     """Checks that every process has whole samples and whole heads.
 
     Raises:
-        ValueError: Sequence, context or tensor parallelism.
+        ValueError: Sequence, context or tensor parallelizm.
     """
-    parallelism = getattr(training_args, "parallelism_config", None)
-    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
+    parallelizm = getattr(training_args, "parallelizm_config", None)
+    sizes = {name: getattr(parallelizm, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
     sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size", 1)
     split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if split:
         raise ValueError(
-            f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and HeRA needs "
-            "whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
+            f"parallelizm_config: {', '.join(split)} splits a sample or its heads over processes, and HeRA needs "
+            "whole samples on a process; use data parallelizm (DDP, ZeRO or FSDP)."
         )
 
 
@@ -137,11 +137,11 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     check_batch(config, trainer.args, getattr(trainer, "finetuning_args", None))
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     check_output(trainer.args.output_dir, config.teacher_cache, {"hera_teacher": config.teacher, "model": model})
-    check_parallelism(trainer.args)
+    check_parallelizm(trainer.args)
     check_eval(config, trainer.args.output_dir)
-    if config.batches == "neighbours" and is_stream(trainer.train_dataset):
+    if config.batches == "neighbors" and is_stream(trainer.train_dataset):
         raise ValueError(
-            "train_dataset: a stream has an order of its own, and hera_batches: neighbours makes one; give a dataset "
+            "train_dataset: a stream has an order of its own, and hera_batches: neighbors makes one; give a dataset "
             "whose rows have numbers, or set hera_batches: random."
         )
     if trainer.model_init is not None:

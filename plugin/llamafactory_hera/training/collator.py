@@ -242,7 +242,7 @@ class TeacherFeatures:
         assert cache is not None
         assert isinstance(encoder, VisionTeacher)
         if rank() == 0:
-            logger.info(f"HeRA | batches: reading the images of {len(dataset)} rows, for their neighbours")
+            logger.info(f"HeRA | batches: reading the images of {len(dataset)} rows, for their neighbors")
         mine = [row for row in range(rank(), len(dataset), world_size()) if images_by(images_of, dataset[row])]
         images = ShownImages(dataset, images_of, config.image_index, mine)
         found = fill_cache(encoder, cache, images, config.select.batch_size, num_workers)

@@ -1,4 +1,4 @@
-"""The term of one step: the global batch, the teacher's neighbours, the objective's loss, statistics (eq. 8-9)."""
+"""The term of one step: the global batch, the teacher's neighbors, the objective's loss, statistics (eq. 8-9)."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ class HeraTerm:
     """
 
     objective: Objective
-    k: int  #: Teacher neighbours per sample; at most half of the candidates, with one warning.
+    k: int  #: Teacher neighbors per sample; at most half of the candidates, with one warning.
     normalize: bool = True  #: Cosine similarity when true, dot product otherwise; for student and teacher.
     memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
     _fewest: Tensor | None = field(default=None, init=False)  # candidates of a sample that entered, so far
@@ -119,7 +119,7 @@ class HeraTerm:
         if fewest < 2 * self.k:
             self._warned = True
             logger.warning(
-                f"hera_k: {self.k} neighbours are more than half of the {fewest} candidates that a sample had, and at "
+                f"hera_k: {self.k} neighbors are more than half of the {fewest} candidates that a sample had, and at "
                 "most half are taken: all would leave the teacher no choice. Use a larger batch per device, more "
                 f"processes, or hera_memory: {max(4 * self.k, 64)}."
             )

@@ -15,7 +15,7 @@ from llamafactory_hera.calibration.run import PICTURE_FILE
 from llamafactory_hera.files import RUN_FOLDER, read_json
 from llamafactory_hera.heads.targets import Targets
 from llamafactory_hera.selection.gallery import neighbors_file, write_gallery
-from llamafactory_hera.selection.pictures import BLUE, GREEN, GREY, ORANGE, draw_scores, new_figure
+from llamafactory_hera.selection.pictures import BLUE, GREEN, GRAY, ORANGE, draw_scores, new_figure
 from llamafactory_hera.selection.scores import ScoreFile, render_table
 
 from .job import REPORT, heads_file
@@ -47,7 +47,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
         # of each line, as batches may hold images of different numbers
         chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
-            style = {"color": GREY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}
+            style = {"color": GRAY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}
             below.plot(list(chance), list(chance.values()), label="chance", **style)
             below.legend(frameon=False, fontsize=8)
     below.set_xlabel("step")
@@ -65,13 +65,13 @@ def _latest(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, colour: str, smooth: _Smooth) -> None:
+def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str, smooth: _Smooth) -> None:
     steps = [line["current_steps"] for line in lines if key in line]
     values = [line[key] for line in lines if key in line]
-    axes.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
-    axes.plot(steps, smooth(values), color=colour, label=label, marker="o" if len(steps) == 1 else None)
-    axes.set_ylabel(label, color=colour)
-    axes.tick_params(axis="y", labelcolor=colour)
+    axes.plot(steps, values, color=color, alpha=0.35, linewidth=1)
+    axes.plot(steps, smooth(values), color=color, label=label, marker="o" if len(steps) == 1 else None)
+    axes.set_ylabel(label, color=color)
+    axes.tick_params(axis="y", labelcolor=color)
     axes.spines["top"].set_visible(False)
 
 
@@ -91,7 +91,7 @@ def show_heads(path: Path, lang: str) -> tuple[str, str, list[Picture]]:
 
 
 def _galleries(files: Sequence[Path], names: Sequence[str], lang: str) -> list[Picture]:
-    """What the worst, the median and the best head of the first file see; none for files without their neighbours."""
+    """What the worst, the median and the best head of the first file see; none for files without their neighbors."""
     if not all(neighbors_file(file).is_file() for file in files):
         return []
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from llamafactory_hera.teachers.encoder import check_grid
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.teachers.latents import check_latent_teacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_attention, check_batch, check_output, check_parallelism
+from llamafactory_hera.training.checks import check_attention, check_batch, check_output, check_parallelizm
 from llamafactory_hera.training.collator import check_one_image
 
 from .recipe import HostArguments, check_stream
@@ -49,7 +49,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     """
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
-    check_parallelism(host.training)
+    check_parallelizm(host.training)
     check_batch(config, host.training, host.data, host.finetuning)
     check_folders(host.training.output_dir, host, config)
     check_stream(host.data, host.training)

@@ -165,11 +165,11 @@ def _check_calibrated(model_args: Any) -> None:
     model_folder(model_args)
     config = multimodal_config(model_args, "calibration looks at attention between text and image")
     head_layout(config)
-    quantised = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
+    quantized = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
     if getattr(config, "quantization_config", None):
-        quantised = f"model_name_or_path: {model_args.model_name_or_path} is quantised"
-    if quantised:
+        quantized = f"model_name_or_path: {model_args.model_name_or_path} is quantized"
+    if quantized:
         raise ValueError(
-            f"{quantised}, and calibration compares and changes plain weights. Calibrate the base model without "
-            "quantisation (the adapter then loads on the quantised one, too), or dequantise the checkpoint first."
+            f"{quantized}, and calibration compares and changes plain weights. Calibrate the base model without "
+            "quantization (the adapter then loads on the quantized one, too), or dequantize the checkpoint first."
         )

@@ -68,7 +68,7 @@ def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInp
     """What a calibration needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
     data = _HostData(host, config.samples)
     return CalibrationInputs(
-        source=_UnlabelledSource(data, config.text),
+        source=_UnlabeledSource(data, config.text),
         collator=data.collator,
         adapter_names=tuple(host.model.adapter_name_or_path or ()),
         **data.facts,
@@ -175,7 +175,7 @@ class _HostSource(_Rows):
         check_image_tokens(row, features, data.template, data.host.data, **data.tokenizer_module)
 
 
-class _UnlabelledSource(_HostSource):
+class _UnlabeledSource(_HostSource):
     """Samples without labels, with other images if asked for: the whole conversation, or what precedes the answer."""
 
     def __init__(self, data: _HostData, text: Text) -> None:
