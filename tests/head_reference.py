@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
-from llamafactory_hera.heads.pooled import PooledHeads
+from llamafactory_hera.heads.probe import PooledHeads
 
 from .tiny_models import HEADS, LAYERS
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamafactory_hera.config import HeraConfig, SelectConfig
-from llamafactory_hera.knobs import Role
+from llamafactory_hera.keys import Role
 from llamafactory_hera.objectives import find
 
 KEYS = HeraConfig.knobs()
@@ -33,7 +33,7 @@ ROLES = {
         *("hera_teacher", "hera_pooling", "hera_similarity", "hera_projector", "hera_visual_attention"),
     },
     Role.RESUMABLE: {
-        "hera_own_learning_rate",
+        "hera_objective_lr",
         "hera_weight",
         "hera_k",
         "hera_memory",
@@ -44,7 +44,7 @@ ROLES = {
 }
 #: What is aligned is kept apart, and the temperature with it; the others change nothing that is computed.
 NO_ROLE = {"hera_heads", "hera_layers", "hera_heads_force", "hera_temperature", "hera_teacher_cache", "hera_max_nan"}
-NO_ROLE |= {"hera_own_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb", "hera_eval"}
+NO_ROLE |= {"hera_objective_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb", "hera_eval"}
 
 
 @pytest.mark.parametrize("role", Role)
@@ -81,7 +81,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
-        **{"hera_projector": "separate", "hera_own_learning_rate": 1e-4, "hera_own_from": "saves/one"},
+        **{"hera_projector": "separate", "hera_objective_lr": 1e-4, "hera_objective_from": "saves/one"},
         **{"hera_visual_attention": "causal", "hera_eval": "demo", "hera_batches": "neighbors"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
@@ -206,8 +206,8 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
         (LAYER | {"hera_layers": "auto", "hera_objective": "ross"}, "hera_layers: auto scores against a vision model"),
         ({"hera_visual_attention": "two_way"}, "hera_visual_attention: two_way has no use with .* contrastive"),
         (
-            {"hera_own_learning_rate": 0},
-            "hera_own_learning_rate: 0",
+            {"hera_objective_lr": 0},
+            "hera_objective_lr: 0",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command ``llamafactory-hera`` (alias ``lmf-hera``). Each subcommand imports what it needs when it runs."""
+"""The command ``llamafactory-hera``. Each subcommand imports what it needs when it runs."""
 
 import argparse
 import os
@@ -141,11 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     try:
         status = parsed.run(parsed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
         return 2
     if "LOCAL_RANK" in os.environ:
-        from .alignment.gather import end_launch
+        from .distributed import end_launch
 
         end_launch()
     return status

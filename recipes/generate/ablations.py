@@ -156,13 +156,13 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
             pretrain,
             "ROSS",
             f"models/{model.key}",
-            {**ross, "hera_own_learning_rate": "1.0e-4"},
+            {**ross, "hera_objective_lr": "1.0e-4"},
             _ROSS,
         ),
         "jarvis_pretrain": (pretrain, "JARVIS", f"models/{model.key}", jarvis, _JARVIS),
     }
     for suffix, recipe in (("", hera), ("_lora", lora)):
-        second = {**ross, "hera_own_from": f"{saves}/ross_pretrain"}
+        second = {**ross, "hera_objective_from": f"{saves}/ross_pretrain"}
         stages[f"ross{suffix}"] = (recipe, "ROSS", f"{saves}/ross_pretrain", second, _ROSS)
         stages[f"viral{suffix}"] = (recipe, "VIRAL", f"{saves}/pretrain_sft", viral, f"{plain} {_VIRAL}")
     stages["cmar"] = (hera, "CMAR", f"{saves}/pretrain_cmar", cmar, _CMAR)

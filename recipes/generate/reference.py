@@ -5,8 +5,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from llamafactory_hera.calibration.settings import RahConfig
-from llamafactory_hera.config import HeraConfig, SelectConfig
-from llamafactory_hera.knobs import Role
+from llamafactory_hera.config import FIXED_KEYS, RESUMABLE_KEYS, SELECTION_KEYS, HeraConfig, SelectConfig
 
 _HEAD = """# All keys
 
@@ -29,7 +28,7 @@ _RAH = """## Calibration
 
 Of `llamafactory-hera calibrate` alone: [calibrating heads without training](calibration.md).
 """
-_MARKS = {Role.FIXED: " †", Role.RESUMABLE: " ‡", Role.SELECTS: " *"}
+_MARKS = {" †": FIXED_KEYS, " ‡": RESUMABLE_KEYS, " *": SELECTION_KEYS}
 _KINDS = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
 _BOUNDS = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
 
@@ -46,7 +45,7 @@ def page() -> str:
 def _table(knobs: dict[str, Field]) -> list[str]:
     lines = ["| key | default | values | |", "|---|---|---|---|"]
     for key, declared in knobs.items():
-        mark = "".join(sign for role, sign in _MARKS.items() if role in declared.metadata["roles"])
+        mark = "".join(sign for sign, keys in _MARKS.items() if key in keys)
         shown = "" if declared.default is None else f"`{_text(declared.default)}`"
         lines.append(f"| `{key}`{mark} | {shown} | {_values(declared)} | {declared.metadata['help']} |")
     return lines

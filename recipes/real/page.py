@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import binomtest, sem, spearmanr, t
 
 from llamafactory_hera.files import read_json, write_json, write_text
-from llamafactory_hera.selection.pictures import new_figure, save_figure
+from llamafactory_hera.plots import new_figure, save_figure
 from llamafactory_hera.selection.scores import ScoreFile
 
 _CHOICES, _MEASURED = 8, ("own name", "own image")

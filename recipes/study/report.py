@@ -16,7 +16,7 @@ from scipy.stats import spearmanr, t
 
 from llamafactory_hera.alignment import chance_level
 from llamafactory_hera.files import read_json, write_json, write_text
-from llamafactory_hera.selection.pictures import BLUE, GRAY, ORANGE, new_figure, plain, save_figure
+from llamafactory_hera.plots import BLUE, GRAY, ORANGE, new_figure, plain, save_figure
 from llamafactory_hera.selection.scores import choose_targets, package_versions
 from settings import BASELINE, BATCHES, METHODS, PRIMARY, TUNED, Settings
 from train import NEIGHBORS

@@ -16,10 +16,10 @@ from llamafactory_hera.alignment import nearest_neighbors, score_heads
 from llamafactory_hera.config import HeraConfig, Mode
 from llamafactory_hera.demo.models import IMAGE
 from llamafactory_hera.demo.scenes import GRID
-from llamafactory_hera.heads.pooled import PooledHeads, projection_weights
-from llamafactory_hera.heads.pooling import IGNORE_INDEX
+from llamafactory_hera.heads.probe import PooledHeads, projection_weights
+from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.passes import Forward
 from parts import CACHE, TEACHER, features_of, load_llava
 from settings import METHODS, Method, Settings
 from world import END, Sample, World, asked, shares

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
-from llamafactory_hera.alignment.gather import end_launch
 from llamafactory_hera.config import HeraConfig, SelectConfig
+from llamafactory_hera.distributed import end_launch
 from llamafactory_hera.integrations.transformers import HeraTrainer
 
 

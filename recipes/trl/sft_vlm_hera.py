@@ -17,8 +17,8 @@ from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import SFTConfig
 
-from llamafactory_hera.alignment.gather import end_launch
 from llamafactory_hera.config import HeraConfig, SelectConfig
+from llamafactory_hera.distributed import end_launch
 from llamafactory_hera.integrations.trl import HeraSFTTrainer
 
 

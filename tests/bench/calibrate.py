@@ -27,7 +27,7 @@ from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.trust_region import HeldOut
 from llamafactory_hera.calibration.weights import HeadWeights
-from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import Features
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -94,7 +94,7 @@ class Bench:
             owner.training_step(model, self.collators[kind]([dict(sample) for sample in rows]))
         trainer.optimizer.step()
         if kind != SFT:
-            trainer.aligner.step(trainer._get_learning_rate())
+            trainer.aligner.optimizer_step(trainer._get_learning_rate())
         model.zero_grad()
         if self.cuda:
             torch.cuda.synchronize()

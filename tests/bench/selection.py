@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection import select
-from llamafactory_hera.selection.forward import Forward, plan_batches
+from llamafactory_hera.selection.passes import Forward, plan_batches
 from llamafactory_hera.selection.samples import Features, SelectionInputs
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image

@@ -23,7 +23,7 @@ from llamafactory_hera.calibration.profile import (
 from llamafactory_hera.calibration.samples import draw_samples
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, output_projection
-from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import N_IMAGE, Rows, calibration_model, collate, noise_images
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
 

@@ -21,7 +21,7 @@ from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.trust_region import HeldOut
 from llamafactory_hera.calibration.weights import HeadWeights
 from llamafactory_hera.heads.targets import Target
-from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import calibration_model, collate, inputs, noise_images
 
 ROOT = Path(__file__).parents[2]

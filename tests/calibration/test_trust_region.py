@@ -10,7 +10,7 @@ from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.trust_region import HeldOut, divergence, try_updates
 from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Update
 from llamafactory_hera.heads import Target
-from llamafactory_hera.selection.forward import Forward
+from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import Rows, calibration_model, collate, noise_images
 from tests.tiny_models import IMAGE
 

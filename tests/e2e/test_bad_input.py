@@ -78,7 +78,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "jarvis and fa2": ({**JARVIS, "flash_attn": "fa2"}, ["flash_attn: fa2", "jarvis", "flash_attn: sdpa"]),
     "a teacher of another grid": ({**JARVIS, "hera_teacher": "vit"}, ["hera_teacher: vit", "3 x 3", "tokens"]),
     "no benchmark": ({"hera_eval": "paper"}, ["hera_eval: no task of the suite paper is ready", "--data"]),
-    "no earlier run": ({"hera_own_from": "saves/nope"}, ["hera_own_from: saves/nope", "output_dir of a run"]),
+    "no earlier run": (
+        {"hera_objective_from": "saves/nope"},
+        ["hera_objective_from: saves/nope", "output_dir of a run"],
+    ),
     "no such checkpoint": (
         {"resume_from_checkpoint": "saves/nope/checkpoint-2"},
         ["resume_from_checkpoint", "saves/nope/checkpoint-2 is not a folder"],

@@ -20,8 +20,8 @@ LAYER = {"hera_heads": None, "hera_granularity": "layer"}
 VIRAL = {"hera_objective": "viral", **LAYER, "hera_layers": "middle", "hera_weight": 0.5, "hera_teacher_cache": None}
 
 ROSS = {**LAYER, "hera_objective": "small_ross:SmallRoss", "hera_layers": "final", "hera_weight": 1.0}
-ROSS |= {"hera_teacher": autoencoder_folder(), "hera_teacher_cache": None, "hera_own_learning_rate": 1e-3}
-_SMALL_ROSS = """from llamafactory_hera.objectives.ross import Ross
+ROSS |= {"hera_teacher": autoencoder_folder(), "hera_teacher_cache": None, "hera_objective_lr": 1e-3}
+_SMALL_ROSS = """from llamafactory_hera.rivals.ross import Ross
 
 class SmallRoss(Ross):
     width, depth, heads = 32, 1, 2

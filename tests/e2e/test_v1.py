@@ -53,7 +53,7 @@ def test_two_processes_train_as_one_does(world: Path, recipe: dict[str, Any]) ->
         output = f"saves/v1_{ranks}"
         sizes = {"micro_batch_size": 16 // ranks, "global_batch_size": 16, "output_dir": output}
         file = write_recipe(world / "v1.yaml", recipe | HERA | sizes)
-        command = [sys.executable, "-m", "llamafactory_hera.v1", str(file)]
+        command = [sys.executable, "-m", "llamafactory_hera.integrations.llamafactory_v1", str(file)]
         if ranks > 1:
             (world / "on_cpu.py").write_text(ON_CPU)
             launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
@@ -90,9 +90,11 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
     for batch, count in zip(batches, tokens, strict=True):
         inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         collator = trainer.aligner.collator(lambda rows, inputs=inputs: inputs)
-        micro_batch = trainer.aligner.begin(collator([{"images": json.loads(names)} for names in batch["extra_info"]]))
+        micro_batch = trainer.aligner.prepare(
+            collator([{"images": json.loads(names)} for names in batch["extra_info"]])
+        )
         lm_loss = SFTTrainer.compute_loss(trainer, batch)
-        expected = expected + lm_loss * count / sum(tokens) + trainer.aligner.finish(micro_batch) / 2
+        expected = expected + lm_loss * count / sum(tokens) + trainer.aligner.loss(micro_batch) / 2
     expected_gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     found: list[torch.Tensor | None] = []
     hook = lambda *_: found.extend(None if p.grad is None else p.grad.clone() for p in parameters)  # noqa: E731

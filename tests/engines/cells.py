@@ -10,8 +10,8 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch
-from llamafactory_hera.objectives.jarvis import Jarvis, draw_blocks
-from llamafactory_hera.objectives.ross import DRAWS, Ross
+from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks
+from llamafactory_hera.rivals.ross import DRAWS, Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.gradcache import keep_random_state
 from tests.terms import ContrastiveTerm
@@ -71,9 +71,9 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
 
 def loss_of(aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:
     """The weighted sum of a micro-batch, with the forward pass through ``forward``."""
-    micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
+    micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
     lm_loss = forward(**batch.inputs).loss
-    return weights[0] * lm_loss + weights[1] * aligner.finish(micro_batch)
+    return weights[0] * lm_loss + weights[1] * aligner.loss(micro_batch)
 
 
 def cached_losses(
@@ -90,7 +90,7 @@ def cached_losses(
     restores = []
     for batch in micro_batches:
         restores.append(keep_random_state(torch.device("cpu")))
-        micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
+        micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
         with torch.no_grad():
             forward(**batch.inputs)
         aligner.collect(micro_batch)
@@ -119,7 +119,7 @@ def reference(
     found = {}
     for name, weights in LOSSES.items():
         loss_of(aligner, model, batch, weights).backward()
-        aligner.end()
+        aligner.after_backward()
         found[name] = {
             key: p.new_zeros(p.shape) if p.grad is None else p.grad.clone()
             for key, p in model.named_parameters()
@@ -197,7 +197,7 @@ def gradients(
                 losses = cached_losses(aligner, engine.forward, mine, weights)
             for loss in losses:
                 engine.backward(loss)
-                aligner.end()
+                aligner.after_backward()
             whole = engine.gradients()
             found[case][name] = whole if dist.get_rank() == 0 else {}
             found[case][name] |= take_objective_gradients(aligner)
@@ -213,5 +213,5 @@ def remembered(size: int) -> dict[str, Tensor]:
         whole, parts = batches(data)
         batch = parts[dist.get_rank()] if dist.is_initialized() else whole
         loss_of(aligner, model, batch, LOSSES["hera"]).backward()
-        aligner.end()
+        aligner.after_backward()
     return aligner.memory.state_dict()

@@ -32,7 +32,7 @@ def _with_one_graph(
     """The same loss without caching: the graphs of all micro-batches are kept, for one backward pass."""
     lm_losses, representations, teacher, valid = [], [], [], []
     for batch in micro_batches:
-        micro_batch = aligner.begin({**batch.inputs, **batch.teacher})
+        micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
         lm_losses.append(model(**batch.inputs).loss)
         representations.append(aligner.capture.representations())
         teacher.append(aligner.teacher.features(micro_batch.inputs))
@@ -61,7 +61,7 @@ def test_dropout_is_repeated(checkpointing: str) -> None:
     restore()
     for loss in cached_losses(aligner, model, micro_batches, weights):
         loss.backward()
-        aligner.end()
+        aligner.after_backward()
     assert relative_error(_take_gradients(model, aligner), expected) <= BOUND
     # what is drawn afterwards is what would be drawn without caching
     assert torch.get_rng_state().equal(after)

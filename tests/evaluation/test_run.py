@@ -23,7 +23,7 @@ from llamafactory_hera.evaluation.models import model_folders, weights_digest
 from llamafactory_hera.evaluation.run import evaluate, missing, run_task
 from llamafactory_hera.evaluation.scoring import demo
 from llamafactory_hera.evaluation.suites import SUITES
-from llamafactory_hera.files import read_json_lines
+from llamafactory_hera.evaluation.lines import read_json_lines
 
 from ..e2e.runner import environment, run_command
 

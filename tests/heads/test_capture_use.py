@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
-from llamafactory_hera.heads.hooks import DecoderInputs
+from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
 
 HEADS = "L1H3,L0H2,L1H0,L1H1"
 CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}

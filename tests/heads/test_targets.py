@@ -27,7 +27,7 @@ def test_names_are_read_in_their_order_and_written_as_they_are_read(targets: Tar
     for value in (*written, targets.items):
         assert Targets.parse(value, targets.granularity) == targets
         if isinstance(value, str):
-            assert Targets.resolve(value, targets.granularity) == targets
+            assert Targets.parse(value, targets.granularity) == targets
     assert str(targets) == f"{targets}" == written[0]
     assert targets.names == tuple(written[0].split(","))
     assert Target.parse(targets.names[0], targets.granularity) == targets.items[0]
@@ -124,7 +124,7 @@ def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
     for read in (
         Targets.load(path),
         Targets.load(str(path), targets.granularity),
-        Targets.resolve(str(path), targets.granularity),
+        Targets.parse(str(path), targets.granularity),
     ):
         assert read == chosen
         assert read.provenance == chosen.provenance
@@ -141,8 +141,8 @@ def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
     monkeypatch.chdir(tmp_path)
     for name in ("mine.json", "those_of_mine"):
         targets.save(name)
-        assert Targets.resolve(name, targets.granularity) == targets
-        assert Targets.resolve(f"./{name}", targets.granularity) == targets
+        assert Targets.parse(name, targets.granularity) == targets
+        assert Targets.parse(f"./{name}", targets.granularity) == targets
     for missing, why in (
         ("missing.json", "No such file"),
         ("folder/missing", "No such file"),
@@ -152,7 +152,7 @@ def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
         with pytest.raises(
             ValueError, match=rf"^{targets.key}: {value} cannot be read .{why}.*; give a .* or name the"
         ):
-            Targets.resolve(value, targets.granularity)
+            Targets.parse(value, targets.granularity)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
     ("name", "value", "message"),
     [
         ("_n_gpu", 2, r"^n_gpu: 2 devices in one process .*torchrun"),
-        ("parallelizm_config", SimpleNamespace(cp_size=2), "^parallelizm_config: cp_size=2 splits .*; use data paral"),
+        ("parallelism_config", SimpleNamespace(cp_size=2), "^parallelism_config: cp_size=2 splits .*; use data paral"),
         ("model_init", vlm, "^model_init: .* give the trainer a model"),
         ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: the model lies on 0, cpu, .* without device_map"),
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),

@@ -359,15 +359,15 @@ def expected_gradient(model: nn.Module, rows: list[dict], accumulate: str) -> tu
     terms = []
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         model(**batch)
-        terms.append(aligner.finish(micro_batch))
+        terms.append(aligner.loss(micro_batch))
         aligner.capture.pool(None)
     mean = torch.stack(terms).mean()
     mean.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    aligner.finalize()
+    aligner.close()
     return found, mean.item()
 
 
@@ -440,7 +440,7 @@ def test_what_the_objective_trains_is_free_of_deepspeed_s_loss_scale(tmp_path: P
     scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # grows behind each step
 
     def temperatures(scaled: bool) -> list[float]:
-        trainer = trainer_of(tmp_path / str(scaled), hera={"own_learning_rate": 0.1})
+        trainer = trainer_of(tmp_path / str(scaled), hera={"objective_lr": 0.1})
 
         def backward(loss: Tensor, **_: object) -> None:
             scaler.backward(loss)

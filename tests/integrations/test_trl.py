@@ -28,7 +28,7 @@ from peft import LoraConfig  # noqa: E402
 
 from llamafactory_hera.config import HeraConfig  # noqa: E402
 from llamafactory_hera.demo import models  # noqa: E402
-from llamafactory_hera.heads.pooling import token_mask  # noqa: E402
+from llamafactory_hera.heads.tokens import token_mask  # noqa: E402
 from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
 from llamafactory_hera.training import Aligner  # noqa: E402
 from tests.integrations.gradients import KeepGradients, token_mean  # noqa: E402
@@ -236,7 +236,7 @@ def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Te
     model, terms = trainer.model, []
     aligner = Aligner(model, trainer.aligner.config)
     for batch in trainer.get_train_dataloader():
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         model(**batch)
         terms.append(
             (aligner.capture.representations(), aligner.teacher.features(micro_batch.inputs), micro_batch.valid)
@@ -249,7 +249,7 @@ def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Te
     mean.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    aligner.finalize()
+    aligner.close()
     return found, mean.item()
 
 

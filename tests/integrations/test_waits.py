@@ -105,12 +105,12 @@ def test_a_gpu_is_never_waited_for(tmp_path: Path, mode: str, cached: bool) -> N
         inputs = {n: t.cuda() for n, t in collate(rows[step * BATCH :][:BATCH]).items()}
         torch.cuda.set_sync_debug_mode("error" if step >= FIRST else "default")
         try:
-            micro_batch = ours.begin(inputs)
+            micro_batch = ours.prepare(inputs)
             torch.cuda.set_sync_debug_mode("default")  # the model itself waits
             loss = model(**inputs).loss
             torch.cuda.set_sync_debug_mode("error" if step >= FIRST else "default")
-            (loss + ours.finish(micro_batch)).backward()
-            ours.end()
+            (loss + ours.loss(micro_batch)).backward()
+            ours.after_backward()
             ours.step(1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import LayerCapture
-from llamafactory_hera.heads.hooks import DecoderInputs
-from llamafactory_hera.heads.pooling import token_positions
+from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
+from llamafactory_hera.heads.tokens import token_positions
 from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch, create
-from llamafactory_hera.objectives.jarvis import draw_blocks, visible
+from llamafactory_hera.rivals.jarvis import draw_blocks, visible
 from llamafactory_hera.training import Aligner
 from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
 from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
@@ -312,14 +312,14 @@ def test_an_aligner_hands_the_key_on_and_plain_micro_batches_are_no_part_of_the_
     rows, terms = image_rows(model, 3) + image_rows(model, 1, shown=False), []
     for _ in range(20):
         collated = collate(rows)
-        micro_batch = aligner.begin(collated)
+        micro_batch = aligner.prepare(collated)
         # the teacher looks at nothing in a plain one
         assert ("hera_rows" in micro_batch.inputs) == bool(micro_batch.valid.any())
         logits = model(**collated).logits
-        terms.append(aligner.finish(micro_batch))
+        terms.append(aligner.loss(micro_batch))
         (logits.sum() * 0 + terms[-1]).backward()
-        aligner.end()
-        aligner.step(1e-2)
+        aligner.after_backward()
+        aligner.optimizer_step(1e-2)
     masked = [term.item() for term in terms if term > 0]
     logs = aligner.logs()
     assert 0 < len(masked) < 20 == len(terms)

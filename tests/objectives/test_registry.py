@@ -58,14 +58,14 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
     terms = []
     for _ in range(12):
         batch = collate(image_rows(model, 4))
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         model(**batch)
-        term = aligner.finish(micro_batch)
+        term = aligner.loss(micro_batch)
         term.backward()
-        aligner.end()
+        aligner.after_backward()
         optimizer.step()
         optimizer.zero_grad()
-        aligner.step(3e-3)
+        aligner.optimizer_step(3e-3)
         terms.append(term.item())
     assert sum(terms[-3:]) < 0.8 * sum(terms[:3])
     assert aligner.objective.get_parameter("vector").abs().min() > 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_hera.objectives import Options, TokenBatch, create
-from llamafactory_hera.objectives.ross import DRAWS, STEPS, Ross, alpha_bar
+from llamafactory_hera.rivals.ross import DRAWS, STEPS, Ross, alpha_bar
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 
 SIDE, B, D, C = 3, 3, 12, 8

@@ -224,7 +224,7 @@ def test_the_rivals_are_trained_as_their_sources_train_them(name: str, values: d
         HeraConfig.from_keys({k: v for k, v in keys.items() if k.startswith("hera_")})
         found = (keys["hera_objective"], keys["hera_granularity"], keys["hera_layers"], keys["hera_weight"])
         assert found == (objective, "layer", layer, weight)
-    assert (float(first["learning_rate"]), first.get("hera_own_learning_rate")) == rates
+    assert (float(first["learning_rate"]), first.get("hera_objective_lr")) == rates
     assert float(second["learning_rate"]) == 2e-5
     if name != "cmar":
         lora = values[f"ablations/qwen3_8b_{name}_lora"]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llamafactory_hera.plots import tick_step
 from llamafactory_hera.selection import pictures
-from llamafactory_hera.selection.pictures import show, tick_step
+from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.scores import ScoreFile
 
 from .tiny import write_scores

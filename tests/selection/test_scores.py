@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llamafactory_hera.heads import Target
-from llamafactory_hera.knobs import Role
+from llamafactory_hera.keys import Role
 from llamafactory_hera.selection.pictures import write_report
 from llamafactory_hera.selection.scores import (
     ScoreFile,

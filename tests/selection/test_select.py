@@ -15,8 +15,8 @@ from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
 from llamafactory_hera.heads import HeadCapture, Target, Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import select
-from llamafactory_hera.selection.forward import Forward
 from llamafactory_hera.selection.gallery import Neighbors, neighbors_file
+from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 from tests.ranks import holder, run_ranks

@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 
 from llamafactory_hera.teachers import checkpoint
-from llamafactory_hera.teachers.checkpoint import FAMILIES, check_teacher, teacher_fingerprint
+from llamafactory_hera.teachers.encoder import FAMILIES, check_teacher, teacher_fingerprint
 
 
 def write_sharded(folder):
@@ -106,9 +106,7 @@ def test_of_a_hub_model_the_weights_are_fetched_last_and_not_loaded(save_teacher
 
 
 def test_importing_the_checks_loads_neither_torch_nor_transformers():
-    code = (
-        "import sys, llamafactory_hera.teachers.checkpoint; print({'torch', 'transformers', 'PIL'} & set(sys.modules))"
-    )
+    code = "import sys, llamafactory_hera.teachers.encoder; print({'torch', 'transformers', 'PIL'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "set()"
 

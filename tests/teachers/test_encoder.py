@@ -7,8 +7,13 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from llamafactory_hera.teachers.checkpoint import FAMILIES, check_teacher, teacher_fingerprint
-from llamafactory_hera.teachers.encoder import TeacherProcessor, VisionTeacher
+from llamafactory_hera.teachers.encoder import (
+    FAMILIES,
+    TeacherProcessor,
+    VisionTeacher,
+    check_teacher,
+    teacher_fingerprint,
+)
 
 KINDS = [*FAMILIES, "dinov2_classifier"]
 
@@ -99,7 +104,7 @@ def test_features_are_the_cls_token_or_the_mean_of_the_patches_and_patches_their
     pixels = teacher.processor.batch(images)
     features = teacher.encode(pixels)
     seen = (pixels * teacher.processor.std + teacher.processor.mean).clamp(0, 1)
-    patches = teacher.targets(seen, 4).unflatten(1, (4, 4))
+    patches = teacher.patch_features(seen, 4).unflatten(1, (4, 4))
     assert features.shape == (3, teacher.dim) == (3, 32)
     assert patches.shape == (3, 4, 4, teacher.dim) == (3, 4, 4, 32)
     assert features.dtype == patches.dtype == torch.float32

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamafactory_hera.teachers.checkpoint import teacher_fingerprint
-from llamafactory_hera.teachers.latents import LatentTeacher, check_latent_teacher
+from llamafactory_hera.teachers.encoder import teacher_fingerprint
+from llamafactory_hera.rivals.latents import LatentTeacher, check_latent_teacher
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llamafactory_hera.alignment.gather import mean_over_ranks
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.distributed import mean_over_ranks
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.aligner import RunningMeans
 from llamafactory_hera.training.collator import CACHED, PIXELS
@@ -46,31 +46,31 @@ class Run:
         start = BATCH * self.seen % len(self.rows)
         batch = self.collate(self.rows[start : start + BATCH])
         self.seen += 1
-        micro_batch = self.aligner.begin(batch)
+        micro_batch = self.aligner.prepare(batch)
         loss = self.model(**batch).loss
-        term = self.aligner.finish(micro_batch)
+        term = self.aligner.loss(micro_batch)
         (loss + term).backward()
-        self.aligner.end()
+        self.aligner.after_backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.aligner.step(3e-3)
+        self.aligner.optimizer_step(3e-3)
         return term.item()
 
 
 def without_forward_graph(run: Run) -> None:
     batch = run.collate(run.rows[:BATCH])
-    micro_batch = run.aligner.begin(batch)
+    micro_batch = run.aligner.prepare(batch)
     with torch.no_grad():
         run.model(**batch)
-    run.aligner.finish(micro_batch)
+    run.aligner.loss(micro_batch)
 
 
 def without_the_term(run: Run) -> None:
     batch = run.collate(run.rows[:BATCH])
-    micro_batch = run.aligner.begin(batch)
+    micro_batch = run.aligner.prepare(batch)
     loss = run.model(**batch).loss
-    (loss + 0 * run.aligner.finish(micro_batch)).backward()
-    run.aligner.end()
+    (loss + 0 * run.aligner.loss(micro_batch)).backward()
+    run.aligner.after_backward()
 
 
 # -- it trains -------------------------------------------------------------------------------------------------------
@@ -137,17 +137,17 @@ def test_cached_features_are_those_that_were_computed(tmp_path: Path) -> None:
     first = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = first.collate(first.rows)
     assert batch["hera_source"].tolist() == [PIXELS] * BATCH
-    computed = first.aligner.teacher.features(first.aligner.begin(batch).inputs)
+    computed = first.aligner.teacher.features(first.aligner.prepare(batch).inputs)
     exact = make(vlm("llava-llama")).teacher.features(first.collate(first.rows))
     torch.testing.assert_close(computed, exact, rtol=1e-3, atol=1e-3)
-    first.aligner.finalize()  # writes what waits in memory
+    first.aligner.close()  # writes what waits in memory
     second = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = second.collate(second.rows)
     assert batch["hera_source"].tolist() == [CACHED] * BATCH
     assert second.aligner.teacher.features({"hera_source": batch["hera_source"]}).isnan().all()  # lost on the way
     # as transformers' Trainer casts under DeepSpeed
     batch = {name: values.bfloat16() if values.is_floating_point() else values for name, values in batch.items()}
-    assert torch.equal(second.aligner.teacher.features(second.aligner.begin(batch).inputs), computed)
+    assert torch.equal(second.aligner.teacher.features(second.aligner.prepare(batch).inputs), computed)
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
@@ -170,10 +170,10 @@ def test_a_batch_of_another_loader_is_left_alone() -> None:
     batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in run.rows])
     keys = set(batch)
     expected = run.model(**batch).loss
-    assert run.aligner.begin(batch) is None
+    assert run.aligner.prepare(batch) is None
     assert set(batch) == keys
     assert torch.equal(run.model(**batch).loss, expected)
-    run.aligner.finalize()
+    run.aligner.close()
     assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
 
 
@@ -218,12 +218,12 @@ def test_a_run_whose_samples_never_enter_is_warned_of_once(
     assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
     short = Run(rows=BATCH, shown=False, **keys)
     short.step()
-    short.aligner.finalize()  # a run that is shorter is told at its end
+    short.aligner.close()  # a run that is shorter is told at its end
     assert "was 0 in all 1 steps so far" in caplog.text
     good = Run()
     good.step()
     caplog.clear()
-    good.aligner.finalize()
+    good.aligner.close()
     assert not [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
 
 

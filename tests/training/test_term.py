@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
-from llamafactory_hera.alignment.memory import CrossBatchMemory
 from llamafactory_hera.objectives import Objective, Options, TokenBatch, create
+from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.term import token_term
 from tests.terms import ContrastiveTerm
 

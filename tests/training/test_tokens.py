@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Targets
 from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
-from llamafactory_hera.heads.hooks import DecoderInputs
+from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
 from llamafactory_hera.objectives import Objective, Plan, Step, TokenBatch
-from llamafactory_hera.objectives.ross import Ross
+from llamafactory_hera.rivals.ross import Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED, StudentImages
 from tests.tiny_models import IMAGE, autoencoder_folder, image_rows, student_processor, teacher_folder, vlm, vlm_batch
@@ -109,10 +109,10 @@ def test_the_representations_of_heads_are_never_formed() -> None:
             shapes.extend(tuple(tensor.shape) for tensor in [result] if isinstance(tensor, Tensor))
             return result
 
-    micro_batch = aligner.begin(batch)
+    micro_batch = aligner.prepare(batch)
     model(**batch)
     with Watch():
-        aligner.finish(micro_batch)
+        aligner.loss(micro_batch)
     tokens, size, head_dim = 4, 48, 16
     assert (3, 3, tokens, head_dim) in shapes
     assert not [shape for shape in shapes if shape[-2:] == (tokens, size)]
@@ -156,7 +156,7 @@ def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teac
     model = vlm("llava-llama")
     teacher = aligner_of(model, heads="L0H0", objective="feature").teacher.encoder
     teacher._model.register_forward_pre_hook(lambda _, given: seen.update(pixels=given[0]))
-    assert teacher.targets(pixels, side).shape == (1, side * side, teacher.dim)
+    assert teacher.patch_features(pixels, side).shape == (1, side * side, teacher.dim)
     for values in (batch["pixel_values"], seen["pixels"]):
         cells = nn.functional.adaptive_avg_pool2d(values.mean(1), side)[0]
         assert divmod(int(cells.argmax()), side) == cell
@@ -182,10 +182,10 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path)
         aligner = aligner_of(model, heads=HEADS, objective="feature", teacher_cache=str(tmp_path), **keys)
         batch = aligner.collator(collate)(rows)
         source = batch["hera_source"].tolist()
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         model(**batch)
-        term = aligner.finish(micro_batch).item()
-        aligner.finalize()
+        term = aligner.loss(micro_batch).item()
+        aligner.close()
         return source, term
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -253,11 +253,11 @@ def planned_step(model: nn.Module) -> tuple[Aligner, Tensor]:
     collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
     for _ in range(2):
         batch = collate(image_rows(model, 3))
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         logits = model(**batch).logits
-        term = aligner.finish(micro_batch)
+        term = aligner.loss(micro_batch)
         (logits.sum() * 0 + term).backward()
-        aligner.end()
+        aligner.after_backward()
     return aligner, logits.detach()
 
 
@@ -305,11 +305,11 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "visual_attention": "two_way"}
     aligner = aligner_of(model, **keys | {"weight": 0.0})  # stage 2: no masks, the attention alone
     rows = aligner.collator(lambda rows: vlm_batch(model, len(rows)))(image_rows(model, 3))
-    micro_batch = aligner.begin(rows)
+    micro_batch = aligner.prepare(rows)
     trained = model(**rows).logits
-    aligner.finish(micro_batch)
-    aligner.end()
-    assert aligner.begin(dict(batch)) is None  # evaluation during training
+    aligner.loss(micro_batch)
+    aligner.after_backward()
+    assert aligner.prepare(dict(batch)) is None  # evaluation during training
     assert torch.equal(model(**batch).logits, trained)
     aligner.decoder_inputs.remove()
     plain = model(**batch).logits
@@ -367,7 +367,7 @@ def test_draws_of_a_micro_batch_repeat_and_agree_between_processes() -> None:
 def test_a_fixed_temperature_stays_what_the_recipe_says(tmp_path: Path) -> None:
     model = vlm("llava-llama")
     aligner_of(model, heads=HEADS, temperature=0.3).save(tmp_path)
-    fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, own_from=str(tmp_path))
+    fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, objective_from=str(tmp_path))
     assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)
 
 
@@ -380,11 +380,11 @@ def test_ross_is_not_taken_for_idle_where_the_first_batches_have_no_image() -> N
         batch = collate(image_rows(model, 2, shown))
         if not shown:
             batch["input_ids"][batch["input_ids"] == IMAGE] = 5
-        micro_batch = aligner.begin(batch)
+        micro_batch = aligner.prepare(batch)
         hidden = model.model.language_model(input_ids=batch["input_ids"]) if not shown else model(**batch)
-        (aligner.finish(micro_batch) + 0 * hidden[0].sum()).backward()
-        aligner.end()
-        aligner.step(1e-3)
+        (aligner.loss(micro_batch) + 0 * hidden[0].sum()).backward()
+        aligner.after_backward()
+        aligner.optimizer_step(1e-3)
         assert ("hera_mknn" in aligner.logs()) is False
 
 
@@ -398,21 +398,23 @@ def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) ->
     model = vlm("llava-llama")
     first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
     first.save(tmp_path)
-    second = aligner_of(model, heads=HEADS, own_from=str(tmp_path), own_learning_rate=1e-2)
+    second = aligner_of(model, heads=HEADS, objective_from=str(tmp_path), objective_lr=1e-2)
     assert second.logs()["hera_temperature"] == pytest.approx(0.3)
     parameter = second.objective.get_parameter("log_temperature")
     parameter.grad = torch.ones(())
     before = parameter.item()
-    with pytest.raises(ValueError, match=r"^hera_own_learning_rate: 0.01 is a peak .* step\(learning_rate, peak="):
+    with pytest.raises(ValueError, match=r"^hera_objective_lr: 0.01 is a peak .* step\(learning_rate, peak="):
         second.step(5e-4)
     second.step(5e-4, peak=1e-3)  # half of the peak
     assert before - parameter.item() == pytest.approx(5e-3, rel=1e-3)
-    with pytest.raises(ValueError, match=r"^hera_own_from: .* hera_objective was contrastive, is feature; view was"):
-        aligner_of(model, heads=HEADS, objective="feature", own_from=str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"^hera_objective_from: .* hera_objective was contrastive, is feature; view was"
+    ):
+        aligner_of(model, heads=HEADS, objective="feature", objective_from=str(tmp_path))
     aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
     wide = vlm("llava-llama", hidden_size=64)
-    with pytest.raises(ValueError, match=r"^hera_own_from: its projectors.0.0.weight is not that of this run"):
-        aligner_of(wide, heads=HEADS, objective="feature", projector="separate", own_from=str(tmp_path))
-    with pytest.raises(ValueError, match=r"^hera_own_from: nowhere holds no whole hera/ folder"):
-        aligner_of(model, heads=HEADS, own_from="nowhere")
+    with pytest.raises(ValueError, match=r"^hera_objective_from: its projectors.0.0.weight is not that of this run"):
+        aligner_of(wide, heads=HEADS, objective="feature", projector="separate", objective_from=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^hera_objective_from: nowhere holds no whole hera/ folder"):
+        aligner_of(model, heads=HEADS, objective_from="nowhere")
     assert math.isfinite(parameter.item())

@@ -14,7 +14,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from .. import __version__
-from ..files import held, read_json, write_json
+from ..files import read_json, write_json
 from .processor import chat_end, make_processor
 from .sources import (
     EMBEDDING,
@@ -216,7 +216,6 @@ def _partial_folder(output: str | Path) -> Iterator[tuple[Path, Path]]:
     with ExitStack() as stack:
         try:
             folder = Path(output).absolute().resolve()
-            stack.enter_context(held(folder.with_name(f"{folder.name}.lock"), "--output"))
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"--output: {folder} is not empty; give another folder, or remove it yourself.")
             partial = folder.with_name(f"{folder.name}.partial")

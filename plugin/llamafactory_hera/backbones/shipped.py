@@ -6,8 +6,6 @@ import shutil
 from importlib.metadata import distribution
 from pathlib import Path
 
-from ..files import writing
-
 _SHARE = "share/llamafactory-hera/recipes/"
 _INDEX = "README.md"
 # Of a copy, without what a user has put beside ``dataset_info.json``.
@@ -43,15 +41,14 @@ def copy_recipes(target: str | Path) -> list[Path]:
         problem = "is not empty" if target.is_dir() else "is a file"
         raise ValueError(f"--copy-to: {target} {problem}; give another folder.")
     copied, folders = [], (source, *(source / name for name in _FOLDERS))
-    with writing("--copy-to", target):
-        for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-            if file.suffix in (".yaml", ".md", ".py"):
-                place.write_text(_moved(file.read_text(encoding="utf-8"), target.as_posix()), encoding="utf-8")
-            if file.suffix == ".yaml":
-                copied.append(place)
+    for file in (file for folder in folders for file in folder.iterdir() if file.is_file()):
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+        if file.suffix in (".yaml", ".md", ".py"):
+            place.write_text(_moved(file.read_text(encoding="utf-8"), target.as_posix()), encoding="utf-8")
+        if file.suffix == ".yaml":
+            copied.append(place)
     return copied
 
 

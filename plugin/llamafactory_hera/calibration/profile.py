@@ -18,7 +18,7 @@ from ..files import write_safetensors
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
 from ..heads.hooks import Hooks
 from ..heads.targets import Pooling
-from ..selection.forward import Forward, plan_batches, run_batches
+from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features, Sample
 from .settings import Positions, RahConfig
 

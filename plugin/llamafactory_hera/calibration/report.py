@@ -10,9 +10,9 @@ from matplotlib.patheffects import withStroke
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from ..files import read_json, writing
+from ..files import read_json
 from ..heads.targets import Target
-from ..selection.pictures import heat_map, new_figure, save_figure
+from ..plots import heat_map, new_figure, save_figure
 from .plan import Anchor, Plan
 from .profile import Profile, standard_scores
 from .settings import RahConfig
@@ -226,7 +226,6 @@ def correlate_gains(measured: Sequence[str], target: Path) -> str:
     for name, x, y in points:
         axes.annotate(Path(name).name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="influence-saliency gap", ylabel="gain, points", title=f"r = {r:.2f}")
-    with writing("--output", target, "give another path"):
-        save_figure(figure, target)
+    save_figure(figure, target)
     rows = [f"{x:8.3f} {y:+8.2f}  {name}" for name, x, y in points]
     return "\n".join([f"{'gap':>8} {'gain':>8}", *rows, f"r = {r:.3f} over {len(gaps)} calibrations, p = {p:.3g}"])

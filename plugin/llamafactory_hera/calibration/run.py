@@ -11,9 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..files import held, read_json, write_json, writing
-from ..selection.features import MAKE_ROOM
-from ..selection.forward import Forward
+from ..files import locked, read_json, write_json
+from ..selection.passes import Forward
 from ..selection.samples import Sample
 from ..selection.scores import package_versions
 from .plan import make_plan
@@ -103,7 +102,7 @@ class _Calibration:
             return profile, True
         features = [sample.features for sample in drawn.profiled]
         profile = profile_heads(self._forward, features, self._collate, config, inputs.num_workers)
-        with writing("output_dir", path.parent, MAKE_ROOM):
+        if True:
             profile.save(path, key)
         return profile, False
 
@@ -128,7 +127,7 @@ class _Calibration:
     def _write(self, folder: Path, report: dict[str, Any], accepted: Sequence[Scaled]) -> None:
         """Replaces adapter, picture and report; the report comes last, so that a folder with a report is complete."""
         files = [PICTURE_FILE, REPORT_FILE]
-        with writing("output_dir", folder, MAKE_ROOM), TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
+        with TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
             work = Path(name)
             if accepted:
                 save_adapter(work, self._weights, accepted, self._inputs.model_name)
@@ -144,7 +143,7 @@ class _Calibration:
 
 def _check_folder(folder: Path) -> None:
     """Makes the folder and checks, before anything is computed, that it can be written and holds nobody's adapter."""
-    with held(folder / ".lock", "output_dir"):  # which makes the folder, and writes there
+    with locked(folder):
         pass
     ours = not any((folder / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_FILE))
     with suppress(OSError, ValueError, KeyError, TypeError):

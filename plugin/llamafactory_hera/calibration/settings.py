@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ..knobs import KeyedConfig, knob
+from ..keys import KeyedConfig, knob
 
 Text = Literal["conversation", "prompt"]
 Positions = Literal["text", "all", "last"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..selection.forward import Forward, plan_batches, run_batches
+from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
 from .profile import counted_logits
 from .settings import RahConfig

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json, write_json, write_text, writing
+from ..files import read_json, write_json, write_text
 from .card import write_index
 from .models import default_dtype, load_processor, model_folders, weights_digest
 from .suites import SUITES, Task, aggregate, definition
@@ -71,8 +71,7 @@ def evaluate(
         load_processor(model)
     padded = "-pad" * (image_aspect_ratio == "pad")  # another way to ask, of its own results
     places = {name: Path(output) / f"{Path(model).name}-{digests[name][:8]}{padded}" for name, model in named.items()}
-    with writing("--output", output):
-        Path(output).mkdir(parents=True, exist_ok=True)
+    Path(output).mkdir(parents=True, exist_ok=True)
     settings = {"dtype": default_dtype(), "image_aspect_ratio": image_aspect_ratio}
     failed = []
     for name, model in named.items():
@@ -321,7 +320,7 @@ def _open_images(folder: Path, process: Any, rows: Any) -> Any:
 
 
 if __name__ == "__main__":
-    from ..alignment.gather import end_launch
+    from ..distributed import end_launch
 
     asked_for = json.loads(sys.argv[1])
     try:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json, read_json_lines, write_json, write_text
-from ..selection.pictures import BLUE, GREEN, GRAY, ORANGE, new_figure, plain, save_figure
+from ..files import read_json, write_json, write_text
+from ..plots import BLUE, GRAY, GREEN, ORANGE, new_figure, plain, save_figure
+from .lines import read_json_lines
 from .suites import SUITES, Task, scores, tally
 
 #: What the paper reports: for each backbone, for LLaVA's training and with HeRA, scores by row.

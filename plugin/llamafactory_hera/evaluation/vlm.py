@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from ..files import read_json_lines
+from .lines import read_json_lines
 from .models import default_dtype, load, model_folders
 
 

@@ -49,7 +49,7 @@ class HeadCapture(LayerHooks):
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
-        super().__init__(model, Targets.of(heads))
+        super().__init__(model, Targets.parse(heads))
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
@@ -193,7 +193,7 @@ class LayerCapture(LayerHooks):
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
-        super().__init__(model, Targets.of(layers, "layer"))
+        super().__init__(model, Targets.parse(layers, "layer"))
         self._inside: set[int] = set()  # layers whose checkpointed function is running
 
     def representations(self) -> Tensor:

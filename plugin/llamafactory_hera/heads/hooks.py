@@ -7,11 +7,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .families import FINAL, decoder_layers, final_norm, head_layout, model_config, text_decoder
-from .pooling import pool_tokens
+from .families import FINAL, decoder_layers, final_norm, head_layout, model_config
 from .targets import Targets
+from .tokens import pool_tokens
 
 _CHECKPOINTING = "_gradient_checkpointing_func"
 
@@ -141,67 +140,6 @@ class LayerHooks(Hooks):
     def _note_gradient(self, index: int, gradient: Tensor) -> None:
         if bool((gradient != 0).any()):
             self.gradient_seen.add(index)
-
-
-class DecoderInputs(Hooks):
-    """Changes what the text decoder gets in the next forward pass: its attention mask, and embeddings of tokens.
-
-    It lies outside of checkpointed layers and inside of every wrapper, so that recomputation sees the same. While
-    nothing is set nothing changes.
-
-    Args:
-        model: A transformers model, bare or wrapped.
-        two_way: In every pass without a mask of its own the tokens of an image see one another in both directions:
-            JARVIS's attention. Enter it around the evaluation, or ``generate``, of a model that was trained so.
-    """
-
-    def __init__(self, model: nn.Module, two_way: bool = False) -> None:
-        super().__init__()
-        self._decoder = text_decoder(model)
-        self._model = next(m for m in model.modules() if isinstance(m, PreTrainedModel)) if two_way else None
-        self._image_token = model_config(model).image_token_id if two_way else -1
-        self._attention: Tensor | None = None
-        self._two_way: Tensor | None = None
-        self._embeddings: tuple[Tensor, Tensor] | None = None
-
-    def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
-        """Sets both as :class:`~..objectives.base.Plan` describes them; None leaves one as it is."""
-        self._attention, self._embeddings = attention, embeddings
-
-    def _hook(self) -> None:
-        self._undo.append(self._decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        if self._model is not None:
-            self._undo.append(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
-
-    def _look(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
-        self._two_way = None
-        if ids is None or ids.shape[1] == 1:  # a token that is generated sees everything
-            return
-        visual, at = ids == self._image_token, torch.arange(ids.shape[1], device=ids.device)
-        sees = (at.unsqueeze(1) >= at) | (visual.unsqueeze(2) & visual.unsqueeze(1))
-        self._two_way = sees if mask is None else sees & mask.bool().unsqueeze(1)
-
-    def _before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        attention = self._two_way if self._attention is None else self._attention
-        if attention is None and self._embeddings is None:
-            return None
-        embeds = kwargs["inputs_embeds"]
-        if self._embeddings is not None:
-            positions, vector = self._embeddings
-            if vector.shape != embeds.shape[-1:]:
-                raise ValueError(f"A plan's embedding has the shape {list(vector.shape)}, not [{embeds.shape[-1]}].")
-            # a row of its own takes what is no position, so that shapes do not depend on values
-            padded = nn.functional.pad(embeds, (0, 0, 0, 1))
-            index = torch.where(positions < 0, embeds.shape[1], positions).unsqueeze(-1).expand(-1, -1, len(vector))
-            embeds = padded.scatter(1, index, vector.to(embeds).expand(index.shape))[:, :-1]
-            kwargs = kwargs | {"inputs_embeds": embeds}
-        if attention is not None:
-            # the smallest number, not -inf: a row of padding that sees nothing must stay finite
-            closed = torch.zeros_like(attention, dtype=embeds.dtype)
-            closed = closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
-            kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}
-        return args, kwargs
 
 
 def in_backward() -> bool:

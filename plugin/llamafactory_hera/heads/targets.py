@@ -100,15 +100,43 @@ class Targets:
         return ",".join(self.names)
 
     @classmethod
-    def parse(cls, text: str | Iterable[Any], granularity: Granularity = "head", key: str | None = None) -> Self:
-        """Reads ``L13H12,L7H6`` (or ``L14,L15``), or a list of such names.
+    def parse(
+        cls,
+        value: "Targets | str | Iterable[Any]",
+        granularity: Granularity = "head",
+        layout: HeadLayout | None = None,
+        key: str | None = None,
+    ) -> "Targets":
+        """Reads the value of a setting.
+
+        Args:
+            value: Names in one text (``L13H12,L7H6``) or in a list, the path of a file, or targets as they are.
+            granularity: What the names denote.
+            layout: Sizes of the model; all targets must exist in it, and :data:`NAMED_LAYERS` are known.
+            key: The setting to name in errors; the default is that of the granularity.
 
         Raises:
-            ValueError: No name, an unknown syntax, or something named twice.
+            ValueError: No name, an unknown syntax, something named twice, a bad file, or a target outside the model.
         """
-        key = key or _key(granularity)
-        names = re.split(r"[,\s]+", text.strip()) if isinstance(text, str) else [str(name) for name in text]
-        items = [Target.parse(name, granularity, key) for name in names if name]
+        if not isinstance(value, Targets):
+            value = cls._parsed(value, granularity, layout, key or _key(granularity))
+        if layout is not None:
+            value.check(layout)
+        return value
+
+    @classmethod
+    def _parsed(
+        cls, value: str | Iterable[Any], granularity: Granularity, layout: HeadLayout | None, key: str
+    ) -> "Targets":
+        if isinstance(value, str):
+            text = value.strip()
+            if layout is not None and granularity == "layer" and text in NAMED_LAYERS:
+                places = {"middle": layout.n_layers // 2, "penultimate": max(layout.n_layers - 2, 0)}
+                return cls((Target(places[text]),))
+            if text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
+                return cls.load(text, granularity, key)
+            value = re.split(r"[,\s]+", text)
+        items = [Target.parse(str(name), granularity, key) for name in value if str(name)]
         if not items:
             raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}, or {_ELSE[granularity]}.")
         twice = sorted({item for item in items if items.count(item) > 1})
@@ -118,29 +146,9 @@ class Targets:
         return cls(tuple(items))
 
     @classmethod
-    def resolve(cls, value: str, granularity: Granularity = "head") -> Self:
-        """Reads the value of a setting: names, or the path of a file."""
-        is_path = value.strip().endswith(".json") or os.path.sep in value or os.path.isfile(value)
-        return cls.load(value, granularity) if is_path else cls.parse(value, granularity)
-
-    @classmethod
-    def named(cls, value: str, granularity: Granularity, layout: HeadLayout) -> Self:
-        """Reads the value of a setting for a model, in which all of it must exist; :data:`NAMED_LAYERS`, too."""
-        if granularity == "layer" and value in NAMED_LAYERS:
-            return cls((Target({"middle": layout.n_layers // 2, "penultimate": max(layout.n_layers - 2, 0)}[value]),))
-        targets = cls.resolve(value, granularity)
-        targets.check(layout)
-        return targets
-
-    @classmethod
-    def of(cls, given: "Targets | str | Iterable[Any]", granularity: Granularity = "head") -> "Targets":
-        """Targets as they are, or what a value or a list of names means."""
-        if isinstance(given, Targets):
-            return given
-        return cls.resolve(given, granularity) if isinstance(given, str) else cls.parse(given, granularity)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None) -> Self:
+    def load(
+        cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None
+    ) -> "Targets":
         """Reads the JSON that :meth:`save` and selection write.
 
         Args:
@@ -172,7 +180,7 @@ class Targets:
         wrong = _wrong(provenance)
         if wrong:
             raise ValueError(f'{key}: "{wrong}" in the provenance of {path} is not what a selection writes; {remedy}.')
-        return replace(cls.parse(content[f"{named}s"], named, key), provenance=provenance)
+        return replace(cls.parse(content[f"{named}s"], named, key=key), provenance=provenance)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON form; the file appears complete or not at all."""

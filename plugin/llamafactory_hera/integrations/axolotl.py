@@ -42,7 +42,6 @@ _REFUSED = {
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
     "hera_select_dataset": "heads are selected on datasets; give a file of `llamafactory-hera select` as hera_heads",
-    "hera_eval": "it evaluates after runs of LLaMA-Factory; use `llamafactory-hera eval` on the finished model",
     "trainer_cls": "the plugin brings the trainer",
 }
 # Each process would hold a part of a sample's tokens or heads.

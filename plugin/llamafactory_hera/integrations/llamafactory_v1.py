@@ -1,6 +1,7 @@
 """HeRA in LLaMA-Factory's v1 engine (``USE_V1=1`` on its main branch), with no change to the host.
 
-``torchrun -m llamafactory_hera.v1 recipe.yaml``: a recipe of that engine with ``hera_*`` keys beside its own.
+``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml`` takes a recipe of that engine with added
+``hera_*`` keys.
 """
 
 import json
@@ -19,8 +20,8 @@ from llamafactory.v1.utils.callbacks import TrainerCallback
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ..alignment.gather import mean_over_ranks
 from ..config import HeraConfig
+from ..distributed import mean_over_ranks
 from ..objectives import find
 from ..training import Aligner
 
@@ -85,17 +86,17 @@ class HeraV1Trainer(SFTTrainer):
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         collator = self.aligner.collator(lambda rows: tensors)
         inputs = collator([{"images": json.loads(images)} for images in batch[_NAME]])
-        micro_batch = self.aligner.begin({name: v.to(self.device, non_blocking=True) for name, v in inputs.items()})
+        micro_batch = self.aligner.prepare({name: v.to(self.device, non_blocking=True) for name, v in inputs.items()})
         assert micro_batch is not None
         loss = super().compute_loss(batch)
-        self.aligner.statistics.add(lm_loss=loss.detach())
-        term = self.aligner.finish(micro_batch).to(loss)
+        self.aligner.watch.statistics.add(lm_loss=loss.detach())
+        term = self.aligner.loss(micro_batch).to(loss)
         return _Share.apply(loss, term, 1 / self.train_batch_generator.num_micro_batch)
 
     def save_model(self) -> None:
         """As the engine's, with hera/ beside the model."""
         super().save_model()
-        self.aligner.finalize()
+        self.aligner.close()
         if DistributedInterface().get_rank() == 0:
             self.aligner.save(self.args.output_dir)
 
@@ -112,8 +113,8 @@ class _AlignerCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
-        aligner.end()
-        aligner.step(self._learning_rate, peak=args.learning_rate)
+        aligner.after_backward()
+        aligner.optimizer_step(self._learning_rate, peak=args.learning_rate)
         if state.global_step % args.logging_steps == 0:
             self._trainer._step_metrics = mean_over_ranks(aligner.logs(), self._trainer.device)
 
@@ -131,9 +132,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
             hera.select.dataset is not None,
             "it selects nothing; name a file that `llamafactory-hera select` has written as hera_heads",
         ),
-        f"hera_eval: {hera.eval}": (hera.eval != "none", "use `llamafactory-hera eval` on the finished model"),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
-        f"hera_batches: {hera.batches}": (hera.batches != "random", "the engine orders the samples"),
         f"micro_batch_size: {size}": (
             size * int(os.environ.get("WORLD_SIZE", 1)) + hera.memory < least,
             f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",
@@ -168,7 +167,13 @@ def run(keys: dict[str, Any]) -> None:
 def main() -> None:
     """Trains by the recipe that the command line names; ``key=value`` behind it overrides."""
     if len(sys.argv) < 2:
-        raise SystemExit("usage: torchrun -m llamafactory_hera.v1 recipe.yaml [key=value ...]")
+        raise SystemExit(
+            "usage: torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]"
+        )
     recipe = OmegaConf.merge(OmegaConf.load(sys.argv[1]), OmegaConf.from_cli(sys.argv[2:]))
     keys: Any = OmegaConf.to_container(recipe)
     run(keys)
+
+
+if __name__ == "__main__":
+    main()

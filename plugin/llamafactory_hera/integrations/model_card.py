@@ -10,11 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..config import HeraConfig
 from ..evaluation.card import index
 from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
 from ..heads import Targets
-from ..knobs import Role
 from ..selection.scores import command_line, package_versions
 from ..training import Aligner
 
@@ -95,8 +93,9 @@ def index_scores(folder: Path, scores: Path) -> None:
 
 def _result(facts: dict[str, Any], scores: dict[str, float], when: str) -> EvalResult:
     """The mean of heads' or layers' scores as the hub reads it, with what they were measured on."""
-    mode, chance = facts.get("mode"), facts.get("chance_level", float("nan"))
-    measured = f"mode {mode}, k={facts.get('k')}, {facts.get('samples')} samples, chance {chance:.4f}"
+    keys, chance = facts.get("keys", {}), facts.get("chance_level", float("nan"))
+    mode = keys.get("hera_select_mode")
+    measured = f"mode {mode}, k={keys.get('hera_select_k')}, {facts.get('samples')} samples, chance {chance:.4f}"
     return EvalResult(
         task_type="image-text-to-text",
         dataset_type=facts["dataset"],
@@ -132,10 +131,10 @@ def _card_facts(
     }
     if best_step not in (None, steps):
         facts["weights_of_step"] = best_step
-    if aligner.objective.uses_candidates:
-        facts |= {"k": config.k, "memory": config.memory, "batches": config.batches}
+    if config.reads("hera_memory"):
+        facts |= {"k": config.k, "memory": config.memory}
     if targets.provenance:
-        names = [*HeraConfig.fact_keys(Role.SELECTS), "samples", "chance_level", "dataset", "date"]
+        names = ["keys", "samples", "chance_level", "dataset", "date"]
         facts["selection"] = {name: targets.provenance[name] for name in names if name in targets.provenance}
         scores = _scores(targets)
         if scores:
@@ -165,14 +164,15 @@ def _render(facts: dict[str, Any]) -> str:
         ]
     if "memory" in facts and "hera_mknn" in facts["curves"]:
         remembered = f" and up to {facts['memory']} remembered" if facts["memory"] else ""
-        among = f"those of its batch{remembered}, in {facts['batches']} batches"
+        among = f"those of its batch{remembered}"
         lines += ["", f"MKNN in training compares a sample with {among}; other candidates give other values."]
     selection = facts.get("selection", {})
+    keys = selection.get("keys", {})
     if "mknn" in selection:
         lines += [
             "",
-            f"Selected before training ({selection.get('strategy')}, mode {selection.get('mode')}, "
-            f"{selection.get('samples')} samples of {selection.get('dataset')}, k={selection.get('k')}, chance "
+            f"Selected before training ({keys.get('hera_select')}, mode {keys.get('hera_select_mode')}, "
+            f"{selection.get('samples')} samples of {selection.get('dataset')}, k={keys.get('hera_select_k')}, chance "
             f"{selection.get('chance_level', float('nan')):.4f}); MKNN then: "
             + ", ".join(f"{name} {score:.4f}" for name, score in selection["mknn"].items())
             + ". `llamafactory-hera score` measures it on this model.",

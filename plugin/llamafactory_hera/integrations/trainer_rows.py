@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..alignment.gather import of_all, world_size
 from ..config import HeraConfig
+from ..distributed import of_all, world_size
 from ..heads.families import head_layout, media_token_ids, model_config
-from ..heads.pooling import IGNORE_INDEX
 from ..heads.targets import AUTO, Targets
+from ..heads.tokens import IGNORE_INDEX
 from ..hub import local_folder
 from ..selection.fingerprint import model_fingerprint
 from ..selection.resolve import Run, resolve_targets

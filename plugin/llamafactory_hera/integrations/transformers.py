@@ -15,15 +15,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..alignment.batches import NeighborSampler
-from ..alignment.gather import mean_over_ranks, on_first, world_size
 from ..config import HeraConfig
-from ..files import LOCK, held
+from ..distributed import mean_over_ranks, on_first, world_size
+from ..files import locked
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import check_tuning, checkpoint_step, load_renamed_weights
+from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .model_card import write_card
@@ -87,7 +86,6 @@ class HeraTrainerMixin(_Base):
         self.add_callback(_AlignerCallback(self))
         self._compute_loss_called = False
         self._best_step: int | None = None
-        self._order: NeighborSampler | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
         self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
@@ -112,25 +110,10 @@ class HeraTrainerMixin(_Base):
         finally:
             self.train_dataset, self.data_collator, self._signature_columns = dataset, collate, columns
 
-    def _get_train_sampler(self, *args: Any) -> Any:
-        """The order of samples: each slice of it that is compared at once is whole batches of all processes."""
-        config, settings = self.aligner.config, self.args
-        if config.batches == "random":
-            return super()._get_train_sampler(*args)
-        together = self._train_batch_size * (1 if self.accelerator.split_batches else world_size())
-        if config.accumulate == "gradcache":
-            together *= settings.gradient_accumulation_steps
-        seed = settings.seed if settings.data_seed is None else settings.data_seed
-        with untouched_random_state():
-            self._order = self.aligner.sampler(
-                self.train_dataset, together, self._images_of, seed, settings.dataloader_num_workers
-            )
-        return self._order
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
         batches, n_items = super().get_batch_samples(*args, **kwargs)
-        if self.args.gradient_accumulation_steps > 1 and self.aligner.config.accumulate == "gradcache":
+        if self.args.gradient_accumulation_steps > 1 and self.aligner.config.gradcache:
             self._to_collect = batches
         return batches, n_items
 
@@ -148,7 +131,7 @@ class HeraTrainerMixin(_Base):
         if not self._compute_loss_called:
             name = super().training_step.__qualname__
             raise RuntimeError(f"{name} does not call compute_loss, so HeRA has no part in the loss.")
-        self.aligner.end()
+        self.aligner.after_backward()
         return loss
 
     def _collect(self, model: torch.nn.Module) -> None:
@@ -160,7 +143,7 @@ class HeraTrainerMixin(_Base):
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
             inputs = self._prepare_inputs(dict(batch))
-            micro_batch = self.aligner.begin(inputs)
+            micro_batch = self.aligner.prepare(inputs)
             if micro_batch is None:
                 continue
             # without labels: no loss is needed, and none is counted by a trainer that counts tokens there
@@ -180,18 +163,18 @@ class HeraTrainerMixin(_Base):
     ) -> Any:
         """The LM loss, plus the weighted HeRA term for batches of the training data."""
         self._compute_loss_called = True
-        micro_batch = self.aligner.begin(inputs)
+        micro_batch = self.aligner.prepare(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         result: Any = super().compute_loss(model, inputs, **kwargs)
         if micro_batch is None:
             return result
         loss, *outputs = result if return_outputs else (result,)
-        term, lm_loss = self.aligner.finish(micro_batch), loss.detach()
+        term, lm_loss = self.aligner.loss(micro_batch), loss.detach()
         if not self._divides_by_steps(num_items_in_batch):
             # the LM loss is this micro-batch's share of the step's; the term becomes one, too
             term = term / self.current_gradient_accumulation_steps
             lm_loss = lm_loss * self.current_gradient_accumulation_steps
-        self.aligner.statistics.add(lm_loss=lm_loss)
+        self.aligner.watch.statistics.add(lm_loss=lm_loss)
         loss = loss + term.to(loss.device)
         return (loss, *outputs) if return_outputs else loss
 
@@ -233,9 +216,7 @@ class HeraTrainerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         target: Any = self.model if model is None else model
-        peft = next(iter(getattr(target, "peft_config", {}).values()), None)
-        settings = {"lora_rank": getattr(peft, "r", None), "use_dora": getattr(peft, "use_dora", False)}
-        check_tuning(resume_from_checkpoint, "full" if peft is None else peft.peft_type.value.lower(), **settings)
+        self.aligner.check(resume_from_checkpoint)
         if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -265,7 +246,7 @@ class HeraTrainerMixin(_Base):
         config, aligner = self.aligner.config, self.aligner
         size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
         micro_batch = size * world_size()
-        together = micro_batch * (steps if config.accumulate == "gradcache" else 1)
+        together = micro_batch * (steps if config.gradcache else 1)
         candidates = together - 1 + config.memory
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         own = sum(p.numel() for p in aligner.objective.parameters() if p.requires_grad)
@@ -277,7 +258,7 @@ class HeraTrainerMixin(_Base):
             "trainable parameters": f"{trainable:,} of the model, {own:,} of the objective",
         }
         lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in aligner.objective.values().items()}
-        if aligner.objective.uses_candidates:
+        if config.reads("hera_memory"):
             up_to = "up to " if config.memory else ""  # the memory fills while training
             counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
             counted += "; hera_mknn is logged from when they are all there" * (config.memory > 0)
@@ -300,24 +281,20 @@ class _AlignerCallback(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lock = held(f"{args.output_dir}/{LOCK}", "output_dir")
+        lock = locked(args.output_dir)
         on_first(lambda: self._trainer._lock.enter_context(lock))
         # an attempt that ran out of memory leaves its own, which are no part of the next one
         self._trainer.aligner.objective.zero_grad()
-        self._trainer.aligner.statistics.take()
+        self._trainer.aligner.watch.statistics.take()
         self._trainer.aligner.batch_size = state.train_batch_size  # which may be smaller than asked for
         self._trainer._log_summary()
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._order is not None:  # on several processes accelerate does not reach that of a resumed run
-            self._trainer._order.set_epoch(int(state.epoch or 0))
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
-        trainer.aligner.step(trainer._get_learning_rate(), trainer._loss_scale(), args.learning_rate)
+        trainer.aligner.optimizer_step(trainer._get_learning_rate(), trainer._loss_scale(), args.learning_rate)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.aligner.finalize()
+        self._trainer.aligner.close()
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
         self._trainer._lock.close()

@@ -1,11 +1,22 @@
-"""Alignment objectives, registered by name: each is one class in one file of this folder."""
+"""Alignment objectives; each is one registered class."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from . import cka, contrastive, feature
+from .base import Objective, Options, PooledBatch, create, find, names, register
+from .tokens import Plan, Step, TokenBatch, TokenObjective
 
-from .base import Objective, Options, Plan, PooledBatch, Step, TokenBatch, create, find, names, register
-
-__all__ = ["Objective", "Options", "Plan", "PooledBatch", "Step", "TokenBatch", "create", "find", "names", "register"]
-
-for _module in iter_modules(__path__):
-    import_module(f".{_module.name}", __name__)
+__all__ = [
+    "Objective",
+    "Options",
+    "Plan",
+    "PooledBatch",
+    "Step",
+    "TokenBatch",
+    "TokenObjective",
+    "cka",
+    "contrastive",
+    "create",
+    "feature",
+    "find",
+    "names",
+    "register",
+]

@@ -1,4 +1,4 @@
-"""CKA, CMAR's objective: the similarities among the samples of a batch must be the teacher's, all of them."""
+"""CKA, the objective of CMAR: all similarities among the samples of a batch must match the teacher's."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from .base import Objective, PooledBatch, register
 class CKA(Objective):
     """One minus the linear CKA of representations and teacher features over the samples of the global batch."""
 
-    least_samples = 3  # two centered samples are always collinear: their CKA is 1
+    reads = (*Objective.reads, "hera_accumulate")
+    least_samples = 3  # two centered samples are always collinear, so their CKA is 1
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each target; 0 below three samples."""
+        """Computes the loss of each target; 0 for fewer than three samples."""
         enters = self.entering(batch)
         return torch.where(enters.any(), cka_loss(batch.z, batch.teacher, enters), 0.0)
 
     def comparable(self, batch: PooledBatch) -> Tensor:
-        """Where all samples show one image there is no structure to learn."""
+        """Expects gradients only if the batch shows at least two different images."""
         return super().comparable(batch) & batch.candidates.allowed.any()

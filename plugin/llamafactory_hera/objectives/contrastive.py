@@ -1,4 +1,4 @@
-"""HeRA's objective: a sample's neighbors in the teacher's space must be near (paper, eq. 4 and 8)."""
+"""HeRA's objective: a sample's neighbors in the teacher's space must be near it in the student's (paper, eq. 4, 8)."""
 
 import math
 
@@ -11,37 +11,35 @@ from .base import Objective, Options, PooledBatch, register
 
 @register("contrastive")
 class Contrastive(Objective):
-    """Multi-target InfoNCE with a temperature that is learned in log scale (paper, sec. 3)."""
+    """InfoNCE with several positives and a temperature that is learned in log scale (paper, sec. 3)."""
 
-    uses_candidates = True
-    least_samples = 3  # of two candidates one is the neighbor; with one the loss is the logarithm of 1
+    reads = (*Objective.reads, "hera_temperature", "hera_fixed_temperature", "hera_memory", "hera_accumulate")
+    least_samples = 3  # with two candidates one is the neighbor; with one candidate the loss would be log 1
     logged = ("hera_temperature",)
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        log_temperature = torch.tensor(math.log(options.temperature))
-        self.log_temperature = nn.Parameter(log_temperature, requires_grad=options.learn_temperature)
+        log_temperature = torch.tensor(math.log(options.config.temperature))
+        self.log_temperature = nn.Parameter(log_temperature, requires_grad=not options.config.fixed_temperature)
 
     def temperature(self) -> Tensor:
-        """The temperature, with gradient while it is learned."""
+        """Returns the temperature, with gradient while it is learned."""
         return self.log_temperature.exp()
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """The loss of each target: the mean over samples that have a neighbor."""
+        """Computes the loss of each target, averaged over the samples that have a neighbor."""
         neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
-        return contrastive_loss(
-            batch.everything, neighbors, self.temperature(), batch.normalize, allowed, per_head=True
-        )
+        return contrastive_loss(batch.z_all, neighbors, self.temperature(), batch.normalize, allowed, per_head=True)
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Samples with a neighbor."""
+        """Only samples with a neighbor enter."""
         return batch.candidates.known
 
     def comparable(self, batch: PooledBatch) -> Tensor:
-        """All that are valid enter, which each have a gradient."""
+        """Expects gradients if every valid sample has a neighbor."""
         enters = self.entering(batch)
         return enters.any() & (enters | ~batch.valid).all()
 
     def values(self) -> dict[str, float]:
-        """The temperature."""
+        """Returns the temperature."""
         return {"hera_temperature": math.exp(self.log_temperature.item())}

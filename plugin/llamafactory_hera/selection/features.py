@@ -12,13 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..alignment.gather import barrier, rank, world_size
-from ..config import HeraConfig, StoredDtype
-from ..files import write_safetensors, writing
+from ..config import HeraConfig
+from ..distributed import barrier, rank, world_size
+from ..files import write_safetensors
 from ..heads.families import head_layout, model_config
-from ..heads.pooled import PooledHeads
+from ..heads.probe import PooledHeads
 from ..teachers.fill import Progress
-from .forward import Forward, plan_batches, run_batches
+from .passes import Forward, plan_batches, run_batches
 from .samples import Sample, SelectionInputs
 
 logger = logging.getLogger(__name__)
@@ -29,17 +29,15 @@ MAKE_ROOM = "free space there, or give another folder; what was computed before 
 PREFIX = "features-"
 # A killed run loses at most one block on each process; blocks are what processes share out.
 _BLOCK_SAMPLES = 32
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 class FeatureBlocks:
     """Files ``block-00000.safetensors``, each with some samples (``rows``), in a folder named by a digest."""
 
-    def __init__(self, folder: Path, key: str, rows: list[list[int]], n_layers: int, dtype: StoredDtype) -> None:
+    def __init__(self, folder: Path, key: str, rows: list[list[int]], n_layers: int) -> None:
         self.folder = folder / f"{PREFIX}{key[:16]}"
         self.rows = rows
         self._n_layers = n_layers
-        self._dtype = _DTYPES[dtype]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def missing(self) -> list[int]:
@@ -48,10 +46,9 @@ class FeatureBlocks:
 
     def write(self, block: int, heads: Tensor, layers: Tensor) -> None:
         """Stores a block, whole or not at all: heads ``[B, L, H, d]``, layers ``[B, L, D]``."""
-        tensors = {f"heads.{index}": self._stored(heads[:, index]) for index in range(self._n_layers)}
-        tensors |= {f"layer.{index}": self._stored(layers[:, index]) for index in range(self._n_layers)}
-        with writing("output_dir", self._path(block), MAKE_ROOM):
-            write_safetensors(self._path(block), tensors)
+        tensors = {f"heads.{index}": heads[:, index] for index in range(self._n_layers)}
+        tensors |= {f"layer.{index}": layers[:, index] for index in range(self._n_layers)}
+        write_safetensors(self._path(block), tensors)
 
     def read(self, kind: Literal["heads", "layer"], device: torch.device) -> Iterator[Tensor]:
         """Each layer's head outputs ``[N, H, d]``, or its own output ``[N, D]``, in the order of the samples."""
@@ -78,14 +75,6 @@ class FeatureBlocks:
             logger.warning("%s is damaged and computed again (%s).", self._path(block), error)
             return False
 
-    def _stored(self, values: Tensor) -> Tensor:
-        stored = values.to(self._dtype)
-        if (stored.isinf() & values.isfinite()).any():
-            raise ValueError(
-                f"hera_select_dtype: fp16 cannot hold {values.abs().max():.3g}, an output of this model; use fp32."
-            )
-        return stored
-
 
 def compute_features(
     inputs: SelectionInputs, model: nn.Module, samples: Sequence[Sample], config: HeraConfig, folder: Path, key: str
@@ -101,7 +90,7 @@ def compute_features(
     plan = [batches[start : start + per_block] for start in range(0, len(batches), per_block)]
     rows = [[row for batch in block for row in batch] for block in plan]
     key = hashlib.sha256(json.dumps([key, [feature["input_ids"] for feature in features], rows]).encode()).hexdigest()
-    blocks = FeatureBlocks(folder, key, rows, head_layout(model_config(model)).n_layers, config.select.dtype)
+    blocks = FeatureBlocks(folder, key, rows, head_layout(model_config(model)).n_layers)
     missing = blocks.missing()
     barrier()  # nobody writes before everybody has looked
     if rank() == 0 and len(missing) < len(rows):

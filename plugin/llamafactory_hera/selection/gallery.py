@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..alignment.scoring import nearest_samples
-from ..files import write_safetensors, writing
-from ..heads.pooling import IGNORE_INDEX
+from ..files import write_safetensors
 from ..heads.targets import Target, Targets
+from ..heads.tokens import IGNORE_INDEX
+from ..plots import GRAY, GREEN, new_figure, save_figure
 from ..teachers.images import ImageLike, load_image
-from .pictures import GREEN, GRAY, new_figure, save_figure
 from .samples import Sample
 from .scores import ScoreFile, load_files
 
@@ -135,16 +135,15 @@ def write_gallery(
     """
     files, names = load_files(paths, names, "gallery")
     known = files[0].ranked()
-    chosen = Targets.resolve(targets, files[0].chosen.granularity).items if targets else default_targets(files[0])
+    chosen = Targets.parse(targets, files[0].chosen.granularity).items if targets else default_targets(files[0])
     if outside := [str(target) for target in chosen if target not in known]:
         raise ValueError(f"gallery: {', '.join(outside)} has no score in {files[0].path}; name others.")
     pictures = []
     for target in chosen:
         figure = draw_gallery(files, names, target)
         pictures.append(Path(f"{output}_{target}.png"))
-        with writing("gallery", pictures[-1], "give another path"):
-            pictures[-1].parent.mkdir(parents=True, exist_ok=True)
-            save_figure(figure, pictures[-1])
+        pictures[-1].parent.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, pictures[-1])
     return pictures
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from ..files import CARD, read_json, write_text, writing
+from ..files import CARD, read_json, write_text
 from ..heads.targets import Target
+from ..plots import BLUE, GRAY, GREEN, ORANGE, inline_svg, new_figure, plain
 from .gallery import default_targets, draw_gallery
-from .pictures import BLUE, GREEN, GRAY, ORANGE, draw_comparison, inline_svg, new_figure, plain
+from .pictures import draw_comparison
 from .scores import Comparison, ScoreFile, command_line, compare
 
 logger = logging.getLogger("llamafactory_hera")
@@ -68,8 +69,7 @@ def write_page(
     path = next((folder / CARD for folder in folders if (folder / CARD).is_file()), None)
     card = read_json(path) if path else {}
     title = f"HeRA: {comparison.files[-1].provenance['model']}"
-    with writing("report", target, "give another path"):
-        write_text(target, _PAGE.format(title=escape(title), body="\n".join(_parts(comparison, card))))
+    write_text(target, _PAGE.format(title=escape(title), body="\n".join(_parts(comparison, card))))
     return Path(target)
 
 
@@ -78,7 +78,8 @@ def _parts(comparison: Comparison, card: dict[str, Any]) -> Iterable[str]:
     facts, (group, framed) = first.provenance, next(iter(comparison.groups.items()))
     yield (
         f"<p>MKNN against {escape(facts['teacher'])} on {facts['samples']} samples of {escape(facts['dataset'])}, "
-        f"k = {facts['k']}, mode {facts['mode']}. Unrelated features reach {first.chance:.4f}.</p>"
+        f"k = {facts['keys']['hera_select_k']}, mode {facts['keys']['hera_select_mode']}. "
+        f" Unrelated features reach {first.chance:.4f}.</p>"
     )
     yield "<h2>What was trained</h2>"
     yield _facts(card) if card else f"<p>No {CARD} lies beside the scores: a finished run writes it.</p>"

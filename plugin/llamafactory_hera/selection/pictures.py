@@ -1,66 +1,20 @@
 """The pictures: scores of all heads, layers against heads (paper, fig. 3 left), runs side by side (fig. 3 right)."""
 
 import os
-import re
 from collections.abc import Sequence
-from html import escape
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from numpy.typing import ArrayLike
 
-from ..files import whole_file, write_text, writing
+from ..files import write_text
+from ..plots import BLUE, GRAY, ORANGE, SERIES, TIP, heat_map, new_figure, plain, save_figure, tick_step
 from .scores import Comparison, ScoreFile, compare, render_markdown, render_table
 
-# From the palette of Okabe and Ito, which every common kind of color blindness can tell apart.
-BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-# For things that stand side by side; the first is what the others are compared with.
-_SERIES = (GRAY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
-
-_TIP = "tip:"  # before the text of a ``gid``
 _CELL = 0.16  # inches
-_LABEL = 0.2  # inches along the axis that a tick label needs
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure, in inches, that belongs to no window system."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def plain(axes: Axes) -> None:
-    """Takes away the frame lines that carry nothing."""
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def tick_step(count: int, room: float, label_size: float) -> int:
-    """The smallest of 1, 2, 4, 5, 8, 10, … at which ``count`` labels do not touch on an axis of ``room`` inches."""
-    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, count) if count / step * label_size <= room)
-
-
-def save_figure(figure: Figure, target: Path) -> None:
-    """Writes a PNG; the file appears complete or not at all."""
-    with whole_file(target) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-
-
-def inline_svg(figure: Figure, alt: str) -> str:
-    """A figure as a part of an HTML page; what has a ``gid`` of ours shows it when the pointer rests there."""
-    drawn = StringIO()
-    with rc_context({"svg.hashsalt": alt}):  # the same page twice is the same file
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    text = drawn.getvalue()
-    tipped = re.sub(rf'<g id="{_TIP}(.*?)">', r"<g><title>\1</title>", text[text.index("<svg") :])
-    return tipped.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 
 def show(path: Path) -> None:
@@ -84,24 +38,11 @@ def draw_scores(scored: ScoreFile, target: Path) -> None:
         _curves(curves, scored)
     provenance = scored.provenance
     figure.suptitle(
-        f"{provenance['model']} ({provenance['mode']}) against {provenance['teacher']}\n"
-        f"{provenance['samples']} samples of {provenance['dataset']}, k={provenance['k']}",
+        f"{provenance['model']} ({provenance['keys']['hera_select_mode']}) against {provenance['teacher']}\n"
+        f"{provenance['samples']} samples of {provenance['dataset']}, k={provenance['keys']['hera_select_k']}",
         fontsize=10,
     )
     save_figure(figure, target)
-
-
-def heat_map(
-    figure: Figure, axes: Axes, values: ArrayLike, size: tuple[float, float], title: str, **style: Any
-) -> Colorbar:
-    """Draws values ``[L, H]`` of all heads on axes of ``size`` inches, and returns the scale of their colors."""
-    image = axes.imshow(values, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | style)
-    for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
-        axis.set_ticks(range(0, count, tick_step(count, room, _LABEL)))
-    axes.tick_params(labelsize=8)
-    axes.set(xlabel="head", ylabel="layer")
-    axes.set_title(title, fontsize=9)
-    return figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
 
 
 def _draw_heads(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float, float]) -> None:
@@ -121,7 +62,9 @@ def _draw_heads(figure: Figure, axes: Axes, scored: ScoreFile, size: tuple[float
 
 def _selected(scored: ScoreFile) -> str:
     names = scored.chosen.names
-    return f"selected ({scored.provenance['strategy']}) {' '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+    return (
+        f"selected ({scored.provenance['keys']['hera_select']}) {' '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+    )
 
 
 def _curves(axes: Axes, scored: ScoreFile) -> None:
@@ -156,9 +99,9 @@ def draw_comparison(comparison: Comparison) -> Figure:
         columns = zip(*rows.values(), strict=True)
         for position, (values, name) in enumerate(zip(columns, comparison.names, strict=True)):
             places = [place + (position - (n_files - 1) / 2) * width for place in range(len(rows))]
-            bars = axes.bar(places, values, width * 0.92, color=_SERIES[position % len(_SERIES)], label=name)
+            bars = axes.bar(places, values, width * 0.92, color=SERIES[position % len(SERIES)], label=name)
             for bar, target, value in zip(bars, rows, values, strict=True):
-                bar.set_gid(f"{_TIP}{target} {name}: {value:.4f}")
+                bar.set_gid(f"{TIP}{target} {name}: {value:.4f}")
         axes.axhline(first.chance, color="black", linestyle="--", linewidth=1, label="chance")
         axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
@@ -182,8 +125,7 @@ def write_report(
     comparison = compare(paths, names, aligned)
     base = Path(output)
     picture, page = base.with_name(f"{base.name}.png"), base.with_name(f"{base.name}.md")
-    with writing("report", base, "give another path"):
-        base.parent.mkdir(parents=True, exist_ok=True)
-        save_figure(draw_comparison(comparison), picture)
-        write_text(page, render_markdown(comparison, picture.name))
+    base.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(draw_comparison(comparison), picture)
+    write_text(page, render_markdown(comparison, picture.name))
     return picture, page

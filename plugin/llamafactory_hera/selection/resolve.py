@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from ..alignment.gather import on_first, rank
-from ..config import HeraConfig
+from ..config import HeraConfig, selection_keys
+from ..distributed import on_first, rank
 from ..files import RUN_FOLDER
 from ..heads.families import HeadLayout
 from ..heads.targets import AUTO, Targets, file_name
-from ..knobs import Role
-from ..teachers.checkpoint import teacher_fingerprint, teacher_folder
+from ..teachers.encoder import teacher_fingerprint, teacher_folder
 from .pictures import show
 from .samples import SelectionInputs
-from .scores import differences
+from .scores import SAME_RUN, SAME_SELECTION, differences
 from .select import select_targets
 
 logger = logging.getLogger("llamafactory_hera")
@@ -62,21 +61,21 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 def _given(config: HeraConfig, run: Run, folder: Path) -> Targets:
     """What the settings name, with its scores where a selection in the output folder chose the same for this run."""
-    targets = Targets.named(config.named_targets, config.granularity, run.layout)
+    targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
-        _check(targets, _facts(config, run), Role.TRAINS, config)
+        _check(targets, _facts(config, run), SAME_RUN, config)
         return targets
     # training writes that file anew
     path = folder / targets.file_name
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
-    return selected if same and not differences(selected.provenance, _facts(config, run), Role.TRAINS) else targets
+    return selected if same and not differences(selected.provenance, _facts(config, run), SAME_RUN) else targets
 
 
 def _facts(config: HeraConfig, run: Run) -> dict[str, Any]:
     """What a selection made now would write, as far as runs and selections are compared by it."""
     return {
-        **config.facts(Role.SELECTS, Role.TRAINS),
+        "keys": selection_keys(config),
         **run.facts(),
         "teacher": config.teacher,
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
@@ -90,17 +89,17 @@ def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, chec
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
         if chosen is None or not chosen.provenance:
             continue
-        if not differences(chosen.provenance, now, Role.SELECTS):
+        if not differences(chosen.provenance, now, SAME_SELECTION):
             logger.info(f"HeRA | {chosen.key}: {chosen} of {path}, which was selected with the same settings")
             return chosen
         if checkpoint is not None:
-            _check(chosen, now, Role.SELECTS, config)
+            _check(chosen, now, SAME_SELECTION, config)
             return chosen
     return None
 
 
-def _check(chosen: Targets, now: dict[str, Any], role: Role, config: HeraConfig) -> None:
-    differing = differences(chosen.provenance, now, role)
+def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config: HeraConfig) -> None:
+    differing = differences(chosen.provenance, now, names)
     if not differing:
         return
     key, what = chosen.key, chosen.what

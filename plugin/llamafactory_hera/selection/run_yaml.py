@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..files import write_text, writing
+from ..files import write_text
 from ..heads.targets import Targets
 
 _KEY = "hera_heads"
@@ -58,11 +58,10 @@ def set_heads_in_place(recipe: Path, heads: Targets, check_only: bool = False) -
             f"--in-place: {recipe} is left as it is, as {' '.join(str(error).split())}; write {_KEY}: into it "
             "yourself, or leave --in-place out."
         ) from error
-    with writing("--in-place", recipe, "make it writable, or leave --in-place out"):
-        if not check_only:
-            write_text(recipe, text)
-        elif not os.access(recipe, os.W_OK):
-            raise PermissionError(13, "Permission denied")
+    if not check_only:
+        write_text(recipe, text)
+    elif not os.access(recipe, os.W_OK):
+        raise ValueError(f"--in-place: {recipe} cannot be written; make it writable, or leave --in-place out.")
 
 
 def _read(recipe: Path) -> str:

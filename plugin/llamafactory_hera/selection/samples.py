@@ -14,7 +14,7 @@ from torch import nn
 
 from ..alignment.neighbors import chance_level
 from ..config import HeraConfig
-from ..heads.pooling import IGNORE_INDEX
+from ..heads.tokens import IGNORE_INDEX
 from ..teachers.encoder import VisionTeacher
 from ..teachers.images import ImageLike, image_key, shown_image
 

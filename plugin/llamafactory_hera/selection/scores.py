@@ -17,25 +17,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..config import HeraConfig, Strategy
+from ..config import SCORE_KEYS, SELECTION_KEYS, Strategy
 from ..files import RUN_FOLDER
 from ..heads.targets import Granularity, Target, Targets
-from ..knobs import Role
+from ..keys import changes
 
 _N_COMPARED = 5  # in each group of a comparison, as in the paper
 _SCORE_FILES = ("scores.json", "heads.json", "layers.json")  # of a folder; the first is that of `score`
 _ROWS = 10  # of the table in the terminal
 # What tables and pictures show of a file's provenance.
-_SHOWN = ("scores", "layer_scores", "chance_level", "samples", "k", "strategy", "mode", "model", "teacher", "dataset")
+_SHOWN = ("scores", "layer_scores", "chance_level", "samples", "keys", "model", "teacher", "dataset")
 _PACKAGES = ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft")
-# Facts that are no setting of ours, each with what decides it; the others are declared with their keys.
-_MEASURED = {
-    Role.TRAINS: {"model_fingerprint": "model_name_or_path"},
-    Role.SELECTS: {"model_fingerprint": "model_name_or_path", "dataset": "dataset"},
-    Role.SCORES: {"samples_digest": "dataset"},
-}
-# Digests, each with the name that says more.
-_NAMES = {"model_fingerprint": "model", "teacher_fingerprint": "teacher", "samples_digest": "dataset"}
+#: Two selections that share all of these chose the same; ``auto`` uses the earlier one again.
+SAME_SELECTION = (*SELECTION_KEYS, "dataset", "model", "teacher")
+#: A run must share these with the selection whose heads it trains.
+SAME_RUN = ("hera_select_m", "model", "teacher")
+#: Two files of scores must share these to be compared.
+SAME_SCORES = (*SCORE_KEYS, "samples", "teacher")
+# What is compared by a digest, with the entry that holds it.
+_DIGESTS = {"model": "model_fingerprint", "teacher": "teacher_fingerprint", "samples": "samples_digest"}
 
 
 def rank_targets(scores: ArrayLike) -> dict[Target, float]:
@@ -129,7 +129,7 @@ def render_table(scored: ScoreFile) -> str:
         return f"{target!s:>7}{star} {scores[target]:6.4f} {scores[target] / scored.chance:6.2f}x"
 
     title = scored.chosen.granularity
-    size = f"{len(ranked)} {scored.chosen.what} on {facts['samples']} samples, k={facts['k']}"
+    size = f"{len(ranked)} {scored.chosen.what} on {facts['samples']} samples, k={facts['keys']['hera_select_k']}"
     lines = [
         f"{size}, chance level {scored.chance:.4f}",
         f"{'':3}  {'least aligned':<24}  most aligned",
@@ -140,25 +140,29 @@ def render_table(scored: ScoreFile) -> str:
     broken = [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of(title)))]
     if broken:
         lines.append(f"not scored (NaN or infinity): {' '.join(broken)}")
-    lines.append(f"selected ({facts['strategy']}): {scored.chosen}")
+    lines.append(f"selected ({facts['keys']['hera_select']}): {scored.chosen}")
     return "\n".join(lines)
 
 
-def differences(provenance: dict[str, Any], now: dict[str, Any], role: Role) -> list[str]:
-    """``key was …, is …`` for each fact of a role in which two selections, or a selection and a run, differ.
+def differences(before: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Lists the entries in which two provenances differ, as ``name was …, is …``; entries missing in the first pass.
 
-    A fact that ``provenance``, that of the first, lacks is not compared.
+    Args:
+        before: The provenance of a selection or of scores.
+        now: Another one.
+        names: :data:`SAME_SELECTION`, :data:`SAME_RUN` or :data:`SAME_SCORES`.
     """
-    return [
-        f"{key} was {_shown(provenance, fact)}, is {_shown(now, fact)}"
-        for fact, key in (HeraConfig.fact_keys(role) | _MEASURED[role]).items()
-        if fact in provenance and provenance[fact] != now.get(fact)
-    ]
+    return changes(_compared(before), _compared(now), names)
 
 
-def _shown(facts: dict[str, Any], fact: str) -> str:
-    shown = str(facts.get(fact))
-    return f"{facts.get(_NAMES[fact])} (fingerprint {shown[:8]})" if fact in _NAMES else shown
+def _compared(provenance: dict[str, Any]) -> dict[str, Any]:
+    digests = {
+        name: f"{provenance.get(name)} (fingerprint {str(provenance[entry])[:8]})"
+        for name, entry in _DIGESTS.items()
+        if entry in provenance
+    }
+    entries = {name: value for name, value in provenance.items() if name not in _DIGESTS}
+    return {**entries, **provenance.get("keys", {}), **digests}
 
 
 def package_versions() -> dict[str, str]:
@@ -218,7 +222,7 @@ def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), align
     if of_run and set(files[0].chosen.items) != set(ranked[:n]):
         aligned = aligned or str(files[0].path)
     if aligned is not None:
-        least = "aligned", Targets.resolve(aligned, files[0].chosen.granularity).items
+        least = "aligned", Targets.parse(aligned, files[0].chosen.granularity).items
         scored = {Target(*place) for place in np.ndindex(files[0].of(files[0].chosen.granularity).shape)}
         if outside := [str(target) for target in least[1] if target not in scored]:
             raise ValueError(f"--aligned: {', '.join(outside)} has no score in {files[0].path}; name others.")
@@ -237,7 +241,7 @@ def load_files(
         raise ValueError(f"{command}: {len(names)} names for {len(paths)} files; give one for each.")
     files = [ScoreFile.load(path) for path in paths]
     for file in files[1:]:
-        differing = differences(files[0].provenance, file.provenance, Role.SCORES)
+        differing = differences(files[0].provenance, file.provenance, SAME_SCORES)
         if files[0].scores.shape != file.scores.shape:
             differing.append("they differ in their number of heads")
         if differing:
@@ -265,8 +269,9 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
     lines = [
         "# Head alignment before and after",
         "",
-        f"MKNN against {facts['teacher']} on {facts['samples']} samples of {facts['dataset']}, k={facts['k']}, mode "
-        f"{facts['mode']}; unrelated features reach {first.chance:.4f}. {least}op {what} are those of "
+        f"MKNN against {facts['teacher']} on {facts['samples']} samples of {facts['dataset']}, "
+        f"k={facts['keys']['hera_select_k']}, mode {facts['keys']['hera_select_mode']}; unrelated features reach "
+        f"{first.chance:.4f}. {least}op {what} are those of "
         f"{comparison.names[0]}.",
         "",
         f"![MKNN of the {kind} and top {what}]({picture})",

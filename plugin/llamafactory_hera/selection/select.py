@@ -13,20 +13,19 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from ..alignment.gather import barrier, on_first, rank, world_size
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
-from ..config import HeraConfig
-from ..files import held, writing
+from ..config import HeraConfig, selection_keys
+from ..distributed import barrier, on_first, rank, world_size
+from ..files import locked
 from ..heads.families import head_layout, model_config
-from ..heads.pooled import projection_weights
+from ..heads.probe import projection_weights
 from ..heads.targets import Targets
-from ..knobs import Role
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
 from ..teachers.images import ImageLike, load_image, shown_image
-from .features import MAKE_ROOM, PREFIX, FeatureBlocks, compute_features
+from .features import PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .gallery import neighbors_file, write_neighbors
 from .samples import Sample, SelectionInputs, draw_samples, of_sample, samples_digest
@@ -47,7 +46,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
         ValueError: Bad input; names the key, the value and the remedy.
     """
     with ExitStack() as stack:
-        on_first(lambda: stack.enter_context(held(path.with_name(".lock"), "output_dir")))
+        on_first(lambda: stack.enter_context(locked(path.parent.parent)))
         folder = path.parent
         samples = draw_samples(inputs.source, config)
         neighbors, teacher_fingerprint = _find_neighbors(samples, inputs, config, folder)
@@ -60,7 +59,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
         if fingerprint is None:
             fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
         digest = samples_digest(samples)
-        key = str([fingerprint, digest, config.select.mode, config.pooling, config.select.dtype])
+        key = str([fingerprint, digest, config.select.mode, config.pooling])
         blocks = compute_features(inputs, model, samples, config, folder, key)
 
         def choose() -> Targets:
@@ -75,9 +74,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
                 "model": inputs.model_name,
                 "adapters": [str(folder) for folder in inputs.adapter_folders],
                 "teacher": config.teacher,
-                **config.facts(Role.SELECTS, Role.SCORES),
+                "keys": selection_keys(config),
                 "dataset": inputs.dataset_name,
-                "stored_dtype": config.select.dtype,
                 "batch_size": config.select.batch_size,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": package_versions(),
@@ -95,9 +93,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
             features = zip(
                 blocks.read("heads", device), blocks.read("layer", device), projection_weights(model), strict=True
             )
-            with writing("output_dir", path, MAKE_ROOM):
-                write_neighbors(neighbors_file(path), samples, neighbors, features, config.normalize, inputs.tokenizer)
-                chosen.save(path)
+            write_neighbors(neighbors_file(path), samples, neighbors, features, config.normalize, inputs.tokenizer)
+            chosen.save(path)
             blocks.clear()
             shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
             return chosen
@@ -108,14 +105,9 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
 def _score(model: nn.Module, blocks: FeatureBlocks, neighbors: Tensor, config: HeraConfig) -> tuple[Tensor, Tensor]:
     """MKNN of every head ``[L, H]`` and of each layer's own output ``[L]``; NaN where an output is not finite."""
     device = next(model.parameters()).device
-    limit = int(config.select.memory_gb * 2**30)
     weights = (weight() for weight in projection_weights(model))
-    try:
-        heads = score_heads(blocks.read("heads", device), weights, neighbors, config.normalize, limit)
-        outputs = blocks.read("layer", device)
-        layers = [score_features(output, neighbors, config.normalize, limit) for output in outputs]
-    except ValueError as error:
-        raise ValueError(f"hera_select_memory_gb: {config.select.memory_gb} does not suffice ({error})") from error
+    heads = score_heads(blocks.read("heads", device), weights, neighbors, config.normalize)
+    layers = [score_features(output, neighbors, config.normalize) for output in blocks.read("layer", device)]
     return heads.cpu(), torch.stack(layers).cpu()
 
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from ..files import write_json, writing
+from ..files import write_json
 from .images import KEY_BYTES
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,8 @@ class FeatureCache:
         self._shards: dict[Path, Shard] = {}
         self._waiting: dict[bytes, Tensor] = {}
         manifest = {"teacher": teacher_fingerprint, "dim": dim, "dtype": "float16", "name": teacher_name}
-        with writing("hera_teacher_cache", folder, "give a folder that this user can write to"):
-            if not (self.folder / MANIFEST).exists():
-                write_json(self.folder / MANIFEST, manifest)
+        if not (self.folder / MANIFEST).exists():
+            write_json(self.folder / MANIFEST, manifest)
         self.refresh()
         try:
             self._merge()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..alignment.gather import rank
+from ..distributed import rank
 from .cache import FeatureCache
 from .encoder import TeacherProcessor, VisionTeacher
 from .images import ImageLike, image_key, load_image

@@ -5,8 +5,8 @@ import hashlib
 import os
 from base64 import b64decode
 from binascii import Error as Base64Error
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -108,23 +108,6 @@ def _undecoded(feature: Any) -> Any:
 def shown_image(count: int, index: int) -> int:
     """Which of a sample's images stands for it: ``index``, negative from the end, clamped to what there is."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
-
-
-@dataclass(frozen=True)
-class ShownImages(Sequence):
-    """The images that stand for some rows of a dataset; read when asked for, as a row may hold them as bytes."""
-
-    dataset: Any
-    images_of: Callable[[Any], list[ImageLike]]
-    image_index: int  #: As for :func:`shown_image`.
-    rows: Sequence[int]  #: Rows with an image, by number.
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: Any) -> Any:
-        images = images_by(self.images_of, self.dataset[self.rows[place]])
-        return images[shown_image(len(images), self.image_index)]
 
 
 def load_image(image: ImageLike) -> Image.Image:

@@ -1,6 +1,7 @@
-"""One run's alignment, for any training loop: from a model and its configuration to a loss term with gradient."""
+"""One run's alignment for any training loop: turns a model and its configuration into a loss term with gradient."""
 
-from .aligner import Aligner, MicroBatch
+from .aligner import Aligner
 from .collator import HeraCollator
+from .term import Prepared
 
-__all__ = ["Aligner", "HeraCollator", "MicroBatch"]
+__all__ = ["Aligner", "HeraCollator", "Prepared"]

@@ -1,9 +1,9 @@
-"""The HeRA loss of all micro-batches of an optimizer step at once: gradient caching (Gao et al. 2021).
+"""Gradient caching: the term over all micro-batches of an optimizer step (Gao et al. 2021, arXiv 2101.06983).
 
-Under gradient accumulation a contrastive loss sees one micro-batch at a time. Gradient caching (arXiv 2101.06983,
-sec. 3) makes it exact: a first pass without a graph collects the representations of every micro-batch; the loss of all
-of them gives its gradient at each representation; then every micro-batch runs again, with a graph, and is handed its
-part of that gradient. The price is one more forward pass; the memory stays that of a micro-batch.
+Under gradient accumulation a contrastive loss sees one micro-batch at a time. Gradient caching (sec. 3 there) makes it
+exact. A first pass without a graph collects the representations of every micro-batch. The loss over all of them gives
+its gradient at each representation. Then every micro-batch runs again, with a graph, and receives its part of that
+gradient. The cost is one more forward pass; memory stays that of a micro-batch.
 """
 
 from collections.abc import Callable
@@ -13,31 +13,31 @@ from torch import Tensor
 
 from .term import HeraTerm, TermOutput
 
-# Larger than what kernels that are not deterministic do in half precision, smaller than what other dropout does.
+# above the noise of nondeterministic kernels in half precision, and below the effect of another dropout mask
 _TOLERANCE = 0.05
 
 
 class GradientCache:
-    """The micro-batches of one optimizer step, in order: added, solved together, taken out one by one."""
+    """The micro-batches of one optimizer step: added in order, solved together, then taken out one by one."""
 
     def __init__(self) -> None:
         self.clear()
         self._value, self._sound = torch.zeros(()), torch.ones((), dtype=torch.bool)
-        self._difference: Tensor | None = None  # the largest one between two passes of a micro-batch
+        self._difference: Tensor | None = None  # the largest between the two passes of a micro-batch
 
     def __len__(self) -> int:
-        """Micro-batches that are still to be run with a graph."""
+        """Counts the micro-batches that still have to run with a graph."""
         return len(self._waiting)
 
     def clear(self) -> None:
-        """Forgets the micro-batches, those of a step cut short."""
+        """Drops the micro-batches, for instance those of an interrupted step."""
         self._waiting: list[Tensor] = []
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
         self._n_batches = 0
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds a micro-batch of this rank; arguments as for :class:`~.term.HeraTerm`."""
+        """Adds a micro-batch of this process; arguments as for :class:`~.term.HeraTerm`."""
         self._waiting.append(representations.detach().float().requires_grad_())
         self._teacher.append(teacher)
         self._valid.append(valid)
@@ -45,10 +45,13 @@ class GradientCache:
     def solve(
         self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0, batch_size: int | None = None
     ) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over the micro-batches of all ranks, each of which must call it.
+        """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
 
-        The objective gets its own gradient, times ``scale``: that of a gradient scaler, which is divided out later.
-        No micro-batch of a rank is larger than ``batch_size``.
+        Args:
+            term: Its objective receives the gradient of its own parameters.
+            weight: The weight of the term.
+            scale: Factor of a gradient scaler, which the optimizer step divides out of that gradient.
+            batch_size: Upper bound on the samples of a micro-batch per process.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
@@ -64,24 +67,24 @@ class GradientCache:
         return output
 
     def take(self, representations: Tensor) -> Tensor:
-        """Stands for the weighted term in the next micro-batch, which has been run again with a graph.
+        """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
-        The mean over the micro-batches has the value and the gradient of the step's term. Representations other than
-        those that were added :meth:`check` refuses: the gradient would belong to another forward pass.
+        It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
+        gradient belongs to the first pass; :meth:`check` refuses a second pass with other representations.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
         assert first.grad is not None
-        # not a product with the mask: a non-finite value outside it must not spread
+        # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
         rows = torch.where(valid, representations.float(), 0.0)
         expected = torch.where(valid, first.detach(), 0.0)
         difference = (rows.detach() - expected).norm() / expected.norm()
-        # NaN, of a micro-batch without images or one that is not finite, is no difference
+        # fmax ignores NaN, which a micro-batch without images, or a non-finite one, gives
         self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
     def check(self) -> None:
-        """The host waits for the device here.
+        """Compares the two passes; the host waits for the device here.
 
         Raises:
             RuntimeError: A micro-batch gave other representations in its second pass.
@@ -89,12 +92,12 @@ class GradientCache:
         if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
                 f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
-                f"({difference:.0%} off): something in this model is random and is not repeated. Set it to none."
+                f"({difference:.0%} off): something in this model is random and not repeated. Set it to none."
             )
 
 
 def keep_random_state(device: torch.device) -> Callable[[], None]:
-    """Keeps the state of the generators that a forward pass draws from; what it returns sets them back."""
+    """Saves the state of the generators that a forward pass draws from, and returns a function that restores it."""
     cpu = torch.get_rng_state()
     own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 

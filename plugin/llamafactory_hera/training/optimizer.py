@@ -1,36 +1,41 @@
-"""The parameters that an objective trains beside the model: temperature, projectors; replicated on every rank."""
+"""The optimizer of an objective's own parameters (temperature, projectors), which every process replicates."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..alignment.gather import world_size
+from ..distributed import world_size
 from ..objectives.base import Objective
 
 _VALUES, _OPTIMIZER = "objective.", "optimizer."
 
 
 class ObjectiveOptimizer:
-    """Trains an objective's parameters by an AdamW of their own, without weight decay.
+    """Trains an objective's parameters with their own AdamW, without weight decay.
 
-    They are kept apart from the model, so that neither the saved model nor a sharding engine knows of them. Every rank
-    steps its own replica with the average of all ranks' gradients: where each rank computes the loss of its own
-    samples, that is the gradient of the global batch; where each computes the loss of the global batch, the gradients
-    differ in rounding alone, which AdamW would still blow up to whole steps where a gradient is zero but for rounding.
+    The parameters stay separate from the model, so that neither the saved model nor a sharding engine knows them.
+    Every process steps its replica with the average of all gradients. If each process computes the loss of its own
+    samples, the average is the gradient of the global batch. If each computes the loss of the global batch, gradients
+    differ by rounding only, but AdamW would amplify even that to full steps where a gradient is zero up to rounding.
+
+    Args:
+        objective: The loss with the parameters.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._parameters = dict(objective.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         trained = self._trained.values()
-        # fused: it asks the device, not the host, whether to step, and counts steps there
+        # the fused optimizer decides on the device whether to step, and counts its steps there
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
-        """One optimizer step, then forgets the gradients; every rank must call it.
+        """Makes one step unless a gradient is not finite, then clears the gradients; every process must call it.
 
-        The factor ``scale`` of a gradient scaler is divided out first. Without a finite gradient there is no step, nor
-        where the boolean scalar ``skip`` is true; the host does not wait to be told.
+        Args:
+            learning_rate: Of this step.
+            scale: Factor of a gradient scaler, which is divided out first.
+            skip: Boolean scalar on the device; true skips the step.
         """
         if self._optimizer is None:
             return
@@ -48,16 +53,16 @@ class ObjectiveOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def reduce_gradients(self) -> None:
-        """Averages the gradients over the ranks; every rank must call it."""
+        """Averages the gradients over the processes; each must call it."""
         if world_size() == 1:
             return
         for parameter in self._trained.values():
-            if parameter.grad is not None:  # a term is left out on every rank or on none
+            if parameter.grad is not None:  # on all processes or on none
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(world_size())
 
     def state(self) -> dict[str, Tensor]:
-        """Values and optimizer state as flat tensors, copies."""
+        """Returns copies of values and optimizer state as flat tensors."""
         state = {_VALUES + name: p.detach().clone() for name, p in self._parameters.items()}
         if self._optimizer is not None:
             for name, parameter in self._trained.items():
@@ -66,22 +71,26 @@ class ObjectiveOptimizer:
         return state
 
     def load_values(self, values: dict[str, Tensor]) -> None:
-        """Takes the values of another run's :meth:`state`, which must be of the same objective; not its optimizer."""
+        """Loads the values, but not the optimizer, of another run's :meth:`state`.
+
+        Raises:
+            ValueError: That run had another objective, or another number or size of targets.
+        """
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
         found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
         shapes, expected = ({name: t.shape for name, t in held.items()} for held in (found, self._trained))
         first = next((name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)), None)
         if first is not None:
             raise ValueError(
-                f"hera_own_from: its {first} is not that of this run ({list(expected.get(first, ()))}); give a run of "
-                "the same objective on as many targets of this model."
+                f"hera_objective_from: {first} has another shape than in this run ({list(expected.get(first, ()))}); "
+                "give a run of the same objective with as many targets on the same model."
             )
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state` gave."""
+        """Restores the result of :meth:`state`."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state[_VALUES + name])
@@ -90,5 +99,5 @@ class ObjectiveOptimizer:
         for name, parameter in self._trained.items():
             prefix = f"{_OPTIMIZER}{name}."
             slots = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
-            # copies, because the optimizer works in place
+            # copies, because the optimizer changes them in place
             self._optimizer.state[parameter] = {slot: t.to(parameter.device, copy=True) for slot, t in slots.items()}

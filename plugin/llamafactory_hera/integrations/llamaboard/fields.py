@@ -11,7 +11,7 @@ from typing import Any
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
-from llamafactory_hera.knobs import choices, typed
+from llamafactory_hera.keys import choices, typed
 from llamafactory_hera.objectives import names
 
 from .names import message, texts
@@ -23,12 +23,11 @@ GROUPS = {
     "hera_whom": (["hera_teacher", "hera_teacher_cache", "hera_similarity"],),
     "hera_strength": (
         ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
-        ["hera_memory", "hera_accumulate", "hera_batches"],
+        ["hera_memory", "hera_accumulate"],
     ),
     "hera_selecting": (
         ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
     ),
-    "hera_after": (["hera_eval"],),
     "hera_calibration": (["rah_samples", "rah_layers", "rah_alpha_max", "rah_delta"],),
 }
 _KNOBS = HeraConfig.knobs() | RahConfig.knobs()

@@ -16,9 +16,9 @@ from llamafactory.extras.constants import TRAINING_ARGS
 from llamafactory.webui.common import _clean_cmd, abort_process
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.files import RUN_FOLDER, read_json_lines, write_text
+from llamafactory_hera.evaluation.lines import read_json_lines
+from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
-from llamafactory_hera.knobs import fact_of
 from llamafactory_hera.teachers.fill import PROGRESS
 
 SELECT, COMPARE, CALIBRATE = "select", "compare", "calibrate"
@@ -150,7 +150,7 @@ def compare_job(folder: Path, lang: str) -> Job | None:
     commands = []
     settings: list[str] = []
     if provenance.get("scores"):
-        facts = {f"hera_{name}": fact_of(HeraConfig.knobs()[f"hera_{name}"]) for name in _SCORED_WITH}
+        facts = {f"hera_{name}": f"hera_{name}" for name in _SCORED_WITH}
         settings = [f"{key}={provenance[fact]}" for key, fact in facts.items() if fact in provenance]
     else:
         before = folder / RUN_FOLDER / "before.json"

@@ -14,8 +14,9 @@ from llamafactory_hera.calibration.report import REPORT_FILE, render_summary
 from llamafactory_hera.calibration.run import PICTURE_FILE
 from llamafactory_hera.files import RUN_FOLDER, read_json
 from llamafactory_hera.heads.targets import Targets
+from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure
 from llamafactory_hera.selection.gallery import neighbors_file, write_gallery
-from llamafactory_hera.selection.pictures import BLUE, GREEN, GRAY, ORANGE, draw_scores, new_figure
+from llamafactory_hera.selection.pictures import draw_scores
 from llamafactory_hera.selection.scores import ScoreFile, render_table
 
 from .job import REPORT, heads_file

@@ -37,11 +37,6 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             if self.use_hera:
                 self.stage = "sft"
             super().__post_init__()
-            if not self.use_hera and self.hera_eval != "none":
-                raise ValueError(
-                    f"hera_eval: {self.hera_eval} follows a run of stage: hera; for stage: {self.stage} leave it out, "
-                    f"and run `llamafactory-hera eval OUTPUT_DIR --suite {self.hera_eval}`."
-                )
             unread = [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]
             if unread and not self.use_hera:
                 warnings.warn(

@@ -12,15 +12,12 @@ from llamafactory.model import load_config
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout
-from llamafactory_hera.heads.pooling import grid_side
-from llamafactory_hera.objectives import Objective, find
-from llamafactory_hera.teachers.checkpoint import check_teacher
-from llamafactory_hera.teachers.encoder import check_grid
+from llamafactory_hera.heads.tokens import grid_side
+from llamafactory_hera.objectives import Objective, TokenObjective
+from llamafactory_hera.teachers.encoder import VisionTeacher, check_teacher
 from llamafactory_hera.teachers.images import load_image
-from llamafactory_hera.teachers.latents import check_latent_teacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_attention, check_batch, check_output, check_parallelizm
-from llamafactory_hera.training.collator import check_one_image
+from llamafactory_hera.training.checks import check_batch, check_output, check_parallelism
 
 from .recipe import HostArguments, check_stream
 
@@ -49,23 +46,20 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     """
     for arguments, keys in ((host.model, _MODEL_KEYS), (host.data, _DATA_KEYS)):
         refuse_keys(arguments, keys, "stage: hera")
-    check_parallelizm(host.training)
-    check_batch(config, host.training, host.data, host.finetuning)
+    check_parallelism(host.training)
+    check_batch(config, host.training)
     check_folders(host.training.output_dir, host, config)
     check_stream(host.data, host.training)
     model_config = multimodal_config(host.model, "HeRA aligns heads with what images show")
-    if config.own_from is not None:
+    if config.objective_from is not None:
         earlier_values(config)
-    objective = find(config.objective)
-    if objective.view == "latents":
-        check_latent_teacher(config.teacher)
+    objective = config.objective_class()
+    if issubclass(objective, TokenObjective):
+        teacher = objective.teacher_class or VisionTeacher
+        teacher.check(config.teacher, grid_side(model_config, config.objective))
+        objective.check_model(model_config, str(host.model.flash_attn))
     else:
-        teacher = check_teacher(config.teacher)
-    if objective.view != "pooled":
-        side = grid_side(model_config, config.objective)
-        if objective.view == "patches":
-            check_grid(teacher, side)
-        check_attention(objective, config.objective, model_config, str(host.model.flash_attn))
+        check_teacher(config.teacher)
     return head_layout(model_config)
 
 
@@ -78,7 +72,7 @@ def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | Non
         folder = getattr(data, key)
         inside = isinstance(folder, str) and Path(folder).resolve() in Path(output_dir).resolve().parents
         apart[key] = folder if isinstance(folder, str) and not (inside and folder == data.dataset_dir) else None
-    check_output(output_dir, config.teacher_cache if config else None, apart)
+    check_output(output_dir, {"hera_teacher_cache": config.teacher_cache if config else None, **apart})
 
 
 def refuse_keys(arguments: Any, keys: dict[str, str], purpose: str) -> None:
@@ -102,10 +96,7 @@ def multimodal_config(model_args: Any, why: str) -> Any:
 def checked_dataset(
     get_dataset: Callable[..., dict[str, Any]], objective: type[Objective]
 ) -> Callable[..., dict[str, Any]]:
-    """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off.
-
-    Also samples with several images, where an objective takes one.
-    """
+    """The host's ``get_dataset``, refusing broken images, data without images, and image tokens that are cut off."""
 
     @wraps(get_dataset)
     def get_checked(
@@ -119,8 +110,6 @@ def checked_dataset(
         train = module.get("train_dataset")
         if train is not None:
             _check_images(train, data_args, max(2, objective.least_samples))
-            if objective.one_image:
-                check_one_image(max(len(row.get("images") or []) for row in islice(_image_rows(train), N_CHECKED**3)))
             first = enumerate(islice(train, N_CHECKED * N_CHECKED))
             for row, sample in islice((each for each in first if each[1].get("images")), N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, **tokenizer_module)

@@ -6,16 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llamafactory_hera.alignment.gather import rank
 from llamafactory_hera.calibration.run import calibrate_heads
 from llamafactory_hera.calibration.samples import Control
 from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import RUN_FOLDER
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.integrations.model_card import index_scores
-from llamafactory_hera.objectives import find
+from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.pictures import show
 from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
@@ -61,7 +61,7 @@ def select(
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
     """Fills a recipe's ``hera_teacher_cache`` with its whole dataset; returns how many images it holds then."""
     read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
-    if find(read.config.objective).view != "pooled":
+    if issubclass(read.config.objective_class(), TokenObjective):
         raise ValueError(
             f"hera_teacher_cache: hera_objective: {read.config.objective} keeps features of tokens there, which "
             "training fills as it goes; leave --teacher-only out."

@@ -18,7 +18,7 @@ from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout
-from llamafactory_hera.heads.pooling import IGNORE_INDEX
+from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.integrations.trainer_rows import autocast_dtype, teacher_dtype
 from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.resolve import Run

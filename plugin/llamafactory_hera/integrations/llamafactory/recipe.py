@@ -16,7 +16,7 @@ from yaml import YAMLError
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
-from llamafactory_hera.knobs import typed
+from llamafactory_hera.keys import typed
 
 #: Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
 NOT_TRAINING: dict[str, Any] = {
@@ -150,10 +150,9 @@ def adapter_folders(model_args: Any) -> list[Path]:
     """The local folders of a run's adapters."""
     inside = model_args.adapter_folder or "."
     needs = (Path(inside) / "adapter_config.json").as_posix()
-    patterns = [(Path(inside) / "adapter_model.*").as_posix()]
     what = "an adapter: the output folder of a LoRA run or of a calibration"
     return [
-        local_folder(name, "adapter_name_or_path", what, patterns, False, needs, **_hub_options(model_args)) / inside
+        local_folder(name, "adapter_name_or_path", what, True, needs, **_hub_options(model_args)) / inside
         for name in model_args.adapter_name_or_path or []
     ]
 

@@ -1,31 +1,25 @@
 """Runs the host's SFT workflow with its own trainer under the HeRA mixin."""
 
-import gc
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 from transformers import TrainerCallback
 
-from llamafactory_hera.alignment.gather import on_first
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.evaluation.run import evaluate, ready
-from llamafactory_hera.evaluation.suites import SUITES
-from llamafactory_hera.files import LOCK, RUN_FOLDER, held
+from llamafactory_hera.distributed import on_first
+from llamafactory_hera.files import locked
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
-from llamafactory_hera.objectives import find
+from llamafactory_hera.objectives import TokenObjective, find
 from llamafactory_hera.selection.resolve import resolve_targets
-from llamafactory_hera.teachers.checkpoint import teacher_fingerprint, teacher_folder
-from llamafactory_hera.training.checkpoint import check_checkpoint, check_tuning, checkpoint_of
+from llamafactory_hera.teachers.encoder import teacher_fingerprint, teacher_folder
+from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
@@ -71,11 +65,9 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         return run_sft(*arguments)
     _log_through_host()
     config = HeraConfig.from_keys(host.finetuning)
-    data = Path(str(host.data.dataset_dir))
-    asked = [] if config.eval == "none" else _ready_tasks(config.eval, data)
     layout = check_run(config, host)
     with ExitStack() as stack:
-        on_first(lambda: stack.enter_context(held(f"{host.training.output_dir}/{LOCK}", "output_dir")))
+        on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
         checkpoint = checkpoint_of(host.training)
         host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
         targets = resolve_targets(config, selecting_run(config, host, layout))
@@ -83,8 +75,6 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
             setattr(host.finetuning, config.targets_key, str(targets))
         if checkpoint is not None:
             check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
-            tuning = host.finetuning
-            check_tuning(checkpoint, tuning.finetuning_type, lora_rank=tuning.lora_rank, use_dora=tuning.use_dora)
 
         def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
             workflow_card(trainer, *rest)
@@ -96,49 +86,18 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
         replacements: dict[str, Any] = {
             "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
-            # whose evaluation is started here
-            "CustomSeq2SeqTrainer": partial(
-                proof.make, hera=replace(config, eval="none"), targets=targets, hub_datasets=hub_datasets
-            ),
+            "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
             "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
             "create_modelcard_and_push": create_card,
         }
         stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
         vars(workflow).update(replacements)
         run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
-        if asked and host.training.process_index == 0:
-            proof.trainer = None  # its weights make room
-            _evaluate(config.eval, asked, data, Path(host.training.output_dir))
-
-
-def _ready_tasks(suite: str, data: Path) -> list[str]:
-    """The tasks of a suite for after the training; the others are logged, and none at all is refused."""
-    lacks = ready(SUITES[suite], data)
-    for task, what in lacks.items():
-        if what:
-            logger.warning(f"hera_eval: {task.data} will be left out; it lacks {'; '.join(what)}.")
-    if all(lacks.values()):
-        why = "; ".join(next(iter(lacks.values())))
-        raise ValueError(f"hera_eval: no task of the suite {suite} is ready; the first lacks {why}.")
-    return [task.data for task, what in lacks.items() if not what]
-
-
-def _evaluate(suite: str, tasks: list[str], data: Path, folder: Path) -> None:
-    """Evaluates a finished run, in processes of its own."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-    output = folder / RUN_FOLDER / "eval"
-    if evaluate([str(folder)], suite, tasks, data if data.is_dir() else None, output):
-        raise RuntimeError(
-            f"hera_eval: the run is whole, in {folder}, and its evaluation failed. "
-            f"`llamafactory-hera eval {folder} --suite {suite} --data {data} --output {output}` goes on with it."
-        )
 
 
 def _curves(objective: str) -> list[str]:
     """What `plot_loss: true` draws beside the host's own."""
-    measured = ["hera_mknn"] if find(objective).view == "pooled" else []
+    measured = [] if issubclass(find(objective), TokenObjective) else ["hera_mknn"]
     return ["lm_loss", "hera_loss", *measured, *find(objective).logged]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llamafactory_hera.selection.forward import Forward, plan_batches, run_batches
+from llamafactory_hera.selection.passes import Forward, plan_batches, run_batches
 from tests.tiny_models import text_model
 
 FEATURES = [{"input_ids": [row] * (1 + row % 5)} for row in range(21)]

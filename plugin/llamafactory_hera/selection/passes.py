@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from ..config import Mode
 from ..heads.families import media_token_ids, model_config, text_decoder
-from ..heads.pooling import token_mask
 from ..heads.targets import Pooling
+from ..heads.tokens import token_mask
 from .samples import Collate, Features
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..alignment.scoring import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .hooks import Hooks
-from .pooling import pool_tokens
+from .tokens import pool_tokens
 
 
 class PooledHeads(Hooks):

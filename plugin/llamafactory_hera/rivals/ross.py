@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .base import Objective, Options, TokenBatch, register
+from ..objectives import Options, TokenBatch, TokenObjective, register
+from .latents import LatentTeacher
 
 #: Steps of the diffusion.
 STEPS = 1000
@@ -123,7 +124,7 @@ class Denoiser(nn.Module):
 
 
 @register("ross")
-class Ross(Objective):
+class Ross(TokenObjective):
     """Mean squared error of the predicted noise in an image's latents, given the visual tokens; four draws an image.
 
     A new denoiser predicts 0 whatever it is given: the loss begins at 1, the mean square of the noise.
@@ -132,7 +133,9 @@ class Ross(Objective):
         ValueError: More than one layer is aligned.
     """
 
-    view = "latents"
+    teacher_class = LatentTeacher
+    # no cache: every step draws another sample of the posterior
+    reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
     # the first step at a rate above 0 moves the last layer alone, the second what makes norms and gates of a condition
     silent_steps = 2

@@ -1,59 +1,54 @@
 # No `from __future__ import annotations` here: the annotations are read as types.
-"""Settings classes that declare each key once: type, range, default, help, and what it is part of.
+"""Settings classes that declare each key once: its type, range, default and help.
 
-A host's argument class, a command line, a form, the provenance of a file and the checks of a resumed run read the keys
-from the class; nothing repeats them.
+A host's argument class, the web form, the reference page and the checks of a resumed run all read the keys from the
+class, so that nothing repeats them.
 """
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
-from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
-
-
-class Role(Enum):
-    """What a key is part of, beside the run that it sets up."""
-
-    SELECTS = "selects"  #: Two selections that share all of these are the same (``auto`` uses an earlier one again).
-    SCORES = "scores"  #: Two files of scores must share these to be compared.
-    TRAINS = "trains"  #: A run must share these with the selection whose heads it trains.
-    FIXED = "fixed"  #: A resumed run must share these with its checkpoint.
-    RESUMABLE = "resumable"  #: A resumed run may change these; it warns that curves do not go on.
 
 
 def knob(
     default: Any,
     help: str,
-    *roles: Role,
+    *,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
     hint: str = "",
     key: str = "",
-    fact: str = "",
 ) -> Any:
-    """Declares a key: its default, a help that every host shows, its roles and bounds.
+    """Declares a key.
 
-    ``hint`` follows the range in an error message. ``key`` is its name where that is not the prefix and the field's
-    name, ``fact`` its name in a file's provenance where that is not the field's.
+    Args:
+        default: The value of an absent key.
+        help: The sentence that every host shows.
+        at_least: Inclusive lower bound.
+        above: Exclusive lower bound.
+        at_most: Inclusive upper bound.
+        below: Exclusive upper bound.
+        hint: A remark that follows the range in an error message.
+        key: The key's name if it is not the prefix plus the field's name.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    metadata = {"help": help, "roles": roles, "hint": hint, "key": key, "fact": fact, **bounds}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "hint": hint, "key": key, **bounds})
 
 
 class KeyedConfig:
-    """Base of the settings classes: reads, checks and lists their keys. Subclasses are dataclasses of :func:`knob` s.
+    """Base class of the settings classes; it reads, checks and lists their keys.
 
-    A field may be another such class; its keys then belong to the whole.
+    Subclasses are frozen dataclasses whose fields are declared with :func:`knob`. A field may hold another such class,
+    whose keys then belong to the outer one.
     """
 
-    PREFIX: ClassVar[str]
+    PREFIX: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for declared in fields(self):  # type: ignore[arg-type]
@@ -63,11 +58,11 @@ class KeyedConfig:
         self.check()
 
     def check(self) -> None:
-        """Checks values with one another; a subclass raises ``ValueError`` with key, value and remedy."""
+        """Compares values with one another; a subclass raises ``ValueError`` with key, value and remedy."""
 
     @classmethod
     def knobs(cls) -> dict[str, Field]:
-        """Every key with the field that declares it."""
+        """Maps every key to the field that declares it."""
         found: dict[str, Field] = {}
         for declared in fields(cls):  # type: ignore[arg-type]
             nested = _config_type(declared)
@@ -76,9 +71,10 @@ class KeyedConfig:
 
     @classmethod
     def from_keys(cls, source: Mapping[str, Any] | object) -> Self:
-        """Reads keys from a mapping or from an object's attributes; a key that is absent has its default.
+        """Reads the keys from a mapping, or from the attributes of an object.
 
-        A bad value, and in a mapping an unknown key of the prefix, is a ``ValueError`` with key and remedy.
+        Raises:
+            ValueError: A value is bad, or a mapping holds an unknown key with the prefix of this class.
         """
         if isinstance(source, Mapping):
             known = cls.knobs()
@@ -98,41 +94,30 @@ class KeyedConfig:
         return cls(**values)
 
     def keys(self) -> dict[str, Any]:
-        """Every key with its value."""
+        """Maps every key to its value."""
         found: dict[str, Any] = {}
         for declared in fields(self):  # type: ignore[arg-type]
             value = getattr(self, declared.name)
             found |= value.keys() if _config_type(declared) else {_key_of(self, declared): value}
         return found
 
-    def with_role(self, *roles: Role) -> dict[str, Any]:
-        """The keys of these roles with their values."""
-        knobs = self.knobs()
-        return {key: value for key, value in self.keys().items() if {*roles} & {*knobs[key].metadata["roles"]}}
 
-    def facts(self, *roles: Role) -> dict[str, Any]:
-        """The values of these roles by their names in provenance."""
-        knobs = self.knobs()
-        return {fact_of(knobs[key]): value for key, value in self.with_role(*roles).items()}
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Describes the entries in which two runs differ, as ``key was …, is …``; entries missing in ``before`` pass."""
+    return [
+        f"{name} was {before[name]}, is {now.get(name)}"
+        for name in names
+        if name in before and before[name] != now.get(name)
+    ]
 
-    @classmethod
-    def fact_keys(cls, role: Role) -> dict[str, str]:
-        """Names in provenance of the facts of a role, each with the key that decides it."""
-        return {fact_of(d): key for key, d in cls.knobs().items() if role in d.metadata["roles"]}
+
+def choices(declared: Field) -> tuple[Any, ...]:
+    """Lists the allowed values of a field, or nothing if its type does not list them."""
+    return get_args(declared.type) if get_origin(declared.type) is Literal else ()
 
 
 def _key_of(config: type[KeyedConfig] | KeyedConfig, declared: Field) -> str:
     return declared.metadata["key"] or f"{config.PREFIX}{declared.name}"
-
-
-def fact_of(declared: Field) -> str:
-    """A field's name in the provenance of a file."""
-    return declared.metadata["fact"] or declared.name
-
-
-def choices(declared: Field) -> tuple[Any, ...]:
-    """The values that a field may have where they are listed, else nothing."""
-    return get_args(declared.type) if get_origin(declared.type) is Literal else ()
 
 
 def _config_type(declared: Field) -> type[KeyedConfig] | None:
@@ -144,10 +129,17 @@ def _config_type(declared: Field) -> type[KeyedConfig] | None:
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """A value, as YAML, a command line or Python gives it, in the type of its key, or ``ValueError``.
+    """Converts a value that came from YAML, a command line or Python to the type of its key.
 
-    ``kind`` is ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``. Numbers and
-    truth values may be written as text; a list of names becomes one text.
+    Numbers and booleans may be written as text, and a list of names becomes one comma-separated text.
+
+    Args:
+        key: The key to name in an error.
+        value: What was given.
+        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
+
+    Raises:
+        ValueError: The value has another type.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     options = [option for option in kinds if option is not NoneType]
@@ -177,7 +169,7 @@ def _read(kind: Any, value: Any) -> Any:
     if kind is bool:
         return {"true": True, "false": False}[str(value).lower()]
     if kind is str:
-        # a YAML list of names; a bare number becomes a text, which is then refused as any other word is
+        # a bare number becomes text here, and is refused later like any other word
         return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     number = float(value)
     if isinstance(value, bool) or (kind is int and number != int(number)):

@@ -6,7 +6,7 @@ from tests.tiny_models import VLMS, vlm
 from torch import Tensor
 from transformers import Dinov2Config
 
-from llamafactory_hera.heads.pooling import (
+from llamafactory_hera.heads.tokens import (
     check_image_tokens,
     grid_side,
     pool_tokens,

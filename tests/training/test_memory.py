@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.training.memory import CrossBatchMemory
 
 HEADS, D, D_TEACHER = 2, 3, 4
 

@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ranks import run_ranks
-from tests.terms import ContrastiveTerm
-from tests.waits import Waits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from llamafactory_hera.alignment import gather
-from llamafactory_hera.alignment.gather import common_row_count, gather_rows, mean_over_ranks, on_first, world_size
-from llamafactory_hera.alignment.memory import CrossBatchMemory
+from llamafactory_hera.distributed import common_row_count, gather_rows, mean_over_ranks, on_first, world_size
 from llamafactory_hera.objectives import Options, create
+from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+from tests.ranks import run_ranks
+from tests.terms import ContrastiveTerm
+from tests.waits import Waits
 
 CPU = torch.device("cpu")
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny_models import VLMS, text_batch, text_model, vlm
 
 from llamafactory_hera.heads.families import decoder_layers, text_decoder
-from llamafactory_hera.heads.pooled import PooledHeads, projection_weights
+from llamafactory_hera.heads.probe import PooledHeads, projection_weights
 
 
 @pytest.mark.parametrize("name", VLMS)

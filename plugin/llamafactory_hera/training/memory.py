@@ -1,8 +1,7 @@
-"""Cross-batch memory: the last M (representation, teacher vector) pairs as further candidates of the contrastive loss.
+"""Cross-batch memory: the last M pairs of representation and teacher feature as additional candidates.
 
-Small global batches hold too few candidates by themselves. Remembering recent detached pairs follows cross-batch
-memory for embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). It is this project's addition, off by
-default.
+A small global batch holds too few candidates. Remembering recent detached pairs follows cross-batch memory for
+embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). It is this project's addition to the paper.
 """
 
 import torch
@@ -10,27 +9,27 @@ from torch import Tensor
 
 
 class CrossBatchMemory:
-    """A first-in-first-out queue of detached pairs, equal on every rank because every rank adds the gathered batch.
+    """A first-in-first-out queue of detached pairs; all processes hold the same, as each adds the gathered batch.
 
-    It has all its places from the first batch on, the empty ones in front and zero: how many are filled only the
-    device knows, and the host never waits to be told.
+    The queue has its full size from the first batch on, with empty places first and zero. Only the device knows how
+    many are filled, so the host never waits to learn it.
 
     Args:
-        size: How many pairs are kept; 0 keeps none.
+        size: How many pairs it keeps; 0 keeps none.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        #: Representations ``[n_heads, size, D]``, teacher ``[size, D_teacher]``, which are filled, boolean ``[size]``.
+        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, and which are filled, ``[size]``.
         self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds the pairs that are valid, dropping the oldest beyond ``size``.
+        """Adds the valid pairs and drops the oldest beyond ``size``.
 
         Args:
-            representations: ``[n_heads, n, D]``.
+            representations: ``[n_targets, n, D]``.
             teacher: ``[n, D_teacher]``.
-            valid: Boolean ``[n]``; rows of others may hold anything.
+            valid: Boolean ``[n]``; other rows may hold anything.
         """
         if self.size == 0:
             return
@@ -42,21 +41,22 @@ class CrossBatchMemory:
         )
         z, teacher = torch.cat([old_z.to(z), z], dim=1), torch.cat([old_teacher.to(teacher), teacher])
         filled = torch.cat([filled.to(valid), valid])
-        # a stable order: what is empty comes first, the rest as it came
+        # a stable sort puts empty places first and keeps the order of the others
         last = filled.byte().argsort(stable=True)[-self.size :]
         filled = filled[last]
-        rows = filled.unsqueeze(1)  # not a product with the mask: a value that is not finite would stay
+        rows = filled.unsqueeze(1)
+        # torch.where instead of a product with the mask, which would keep a non-finite value
         self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The pairs that are held; empty when there are none."""
+        """Returns the pairs it holds; empty if there are none."""
         if self.pairs is None or not self.pairs[2].any():
             return {}
         z, teacher, filled = self.pairs
         return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave, cut to this queue's size."""
+        """Restores the result of :meth:`state_dict`, cut to the size of this queue."""
         self.pairs = None
         if "memory.teacher" in state:
             teacher = state["memory.teacher"]

@@ -1,0 +1,83 @@
+"""Changing the inputs of the text decoder for one forward pass: its attention mask, and the embeddings of tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..heads.families import model_config, text_decoder
+from ..heads.hooks import Hooks
+
+
+class DecoderInputs(Hooks):
+    """Changes the attention mask and the token embeddings of the next forward pass.
+
+    The hook sits outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
+    As long as nothing is set, nothing changes.
+
+    Args:
+        model: A transformers model, bare or wrapped.
+        two_way: In every pass without its own mask, let the tokens of an image see each other in both directions, as
+            in JARVIS. Enter it around ``generate`` and the evaluation of a model that was trained this way.
+    """
+
+    def __init__(self, model: nn.Module, two_way: bool = False) -> None:
+        super().__init__()
+        self._decoder = text_decoder(model)
+        self._model = next(m for m in model.modules() if isinstance(m, PreTrainedModel)) if two_way else None
+        self._image_token = model_config(model).image_token_id if two_way else -1
+        self._attention: Tensor | None = None
+        self._two_way: Tensor | None = None
+        self._embeddings: tuple[Tensor, Tensor] | None = None
+
+    def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
+        """Sets the changes for the next forward pass; None keeps the model's own input.
+
+        Args:
+            attention: Boolean ``[B, L, L]``: which token (row) sees which, in all layers.
+            embeddings: Positions ``[B, p]``, -1 for none, and the vector ``[D]`` to put there.
+
+        Raises:
+            ValueError: The vector has another size than the embeddings.
+        """
+        size = self._decoder.config.hidden_size  # type: ignore[union-attr]
+        if embeddings is not None and embeddings[1].shape != (size,):
+            raise ValueError(f"The embedding to insert has the shape {list(embeddings[1].shape)}, not [{size}].")
+        self._attention, self._embeddings = attention, embeddings
+
+    def _hook(self) -> None:
+        self._undo.append(self._decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        if self._model is not None:
+            self._undo.append(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+
+    def _look(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Derives the two-way mask from the token ids, which the decoder itself does not receive."""
+        ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
+        self._two_way = None
+        if ids is None or ids.shape[1] == 1:  # a generated token sees every earlier one anyway
+            return
+        visual, at = ids == self._image_token, torch.arange(ids.shape[1], device=ids.device)
+        sees = (at.unsqueeze(1) >= at) | (visual.unsqueeze(2) & visual.unsqueeze(1))
+        self._two_way = sees if mask is None else sees & mask.bool().unsqueeze(1)
+
+    def _before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        attention = self._two_way if self._attention is None else self._attention
+        embeddings, self._attention, self._embeddings = self._embeddings, None, None  # each pass takes them once
+        if attention is None and embeddings is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        if embeddings is not None:
+            positions, vector = embeddings
+            # An extra column takes the positions of -1, so that shapes do not depend on values. Scattering the vector
+            # itself would count a position once for each time it is listed in the vector's gradient.
+            hidden = torch.zeros(len(embeds), embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
+            hidden = hidden.scatter(1, torch.where(positions < 0, embeds.shape[1], positions), True)[:, :-1]
+            embeds = torch.where(hidden.unsqueeze(-1), vector.to(embeds), embeds)
+            kwargs = kwargs | {"inputs_embeds": embeds}
+        if attention is not None:
+            # the smallest finite number instead of -inf: a padding row that sees nothing must stay finite
+            closed = torch.zeros_like(attention, dtype=embeds.dtype)
+            closed = closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
+            kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}
+        return args, kwargs

@@ -1,0 +1,198 @@
+"""JARVIS: the first layers of the language model predict the teacher's features of image blocks that they do not see.
+
+The code follows that of its authors (aimagelab/JARVIS); blocks are drawn as I-JEPA (arXiv 2301.08243) draws them.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment.losses import cosine_loss
+from ..distributed import rank
+from ..heads.families import decoder_layers
+from ..objectives import Options, Plan, Step, TokenBatch, TokenObjective, register
+from .decoder_inputs import DecoderInputs
+
+logger = logging.getLogger("llamafactory_hera")
+
+# aimagelab/JARVIS: src/train/args.py, and scripts/train/st1_jarvis.sh for the chance of a plain micro-batch
+_N_TARGETS, _TARGET_SCALES, _TARGET_ASPECTS = 4, (0.15, 0.2), (0.75, 1.5)
+_CONTEXT_SCALES, _SQUARE = (0.85, 1.0), (1.0, 1.0)
+_TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: how often a context of at most this many tokens is drawn again
+_PLAIN = 0.2
+
+
+@register("jarvis")
+class Jarvis(TokenObjective):
+    """One minus the cosine of the prediction and the teacher at four target blocks, averaged over their tokens.
+
+    A learned vector replaces every token of a target. A target sees itself and the context, a large block without the
+    targets; text after the image sees context and targets; nothing sees the rest of the image. One in five
+    micro-batches is plain: it has no masks and no term. ``hera_visual_attention: two_way`` lets visual tokens see each
+    other in both directions, as in the authors' code; ``causal`` combines all that with the causal mask. Samples with
+    several images take part in the LM loss only.
+    """
+
+    granularities = ("layer",)
+    reads = (*TokenObjective.reads, "hera_visual_attention")
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.z = nn.Parameter(torch.randn(options.dim) * options.initializer_range)
+        # as wide as the teacher (src/models/mllm_jepa/modeling_mllm_jepa.py): 1024 for DINOv2-L
+        first = nn.Linear(options.dim, options.teacher_dim, bias=False)
+        self.head = nn.Sequential(first, nn.GELU(), nn.Linear(options.teacher_dim, options.teacher_dim, bias=False))
+        self._two_way = options.config.visual_attention == "two_way"
+        self._inputs: DecoderInputs | None = None
+
+    @classmethod
+    def check_model(cls, model_config: Any, attention: str | None) -> None:
+        """Refuses FlashAttention, which takes no mask of single tokens, and layers with a sliding window."""
+        if attention not in (None, "auto", "disabled", "sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation: {attention} takes no mask of single tokens, which jarvis needs; set it to sdpa."
+            )
+        text = model_config.get_text_config()
+        kinds = getattr(text, "layer_types", None)
+        window = getattr(text, "sliding_window", None) if kinds is None else None
+        if window or set(kinds or []) - {"full_attention"}:
+            raise ValueError(
+                f"hera_objective: jarvis sets the attention mask, and {text.model_type} has layers with a sliding "
+                "window or chunks; use a model without them, or another objective."
+            )
+
+    def attach(self, model: nn.Module) -> None:
+        """Hooks the text decoder, and warns of settings under which the model learns an attention of its own."""
+        self._inputs = DecoderInputs(model, self._two_way)
+        self._inputs.install()
+        if rank() > 0 or self.options.config.weight == 0:
+            return
+        if self._two_way:
+            logger.warning(
+                "hera_visual_attention: two_way: no other program runs the trained model with this attention. "
+                "Evaluate it inside llamafactory_hera.rivals.decoder_inputs.DecoderInputs(model, two_way=True)."
+            )
+        if any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters()):
+            logger.warning(
+                "hera_objective: jarvis changes the attention during training, and the language model is trained "
+                "under it; its authors train the projector alone."
+            )
+
+    def detach(self) -> None:
+        """Removes the hooks, except that a model trained with two-way attention keeps it."""
+        if self._inputs is not None and not self._two_way:
+            self._inputs.remove()
+
+    def prepare(self, step: Step) -> Plan:
+        """Draws the blocks of each sample, and whether the micro-batch is plain."""
+        # equal on all processes: in a plain micro-batch z has no gradient, and gradients are averaged over processes
+        plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
+        blocks = draw_blocks(step.side, len(step.positions), step.generator())
+        return self.plan(step, *blocks, plain or self.options.config.weight == 0)
+
+    def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
+        """Turns the result of :func:`draw_blocks` into a plan, and hides the targets from the next forward pass."""
+        assert self._inputs is not None
+        self._inputs.install()
+        device = step.input_ids.device
+        if device.type != "cpu":  # copies from pinned memory do not make the host wait
+            targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
+        places = targets.flatten(1)
+        positions, valid = step.positions.gather(1, places), step.valid & (step.n_images == 1)
+        if plain:
+            return Plan(positions, torch.zeros_like(valid), {"places": places})
+        seen = visible(step, valid, targets, context, self._two_way)
+        self._inputs.set(seen, (torch.where(valid.unsqueeze(1), positions, -1), self.z))
+        return Plan(positions, valid, {"places": places})
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Computes the loss of each target and sample."""
+        places = batch.context["places"].unsqueeze(-1).expand(-1, -1, batch.teacher.shape[-1])
+        return cosine_loss(self.head(batch.tokens), batch.teacher.gather(1, places)).mean(dim=-1)
+
+
+def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws targets and contexts on a grid of ``side`` x ``side`` tokens; all samples share one size of each.
+
+    No block reaches the last row and column, as in the source. Targets may overlap each other.
+
+    Returns:
+        The places of the targets' tokens in the grid, ``[n_samples, 4, n]``, and the context, boolean
+        ``[n_samples, side * side]``.
+    """
+    target = _size(side, _TARGET_SCALES, _TARGET_ASPECTS, generator)
+    context = _size(side, _CONTEXT_SCALES, _SQUARE, generator)
+    drawn = [_block(side, target, generator) for _ in range(n_samples * _N_TARGETS)]
+    targets = torch.stack(drawn).view(n_samples, _N_TARGETS, -1)
+    return targets, torch.stack([_context(side, context, of_sample, generator) for of_sample in targets])
+
+
+def visible(step: Step, valid: Tensor, targets: Tensor, context: Tensor, two_way: bool) -> Tensor:
+    """Computes which token (row) sees which, boolean ``[B, L, L]``, as modeling_mllm_jepa.py of the source does.
+
+    Samples that are not valid stay causal, and nothing sees padding.
+
+    Args:
+        step: The micro-batch.
+        valid: Boolean ``[B]``.
+        targets: The places of the blocks' tokens in the grid, ``[B, blocks, n]``.
+        context: Boolean ``[B, T]``.
+        two_way: Let visual tokens see each other in both directions; otherwise tokens see earlier ones only.
+    """
+
+    def of_text(grid: Tensor) -> Tensor:
+        """Maps ``[B, T]`` to the positions in the text, ``[B, L]``."""
+        inside = grid & valid.unsqueeze(1)
+        return torch.zeros_like(step.attention_mask).scatter(1, step.positions, inside)
+
+    at = torch.arange(step.input_ids.shape[1], device=step.input_ids.device)
+    visual = of_text(torch.ones_like(context))
+    behind = at > step.positions[:, -1:]
+    blocks = context.new_zeros(*targets.shape[:2], context.shape[1]).scatter(2, targets, True)
+    opened = _outer(behind, of_text(blocks.any(dim=1))) | (of_text(context) | ~visual).unsqueeze(1)
+    for block in blocks.unbind(dim=1):
+        opened |= _outer(of_text(block), of_text(block))
+    direction = at.unsqueeze(1) >= at
+    if two_way:
+        direction = direction | _outer(visual, visual)
+    return opened & direction & step.attention_mask.unsqueeze(1)
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows.unsqueeze(2) & columns.unsqueeze(1)
+
+
+def _size(
+    side: int, scales: tuple[float, float], aspects: tuple[float, float], generator: torch.Generator
+) -> tuple[int, int]:
+    """Draws height and width of a block; one number decides both scale and aspect, as in the source."""
+    drawn = float(torch.rand((), generator=generator))
+    scale, aspect = (least + drawn * (most - least) for least, most in (scales, aspects))
+    n_tokens = int(side * side * scale)
+    height, width = round(math.sqrt(n_tokens * aspect)), round(math.sqrt(n_tokens / aspect))
+    return max(min(height, side - 1), 1), max(min(width, side - 1), 1)
+
+
+def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draws the corner of a block, and returns the places of its tokens."""
+    top, left = (int(torch.randint(side - extent, (), generator=generator)) for extent in size)
+    places = torch.arange(side * side).view(side, side)
+    return places[top : top + size[0], left : left + size[1]].flatten()
+
+
+def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a block without the targets, boolean ``[side * side]``.
+
+    If too few tokens remain, the last target stays in, then the last two, and so on.
+    """
+    context = torch.zeros(side * side, dtype=torch.bool)
+    for n_left_out in range(len(targets), -1, -1):
+        for _ in range(_TRIES):
+            context = torch.zeros_like(context).index_fill(0, _block(side, size, generator), True)
+            context[targets[:n_left_out].flatten()] = False
+            if int(context.sum()) > _TOO_FEW:
+                return context
+    return context  # the grid is too small for more

@@ -1,0 +1,116 @@
+"""The teacher of a run with its cache: turns the collator's tensors into features, in the training step."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import HeraConfig
+from ..teachers.cache import FeatureCache
+from ..teachers.encoder import VisionTeacher
+from .collator import CACHED, NO_IMAGE
+from .token_term import StudentImages
+
+logger = logging.getLogger("llamafactory_hera")
+
+
+class TeacherFeatures:
+    """Looks up or computes the teacher's features of a batch.
+
+    No step waits for the device: which rows are cached is decided by ``torch.where`` on the device, and computed
+    features travel to the cache by copies that a later step picks up.
+
+    Args:
+        config: The ``hera_*`` keys.
+        device: Where the teacher runs.
+        dtype: Its compute type.
+        student: The pixels of the student, for an objective on visual tokens.
+
+    Raises:
+        ValueError: The teacher cannot be loaded, or its patches do not match the student's tokens.
+    """
+
+    def __init__(
+        self, config: HeraConfig, device: torch.device, dtype: torch.dtype, student: StudentImages | None = None
+    ) -> None:
+        self.student = student
+        teacher_class = getattr(config.objective_class(), "teacher_class", None) or VisionTeacher
+        if student is not None:
+            teacher_class.check(config.teacher, student.side)
+        self.encoder: Any = teacher_class.from_pretrained(config.teacher, device=device, dtype=dtype)
+        self.cache: FeatureCache | None = None
+        if config.teacher_cache and config.reads("hera_teacher_cache"):
+            fingerprint, size = self.encoder.fingerprint, self.encoder.dim
+            if student is not None:
+                fingerprint, size = student.fingerprint(fingerprint), size * student.side**2
+            self.cache = FeatureCache(config.teacher_cache, fingerprint, size)
+        # keys and features on their way to the host, and the event after which they are there
+        self._waiting: list[tuple[Tensor, Tensor, Any]] = []
+
+    def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
+        """Returns the features of a batch's samples, or of their visual tokens.
+
+        Args:
+            inputs: The tensors that the collator added.
+            pixels: The student's images, for an objective on tokens.
+
+        Returns:
+            ``[B, D_teacher]`` or ``[B, T, D_teacher]``; 0 for a sample without an image, NaN if its tensors were lost
+            on the way, which only the device knows.
+        """
+        source, rows = inputs["hera_source"], inputs.get("hera_rows")
+        if pixels is None:
+            pixels = inputs.get("hera_pixels")
+        n_tokens = 1 if self.student is None else self.student.side**2
+        features = torch.full((len(source), n_tokens * self.encoder.dim), torch.nan, device=source.device)
+        features = torch.where((source == NO_IMAGE).unsqueeze(1), 0.0, features)
+        if "hera_features" in inputs:
+            held = inputs["hera_features"].view(torch.float16).to(features)
+            features = torch.where((source == CACHED).unsqueeze(1), held, features)
+        self.flush(wait=False)
+        if pixels is not None and rows is not None:
+            computed = self._compute(pixels[rows]).flatten(1)
+            features = features.index_copy(0, rows, self._store(inputs, computed))
+        return features if self.student is None else features.unflatten(1, (n_tokens, -1))
+
+    def _compute(self, pixels: Tensor) -> Tensor:
+        if self.student is not None:
+            return self.encoder.patch_features(pixels, self.student.side)
+        return self.encoder.encode(pixels)
+
+    def _store(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
+        """Sends features to the cache, and returns them as they will be read back, so that a resumed run is equal."""
+        if self.cache is None:
+            return computed
+        rounded, arrived = computed.half(), None
+        keys = inputs["hera_keys"][inputs["hera_rows"]]
+        keys, features = (each.to("cpu", non_blocking=True) for each in (keys, rounded))
+        if rounded.device.type != "cpu":
+            arrived = torch.get_device_module(rounded.device).Event()
+            arrived.record()
+        self._waiting.append((keys, features, arrived))
+        return rounded.to(computed)
+
+    def flush(self, wait: bool = True) -> None:
+        """Writes the features that wait in memory to the cache; a failure only disables the cache.
+
+        Args:
+            wait: False takes in only those that have arrived on the host, and writes full shards only.
+        """
+        if self.cache is None:
+            return
+        try:
+            while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].query()):
+                keys, features, arrived = self._waiting.pop(0)
+                if arrived is not None:
+                    arrived.synchronize()
+                self.cache.put([bytes(key) for key in keys.numpy()], features)
+            if wait:
+                self.cache.flush()
+        except OSError as error:
+            logger.warning(
+                f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run continues and computes "
+                "the features that are missing there."
+            )
+            self.cache = None

@@ -1,0 +1,174 @@
+"""The alignment term of an objective on visual tokens: which tokens are read, what the teacher sees, and the loss."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from ..config import HeraConfig
+from ..distributed import rank, world_size
+from ..heads import HeadCapture, LayerCapture
+from ..heads.tokens import grid_side, token_positions
+from ..objectives.tokens import Plan, Step, TokenBatch, TokenObjective
+from ..teachers.encoder import normalization
+from .term import Prepared, TermOutput, finite_parts, zero_unless
+
+
+@dataclass(frozen=True)
+class StudentImages:
+    """The pixels that the student sees, for a teacher that must see the same place at the same token.
+
+    Attributes:
+        side: Tokens along each side of an image's grid.
+        processor: The student's image processor.
+        covered: Pixels along each side that the tower's patches cover (378 of 384 at patch size 14); 0 means all.
+    """
+
+    side: int
+    processor: Any
+    covered: int = 0
+    _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
+
+    def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
+        """Selects each sample's image from ``pixel_values`` and undoes the student's normalization.
+
+        Args:
+            batch: The batch with ``pixel_values``.
+            image: ``hera_image``, see :class:`~.collator.HeraCollator`; a sample without an image gets any.
+
+        Returns:
+            ``[B, 3, S, S]`` in [0, 1].
+        """
+        values = batch.get("pixel_values")
+        if values is None:  # a batch of text alone
+            return torch.zeros(len(image), 3, 1, 1, device=image.device)
+        index, count = image.unbind(dim=1)
+        place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
+        mean, std = self._normalization(values.device)
+        end = self.covered or values.shape[-1]
+        return (values[place][..., :end, :end].float() * std + mean).clamp(0, 1)
+
+    def _normalization(self, device: torch.device) -> tuple[Tensor, ...]:
+        if device not in self._held:  # copied once, because every copy makes the host wait
+            self._held[device] = tuple(each.to(device) for each in normalization(self.processor))
+        return self._held[device]
+
+    def fingerprint(self, teacher: str) -> str:
+        """Digests a teacher's fingerprint, the grid, and the settings of the student's processor."""
+        described = f"{teacher} {self.side} {self.covered} {self.processor.to_json_string()}"
+        return hashlib.sha256(described.encode()).hexdigest()
+
+
+def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
+    """Describes the student's images for an objective on tokens; returns None for one on pooled vectors.
+
+    Args:
+        config: The ``hera_*`` keys.
+        model_configuration: The student's.
+        image_processor: The student's; None loads the one beside the model's weights.
+
+    Raises:
+        ValueError: The objective does not work on this model, or there is no image processor.
+    """
+    objective = config.objective_class()
+    if not issubclass(objective, TokenObjective):
+        return None
+    objective.check_model(model_configuration, model_configuration._attn_implementation)
+    side, name = grid_side(model_configuration, config.objective), model_configuration._name_or_path
+    if image_processor is None:
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model: {name!r} holds no image processor ({error}), which tells how its pixels were normalized; "
+                "save the model's processor there."
+            ) from error
+    # a vision model sees exactly what the patches cover, another kind of teacher the whole image
+    patch = model_configuration.vision_config.patch_size if objective.teacher_class is None else 0
+    return StudentImages(side, image_processor, covered=side * patch)
+
+
+@dataclass(eq=False)
+class TokenReader:
+    """Decides which visual tokens the next forward pass reads.
+
+    Attributes:
+        objective: May plan the forward pass.
+        student: The pixels that the student sees.
+        image_token: The placeholder id of an image.
+        seed: The seed of the run.
+        n_micro_batches: How many have been prepared since the beginning of the run; saved in checkpoints.
+    """
+
+    objective: TokenObjective
+    student: StudentImages
+    image_token: int
+    seed: int
+    n_micro_batches: int = 0
+
+    def prepare(
+        self, batch: dict[str, Any], inputs: dict[str, Tensor], has_image: Tensor, capture: HeadCapture | LayerCapture
+    ) -> Prepared:
+        """Names the tokens that the next forward pass reads.
+
+        Args:
+            batch: The model's inputs.
+            inputs: The tensors that the collator added.
+            has_image: Boolean ``[B]``.
+            capture: Reads the tokens.
+        """
+        ids, mask, image = batch["input_ids"], batch.get("attention_mask"), inputs["hera_image"]
+        side = self.student.side
+        positions = token_positions(ids, mask, image, self.image_token, side**2)
+        attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        number, self.n_micro_batches = self.n_micro_batches, self.n_micro_batches + 1
+        step = Step(ids, attended, positions, has_image, image[:, 1], side, self.seed, rank(), number)
+        plan = self.objective.prepare(step) or Plan()
+        capture.tokens(positions if plan.positions is None else plan.positions)
+        planned = plan.valid is not None
+        valid = has_image if plan.valid is None else plan.valid
+        return Prepared(valid, inputs, planned, self.student.pixels(batch, image), plan.context)
+
+
+def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
+    """Computes the part of the term that belongs to the samples of this process; tokens are too many to gather.
+
+    The term is the mean over processes. The loss of a process is multiplied by the number of processes and divided by
+    the number of samples on all of them, so that an engine that averages gradients arrives at the gradient of the mean
+    over the global batch. No engine handles the objective's own parameters: their gradients must be averaged over the
+    processes, too. Every process must call it in every step, even if none of its samples has an image.
+
+    Args:
+        objective: The loss.
+        batch: The samples of this process; rows that are not valid may hold anything.
+
+    Raises:
+        ValueError: The objective returns a loss of another shape than ``[n_targets, B]``.
+    """
+    valid = batch.valid
+    tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
+    teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
+    projections = None if batch.projections is None else batch.projections.float()
+    batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
+    losses = objective(batch)
+    if losses.shape != (len(tokens), len(valid)):
+        raise ValueError(
+            f"{type(objective).__name__} returns a loss of shape {list(losses.shape)}; an objective on tokens must "
+            f"return one for each target and sample, {[len(tokens), len(valid)]}."
+        )
+    by_target = torch.where(valid, losses, 0.0).sum(dim=1)
+    finite, teacher_finite = finite_parts(tokens, teacher, by_target)
+    reduced = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~finite]).float()
+    if world_size() > 1:
+        dist.all_reduce(reduced)
+    n_samples, sound, broken = reduced[0], ~reduced[1:].any(), reduced[2:] > 0
+    loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
+    loss = zero_unless(sound, loss, tokens, *([] if projections is None else [projections]))
+    unknown = torch.full_like(by_target.detach(), math.nan)
+    none = torch.zeros_like(n_samples)
+    return TermOutput(loss, unknown, unknown[0], n_samples, none, sound, broken, sound & (n_samples > 0))

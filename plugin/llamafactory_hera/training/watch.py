@@ -1,0 +1,243 @@
+"""The health of a run: the term must never be a silent no-op, and its statistics wait on the device for a log line."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import HeraConfig
+from ..distributed import rank
+from ..heads import Targets
+from ..heads.tokens import IGNORE_INDEX, text_mask
+from ..objectives import Objective
+from .checks import idle_message
+from .term import TermOutput
+
+logger = logging.getLogger("llamafactory_hera")
+
+_IDLE_STEPS = 10  # a run warns if no sample entered in this many steps from its start
+
+
+class Watch:
+    """Watches the steps of a run for faults that would otherwise pass in silence, and collects its statistics.
+
+    Until the first gradient arrives, every step waits for the device to catch a misconfiguration early. From then on
+    the host waits at log lines only; counters stay on the device until then.
+
+    Args:
+        config: The ``hera_*`` keys.
+        targets: The heads or layers that are aligned.
+        objective: The loss.
+        device: Where the step runs.
+    """
+
+    def __init__(self, config: HeraConfig, targets: Targets, objective: Objective, device: torch.device) -> None:
+        self.statistics = RunningMeans()
+        #: True once a gradient has arrived at the targets; steps no longer wait for the device then.
+        self.gradient_checked = config.weight == 0
+        #: A boolean scalar: some term since the last optimizer step was not finite. None without a term.
+        self.left_out: Tensor | None = None
+        self._config, self._targets, self._objective = config, targets, objective
+        self._batch_checked = self._gradient_due = self._entered = self._comparable = False
+        self._idle_steps: int | None = 0  # None once a sample has entered
+        self._fewest: Tensor | None = None  # candidates of a sample so far; None after the warning
+        self._warned_of_few = False
+        self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
+        self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
+        self._broken = torch.zeros(len(targets.items), dtype=torch.bool, device=device)
+
+    # -- before the first forward pass -----------------------------------------------------------------------------
+
+    def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
+        """Checks the first batch with images for faults that no setting and no row of the data shows.
+
+        Raises:
+            ValueError: The collator drops the images, or labels do not separate the answer from the prompt.
+        """
+        if self._batch_checked or not bool(has_image.any()):
+            return
+        self._batch_checked = True
+        if not media_token_ids:
+            return
+        ids = batch["input_ids"][has_image]
+        attended = torch.ones_like(ids, dtype=torch.bool)
+        if batch.get("attention_mask") is not None:
+            attended = batch["attention_mask"][has_image].bool()
+        text = text_mask(ids, attended, media_token_ids)
+        media = attended & ~text
+        if not media.any():
+            raise ValueError(
+                f"data_collator: {len(ids)} samples of the first batch have images, but their input_ids hold no image "
+                "token: the collator drops the images, or they were cut off. Pass it the images "
+                "(remove_unused_columns=False, a processor), and allow longer texts."
+            )
+        if not any(name.startswith("pixel_values") for name in batch):
+            raise ValueError(
+                f"data_collator: {len(ids)} samples of the first batch have images, but the batch holds no "
+                f"pixel_values (only {', '.join(batch)}), so the model would not see them. Pass the images to the "
+                "collator."
+            )
+        if self._config.pooling == "answer" and batch.get("labels") is not None:
+            labeled = batch["labels"][has_image] != IGNORE_INDEX
+            # Text before an image is a prompt. A caption after it, with labels on all text, is stage 1 and right.
+            before_image = text & (media.cumsum(dim=1) == 0)
+            if labeled[text].all() and before_image.any():
+                raise ValueError(
+                    "hera_pooling: answer averages over the labeled tokens, but in the first batch all text is "
+                    "labeled, including the text before the image. Label the answers only (-100 elsewhere; in TRL use "
+                    "prompt and completion columns, or assistant_only_loss), or set hera_pooling: text to average "
+                    "over all text."
+                )
+
+    # -- one micro-batch -------------------------------------------------------------------------------------------
+
+    def record(self, output: TermOutput, planned: bool = False) -> None:
+        """Adds a term to the statistics.
+
+        Args:
+            output: The term.
+            planned: The objective chose which samples enter, so that none is no fault.
+        """
+        sound, entered = output.sound, output.n_samples > 0
+        self._was_finite = self._was_finite | sound
+        self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
+        self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
+        self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
+        self._broken = torch.where(sound, self._broken, output.broken)
+        if output.fewest is None:
+            # a micro-batch without any sample is not part of a mean over tokens
+            self.statistics.add(hera_loss=torch.where(sound & entered, output.loss.detach(), math.nan))
+        else:
+            self._fewest = output.fewest if self._fewest is None else torch.minimum(self._fewest, output.fewest)
+            self.statistics.add(
+                hera_loss=torch.where(sound, output.loss.detach(), math.nan),
+                hera_mknn=output.mknn.mean(),
+                hera_mknn_chance=output.chance,
+            )
+        self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_steps=~sound)
+        if not planned:
+            self.statistics.count(hera_empty_steps=sound & ~entered)
+        if not self.gradient_checked:
+            self.sync()
+            self._comparable, self._entered = bool(output.comparable), bool(entered & sound)
+            self._count_idle_step(faulty=not planned and bool(sound))
+
+    def before_backward(self, representations: Tensor, valid: Tensor) -> None:
+        """Notes whether the backward pass must reach the targets.
+
+        Raises:
+            RuntimeError: Samples entered, and nothing that is aligned carries a gradient.
+        """
+        if self.gradient_checked:
+            return
+        if self._entered and not representations.requires_grad:
+            raise RuntimeError(idle_message(self._targets, "their outputs carry no gradient in this setup"))
+        # on a process whose samples have no image the gradient is zero
+        self._gradient_due = self._comparable and bool(valid.any())
+
+    def after_backward(self, gradient_seen: bool, n_steps: int) -> None:
+        """Checks that the first backward pass reached the targets.
+
+        Args:
+            gradient_seen: A gradient arrived at one of them.
+            n_steps: Optimizer steps that moved the objective's own parameters.
+
+        Raises:
+            RuntimeError: It should have arrived, and did not.
+        """
+        if self.gradient_checked or not self._gradient_due:
+            return
+        if gradient_seen:
+            self.gradient_checked = True
+        elif n_steps >= self._objective.silent_steps:
+            raise RuntimeError(idle_message(self._targets, "the first backward pass brought them no gradient"))
+
+    # -- log lines -------------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """Reads the device-side counters, for which the host waits here.
+
+        Raises:
+            RuntimeError: ``hera_max_nan`` terms in a row were not finite.
+        """
+        self._warn_of_few_candidates()
+        if (in_a_row := int(self._most_nan)) < self._config.max_nan:
+            return
+        where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
+        remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
+        if not self._was_finite.item():
+            remedy = "No step was finite: the model's weights may hold NaN, or may not fit fp16; use other weights"
+        if not where:
+            where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
+        raise RuntimeError(
+            f"The HeRA term was not finite in {in_a_row} consecutive steps (hera_max_nan), because of {where}. "
+            f"{remedy}."
+        )
+
+    def close(self) -> None:
+        """Reads the counters a last time, and warns if the term never did anything."""
+        self.sync()
+        self._warn_of_idleness()
+
+    def _count_idle_step(self, faulty: bool) -> None:
+        if self._entered:
+            self._idle_steps = None
+        elif self._idle_steps is not None and faulty:
+            self._idle_steps += 1
+            if self._idle_steps == _IDLE_STEPS:
+                self._warn_of_idleness()
+
+    def _warn_of_idleness(self) -> None:
+        if not self._idle_steps or rank() > 0 or self._config.weight == 0:
+            return
+        why = f"no batch had {self._objective.least_samples} samples with an image"
+        remedy = "Mix in more samples with images, or use a larger batch"
+        if self._config.reads("hera_memory"):
+            why = "no sample with an image could be compared with another one that shows another image"
+            remedy += f", or set hera_memory: {4 * self._config.k}"
+        logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
+
+    def _warn_of_few_candidates(self) -> None:
+        if self._warned_of_few or self._fewest is None or rank() > 0 or not self._config.reads("hera_memory"):
+            return
+        k, fewest = self._config.k, int(self._fewest)
+        if fewest < 2 * k:
+            self._warned_of_few = True
+            logger.warning(
+                f"hera_k: {k} neighbors are more than half of the {fewest} candidates of a sample, and at most half "
+                "are used, because the teacher has nothing to say if every candidate is a neighbor. Use a larger "
+                f"batch per device, more processes, or hera_memory: {max(4 * k, 64)}."
+            )
+
+
+class RunningMeans:
+    """Means of step statistics between two log lines, NaN values left out; they are summed up on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._numbers: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Adds scalar tensors to the means of their names."""
+        for name, value in values.items():
+            known = ~torch.isnan(value)
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(known, value, 0.0).double()
+            self._numbers[name] = self._numbers.get(name, 0) + known
+
+    def count(self, **increments: Tensor) -> None:
+        """Adds to counters; a counter that stays 0 is not reported."""
+        for name, increment in increments.items():
+            self._counts[name] = self._counts.get(name, 0) + increment.long()
+
+    def take(self) -> dict[str, float]:
+        """Returns means and counts since the last call; NaN where no value was known."""
+        means = {
+            name: total.item() / n if (n := int(self._numbers[name])) else math.nan
+            for name, total in self._sums.items()
+        }
+        counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
+        self._sums, self._numbers, self._counts = {}, {}, {}
+        return means | counts
