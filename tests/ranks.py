@@ -1,4 +1,4 @@
-"""Other real processes: those of a gloo group that run a function, and one that holds a lock."""
+"""Other real processes: a gloo group that runs a function, and a process that holds the lock of a run."""
 
 import multiprocessing
 import subprocess
@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 
 @contextmanager
-def holder(lock: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds a lock file, and is killed at the end."""
-    code = "import sys; from llamafactory_hera.files import held\nwith held(sys.argv[1], 'key'): print(); input()"
+def holder(output_dir: Path) -> Iterator[subprocess.Popen]:
+    """Starts a process that holds the lock of a run, and kills it at the end."""
+    code = "import sys; from llamafactory_hera.files import locked\nwith locked(sys.argv[1]): print(); input()"
     pipe: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-uc", code, str(lock)], **pipe) as process:
+    with subprocess.Popen([sys.executable, "-uc", code, str(output_dir)], **pipe) as process:
         assert process.stdout is not None
         assert process.stdout.readline()
         try:
@@ -40,7 +40,7 @@ def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str
 
 
 def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 180) -> list[Any]:
-    """What ``function(rank)`` returns on each rank of a gloo group.
+    """Runs ``function(rank)`` on each rank of a gloo group, and returns the results.
 
     Args:
         function: A module-level function; returns anything ``torch.load`` can read with weights only.

@@ -1,4 +1,6 @@
-"""HeRA's term at a temperature that is given with each batch, as a tensor of any origin."""
+"""Options of objectives, and HeRA's term at a temperature that is given with each batch."""
+
+from typing import Any
 
 from torch import Tensor
 
@@ -7,6 +9,13 @@ from llamafactory_hera.objectives import Options
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.term import HeraTerm, TermOutput
+
+
+def options(
+    n_targets: int = 1, dim: int = 1, teacher_dim: int = 1, side: int = 0, initializer_range: float = 0.02, **keys: Any
+) -> Options:
+    """Makes options with the given sizes and ``hera_*`` keys."""
+    return Options(HeraConfig(heads="L0H0", **keys), n_targets, dim, teacher_dim, side, initializer_range)
 
 
 class _AtTemperature(Contrastive):
@@ -21,9 +30,7 @@ class ContrastiveTerm(HeraTerm):
 
     def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
         memory = CrossBatchMemory(0) if memory is None else memory
-        super().__init__(
-            _AtTemperature(Options(HeraConfig(heads="L0H0"), n_targets=1, dim=1, teacher_dim=1)), k, normalize, memory
-        )
+        super().__init__(_AtTemperature(options()), k, normalize, memory)
 
     def __call__(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor, n_rows: int | None = None

@@ -1,4 +1,4 @@
-"""Every hera_* key, read from a mapping: types, ranges, roles, and what does not fit together."""
+"""Every hera_* key, read from a mapping: types, ranges, and values that contradict each other."""
 
 import math
 import sys
@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from llamafactory_hera.config import HeraConfig, SelectConfig
-from llamafactory_hera.keys import Role
+from llamafactory_hera.config import (
+    FIXED_KEYS,
+    OBJECTIVE_KEYS,
+    RESUMABLE_KEYS,
+    SCORE_KEYS,
+    SELECTION_KEYS,
+    HeraConfig,
+    SelectConfig,
+)
+from llamafactory_hera.keys import changes
 from llamafactory_hera.objectives import find
 
 KEYS = HeraConfig.knobs()
@@ -21,49 +29,15 @@ def read(**keys: Any) -> HeraConfig:
     return HeraConfig.from_keys({"hera_heads": "L0H1", **keys})
 
 
-# -- what is declared ------------------------------------------------------------------------------------------------
-
-SELECTS = "hera_select hera_select_m hera_select_mode hera_select_samples hera_select_k hera_select_seed hera_teacher"
-ROLES = {
-    Role.SELECTS: {*SELECTS.split(), "hera_select_dataset", "hera_pooling", "hera_similarity"},
-    Role.SCORES: {"hera_select_mode", "hera_select_k", "hera_teacher", "hera_pooling", "hera_similarity"},
-    Role.TRAINS: {"hera_teacher", "hera_select_m"},
-    Role.FIXED: {
-        *("hera_objective", "hera_granularity", "hera_fixed_temperature"),
-        *("hera_teacher", "hera_pooling", "hera_similarity", "hera_projector", "hera_visual_attention"),
-    },
-    Role.RESUMABLE: {
-        "hera_objective_lr",
-        "hera_weight",
-        "hera_k",
-        "hera_memory",
-        "hera_accumulate",
-        "hera_batches",
-        "hera_image_index",
-    },
-}
-#: What is aligned is kept apart, and the temperature with it; the others change nothing that is computed.
-NO_ROLE = {"hera_heads", "hera_layers", "hera_heads_force", "hera_temperature", "hera_teacher_cache", "hera_max_nan"}
-NO_ROLE |= {"hera_objective_from", "hera_select_batch_size", "hera_select_dtype", "hera_select_memory_gb", "hera_eval"}
+# -- the declarations ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", Role)
-def test_which_keys_have_which_role(role: Role) -> None:
-    assert set(read().with_role(role)) == set(HeraConfig.fact_keys(role).values()) == ROLES[role]
-
-
-def test_every_key_has_a_help_and_a_role_or_is_known_to_have_none() -> None:
+def test_every_key_has_a_help_and_every_list_of_keys_names_known_ones() -> None:
     assert all(key.startswith("hera_") and declared.metadata["help"].endswith(".") for key, declared in KEYS.items())
-    assert set.union(*ROLES.values()) | NO_ROLE == set(KEYS)
-    assert not set.union(*ROLES.values()) & NO_ROLE
-
-
-def test_the_names_of_facts_in_files() -> None:
-    facts = read(hera_select="top", hera_select_samples=77).facts(Role.SELECTS)
-    assert facts["strategy"] == "top"
-    assert facts["samples_asked"] == 77
-    assert "teacher_fingerprint" in facts
-    assert {"pooling", "similarity", "m", "mode", "k", "seed"} <= set(facts)
+    for names in (SELECTION_KEYS, SCORE_KEYS, FIXED_KEYS, RESUMABLE_KEYS, OBJECTIVE_KEYS):
+        assert {*names} <= {*KEYS}
+    assert {*SCORE_KEYS} <= {*SELECTION_KEYS}
+    assert not {*FIXED_KEYS} & {*RESUMABLE_KEYS}
 
 
 def test_defaults() -> None:
@@ -82,10 +56,10 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
         **{"hera_projector": "separate", "hera_objective_lr": 1e-4, "hera_objective_from": "saves/one"},
-        **{"hera_visual_attention": "causal", "hera_eval": "demo", "hera_batches": "neighbors"},
+        **{"hera_visual_attention": "causal"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
-        **{"hera_select_dtype": "fp16", "hera_select_memory_gb": 1.5, "hera_select_dataset": "captions"},
+        **{"hera_select_dataset": "captions"},
     }
     assert values.keys() == KEYS.keys()
     config = HeraConfig.from_keys(values)
@@ -146,13 +120,10 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         ("hera_objective", "cosine", "'cosine' is unknown; choose one of cka, contrastive, feature, "),
         ("hera_select", "best", "'best' is unknown; choose one of worst, top, random, middle"),
         ("hera_select_mode", "vlm", "'vlm' is unknown; choose one of llm, mllm"),
-        ("hera_select_dtype", "bf16", "'bf16' is unknown; choose one of fp32, fp16"),
         ("hera_select_m", 0, "0 is out of range; choose 1 or more"),
         ("hera_select_k", 0, "0 is out of range; choose 1 or more"),
         ("hera_select_batch_size", 0, "0 is out of range; choose 1 or more"),
         ("hera_select_samples", 11, "11 is out of range; choose 12 or more"),
-        ("hera_select_memory_gb", 0.0, "0.0 is out of range; choose more than 0, up to 100000 (for instance 4)"),
-        ("hera_select_memory_gb", math.nan, "nan is out of range"),
         *(("hera_heads", value, "is not a head") for value in (3, [3, 4], 0.5)),
     ],
 )
@@ -178,8 +149,8 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
     ("change", "message"),
     [
         ({"hera_heads": None}, "hera_heads: no head is named; write heads as L<layer>H<head>"),
-        ({"hera_layers": "L1"}, "hera_layers: L1 is for hera_granularity: layer; set that, or remove"),
-        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 is for hera_granularity: head; set that, or remove"),
+        ({"hera_layers": "L1"}, "hera_layers: L1 needs hera_granularity: layer; set that, or remove"),
+        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 needs hera_granularity: head; set that, or remove"),
         (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
@@ -188,23 +159,6 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
             {"hera_objective": "viral"},
             "hera_granularity: head does not work with .* viral; .* hera_granularity: layer",
         ),
-        ({"hera_objective": "cka", "hera_memory": 4}, "hera_memory: 4 has no use with .* cka.* set it to 0"),
-        (LAYER | {"hera_objective": "feature", "hera_memory": 4}, "hera_memory: 4 has no use with .* feature"),
-        (
-            {"hera_objective": "feature", "hera_accumulate": "gradcache"},
-            "hera_accumulate: gradcache has no use with hera_objective: feature.* set it to none",
-        ),
-        ({"hera_batches": "neighbors"}, "hera_batches: neighbors finds them in hera_teacher_cache, which"),
-        (
-            {"hera_objective": "cka", "hera_batches": "neighbors", "hera_teacher_cache": "cache"},
-            "hera_batches: neighbors has no use with hera_objective: cka.* set it to random",
-        ),
-        (
-            LAYER | {"hera_objective": "viral", "hera_accumulate": "gradcache"},
-            "hera_accumulate: gradcache has no use with hera_objective: viral.* set it to none",
-        ),
-        (LAYER | {"hera_layers": "auto", "hera_objective": "ross"}, "hera_layers: auto scores against a vision model"),
-        ({"hera_visual_attention": "two_way"}, "hera_visual_attention: two_way has no use with .* contrastive"),
         (
             {"hera_objective_lr": 0},
             "hera_objective_lr: 0",
@@ -214,6 +168,26 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
 def test_what_does_not_fit_together_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         read(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"hera_objective": "cka", "hera_memory": 4}, "hera_memory: 4"),
+        ({"hera_objective": "feature", "hera_accumulate": "gradcache"}, "hera_accumulate: gradcache"),
+        ({"hera_visual_attention": "two_way"}, "hera_visual_attention: two_way"),
+        (LAYER | {"hera_objective": "ross", "hera_teacher_cache": "cache"}, "hera_teacher_cache: cache"),
+    ],
+)
+def test_a_key_that_the_objective_does_not_read_is_warned_of(change: dict[str, Any], key: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{key} has no effect with hera_objective: .*, which does not read it"):
+        read(**change)
+
+
+def test_changes_lists_the_named_entries_that_differ_and_were_known_before() -> None:
+    before, now = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}
+    assert changes(before, now, ("a", "b", "d")) == ["b was 2, is 5"]
+    assert changes(before, now, ("c",)) == ["c was 3, is None"]
 
 
 def test_more_heads_than_the_paper_recommends_are_warned_of() -> None:
@@ -243,15 +217,16 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
         "    pass\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # the working directory is added
+    path = list(sys.path)
     mine = "my_package_of_a_test.mine:Mine"
     assert find(read(**LAYER | {"hera_objective": mine}).objective).__name__ == "Mine"
+    assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
         ("my_package_of_a_test.mine:Other", "hera_objective: .* is not an objective; make it a subclass"),
         (
             "my_package_of_a_test.mine:Third",
-            "hera_objective: .* cannot be imported .*Third.*; write module:Class of a module",
+            "hera_objective: .* cannot be imported .*Third.*; write module:Class for a module",
         ),
         ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be imported .No module named .*missing_module"),
         (":Mine", "hera_objective: ':Mine' cannot be imported"),

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from llamafactory_hera.alignment import gather
+from llamafactory_hera import distributed
 from llamafactory_hera.distributed import common_row_count, gather_rows, mean_over_ranks, on_first, world_size
-from llamafactory_hera.objectives import Options, create
+from llamafactory_hera.objectives import create
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from tests.ranks import run_ranks
-from tests.terms import ContrastiveTerm
+from tests.terms import ContrastiveTerm, options
 from tests.waits import Waits
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
 
 
 def refuse() -> None:
-    raise ValueError(f"refused by {gather.rank()}")
+    raise ValueError(f"refused by {distributed.rank()}")
 
 
 def plain_cases(number: int) -> dict[str, Tensor]:
@@ -86,10 +86,12 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * number).t())
     results["integers"] = gather_rows(torch.tensor([number, 7], dtype=torch.uint8))
     results["largest"] = torch.tensor(common_row_count(3 + 4 * number, CPU))
-    results["of the first"] = torch.tensor([gather.rank(), on_first(gather.rank)])
+    results["of the first"] = torch.tensor([distributed.rank(), on_first(distributed.rank)])
     with pytest.raises(ValueError, match="refused by 0"):
         on_first(refuse)
-    with pytest.raises(ValueError, match=r"^per_device_train_batch_size: it makes 1 samples, and this process has 3;"):
+    with pytest.raises(
+        ValueError, match=r"^per_device_train_batch_size: it announces 1 samples, and this process has 3;"
+    ):
         ContrastiveTerm(k=1)(
             torch.zeros(1, 3, 2), torch.zeros(3, 2), torch.ones(3, dtype=torch.bool), torch.ones(()), 1
         )
@@ -111,7 +113,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     assert means.keys() == {"loss", "mknn"}
     results["means"] = torch.tensor([means["loss"], means["mknn"]])
 
-    objective = create("contrastive", Options(n_targets=1, dim=1, teacher_dim=1))
+    objective = create("contrastive", options(n_targets=1, dim=1, teacher_dim=1))
     optimizer = ObjectiveOptimizer(objective)
     for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
         objective.log_temperature.grad = torch.tensor(noise * (1 if number else -0.5))
@@ -142,7 +144,7 @@ def test_one_process_gathers_nothing():
     assert world_size() == 1
     assert gather_rows(rows) is rows
     assert common_row_count(3, rows.device) == 3
-    assert (gather.rank(), on_first(gather.rank)) == (0, 0)
+    assert (distributed.rank(), on_first(distributed.rank)) == (0, 0)
 
 
 @pytest.mark.slow

@@ -2,14 +2,14 @@
 
 import errno
 import os
+import re
 import resource
-import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamafactory_hera.files import held, read_json, whole_file, write_json, write_safetensors, write_text
+from llamafactory_hera.files import locked, read_json, whole_file, write_json, write_safetensors, write_text
 from tests.ranks import holder
 
 
@@ -66,48 +66,13 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_the_links_to_it(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_what_a_killed_process_left_is_swept_up(tmp_path):
-    old, new = tmp_path / ".a.txt.tmp1", tmp_path / ".a.txt.tmp2"
-    for left in (old, new):
-        left.write_text("half of")
-    os.utime(old, (0, 0))
-    write_text(tmp_path / "a.txt", "all")
-    assert sorted(os.listdir(tmp_path)) == [new.name, "a.txt"]
-
-
-def take(lock):
-    with held(lock, "key"):
-        return lock.read_text()
-
-
-def test_a_lock_keeps_another_process_out_and_names_it_until_it_ends(tmp_path):
-    lock, here = tmp_path / "run" / ".lock", socket.gethostname()
-    with holder(lock) as process, pytest.raises(ValueError, match=rf"^key: process {process.pid} on {here} writes"):
-        take(lock)
-    assert lock.exists()  # it was killed
-    with held(lock, "key"):
-        assert take(lock) == f"{here} {os.getpid()}"
-        assert lock.exists()
-    assert not lock.exists()
-
-
-def test_where_the_file_system_has_no_locks_the_process_table_decides(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(errno.ENOLCK, "no locks")
-
-    monkeypatch.setattr("llamafactory_hera.files.fcntl.lockf", none)
-    lock = tmp_path / ".lock"
-    assert take(lock) == f"{socket.gethostname()} {os.getpid()}"
-    lock.write_text(f"{socket.gethostname()} {os.getppid()}")
-    with pytest.raises(ValueError, match=f"process {os.getppid()} on "):
-        take(lock)
-
-
-def test_a_lock_of_another_host_counts_as_long_as_it_is_there(tmp_path):
-    (tmp_path / ".lock").write_text("elsewhere 12")
-    with pytest.raises(ValueError, match=r"process 12 on elsewhere writes there; .*; if that is gone, remove /.*lock"):
-        take(tmp_path / ".lock")
-    assert (tmp_path / ".lock").read_text() == "elsewhere 12"
+def test_a_lock_keeps_another_process_out_until_that_one_ends(tmp_path):
+    with holder(tmp_path):
+        with pytest.raises(ValueError, match=f"^output_dir: {re.escape(str(tmp_path))} is in use by another process"):
+            with locked(tmp_path):
+                pass
+    with locked(tmp_path), locked(tmp_path):  # a process may enter it again
+        pass
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path):

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llamafactory_hera
 from llamafactory_hera.integrations.transformers import HeraTrainer
-from llamafactory_hera.objectives import jarvis
-from llamafactory_hera.training.collator import HeraCollator, TeacherFeatures
+from llamafactory_hera.rivals import jarvis
+from llamafactory_hera.training.collator import HeraCollator
+from llamafactory_hera.training.teacher_features import TeacherFeatures
 
 _OURS = str(Path(llamafactory_hera.__file__).parent)
 _HOSTS = ("/transformers/trainer.py", "/accelerate/", "/trl/")

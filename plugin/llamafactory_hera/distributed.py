@@ -1,4 +1,4 @@
-"""The processes of a launch, and gathering their rows into the global batch with gradient."""
+"""The processes of a launch, and how their rows are gathered into the global batch with gradient."""
 
 import math
 import time
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 class _AllGather(torch.autograd.Function):
-    # torch.distributed.nn.functional.all_gather has a wrong backward on gloo for non-contiguous gradients, so the
-    # backward is written out: every rank computes the loss of the whole batch, hence the sum over ranks of the
-    # gradient of this rank's slice, which the engine's averaging over ranks turns into the gradient of that loss.
+    # The backward of torch.distributed.nn.functional.all_gather is wrong on gloo for non-contiguous gradients, so it
+    # is written out here. Every rank computes the loss of the global batch. The sum over ranks of the gradient of this
+    # rank's slice, averaged over ranks by the engine, is the gradient of that loss.
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # a copy: autograd may hand the same tensor to other nodes, and the reduction works in place
+        # cloned, because autograd may pass the same tensor to other nodes, and the reduction works in place
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.n_rows
@@ -35,12 +35,12 @@ class _AllGather(torch.autograd.Function):
 
 
 def world_size() -> int:
-    """Number of processes of the default group; 1 without one."""
+    """Returns the number of processes of the default group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number; 0 without a launcher."""
+    """Returns the number of this process; 0 without a group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -51,10 +51,11 @@ def barrier() -> None:
 
 
 def end_launch() -> None:
-    """Ends the default group, if there is one: a process that ends with it may abort (PyTorch's issue 190489).
+    """Destroys the default group, if there is one, before the process ends.
 
-    gloo's threads let go of an operation's tensors after it has returned, and abort if Python is gone by then.
-    DistributedDataParallel keeps the threads past the group's end, so that nothing but time can be given to them.
+    A process that ends with a live group may abort (https://github.com/pytorch/pytorch/issues/190489): gloo's threads
+    release the tensors of an operation after it has returned, and abort if Python has ended by then.
+    DistributedDataParallel keeps these threads alive beyond the group, so the only remedy is to wait a moment.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -62,11 +63,7 @@ def end_launch() -> None:
 
 
 def on_first(compute: Callable[[], Result]) -> Result:
-    """What the first process computes, on every process; if it refuses its input, every process does.
-
-    Raises:
-        ValueError: As ``compute``.
-    """
+    """Calls ``compute`` on the first process and returns its result, or raises its ``ValueError``, on every process."""
     shared: list[Any] = [None]
     if rank() == 0:
         try:
@@ -80,16 +77,16 @@ def on_first(compute: Callable[[], Result]) -> Result:
     return shared[0]
 
 
-def of_all(value: Result) -> list[Result]:
-    """What each process gives, in rank order, on every process."""
-    held: list[Any] = [value] * world_size()
+def gather_objects(value: Result) -> list[Result]:
+    """Returns the values of all processes, in rank order, on every process."""
+    gathered: list[Any] = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(held, value)
-    return held
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """The largest ``n_rows`` over all ranks: what each rank pads to before :func:`gather_rows`."""
+    """Returns the largest ``n_rows`` over all processes, to which each pads before :func:`gather_rows`."""
     if world_size() == 1:
         return n_rows
     count = torch.tensor(n_rows, device=device)
@@ -98,27 +95,27 @@ def common_row_count(n_rows: int, device: torch.device) -> int:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates ``rows`` of all ranks, in rank order.
+    """Concatenates the rows of all processes in rank order.
 
-    The backward sums the gradients that the ranks hold for a slice. When each rank computes the full loss over the
-    gathered rows and the engine averages gradients over ranks (DDP, ZeRO, FSDP), each parameter gets the gradient of
-    one process with the whole batch; no factor is needed.
+    The backward sums the gradients that the processes hold for a slice. If each process computes the loss over all
+    gathered rows, and the engine averages gradients over processes (DDP, ZeRO, FSDP), each parameter receives the
+    gradient of one process with the global batch. No factor is needed.
 
     Args:
-        rows: ``[B, ...]``, of the same shape on every rank.
+        rows: ``[B, ...]``, of the same shape on every process.
 
     Returns:
-        ``[world_size * B, ...]``; ``rows`` itself with one process.
+        ``[world_size * B, ...]``; with one process ``rows`` itself.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean of each value over the ranks that know it; left out where none does.
+    """Averages each value over the processes that know it, and drops a value that no process knows.
 
     Args:
-        values: NaN where unknown; every rank has the same names, so that all take part in one reduction.
-        device: Of the process group's tensors.
+        values: NaN marks an unknown value. Every process must pass the same names, because all are reduced at once.
+        device: The device of the process group's tensors.
     """
     if world_size() == 1:
         return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -143,14 +143,14 @@ def test_unrelated_features_score_at_chance_level():
 
 @pytest.mark.parametrize("k", [0, -1, 5, 6])
 def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
-    with pytest.raises(ValueError, match=rf"k={k} neighbors of 5 samples: choose 1 <= k <= 4"):
+    with pytest.raises(ValueError, match=rf"k={k} does not fit 5 samples; choose 1 <= k <= 4"):
         nearest_neighbors(torch.randn(5, 3), k)
     with pytest.raises(ValueError, match=rf"k={k} .* choose 1 <= k <= 4"):
         mutual_knn(torch.randn(2, 5, 3), torch.randn(5, 3), k)
 
 
 def test_different_numbers_of_samples_are_refused():
-    with pytest.raises(ValueError, match="student holds 6 samples and teacher 5: give the same samples to both"):
+    with pytest.raises(ValueError, match="student has 6 samples and teacher 5; give the same samples to both"):
         mutual_knn(torch.randn(6, 3), torch.randn(5, 3), 2)
 
 

@@ -18,10 +18,11 @@ import transformers as tf
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from llamafactory_hera.objectives import Options, TokenBatch, create
+from llamafactory_hera.objectives import TokenBatch, create
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.backbones.full_size import SIZES, vlm_config
+from tests.terms import options
 
 SIDE, PATCH = 27, 14
 TOKENS = SIDE**2
@@ -53,9 +54,9 @@ def autoencoder() -> float:
 
 def term(name: str, n_targets: int, dim: int, head_dim: int | None = None, tokens: int = TOKENS) -> float:
     """Forward, recomputation and backward of an objective on tokens; a head's folded weights are counted, too."""
-    options = Options(n_targets, dim, 1024, side=SIDE)
+    chosen = options(n_targets, dim, 1024, side=SIDE)
     with torch.device("meta"):
-        objective = create(name, options)
+        objective = create(name, chosen)
         read = torch.empty(n_targets, 1, tokens, head_dim or dim)
         projections = torch.empty(n_targets, head_dim, dim) if head_dim else None
         facts = {"places": torch.zeros(1, tokens, dtype=torch.long)}
@@ -66,7 +67,7 @@ def term(name: str, n_targets: int, dim: int, head_dim: int | None = None, token
 def denoiser(dim: int) -> float:
     """ROSS's, on four draws."""
     with torch.device("meta"):
-        objective = create("ross", Options(1, dim, 64, side=SIDE))
+        objective = create("ross", options(1, dim, 64, side=SIDE))
         noisy, times = torch.empty(4, 1, TOKENS, 64), torch.zeros(4, 1, dtype=torch.long)
         return 4 * operations(lambda: objective.denoiser(noisy, times, torch.empty(1, TOKENS, dim)))
 

@@ -19,11 +19,11 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from llamafactory_hera.evaluation.card import write_index
+from llamafactory_hera.evaluation.lines import read_json_lines
 from llamafactory_hera.evaluation.models import model_folders, weights_digest
 from llamafactory_hera.evaluation.run import evaluate, missing, run_task
 from llamafactory_hera.evaluation.scoring import demo
 from llamafactory_hera.evaluation.suites import SUITES
-from llamafactory_hera.evaluation.lines import read_json_lines
 
 from ..e2e.runner import environment, run_command
 

@@ -184,7 +184,7 @@ def test_heads_that_are_left_before_the_backward_pass_are_refused_by_name(reentr
     with HeadCapture(model, HEADS) as capture:
         capture.pool(mask)
         loss = model(**batch).loss + term(capture.representations())
-    with pytest.raises(RuntimeError, match=r"left before the backward pass, .*: keep it entered until after `loss"):
+    with pytest.raises(RuntimeError, match=r"left before the backward pass, .*; stay inside the context until `loss"):
         loss.backward()
 
 

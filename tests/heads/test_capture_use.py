@@ -157,7 +157,7 @@ def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
 
 @both
 def test_asking_without_a_captured_pass_says_what_to_do(model, batch, mask, names):
-    message = r"No forward pass through layers \[0, 1\] was captured: call the model inside"
+    message = r"No forward pass through layers \[0, 1\] was captured: name the tokens .*, then call"
     with CAPTURES[names](model, names) as capture:
         with pytest.raises(RuntimeError, match=message):
             capture.representations()
@@ -291,13 +291,13 @@ def _nested(model, batch, mask):
 MISUSES = {
     "a mask of fewer tokens": (
         lambda m, b, mask: captured(m, b, mask[:, :4]),
-        r"^mask: \[3, 4\] does not fit .* \[3, 10\]",
+        r"^mask: its shape \[3, 4\] does not fit .* \[3, 10\]",
     ),
     "a mask of one row": (
         lambda m, b, mask: captured(m, b, mask[0], "L1", LayerCapture),
-        r"^mask: \[10\] does not fit",
+        r"^mask: its shape \[10\] does not fit",
     ),
-    "two captures": (_nested, r"heads of layers \[0, 1\] are captured already, .*; leave that one first"),
+    "two captures": (_nested, r"another HeadCapture already reads layers \[0, 1\]; remove it first"),
 }
 
 

@@ -59,7 +59,7 @@ def gpt2() -> nn.Module:
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
     for call in (head_layout, lambda config: HeadCapture(gpt2(), "L0H0")):
-        with pytest.raises(ValueError, match="model_name_or_path: the text model type 'gpt2' is not known") as error:
+        with pytest.raises(ValueError, match="model: the text model type 'gpt2' is not supported") as error:
             call(gpt2().config)
         assert all(known in str(error.value) for known in FAMILIES)
         assert "add it to FAMILIES" in str(error.value)
@@ -73,20 +73,24 @@ _STREAMS = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, 
 @pytest.mark.parametrize(
     ("kind", "keys", "why"),
     [
-        (tf.DeepseekV3ForCausalLM, _LATENT, "4 heads of 8 .* takes 32 .*'deepseek_v3' has one that takes 48"),
-        (tf.MllamaForCausalLM, {"cross_attention_layers": [1]}, "layer 1 of this 'mllama_text_model' has none"),
-        (tf.Qwen3_5ForCausalLM, {"layer_types": _MIXED}, "layer 1 of this 'qwen3_5_text' has none"),
-        (tf.PhiForCausalLM, {}, "layer 0 of this 'phi' has none"),
-        (tf.Gemma3nForCausalLM, _STREAMS, r"a layer hands on \[4, 3, 10, 48\] for 3 rows of 10 tokens"),
+        (
+            tf.DeepseekV3ForCausalLM,
+            _LATENT,
+            "4 heads of 8 .* of 32 inputs.*'deepseek_v3' model has one that takes 48",
+        ),
+        (tf.MllamaForCausalLM, {"cross_attention_layers": [1]}, "layer 1 of this 'mllama_text_model' model has none"),
+        (tf.Qwen3_5ForCausalLM, {"layer_types": _MIXED}, "layer 1 of this 'qwen3_5_text' model has none"),
+        (tf.PhiForCausalLM, {}, "layer 0 of this 'phi' model has none"),
+        (tf.Gemma3nForCausalLM, _STREAMS, r"a layer returns \[4, 3, 10, 48\] for 3 rows of 10 tokens"),
     ],
 )
 def test_what_cannot_be_read_is_refused_and_in_the_table_too(kind, keys, why, monkeypatch):
     config = kind.config_class(**DECODER | keys)
-    with pytest.raises(ValueError, match=f"the text model type '{config.model_type}' is not known"):
+    with pytest.raises(ValueError, match=f"the text model type '{config.model_type}' is not supported"):
         head_layout(config)
     monkeypatch.setattr(families, "FAMILIES", {config.model_type})
     batch = text_batch()
-    with pytest.raises(ValueError, match=f"model_name_or_path: .*{why}.*[Uu]se another model"):
+    with pytest.raises(ValueError, match=f"model: .*{why}.*[Uu]se another model"):
         check_pooled(kind(config), batch, batch["attention_mask"].bool())
 
 
@@ -101,7 +105,7 @@ def test_a_model_with_two_decoders_is_refused():
             super().__init__()
             self.first, self.second = text_model("qwen3"), text_model("qwen3")
 
-    with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* found first\.model, second\.model"):
+    with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* holds first\.model, second\.model"):
         decoder_layers(Pair())
 
 

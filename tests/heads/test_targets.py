@@ -67,7 +67,9 @@ def test_none_and_the_same_twice_are_refused(targets: Targets) -> None:
             Targets.parse(text, targets.granularity)
     first, second, third = targets.names
     for text in (f"{second},{first},{third},{second},{first.lower()}", [third, second, third, second]):
-        with pytest.raises(ValueError, match=rf"^{targets.key}: (.*, )?{second}.* is named more than once; name each"):
+        with pytest.raises(
+            ValueError, match=rf"^{targets.key}: (.*, )?{second}.* is named more than once; remove the"
+        ):
             Targets.parse(text, targets.granularity)
 
 
@@ -80,9 +82,9 @@ def test_errors_name_the_callers_key() -> None:
 @pytest.mark.parametrize(
     ("targets", "n_layers", "n_heads", "outside"),
     [
-        (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31; choose heads .*select"),
-        (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11; choose heads"),
-        (LAYERS, 14, 1, "L14 does not exist: this model has layers L0 to L13; choose layers of this model"),
+        (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31. Choose heads"),
+        (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11. Choose heads"),
+        (LAYERS, 14, 1, "L14 does not exist: this model has layers L0 to L13. Choose layers of this model"),
     ],
 )
 def test_what_lies_outside_a_model_is_refused(targets: Targets, n_layers: int, n_heads: int, outside: str) -> None:
@@ -106,7 +108,7 @@ def test_provenance_of_another_type_is_refused_when_it_is_read(tmp_path: Path, n
     """Not after training, when the model card shows it."""
     content = {"scores": [[0.1, None], [0.2, 0.3]], "layer_scores": [0.1, 0.2], "chance_level": 0.1, name: value}
     (tmp_path / "heads.json").write_text(json.dumps({"heads": ["L0H0"], "provenance": content}))
-    with pytest.raises(ValueError, match=f'^hera_heads: "{name}" in the provenance of .*heads.json is not what'):
+    with pytest.raises(ValueError, match=f'^hera_heads: "{name}" in .*heads.json is not what'):
         Targets.load(tmp_path / "heads.json")
 
 

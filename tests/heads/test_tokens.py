@@ -77,7 +77,7 @@ def test_what_is_empty_or_not_masked():
 
 
 def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="hera_pooling: 'answer' averages over the tokens with a label"):
+    with pytest.raises(ValueError, match="hera_pooling: answer averages over labeled tokens"):
         token_mask("answer", IDS, ATTENTION)
     with pytest.raises(ValueError, match="hera_pooling: 'cls' is unknown; choose one of answer, text, mean, last"):
         token_mask("cls", IDS, ATTENTION, LABELS)
@@ -169,8 +169,8 @@ def test_only_models_with_a_fixed_square_grid(name: str) -> None:
     if config.model_type == "llava":
         assert grid_side(config, "viral") ** 2 == PER_IMAGE
         config.vision_config = Dinov2Config(image_size=(16, 32))  # CLIP's takes one number
-        with pytest.raises(ValueError, match=r"hera_objective: viral needs .* images are 16 x 32 pixels; use"):
+        with pytest.raises(ValueError, match=r"hera_objective: viral needs .* images have 16 x 32 pixels; use"):
             grid_side(config, "viral")
     else:
-        with pytest.raises(ValueError, match=rf"hera_objective: viral needs .* {config.model_type!r} models are not"):
+        with pytest.raises(ValueError, match=rf"hera_objective: viral needs .* {config.model_type!r} models do not"):
             grid_side(config, "viral")

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment.neighbors import teacher_candidates
-from llamafactory_hera.objectives import Options, PooledBatch
+from llamafactory_hera.objectives import PooledBatch
+from tests.terms import options
 
 TARGETS, N, D, D_TEACHER = 2, 6, 4, 3
-OPTIONS = Options(n_targets=TARGETS, dim=D, teacher_dim=D_TEACHER)
+OPTIONS = options(TARGETS, D, D_TEACHER)
 
 
 def pooled(z: Tensor, teacher: Tensor, valid: Tensor | None = None, k: int = 2) -> PooledBatch:
-    """A batch without memory, as the term makes it."""
+    """Makes a batch without memory, as the term does."""
     valid = torch.ones(len(teacher), dtype=torch.bool) if valid is None else valid
     z = torch.where(valid.view(1, -1, 1), z, 0.0)
     teacher = torch.where(valid.view(-1, 1), teacher, 0.0)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import mean_over_ranks
 from llamafactory_hera.training import Aligner
-from llamafactory_hera.training.aligner import RunningMeans
 from llamafactory_hera.training.collator import CACHED, PIXELS
+from llamafactory_hera.training.watch import RunningMeans
 from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
@@ -161,7 +161,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     monkeypatch.setattr(type(run.aligner.teacher.cache), "put", full)
     assert [run.step() > 0 for _ in range(2)] == [True, True]
     assert caplog.text.count("hera_teacher_cache: ") == 1
-    assert "cannot be written (No space left on device); the run goes on" in caplog.text
+    assert "cannot be written (No space left on device); the run continues" in caplog.text
 
 
 def test_a_batch_of_another_loader_is_left_alone() -> None:
@@ -194,10 +194,17 @@ def test_which_targets_a_configuration_means() -> None:
 
 
 def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"cannot change L1H0,L0H2: nothing that feeds them is trained \(lm_head"):
+    with pytest.raises(
+        ValueError, match=r"cannot change L1H0,L0H2: nothing that feeds them is trained \(only lm_head"
+    ):
         Run(freeze=True)
-    for loop, why in ((without_forward_graph, "their outputs carry no"), (without_the_term, "no gradient arrived at")):
-        with pytest.raises(RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .* lora_target"):
+    for loop, why in (
+        (without_forward_graph, "their outputs carry no"),
+        (without_the_term, "the first backward pass brought"),
+    ):
+        with pytest.raises(
+            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train something before them"
+        ):
             loop(Run())
     without_the_term(Run(weight=0.0))  # nothing is expected of it
 
@@ -254,7 +261,7 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     monkeypatch.setattr(source, name, broken)
     steps(3)  # the host does not wait to be told
     where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
-    with pytest.raises(RuntimeError, match=rf"not finite in 3 steps in a row \(hera_max_nan\), because of {where}"):
+    with pytest.raises(RuntimeError, match=rf"not finite in 3 consecutive steps \(hera_max_nan\), because of {where}"):
         run.aligner.logs()
 
 
@@ -263,7 +270,7 @@ def test_a_model_that_is_nan_from_the_start_is_said_to_be() -> None:
     with torch.no_grad():
         run.model.get_input_embeddings().weight.fill_(math.nan)
     run.step()
-    with pytest.raises(RuntimeError, match="No step was finite: the weights of model_name_or_path may hold NaN"):
+    with pytest.raises(RuntimeError, match="No step was finite: the model's weights may hold NaN"):
         run.step()
 
 

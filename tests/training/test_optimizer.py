@@ -7,17 +7,18 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llamafactory_hera.objectives import Options, TokenBatch, create
+from llamafactory_hera.objectives import TokenBatch, create
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+from tests.terms import options
 
 
 class Temperature:
     """The contrastive objective's only parameter, and what trains it."""
 
     def __init__(self, initial: float, learned: bool = True) -> None:
-        options = Options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, learn_temperature=learned)
-        self.objective = Contrastive(options)
+        chosen = options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, fixed_temperature=not learned)
+        self.objective = Contrastive(chosen)
         own = ObjectiveOptimizer(self.objective)
         self.log_value = self.objective.log_temperature
         self.step, self.state, self.load_state = own.step, own.state, own.load_state
@@ -167,8 +168,8 @@ def test_projectors_resume_to_the_last_bit():
             losses.append(loss.item())
         return losses
 
-    options = Options(2, 5, 3, projector="separate")
-    straight, resumed = create("viral", options), create("viral", options, seed=9)
+    chosen = options(2, 5, 3, projector="separate")
+    straight, resumed = create("viral", chosen), create("viral", chosen, seed=9)
     first, second = ObjectiveOptimizer(straight), ObjectiveOptimizer(resumed)
     before = steps(straight, first, 3)
     second.load_state(saved(first.state()))

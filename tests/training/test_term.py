@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
-from llamafactory_hera.objectives import Objective, Options, TokenBatch, create
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.objectives import Objective, TokenBatch, create
 from llamafactory_hera.training.memory import CrossBatchMemory
-from llamafactory_hera.training.term import token_term
-from tests.terms import ContrastiveTerm
+from llamafactory_hera.training.token_term import token_term
+from llamafactory_hera.training.watch import Watch
+from tests.terms import ContrastiveTerm, options
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
 TAU = torch.tensor(0.2)
@@ -212,18 +215,23 @@ def test_nothing_to_compare_is_zero_with_a_gradient_of_zero(z, teacher, case):
 def test_k_is_at_most_half_of_the_candidates_with_one_warning(z, teacher, caplog):
     caplog.set_level(logging.WARNING)
     half = (N - 1) // 2
-    enough = ContrastiveTerm(half)
-    enough(z, teacher, all_valid(), TAU)
-    enough(z, teacher, ~all_valid(), TAU)  # a batch without images says nothing about k
-    enough.warn_when_few()
+
+    def watch(k: int) -> Watch:
+        config = HeraConfig(heads="L0H0,L0H1,L0H2", k=k)
+        return Watch(config, Targets.parse(config.heads), create("contrastive", options()), torch.device("cpu"))
+
+    enough, watched = ContrastiveTerm(half), watch(half)
+    watched.record(enough(z, teacher, all_valid(), TAU))
+    watched.record(enough(z, teacher, ~all_valid(), TAU))  # a batch without images says nothing about k
     filling = ContrastiveTerm(N - 1, memory=CrossBatchMemory(2 * N))
-    filling(z, teacher, all_valid(), TAU)  # enough once the memory is full
-    filling.warn_when_few()
+    watched.record(filling(z, teacher, all_valid(), TAU))  # candidates suffice once the memory is full
+    watched.sync()
     assert not caplog.records
-    term = ContrastiveTerm(20)
+    term, watched = ContrastiveTerm(20), watch(20)
     for _ in range(3):
         output = term(z, teacher, all_valid(), TAU)
-        term.warn_when_few()
+        watched.record(output)
+        watched.sync()
     torch.testing.assert_close(output.loss, contrastive_loss(z, nearest_neighbors(teacher, half), TAU))
     assert output.chance.item() == pytest.approx(half / (N - 1))
     assert not torch.equal(term(z, teacher.flip(0), all_valid(), TAU).loss, output.loss)  # the teacher decides
@@ -231,10 +239,7 @@ def test_k_is_at_most_half_of_the_candidates_with_one_warning(z, teacher, caplog
     for part in ("hera_k: 20 neighbors", f"the {N - 1} candidates", "hera_memory: 80"):
         assert part in caplog.text
     teacher[1] = teacher[0]  # a copy leaves a sample with fewer candidates than the others
-    copied = ContrastiveTerm(half)
-    copied(z, teacher, all_valid(), TAU)
-    copied.warn_when_few()
-    assert f"the {N - 2} candidates" in caplog.text
+    assert int(ContrastiveTerm(half)(z, teacher, all_valid(), TAU).fewest) == N - 2
 
 
 # -- values that are not finite --------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ LAYERS, B, SIDE = 2, 4, 2
 
 @pytest.fixture
 def viral() -> Objective:
-    return create("viral", Options(LAYERS, D, D_TEACHER))
+    return create("viral", options(LAYERS, D, D_TEACHER))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Head alignment maths: tensors in, tensors out; knows no model and no framework beyond torch."""
+"""The maths of head alignment: tensors in, tensors out; no model, no framework except torch."""
 
 from .losses import cka_loss, contrastive_loss, cosine_loss
 from .neighbors import chance_level, mutual_knn, nearest_neighbors

@@ -1,14 +1,11 @@
-"""The losses that pull representations towards the teacher.
-
-Neighborhoods (HeRA's contrastive loss, paper, eq. 4 and 8), vectors (cosine), and whole similarity structures (CKA).
-"""
+"""The alignment losses: HeRA's contrastive loss on neighborhoods (paper, eq. 4 and 8), cosine, and CKA."""
 
 import torch
 from torch import Tensor
 
 from .neighbors import neighbor_mask, similarity
 
-# Stands in for minus infinity in masked logits: a row whose every entry is masked must stay finite.
+# Replaces masked logits. It is finite, so that a row in which every entry is masked stays finite, too.
 MASKED = -1e9
 
 
@@ -20,39 +17,37 @@ def contrastive_loss(
     allowed: Tensor | None = None,
     per_head: bool = False,
 ) -> Tensor:
-    """``L_RA`` averaged over samples (paper, eq. 4), and over heads where several are given (eq. 8).
+    """Computes ``L_RA``, averaged over samples (paper, eq. 4) and, if there are several, over heads (eq. 8).
 
-    The loss of a sample with the neighbors ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j``
-    over its candidates; samples without a neighbor do not enter the mean.
+    The loss of a sample with neighbors ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j`` over
+    its candidates. Samples without a neighbor do not count.
 
     Args:
-        z: Student representations ``[M, D]``, or ``[H, M, D]``.
-        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` on the teacher's features;
-            -1 for none.
+        z: Student representations ``[M, D]`` or ``[H, M, D]``.
+        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` of the teacher's features; -1
+            for none.
         temperature: The softmax temperature, above 0; a tensor may carry gradient.
         normalize: Cosine similarity when true, dot product otherwise.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as ``nearest_neighbors`` takes it.
-            All samples enter, and all others are candidates of each, when it is left out.
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as for ``nearest_neighbors``. By
+            default N is M, and all other samples are candidates.
         per_head: Return the loss of each head.
 
     Returns:
-        A scalar, or ``[H]``; 0 where no sample has a neighbor.
+        A scalar, or ``[H]``; 0 if no sample has a neighbor.
 
     Raises:
-        ValueError: ``neighbors`` belongs to other samples, or ``temperature`` is a number that is not above 0.
+        ValueError: ``neighbors`` has another number of samples, or ``temperature`` is a number of at most 0.
     """
     m = z.shape[-2]
     n = m if allowed is None else allowed.shape[0]
     if neighbors.dim() != 2 or neighbors.shape[0] != n:
         raise ValueError(
-            f"neighbors of shape {list(neighbors.shape)} does not fit {n} samples: give the [{n}, k] that "
-            "nearest_neighbors finds for the teacher's features of the same samples."
+            f"neighbors: the shape {list(neighbors.shape)} does not fit {n} samples; give [{n}, k], as "
+            "nearest_neighbors returns for the teacher's features of the same samples."
         )
-    # not asked of a tensor: reading it would make the host wait for the device
+    # not checked for a tensor, because reading it would make the host wait for the device
     if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(
-            f"temperature={temperature}: the softmax divides by it; choose a value above 0, such as 0.07."
-        )
+        raise ValueError(f"temperature={temperature}: the softmax divides by it; give a value above 0, such as 0.07.")
     if allowed is None:
         allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
     positives = neighbor_mask(neighbors, m)
@@ -66,7 +61,7 @@ def contrastive_loss(
 
 
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """One minus the cosine of each vector and its target.
+    """Computes one minus the cosine of each vector and its target.
 
     Args:
         predicted: ``[..., D]``.
@@ -79,18 +74,18 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor:
-    """One minus the linear CKA of two sets of features (Kornblith et al. 2019, arXiv 1905.00414, eq. 3 and sec. 3).
+    """Computes one minus the linear CKA of two sets of features.
 
-    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features centered over samples. It does not change when
-    either side is rotated or scaled.
+    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features, centered over samples (Kornblith et al. 2019,
+    arXiv 1905.00414, eq. 3 and sec. 3). It is invariant to rotation and scaling of either side.
 
     Args:
         z: ``[..., N, D]``.
         teacher: ``[N, D_teacher]``, of the same samples.
-        enters: Boolean ``[N]``, the samples that count, by default all; rows of others must be finite.
+        enters: Boolean ``[N]``, the samples that count, by default all; the other rows must be finite.
 
     Returns:
-        ``[...]``, between 0 and 1; 1, without gradient, where all samples of a side are equal.
+        ``[...]``, between 0 and 1; 1, without gradient, if all samples of a side are equal.
     """
     enters = torch.ones_like(teacher[:, 0], dtype=torch.bool) if enters is None else enters
     ours, theirs = _centered_gram(z, enters), _centered_gram(teacher, enters)

@@ -1,6 +1,6 @@
 """Nearest neighbors and the Mutual K-Nearest Neighbor (MKNN) alignment metric (paper, eq. 2-3).
 
-One tie rule holds everywhere: neighbors are ordered by falling similarity, and equal similarities by rising index.
+One tie rule holds everywhere: neighbors are sorted by decreasing similarity, equal similarities by increasing index.
 """
 
 from dataclasses import dataclass
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Cosine similarity above which two teacher vectors are taken for the same image: only rounding lies between.
+# Teacher vectors with a higher cosine similarity show the same image; they differ only by rounding.
 SAME_IMAGE = 1 - 1e-5
-# Rows of similarities that are held at a time, where all of them would take memory by the square.
+# How many rows of similarities are held at a time; the memory of all rows would grow with the square of the samples.
 _ROWS = 1024
 
 
 def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> Tensor:
-    """Cosine similarity, or the plain dot product, of every query with every candidate.
+    """Computes the cosine similarity, or the dot product, of every query with every candidate.
 
     Args:
         queries: ``[..., N, D]``.
         candidates: ``[..., M, D]``.
-        normalize: L2-normalize both sides first (cosine). The paper writes a dot product and does not say whether
-            vectors are normalized; normalizing is this project's choice.
+        normalize: Normalize both sides first (cosine). The paper writes a dot product and does not say whether vectors
+            are normalized; normalizing them is this project's choice.
 
     Returns:
-        ``[..., N, M]`` in float32 (float64 stays float64): ranking half-precision similarities would create ties.
+        ``[..., N, M]`` in fp32 (fp64 stays fp64), because half precision would create ties.
     """
     if queries.dtype != torch.float64:
         queries, candidates = queries.float(), candidates.float()
@@ -36,25 +36,25 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
 
 @torch.no_grad()
 def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None) -> Tensor:
-    """``N_k(i)``: the ``k`` other samples most similar to ``i``, without ``i`` itself (paper, eq. 2).
+    """Finds ``N_k(i)``: the ``k`` samples most similar to ``i``, excluding ``i`` itself (paper, eq. 2).
 
     Args:
-        features: ``[M, D]``, or ``[H, M, D]`` for many sets of features of the same samples.
+        features: ``[M, D]``, or ``[H, M, D]`` for several sets of features of the same samples.
         k: Neighbors per sample, ``1 <= k <= M - 1``; with ``allowed`` any number above 0.
         normalize: Cosine similarity when true, dot product otherwise.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples: those whose neighbors are asked
-            for. Every sample is asked for, and all others are its candidates, when it is left out.
+        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples. By default N is M, and all other
+            samples are candidates.
 
     Returns:
-        Indices ``[N, k]`` (``[H, N, k]``), best first. With ``allowed``, ``k`` is at most M, and a sample has at most
-        half of its candidates, followed by -1: if all were neighbors, the teacher would decide nothing.
+        Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of the candidates of a sample
+        are its neighbors, and -1 fills the rest: if every candidate were a neighbor, the teacher would say nothing.
 
     Raises:
         ValueError: ``k`` does not fit the number of samples.
     """
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
-        raise ValueError(f"k={k} neighbors of {m} samples: choose 1 <= k <= {m - 1}, or give more samples.")
+        raise ValueError(f"k={k} does not fit {m} samples; choose 1 <= k <= {m - 1}, or give more samples.")
     n = m if allowed is None else allowed.shape[0]
     parts = []
     for start in range(0, n, _ROWS):
@@ -73,34 +73,33 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
-    """Neighbor indices ``[..., N, k]``, -1 for none, as a boolean membership mask ``[..., N, n_candidates]``."""
+    """Turns neighbor indices ``[..., N, k]``, -1 for none, into a boolean mask ``[..., N, n_candidates]``."""
     mask = torch.zeros(*neighbors.shape[:-1], n_candidates + 1, dtype=torch.bool, device=neighbors.device)
-    return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column takes the -1
+    return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column collects the -1
 
 
 def mutual_knn(
     student: Tensor, teacher: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None
 ) -> Tensor:
-    """MKNN: the mean share of neighbors that student and teacher agree on (paper, eq. 3).
+    """Computes MKNN, the mean fraction of neighbors that student and teacher share (paper, eq. 3).
 
     Args:
         student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
         teacher: ``[M, D_teacher]``, features of the same samples in the same order.
         k: Neighbors per sample.
         normalize: Cosine similarity when true, dot product otherwise; for both sides.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as :func:`nearest_neighbors` takes
-            it; samples with fewer than two do not enter the mean.
+        allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two do not count.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1; NaN where no sample has a candidate. Compare it with
+        A scalar, or ``[H]``, between 0 and 1; NaN if no sample has a candidate. Compare it with
         :func:`chance_level`.
 
     Raises:
-        ValueError: ``k`` does not fit, or the two sides hold different numbers of samples.
+        ValueError: ``k`` does not fit the number of samples, or the two sides have different numbers of them.
     """
     m = teacher.shape[-2]
     if student.shape[-2] != m:
-        raise ValueError(f"student holds {student.shape[-2]} samples and teacher {m}: give the same samples to both.")
+        raise ValueError(f"student has {student.shape[-2]} samples and teacher {m}; give the same samples to both.")
     of_student, of_teacher = (nearest_neighbors(side, k, normalize, allowed) for side in (student, teacher))
     shared = (neighbor_mask(of_student, m) & neighbor_mask(of_teacher, m)).sum(dim=-1)
     counts = (of_teacher >= 0).sum(dim=-1)
@@ -108,18 +107,18 @@ def mutual_knn(
 
 
 def chance_level(n_samples: int, k: int) -> float:
-    """The MKNN that unrelated features reach on average: ``k / (N - 1)``."""
+    """Returns the MKNN that unrelated features reach on average: ``k / (N - 1)``."""
     return k / (n_samples - 1)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the teacher says about a batch of N samples among M: the batch, and remembered samples behind it.
+    """The candidates of N samples among M (the batch, followed by remembered samples), and the neighbors among them.
 
     Attributes:
-        allowed: Boolean ``[N, M]``: whom each sample is compared with.
-        neighbors: ``[N, k]``, its nearest among them in the teacher's space; -1 beyond half of them.
-        duplicates: Pairs of samples of the batch that show the same image, a scalar.
+        allowed: Boolean ``[N, M]``, the samples that each sample is compared with.
+        neighbors: ``[N, k]``, the nearest of them in the teacher's space; -1 beyond half of the candidates.
+        duplicates: The number of pairs in the batch that show the same image, a scalar.
     """
 
     allowed: Tensor
@@ -128,12 +127,12 @@ class Candidates:
 
     @property
     def known(self) -> Tensor:
-        """Boolean ``[N]``: the sample has a neighbor."""
+        """Marks the samples that have a neighbor, boolean ``[N]``."""
         return (self.neighbors >= 0).any(dim=-1)
 
     @property
     def chance(self) -> Tensor:
-        """The MKNN that unrelated features reach on average among these candidates; NaN where nobody has any."""
+        """Computes the MKNN that unrelated features reach on average; NaN if no sample has a candidate."""
         counts = (self.neighbors >= 0).sum(dim=-1)
         return (counts / self.allowed.sum(dim=-1).clamp(min=1)).sum() / self.known.sum()
 
@@ -143,16 +142,16 @@ def teacher_candidates(
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    A sample is no candidate of itself, and neither is another copy of its image, in the batch or in the memory.
-    At most half of its candidates are its neighbors.
+    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate. At most half of the
+    candidates are neighbors.
 
     Args:
-        teacher: ``[M, D_teacher]`` features: the N of the batch, and those of remembered samples behind them. Rows
-            that are not valid, or filled, may hold anything.
+        teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
+            Rows that are not valid or not filled may hold anything.
         valid: Boolean ``[N]``.
         k: Neighbors per sample.
         normalize: Cosine similarity when true, dot product otherwise.
-        filled: Boolean ``[M - N]``, where there are remembered samples; left out where nothing is remembered.
+        filled: Boolean ``[M - N]``, the places of the memory that hold a sample; None without a memory.
     """
     n, m = len(valid), len(teacher)
     usable = valid if filled is None else torch.cat([valid, filled])

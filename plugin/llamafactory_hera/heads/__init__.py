@@ -1,4 +1,4 @@
-"""Which attention heads or layers, and how to read them from a model of transformers."""
+"""The names of attention heads and layers, and how to read them from a transformers model."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,6 @@ __all__ = ["HeadCapture", "LayerCapture", "Target", "Targets"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(name)
-    from . import capture  # with torch and transformers, which reading names and scores can do without
+    from . import capture  # imports torch and transformers, which names and scores do not need
 
     return getattr(capture, name)

@@ -1,17 +1,17 @@
-"""Reading the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradient.
+"""Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradient.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
-projection is linear, so the pooled head output is projected once. The output projection itself does that: while a
-mask is set, the pooled rows, each zero outside its head, are appended to the token axis of the module's input and
-split off its output. So the result is right whatever the module has become (LoRA, DoRA, 4-bit weights, parameters
-sharded by ZeRO-3 or FSDP), because the module projects; slicing its weight would be wrong or fail for most of these.
+projection is linear, so it is enough to project the average. The output projection itself does this: the pooled rows,
+each zero outside its head, are appended to the token axis of the module's input and split off its output. The result
+is right for whatever the module has become (LoRA, DoRA, 4-bit weights, parameters sharded by ZeRO-3 or FSDP), because
+the module projects. Slicing its weight would fail, or be wrong, for most of these.
 
-Under gradient checkpointing the rows must be *returned* from the checkpointed function to carry gradient; the
-checkpointing function of the chosen layers is wrapped for that. A layer's output is read from what that function
-returns, and otherwise by a forward hook.
+Under gradient checkpointing, rows carry gradient only if the checkpointed function *returns* them, so the
+checkpointing function of the chosen layers is wrapped. The output of a layer is taken from that function's result, or
+without checkpointing from a forward hook.
 
-At single tokens a head's contribution has D values, and there are hundreds of tokens. There the head's output before
-the projection is kept, and the projection itself is asked for the images of the head's unit vectors.
+At single tokens, the contributions of a head would take D values for each of hundreds of tokens. There the head's
+output before the projection is kept (``head_dim`` values), and the projection is applied to the head's unit vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,9 +28,9 @@ from .targets import Target, Targets
 
 
 class HeadCapture(LayerHooks):
-    """Captures the contributions of chosen heads, pooled or at tokens, while it is entered.
+    """Captures the contributions of chosen heads, averaged or at single tokens, while it is entered.
 
-    The tokens are named before the forward pass; it works under gradient checkpointing and every sharding engine::
+    Name the tokens before the forward pass. It works under gradient checkpointing and with every sharding engine::
 
         with HeadCapture(model, "L3H4,L7H6") as capture:
             capture.pool(batch["labels"] != -100)
@@ -38,14 +38,14 @@ class HeadCapture(LayerHooks):
             z = capture.representations()
             (loss + term(z)).backward()
 
-    Keep it entered until after the backward pass: gradient checkpointing runs the layers again there.
+    Stay inside the context until the backward pass has ended, because gradient checkpointing runs the layers again.
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, or their names: ``"L3H4,L7H6"``, or one by one, or the path of a heads.json.
+        heads: ``Targets`` of heads, their names in a text (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
 
     Raises:
-        ValueError: Unknown architecture, or a head outside the model.
+        ValueError: The architecture is unknown, or a head is outside the model.
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
@@ -53,15 +53,15 @@ class HeadCapture(LayerHooks):
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
-        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows on their way out of a checkpointed layer
+        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of checkpointed layers that are running
         self._selectors: dict[int, Tensor] = {}
 
     def representations(self) -> Tensor:
-        """The pooled contributions of the last forward pass, or the heads' outputs at its tokens.
+        """Returns the averaged contributions of the last forward pass, or the heads' outputs at its tokens.
 
         Returns:
-            ``[n_heads, B, D]``, or after :meth:`tokens` ``[n_heads, B, n, head_dim]``: what :meth:`projections`
-            takes into the residual stream; heads in the order in which they were given.
+            ``[n_heads, B, D]``, or after :meth:`tokens` ``[n_heads, B, n, head_dim]``, which :meth:`projections` maps
+            into the residual stream. Heads keep the order in which they were given.
 
         Raises:
             RuntimeError: No forward pass was captured.
@@ -69,9 +69,9 @@ class HeadCapture(LayerHooks):
         return self._of_heads(0)
 
     def projections(self) -> Tensor:
-        """After a pass at tokens, the part of the output projection that is each head's, ``[n_heads, head_dim, D]``.
+        """Returns each head's part of the output projection after a pass at tokens, ``[n_heads, head_dim, D]``.
 
-        It carries gradient, and is what the module itself computes, under adapters and sharding, too.
+        The module computes it, so that it includes adapters and works under sharding, and it carries gradient.
         """
         return self._of_heads(1)
 
@@ -85,11 +85,11 @@ class HeadCapture(LayerHooks):
         readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections.values()]
         if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
             raise RuntimeError(
-                f"HeadCapture: heads of layers {list(self._layers)} are captured already, by another HeadCapture; "
-                "leave that one first (`capture.remove()`)."
+                f"HeadCapture: another HeadCapture already reads layers {list(self._layers)}; remove it first "
+                "(`capture.remove()`)."
             )
         for index, projection in projections.items():
-            # a partial, not a closure: its parts are copied with the model
+            # a partial instead of a closure, because deepcopy copies the parts of a partial
             self._replace(projection, "forward", partial(self._project, index, projection, projection.forward))
 
     def _project(
@@ -99,12 +99,13 @@ class HeadCapture(LayerHooks):
             return original(hidden, *args, **kw)
         read = self._read(hidden)
         self._watch(index, read)
-        # a bias of its own, of the layer inside an adapter, or of the adapter: the image of a zero row
+        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. It is what the module
+        # makes of a zero row, and is subtracted.
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
         at_tokens = read.dim() == 3
         added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
         output = original(torch.cat([hidden, added], dim=1), *args, **kw)
-        # a copy: a view would keep the layer's whole output alive for as long as the rows
+        # cloned, because a view would keep the output of all tokens alive
         images = output[:, hidden.shape[1] :].clone()
         n = len(self._heads_of[index])
         if at_tokens:
@@ -121,17 +122,17 @@ class HeadCapture(LayerHooks):
         return output[:, : hidden.shape[1]]
 
     def _head_outputs(self, index: int, read: Tensor) -> Tensor:
-        """The chosen heads of ``[B, t, H*d]``, as ``[B, n, t, d]``."""
+        """Selects the chosen heads from ``[B, t, H*d]`` and returns ``[B, n, t, d]``."""
         heads = read.unflatten(-1, (-1, self._layout.head_dim))
         return torch.stack([heads[:, :, head] for head in self._heads_of[index]], dim=1)
 
     def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
-        """Pooled head outputs ``[B, H*d]`` as projection inputs ``[B, n, H*d]``, each zero outside its head."""
+        """Turns averaged head outputs ``[B, H*d]`` into inputs ``[B, n, H*d]`` that are zero outside their head."""
         rows = pooled.unsqueeze(1) * self._selector(index, pooled)
         return nn.functional.pad(rows, (0, 0, 0, 1)) if biased else rows
 
     def _unit_rows(self, index: int, hidden: Tensor, biased: bool) -> Tensor:
-        """The unit vectors of the chosen heads as projection inputs, spread over the batch: ``[B, r, H*d]``."""
+        """Spreads the unit vectors of the chosen heads over the batch, as inputs ``[B, r, H*d]``."""
         width, batch = self._layout.head_dim, hidden.shape[0]
         units = torch.eye(width, dtype=hidden.dtype, device=hidden.device).repeat(1, self._layout.n_heads)
         rows = (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)  # [n*d, H*d]
@@ -139,8 +140,8 @@ class HeadCapture(LayerHooks):
         return nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (batch, -1))
 
     def _selector(self, index: int, like: Tensor) -> Tensor:
-        """One for each value of a chosen head, ``[n, H*d]``."""
-        selector = self._selectors.get(index)  # kept: making it anew copies indices to the device in every pass
+        """Returns a mask ``[n, H*d]`` that is one at the values of each chosen head."""
+        selector = self._selectors.get(index)  # cached, because a new one would copy indices to the device
         if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
             with torch.inference_mode(False):
                 chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), self._layout.n_heads)
@@ -154,7 +155,7 @@ class HeadCapture(LayerHooks):
             return original(function, *rest, **kw)
 
         def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
-            # runs again in the backward pass, when other tokens may be named
+            # It runs again in the backward pass, when other tokens may have been named since.
             outer, self._read, self._frames[index] = self._read, read, []
             try:
                 output = function(*run_args, **run_kwargs)
@@ -162,14 +163,14 @@ class HeadCapture(LayerHooks):
                 self._read, rows = outer, self._frames.pop(index)
             if not rows:
                 raise RuntimeError(
-                    "HeadCapture was left before the backward pass, where gradient checkpointing runs the layers "
-                    "again: keep it entered until after `loss.backward()`."
+                    "HeadCapture was left before the backward pass, in which gradient checkpointing runs the layers "
+                    "again; stay inside the context until `loss.backward()` has returned."
                 )
             nonlocal n_rows
             n_rows = len(rows[0])
             return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-        # the host's checkpointing function finds the layer as the `__self__` of what it is given
+        # a bound method, because LLaMA-Factory's checkpointing function reads the layer from `__self__`
         together = original(MethodType(run, layer), *rest, **kw)
         output, rows = together[:-n_rows], together[-n_rows:]
         self._keep(index, *rows)
@@ -186,21 +187,21 @@ class LayerCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        layers: ``Targets`` of layers, or their names: ``"L14,L15"``, or one by one, or the path of a layers.json.
+        layers: ``Targets`` of layers, their names in a text (``"L14,L15"``) or a list, or the path of a layers.json.
 
     Raises:
-        ValueError: Unknown architecture, or a layer outside the model.
+        ValueError: The architecture is unknown, or a layer is outside the model.
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))
-        self._inside: set[int] = set()  # layers whose checkpointed function is running
+        self._inside: set[int] = set()  # checkpointed layers that are running
 
     def representations(self) -> Tensor:
-        """What the last forward pass gave.
+        """Returns the outputs of the last forward pass.
 
         Returns:
-            ``[n_layers, B, D]`` of averages, ``[n_layers, B, n, D]`` of tokens; layers in the order given.
+            Averages ``[n_layers, B, D]``, or tokens ``[n_layers, B, n, D]``; layers keep the order given.
 
         Raises:
             RuntimeError: No forward pass was captured.

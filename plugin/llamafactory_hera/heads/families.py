@@ -1,9 +1,9 @@
-"""Where the heads are: from a model of transformers to the output projections of its text decoder.
+"""The attention heads of a transformers model: the text decoder, its layers, and their output projections.
 
-A new architecture needs its name here if its layers follow the usual layout: ``layer.self_attn.o_proj``, whose input
-holds the heads side by side, ``head_dim`` values each. Some layers go on with what the attention puts out before the
-residual stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 norm it, Granite scales it. A head's contribution is read
-before that, at the projection.
+A new architecture is added by its name if its layers follow the usual layout: ``layer.self_attn.o_proj``, whose input
+holds the heads side by side, ``head_dim`` values each. Some models change the attention's output before the residual
+stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 normalize it, and Granite scales it. A head's contribution is read
+before that step, at the projection.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-#: ``model_type`` of the text configurations whose decoder layers have the usual layout.
+#: The ``model_type`` of text configurations whose decoder layers have the usual layout.
 FAMILIES = frozenset({
     "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "llama4_text", "ministral",
     "ministral3", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
     "qwen3_moe", "qwen3_vl_text", "smollm3",
 })  # fmt: skip
 
-#: In place of a layer's number: the output of the norm behind the last one.
+#: Stands in for the number of a layer: the output of the norm after the last layer.
 FINAL = sys.maxsize
 
 _MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -31,7 +31,7 @@ _MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "v
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Sizes of the attention heads of a text decoder; read from a configuration alone."""
+    """The sizes of the attention heads of a text decoder, as its configuration gives them."""
 
     model_type: str
     n_layers: int
@@ -42,9 +42,9 @@ class HeadLayout:
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the head layout of a model's configuration, bare LLM or multimodal.
+    """Reads the head layout from the configuration of a language model or a multimodal model.
 
-    ``head_dim`` is the configuration's own value where it has one: it need not be ``hidden_size / heads``.
+    ``head_dim`` is the configuration's own value if there is one, because it may differ from ``hidden_size / heads``.
 
     Raises:
         ValueError: The architecture is not in :data:`FAMILIES`.
@@ -52,9 +52,9 @@ def head_layout(config: Any) -> HeadLayout:
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
         raise ValueError(
-            f"model_name_or_path: the text model type {text.model_type!r} is not known to heads/families.py; "
-            f"known are {', '.join(sorted(FAMILIES))}. If its layers have an output projection that takes the heads "
-            "side by side, add it to FAMILIES."
+            f"model: the text model type {text.model_type!r} is not supported; supported are "
+            f"{', '.join(sorted(FAMILIES))}. If its layers have an output projection that takes the heads side by "
+            "side, add it to FAMILIES in heads/families.py."
         )
     n_heads = text.num_attention_heads
     return HeadLayout(
@@ -68,21 +68,22 @@ def head_layout(config: Any) -> HeadLayout:
 
 
 def media_token_ids(config: Any) -> frozenset[int]:
-    """Placeholder ids of images and videos in ``input_ids``; empty for a bare LLM."""
+    """Returns the placeholder ids of images and videos in ``input_ids``; empty for a language model."""
     ids = (getattr(config, key, None) for key in _MEDIA_TOKEN_KEYS)
     return frozenset(i for i in ids if isinstance(i, int))
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP wrappers.
+    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP.
 
     Raises:
-        ValueError: Unknown architecture, or not exactly one text decoder in the model.
+        ValueError: The architecture is unknown, or the model does not have exactly one text decoder.
     """
     from torch.nn import ModuleList
 
     layout = head_layout(model_config(model))
-    # the innermost with the same layers: wrappers (FSDP, PEFT) answer for what they wrap
+    # Wrappers such as FSDP and PEFT forward attribute access, so several modules may show the same layers; the dict
+    # keeps the innermost one.
     found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
@@ -91,17 +92,17 @@ def text_decoder(model: nn.Module) -> nn.Module:
     if len(found) != 1:
         names = ", ".join(name for name, _ in found.values()) or "none"
         raise ValueError(
-            f"model_name_or_path: expected one text decoder of type {layout.model_type!r} with {layout.n_layers} "
-            f"layers inside {type(model).__name__}, found {names}."
+            f"model: {type(model).__name__} must hold one text decoder of type {layout.model_type!r} with "
+            f"{layout.n_layers} layers, but holds {names}; use another model."
         )
     return next(iter(found.values()))[1]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The text decoder's layers, in order.
+    """Returns the layers of the text decoder in order.
 
     Raises:
-        ValueError: As of :func:`text_decoder`, or an output projection does not take the heads side by side.
+        ValueError: As :func:`text_decoder`, or an output projection does not take the heads side by side.
     """
     layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
     width = layout.n_heads * layout.head_dim
@@ -110,59 +111,63 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         taken = getattr(projection, "in_features", width)
         if projection is None or taken != width:
             raise ValueError(
-                f"model_name_or_path: {layout.n_heads} heads of {layout.head_dim} values side by side need a "
-                f"self_attn.o_proj that takes {width} values, and layer {index} of this {layout.model_type!r} has "
-                f"{'none' if projection is None else f'one that takes {taken}'}. Use another model."
+                f"model: {layout.n_heads} heads of {layout.head_dim} values need a self_attn.o_proj of {width} inputs, "
+                f"but layer {index} of this {layout.model_type!r} model has "
+                f"{'none' if projection is None else f'one that takes {taken}'}; use another model."
             )
     return layers
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm behind the text decoder's last layer; errors as of :func:`text_decoder`."""
+    """Returns the norm after the last layer of the text decoder."""
     return text_decoder(model).norm  # type: ignore[return-value]
 
 
 def model_config(model: nn.Module) -> Any:
-    """The configuration of the outermost transformers model inside ``model``."""
+    """Returns the configuration of the outermost transformers model inside ``model``."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
             return config
-    raise ValueError(f"{type(model).__name__} holds no transformers model: it has no configuration.")
+    raise ValueError(f"model: {type(model).__name__} holds no transformers model; pass one.")
 
 
 def attention_module(layer: nn.Module) -> nn.Module:
-    """The attention module of a decoder layer."""
+    """Returns the attention module of a decoder layer."""
     return layer.self_attn  # type: ignore[return-value]
 
 
 def output_projection(layer: nn.Module) -> nn.Module:
-    """The output projection (``o_proj``) of a decoder layer; under PEFT the adapter's layer around it."""
+    """Returns the ``o_proj`` of a decoder layer; under PEFT the adapter layer around it."""
     return attention_module(layer).o_proj  # type: ignore[return-value]
 
 
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
-    """Names of the trainable parameters that feed the attention output of decoder layer ``layer``, or the layer's own.
+    """Lists the trainable parameters that influence a target in decoder layer ``layer``.
 
-    That is everything before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention, or all of it; for :data:`FINAL` everything but the output embeddings. Call it before
-    a sharding engine renames or flattens parameters.
+    These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
+    input norm and the attention. Call this before a sharding engine renames or flattens parameters.
+
+    Args:
+        model: The model.
+        layer: The number of the layer, or :data:`FINAL`.
+        whole_layer: The target is the output of the layer, so all of its parameters count.
     """
     layers = decoder_layers(model)
     inside, later = [final_norm(model)], []
     if layer != FINAL:
         inside, later = [layers[layer]], layers[layer:]
         if not whole_layer:
-            names = ("input_layernorm", "self_attn")  # OLMo 2 has no such norm
+            names = ("input_layernorm", "self_attn")  # OLMo 2 has no input_layernorm
             inside = [part for name, part in layers[layer].named_children() if name in names]
     feeding = {id(p) for module in inside for p in module.parameters()}
-    behind = {id(p) for module in later for p in module.parameters()} | _behind_the_decoder(model)
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in behind - feeding]
+    after = {id(p) for module in later for p in module.parameters()} | _after_the_decoder(model)
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after - feeding]
 
 
-def _behind_the_decoder(model: nn.Module) -> set[int]:
+def _after_the_decoder(model: nn.Module) -> set[int]:
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
     final = [final_norm(model), outermost.get_output_embeddings()]
     parameters = {id(p) for module in final if module is not None for p in module.parameters()}
-    # tied embeddings are both in front and behind
+    # tied embeddings come before the decoder as well as after it
     return parameters - {id(p) for p in outermost.get_input_embeddings().parameters()}

@@ -1,4 +1,4 @@
-"""What every reader of a model shares: hooks that can be removed, and rows that leave checkpointed layers."""
+"""Removable hooks on a model, and the rows that they keep from chosen decoder layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from .families import FINAL, decoder_layers, final_norm, head_layout, model_conf
 from .targets import Targets
 from .tokens import pool_tokens
 
-_CHECKPOINTING = "_gradient_checkpointing_func"
+_CHECKPOINTING = "_gradient_checkpointing_func"  # a private name of transformers (5.5.4)
 
 
 class Hooks(ABC):
-    """Changes to a model that last while they are entered, or from :meth:`install` to :meth:`remove`."""
+    """Changes to a model that last while the context is entered, or from :meth:`install` to :meth:`remove`."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -29,26 +29,27 @@ class Hooks(ABC):
         self.remove()
 
     def install(self) -> None:
-        """Hooks the model, once."""
+        """Hooks the model; a second call does nothing."""
         if not self._undo:
             self._hook()
 
     def remove(self) -> None:
-        """Takes every hook away, the last one first."""
+        """Removes the hooks in reverse order."""
         while self._undo:
             self._undo.pop()()
 
     @abstractmethod
     def _hook(self) -> None:
-        """Hooks the model; what takes a hook back goes to ``_undo``."""
+        """Hooks the model, and appends to ``_undo`` a function that removes each hook."""
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of a module until the hooks are removed."""
         had, before = name in vars(owner), vars(owner).get(name)
         setattr(owner, name, value)
 
         def undo() -> None:
             if vars(owner).get(name) is not value:
-                return  # replaced since by someone else, whose it is now
+                return  # other code has replaced it since; keep that
             if had:
                 setattr(owner, name, before)
             else:
@@ -60,10 +61,15 @@ class Hooks(ABC):
 class LayerHooks(Hooks):
     """Hooks on chosen decoder layers that keep rows of the next forward pass, with gradient.
 
-    A trainer may run the model once more in the same step without a graph, for metrics: that pass changes nothing.
+    A trainer may run the model a second time in a step, without a graph, to compute metrics. The rows of such a pass
+    never replace those that carry gradient.
 
-    Under gradient checkpointing what is seen inside a layer carries no gradient of its own: the checkpointing function
-    of the layers is wrapped, so that rows leave the layer with it.
+    Under gradient checkpointing, rows that are seen inside a layer carry no gradient. Therefore the checkpointing
+    function of the chosen layers is wrapped, so that a layer returns the rows together with its output.
+
+    Args:
+        model: A transformers model, bare or wrapped.
+        targets: The heads or layers to read.
     """
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
@@ -73,21 +79,21 @@ class LayerHooks(Hooks):
         self._targets = targets.items
         modules = decoder_layers(model)
         self._layers = {index: final_norm(model) if index == FINAL else modules[index] for index in targets.layers}
-        self._read: Callable[[Tensor], Tensor] | None = None  # from tokens to rows; None captures nothing
+        self._read: Callable[[Tensor], Tensor] | None = None  # turns tokens into rows; None captures nothing
         self._rows: dict[int, tuple[Tensor, ...]] = {}
         self._wrapped: dict[int, Callable[..., Any]] = {}
-        #: Layers whose rows received a gradient since the pass was started, when asked to watch.
+        #: The layers whose rows received a gradient since the forward pass, if :attr:`watch_gradients` is set.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """What the hooks of a model's copy (EMA, SWA) lead to: it reads nothing, so that they call the copy's own."""
+        """Returns an inert copy: the hooks of a model's copy (EMA, SWA) must call the copy's modules only."""
         inert = object.__new__(type(self))
         vars(inert).update(vars(self), _read=None, _rows={}, _undo=[], _layers={}, _wrapped={}, gradient_seen=set())
         return inert
 
     def remove(self) -> None:
-        """Takes every hook away and forgets what was captured."""
+        """Removes the hooks and drops the captured rows."""
         super().remove()
         self._read = None
         self._rows.clear()
@@ -95,14 +101,14 @@ class LayerHooks(Hooks):
 
     @abstractmethod
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """Calls the checkpointing function of a layer, its ``original``, and keeps the layer's rows."""
+        """Calls ``original``, the checkpointing function of a layer, and keeps the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
-        """Sets the tokens over which the next forward pass averages, ``[B, T]``; None captures nothing."""
+        """Sets the tokens ``[B, T]`` over which the next forward pass averages; None captures nothing."""
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
 
     def tokens(self, positions: Tensor) -> None:
-        """Takes the next forward pass at the given token positions of each row, ``[B, n]``."""
+        """Reads the next forward pass at the given token positions ``[B, n]`` of each row."""
         index = positions.unsqueeze(-1)
         self._start_pass(lambda hidden: hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
 
@@ -112,11 +118,11 @@ class LayerHooks(Hooks):
         self.gradient_seen.clear()
         if not self._undo:
             return
-        # before every pass: a trainer sets up checkpointing when it starts, after the hooks may have been installed
+        # Done before every pass, because a trainer may enable checkpointing after the hooks were installed.
         for index, layer in self._layers.items():
             function = vars(layer).get(_CHECKPOINTING)
             if function is not None and function is not self._wrapped.get(index):
-                # a partial, not a closure: its parts are copied with the model
+                # a partial instead of a closure, because deepcopy copies the parts of a partial
                 self._wrapped[index] = partial(self._checkpointed, index, layer, function)
                 self._replace(layer, _CHECKPOINTING, self._wrapped[index])
 
@@ -124,12 +130,11 @@ class LayerHooks(Hooks):
         missing = [index for index in self._layers if index not in self._rows]
         if missing:
             raise RuntimeError(
-                f"No forward pass through layers {missing} was captured: call the model inside the context, after "
-                "the tokens have been named (`capture.pool(mask)`)."
+                f"No forward pass through layers {missing} was captured: name the tokens (`capture.pool(mask)`), then "
+                "call the model inside the context."
             )
 
     def _keep(self, index: int, *rows: Tensor) -> None:
-        """Keeps a layer's rows; those of a pass without a graph never take the place of those that have one."""
         if rows[0].requires_grad or index not in self._rows or not self._rows[index][0].requires_grad:
             self._rows[index] = rows
 
@@ -143,5 +148,5 @@ class LayerHooks(Hooks):
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running: a forward call then is the recomputation of an earlier one."""
-    return torch._C._current_graph_task_id() != -1
+    """Tells whether a backward pass is running; a forward call then recomputes an earlier one."""
+    return torch._C._current_graph_task_id() != -1  # a private name of torch (2.11)

@@ -1,4 +1,4 @@
-"""Reading every head and every layer at once: averages over tokens of one forward pass, without gradient."""
+"""Reads every head and every layer at once: averages over the tokens of a forward pass, without gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,14 @@ class PooledHeads(Hooks):
             model(**batch)
             heads, layers = pooled.take()
 
-    A head's output is its slice of the output projection's input, before the projection. Each is averaged as soon as
-    its layer has run, so that no layer's tokens are kept.
+    A head's output is its slice of the output projection's input. It is averaged as soon as its layer has run, so that
+    the tokens of no layer are kept.
 
     Args:
         model: A transformers model, bare or under PEFT, whole on this process.
 
     Raises:
-        ValueError: Unknown architecture.
+        ValueError: The architecture is unknown.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,13 +45,13 @@ class PooledHeads(Hooks):
             self._undo.append(layer.register_forward_hook(self._after_layer).remove)
 
     def pool(self, mask: Tensor) -> None:
-        """Sets the tokens over which the next forward pass averages, ``[B, T]``, and forgets the last pass."""
+        """Sets the tokens ``[B, T]`` over which the next forward pass averages, and drops the last pass."""
         self._mask = mask
         self._heads.clear()
         self._outputs.clear()
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """The averages of the last forward pass.
+        """Returns the averages of the last forward pass.
 
         Returns:
             Head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device.
@@ -66,17 +66,17 @@ class PooledHeads(Hooks):
         self._outputs.append(self._mean(output[0] if isinstance(output, tuple) else output))
 
     def _mean(self, hidden: Tensor) -> Tensor:
-        """In true fp32, whatever the model runs in; what lies outside the mask has no influence, not even as NaN."""
+        """Averages in fp32, whatever the model computes in; values outside the mask do not count, not even NaN."""
         kept = hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).float()
         with full_precision(kept.device.type):
             return pool_tokens(kept, self._mask)
 
 
 def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
-    """The effective output projection ``[D, H * d]`` of each decoder layer, a function each: one is held at a time.
+    """Returns a function for each decoder layer that computes its effective output projection ``[D, H * d]``.
 
-    Unless it is a plain linear layer, the module projects the unit vectors, so the weight is right whatever the module
-    has become (LoRA, DoRA, 4-bit).
+    Functions let the caller hold one matrix at a time. Unless the module is a plain linear layer, it projects the unit
+    vectors, so that the weight is right for LoRA, DoRA and 4-bit weights.
     """
     layout = head_layout(model_config(model))
     width = layout.n_heads * layout.head_dim
@@ -88,10 +88,12 @@ def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
         def weight() -> Tensor:
             if type(projection) is nn.Linear:
                 return projection.weight.detach()
-            # packed 4-bit weights are integers: the layer's norm then says the type
+            # packed 4-bit weights are integers; the norm of the layer then gives the type
             candidates = [*projection.parameters(), *layer.parameters()]
             like = next(p for p in candidates if p.is_floating_point())
-            unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)  # the last row is zero: the bias
+            unit = torch.eye(
+                width + 1, width, dtype=like.dtype, device=like.device
+            )  # the last row is zero and gives the bias
             with full_precision(like.device.type):
                 image = projection(unit.unsqueeze(0))[0]
             return (image[:width] - image[width:]).T

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import HeraConfig
-from ..distributed import of_all, world_size
+from ..distributed import gather_objects, world_size
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.targets import AUTO, Targets
 from ..heads.tokens import IGNORE_INDEX
@@ -232,7 +232,7 @@ def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     """Refuses to select where processes do not all hold the same, whole model."""
     sharded = _is_sharded(model)
     alone = sharded or world_size() == 1
-    held = of_all(None if alone else model_fingerprint(model, head_layout(model_config(model))))
+    held = gather_objects(None if alone else model_fingerprint(model, head_layout(model_config(model))))
     if sharded or len(set(held)) > 1:
         raise ValueError(
             f"{config.targets_key}: auto needs the whole model on every process, and here it was loaded in parts "

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import LayerCapture
-from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
 from llamafactory_hera.heads.tokens import token_positions
-from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch, create
-from llamafactory_hera.rivals.jarvis import draw_blocks, visible
+from llamafactory_hera.objectives import Step, TokenBatch, create
+from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks, visible
 from llamafactory_hera.training import Aligner
 from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
+from tests.terms import options
 from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
 
 SIDE, T, D, D_TEACHER = 8, 64, 48, 6
@@ -26,8 +26,10 @@ SHOWN = torch.tensor([True, True, True, False])
 both_ways = pytest.mark.parametrize("two_way", [False, True], ids=["causal", "two-way"])
 
 
-def objective(two_way: bool = False) -> Any:
-    return create("jarvis", Options(1, D, D_TEACHER, visual_attention="two_way" if two_way else "causal"))
+def objective(model: nn.Module, two_way: bool = False) -> Any:
+    jarvis = create("jarvis", options(1, D, D_TEACHER, visual_attention="two_way" if two_way else "causal"))
+    jarvis.attach(model)
+    return jarvis
 
 
 def inputs() -> dict[str, Tensor]:
@@ -45,13 +47,18 @@ def step(number: int = 0, rank: int = 0, seed: int = 0) -> Step:
     batch, image = inputs(), torch.tensor([[0, 1]] * 3 + [[0, 0]])
     positions = token_positions(batch["input_ids"], batch["attention_mask"], image, IMAGE, T)
     positions[~SHOWN] = torch.arange(T)  # they may be anything
-    return Step(batch["input_ids"], batch["attention_mask"].bool(), positions, SHOWN, SIDE, seed, rank, number)
+    return Step(
+        batch["input_ids"], batch["attention_mask"].bool(), positions, SHOWN, image[:, 1], SIDE, seed, rank, number
+    )
 
 
-def prepared(jarvis: Any, plain: bool) -> tuple[Step, Plan]:
-    """The first micro-batch that is plain, or is not."""
-    steps = (step(number) for number in count())
-    return next((s, plan) for s in steps if (((plan := jarvis.prepare(s)).embeddings is None) == plain))
+def is_plain(jarvis: Any, now: Step) -> bool:
+    return not bool(jarvis.prepare(now).valid.any())
+
+
+def first_step(jarvis: Any, plain: bool) -> Step:
+    """Finds the first micro-batch that is plain, or is not."""
+    return next(now for now in (step(number) for number in count()) if is_plain(jarvis, now) == plain)
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
@@ -107,9 +114,9 @@ def test_a_small_grid_lets_targets_into_the_context_the_last_ones_first(side: in
 
 
 def test_draws_repeat_and_differ_between_processes_but_for_the_coin() -> None:
-    jarvis = objective()
+    jarvis = objective(llava())
     plans = [[jarvis.prepare(step(n, rank)) for n in range(200)] for rank in (0, 1)]
-    plain = [[plan.embeddings is None for plan in of_rank] for of_rank in plans]
+    plain = [[not plan.valid.any() for plan in of_rank] for of_rank in plans]
     assert plain[0] == plain[1]
     assert 0.1 < sum(plain[0]) / 200 < 0.3
     again = jarvis.prepare(step(7))
@@ -143,15 +150,15 @@ def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Te
 
 @both_ways
 def test_the_mask_is_the_sources(two_way: bool) -> None:
-    now, plan = prepared(objective(two_way), plain=False)
+    jarvis = objective(llava(), two_way)
+    now = first_step(jarvis, plain=False)
     targets, context = draw_blocks(SIDE, 4, now.generator())
-    assert plan.attention is not None
     for row in range(4):
         expected = naive_mask(row, now.attention_mask[row], targets[row].tolist(), context[row], two_way)
-        assert torch.equal(plan.attention[row], expected)
+        assert torch.equal(jarvis._inputs._attention[row], expected)
     # of overlapping blocks and a context that shows some of a target, too
     targets, context = torch.randint(0, T, (4, 4, 9)), torch.rand(4, T) < 0.5
-    found = visible(now, targets, context, two_way)
+    found = visible(now, SHOWN, targets, context, two_way)
     for row in range(4):
         expected = naive_mask(row, now.attention_mask[row], targets[row].tolist(), context[row], two_way)
         assert torch.equal(found[row], expected)
@@ -159,20 +166,37 @@ def test_the_mask_is_the_sources(two_way: bool) -> None:
 
 def test_a_plain_micro_batch_has_no_masks_and_does_not_enter() -> None:
     for two_way in (False, True):
-        _, plan = prepared(objective(two_way), plain=True)
-        assert plan.attention is plan.embeddings is None
-        assert plan.nobody
+        jarvis = objective(llava(), two_way)
+        plan = jarvis.prepare(first_step(jarvis, plain=True))
+        assert jarvis._inputs._embeddings is None
+        assert not plan.valid.any()
+
+
+@pytest.mark.parametrize(
+    ("config", "used", "said"),
+    [
+        (tf.Qwen3Config(), "flash_attention_2", "attn_implementation: flash_attention_2 takes no mask .* to sdpa"),
+        (tf.Gemma2Config(), "sdpa", "hera_objective: jarvis .* gemma2 has layers with a sliding window"),
+        (tf.MistralConfig(), "sdpa", "hera_objective: jarvis .* mistral has layers with a sliding window"),
+        (tf.Llama4TextConfig(), "sdpa", "hera_objective: jarvis .* llama4_text has layers with a .* or chunks"),
+    ],
+)
+def test_attention_that_takes_no_mask_is_refused(config: Any, used: str, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Jarvis.check_model(config, used)
+    Jarvis.check_model(tf.Qwen3Config(), "sdpa")
 
 
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_the_mean_over_blocks_of_one_minus_the_cosine_at_each_place() -> None:
-    jarvis = objective()
-    now, plan = prepared(jarvis, plain=False)
+    jarvis = objective(llava())
+    now = first_step(jarvis, plain=False)
+    plan = jarvis.prepare(now)
     drawn, _ = draw_blocks(SIDE, 4, now.generator())
     tokens, teacher = torch.randn(1, 4, drawn[0].numel(), D), torch.randn(4, T, D_TEACHER)
-    loss = jarvis(TokenBatch(tokens, None, teacher, SHOWN, plan.facts))
+    loss = jarvis(TokenBatch(tokens, None, teacher, SHOWN, plan.context))
     assert loss.shape == (1, 4)
     assert torch.equal(plan.positions[SHOWN], now.positions[SHOWN].gather(1, drawn[SHOWN].flatten(1)))
     (first, second), size = (jarvis.head[0].weight, jarvis.head[2].weight), drawn.shape[2]
@@ -189,7 +213,7 @@ def test_the_loss_is_the_mean_over_blocks_of_one_minus_the_cosine_at_each_place(
 
 
 def test_what_it_trains_starts_as_in_the_source() -> None:
-    jarvis = create("jarvis", Options(1, 4096, 64, initializer_range=0.3))
+    jarvis = create("jarvis", options(1, 4096, 64, initializer_range=0.3))
     assert {name: list(p.shape) for name, p in jarvis.named_parameters()} == {
         "z": [4096],
         "head.0.weight": [64, 4096],
@@ -219,23 +243,23 @@ def batch() -> dict[str, Tensor]:
     return inputs() | {"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))}
 
 
-def forward(model: nn.Module, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Logits, and what the first layer gives at the targets."""
-    with LayerCapture(model, "L0") as capture, DecoderInputs(model) as decoder_inputs:
-        decoder_inputs.set(plan.attention, plan.embeddings)
-        capture.tokens(plan.positions)
+def forward(model: nn.Module, jarvis: Any, now: Step) -> tuple[Tensor, Tensor]:
+    """Returns the logits, and the first layer's outputs at the targets."""
+    with LayerCapture(model, "L0") as capture:
+        capture.tokens(jarvis.prepare(now).positions)
         return model(**batch()).logits, capture.representations()[0]
 
 
 @both_ways
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_embeddings_matter_in_the_context_alone(attention: str, two_way: bool) -> None:
-    model, jarvis = llava(attention), objective(two_way)
-    now, plan = prepared(jarvis, plain=False)
+    model = llava(attention)
+    jarvis = objective(model, two_way)
+    now = first_step(jarvis, plain=False)
     targets, context = draw_blocks(SIDE, 4, now.generator())
     features = torch.randn(3, T, D, requires_grad=True)
     hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: features)
-    logits, predicted = forward(model, plan)
+    logits, predicted = forward(model, jarvis, now)
     text = now.attention_mask & (now.input_ids != IMAGE)
     (of_text,) = torch.autograd.grad(
         (logits[text] * torch.randn_like(logits[text])).sum(), features, retain_graph=True
@@ -247,30 +271,36 @@ def test_embeddings_matter_in_the_context_alone(attention: str, two_way: bool) -
     assert torch.equal((of_targets != 0).any(-1), before[:3])
     with torch.no_grad():  # another embedding at every place outside the context
         features[~context[:3]] = 7.0
-    again = forward(model, plan)
+    again = forward(model, jarvis, now)
     hook.remove()
     assert torch.equal(again[0][text], logits[text])
     assert torch.equal(again[1][SHOWN], predicted[SHOWN])
 
 
 def test_samples_without_an_image_and_plain_micro_batches_are_those_of_plain_training() -> None:
-    model, jarvis = llava(), objective()
+    model = llava()
     attended = inputs()["attention_mask"].bool()
     logits = model(**batch()).logits
-    assert torch.equal(forward(model, prepared(jarvis, plain=True)[1])[0], logits)
     for two_way in (False, True):
-        masked = forward(model, prepared(objective(two_way), plain=False)[1])[0]
+        model = llava()
+        jarvis = objective(model, two_way)
+        if not two_way:
+            assert torch.equal(forward(model, jarvis, first_step(jarvis, plain=True))[0], logits)
+        masked = forward(model, jarvis, first_step(jarvis, plain=False))[0]
         torch.testing.assert_close(masked[3][attended[3]], logits[3][attended[3]])
         assert not torch.allclose(masked[0], logits[0], atol=1e-2)
 
 
 def test_a_process_without_an_image_has_gradients_of_zero_to_average_with_the_others() -> None:
-    model, jarvis = llava(), objective()
-    number = prepared(jarvis, plain=False)[0].number
-    plan = jarvis.prepare(replace(step(number), valid=torch.zeros(4, dtype=torch.bool)))
-    logits, _ = forward(model, plan)
+    model = llava()
+    jarvis = objective(model)
+    now = replace(first_step(jarvis, plain=False), valid=torch.zeros(4, dtype=torch.bool))
+    logits, _ = forward(model, jarvis, now)
+    plan = jarvis.prepare(now)
     empty = torch.zeros(1, 4, plan.positions.shape[1], D, requires_grad=True)
-    term = jarvis(TokenBatch(empty, None, torch.zeros(4, T, D_TEACHER), torch.zeros(4, dtype=torch.bool), plan.facts))
+    term = jarvis(
+        TokenBatch(empty, None, torch.zeros(4, T, D_TEACHER), torch.zeros(4, dtype=torch.bool), plan.context)
+    )
     (logits.square().sum() + torch.where(torch.tensor(False), term, 0.0).sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in jarvis.parameters())
     attended = inputs()["attention_mask"].bool()
@@ -280,18 +310,18 @@ def test_a_process_without_an_image_has_gradients_of_zero_to_average_with_the_ot
 def test_gradient_reaches_z_head_and_projector_alike_in_every_kind_of_checkpointing() -> None:
     found = {}
     for kind, enable in {"off": lambda _: None, **CHECKPOINTING}.items():
-        model, jarvis = llava(), objective()
+        model = llava()
         enable(model)
         projector_only(model)
-        now, plan = prepared(jarvis, plain=False)
+        jarvis = objective(model)
+        now = first_step(jarvis, plain=False)
         labels = inputs()["input_ids"].masked_fill(~now.attention_mask | (now.input_ids == IMAGE), -100)
-        with LayerCapture(model, "L0") as capture, DecoderInputs(model) as decoder_inputs:
-            decoder_inputs.set(plan.attention, plan.embeddings)
+        with LayerCapture(model, "L0") as capture:
+            plan = jarvis.prepare(now)
             capture.tokens(plan.positions)
             loss = model(**batch(), labels=labels).loss
-            decoder_inputs.set()  # before the backward pass, where layers run again
             teacher = torch.randn(4, T, D_TEACHER, generator=torch.Generator().manual_seed(3))
-            term = jarvis(TokenBatch(capture.representations(), None, teacher, SHOWN, plan.facts))
+            term = jarvis(TokenBatch(capture.representations(), None, teacher, SHOWN, plan.context))
             (loss + term[:, SHOWN].mean()).backward()
         assert all(p.grad is None for name, p in model.named_parameters() if "multi_modal_projector" not in name)
         found[kind] = gradients(model) | gradients(jarvis)
@@ -306,15 +336,12 @@ def test_an_aligner_hands_the_key_on_and_plain_micro_batches_are_no_part_of_the_
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "weight": 1.0, "teacher": teacher_folder()}
     processor = tf.SiglipImageProcessor(size={"height": 64, "width": 64})
     aligner = Aligner(model, HeraConfig(**keys, visual_attention="two_way"), image_processor=processor)
-    assert aligner.objective.options.visual_attention == "two_way"
     assert aligner.objective.options.initializer_range == 0.2
     collate = aligner.collator(lambda rows: batch())
     rows, terms = image_rows(model, 3) + image_rows(model, 1, shown=False), []
     for _ in range(20):
         collated = collate(rows)
         micro_batch = aligner.prepare(collated)
-        # the teacher looks at nothing in a plain one
-        assert ("hera_rows" in micro_batch.inputs) == bool(micro_batch.valid.any())
         logits = model(**collated).logits
         terms.append(aligner.loss(micro_batch))
         (logits.sum() * 0 + terms[-1]).backward()

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import Options, TokenBatch, create
+from llamafactory_hera.objectives import TokenBatch, create
 from llamafactory_hera.rivals.ross import DRAWS, STEPS, Ross, alpha_bar
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
+from tests.terms import options
 
 SIDE, B, D, C = 3, 3, 12, 8
 T = SIDE * SIDE
@@ -22,7 +23,7 @@ class Small(Ross):
 def small() -> Small:
     """One whose zeros are gone."""
     torch.manual_seed(0)
-    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
     with torch.no_grad():
         for parameter in ross.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -115,7 +116,7 @@ def test_the_loss_is_the_error_of_the_noise_that_the_denoiser_finds(small: Small
 def test_a_new_denoiser_finds_nothing() -> None:
     """So the loss is the mean square of the noise, of which each image has four draws of its own."""
     z, latents, times, noise = draws()
-    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
     assert ross.loss(z, latents, times, noise).equal(noise.square().mean(dim=(0, 2, 3)))
     batch = TokenBatch(z[None], None, latents, torch.ones(B, dtype=torch.bool))
     torch.manual_seed(2)
@@ -131,7 +132,7 @@ def test_a_new_denoiser_finds_nothing() -> None:
 def test_the_student_gets_no_gradient_in_two_steps_and_one_in_the_third() -> None:
     z, latents, times, noise = draws()
     z.requires_grad_()
-    ross = Small(Options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
+    ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
     optimizer = ObjectiveOptimizer(ross)
     silent = []
     for _ in range(3):
@@ -189,7 +190,7 @@ def test_blocks_are_computed_again_in_the_backward_pass(small: Small) -> None:
 
 
 def test_it_is_drawn_as_the_authors_draw_it() -> None:
-    ross = create("ross", Options(n_targets=1, dim=64, teacher_dim=64, side=2))
+    ross = create("ross", options(n_targets=1, dim=64, teacher_dim=64, side=2))
     bound = math.sqrt(6 / (1024 + 3072))
     spread = {"embed_time.0": 0.02, "embed_time.2": 0.02, "embed_token.1": 0.02}
     spread |= {"blocks.2.qkv": bound / math.sqrt(3), "embed": math.sqrt(2 / (1024 + 64))}
@@ -203,11 +204,11 @@ def test_it_is_drawn_as_the_authors_draw_it() -> None:
 
 def test_its_size_is_that_of_the_authors() -> None:
     with torch.device("meta"):
-        ross = Ross(Options(n_targets=1, dim=4096, teacher_dim=64, side=27))
+        ross = Ross(options(n_targets=1, dim=4096, teacher_dim=64, side=27))
     assert sum(parameter.numel() for parameter in ross.parameters()) == pytest.approx(64.4e6, rel=1e-3)
     assert ross.denoiser.positions.shape == (729, 1024)
 
 
 def test_it_reads_one_layer() -> None:
     with pytest.raises(ValueError, match="hera_layers: ross reads one layer, not 2"):
-        Ross(Options(n_targets=2, dim=D, teacher_dim=C, side=SIDE))
+        Ross(options(n_targets=2, dim=D, teacher_dim=C, side=SIDE))
