@@ -238,7 +238,7 @@ def _recipes(args: argparse.Namespace) -> int:
     found = shipped_recipes()
     chosen = {n: t for n, t in found.items() if not args.name or any(part in n for part in args.name)}
     if not chosen:
-        raise ValueError(f"recipes: no name contains {' or '.join(args.name)}; the names are {', '.join(found)}.")
+        raise ValueError(f"recipes: no name contains {' or '.join(args.name)}; list all without a name.")
     width = max(map(len, chosen))
     print("\n".join(f"{name:<{width}}  {title}" for name, title in chosen.items()))
     return 0

@@ -103,11 +103,12 @@ def test_the_output_folder_appears_at_the_end(build: Build, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_folder_with_files_is_refused(build: Build, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_or_has_files_is_refused(build: Build, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"^--output: .*full is not empty; give another folder"):
-        build(output="full")
+    for output in ("full", "full/thesis.txt"):
+        with pytest.raises(ValueError, match=rf"^--output: .*{output} is not an empty folder; give another folder"):
+            build(output=output)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 

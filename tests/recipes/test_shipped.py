@@ -49,5 +49,5 @@ def test_a_copy_does_not_contain_downloaded_data(tmp_path: Path, monkeypatch: py
 
 def test_recipes_are_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
-    with pytest.raises(ValueError, match="^--copy-to: .*recipes exists; give another folder"):
+    with pytest.raises(ValueError, match=r"^--copy-to: .*recipes exists; give another folder"):
         copy_recipes(tmp_path)

@@ -52,8 +52,8 @@ def build_backbone(
         ValueError: An input cannot be used; the message names the option, its value and the remedy.
     """
     output = Path(output).expanduser().resolve()
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output: {output} is not empty; give another folder.")
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise ValueError(f"--output: {output} is not an empty folder; give another folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{output.name}.", suffix=".partial", dir=output.parent) as temporary:
         language, vision = open_language(language_model), open_vision(vision_model)

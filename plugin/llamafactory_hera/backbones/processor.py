@@ -1,7 +1,7 @@
 """The processor of a built model: the language model's tokenizer with ``<image>``, its chat template, and images.
 
-The content of a message is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text": …}`` parts. The
-chat template renders a conversation exactly as the training template of the same name does.
+The content of a message is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text": …}`` parts. If
+the model has a training template, the chat template renders exactly the text that training uses.
 """
 
 from typing import Any
@@ -63,12 +63,13 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
     Returns:
         The processor, the number of tokens of one image, and the training template of stage 2, if there is one.
     """
-    images: Any = AutoImageProcessor.from_pretrained(vision.folder)
+    image_processor: Any = AutoImageProcessor.from_pretrained(vision.folder)
     if pad:
         # LLaVA's image processor crops by default. SigLIP's settings do not mention cropping.
-        images = LlavaImageProcessor.from_dict({"do_center_crop": False} | images.to_dict() | {"do_pad": True})
-    # DINOv2 takes images of other sizes than its configuration says, so the processor decides.
-    height, width = images(Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[-2:]
+        settings = {"do_center_crop": False} | image_processor.to_dict() | {"do_pad": True}
+        image_processor = LlavaImageProcessor.from_dict(settings)
+    # The processor decides on the size: DINOv2's makes images of another size than the model's configuration names.
+    height, width = image_processor(Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[-2:]
 
     tokenizer: Any = AutoTokenizer.from_pretrained(language.folder)
     # transformers opens a folder without tokenizer files as an empty tokenizer.
@@ -88,7 +89,7 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
 
     has_cls, patch = TOWERS[vision.config.model_type].has_cls, vision.config.patch_size
     processor = LlavaProcessor(
-        image_processor=images,
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=patch,
         vision_feature_select_strategy="default" if has_cls else "full",
