@@ -81,19 +81,18 @@ def _parser() -> argparse.ArgumentParser:
     aspect = "pad: images become squares in the mean color first; models built with pad need none (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
-    build = command("build", _build, "assemble a LLaVA-style model, for stage 1, from an LLM and a vision encoder")
-    build.add_argument("--language-model", required=True, help="folder or hub id, for instance Qwen/Qwen3-8B")
-    vision = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
-    build.add_argument("--vision-model", default=VISION_MODEL, help=vision)
-    build.add_argument("--output", required=True, help="folder to make")
-    aspect = "pad: images become squares in the mean color first, as in LLaVA-1.5's stage 2 (default: %(default)s)"
+    build = command("build", _build, "assemble a LLaVA-style model from an LLM and a vision encoder")
+    build.add_argument("--language-model", required=True, help="folder or hub id, for example Qwen/Qwen3-8B")
+    encoder = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
+    build.add_argument("--vision-model", default=VISION_MODEL, help=encoder)
+    build.add_argument("--output", required=True, help="new or empty folder for the model")
+    aspect = "pad: pad images to squares with the mean color, like LLaVA-1.5 in stage 2 (default: %(default)s)"
     build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=aspect)
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
-    build.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file, GiB (default: %(default)s)")
 
-    recipes = command("recipes", _recipes, "list the shipped recipes with what each does, or copy them into a folder")
-    recipes.add_argument("name", nargs="*", help="show only recipes whose name contains one of these")
-    recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all of them, with dataset_info.json and deepspeed/")
+    recipes = command("recipes", _recipes, "list the shipped recipes, or copy them")
+    recipes.add_argument("name", nargs="*", help="list only the recipes whose names contain one of these")
+    recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all recipes to FOLDER/recipes; run them in FOLDER")
 
     calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA): an adapter")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="says model, dataset, template and rah_* keys")
@@ -223,11 +222,10 @@ def _build(args: argparse.Namespace) -> int:
     from .backbones.build import build_backbone
 
     print(f"reading {args.language_model} and {args.vision_model}", flush=True)
-    options = (args.seed, args.shard_gib, args.image_aspect_ratio)
-    built = build_backbone(args.language_model, args.vision_model, args.output, *options)
+    built = build_backbone(args.language_model, args.vision_model, args.output, args.seed, args.image_aspect_ratio)
     print(f"{built.folder}: {built.n_parameters:,} parameters")
     print(f"<image> is token {built.image_token_id}; an image takes {built.image_tokens} tokens of cutoff_len")
-    print(f"template: llava_plain in stage 1, {built.template or 'none that is known here'} in stage 2")
+    print(f"template: llava_plain in stage 1, {built.template or 'none known for this model'} in stage 2")
     return 0
 
 
@@ -235,12 +233,12 @@ def _recipes(args: argparse.Namespace) -> int:
     from .backbones.shipped import copy_recipes, shipped_recipes
 
     if args.copy_to is not None:
-        print(f"{len(copy_recipes(args.copy_to))} recipes copied to {args.copy_to}")
+        print(f"copied to {copy_recipes(args.copy_to)}; run them in {args.copy_to}")
         return 0
     found = shipped_recipes()
     chosen = {n: t for n, t in found.items() if not args.name or any(part in n for part in args.name)}
     if not chosen:
-        raise ValueError(f"recipes: no recipe's name contains {' or '.join(args.name)}; there are {', '.join(found)}.")
+        raise ValueError(f"recipes: no name contains {' or '.join(args.name)}; list all without a name.")
     width = max(map(len, chosen))
     print("\n".join(f"{name:<{width}}  {title}" for name, title in chosen.items()))
     return 0

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, saved once, and the function under test on them."""
+"""Tiny checkpoints that are saved once, and `build` on them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +14,15 @@ Build = Callable[..., BuiltModel]
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name of a language model or tower of ``tiny.py`` -> its folder."""
+    """Maps the name of a language model or vision encoder of ``tiny.py`` to its folder."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {name: save_language_model(name, root / name) for name in FAMILIES} | {
-        name: save_tower(name, root / name) for name in TOWERS
-    }
+    folders = {name: save_language_model(name, root / name) for name in FAMILIES}
+    return folders | {name: save_tower(name, root / name) for name in TOWERS}
 
 
 @pytest.fixture
 def build(checkpoints: dict[str, Path], tmp_path: Path) -> Build:
-    """`build_backbone` into ``built``; models are names of checkpoints or folders."""
+    """Builds into ``built``. A model is the name of a checkpoint or a folder."""
 
     def run(llm: str | Path = "qwen3", tower: str | Path = "siglip", output: str | Path = "built", **options):
         folders = [str(checkpoints.get(name, name)) for name in (llm, tower)]

@@ -1,11 +1,5 @@
-"""The registered templates, token by token against the language models' own chat templates with image tokens put in.
+"""The training templates against the language models' chat templates, on tiny and on real vocabularies."""
 
-On tiny tokenizers, on the makers' vocabularies of two families, and on whole tokenizers of the hub where
-``HERA_TOKENIZERS`` names a folder that holds some in ``qwen2_5/``, ``qwen3/`` (Instruct-2507), ``qwen3_hybrid/``,
-``llama3/`` or ``vicuna/``.
-"""
-
-import os
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +13,9 @@ from llamafactory_hera.backbones.build import build_backbone
 
 from .tiny import FAMILIES, REAL, new_tokenizer, real_tokenizer, save_language_model
 
-GIVEN = Path(os.environ.get("HERA_TOKENIZERS", "none"))
-#: Family, or FAMILY-what -> makes the tokenizer.
+#: Family, or FAMILY-real -> makes the tokenizer.
 CASES = {family: partial(new_tokenizer, family) for family in FAMILIES}
 CASES |= {f"{family}-real": partial(real_tokenizer, family) for family in REAL}
-CASES |= {
-    f"{family}-given": partial(tf.AutoTokenizer.from_pretrained, GIVEN / family)
-    for family in FAMILIES
-    if (GIVEN / family).is_dir()
-}
 N_TOKENS = 16
 TURNS = [
     ("<image>\nWhat is shown in this image?", "A red car. It has four wheels\nand a spare one."),
@@ -39,7 +27,7 @@ THOUGHT = "<think>\n\n</think>\n\n"
 
 @pytest.fixture(scope="module", params=CASES)
 def built(request: pytest.FixtureRequest, checkpoints: dict, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Family, the language model's tokenizer, and the model built on it."""
+    """The family, the tokenizer of the language model, and the built model."""
     family, tokenizer = request.param.partition("-")[0], CASES[request.param]()
     folder = tmp_path_factory.mktemp(family)
     llm = save_language_model(family, folder / "llm", tokenizer=tokenizer)
@@ -61,67 +49,58 @@ def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]
 
 @cache
 def host(template_name: str, folder: Path) -> Any:
-    """The host's data processor of a template and a model."""
+    """The host's data processor for a template and a model."""
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
 
     data_args = DataArguments(template=template_name, cutoff_len=2048)
     processor = tf.AutoProcessor.from_pretrained(folder)
-    tokenizer = processor.tokenizer
-    rows = len(tokenizer)
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    assert len(tokenizer) == rows, "the template adds tokens that the embedding has no row for"
-    return SupervisedDatasetProcessor(template, tokenizer, processor, data_args)
+    rows = len(processor.tokenizer)
+    template = get_template_and_fix_tokenizer(processor.tokenizer, data_args)
+    assert len(processor.tokenizer) == rows, "the template adds tokens without a row in the embedding"
+    return SupervisedDatasetProcessor(template, processor.tokenizer, processor, data_args)
 
 
 def encoded(
     template_name: str, folder: Path, turns: list, system: str | None = None, image: Image.Image | None = None
 ) -> tuple[list[int], list[int]]:
-    """Input ids and labels of a conversation, made by the host's own data processor."""
+    """Returns the input ids and labels that the host makes from a conversation."""
     messages = conversation(turns)
     images = [image or Image.new("RGB", (40, 30))] * sum(turn[0].count("<image>") for turn in turns)
     return host(template_name, folder)._encode_data_example(messages[:-1], messages[-1:], system, None, images, [], [])
 
 
-def expanded(text: str) -> str:
-    return text.replace("<image>", "<image>" * N_TOKENS)
-
-
 @pytest.mark.parametrize("n_turns", [1, 3])
 @pytest.mark.parametrize("system", [None, "You answer in one word."])
-def test_training_sees_what_the_models_own_chat_template_renders(
-    built: Any, processor: Any, n_turns: int, system: str | None
-) -> None:
+def test_training_sees_the_chat_template(built: Any, processor: Any, n_turns: int, system: str | None) -> None:
     family, tokenizer, backbone = built
     turns = TURNS[:n_turns]
     ids, _ = encoded(backbone.template, backbone.folder, turns, system)
     rendered = processor.apply_chat_template(conversation(turns, system), tokenize=False)
     if tokenizer.chat_template is not None:
-        own = tokenizer.apply_chat_template(conversation(turns, system), tokenize=False)
-        # the hybrid models' empty thought is the one thing that is left out
-        assert rendered == (own.replace(THOUGHT, "") if family == "qwen3_hybrid" else own)
-    assert ids == processor.tokenizer(expanded(rendered))["input_ids"]
+        original = tokenizer.apply_chat_template(conversation(turns, system), tokenize=False)
+        # The empty thought of the hybrid models is the only difference.
+        assert rendered == (original.replace(THOUGHT, "") if family == "qwen3_hybrid" else original)
+    assert ids == processor.tokenizer(rendered.replace("<image>", "<image>" * N_TOKENS))["input_ids"]
     assert ids.count(backbone.image_token_id) == N_TOKENS
 
 
-def test_the_loss_is_taken_on_the_answers_and_their_end(built: Any, processor: Any) -> None:
+def test_the_loss_covers_the_answers_and_their_end(built: Any, processor: Any) -> None:
     _, _, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS)
     learned = processor.tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
     end = {"llava_vicuna": "</s>", "llava_llama3": "<|eot_id|>"}.get(backbone.template, "<|im_end|>\n")
-    answers = [answer for _, answer in TURNS]
-    # SentencePiece writes the space in front of an answer
-    assert [part.removeprefix(" ") for part in learned.split(end)] == [*answers, ""]
+    # SentencePiece writes the space before an answer.
+    assert [part.removeprefix(" ") for part in learned.split(end)] == [*(answer for _, answer in TURNS), ""]
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_every_way_to_a_prompt_gives_what_training_began_with_and_one_bos(built: Any, processor: Any) -> None:
+def test_all_ways_to_a_prompt_give_the_start_of_training_with_one_bos(built: Any, processor: Any) -> None:
     _, tokenizer, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS[:1])
     prompt = ids[: labels.index(next(label for label in labels if label != -100))]
-    bos = tokenizer.bos_token_id
-    assert prompt.count(bos) == (bos is not None)
+    assert prompt.count(tokenizer.bos_token_id) == (tokenizer.bos_token_id is not None)
     image = Image.new("RGB", (40, 30))
     parts = [{"type": "image", "image": image}, {"type": "text", "text": "What is shown in this image?"}]
     render = partial(processor.apply_chat_template, [{"role": "user", "content": parts}], add_generation_prompt=True)
@@ -143,7 +122,7 @@ def test_the_token_that_ends_an_answer_ends_a_generation(built: Any, processor: 
 
 
 @pytest.mark.parametrize("built", [case for case in CASES if case.endswith("-real")], indirect=True)
-def test_makers_encode_a_conversation_to_what_training_sees(built: Any, processor: Any) -> None:
+def test_the_makers_code_encodes_a_conversation_as_training_does(built: Any, processor: Any) -> None:
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat
     from llama_models.llama3.tokenizer import Tokenizer
@@ -155,7 +134,7 @@ def test_makers_encode_a_conversation_to_what_training_sees(built: Any, processo
     if family == "qwen2_5":
         rendered = processor.apply_chat_template(messages, tokenize=False)
         expected = get_tokenizer("qwen2.5-72b-instruct").encode(rendered)
-    else:  # Meta's begins another answer
+    else:  # Meta's code also begins the next answer.
         chat = ChatFormat(Tokenizer.get_instance())
         expected = chat.encode_dialog_prompt([RawMessage(**message) for message in messages]).tokens
         expected = expected[: -len(chat._encode_header("assistant"))]
@@ -165,20 +144,10 @@ def test_makers_encode_a_conversation_to_what_training_sees(built: Any, processo
 def test_stage_one_is_the_image_and_its_caption(built: Any) -> None:
     _, tokenizer, backbone = built
     caption = "A dog runs over the grass."
-    asked = [("Give a short account of the image.\n<image>", caption)]
-    ids, labels = encoded("llava_plain", backbone.folder, asked)
+    ids, labels = encoded("llava_plain", backbone.folder, [("Give a short account.\n<image>", caption)])
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     caption_ids = tokenizer.encode(f"{caption}\n", add_special_tokens=False)
     prompt = [*bos, *[backbone.image_token_id] * N_TOKENS]
     assert ids == [*prompt, *caption_ids]
     assert labels == [-100] * len(prompt) + caption_ids
     assert (ids, labels) == encoded("llava_plain", backbone.folder, [("<image>", caption)], system="Be brief.")
-
-
-def test_host_templates_are_left_as_they_are() -> None:
-    from llamafactory.data.template import TEMPLATES
-
-    assert TEMPLATES["llama3"].stop_words == ["<|eot_id|>", "<|eom_id|>"]
-    assert TEMPLATES["vicuna"].format_prefix.apply() == []
-    assert TEMPLATES["qwen3_nothink"].mm_plugin.image_token is None
-    assert TEMPLATES["llava"].mm_plugin is not TEMPLATES["llava_vicuna"].mm_plugin

