@@ -1,7 +1,6 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,17 +175,15 @@ class _HostSource(_Rows):
 
 
 class _UnlabeledSource(_HostSource):
-    """Samples without labels, with other images if asked for: the whole conversation, or what precedes the answer."""
+    """Samples without labels: the conversation, or the prompt before its last answer."""
 
     def __init__(self, data: _HostData, text: Text) -> None:
         super().__init__(data)
         self._text = text
         self._prompt_processor = data.processor(do_generate=True)
 
-    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
-        example = dict(self._data.rows[row])
-        if images is not None:
-            example["_images"] = list(images)
+    def encode(self, row: int) -> Features | None:
+        example = self._data.rows[row]
         whole = self._text == "conversation" and _has_answer(example)
         features = self._encode(example, self._processor if whole else self._prompt_processor)
         if features is None:
