@@ -1,6 +1,7 @@
 """Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,15 +176,17 @@ class _HostSource(_Rows):
 
 
 class _UnlabeledSource(_HostSource):
-    """Samples without labels: the conversation, or the prompt before its last answer."""
+    """Samples without labels, with other images if asked for: the whole conversation, or what precedes the answer."""
 
     def __init__(self, data: _HostData, text: Text) -> None:
         super().__init__(data)
         self._text = text
         self._prompt_processor = data.processor(do_generate=True)
 
-    def encode(self, row: int) -> Features | None:
-        example = self._data.rows[row]
+    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
+        example = dict(self._data.rows[row])
+        if images is not None:
+            example["_images"] = list(images)
         whole = self._text == "conversation" and _has_answer(example)
         features = self._encode(example, self._processor if whole else self._prompt_processor)
         if features is None:
