@@ -1,7 +1,6 @@
 """The picture of a calibration."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -17,24 +16,22 @@ HEADS = [
 ]
 
 
-def report(calibrated: list[str]) -> dict[str, Any]:
+def test_maps_show_the_scores_and_every_mark_is_on_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0)
-    return {
+    content = {
         "caf": noise.normal(size=(3, 40)).tolist(),
         "isal": noise.normal(size=(3, 40)).tolist(),
         "heads": HEADS,
-        "calibrated": calibrated,
-        "nothing_because": None if calibrated else "no update remains",
+        "calibrated": ["L0H31"],
+        "nothing_because": None,
         "kl": {"total": 0.01, "delta": 0.05},
         "provenance": {"model": "m", "dataset": "d", "samples": {"profiled": 68}},
     }
-
-
-def test_maps_show_the_scores_and_every_mark_is_on_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(reporting, "save_figure", lambda made, _: figures.append(made))
-    content = report(["L0H31"])
-    draw_calibration(content, Path("unused.png"))
+    save = reporting.save_figure
+    monkeypatch.setattr(reporting, "save_figure", lambda made, path: (figures.append(made), save(made, path)))
+    draw_calibration(content, tmp_path / "calibration.png")
+    assert matplotlib.image.imread(tmp_path / "calibration.png")[..., :3].std() > 0.05
     (made,) = figures
     for axes, name in zip(made.axes, ("caf", "isal"), strict=False):
         assert np.array_equal(axes.images[0].get_array(), content[name])
@@ -44,8 +41,3 @@ def test_maps_show_the_scores_and_every_mark_is_on_its_head(monkeypatch: pytest.
     assert labels == ["chosen, calibrated (1)", "chosen, not changed (1)", "anchor (2)"]
     low, high = made.axes[1].images[0].get_clim()
     assert low == -high
-
-
-def test_the_picture_is_written(tmp_path: Path) -> None:
-    draw_calibration(report([]), tmp_path / "calibration.png")
-    assert matplotlib.image.imread(tmp_path / "calibration.png")[..., :3].std() > 0.05

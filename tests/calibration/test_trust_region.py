@@ -60,8 +60,7 @@ def test_an_update_without_edits_is_not_tried() -> None:
 
 
 def held_out(model: torch.nn.Module, batch_size: int = 4) -> HeldOut:
-    config = RahConfig(batch_size=batch_size)
-    return HeldOut(Forward(model), HeadWeights(model), features(5), collate, config)
+    return HeldOut(Forward(model), HeadWeights(model), features(5), collate, RahConfig(batch_size=batch_size))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -1,6 +1,6 @@
 """The report of a calibration: ``calibration.json``, a summary for the terminal, and ``calibration.png``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..heads.targets import Target
 from ..plots import heat_map, new_figure, save_figure
-from .plan import Anchor, Plan
+from .plan import Plan
 from .profile import Profile
 from .settings import RahConfig
 from .trust_region import Outcome, Trial
@@ -39,7 +39,8 @@ def describe(
         },
         "heads": [
             {"head": str(head), "isal": saliency[head].item(), "caf": influence[head].item()}
-            | _describe_head(head, plan.anchors[head], trials.get(head))
+            | {"anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in plan.anchors[head]]}
+            | _fate(trials.get(head), bool(plan.anchors[head]))
             for head in plan.heads
         ],
         "settings": config.keys(),
@@ -61,15 +62,11 @@ def _reason_for_nothing(plan: Plan, outcome: Outcome, config: RahConfig) -> str 
     return "no update remains, because each one was rolled back or equals its anchors"
 
 
-def _describe_head(head: Target, anchors: Sequence[Anchor], trial: Trial | None) -> dict[str, Any]:
-    tried = trial.tried if trial else ()
-    return {
-        "anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in anchors],
-        "state": trial.state if trial else "not tried" if anchors else "no anchor",
-        "alpha": trial.alpha if trial else 0.0,
-        "kl": tried[-1][1] if tried else None,
-        "tried": [{"alpha": alpha, "kl": kl} for alpha, kl in tried],
-    }
+def _fate(trial: Trial | None, has_anchor: bool) -> dict[str, Any]:
+    if trial is None:
+        return {"state": "not tried" if has_anchor else "no anchor", "alpha": 0.0, "kl": None, "tried": []}
+    tried = [{"alpha": alpha, "kl": kl} for alpha, kl in trial.tried]
+    return {"state": trial.state, "alpha": trial.alpha, "kl": tried[-1]["kl"] if tried else None, "tried": tried}
 
 
 def _rows(values: Tensor) -> list[list[float]]:

@@ -19,18 +19,13 @@ class CalibrationInputs:
     """The model and the dataset of a calibration, as a host provides them."""
 
     source: Source
-    #: Loads the model frozen, in evaluation mode, on one device.
-    load_model: Callable[[], nn.Module]
+    load_model: Callable[[], nn.Module]  # frozen, in evaluation mode, on one device
     collator: Callable[[nn.Module], Collate]
-    #: The model as the recipe names it, which becomes the base model of the adapter.
-    model_name: str
+    model_name: str  # as the recipe names it; the base model of the adapter
     dataset_name: str
-    #: Adapters that ``load_model`` merges into the weights.
-    adapter_names: Sequence[str] = ()
-    #: The type of the computation if it differs from that of the weights.
-    autocast: torch.dtype | None = None
-    #: Processes that decode images.
-    num_workers: int = 0
+    adapter_names: Sequence[str] = ()  # adapters that load_model merges into the weights
+    autocast: torch.dtype | None = None  # the type of the computation if it is not that of the weights
+    num_workers: int = 0  # processes that decode images
 
 
 class CalibrationSamples(NamedTuple):

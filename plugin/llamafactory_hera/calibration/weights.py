@@ -51,7 +51,7 @@ class HeadWeights:
     Under grouped-query attention, a group of query heads shares a block of ``v_proj``.
 
     Raises:
-        ValueError: A value or output projection of the model is fused, quantized or wrapped.
+        ValueError: A value or output projection is fused, quantized, wrapped, or not laid out by heads.
     """
 
     def __init__(self, model: nn.Module) -> None:
