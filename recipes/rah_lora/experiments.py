@@ -19,7 +19,6 @@ from llamafactory_hera.calibration.trust_region import HeldOut
 from llamafactory_hera.calibration.weights import ADAPTER_FILE, HeadWeights
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.heads import Target
-from llamafactory_hera.integrations.llamafactory.commands import read_calibration
 from llamafactory_hera.plots import new_figure, save_figure
 from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import Sample
@@ -32,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
     """Calibrates on the data as they are and on corrupted images, and writes and returns a comparison."""
+    from llamafactory_hera.integrations.llamafactory.commands import read_calibration  # imports the host
+
     inputs, config, folder = read_calibration(recipe, overrides)
     samples = draw_samples(inputs.source, config)
     corrupted = CalibrationSamples(*(corrupt(part, inputs.source, kind, config.seed) for part in samples))

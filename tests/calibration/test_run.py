@@ -24,7 +24,6 @@ from llamafactory_hera.calibration.weights import HeadWeights
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import calibration_model, collate, inputs
 
-ROOT = Path(__file__).parents[2]
 CONFIG = RahConfig(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 OTHERS = {"calibration.json", "calibration.png", "calibration_profile.safetensors"}
@@ -179,6 +178,7 @@ try:
 except OSError as error:
     print("refused", error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=root)
     assert "refused" in done.stdout, done.stderr
     assert names(tmp_path) == {"calibration_profile.safetensors"}

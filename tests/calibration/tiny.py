@@ -14,8 +14,7 @@ from llamafactory_hera.selection.samples import Features
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 8
-N_IMAGE = 4
-_SIDE = 16
+N_IMAGE, _SIDE = 4, 16
 
 
 def noise_images(n: int) -> list[Image.Image]:
