@@ -40,7 +40,7 @@ class RahConfig(KeyedConfig):
     layers: str = knob("first_half", f"Layers whose heads may be calibrated: {_LAYERS}.")
     targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
         "paper",
-        "Heads to calibrate: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many heads at random "
+        "Heads to calibrate: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many random heads "
         "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
