@@ -94,15 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="*", help="list only the recipes whose names contain one of these")
     recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all recipes to FOLDER/recipes; run them in FOLDER")
 
-    calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA): an adapter")
-    calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="says model, dataset, template and rah_* keys")
-    control = "calibrate on shuffled or blank images, too, and say what that did"
-    calibrate.add_argument("--control", choices=("shuffled", "blank"), help=control)
+    calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA)")
+    calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="names the model, the dataset and the rah_* keys")
     _take_overrides(calibrate, "rah_delta=0.02")
-
-    gap = command("gap", _gap, "correlate the influence-saliency gap of calibrations with what they gained")
-    gap.add_argument("measured", metavar="FOLDER=GAIN", nargs="+", help="a calibration, and its gain in points")
-    gap.add_argument("--output", default="rah_gap.png", help="picture to write (default: %(default)s)")
     return parser
 
 
@@ -248,17 +242,11 @@ def _calibrate(args: argparse.Namespace) -> int:
     # one device: the host refuses several of them in one process
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
-    from .integrations.llamafactory.commands import calibrate
+    from .calibration.run import calibrate_heads
+    from .integrations.llamafactory.commands import read_calibration
 
-    for report in calibrate(args.recipe, args.overrides, args.control):
-        print(render_summary(report))
-    return 0
-
-
-def _gap(args: argparse.Namespace) -> int:
-    from .calibration.report import correlate_gains
-
-    print(correlate_gains(args.measured, Path(args.output)))
+    inputs, config, folder = read_calibration(args.recipe, args.overrides)
+    print(render_summary(calibrate_heads(inputs, config, folder)), f"Files: {folder}", sep="\n")
     return 0
 
 

@@ -12,6 +12,7 @@ PAGES = [
     *sorted((ROOT / "patches").glob("*.md")),
     ROOT / "recipes" / "README.md",
     ROOT / "recipes" / "data" / "README.md",
+    ROOT / "recipes" / "rah_lora" / "README.md",
 ]
 
 

@@ -1,7 +1,7 @@
-"""Runs calibrations one after the other in one process, so that no case pays for the imports.
+"""Runs several calibrations in one process, which imports the host once.
 
-Reads a JSON list of ``[recipe, overrides, control]`` from standard input; prints for each a JSON line: the reports, or
-the message of its ``ValueError``.
+Reads a JSON list of ``[recipe, overrides]`` from standard input. For each, prints a JSON line with the report, or with
+the message of a ``ValueError``.
 """
 
 import json
@@ -10,16 +10,17 @@ import sys
 
 import torch
 
-from llamafactory_hera.integrations.llamafactory.commands import calibrate
+from llamafactory_hera.calibration.run import calibrate_heads
+from llamafactory_hera.integrations.llamafactory.commands import read_calibration
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    for recipe, overrides, control in json.load(sys.stdin):
+    for recipe, overrides in json.load(sys.stdin):
         try:
-            answer = {"reports": calibrate(recipe, overrides, control)}
+            answer = {"report": calibrate_heads(*read_calibration(recipe, overrides))}
         except ValueError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,1 +1,4 @@
-"""RAH-LoRA: training-free calibration of attention heads; the result is a PEFT adapter."""
+"""RAH-LoRA: calibrates attention heads without training and saves the result as a PEFT adapter.
+
+Sections and equations are those of the paper (docs/calibration.md).
+"""

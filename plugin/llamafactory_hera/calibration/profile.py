@@ -1,6 +1,5 @@
-"""Profiling: which heads look across text and image (I-SAL), and which decide what a model is sure of (CAF)."""
+"""Profiling of heads: attention across text and image (I-SAL), and influence on the output (CAF; section 3.2)."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,10 +25,17 @@ _POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "l
 
 
 def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """``r`` of eq. 3 ``[H]`` and ``A^{T->I}`` of eq. 10 ``[H, bins]``, in fp32, of one sample.
+    """Reduces the attention of one sample to its flow across text and image.
 
-    From its attention ``[H, T, T]``, queries before keys, and the positions of its text and image tokens. Images may
-    have different numbers of tokens, and a mean of maps needs one length: neighboring tokens share a bin.
+    Args:
+        attention: Attention weights ``[H, T, T]``, queries before keys.
+        text: Positions of the text tokens.
+        image: Positions of the image tokens.
+        bins: Length of a map. Images differ in their number of tokens, but maps are averaged over samples, so that
+            neighboring tokens share a bin.
+
+    Returns:
+        ``r`` of eq. 3 ``[H]`` and the text-to-image map of eq. 10 ``[H, bins]``, in fp32.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -38,23 +44,21 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
 
 
 class AttentionFlow(Hooks):
-    """Reads :func:`attention_flow` of every head while it is entered; the text decoder's attention is eager meanwhile.
+    """Reads :func:`attention_flow` of every head, with eager attention in the text decoder.
 
-    Each layer's weights are reduced there and then, so that no second layer's ``[B, H, T, T]`` is ever held.
+    The attention weights of a layer are reduced at once, so that only one ``[B, H, T, T]`` is in memory at a time.
     """
 
     def __init__(self, forward: Forward, bins: int) -> None:
         super().__init__()
-        config = model_config(forward.model)
-        self._forward, self._bins, self._text_config = forward, bins, config.get_text_config()
-        layers = decoder_layers(forward.model)
-        self._attentions = [attention_module(layer) for layer in layers]
+        self._forward, self._bins = forward, bins
+        self._attentions = [attention_module(layer) for layer in decoder_layers(forward.model)]
         self._tokens: list[tuple[Tensor, Tensor]] = []
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
 
     @torch.no_grad()
     def read(self, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
-        """``r`` of eq. 3 ``[L, H]`` and the map of eq. 10 ``[L, H, bins]`` of each sample, in fp32 on the CPU."""
+        """Returns ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample, in fp32 on the CPU."""
         text = self._forward.tokens("text", batch)
         image = self._forward.tokens("mean", batch) & ~text
         self._tokens = [(t.nonzero().flatten(), i.nonzero().flatten()) for t, i in zip(text, image, strict=True)]
@@ -64,32 +68,39 @@ class AttentionFlow(Hooks):
         return [tuple(torch.stack(kind).cpu() for kind in zip(*layers, strict=True)) for layers in samples]
 
     def _hook(self) -> None:
-        # masks are made for the implementation that the configuration names
-        configs = {id(config): config for config in (self._text_config, *(a.config for a in self._attentions))}
-        for config in configs.values():
+        # the model builds its masks for the implementation that its configuration names
+        text_config = model_config(self._forward.model).get_text_config()
+        for config in {id(c): c for c in (text_config, *(a.config for a in self._attentions))}.values():
             self._undo.append(partial(setattr, config, "_attn_implementation", config._attn_implementation))
             config._attn_implementation = "eager"
         self._undo += [attention.register_forward_hook(self._reduce).remove for attention in self._attentions]
 
-    def _reduce(self, attention: nn.Module, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        weights = output[1]
-        if weights is None:
-            raise RuntimeError(f"{type(attention).__name__} handed out no attention weights.")
-        samples = zip(weights, self._tokens, strict=True)
+    def _reduce(self, attention: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
+        samples = zip(output[1], self._tokens, strict=True)
         self._layers.append([attention_flow(sample, *tokens, self._bins) for sample, tokens in samples])
 
 
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
-    """Logits ``[B, P, V]`` at the tokens that count in any sample of a batch, and which count in each, ``[B, P]``."""
+    """Computes logits at the tokens of a batch that ``rah_positions`` names.
+
+    Returns:
+        The logits ``[B, P, V]`` at every position that counts in some sample, and a mask ``[B, P]`` of the positions
+        that count in each sample.
+    """
     counted = forward.tokens(_POOLINGS[positions], batch)
     kept = counted.any(dim=0).nonzero().flatten()
     return forward.logits(batch, kept), counted[:, kept]
 
 
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """The label-free margin loss of each sample, ``-1/T sum_t log(p_t1 / p_t2)`` (text under eq. 5), ``[B]`` in fp32.
+    """Computes the label-free margin loss ``-1/T sum_t log(p_t1 / p_t2)`` of each sample (text below eq. 5).
 
-    From logits ``[B, T, V]`` and the tokens that count, boolean ``[B, T]``; a log ratio is a difference of logits.
+    Args:
+        logits: ``[B, T, V]``; the log ratio of two probabilities is the difference of their logits.
+        counted: A mask ``[B, T]`` of the tokens that count.
+
+    Returns:
+        The losses ``[B]`` in fp32.
     """
     top = torch.topk(logits, 2, dim=-1).values.float()
     margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
@@ -97,23 +108,22 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
 
 
 class HeadGates(Hooks):
-    """Multiplies each head's output by a gate of 1 while it is entered, one gate for each sample and head.
+    """Multiplies the output of each head by a gate, and differentiates the margin loss with respect to the gates.
 
-    A head's output is its slice of the output projection's input. Samples do not mix: the gradient of a sum of losses
-    with respect to a sample's gate is that of its own loss.
+    A head's output is its slice of the input of the output projection. Each sample has its own gates, all 1. The
+    samples of a batch do not mix, so that the gradient of the summed loss is that of each sample's loss.
     """
 
     def __init__(self, forward: Forward, positions: Positions) -> None:
         super().__init__()
         self._forward, self._positions = forward, positions
         self._layout = head_layout(model_config(forward.model))
-        layers = decoder_layers(forward.model)
-        self._projections = [output_projection(layer) for layer in layers]
+        self._projections = [output_projection(layer) for layer in decoder_layers(forward.model)]
         self._gates: list[Tensor] = []
 
     @torch.enable_grad()
     def read(self, batch: dict[str, Any]) -> Tensor:
-        """Gradients of each sample's margin loss with respect to its gates, ``[B, L, H]`` in fp32 on the CPU."""
+        """Returns the gradients of each sample's margin loss, ``[B, L, H]`` in fp32 on the CPU."""
         shape = len(batch["input_ids"]), self._layout.n_heads
         self._gates = [torch.ones(shape, device=self._forward.device, requires_grad=True) for _ in self._projections]
         losses = margin_loss(*counted_logits(self._forward, batch, self._positions))
@@ -130,38 +140,33 @@ class HeadGates(Hooks):
         return ((heads * gates).flatten(-2), *rest)
 
 
-def standard_scores(values: Tensor) -> Tensor:
-    """Standard scores of heads ``[L, H]`` within each layer (eq. 4); zero where all are equal."""
-    centered = values - values.mean(dim=1, keepdim=True)
-    deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
-    return centered / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
-
-
 @dataclass(frozen=True)
 class Profile:
-    """What profiling measured."""
+    """The measurements of all heads."""
 
-    flow: Tensor  # [L, H] in fp64: r of eq. 3, the mean over samples
-    maps: Tensor  # [L, H, bins] in fp32: average text-to-image attention of eq. 10
-    gradients: Tensor  # [N, L, H] in fp32: gate gradients of each probe sample
+    flow: Tensor  # r of eq. 3, the mean over samples, [L, H] in fp64
+    maps: Tensor  # text-to-image attention of eq. 10, the mean over samples, [L, H, bins] in fp32
+    gradients: Tensor  # gate gradients of each probe, [N, L, H] in fp32
 
     @property
     def saliency(self) -> Tensor:
-        """I-SAL: standard scores of ``r``, ``[L, H]``."""
-        return standard_scores(self.flow)
+        """I-SAL: the standard scores of ``r`` within each layer (eq. 4), ``[L, H]``; 0 if all heads are equal."""
+        centered = self.flow - self.flow.mean(dim=1, keepdim=True)
+        deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
+        return centered / (deviation + 1e-12)  # the paper's epsilon, far below any deviation of attention weights
 
     def influence(self, curvature_weight: float) -> Tensor:
-        """CAF (eq. 5), ``[L, H]``: the mean gradient, with its sign, plus lambda times the mean squared gradient."""
+        """CAF: the signed mean gradient plus ``lambda`` times the mean squared gradient (eq. 5), ``[L, H]``."""
         values = self.gradients.double()
         return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
     def save(self, path: Path, key: str) -> None:
-        """Writes the file, complete or not at all; raises OSError where it cannot be written."""
+        """Writes the profile with the key of its inputs."""
         write_safetensors(path, vars(self), {"key": key})
 
     @classmethod
     def load(cls, path: Path, key: str) -> "Profile | None":
-        """A profile of an earlier run; None if there is none of this key."""
+        """Reads the profile of an earlier run, or returns None if there is no profile with this key."""
         with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("key") == key:
                 return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -171,7 +176,11 @@ class Profile:
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head on samples that each have image and text tokens; the first ``rah_probes`` are the probes."""
+    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` of them.
+
+    Raises:
+        ValueError: The measurements are not finite.
+    """
 
     def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
@@ -180,7 +189,7 @@ def profile_heads(
             for batch, results in run_batches(batches, samples, collate, read, num_workers):
                 found.update(zip(batch, results, strict=True))
                 bar.update(len(batch))
-        # in the order of the samples, so that the batches do not decide the rounding of a mean
+        # in the order of the samples, so that the rounding of a mean does not depend on the batches
         return [found[row] for row in range(len(samples))]
 
     bins = min(sum(token in forward.media for token in sample["input_ids"]) for sample in features)
@@ -191,7 +200,8 @@ def profile_heads(
     profile = Profile(_mean(flows), _mean(maps).float(), gradients)
     if not (profile.flow.isfinite().all() and gradients.isfinite().all()):
         raise ValueError(
-            "model_name_or_path: its attention or gradients hold NaN or infinity; use bf16 or fp32, or another model."
+            "model: its attention weights or gradients contain NaN or infinity; use bf16 or fp32, or another "
+            "checkpoint."
         )
     return profile
 
@@ -201,29 +211,15 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
-    """Refuses a sample without tokens of both kinds; names its row."""
+    """Checks that every sample has image tokens and text tokens.
+
+    Raises:
+        ValueError: A sample lacks one kind; names its row.
+    """
     for sample in samples:
         missing = {"image", "text"} - {"image" if t in forward.media else "text" for t in sample.features["input_ids"]}
         if missing:
             raise ValueError(
-                f"dataset: sample {sample.row} (counted from 0) leaves no {missing.pop()} token; check that its "
-                "text holds <image>, and that template is the model's."
+                f"dataset: sample {sample.row} (counted from 0) has no {missing.pop()} token; check that its text "
+                "contains <image>, and that the template belongs to the model."
             )
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of the name, type, shape and every value of every weight: whether a profile belongs to a model.
-
-    Of a matrix it takes the sums over rows and columns of its bytes as whole numbers, the same on every device.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-        weight = parameter.detach().contiguous()
-        summaries = [weight.flatten()]
-        if weight.dim() > 1 and weight[0].nbytes % 8 == weight.data_ptr() % 8 == 0:  # whole words of 8 bytes
-            words = weight.flatten(1).view(torch.int64)
-            summaries = [words.sum(dim=0), words.sum(dim=1)]
-        for summary in summaries:
-            digest.update(summary.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

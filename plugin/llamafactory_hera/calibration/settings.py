@@ -1,5 +1,5 @@
 # No `from __future__ import annotations` here: the annotations are read as types.
-"""The ``rah_*`` keys of a calibration. A default is the paper's, unless the help says "ours": there it is silent."""
+"""The ``rah_*`` keys of a calibration. Defaults are the paper's unless the help text says "ours"."""
 
 import re
 from dataclasses import dataclass
@@ -16,91 +16,91 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class RahConfig(KeyedConfig):
-    """Keys of a calibration; a field ``x`` is the key ``rah_x``.
+    """The keys of a calibration; the field ``x`` is the key ``rah_x``.
 
     Raises:
-        ValueError: A value is impossible or does not fit another; names the key, the value and the remedy.
+        ValueError: A value is impossible or contradicts another one.
     """
 
     PREFIX: ClassVar[str] = "rah_"
 
-    samples: int = knob(100, "Image-text samples to draw, one for each image, held-out ones included.", at_least=1)
-    held_out: int = knob(32, "How many of them only the trust region sees (ours).", at_least=1)
-    probes: int = knob(32, "How many of the others CAF is computed on.", at_least=1)
-    seed: int = knob(0, "Of the draw of samples and of random targets.", at_least=0)
-    batch_size: int = knob(4, "Samples in a forward pass; halved when memory runs out (ours).", at_least=1)
+    samples: int = knob(100, "Samples to draw, each with a different image, including held-out ones.", at_least=1)
+    held_out: int = knob(32, "Number of drawn samples that are reserved for the trust region (ours).", at_least=1)
+    probes: int = knob(32, "Number of the other samples on which CAF is computed.", at_least=1)
+    seed: int = knob(0, "Seed of the sample draw and of randomly chosen heads.", at_least=0)
+    batch_size: int = knob(4, "Samples per forward pass; halved when memory runs out (ours).", at_least=1)
     text: Text = knob(
         "conversation",
-        "What the model reads beside the image: the whole conversation, whose answers are text like any other, or the "
-        "prompt before the last answer (ours).",
+        "Text that the model reads: the conversation with its answers, or the prompt before the last answer (ours).",
     )
     positions: Positions = knob(
         "text",
-        "Tokens whose next-token distribution enters the margin loss and the KL: text tokens, all tokens, or the last "
-        "one (ours).",
+        "Tokens that count in the margin loss and in the KL divergence: text tokens, all, or the last one (ours).",
     )
-    layers: str = knob("first_half", f"Layers that are calibrated: {_LAYERS}.")
+    layers: str = knob("first_half", f"Layers whose heads may be calibrated: {_LAYERS}.")
     targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
         "paper",
-        "How targets are chosen: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many at random "
+        "Heads to calibrate: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many random heads "
         "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
-        15.0, "Percentile of I-SAL in its layer below which a head is a candidate (eq. 6).", at_least=0, at_most=100
+        15.0, "Percentile of I-SAL in the layer below which a head is a candidate (eq. 6).", at_least=0, at_most=100
     )
     p_caf: float = knob(
-        70.0, "Percentile of CAF in its layer above which a candidate is a target (eq. 7).", at_least=0, at_most=100
+        70.0, "Percentile of CAF in the layer above which a candidate is chosen (eq. 7).", at_least=0, at_most=100
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
         1.0,
-        "Standard deviations of I-SAL above its layer's mean beyond which a head is an anchor (eq. 8; ours).",
+        "Standard deviations above the layer's mean I-SAL from which a head is an anchor (eq. 8; ours).",
         at_least=0,
-        hint="anchors look across text and image more than their layer's mean",
+        hint="an anchor attends across text and image more than the mean of its layer",
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
-        "What happens to targets: they move towards anchors (calibrate), or their output is removed, whatever the KL "
-        "(prune, a baseline of the paper).",
+        "Change of the chosen heads: toward their anchors (calibrate), or removal of their output regardless of the "
+        "KL divergence (prune, a baseline of the paper).",
     )
-    k: int = knob(3, "Anchors for each target; 1 is the paper's ablation of the single nearest one.", at_least=1)
+    k: int = knob(3, "Anchors per head; the paper's ablation with the single nearest anchor is 1.", at_least=1)
     rho: float = knob(
-        0.6,
-        "Weight of functional against parametric similarity (eq. 9); 1 ablates the weights, 0 the attention.",
-        at_least=0,
-        at_most=1,
+        0.6, "Weight of functional similarity (eq. 9); 1 ignores the weights, 0 the attention.", at_least=0, at_most=1
     )
-    w_v: float = knob(0.7, "Weight of the value slice in parametric similarity (eq. 11).", at_least=0, at_most=1)
-    w_o: float = knob(0.3, "Weight of the output slice in parametric similarity (eq. 11).", at_least=0, at_most=1)
+    w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
+    w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1, "Fraction of anchors that is cut off at either end, element by element (eq. 12).", at_least=0, below=0.5
+        0.1, "Fraction of the anchors that is cut off at each end, element by element (eq. 12).", at_least=0, below=0.5
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1, hint="or full")
-    delta: float = knob(0.05, "Bound on the mean KL divergence, in nats (eq. 15); 0 allows no change.", at_least=0)
-    alpha_max: float = knob(0.15, "Largest step, tried first (eq. 15).", above=0, at_most=1)
-    halvings: int = knob(10, "How often the step is halved before its head is rolled back (ours).", at_least=0)
+    delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)
+    alpha_max: float = knob(0.15, "Largest step, which is tried first (eq. 15).", above=0, at_most=1)
+    halvings: int = knob(10, "How often a step is halved before its update is rolled back (ours).", at_least=0)
 
     def check(self) -> None:
-        """Checks keys against each other, and the syntax of the layers."""
+        """Checks the keys against each other, and the syntax of the layers."""
         profiled = self.samples - self.held_out
         if profiled < self.probes:
             raise ValueError(
-                f"rah_samples: {self.samples} less rah_held_out: {self.held_out} leave {profiled} samples, fewer than "
-                f"rah_probes: {self.probes}; raise rah_samples, or lower rah_held_out or rah_probes."
+                f"rah_samples: {self.samples} minus rah_held_out: {self.held_out} leaves {profiled} samples, fewer "
+                f"than rah_probes: {self.probes}; raise rah_samples, or lower rah_held_out or rah_probes."
             )
-        if self.w_v + self.w_o == 0:
+        if self.w_v + self.w_o == 0 and self.rho < 1:
             raise ValueError("rah_w_v: 0 and rah_w_o: 0 leave no parametric similarity; raise one, or set rah_rho: 1.")
         if self.layers not in ("first_half", "all"):
             _parse_layers(self.layers)
 
     def layer_indices(self, n_layers: int) -> list[int]:
-        """The calibrated layers of a model of ``n_layers``, in order; refuses a layer that it does not have."""
+        """Lists the layers to calibrate in a model with ``n_layers``, in order.
+
+        Raises:
+            ValueError: The model lacks one of the layers.
+        """
         if self.layers in ("all", "first_half"):
             return list(range(n_layers if self.layers == "all" else max(1, n_layers // 2)))
         chosen = _parse_layers(self.layers)
         if chosen[-1] >= n_layers:
             raise ValueError(
-                f"rah_layers: {self.layers} names layer {chosen[-1]}, and this model has layers 0 to {n_layers - 1}."
+                f"rah_layers: {self.layers} includes layer {chosen[-1]}, but the model has layers 0 to "
+                f"{n_layers - 1}; choose from these."
             )
         return chosen
 

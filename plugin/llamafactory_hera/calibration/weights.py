@@ -1,4 +1,4 @@
-"""The weight slices of single heads: whose they are, how they change in place, and their updates as a PEFT adapter."""
+"""The value and output weights of single heads: read, changed in place, and saved as a PEFT adapter."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,32 +23,35 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Edit:
-    """The update of one slice, of a key-value or of a query head, without its step size: ``left @ right`` in fp32."""
+    """The low-rank update ``left @ right`` of one slice, in fp32 and without its step size."""
 
     layer: int
     kind: Slice
-    index: int
+    index: int  # of the key-value head, or of the query head
     left: Tensor  # [m, r]
     right: Tensor  # [r, n]
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is changed together, under one step size; without an edit target and anchors are equal."""
+    """Edits that share one step size; there are none if the heads already equal their anchors."""
 
     heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
 
 
-#: An update with its step size, alpha of eq. 14.
+#: An update with its step size, alpha in eq. 14.
 Scaled = tuple[Update, float]
 
 
 class HeadWeights:
-    """Views of the weights of a model, bare and whole on this process, by head; refuses what it cannot slice.
+    """The weights of a model, sliced by head; all slices are views.
 
-    ``v_proj`` holds a block of rows for each key-value head, which a group of query heads shares; ``o_proj`` a block
-    of columns for each query head.
+    ``v_proj`` has a block of rows for each key-value head, and ``o_proj`` has a block of columns for each query head.
+    Under grouped-query attention, a group of query heads shares a block of ``v_proj``.
+
+    Raises:
+        ValueError: A value or output projection is fused, quantized, wrapped, or not laid out by heads.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,55 +68,47 @@ class HeadWeights:
                 self.names[layer, kind] = names[self.projections[layer, kind]]
 
     def index(self, head: Target, kind: Slice) -> int:
-        """Which block of a projection serves a query head: its key-value head's, or its own."""
+        """Returns the number of a query head's block in a projection; in ``v_proj`` that is its key-value head."""
         assert head.head is not None
         return head.head // self.group_size if kind == "value" else head.head
 
     def group(self, head: Target) -> tuple[Target, ...]:
-        """All query heads that share a head's value block, itself included."""
+        """Lists the query heads that share a head's value block, including the head."""
         first = self.index(head, "value") * self.group_size
         return tuple(Target(head.layer, first + offset) for offset in range(self.group_size))
 
     def block(self, index: int) -> slice:
-        """The rows of a value projection, or the columns of an output projection, that a block takes."""
+        """Returns the rows of a value projection, or the columns of an output projection, that form a block."""
         return slice(index * self.layout.head_dim, (index + 1) * self.layout.head_dim)
 
     def slice(self, layer: int, kind: Slice, index: int) -> Tensor:
-        """The weights themselves: ``[d, D]`` of a key-value head's value, ``[D, d]`` of a query head's output."""
+        """Returns a block: ``[d, D]`` of a value projection, or ``[D, d]`` of an output projection."""
         weight = self.projections[layer, kind].weight.detach()
         return weight[self.block(index)] if kind == "value" else weight[:, self.block(index)]
 
     def of_head(self, head: Target, kind: Slice) -> Tensor:
-        """The slice of a query head; its value slice is that of its key-value head."""
+        """Returns the slice of a query head."""
         return self.slice(head.layer, kind, self.index(head, kind))
 
     def _checked(self, module: nn.Module | None, kind: Slice) -> nn.Linear:
-        layout = self.layout
-        if module is None:
+        layout, dtype = self.layout, getattr(getattr(module, "weight", None), "dtype", None)
+        if module is not None and not (isinstance(module, nn.Linear) and dtype in _FLOATS):
             raise ValueError(
-                f"model_name_or_path: layers of type {layout.model_type!r} have no v_proj, but one fused matrix. "
-                "Use a model with separate projections."
+                f"model: a projection is a {type(module).__module__}.{type(module).__name__} of {dtype}, hence "
+                "quantized or wrapped; calibrate the base model without quantization (the adapter also fits the "
+                "quantized model), or dequantize the checkpoint."
             )
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or weight is None or weight.dtype not in _FLOATS:
-            stored = f" of {weight.dtype}" if isinstance(weight, Tensor) else ""
+        if module is None or (kind == "value" and len(module.weight) != layout.n_kv_heads * layout.head_dim):
             raise ValueError(
-                f"model_name_or_path: its projections are {type(module).__name__}{stored}, quantized or wrapped. "
-                "Calibrate the base model without quantization_bit (the adapter loads on the quantized one, too), or "
-                "dequantize the checkpoint."
-            )
-        heads, width = layout.n_kv_heads, weight.shape[0]
-        if kind == "value" and width != heads * layout.head_dim:
-            raise ValueError(
-                f"model_name_or_path: a value projection is {width} wide, and {heads} heads of {layout.head_dim} "
-                f"values need {heads * layout.head_dim}. Use another model."
+                f"model: layers of type {layout.model_type!r} have no v_proj with {layout.n_kv_heads} key-value heads "
+                f"of size {layout.head_dim}; use a model whose projections are not fused."
             )
         return module
 
 
 @contextmanager
 def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
-    """Changes the weights in place, ``W + alpha * left @ right`` (eq. 14), and gives them back bit by bit."""
+    """Changes the weights in place to ``W + alpha * left @ right`` (eq. 14), and restores them bit by bit."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for edit, alpha in ((edit, alpha) for update, alpha in steps for edit in update.edits):
@@ -127,10 +122,13 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
 
 
 def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
-    """Writes a PEFT LoRA adapter with a rank for each projection; its scaling is 1, step sizes are in the weights."""
+    """Writes a PEFT LoRA adapter with a rank for each projection.
+
+    The step sizes are multiplied into the factors, and the scaling of the adapter is 1.
+    """
     from peft import LoraConfig, TaskType
 
-    factors = lora_factors(weights, steps)
+    factors = _lora_factors(weights, steps)
     ranks = {name: len(a) for name, (a, _) in factors.items()}
     largest = max(ranks.values())
     config = LoraConfig(
@@ -141,7 +139,7 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], ba
         **{"r": largest, "lora_alpha": largest, "rank_pattern": ranks, "alpha_pattern": ranks},
     )
     config.save_pretrained(str(folder))
-    # PEFT keeps the names as a set, whose order changes from process to process
+    # PEFT stores target_modules as a set, whose order changes from process to process
     content = read_json(folder / ADAPTER_CONFIG)
     content["target_modules"].sort()
     write_json(folder / ADAPTER_CONFIG, content)
@@ -153,10 +151,11 @@ def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], ba
     write_safetensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
 
 
-def lora_factors(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, tuple[Tensor, Tensor]]:
-    """``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]`` of each projection, by its name.
+def _lora_factors(weights: HeadWeights, steps: Sequence[Scaled]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Maps the name of each changed projection to its ``lora_A`` ``[R, in]`` and ``lora_B`` ``[out, R]``.
 
-    The edits of its heads lie side by side, zero outside of them: ``R`` is the sum of their ranks.
+    The factors of several heads are concatenated, each padded with zeros outside of its block, so that ``R`` is the
+    sum of their ranks.
     """
     found: dict[tuple[int, Slice], list[tuple[Tensor, Tensor]]] = {}
     for update, alpha in steps:

@@ -1,4 +1,4 @@
-"""What the subcommands do with a recipe of the host, as functions: select, score, fill a cache, calibrate."""
+"""What the subcommands do with a recipe of the host, as functions: select, score, fill a cache, read a calibration."""
 
 import os
 from collections.abc import Sequence
@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llamafactory_hera.calibration.run import calibrate_heads
-from llamafactory_hera.calibration.samples import Control
+from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import RUN_FOLDER
@@ -115,18 +114,16 @@ def score_checkpoint(
     return path
 
 
-def calibrate(
-    recipe: str | os.PathLike | None, overrides: Sequence[str] = (), control: Control | None = None
-) -> list[dict[str, Any]]:
-    """Calibrates the model of a recipe and writes adapter, ``calibration.json`` and ``calibration.png``.
-
-    With a control it calibrates on corrupted images, too, into ``output_dir/control_<name>``.
+def read_calibration(
+    recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
+) -> tuple[CalibrationInputs, RahConfig, Path]:
+    """Reads a recipe to calibrate, with ``key=value`` overrides, as the arguments of ``calibrate_heads``.
 
     Returns:
-        The content of ``calibration.json``; with a control that of the corrupted calibration behind it.
+        The model and the dataset, the ``rah_*`` keys, and the output folder.
 
     Raises:
-        ValueError: Bad input; names the key, the value and the remedy.
+        ValueError: An input is bad; names the key, the value and the remedy.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: calibration runs in one process on one device; start it without torchrun.")
@@ -143,7 +140,7 @@ def calibrate(
     host = host_arguments(values)
     check_folders(str(output_dir), host)
     _check_calibrated(host.model)
-    return calibrate_heads(calibration_inputs(config, host), config, output_dir, control)
+    return calibration_inputs(config, host), config, output_dir
 
 
 def _keep_trained(path: Path, where: str, remedy: str) -> None:
