@@ -1,7 +1,7 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-``python -m tests.bench.numbers record FILE.json`` takes about ten minutes on two cores; run it before and after, then
-``python -m tests.bench.numbers compare BEFORE.json AFTER.json`` prints every number that differs and by how much.
+``python -m tests.bench.record record FILE.json`` takes about ten minutes on two cores; run it before and after, then
+``python -m tests.bench.record compare BEFORE.json AFTER.json`` prints every number that differs and by how much.
 """
 
 import argparse
