@@ -111,7 +111,7 @@ class FeatureCache:
                 if (features.get_dtype(), features.get_shape()) != ("F16", [len(held), self.dim]):
                     raise ValueError(f"its features are not {len(held)} x {self.dim} in float16")
             except (OSError, ValueError, SafetensorError) as error:
-                logger.warning(f"Ignored the cache file {path} ({error}); its features are computed again. Delete it.")
+                logger.warning(f"Ignored the cache file {path} ({error}); delete it. Its features are computed again.")
                 continue
             keys.append(held)
             places.append(np.stack([np.full(len(held), len(self._shards)), np.arange(len(held))], 1, dtype=np.int32))
