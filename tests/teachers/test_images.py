@@ -123,11 +123,10 @@ def test_16_bits_are_scaled_to_8(kind):
     assert (np.asarray(load_image(buffer.getvalue()))[..., 0] == values // 256).all()
 
 
-@pytest.mark.parametrize("damage", ["cut", "not an image", "empty"])
-def test_a_corrupt_file_is_named(damage, picture):
-    content = picture.read_bytes()
-    picture.write_bytes({"cut": content[: len(content) // 2], "not an image": b"hello", "empty": b""}[damage])
-    for image in (picture, {"path": str(picture), "bytes": picture.read_bytes()}):
+@pytest.mark.parametrize("content", [b"hello", b""])
+def test_a_corrupt_file_is_named(content, picture):
+    picture.write_bytes(content)
+    for image in (picture, {"path": str(picture), "bytes": content}):
         with pytest.raises(ValueError, match=r"picture\.png.*corrupt or not an image"):
             load_image(image)
 

@@ -193,13 +193,13 @@ class VisionTeacher:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+        cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
         """Loads a teacher; every process gets a whole copy, also under ZeRO-3 and FSDP.
 
         Args:
             name_or_path: A folder or a hub id of a model type in `FAMILIES`.
-            device: The device to compute on.
+            device: The device to compute on; by default the current CUDA device, or else the CPU.
             dtype: The type of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the
                 memory and changes a few neighbors that are nearly tied.
 
@@ -229,6 +229,8 @@ class VisionTeacher:
                 f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, the "
                 f"first is {missing[0]}. Its {CONFIG_FILE} does not belong to them: copy or download it again."
             )
+        if device is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info)
 
     @torch.no_grad()
