@@ -96,4 +96,4 @@ def write_safetensors(
         try:
             save_file(contiguous, temporary, dict(metadata) if metadata else None)
         except SafetensorError as error:
-            raise OSError(str(error)) from error
+            raise OSError(f"{path} cannot be written ({error})") from error

@@ -158,25 +158,22 @@ def test_a_term_that_stays_not_finite_stops_every_rank_with_the_name_of_the_head
     assert _steps_logged(run.folder) == 1
 
 
-def test_a_corrupt_cache_file_is_rebuilt(server: HostServer, world: Path, recipe: dict) -> None:
-    cache = "saves/cache_flipped"
+def test_the_features_of_a_corrupt_cache_file_are_computed_again(
+    server: HostServer, world: Path, recipe: dict
+) -> None:
+    cache = "saves/cache_cut"
     args = recipe | {"hera_teacher_cache": cache, "max_steps": 2, "dataloader_num_workers": 1}
     first = server.run(args | {"output_dir": f"{cache}_first"}, world)
     assert first.ok, first.output
     (shard,) = (world / cache).rglob("*.safetensors")
-    size = shard.stat().st_size
-    content = bytearray(shard.read_bytes())
-    content[-5] ^= 0xFF
-    shard.write_bytes(content)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-5])
     second = server.run(args | {"output_dir": f"{cache}_second"}, world)
     assert second.ok, second.output
-    assert "is corrupt and left out; its features will be computed again" in second.output
+    assert f"{shard.name} (" in second.output
     assert [line["hera_loss"] for line in second.logs()] == [line["hera_loss"] for line in first.logs()]
-    (rebuilt,) = (world / cache).rglob("*.safetensors")
-    assert rebuilt != shard
-    assert rebuilt.stat().st_size == size
-    third = server.run(args | {"output_dir": f"{cache}_third"}, world)
-    assert "corrupt" not in third.output
+    (rebuilt,) = set((world / cache).rglob("*.safetensors")) - {shard}
+    assert rebuilt.stat().st_size == len(content)
 
 
 @pytest.mark.parametrize("changed", ["heads", "heads file", "teacher", "temperature"])

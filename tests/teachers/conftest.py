@@ -1,4 +1,4 @@
-"""Tiny random teachers of every supported kind, saved as their users would have them."""
+"""Tiny random teachers of each supported kind, saved as users have them."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,6 @@ torch.set_num_threads(1)
 SIDE = 32
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
 _MLP = _VIT | {"intermediate_size": 48}
-_NAFLEX = {name: value for name, value in _MLP.items() if name != "image_size"} | {"num_patches": 16}
 _TEXT = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
@@ -37,8 +36,6 @@ MODELS = {
     "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_MLP)),
     "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=_MLP, text_config=_TEXT)),
     "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**_MLP)),
-    "siglip2": lambda: tf.Siglip2Model(tf.Siglip2Config(vision_config=_NAFLEX, text_config=_TEXT)),
-    "siglip2_vision_model": lambda: tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**_NAFLEX)),
 }
 
 
@@ -49,15 +46,13 @@ def _processor(kind: str):
         return tf.DINOv3ViTImageProcessor(size=_SQUARE)
     if kind.startswith("clip"):
         return tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
-    if kind.startswith("siglip2"):
-        return tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
     if kind.startswith("siglip"):
         return tf.SiglipImageProcessor(size=_SQUARE)
     return tf.ViTImageProcessor(size=_SQUARE)
 
 
 def _randomize(model: torch.nn.Module) -> None:
-    # Fresh models have norms of one and biases of zero, which would hide a norm that is left out.
+    # New models have norms of one and biases of zero, which would hide a norm that is not applied.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -65,7 +60,7 @@ def _randomize(model: torch.nn.Module) -> None:
 
 @pytest.fixture
 def save_teacher(tmp_path):
-    """save_teacher(kind, folder_name=kind, seed=0) -> the folder of a tiny random teacher with its processor."""
+    """save_teacher(kind, name=kind, seed=0) saves a tiny random teacher with its processor and returns the folder."""
 
     def save(kind: str, name: str | None = None, seed: int = 0) -> Path:
         folder = tmp_path / (name or kind)
@@ -81,7 +76,7 @@ def save_teacher(tmp_path):
 
 @pytest.fixture
 def edit_json():
-    """edit_json(path, **changes): changes keys of a JSON file; None removes the key."""
+    """edit_json(path, **changes) changes keys of a JSON file; None removes the key."""
 
     def edit(path: Path, **changes) -> None:
         content = json.loads(path.read_text()) | changes
@@ -92,7 +87,7 @@ def edit_json():
 
 @pytest.fixture
 def make_images():
-    """make_images(n, size=(40, 56), seed=0) -> n different noise images in RGB."""
+    """make_images(n, size=(40, 56), seed=0) returns n different noise images in RGB."""
 
     def make(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> list[Image.Image]:
         noise = np.random.default_rng(seed)
@@ -112,7 +107,7 @@ def zero3():
 
 @pytest.fixture
 def fsdp(monkeypatch):
-    """What rank 1 of a launch with efficient loading sees."""
+    """Imitates rank 1 of an FSDP launch with efficient loading."""
     for name, value in (
         ("ACCELERATE_USE_FSDP", "true"),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),

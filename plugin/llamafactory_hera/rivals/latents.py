@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..files import read_json
 from ..hub import CONFIG_FILE
-from ..teachers.encoder import KEY, teacher_fingerprint, teacher_folder, whole_teacher_folder
+from ..teachers.encoder import KEY, teacher_fingerprint, teacher_folder
 
 _CLASS = "AutoencoderKL"
 _WHAT = f"a diffusers {_CLASS} (in a whole pipeline, its sub-folder vae)"
@@ -61,7 +61,7 @@ class LatentTeacher:
                 f"{KEY}: {file} has no {' and no '.join(missing)} to normalize the latents with. Give an autoencoder "
                 "that has both, such as FLUX.1-dev's."
             )
-        return whole_teacher_folder(value, _WHAT)
+        return teacher_folder(value, what=_WHAT)
 
     @classmethod
     def from_pretrained(

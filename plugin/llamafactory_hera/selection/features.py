@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..config import HeraConfig
 from ..distributed import barrier, rank, world_size
 from ..files import write_safetensors
 from ..heads.families import head_layout, model_config
 from ..heads.probe import PooledHeads
-from ..teachers.fill import Progress
 from .passes import Forward, plan_batches, run_batches
 from .samples import Sample, SelectionInputs
 
@@ -98,7 +98,7 @@ def compute_features(
     mine = missing[rank() :: world_size()]
     total = sum(len(rows[block]) for block in mine)
     parts: list[tuple[Tensor, Tensor]] = []
-    bar = Progress("scoring pass", total, unit="sample")
+    bar = tqdm(total=total, desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
     with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
         def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..alignment.neighbors import chance_level
 from ..config import HeraConfig
 from ..heads.tokens import IGNORE_INDEX
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import ImageLike, image_key, shown_image
+from ..teachers.images import ImageLike, chosen_image, image_key
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def draw(
         if not images:
             without_image += 1
             continue
-        image = images[shown_image(len(images), image_index)]
+        image = images[chosen_image(len(images), image_index)]
         with of_sample(row):
             key = image_key(image)
             features = None if key in seen else source.encode(row)

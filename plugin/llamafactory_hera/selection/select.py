@@ -24,7 +24,7 @@ from ..heads.targets import Targets
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, load_image, shown_image
+from ..teachers.images import ImageLike, chosen_image, load_image
 from .features import PREFIX, FeatureBlocks, compute_features
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .gallery import neighbors_file, write_neighbors
@@ -146,7 +146,7 @@ def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
     if config.teacher_cache is None:
         raise ValueError("hera_teacher_cache: it is not set, and --teacher-only fills it; name a folder.")
     found = (inputs.source.images(row) for row in range(len(inputs.source)))
-    images = [images[shown_image(len(images), config.image_index)] for images in found if images]
+    images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
     if not images:
         raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use one with an `images` column.")
     return len(_filled_cache(config.teacher_cache, inputs.load_teacher(), images, inputs, config))

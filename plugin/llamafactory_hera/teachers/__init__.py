@@ -1,1 +1,1 @@
-"""Frozen vision encoders: raw images to features by the teacher's own processor, and the features' cache on disk."""
+"""The teacher: images, the frozen vision encoder, and a cache of its features on disk."""

@@ -1,19 +1,15 @@
-"""The frozen vision encoder whose features say which images are neighbors: its files, its processor, its features.
+"""The teacher, a frozen vision encoder: its files, its image processor and its features.
 
-The teacher's output CLS token is the paper's choice (arXiv 2606.23885, sec. 3). Encoders that have none give the mean
-of their patch tokens, which is this project's choice. Register tokens take part in neither.
+The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3). For encoders without a CLS token,
+this project takes the mean of the patch tokens. Register tokens are part of neither.
 """
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -23,33 +19,26 @@ from ..files import read_json
 from ..hub import CONFIG_FILE, local_folder, weight_files
 
 KEY = "hera_teacher"
-VISION_MODEL = "a vision model such as facebook/dinov2-large"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
-# Raise this when the feature that is taken from the same files changes: caches of the old one must not be read.
-_FEATURE_VERSION = 1
-_LARGEST = 4096  # pixels along a side: one image more would fill the memory
-_HASH_BLOCK = 16 * 2**20
-# What saving or copying a model changes without changing what it computes.
-_INCIDENTAL_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "_diffusers_version")
+# No feature depends on these weights, so a checkpoint may lack them.
+_UNUSED_WEIGHTS = ("mask_token", "head.", "pooler.")
 
 
-@dataclass(frozen=True)
-class TeacherFamily:
-    """How one `model_type` of a `config.json` is loaded and read."""
+class TeacherFamily(NamedTuple):
+    """The transformers class for models of one ``model_type``, and its output that is the feature.
 
-    #: Name of the transformers class of the vision model alone.
+    ``cls`` is the first token of ``last_hidden_state``; ``pooled`` is ``pooler_output``, because CLIP applies its
+    final norm only there; ``mean`` is the mean of ``last_hidden_state``, which holds only patches. Models with
+    ``any_size`` take images of other sizes than ``config.image_size``.
+    """
+
     model_class: str
-    #: The feature: ``cls``, the first token of ``last_hidden_state``; ``pooled``, CLIP's ``pooler_output``, the only
-    #: place where its final norm is applied; ``mean`` of ``last_hidden_state``, whose tokens are patches only.
     output: Literal["cls", "pooled", "mean"]
-    #: It takes images of other sizes than `config.image_size`.
     any_size: bool = False
-    #: It takes patches with their grid shape, not images (SigLIP2 NaFlex).
-    naflex: bool = False
 
 
-# The fixed-resolution SigLIP2 checkpoints call themselves "siglip"; "siglip2" is the NaFlex variant.
+# "siglip" includes SigLIP2 of fixed resolution. The type "siglip2" is NaFlex, which takes lists of patches instead.
 FAMILIES: dict[str, TeacherFamily] = {
     "dinov2": TeacherFamily("Dinov2Model", "cls", any_size=True),
     "dinov2_with_registers": TeacherFamily("Dinov2WithRegistersModel", "cls", any_size=True),
@@ -59,14 +48,11 @@ FAMILIES: dict[str, TeacherFamily] = {
     "clip_vision_model": TeacherFamily("CLIPVisionModel", "pooled"),
     "siglip": TeacherFamily("SiglipVisionModel", "mean"),
     "siglip_vision_model": TeacherFamily("SiglipVisionModel", "mean"),
-    "siglip2": TeacherFamily("Siglip2VisionModel", "mean", any_size=True, naflex=True),
-    "siglip2_vision_model": TeacherFamily("Siglip2VisionModel", "mean", any_size=True, naflex=True),
 }
 
 
-@dataclass(frozen=True)
-class TeacherInfo:
-    """What a teacher's config files say: the transformers config of the vision model alone; the name as given."""
+class TeacherInfo(NamedTuple):
+    """A teacher's family, the config of its vision model, its folder, and its name as given."""
 
     family: TeacherFamily
     config: Any
@@ -74,356 +60,233 @@ class TeacherInfo:
     name: str
 
 
-def teacher_folder(name_or_path: str, weights: bool = True, what: str = VISION_MODEL) -> Path:
-    """The local folder with a teacher's files, fetched when it is a hub id; see `hub.local_folder`."""
-    return local_folder(name_or_path, KEY, what, weights=weights)
-
-
-def whole_teacher_folder(value: str, what: str = VISION_MODEL) -> Path:
-    """The folder with its weights.
+def teacher_folder(
+    name_or_path: str, weights: bool = True, what: str = "a vision model such as facebook/dinov2-large"
+) -> Path:
+    """Returns the local folder of a teacher, and fetches it if the name is a hub id; see `hub.local_folder`.
 
     Raises:
-        ValueError: They are not there or not whole.
+        ValueError: There is no such model, or its weights are wanted and missing.
     """
-    folder = teacher_folder(value, what=what)
+    folder = local_folder(name_or_path, KEY, what, weights=weights)
     try:
-        weight_files(folder)
+        if weights:
+            weight_files(folder)
     except ValueError as error:
-        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
+        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {name_or_path} again.") from error
     return folder
 
 
 def check_teacher(name_or_path: str) -> TeacherInfo:
-    """Checks that a folder or hub id holds a vision model, its image processor and whole weights; loads none.
+    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none.
 
     Raises:
-        ValueError: It does not, or the hub is out of reach; names the key, the value and the remedy.
+        ValueError: Something is missing, or the hub cannot be reached.
     """
     value = str(name_or_path)
     folder = teacher_folder(value, weights=False)
-    try:
-        model_type = read_json(folder / CONFIG_FILE).get("model_type")
-        processor = _processor_config(folder)
-        sizes = [size for key in ("size", "crop_size") for size in _numbers((processor or {}).get(key))]
-        if not all(0 < size <= _LARGEST for size in sizes):
-            raise ValueError(f"its image processor asks for images of {sizes} pixels, not 1 to {_LARGEST}")
-    except (ValueError, AttributeError) as error:  # the latter where it holds no JSON object
-        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {value} again, whole.") from error
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    model_type = read_json(folder / CONFIG_FILE).get("model_type")
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"{KEY}: {value} is not a vision model that can be the teacher (its model_type is {model_type!r}). Give "
-            f"one of these: {', '.join(sorted(FAMILIES))}; the paper's is facebook/dinov2-large."
+            f"{KEY}: {value} cannot be the teacher, because its model_type is {model_type!r}. Give a vision model of "
+            f"one of these types: {', '.join(FAMILIES)}; the paper uses facebook/dinov2-large."
         )
-    if processor is None:
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise ValueError(
-            f"{KEY}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Put the one of the same "
-            "model there: the teacher must see images as it did in its training."
+            f"{KEY}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Copy that of the same model "
+            "into the folder: the teacher must see images as in its own training."
         )
     import transformers
 
     family = FAMILIES[model_type]
-    # Hub configs leave out what equals the default, so the config class has to fill it in.
-    with loading(value):
-        config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
-    return TeacherInfo(family, config, whole_teacher_folder(value), value)
-
-
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Names the teacher where its files hold what no model can be made of: each class has errors of its own."""
-    try:
-        yield
-    except Exception as error:
-        if str(error).startswith(KEY) or "OutOfMemory" in type(error).__name__:
-            raise
-        why = " ".join(str(error).split()).partition(". ")[0][:200]
-        raise ValueError(f"{KEY}: {name} cannot be loaded ({why}). Copy or download it again, whole.") from error
-
-
-def _numbers(value: Any) -> list[float]:
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    return [number for number in held if isinstance(number, int | float)]
-
-
-def _processor_config(folder: Path) -> dict[str, Any] | None:
-    """The image processor's settings, also where they are kept inside a processor of text and images."""
-    alone, inside = (folder / name for name in PROCESSOR_FILES)
-    if alone.is_file():
-        return read_json(alone)
-    return read_json(inside).get("image_processor") if inside.is_file() else None
+    # The config class adds the defaults, which config files on the hub omit, and extracts the vision part of CLIP.
+    config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
+    return TeacherInfo(family, config, teacher_folder(value), value)
 
 
 def teacher_fingerprint(folder: str | Path) -> str:
-    """A digest, 64 hexadecimal digits, of everything in a teacher's files that decides its features.
+    """Computes a digest, 64 hexadecimal digits, of the files that determine a teacher's features.
 
-    It covers ``config.json`` and the image processor's settings (parsed, without the keys that saving adds), every
-    byte and name of the weight files, and which output is the feature; not library versions, dtype and device. Of an
-    autoencoder there are only configuration and weights.
+    These are the settings of the model and of the image processor, and the weights. The versions of libraries, the
+    dtype and the device also have a small influence, but are not part of the digest.
     """
-    folder = Path(folder)
-    weights = weight_files(folder)
-    config = read_json(folder / CONFIG_FILE)
-    family = FAMILIES.get(config.get("model_type", ""))
-    described = {
-        "version": _FEATURE_VERSION,
-        "output": family.output if family else None,
-        "config": _without_incidentals(config),
-        "processor": _without_incidentals(_processor_config(folder)),
-    }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for file in weights:
-        stat = file.stat()
-        digest.update(file.name.encode() + b"\0" + _file_digest(file, stat.st_size, stat.st_mtime_ns))
+    settings = (Path(folder) / name for name in (CONFIG_FILE, *PROCESSOR_FILES))
+    digest = hashlib.sha256()
+    for path in [*(path for path in settings if path.is_file()), *weight_files(Path(folder))]:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def _without_incidentals(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_incidentals(item) for key, item in value.items() if key not in _INCIDENTAL_KEYS}
-    return value
-
-
-@lru_cache(maxsize=64)
-def _file_digest(path: Path, _size: int, _mtime_ns: int) -> bytes:
-    # A digest of the blocks' digests, which caches and checkpoints hold: `hashlib.file_digest` would give another one.
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(hashlib.sha256(block).digest())
-    return digest.digest()
-
-
-# Weights that no feature reads: a checkpoint may lack them.
-_UNREAD_WEIGHTS = ("mask_token", "head.", "pooler.")
-
-
 class TeacherProcessor:
-    """Turns PIL images into the pixel tensor that a teacher takes; picklable, and without weights.
+    """Turns PIL images into the pixels that a teacher takes; can be pickled, and holds no weights.
 
-    SigLIP2 NaFlex models take a bag of patches of any aspect ratio. Here every image is resized to the square whose
-    patch grid is the one that the model's position embeddings were learned on: this project's choice, which gives all
-    images of a batch one shape, as with the fixed-resolution encoders.
+    Attributes:
+        pixel_size: The height and width of the result.
+        mean, std: The normalization, see `normalization`.
 
     Raises:
-        ValueError: Its images are of different sizes.
+        ValueError: The processor gives images of different sizes.
     """
 
     def __init__(self, info: TeacherInfo) -> None:
         import transformers
 
-        self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
-        self._grid = math.isqrt(info.config.num_patches) if info.family.naflex else None
-        # Two shapes of image show whether the processor gives one size to all.
-        one, other = (tuple(self(Image.new("RGB", size)).shape[1:]) for size in ((48, 64), (64, 48)))
-        if one != other:
+        processor = self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        if not (size and size.height and size.width):
             raise ValueError(
-                f"{KEY}: the image processor of {info.name} gives images of different sizes ({one}, {other}), "
-                'which cannot form a batch. In its preprocessor_config.json set "do_center_crop": true with a '
-                '"crop_size", or a "size" with "height" and "width".'
+                f"{KEY}: the image processor of {info.name} gives images of different sizes, which cannot form a "
+                'batch. Set "do_center_crop": true and "crop_size" in its file, or a "size" with "height" and "width".'
             )
-        #: Height and width of what it returns.
-        self.pixel_size: tuple[int, int] = (one[0], one[1])
-        #: What takes pixels from [0, 1] to the model's range, each ``[3, 1, 1]``.
-        self.mean, self.std = normalization(self._processor)
+        self.pixel_size: tuple[int, int] = (size.height, size.width)
+        self.mean, self.std = normalization(processor)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Processes one image of any mode, to ``[3, h, w]`` in float32."""
-        image = image.convert("RGB")
-        if self._grid is None:
-            return self._processor(images=image, return_tensors="pt")["pixel_values"][0]
-        grid, patch = self._grid, self._processor.patch_size
-        image = image.resize((grid * patch, grid * patch), Image.Resampling(self._processor.resample))
-        patches = self._processor(images=image, do_resize=False, max_num_patches=grid * grid, return_tensors="pt")
-        rows = patches["pixel_values"][0].reshape(grid, grid, patch, patch, 3)
-        return rows.permute(4, 0, 2, 1, 3).reshape(3, grid * patch, grid * patch).contiguous()
+        """Processes one image of any mode to ``[3, h, w]`` in float32."""
+        return self._processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
-        """Processes images one by one, to ``[B, 3, h, w]`` in float32."""
+        """Processes images one by one to ``[B, 3, h, w]`` in float32."""
         return torch.stack([self(image) for image in images])
 
 
 class VisionTeacher:
-    """A frozen vision model with its own image processor.
+    """A frozen vision model with its image processor.
 
-    It is no `torch.nn.Module`: assigned to a model or trainer it registers no parameters, and `train()` of the
-    student does not reach it.
+    It is not a ``torch.nn.Module``, so a model or trainer that holds it neither trains nor saves it.
 
     Attributes:
-        fingerprint: Digest of its config, processor settings and weights, see `teacher_fingerprint`.
-        dim: Length D of a feature.
+        fingerprint: The digest of its files, see `teacher_fingerprint`.
+        dim: The length D of a feature.
     """
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
         self._model = model.eval().requires_grad_(False)
-        self.processor = processor
-        self.info = info
+        self.processor, self.info = processor, info
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
         self.dim: int = info.config.hidden_size
-        # here: a copy in the step would make the host wait
+        # Copied here once: a copy in each step would wait for the device.
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
     def check(name_or_path: str, side: int) -> TeacherInfo:
-        """Checks a teacher for an objective on tokens, without loading it.
+        """Checks a teacher for an objective on visual tokens without loading it.
 
         Args:
             name_or_path: A folder or a hub id.
-            side: Tokens along each side of the student's grid.
+            side: The number of tokens along each side of the student's grid.
 
         Raises:
-            ValueError: It cannot be used, or its patches do not match the student's tokens.
+            ValueError: The teacher cannot be used, or its patches cannot match the student's tokens.
         """
         info = check_teacher(name_or_path)
-        check_grid(info, side)
+        size, patch = info.config.image_size, info.config.patch_size
+        if not info.family.any_size and size // patch != side:
+            raise ValueError(
+                f"{KEY}: {info.name} takes only images of {size} pixels, {size // patch} x {size // patch} patches, "
+                f"but the student's images are {side} x {side} tokens. Use a teacher that takes any size, such as "
+                "facebook/dinov2-large."
+            )
         return info
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
-        """Loads a teacher from a folder or a hub id; every rank gets a whole copy, also under ZeRO-3 and FSDP.
+        """Loads a teacher; every process gets a whole copy, also under ZeRO-3 and FSDP.
 
         Args:
-            name_or_path: A folder or a hub id, of a model type in `checkpoint.FAMILIES`.
-            device: Default: the current CUDA device, else the CPU.
-            dtype: Of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the memory and
-                changes a few near-tied neighbors.
+            name_or_path: A folder or a hub id of a model type in `FAMILIES`.
+            device: The device to compute on; by default the current CUDA device, or else the CPU.
+            dtype: The type of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the
+                memory and changes a few neighbors that are nearly tied.
 
         Raises:
-            ValueError: The teacher cannot be used (see `check_teacher`), lacks weights, or its processor's image size
-                is not the one that its position embeddings are for.
+            ValueError: The teacher cannot be used (see `check_teacher`), or lacks weights.
         """
+        import transformers
+
         info = check_teacher(name_or_path)
-        with loading(info.name):
-            processor = TeacherProcessor(info)
-            if not info.family.any_size:
-                size = info.config.image_size
-                expected = (size, size) if isinstance(size, int) else tuple(size)
-                if processor.pixel_size != expected:
-                    raise ValueError(
-                        f"{KEY}: the image processor of {info.name} gives images of {processor.pixel_size} pixels, "
-                        f"its model takes {expected}. Use the preprocessor_config.json that belongs to the model."
-                    )
-            model = _load_model(info, dtype)
+        processor = TeacherProcessor(info)
+        options: dict[str, Any] = {"add_pooling_layer": False} if info.config.model_type == "vit" else {}
+        info.config.vision_use_head = False  # SigLIP's pooling head, which no feature uses
+        # The loading report would list each weight of the text model in a CLIP or SigLIP checkpoint.
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            with whole_model_on_every_rank():
+                model, loading = getattr(transformers, info.family.model_class).from_pretrained(
+                    info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
+                )
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        # transformers only warns about missing weights, and initializes them at random.
+        missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
+        if missing:
+            raise ValueError(
+                f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, the "
+                f"first is {missing[0]}. Its {CONFIG_FILE} does not belong to them: copy or download it again."
+            )
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Computes the features of preprocessed images, the same inside a training step as outside.
+        """Computes the features of preprocessed images.
 
         Args:
             pixel_values: ``[B, 3, h, w]`` on any device.
 
         Returns:
-            ``[B, D]`` in float32 on the teacher's device, without gradient: the output CLS token after the final
-            norm (paper, sec. 3), or the mean of the patch tokens for encoders without one.
+            ``[B, D]`` in float32 on the teacher's device: the CLS token after the final norm (paper, sec. 3), or the
+            mean of the patch tokens.
         """
-        output = self._forward(pixel_values)
-        family = self.info.family
-        if family.output == "pooled":
+        output, kind = self._forward(pixel_values), self.info.family.output
+        if kind == "pooled":
             return output.pooler_output.float()
         tokens = output.last_hidden_state.float()
-        return tokens[:, 0] if family.output == "cls" else tokens.mean(dim=1)
+        return tokens[:, 0] if kind == "cls" else tokens.mean(dim=1)
 
     @torch.no_grad()
     def patch_features(self, images: Tensor, side: int) -> Tensor:
-        """The output's patch tokens on the student's grid (CLIP's before its final norm), otherwise as `encode`.
+        """Computes the patch tokens of the output on the student's grid (of CLIP before its final norm).
 
         Args:
             images: ``[B, 3, S, S]`` in [0, 1], as the student sees them.
-            side: Tokens along a side of the student's grid, which becomes the grid of patches.
+            side: The number of tokens along each side of the student's grid, and of patches along the teacher's.
 
         Returns:
-            ``[B, side * side, D]``, row by row.
+            ``[B, side * side, D]`` in float32, row by row.
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-        # whatever else there is (CLS, registers) comes first
+        # CLS and register tokens come before the patches.
         return self._forward((images - self._mean) / self._std).last_hidden_state.float()[:, -side * side :]
 
     def _forward(self, pixel_values: Tensor) -> Any:
-        if self._model.training:
-            self._model.eval()
-        pixel_values = pixel_values.to(self.device, self._model.dtype)
-        # The training step's autocast must not reach in here: features would depend on where they were computed.
+        # Features must be the same inside and outside of a training step: no dropout, no autocast.
+        self._model.eval()
         with torch.autocast(self.device.type, enabled=False):
-            if self.info.family.naflex:
-                return self._model(**_patch_inputs(pixel_values, self._model.config.patch_size))
-            return self._model(pixel_values)
+            return self._model(pixel_values.to(self.device, self._model.dtype))
 
 
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation ``[3, 1, 1]`` by which an image processor normalizes pixels in [0, 1]."""
+    """Returns the mean and standard deviation, ``[3, 1, 1]``, by which a processor normalizes pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
     if image_processor.do_normalize:
         mean, std = image_processor.image_mean, image_processor.image_std
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
 
-def check_grid(info: TeacherInfo, side: int) -> None:
-    """Refuses a teacher of fixed size whose patches do not lie where the student's tokens do."""
-    if info.family.any_size:
-        return
-    size, patch = info.config.image_size, info.config.patch_size
-    size = size if isinstance(size, int) else size[0]
-    if size // patch != side:
-        raise ValueError(
-            f"{KEY}: {info.name} takes images of {size} pixels only, {size // patch} x {size // patch} patches, and "
-            f"the model's images are {side} x {side} tokens; use a teacher that takes any size, such as "
-            "facebook/dinov2-large."
-        )
-
-
-def _patch_inputs(pixel_values: Tensor, patch: int) -> dict[str, Tensor]:
-    """Cuts ``[B, 3, h, w]`` into the N patches that a NaFlex model takes, in ``[B, N, patch * patch * 3]``."""
-    batch, channels, height, width = pixel_values.shape
-    rows, columns = height // patch, width // patch
-    patches = pixel_values.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-    device = pixel_values.device
-    return {
-        "pixel_values": patches.reshape(batch, rows * columns, patch * patch * channels),
-        "pixel_attention_mask": torch.ones(batch, rows * columns, dtype=torch.int32, device=device),
-        "spatial_shapes": torch.stack([torch.full((batch,), n, device=device) for n in (rows, columns)], dim=1),
-    }
-
-
-def _load_model(info: TeacherInfo, dtype: torch.dtype) -> Any:
-    import transformers
-
-    model_class = getattr(transformers, info.family.model_class)
-    options: dict[str, Any] = {}
-    if info.family.output == "mean":
-        info.config.vision_use_head = False  # the attention-pooling head of SigLIP is not what is read
-    if info.config.model_type == "vit":
-        options["add_pooling_layer"] = False
-    verbosity = transformers.logging.get_verbosity()
-    # The loading report lists the text half of CLIP and SigLIP checkpoints as unexpected, a page of it.
-    transformers.logging.set_verbosity_error()
-    try:
-        with whole_model_on_every_rank():
-            model, loading = model_class.from_pretrained(
-                info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
-            )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    # transformers fills what is missing with random numbers and only warns.
-    missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNREAD_WEIGHTS))
-    if missing:
-        raise ValueError(
-            f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, first "
-            f"{missing[0]}. Its config.json and weights do not belong together: copy or download it again."
-        )
-    return model
-
-
 @contextmanager
 def whole_model_on_every_rank() -> Iterator[None]:
-    """Loads models that no engine will hold: ZeRO-3 would partition them, and FSDP leave all ranks but one empty."""
+    """Loads models outside of the engine: ZeRO-3 would partition them, and FSDP load them on one rank only."""
     from transformers.integrations import deepspeed
 
+    # A private name, as of transformers 5.5.4: `from_pretrained` recognizes ZeRO-3 by it.
     reference = deepspeed._hf_deepspeed_config_weak_ref
     efficient_loading = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
     deepspeed.unset_hf_deepspeed_config()

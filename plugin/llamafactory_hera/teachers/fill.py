@@ -1,12 +1,8 @@
-"""Features of many images: looked up where the cache has them, computed in batches where it has not."""
+"""Features of many images: looked up in the cache, or computed in batches and added to it."""
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -21,38 +17,18 @@ from .images import ImageLike, image_key, load_image
 
 logger = logging.getLogger(__name__)
 
-#: Environment variable with the file to which progress is appended, for a program that shows it.
-PROGRESS = "HERA_PROGRESS"
-_LOOK_UP_AT_ONCE = 1024
-
-
-class Progress(tqdm):
-    """The first process's bar; what it shows also goes as a line of JSON, (phase, done, total), to `PROGRESS`."""
-
-    def __init__(self, phase: str, total: int, **options: Any) -> None:
-        self._phase = phase
-        super().__init__(total=total, desc=f"HeRA | {phase}", disable=rank() != 0, **options)
-
-    def display(self, *args: Any, **kwargs: Any) -> Any:
-        if file := os.environ.get(PROGRESS):
-            with Path(file).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps([self._phase, self.n, self.total]) + "\n")
-        return super().display(*args, **kwargs)
-
 
 def encode_images(
     teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int = 32
 ) -> Tensor:
-    """The features of images through the cache; arguments and errors as `fill_cache`.
+    """Returns the features of images, and computes those that the cache lacks; see `fill_cache`.
 
     Returns:
-        ``[N, D]`` in float32 on the CPU, rounded as the cache stores them, whether found or computed.
+        ``[N, D]`` in float32 on the CPU, rounded to the float16 of the cache even if they were just computed.
     """
     features = torch.empty(len(images), teacher.dim)
-    keys = fill_cache(teacher, cache, images, batch_size)
-    for i, feature in enumerate(_look_up(cache, keys)):
-        if feature is None:  # a shard was found to be damaged only now
-            return encode_images(teacher, cache, images, batch_size)
+    for i, feature in enumerate(_look_up(cache, fill_cache(teacher, cache, images, batch_size))):
+        assert feature is not None  # `fill_cache` has stored it
         features[i] = feature
     return features
 
@@ -60,28 +36,31 @@ def encode_images(
 def fill_cache(
     teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int, num_workers: int = 0
 ) -> list[bytes]:
-    """Computes and stores the features that the cache does not hold.
+    """Computes the features that a cache lacks; a killed run continues after its last shard.
 
-    Every image is computed once, however often it occurs; a killed run goes on where it was. ``batch_size`` is halved,
-    with a warning, as often as memory runs out; ``num_workers`` processes decode images.
+    Args:
+        teacher: The encoder.
+        cache: The cache to fill.
+        images: The images in any form that `load_image` accepts.
+        batch_size: The number of images per batch; halved with a warning whenever memory runs out.
+        num_workers: The number of processes that decode images.
 
     Returns:
-        The image keys.
+        The key of each image.
 
     Raises:
-        ValueError: An image is missing or corrupt; names the file. What was computed before it is in the cache.
+        ValueError: An image is missing or corrupt. The features of the images before it are in the cache.
         OSError: The cache cannot be written.
     """
     cache.refresh()
     keys = [image_key(image) for image in images]
-    different = {key: i for i, key in enumerate(keys)}
-    found = _look_up(cache, list(different))
-    missing = [i for i, feature in zip(different.values(), found, strict=True) if feature is None]
-    decoded = partial(_decoded, images, teacher.processor)
-    loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decoded)  # type: ignore[arg-type]
-    bar = Progress("teacher", len(missing), unit="image", delay=0.3)
+    positions = {key: i for i, key in enumerate(keys)}
+    found = _look_up(cache, list(positions))
+    missing = [i for i, feature in zip(positions.values(), found, strict=True) if feature is None]
+    decode = partial(_decode, images, teacher.processor)
+    loader: DataLoader = DataLoader(missing, batch_size, num_workers=num_workers, collate_fn=decode)  # type: ignore[arg-type]
     try:
-        for chosen, pixels in loader:
+        for chosen, pixels in tqdm(loader, "HeRA | teacher", unit="batch", delay=0.3, disable=rank() != 0):
             while True:
                 try:
                     features = torch.cat([teacher.encode(part) for part in pixels.split(batch_size)])
@@ -89,23 +68,20 @@ def fill_cache(
                 except RuntimeError as error:
                     if batch_size == 1 or not should_reduce_batch_size(error):
                         raise
-                # Outside of the handler, where the failed pass's tensors are let go of.
+                # Outside of the handler, because the exception holds the tensors of the failed pass.
                 clear_device_cache()
                 batch_size //= 2
-                logger.warning("Out of memory in the teacher: going on with batches of %d images.", batch_size)
+                logger.warning(f"The teacher ran out of memory; continuing with batches of {batch_size} images.")
             cache.put([keys[i] for i in chosen], features)
-            bar.update(len(chosen))
     finally:
-        bar.close()
         cache.flush()
     return keys
 
 
-def _look_up(cache: FeatureCache, keys: list[bytes]) -> Iterator[Tensor | None]:
-    # a dataset's features at once would be too many for memory
-    for start in range(0, len(keys), _LOOK_UP_AT_ONCE):
-        yield from cache.get(keys[start : start + _LOOK_UP_AT_ONCE])
+def _look_up(cache: FeatureCache, keys: list[bytes], at_once: int = 1024) -> Iterator[Tensor | None]:
+    for start in range(0, len(keys), at_once):  # the features of a dataset may not fit into memory
+        yield from cache.get(keys[start : start + at_once])
 
 
-def _decoded(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:
+def _decode(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:
     return chosen, processor.batch([load_image(images[i]) for i in chosen])

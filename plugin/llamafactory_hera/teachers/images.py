@@ -1,4 +1,4 @@
-"""Images as datasets hold them: those of a sample, the one that stands for it, pixels, and a key of the content."""
+"""Images in the forms in which datasets hold them: how to find those of a sample, decode them, and compute a key."""
 
 import copy
 import hashlib
@@ -12,90 +12,88 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
 ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
 
 KEY_BYTES = 16
 
-#: Columns of a dataset in which `sample_images` looks.
+#: The columns of a dataset in which `sample_images` looks.
 IMAGE_COLUMNS = ("images", "image", "messages", "prompt", "completion")
-# Of an image part of a chat message: where its image may stand, in the order in which it is looked for.
+# The keys of an image part in a chat message that may hold the image, in the order of precedence.
 _PART_KEYS = ("image", "path", "url", "image_url")
 
 
 def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
-    """The images of a dataset's row, in their order; empty when it has none.
+    """Returns the images of a dataset's row in their order.
 
-    They stand in its column ``images`` or ``image``, or else as image parts in the chat messages of ``messages``, or
-    of ``prompt`` and ``completion``.
+    They come from the column ``images`` or ``image``, or else from the image parts of the chat messages in
+    ``messages``, or in ``prompt`` and ``completion``.
     """
     for column in ("images", "image"):
         held = row.get(column)
-        found = [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]
-        if found:
+        if found := [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]:
             return found
     for columns in (("messages",), ("prompt", "completion")):
-        found = [image for column in columns for image in _message_images(row.get(column))]
-        if found:
+        if found := [image for column in columns for image in _message_images(row.get(column))]:
             return found
     return []
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """What a custom function says are a row's images.
+    """Returns the images that a user's function finds in a row.
 
     Raises:
-        ValueError: It gives no list.
+        ValueError: The function does not return a list.
     """
     images = images_of(row)
     if not isinstance(images, list | tuple):
-        raise ValueError(f"images_of returned {type(images).__name__}; expected a list of images, [] for none.")
+        raise ValueError(f"images_of returned {type(images).__name__}; return a list of images, [] if there are none.")
     return list(images)
 
 
 def _message_images(messages: Any) -> list[ImageLike]:
     contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content]
     found: list[Any] = []
-    for part in parts:
+    for part in (part for content in contents if isinstance(content, list) for part in content):
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
             image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
-            # a mapping with its URL in the chat format of OpenAI
+            # OpenAI's chat format nests the URL in a mapping.
             found.append(image["url"] if isinstance(image, Mapping) and "url" in image else image)
     return [image for image in found if image is not None]
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a dataset is only read in its order, as a DataLoader tells it; it may know its length all the same."""
+    """Returns whether a dataset can only be read in order, by the criterion of torch's DataLoader."""
     return isinstance(dataset, IterableDataset)
 
 
 def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
-    """A view of a dataset of the library ``datasets`` whose media stay as they are stored, and what decodes a row.
+    """Returns a view of a dataset of the library ``datasets`` that does not decode media, and a function that does.
 
-    So an image has the key of its file, and is decoded once. Everything else is given back as it is, with None: other
-    datasets, those without media, and those whose rows a format or a custom transform makes.
+    Rows of the view hold the image files, from which `image_key` is computed; each image is decoded only once. Other
+    datasets, datasets without media and datasets with a format or transform are returned unchanged, with None.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
         return dataset, None
     streamed = is_stream(dataset)
+    # `_formatting` and, below, `_info` are private names of datasets, as of 4.0.0.
     formatted = dataset._formatting if streamed else dataset.format["type"]
     stored = _undecoded(features)
     if formatted is not None or stored == features:
         return dataset, None
     if streamed:
         return dataset.cast(stored), features.decode_example
-    view = copy.copy(dataset)  # `cast` would write the whole dataset anew where images are nested
+    view = copy.copy(dataset)  # `cast` would write a copy of the whole dataset if its images are nested
     view._info = dataset._info.copy()
     view._info.features = stored
     return view, features.decode_example
 
 
 def _undecoded(feature: Any) -> Any:
-    """A feature of ``datasets`` with ``decode=False`` in every image, video, sound and PDF, however deep."""
+    """Returns a feature of ``datasets`` with ``decode=False`` in each image, video, sound and PDF at any depth."""
     if isinstance(feature, Mapping):
         return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
     if isinstance(feature, list):
@@ -105,44 +103,46 @@ def _undecoded(feature: Any) -> Any:
     return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
-def shown_image(count: int, index: int) -> int:
-    """Which of a sample's images stands for it: ``index``, negative from the end, clamped to what there is."""
+def chosen_image(count: int, index: int) -> int:
+    """Returns the position of the image that the teacher sees: ``index``, counted from the end if it is negative.
+
+    An index beyond the ``count`` images of a sample is clamped to the first or last of them.
+    """
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
     """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}``, file object or PIL, to RGB.
 
-    Orientation tags are not applied: the host does not apply them either, and teacher and model must see the same
-    picture.
+    Orientation tags are not applied, because the model's image loaders do not apply them either, and the teacher must
+    see the same picture as the model. For the same reason ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` decides whether the
+    missing part of a truncated image is gray or an error; PIL's default is an error.
 
     Raises:
-        ValueError: Names the file when it is missing, corrupt or not an image.
+        ValueError: The file is missing, corrupt or not an image.
     """
-    source = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
-    # packages such as lmms-eval switch it on when they are imported: half an image would be taken for a whole one
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
-        opened = source if isinstance(source, Image.Image) else Image.open(source)
-        if opened.mode.startswith("I;16"):  # `convert` cuts off what 8 bits do not hold
+        if not isinstance(opened, Image.Image):
+            opened = Image.open(opened)
+        if opened.mode.startswith("I;16"):  # `convert` would clip the values at 255
             opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
         return opened.convert("RGB")
-    except Exception as error:  # PIL's plugins raise errors of many kinds on broken files
+    except Exception as error:  # PIL's plugins raise many types of errors on broken files
         raise ValueError(
-            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it or "
+            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it, or "
             "remove its sample from the dataset."
         ) from error
 
 
 def image_key(image: ImageLike) -> bytes:
-    """A content digest: sha256 of the encoded file, cut to 16 bytes.
+    """Computes the key of an image, 16 bytes of the sha256 of its encoded file, whatever the file's name.
 
-    The same file has the same key under any name, as path, bytes, ``{"path", "bytes"}`` or file object. A PIL image
-    has no encoded form: its key is that of its RGB pixels and size, which differs from the key of the file that it
-    was read from, so its features are computed and cached apart.
+    A PIL image has no encoded file. Its key is that of its RGB pixels and size, so it differs from the key of the file
+    that the image was read from.
 
     Raises:
-        ValueError: Names the file when it cannot be read, or when a PIL image's own file cannot be decoded.
+        ValueError: The file cannot be read, or a PIL image cannot be decoded.
     """
     content = image
     if isinstance(image, Image.Image):
@@ -152,15 +152,14 @@ def image_key(image: ImageLike) -> bytes:
 
 
 def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
-    """The key of an image as ``datasets`` decoded it, by the file that it was stored as.
+    """Computes the key of an image that ``datasets`` decoded, from the file that it was stored as.
 
-    It is the file's, unless that cannot be read without the library, or holds an orientation tag: the library turns
-    such a picture, :func:`load_image` does not, and the two must not share a feature.
+    It is the key of the file, unless the file cannot be read without the library or has an orientation tag:
+    ``datasets`` applies the tag and :func:`load_image` does not, so the two pictures need different keys.
     """
     if image is file:
         return image_key(file)
-    stored = isinstance(file, dict) and (file.get("bytes") is not None or Path(file.get("path") or "").is_file())
-    if not stored:
+    if not (isinstance(file, dict) and (file.get("bytes") is not None or Path(file.get("path") or "").is_file())):
         return image_key(image)
     with Image.open(BytesIO(_encoded(file))) as opened:
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -168,42 +167,36 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
 
 
 def _name(image: ImageLike) -> str:
+    """Returns the path of an image for messages; a data URI is shortened."""
     path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", getattr(image, "name", None))
     name = str((image.get("path") if isinstance(image, dict) else path) or "")
-    if name.startswith("data:") or len(name) > 1000:  # or base64 alone
-        name = f"{name[:40]}…"
-    return repr(name) if name else f"given as {type(image).__name__} without a path"
+    return repr(name if len(name) < 300 else f"{name[:40]}…") if name else f"(a {type(image).__name__} without a path)"
 
 
 def _encoded(image: ImageLike) -> bytes:
+    """Returns the content of an image file."""
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        image = image["bytes"]
     if isinstance(image, bytes):
         return image
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return image["bytes"]
-    path = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, str) and path.startswith("data:"):
-        try:
-            return b64decode(path.partition(",")[2], validate=True)
-        except Base64Error as error:
-            message = f"The image {_name(path)} is not valid base64 ({error}); fix or remove its sample."
-            raise ValueError(message) from error
+    path: Any = image.get("path") if isinstance(image, dict) else image
     if isinstance(path, str) and path.startswith(("http://", "https://")):
-        raise ValueError(f"The image {path!r} is a URL, which every step would fetch; download it, and give its path.")
-    if isinstance(path, str | os.PathLike):
-        try:
+        raise ValueError(f"The image {path!r} is a URL, which each step would fetch; download it and give its path.")
+    try:
+        if isinstance(path, str) and path.startswith("data:"):
+            return b64decode(path.partition(",")[2], validate=True)
+        if isinstance(path, str | os.PathLike):
             return Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(
-                f"The image file {_name(path)} cannot be read ({error.strerror or error}). Check the path in "
-                "the dataset and `media_dir`."
-            ) from error
+    except (OSError, Base64Error) as error:
+        why = getattr(error, "strerror", error)
+        raise ValueError(f"The image {_name(path)} cannot be read ({why}). Check the path in the dataset.") from error
     if isinstance(image, dict) or not hasattr(image, "seek"):
         raise ValueError(
-            f"An image is given as {type(image).__name__}; it must be a path, bytes, a dict with 'path' or 'bytes', a "
-            "file object or a PIL image."
+            f"An image is given as {type(image).__name__}; give a path, bytes, a dict with 'path' or 'bytes', a file "
+            "object or a PIL image."
         )
-    file: Any = image  # whoever owns it reads it again: its position stays as it was
-    position = file.tell()
+    file: Any = image
+    position = file.tell()  # restored, because the owner of the file may read on
     file.seek(0)
     content = file.read()
     file.seek(position)

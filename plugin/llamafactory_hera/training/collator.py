@@ -13,11 +13,11 @@ from ..teachers.encoder import TeacherProcessor
 from ..teachers.images import (
     KEY_BYTES,
     ImageLike,
+    chosen_image,
     decoded_key,
     images_by,
     load_image,
     sample_images,
-    shown_image,
 )
 
 #: Values of ``hera_source``: where the teacher's feature of a sample comes from.
@@ -64,7 +64,7 @@ class HeraCollator:
         # Read the images before collating: LLaMA-Factory's collator pops them out of the rows, and gives a batch
         # without any image a white dummy image.
         stored = [images_by(self.images_of, row) for row in rows]
-        chosen = [(shown_image(len(images), self.image_index), len(images)) for images in stored]
+        chosen = [(chosen_image(len(images), self.image_index), len(images)) for images in stored]
         decoded = stored
         if self.decode is not None:
             rows = [self.decode(row) for row in rows]

@@ -19,7 +19,6 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.evaluation.lines import read_json_lines
 from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
-from llamafactory_hera.teachers.fill import PROGRESS
 
 SELECT, COMPARE, CALIBRATE = "select", "compare", "calibrate"
 #: The comparison's picture and pages, in the run's ``hera`` folder.
@@ -28,6 +27,7 @@ REPORT = "report"
 #: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
 _SCORED_WITH = ("select_mode", "select_samples", "select_k", "select_seed", "select_dtype", "pooling", "similarity")
 
+PROGRESS = "HERA_PROGRESS"  # no longer written; goes with this file
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
 
