@@ -14,7 +14,6 @@ Any training loop can use it; integrations/transformers.py does so for every Tra
     aligner.close()
 """
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,10 +37,6 @@ from .teacher_features import TeacherFeatures
 from .term import HeraTerm, Prepared, TermOutput
 from .token_term import TokenReader, student_images, token_term
 from .watch import Watch
-
-logger = logging.getLogger("llamafactory_hera")
-
-_COUNT = "micro_batches"  # of a TokenReader, in a checkpoint
 
 
 class Aligner:
@@ -74,8 +69,7 @@ class Aligner:
         image_processor: Any = None,
     ) -> None:
         device = next(model.parameters()).device if device is None else device
-        model_configuration = model_config(model)
-        self.config = config
+        self.config, model_configuration = config, model_config(model)
         self.targets = named_targets(config, model_configuration) if targets is None else targets
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
@@ -104,8 +98,7 @@ class Aligner:
             assert isinstance(self.objective, TokenObjective)
             self.objective.attach(model)
             self.reader = TokenReader(self.objective, student, model_configuration.image_token_id, seed)
-            if self.targets.granularity == "head":
-                warn_of_dropout(model, self.targets)
+            warn_of_dropout(model, self.targets)
         self.cached = GradientCache()
         self.watch = Watch(config, self.targets, self.objective, device)
         #: Upper bound on a process's samples of a micro-batch; if it is unset, processes agree on it in every step.
@@ -113,7 +106,7 @@ class Aligner:
         self._media_token_ids = media_token_ids(model_configuration)
         self._n_steps = 0  # that moved the objective's own parameters
         n_trained = sum(parameter.requires_grad for parameter in model.parameters())
-        self._identity = self.targets, self.teacher.encoder.fingerprint, config, n_trained  # of a checkpoint
+        self._identity = self.targets, self.teacher.encoder.fingerprint, config, n_trained
 
     def collator(
         self,
@@ -175,19 +168,14 @@ class Aligner:
             RuntimeError: Nothing that is aligned carries a gradient; or, in the first steps, as :meth:`logs`.
         """
         if prepared is None:
-            raise ValueError(
-                "loss: prepare returned None, because aligner.collator(...) did not make this batch; use that "
-                "collator, or skip loss and after_backward for this batch."
-            )
+            raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
         representations = self.capture.representations()
         if len(self.cached):
-            term = self.cached.take(representations)
+            term = self.cached.take(representations, check=not self.watch.gradient_checked)
         else:
             output = self._term(representations, prepared)
             self.watch.record(output, prepared.planned)
             term = self.config.weight * output.loss
-        if not self.watch.gradient_checked:
-            self.cached.check()
         self.watch.before_backward(representations, prepared.valid)
         return term
 
@@ -264,9 +252,8 @@ class Aligner:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
-        state = {**self.optimizer.state(), **self.memory.state_dict()}
-        if self.reader is not None:
-            state[_COUNT] = torch.tensor(self.reader.n_micro_batches)
+        counted = {} if self.reader is None else self.reader.state_dict()
+        state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
         save_state(folder, state, *self._identity, self.objective.values())
 
     def check(self, folder: str | os.PathLike) -> None:
@@ -283,7 +270,7 @@ class Aligner:
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         if self.reader is not None:
-            self.reader.n_micro_batches = int(state.get(_COUNT, 0))
+            self.reader.load_state_dict(state)
 
     def close(self) -> None:
         """Ends the run: removes the hooks and writes the teacher features that wait in memory."""

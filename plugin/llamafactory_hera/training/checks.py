@@ -50,6 +50,8 @@ def check_trainable(model: nn.Module, targets: Targets) -> None:
 
 def warn_of_dropout(model: nn.Module, targets: Targets) -> None:
     """Warns of dropout in adapters on the output projections that an objective on tokens reads."""
+    if targets.granularity == "layer":
+        return
     layers = decoder_layers(model)
     parts = [part for layer in targets.layers for part in output_projection(layers[layer]).modules()]
     if rank() == 0 and any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts):

@@ -66,11 +66,12 @@ class GradientCache:
         self._teacher = []
         return output
 
-    def take(self, representations: Tensor) -> Tensor:
+    def take(self, representations: Tensor, check: bool = False) -> Tensor:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
         It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
-        gradient belongs to the first pass; :meth:`check` refuses a second pass with other representations.
+        gradient belongs to the first pass, and :meth:`check` refuses a second pass with other representations; call it
+        at log lines, or set ``check`` to do so at once.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
         assert first.grad is not None
@@ -80,6 +81,8 @@ class GradientCache:
         difference = (rows.detach() - expected).norm() / expected.norm()
         # fmax ignores NaN, which a micro-batch without images, or a non-finite one, gives
         self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
+        if check:
+            self.check()
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
