@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
-from llamafactory_hera.selection.pictures import write_report
+from llamafactory_hera.selection.report import write_report
 
 from .runner import HostServer, run_command, write_recipe
 
@@ -48,7 +48,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
         ["llamafactory-hera", "select", str(path), "--in-place", "hera_select_mode=mllm", "hera_select_m=3"], here
     )
     assert code == 0, output
-    assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
+    assert "40 heads on 64 samples of hera_demo, teacher hera_demo/teacher, mode mllm, k=8, chance level" in output
     folder = here / "saves/select/hera"
     assert sorted(file.name for file in folder.iterdir()) == [
         "heads.json",
@@ -59,7 +59,8 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     heads = Targets.load(folder / "heads.json")
     assert len(heads.items) == 3
     assert f"selected (worst): {heads}" in output
-    assert heads.provenance["mode"] == "mllm"
+    assert heads.provenance["keys"]["hera_select_mode"] == "mllm"
+    assert output.rstrip().endswith("llamafactory-cli train saves/select/hera/run.yaml")
     place = next(line for line in text.splitlines() if line.startswith("hera_"))
     assert path.read_text() == text.replace(place, f"hera_heads: {heads}\n{place}", 1)
 
@@ -99,18 +100,18 @@ def test_every_strategy_and_setting_reaches_the_result(here: Path, chosen: dict)
     assert len(top.items) == 2
     assert {head.layer for head in select(path, ["output_dir=saves/middle", "hera_select=middle"]).items} == {2}
     other = select(path, ["output_dir=saves/other", "hera_pooling=last"])
-    assert other.provenance["pooling"] == "last"
+    assert other.provenance["keys"]["hera_pooling"] == "last"
     assert other.provenance["scores"] != scores
 
 
 def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict) -> None:
     path = write(here, chosen | {"hera_select_mode": "mllm"})
-    one = select(path, ["output_dir=saves/one"])
-    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two", "ddp_backend=gloo"]
+    one = select(path, ["output_dir=saves/one_process"])
+    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two_processes", "ddp_backend=gloo"]
     code, output = run_command(command, here, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert code == 0, output
     assert output.count("selected (worst)") == 1
-    two = Targets.load(here / "saves/two/hera/heads.json")
+    two = Targets.load(here / "saves/two_processes/hera/heads.json")
     assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
 
 
@@ -225,7 +226,7 @@ def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, he
     assert scores[2]["adapters"] == [str(lora.folder)]
     assert files[1].with_suffix(".png").is_file()
     _, page = write_report(files, "saves/report", ["before", "full", "LoRA"])
-    assert "| head | before | full | LoRA | change |" in page.read_text()
+    assert "| head | before | full | LoRA | LoRA - before |" in page.read_text()
 
     code, output = run_command(
         ["llamafactory-hera", "score", "saves/full", "--recipe", str(path), "--output", "saves/again.json"], here

@@ -26,7 +26,10 @@ from ..heads.tokens import IGNORE_INDEX
 from ..plots import GRAY, GREEN, new_figure, save_figure
 from ..teachers.images import load_image
 from .samples import Sample
-from .scores import ScoreFile, load_files
+from .scores import Paths, ScoreFile, load_files
+
+#: Of each layer: head outputs ``[N, H, d]``, layer output ``[N, D]`` and ``o_proj.weight``.
+Outputs = Iterable[tuple[Tensor, Tensor, Tensor]]
 
 _QUERIES, _COLUMNS = 12, 4  # samples, and the neighbors of each that are drawn
 _PIXELS = 128  # of the longer side of an image
@@ -40,22 +43,11 @@ def neighbors_file(scores: Path) -> Path:
 
 
 def write_neighbors(
-    path: Path,
-    samples: Sequence[Sample],
-    teacher: Tensor,
-    outputs: Iterable[tuple[Tensor, Tensor, Tensor]],
-    normalize: bool,
-    tokenizer: Any,
+    path: Path, samples: Sequence[Sample], teacher: Tensor, outputs: Outputs, normalize: bool, tokenizer: Any
 ) -> None:
     """Writes the neighbors of twelve of N samples, equally spaced in the order of the draw.
 
-    Args:
-        path: See :func:`neighbors_file`.
-        samples: The samples.
-        teacher: The neighbors of the teacher, ``[N, k]``.
-        outputs: Head outputs ``[N, H, d]``, layer output ``[N, D]`` and ``o_proj.weight`` of each layer.
-        normalize: As in scoring.
-        tokenizer: Decodes the captions, if there is one.
+    ``teacher`` are the neighbors of the teacher, ``[N, k]``; a tokenizer, if there is one, decodes the captions.
     """
     n, k = teacher.shape
     queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
@@ -118,10 +110,7 @@ def default_targets(scored: ScoreFile) -> list[Target]:
 
 
 def write_gallery(
-    paths: Sequence[str | os.PathLike],
-    output: str | os.PathLike = "hera_gallery",
-    names: Sequence[str] = (),
-    targets: str | None = None,
+    paths: Paths, output: str | os.PathLike = "hera_gallery", names: Sequence[str] = (), targets: str | None = None
 ) -> list[Path]:
     """Draws ``OUTPUT_L3H4.png`` for each head or layer of ``targets``, and returns the paths.
 

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from .. import plots
 from ..files import CARD, RUN_FOLDER, read_json, write_text
 from ..heads.targets import Target, Targets
-from .scores import SCORE_FILES, ScoreFile, command_line, load_files, render_table
+from .scores import SCORE_FILES, Paths, ScoreFile, command_line, load_files, render_table
 
 _COMPARED = 5  # heads in each group, as in the paper
 _CELL = 0.16  # inches
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` or ``aligned``, and ``top-5``: the MKNN (or NaN) of heads or layers in every file, and their ``mean``.
+    #: ``worst-5`` or ``aligned``, and ``top-5``: the MKNN (or NaN) of heads or layers in every file, and their mean.
     groups: dict[str, dict[str, list[float]]]
 
     @property
@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
         return rows
 
 
-def compare(paths: Sequence[str | os.PathLike], names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
+def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
     """Compares the worst and the most aligned heads or layers of the first of several score files.
 
     Args:
@@ -115,9 +115,7 @@ def draw_scores(scored: ScoreFile, path: Path) -> None:
     plots.save_figure(scores_figure(scored, scored.chosen.items), path)
 
 
-def scores_figure(
-    scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float | None] = (None, None)
-) -> Figure:
+def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
     """Draws the scores of all heads, and of each layer with its best and worst head (paper, fig. 3 left)."""
     n_layers, n_heads = scored.scores.shape
     size = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
@@ -126,7 +124,8 @@ def scores_figure(
     heat, curves = figure.subplots(1, 2, width_ratios=[size[0] + 1.2, 5.0])
     known = np.ma.masked_invalid(scored.scores)
     names = " ".join(map(str, marked[:8])) + (" …" if len(marked) > 8 else "")
-    bar = plots.heat_map(figure, heat, known, size, f"marked: {names}", vmin=limits[0], vmax=limits[1])
+    scale = dict(zip(("vmin", "vmax"), limits, strict=False))
+    bar = plots.heat_map(figure, heat, known, size, f"marked: {names}", **scale)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(known.mask):
         heat.text(head, layer, "×", ha="center", va="center", fontsize=7, color=plots.GRAY)
@@ -175,7 +174,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 
 def write_report(
-    paths: Sequence[str | os.PathLike],
+    paths: Paths,
     output: str | os.PathLike | None = "hera_report",
     names: Sequence[str] = (),
     aligned: str | None = None,
@@ -183,13 +182,8 @@ def write_report(
 ) -> list[Path]:
     """Compares score files as :func:`compare` does, and returns the paths of the files that it writes.
 
-    Args:
-        paths: See :func:`compare`.
-        output: Writes ``OUTPUT.png`` and ``OUTPUT.md``.
-        names: See :func:`compare`.
-        aligned: See :func:`compare`.
-        html: Writes one page, which needs no network. It includes the training of one run: that of the ``heads.json``
-            in ``aligned``, or else of the last file next to a model card.
+    These are ``OUTPUT.png`` and ``OUTPUT.md``, and one HTML page that needs no network. The page includes the training
+    of one run: that of the ``heads.json`` in ``aligned``, or else of the last file next to a model card.
 
     Raises:
         ValueError: The files cannot be compared, or the page would replace a file of another kind.

@@ -1,4 +1,4 @@
-"""The heads or layers of a run: named by hand, read from a file and checked, or selected before training (``auto``)."""
+"""The heads or layers of a run: named in its settings, read from a file, or selected before training (``auto``)."""
 
 import logging
 import random
@@ -61,7 +61,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 
 def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
-    """The targets that the key names; with their scores, if a selection in the output folder chose them for this run."""
+    """The targets that the key names; with scores, if a selection in the output folder chose them for this run."""
     targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
         _check(targets, _origin(config, run), SAME_RUN, config)
@@ -99,8 +99,7 @@ def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, chec
 
 
 def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config: HeraConfig) -> None:
-    differing = differences(chosen.provenance, now, names)
-    if not differing:
+    if not (differing := differences(chosen.provenance, now, names)):
         return
     key, what = chosen.key, chosen.what
     problem = f"{key}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"

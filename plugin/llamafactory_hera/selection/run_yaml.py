@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import yaml
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedSeq
 
 from ..files import write_text
@@ -24,27 +24,33 @@ class RecipeFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Reads a YAML or JSON file and keeps its line ends."""
-        with open(path, encoding="utf-8", newline="") as file:
-            return cls(Path(path), file.read())
+        """Reads a YAML or JSON file and keeps its line ends; ``ValueError`` if it cannot be read."""
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                return cls(Path(path), file.read())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"The recipe {path} cannot be read ({error}).") from error
 
     def with_keys(self, keys: Mapping[str, Any]) -> str:
-        """Returns the text with new values of some keys; ``ValueError`` if it is no mapping, or would change elsewhere."""
+        """Returns the text with new values of some keys; ``ValueError`` if it is no mapping.
+
+        The layout stays, or becomes plain if other values could not stay.
+        """
         text, line = self.text.removeprefix("\ufeff"), "\r\n" if "\r\n" in self.text else "\n"
         with suppress(TypeError, ValueError):
             indent = re.search(r"\n([ \t]+)", text)
             return json.dumps({**json.loads(text), **keys}, indent=indent and indent[1], ensure_ascii=False) + "\n"
         text = text.replace("\r\n", "\n")
         try:
+            wanted = {**(yaml.safe_load(text) or {}), **keys}
+        except (TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{self.path}: it is no mapping of keys ({' '.join(str(error).split())}).") from error
+        with suppress(Exception):  # ruamel.yaml raises errors of any kind where it cannot keep a comment
             changed = _round_trip(text, keys)
-            wanted, found = {**(yaml.safe_load(text) or {}), **keys}, yaml.safe_load(changed)
             # as text: NaN does not equal itself, and 1 equals True
-            if {repr(pair) for pair in wanted.items()} != {repr(pair) for pair in found.items()}:
-                raise ValueError("another value would change")
-        except (AttributeError, TypeError, ValueError, YAMLError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{self.path}: {', '.join(keys)} cannot be set in it ({reason}).") from error
-        return changed.replace("\n", line)
+            if sorted(map(repr, yaml.safe_load(changed).items())) == sorted(map(repr, wanted.items())):
+                return changed.replace("\n", line)
+        return yaml.safe_dump(wanted, sort_keys=False)
 
     def set_in_place(self, keys: Mapping[str, Any], check_only: bool = False) -> None:
         """Sets keys in the file itself, whose mode and links stay; ``check_only`` only raises the errors.
@@ -57,7 +63,7 @@ class RecipeFile(NamedTuple):
             problem = "is not a file that can be written"
         elif RecipeFile.read(self.path) != self:
             problem = "was edited since it was read"
-        elif lost := [line for line in re.findall(r"^\s*(#.*\S)", self.text, re.MULTILINE) if line not in text]:
+        elif lost := [line for line in re.findall(r"(?:^|\s)(#.*\S)", self.text, re.MULTILINE) if line not in text]:
             problem = f"would lose the comment {lost[0]!r}"
         if problem:
             raise ValueError(f"--in-place: {self.path} {problem}; set {', '.join(keys)} in it by hand.")

@@ -20,7 +20,7 @@ from ..teachers.images import ImageLike, image_key, shown_image
 
 logger = logging.getLogger(__name__)
 
-#: A sample for the collator: ``input_ids``, ``attention_mask`` and mostly ``labels`` as lists, and what becomes pixels.
+#: A sample for the collator: ``input_ids``, ``attention_mask`` and mostly ``labels`` as lists, and the pixels' source.
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 

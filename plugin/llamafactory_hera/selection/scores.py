@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..files import RUN_FOLDER
 from ..heads.targets import Granularity, Target, Targets
 from ..keys import changes
 
+#: Files of scores, or folders of runs.
+Paths = Sequence[str | os.PathLike]
 #: The files with scores in the folder of a run; that of ``score`` comes first.
 SCORE_FILES = ("scores.json", "heads.json", "layers.json")
 #: Two selections that share these entries chose the same; ``auto`` uses the earlier one again.
@@ -109,14 +112,8 @@ class ScoreFile:
         return rank_targets(self.of(granularity or self.chosen.granularity))
 
 
-def load_files(
-    paths: Sequence[str | os.PathLike], names: Sequence[str], command: str
-) -> tuple[list[ScoreFile], Sequence[str]]:
-    """Reads score files of one model at several times, with a name for each: its folder by default.
-
-    Raises:
-        ValueError: The files cannot be compared; begins with ``command``.
-    """
+def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[ScoreFile], Sequence[str]]:
+    """Reads score files of one model, with a name for each; ``ValueError`` if they cannot be compared."""
     if names and len(names) != len(paths):
         raise ValueError(f"{command}: {len(names)} names for {len(paths)} files; give one name for each file.")
     files = [ScoreFile.load(path) for path in paths]
@@ -125,10 +122,8 @@ def load_files(
         if files[0].scores.shape != file.scores.shape:
             differing.append("they differ in their number of heads")
         if differing:
-            raise ValueError(
-                f"{command}: {files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}. Score both "
-                "with the same recipe."
-            )
+            both = f"{files[0].path} and {file.path} cannot be compared"
+            raise ValueError(f"{command}: {both}: {'; '.join(differing)}. Score both with the same recipe.")
     folders = [file.path.absolute().parents[file.path.parent.name == RUN_FOLDER].name for file in files]
     return files, names or (folders if len(set(folders)) == len(files) else [str(file.path) for file in files])
 
@@ -155,10 +150,7 @@ def render_table(scored: ScoreFile) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Lists the entries in which two provenances differ, as ``name was …, is …``; entries missing in the first pass.
-
-    ``names`` are :data:`SAME_SELECTION`, :data:`SAME_RUN` or :data:`SAME_SCORES`.
-    """
+    """Lists which of some entries differ in two provenances, as ``name was …, is …``; unless the first lacks them."""
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
         entries = {**provenance, **provenance.get("keys", {})}
@@ -175,10 +167,8 @@ def package_versions() -> dict[str, str]:
     """Returns the versions of the packages that compute, as far as they are installed."""
     found = {}
     for name in ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft"):
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -33,7 +33,7 @@ from .scores import choose_targets, package_versions
 
 logger = logging.getLogger(__name__)
 
-_TEACHER_FEATURES = "features-teacher"  # stands in for hera_teacher_cache during a selection
+_TEACHER_FEATURES = "features-teacher"  # replaces hera_teacher_cache during a selection
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fingerprint: str | None = None) -> Targets:
@@ -50,28 +50,27 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
         samples = draw_samples(inputs.source, config)
         neighbors, teacher_fingerprint = _teacher_neighbors(samples, inputs, config, path.parent)
         model = inputs.load_model()
-        layout, device = head_layout(model_config(model)), next(model.parameters()).device
-        by_head = config.granularity == "head"
-        rule = config.select.strategy, config.select.m, config.select.seed
-        # a choice among scores of zero finds out before the passes if there are enough heads or layers
+        layout, weights = head_layout(model_config(model)), projection_weights(model)
+        by_head, rule = config.granularity == "head", (config.select.strategy, config.select.m, config.select.seed)
+        # too few heads or layers are refused here, before the passes
         choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
         if fingerprint is None:
             fingerprint = on_first(lambda: model_fingerprint(inputs.weights, layout, inputs.adapter_folders))
         heads, layers = pooled_outputs(inputs, model, [sample.features for sample in samples], config)
 
-        weights = projection_weights(model)
+        def of_each_layer(outputs: Tensor) -> Iterator[Tensor]:
+            return (output.to(next(model.parameters()).device) for output in outputs.unbind(1))
 
         def choose() -> Targets:
             projections = (weight() for weight in weights)
-            scores = score_heads(_by_layer(heads, device), projections, neighbors, config.normalize)
-            of_layers = (score_features(output, neighbors, config.normalize) for output in _by_layer(layers, device))
+            scores = score_heads(of_each_layer(heads), projections, neighbors, config.normalize)
+            of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
                 raise ValueError(
                     "model: the output of every head holds NaN or infinity. The checkpoint is damaged, or its "
                     "activations do not fit into fp16: use bf16 or fp32."
                 )
-            items = choose_targets((scores if by_head else layer_scores).tolist(), *rule)
             provenance = {
                 "model": inputs.model_name,
                 "adapters": [str(folder) for folder in inputs.adapter_folders],
@@ -90,20 +89,14 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
                 "layer_scores": _as_json(layer_scores),
                 "scores": [_as_json(row) for row in scores],
             }
-            chosen = Targets(items, provenance)
-            outputs = zip(
-                _by_layer(heads, device), _by_layer(layers, device), (weight() for weight in weights), strict=True
-            )
+            chosen = Targets(choose_targets((scores if by_head else layer_scores).tolist(), *rule), provenance)
+            outputs = zip(of_each_layer(heads), of_each_layer(layers), (weight() for weight in weights), strict=True)
             write_neighbors(neighbors_file(path), samples, neighbors, outputs, config.normalize, inputs.tokenizer)
             chosen.save(path)
             shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
             return chosen
 
         return on_first(choose)
-
-
-def _by_layer(outputs: Tensor, device: torch.device) -> Iterator[Tensor]:
-    return (output.to(device) for output in outputs.unbind(1))
 
 
 def _as_json(scores: Tensor) -> list[float | None]:
@@ -113,18 +106,17 @@ def _as_json(scores: Tensor) -> list[float | None]:
 def _teacher_neighbors(
     samples: Sequence[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """Finds the neighbors ``[N, k]`` of N samples and the fingerprint of the teacher, which then leaves the memory."""
-    teacher = inputs.load_teacher()
+    """Finds the neighbors ``[N, k]`` of N samples, and the fingerprint of the teacher, and frees its memory."""
+    teacher, images = inputs.load_teacher(), [sample.image for sample in samples]
     if rank() == 0 and is_own_vision_tower(inputs.weights, teacher.info.path):
         logger.warning(
             f"hera_teacher: {config.teacher} is the vision tower of the model itself; the paper found such a teacher "
             "mostly ineffective. The default is facebook/dinov2-large."
         )
-    images = [sample.image for sample in samples]
     try:
         cache = _filled_cache(config.teacher_cache or folder / _TEACHER_FEATURES, teacher, images, inputs, config)
     except ValueError:
-        for sample in samples:  # finds the sample with the broken image
+        for sample in samples:  # names the sample with the broken image
             with of_sample(sample.row):
                 load_image(sample.image)
         raise

@@ -82,8 +82,6 @@ def read_values(
         file = path if path is None or isinstance(path, RecipeFile) else RecipeFile.read(path)
         written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
-    except OSError as error:
-        raise ValueError(f"The recipe {path} cannot be read ({error.strerror or error}).") from error
     except (YAMLError, OmegaConfBaseException) as error:
         name = file.path if file is not None else path
         raise ValueError(f"The recipe {name} is not YAML that the host can read: {error}") from error
