@@ -107,7 +107,10 @@ def test_markdown_and_picture_are_written(files, tmp_path):
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
         (["{run}", "--html", "{run}/hera/heads.json"], "--html: .*heads.json exists and is no HTML page"),
-        (["{run}/images"], "report: .*heads.json is missing; `select` writes heads.json"),
+        (
+            ["{run}/images"],
+            "scores: .*images/hera/heads.json cannot be read .*; give a file that `llamafactory-hera score`",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, problem):
@@ -133,7 +136,7 @@ def test_the_page_of_a_run_shows_its_heads_training_and_neighbors(run, tmp_path)
     cells = re.findall("<td>(.*?)</td>", page)
     assert cells[:4] == ["head", "before", "after", "after - before"]
     assert cells[4:8] == ["L0H1", "0.5000", "0.5100", "+0.0100"]  # what the run aligned, not the worst
-    assert re.findall('alt="Nearest images of (.*?)"', page) == ["L0H1", "L0H2", "L1H1"]
+    assert re.findall('alt="Nearest images of (.*?)"', page) == ["L0H1", "L2H1", "L1H1"]
     for entry in ("contrastive", "9.9", "bbbbbbbb", "worst"):
         assert entry in cells
     assert 'aria-label="Curves of lm_loss, hera_mknn"' in page

@@ -56,15 +56,6 @@ def test_a_broken_image_is_named_with_its_sample():
         draw(source, 4, seed=0, image_index=1)
 
 
-def test_rows_are_counted_until_there_are_enough():
-    source = Pairs(10)
-    found, _, without_text = draw(source, 3, 0, image_index=1, usable=lambda row: row["input_ids"][0] % 2 == 0)
-    assert len(found) == 3
-    assert all(sample.row % 2 == 0 for sample in found)
-    assert without_text <= 5
-    assert draw(source, 10, seed=0, image_index=1, usable=lambda features: False) == ([], 0, 10)
-
-
 def test_the_draw_depends_only_on_the_seed_and_a_smaller_one_is_its_beginning():
     source = Rows(IMAGES, captions(30))
     first = draw_samples(source, some(select_seed=1))
@@ -90,11 +81,6 @@ def test_samples_without_image_or_tokens_are_skipped(caplog):
     assert len(drawn) == 27
     problem = "hera_select_samples: 30 were requested, and 27 can be scored (1 have no image, 2 no text"
     assert problem in caplog.text
-
-
-def test_other_poolings_need_no_labels():
-    features = [feature | {"labels": [-100] * len(feature["labels"])} for feature in captions(30)]
-    assert len(draw_samples(Rows(IMAGES, features), some(pooling="text"))) == 20
 
 
 UNLABELED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}

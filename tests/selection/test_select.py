@@ -150,10 +150,10 @@ def _select_on_a_rank(rank: int) -> tuple:
     select.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
     heads = select_targets(text_inputs(folder), settings(select_samples=40), folder / "two/heads.json")
-    ran = sum(ran)
-    # 3 batches for 2 processes, and 1 batch, so that a process has none
+    n_samples = sum(ran)
+    # a single batch, so that a process has none
     few = select_targets(text_inputs(folder), settings(select_samples=8), folder / "few/heads.json")
-    return str(heads), heads.provenance["scores"], heads.provenance["layer_scores"], str(few), len(read), ran
+    return str(heads), heads.provenance["scores"], heads.provenance["layer_scores"], str(few), len(read), n_samples
 
 
 @pytest.mark.slow

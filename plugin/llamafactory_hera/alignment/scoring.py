@@ -7,7 +7,6 @@ The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +113,7 @@ def _factors(features: Tensor, weight: Tensor | None, normalize: bool) -> tuple[
 def full_precision(device_type: str) -> Iterator[None]:
     """Computes matrix products in true fp32: no autocast, no TF32, no bf16 emulation, whatever the caller chose."""
     new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both ways must not be mixed
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []
+    backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
     try:
         for backend in backends:

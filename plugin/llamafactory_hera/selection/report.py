@@ -4,6 +4,7 @@ import math
 import os
 import re
 import statistics
+import textwrap
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -76,11 +77,8 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     of_run = len(paths) == 1 and os.path.isdir(paths[0])
     if of_run:
         after, *selections = (Path(paths[0], RUN_FOLDER, name) for name in SCORE_FILES)
-        before = next((path for path in selections if path.is_file()), selections[0])
-        if missing := next((path for path in (before, after) if not path.is_file()), None):
-            remedy = f"`select` writes {before.name}, `score {paths[0]} --recipe RECIPE.yaml` writes {after.name}"
-            raise ValueError(f"report: {missing} is missing; {remedy}.")
-        paths, names = (before, after), names or ("before", "after")
+        paths = (next((path for path in selections if path.is_file()), selections[0]), after)
+        names = names or ("before", "after")
     if len(paths) < 2:
         raise ValueError(f"report: {paths[0]} is a single file; give two files or more, or the folder of a run.")
     files, names = load_files(paths, names, "report")
@@ -89,7 +87,7 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     title, least = f"worst-{len(ranked[:_COMPARED])}", Targets(tuple(ranked[:_COMPARED]))
     if aligned is not None or (of_run and set(first.chosen.items) != set(least.items)):
         title, least = "aligned", Targets.parse(aligned or first.chosen, granularity)
-    places = set(map(Target._make, np.ndindex(first.of(granularity).shape)))
+    places = {Target(*place) for place in np.ndindex(first.of(granularity).shape)}
     if outside := [str(target) for target in least.items if target not in places]:
         raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; name others.")
     scores, groups = [file.ranked(granularity) for file in files], {}
@@ -120,7 +118,7 @@ def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[
     n_layers, n_heads = scored.scores.shape
     size = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
     figure = plots.new_figure(size[0] + 6.2, size[1] + 1.4)
-    figure.suptitle(f"{scored.provenance['model']}\n{scored.setting}", fontsize=10, wrap=True)
+    figure.suptitle(textwrap.fill(f"{scored.provenance['model']}: {scored.setting}", 110), fontsize=10)
     heat, curves = figure.subplots(1, 2, width_ratios=[size[0] + 1.2, 5.0])
     known = np.ma.masked_invalid(scored.scores)
     names = " ".join(map(str, marked[:8])) + (" …" if len(marked) > 8 else "")
@@ -136,12 +134,13 @@ def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[
     curves.plot(layers, worst, "v-", color=plots.ORANGE, markersize=4, label="worst head of the layer")
     curves.axhline(scored.chance, **_CHANCE)
     for layer, head in marked:
-        # a dark line around a light one is visible at both ends of the color scale
-        for color, width in (("black", 3.4), ("white", 1.4)) if head is not None else ():
-            box = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width, zorder=3)
-            heat.add_patch(box).set_clip_on(False)
         if head is None:
             curves.plot(layer, scored.layer_scores[layer], "o", color=plots.ORANGE, markersize=10, fillstyle="none")
+            continue
+        # a dark line around a light one is visible at both ends of the color scale
+        for color, width in (("black", 3.4), ("white", 1.4)):
+            box = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width, zorder=3)
+            heat.add_patch(box).set_clip_on(False)
     curves.set_xticks(range(0, n_layers, plots.tick_step(n_layers, 4.0, 0.3)))
     curves.tick_params(labelsize=8)
     curves.set(xlabel="layer", ylabel="MKNN", ylim=(0, None))

@@ -32,9 +32,7 @@ class Run:
 
     output_dir: Path
     layout: HeadLayout
-    origin: Callable[
-        [], dict[str, str]
-    ]  #: ``model``, ``model_fingerprint`` and ``dataset``, as a selection writes them.
+    origin: Callable[[], dict[str, str]]  #: Returns ``model``, ``model_fingerprint`` and ``dataset``.
     inputs: Callable[[], SelectionInputs]
     checkpoint: str | None = None  #: The checkpoint that the run resumes.
 
