@@ -180,6 +180,8 @@ def _score(args: argparse.Namespace) -> int:
     checkpoints = [name for name in args.checkpoints if name not in overrides]
     if args.output and len(checkpoints) > 1:
         raise ValueError("--output: one file cannot hold the scores of several models; leave it out.")
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output: {args.output} is a folder; name a file.")
     for name in checkpoints[1:]:  # before the hours that the first one takes, which is checked when it is read
         if not Path(name).exists():
             local_folder(name, "CHECKPOINT", "a model or an adapter")

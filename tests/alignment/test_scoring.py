@@ -4,15 +4,12 @@ import logging
 
 import pytest
 import torch
-from torch import Tensor
 
 from llamafactory_hera.alignment import nearest_neighbors, score_features, score_heads, scoring
 from llamafactory_hera.alignment.scoring import full_precision, nearest_samples
 
-Model = tuple[Tensor, list[Tensor], Tensor]
 
-
-def naive_range(vectors: Tensor, neighbors: Tensor, normalize: bool, slack: float) -> tuple[float, float]:
+def naive_range(vectors, neighbors, normalize, slack):
     """The least and the greatest MKNN if similarities closer than ``slack`` may change places, in fp64.
 
     With ``slack=0`` equal similarities are ordered by rising index, and both values are the score.
@@ -34,15 +31,7 @@ def naive_range(vectors: Tensor, neighbors: Tensor, normalize: bool, slack: floa
     return least / neighbors.numel(), most / neighbors.numel()
 
 
-def assert_scores(
-    scores: Tensor,
-    pooled: Tensor,
-    weights: list[Tensor],
-    neighbors: Tensor,
-    normalize: bool = True,
-    slack: float = 3e-6,
-    undecided: float = 0.01,
-) -> None:
+def assert_scores(scores, pooled, weights, neighbors, normalize=True, slack=3e-6, undecided=0.01):
     """Checks every score against the naive range, which must not be wider than ``undecided``."""
     d = pooled.shape[-1]
     for layer, row in enumerate(scores.tolist()):
@@ -53,7 +42,7 @@ def assert_scores(
             assert most - least <= undecided
 
 
-def model(n: int, n_layers: int, n_heads: int, d: int, dim: int) -> Model:
+def model(n, n_layers, n_heads, d, dim):
     """Head outputs, weights, and teacher features that share some structure with the outputs."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(n, 6, generator=generator)
@@ -63,7 +52,7 @@ def model(n: int, n_layers: int, n_heads: int, d: int, dim: int) -> Model:
     return pooled.view(n, n_layers, n_heads, d), weights, latent
 
 
-def whole_numbers(seed: int) -> Model:
+def whole_numbers(seed):
     """Few distinct vectors of whole numbers, with copies, zeros and a null space: many dot products are equal."""
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randint(-1, 2, (90, 1, 3, 4), generator=generator).float()
@@ -102,11 +91,9 @@ def test_equal_similarities_are_ordered_by_rising_index_however_many_rows_are_in
     pooled, weights, neighbors = whole_numbers(seed)
     scores = score_heads(pooled.unbind(1), weights, neighbors, normalize=False)
     assert_scores(scores, pooled, weights, neighbors, normalize=False, slack=0, undecided=0)
-    contributions = pooled[:, 0, 1] @ weights[0][:, 4:8].T
-    expected = nearest_neighbors(contributions, 10, normalize=False)
-    assert torch.equal(
-        nearest_samples(pooled[:, 0, 1], weights[0][:, 4:8], torch.arange(90), 10, normalize=False), expected
-    )
+    outputs, columns = pooled[:, 0, 1], weights[0][:, 4:8]
+    expected = nearest_neighbors(outputs @ columns.T, 10, normalize=False)
+    assert torch.equal(nearest_samples(outputs, columns, torch.arange(90), 10, normalize=False), expected)
     # of equal samples, the ten with the lowest index
     lowest = torch.stack([torch.tensor([j for j in range(11) if j != i][:10]) for i in range(90)])
     assert score_heads([torch.zeros(90, 3, 4)], weights, lowest).tolist() == [[1.0] * 3]
@@ -124,12 +111,10 @@ def test_outputs_that_the_projection_removes_count_as_zero():
     assert score_heads(pooled.unbind(1), weights, neighbors).item() == pytest.approx(exact, abs=1e-6)
 
 
-@pytest.mark.parametrize("spread", [1e-2, 1e-4])
-def test_nearly_parallel_outputs_are_ordered_beyond_fp32(spread):
+def test_nearly_parallel_outputs_are_ordered_beyond_fp32():
     pooled, weights, latent = model(120, 1, 2, 16, 48)
-    pooled, neighbors = 1 + spread * pooled, nearest_neighbors(latent, 10)
-    scores = score_heads(pooled.unbind(1), weights, neighbors)
-    assert_scores(scores, pooled, weights, neighbors, slack=1e-3 * spread**2)
+    pooled, neighbors = 1 + 1e-4 * pooled, nearest_neighbors(latent, 10)
+    assert_scores(score_heads(pooled.unbind(1), weights, neighbors), pooled, weights, neighbors, slack=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -161,14 +146,6 @@ def test_only_broken_heads_have_no_score_and_a_warning_names_them(caplog):
     assert [message.split()[0] for message in caplog.messages] == ["L0H0", "L1H2", "L2H3"]
     assert score_features(pooled[:, 1, 2], neighbors).isnan()
     assert (nearest_samples(pooled[:, 1, 2], None, torch.tensor([3]), 4) == -1).all()
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_features_are_compared_as_they_are(normalize):
-    features = torch.randn(70, 33)
-    neighbors = nearest_neighbors(features + torch.randn(70, 33), 9)
-    least, most = naive_range(features, neighbors, normalize, 3e-6)
-    assert least - 1e-6 <= score_features(features, neighbors, normalize).item() <= most + 1e-6
 
 
 def test_the_precision_that_the_caller_chose_is_suspended_and_restored():

@@ -26,6 +26,7 @@ _COMPARED = 5  # heads in each group, as in the paper
 _CELL = 0.16  # inches
 _CHANCE: dict[str, Any] = {"color": plots.GRAY, "linestyle": "--", "linewidth": 1, "label": "chance"}
 _CURVES = {"lm_loss": plots.BLUE, "hera_loss": plots.ORANGE, "hera_mknn": plots.GREEN, "hera_temperature": plots.BLUE}
+_TITLE = "# Head alignment before and after"
 _NOT_LISTED = ("curves", "log", "log_lines", "command", "versions", "paper")  # entries of the card
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
@@ -84,14 +85,15 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     files, names = load_files(paths, names, "report")
     first, granularity = files[0], files[0].chosen.granularity
     ranked = list(first.ranked())
-    title, least = f"worst-{len(ranked[:_COMPARED])}", Targets(tuple(ranked[:_COMPARED]))
+    n = min(_COMPARED, len(ranked))
+    title, least = f"worst-{n}", Targets(tuple(ranked[:n]))
     if aligned is not None or (of_run and set(first.chosen.items) != set(least.items)):
         title, least = "aligned", Targets.parse(aligned or first.chosen, granularity)
     places = {Target(*place) for place in np.ndindex(first.of(granularity).shape)}
     if outside := [str(target) for target in least.items if target not in places]:
         raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; name others.")
     scores, groups = [file.ranked(granularity) for file in files], {}
-    for name, targets in ((title, least.items), (f"top-{len(ranked[:_COMPARED])}", ranked[::-1][:_COMPARED])):
+    for name, targets in ((title, least.items), (f"top-{n}", ranked[::-1][:n])):
         rows = {str(target): [known.get(target, math.nan) for known in scores] for target in targets}
         groups[name] = rows | {"mean": [statistics.mean(column) for column in zip(*rows.values(), strict=True)]}
     return Comparison(files, names, groups)
@@ -155,9 +157,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
     colors, width = plots.series_colors(comparison.names), 0.8 / n_files
     figure = plots.new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
     for axes, (title, rows) in zip(figure.subplots(1, 2, sharey=True), comparison.groups.items(), strict=True):
-        for position, (name, values) in enumerate(
-            zip(comparison.names, zip(*rows.values(), strict=True), strict=True)
-        ):
+        for position, name in enumerate(comparison.names):
+            values = [row[position] for row in rows.values()]
             places = np.arange(len(rows)) + (position - (n_files - 1) / 2) * width
             bars = axes.bar(places, values, width * 0.92, color=colors[name], label=name)
             for bar, target, value in zip(bars, rows, values, strict=True):
@@ -188,20 +189,24 @@ def write_report(
         ValueError: The files cannot be compared, or the page would replace a file of another kind.
     """
     comparison, written = compare(paths, names, aligned), []
-    if html and os.path.isfile(html) and not Path(html).read_bytes().startswith(_PAGE[:9].encode()):
-        raise ValueError(f"--html: {html} exists and is no HTML page; give another path.")
+    pages = {f"{output}.md": _TITLE} if output else {}
+    for path, start in (pages | ({html: _PAGE[:9]} if html else {})).items():
+        if os.path.isfile(path) and not Path(path).read_bytes().startswith(start.encode()):
+            raise ValueError(f"report: {path} exists and is no report; give another path.")
     if output:
         written += [Path(f"{output}.png"), Path(f"{output}.md")]
+        if written[0].is_file() and not written[1].is_file():
+            raise ValueError(f"report: {written[0]} exists and belongs to no report; give another path.")
         plots.save_figure(draw_comparison(comparison), written[0])
         write_text(written[1], render_markdown(comparison, written[0].name))
     if html:
-        written.append(Path(html))
         folders = [Path(path).parent for path in (aligned, *(file.path for file in comparison.files[::-1])) if path]
         folder = next((folder for folder in folders if (folder / CARD).is_file()), None)
         card = read_json(folder / CARD) if folder else {}
         run = folder.absolute().parent.name if folder else comparison.files[-1].provenance["model"]
-        body = "".join(_sections(comparison, card))
+        body = "".join(_sections(comparison, card if isinstance(card, dict) else {}))
         write_text(html, _PAGE.format(title=escape(f"HeRA: {run}"), body=body))
+        written.append(Path(html))
     return written
 
 
@@ -214,7 +219,7 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
     header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
     table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
     summary = literal(comparison.summary)
-    return f"# Head alignment before and after\n\n{summary}\n\n![MKNN in every file]({picture})\n\n{table}"
+    return f"{_TITLE}\n\n{summary}\n\n![MKNN in every file]({picture})\n\n{table}"
 
 
 def _sections(comparison: Comparison, card: Mapping[str, Any]) -> Iterator[str]:
@@ -228,9 +233,8 @@ def _sections(comparison: Comparison, card: Mapping[str, Any]) -> Iterator[str]:
     for name, file in zip(comparison.names, comparison.files, strict=True):
         figure = plots.inline_svg(scores_figure(file, marked, limits), f"MKNN of {name}")
         yield _tag("h2", f"All heads: {name} ({title} marked)") + figure
-    yield _tag("h2", "Training") + _table(
-        _rows(card or {CARD: "is written by a finished run; none is next to the scores"})
-    )
+    absent = f"There is no {CARD} next to the scores; a finished run writes it."
+    yield _tag("h2", "Training") + (_table(_rows(card)) if card else _tag("p", absent))
     yield _training_curves(card.get("log", []))
     yield _tag("h2", "What heads see")
     try:
@@ -252,7 +256,9 @@ def _training_curves(log: Sequence[Mapping[str, float]]) -> str:
     figure = plots.new_figure(3.4 * len(keys), 2.6)
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for name, style in ((key, {"color": _CURVES[key], "marker": "."}), (f"{key}_chance", _CHANCE)):
-            points = np.array([(line["step"], line[name]) for line in log if name in line]).reshape(-1, 2)
+            points = np.array([(line["step"], line[name]) for line in log if {"step", name} <= line.keys()]).reshape(
+                -1, 2
+            )
             axes.plot(*points.T, **style)
         axes.set(title=key, xlabel="step")
         plots.plain(axes)

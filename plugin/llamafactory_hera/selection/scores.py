@@ -145,7 +145,8 @@ def render_table(scored: ScoreFile) -> str:
     lines += [f"{n:3}  {cell(worst):<24}  {cell(top)}" for n, (worst, top) in enumerate(pairs, start=1)]
     if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of(kind)))]:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
-    lines.append(f"selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
+    tense = "" if scored.path.name in SCORE_FILES[1:] else "would be "
+    lines.append(f"{tense}selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
     return "\n".join(lines)
 
 
