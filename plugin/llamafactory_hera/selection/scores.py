@@ -72,7 +72,7 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """The content of a file of scores: each holds the scores of all heads and layers, and what a selection chose."""
+    """The content of a file of scores: the scores of all heads and layers, and the choice of a selection."""
 
     path: Path
     chosen: Targets
@@ -151,7 +151,7 @@ def render_table(scored: ScoreFile) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Lists which of some entries differ in two provenances, as ``name was …, is …``; unless the first lacks them."""
+    """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack some."""
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
         entries = {**provenance, **provenance.get("keys", {})}
