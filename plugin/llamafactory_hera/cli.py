@@ -36,31 +36,33 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", choices=("demo", "test"), default="demo", help="test: smaller and faster")
     demo.add_argument("--force", action="store_true", help="build again over an earlier demo")
 
-    select = command("select", _select, "score every attention head and write the run's recipe")
+    select = command("select", _select, "score every attention head and write a recipe with the selected heads")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
-    select.add_argument("--in-place", action="store_true", help="write the heads into the recipe itself, too")
+    select.add_argument("--in-place", action="store_true", help="also write the heads into the recipe itself")
     select.add_argument("--force", action="store_true", help="replace the heads of a run that has trained there")
-    select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache for all samples")
+    select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache, for all samples")
     _take_overrides(select, "hera_select_mode=mllm")
 
-    score = command("score", _score, "score every attention head of checkpoints or adapters")
-    scored = "models and adapters, or a recipe's own model"
-    score.add_argument("targets", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help=scored)
-    score.add_argument("--recipe", metavar="RECIPE.yaml", help="says dataset, template, teacher and settings")
-    score.add_argument("--output", metavar="FILE.json", help="default: hera/scores.json in the checkpoint's folder")
+    score = command("score", _score, "score every attention head of models and adapters")
+    scored = "a model, an adapter, or a recipe for its model"
+    score.add_argument("checkpoints", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help=scored)
+    score.add_argument("--recipe", metavar="RECIPE.yaml", help="names the dataset, the template and the teacher")
+    score.add_argument(
+        "--output", metavar="FILE.json", help="default: hera/scores.json in the folder of the checkpoint"
+    )
     _take_overrides(score, "hera_select_mode=mllm")
 
-    report = command("report", _report, "compare head scores before and after training")
-    several = "files or folders of select and score, the one before training first"
-    report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one run")
+    report = command("report", _report, "compare the scores of heads before and after training")
+    several = "files or folders with scores, the one before training first"
+    report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    aligned = "heads or layers to show instead of the worst of the first file: names, or a run's heads.json"
+    aligned = "heads or layers to list instead of the worst of the first file: names, or the heads.json of a run"
     report.add_argument("--aligned", metavar="HEADS", help=aligned)
-    written = "OUTPUT.png and OUTPUT.md are written (default: hera_report, and with --html neither)"
+    written = "write OUTPUT.png and OUTPUT.md (default: hera_report, or neither with --html)"
     report.add_argument("--output", help=written)
-    report.add_argument("--html", metavar="FILE.html", help="write one page with everything, which needs no network")
+    report.add_argument("--html", metavar="FILE.html", help="write one page with all pictures, which needs no network")
 
-    gallery = command("gallery", _gallery, "draw which images a head takes for neighbors, beside the teacher's")
+    gallery = command("gallery", _gallery, "draw the images that a head considers most similar, and the teacher's")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     drawn = "names, or a file of them (default: the worst, median and best of the first file)"
@@ -101,33 +103,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
-    """Lets ``key=value`` s stand before and behind a parser's options; they become its ``overrides``."""
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help=f"keys over the recipe's, for instance {example}"
-    )
-    # argparse takes a list of positional arguments from one place only, not from before and behind an option
-    parse = parser.parse_known_args
+    """Declares ``key=value`` arguments; :func:`main` also collects those that follow an option."""
+    help = f"keys that replace those of the recipe, for instance {example}"
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=help)
 
-    def parse_known_args(args: Sequence[str], namespace: argparse.Namespace | None = None) -> tuple:
-        own: list[str] = []
-        overrides: list[str] = []
-        for before, arg in zip(("", *args), args, strict=False):
-            option = parser._option_string_actions.get(before)
-            is_value = option is not None and option.nargs is None
-            is_own = is_value or not _OVERRIDE.fullmatch(arg) or Path(arg).exists()
-            (own if is_own else overrides).append(arg)
-        parsed, rest = parse(own, namespace)
-        parsed.overrides += overrides
-        return parsed, rest
 
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+def _is_override(word: str) -> bool:
+    return bool(_OVERRIDE.fullmatch(word)) and not os.path.exists(word)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status is 0, 1 for a failed check, 2 for bad input."""
-    parsed = _parser().parse_args(arguments)
+    """Runs a command line; returns 0, 1 for a failed check, or 2 for bad input."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if not (hasattr(parsed, "overrides") and _is_override(word))]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     if parsed.run in (_select, _score, _calibrate):
-        # at its usual level the host prints every configuration that it loads, and the table would be lost in them
+        # at its usual level the host prints every configuration that it loads, which would hide the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     status = _relaunched() if parsed.run in (_select, _score) else None
     if status is not None:
@@ -175,27 +169,27 @@ def _score(args: argparse.Namespace) -> int:
     from .hub import local_folder
     from .integrations.llamafactory.commands import score_checkpoint
 
-    if args.output and len(args.targets) > 1:
-        raise ValueError("--output: one file cannot take the scores of several; leave it out.")
-    for target in args.targets[1:]:  # before the first one's hours; that one tells for itself
-        if not Path(target).exists():
-            local_folder(target, "CHECKPOINT", "a model or of an adapter")
-    for target in args.targets:
-        is_recipe = Path(target).suffix in (".yaml", ".yml", ".json")
-        recipe = target if is_recipe else args.recipe
-        print(score_checkpoint(None if is_recipe else target, recipe, args.output, args.overrides))
+    overrides = [*filter(_is_override, args.checkpoints), *args.overrides]
+    checkpoints = [name for name in args.checkpoints if name not in overrides]
+    if args.output and len(checkpoints) > 1:
+        raise ValueError("--output: one file cannot hold the scores of several models; leave it out.")
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output: {args.output} is a folder; name a file.")
+    for name in checkpoints[1:]:  # before the hours that the first one takes, which is checked when it is read
+        if not Path(name).exists():
+            local_folder(name, "CHECKPOINT", "a model or an adapter")
+    for name in checkpoints:
+        is_recipe = Path(name).suffix in (".yaml", ".yml", ".json")
+        recipe = name if is_recipe else args.recipe
+        print(score_checkpoint(None if is_recipe else name, recipe, args.output, overrides))
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .selection.pictures import write_report
+    from .selection.report import write_report
 
-    if args.output or not args.html:
-        print(*write_report(args.files, args.output or "hera_report", args.names, args.aligned), sep="\n")
-    if args.html:
-        from .selection.page import write_page
-
-        print(write_page(args.files, args.html, args.names, args.aligned))
+    output = args.output or (None if args.html else "hera_report")
+    print(*write_report(args.files, output, args.names, args.aligned, args.html), sep="\n")
     return 0
 
 

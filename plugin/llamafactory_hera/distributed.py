@@ -63,7 +63,7 @@ def end_launch() -> None:
 
 
 def on_first(compute: Callable[[], Result]) -> Result:
-    """Calls ``compute`` on the first process and returns its result, or raises its ``ValueError``, on every process."""
+    """Calls ``compute`` on the first process; every process returns its result, or raises its ``ValueError``."""
     shared: list[Any] = [None]
     if rank() == 0:
         try:

@@ -172,7 +172,7 @@ def measure(
                 pooled.pool(forward.tokens("text", batch))
                 forward.run(batch)
                 heads.append(pooled.take()[0])
-        scores[mode] = score_heads(torch.cat(heads), weights, neighbors).tolist()
+        scores[mode] = score_heads(torch.cat(heads).unbind(1), weights, neighbors).tolist()
     return scores
 
 

@@ -42,10 +42,11 @@ CPU = " (CPU)"
 #: What is timed inside of a selection: names in ``selection.select``, with words for them.
 STAGES = {
     "draw_samples": "drawing and hashing samples",
-    "_find_neighbors": "teacher: decoding, passes, cache, neighbors",
+    "_teacher_neighbors": "teacher: decoding, passes, cache, neighbors",
     "model_fingerprint": "fingerprint of the model",
-    "compute_features": "model: passes, averages, blocks on disk",
-    "_score": "scores of heads and layers",
+    "pooled_outputs": "model: passes and averages",
+    "score_heads": "scores of heads",
+    "score_features": "scores of layers",
 }
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
-from llamafactory_hera.selection.pictures import write_report
+from llamafactory_hera.selection.report import write_report
 
 from .runner import HostServer, run_command, write_recipe
 
@@ -48,9 +48,10 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
         ["llamafactory-hera", "select", str(path), "--in-place", "hera_select_mode=mllm", "hera_select_m=3"], here
     )
     assert code == 0, output
-    assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
+    assert "40 heads on 64 samples of hera_demo, teacher hera_demo/teacher, mode mllm, k=8, chance level" in output
     folder = here / "saves/select/hera"
     assert sorted(file.name for file in folder.iterdir()) == [
+        ".lock",
         "heads.json",
         "heads.neighbors.safetensors",
         "heads.png",
@@ -59,7 +60,8 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     heads = Targets.load(folder / "heads.json")
     assert len(heads.items) == 3
     assert f"selected (worst): {heads}" in output
-    assert heads.provenance["mode"] == "mllm"
+    assert heads.provenance["keys"]["hera_select_mode"] == "mllm"
+    assert output.rstrip().endswith("llamafactory-cli train saves/select/hera/run.yaml")
     place = next(line for line in text.splitlines() if line.startswith("hera_"))
     assert path.read_text() == text.replace(place, f"hera_heads: {heads}\n{place}", 1)
 
@@ -74,7 +76,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     with pytest.raises(ValueError, match=r"--output: .* is there and holds no scores, and would be lost"):
         score_checkpoint(None, path, path)
     assert select(path, ["hera_select=top"], force=True) == Targets.load(folder / "heads.json") != heads
-    with pytest.raises(ValueError, match="output_dir: hera_demo/model is model_name_or_path: hera_demo/model"):
+    with pytest.raises(ValueError, match="output_dir: hera_demo/model overlaps with"):
         select(path, ["output_dir=hera_demo/model"])
 
 
@@ -99,18 +101,18 @@ def test_every_strategy_and_setting_reaches_the_result(here: Path, chosen: dict)
     assert len(top.items) == 2
     assert {head.layer for head in select(path, ["output_dir=saves/middle", "hera_select=middle"]).items} == {2}
     other = select(path, ["output_dir=saves/other", "hera_pooling=last"])
-    assert other.provenance["pooling"] == "last"
+    assert other.provenance["keys"]["hera_pooling"] == "last"
     assert other.provenance["scores"] != scores
 
 
 def test_two_processes_of_a_launch_select_what_one_does(here: Path, chosen: dict) -> None:
     path = write(here, chosen | {"hera_select_mode": "mllm"})
-    one = select(path, ["output_dir=saves/one"])
-    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two", "ddp_backend=gloo"]
+    one = select(path, ["output_dir=saves/one_process"])
+    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two_processes", "ddp_backend=gloo"]
     code, output = run_command(command, here, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert code == 0, output
     assert output.count("selected (worst)") == 1
-    two = Targets.load(here / "saves/two/hera/heads.json")
+    two = Targets.load(here / "saves/two_processes/hera/heads.json")
     assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
 
 
@@ -191,8 +193,8 @@ def test_heads_of_another_run_are_refused_unless_forced(server: HostServer, here
     config = json.loads((here / "other_teacher/config.json").read_text())
     (here / "other_teacher/config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
     cases = {
-        "model_name_or_path was hera_demo/model (fingerprint": {"model_name_or_path": "saves/second"},
-        "hera_teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
+        "model was hera_demo/model (fingerprint": {"model_name_or_path": "saves/second"},
+        "teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
         "hera_select_m was 2, is 5": {"hera_select_m": 5},
     }
     for said, change in cases.items():
@@ -225,7 +227,7 @@ def test_checkpoints_and_adapters_are_scored_and_compared(server: HostServer, he
     assert scores[2]["adapters"] == [str(lora.folder)]
     assert files[1].with_suffix(".png").is_file()
     _, page = write_report(files, "saves/report", ["before", "full", "LoRA"])
-    assert "| head | before | full | LoRA | change |" in page.read_text()
+    assert "| head | before | full | LoRA | LoRA - before |" in page.read_text()
 
     code, output = run_command(
         ["llamafactory-hera", "score", "saves/full", "--recipe", str(path), "--output", "saves/again.json"], here
@@ -296,13 +298,13 @@ def test_data_that_cannot_be_scored_is_named(here: Path, chosen: dict, mode: str
         (["dataset=nope"], "dataset: nope cannot be found in"),
         (["template=nope"], "template: nope does not exist"),
         (["adapter_name_or_path=nope", "finetuning_type=full"], "adapter_name_or_path: nope is loaded under"),
-        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: the folder nope does not"),
+        (["adapter_name_or_path=nope", "finetuning_type=lora"], "adapter_name_or_path: nope is not a folder"),
         (["model_name_or_path="], "model_name_or_path: none is named"),
         (["hera_teacher="], "hera_teacher: it has no value"),
         (["hera_select_m="], "hera_select_m: it has no value; write a whole number"),
         (["hera_pooling="], "hera_pooling: it has no value; write one of"),
         (["output_dir="], "output_dir: none is named"),
-        (["output_dir=/proc/nothing"], "output_dir: /proc/nothing/hera cannot be written"),
+        (["output_dir=/proc/nothing"], "No such file or directory: '/proc/nothing'"),
     ],
 )
 def test_bad_settings_are_named(here: Path, chosen: dict, overrides: list[str], said: str) -> None:

@@ -84,7 +84,7 @@ def test_errors_name_the_callers_key() -> None:
     [
         (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31. Choose heads"),
         (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11. Choose heads"),
-        (LAYERS, 14, 1, "L14 does not exist: this model has layers L0 to L13. Choose layers of this model"),
+        (LAYERS, 14, 1, "L14 does not exist: the model has layers L0 to L13. Choose layers of this model"),
     ],
 )
 def test_what_lies_outside_a_model_is_refused(targets: Targets, n_layers: int, n_heads: int, outside: str) -> None:

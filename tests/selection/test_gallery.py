@@ -1,4 +1,4 @@
-"""What a head sees: hits, what is drawn for whom, and input that cannot be drawn."""
+"""The pictures of nearest images: frames, shares, images of each file, and input that cannot be drawn."""
 
 import json
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.files import write_safetensors
 from llamafactory_hera.heads import Target
@@ -19,8 +19,8 @@ BEFORE = [[0.3, 0.1], [math.nan, 0.5], [0.2, 0.4]]
 N, K, QUERIES = 9, 4, 3
 
 
-def write_seen(scores: Path, images: Path, seed: int) -> Path:
-    """Neighbors as a selection keeps them: the teacher's are the same in every file, those of heads depend on it."""
+def write_seen(scores: Path, images: Path, seed: int, heads: int = 2) -> Path:
+    """Writes neighbors as a selection does; those of the teacher are the same for every seed."""
 
     def drawn(count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -31,9 +31,9 @@ def write_seen(scores: Path, images: Path, seed: int) -> Path:
     for index, image in enumerate(noise_images(N)):
         image.save(images / f"{index}.png")
         samples[index] = [str(images / f"{index}.png"), rf"{index}: $\q$, a caption"]
-    heads = drawn(6 * QUERIES, seed).view(3, 2, QUERIES, K)
-    heads[1, 0] = -1  # could not be scored
-    tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": heads}
+    of_heads = drawn(3 * heads * QUERIES, seed).view(3, heads, QUERIES, K)
+    of_heads[1, 0] = -1  # no score
+    tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": of_heads}
     tensors["layers"] = drawn(3 * QUERIES, seed + 1).view(3, QUERIES, K)
     write_safetensors(neighbors_file(scores), tensors, {"samples": json.dumps(samples)})
     return scores
@@ -41,28 +41,27 @@ def write_seen(scores: Path, images: Path, seed: int) -> Path:
 
 @pytest.fixture
 def files(tmp_path) -> list[Path]:
-    """Before and after."""
+    """The scores before and after."""
     paths = [tmp_path / "run/hera/heads.json", tmp_path / "run/hera/scores.json"]
     return [write_seen(write_scores(path, BEFORE), tmp_path / "images", seed) for seed, path in enumerate(paths, 1)]
 
 
 @pytest.mark.parametrize("target", [Target(0, 1), Target(1, 0), Target(2)], ids=str)
-def test_an_image_is_framed_exactly_where_teacher_and_head_agree(files, target):
-    figure = draw_gallery(*load_files(files, (), "gallery"), target)
-    (axes,) = figure.axes
+def test_an_image_has_a_frame_exactly_if_teacher_and_head_agree(files, target):
+    (axes,) = draw_gallery(*load_files(files, (), "gallery"), target).axes
     held = [Neighbors.load(path) for path in files]
     agreed = [
         (row, side, place)
         for row in range(QUERIES)
-        for side, of_file in enumerate(held)
+        for side, neighbors in enumerate(held)
         for place in range(K)
-        if of_file.of(target)[row, place] in of_file.teacher[row]
+        if neighbors.of(target)[row, place] in neighbors.teacher[row]
     ]
     assert bool(agreed) == (target != Target(1, 0))
-    # every image by its place: a query, the teacher's, and those of each file
+    # the images of a row: the query, those of the teacher, those of each file
     corners = [(image.get_extent()[0], image.get_extent()[3]) for image in axes.images]
     frames = [(frame.get_x(), frame.get_y()) for frame in axes.patches]
-    per_file = K if agreed else 0  # a head that could not be scored has no images
+    per_file = K if agreed else 0
     per_row = 1 + K + 2 * per_file
     assert len(corners) == QUERIES * per_row
     places = [corners[row * per_row + 1 + K + side * per_file + place] for row, side, place in agreed]
@@ -72,7 +71,7 @@ def test_an_image_is_framed_exactly_where_teacher_and_head_agree(files, target):
     assert shares == [f"{count / K:.2f}" for count in counts]
 
 
-def test_each_file_brings_the_images_of_its_own_neighbors(files):
+def test_each_file_brings_the_images_of_its_neighbors(files):
     path, held = neighbors_file(files[1]), Neighbors.load(files[1])
     tensors = load_file(path)
     tensors["heads"][0, 1, 0, 0] = N
@@ -81,42 +80,34 @@ def test_each_file_brings_the_images_of_its_own_neighbors(files):
     assert len(axes.images) == QUERIES * (1 + 3 * K)
 
 
-def test_by_default_the_worst_the_median_and_the_best_of_the_first_file_are_drawn(files, tmp_path):
-    (first, _), names = load_files(files, (), "gallery")
+def test_the_worst_the_median_and_the_best_head_of_the_first_file_are_drawn(files, tmp_path):
+    (first, _), names = load_files(files, ["a", "b"], "gallery")
     assert list(map(str, default_targets(first))) == ["L0H1", "L0H0", "L1H1"]
     pictures = write_gallery(files, tmp_path / "new/seen", names)
     assert [path.name for path in pictures] == ["seen_L0H1.png", "seen_L0H0.png", "seen_L1H1.png"]
     assert sorted(pictures) == sorted((tmp_path / "new").iterdir())
 
 
-def test_a_folder_stands_for_its_scores_and_one_file_is_enough(files, tmp_path):
-    (scores,), _ = load_files([tmp_path / "run"], (), "gallery")
-    assert scores.path == files[1]
-    assert len(write_gallery([tmp_path / "run"], tmp_path / "x", targets="L2H0")) == 1
+def test_the_folder_of_a_run_is_enough(files, tmp_path):
+    assert [path.name for path in write_gallery([tmp_path / "run"], tmp_path / "x", targets="L2H0")] == ["x_L2H0.png"]
 
 
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
         (lambda run: (run / "images/0.png").unlink(), "gallery: The image file .*0.png.*score again if images"),
-        (lambda run: (run / "run/hera/scores.neighbors.safetensors").unlink(), "gallery: .*cannot be read.*score"),
-        (lambda run: (run / "run/hera/scores.neighbors.safetensors").write_text("x"), "gallery: .*cannot be read"),
-        (lambda run: (run / "seen_L0H1.png").mkdir(), "gallery: .*seen_L0H1.png cannot be written"),
+        (lambda run: (run / "run/hera/scores.neighbors.safetensors").unlink(), "cannot be read.*keep it next to"),
+        (lambda run: save_file({}, run / "run/hera/scores.neighbors.safetensors"), "gallery: .*cannot be read"),
     ],
-    ids=["images moved", "neighbors deleted", "neighbors damaged", "no place"],
+    ids=["images moved", "neighbors deleted", "neighbors damaged"],
 )
-def test_what_cannot_be_drawn_is_named(files, tmp_path, harm, message):
+def test_files_that_cannot_be_drawn_are_named(files, tmp_path, harm, message):
     harm(tmp_path)
     with pytest.raises(ValueError, match=message):
         write_gallery(files, tmp_path / "seen", targets="L0H1")
 
 
 @pytest.mark.parametrize("head", ["L3H0", "L0H2", "L1H0"])
-def test_a_head_that_is_not_there_or_not_scored_is_named(files, tmp_path, head):
+def test_a_head_without_a_score_is_refused(files, tmp_path, head):
     with pytest.raises(ValueError, match=f"gallery: {head} has no score in .*heads.json"):
         write_gallery(files, tmp_path / "seen", targets=head)
-
-
-def test_a_folder_without_scores_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"scores: .* cannot be read .*; give a file that `llamafactory-hera score`"):
-        write_gallery([tmp_path])

@@ -1,4 +1,4 @@
-"""Which samples are drawn, and captions as token ids."""
+"""The draw of samples, and captions as token ids."""
 
 import copy
 import logging
@@ -22,50 +22,41 @@ def some(**keys) -> HeraConfig:
 
 
 class Pairs:
-    """Two images a row, one of them shared by all rows."""
+    """A dataset with two images per row, of which all rows share the first."""
 
     def __init__(self, n):
         self.shared = Image.new("RGB", (4, 4), "white")
-        self.own = [Image.new("RGB", (4, 4), (row, 0, 0)) for row in range(n)]
+        self.second = [Image.new("RGB", (4, 4), (row, 0, 0)) for row in range(n)]
 
     def __len__(self):
-        return len(self.own)
+        return len(self.second)
 
     def images(self, row):
-        return [self.shared, self.own[row]]
+        return [self.shared, self.second[row]]
 
     def encode(self, row):
         return {"input_ids": [row]}
 
 
-def test_the_image_that_stands_for_a_sample_decides_what_is_a_repetition():
+def test_the_image_that_the_teacher_sees_decides_if_a_sample_is_a_repetition():
     source = Pairs(6)
     assert len(draw(source, 6, seed=0)[0]) == 1
     found, *_ = draw(source, 6, seed=0, image_index=-1)
     assert sorted(sample.row for sample in found) == list(range(6))
-    assert all(sample.image is source.own[sample.row] for sample in found)
+    assert all(sample.image is source.second[sample.row] for sample in found)
 
 
 def test_a_broken_image_is_named_with_its_sample():
     source = Pairs(4)
-    source.own[2] = b"not an image"
-    drawn, *_ = draw(source, 4, seed=0, image_index=1)  # by its bytes
-    source.encode = lambda row: load_image(source.own[row]) and None
+    source.second[2] = b"not an image"
+    drawn, *_ = draw(source, 4, seed=0, image_index=1)  # only the bytes are read
+    source.encode = lambda row: load_image(source.second[row]) and None
     assert len(drawn) == 4
     with pytest.raises(ValueError, match=r"^dataset: sample 2 \(counted from 0\): The image .* cannot be decoded"):
         draw(source, 4, seed=0, image_index=1)
 
 
-def test_rows_are_counted_until_there_are_enough():
-    source = Pairs(10)
-    found, _, without_text = draw(source, 3, 0, image_index=1, usable=lambda row: row["input_ids"][0] % 2 == 0)
-    assert len(found) == 3
-    assert all(sample.row % 2 == 0 for sample in found)
-    assert without_text <= 5
-    assert draw(source, 10, seed=0, image_index=1, usable=lambda features: False) == ([], 0, 10)
-
-
-def test_the_draw_depends_on_the_seed_alone_and_a_smaller_one_is_its_beginning():
+def test_the_draw_depends_only_on_the_seed_and_a_smaller_one_is_its_beginning():
     source = Rows(IMAGES, captions(30))
     first = draw_samples(source, some(select_seed=1))
     assert len(first) == 20
@@ -80,7 +71,7 @@ def test_each_image_is_drawn_once():
     assert len(drawn) == len({sample.key for sample in drawn}) == 12
 
 
-def test_samples_without_image_or_tokens_are_passed_over(caplog):
+def test_samples_without_image_or_tokens_are_skipped(caplog):
     images, features = list(IMAGES), captions(30)
     images[3] = []
     features[5] = None
@@ -88,15 +79,11 @@ def test_samples_without_image_or_tokens_are_passed_over(caplog):
     with caplog.at_level(logging.WARNING):
         drawn = draw_samples(Rows(images, features), some(select_samples=30))
     assert len(drawn) == 27
-    assert "hera_select_samples: 30 are asked for, and 27 are there (1 have no image, 2 no text" in caplog.text
+    problem = "hera_select_samples: 30 were requested, and 27 can be scored (1 have no image, 2 no text"
+    assert problem in caplog.text
 
 
-def test_other_poolings_need_no_labels():
-    features = [feature | {"labels": [-100] * len(feature["labels"])} for feature in captions(30)]
-    assert len(draw_samples(Rows(IMAGES, features), some(pooling="text"))) == 20
-
-
-UNLABELLED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
+UNLABELED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
 
 
 @pytest.mark.parametrize(
@@ -104,17 +91,17 @@ UNLABELLED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
     [
         (IMAGES[:4] + [[]] * 26, captions(30), r"dataset: 4 of its 30 .* hera_select_k: 3 needs 5 .*26 have no image"),
         (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 no text"),
-        (IMAGES, [UNLABELLED] * 30, "dataset: 0 of its 30 .* 30 no text"),
+        (IMAGES, [UNLABELED] * 30, "dataset: 0 of its 30 .* 30 no text"),
         ([["gone.png"], *IMAGES[1:]], captions(30), r"gone\.png"),
     ],
 )
-def test_a_dataset_that_cannot_be_scored_is_named(images, features, problem):
+def test_a_dataset_that_cannot_be_scored_is_refused(images, features, problem):
     with pytest.raises(ValueError, match=problem):
         draw_samples(Rows(images, features), some(select_samples=30))
 
 
 @pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])
-def test_a_draw_on_which_chance_decides_is_warned_of(caplog, n_samples, warns):
+def test_a_draw_with_a_high_chance_level_gives_a_warning(caplog, n_samples, warns):
     with caplog.at_level(logging.WARNING):
         draw_samples(Rows(IMAGES, captions(30)), some(select_samples=n_samples))
     assert ("mostly noise" in caplog.text) == warns
@@ -122,7 +109,7 @@ def test_a_draw_on_which_chance_decides_is_warned_of(caplog, n_samples, warns):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Puts ``<s>`` in front, as Llama's does."""
+    """A tokenizer that begins with ``<s>``, like that of Llama."""
     words = {"[PAD]": 0, "<s>": 1, "</s>": 2, "a": 3, "red": 4, "cross": 5, "circle": 6, "[UNK]": 7}
     core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -132,7 +119,7 @@ def tokenizer():
     )
 
 
-def test_the_caption_is_averaged_over_and_bos_is_not(tokenizer):
+def test_the_caption_has_labels_and_bos_has_none(tokenizer):
     features = encode_caption("a red cross", tokenizer, 16)
     assert features == {"input_ids": [1, 3, 4, 5], "attention_mask": [1] * 4, "labels": [-100, 3, 4, 5]}
 

@@ -1,9 +1,10 @@
-"""A whole selection in small: real models and a real teacher, noise images, captions of random tokens; score files."""
+"""A small selection: real models and a real teacher, noise images, captions of random tokens; and files of scores."""
 
 import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +21,19 @@ from tests.tiny_models import PAD, text_model, vlm, vlm_batch
 _SIDE = 16
 
 
-def settings(**keys) -> HeraConfig:
-    """A selection of 3 heads on 40 samples, with further keys: ``select_m`` for ``hera_select_m``."""
+def settings(**keys: Any) -> HeraConfig:
+    """The keys of a selection of 3 heads on 40 samples; ``select_m=5`` sets ``hera_select_m``."""
     keys = {"select_samples": 40, "select_k": 4, "select_m": 3, "select_batch_size": 8, "heads": "auto", **keys}
     return HeraConfig.from_keys({"hera_teacher": "tiny/teacher"} | {f"hera_{key}": keys[key] for key in keys})
 
 
-def layer_settings(**keys) -> HeraConfig:
-    """As :func:`settings`, for layers."""
+def layer_settings(**keys: Any) -> HeraConfig:
+    """The same for layers."""
     return settings(granularity="layer", heads=None, layers="auto", **keys)
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
-    """A tiny random DINOv2 with its processor."""
+    """Saves a tiny random DINOv2 with its processor."""
     torch.manual_seed(seed)
     config = tf.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=_SIDE, patch_size=8, mlp_ratio=2
@@ -48,6 +49,7 @@ def save_teacher(folder: Path, seed: int = 0) -> Path:
 
 
 def noise_images(n: int, seed: int = 0) -> list[Image.Image]:
+    """Makes images of noise."""
     noise = np.random.default_rng(seed)
     return [Image.fromarray(noise.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -69,7 +71,7 @@ class Rows:
 
 
 def captions(n: int, seed: int = 0) -> list[dict]:
-    """Token rows of 4 to 11 tokens; the first takes no part in the loss."""
+    """Makes rows of 4 to 11 tokens, of which the first has no label."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(n):
@@ -80,24 +82,21 @@ def captions(n: int, seed: int = 0) -> list[dict]:
 
 
 def pad_right(rows: list[dict]) -> dict:
+    """Collates rows of token ids."""
     padding = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
     return {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, pad) for name, pad in padding.items()}
 
 
-def text_inputs(folder: Path, n: int = 40, model_type: str = "qwen3", model=None) -> SelectionInputs:
-    """A plain LLM with captions, as in the paper; loading it saves it first, for its fingerprint."""
-    return _inputs(
-        folder,
-        Rows([[image] for image in noise_images(n)], captions(n)),
-        model or text_model(model_type).eval(),
-        pad_right,
-    )
+def text_inputs(folder: Path, n: int = 40, model: torch.nn.Module | None = None) -> SelectionInputs:
+    """A language model with captions, as in the paper."""
+    rows = Rows([[image] for image in noise_images(n)], captions(n))
+    return _inputs(folder, rows, model or text_model("qwen3").eval(), pad_right)
 
 
 def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> SelectionInputs:
-    """A VLM with an image in front of each text."""
+    """A VLM with an image and at least three tokens of text in each row."""
     model = vlm(name).eval()
-    batch = vlm_batch(model, rows=n, length=n + 4)  # each has three tokens of text or more
+    batch = vlm_batch(model, rows=n, length=n + 4)
     features = []
     for row in range(n):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
@@ -111,7 +110,7 @@ def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Selectio
     return _inputs(folder, Rows([[image] for image in noise_images(n)], features), model, collate)
 
 
-def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> SelectionInputs:
+def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate: Any) -> SelectionInputs:
     model_folder, teacher_folder = folder / "model", folder / "teacher"
     if not teacher_folder.exists():
         save_teacher(teacher_folder)
@@ -127,9 +126,9 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate) -> Sele
     )
 
 
-def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance) -> Path:
-    """A file as selection writes it, of the worst two heads or of given layers; NaN becomes null."""
-    shown = {
+def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance: Any) -> Path:
+    """Writes a file as a selection does, of the worst two heads or of some layers; NaN becomes null."""
+    origin = {
         "model": "some/model",
         "teacher": "facebook/dinov2-large",
         "dataset": "captions",
@@ -137,19 +136,19 @@ def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None
         "teacher_fingerprint": "b" * 64,
         "samples_digest": "c" * 64,
         "samples": 1000,
-        "mode": "llm",
-        "k": 10,
-        "pooling": "answer",
-        "similarity": "cosine",
-        "strategy": "worst",
-        "m": 2,
+        "keys": {
+            "hera_select": "worst",
+            "hera_select_m": 2,
+            "hera_select_mode": "llm",
+            "hera_select_k": 10,
+            "hera_pooling": "answer",
+            "hera_similarity": "cosine",
+        },
         "chance_level": 0.01,
         "layer_scores": [0.2] * len(scores),
         "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
     }
-    chosen = (
-        {"heads": [str(head) for head in choose_targets(scores, "worst", 2)]} if layers is None else {"layers": layers}
-    )
+    chosen = {"heads": list(map(str, choose_targets(scores, "worst", 2)))} if layers is None else {"layers": layers}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**chosen, "provenance": shown | provenance}))
+    path.write_text(json.dumps({**chosen, "provenance": origin | provenance}))
     return path

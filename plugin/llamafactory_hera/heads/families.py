@@ -111,7 +111,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
         taken = getattr(projection, "in_features", width)
         if projection is None or taken != width:
             raise ValueError(
-                f"model: {layout.n_heads} heads of {layout.head_dim} values need a self_attn.o_proj of {width} inputs, "
+                f"model: {layout.n_heads} heads of {layout.head_dim} need a self_attn.o_proj of {width} inputs, "
                 f"but layer {index} of this {layout.model_type!r} model has "
                 f"{'none' if projection is None else f'one that takes {taken}'}; use another model."
             )

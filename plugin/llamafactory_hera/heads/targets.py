@@ -188,7 +188,7 @@ class Targets:
         if outside:
             heads = f" with heads H0 to H{n_heads - 1}" if self.granularity == "head" else ""
             raise ValueError(
-                f"{self.key}: {', '.join(outside)} does not exist: this model has layers L0 to L{n_layers - 1}{heads}. "
+                f"{self.key}: {', '.join(outside)} does not exist: the model has layers L0 to L{n_layers - 1}{heads}. "
                 f"Choose {self.what} of this model."
             )
 

@@ -1,4 +1,4 @@
-"""The forward passes of selection and calibration: which samples run together, within the memory that there is."""
+"""Forward passes of selection and calibration: how samples are batched, run, and averaged over tokens."""
 
 import inspect
 import logging
@@ -11,21 +11,64 @@ from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from ..config import Mode
-from ..heads.families import media_token_ids, model_config, text_decoder
+from ..config import HeraConfig, Mode
+from ..distributed import gather_objects, rank, world_size
+from ..heads.families import head_layout, media_token_ids, model_config, text_decoder
+from ..heads.probe import PooledHeads
 from ..heads.targets import Pooling
 from ..heads.tokens import token_mask
-from .samples import Collate, Features
+from .samples import Collate, Features, SelectionInputs
 
 logger = logging.getLogger(__name__)
 
-#: Samples of one forward pass, by their numbers.
+#: The samples of one forward pass, by their numbers.
 Batch = tuple[int, ...]
 
 
+class Forward:
+    """Runs batches through a model without labels, without a cache, and without logits that are not needed.
+
+    The model is a transformers model, bare or under PEFT; ``llm`` runs only its text decoder. ``autocast`` is the half
+    precision to compute in, if it is not that of the weights.
+    """
+
+    def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        #: Token ids of images and other media.
+        self.media = media_token_ids(model_config(model))
+        self._module = text_decoder(model) if mode == "llm" else model
+        self._autocast = autocast
+        peft_model: Any = model
+        inner = peft_model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+    def run(self, batch: dict[str, Any]) -> None:
+        """Runs a batch for the values that hooks capture on the way."""
+        # An index, as a number takes a slice that is not contiguous, for which PyTorch copies lm_head once per sample.
+        self._call(batch, torch.zeros(1, dtype=torch.long, device=self.device))
+
+    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
+        """Computes the logits ``[B, P, V]`` at the positions ``[P]`` of every sample, on the device of the model."""
+        logits = self._call(batch, positions).logits
+        return logits if self._can_skip_logits else logits[:, positions]
+
+    def tokens(self, pooling: Pooling, batch: dict[str, Any]) -> Tensor:
+        """Marks the tokens over which a pooling averages, boolean ``[B, T]`` on the device of the model."""
+        attended, labels = batch.get("attention_mask"), batch.get("labels")
+        return token_mask(pooling, batch["input_ids"], attended, labels, self.media).to(self.device)
+
+    def _call(self, batch: dict[str, Any], keep: int | Tensor) -> Any:
+        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, self.device)
+        options = {"logits_to_keep": keep} if self._can_skip_logits else {}
+        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+            return self._module(**inputs, use_cache=False, **options)
+
+
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
-    """Batches of samples of like length, longest first: little padding, and memory runs out at once or never."""
+    """Groups samples of similar length, longest first: little padding, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
@@ -37,10 +80,10 @@ def run_batches(
     run: Callable[[dict[str, Any]], Any],
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Yields each batch, whole or, once memory has run out, in parts, with the result of its pass."""
+    """Yields each batch with the result of its pass; batches are halved from the moment when memory runs out."""
     pending = list(batches)
     while pending:
-        dataset: Any = pending  # anything with a length and items will do
+        dataset: Any = pending  # a DataLoader takes anything that has a length and items
         make = partial(_collated, features=features, collate=collate)
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=make)
         for done, inputs in enumerate(loader):
@@ -50,7 +93,7 @@ def run_batches(
                 if not should_reduce_batch_size(error) or len(pending[done]) == 1:
                     raise
                 result = None
-            if result is None:  # outside of the handler, where the failed pass's tensors are let go of
+            if result is None:  # outside of the handler, which would keep the tensors of the failed pass
                 limit = len(pending[done]) // 2
                 pending = [
                     batch[start : start + limit] for batch in pending[done:] for start in range(0, len(batch), limit)
@@ -64,44 +107,37 @@ def run_batches(
 
 
 def _collated(batch: Batch, features: Sequence[Features], collate: Collate) -> dict[str, Any]:
-    return collate([dict(features[row]) for row in batch])  # copies: the host's collator takes samples apart
+    return collate([dict(features[row]) for row in batch])  # copies, as collators remove entries
 
 
-class Forward:
-    """How a batch goes through a model: without labels, without a cache, without logits that nobody reads.
+def pooled_outputs(
+    inputs: SelectionInputs, model: nn.Module, features: Sequence[Features], config: HeraConfig
+) -> tuple[Tensor, Tensor]:
+    """Runs all samples through the model, shared among the processes of the launch.
 
-    The model is one of transformers, bare or under PEFT; ``llm`` runs its text decoder alone. ``autocast`` is the type
-    to compute in, where it is not the weights' own.
+    Returns:
+        Averages over tokens in fp32 on the CPU of every process: head outputs ``[N, L, H, d]``, layer outputs
+        ``[N, L, D]``.
     """
+    forward, layout = Forward(model, config.select.mode, inputs.autocast), head_layout(model_config(model))
+    heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)
+    layers = torch.empty(len(features), layout.n_layers, layout.hidden_size)
+    batches = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
+    batches = batches[rank() :: world_size()]
+    rows = [row for batch in batches for row in batch]
+    bar = tqdm(total=len(rows), desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
+    with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
-    def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
-        self.model = model
-        self.device = next(model.parameters()).device
-        #: Token ids that stand for images or other media.
-        self.media = media_token_ids(model_config(model))
-        self._target = text_decoder(model) if mode == "llm" else model
-        self._autocast = autocast
-        peft_model: Any = model
-        inner = peft_model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
+        def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            pooled.pool(forward.tokens(config.pooling, batch))
+            forward.run(batch)
+            return pooled.take()
 
-    def run(self, batch: dict[str, Any]) -> None:
-        """A pass for what is captured on the way."""
-        # by index: of a slice, not contiguous, PyTorch multiplies bfloat16 by a copy of lm_head for each sample
-        self._call(batch, torch.zeros(1, dtype=torch.long, device=self.device))
-
-    def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
-        """Logits ``[B, P, V]`` at some positions ``[P]``, on the model's device, of every sample."""
-        logits = self._call(batch, positions).logits
-        return logits if self._can_skip_logits else logits[:, positions]
-
-    def tokens(self, pooling: Pooling, batch: dict[str, Any]) -> Tensor:
-        """The tokens of a batch that a pooling takes, boolean ``[B, T]`` on the model's device."""
-        attended, labels = batch.get("attention_mask"), batch.get("labels")
-        return token_mask(pooling, batch["input_ids"], attended, labels, self.media).to(self.device)
-
-    def _call(self, batch: dict[str, Any], keep: int | Tensor) -> Any:
-        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, self.device)
-        options = {"logits_to_keep": keep} if self._can_skip_logits else {}
-        with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
-            return self._target(**inputs, use_cache=False, **options)
+        for batch, outputs in run_batches(batches, features, inputs.collator(model), run, inputs.num_workers):
+            heads[list(batch)], layers[list(batch)] = (output.cpu() for output in outputs)
+            bar.update(len(batch))
+    if world_size() > 1:
+        for layer in range(layout.n_layers):  # one by one, as NCCL sends objects through the memory of the device
+            for of_rank, *outputs in gather_objects((rows, heads[rows, layer], layers[rows, layer])):
+                heads[of_rank, layer], layers[of_rank, layer] = outputs
+    return heads, layers

@@ -1,4 +1,4 @@
-"""The heads or layers of a run: as written, read from a file and checked, or selected before training (``auto``)."""
+"""The heads or layers of a run: named in its settings, read from a file, or selected before training (``auto``)."""
 
 import logging
 import random
@@ -18,7 +18,7 @@ from ..files import RUN_FOLDER
 from ..heads.families import HeadLayout
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
-from .pictures import show
+from .report import show
 from .samples import SelectionInputs
 from .scores import SAME_RUN, SAME_SELECTION, differences
 from .select import select_targets
@@ -28,69 +28,67 @@ logger = logging.getLogger("llamafactory_hera")
 
 @dataclass(frozen=True)
 class Run:
-    """A run that asks what it aligns, as a host gives it."""
+    """A run that asks for its heads or layers, as an integration provides it."""
 
     output_dir: Path
-    layout: HeadLayout  #: Of the model's text decoder.
-    #: ``model``, ``model_fingerprint`` and ``dataset``, which a selection writes and is compared by.
-    facts: Callable[[], dict[str, str]]
+    layout: HeadLayout
+    origin: Callable[[], dict[str, str]]  #: Returns ``model``, ``model_fingerprint`` and ``dataset``.
     inputs: Callable[[], SelectionInputs]
-    checkpoint: str | None = None  #: Which the run resumes.
+    checkpoint: str | None = None  #: The checkpoint that the run resumes.
 
 
 def resolve_targets(config: HeraConfig, run: Run) -> Targets:
-    """The heads or layers that a run aligns; every process calls it, and random state stays as it is.
+    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is.
 
     Raises:
-        ValueError: The file was selected for something else than this run, or selection is given bad input.
+        ValueError: The file was selected for another run, or the input of a selection is bad.
     """
     folder = run.output_dir / RUN_FOLDER
     with untouched_random_state():
         if config.named_targets != AUTO:
-            return on_first(lambda: _given(config, run, folder))
-        facts = on_first(lambda: _facts(config, run))
-        chosen = on_first(lambda: _selected_before(facts, config, folder, run.checkpoint))
+            return on_first(lambda: _named(config, run, folder))
+        now = on_first(lambda: _origin(config, run))
+        chosen = on_first(lambda: _selected_before(now, config, folder, run.checkpoint))
         if chosen is None:
             path = folder / file_name(config.granularity)
-            chosen = select_targets(run.inputs(), config, path, facts["model_fingerprint"])
+            chosen = select_targets(run.inputs(), config, path, now["model_fingerprint"])
             clear_device_cache(garbage_collection=True)
             if rank() == 0:
                 show(path)
     return chosen
 
 
-def _given(config: HeraConfig, run: Run, folder: Path) -> Targets:
-    """What the settings name, with its scores where a selection in the output folder chose the same for this run."""
+def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
+    """The targets that the key names; with scores, if a selection in the output folder chose them for this run."""
     targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
-        _check(targets, _facts(config, run), SAME_RUN, config)
+        _check(targets, _origin(config, run), SAME_RUN, config)
         return targets
-    # training writes that file anew
-    path = folder / targets.file_name
+    path = folder / targets.file_name  # training writes this file again, and would lose the scores
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
-    return selected if same and not differences(selected.provenance, _facts(config, run), SAME_RUN) else targets
+    return selected if same and not differences(selected.provenance, _origin(config, run), SAME_RUN) else targets
 
 
-def _facts(config: HeraConfig, run: Run) -> dict[str, Any]:
-    """What a selection made now would write, as far as runs and selections are compared by it."""
+def _origin(config: HeraConfig, run: Run) -> dict[str, Any]:
+    """The provenance that a selection for this run would write, as far as it is compared."""
     return {
         "keys": selection_keys(config),
-        **run.facts(),
+        **run.origin(),
         "teacher": config.teacher,
         "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
     }
 
 
 def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
-    """What an earlier selection of the same settings chose; a resumed run takes its own, or stops."""
+    """The choice of an earlier selection with the same settings; a resumed run takes its checkpoint's, or stops."""
     for place in ([] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER]) + [folder]:
         path = place / file_name(config.granularity)
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
         if chosen is None or not chosen.provenance:
             continue
         if not differences(chosen.provenance, now, SAME_SELECTION):
-            logger.info(f"HeRA | {chosen.key}: {chosen} of {path}, which was selected with the same settings")
+            logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, which was selected with the same settings")
             return chosen
         if checkpoint is not None:
             _check(chosen, now, SAME_SELECTION, config)
@@ -99,8 +97,7 @@ def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, chec
 
 
 def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config: HeraConfig) -> None:
-    differing = differences(chosen.provenance, now, names)
-    if not differing:
+    if not (differing := differences(chosen.provenance, now, names)):
         return
     key, what = chosen.key, chosen.what
     problem = f"{key}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"
@@ -109,16 +106,16 @@ def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config:
         return
     command = "`llamafactory-hera select`, or " if chosen.granularity == "head" else ""
     raise ValueError(
-        f"{problem}. Select again ({command}{key}: auto in a new output_dir), restore these settings, or set "
-        f"hera_heads_force: true to train these {what} all the same."
+        f"{problem}. Select again ({command}{key}: auto in a new output folder), restore these settings, or set "
+        f"hera_heads_force: true to train these {what} anyway."
     )
 
 
 @contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Training must draw the numbers that it draws when the same heads are written out."""
+    """Restores the random state, so that training draws the same numbers as with heads that are written by hand."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    # of the device in use alone: of all it warns where a machine has several
+    # only of the current device, as PyTorch warns about forking the state of several
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield

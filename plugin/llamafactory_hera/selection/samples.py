@@ -1,4 +1,4 @@
-"""What a selection reads: a dataset as plain objects, the samples drawn from it by seed, captions as token ids."""
+"""The input of a selection: a dataset, the samples that a seed draws from it, and captions as token ids."""
 
 import hashlib
 import logging
@@ -20,62 +20,54 @@ from ..teachers.images import ImageLike, chosen_image, image_key
 
 logger = logging.getLogger(__name__)
 
-#: What the model sees of one sample: ``input_ids``, ``attention_mask``, mostly ``labels``, as lists, and what its
-#: collator makes pixels of.
+#: A sample for the collator: ``input_ids``, ``attention_mask`` and mostly ``labels`` as lists, and the pixels' source.
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 
-STREAM_ROWS = 4  #: Of a stream, read for each sample to draw.
-_HIGH_CHANCE = 0.2  # above this MKNN of unrelated features little room is left for heads to differ
+STREAM_ROWS = 4  #: Rows to read from a stream for each sample to draw.
+_HIGH_CHANCE = 0.2  # above this chance level the scores of heads hardly differ
 
 
 class Source(Protocol):
-    """A dataset of which single samples are encoded when asked for."""
+    """A dataset whose samples are encoded on demand."""
 
     def __len__(self) -> int: ...
 
     def images(self, row: int) -> list[ImageLike]: ...  # not decoded
 
-    def encode(self, row: int) -> Features | None: ...  # None for a sample that cannot be used
+    def encode(self, row: int) -> Features | None: ...  # None if the row cannot be used
 
 
 @dataclass(frozen=True)
 class SelectionInputs:
-    """Model, teacher and data of a selection, as a host gives them; names as the recipe has them."""
+    """The model, teacher and data of a selection, as an integration provides them."""
 
     source: Source
-    #: The model, frozen, whole on this process.
-    load_model: Callable[[], nn.Module]
-    #: From the model to what makes batches of features, with ``labels``.
-    collator: Callable[[nn.Module], Collate]
+    load_model: Callable[[], nn.Module]  #: Returns the model, frozen and complete on this process.
+    collator: Callable[[nn.Module], Collate]  #: Returns the collator for a model; its batches need ``labels``.
     load_teacher: Callable[[], VisionTeacher]
     model_name: str
-    #: Its weights: a checkpoint's folder, or a model in memory.
-    weights: Path | nn.Module
+    weights: Path | nn.Module  #: The folder of the checkpoint, or the model in memory.
     dataset_name: str
-    #: Of the adapters on top of the model.
     adapter_folders: list[Path] = field(default_factory=list)
-    #: The type in which the run computes, where it is not the weights' own.
-    autocast: torch.dtype | None = None
-    #: Processes that decode images.
-    num_workers: int = 0
-    #: Makes captions of labeled tokens, for people.
-    tokenizer: Any = None
+    autocast: torch.dtype | None = None  #: The half precision of the run, if it is not that of the weights.
+    num_workers: int = 0  #: Processes that decode images.
+    tokenizer: Any = None  #: Decodes captions for the gallery.
 
 
 class Sample(NamedTuple):
-    """A row's images, not decoded, the one that stands for it with its content digest, and its text."""
+    """A row of the dataset."""
 
     row: int
-    images: list[ImageLike]
-    image: ImageLike
-    key: bytes
+    images: list[ImageLike]  #: All images, not decoded.
+    image: ImageLike  #: The image that the teacher sees.
+    key: bytes  #: The content digest of that image.
     features: Features
 
 
 @contextmanager
 def of_sample(row: int) -> Iterator[None]:
-    """Adds the sample to what is said of a broken image."""
+    """Adds the number of the sample to the error about a broken image."""
     try:
         yield
     except ValueError as error:
@@ -91,7 +83,11 @@ def draw(
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
 ) -> tuple[list[Sample], int, int]:
-    """Up to ``count`` samples, drawn by the seed alone, each image once; how many rows had no image, and no text."""
+    """Draws up to ``count`` samples in an order that depends only on the seed, and each image once.
+
+    Returns:
+        The samples, the number of rows without an image, and the number of rows without ``usable`` text.
+    """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
     drawn: list[Sample] = []
@@ -119,47 +115,45 @@ def draw(
 
 
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
-    """Draws ``hera_select_samples`` samples in an order that depends on the seed alone.
+    """Draws ``hera_select_samples`` samples.
 
-    Two samples of one image would be each other's nearest neighbor for the teacher, whatever the head, so the second
-    is passed over. The paper does not say how it treats them.
+    The second sample of an image is skipped: the teacher would take the two for neighbors, whatever a head does. The
+    paper does not describe how it treats them.
     """
 
     def has_tokens(features: Features) -> bool:
-        if config.pooling == "answer":
-            return any(label != IGNORE_INDEX for label in features["labels"])
-        return len(features["input_ids"]) > 0
+        tokens = features["labels" if config.pooling == "answer" else "input_ids"]
+        return any(token != IGNORE_INDEX for token in tokens)
 
     asked, k = config.select.samples, config.select.k
     samples, without_image, without_text = draw(source, asked, config.select.seed, config.image_index, has_tokens)
     drawn = len(samples)
-    passed_over = f"{without_image} have no image, {without_text} no text that leaves a token; each image counts once"
+    skipped = f"{without_image} have no image, {without_text} no text with a token to average; each image counts once"
     if drawn < k + 2:
         raise ValueError(
             f"dataset: {drawn} of its {len(source)} samples can be scored, and hera_select_k: {k} needs {k + 2} or "
-            f"more ({passed_over}). Use more data with images and assistant turns, or lower hera_select_k."
+            f"more ({skipped}). Use more data with images and answers, or lower hera_select_k."
         )
     if drawn < asked:
-        logger.warning("hera_select_samples: %d are asked for, and %d are there (%s).", asked, drawn, passed_over)
+        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", asked, drawn, skipped)
     chance = chance_level(drawn, k)
     if chance > _HIGH_CHANCE:
         logger.warning(
-            f"hera_select_samples: on {drawn} samples even unrelated features reach an MKNN of {chance:.2f} with "
-            f"hera_select_k: {k}, so that the ranking of heads is mostly noise. Take more; the paper takes 1,000."
+            f"hera_select_samples: with {drawn} samples and hera_select_k: {k}, unrelated features reach an MKNN of "
+            f"{chance:.2f}, so the ranking of heads is mostly noise. Use more samples; the paper uses 1,000."
         )
     return samples
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """A digest of the images and their order."""
+    """Digests the images in their order."""
     return hashlib.sha256(b"".join(sample.key for sample in samples)).hexdigest()
 
 
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
-    """A caption as up to ``max_length`` token ids for the language model alone; None for an empty one.
+    """Encodes a caption for the language model alone, as up to ``max_length`` tokens; None if it is empty.
 
-    Special tokens that the tokenizer puts around it, and the BOS token where a chat template writes it instead, have
-    no label: they are not averaged.
+    Special tokens, and a BOS token that only the chat template writes, get no label, so they are not averaged.
     """
     if not text.strip():
         return None
@@ -168,5 +162,5 @@ def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | Non
     bos = tokenizer.bos_token_id
     if bos is not None and "bos_token" in str(tokenizer.chat_template) and tokens[:1] != [bos]:
         tokens, special = [bos, *tokens][:max_length], [1, *special][:max_length]
-    labels = [IGNORE_INDEX if skipped else token for token, skipped in zip(tokens, special, strict=True)]
+    labels = [IGNORE_INDEX if is_special else token for token, is_special in zip(tokens, special, strict=True)]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}

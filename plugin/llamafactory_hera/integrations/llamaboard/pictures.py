@@ -16,7 +16,7 @@ from llamafactory_hera.files import RUN_FOLDER, read_json
 from llamafactory_hera.heads.targets import Targets
 from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure
 from llamafactory_hera.selection.gallery import neighbors_file, write_gallery
-from llamafactory_hera.selection.pictures import draw_scores
+from llamafactory_hera.selection.report import draw_scores
 from llamafactory_hera.selection.scores import ScoreFile, render_table
 
 from .job import REPORT, heads_file

@@ -9,14 +9,14 @@ from typing import Any
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.distributed import rank
-from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.integrations.model_card import index_scores
 from llamafactory_hera.objectives import TokenObjective
-from llamafactory_hera.selection.pictures import show
-from llamafactory_hera.selection.run_yaml import set_heads_in_place, write_run_yaml
+from llamafactory_hera.selection.report import show
+from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
@@ -35,7 +35,8 @@ def select(
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
     """
-    read = read_recipe(recipe, overrides)
+    file = RecipeFile.read(recipe)
+    read = read_recipe(file, overrides)
     if read.config.granularity != "head":
         raise ValueError(
             f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
@@ -46,14 +47,21 @@ def select(
     path = output_dir / RUN_FOLDER / file_name("head")
     if not force:
         _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
+    # before hours of scoring: the recipe may change meanwhile, and what cannot be written is refused
+    run = file.with_keys({**read.overrides, "stage": "hera", "hera_heads": str(path)})
     if in_place:
-        set_heads_in_place(Path(recipe), Targets.parse("L0H0"), check_only=True)  # before hours of scoring
+        file.set_in_place({"hera_heads": "L0H0"}, check_only=True)
     heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
-        write_run_yaml(Path(recipe), read.overrides, heads, path, path.with_name("run.yaml"))
+        written = path.with_name("run.yaml")
+        command = f"llamafactory-cli train {written}"
+        title = f"{' '.join(str(recipe).split())} with the selected heads: {' '.join(heads.names)}"
+        write_text(written, f"# {title}\n# Run it in the same folder:\n#   {command}\n\n{run}")
         if in_place:
-            set_heads_in_place(Path(recipe), heads)
+            file.set_in_place({"hera_heads": str(heads)})
+        print(*["wrote:", path, path.with_suffix(".png"), written, *([recipe] if in_place else [])], sep="\n  ")
+        print(f"next:\n  {command}")
     return heads
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
 from llamafactory_hera.keys import typed
+from llamafactory_hera.selection.run_yaml import RecipeFile
 
 #: Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
 NOT_TRAINING: dict[str, Any] = {
@@ -56,7 +58,7 @@ class Recipe(NamedTuple):
     host: HostArguments
 
 
-def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
+def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
     """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides."""
     values, changes = read_values(path, overrides)
     # every head and layer is scored, whichever the recipe aligns and how
@@ -68,20 +70,22 @@ def read_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = (), *
     return Recipe(changes, values, HeraConfig.from_keys(host.finetuning), host)
 
 
-def read_values(path: str | os.PathLike | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_values(
+    path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A recipe with its overrides as plain values, before the host's parser sees them; and the overrides alone."""
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override}: it is neither a recipe nor key=value, for instance output_dir=saves/run.")
     changes = OmegaConf.from_cli(list(overrides))
     try:
-        written = OmegaConf.load(Path(path)) if path is not None else OmegaConf.create({})
+        file = path if path is None or isinstance(path, RecipeFile) else RecipeFile.read(path)
+        written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
-    except OSError as error:
-        raise ValueError(f"The recipe {path} cannot be read ({error.strerror or error}).") from error
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"The recipe {path} is not YAML that the host can read: {error}") from error
-    return values, OmegaConf.to_container(changes, resolve=True)
+        name = file.path if file is not None else path
+        raise ValueError(f"The recipe {name} is not YAML that the host can read: {error}") from error
+    return values, {key: values[key] for key in changes}
 
 
 def named_output(values: Mapping[str, Any], example: str) -> Path:

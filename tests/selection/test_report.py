@@ -1,0 +1,252 @@
+"""Reports: the numbers are those of the files in every format, foreign text is only text, and pictures are legible."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamafactory_hera.cli import main
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.plots import series_colors, tick_step
+from llamafactory_hera.selection.report import compare, scores_figure, show, write_report
+from llamafactory_hera.selection.scores import ScoreFile
+
+from .test_gallery import write_seen
+from .tiny import write_scores
+
+NAN = math.nan
+BEFORE = [[0.10, 0.50, 0.30, 0.20], [0.15, 0.60, 0.25, 0.40], [0.05, 0.35, 0.45, 0.55]]
+AFTER = [[0.30, 0.51, 0.31, 0.40], [0.35, 0.59, 0.45, 0.41], [0.25, 0.36, 0.44, 0.56]]
+CARD = {
+    "heads": ["L0H1", "L2H0"],
+    "objective": "contrastive",
+    "teacher_fingerprint": "b" * 64,
+    "selection": {"hera_select": "worst"},
+    "versions": {"torch": "9.9"},
+    "log": [{"step": step, "lm_loss": 2 / step, "hera_mknn": 0.1, "hera_mknn_chance": 0.01} for step in (1, 2)],
+    "command": "llamafactory-cli train 'my recipe.yaml'",
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    names = {"base/hera/heads.json": BEFORE, "run/hera/scores.json": AFTER}
+    return [write_scores(tmp_path / name, scores) for name, scores in names.items()]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with its selection, its scores, its card, and the neighbors of its heads."""
+    folder = tmp_path / "my_run"
+    for seed, (name, scores) in enumerate({"heads": BEFORE, "scores": AFTER}.items(), 1):
+        path = write_scores(folder / f"hera/{name}.json", scores)
+        write_seen(path, tmp_path / "images", seed, heads=4)
+    chosen = json.loads((folder / "hera/heads.json").read_text()) | {"heads": CARD["heads"]}
+    (folder / "hera/heads.json").write_text(json.dumps(chosen))
+    (folder / "hera/card.json").write_text(json.dumps(CARD))
+    return folder
+
+
+def test_worst_and_top_are_those_of_the_first_file(files):
+    comparison = compare(files)
+    assert {title: " ".join(rows) for title, rows in comparison.groups.items()} == {
+        "worst-5": "L2H0 L0H0 L1H0 L0H3 L1H2 mean",
+        "top-5": "L1H1 L2H3 L0H1 L2H2 L1H3 mean",
+    }
+    assert comparison.table[:2] == [["head", "base", "run", "run - base"], ["L2H0", "0.0500", "0.2500", "+0.2000"]]
+    assert comparison.table[6] == ["worst-5 mean", "0.1500", "0.3500", "+0.2000"]
+    assert "The worst-5 and top-5 heads are those of base" in comparison.summary
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_aligned_heads_replace_the_worst(files, tmp_path, by_file):
+    named = write_scores(tmp_path / "heads.json", [[0.0, 1.0], [1.0, 0.1]]) if by_file else "L1H1,L0H0"
+    groups = compare(files, aligned=str(named)).groups
+    assert list(groups) == ["aligned", "top-5"]
+    assert groups["aligned"]["mean"] == pytest.approx([0.35, 0.445])
+
+
+def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
+    scores = ([0.3, 0.1, None], [0.35, 0.4, 0.2])
+    files = [write_scores(tmp_path / f"{n}.json", BEFORE, layers=["L1"], layer_scores=s) for n, s in enumerate(scores)]
+    assert compare(files, ["a", "b"]).table[:3] == [
+        ["layer", "a", "b", "b - a"],
+        ["L1", "0.1000", "0.4000", "+0.3000"],
+        ["L0", "0.3000", "0.3500", "+0.0500"],
+    ]
+
+
+def test_markdown_and_picture_are_written(files, tmp_path):
+    third = write_scores(tmp_path / "other/hera/scores.json", BEFORE)
+    names = ["before", "after", "a|b\n*c*"]
+    picture, page = write_report([*files, third], tmp_path / "new/report", names)
+    assert (picture, page) == (tmp_path / "new/report.png", tmp_path / "new/report.md")
+    assert Image.open(picture).size[0] > 1000
+    lines = page.read_text().splitlines()
+    assert "![MKNN in every file](report.png)" in lines
+    assert r"| head | before | after | a\|b \*c\* | a\|b \*c\* - before |" in lines
+    assert {path.name for path in picture.parent.iterdir()} == {"report.png", "report.md"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
+        (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
+        (["{run}", "--html", "{run}/hera/heads.json"], "report: .*heads.json exists and is no report"),
+        (["{run}", "--output", "{run}/hera/heads"], "report: .*heads.png exists and belongs to no report"),
+        (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is no report"),
+        (
+            ["{run}/images"],
+            "scores: .*images/hera/heads.json cannot be read .*; give a file that `llamafactory-hera score`",
+        ),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, problem):
+    for name in ("README.md", "hera/heads.png"):
+        (run / name).write_text("mine")
+    (run / "images").mkdir()
+    assert main(["report", *(argument.format(run=run) for argument in arguments)]) == 2
+    assert re.search(problem, capsys.readouterr().err)
+
+
+def test_a_report_does_not_wait_for_torch(files, tmp_path):
+    code = "import sys; from llamafactory_hera.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "report", *map(str, files), "--output", str(tmp_path / "report")]
+    printed = subprocess.run(command, capture_output=True, text=True)
+    assert printed.stdout.splitlines()[-1] == "0 False", printed.stdout + printed.stderr
+
+
+def test_the_page_of_a_run_shows_its_heads_training_and_neighbors(run, tmp_path):
+    (written,) = write_report([run], None, html=tmp_path / "new/page.html")
+    page = written.read_text()
+    assert "<title>HeRA: my_run</title>" in page
+    bars = dict(re.findall(r"<title>(L\dH\d \w+): ([\d.]+)</title>", page))
+    assert bars["L0H1 before"] == "0.5000"
+    assert bars["L0H1 after"] == "0.5100"
+    cells = re.findall("<td>(.*?)</td>", page)
+    assert cells[:4] == ["head", "before", "after", "after - before"]
+    assert cells[4:8] == ["L0H1", "0.5000", "0.5100", "+0.0100"]  # what the run aligned, not the worst
+    assert re.findall('alt="Nearest images of (.*?)"', page) == ["L0H1", "L2H1", "L1H1"]
+    for entry in ("contrastive", "9.9", "bbbbbbbb", "worst"):
+        assert entry in cells
+    assert 'aria-label="Curves of lm_loss, hera_mknn"' in page
+    assert CARD["command"] in unescape(page)
+
+
+def test_the_page_of_files_without_card_and_neighbors_says_so(files, tmp_path):
+    (written,) = write_report(files, None, html=tmp_path / "page.html")
+    assert "There is no card.json next to the scores" in written.read_text()
+    assert re.search("gallery: .*heads.neighbors.safetensors cannot be read", written.read_text())
+
+
+HOSTILE = r"<script>alert(1)</script>|$\frac$"
+
+
+def test_foreign_text_is_only_text_in_every_format(run, tmp_path):
+    for name in ("heads", "scores"):
+        path = run / f"hera/{name}.json"
+        content = json.loads(path.read_text())
+        keys = dict.fromkeys(("hera_select", "hera_select_mode", "hera_select_k"), HOSTILE)
+        content["provenance"] |= {"model": HOSTILE, "dataset": HOSTILE, "teacher": HOSTILE, "samples": HOSTILE}
+        content["provenance"]["keys"] |= keys
+        path.write_text(json.dumps(content))
+    card = {HOSTILE: HOSTILE, "nested": {HOSTILE: [HOSTILE]}, "command": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    (run / "hera/card.json").write_text(json.dumps(card))
+    *_, page = write_report([run], tmp_path / "r", [HOSTILE, f"{HOSTILE}2"], html=tmp_path / "page.html")
+    text = page.read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "form-action 'none'; base-uri 'none'" in text
+    assert "<script" not in (tmp_path / "r.md").read_text().replace(r"\<script", "")
+    show(run / "hera/heads.json")
+    assert (run / "hera/heads.png").stat().st_size > 10_000
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def scored(path: Path, n_layers: int, n_heads: int, **provenance) -> ScoreFile:
+    values = np.random.default_rng(0).uniform(0.05, 0.5, (n_layers, n_heads))
+    values[0, 1] = NAN
+    return ScoreFile.load(write_scores(path / "heads.json", values.tolist(), **provenance))
+
+
+def boxes(labels, renderer):
+    visible = [label for label in labels if label.get_text() and label.get_visible()]
+    return [(label.get_text(), label.get_window_extent(renderer)) for label in visible]
+
+
+def ticks(axis):
+    """The labels of an axis that are drawn; more exist beyond its ends."""
+    low, high = sorted(axis.get_view_interval())
+    drawn = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [label for tick in drawn for label in (tick.label1, tick.label2)]
+
+
+@pytest.mark.parametrize("layers", [None, ["L1", "L0"]], ids=["heads", "layers"])
+@pytest.mark.parametrize(("n_layers", "n_heads"), [(2, 4), (36, 32), (80, 128)])
+def test_no_labels_overlap_and_none_is_cut_off(tmp_path, n_layers, n_heads, layers):
+    file = scored(tmp_path, n_layers, n_heads, layers=layers)
+    figure = scores_figure(file, file.chosen.items)
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    texts = boxes([figure._suptitle], renderer)
+    for axes in figure.axes:
+        texts += boxes([*ticks(axes.xaxis), *ticks(axes.yaxis)], renderer)
+        texts += boxes([axes.title, axes.xaxis.label, axes.yaxis.label], renderer)
+        if axes.get_legend() is not None:
+            texts += boxes(axes.get_legend().get_texts(), renderer)
+    for (name, box), (other_name, other) in itertools.combinations(texts, 2):
+        assert not box.overlaps(other), f"{name!r} and {other_name!r}"
+    for name, box in texts:
+        assert figure.bbox.min[0] <= box.x0 <= box.x1 <= figure.bbox.max[0], name
+        assert figure.bbox.min[1] <= box.y0 <= box.y1 <= figure.bbox.max[1], name
+
+
+def test_marked_heads_have_frames_and_heads_without_a_score_crosses(tmp_path):
+    axes = scores_figure(scored(tmp_path, 6, 8), Targets.parse("L4H2,L5H0").items).axes[0]
+    frames = {(patch.get_y() + 0.5, patch.get_x() + 0.5) for patch in axes.patches}
+    assert frames == {(4, 2), (5, 0)}
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [("×", (1, 0))]
+
+
+def test_the_curves_are_best_layer_and_worst_and_marked_layers_have_rings(tmp_path):
+    file = scored(tmp_path, 6, 8)
+    axes = scores_figure(file, Targets.parse("L4,L1", "layer").items).axes[1]
+    curves = {line.get_label(): line.get_ydata() for line in axes.lines}
+    np.testing.assert_allclose(curves["best head of the layer"], np.nanmax(file.scores, axis=1))
+    np.testing.assert_allclose(curves["worst head of the layer"], np.nanmin(file.scores, axis=1))
+    np.testing.assert_allclose(curves["layer output"], 0.2)
+    np.testing.assert_allclose(curves["chance"], file.chance)
+    rings = [line for line in axes.lines if line.get_fillstyle() == "none"]
+    assert [line.get_xdata()[0] for line in rings] == [4, 1]
+
+
+def test_a_layer_without_any_score_is_drawn_and_printed_with_the_run_before(run, capsys):
+    path = write_scores(run / "hera/scores.json", [[NAN] * 4, *AFTER[1:]])
+    show(path)
+    assert Image.open(path.with_suffix(".png")).size[0] > 500
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "aligned: L0H1 0.5000 -> nan, L2H0 0.0500 -> 0.2500, mean 0.2750 -> nan"
+    )
+
+
+def test_a_series_has_the_same_color_in_every_picture():
+    few, many = series_colors(["sft", "hera"]), series_colors(["before", "hera", "mine", "sft"])
+    assert {name: many[name] for name in few} == few
+    assert len(set(many.values())) == 4
+
+
+@pytest.mark.parametrize(("count", "room", "step"), [(8, 4.0, 1), (64, 10.0, 2), (128, 8.0, 4), (400, 4.0, 20)])
+def test_labels_are_thinned_until_they_fit(count, room, step):
+    assert tick_step(count, room, 0.2) == step
