@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 
 PAGE = Path(__file__).parents[2] / "docs/minimal.md"

@@ -24,7 +24,7 @@ from ..heads.targets import Targets
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import VisionTeacher
 from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, load_image, chosen_image
+from ..teachers.images import ImageLike, chosen_image, load_image
 from .fingerprint import is_own_vision_tower, model_fingerprint
 from .gallery import neighbors_file, write_neighbors
 from .passes import pooled_outputs

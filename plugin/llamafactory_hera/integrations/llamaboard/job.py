@@ -15,7 +15,6 @@ import yaml
 from llamafactory.extras.constants import TRAINING_ARGS
 from llamafactory.webui.common import _clean_cmd, abort_process
 
-from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.evaluation.lines import read_json_lines
 from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
