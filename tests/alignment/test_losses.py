@@ -100,5 +100,5 @@ def test_a_temperature_of_zero_or_less_is_refused(neighbors, temperature):
 
 def test_neighbors_of_other_samples_are_refused(neighbors):
     for wrong in (neighbors[:-1], neighbors[:1], neighbors.flatten()):
-        with pytest.raises(ValueError, match=rf"neighbors .*\[{N}, k\]"):
+        with pytest.raises(ValueError, match=rf"neighbors: .*\[{N}, k\]"):
             contrastive_loss(torch.randn(2, N, D), wrong, 0.07)

@@ -95,7 +95,7 @@ def test_the_folder_of_a_run_is_enough(files, tmp_path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda run: (run / "images/0.png").unlink(), "gallery: The image file .*0.png.*score again if images"),
+        (lambda run: (run / "images/0.png").unlink(), "gallery: The image .*0.png.*score again if images"),
         (lambda run: (run / "run/hera/scores.neighbors.safetensors").unlink(), "cannot be read.*keep it next to"),
         (lambda run: save_file({}, run / "run/hera/scores.neighbors.safetensors"), "gallery: .*cannot be read"),
     ],

@@ -162,6 +162,8 @@ class Targets:
         key = key or f"hera_{expected}s"
         example = "L13H12,L7H6" if expected == "head" else "L14,L15"
         remedy = f"give a {file_name(expected)} that a selection wrote, or name the {expected}s ({example})"
+        if key not in ("hera_heads", "hera_layers"):
+            remedy = "give a file that `llamafactory-hera score` or a selection wrote"
         try:
             content = read_json(path)
         except ValueError as error:
