@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..evaluation.card import index
+from ..evaluation.run import update_index
 from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
 from ..heads import Targets
 from ..selection.scores import command_line, package_versions
@@ -68,7 +68,7 @@ def write_card(
         data.base_model = None
     selection = facts.get("selection", {})
     if {"mknn", "dataset"} <= selection.keys():
-        index(card, folder, [_result(selection, selection["mknn"], "before")])
+        update_index(card, folder, [_result(selection, selection["mknn"], "before")])
     write_text(page, str(card))
 
 
@@ -87,7 +87,7 @@ def index_scores(folder: Path, scores: Path) -> None:
     known = _scores(Targets(aligned.items, scored))
     if known:
         card = ModelCard.load(page, ignore_metadata_errors=True)
-        index(card, folder, [_result(scored, known, "after")])
+        update_index(card, folder, [_result(scored, known, "after")])
         write_text(page, str(card))
 
 
