@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .backbones.table import VISION_MODEL
+from .backbones.table import LANGUAGE_MODELS, VISION_MODEL
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_count, metavar="N", help="the first N samples of each task, for a trial")
     evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; no model is loaded")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
-    evaluate.add_argument("--paper", metavar="BACKBONE", help="add the paper's columns, for example qwen3_8b")
+    paper = "add the paper's columns, for example qwen3_8b"
+    evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help=paper)
     aspect = "pad: pad images to squares in the mean color; models built with pad do not need it (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 

@@ -1,7 +1,4 @@
-"""Every task on a few rows with the columns of the real data: what is asked of the first, answers, and their score.
-
-Scores are worked out by hand from the suite's rules.
-"""
+"""For every task: a few rows with the columns of the real data, answers, the first prompt, and scores found by hand."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +33,14 @@ def _mme(kind: str, *answers: str) -> list[tuple]:
 
 _QUESTION = ("Hue?", "red", "blue", "nan", "nan")
 CASES = {
+    # a full stop does not matter, on either side
+    "demo_questions": Case(
+        _rows("source question answer category", ("a", "Hue?", "Red.", "color"), ("a", "Size?", "big", "size"),
+              ("b", "Hue?", "blue", "color")),
+        ["red", "small", "Blue."],
+        "Hue?",
+        {"accuracy": 100 * 2 / 3, "color": 100, "size": 0},
+    ),
     "gqa": Case(
         _rows("id imageId question answer fullAnswer", *[(str(i), f"n{i // 2}", "Hue?", "red", "") for i in range(4)]),
         ["Red.", "red", "dark red", "Red!"],
@@ -115,8 +120,8 @@ CASES = {
     ),
     "ocrbench": Case(
         _rows("dataset question question_type answer",
-              ("IIIT5K", "What?", "Regular Text Recognition", ["Center", "CENTER"]),
-              ("IIIT5K", "What?", "Regular Text Recognition", ["Center"]),
+              ("IIIT5K", "What?", "Regular Text Recognition", ["Middle", "CENTER"]),
+              ("IIIT5K", "What?", "Regular Text Recognition", ["Middle"]),
               ("HME100k", "What?", "Handwritten Mathematical Expression Recognition", ["a + b"])),
         ["it says center here", "center", "= a+b"],
         "What?\nGive the short answer directly.",

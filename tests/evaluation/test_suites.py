@@ -1,13 +1,11 @@
-"""Every task, asked and judged by lmms-eval on local rows with the real columns, a model giving known answers."""
+"""Every task in lmms-eval, on local rows with the columns of the real data and with given answers."""
 
 import json
 from argparse import Namespace
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("lmms_eval")
 import datasets
+import pytest
 from lmms_eval import tasks
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableMessagesTask
@@ -16,15 +14,15 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.tasks.cv_bench.utils import cv_bench_default_aggregate_results
 from lmms_eval.utils import load_yaml_config
 
-from llamafactory_hera.evaluation.suites import SUITES, aggregate, definition, tally
+from llamafactory_hera.evaluation.suites import SUITES
 
 from .benchmarks import CASES
 
-TASKS = {task.data: task for suite in SUITES.values() for task in suite}
+TASKS = {task.name: task for suite in SUITES.values() for task in suite}
 
 
 class Answers(lmms):
-    """Gives the answers of the cases, in their order, and keeps what it was asked."""
+    """Gives the same answers to each task, in order, and stores what it was asked."""
 
     is_simple = False
 
@@ -43,24 +41,19 @@ class Answers(lmms):
     def loglikelihood(self, requests):
         raise NotImplementedError
 
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError
+    generate_until_multi_round = loglikelihood
 
 
-def evaluate(folder: Path, configs: dict[str, dict], answers: dict[str, list[str]]):
+def evaluate(configs: dict[str, dict], answers: dict[str, list[str]]):
     model = Answers(answers)
     asked = [ConfigurableMessagesTask(config=config | {"task": name}) for name, config in configs.items()]
-    manager = TaskManager(include_defaults=False)
-    how = {"bootstrap_iters": 0, "cli_args": Namespace(output_path=str(folder), process_with_media=False)}
-    return simple_evaluate(model=model, tasks=asked, task_manager=manager, **how), model
+    manager, arguments = TaskManager(include_defaults=False), Namespace(process_with_media=False, output_path=".")
+    return simple_evaluate(model=model, tasks=asked, task_manager=manager, bootstrap_iters=0, cli_args=arguments), model
 
 
-def on_disk(name: str, folder: Path, split: str) -> dict:
-    """What makes a definition read the rows of a case."""
-    path = folder / name
-    if not path.exists():
-        datasets.DatasetDict({split: datasets.Dataset.from_list(CASES[name].rows)}).save_to_disk(path)
-    return {"dataset_path": str(path), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
+def save_rows(name: str, folder: Path) -> None:
+    rows = datasets.Dataset.from_list(CASES[name].rows)
+    datasets.DatasetDict({TASKS[name].definition()["test_split"]: rows}).save_to_disk(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +65,17 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory):
     (folder / "metadata/annotations.json").write_text(json.dumps(truth))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMBER_BASE_DIR", str(folder))
-        configs = {}
         for name in CASES:
-            config = definition(TASKS[name])
-            configs[f"hera_{name}"] = config | on_disk(name, folder, config["test_split"])
-        return evaluate(folder, configs, {f"hera_{name}": case.answers for name, case in CASES.items()})
+            save_rows(name, folder)
+        return evaluate(
+            {name: TASKS[name].definition(folder) for name in CASES},
+            {name: case.answers for name, case in CASES.items()},
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_suites_prompt_is_asked_of_the_image(evaluated, name: str) -> None:
-    [turn], settings = evaluated[1].asked[f"hera_{name}", 0]
+def test_the_suites_prompt_is_asked_about_the_image(evaluated, name: str) -> None:
+    [turn], settings = evaluated[1].asked[name, 0]
     picture, text = turn["content"]
     assert (picture["type"], text["text"]) == ("image", CASES[name].prompt)
     assert settings["until"] == []
@@ -89,26 +83,22 @@ def test_the_suites_prompt_is_asked_of_the_image(evaluated, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_get_the_suites_score(evaluated, name: str) -> None:
-    found, case = evaluated[0], CASES[name]
-    samples = found["samples"][f"hera_{name}"]
-    records = json.loads(json.dumps([sample["hera"] for sample in sorted(samples, key=lambda one: one["doc_id"])]))
-    assert len(records) == len(case.answers)
-    assert aggregate(f"hera_{name}", records) == pytest.approx(case.scores, abs=0.01)
-    assert found["results"][f"hera_{name}"]["hera,none"] == pytest.approx(next(iter(case.scores.values())), abs=0.01)
+    samples = sorted(evaluated[0]["samples"][name], key=lambda sample: sample["doc_id"])
+    records = json.loads(json.dumps([sample["hera"] for sample in samples]))
+    assert len(records) == len(CASES[name].answers)
+    assert TASKS[name].aggregate(records) == pytest.approx(CASES[name].scores, abs=0.01)
 
 
 def test_every_task_is_defined_and_has_a_case() -> None:
-    named = {task.data for suite in ("paper", "hallucination") for task in SUITES[suite]}
-    assert named - {"chair", "amber_g"} == set(CASES)
+    assert set(TASKS) - {"chair", "amber_g"} == set(CASES)
     assert [len(SUITES["paper"]), len(SUITES["hallucination"])] == [18, 4]
     for task in TASKS.values():
-        config = definition(task)
+        config = task.definition()
         assert config["test_split"], task.name
         assert bool((config.get("dataset_kwargs") or {}).get("token")) == ("token" in task.needs), task.name
-    assert definition(TASKS["mathvista"])["dataset_path"] == "AI4Math/MathVista"
 
 
-#: Tasks that lmms-eval scores as the suite does: its definition, its score, answers that both read alike.
+#: Tasks that lmms-eval scores like the suite: its definition, its score, and answers that both read in the same way.
 ALIKE = {
     "pope": ("pope/pope.yaml", "pope_accuracy", ["yes", "yes", "yes", "no"]),
     "gqa": ("gqa/gqa.yaml", "exact_match", ["red", "blue", "Red", "sky"]),
@@ -117,38 +107,41 @@ ALIKE = {
 }
 
 
-def test_scores_agree_with_those_of_lmms_evals_own_definitions(tmp_path: Path) -> None:
-    """CV-Bench's by the sources' formula, which lmms-eval has and does not use."""
+def test_scores_agree_with_those_of_lmms_eval(tmp_path: Path) -> None:
+    """Compares with the formula of CV-Bench's authors, which lmms-eval contains but does not use."""
     configs, answers = {}, {}
     for name, (source, _, given) in ALIKE.items():
-        whole = load_yaml_config(str(Path(tasks.__file__).parent / source)) | {"process_docs": None}
+        save_rows(name, tmp_path)
+        theirs = load_yaml_config(str(Path(tasks.__file__).parent / source)) | {"process_docs": None}
         if name == "cv_bench":
-            whole["metric_list"][0]["aggregation"] = cv_bench_default_aggregate_results
-        for kind, config in (("theirs", whole), ("hera", definition(TASKS[name]))):
-            configs[f"{kind}_{name}"] = config | on_disk(name, tmp_path, config["test_split"])
-            answers[f"{kind}_{name}"] = given
-    found = evaluate(tmp_path, configs, answers)[0]["results"]
-    theirs = {name: 100 * found[f"theirs_{name}"][f"{score},none"] for name, (_, score, _) in ALIKE.items()}
-    assert {name: found[f"hera_{name}"]["hera,none"] for name in ALIKE} == pytest.approx(theirs, abs=0.001)
-    assert len(set(theirs.values())) == 4  # neither all right nor all wrong
+            theirs["metric_list"][0]["aggregation"] = cv_bench_default_aggregate_results
+        disk = {"dataset_path": str(tmp_path / name), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
+        configs |= {f"their_{name}": theirs | disk, name: TASKS[name].definition(tmp_path)}
+        answers |= {f"their_{name}": given, name: given}
+    found = evaluate(configs, answers)[0]
+    theirs = {name: 100 * found["results"][f"their_{name}"][f"{score},none"] for name, (_, score, _) in ALIKE.items()}
+    ours = {name: TASKS[name].aggregate([sample["hera"] for sample in found["samples"][name]]) for name in ALIKE}
+    assert {name: scores["accuracy"] for name, scores in ours.items()} == pytest.approx(theirs, abs=0.001)
+    assert len(set(theirs.values())) == 4
 
 
-def test_captions_are_counted_as_their_authors_do() -> None:
-    """CHAIR: 1 of 4, 0 of 1, 0 of no objects are not there. AMBER: two descriptions."""
+def test_captions_are_scored_as_their_authors_do() -> None:
+    """CHAIR: 1 of 4, 0 of 1 and 0 of 0 objects are not in the image. AMBER: two descriptions."""
     counts = [(4, 1, 1), (1, 0, 0), (0, 0, 0)]
     chair = [dict(zip(("mentioned", "wrong", "with_wrong"), each, strict=True)) for each in counts]
-    assert aggregate("hera_chair", chair) == pytest.approx({"CHAIRs ↓": 100 / 3, "CHAIRi ↓": 20})
+    assert TASKS["chair"].aggregate(chair) == pytest.approx({"CHAIRs ↓": 100 / 3, "CHAIRi ↓": 20})
     names = [f"{kind}_{what}" for kind in ("chair", "safe_cover", "hallu_cover") for what in ("score", "num")]
     names += ["hallu_score", "non_hallu_num"]
     amber = [dict(zip(names, counts, strict=True)) for counts in [(1, 4, 2, 7, 1, 3, 1, 1), (0, 1, 3, 3, 0, 2, 0, 1)]]
-    assert aggregate("hera_amber_g", amber) == pytest.approx({"CHAIR ↓": 20, "Cover": 50, "Hal ↓": 50, "Cog ↓": 20})
+    scores = {"CHAIR ↓": 20, "Cover": 50, "Hal ↓": 50, "Cog ↓": 20}
+    assert TASKS["amber_g"].aggregate(amber) == pytest.approx(scores)
 
 
-def test_nothing_said_is_a_score_of_zero() -> None:
-    said = [{"right": 0, "no": 1, "said_no": 0, "both_no": 0}]
-    assert set(aggregate("hera_amber_d", said).values()) == {0.0}
+def test_no_positive_answer_is_a_score_of_zero() -> None:
+    records = [{"right": 0, "no": 1, "said_no": 0, "both_no": 0}]
+    assert set(TASKS["amber_d"].aggregate(records).values()) == {0.0}
 
 
 def test_samples_without_a_group_are_groups_of_their_own() -> None:
     records = [{"right": 1}, {"right": 0, "group": 0}, {"right": 1, "group": 0}]
-    assert [sums["n"] for sums in tally("hera_gqa", records).values()] == [1, 2]
+    assert [sums["n"] for sums in TASKS["gqa"].tally(records).values()] == [1, 2]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from llamafactory_hera.backbones.build import build_backbone
 from llamafactory_hera.backbones.table import NATIVE_MODELS
 from llamafactory_hera.evaluation.vlm import HeraVLM
-from llamafactory_hera.evaluation.lines import read_json_lines
 
 from ..backbones.standins import NATIVE, save_native
 from ..backbones.test_templates import encoded

@@ -17,7 +17,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, get_token
 
 from ..files import read_json, write_json, write_text
-from .models import model_folders, weights_digest
 from .suites import SUITES, Task
 
 
@@ -39,28 +38,27 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
-    suite, data = args.suite, args.data and Path(args.data).absolute()
-    if suite.endswith(".json"):  # the user's own questions
-        file = Path(suite).absolute()
-        members, data = [replace(SUITES["demo"][0], data=file.stem, title=file.stem)], file.parent
-    elif suite in SUITES:
-        members = list(SUITES[suite])
-    else:
+    suite, data, file = args.suite, args.data and Path(args.data).absolute(), Path(args.suite).absolute()
+    members: Sequence[Task] = SUITES.get(suite, ())
+    if file.suffix == ".json" and file.is_file():  # the user's own questions
+        members, data = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)], file.parent
+    elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
-    known = {task.data: task for task in members}
+    if data and not data.is_dir():
+        raise ValueError(f"--data: {data} is not a folder; give the one that contains {members[0].name}.")
+    known = {task.name: task for task in members}
     if unknown := set(args.tasks) - set(known):
         raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(known)}.")
-    lacking = {task: missing(task, data) for task in members if not args.tasks or task.data in args.tasks}
+    lacking = {task: missing(task, data) for task in members if not args.tasks or task.name in args.tasks}
     if args.check:
-        print("\n".join(f"{task.data}: {'; '.join(lacks) or 'ready'}" for task, lacks in lacking.items()))
+        print("\n".join(f"{task.name}: {'; '.join(lacks) or 'ready'}" for task, lacks in lacking.items()))
         return int(any(lacking.values()))
     short = [Path(model).name for model in args.models]
-    names = list(args.names) or (short if len(set(short)) == len(short) else args.models)
+    names = args.names or (short if len(set(short)) == len(short) else args.models)
     if not names or len(set(names)) != len(args.models) or len(names) != len(args.models):
         raise ValueError("MODEL: give one or more models, and with --names a different name for each.")
-    backbones = read_json(Path(__file__).with_name("paper.json"))["backbones"]
-    if args.paper and args.paper not in backbones:
-        raise ValueError(f"--paper: {args.paper} is not a backbone of the paper; choose from {', '.join(backbones)}.")
+    from .vlm import model_folders, weights_digest  # importing torch takes time
+
     output, options = Path(args.output), {}
     places: dict[str, dict[Task, Path]] = {}
     for name, pretrained in zip(names, args.models, strict=True):
@@ -71,15 +69,16 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         places[name] = {task: place / _folder(task, data, [asked, args.limit]) for task in members}
         options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
     # All processes decide this before the first result is written, so that they decide alike.
-    ready = [task for task, lacks in lacking.items() if not lacks]
-    due = [(name, task) for name in names for task in ready if not (places[name][task] / "result.json").is_file()]
-    failed = [f"{task.data}: {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
-    failed += _run(args, due, places, options, data)
-    if int(os.environ.get("RANK", 0)) == 0:
+    ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
+    due = [(name, task) for name, task in ready if not (places[name][task] / "result.json").is_file()]
+    failed = [f"{task.name}: {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
+    failed += _run(args, due, places, options, data) if due else []
+    found = any((place / "result.json").is_file() for of_model in places.values() for place in of_model.values())
+    if found and int(os.environ.get("RANK", 0)) == 0:
         from .table import write_table  # importing matplotlib takes time
 
-        for name, model in zip(names, args.models, strict=True) if args.limit is None else ():
-            _write_card(model_folders(model)[0], places[name])
+        for name in names if args.limit is None else ():
+            _write_card(Path(options[name]["pretrained"]).expanduser(), places[name])
         path = output / (Path(suite).stem if args.limit is None else f"{Path(suite).stem}-limit{args.limit}")
         page, *others = write_table(path, members, places, args.paper)
         print(page.read_text(encoding="utf-8"), *others, sep="\n")
@@ -91,11 +90,10 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
 def missing(task: Task, data: Path | None) -> list[str]:
     """Lists what a task needs and does not find, with remedies."""
     found, lacks = task.find(data), []
-    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-    if found is None and (offline or "data" in task.needs):
-        lacks.append(f"its data (give --data, a folder that contains {task.data} or {task.data}.json)")
+    if found is None and ("data" in task.needs or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
+        lacks.append(f"its data (give --data, a folder that contains {task.name} or {task.name}.json)")
     elif found is None and "token" in task.needs and get_token() is None:
-        lacks.append(f"a token of the hub (run hf auth login, or give --data, a folder that contains {task.data})")
+        lacks.append(f"a token of the hub (run hf auth login, or give --data, a folder that contains {task.name})")
     for kind, _, name in (need.partition(":") for need in task.needs):
         if kind == "nltk":
             from nltk import data as nltk_data
@@ -112,8 +110,7 @@ def missing(task: Task, data: Path | None) -> list[str]:
         row = None
         try:
             for row in read_json(found):
-                if not (found.parent / row["image"]).is_file():
-                    raise ValueError(f"image: {row['image']} is not a file")
+                (found.parent / row["image"]).stat()  # fails if there is no such file
                 if task.rows is None:
                     task.record(row, [""])
         except Exception as error:  # from any judge
@@ -132,8 +129,7 @@ def _folder(task: Task, data: Path | None, settings: Sequence[Any]) -> str:
 
 def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | None) -> list[str]:
     """Runs tasks on models and returns the failures."""
-    if not due:
-        return []
+    from datasets import disable_progress_bars
     from lmms_eval.api.task import ConfigurableMessagesTask
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -143,6 +139,7 @@ def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | N
     from .vlm import HeraVLM
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it to True, which hides broken files
+    disable_progress_bars()
     manager = TaskManager(include_defaults=False)
     how: dict[str, Any] = {"limit": args.limit, "bootstrap_iters": 0, "cli_args": Namespace(process_with_media=False)}
     versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
@@ -169,24 +166,23 @@ def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | N
                 raise  # the other processes wait for this one
             retried = getattr(error, "last_attempt", None)  # lmms-eval retries some steps
             cause = (retried and retried.exception()) or error
-            if not isinstance(cause, ValueError):
-                traceback.print_exc()
+            traceback.print_exc()
             *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # a worker's traceback comes first
-            failed.append(f"{name}, {task.data}: {reason.removeprefix('ValueError: ')}")
+            failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')}")
     return failed
 
 
 def _write_card(folder: Path, places: Mapping[Task, Path]) -> None:
     """Adds the headline scores to the model card of a trained model; other models keep their card."""
-    page = folder / "README.md"
-    found = {task: read_json(path) for task, place in places.items() if (path := place / "result.json").is_file()}
-    if not (page.is_file() and (folder / "trainer_state.json").is_file() and found):
+    page, entries = folder / "README.md", []
+    if not (page.is_file() and (folder / "trainer_state.json").is_file()):
         return
-    card, entries = ModelCard.load(page, ignore_metadata_errors=True), []
-    for task, result in found.items():
-        metric, value = next(iter(result["scores"].items()))
-        data = {"task_type": "image-text-to-text", "dataset_type": task.name, "dataset_name": task.title}
-        entries.append(EvalResult(**data, metric_type=metric, metric_value=round(value, 2)))
+    for task, path in ((task, place / "result.json") for task, place in places.items()):
+        if path.is_file():
+            metric, value = next(iter(read_json(path)["scores"].items()))
+            data = ("image-text-to-text", task.name, task.title)
+            entries.append(EvalResult(*data, metric_type=metric, metric_value=round(value, 2)))
+    card = ModelCard.load(page, ignore_metadata_errors=True)
     update_index(card, folder, entries)
     write_text(page, str(card))
 

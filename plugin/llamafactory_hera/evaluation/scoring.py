@@ -1,12 +1,10 @@
-"""The parts of the suites that need code: prompts, rows, and the functions that judge answers.
+"""The functions that the suites need to prepare rows and to judge answers.
 
-Prompts and judges follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the
-paper names in appendix B. Its oddities are kept, because they move scores: it does not find the letter in "answer is:
-A", and it accepts nothing but the letter for MathVista's multiple-choice questions. The hallucination suites follow
-their authors.
+They follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper names in
+appendix B. Its oddities are kept, because they affect scores: it does not find the letter in "answer is: A", and it
+accepts only the letter for MathVista's multiple-choice questions. The hallucination suites follow their authors.
 
-A judge takes a row of the dataset and a stripped answer. It returns whether the answer is right, a score between 0 and
-1, or counts.
+A judge takes a row and a stripped answer. It returns whether the answer is right, a score from 0 to 1, or counts.
 """
 
 import os
@@ -22,8 +20,6 @@ Row = Mapping[str, Any]
 
 PHRASE = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
-#: The categories of BLINK that Cambrian's code evaluates.
-BLINK = ("Counting", "IQ_Test", "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Spatial_Relation")
 # The paper's numbers were computed with the labels as first published; lmms-eval's copy corrects two pairs.
 _MMVP_LABELS = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
 
@@ -60,13 +56,13 @@ def mmvp_rows(rows: Any) -> Any:
 
 
 def blink_rows(rows: Any) -> Any:
-    """Adds the other five categories to the first, which lmms-eval's definition names."""
+    """Adds the other categories of Cambrian's code to the first one, "Counting"."""
     if len(set(rows["sub_task"])) > 1:
         return rows
     from datasets import concatenate_datasets, load_dataset
 
-    others = [load_dataset("BLINK-Benchmark/BLINK", name, split="val") for name in BLINK[1:]]
-    return concatenate_datasets([rows, *others])
+    names = ("IQ_Test", "Object_Localization", "Relative_Depth", "Relative_Reflectance", "Spatial_Relation")
+    return concatenate_datasets([rows, *(load_dataset("BLINK-Benchmark/BLINK", name, split="val") for name in names)])
 
 
 def amber_d_rows(rows: Any) -> Any:
@@ -76,12 +72,12 @@ def amber_d_rows(rows: Any) -> Any:
     return rows.add_column("truth", [truth[number] for number in rows["id"]])
 
 
-def _last(answer: str) -> str:
+def last(answer: str) -> str:
     """Returns the text after the last "answer is" or "answer:", in lower case."""
     return re.split("answer is|answer:", answer.lower())[-1].strip()
 
 
-def _same(answer: str, target: str) -> bool:
+def same(answer: str, target: str) -> bool:
     """Compares two texts, or two numbers with a tolerance of 5 % of the target."""
     try:
         return answer == target or abs(float(answer) - float(target)) <= 0.05 * abs(float(target))
@@ -96,26 +92,21 @@ def exact(row: Row, answer: str) -> bool:
 
 def letter(row: Row, answer: str) -> bool:
     """Compares the letters of options."""
-    return _last(answer).lstrip("(")[:1] == (row.get("label") or row["answer"]).lower().strip("()")
-
-
-def pope(row: Row, answer: str) -> bool:
-    """Compares the first word."""
-    return (answer.lower().split() or [""])[0].rstrip(".:,") == row["answer"].lower()
+    return last(answer).lstrip("(")[:1] == (row.get("label") or row["answer"]).lower().strip("()")
 
 
 def scienceqa(row: Row, answer: str) -> bool:
     """Accepts the letter before the first full stop, or the option's text without punctuation."""
     bare = str.maketrans("", "", string.punctuation)
-    given, text = _last(answer).rstrip("."), row["choices"][row["answer"]].lower()
+    given, text = last(answer).rstrip("."), row["choices"][row["answer"]].lower()
     option = string.ascii_lowercase[row["answer"]]
     return given.split(".")[0] == option or given.translate(bare).strip() == text.translate(bare).strip()
 
 
 def mmmu(row: Row, answer: str) -> bool:
     """Compares the letter, or the text or number of an open question."""
-    given, choice = _last(answer), row["question_type"] == "multiple-choice"
-    return _same(given.lstrip("(")[:1] if choice else given.rstrip("."), row["answer"].lower())
+    given, choice = last(answer), row["question_type"] == "multiple-choice"
+    return same(given.lstrip("(")[:1] if choice else given.rstrip("."), row["answer"].lower())
 
 
 def mathvista(row: Row, answer: str) -> bool:
@@ -123,29 +114,16 @@ def mathvista(row: Row, answer: str) -> bool:
     target = row["answer"]
     if row["question_type"] == "multi_choice":
         target = string.ascii_uppercase[row["choices"].index(target)]
-    return _same(answer.lower(), target.lower())
-
-
-def ai2d(row: Row, answer: str) -> bool:
-    """Accepts the option's letter or number."""
-    return _last(answer).lstrip("(")[:1] in (str(row["answer"]), string.ascii_lowercase[int(row["answer"])])
-
-
-def chartqa(row: Row, answer: str) -> bool:
-    """Compares the text or number."""
-    return _same(answer.lower(), row["answer"].lower())
+    return same(answer.lower(), target.lower())
 
 
 def ocrbench(row: Row, answer: str) -> bool:
     """Looks for one of the targets in the answer; blanks do not count in formulas."""
-    formula = row["question_type"] == "Handwritten Mathematical Expression Recognition"
-
-    def plain(text: str) -> str:
-        text = text.strip().replace("\n", " ")
-        return text.replace(" ", "") if formula else text.lower()
-
     targets = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
-    return any(plain(target) in plain(answer) for target in targets)
+    texts = [text.strip().replace("\n", " ") for text in (answer, *targets)]
+    formula = row["question_type"] == "Handwritten Mathematical Expression Recognition"
+    given, *wanted = (text.replace(" ", "") if formula else text.lower() for text in texts)
+    return any(target in given for target in wanted)
 
 
 def vqa(row: Row, answer: str) -> float:
@@ -160,13 +138,8 @@ def vqa(row: Row, answer: str) -> float:
 def mmvp(row: Row, answer: str) -> bool:
     """Accepts the letter alone, or the option's text."""
     label = (_MMVP_LABELS.get(int(row["index"])) or row.get("correct answer") or row["answer"]).lower()[1]
-    given = _last(answer).rstrip(".:,").lstrip("(").rstrip(")")
+    given = last(answer).rstrip(".:,").lstrip("(").rstrip(")")
     return given in (label, row["texts"][ord(label) - ord("a")].lower())
-
-
-def realworldqa(row: Row, answer: str) -> bool:
-    """Compares the first word."""
-    return _last(answer).rstrip(".").split()[:1] == [row["answer"].lower()]
 
 
 def blink(row: Row, answer: str) -> bool:
@@ -200,8 +173,3 @@ def amber_d(row: Row, answer: str) -> dict[str, int]:
     said = next((word for word in ("yes", "no") if re.match(rf"{word}\b", answer.lower())), "")
     no, said_no = int(row["truth"] == "no"), int(said == "no")
     return {"right": int(said == row["truth"]), "no": no, "said_no": said_no, "both_no": no * said_no}
-
-
-def hallusionbench(row: Row, answer: str) -> bool:
-    """Reads yes if the answer contains it, otherwise no."""
-    return str(int("yes" in answer.lower())) == str(row["gt_answer"])

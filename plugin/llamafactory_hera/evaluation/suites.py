@@ -1,11 +1,10 @@
 """The suites of benchmarks: their data, prompts and judges, and how scores are computed from records.
 
-The record of a sample is a flat dict. Samples that depend on each other (the questions about an image, a question with
-its options permuted) share a ``group``, and confidence intervals resample groups. All scores are functions of sums
-over groups.
+The record of a sample is a flat dict. Samples that depend on each other, such as the questions about an image, share a
+``group``. Confidence intervals resample groups, so every score is a function of sums over groups.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,27 +16,24 @@ import numpy as np
 from . import scoring as by
 from .scoring import LETTER, PHRASE, Row
 
-Records = Sequence[Mapping[str, Any]]
 #: Sums by name: numbers, or arrays with one number for each resample.
-Sums = Mapping[str, Any]
-#: The name of a column, or a function of a row.
-Column = str | Callable[[Row], Any]
+Sums = Counter[str]
+Records = Sequence[Mapping[str, Any]]
 
 
-def _sum(records: Records) -> dict[str, float]:
+def _sum(records: Records) -> Sums:
     """Sums the numbers of a group's records.
 
     It also counts samples (``n``), right ones, groups and groups with only right samples (``all``); if records have a
     category, all of this by category, as in ``color/right``.
     """
-    sums: dict[str, float] = defaultdict(float)
+    sums: Sums = Counter()
     for record in records:
-        for name in record.keys() - {"group", "category", "right"}:
-            sums[name] += record[name]
+        sums.update({name: value for name, value in record.items() if name not in ("group", "category", "right")})
     for category in {"", *(f"{record['category']}/" for record in records if "category" in record)}:
         right = [one.get("right", 0) for one in records if category in ("", f"{one.get('category')}/")]
         counts = {"n": len(right), "right": sum(right), "groups": 1, "all": int(all(right))}
-        sums |= {category + name: count for name, count in counts.items()}
+        sums.update({category + name: count for name, count in counts.items()})
     return sums
 
 
@@ -81,32 +77,23 @@ def _amber_d(sums: Sums) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One benchmark of a suite.
+    """One benchmark of a suite."""
 
-    ``needs`` lists what :func:`~.run.missing` looks for: ``token`` (a login at the hub), ``data`` (local data),
-    ``nltk:PATH``, ``spacy:PACKAGE`` or ``env:VARIABLE`` (the name of a folder).
-    """
-
-    data: str  # name of the local data: a folder of datasets' save_to_disk, or with .json a file of rows
+    name: str  # also of local data: a folder of datasets' save_to_disk, or with .json a file of rows
     title: str
     category: str
     n: int | None  # samples of the complete task, if known
-    prompt: Column  # a Jinja template over the columns of a row, or a function
+    prompt: str | Callable[[Row], str]  # a Jinja template over the columns of a row, or a function
     judge: Callable[[Row, str], bool | float | dict[str, Any]]
     tokens: int = 512  # maximum length of an answer
-    source: str = ""  # lmms-eval's definition, which names the dataset; default: <data>/<data>.yaml
-    needs: tuple[str, ...] = ("token",)
-    group: Column = ""
-    kind: Column = ""  # becomes the category of a record
+    source: str = ""  # lmms-eval's definition, which names the dataset; default: <name>/<name>.yaml
+    needs: tuple[str, ...] = ("token",)  # a login at the hub; or data, nltk:PATH, spacy:PACKAGE, env:FOLDER
+    group: str | Callable[[Row], Any] = ""  # a column, or a function of a row
+    kind: str | Callable[[Row], str] = ""  # becomes the category of a record
     rows: Callable[[Any], Any] | None = None  # is applied to the loaded dataset
     score: Callable[[Sums], dict[str, Any]] = _accuracy  # from the sums of all groups; the headline score is first
     comparable: str = "same"  # with the paper: same, close, no, or empty if the paper does not report it
     why: str = ""  # the reason if it is not the same
-
-    @property
-    def name(self) -> str:
-        """The name for lmms-eval and in results."""
-        return f"hera_{self.data}"
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Judges an answer and returns its record, in the form that lmms-eval expects."""
@@ -127,15 +114,12 @@ class Task:
 
     def aggregate(self, records: Records) -> dict[str, float]:
         """Computes the scores of all records in percent (MME: points), the headline score first."""
-        total: dict[str, float] = defaultdict(float)
-        for sums in self.tally(records).values():
-            for name, value in sums.items():
-                total[name] += value
+        total = sum(self.tally(records).values(), Counter())
         return {name: float(value) for name, value in self.score(total).items()}
 
     def find(self, data: Path | None) -> Path | None:
         """Returns the path of the task's data in a folder; None if they are at the hub."""
-        places = [] if data is None else [data / self.data, data / f"{self.data}.json"]
+        places = [] if data is None else [data / self.name, data / f"{self.name}.json"]
         return next((path for path in places if path.exists()), None)
 
     def definition(self, data: Path | None = None) -> dict[str, Any]:
@@ -145,7 +129,7 @@ class Task:
 
         config: dict[str, Any] = {"test_split": "test"}
         if "data" not in self.needs:
-            source = Path(str(tasks.__file__)).parent / (self.source or f"{self.data}/{self.data}.yaml")
+            source = Path(str(tasks.__file__)).parent / (self.source or f"{self.name}/{self.name}.yaml")
             # mode "simple" skips the functions of the definition, and the packages that they import
             theirs = load_yaml_config(str(source), mode="simple")
             config = {key: theirs.get(key) for key in ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")}
@@ -174,9 +158,8 @@ def _open_images(folder: Path, process: Callable[[Any], Any] | None, rows: Any) 
     """Replaces the paths in the column ``image``, which are relative to a folder, by images."""
     from datasets import Image
 
-    if "image" in rows.column_names:
-        rows = rows.map(lambda row: {"image": str(folder / row["image"])}, keep_in_memory=True)
-        rows = rows.cast_column("image", Image())
+    rows = rows.map(lambda row: {"image": str(folder / row["image"])}, keep_in_memory=True)
+    rows = rows.cast_column("image", Image())
     return process(rows) if process else rows
 
 
@@ -202,15 +185,18 @@ SUITES: dict[str, tuple[Task, ...]] = {
     ),
     "paper": (
         Task("gqa", "GQA", "General", 12578, _ASK + PHRASE, by.exact, 128, group="imageId", rows=by.gqa_rows),
-        Task("pope", "POPE", "General", 9000, _ASK + PHRASE, by.pope, 128, group="image_source"),
+        Task("pope", "POPE", "General", 9000, _ASK + PHRASE,  # the first word counts
+             lambda row, given: (given.lower().split() or [""])[0].rstrip(".:,") == row["answer"].lower(), 128,
+             group="image_source"),
         Task("mme", "MME", "General", 2374, _ASK + PHRASE, by.exact, 32, kind="category", score=_mme,
              group=lambda row: f"{row['category']}/{row['question_id']}"),
         Task("mmbench", "MMBench", "General", 4329,
              _HINT + _options(_QUESTION, "[A, B, C, D] | reject('in', (none, 'nan'))") + LETTER, by.letter,
              source="mmbench/mmbench_en_dev_static.yaml", score=_group_accuracy,
              group=lambda row: int(row["index"]) % 1_000_000),  # a question and its copies with permuted options
-        Task("seed", "SEED", "General", 14233, _options(_QUESTION, "[choice_a, choice_b, choice_c, choice_d]") + LETTER,
-             by.letter, source="seedbench/seedbench.yaml",
+        Task("seed", "SEED", "General", 14233,
+             _options(_QUESTION, "[choice_a, choice_b, choice_c, choice_d]") + LETTER, by.letter,
+             source="seedbench/seedbench.yaml",
              rows=lambda rows: rows.filter(lambda kind: kind == "image", input_columns="data_type")),  # no videos
         Task("scienceqa", "ScienceQA", "Knowledge", 2017,
              _options("{% if hint %}{{hint}} {% endif %}{{question}}", "choices") + _ONLY_LETTER, by.scienceqa,
@@ -219,9 +205,10 @@ SUITES: dict[str, tuple[Task, ...]] = {
         Task("mathvista", "MathVista", "Knowledge", 1000,
              f"{{{{query}}}}\n{{{{{_REASON!r} if question_type == 'multi_choice' else {PHRASE!r}}}}}", by.mathvista,
              source="mathvista/mathvista_testmini_format.yaml"),
-        Task("ai2d", "AI2D", "Knowledge", 3088, _options("{{question}}", "options") + LETTER, by.ai2d),
+        Task("ai2d", "AI2D", "Knowledge", 3088, _options("{{question}}", "options") + LETTER,  # a letter or a number
+             lambda row, given: by.last(given).lstrip("(")[:1] in (str(row["answer"]), "abcd"[int(row["answer"])])),
         Task("chartqa", "ChartQA", "OCR", 2500, _ASK + "Answer the question using a single number or phrase.",
-             by.chartqa, 128),
+             lambda row, given: by.same(given.lower(), row["answer"].lower()), 128),
         Task("ocrbench", "OCRBench", "OCR", 1000, _ASK + "Give the short answer directly.", by.ocrbench),
         Task("textvqa", "TextVQA", "OCR", 5000,
              _ASK + "{{('Reference OCR tokens: ' ~ ocr_tokens | join(', ')) | trim}}\n" + PHRASE, by.vqa, needs=(),
@@ -230,13 +217,14 @@ SUITES: dict[str, tuple[Task, ...]] = {
              source="vizwiz_vqa/vizwiz_vqa_val.yaml"),
         Task("mmvp", "MMVP", "Vision", 300, _options(_QUESTION, "texts") + LETTER, by.mmvp, score=_group_accuracy,
              group=lambda row: (int(row["index"]) - 1) // 2, rows=by.mmvp_rows),
-        Task("realworldqa", "RealWorldQA", "Vision", 765, "{{question}}", by.realworldqa),
+        Task("realworldqa", "RealWorldQA", "Vision", 765, "{{question}}",  # the first word counts
+             lambda row, given: by.last(given).rstrip(".").split()[:1] == [row["answer"].lower()]),
         Task("blink", "BLINK", "Vision", 793, "{{prompt}}\n" + _ONLY_LETTER, by.blink, 32, needs=(),
              source="blink/blink_counting.yaml", rows=by.blink_rows),
         # some copies of V* contain the instruction
         Task("vstar", "V*", "Vision", 191, f"{{{{text.rstrip().removesuffix(\"{LETTER}\").rstrip()}}}}\n{LETTER}",
              by.letter, 32, source="vstar_bench/vstar_bench.yaml", needs=()),
-        Task("cv_bench", "CV-Bench", "Vision", 2638, "{{prompt}}\n" + LETTER, by.letter, kind="source", needs=(),
+        Task("cv_bench", "CV-Bench", "Vision", 2638, "{{prompt}}\n" + LETTER, by.letter, needs=(), kind="source",
              score=_cv_bench),
     ),
     "hallucination": (
@@ -248,7 +236,8 @@ SUITES: dict[str, tuple[Task, ...]] = {
              comparable="close", why="uses spaCy's medium word vectors if they are installed"),
         Task("amber_d", "AMBER discriminative", "Hallucination", 14216, "{{query}}", by.amber_d, 128,
              needs=("data", "env:AMBER_BASE_DIR"), rows=by.amber_d_rows, score=_amber_d),
-        Task("hallusionbench", "HallusionBench", "Hallucination", 951, _ASK + PHRASE, by.hallusionbench, 128,
+        Task("hallusionbench", "HallusionBench", "Hallucination", 951, _ASK + PHRASE,
+             lambda row, given: str(int("yes" in given.lower())) == str(row["gt_answer"]), 128,
              source="hallusion_bench/hallusion_bench_image.yaml",
              score=_ratios(qAcc=("all", "groups"), easy=("easy/all", "easy/groups"), hard=("hard/all", "hard/groups")),
              group=lambda row: " ".join(f"{row[of]}" for of in ("category", "subcategory", "set_id", "question_id")),

@@ -1,6 +1,6 @@
 """The table that compares models: Markdown, JSON and a picture, next to the numbers that the paper reports."""
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,22 +24,21 @@ class Line:
 
     key: str  # the name of the task, and of the score if there are several; or the category
     title: str
-    n: int | None = None
-    comparable: str = ""
+    n: int | None
+    comparable: str
     why: str = ""
     scale: float = 1.0  # the factor in averages and in the picture
-    complete: bool = True  # whether all samples of the task were evaluated
     average: bool = False
     values: dict[str, float] = field(default_factory=dict)  # by model
-    #: By model: the difference to the first model, and its 2.5 and 97.5 percentiles over resamples.
-    differences: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    draws: dict[str, Any] = field(default_factory=dict)  # by model, the differences of all resamples
+    draws: dict[str, Any] = field(default_factory=dict)  # by model, differences to the first one in all resamples
     paper: dict[str, float] = field(default_factory=dict)  # LLaVA, HeRA, gain
 
-    def compare(self, model: str, difference: float, draws: Any) -> None:
-        """Stores the difference of a model to the first one, and its resamples."""
-        low, high = np.percentile(draws, [2.5, 97.5])
-        self.draws[model], self.differences[model] = draws, (difference, float(low), float(high))
+    @property
+    def differences(self) -> dict[str, tuple[float, ...]]:
+        """By model, the difference to the first one and its 2.5 and 97.5 percentiles over resamples."""
+        ends = {model: np.percentile(draws, [2.5, 97.5]).tolist() for model, draws in self.draws.items()}
+        first = next(iter(self.values.values()), 0.0)
+        return {model: (self.values[model] - first, low, high) for model, (low, high) in ends.items()}
 
 
 def write_table(
@@ -55,18 +54,19 @@ def write_table(
         folders: By model and task, the folder of the result, if there is one. The first model is the reference.
         paper: A backbone of the paper, such as ``qwen3_8b``, for the paper's columns.
     """
-    known, models, lines = read_json(PAPER), list(folders), []
-    reported, generator = known["backbones"].get(paper, {}), np.random.default_rng(0)
+    known, models, generator = read_json(PAPER), list(folders), np.random.default_rng(0)
+    lines: list[Line] = []
     for category in dict.fromkeys(task.category for task in tasks):
         members = [_lines(task, folders, generator) for task in tasks if task.category == category]
         lines += [line for member in members for line in member]
         if path.name == "paper":
-            lines.append(_average(category, f"{category}, average", [member[0] for member in members], models))
+            lines.append(_average(category, [member[0] for member in members], models))
     if path.name == "paper":
-        lines.append(_average("All", "All 18, average", [line for line in lines if not line.average], models))
+        lines.append(_average("All", [line for line in lines if not line.average], models))
+    reported = known["backbones"].get(paper, {})
     for line in lines:
-        found = {run: dict(zip(known["columns"], reported[run], strict=False)) for run in ("LLaVA", "HeRA") if reported}
-        line.paper = {run: values[line.key] for run, values in found.items() if line.key in values}
+        found = {name: reported[name].get(line.key) for name in ("LLaVA", "HeRA") if reported}
+        line.paper = {name: value for name, value in found.items() if value is not None}
         if len(line.paper) == 2:
             line.paper["gain"] = round(line.paper["HeRA"] - line.paper["LLaVA"], 1)
     page, data, picture = (path.with_name(f"{path.name}.{kind}") for kind in ("md", "json", "png"))
@@ -80,31 +80,25 @@ def write_table(
 
 def _lines(task: Task, folders: Mapping[str, Mapping[Task, Path]], generator: np.random.Generator) -> list[Line]:
     """Makes a line for each score of a task."""
-    results, tallies = {}, {}
-    for model, places in folders.items():
-        if (places[task] / "result.json").is_file():
-            results[model] = read_json(places[task] / "result.json")
-            tallies[model] = task.tally(results[model]["records"])
+    paths = {model: places[task] / "result.json" for model, places in folders.items()}
+    results = {model: read_json(path) for model, path in paths.items() if path.is_file()}
     if not results:
         return [Line(task.name, task.title, None, task.comparable, task.why)]
+    tallies = {model: task.tally(result["records"]) for model, result in results.items()}
     first, reference, lines = next(iter(results)), next(iter(folders)), {}
     n, several = results[first]["n"], len(results[first]["scores"]) > 1
-    complete = task.n in (None, n)
-    remark = (task.comparable, task.why) if complete else ("no", f"{n} of {task.n} samples")
+    remark = (task.comparable, task.why) if task.n in (None, n) else ("no", f"{n} of {task.n} samples")
     for score in results[first]["scores"]:
         key, title = task.name + several * f"/{score}", task.title + several * f": {score}"
-        in_category = int(sum(sums.get(f"{score}/n", 0) for sums in tallies[first].values()))
-        lines[score] = Line(key, title, in_category or n, *remark, 0.05 if task.title == "MME" else 1.0, complete)
+        in_category = sum(sums[f"{score}/n"] for sums in tallies[first].values())
+        lines[score] = Line(key, title, in_category or n, *remark, 0.05 if task.title == "MME" else 1.0)
     for model, result in results.items():
-        same = reference in results and list(tallies[model]) == list(tallies[reference])
-        if model != reference and same:
+        for score, line in lines.items() if result["n"] == n else ():  # a line holds values of the same samples
+            line.values[model] = result["scores"][score]
+        if model != reference and list(tallies[model]) == list(tallies.get(reference, ())):
             before, after = _resample(task, [tallies[reference], tallies[model]], generator)
-        for score, line in lines.items():
-            if result["n"] == n:  # a line holds values of the same samples only
-                line.values[model] = result["scores"][score]
-            if model != reference and same:
-                difference = result["scores"][score] - results[reference]["scores"][score]
-                line.compare(model, difference, after[score] - before[score])
+            for score, line in lines.items():
+                line.draws[model] = after[score] - before[score]
     return list(lines.values())
 
 
@@ -115,23 +109,23 @@ def _resample(task: Task, tallies: Sequence[Mapping], generator: np.random.Gener
     table = np.array([[sums.get(name, 0.0) for sums in same for name in names] for same in members])
     times = (np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(_RESAMPLES))
     totals = np.split(np.stack([times_each @ table for times_each in times]), len(tallies), axis=1)
-    return [task.score(defaultdict(float, zip(names, total.T, strict=True))) for total in totals]
+    return [task.score(Counter(dict(zip(names, total.T, strict=True)))) for total in totals]
 
 
-def _average(key: str, title: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
+def _average(key: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
     """Averages scores, for the models that have complete results of all of them."""
-    average = Line(key, title, None, max((line.comparable for line in lines), key=_RANKS.index), average=True)
-    for model in models:
-        if all(line.complete and model in line.values for line in lines):
+    worst = max((line.comparable for line in lines), key=_RANKS.index)
+    average = Line(key, f"{key}, average", None, worst, average=True)
+    for model in models if average.comparable != "no" else ():
+        if all(model in line.values for line in lines):
             average.values[model] = float(np.mean([line.values[model] * line.scale for line in lines]))
-        if all(line.complete and model in line.draws for line in lines):
-            draws = np.mean([line.draws[model] * line.scale for line in lines], axis=0)
-            average.compare(model, average.values[model] - average.values[models[0]], draws)
+        if all(model in line.draws for line in lines):
+            average.draws[model] = np.mean([line.draws[model] * line.scale for line in lines], axis=0)
     return average
 
 
 def _signed(value: float) -> str:
-    return f"{round(value, 1) + 0:+.1f}".replace("-", "−")  # adding 0 makes -0.0 positive
+    return f"{value:+z.1f}".replace("-", "−")
 
 
 def _markdown(lines: Sequence[Line], models: Sequence[str], source: str) -> str:
@@ -144,18 +138,17 @@ def _markdown(lines: Sequence[Line], models: Sequence[str], source: str) -> str:
         cells = [line.title, str(line.n or "")]
         cells += [f"{line.values[model]:.1f}" if model in line.values else "–" for model in models]
         for model in others:
-            signed = [_signed(value) for value in line.differences.get(model, ())]
-            cells.append("{} ({} … {})".format(*signed) if signed else "–")
+            signed = map(_signed, line.differences.get(model, ()))
+            cells.append("{} ({} … {})".format(*signed) if model in line.differences else "–")
         cells += [form(line.paper[name]) if name in line.paper else "–" for name, form in forms.items()]
-        cells = [f"**{cell}**" if line.average and cell else cell for cell in cells]
+        if line.average:
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
         table.append([*cells, *((line.comparable, line.why) if remarks else ())])
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
-    notes = ["Scores are in percent; ↓ marks scores of which less is better."]
-    if any(line.scale != 1 for line in lines):
-        notes.append("MME is in points, and divided by 20 in averages.")
-    if others:
-        notes.append("Parentheses: 95 % confidence interval of the difference, from resampling the samples.")
-    notes += [f"Paper: {source}."] if source else []
+    notes = ["Scores are in percent; for those with ↓, less is better."]
+    notes += ["MME is in points, and divided by 20 in averages."] if any(line.scale != 1 for line in lines) else []
+    notes += ["Parentheses: 95 % interval of the difference over resamples of the data."] if others else []
+    notes += [f"Paper, {source}."] if source else []
     return "\n".join([rows[0], "| --- " * len(table[0]) + "|", *rows[1:], "", " ".join(notes), ""])
 
 
@@ -165,15 +158,14 @@ def _draw(lines: Sequence[Line], models: Sequence[str], path: Path) -> None:
     figure = new_figure(8.0, 1.2 + 0.3 * len(lines))
     axes, drawn = figure.subplots(), others or models
     for position, model in enumerate(drawn):
-        points = []
+        offset, points = (position - (len(drawn) - 1) / 2) * min(0.22, 0.8 / len(drawn)), []
         for place, line in enumerate(lines):
-            of = line.differences if others else {name: (value,) * 3 for name, value in line.values.items()}
-            if model in of:
-                offset = (position - (len(drawn) - 1) / 2) * min(0.22, 0.8 / len(drawn))
-                points.append((place + offset, *(line.scale * value for value in of[model])))
+            ends = line.differences if others else {name: 3 * (value,) for name, value in line.values.items()}
+            if model in ends:
+                points.append((place + offset, *(line.scale * value for value in ends[model])))
         if points:
             y, middle, low, high = np.array(points).T
-            color = SERIES[models.index(model) % len(SERIES)]
+            color = SERIES[models.index(model) % len(SERIES)]  # by position among all models, as in other pictures
             axes.hlines(y, low, high, color=color, linewidth=1.6)
             axes.plot(middle, y, "o", color=color, markersize=5, label=model)
     gains = [(line.paper["gain"], place) for place, line in enumerate(lines) if "gain" in line.paper]
@@ -186,6 +178,5 @@ def _draw(lines: Sequence[Line], models: Sequence[str], path: Path) -> None:
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel(f"difference to {reference} in points, with 95 % interval" if others else "percent")
     plain(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     save_figure(figure, path)

@@ -1,8 +1,10 @@
-"""The model class ``hera_vlm`` for lmms-eval: any multimodal chat model of transformers, or an adapter."""
+"""The model class ``hera_vlm`` for lmms-eval: a multimodal chat model of transformers, or an adapter of one."""
 
 import hashlib
 import json
 import os
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,11 +19,14 @@ from lmms_eval.api.model import lmms
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from .models import load
+from ..files import read_json
+from ..hub import local_folder, weight_files
 
-Conversation = list[dict[str, Any]]
+_ADAPTER = "adapter_config.json"
+# The files besides the weights that affect an answer.
+_SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|chat_template|vocab|merges|adapter_)")
 
 
 class HeraVLM(lmms):
@@ -34,11 +39,9 @@ class HeraVLM(lmms):
         batch_size: Samples in a batch.
         device: By default, the device that accelerate chooses.
         dtype: ``auto`` (as stored) or a torch dtype; by default ``auto`` on an accelerator and ``float32`` on a CPU.
-        image_aspect_ratio: ``none``, or ``pad``: pads images to squares in the processor's mean color.
-        image_newline: Adds a line break after the images, as in training data of LLaVA's format, if the chat template
-            does not.
-        answers: A JSONL file. Answers are read from it and appended to it; each process but the first appends to a
-            file of its own, next to it.
+        image_aspect_ratio: ``none``, or ``pad`` to pad images to squares in the processor's mean color.
+        image_newline: Whether to put a line break after the images if the chat template does not.
+        answers: A JSONL file to read answers from and to append them to; further processes append to files next to it.
         key: Identifies the weights; an answer is read if key, prompt, images and settings are the same.
     """
 
@@ -61,9 +64,9 @@ class HeraVLM(lmms):
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.device = torch.device(device) if device else self.accelerator.device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.batch_size, self._newline = int(batch_size), ""
+        self.batch_size = int(batch_size)
         dtype = dtype or ("auto" if torch.accelerator.is_available() else "float32")
-        self.model, self.processor = load(pretrained, dtype, self.device)
+        self.model, self.processor = _load(pretrained, dtype, self.device)
         self.tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -75,21 +78,20 @@ class HeraVLM(lmms):
         pad = self.tokenizer.pad_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=pad)
         probe = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}])
-        if image_newline and not probe.partition("Q")[0].endswith("\n"):
-            self._newline = "\n"
+        self._newline = "\n" * (image_newline and not probe.partition("Q")[0].endswith("\n"))
         self._key, self._answers, self._file = f"{key} {self.model.dtype}", {}, answers and Path(answers)
         if self._file:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             for file in self._file.parent.glob(f"{self._file.stem}*.jsonl"):
-                self._answers |= {line["key"]: line for line in read_json_lines(file)}
+                for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                    with suppress(ValueError):  # a killed process left the line incomplete
+                        self._answers[json.loads(text)["key"]] = json.loads(text)
             self._file = self._file.with_stem(f"{self._file.stem}.{self.rank}") if self.rank else self._file
-            with self._file.open("a") as lines:
-                lines.write("\n" if lines.tell() else "")  # ends a line that a killed process left incomplete
 
     def clean(self) -> None:
         """Keeps the model for the next task; lmms-eval would delete it after each."""
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Arranges messages as in training: RGB images first, then one text without image tokens."""
         arranged = []
         for message in messages:
@@ -105,11 +107,11 @@ class HeraVLM(lmms):
             arranged.append({"role": message["role"], "content": content})
         return arranged
 
-    def prompt(self, conversation: Conversation) -> str:
+    def prompt(self, conversation: list[dict[str, Any]]) -> str:
         """Renders the text of a conversation, with one token for each image."""
         return self.processor.apply_chat_template([conversation], add_generation_prompt=True)[0]
 
-    def inputs(self, conversations: Sequence[Conversation]) -> dict[str, torch.Tensor]:
+    def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         """Makes the model's inputs from conversations that either all have images or all have none."""
         how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
         return dict(self.processor.apply_chat_template(list(conversations), add_generation_prompt=True, **how))
@@ -119,6 +121,7 @@ class HeraVLM(lmms):
         # Texts of similar length need little padding. The longest come first, so that a lack of memory shows early.
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[2]), -len(requests[i].args[0])))
         batches: Any = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked, as a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
         options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
@@ -128,23 +131,18 @@ class HeraVLM(lmms):
             for rows, settings, inputs in parts:
                 for row, ids in zip(rows, self._generate(inputs, settings), strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    for stop in settings["until"]:
+                    for stop in [until] if isinstance(until := settings["until"], str) else until:
                         text = text.split(stop)[0]
                     lines[row] |= {"answer": text.strip(), "ids": ids}
                 if self._file:
-                    with self._file.open("a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(lines[row], ensure_ascii=False) + "\n" for row in rows)
+                    with self._file.open("a", encoding="utf-8") as file:  # the line break ends an incomplete line
+                        file.writelines("\n" + json.dumps(lines[row], ensure_ascii=False) for row in rows)
             for row, line in lines.items():
                 answers[row] = line["answer"]
         return answers
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
-        """Reads samples, and makes inputs for those that have no answer yet.
-
-        Returns:
-            A line of the answers file for each sample, and for each part of the batch that is generated at once: its
-            samples, their settings and the model's inputs.
-        """
+        """Returns a line for each sample, and samples, settings and inputs of those parts that have no answer yet."""
         lines: dict[int, dict[str, Any]] = {}
         groups = defaultdict(list)
         for row in batch:
@@ -152,9 +150,12 @@ class HeraVLM(lmms):
             try:
                 conversation = self.conversation(messages_of(self.task_dict[task][split][doc_id]))
             except OSError as error:
-                sample = f"sample {doc_id} (from 0) of {task}"
-                raise ValueError(f"{sample}: its image cannot be read ({error}); replace or remove it.") from error
-            prompt, settings = self.prompt(conversation), _settings(asked)
+                raise ValueError(f"sample {doc_id} (from 0) of {task}: replace its image ({error}).") from error
+            if asked.get("do_sample") and asked.get("temperature", 1.0):
+                raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
+            settings: dict[str, Any] = {"max_new_tokens": int(asked.get("max_new_tokens") or 1024)}
+            settings |= {"num_beams": int(asked.get("num_beams") or 1), "until": asked.get("until") or []}
+            prompt = self.prompt(conversation)
             digest = hashlib.sha256(repr([self._key, prompt, settings]).encode())
             images = [part["image"] for message in conversation for part in message["content"] if "image" in part]
             for image in images:
@@ -191,19 +192,52 @@ class HeraVLM(lmms):
     generate_until_multi_round = loglikelihood
 
 
-def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects the generation settings of a task that affect a greedy answer."""
-    if asked.get("do_sample") and asked.get("temperature", 1.0):
-        raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
-    until, beams = asked.get("until") or [], int(asked.get("num_beams") or 1)
-    until = [until] if isinstance(until, str) else list(until)
-    return {"max_new_tokens": int(asked.get("max_new_tokens") or 1024), "num_beams": beams, "until": until}
+def model_folders(name: str) -> list[Path]:
+    """Finds the folder of a model (by path or hub id), or the folders of an adapter and of its base model.
+
+    Raises:
+        ValueError: The model, or the base model of the adapter, does not exist.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / _ADAPTER).is_file():
+        return [local_folder(name, "MODEL", "a multimodal model, or the folder of an adapter")]
+    base, key = read_json(folder / _ADAPTER).get("base_model_name_or_path"), "base_model_name_or_path"
+    what = "the model that the adapter was trained on, as a hub id or a path from the working directory"
+    return [folder, local_folder(base or "", f"{key} of the adapter {folder}", what)]
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Reads the lines of a JSONL file, except one that a killed process left incomplete."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+def weights_digest(folders: Sequence[Path]) -> str:
+    """Computes a digest of the files that affect answers: weights, adapter, tokenizer, chat template and settings."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        files = [path for path in folder.iterdir() if path.is_file() and _SETTINGS.match(path.name)]
+        for path in sorted({*files, *(weight_files(folder) if folder == folders[-1] else ())}):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
+    """Loads a model, with its adapter merged, and the processor: the adapter's if it has one, or the base model's.
+
+    Raises:
+        ValueError: The model takes no images, has no chat template, or its weights are incomplete.
+    """
+    folders = model_folders(name)
+    source = next((folder for folder in folders if any(folder.glob("*processor_config.json"))), folders[-1])
+    processor: Any = AutoProcessor.from_pretrained(source)
+    for attribute in ("image_processor", "chat_template"):
+        if getattr(processor, attribute, None) is None:
+            raise ValueError(f"MODEL: {source} has no {attribute.replace('_', ' ')}; give a multimodal chat model.")
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folders[-1], **options)
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"MODEL: {folders[-1]} lacks {len(missing)} weights, such as {missing[0]}; copy it again.")
+    for folder in folders[:-1]:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():  # PEFT would keep random numbers
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return model.eval(), processor
