@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
-    suites = "demo, paper, hallucination, or a .json file of your own questions (default: %(default)s)"
+    suites = "demo, paper, hallucination, or a .json file of your questions (default: %(default)s)"
     evaluate.add_argument("--suite", default="demo", help=suites)
     evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
     local = "folder of local data: for each task a folder or a .json file (default: download from the hub)"

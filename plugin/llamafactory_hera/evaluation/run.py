@@ -40,7 +40,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
     suite, data, file = args.suite, args.data and Path(args.data).absolute(), Path(args.suite).absolute()
     members: Sequence[Task] = SUITES.get(suite, ())
-    if file.suffix == ".json" and file.is_file():  # the user's own questions
+    if file.suffix == ".json" and file.is_file():  # the user's questions
         members, data = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)], file.parent
     elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
@@ -53,8 +53,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     if args.check:
         print("\n".join(f"{task.name}: {'; '.join(lacks) or 'ready'}" for task, lacks in lacking.items()))
         return int(any(lacking.values()))
-    short = [Path(model).name for model in args.models]
-    names = args.names or (short if len(set(short)) == len(short) else args.models)
+    names = args.names or [Path(model).name for model in args.models]
     if not names or len(set(names)) != len(args.models) or len(names) != len(args.models):
         raise ValueError("MODEL: give one or more models, and with --names a different name for each.")
     from .vlm import model_folders, weights_digest  # importing torch takes time
@@ -68,13 +67,13 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         place = output / f"{Path(pretrained).name}-{asked['key'][:8]}"
         places[name] = {task: place / _folder(task, data, [asked, args.limit]) for task in members}
         options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
-    # All processes decide this before the first result is written, so that they decide alike.
+    # This is decided before the first result is written, so that all processes agree.
     ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
     due = [(name, task) for name, task in ready if not (places[name][task] / "result.json").is_file()]
     failed = [f"{task.name}: {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
     failed += _run(args, due, places, options, data) if due else []
-    found = any((place / "result.json").is_file() for of_model in places.values() for place in of_model.values())
-    if found and int(os.environ.get("RANK", 0)) == 0:
+    finished = any((places[name][task] / "result.json").is_file() for name, task in ready)
+    if finished and int(os.environ.get("RANK", 0)) == 0:
         from .table import write_table  # importing matplotlib takes time
 
         for name in names if args.limit is None else ():

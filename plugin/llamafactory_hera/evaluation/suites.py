@@ -105,7 +105,7 @@ class Task:
         return {"hera": record}
 
     def tally(self, records: Records) -> dict[Any, Sums]:
-        """Computes the sums of each group, in order; a record without a group is a group of its own."""
+        """Computes the sums of each group, in order; a record without a group forms one."""
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for place, record in enumerate(records):
             group = record.get("group")

@@ -65,8 +65,7 @@ def write_table(
         lines.append(_average("All", [line for line in lines if not line.average], models))
     reported = known["backbones"].get(paper, {})
     for line in lines:
-        found = {name: reported[name].get(line.key) for name in ("LLaVA", "HeRA") if reported}
-        line.paper = {name: value for name, value in found.items() if value is not None}
+        line.paper = {run: reported[run][line.key] for run in ("LLaVA", "HeRA") if line.key in reported.get(run, ())}
         if len(line.paper) == 2:
             line.paper["gain"] = round(line.paper["HeRA"] - line.paper["LLaVA"], 1)
     page, data, picture = (path.with_name(f"{path.name}.{kind}") for kind in ("md", "json", "png"))

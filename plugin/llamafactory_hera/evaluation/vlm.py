@@ -24,7 +24,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from ..files import read_json
 from ..hub import local_folder, weight_files
 
-_ADAPTER = "adapter_config.json"
 # The files besides the weights that affect an answer.
 _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|chat_template|vocab|merges|adapter_)")
 
@@ -131,7 +130,7 @@ class HeraVLM(lmms):
             for rows, settings, inputs in parts:
                 for row, ids in zip(rows, self._generate(inputs, settings), strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    for stop in [until] if isinstance(until := settings["until"], str) else until:
+                    for stop in settings["until"]:
                         text = text.split(stop)[0]
                     lines[row] |= {"answer": text.strip(), "ids": ids}
                 if self._file:
@@ -153,8 +152,8 @@ class HeraVLM(lmms):
                 raise ValueError(f"sample {doc_id} (from 0) of {task}: replace its image ({error}).") from error
             if asked.get("do_sample") and asked.get("temperature", 1.0):
                 raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
-            settings: dict[str, Any] = {"max_new_tokens": int(asked.get("max_new_tokens") or 1024)}
-            settings |= {"num_beams": int(asked.get("num_beams") or 1), "until": asked.get("until") or []}
+            n_tokens, until = int(asked.get("max_new_tokens") or 1024), asked.get("until") or []
+            settings = {"max_new_tokens": n_tokens, "until": [until] if isinstance(until, str) else list(until)}
             prompt = self.prompt(conversation)
             digest = hashlib.sha256(repr([self._key, prompt, settings]).encode())
             images = [part["image"] for message in conversation for part in message["content"] if "image" in part]
@@ -165,15 +164,14 @@ class HeraVLM(lmms):
             if lines[row] is line:  # processors do not mix samples with and without images
                 groups[bool(images), repr(settings)].append((row, settings, conversation))
         parts = [tuple(zip(*group, strict=True)) for group in groups.values()]
-        return lines, [(rows, settings[0], self.inputs(told)) for rows, settings, told in parts]
+        return lines, [(rows, settings[0], self.inputs(group)) for rows, settings, group in parts]
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> list[list[int]]:
         """Returns the tokens of each answer, without the one that ends it."""
         dtype = self.model.dtype
         moved = {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
-        options = {name: value for name, value in settings.items() if name != "until"}
         with torch.inference_mode():
-            ids = self.model.generate(**moved, do_sample=False, **options)
+            ids = self.model.generate(**moved, do_sample=False, max_new_tokens=settings["max_new_tokens"])
         ends = {*self.ends, self.tokenizer.pad_token_id}
         answers = ids[:, moved["input_ids"].shape[1] :].tolist()
         return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
@@ -198,12 +196,12 @@ def model_folders(name: str) -> list[Path]:
     Raises:
         ValueError: The model, or the base model of the adapter, does not exist.
     """
-    folder = Path(name).expanduser()
-    if not (folder / _ADAPTER).is_file():
+    folder, key = Path(name).expanduser(), "base_model_name_or_path"
+    if not (folder / "adapter_config.json").is_file():
         return [local_folder(name, "MODEL", "a multimodal model, or the folder of an adapter")]
-    base, key = read_json(folder / _ADAPTER).get("base_model_name_or_path"), "base_model_name_or_path"
+    base = read_json(folder / "adapter_config.json").get(key) or ""
     what = "the model that the adapter was trained on, as a hub id or a path from the working directory"
-    return [folder, local_folder(base or "", f"{key} of the adapter {folder}", what)]
+    return [folder, local_folder(base, f"{key} of the adapter {folder}", what)]
 
 
 def weights_digest(folders: Sequence[Path]) -> str:
