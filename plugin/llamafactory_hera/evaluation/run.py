@@ -51,7 +51,8 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(known)}.")
     lacking = {task: missing(task, data) for task in members if not args.tasks or task.name in args.tasks}
     if args.check:
-        print("\n".join(f"{task.name}: {'; '.join(lacks) or 'ready'}" for task, lacks in lacking.items()))
+        for task, lacks in lacking.items():
+            print(f"{task.name}: lacks {'; '.join(lacks)}" if lacks else f"{task.name}: ready")
         return int(any(lacking.values()))
     names = args.names or [Path(model).name for model in args.models]
     if not names or len(set(names)) != len(args.models) or len(names) != len(args.models):
@@ -70,10 +71,12 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     # This is decided before the first result is written, so that all processes agree.
     ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
     due = [(name, task) for name, task in ready if not (places[name][task] / "result.json").is_file()]
-    failed = [f"{task.name}: {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
+    failed = [f"{task.name}: lacks {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
     failed += _run(args, due, places, options, data) if due else []
     finished = any((places[name][task] / "result.json").is_file() for name, task in ready)
-    if finished and int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") != "0":
+        return int(bool(failed))  # the first process reports
+    if finished:
         from .table import write_table  # importing matplotlib takes time
 
         for name in names if args.limit is None else ():
@@ -113,7 +116,7 @@ def missing(task: Task, data: Path | None) -> list[str]:
                 if task.rows is None:
                     task.record(row, [""])
         except Exception as error:  # from any judge
-            lacks.append(f"its data ({found}: {error!r} in {row})")
+            lacks.append(f"valid rows ({found}: {error!r} in {row})")
     return lacks
 
 
@@ -165,29 +168,28 @@ def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | N
                 raise  # the other processes wait for this one
             retried = getattr(error, "last_attempt", None)  # lmms-eval retries some steps
             cause = (retried and retried.exception()) or error
-            traceback.print_exc()
+            if not isinstance(cause, ValueError):
+                traceback.print_exc()
             *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # a worker's traceback comes first
-            failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')}")
+            failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')[:300]}")
     return failed
 
 
 def _write_card(folder: Path, places: Mapping[Task, Path]) -> None:
-    """Adds the headline scores to the model card of a trained model; other models keep their card."""
-    page, entries = folder / "README.md", []
+    """Adds the headline scores to the ``model-index`` of a trained model's card; other models keep their card.
+
+    An entry replaces an earlier one of the same metric and dataset.
+    """
+    page = folder / "README.md"
     if not (page.is_file() and (folder / "trainer_state.json").is_file()):
         return
+    card = ModelCard.load(page, ignore_metadata_errors=True)
+    data: Any = card.data
+    entries = {(entry.dataset_type, entry.metric_type): entry for entry in data.eval_results or []}
     for task, path in ((task, place / "result.json") for task, place in places.items()):
         if path.is_file():
             metric, value = next(iter(read_json(path)["scores"].items()))
-            data = ("image-text-to-text", task.name, task.title)
-            entries.append(EvalResult(*data, metric_type=metric, metric_value=round(value, 2)))
-    card = ModelCard.load(page, ignore_metadata_errors=True)
-    update_index(card, folder, entries)
+            dataset = ("image-text-to-text", task.name, task.title)
+            entries[task.name, metric] = EvalResult(*dataset, metric_type=metric, metric_value=round(value, 2))
+    data.eval_results, data.model_name = list(entries.values()), data.model_name or folder.name
     write_text(page, str(card))
-
-
-def update_index(card: ModelCard, folder: Path, results: Sequence[EvalResult]) -> None:
-    """Adds results to the ``model-index`` of a card; they replace earlier ones of the same metric and dataset."""
-    data: Any = card.data
-    held = {(each.dataset_type, each.metric_type): each for each in [*(data.eval_results or []), *results]}
-    data.eval_results, data.model_name = list(held.values()), data.model_name or folder.name
