@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .backbones.table import VISION_MODEL
+from .backbones.table import LANGUAGE_MODELS, VISION_MODEL
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
@@ -69,18 +69,21 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("--heads", metavar="HEADS", help=drawn)
     gallery.add_argument("--output", default="hera_gallery", help="OUTPUT_L3H4.png is written for each (%(default)s)")
 
-    evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, beside the paper's table")
-    evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; differences are to the first")
-    evaluate.add_argument("--suite", default="demo", help="demo, paper or hallucination (default: %(default)s)")
-    evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="some of the suite's tasks")
-    evaluate.add_argument("--data", metavar="FOLDER", help="data that lie here: a folder or .json for each task")
-    evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results go there (%(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="N samples of each task, to try it; enters no table")
-    evaluate.add_argument("--check", action="store_true", help="only say what each task lacks; no model is loaded")
+    evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
+    evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
+    suites = "demo, paper, hallucination, or a .json file of your questions (default: %(default)s)"
+    evaluate.add_argument("--suite", default="demo", help=suites)
+    evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
+    local = "folder of local data: for each task a folder or a .json file (default: download from the hub)"
+    evaluate.add_argument("--data", metavar="FOLDER", help=local)
+    evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=_count, default=16, help="samples in a batch (default: %(default)s)")
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="the first N samples of each task, for a trial")
+    evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; no model is loaded")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
-    evaluate.add_argument("--paper", metavar="BACKBONE", help="of the paper's columns, for instance qwen3_8b")
-    aspect = "pad: images become squares in the mean color first; models built with pad need none (%(default)s)"
+    paper = "add the paper's columns, for example qwen3_8b"
+    evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help=paper)
+    aspect = "pad: pad images to squares in the mean color; models built with pad do not need it (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
     build = command("build", _build, "assemble a LLaVA-style model from an LLM and a vision encoder")
@@ -100,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="names the model, the dataset and the rah_* keys")
     _take_overrides(calibrate, "rah_delta=0.02")
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of samples; give 1 or more")
+    return number
 
 
 def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
@@ -123,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.run in (_select, _score, _calibrate):
         # at its usual level the host prints every configuration that it loads, which would hide the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
-    status = _relaunched() if parsed.run in (_select, _score) else None
+    several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
+    status = _relaunched() if several else None
     if status is not None:
         return status
     try:
@@ -203,7 +213,8 @@ def _gallery(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from .evaluation.run import evaluate
 
-    return evaluate(**{name: value for name, value in vars(args).items() if name != "run"})
+    # Data in LLaVA's format have a line break after an image. LLaMA-Factory, which writes this log, trains with it.
+    return evaluate(args, image_newline=lambda folder: (folder / "trainer_log.jsonl").is_file())
 
 
 def _build(args: argparse.Namespace) -> int:

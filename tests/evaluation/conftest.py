@@ -1,4 +1,4 @@
-"""A random model that answers something, and the demo's questions."""
+"""A random model whose answers are not empty, and a few of the demo's questions."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(world: Path, tmp_path: Path) -> Path:
-    """The data of the demo's questions, 24 of them."""
+    """A folder with 24 of the demo's questions."""
     shutil.copytree(world / "hera_demo/data", tmp_path / "data")
     file = tmp_path / "data/demo_questions.json"
     file.write_text(json.dumps(json.loads(file.read_text())[:24]))

@@ -1,4 +1,4 @@
-"""The model class: its answers are those of direct generation from what training saw, whatever is in a batch."""
+"""The model class: its prompts, its answers and how it reuses them."""
 
 import json
 import shutil
@@ -10,17 +10,17 @@ import pytest
 import torch
 import transformers as tf
 from lmms_eval.api.instance import Instance
+from lmms_eval.models import get_model
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llamafactory_hera.backbones.build import build_backbone
 from llamafactory_hera.backbones.table import NATIVE_MODELS
-from llamafactory_hera.evaluation.lines import read_json_lines
-from llamafactory_hera.evaluation.vlm import HeraVLM
+from llamafactory_hera.evaluation.vlm import HeraVLM, weights_digest
 
 from ..backbones.standins import NATIVE, save_native
 from ..backbones.test_templates import encoded
-from ..backbones.tiny import FAMILIES, save_language_model, save_tower
+from ..backbones.tiny import save_language_model
 
 TEXTS = [
     "What is it?",
@@ -29,107 +29,35 @@ TEXTS = [
     "Who sits in it?\nYes or no.",
 ]
 SETTINGS = {"max_new_tokens": 6, "temperature": 0, "do_sample": False, "num_beams": 1}
+Parts = list[dict[str, Any]]
 
 
 def picture(seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
-    size = (30 + 7 * seed, 40, 3)
-    return Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8))
+    return Image.fromarray(rng.integers(0, 256, (30 + 7 * seed, 40, 3), dtype=np.uint8))
 
 
-def ask(model: HeraVLM, documents: list[list[dict[str, Any]]], **settings: Any) -> list[str]:
-    """Answers to messages of one user, in lmms-eval's form."""
-    model.task_dict = {"task": {"test": [[{"role": "user", "content": parts}] for parts in documents]}}
-    arguments = [
-        ("".join(part.get("text", "") for part in parts), list, SETTINGS | settings, i, "task", "test")
-        for i, parts in enumerate(documents)
-    ]
-    facts = [{"task": "task", "doc_id": i, "repeats": 1} for i in range(len(documents))]
-    return model.generate_until(
-        [Instance("generate_until", args, 0, metadata=each) for args, each in zip(arguments, facts, strict=True)]
-    )
-
-
-def parts(seed: int, text: str) -> list[dict[str, Any]]:
+def parts(seed: int, text: str) -> Parts:
     return [{"type": "image", "url": picture(seed)}, {"type": "text", "text": text}]
 
 
-def trained_prompt(template: str, folder: Path, seed: int) -> list[int]:
-    """What the host makes in training of the picture and the text with a number, up to the answer."""
-    ids, labels = encoded(template, folder, [(f"<image>\n{TEXTS[seed]}", "An answer.")], image=picture(seed))
-    return ids[: next(i for i, label in enumerate(labels) if label != -100)]
+DOCUMENTS = [parts(seed, text) for seed, text in enumerate(TEXTS)]
 
 
-@pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tower("siglip", tmp_path_factory.mktemp("towers") / "siglip")
+def ask(model: HeraVLM, documents: list[Parts], **settings: Any) -> list[str]:
+    """Returns the answers to messages of one user, given in lmms-eval's form."""
+    model.task_dict = {"task": {"test": [[{"role": "user", "content": document}] for document in documents]}}
+    requests = []
+    for i, document in enumerate(documents):
+        text = "".join(part.get("text", "") for part in document)
+        arguments = (text, list, {"max_new_tokens": 6, "do_sample": False} | settings, i, "task", "test")
+        requests.append(Instance("generate_until", arguments, 0, metadata={"task": "task", "doc_id": i, "repeats": 1}))
+    return model.generate_until(requests)
 
 
-def answers_of(path: Path) -> list[list[int]]:
-    return [line["ids"] for line in sorted(read_json_lines(path), key=lambda line: line["doc_id"])]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_direct_generation_from_what_training_saw(family: str, towers: Path, tmp_path: Path) -> None:
-    backbone = build_backbone(str(save_language_model(family, tmp_path / "llm")), str(towers), tmp_path / "built")
-    model = tf.AutoModelForImageTextToText.from_pretrained(backbone.folder, dtype=torch.float32)
-    processor = tf.AutoProcessor.from_pretrained(backbone.folder)
-    direct = []
-    for seed in range(len(TEXTS)):
-        prompt = torch.tensor([trained_prompt(backbone.template, backbone.folder, seed)])
-        pixels = processor.image_processor(picture(seed), return_tensors="pt")["pixel_values"]
-        generated = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels, max_new_tokens=6, do_sample=False
-        )
-        direct.append(generated[0, prompt.shape[1] :].tolist())
-    ask(
-        HeraVLM(str(backbone.folder), batch_size=3, answers=tmp_path / "answers.jsonl"),
-        [parts(seed, text) for seed, text in enumerate(TEXTS)],
-    )
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends)
-    assert answers_of(tmp_path / "answers.jsonl") == [[i for i in row if i not in ends] for row in direct]
-    assert len(set(map(tuple, direct))) > 1
-
-
-#: Native model -> what the host's template renders otherwise than its maker's, beside the line break behind an image.
-OTHERWISE = {
-    "llava_1_5_7b": "the system message of Vicuna",
-    "llava_next_7b": "no space in front of [/INST]",
-    "internvl3_8b": "a system message, and one tile for an image",
-    "gemma3_4b": "the line break, which its maker's template strips",
-}
-
-
-@pytest.mark.parametrize("key", NATIVE)
-def test_a_native_model_is_asked_as_its_maker_does_and_once_trained_as_in_training(key: str, tmp_path: Path) -> None:
-    folder = save_native(key, tmp_path / key)
-    model = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    processor = tf.AutoProcessor.from_pretrained(folder)
-    documents, direct = [parts(seed, text) for seed, text in enumerate(TEXTS)], []
-    for seed, text in enumerate(TEXTS):
-        shown = {"type": "image", "image": picture(seed)}
-        message = {"role": "user", "content": [shown, {"type": "text", "text": text}]}
-        inputs = processor.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        direct.append(generated[0, inputs["input_ids"].shape[1] :].tolist())
-    ends = model.generation_config.eos_token_id
-    ask(HeraVLM(str(folder), batch_size=3, answers=tmp_path / "answers.jsonl"), documents)
-    assert answers_of(tmp_path / "answers.jsonl") == [[i for i in row if i != ends] for row in direct]
-
-    (folder / "trainer_log.jsonl").touch()
-    trained = HeraVLM(str(folder))
-    (ids,) = trained.inputs([trained.conversation([{"role": "user", "content": parts(0, TEXTS[0])}])])["input_ids"]
-    assert (ids.tolist() == trained_prompt(NATIVE_MODELS[key].template, folder, 0)) == (key not in OTHERWISE)
-
-
-def test_the_demos_model_is_asked_as_in_training(world: Path) -> None:
-    folder = world / "hera_demo/model"
-    model = HeraVLM(str(folder))
-    (ids,) = model.inputs([model.conversation([{"role": "user", "content": parts(0, TEXTS[0])}])])["input_ids"]
-    assert ids.tolist() == trained_prompt("llava_qwen3", folder, 0)
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
+    return sorted(lines, key=lambda line: line["doc_id"])
 
 
 @pytest.fixture(scope="module")
@@ -137,133 +65,150 @@ def model(folder: Path) -> HeraVLM:
     return HeraVLM(str(folder), batch_size=4)
 
 
-@pytest.mark.parametrize(
-    "given, text",
-    [
-        ("I|A", "<image>\nA"),
-        ("A|I|B", "<image>\nA B"),  # a blank where the image was
-        ("A |I|B", "<image>\nA B"),
-        ("A|I|I|B", "<image>\n<image>\nA B"),
-        ("A", "A"),
-        ("I|<image>A", "<image>\nA"),  # a literal image token would ask for an image of its own
-    ],
-)
-def test_images_come_first_and_texts_are_one(model: HeraVLM, given: str, text: str) -> None:
-    content = [
-        {"type": "image", "url": picture(0)} if piece == "I" else {"type": "text", "text": piece}
-        for piece in given.split("|")
-    ]
+# The template of the host differs from that of the maker in more than the line break, see docs/evaluation.md.
+DIFFERENT = ("llava_1_5_7b", "llava_next_7b", "internvl3_8b", "gemma3_4b")
+
+
+@pytest.mark.parametrize("key", NATIVE)
+def test_answers_equal_direct_generation_with_the_makers_prompts(key: str, tmp_path: Path) -> None:
+    folder = save_native(key, tmp_path / key)
+    model = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    processor = tf.AutoProcessor.from_pretrained(folder)
+    direct = []
+    for seed, text in enumerate(TEXTS):
+        content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": text}]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
+        generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        direct.append(generated[0, inputs["input_ids"].shape[1] :].tolist())
+    ends = model.generation_config.eos_token_id
+    ask(HeraVLM(str(folder), batch_size=3, answers=str(tmp_path / "answers.jsonl")), DOCUMENTS)
+    found = [line["ids"] for line in lines_of(tmp_path / "answers.jsonl")]
+    assert found == [[token for token in row if token != ends] for row in direct]
+
+    trained, labels = encoded(NATIVE_MODELS[key].template, folder, [(f"<image>\n{TEXTS[0]}", "A.")], image=picture(0))
+    asked = HeraVLM(str(folder), image_newline=True)
+    (ids,) = asked.inputs([asked.conversation([{"role": "user", "content": DOCUMENTS[0]}])])["input_ids"]
+    assert (ids.tolist() == trained[: labels.count(-100)]) == (key not in DIFFERENT)
+
+
+@pytest.mark.parametrize("given, text", [
+    ("I|A", "<image>\nA"),
+    ("A|I|B", "<image>\nA B"),  # a blank instead of the image
+    ("A |I|I|B", "<image>\n<image>\nA B"),
+    (" A", " A"),
+    ("I|<image>A", "<image>\nA"),  # a literal image token would need an image
+])  # fmt: skip
+def test_images_come_before_one_text(model: HeraVLM, given: str, text: str) -> None:
+    image, pieces = {"type": "image", "url": picture(0)}, given.split("|")
+    content = [image if piece == "I" else {"type": "text", "text": piece} for piece in pieces]
     prompt = model.prompt(model.conversation([{"role": "user", "content": content}]))
-    assert f"<|end_header_id|>\n\n{text}<|eot_id|>" in prompt
-
-
-def test_a_sample_without_image_is_answered_beside_others_as_it_is_alone(model: HeraVLM) -> None:
-    text_alone = [{"type": "text", "text": "How many people sit on a bench?"}]
-    several = [{"type": "image", "url": picture(5)}, *parts(4, "A dog?")]
-    documents = [parts(0, "What is it?"), text_alone, several, parts(1, "Who?")]
-    assert ask(model, documents) == [ask(model, [document])[0] for document in documents]
+    assert f"<|end_header_id|>\n\n{text.lstrip()}<|eot_id|>" in prompt
 
 
 def test_other_media_and_sampling_are_refused(model: HeraVLM) -> None:
-    with pytest.raises(ValueError, match="video: hera_vlm takes text and images alone"):
-        model.conversation([{"role": "user", "content": [{"type": "video", "url": "film.mp4"}]}])
-    with pytest.raises(ValueError, match="do_sample"):
-        ask(model, [parts(0, "Why?")], do_sample=True, temperature=0.7)
+    with pytest.raises(ValueError, match="video: hera_vlm supports only text and images"):
+        ask(model, [[{"type": "video", "url": "film.mp4"}]])
+    with pytest.raises(ValueError, match="do_sample: true is not supported"):
+        ask(model, DOCUMENTS[:1], do_sample=True)
 
 
-def test_stored_sampling_settings_do_not_act_and_every_stored_end_ends(folder: Path, tmp_path: Path) -> None:
-    plain = ask(HeraVLM(str(folder), answers=tmp_path / "plain/answers.jsonl"), [parts(0, "What is it?")])
-    (first, *_), *_ = answers_of(tmp_path / "plain/answers.jsonl")
-    copied = tf.AutoModelForImageTextToText.from_pretrained(folder)
-    copied.generation_config = tf.GenerationConfig(
-        do_sample=True, temperature=9.0, repetition_penalty=50.0, eos_token_id=[3], pad_token_id=3
-    )
-    copied.save_pretrained(tmp_path / "copy")
-    tf.AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "copy")
-    assert ask(HeraVLM(str(tmp_path / "copy")), [parts(0, "What is it?")]) == plain
-    settings = tmp_path / "copy/generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": [3, first]}))
-    assert ask(HeraVLM(str(tmp_path / "copy")), [parts(0, "What is it?")]) == [""]
+def test_samples_with_and_without_images_share_a_batch(model: HeraVLM) -> None:
+    several = [{"type": "image", "url": picture(5)}, *parts(4, "A dog?")]
+    documents = [DOCUMENTS[0], [{"type": "text", "text": "How many people sit on a bench?"}], several, DOCUMENTS[1]]
+    assert ask(model, documents) == [ask(model, [document])[0] for document in documents]
 
 
 def test_a_task_says_where_an_answer_ends(model: HeraVLM) -> None:
-    (whole,) = ask(model, [parts(0, "What is it?")], max_new_tokens=12)
+    (whole,) = ask(model, DOCUMENTS[:1], max_new_tokens=12)
     middle = whole[len(whole) // 2]
-    assert ask(model, [parts(0, "What is it?")], max_new_tokens=12, until=[middle]) == [whole.split(middle)[0].strip()]
+    for until in (middle, [middle]):
+        assert ask(model, DOCUMENTS[:1], max_new_tokens=12, until=until) == [whole.split(middle)[0].strip()]
 
 
-def test_an_adapter_is_asked_with_what_it_learned(folder: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_of_stored_settings_only_the_ends_matter(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    plain = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS[:1])
+    shutil.copytree(folder, tmp_path / "copy")
+    settings = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 50.0, "eos_token_id": [3]}
+    (tmp_path / "copy/generation_config.json").write_text(json.dumps(settings))
+    assert ask(HeraVLM(str(tmp_path / "copy")), DOCUMENTS[:1]) == plain
+    settings["eos_token_id"].append(lines_of(path)[0]["ids"][0])
+    (tmp_path / "copy/generation_config.json").write_text(json.dumps(settings))
+    assert ask(HeraVLM(str(tmp_path / "copy")), DOCUMENTS[:1]) == [""]
 
+
+def test_an_adapter_is_merged(folder: Path, tmp_path: Path) -> None:
     base = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    documents = [parts(seed, text) for seed, text in enumerate(TEXTS)]
     unmerged = HeraVLM(str(folder))
+    before = ask(unmerged, DOCUMENTS)
     unmerged.model = adapted.eval()
-    answers = ask(HeraVLM(str(tmp_path / "adapter")), documents)
-    assert answers == ask(unmerged, documents)
-    assert answers != ask(HeraVLM(str(folder)), documents)
+    answers = ask(HeraVLM(str(tmp_path / "adapter")), DOCUMENTS)
+    assert answers == ask(unmerged, DOCUMENTS)
+    assert answers != before
     weights = tmp_path / "adapter/adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(weights).items() if "down_proj" not in name}, weights)
-    with pytest.raises(ValueError, match=r"adapter .*adapter is not whole, .*down_proj.*; copy it again"):
+    with pytest.raises(UserWarning, match=r"missing adapter keys .*down_proj"):
         HeraVLM(str(tmp_path / "adapter"))
 
 
 def test_pad_makes_squares_in_the_mean_color(folder: Path) -> None:
-    padded = HeraVLM(str(folder), image_aspect_ratio="pad")
+    model = HeraVLM(str(folder), image_aspect_ratio="pad")
     message = {"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (20, 10), "red")}]}
-    (told,) = padded.conversation([message])
-    image = told["content"][0]["image"]
-    mean = tuple(int(255 * value) for value in padded.processor.image_processor.image_mean)
+    image = model.conversation([message])[0]["content"][0]["image"]
+    mean = tuple(int(255 * value) for value in model.processor.image_processor.image_mean)
     assert image.size == (20, 20)
     assert [image.getpixel((3, y)) for y in (2, 9, 17)] == [mean, (255, 0, 0), mean]
 
 
-def test_answers_that_are_there_are_not_made_again(folder: Path, tmp_path: Path) -> None:
+def test_answers_are_reused_if_nothing_has_changed(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    documents = [parts(seed, text) for seed, text in enumerate(TEXTS)]
-    expected = ask(HeraVLM(str(folder), answers=path), documents)
-    lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == len(documents)
-    path.write_text("".join(lines[:2]) + lines[2][:30])  # killed while it wrote the third
-    resumed = HeraVLM(str(folder), answers=path)
-    assert ask(resumed, documents) == expected
-    assert path.read_text().splitlines(keepends=True)[3:] == lines[2:]
-    resumed.model = None
-    assert ask(resumed, documents) == expected  # from the file alone
-    for changed in (
-        HeraVLM(str(folder), answers=path, key="other weights"),
-        HeraVLM(str(folder), answers=path, image_aspect_ratio="pad"),
-    ):
-        changed.model = None
+    expected = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS)
+    complete = lines_of(path)
+    text = path.read_text()
+    path.write_text(text[: text.rindex('"answer"')])  # killed while it wrote the last line
+    resumed = HeraVLM(str(folder), answers=str(path))
+    assert ask(resumed, DOCUMENTS) == expected
+    assert lines_of(path) == complete
+    full, changed = (
+        HeraVLM(str(folder), answers=str(path)),
+        HeraVLM(str(folder), answers=str(path), key="other weights"),
+    )
+    full.model = changed.model = None
+    assert ask(full, DOCUMENTS) == expected
+    for model, document in ((changed, DOCUMENTS[0]), (full, parts(9, TEXTS[0]))):  # other weights, another image
         with pytest.raises(AttributeError):
-            ask(changed, documents)
-    with pytest.raises(AttributeError):  # another picture under the same question
-        ask(resumed, [parts(9, TEXTS[0])])
+            ask(model, [document])
 
 
-def test_what_cannot_be_asked_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="qwen3 has no image processor, with which it is asked"):
+def test_lmms_eval_finds_the_class(folder: Path, model: HeraVLM) -> None:
+    found = get_model("hera_vlm", False)
+    options = {"batch_size": "2", "max_batch_size": None, "device": "cpu"}
+    made = found.create_from_arg_string(f"pretrained={folder},image_aspect_ratio=none", options)
+    assert (type(made), ask(made, DOCUMENTS)) == (HeraVLM, ask(model, DOCUMENTS))
+
+
+def test_incomplete_models_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"qwen3 has no image.processor; give a multimodal chat model"):
         HeraVLM(str(save_language_model("qwen3", tmp_path / "qwen3")))
     shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template*"))
     with pytest.raises(ValueError, match="mute has no chat template"):
         HeraVLM(str(tmp_path / "mute"))
-    for options, message in (
-        ({"batch_size": "auto"}, "batch_size: auto is not a number of samples"),
-        ({"image_aspect_ratio": "square"}, "image_aspect_ratio: 'square' is unknown; choose none or pad"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            HeraVLM(str(folder), **options)
+    shutil.copytree(folder, tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    torn = {name: value for name, value in weights.items() if "v_proj.w" not in name}
+    save_file(torn, tmp_path / "torn/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"torn lacks {len(weights) - len(torn)} weights, such as .*v_proj.weight"):
+        HeraVLM(str(tmp_path / "torn"))
 
 
-def test_missing_weights_are_refused_and_tied_ones_are_not_missing(towers: Path, tmp_path: Path) -> None:
-    llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
-    tied = build_backbone(str(llm), str(towers), tmp_path / "tied").folder
-    HeraVLM(str(tied))
-    weights = load_file(tied / "model.safetensors")
-    assert not any("lm_head" in name for name in weights)
-    save_file({name: value for name, value in weights.items() if "v_proj.w" not in name}, tied / "model.safetensors")
-    lacking = sorted(name for name in weights if "v_proj.w" in name)
-    with pytest.raises(ValueError, match=rf"tied lack {len(lacking)} tensors .*, first .*v_proj.weight, .*; copy or"):
-        HeraVLM(str(tied))
+def test_the_digest_changes_with_what_affects_answers(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    digests = [weights_digest([folder])]
+    for name in ("README.md", "model.safetensors", "chat_template.jinja"):
+        with (tmp_path / "copy" / name).open("ab") as file:
+            file.write(b" ")
+        digests.append(weights_digest([tmp_path / "copy"]))
+    assert [len(set(digests[:n])) for n in (1, 2, 3, 4)] == [1, 1, 2, 3]

@@ -1,13 +1,16 @@
-"""lmms-eval's model class for what is trained here, and for every multimodal chat model of transformers."""
+"""The model class ``hera_vlm`` for lmms-eval: a multimodal chat model of transformers, or an adapter of one."""
 
 import hashlib
 import json
 import os
+import re
+import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,29 +19,29 @@ from lmms_eval.api.model import lmms
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from .lines import read_json_lines
-from .models import default_dtype, load, model_folders
+from ..files import read_json
+from ..hub import local_folder, weight_files
+
+# The files besides the weights that affect an answer.
+_SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|chat_template|vocab|merges|adapter_)")
 
 
 class HeraVLM(lmms):
-    """Greedy answers in batches, each as the model gives it alone, by the processor's own chat template.
+    """Answers greedily and in batches, with prompts from the processor's chat template.
 
-    Several processes (``torchrun``, ``accelerate launch``) share the samples. An error is raised, not counted as
-    wrong.
+    Several processes share the samples. Errors are raised; they do not count as wrong answers.
 
     Args:
-        pretrained: The folder of a model or of an adapter, or a hub id.
+        pretrained: The folder or hub id of a model, or the folder of an adapter.
         batch_size: Samples in a batch.
-        device: Where it runs; by default what accelerate finds.
-        dtype: ``auto`` (as stored) or a name of torch's; by default as :func:`~.models.default_dtype` says.
-        image_aspect_ratio: ``pad`` makes images squares in the processor's mean color before anything else.
-        answers: A file that each batch's answers are appended to, and from where a run that was stopped takes them.
-        key: What they depend on beside prompt, images and the task's generation settings, for instance the weights.
-
-    Raises:
-        ValueError: There is no such model, or an option is unknown.
+        device: By default, the device that accelerate chooses.
+        dtype: ``auto`` (as stored) or a torch dtype; by default ``auto`` on an accelerator and ``float32`` on a CPU.
+        image_aspect_ratio: ``none``, or ``pad`` to pad images to squares in the processor's mean color.
+        image_newline: Whether to put a line break after the images if the chat template does not.
+        answers: A JSONL file to read answers from and to append them to; further processes append to files next to it.
+        key: Identifies the weights; an answer is read if key, prompt, images and settings are the same.
     """
 
     is_simple = False
@@ -49,21 +52,20 @@ class HeraVLM(lmms):
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str | None = None,
-        image_aspect_ratio: Literal["none", "pad"] = "none",
-        answers: str | os.PathLike | None = None,
+        image_aspect_ratio: str = "none",
+        image_newline: bool = False,
+        answers: str | None = None,
         key: str = "",
         max_batch_size: int | None = None,  # lmms-eval passes it
     ) -> None:
         super().__init__()
+        self._pad = {"none": False, "pad": True}[image_aspect_ratio]
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.device = torch.device(device) if device else self.accelerator.device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size: {batch_size} is not a number of samples; give 1 or more.")
-        if image_aspect_ratio not in ("none", "pad"):
-            raise ValueError(f"image_aspect_ratio: {image_aspect_ratio!r} is unknown; choose none or pad.")
         self.batch_size = int(batch_size)
-        self.model, self.processor = load(pretrained, dtype or default_dtype(), self.device)
+        dtype = dtype or ("auto" if torch.accelerator.is_available() else "float32")
+        self.model, self.processor = _load(pretrained, dtype, self.device)
         self.tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
@@ -71,137 +73,107 @@ class HeraVLM(lmms):
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token_id = self.ends[0]
-        # nothing else of the stored settings: a repetition penalty or a temperature acts on greedy answers, too
+        # No other stored setting is kept: a repetition penalty, for example, would change greedy answers.
         pad = self.tokenizer.pad_token_id
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=pad)
-        self._pad, self._break = image_aspect_ratio == "pad", ""
-        probe = [{"type": "image"}, {"type": "text", "text": "Q"}]
-        behind_image = self.prompt([{"role": "user", "content": probe}]).partition("Q")[0][-1:]
-        # LLaMA-Factory puts nothing behind an image, and our data do; the makers' templates of some models do not
-        trained = any((folder / "trainer_log.jsonl").is_file() for folder in model_folders(pretrained))
-        if behind_image != "\n" and trained:
-            self._break = "\n"
-        self.prompts: dict[int, str] = {}  # of the last task's samples, by number
-        self._answers = _Answers(Path(answers) if answers is not None else None, self._rank)
-        self._key = f"{key} {image_aspect_ratio}"
+        probe = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}])
+        self._newline = "\n" * (image_newline and not probe.partition("Q")[0].endswith("\n"))
+        self._key, self._answers, self._file = f"{key} {self.model.dtype}", {}, answers and Path(answers)
+        if self._file:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            for file in self._file.parent.glob(f"{self._file.stem}*.jsonl"):
+                for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+                    with suppress(ValueError):  # a killed process left the line incomplete
+                        self._answers[json.loads(text)["key"]] = json.loads(text)
+            self._file = self._file.with_stem(f"{self._file.stem}.{self.rank}") if self.rank else self._file
+
+    def clean(self) -> None:
+        """Keeps the model for the next task; lmms-eval would delete it after each."""
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """A task's messages as training saw ours: RGB images first, one text, no token that stands for an image."""
-        told = []
+        """Arranges messages as in training: RGB images first, then one text without image tokens."""
+        arranged = []
         for message in messages:
             if other := {part["type"] for part in message["content"]} - {"image", "text"}:
-                raise ValueError(f"{', '.join(sorted(other))}: hera_vlm takes text and images alone.")
-            text = ""
-            for part in (part["text"] for part in message["content"] if part["type"] == "text"):
-                # an image may have stood where one text ends and the next begins
-                text += (" " if text and not (text[-1:].isspace() or part[:1].isspace()) else "") + part
+                raise ValueError(f"{min(other)}: hera_vlm supports only text and images.")
+            images = [self._image(part["url"]) for part in message["content"] if part["type"] == "image"]
+            texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+            text = texts[0] if len(texts) == 1 else " ".join(map(str.strip, texts))
             for token in ("image_token", "boi_token"):
                 text = text.replace(getattr(self.processor, token, None) or "\0", "")
-            images = [self._image(part["url"]) for part in message["content"] if part["type"] == "image"]
-            parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-            parts.append({"type": "text", "text": self._break * bool(parts) + text})
-            told.append({"role": message["role"], "content": parts})
-        return told
+            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+            content.append({"type": "text", "text": self._newline * bool(images) + text})
+            arranged.append({"role": message["role"], "content": content})
+        return arranged
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
-        """The text that a conversation becomes, before its images do."""
+        """Renders the text of a conversation, with one token for each image."""
         return self.processor.apply_chat_template([conversation], add_generation_prompt=True)[0]
 
-    def inputs(self, conversations: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-        """The model's inputs for conversations that all have images, or all have none."""
-        return dict(
-            self.processor.apply_chat_template(
-                conversations,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True},
-            )
-        )
-
-    def answer_key(self, conversation: list[dict[str, Any]], prompt: str, settings: Mapping[str, Any]) -> str:
-        """A digest of all that an answer depends on."""
-        digest = hashlib.sha256(json.dumps([self._key, prompt, settings], sort_keys=True).encode())
-        for image in (part["image"] for message in conversation for part in message["content"] if "image" in part):
-            digest.update(repr(image.size).encode() + image.tobytes())
-        return digest.hexdigest()
+    def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        """Makes the model's inputs from conversations that either all have images or all have none."""
+        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+        return dict(self.processor.apply_chat_template(list(conversations), add_generation_prompt=True, **how))
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """The answers, in the order of the requests."""
-        settings = [_settings(request.args[2]) for request in requests]
-        # prompts of about the same length share a batch, the longest first
-        order = sorted(range(len(requests)), key=lambda i: (repr(settings[i]), -len(requests[i].args[0])))
-        batches = [
-            (settings[group[0]], group[first : first + self.batch_size])
-            for _, rows in groupby(order, key=lambda i: repr(settings[i]))
-            for group in [list(rows)]
-            for first in range(0, len(group), self.batch_size)
-        ]
-        keys: dict[int, str] = {}
-        # images are read and made inputs beside the model
+        """Returns the answers in the order of the requests."""
+        # Texts of similar length need little padding. The longest come first, so that a lack of memory shows early.
+        order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[2]), -len(requests[i].args[0])))
+        batches: Any = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
+        # Workers prepare batches while the model generates. They are forked, as a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        loader: DataLoader = DataLoader(
-            batches,  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=partial(self._prepare, requests),
-            num_workers=workers,
-            multiprocessing_context="fork" if workers else None,  # a task's functions cannot be sent
-        )
-        for chosen, batch_keys, parts in tqdm(loader, total=len(batches), desc="answers", disable=self._rank > 0):
-            keys |= batch_keys
-            for rows, prompts, inputs in parts:
-                lines = []
-                for row, prompt, ids in zip(rows, prompts, self._generate(inputs, chosen), strict=True):
+        options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        loader: DataLoader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
+        answers = [""] * len(requests)
+        for lines, parts in tqdm(loader, total=len(batches), desc="answers", disable=self.rank > 0):
+            for rows, settings, inputs in parts:
+                for row, ids in zip(rows, self._generate(inputs, settings), strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    for stop in chosen["until"]:
+                    for stop in settings["until"]:
                         text = text.split(stop)[0]
-                    request = requests[row]
-                    line = {"key": keys[row], "task": request.task_name, "doc_id": request.doc_id, "prompt": prompt}
-                    lines.append(line | {"answer": text.strip(), "ids": ids})
-                self._answers.append(lines)
-        found = [self._answers.found[keys[i]] for i in range(len(requests))]
-        self.prompts = {request.doc_id: line["prompt"] for request, line in zip(requests, found, strict=True)}
-        return [line["answer"] for line in found]
+                    lines[row] |= {"answer": text.strip(), "ids": ids}
+                if self._file:
+                    with self._file.open("a", encoding="utf-8") as file:  # the line break ends an incomplete line
+                        file.writelines("\n" + json.dumps(lines[row], ensure_ascii=False) for row in rows)
+            for row, line in lines.items():
+                answers[row] = line["answer"]
+        return answers
 
-    def _prepare(
-        self, requests: Sequence[Instance], batch: tuple[dict[str, Any], list[int]]
-    ) -> tuple[dict[str, Any], dict[int, str], list[tuple[list[int], list[str], dict]]]:
-        """A batch's settings, the keys of all its rows, and inputs of those that have no answer yet."""
-        settings, rows = batch
-        keys, rest = {}, []
-        for row in rows:
-            _, to_messages, _, doc_id, task, split = requests[row].args
+    def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
+        """Returns a line for each sample, and samples, settings and inputs of those parts that have no answer yet."""
+        lines: dict[int, dict[str, Any]] = {}
+        groups = defaultdict(list)
+        for row in batch:
+            _, messages_of, asked, doc_id, task, split = requests[row].args
             try:
-                told = self.conversation(to_messages(self.task_dict[task][split][doc_id]))
+                conversation = self.conversation(messages_of(self.task_dict[task][split][doc_id]))
             except OSError as error:
-                raise ValueError(
-                    f"sample {doc_id} (from 0) of {task}: its image cannot be read ({error}); replace it, or leave "
-                    "its row out."
-                ) from error
-            prompt = self.prompt(told)
-            keys[row] = self.answer_key(told, prompt, settings)
-            if keys[row] not in self._answers.found:
-                shown = any(part["type"] == "image" for message in told for part in message["content"])
-                rest.append((shown, row, prompt, told))
-        parts = []
-        for with_images in (True, False):  # a processor takes none of either kind among the other
-            if same := [each[1:] for each in rest if each[0] == with_images]:
-                chosen, prompts, conversations = map(list, zip(*same, strict=True))
-                parts.append((chosen, prompts, self.inputs(conversations)))
-        return settings, keys, parts
+                raise ValueError(f"sample {doc_id} (from 0) of {task}: replace its image ({error}).") from error
+            if asked.get("do_sample") and asked.get("temperature", 1.0):
+                raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
+            n_tokens, until = int(asked.get("max_new_tokens") or 1024), asked.get("until") or []
+            settings = {"max_new_tokens": n_tokens, "until": [until] if isinstance(until, str) else list(until)}
+            prompt = self.prompt(conversation)
+            digest = hashlib.sha256(repr([self._key, prompt, settings]).encode())
+            images = [part["image"] for message in conversation for part in message["content"] if "image" in part]
+            for image in images:
+                digest.update(repr(image.size).encode() + image.tobytes())
+            line = {"key": digest.hexdigest(), "task": task, "doc_id": doc_id, "prompt": prompt}
+            lines[row] = self._answers.get(line["key"], line)
+            if lines[row] is line:  # processors do not mix samples with and without images
+                groups[bool(images), repr(settings)].append((row, settings, conversation))
+        parts = [tuple(zip(*group, strict=True)) for group in groups.values()]
+        return lines, [(rows, settings[0], self.inputs(group)) for rows, settings, group in parts]
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> list[list[int]]:
-        """The tokens of each answer, without the one that ends it."""
+        """Returns the tokens of each answer, without the one that ends it."""
         dtype = self.model.dtype
-        there = {
-            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
-        }
-        options = {name: value for name, value in settings.items() if name != "until"}
+        moved = {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         with torch.inference_mode():
-            ids = self.model.generate(**there, do_sample=False, **options)
+            ids = self.model.generate(**moved, do_sample=False, max_new_tokens=settings["max_new_tokens"])
         ends = {*self.ends, self.tokenizer.pad_token_id}
-        answers = ids[:, there["input_ids"].shape[1] :].tolist()
+        answers = ids[:, moved["input_ids"].shape[1] :].tolist()
         return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
 
     def _image(self, image: Any) -> Image.Image:
@@ -211,47 +183,59 @@ class HeraVLM(lmms):
         mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
         return ImageOps.pad(image, (max(image.size),) * 2, color=tuple(int(255 * value) for value in mean))
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: no task of the suites asks for it."""
-        raise NotImplementedError("hera_vlm generates answers; loglikelihood tasks are not offered.")
+    def loglikelihood(self, requests: Sequence[Instance]) -> Any:
+        """Refuses tasks that do not ask for one generated answer."""
+        raise NotImplementedError("hera_vlm only runs tasks with output_type: generate_until.")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not offered: no task of the suites asks for it."""
-        raise NotImplementedError("hera_vlm generates one answer; tasks of several rounds are not offered.")
+    generate_until_multi_round = loglikelihood
 
 
-def _settings(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a task's generation settings a greedy answer depends on."""
-    if asked.get("do_sample") and asked.get("temperature", 1.0):
-        raise ValueError("do_sample: true: hera_vlm answers greedily; set it to false, or temperature to 0.")
-    until = asked.get("until") or []
-    return {
-        "max_new_tokens": int(asked.get("max_new_tokens") or 1024),
-        "num_beams": int(asked.get("num_beams") or 1),
-        "until": [until] if isinstance(until, str) else list(until),
-    }
+def model_folders(name: str) -> list[Path]:
+    """Finds the folder of a model (by path or hub id), or the folders of an adapter and of its base model.
+
+    Raises:
+        ValueError: The model, or the base model of the adapter, does not exist.
+    """
+    folder, key = Path(name).expanduser(), "base_model_name_or_path"
+    if not (folder / "adapter_config.json").is_file():
+        return [local_folder(name, "MODEL", "a multimodal model, or the folder of an adapter")]
+    base = read_json(folder / "adapter_config.json").get(key) or ""
+    what = "the model that the adapter was trained on, as a hub id or a path from the working directory"
+    return [folder, local_folder(base, f"{key} of the adapter {folder}", what)]
 
 
-class _Answers:
-    """Lines of answers by their key, appended to a file, of each process its own; all of them are read."""
+def weights_digest(folders: Sequence[Path]) -> str:
+    """Computes a digest of the files that affect answers: weights, adapter, tokenizer, chat template and settings."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        files = [path for path in folder.iterdir() if path.is_file() and _SETTINGS.match(path.name)]
+        for path in sorted({*files, *(weight_files(folder) if folder == folders[-1] else ())}):
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
-    def __init__(self, path: Path | None, rank: int) -> None:
-        self.found: dict[str, Mapping[str, Any]] = {}
-        self._path = path if path is None or rank == 0 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
-        if path is None or self._path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file in path.parent.glob(f"{path.stem}*{path.suffix}"):
-            self.found |= {line["key"]: line for line in read_json_lines(file)}
-        with self._path.open("a+b") as own:  # a line that was cut off ends here
-            own.seek(max(0, own.tell() - 1))
-            own.write(b"" if own.read() in (b"", b"\n") else b"\n")
 
-    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps a batch's answers, on disk before it returns."""
-        self.found |= {line["key"]: line for line in lines}
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
+def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
+    """Loads a model, with its adapter merged, and the processor: the adapter's if it has one, or the base model's.
+
+    Raises:
+        ValueError: The model takes no images, has no chat template, or its weights are incomplete.
+    """
+    folders = model_folders(name)
+    source = next((folder for folder in folders if any(folder.glob("*processor_config.json"))), folders[-1])
+    processor: Any = AutoProcessor.from_pretrained(source)
+    for attribute in ("image_processor", "chat_template"):
+        if getattr(processor, attribute, None) is None:
+            raise ValueError(f"MODEL: {source} has no {attribute.replace('_', ' ')}; give a multimodal chat model.")
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folders[-1], **options)
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"MODEL: {folders[-1]} lacks {len(missing)} weights, such as {missing[0]}; copy it again.")
+    for folder in folders[:-1]:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():  # PEFT would keep random numbers
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return model.eval(), processor

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from ..evaluation.card import index
 from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
 from ..heads import Targets
 from ..selection.scores import command_line, package_versions
@@ -68,7 +67,7 @@ def write_card(
         data.base_model = None
     selection = facts.get("selection", {})
     if {"mknn", "dataset"} <= selection.keys():
-        index(card, folder, [_result(selection, selection["mknn"], "before")])
+        _update_index(card, folder, [_result(selection, selection["mknn"], "before")])
     write_text(page, str(card))
 
 
@@ -87,7 +86,7 @@ def index_scores(folder: Path, scores: Path) -> None:
     known = _scores(Targets(aligned.items, scored))
     if known:
         card = ModelCard.load(page, ignore_metadata_errors=True)
-        index(card, folder, [_result(scored, known, "after")])
+        _update_index(card, folder, [_result(scored, known, "after")])
         write_text(page, str(card))
 
 
@@ -202,3 +201,10 @@ def _scores(targets: Targets) -> dict[str, float]:
         if values and values[0] is not None:
             found[str(item)] = values[0]
     return found
+
+
+def _update_index(card: ModelCard, folder: Path, results: Sequence[EvalResult]) -> None:
+    """Adds results to the ``model-index`` of a card; they replace earlier ones of the same metric and dataset."""
+    data: Any = card.data
+    held = {(each.dataset_type, each.metric_type): each for each in [*(data.eval_results or []), *results]}
+    data.eval_results, data.model_name = list(held.values()), data.model_name or folder.name

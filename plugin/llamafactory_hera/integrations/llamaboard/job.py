@@ -1,6 +1,7 @@
 """A job of the web UI, in processes of its own: a selection of heads, a comparison with before, or a calibration."""
 
 import atexit
+import json
 import os
 import re
 import subprocess
@@ -15,9 +16,10 @@ import yaml
 from llamafactory.extras.constants import TRAINING_ARGS
 from llamafactory.webui.common import _clean_cmd, abort_process
 
-from llamafactory_hera.evaluation.lines import read_json_lines
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
+from llamafactory_hera.teachers.fill import PROGRESS
 
 SELECT, COMPARE, CALIBRATE = "select", "compare", "calibrate"
 #: The comparison's picture and pages, in the run's ``hera`` folder.
@@ -26,7 +28,6 @@ REPORT = "report"
 #: What a selection must share with a later scoring for their scores to be comparable, beside data and teacher.
 _SCORED_WITH = ("select_mode", "select_samples", "select_k", "select_seed", "select_dtype", "pooling", "similarity")
 
-PROGRESS = "HERA_PROGRESS"  # no longer written; goes with this file
 _ANY_BAR = re.compile(r"\d+%\|")
 _TAIL = 1 << 16  # bytes
 
@@ -79,8 +80,8 @@ class Job:
 
     def progress(self) -> tuple[str, int, int] | None:
         """The phase that was last reported, how much of it is done, and of how much."""
-        lines = read_json_lines(self.progress_log)
-        return tuple(lines[-1]) if lines else None
+        *lines, _ = self.progress_log.read_text(encoding="utf-8").split("\n")  # the last one may be incomplete
+        return tuple(json.loads(lines[-1])) if lines else None
 
     def output(self, n_lines: int = 30) -> str:
         """The last lines of the log, progress bars left out."""
