@@ -16,7 +16,6 @@ import yaml
 from llamafactory.extras.constants import TRAINING_ARGS
 from llamafactory.webui.common import _clean_cmd, abort_process
 
-from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import RUN_FOLDER, write_text
 from llamafactory_hera.heads.targets import Targets, file_name
 from llamafactory_hera.teachers.fill import PROGRESS
