@@ -34,19 +34,12 @@ def save_state(
     n_trained: int,
     values: dict[str, float],
 ) -> None:
-    """Writes ``folder/hera``: tensors, targets with their provenance, and what a resumed run must share.
+    """Writes ``folder/hera``: the tensors, the targets with their provenance, and what a resumed run must share.
 
-    Args:
-        folder: A checkpoint or the output folder.
-        state: Tensors of objective, optimizer and memory.
-        targets: The aligned heads or layers.
-        teacher_fingerprint: Digest of the teacher.
-        config: The ``hera_*`` keys.
-        n_trained: How many tensors of the model are trained.
-        values: Values of the objective, for people who read the file.
+    ``n_trained`` counts the tensors of the model that are trained, and ``values`` are those of the objective, for
+    people who read the file.
     """
     path = Path(folder) / RUN_FOLDER
-    path.mkdir(parents=True, exist_ok=True)
     write_safetensors(path / _STATE_FILE, state)
     targets.save(path / targets.file_name)
     run = _identity(targets, teacher_fingerprint, config, n_trained)
@@ -56,10 +49,9 @@ def save_state(
 def load_state(
     folder: str | os.PathLike, targets: Targets, teacher_fingerprint: str, config: HeraConfig, n_trained: int
 ) -> dict[str, Tensor]:
-    """Reads the tensors that :func:`save_state` wrote; arguments as there.
+    """Reads the tensors that :func:`save_state` wrote; errors as for :func:`check_checkpoint`.
 
-    Raises:
-        ValueError: The checkpoint belongs to another run. Keys that may change only cause a warning.
+    Keys that may change only cause a warning.
     """
     saved = check_checkpoint(folder, targets, teacher_fingerprint, config, n_trained)
     changed = changes(saved, config.keys(), RESUMABLE_KEYS)
@@ -115,13 +107,10 @@ def check_checkpoint(
     config: HeraConfig,
     n_trained: int | None = None,
 ) -> dict[str, Any]:
-    """Refuses a checkpoint of another run, or an incomplete one; arguments as for :func:`save_state`.
-
-    Returns:
-        The keys of the run that wrote it.
+    """Reads the keys of the run that wrote a checkpoint; arguments as for :func:`save_state`.
 
     Raises:
-        ValueError: As above; names what differs and the remedy.
+        ValueError: The checkpoint is incomplete, or belongs to another run; names what differs and the remedy.
     """
     checkpoint, hera = Path(folder), Path(folder) / RUN_FOLDER
     if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
@@ -130,20 +119,16 @@ def check_checkpoint(
             "Remove the folder, and resume an earlier checkpoint or start from the beginning."
         )
     try:
-        saved: dict[str, Any] = read_json(hera / _RUN_FILE)
-        if not isinstance(saved, dict):
-            raise ValueError(f"{hera / _RUN_FILE} does not hold a JSON object")
+        saved: dict[str, Any] = dict(read_json(hera / _RUN_FILE))
         with safe_open(hera / _STATE_FILE, "pt"):  # the header tells the length that the file must have
             pass
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {folder} holds no complete {RUN_FOLDER}/ folder ({error}), so it was saved "
             "without HeRA, or is damaged. Resume a checkpoint with HeRA, or start a new run from its weights."
         ) from error
     identity = _identity(targets, teacher_fingerprint, config, n_trained)
-    # not `changes`: what the checkpoint lacks is a difference here
-    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in identity.items() if saved.get(key) != value]
-    if changed:
+    if changed := changes(dict.fromkeys(identity) | saved, identity, identity):
         raise ValueError(
             f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
             "Restore these settings, or start a new run."

@@ -19,11 +19,7 @@ logger = logging.getLogger("llamafactory_hera")
 
 
 def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
-    """Reads the heads or layers that a configuration names, for a model.
-
-    Raises:
-        ValueError: They are to be selected first, or are not in the model.
-    """
+    """Reads the heads or layers that a configuration names; ``ValueError`` if they must be selected first."""
     if config.named_targets == AUTO:
         raise ValueError(
             f"{config.targets_key}: auto selects before training, which a Trainer with HeRA does. In your own loop "
@@ -62,15 +58,7 @@ def warn_of_dropout(model: nn.Module, targets: Targets) -> None:
 
 
 def check_batch(config: HeraConfig, training_args: Any) -> None:
-    """Checks that enough samples are compared with one another.
-
-    Args:
-        config: The ``hera_*`` keys.
-        training_args: Arguments of transformers' Trainer.
-
-    Raises:
-        ValueError: The global batch and the remembered samples together are too few for the objective.
-    """
+    """Raises ``ValueError`` if the global batch and the remembered samples are too few for the objective."""
     least, size = config.objective_class().least_samples, training_args.per_device_train_batch_size
     together = size * world_size()
     if config.gradcache:
@@ -86,15 +74,10 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
 
 
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
-    """Checks that the output folder neither is, contains, nor lies in a folder that the run reads.
+    """Raises ``ValueError`` if the output folder is, contains, or lies in a folder that the run reads.
 
-    Args:
-        output_dir: The output folder.
-        inputs: The value of each key that may name a folder. ``hera_teacher_cache`` may name one that does not exist
-            yet; other values that are no folder, such as hub ids, are ignored.
-
-    Raises:
-        ValueError: They overlap.
+    ``inputs`` maps keys to their values. ``hera_teacher_cache`` may name a folder that does not exist yet; other
+    values that are no folder, such as hub ids, are ignored.
     """
     output = Path(output_dir).expanduser().resolve()
     for key, value in inputs.items():
@@ -110,11 +93,7 @@ def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
 
 
 def check_parallelism(training_args: Any) -> None:
-    """Checks that every process holds whole samples and whole heads.
-
-    Raises:
-        ValueError: Sequence, context or tensor parallelism.
-    """
+    """Refuses sequence, context and tensor parallelism, under which a process lacks parts of a sample or a head."""
     parallelism = getattr(training_args, "parallelism_config", None)
     sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
@@ -128,12 +107,7 @@ def check_parallelism(training_args: Any) -> None:
 
 
 def check_settings(config: HeraConfig, trainer: Any) -> None:
-    """Checks the arguments and the model of a Trainer.
-
-    Raises:
-        ValueError: As the checks above; ``nn.DataParallel``, a model on several devices, ``model_init``, a stream that
-            one process reads for all, or Unsloth's patches.
-    """
+    """Raises ``ValueError`` for arguments or a model of a Trainer with which HeRA cannot work."""
     args = trainer.args
     check_batch(config, args)
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
