@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a VLM with HeRA, in transformers' Trainer and nothing above it.
 
-    llamafactory-hera demo                           # model, teacher and data in hera_demo/, about a minute
+    python recipes/demo                           # model, teacher and data in hera_demo/, about a minute
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
     torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same over two processes
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a VLM with HeRA, in TRL's SFTTrainer.
 
-    llamafactory-hera demo                  # model, teacher and data in hera_demo/, about a minute
+    python recipes/demo                  # model, teacher and data in hera_demo/, about a minute
     python recipes/trl/sft_vlm_hera.py      # selects heads, trains, writes saves/trl_hera/
     torchrun --nproc-per-node 2 recipes/trl/sft_vlm_hera.py     # the same over two processes
 

@@ -11,9 +11,8 @@ from torch import nn
 from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 
-sys.path.append(str(Path(__file__).parents[2] / "recipes"))
-from generate import ablations, memory, recipes
-from generate.sizes import SIZES
+from recipes.generate import ablations, memory, recipes
+from recipes.generate.sizes import SIZES
 
 __all__ = ["NATIVE", "SIZES", "VISION", "ablations", "memory", "on_meta", "recipes", "text_config", "vlm_config"]
 

@@ -49,7 +49,7 @@ def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str], str | None]]) ->
 @pytest.fixture(scope="module")
 def report(world: Path) -> dict[str, Any]:
     """The demo recipe, calibrated."""
-    (answer,) = calibrate_many(world, [(ROOT / "recipes/demo_calibrate.yaml", [], None)])
+    (answer,) = calibrate_many(world, [(ROOT / "recipes/demo/calibrate.yaml", [], None)])
     return answer["reports"][0]
 
 
@@ -207,7 +207,7 @@ def messages(world: Path) -> dict[str, str]:
     (world / "broken_model/model.safetensors").unlink()
     save_file(weights, world / "broken_model/model.safetensors", {"format": "pt"})
     _fuse(world / "fused_model")
-    recipe = ROOT / "recipes/demo_calibrate.yaml"
+    recipe = ROOT / "recipes/demo/calibrate.yaml"
     jobs = [(recipe, ["output_dir=saves/bad_calibration", *change], None) for change, _ in BAD.values()]
     return {name: answer["error"] for name, answer in zip(BAD, calibrate_many(world, jobs), strict=True)}
 
@@ -241,7 +241,7 @@ def test_answers_are_not_needed(world: Path) -> None:
     columns = {"prompt": "instruction", "images": "images"}
     info = {"questions": {"file_name": "rows.json", "columns": columns}}
     (data / "dataset_info.json").write_text(json.dumps(info))
-    recipe = yaml.safe_load((ROOT / "recipes/demo_calibrate.yaml").read_text()) | {
+    recipe = yaml.safe_load((ROOT / "recipes/demo/calibrate.yaml").read_text()) | {
         "dataset_dir": str(data),
         "dataset": "questions",
         "media_dir": str(world / "hera_demo/data"),
@@ -255,7 +255,7 @@ def test_answers_are_not_needed(world: Path) -> None:
 
 
 def test_prompts_alone_and_controls_of_the_demo(world: Path) -> None:
-    demo = ROOT / "recipes/demo_calibrate.yaml"
+    demo = ROOT / "recipes/demo/calibrate.yaml"
     prompt, blank = calibrate_many(
         world,
         [
