@@ -1,7 +1,5 @@
 """The generator of recipes, and configurations of the table's models at full size, for the meta device."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +8,6 @@ from torch import nn
 
 from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
-
 from recipes.generate import ablations, memory, recipes
 from recipes.generate.sizes import SIZES
 
