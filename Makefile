@@ -75,17 +75,17 @@ demo: $(STAMP)
 	@cat saves/demo.md saves/demo_eval/demo.md
 	@echo "everything on one page: saves/demo.html"
 
-# goes on where it was stopped
+# resumes where it was stopped
 study: $(STAMP)
 	$(BIN)/python recipes/study --size $(STUDY)
 
-# goes on where it was stopped
+# resumes where it was stopped
 real: $(REAL_STAMP)
 	@$(BIN)/python recipes/real $(REAL)
 
 $(REAL_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" 2> $@.log \
-	  || { echo "real: the packages of [real] cannot be had ($@.log); run it again with a network" >&2; exit 2; }
+	  || { echo "real: the packages of [real] cannot be installed ($@.log); run it again with a network connection" >&2; exit 2; }
 	@touch $@
 
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
