@@ -80,7 +80,7 @@ def finevision_rows(source: Path, images: Path, counts: Counter, *asked: str) ->
     """Draws rows from FineVision's subsets with a fixed seed; each subset is a folder of parquet files in ``source``.
 
     ``asked`` has the form ``SUBSET=ROWS`` or ``SUBSET``; the default is every subset in ``source``. A subset without a
-    number contributes an even share of 83,000 rows. The paper's own choice of subsets and rows is not known.
+    number contributes an even share of 83,000 rows. The paper's choice of subsets and rows is not known.
     """
     names = asked or sorted({file.parent.relative_to(source).as_posix() for file in source.rglob("*.parquet")}) or [""]
     for subset, _, number in (name.partition("=") for name in names):

@@ -87,7 +87,7 @@ def _is_built(root: Path, request: dict[str, Any], force: bool) -> bool:
 
 
 def _build(work: Path, request: dict[str, Any], size: Size) -> None:
-    """Trains the models on data of the given size, and writes everything into a new folder."""
+    """Makes the data, trains the models, and writes both into a new folder."""
     paths = _paths(work)
     losses: dict[str, dict[str, float]] = {}
     started = time.perf_counter()

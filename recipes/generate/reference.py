@@ -33,7 +33,7 @@ _PAGE = """\
 Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Write the keys next to those of your
 trainer: in a recipe, on a command line, or in the web UI. A bad value stops a run before a model is loaded.
 
-In Python, the keys have no prefix, and those of a selection are in a class of their own:
+In Python, the keys have no prefix, and `SelectConfig` holds those that begin with `hera_select_`:
 `HeraConfig(heads="auto", select=SelectConfig(mode="mllm"))`.
 
 ## Usual keys

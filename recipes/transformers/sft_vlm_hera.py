@@ -4,7 +4,7 @@
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
     torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same with two processes
 
-The data are JSON in the sharegpt format: `messages` with role and content, where each `<image>` stands for the next
+The data are JSON in the sharegpt format: `messages` with role and content, where each `<image>` refers to the next
 path in the list `images`. The paths are relative to the JSON file. The chat template must end a turn with the EOS
 token.
 """

@@ -18,7 +18,7 @@ def main() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # everything else that is printed goes to standard error
+    os.dup2(2, 1)  # other output goes to standard error
 
     from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_train_args
