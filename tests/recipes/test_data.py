@@ -12,14 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import transformers as tf
+from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from llamafactory_hera.backbones.build import build_backbone
 from tests.e2e.runner import ROOT
-
-from ..backbones.tiny import save_language_model, save_tower
 
 
 def row(number: str | int, image: str | None, *turns: str) -> dict[str, Any]:
@@ -29,7 +26,7 @@ def row(number: str | int, image: str | None, *turns: str) -> dict[str, Any]:
 
 
 INSTRUCT = [
-    row("000000033471", "coco/train2017/000000033471.jpg", "<image>\nWhich colors?", "White.", "And?", "Red."),
+    row("000000033471", "coco/train2017/33471.jpg", "<image>\nWhich colors?", "White.", "And?", "Red."),
     row(2354786, "vg/VG_100K/2354786.jpg", "Where is it?\n<image>", "[0.1, 0.2, 0.3, 0.4]"),
     row("1", "ocr_vqa/images/1.jpg", "<image>\nWho wrote this book?", "Sandra Boynton"),
     row("wgByO4Y_0", None, "What does the tag <image> do?", "Nothing in HTML: write <img>."),
@@ -68,41 +65,21 @@ def test_every_dataset_of_a_recipe_is_declared(values: dict, folder: Path) -> No
 
 
 def test_the_mixture_loads_after_it_is_prepared_and_not_before(data: Path, tmp_path: Path) -> None:
-    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-    from llamafactory.hparams import get_train_args
-    from llamafactory.model import load_tokenizer
-
-    parts = save_language_model("qwen2_5", tmp_path / "llm"), save_tower("siglip", tmp_path / "tower")
-    model = build_backbone(*map(str, parts), tmp_path / "built").folder
-
-    def load() -> list[dict[str, Any]]:
-        keys = {"model_name_or_path": str(model), "stage": "sft", "do_train": True, "template": "llava_qwen2_5"}
-        keys |= {"dataset_dir": str(data), "dataset": "llava_instruct", "cutoff_len": 512, "use_cpu": True}
-        keys |= {"media_dir": str(data / "llava_instruct/images"), "output_dir": str(data / "out")}
-        keys |= {"overwrite_cache": True, "cache_dir": str(data / "cache")}
-        model_args, data_args, training_args, _, _ = get_train_args(keys)
-        module = load_tokenizer(model_args)
-        template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-        return list(
-            get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"]
-        )
-
     for each in INSTRUCT:
         if "image" in each and each["id"] != "gone":
-            write(data / "llava_instruct/images" / each["image"], encoded())
-    images = data / "llava_instruct/images/ocr_vqa/images"
-    (images / "1.jpg").rename(images / "1.png")
-    write(data / "llava_instruct/llava_v1_5_mix665k.jsonl", "".join(json.dumps(each) + "\n" for each in INSTRUCT))
-    with pytest.raises(DatasetGenerationError):  # some ids are numbers, others are text
-        load()
+            write(data / "llava_instruct/images" / each["image"].replace("1.jpg", "1.png"), encoded())
     write(tmp_path / "raw.json", json.dumps(INSTRUCT))
+    with pytest.raises(DatasetGenerationError):  # some ids are numbers, others are text
+        load_dataset("json", data_files=str(tmp_path / "raw.json"), cache_dir=str(tmp_path / "cache"))
     printed = prepare(data, "instruct", str(tmp_path / "raw.json"))
     assert "3 rows with an image, 1 text-only rows, 1 rows skipped, no image" in printed
-    samples = load()
-    names = [[Path(image).name for image in sample["images"] or []] for sample in samples]
-    assert names == [["000000033471.jpg"], ["2354786.jpg"], ["1.png"], []]
-    image = tf.AutoTokenizer.from_pretrained(model).convert_tokens_to_ids("<image>")
-    assert [sample["input_ids"].count(image) for sample in samples] == [16, 16, 16, 0]
+    file = str(data / "llava_instruct/llava_v1_5_mix665k.jsonl")
+    rows = list(load_dataset("json", data_files=file, cache_dir=str(tmp_path / "cache"))["train"])
+    assert [row["image"] and Path(row["image"]).name for row in rows] == ["33471.png", "2354786.jpg", "1.png", None]
+    for row in rows:
+        values = [turn["value"] for turn in row["conversations"]]
+        assert values[0].startswith("<image>\n") == (row["image"] is not None)
+        assert "<image>" not in values[0].removeprefix("<image>\n") + "".join(values[1:])
 
 
 def test_dense_captions_are_the_rows_of_grand(data: Path, tmp_path: Path) -> None:
