@@ -1,6 +1,6 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
-#   make study       compare the objectives in a rendered world, STUDY=smoke|default|batches (CPU: docs/study.md)
+#   make study       compare the objectives in a rendered world, STUDY=smoke|default (CPU: docs/study.md)
 #   make real        HeRA on Gemma 3 270M, for ACCEPT_GEMMA_TERMS=1; REAL=full takes hours (CPU: docs/real_model.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests that start no process of their own
@@ -61,12 +61,12 @@ $(STAMP): pyproject.toml constraints.txt patches/llamafactory_hera.pth patches/l
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/llamafactory-hera demo
-	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml
-	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml
-	$(BIN)/llamafactory-cli train recipes/demo_sft.yaml seed=1 output_dir=saves/demo_sft_reordered
-	$(BIN)/llamafactory-cli train recipes/demo_hera.yaml seed=1 output_dir=saves/demo_hera_reordered
-	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo_hera.yaml \
+	$(BIN)/python recipes/demo
+	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml
+	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml
+	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml seed=1 output_dir=saves/demo_sft_reordered
+	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml seed=1 output_dir=saves/demo_hera_reordered
+	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo/hera.yaml \
 	  dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=mllm
 	$(BIN)/llamafactory-hera report $(DEMO_MODELS) --names $(DEMO_RUNS) \
 	  --aligned saves/demo_hera/hera/heads.json --output saves/demo --html saves/demo.html
@@ -75,17 +75,17 @@ demo: $(STAMP)
 	@cat saves/demo.md saves/demo_eval/demo.md
 	@echo "everything on one page: saves/demo.html"
 
-# goes on where it was stopped
+# resumes where it was stopped
 study: $(STAMP)
 	$(BIN)/python recipes/study --size $(STUDY)
 
-# goes on where it was stopped
+# resumes where it was stopped
 real: $(REAL_STAMP)
 	@$(BIN)/python recipes/real $(REAL)
 
 $(REAL_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" 2> $@.log \
-	  || { echo "real: the packages of [real] cannot be had ($@.log); run it again with a network" >&2; exit 2; }
+	  || { echo "real: the packages of [real] cannot be installed ($@.log); run it again with a network connection" >&2; exit 2; }
 	@touch $@
 
 # a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
@@ -140,8 +140,8 @@ release: $(STAMP)
 
 # lines and files of each room
 lines:
-	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/study \
-		recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
+	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/demo \
+		recipes/study recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
 		echo "lines in $$(git ls-files $$room | grep -c '\.py$$') files  $$room"; done
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 

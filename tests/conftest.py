@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -14,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.e2e.runner import run_command
+from tests.e2e.runner import ROOT, run_command
 
 torch.set_num_threads(1)
 
@@ -42,7 +43,9 @@ def copy_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path
         shared = shared.parent
     with FileLock(shared / "hera_demo.lock"):
         if not (shared / "hera_demo/demo.json").is_file():
-            code, output = run_command(["llamafactory-hera", "demo", "--size", "test"], shared, timeout=300)
+            code, output = run_command(
+                [sys.executable, str(ROOT / "recipes/demo"), "--size", "test"], shared, timeout=300
+            )
             assert code == 0, output
 
     def copy(folder: Path) -> Path:

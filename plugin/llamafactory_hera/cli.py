@@ -30,12 +30,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "check the installation and say what is off")
 
-    demo = command("demo", _demo, "build a tiny offline model, teacher and dataset (about a minute)")
-    demo.add_argument("--output", default="hera_demo", help="folder to build (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
-    demo.add_argument("--size", choices=("demo", "test"), default="demo", help="test: smaller and faster")
-    demo.add_argument("--force", action="store_true", help="build again over an earlier demo")
-
     select = command("select", _select, "score every attention head and write a recipe with the selected heads")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
     select.add_argument("--in-place", action="store_true", help="also write the heads into the recipe itself")
@@ -155,14 +149,6 @@ def _doctor(_: argparse.Namespace) -> int:
     from hera_patches.doctor import run_doctor
 
     return run_doctor()
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from .demo import build_demo
-
-    paths = build_demo(args.output, seed=args.seed, size=args.size, force=args.force)
-    print("\n".join(f"{name}: {path}" for name, path in paths.items()))
-    return 0
 
 
 def _select(args: argparse.Namespace) -> int:

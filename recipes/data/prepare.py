@@ -1,12 +1,12 @@
-"""Turns downloaded annotations into files that the recipes load.
+"""Converts downloaded annotations to files that the recipes load.
 
     python recipes/data/prepare.py instruct llava_v1_5_mix665k.json
     python recipes/data/prepare.py grand FOLDER_OF_ANNOTATIONS
     python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
-All write beside ``dataset_info.json``. The first two need Python alone, and leave out, and count, what has no picture
-in the ``images`` folder there. The last one fills that folder from parquet files; it needs pyarrow and pillow, which
-the host brings.
+The results are written next to ``dataset_info.json``. The first two commands need only Python; they skip and count
+rows whose image is missing in the dataset's ``images`` folder. The last command fills that folder from parquet files;
+it needs pyarrow and pillow, which LLaMA-Factory installs.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 IMAGE = "<image>"
-#: OCR-VQA's pictures come as .jpg, .png and .gif, and the annotations call all of them .jpg.
+#: OCR-VQA has .jpg, .png and .gif files, and the annotations name all of them .jpg.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
-#: Rows of FineVision that the paper trains Qwen3-VL-4B on.
+#: The number of FineVision rows on which the paper trains Qwen3-VL-4B.
 FINEVISION_ROWS = 83_000
 
 
 def find_image(name: str, images: Path) -> str | None:
-    """The name under which a picture lies in ``images``; None if it does not."""
+    """Returns the name of an image file in ``images``, possibly with another suffix, or None if there is none."""
     if (images / name).is_file():
         return name
     stem = Path(name).with_suffix("")
@@ -36,10 +36,11 @@ def find_image(name: str, images: Path) -> str | None:
 
 
 def instruct_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str, Any]]:
-    """Rows of LLaVA's 665k mixture.
+    """Reads the rows of LLaVA's 665k mixture.
 
-    Ids become text: some are numbers, and a column of both cannot be loaded. The image token stands once, at the head
-    of the first turn, where LLaVA puts it too. In text-only rows it would be taken for a picture that is missing.
+    Some ids are numbers and some are text, which `datasets` cannot load in one column, so all become text. The image
+    token moves to the start of the first turn, where LLaVA puts it, and is removed from text-only rows, where
+    LLaMA-Factory would look for an image.
     """
     for row in json.loads(source.read_text(encoding="utf-8")):
         name = row.get("image")
@@ -52,34 +53,34 @@ def instruct_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[
             continue
         found = find_image(name, images)
         if found is None:
-            counts["rows left out, no picture"] += 1
+            counts["rows skipped, no image"] += 1
             continue
         for turn in turns:
             turn["value"] = turn["value"].replace(IMAGE, "").strip()
         turns[0]["value"] = f"{IMAGE}\n{turns[0]['value']}"
-        counts["rows with a picture"] += 1
+        counts["rows with an image"] += 1
         yield {"id": str(row["id"]), "image": found, "conversations": turns}
 
 
 def grand_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str, Any]]:
-    """One row for each of GranD's annotation files: the picture and its dense caption."""
+    """Reads a row from each of GranD's annotation files: the image and its dense caption."""
     for file in sorted(source.rglob("*.json")):
         name, annotation = next(iter(json.loads(file.read_text(encoding="utf-8")).items()))
         caption = (annotation.get("dense_caption") or {}).get("caption", "").strip()
         found = find_image(name, images)
         if not caption or found is None:
-            counts["rows left out, no picture" if caption else "rows left out, no dense caption"] += 1
+            counts["rows skipped, no image" if caption else "rows skipped, no dense caption"] += 1
             continue
-        counts["rows with a picture"] += 1
+        counts["rows with an image"] += 1
         turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": caption}]
         yield {"id": Path(name).stem, "image": found, "conversations": turns}
 
 
 def finevision_rows(source: Path, images: Path, counts: Counter, *asked: str) -> Iterator[dict[str, Any]]:
-    """Rows of FineVision's subsets, each a folder of parquet files in ``source``, drawn by a fixed seed.
+    """Draws rows from FineVision's subsets with a fixed seed; each subset is a folder of parquet files in ``source``.
 
-    ``asked`` are ``SUBSET=ROWS`` or ``SUBSET``; by default all that are there. One without a number gives an even
-    share of 83,000 rows: which subsets the paper takes, and how many rows of each, is not known here.
+    ``asked`` has the form ``SUBSET=ROWS`` or ``SUBSET``; the default is every subset in ``source``. A subset without a
+    number contributes an even share of 83,000 rows. The paper's choice of subsets and rows is not known.
     """
     names = asked or sorted({file.parent.relative_to(source).as_posix() for file in source.rglob("*.parquet")}) or [""]
     for subset, _, number in (name.partition("=") for name in names):
@@ -92,9 +93,9 @@ def _finevision_subset(source: Path, images: Path, counts: Counter, subset: str,
 
     files = [ParquetFile(file) for file in sorted((source / subset).glob("*.parquet"))]
     if not files:
-        raise SystemExit(f"{source / subset} holds no parquet file; download its subset, or name another one.")
-    there = sum(file.metadata.num_rows for file in files)
-    drawn = set(random.Random(0).sample(range(there), min(n, there)))
+        raise SystemExit(f"{source / subset} holds no parquet file; download the subset, or name another one.")
+    total = sum(file.metadata.num_rows for file in files)
+    drawn = set(random.Random(0).sample(range(total), min(n, total)))
     batches = (batch for file in files for batch in file.iter_batches(64, columns=["images", "texts"]))
     for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
         if number not in drawn:
@@ -106,16 +107,16 @@ def _finevision_subset(source: Path, images: Path, counts: Counter, subset: str,
         except (UnidentifiedImageError, OSError):
             suffixes = []
         if not pairs or len(suffixes) < len(stored):
-            counts["rows left out, broken picture" if pairs else "rows left out, no turn"] += 1
+            counts["rows skipped, broken image" if pairs else "rows skipped, no turn"] += 1
             continue
         found = [f"{subset}/{number}_{place}.{suffix}" for place, suffix in enumerate(suffixes)]
         for name, image in zip(found, stored, strict=True):
             (images / name).parent.mkdir(parents=True, exist_ok=True)
             (images / name).write_bytes(image)
-        said = [text.replace(IMAGE, "" if found else "image").strip() for pair in pairs for text in pair]
-        said[0] = f"{IMAGE * len(found)}\n{said[0]}".strip()
-        turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
-        counts["rows with a picture" if found else "text-only rows"] += 1
+        texts = [text.replace(IMAGE, "" if found else "image").strip() for pair in pairs for text in pair]
+        texts[0] = f"{IMAGE * len(found)}\n{texts[0]}".strip()
+        turns = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+        counts["rows with an image" if found else "text-only rows"] += 1
         yield {"id": f"{subset}/{number}", "images": found, "conversations": turns}
 
 
@@ -126,26 +127,25 @@ DATASETS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], str]] = {
 }
 
 
-def prepare(name: str, source: Path, subsets: Sequence[str] = (), folder: Path = HERE) -> Counter:
-    """Writes the dataset's file into ``folder``; it appears whole or not at all. Returns what was counted."""
+def prepare(name: str, source: Path, subsets: Sequence[str] = (), folder: Path = HERE) -> None:
+    """Writes the dataset's file into ``folder``, completely or not at all, and prints the counts."""
     rows, file_name = DATASETS[name]
-    target = folder / file_name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
+    path = folder / file_name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
     counts: Counter = Counter()
     with temporary.open("w", encoding="utf-8") as file:
-        for row in rows(source, target.parent / "images", counts, *subsets):
+        for row in rows(source, path.parent / "images", counts, *subsets):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, target)
-    print(f"{target}: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
-    return counts
+    os.replace(temporary, path)
+    print(f"{path}: " + ", ".join(f"{number} {kind}" for kind, number in counts.items()))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=DATASETS)
-    parser.add_argument("source", type=Path, help="the downloaded file, or folder of files")
-    parser.add_argument("subset", nargs="*", help="of finevision: NAME=ROWS, or NAME for an even share of 83,000 rows")
+    parser.add_argument("source", type=Path, help="the downloaded file or folder")
+    parser.add_argument("subset", nargs="*", help="finevision only: NAME=ROWS, or NAME for an even share of 83,000")
     parsed = parser.parse_args()
     if parsed.subset and parsed.dataset != "finevision":
         parser.error(f"{parsed.dataset} has no subsets")

@@ -1,14 +1,16 @@
-"""Writes the generated recipes and ``docs/keys.md``: ``python recipes/generate``, after a change of table or keys."""
+"""``python recipes/generate``: writes the training recipes, their table in recipes/README.md, and docs/keys.md.
+
+Run it after a change of the table of backbones or of a key.
+"""
 
 import sys
 from pathlib import Path
 
-RECIPES = Path(__file__).resolve().parents[1]
-sys.path.append(str(RECIPES))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)  # the repository, so that this folder is `recipes.generate`
 
-from generate import reference  # noqa: E402
-from generate.recipes import write_index, write_recipes  # noqa: E402
+from recipes.generate import recipes, reference  # noqa: E402
 
-(RECIPES.parent / "docs/keys.md").write_text(reference.page(), encoding="utf-8")
-write_index(RECIPES / "README.md")
-print(f"{len(write_recipes(RECIPES))} recipes written")
+(ROOT / "docs/keys.md").write_text(reference.page(), encoding="utf-8")
+recipes.write_index(ROOT / "recipes/README.md")
+print(f"{len(recipes.write_recipes(ROOT / 'recipes'))} recipes written")

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 1 and 4: the recipes of two stages with other ``hera_*`` keys."""
+"""The rows of the paper's tables 1 and 4, as recipes that differ from the two stages in their ``hera_*`` keys."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ from .sizes import SIZES
 from .text import Recipe
 
 FOLDER = "ablations"
-#: The two LLMs of the paper's table 1, and the one of table 4.
+#: The two LLMs of the paper's table 1, and the LLM of table 4.
 MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
-#: Lines of recipes/README.md between which the generator writes its table.
+#: The lines of recipes/README.md between which the generator writes its tables.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
 #: The paper selects on captions of GranD (recipes/data/README.md).
@@ -23,14 +23,14 @@ _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
 
 @dataclass(frozen=True)
 class Row:
-    """One row of table 1, whose alignment is part of both stages.
+    """A row of table 1; both stages use its alignment.
 
     Attributes:
-        name: In the file's name.
-        title: What is aligned with what.
-        keys: Keys that say so; ``hera_heads`` is a number where the paper's first so many heads are meant.
+        name: The row's part of the file name.
+        title: A description for the header and the table.
+        keys: The keys that differ; an integer ``hera_heads`` means that many of the paper's heads.
         paper: The paper's vision average on the two LLMs.
-        note: A sentence of the header.
+        note: A sentence for the header.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
     note: str = ""
 
     def values(self, model: Backbone) -> dict[str, Any]:
-        """The keys with the model's heads written out."""
+        """Returns the keys with the names of the model's heads."""
         count = self.keys.get("hera_heads")
         if not isinstance(count, int):
             return self.keys
@@ -51,99 +51,108 @@ def _auto(strategy: str, m: int) -> dict[str, Any]:
     return {"hera_heads": "auto", "hera_select": strategy, "hera_select_m": m, **_GRAND}
 
 
-_OURS = (
-    "Visual tokens against the teacher's patches, as VIRAL and REPA match them (paper, sec. 4.2); what the paper "
-    "leaves open, the projector above all, is named in docs/method.md."
+_FEATURE = (
+    "Visual tokens are matched to the teacher's patches as in VIRAL and REPA (paper, section 4.2). The paper leaves "
+    "some choices open, above all the projector; docs/method.md lists them."
 )
 _VIRAL = (
-    "VIRAL reads hidden_states[n / 2]; teacher and weight are those of HeRA's paper. VIRAL's own teacher is "
-    "facebook/dinov2-base; by LoRA it trains the model's projector at 2e-5, where the host has one rate."
+    "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL itself uses "
+    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has one learning rate only."
 )
 _CMAR = (
-    "The paper gives neither weight nor stages: 0.1 is a reproduction's, 0.01 would be HeRA's; that it is part of "
-    "both stages is this project's choice."
+    "The paper gives neither the weight nor the stages. The weight of 0.1 is that of a reproduction; HeRA's would be "
+    "0.01. To align in both stages is this project's choice."
 )
 _ROSS = (
-    "The data are those of HeRA's paper, 665k instructions, where ROSS's own are 737k. The memory above leaves the "
-    "denoiser out, 64 million parameters in fp32 with their AdamW, and its activations."
+    "The data are the 665k instructions of HeRA's paper; ROSS itself uses 737k. The memory above does not include the "
+    "denoiser (64 million parameters in fp32 and their AdamW states) and its activations."
 )
-_JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way is JARVIS's own attention, see docs/method.md."
-_JARVIS_TWO = "JARVIS is a part of stage 1 alone."
+_JARVIS = (
+    "Stage 2 is plain fine-tuning. hera_visual_attention: two_way gives the attention of JARVIS; see docs/method.md."
+)
+_JARVIS_TWO = "JARVIS is part of stage 1 only."
 _VAE_NEED = (
-    "an AutoencoderKL; the source takes FLUX.1-dev's, whose license must be accepted: hf download "
+    "an AutoencoderKL. ROSS uses that of FLUX.1-dev, whose license you must accept: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
 )
 VAE = "models/flux/vae"
-_TEN = "The run warns: ten heads wrecked Qwen2.5-3B in the paper."
+_TEN = "The run prints a warning: with ten heads, the paper's Qwen2.5-3B collapsed."
 
 ROWS = (
     Row(
         "feature_layer_middle",
-        "visual tokens of the middle layer are matched",
+        "feature matching of visual tokens in the middle layer",
         {"hera_objective": "feature", **_LAYER, "hera_layers": "middle"},
         paper=("50.1", "53.4"),
-        note=_OURS,
+        note=_FEATURE,
     ),
     Row(
         "feature_head_worst5",
-        "visual tokens of the 5 least aligned heads are matched",
+        "feature matching of visual tokens in the 5 least aligned heads",
         {"hera_objective": "feature", "hera_heads": 5},
         paper=("51.6", "55.9"),
-        note=_OURS,
+        note=_FEATURE,
     ),
     Row(
         "contrastive_layer_middle",
-        "the contrastive loss on the middle layer",
+        "contrastive loss on the middle layer",
         {**_LAYER, "hera_layers": "middle"},
         paper=("51.1", "57.2"),
     ),
     Row(
         "contrastive_layer_worst5",
-        "the contrastive loss on the 5 least aligned layers",
+        "contrastive loss on the 5 least aligned layers",
         {**_LAYER, "hera_layers": "auto", "hera_select": "worst", "hera_select_m": 5, **_GRAND},
         paper=("51.7", "52.1"),
     ),
-    Row("head_random5", "5 random heads", _auto("random", 5), paper=("49.7", "56.6")),
-    Row("head_top5", "the 5 most aligned heads", _auto("top", 5), paper=("50.2", "56.3")),
-    Row("head_worst1", "the least aligned head", {"hera_heads": 1}, paper=("51.2", "57.0")),
-    Row("head_worst3", "the 3 least aligned heads", {"hera_heads": 3}, paper=("51.0", "57.0")),
-    Row("head_worst10", "the 10 least aligned heads", _auto("worst", 10), paper=("38.9", "56.3"), note=_TEN),
+    Row("head_random5", "contrastive loss on 5 random heads", _auto("random", 5), paper=("49.7", "56.6")),
+    Row("head_top5", "contrastive loss on the 5 most aligned heads", _auto("top", 5), paper=("50.2", "56.3")),
+    Row("head_worst1", "contrastive loss on the least aligned head", {"hera_heads": 1}, paper=("51.2", "57.0")),
+    Row("head_worst3", "contrastive loss on the 3 least aligned heads", {"hera_heads": 3}, paper=("51.0", "57.0")),
+    Row(
+        "head_worst10",
+        "contrastive loss on the 10 least aligned heads",
+        _auto("worst", 10),
+        paper=("38.9", "56.3"),
+        note=_TEN,
+    ),
 )
 
 
 def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
-    """The rows of table 1 for one LLM.
+    """Makes the rows of table 1 for an LLM.
 
     Args:
         model: The LLM.
-        hera: Its stage-2 recipe, from which a row differs in the ``hera_*`` keys and its folders alone.
+        hera: Its stage-2 recipe; a row differs from it only in the ``hera_*`` keys and the folders.
     """
     for row in ROWS:
         first = row.values(model)
         stage_one = f"saves/{model.key}/pretrain_{row.name}"
         second = dict(first)
         key = "hera_layers" if "hera_layers" in first else "hera_heads"
-        if first[key] == "auto":  # what stage 1 selected, on the language model that it left as it was
+        if first[key] == "auto":
+            # Stage 2 continues with the selection of stage 1, which did not change the language model.
             path = f"{stage_one}/hera/{key.removeprefix('hera_')}.json"
             dropped = {"hera_select", *_GRAND} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
             second = {k: path if k == key else v for k, v in first.items() if k not in dropped}
         keys = _CONTRASTIVE if "hera_objective" not in first else ("hera_weight",)
         title = f"{model.title}, LLaVA stage 2, ablation: {row.title}."
-        notes = f"Stage 1 with the same alignment: {_stage_one(model, first, stage_one)}. {row.note}".rstrip()
+        notes = f"{_stage_one(model, first, stage_one)} {row.note}".rstrip()
         yield _changed(hera, model, row.name, title, stage_one, second, keys, notes)
 
 
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
-    """The rows of table 4: ROSS, VIRAL, JARVIS and CMAR as their sources train them, and by LoRA as VIRAL does.
+    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources, and by LoRA as in VIRAL.
 
     Args:
         model: The LLM.
         pretrain: Its stage 1 with HeRA.
         hera: Its stage 2 with HeRA.
-        lora: The same by LoRA.
+        lora: Its stage 2 with HeRA by LoRA.
     """
     saves = f"saves/{model.key}"
-    plain = f"Stage 1 goes without it: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
+    plain = f"Stage 1 has no alignment loss: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
     plain += f" output_dir={saves}/pretrain_sft stage=sft`."
     layers = SIZES[model.key].layers
     viral = {"hera_objective": "viral", **_LAYER, "hera_layers": f"L{layers // 2 - 1}", "hera_weight": 0.5}
@@ -152,13 +161,7 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
     ross = {"hera_objective": "ross", **_LAYER, "hera_layers": "final", "hera_weight": 1.0, "hera_teacher": VAE}
     jarvis = {"hera_objective": "jarvis", **_LAYER, "hera_layers": f"L{layers // 4 - 1}", "hera_weight": 1.0}
     stages = {
-        "ross_pretrain": (
-            pretrain,
-            "ROSS",
-            f"models/{model.key}",
-            {**ross, "hera_objective_lr": "1.0e-4"},
-            _ROSS,
-        ),
+        "ross_pretrain": (pretrain, "ROSS", f"models/{model.key}", {**ross, "hera_objective_lr": "1.0e-4"}, _ROSS),
         "jarvis_pretrain": (pretrain, "JARVIS", f"models/{model.key}", jarvis, _JARVIS),
     }
     for suffix, recipe in (("", hera), ("_lora", lora)):
@@ -169,16 +172,18 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
     for name, (recipe, title, start, keys, notes) in stages.items():
         stage = "stage 1" if recipe is pretrain else "stage 2 by LoRA" if recipe is lora else "stage 2"
         if name == "cmar":
-            notes = f"Stage 1 with the same alignment: {_stage_one(model, keys, start)}. {notes}"
+            notes = f"{_stage_one(model, keys, start)} {notes}"
         yield _changed(recipe, model, name, f"{model.title}, LLaVA {stage} with {title}.", start, keys, (), notes)
     for suffix, recipe in (("", hera), ("_lora", lora)):
         name, start = f"jarvis{suffix}", f"{saves}/jarvis_pretrain"
-        title = f"{model.title}, LLaVA stage 2{' by LoRA' if suffix else ''} behind JARVIS's stage 1, plain."
+        stage = f"stage 2{' by LoRA' if suffix else ''}"
+        title = f"{model.title}, LLaVA {stage} without an alignment loss, after stage 1 with JARVIS."
         after = recipe.without_hera(f"{FOLDER}/{model.key}_{name}", title, f"{saves}/{name}", _JARVIS_TWO)
         yield _starting(after, start)
 
 
 def _starting(recipe: Recipe, start: str) -> Recipe:
+    """Replaces the model that the recipe starts from."""
     sections = [
         (name, {k: start if k == "model_name_or_path" else v for k, v in keys.items()})
         for name, keys in recipe.sections
@@ -196,7 +201,7 @@ def _changed(
     kept: Iterable[str],
     notes: str,
 ) -> Recipe:
-    """A recipe with other ``hera_*`` keys, from and into other folders; ``kept`` are those that stay."""
+    """Replaces the ``hera_*`` keys except ``kept``, and the folders."""
     section = dict(recipe.sections)["hera"]
     teacher = keys.get("hera_teacher", TEACHER)
     hera = {**keys, "hera_teacher": teacher, **{key: section[key] for key in kept if key not in keys}}
@@ -214,40 +219,42 @@ def _changed(
 
 
 def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
+    """The sentence with the command of a stage 1 that has no recipe."""
     others = {"hera_heads": "null", **keys}
     if "hera_objective" in others:
         others["hera_memory"] = 0
     settings = " ".join(f"{key}={value}" for key, value in others.items())
-    return f"`llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder} {settings}`"
+    command = f"llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder} {settings}"
+    return f"Stage 1 uses the same alignment: `{command}`."
 
 
 def index() -> str:
-    """The tables of recipes/README.md."""
-    lines = ["| Row | Qwen2.5-3B | Qwen3-4B | the paper's vision average |", "| --- | --- | --- | --- |"]
+    """Returns the tables for recipes/README.md."""
+    lines = ["| Row | Qwen2.5-3B | Qwen3-4B | vision average in the paper |", "| --- | --- | --- | --- |"]
     rows = [
         (
-            "without HeRA in either stage: with `model_name_or_path=saves/NAME/pretrain_sft`",
+            "no HeRA in either stage; append `model_name_or_path=saves/NAME/pretrain_sft`",
             [f"{key}_sft" for key in MODELS],
             "50.5 / 56.3",
         ),
-        ("HeRA: the contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 / 58.5"),
+        ("HeRA: contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 / 58.5"),
     ]
     rows += [(row.title, [f"{FOLDER}/{key}_{row.name}" for key in MODELS], " / ".join(row.paper)) for row in ROWS]
     lines += [f"| {text} | {' | '.join(map(_link, names))} | {paper} |" for text, names, paper in rows]
     lines += ["", "Table 4, on Qwen3-8B:", ""]
     lines += [
-        "| Method | Stage 1 | Stage 2 | by LoRA | the paper's vision average |",
+        "| Method | Stage 1 | Stage 2 | Stage 2, LoRA | vision average in the paper |",
         "| --- | --- | --- | --- | --- |",
     ]
     first = {"ROSS": "ross_pretrain", "JARVIS": "jarvis_pretrain"}
     for title, paper in (("ROSS", "56.2"), ("VIRAL", "54.2"), ("JARVIS", "58.7"), ("CMAR", "56.9")):
         name = f"{FOLDER}/{RIVALRY}_{title.lower()}"
-        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "in the header of stage 2"
+        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "a command in the header of stage 2"
         by_lora = "–" if title == "CMAR" else _link(f"{name}_lora")
         lines.append(f"| {title} | {one} | {_link(name)} | {by_lora} | {paper} |")
-    none, ours = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
-    lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {ours} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
-    lines.append(f"| none | in the header of stage 2 | {none} | – | 55.9 |")
+    none, hera = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
+    lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {hera} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
+    lines.append(f"| none | a command in the header of stage 2 | {none} | – | 55.9 |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""How a global batch is spread over GPUs, and the memory that takes: computed from tensor sizes, not measured."""
+"""Splits a global batch over GPUs and estimates the memory; computed from tensor sizes, not measured."""
 
 from dataclasses import dataclass
 
@@ -6,34 +6,33 @@ from .sizes import Sizes
 
 GIB = 2**30
 
-#: Bytes of a trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 keeps as much, in other shares.
+#: Bytes per trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 needs as many, split differently.
 TRAINED_BYTES = 16
-#: Bytes of a logit while the loss is taken: the bf16 logit, its fp32 copy, the softmax and the gradient.
+#: Bytes per logit while the loss is computed: the bf16 logit, its fp32 copy, the softmax and the gradient.
 LOGIT_BYTES = 14
-#: Bytes of a parameter that bitsandbytes keeps in 4 bits, with its share of the quantization constants.
+#: Bytes per parameter that bitsandbytes stores in 4 bits, with its share of the quantization constants.
 NF4_BYTES = 0.56
-#: CUDA context, DINOv2-L in bf16 with its activations, the vision tower's activations, fragmentation.
+#: CUDA context, DINOv2-L in bf16 with its activations, the activations of the vision tower, fragmentation.
 OVERHEAD = 5 * GIB
-#: A card must keep some room.
+#: The fraction of a card that a recipe may fill.
 USABLE = 0.9
-#: Samples that are compared at least: this project's choice, as many as LLaVA's stage 2 has in its global batch. The
-#: paper does not say within what it compares.
+#: The fewest samples that are compared. The paper gives no number; this is the global batch of LLaVA's stage 2.
 CANDIDATES = 128
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a recipe trains.
+    """The amount of training that a recipe does.
 
     Attributes:
-        sizes: Of the model.
-        n_frozen: Frozen parameters.
-        n_trained: Trained parameters.
+        sizes: Sizes of the model.
+        n_frozen: Number of frozen parameters.
+        n_trained: Number of trained parameters.
         tokens: Length of a padded sequence.
-        global_batch: Samples between two optimizer steps.
+        global_batch: Samples per optimizer step.
         card: Memory of a GPU in GiB.
-        zero3: Parameters are sharded over all GPUs.
-        four_bit: The frozen linear layers are kept in 4 bits.
+        zero3: True if the parameters are sharded over all GPUs.
+        four_bit: True if the frozen linear layers are stored in 4 bits.
     """
 
     sizes: Sizes
@@ -47,11 +46,11 @@ class Work:
 
     @property
     def checkpoint(self) -> float:
-        """GiB of a checkpoint with the optimizer's state: bf16 weights, fp32 copies and two moments."""
+        """GiB of a checkpoint with the optimizer state: bf16 weights, fp32 copies and two moments."""
         return (2 * self.n_frozen + 14 * self.n_trained) / GIB
 
     def memory(self, gpus: int, per_device: int) -> float:
-        """GiB a GPU with gradient checkpointing, an estimate on the high side."""
+        """Estimates the GiB per GPU with gradient checkpointing, from above."""
         sizes = self.sizes
         embeddings = sizes.hidden * sizes.vocabulary * (1 if sizes.tied else 2)
         frozen = 2.0 * self.n_frozen
@@ -59,7 +58,7 @@ class Work:
             frozen = 2.0 * embeddings + NF4_BYTES * (self.n_frozen - embeddings)
         weights = frozen + TRAINED_BYTES * self.n_trained
         if self.zero3:
-            gathered = 2.0 * 2 * embeddings  # the largest parameters, whole while they are used
+            gathered = 2.0 * 2 * embeddings  # the largest parameters, gathered while they are in use
             weights = weights / gpus + gathered
         checkpoints = 2 * sizes.layers * sizes.hidden
         one_layer = 2 * (8 * sizes.hidden + 6 * sizes.intermediate)
@@ -69,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Batches:
-    """A way to make the global batch on some number of GPUs."""
+    """One way to split the global batch over a number of GPUs."""
 
     gpus: int
     per_device: int
@@ -80,10 +79,10 @@ class Batches:
 
 
 def spread(work: Work, gpus: int) -> Batches:
-    """The largest micro-batch that fits, and the remembered samples that make up for what accumulation takes away.
+    """Chooses the largest micro-batch that fits, and the memory that replaces the candidates lost to accumulation.
 
-    HeRA compares the samples of a micro-batch over all GPUs. Where that is less than the global batch, `hera_memory`
-    brings the candidates up to it, or to `CANDIDATES` where the global batch itself is smaller.
+    HeRA compares the samples of a micro-batch over all GPUs. If they are fewer than the global batch, ``hera_memory``
+    adds candidates up to the global batch, and at least up to ``CANDIDATES``.
     """
     choices = [size for size in (32, 16, 8, 4, 2, 1) if size * gpus <= work.global_batch]
     fitting = [size for size in choices if work.memory(gpus, size) <= USABLE * work.card]

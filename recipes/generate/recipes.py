@@ -1,8 +1,8 @@
-"""The recipes, made of the table of backbones.
+"""The recipes of all backbones in the table.
 
-Hyper-parameters are LLaVA-1.5's, which the paper uses (arXiv 2606.23885): stage 1 with global batch 256 and learning
-rate 1e-3 on the projector, stage 2 with 128 and 2e-5 (LoRA 2e-4); cosine, 3 % warm-up, one epoch, bf16. Learning rates
-of finished VLMs are this project's choice.
+The hyperparameters are those of LLaVA-1.5, as in the paper (arXiv 2606.23885). Stage 1 trains the projector with a
+global batch of 256 and a learning rate of 1e-3; stage 2 has a batch of 128 and a rate of 2e-5 (LoRA 2e-4). Both use a
+cosine schedule, 3 % warm-up, one epoch and bf16. The learning rates of finished VLMs are this project's choice.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from .sizes import SIZES, Sizes
 from .text import Recipe, render
 
 GPUS = (1, 8, 32)
-#: GPUs that the values of a recipe are for; the other rows stand in its header.
+#: The number of GPUs that the keys of a recipe are set for; its header lists the others.
 DEFAULT_GPUS = 8
 
-#: Parameters of SigLIP2 SO400M's vision half without its pooling head, and its width.
+#: Parameters of the vision half of SigLIP2 SO400M without its pooling head, and its width.
 N_VISION, VISION_WIDTH = 412_987_248, 1152
 CAPTION_TOKENS = 832  # 729 of the image and a short caption
 CUTOFF, LONG_CUTOFF = 2048, 4096
@@ -31,15 +31,15 @@ LORA_RANK = 128
 QLORA_RANK = 16
 QLORA_CARD, QLORA_BATCH = 24, 32
 
-_TEACHER_NEED = (TEACHER, "the teacher: fetched from the hub by the first run, or a local folder in hera_teacher")
+_TEACHER_NEED = (TEACHER, "the teacher; the first run downloads it, or set hera_teacher to a local folder")
 _PRETRAIN_NEED = ("recipes/data/llava_pretrain/", "558k captions and their images: recipes/data/README.md")
 _INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions and their images: recipes/data/README.md")
 _FINEVISION_NEED = ("recipes/data/finevision/", "83k rows of FineVision with their images: recipes/data/README.md")
-_QUANT_NEED = ("bitsandbytes", 'pip install "llamafactory-hera[quant]"')
+_QUANT_NEED = ("bitsandbytes", "pip install bitsandbytes")
 
 
 def n_projector(sizes: Sizes) -> int:
-    """Parameters of the two-layer projector into an LLM."""
+    """Counts the parameters of the two-layer projector into an LLM."""
     return VISION_WIDTH * sizes.hidden + sizes.hidden**2 + 2 * sizes.hidden
 
 
@@ -52,7 +52,7 @@ def _pretrain(model: Backbone) -> Recipe:
     build += " --image-aspect-ratio pad"
     return Recipe(
         f"{model.key}_pretrain",
-        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, all else is frozen.",
+        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, the rest is frozen.",
         [(f"models/{model.key}/", f"{build} --output models/{model.key}"), _PRETRAIN_NEED, _TEACHER_NEED],
         work,
         plans,
@@ -72,11 +72,11 @@ def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
     if kind == "hera_lora":
         trained = sizes.lora(LORA_RANK) + n_projector(sizes)
         work = Work(sizes, sizes.n_parameters + N_VISION, trained, CUTOFF, 128)
-        what, rate = "with HeRA by LoRA: adapters on the LLM, and the projector.", "2.0e-4"
+        what, rate = "by LoRA with HeRA: adapters on the LLM, and the projector in full.", "2.0e-4"
         keys = sections.lora(LORA_RANK, "multi_modal_projector")
     else:
         work = Work(sizes, N_VISION, sizes.n_parameters + n_projector(sizes), CUTOFF, 128, zero3=True)
-        what, rate = "with HeRA: LLM and projector learn from instructions.", "2.0e-5"
+        what, rate = "with HeRA: the LLM and the projector learn from instructions.", "2.0e-5"
         keys = sections.FULL
     plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[GPUS.index(DEFAULT_GPUS)]
@@ -102,8 +102,8 @@ def _baseline(model: Backbone) -> Recipe:
     hera = _stage_two(model, "hera")
     stage_one = f"saves/{model.key}/pretrain_sft"
     notes = (
-        f"It starts from the same stage 1 as {hera.name}.yaml. For a baseline without HeRA in either stage run "
-        f"`llamafactory-cli train recipes/{model.key}_pretrain.yaml stage=sft output_dir={stage_one}` first, and "
+        f"This run starts from the same stage 1 as {hera.name}.yaml. For a baseline without HeRA in either stage, "
+        f"first run `llamafactory-cli train recipes/{model.key}_pretrain.yaml stage=sft output_dir={stage_one}`, then "
         f"append `model_name_or_path={stage_one}` to the command above."
     )
     title = f"{model.title}, LLaVA stage 2 without HeRA: the baseline of {hera.name}.yaml."
@@ -119,21 +119,21 @@ class _NativeKind:
 
 
 _NATIVE_KINDS = {
-    "hera": _NativeKind("fine-tuned with HeRA: LLM and projector.", "1.0e-5"),
+    "hera": _NativeKind("fine-tuned with HeRA: the LLM and the projector in full.", "1.0e-5"),
     "hera_lora": _NativeKind(
-        "fine-tuned with HeRA by LoRA: adapters on the LLM, and the projector.", "1.0e-4", LORA_RANK
+        "fine-tuned by LoRA with HeRA: adapters on the LLM, and the projector in full.", "1.0e-4", LORA_RANK
     ),
     "hera_qlora": _NativeKind(
-        "fine-tuned with HeRA by QLoRA on one 24 GB card: adapters on the LLM in 4 bits.", "1.0e-4", QLORA_RANK, True
+        "fine-tuned by QLoRA with HeRA on one 24 GB card: adapters on the LLM in 4 bits.", "1.0e-4", QLORA_RANK, True
     ),
 }
 
 
 def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Recipe:
     kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
-    own_data = dataset != "llava_instruct"  # with several images in some rows
-    cutoff = LONG_CUTOFF if own_data or sizes.image_tokens > CUTOFF // 2 else CUTOFF
-    # the vision half is small beside the text decoder, and is counted with it
+    finevision = dataset == "finevision"  # some of its rows have several images
+    cutoff = LONG_CUTOFF if finevision or sizes.image_tokens > CUTOFF // 2 else CUTOFF
+    # The vision half is small compared with the text decoder, and is counted with it.
     if kind.four_bit:
         trained = sizes.lora(kind.rank)
         work = Work(sizes, sizes.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)
@@ -144,8 +144,11 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     plans = [spread(work, gpus) for gpus in GPUS]
     batches = plans[0 if kind.four_bit else GPUS.index(DEFAULT_GPUS)]
     keys = sections.lora(kind.rank, None if kind.four_bit else sizes.projector) if kind.rank else sections.FULL
-    checkpoint = (model.checkpoint, "the model: fetched from the hub, or a local folder in model_name_or_path")
-    full_name, data_need = (f"{dataset}_{name}", _FINEVISION_NEED) if own_data else (name, _INSTRUCT_NEED)
+    checkpoint = (
+        model.checkpoint,
+        "the model; the first run downloads it, or set model_name_or_path to a local folder",
+    )
+    full_name, data_need = (f"{dataset}_{name}", _FINEVISION_NEED) if finevision else (name, _INSTRUCT_NEED)
     return Recipe(
         f"{model.key}_{full_name}",
         f"{model.title}, {kind.what}",
@@ -153,7 +156,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
         work,
         plans,
         [
-            sections.model(model.checkpoint, **(sections.QUANTISED if kind.four_bit else {})),
+            sections.model(model.checkpoint, **(sections.QUANTIZED if kind.four_bit else {})),
             sections.method(keys),
             sections.hera("auto", batches, hera_select_mode="mllm"),
             sections.data(dataset, model.template, cutoff),
@@ -164,20 +167,24 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
 
 
 def _finevision() -> Iterator[Recipe]:
-    """The paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
+    """Makes the paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k rows of FineVision; which ones, and its settings for them, are not known here: "
-        "learning rate and batch are those of the other recipes for finished VLMs."
+        "The paper trains on 83k rows of FineVision; the rows and its settings are not known. The learning rate and "
+        "the batch size are those of the other recipes for finished VLMs."
     )
-    yield replace(hera, title=f"{model.title}, fine-tuned on FineVision with HeRA: LLM and projector.", notes=notes)
+    yield replace(
+        hera,
+        title=f"{model.title}, fine-tuned on FineVision with HeRA: the LLM and the projector in full.",
+        notes=notes,
+    )
     title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline of {hera.name}.yaml."
     yield hera.without_hera(f"{model.key}_finevision_sft", title, f"saves/{model.key}/finevision_sft", notes)
 
 
 def all_recipes() -> Iterator[Recipe]:
-    """Every generated recipe."""
+    """Makes every generated recipe."""
     for model in LANGUAGE_MODELS.values():
         yield _pretrain(model)
         yield _stage_two(model, "hera")
@@ -195,7 +202,7 @@ def all_recipes() -> Iterator[Recipe]:
 
 
 def write_recipes(folder: Path) -> list[Path]:
-    """Writes every recipe into ``folder``; returns the files."""
+    """Writes every recipe into ``folder`` and returns the files."""
     files = []
     for recipe in all_recipes():
         files.append(folder / f"{recipe.name}.yaml")
@@ -205,7 +212,7 @@ def write_recipes(folder: Path) -> list[Path]:
 
 
 def write_index(page: Path) -> None:
-    """Writes the table of ablations into ``recipes/README.md``, between its marks."""
+    """Writes the tables of ablations between the marks of recipes/README.md."""
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
     page.write_text(f"{before}{MARKS[0]}\n{index()}\n{MARKS[1]}{after}", encoding="utf-8")

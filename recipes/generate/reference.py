@@ -1,66 +1,108 @@
-"""The reference of all keys, ``docs/keys.md``, from the classes that declare them."""
+"""The page of all keys, docs/keys.md, from the classes that declare them."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import Field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from llamafactory_hera.calibration.settings import RahConfig
-from llamafactory_hera.config import FIXED_KEYS, RESUMABLE_KEYS, SELECTION_KEYS, HeraConfig, SelectConfig
+from llamafactory_hera.config import FIXED_KEYS, RESUMABLE_KEYS, SELECTION_KEYS, HeraConfig
 
-_HEAD = """# All keys
+#: The keys that a run usually sets, and those that it sometimes sets. All others are rare.
+USUAL = ("hera_heads", "hera_teacher", "hera_teacher_cache", "hera_weight", "hera_memory", "hera_select_mode")
+SOMETIMES = (
+    "hera_k",
+    "hera_accumulate",
+    "hera_pooling",
+    "hera_image_index",
+    "hera_select",
+    "hera_select_m",
+    "hera_select_dataset",
+    "hera_select_samples",
+    "hera_select_batch_size",
+    "hera_objective",
+    "hera_granularity",
+    "hera_layers",
+)
 
-Written by `python recipes/generate` from the classes that declare the keys; change those, not this page. A bad value
-stops a run before a model is loaded, with its key and a remedy. A resumed run must have keys marked † as its
-checkpoint has them, and may change those marked ‡, with a warning. `auto` uses an earlier selection again if those
-marked * are the same.
+_PAGE = """\
+# All keys
+
+<!-- Written by `python recipes/generate`. Change the classes that declare the keys, not this page. -->
+
+Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Write the keys next to those of your
+trainer: in a recipe, on a command line, or in the web UI. A bad value stops a run before a model is loaded.
+
+In Python, the keys have no prefix, and `SelectConfig` holds those that begin with `hera_select_`:
+`HeraConfig(heads="auto", select=SelectConfig(mode="mllm"))`.
+
+## Usual keys
+
+{usual}
+
+## Sometimes needed
+
+{sometimes}
+
+## Rarely needed
+
+{rare}
+
+## Changing keys between runs
+
+- A resumed run must keep the values of its checkpoint for {fixed}.
+- A resumed run may change {resumable}. It then prints a warning, because its curves do not continue those of the
+  checkpoint.
+- `auto` reuses an earlier selection in the same output folder if the model, the teacher, the dataset and these keys
+  are unchanged: {selection}. Otherwise it selects again.
+
+## Calibration
+
+Only `llamafactory-hera calibrate` reads these keys; see [calibrating heads without training](calibration.md).
+
+{calibration}
 """
-_HERA = """## A run
-
-Beside the host's own keys, in a recipe, on a command line or in the web UI; from Python `HeraConfig` takes them
-without the prefix.
-"""
-_SELECT = """## Selecting heads or layers
-
-For `hera_heads: auto`, `hera_layers: auto`, and `llamafactory-hera select` and `score`; from Python `SelectConfig`.
-[Choosing heads](selection.md) explains them.
-"""
-_RAH = """## Calibration
-
-Of `llamafactory-hera calibrate` alone: [calibrating heads without training](calibration.md).
-"""
-_MARKS = {" †": FIXED_KEYS, " ‡": RESUMABLE_KEYS, " *": SELECTION_KEYS}
 _KINDS = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
 _BOUNDS = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
 
 
 def page() -> str:
-    """The page as Markdown."""
-    chosen = SelectConfig.knobs()
-    run = {key: declared for key, declared in HeraConfig.knobs().items() if key not in chosen}
-    return "\n".join(
-        [_HEAD, _HERA, *_table(run), "", _SELECT, *_table(chosen), "", _RAH, *_table(RahConfig.knobs()), ""]
+    """Returns the page as Markdown."""
+    declared = HeraConfig.knobs()
+    rare = [key for key in declared if key not in (*USUAL, *SOMETIMES)]
+    tables = {"usual": USUAL, "sometimes": SOMETIMES, "rare": rare}
+    lists = {"fixed": FIXED_KEYS, "resumable": RESUMABLE_KEYS, "selection": SELECTION_KEYS}
+    return _PAGE.format(
+        **{name: _table(declared, keys) for name, keys in tables.items()},
+        **{name: _list(keys) for name, keys in lists.items()},
+        calibration=_table(RahConfig.knobs(), RahConfig.knobs()),
     )
 
 
-def _table(knobs: dict[str, Field]) -> list[str]:
+def _list(keys: Iterable[str]) -> str:
+    *most, last = (f"`{key}`" for key in keys)
+    return f"{', '.join(most)} and {last}"
+
+
+def _table(declared: Mapping[str, Field], keys: Iterable[str]) -> str:
     lines = ["| key | default | values | |", "|---|---|---|---|"]
-    for key, declared in knobs.items():
-        mark = "".join(sign for sign, keys in _MARKS.items() if key in keys)
-        shown = "" if declared.default is None else f"`{_text(declared.default)}`"
-        lines.append(f"| `{key}`{mark} | {shown} | {_values(declared)} | {declared.metadata['help']} |")
-    return lines
+    for key in keys:
+        field = declared[key]
+        default = "" if field.default is None else f"`{_text(field.default)}`"
+        lines.append(f"| `{key}` | {default} | {_values(field)} | {field.metadata['help']} |")
+    return "\n".join(lines)
 
 
-def _values(declared: Field) -> str:
-    """What a key may be: its type or its listed values, and its bounds."""
-    kinds = [kind for kind in get_args(declared.type) or (declared.type,) if kind is not NoneType]
-    if get_origin(declared.type) is Literal:
-        kinds = [declared.type]
+def _values(field: Field) -> str:
+    """The allowed values: a type with its bounds, or a list."""
+    kinds = [kind for kind in get_args(field.type) or (field.type,) if kind is not NoneType]
+    if get_origin(field.type) is Literal:
+        kinds = [field.type]
     words = [
         ", ".join(f"`{each}`" for each in get_args(kind)) if get_origin(kind) is Literal else _KINDS[kind]
         for kind in kinds
     ]
-    bounds = [f" {sign} {b:g}" for name, sign in _BOUNDS.items() if (b := declared.metadata[name]) is not None]
+    bounds = [f" {sign} {b:g}" for name, sign in _BOUNDS.items() if (b := field.metadata[name]) is not None]
     return words[0] + ",".join(bounds) + "".join(f" or {word}" for word in words[1:])
 
 

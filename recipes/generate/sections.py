@@ -1,4 +1,4 @@
-"""The sections of keys that recipes are made of."""
+"""The sections of keys in a recipe."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from llamafactory_hera.backbones.table import TEACHER
 
 from .memory import Batches
 
-#: Name of a section and its keys.
+#: The name of a section, and its keys.
 Section = tuple[str, dict[str, Any]]
 
-#: LLM and projector are trained in full, with parameters, gradients and optimizer sharded.
+#: Full training of the LLM and the projector; parameters, gradients and optimizer state are sharded.
 FULL: dict[str, Any] = {
     "finetuning_type": "full",
     "freeze_vision_tower": True,
@@ -18,7 +18,7 @@ FULL: dict[str, Any] = {
     "deepspeed": "recipes/deepspeed/zero3.json",
 }
 
-#: The projector alone is trained: nothing to shard.
+#: Training of the projector only, which needs no sharding.
 PROJECTOR: dict[str, Any] = {
     "finetuning_type": "full",
     "freeze_vision_tower": True,
@@ -26,27 +26,27 @@ PROJECTOR: dict[str, Any] = {
     "freeze_language_model": True,
 }
 
-QUANTISED: dict[str, Any] = {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True}
+QUANTIZED: dict[str, Any] = {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True}
 
 
 def lora(rank: int, projector: str | None) -> dict[str, Any]:
-    """Adapters on every linear layer of the LLM, and the projector in full where it is named."""
+    """LoRA adapters on every linear layer of the LLM, and full training of the projector if it is given."""
     keys = {"finetuning_type": "lora", "lora_rank": rank, "lora_alpha": 2 * rank, "lora_target": "all"}
     return keys | ({"additional_target": projector} if projector else {})
 
 
 def model(name_or_path: str, **keys: Any) -> Section:
-    """Which model."""
+    """The model to train."""
     return ("model", {"model_name_or_path": name_or_path, **keys})
 
 
 def method(keys: dict[str, Any]) -> Section:
-    """What is trained."""
+    """The part of the model to train."""
     return ("method", {"stage": "hera", "do_train": True, **keys})
 
 
 def hera(heads: str, batches: Batches, **keys: Any) -> Section:
-    """The paper's settings, and the memory that this batch needs."""
+    """The paper's settings, and the ``hera_memory`` that this batch needs."""
     return (
         "hera",
         {
@@ -62,7 +62,7 @@ def hera(heads: str, batches: Batches, **keys: Any) -> Section:
 
 
 def data(dataset: str, template: str, cutoff: int) -> Section:
-    """A dataset of ``recipes/data/dataset_info.json``."""
+    """A dataset from ``recipes/data/dataset_info.json``."""
     return (
         "dataset",
         {
@@ -78,7 +78,7 @@ def data(dataset: str, template: str, cutoff: int) -> Section:
 
 
 def output(folder: str) -> Section:
-    """Where results go."""
+    """The output folder, checkpoints and logging."""
     return (
         "output",
         {
@@ -93,7 +93,7 @@ def output(folder: str) -> Section:
 
 
 def train(batches: Batches, learning_rate: str, **keys: Any) -> Section:
-    """One epoch of LLaVA-1.5's schedule."""
+    """One epoch with the schedule of LLaVA-1.5."""
     return (
         "train",
         {
@@ -103,7 +103,7 @@ def train(batches: Batches, learning_rate: str, **keys: Any) -> Section:
             "learning_rate": learning_rate,
             "num_train_epochs": 1.0,
             "lr_scheduler_type": "cosine",
-            # not warmup_steps: 0.03, which transformers 4 takes for no warm-up at all
+            # transformers 4 reads warmup_steps: 0.03 as no warm-up
             "warmup_ratio": 0.03,
             "bf16": True,
             "ddp_timeout": 180000000,

@@ -1,24 +1,24 @@
-"""Sizes of the backbones, from the checkpoints' own ``config.json``."""
+"""Sizes of the backbones, from the ``config.json`` of their checkpoints."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model's text decoder, and what of the rest decides a recipe.
+    """Sizes of a model's text decoder, and two properties of its vision half that recipes need.
 
     Attributes:
-        layers: Decoder layers.
-        heads: Query heads a layer.
-        kv_heads: Key-value heads a layer.
-        head_dim: Values a head; not ``hidden / heads`` everywhere.
+        layers: Number of decoder layers.
+        heads: Query heads per layer.
+        kv_heads: Key-value heads per layer.
+        head_dim: Width of a head; not ``hidden / heads`` for every model.
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
         vocabulary: Rows of the embedding.
-        n_parameters: Of the LLM that a model is built on, or of the whole finished VLM.
-        tied: Input and output embedding are one matrix.
-        image_tokens: Tokens of an image at most, under the host's default pixel limits.
-        projector: Module that maps image features into the decoder, as ``additional_target`` names it.
+        n_parameters: Parameters of the LLM, or of the entire model if it is a finished VLM.
+        tied: True if input and output embedding share one matrix.
+        image_tokens: The most tokens of an image under LLaMA-Factory's default pixel limits.
+        projector: The module that maps image features into the decoder, as ``additional_target`` names it.
     """
 
     layers: int
@@ -34,7 +34,7 @@ class Sizes:
     projector: str = "multi_modal_projector"
 
     def lora(self, rank: int) -> int:
-        """Parameters of LoRA adapters on every linear layer of the text decoder."""
+        """Counts the parameters of LoRA adapters on every linear layer of the text decoder."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         widths = 2 * (self.hidden + query) + 2 * (self.hidden + key) + 3 * (self.hidden + self.intermediate)
         return rank * widths * self.layers
@@ -42,7 +42,7 @@ class Sizes:
 
 MERGER = "visual.merger"
 
-#: Key in the table of backbones -> its sizes.
+#: Sizes by the key of the table of backbones.
 SIZES = {
     "qwen2_5_3b": Sizes(36, 16, 2, 128, 2048, 11008, 151936, 3_085_938_688, tied=True),
     "qwen2_5_7b": Sizes(28, 28, 4, 128, 3584, 18944, 152064, 7_615_616_512),

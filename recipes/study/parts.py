@@ -1,4 +1,4 @@
-"""What all runs share, made from training pictures and text alone: tokenizer, tower, teacher, and a seed's LLaVA."""
+"""The parts that all runs share, trained on training pictures and text alone: tokenizer, teacher, and LLaVA."""
 
 import random
 from collections.abc import Sequence
@@ -16,67 +16,74 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llamafactory_hera.demo import models
-from llamafactory_hera.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place, render
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.fill import encode_images
-from settings import Settings
-from world import World
+from recipes.demo import models
+from recipes.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place, render
+
+from .settings import Settings
+from .world import World
 
 TOKENIZER, TEACHER, CACHE, LLAVA = "parts/tokenizer", "parts/teacher", "parts/teacher_cache", "seeds/{}/llava"
 GRAY = 0.4
-#: Of the teacher; the tower has its patches, one for each cell of a scene.
+#: The shape of the teacher. Teacher and tower have one patch for each cell of a scene.
 SHAPE = models.Encoder(patch=CELL, layers=3, rate=2e-3)
 _VOTERS = 10
 _BATCH = 100
-_INDEPENDENT = [1] * 800 + [2] * 200 + [3] * 200 + [4] * 200  # objects a scene
+_INDEPENDENT = [1] * 800 + [2] * 200 + [3] * 200 + [4] * 200  # objects in each scene
 
 
 def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
-    """A tokenizer of the training texts, and the teacher, self-supervised; returns what its CLS token tells of others.
+    """Trains the tokenizer on the training texts and the teacher on the training pictures.
 
-    The demo's training, but a view is often gray. Colors and places alone tell almost every picture of these scenes
-    from the others, and a teacher that always sees colors learns little about shapes.
+    The teacher's training is that of the demo, but a view is often gray. Color and place alone distinguish almost all
+    pictures of these scenes, so a teacher that always sees colors learns little about shapes.
+
+    Returns:
+        The first and last loss of the teacher, and its :func:`teacher_knowledge`.
     """
     texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
     models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)
     images = [sample.image for sample in world.captions]
     with models.reproducible(0):
-        made, processor, losses = models.train_teacher(images, settings.teacher_steps, partly_grey_view, SHAPE)
-    for part in (made, processor):
+        teacher, processor, losses = models.train_teacher(images, settings.teacher_steps, partly_gray_view, SHAPE)
+    for part in (teacher, processor):
         part.save_pretrained(root / TEACHER)
-    features_of(root, [*images, *(sample.image for sample in world.scored)])  # into the cache of all runs
+    features_of(root, [*images, *(sample.image for sample in world.scored)])  # fills the cache for all runs
     return {"loss": [losses[0], losses[-1]], "knows": teacher_knowledge(root)}
 
 
-def partly_grey_view(pixels: torch.Tensor) -> torch.Tensor:
-    """A random view of every picture, gray with probability ``GRAY``: [B, 3, S, S], the same."""
+def partly_gray_view(pixels: torch.Tensor) -> torch.Tensor:
+    """Makes a random view of each picture, gray with probability ``GRAY``; ``[B, 3, S, S]`` in and out."""
     view = models.random_view(pixels)
     gray = torch.rand(len(view), 1, 1, 1) < GRAY
     return torch.where(gray, view.mean(dim=1, keepdim=True), view)
 
 
 def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
-    """The teacher's CLS tokens [N, D], through the cache that runs read."""
+    """Returns the teacher's CLS tokens ``[N, D]``, through the cache that the runs read."""
     teacher = VisionTeacher.from_pretrained(str(root / TEACHER), "cpu", torch.float32)
     return encode_images(teacher, FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim), images, _BATCH)
 
 
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
-    """By factor the share of right votes of the nearest scenes, and the most frequent answer's.
+    """Measures how well the teacher's nearest neighbors tell the factors of a scene.
 
-    Scenes are fresh, their factors independent; one half is asked by neighbors in the other. The number of objects is
-    asked of scenes of one to four, the rest of scenes with one.
+    The scenes are new, with independent factors. The nearest scenes of one half vote on each scene of the other half.
+    The number of objects is asked of scenes with one to four objects, the other factors of scenes with one.
+
+    Returns:
+        By factor, the share of right votes and the share of the most frequent answer.
     """
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
     vectors = F.normalize(features_of(root, [render(scene) for scene in scenes]), dim=-1)
     half, found = len(_INDEPENDENT), {}
     for factor in ("count", "color", "shape", "size"):
-        every = factor == "count"
-        labels = [len(scene.objects) if every else getattr(scene.objects[0], factor) for scene in scenes]
-        known = torch.tensor([row for row in range(half) if every or len(scenes[row].objects) == 1])
+        count = factor == "count"
+        labels = [len(scene.objects) if count else getattr(scene.objects[0], factor) for scene in scenes]
+        known = torch.tensor([row for row in range(half) if count or len(scenes[row].objects) == 1])
         nearest = known[(vectors[known + half] @ vectors[known].T).topk(_VOTERS).indices]
         votes = [[labels[row] for row in rows] for rows in nearest.tolist()]
         truth = [labels[row + half] for row in known.tolist()]
@@ -86,7 +93,7 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
 
 
 def independent_scene(rng: random.Random, number: int) -> Scene:
-    """A scene of so many objects whose shape, color, size and cell are drawn evenly and by themselves."""
+    """Draws a scene of ``number`` objects with independent, uniform shape, color, size and cell."""
     cells = sorted(rng.sample(range(GRID**2), number))
     objects = [
         place(rng, rng.choice(SHAPES), rng.choice(tuple(PALETTE)), rng.choice(SIZES), *divmod(cell, GRID))
@@ -95,8 +102,8 @@ def independent_scene(rng: random.Random, number: int) -> Scene:
     return Scene(tuple(objects), background=rng.randint(20, 70))
 
 
-def seeing_nothing() -> SiglipVisionModel:
-    """A vision tower that knows nothing: a token is its patch's pixels and the patch's number."""
+def identity_tower() -> SiglipVisionModel:
+    """Makes a vision tower without knowledge: a token is the pixels of its patch and the number of the patch."""
     n_pixels, n_patches = 3 * CELL**2, GRID**2
     config = SiglipVisionConfig(
         image_size=GRID * CELL,
@@ -108,7 +115,7 @@ def seeing_nothing() -> SiglipVisionModel:
     )
     tower = SiglipVisionModel(config)
     with torch.no_grad():
-        for name, parameter in tower.named_parameters():  # the layer adds nothing to its input
+        for name, parameter in tower.named_parameters():  # zeros, so that the layer adds nothing to its input
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             if name.endswith("patch_embedding.weight"):
                 parameter[:n_pixels] = torch.eye(n_pixels).unflatten(1, parameter.shape[1:])
@@ -118,17 +125,17 @@ def seeing_nothing() -> SiglipVisionModel:
 
 
 def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
-    """A seed's LLaVA: its language model, trained on text alone, and a random projector."""
+    """Makes a seed's LLaVA: a language model trained on text alone, and a random projector."""
     tokenizer = AutoTokenizer.from_pretrained(root / TOKENIZER)
     with models.reproducible(seed):
         language_model = models.new_language_model(tokenizer, head_dim=12, intermediate_size=160)
         models.train_language_model(language_model, tokenizer, world.texts, settings.language_steps)
-        made = models.assemble_llava(language_model, seeing_nothing(), tokenizer)
-    for part in made:
+        llava = models.assemble_llava(language_model, identity_tower(), tokenizer)
+    for part in llava:
         part.save_pretrained(root / LLAVA.format(seed))
 
 
 def load_llava(root: Path, seed: int) -> tuple[Any, Any]:
-    """A seed's LLaVA, where all its runs start, and its processor."""
+    """Loads a seed's LLaVA, from which all its runs start, and its processor."""
     folder = root / LLAVA.format(seed)
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What the finished runs measured, with intervals over seeds, as one record and a page: nothing concluded."""
+"""The report: the measurements of the finished runs with intervals over seeds, as JSON, a page and a figure."""
 
 import math
 import os
@@ -18,25 +18,26 @@ from llamafactory_hera.alignment import chance_level
 from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.plots import BLUE, GRAY, ORANGE, new_figure, plain, save_figure
 from llamafactory_hera.selection.scores import choose_targets, package_versions
-from settings import BASELINE, BATCHES, METHODS, PRIMARY, TUNED, Settings
-from train import NEIGHBORS
-from world import CATEGORIES, SETS, World, shares
+
+from .settings import BASELINE, METHODS, PRIMARY, TUNED, Settings
+from .train import NEIGHBORS
+from .world import CATEGORIES, SETS, World, shares
 
 COLUMNS = (*CATEGORIES, "mean")
-#: The models before any multimodal training.
+#: The name of the models before multimodal training.
 BASE = "base"
-MODES = {"mllm": "Picture and caption together, as in training", "llm": "Captions alone, as heads are selected"}
+MODES = {"mllm": "Picture and caption together, as in training", "llm": "Captions alone, as in the selection"}
 GROUPS = {"worst5": "worst", "top5": "top"}
 _SET_NAMES = {"seen": "scenes as in training", "new": "held-out combinations"}
 _COSTS = {"stage1_cpu_s": "stage 1, CPU s", "stage2_cpu_s": "stage 2, CPU s", "process_peak_mib": "peak memory, MiB"}
-_RUN = "cost/stage2_cpu_s"  # what every finished run has
+_RUN = "cost/stage2_cpu_s"  # a quantity of every finished run
 
 BySeed = dict[int, float]
 ByMethod = dict[str, BySeed]
 
 
 class Interval(NamedTuple):
-    """A mean and the ends of its interval, None where one value alone says nothing of its spread."""
+    """A mean and the ends of its interval, which are None for a single value."""
 
     mean: float
     low: float | None
@@ -44,7 +45,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Collection[float]) -> Interval | None:
-    """Student's t interval of the mean of independent values, at level 0.95; None where there is no value."""
+    """Returns the 95 % interval (Student's t) of the mean of independent values, or None without values."""
     if not values:
         return None
     mean = statistics.fmean(values)
@@ -55,13 +56,13 @@ def mean_interval(values: Collection[float]) -> Interval | None:
 
 
 def paired_interval(values: BySeed, others: BySeed, ratio: bool = False) -> Interval | None:
-    """The interval of the difference, or ratio, over the seeds that both have, seed by seed."""
+    """Returns the interval of the difference or ratio, paired by seed, over the seeds that both have."""
     pairs = [(values[seed], others[seed]) for seed in sorted(values.keys() & others.keys())]
-    return mean_interval([mine / theirs if ratio else mine - theirs for mine, theirs in pairs])
+    return mean_interval([value / other if ratio else value - other for value, other in pairs])
 
 
-def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:
-    """For instance ``+1.2 [+0.3, +2.1]``; empty for None."""
+def format_interval(interval: Interval | None, digits: int, scale: float = 1, sign: str = "") -> str:
+    """Formats an interval, for instance ``+1.2 [+0.3, +2.1]``; None becomes an empty text."""
     if interval is None:
         return ""
     mean, *ends = (None if end is None else f"{scale * end:{sign}.{digits}f}" for end in interval)
@@ -69,23 +70,23 @@ def shown(interval: Interval | None, digits: int, scale: float = 1, sign: str = 
 
 
 def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
-    """Accuracy without the picture, by reader and category: what an accuracy has to be compared with.
+    """Returns the accuracy of two readers that do not see the picture, by category, as a floor for comparison.
 
-    ``text_alone`` answers a question as it was most often answered in training; ``one_answer`` gives all questions of
-    a category the answer that is right most often.
+    ``text_alone`` gives the most frequent answer to the same question in training. ``one_answer`` gives one answer to
+    all questions of a category, the one that is right most often.
     """
     asked, found = world.test[kind], {}
     for reader, key, known in (("text_alone", "question", world.train), ("one_answer", "category", asked)):
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in known:
             counts[getattr(sample, key)][sample.answer] += 1
-        said = {name: counted.most_common(1)[0][0] for name, counted in counts.items()}
-        found[reader] = shares(asked, [said.get(getattr(sample, key)) == sample.answer for sample in asked])
+        answers = {name: counted.most_common(1)[0][0] for name, counted in counts.items()}
+        found[reader] = shares(asked, [answers.get(getattr(sample, key)) == sample.answer for sample in asked])
     return found
 
 
 def gather(root: Path, settings: Settings) -> dict[str, ByMethod]:
-    """What the runs measured: by quantity, method and seed. Quantities are paths such as ``accuracy/seen/color``."""
+    """Collects the measurements by quantity (such as ``accuracy/seen/color``), method and seed."""
     seeds = {seed: read_json(root / f"done/seeds/{seed}.json") for seed in settings.seeds}
     found: dict[str, ByMethod] = {}
 
@@ -116,7 +117,7 @@ def gather(root: Path, settings: Settings) -> dict[str, ByMethod]:
 
 
 def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str) -> Path:
-    """Writes ``report.json``, a picture and the page; returns the page."""
+    """Writes ``report.json``, the figure and the page, and returns the page."""
     found = gather(root, settings)
     floors = {kind: without_looking(world, kind) for kind in SETS}
     parts = read_json(root / "done/parts.json")
@@ -131,18 +132,18 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
     machine = names[0] if names else platform.machine()
     page = [
-        f"{sum(map(len, found[_RUN].values()))} runs; {time.strftime('%Y-%m-%d')}; {hours:.2f} hours of processes of "
-        f"one thread, on {len(os.sched_getaffinity(0))} cores ({machine}). "
+        f"{sum(map(len, found[_RUN].values()))} runs, {time.strftime('%Y-%m-%d')}: {hours:.2f} hours of processes "
+        f"with one thread each, on {len(os.sched_getaffinity(0))} cores ({machine}). "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
         + f". `python recipes/study --size {size} --seeds {len(settings.seeds)}`.",
-        *([f"**Not finished, and in no row below: {', '.join(missing)}.**"] if missing else []),
-        "Brackets hold 95 % intervals over seeds (Student's t); those of differences are paired by seed. They are not "
-        "corrected for their number. Data, questions and teacher are the same for all seeds: an interval covers the "
-        "language model, the projector, the order of samples and the draw of random heads.",
+        *([f"**Not finished, and not included below: {', '.join(missing)}.**"] if missing else []),
+        "Brackets are 95 % intervals over seeds (Student's t), paired by seed for differences, and not corrected for "
+        "multiple comparisons. Data, questions and teacher are the same for all seeds. The intervals therefore cover "
+        "the language model, the projector, the order of samples and the random heads.",
         "### The question: HeRA worst-5 minus …",
         _primary(found),
-        f"### MKNN of the heads that were worst and top before training (chance {chance:.4f})",
-        "On further scenes, drawn as those of training, with their captions.\n\n![MKNN and accuracy](study.png)",
+        f"### MKNN of the worst and the top heads before training (chance {chance:.4f})",
+        "Measured on new scenes, drawn like those of training.\n\n![MKNN and accuracy](study.png)",
         *(f"{title}:\n\n{_mknn(found, mode, [BASE, *methods])}" for mode, title in MODES.items()),
         *(
             f"### Accuracy on {_SET_NAMES[kind]}, %\n\n{_accuracy(found, kind, methods, floors[kind])}"
@@ -150,9 +151,10 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         ),
         "### The heads",
         f"Rank correlation (Spearman) of all heads' scores on two disjoint halves of {2 * settings.scored} training "
-        f"captions, before multimodal training: {shown(mean_interval(found['rank'][BASE].values()), 2)}.",
-        "### What the teacher knows",
-        "kNN accuracy of its CLS token on scenes with independent factors, %, and the most frequent answer's: "
+        f"captions, before multimodal training: {format_interval(mean_interval(found['rank'][BASE].values()), 2)}.",
+        "### The teacher's knowledge",
+        "kNN accuracy of its CLS token on scenes with independent factors, in %, and in parentheses that of the most "
+        "frequent answer: "
         + ", ".join(f"{name} {100 * right:.1f} ({100 * most:.1f})" for name, (right, most) in parts["knows"].items())
         + ".",
         f"### The weight chosen on the validation questions: {chosen:g}",
@@ -160,19 +162,19 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
             ("weight", *(_SET_NAMES[kind] for kind in SETS)),
             [(f"{w:g}", *(f"{100 * shares[kind]['mean']:.1f}" for kind in SETS)) for w, shares in tried.items()],
         ),
-        "### Cost, as a ratio to SFT's of the same seed",
-        "CPU time and peak memory of each run's process, one thread each, runs side by side. The teacher's features "
-        "of whole pictures were computed beforehand; methods on visual tokens run the teacher in every step.",
+        "### Cost, relative to SFT with the same seed",
+        "CPU time and peak memory of each run's process, with several runs at a time. The teacher's CLS tokens were "
+        "computed beforehand; methods on visual tokens run the teacher in every step.",
         _cost(found, methods),
     ]
-    target = root / "report.md"
-    write_text(target, "# Study\n\n" + "\n\n".join(page) + "\n")
-    return target
+    path = root / "report.md"
+    write_text(path, "# Study\n\n" + "\n\n".join(page) + "\n")
+    return path
 
 
-def _against(by_method: ByMethod, ours: str, other: str = BASELINE, ratio: bool = False) -> Interval | None:
-    """As ``paired_interval``; None of a method and itself."""
-    return None if ours == other else paired_interval(by_method.get(ours, {}), by_method.get(other, {}), ratio)
+def _against(by_method: ByMethod, method: str, other: str = BASELINE, ratio: bool = False) -> Interval | None:
+    """The paired interval of two methods, or None for a method and itself."""
+    return None if method == other else paired_interval(by_method.get(method, {}), by_method.get(other, {}), ratio)
 
 
 def _primary(found: dict[str, ByMethod]) -> str:
@@ -182,13 +184,13 @@ def _primary(found: dict[str, ByMethod]) -> str:
         "MKNN of worst-5, picture and caption": ("mknn/mllm/worst5", 4, 1),
         "MKNN of all heads, picture and caption": ("mknn/mllm/all", 4, 1),
     }
-    rows, ours = [], ("worst5_paper", TUNED)
-    pairs = [(mine, other) for mine in ours for other in PRIMARY if other not in ours]
-    pairs += [(name, name.replace("neighbors", "random")) for name in BATCHES if "neighbors" in name]
-    for mine, other in pairs:
-        cells = [shown(_against(found[name], mine, other), *how, "+") for name, *how in quantities.values()]
+    rows, hera = [], ("worst5_paper", TUNED)
+    for method, other in ((method, other) for method in hera for other in PRIMARY if other not in hera):
+        cells = [
+            format_interval(_against(found[name], method, other), *how, "+") for name, *how in quantities.values()
+        ]
         if any(cells):
-            rows.append((f"{METHODS[mine].label} − {METHODS[other].label}", *cells))
+            rows.append((f"{METHODS[method].label} − {METHODS[other].label}", *cells))
     return _table(("", *quantities), rows)
 
 
@@ -197,8 +199,8 @@ def _mknn(found: dict[str, ByMethod], mode: str, methods: Sequence[str]) -> str:
     for method in methods:
         cells = []
         for by_method in (found[f"mknn/{mode}/{group}"] for group in groups):
-            cells.append(shown(mean_interval(by_method[method].values()), 4))
-            cells.append(shown(_against(by_method, method), 4, sign="+"))
+            cells.append(format_interval(mean_interval(by_method[method].values()), 4))
+            cells.append(format_interval(_against(by_method, method), 4, sign="+"))
         rows.append((_label(method), *cells))
     return _table(("", *(cell for group in groups for cell in (group, f"{group} − SFT"))), rows)
 
@@ -210,8 +212,8 @@ def _accuracy(
     for method in methods:
         *of_categories, mean = (found[f"accuracy/{kind}/{name}"] for name in COLUMNS)
         cells = [f"{100 * statistics.fmean(by_method[method].values()):.1f}" for by_method in of_categories]
-        cells.append(shown(mean_interval(mean[method].values()), 1, 100))
-        rows.append((_label(method), *cells, shown(_against(mean, method), 2, 100, "+")))
+        cells.append(format_interval(mean_interval(mean[method].values()), 1, 100))
+        rows.append((_label(method), *cells, format_interval(_against(mean, method), 2, 100, "+")))
     readers = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
     rows += [(name, *(f"{100 * floor[key][column]:.1f}" for column in COLUMNS), "") for key, name in readers.items()]
     return _table(("", *COLUMNS, "mean − SFT"), rows)
@@ -219,9 +221,11 @@ def _accuracy(
 
 def _cost(found: dict[str, ByMethod], methods: Sequence[str]) -> str:
     costs = [found[f"cost/{name}"] for name in _COSTS]
-    rows = [(_label(BASELINE), *(shown(mean_interval(by_method[BASELINE].values()), 0) for by_method in costs))]
+    rows = [
+        (_label(BASELINE), *(format_interval(mean_interval(by_method[BASELINE].values()), 0) for by_method in costs))
+    ]
     rows += [
-        (_label(method), *(shown(_against(by_method, method, ratio=True), 3) for by_method in costs))
+        (_label(method), *(format_interval(_against(by_method, method, ratio=True), 3) for by_method in costs))
         for method in methods
         if method != BASELINE
     ]
@@ -237,8 +241,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
 
 
-def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, target: Path) -> None:
-    """MKNN of worst and top heads, and mean accuracy minus the baseline's on both sets, each with its interval."""
+def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, path: Path) -> None:
+    """Draws the MKNN of the worst and top heads, and the accuracy of both sets minus the baseline's."""
     rows = [BASE, *methods]
     figure = new_figure(11, 1.4 + 0.36 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -266,4 +270,4 @@ def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, tar
         axes.set_xlabel(label)
         plain(axes)
     left.invert_yaxis()
-    save_figure(figure, target)
+    save_figure(figure, path)

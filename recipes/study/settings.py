@@ -1,25 +1,21 @@
-"""What a study is: its methods and how large it is."""
+"""The methods that a study compares, and the sizes of a study."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llamafactory_hera.config import Strategy
 
-#: Raise it when the same settings give another study than before.
-GENERATOR = 2
-
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """A way to train.
 
     Attributes:
         label: Its name in tables.
-        heads: The strategy by which five heads are selected; None where the method has no heads.
-        weight: The loss's; None where it is the one chosen on the validation questions.
-        keys: Further fields of ``HeraConfig``; None for plain fine-tuning.
-        stages: Stages that use the method; the others are plain.
-        batch_size: Samples a step, where not the study's; as many steps as see as many samples.
+        heads: The strategy that selects its five heads; None if the method aligns no heads.
+        weight: The weight of its loss; None for the weight that the validation questions choose.
+        keys: More fields of ``HeraConfig``; None for plain fine-tuning.
+        stages: The stages that use the method; the others are plain.
     """
 
     label: str
@@ -27,7 +23,6 @@ class Method:
     weight: float | None = None
     keys: dict[str, Any] | None = field(default_factory=dict)
     stages: tuple[int, ...] = (1, 2)
-    batch_size: int | None = None
 
 
 def _layer(name: str, objective: str = "contrastive") -> dict[str, Any]:
@@ -47,42 +42,36 @@ METHODS: dict[str, Method] = {
     "viral": Method("VIRAL", weight=0.5, keys=_layer("middle", "viral"), stages=(2,)),
     "jarvis": Method("JARVIS", weight=1.0, keys=_layer("middle", "jarvis"), stages=(1,)),
 }
-#: ``hera_batches`` at three sizes, with no candidates but the batch: the methods of the size ``batches`` alone.
-BATCHES: dict[str, Method] = {
-    f"{kind}_{size}": Method(f"{kind}, batch {size}", "worst", keys={"memory": 0, "batches": kind}, batch_size=size)
-    for size in (16, 64, 128)
-    for kind in ("random", "neighbors")
-}
-#: What the others are compared with.
+#: The method that the others are compared with.
 BASELINE = "sft"
-#: The rows of the question that the study asks, with all seeds; the others have the first ones.
+#: The methods of the study's question, which have all seeds; the others have the first few.
 PRIMARY = ("sft", "worst5_paper", "worst5", "top5", "random5")
-#: The method whose weight is chosen on the validation questions.
+#: The method whose weight the validation questions choose.
 TUNED = "worst5"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a study's numbers; the defaults are the study of the name ``default``.
+    """The settings that decide a study's numbers; the defaults are those of the size ``default``.
 
     Attributes:
-        scenes: Training scenes.
-        asked: Questions about a training scene, each a sample of its own.
-        questions: Questions of each category in each set that is not trained on.
-        scored: Captions that heads are selected on, and as many others that they are scored on.
+        scenes: Number of training scenes.
+        asked: Questions per training scene, each a sample of its own.
+        questions: Questions per category in each set of validation and test.
+        scored: Captions on which heads are selected; MKNN is measured on as many others.
         teacher_steps: Updates of the teacher, by contrast of training images.
-        language_steps: Updates of the language model on text alone, 16 documents each.
-        stage1_steps: Updates of the projector alone, on captions.
-        stage2_steps: Updates of projector and language model, on questions.
-        batch_size: Samples a step, in one micro-batch.
-        memory: ``hera_memory``.
-        neighbors: ``hera_k`` of training.
-        stage1_rate: Highest learning rate of stage 1.
-        stage2_rate: Highest learning rate of stage 2.
-        seeds: One run of each primary method.
-        secondary_seeds: How many of them, from the first on, the other methods have.
-        tuning_seed: The seed of the runs that choose the weight; none of ``seeds`` but in a smoke test.
-        weights: Loss weights that are tried in them.
+        language_steps: Updates of the language model on text alone, with 16 documents each.
+        stage1_steps: Updates of the projector, on captions.
+        stage2_steps: Updates of the projector and the language model, on questions.
+        batch_size: Samples per step, in one micro-batch.
+        memory: The value of ``hera_memory``.
+        neighbors: The value of ``hera_k`` in training.
+        stage1_rate: Peak learning rate of stage 1.
+        stage2_rate: Peak learning rate of stage 2.
+        seeds: The seeds of the primary methods.
+        secondary_seeds: Number of these seeds, from the first on, that the other methods have.
+        tuning_seed: The seed of the runs that choose the weight; only the smoke test has it among ``seeds``.
+        weights: The weights that these runs try.
         methods: Names of ``METHODS``.
     """
 
@@ -106,19 +95,17 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
 
     def runs(self) -> list[tuple[str, int]]:
-        """Method and seed of all runs: the primary methods' first, and all those of a seed before the next."""
+        """Lists method and seed of every run: primary methods first, and all runs of a seed before the next seed."""
         few = self.seeds[: self.secondary_seeds]
         found = [(m, seed) for seed in self.seeds for m in self.methods if m in PRIMARY or seed in few]
         return sorted(found, key=lambda run: run[0] not in PRIMARY)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written beside the results."""
-        return {"generator": GENERATOR} | {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
-        }
+        """Converts the settings to the values that are stored with the results."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-#: Sizes by name. ``smoke`` only takes the way once, with two methods: its numbers say nothing.
+#: The sizes by name. ``smoke`` only runs every step once, with two methods; its numbers mean nothing.
 SIZES: dict[str, Settings] = {
     "smoke": Settings(
         scenes=128,
@@ -137,7 +124,4 @@ SIZES: dict[str, Settings] = {
         methods=("sft", "worst5"),
     ),
     "default": Settings(),
-    # with the weight that was chosen in the default one
-    "batches": Settings(methods=(BASELINE, TUNED, *BATCHES), weights=(0.1,), secondary_seeds=40),
 }
-METHODS |= BATCHES  # not among the default's

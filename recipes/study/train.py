@@ -1,4 +1,4 @@
-"""One run: stage 1, stage 2, answers, MKNN of all heads, and what it cost; through transformers' Trainer."""
+"""A run in transformers' Trainer: stage 1, stage 2, the answers, the MKNN of all heads, and the cost."""
 
 import math
 import resource
@@ -14,23 +14,24 @@ from transformers import Trainer, TrainingArguments
 
 from llamafactory_hera.alignment import nearest_neighbors, score_heads
 from llamafactory_hera.config import HeraConfig, Mode
-from llamafactory_hera.demo.models import IMAGE
-from llamafactory_hera.demo.scenes import GRID
 from llamafactory_hera.heads.probe import PooledHeads, projection_weights
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.selection.passes import Forward
-from parts import CACHE, TEACHER, features_of, load_llava
-from settings import METHODS, Method, Settings
-from world import END, Sample, World, asked, shares
+from recipes.demo.models import IMAGE
+from recipes.demo.scenes import GRID
 
-#: Heads are scored with so many neighbors, as the paper's are.
+from .parts import CACHE, TEACHER, features_of, load_llava
+from .settings import METHODS, Method, Settings
+from .world import END, Sample, World, asked, shares
+
+#: The number of neighbors with which heads are scored, as in the paper.
 NEIGHBORS = 10
-_AT_ONCE = 256  # samples a forward pass
+_AT_ONCE = 256  # samples per forward pass
 
 
 class Encoder:
-    """Samples as a model takes them; a callable from encoded samples to a batch."""
+    """Encodes samples; calling it collates encoded samples to a batch."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -40,7 +41,7 @@ class Encoder:
         self._ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Tokens, labels on the answer, the picture and its pixels; a caption follows its picture at once."""
+        """Returns tokens, labels on the answer, the picture and its pixels; a caption follows its picture directly."""
         images = [sample.image for sample in samples]
         pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"]
         rows = []
@@ -52,7 +53,7 @@ class Encoder:
         return rows
 
     def captions(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Captions alone."""
+        """Returns the tokens of the captions alone."""
         return [{"input_ids": (ids := self._ids(sample.answer)), "labels": ids} for sample in samples]
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Encoder:
         return batch
 
     def batches(self, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """All rows in order, many at once."""
+        """Collates all rows in order, ``_AT_ONCE`` per batch."""
         for start in range(0, len(rows), _AT_ONCE):
             yield self(rows[start : start + _AT_ONCE])
 
@@ -86,13 +87,13 @@ def run(
 
     Args:
         root: The study's folder.
-        world: What is shown.
-        settings: Amounts.
+        world: The samples.
+        settings: The settings of the study.
         name: One of ``METHODS``.
-        seed: Whose LLaVA is trained, in whose order of samples.
-        chosen: The loss's weight, for methods without one of their own.
+        seed: The seed of the LLaVA and of the order of samples.
+        chosen: The weight of the loss for methods that do not set one.
         heads: Names of heads by strategy.
-        questions: What is asked afterwards, by set.
+        questions: The questions to ask after training, by set.
 
     Returns:
         ``accuracy`` by set and category, ``mknn`` by mode, layer and head, and ``cost``.
@@ -105,20 +106,18 @@ def run(
         (1, world.captions, settings.stage1_steps, settings.stage1_rate),
         (2, world.train, settings.stage2_steps, settings.stage2_rate),
     )
-    batch_size = method.batch_size or settings.batch_size
     for stage, samples, steps, rate in stages:
-        steps = max(1, steps * settings.batch_size // batch_size)
         model.requires_grad_(stage == 2)
         model.get_submodule("model.vision_tower").requires_grad_(False)
         projector.requires_grad_(True)
         arguments = TrainingArguments(
             str(root / f"runs/{name}-{seed}"),
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=settings.batch_size,
             learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(0.05 * steps),
-            seed=seed,  # of the order of samples, too
+            seed=seed,  # also seeds the order of samples
             use_cpu=True,
             logging_steps=max(1, steps // 20),
             disable_tqdm=True,
@@ -144,14 +143,14 @@ def run(
 def hera_config(
     root: Path, settings: Settings, method: Method, chosen: float, heads: dict[str, list[str]]
 ) -> HeraConfig | None:
-    """A method's settings; None for plain fine-tuning."""
+    """Returns a method's settings, or None for plain fine-tuning."""
     if method.keys is None:
         return None
     keys = {"teacher": str(root / TEACHER), "k": settings.neighbors, "weight": method.weight or chosen, **method.keys}
     objective = method.keys.get("objective", "contrastive")
     if objective == "contrastive":
         keys.setdefault("memory", settings.memory)
-    if objective in ("contrastive", "cka"):  # the cache holds what a picture shows as a whole
+    if objective in ("contrastive", "cka"):  # the others read patch features, which the cache does not hold
         keys["teacher_cache"] = str(root / CACHE)
     if method.heads is not None:
         keys["heads"] = ",".join(heads[method.heads])
@@ -161,7 +160,7 @@ def hera_config(
 def measure(
     root: Path, model: Any, encoder: Encoder, samples: Sequence[Sample], modes: Sequence[Mode] = ("llm", "mllm")
 ) -> dict[str, list[list[float]]]:
-    """MKNN of all heads, layers by heads, on captions alone (``llm``) and on pictures with captions (``mllm``)."""
+    """Returns the MKNN of all heads, ``[L][H]``, on captions alone (``llm``) and with their pictures (``mllm``)."""
     teacher = features_of(root, [sample.image for sample in samples])
     neighbors = nearest_neighbors(teacher, min(NEIGHBORS, len(samples) - 2))
     weights, scores = [weight() for weight in projection_weights(model)], {}
@@ -177,10 +176,10 @@ def measure(
 
 
 def answer_all(model: Any, encoder: Encoder, samples: Sequence[Sample]) -> dict[str, float]:
-    """The share of questions that greedy decoding answers exactly, by category, and their ``mean``.
+    """Returns the share of questions that greedy decoding answers exactly, by category, and their ``mean``.
 
-    Decoding gives the true answer if and only if each of its tokens, its end too, is the most likely one behind the
-    true ones before it: one forward pass tells.
+    Decoding yields the true answer if and only if each of its tokens, including the end token, is the most likely one
+    after the true tokens before it. A single forward pass therefore suffices.
     """
     right: list[bool] = []
     for batch in encoder.batches(encoder.encode(samples)):

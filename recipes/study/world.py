@@ -1,11 +1,11 @@
-"""The study's world: the demo's scenes of one or two objects, split by what an object is and where it stands.
+"""The study's world: scenes of one or two objects, split by combinations of shape, color and cell.
 
-Every combination of shape, color and cell belongs to one split. For a shape in a cell one color is kept for the
-test, another for validation, and four are for training; the two are never the shape's preferred color, so that the
-language prior is the same in every cell. A training scene holds training combinations alone. A ``new`` scene of the
-other splits holds at least one combination of that split and otherwise training combinations, and only objects of the
-former kind, or the whole scene, are asked about: no training scene or caption answers that. A ``seen`` scene is drawn
-as those of training are.
+Every combination of shape, color and cell belongs to one split. For each shape in each cell, one color is reserved for
+the test, another for validation, and four are for training. The reserved colors are never the shape's preferred color,
+so the language prior is the same in every cell. A training scene holds training combinations only. A ``new`` scene of
+validation or test holds at least one combination of its split, and otherwise training combinations. Its questions
+concern either the reserved objects or the entire scene, so no training scene or caption answers them. A ``seen`` scene
+is drawn like a training scene.
 """
 
 import random
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from llamafactory_hera.demo.models import TURN_END as END
-from llamafactory_hera.demo.scenes import (
+from recipes.demo.models import TURN_END as END
+from recipes.demo.scenes import (
     GRID,
     PALETTE,
     SHAPES,
@@ -29,20 +29,21 @@ from llamafactory_hera.demo.scenes import (
     render,
     sample_scene,
 )
-from settings import Settings
 
-#: ``trap``: the color of a named shape that has not its preferred color, so that the answer that is most likely from
-#: the text alone is wrong. ``color`` asks by place, where text alone has nothing to go by.
+from .settings import Settings
+
+#: The categories of questions. ``trap`` asks for the color of a named shape that does not have its preferred color, so
+#: the likeliest answer from text alone is wrong. ``color`` asks by place, where text alone gives no hint.
 CATEGORIES = ("count", "color", "shape", "size", "where", "exist", "trap")
-#: Where questions are asked: scenes as in training, and scenes with combinations that training never shows.
+#: The sets of questions: on scenes like those of training, and on scenes with combinations that training never shows.
 SETS = ("seen", "new")
-MOST = 2  # objects a scene
-_PER_SCENE = 2  # questions about a scene that is not trained on
+MOST = 2  # objects per scene
+_PER_SCENE = 2  # questions per validation or test scene
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is said about it: a question with its answer, or a caption (no question)."""
+    """A picture with a question and its answer, or with a caption and no question."""
 
     image: Image.Image
     question: str
@@ -53,12 +54,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class World:
-    """Everything that a study shows: the same for every seed.
+    """All samples of a study, which are the same for every seed.
 
     Attributes:
-        train: Training pictures with one question each, several samples a picture.
+        train: Training pictures with one question each; a picture has several samples.
         captions: Training pictures with captions.
-        texts: What the language model reads before it sees.
+        texts: The text that the language model reads before it sees pictures.
         validation: Questions that choose the weight, by set.
         test: Questions that are asked once, by set.
         scored: New ``seen`` pictures with captions, on which MKNN is measured.
@@ -73,14 +74,14 @@ class World:
 
 
 def make_world(settings: Settings) -> World:
-    """Draws the scenes of all splits and what is said about them."""
+    """Draws the scenes of all splits with their captions and questions."""
     rng = random.Random("study train")
     train, captions, texts = [], [], []
     for _ in range(settings.scenes):
         scene = sample_scene(rng, "train", kept_colors, MOST)
         image, text = render(scene), caption(scene, rng)
         captions.append(Sample(image, "", text, scene=scene))
-        picked = pick_questions(asked_of(scene), rng, settings.asked)
+        picked = pick_questions(study_questions(scene), rng, settings.asked)
         train += [Sample(image, question.text, question.answer) for question in picked]
         texts += [text + END, text + "".join(asked(question.text) + question.answer + END for question in picked)]
     held_out = [
@@ -94,25 +95,25 @@ def make_world(settings: Settings) -> World:
 
 
 def asked(question: str) -> str:
-    """A question as the model reads it before its answer, without one where it is to describe the picture."""
+    """Returns the question as the model reads it before the answer; a caption has no question."""
     return f"{question} " if question else ""
 
 
 def kept_colors(shape: str, row: int, column: int) -> dict[str, str]:
-    """The colors that a shape in a cell has in ``test`` and in ``validation`` scenes and nowhere else."""
-    # so many colors behind the preferred one, and one more for each cell in reading order
+    """Returns the colors of a shape in a cell that are reserved for ``test`` and for ``validation``."""
+    # The offset from the preferred color grows by one with each cell in reading order.
     start = SHAPES.index(shape) + row * GRID + column
     return {split: tuple(PALETTE)[(start + shift) % len(PALETTE)] for split, shift in (("test", 1), ("validation", 2))}
 
 
 def split_of(item: SceneObject) -> str:
-    """The split that an object's combination of shape, color and cell belongs to."""
+    """Returns the split to which an object's combination of shape, color and cell belongs."""
     kept = kept_colors(item.shape, item.row, item.column)
     return next((split for split, color in kept.items() if color == item.color), "train")
 
 
-def asked_of(scene: Scene) -> list[Question]:
-    """The study's questions about a scene, by their category; of the demo's those that a small model can learn."""
+def study_questions(scene: Scene) -> list[Question]:
+    """Lists the study's questions about a scene: those of the demo that a small model can learn, and one more kind."""
     found = [
         question
         for question in questions(scene, all_pairs())
@@ -127,7 +128,7 @@ def asked_of(scene: Scene) -> list[Question]:
 
 
 def category_of(question: Question) -> str | None:
-    """A question's category in the test; None for the color of a named shape that has its preferred color."""
+    """Returns a question's category in the test, or None if it asks for the preferred color of a named shape."""
     if question.trap:
         return "trap"
     by_name = question.category == "color" and " at the " not in question.text
@@ -135,20 +136,20 @@ def category_of(question: Question) -> str | None:
 
 
 def shares(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]:
-    """The share of right answers by category, and the ``mean`` of these shares."""
+    """Returns the share of right answers in each category, and the ``mean`` of these shares."""
     found = {}
     for name in CATEGORIES:
-        of_category = [is_right for sample, is_right in zip(samples, right, strict=True) if sample.category == name]
-        found[name] = sum(of_category) / len(of_category)
+        in_category = [is_right for sample, is_right in zip(samples, right, strict=True) if sample.category == name]
+        found[name] = sum(in_category) / len(in_category)
     return found | {"mean": sum(found.values()) / len(found)}
 
 
 def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
-    """Draws scenes of a split and asks until every category has its questions.
+    """Draws scenes of a split and asks about them until every category has its questions.
 
-    A question is about an object that belongs to the split, or about the whole scene. A scene is asked one question
-    each of some categories, drawn among those that it allows and that lack most. Among a category's questions the
-    answer is drawn first, so that "yes" is as frequent as "no".
+    A question concerns an object that belongs to the split, or the entire scene. Each scene gets one question in each
+    of a few categories: those that it allows and that need most questions. Within a category the answer is drawn
+    before the question, so "yes" is as frequent as "no".
     """
     rng = random.Random(f"study {name}")
     missing = dict.fromkeys(CATEGORIES, per_category)
@@ -156,7 +157,7 @@ def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
         scene = sample_scene(rng, split, kept_colors, MOST)
         kept = {i for i, item in enumerate(scene.objects) if split_of(item) == split}
         pools: dict[str, list[Question]] = {}
-        for question in asked_of(scene):
+        for question in study_questions(scene):
             category = category_of(question)
             if category and missing[category] and (not question.about or kept & set(question.about)):
                 pools.setdefault(category, []).append(question)

@@ -1,11 +1,12 @@
-"""Supervised fine-tuning of a VLM with HeRA, in transformers' Trainer and nothing above it.
+"""Supervised fine-tuning of a VLM with HeRA, in transformers' Trainer alone.
 
-    llamafactory-hera demo                           # model, teacher and data in hera_demo/, about a minute
+    python recipes/demo                              # builds model, teacher and data in hera_demo/, about a minute
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
-    torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same over two processes
+    torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same with two processes
 
-Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, in which `<image>` stands
-for the images of the list `images`, paths relative to the file. The chat template must end a turn with the EOS token.
+The data are JSON in the sharegpt format: `messages` with role and content, where each `<image>` refers to the next
+path in the list `images`. The paths are relative to the JSON file. The chat template must end a turn with the EOS
+token.
 """
 
 import argparse
@@ -22,19 +23,19 @@ from llamafactory_hera.integrations.transformers import HeraTrainer
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows with a chat template's messages, and images as paths: the collator opens them."""
+    """Reads rows with messages for a chat template and images as paths, which the collator opens."""
     rows = json.loads(path.read_text(encoding="utf-8"))
     for row in rows:
         row["images"] = [str(path.parent / image) for image in row.get("images", [])]
         for message in row["messages"]:
-            content = message["content"].replace("<image>\n", "<image>")  # the template puts the line break there
+            content = message["content"].replace("<image>\n", "<image>")  # the template adds the line break
             parts = [[{"type": "text", "text": text}] for text in content.split("<image>")]
             message["content"] = parts[0] + [part for text in parts[1:] for part in ({"type": "image"}, *text)]
     return rows
 
 
 class Collator:
-    """A batch of the processor's, with labels on what the assistant says."""
+    """Makes a batch with the processor, with labels on the assistant's turns."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -46,7 +47,7 @@ class Collator:
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         texts = [self.processor.apply_chat_template(row["messages"]) for row in rows]
         images = [path for row in rows for path in row["images"]] or None
-        # where the template writes the BOS token, the tokenizer must not add another
+        # If the template writes the BOS token, the tokenizer must not add a second one.
         options = {"add_special_tokens": not texts[0].startswith(self.processor.tokenizer.bos_token or "\0")}
         options |= {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         batch = self.processor(text=texts, images=images, **options)
@@ -67,15 +68,15 @@ def main() -> None:
     parser.add_argument("--output", default="saves/transformers_hera")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16, help="samples per device")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lora", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
-    parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or a heads.json")
+    parser.add_argument("--lora", type=int, default=0, help="rank of the LoRA adapter; 0 trains all weights")
+    parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or the path of a heads.json")
     parser.add_argument("--teacher", default="hera_demo/teacher")
     parser.add_argument("--teacher-cache", default=None)
-    parser.add_argument("--weight", type=float, default=0.1, help="the paper's is 0.01")
-    parser.add_argument("--memory", type=int, default=128, help="remembered samples that are candidates, too")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    parser.add_argument("--weight", type=float, default=0.1, help="weight of the HeRA loss; 0.01 in the paper")
+    parser.add_argument("--memory", type=int, default=128, help="recent samples that are additional candidates")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output")
     options = parser.parse_args()
 
     processor = AutoProcessor.from_pretrained(options.model)
@@ -94,7 +95,7 @@ def main() -> None:
         bf16=torch.cuda.is_available(),
         logging_steps=5,
         save_steps=max(1, options.steps // 2),
-        remove_unused_columns=False,  # rows are no model inputs before the collator has seen them
+        remove_unused_columns=False,  # the collator makes the model inputs from these columns
         report_to="none",
     )
     hera = HeraConfig(
@@ -103,7 +104,7 @@ def main() -> None:
         teacher_cache=options.teacher_cache,
         weight=options.weight,
         memory=options.memory,
-        select=SelectConfig(samples=640),  # as many as the demo has; the paper's 1,000 is the default
+        select=SelectConfig(samples=640),  # all samples of the demo; the default is the paper's 1,000
     )
     rows = read_rows(options.data)
     trainer = HeraTrainer(
@@ -117,4 +118,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    end_launch()  # a process that ends with its group may abort
+    end_launch()  # a process that exits with an open process group may abort

@@ -1,11 +1,12 @@
 """Supervised fine-tuning of a VLM with HeRA, in TRL's SFTTrainer.
 
-    llamafactory-hera demo                  # model, teacher and data in hera_demo/, about a minute
+    python recipes/demo                     # builds model, teacher and data in hera_demo/, about a minute
     python recipes/trl/sft_vlm_hera.py      # selects heads, trains, writes saves/trl_hera/
-    torchrun --nproc-per-node 2 recipes/trl/sft_vlm_hera.py     # the same over two processes
+    torchrun --nproc-per-node 2 recipes/trl/sft_vlm_hera.py     # the same with two processes
 
-Rows are JSON as LLaMA-Factory's sharegpt format has them: `messages` of role and content, and a list `images` of paths
-relative to the file. TRL is given a prompt and a completion: it labels all of `messages`, and HeRA reads answers.
+The data are JSON in the sharegpt format: `messages` with role and content, and a list `images` of paths that are
+relative to the JSON file. The script gives TRL a prompt and a completion, because TRL would label all turns of
+`messages`, and HeRA reads only the answers.
 """
 
 import argparse
@@ -23,13 +24,13 @@ from llamafactory_hera.integrations.trl import HeraSFTTrainer
 
 
 def read_rows(path: Path) -> Dataset:
-    """One row a conversation: its last answer is learned, and all before it is the prompt."""
+    """Reads one row per conversation: the last answer is the completion, and the rest is the prompt."""
     rows = []
     for row in json.loads(path.read_text(encoding="utf-8")):
         turns = [turn | {"content": turn["content"].replace("<image>", "").strip()} for turn in row["messages"]]
         images = [str(path.parent / image) for image in row.get("images", [])]
         rows.append({"prompt": turns[:-1], "completion": turns[-1:], "images": images})
-    return Dataset.from_list(rows).cast_column("images", [Image()])  # TRL puts them in front of the first question
+    return Dataset.from_list(rows).cast_column("images", [Image()])  # TRL puts the images before the first question
 
 
 def main() -> None:
@@ -40,12 +41,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=16, help="samples per device")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--lora", type=int, default=0, help="rank of a LoRA adapter; 0 trains all weights")
-    parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or a heads.json")
+    parser.add_argument("--lora", type=int, default=0, help="rank of the LoRA adapter; 0 trains all weights")
+    parser.add_argument("--heads", default="auto", help="auto, names such as L13H12,L7H6, or the path of a heads.json")
     parser.add_argument("--teacher", default="hera_demo/teacher")
-    parser.add_argument("--teacher-cache", default=None, help="folder that keeps the teacher's features")
-    parser.add_argument("--weight", type=float, default=0.1, help="the paper's is 0.01")
-    parser.add_argument("--memory", type=int, default=128, help="remembered samples that are candidates, too")
+    parser.add_argument("--teacher-cache", default=None, help="folder that stores the teacher's features")
+    parser.add_argument("--weight", type=float, default=0.1, help="weight of the HeRA loss; 0.01 in the paper")
+    parser.add_argument("--memory", type=int, default=128, help="recent samples that are additional candidates")
     options = parser.parse_args()
 
     arguments = SFTConfig(
@@ -53,7 +54,7 @@ def main() -> None:
         max_steps=options.steps,
         per_device_train_batch_size=options.batch,
         learning_rate=options.lr,
-        max_length=None,  # nothing cuts off an image
+        max_length=None,  # a limit could cut off image tokens
         bf16=torch.cuda.is_available(),
         logging_steps=5,
         report_to="none",
@@ -64,7 +65,7 @@ def main() -> None:
         teacher_cache=options.teacher_cache,
         weight=options.weight,
         memory=options.memory,
-        select=SelectConfig(samples=640),  # as many as the demo has; the paper's 1,000 is the default
+        select=SelectConfig(samples=640),  # all samples of the demo; the default is the paper's 1,000
     )
     lora = LoraConfig(r=options.lora, target_modules="all-linear") if options.lora else None
     rows = read_rows(options.data)
@@ -76,4 +77,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    end_launch()  # a process that ends with its group may abort
+    end_launch()  # a process that exits with an open process group may abort

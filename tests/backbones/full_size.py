@@ -1,7 +1,5 @@
 """Full-size configurations of the models in the table, for the meta device, and the generator of the recipes."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +8,8 @@ from torch import nn
 
 from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
-
-sys.path.append(str(Path(__file__).parents[2] / "recipes"))
-from generate import ablations, memory, recipes
-from generate.sizes import SIZES
+from recipes.generate import ablations, memory, recipes
+from recipes.generate.sizes import SIZES
 
 __all__ = ["SIZES", "VISION", "ablations", "memory", "on_meta", "recipes", "text_config", "vlm_config"]
 

@@ -1,7 +1,7 @@
 """What makes up for a small batch: MKNN of the aligned heads after runs that differ in their candidates alone.
 
-    llamafactory-hera demo
-    python tests/bench/memory.py recipes/demo_hera.yaml [--epochs 2] [--output FOLDER]
+    python recipes/demo
+    python tests/bench/memory.py recipes/demo/hera.yaml [--epochs 2] [--output FOLDER]
 
 Every run takes the same samples in optimizer steps of 16; HeRA compares them in batches of 16, or of 2 with
 accumulation: with a memory, or by gradient caching. Heads are those that the recipe's selection finds on the

@@ -1,14 +1,14 @@
 """Training steps with HeRA against the same steps without: seconds and peak memory.
 
-    llamafactory-hera demo
-    python tests/bench/overhead.py recipes/demo_hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
+    python recipes/demo
+    python tests/bench/overhead.py recipes/demo/hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
     python tests/bench/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
     python tests/bench/overhead.py recipes/trl/sft_vlm_hera.py [--option=value ...]
     python tests/bench/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
 
 On several processes:
 
-    torchrun --nproc_per_node 2 tests/bench/overhead.py recipes/demo_hera.yaml ddp_backend=gloo
+    torchrun --nproc_per_node 2 tests/bench/overhead.py recipes/demo/hera.yaml ddp_backend=gloo
 
 The host sets the recipe's own trainer up, which then takes three kinds of steps on the same batches, in turns and in
 random order: SFT without any hook of HeRA, HeRA with cached teacher features, HeRA with the teacher on the fly. A step

@@ -1,8 +1,8 @@
 """A LLaVA of real size with random weights, and a random DINOv2-L: what ``overhead.py`` needs to measure real sizes.
 
-    llamafactory-hera demo
+    python recipes/demo
     python tests/bench/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
-    python tests/bench/overhead.py recipes/demo_hera.yaml model_name_or_path=random_4b/model \\
+    python tests/bench/overhead.py recipes/demo/hera.yaml model_name_or_path=random_4b/model \\
         hera_teacher=random_4b/teacher hera_heads=L7H6,L13H12,L3H6,L3H5,L13H13 finetuning_type=lora lora_target=all \\
         cutoff_len=1024 per_device_train_batch_size=8 bf16=true use_cpu=false
 

@@ -62,14 +62,13 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 def recipe(name: str) -> str:
     """The path of a demo recipe."""
-    return str(next(ROOT.glob(f"recipes/demo*{name}.yaml"), ROOT / f"recipes/demo/{name}.yaml"))
+    return str(ROOT / f"recipes/demo/{name}.yaml")
 
 
 def record() -> dict[str, Any]:
     """Runs everything in a temporary folder."""
     folder, found = Path(tempfile.mkdtemp()), {}
-    build = [sys.executable, str(ROOT / "recipes/demo")]
-    run(build if Path(build[1]).is_dir() else ["llamafactory-hera", "demo"], folder)
+    run([sys.executable, str(ROOT / "recipes/demo")], folder)
     found["demo"] = {name: weights(folder / "hera_demo" / name) for name in ("model", "teacher")}
     for name in ("sft", "hera"):
         run(["llamafactory-cli", "train", recipe(name)], folder)

@@ -1,4 +1,4 @@
-"""Reads a rendered scene back from its pixels, sharing no code with the renderer, and answers questions from them."""
+"""Reads a rendered scene from its pixels, without code of the renderer, and answers questions about it."""
 
 import re
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ WORDS = ("zero", "one", "two", "three", "four")
 
 @dataclass(frozen=True)
 class Seen:
+    """An object that was found in the pixels."""
+
     size: str
     color: str
     shape: str
@@ -35,7 +37,7 @@ class Seen:
 
 
 def read(image: Image.Image) -> list[Seen]:
-    """The connected one-colored regions of a 2×2 scene, as objects."""
+    """Finds the connected regions of one color in a 2×2 scene."""
     pixels = np.asarray(image).astype(int)
     found = []
     for color, value in COLORS.items():
@@ -50,22 +52,22 @@ def read(image: Image.Image) -> list[Seen]:
 
 
 def _shape(mask: np.ndarray) -> str:
-    side = mask.shape[0]
     if mask.all():
         return "square"
     if mask[-1].all() and mask[0].sum() == 1:
         return "triangle"
-    quarter = side // 4
+    quarter = mask.shape[0] // 4
     return "circle" if mask[quarter, quarter] and mask[-1 - quarter, -1 - quarter] else "cross"
 
 
 def answer(objects: list[Seen], question: str) -> str:
-    """The true answer to one question of the demo."""
+    """Returns the true answer to a question of the demo."""
 
     def the(phrase: str) -> Seen:
-        (only,) = [item for item in objects if item.fits(phrase)]  # a reference must name one object
+        (only,) = [item for item in objects if item.fits(phrase)]  # a reference must name exactly one object
         return only
 
+    relation = "left of|right of|above|below"
     if match := re.fullmatch(r"How many (.+) are there\?", question):
         noun = {"objects": "object", "crosses": "cross"}.get(match[1], match[1].removesuffix("s"))
         return WORDS[sum(item.fits(noun) for item in objects)]
@@ -76,12 +78,10 @@ def answer(objects: list[Seen], question: str) -> str:
     if match := re.fullmatch(r"Is the (.+) large or small\?", question):
         return the(match[1]).size
     if match := re.fullmatch(r"Which is larger, the (.+) or the (.+)\?", question):
-        sizes = [the(match[1]).size, the(match[2]).size]
-        assert sorted(sizes) == ["large", "small"]
-        return f"the {match[1 + sizes.index('large')]}"
+        (larger,) = [phrase for phrase in match.groups() if the(phrase).size == "large"]
+        return f"the {larger}"
     if match := re.fullmatch(r"Is there a (.+)\?", question):
         return "yes" if any(item.fits(match[1]) for item in objects) else "no"
-    relation = "left of|right of|above|below"
     if match := re.fullmatch(rf"Is the (.+) ({relation}) or ({relation}) the (.+)\?", question):
         (true,) = [r for r in match.groups()[1:3] if holds(the(match[1]), r, the(match[4]))]
         return true.removesuffix(" of")
@@ -91,17 +91,18 @@ def answer(objects: list[Seen], question: str) -> str:
 
 
 def holds(first: Seen, relation: str, second: Seen) -> bool:
-    """Whether the relation is true of two objects in different rows or columns of the grid."""
+    """Whether a relation is true of two objects that are in different rows or columns of the grid."""
+    (row, column), (other_row, other_column) = first.place.split(), second.place.split()
     return {
-        "left of": first.x < second.x and first.place.split()[1] != second.place.split()[1],
-        "right of": first.x > second.x and first.place.split()[1] != second.place.split()[1],
-        "above": first.y < second.y and first.place.split()[0] != second.place.split()[0],
-        "below": first.y > second.y and first.place.split()[0] != second.place.split()[0],
+        "left of": first.x < second.x and column != other_column,
+        "right of": first.x > second.x and column != other_column,
+        "above": first.y < second.y and row != other_row,
+        "below": first.y > second.y and row != other_row,
     }[relation]
 
 
 def read_caption(text: str) -> tuple[set[tuple[str, str, str, str]], list[tuple[str, str, str]], str | None]:
-    """(objects as (size, color, shape, place), relations, count word) that a caption claims."""
+    """Returns the claims of a caption: objects as (size, color, shape, place), relations, and the count word."""
     pattern = r"[Aa] (small|large) (\w+) (\w+)(?: is)? at the (top left|top right|bottom left|bottom right)"
     relation = r"The ([a-z ]+) is (left of|right of|above|below) the ([a-z ]+)\."
     count = re.search(r"There (?:is|are) (\w+) objects?", text)

@@ -19,7 +19,7 @@ from .runner import ROOT, HostServer, environment, run_command, write_recipe
 pytestmark = pytest.mark.slow
 
 _PATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
-RECIPE = ROOT / "recipes/demo_calibrate.yaml"
+RECIPE = ROOT / "recipes/demo/calibrate.yaml"
 SCRIPT = str(ROOT / "recipes/rah_lora")
 OUTPUT = "saves/demo_calibrate"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "calibration.json", "calibration.png"}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import llamafactory
@@ -83,9 +84,9 @@ def test_the_demo_aligns_its_heads_and_plain_training_does_not(
     server: HostServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, output = run_command(["llamafactory-hera", "demo"], tmp_path, timeout=300)
+    code, output = run_command([sys.executable, str(ROOT / "recipes/demo")], tmp_path, timeout=300)
     assert code == 0, output
-    files, recipes = [], {name: ROOT / f"recipes/demo_{name}.yaml" for name in ("sft", "hera")}
+    files, recipes = [], {name: ROOT / f"recipes/demo/{name}.yaml" for name in ("sft", "hera")}
     held_out = ["hera_select_mode=mllm", "dataset=hera_demo_heldout", "hera_select_samples=128"]
     for recipe in recipes.values():
         run = server.run(yaml.safe_load(recipe.read_text()), tmp_path, timeout=400)

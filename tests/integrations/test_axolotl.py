@@ -27,8 +27,8 @@ from axolotl.utils.dict import DictDefault
 from transformers import AutoProcessor
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.demo import build_demo
 from llamafactory_hera.integrations.axolotl import HeraPlugin, _images_of
+from recipes.demo.build import build_demo
 from tests.e2e.runner import ROOT, Run, run_command, write_recipe
 
 PLUGIN = "llamafactory_hera.integrations.axolotl.HeraPlugin"

@@ -27,10 +27,10 @@ datasets = pytest.importorskip("datasets")
 from peft import LoraConfig  # noqa: E402
 
 from llamafactory_hera.config import HeraConfig  # noqa: E402
-from llamafactory_hera.demo import models  # noqa: E402
 from llamafactory_hera.heads.tokens import token_mask  # noqa: E402
 from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
 from llamafactory_hera.training import Aligner  # noqa: E402
+from recipes.demo import models  # noqa: E402
 from tests.integrations.gradients import KeepGradients, token_mean  # noqa: E402
 from tests.tiny_models import teacher_folder  # noqa: E402
 

@@ -1,12 +1,10 @@
-"""The recipes in the repository, and the host's parser."""
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.runner import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +15,10 @@ def folder() -> Path:
 
 @pytest.fixture(scope="session")
 def values(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> keys of every generated recipe, read from its file."""
-    others = ("demo_", "_calibrate")  # written by hand
-    found = (file for file in folder.rglob("*.yaml") if file.parent.name != "real")
-    files = [file for file in found if not any(part in file.name for part in others)]
+    """The keys of every training recipe except those of the demo and the real model, by name."""
+    files = [*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")]
     return {
         file.relative_to(folder).with_suffix("").as_posix(): yaml.safe_load(file.read_text(encoding="utf-8"))
         for file in files
+        if not file.stem.endswith("_calibrate")
     }

@@ -1,55 +1,45 @@
-"""Parses recipes with the host's own parser as one rank of a distributed run, and prints what came out, as JSON.
+"""Parses recipes with LLaMA-Factory's parser as one rank of a distributed run, and prints the result as JSON.
 
-A process of its own: parsing starts a process group, and ZeRO-3 leaves its mark on transformers.
+It runs in a process of its own, because parsing starts a process group, and ZeRO-3 leaves its mark on transformers.
 """
 
 import json
 import os
-import socket
 import sys
 import tempfile
 from pathlib import Path
 
 import yaml
 
+from tests.e2e.runner import free_port
+
 
 def main() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # other output goes to standard error
 
     from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_train_args
 
-    facts = {}
+    parsed = {}
     folder = tempfile.mkdtemp()
     for file in sys.argv[1:]:
         # the only change: this machine has no GPU that supports bf16
         keys = yaml.safe_load(Path(file).read_text(encoding="utf-8")) | {"use_cpu": True}
         for key, name in (("hera_heads", "L0H0"), ("hera_layers", "L0")):
-            if str(keys.get(key)).endswith(".json"):  # what stage 1 will have written
+            if str(keys.get(key)).endswith(".json"):  # written by stage 1
                 keys[key] = os.path.join(folder, f"{key}.json")
                 Path(keys[key]).write_text(json.dumps({key.removeprefix("hera_"): [name]}))
-        model, data, training, finetuning, _ = get_train_args(keys)
-        facts[file] = {
+        _, data, training, finetuning, _ = get_train_args(keys)
+        parsed[file] = {
             "use_hera": finetuning.use_hera,
-            "stage": finetuning.to_dict()["stage"],
-            "heads": finetuning.hera_heads,
-            "aligned": [finetuning.hera_objective, finetuning.hera_granularity, finetuning.hera_layers],
-            "bf16": training.bf16,
+            "template": data.template in TEMPLATES,
             "warmup": training.get_warmup_steps(1000),
             "zero3": training.deepspeed is not None and training.hf_deepspeed_config.is_zero3(),
-            "learning_rate": training.learning_rate,
-            "finetuning": finetuning.finetuning_type,
-            "bits": model.quantization_bit,
-            "cutoff": data.cutoff_len,
-            "template": data.template in TEMPLATES,
         }
-    json.dump(facts, answers)
+    json.dump(parsed, answers)
     answers.close()
 
 

@@ -1,121 +1,59 @@
-"""The whole study at its smallest, through the real command."""
+"""The study: its splits, its intervals, and a run of its smallest size from start to end."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
+from scipy import stats
 
-import train
-from llamafactory_hera.evaluation.vlm import HeraVLM
 from llamafactory_hera.files import read_json
-from parts import load_llava
-from settings import METHODS, SIZES
-from world import CATEGORIES, make_world, shares
-
-from ..e2e.runner import environment, run_command
-from ..evaluation.test_vlm import ask
-from .conftest import STUDY, main_module
-
-pytestmark = pytest.mark.slow
-#: A picture, and the question behind it, as the study's models read them.
-CHAT_TEMPLATE = (
-    "{% for part in messages[0]['content'] %}"
-    "{{ '<image>' if part['type'] == 'image' else part['text'] + ' ' }}"
-    "{% endfor %}"
-)
-COMMAND = [sys.executable, str(STUDY), "--size", "smoke", "--output", "smoke"]
+from recipes.study.report import format_interval, paired_interval, without_looking
+from recipes.study.settings import METHODS, SIZES
+from recipes.study.train import hera_config
+from recipes.study.world import CATEGORIES, Sample, make_world
+from tests.e2e.runner import ROOT, run_command
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("studies")
-    code, output = run_command(COMMAND, folder, timeout=600)
+def combinations(samples: list[Sample]) -> set[tuple]:
+    return {(item.shape, item.color, item.row, item.column) for sample in samples for item in sample.scene.objects}
+
+
+def test_a_new_scene_holds_a_combination_of_its_split_only_and_text_alone_fails_on_traps() -> None:
+    world = make_world(replace(SIZES["smoke"], scenes=1500, questions=60, asked=4))
+    trained = combinations(world.captions)
+    unseen = [combinations(questions["new"]) - trained for questions in (world.validation, world.test)]
+    assert [len(trained), *map(len, unseen)] == [4 * 4 * 4, 4 * 4, 4 * 4]  # four, one and one color per shape and cell
+    assert not unseen[0] & unseen[1]
+    for questions, reserved in zip((world.validation, world.test), unseen, strict=True):
+        assert all(combinations([sample]) & reserved for sample in questions["new"])
+        assert combinations(questions["seen"]) <= trained
+    assert all(without_looking(world, kind)["text_alone"]["trap"] == 0 for kind in world.test)
+
+
+def test_intervals_are_paired_by_seed() -> None:
+    # The seeds differ much and the methods little; an unpaired interval would be wide.
+    found = paired_interval({2: 0.92, 0: 0.12, 1: 0.51}, {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.2})
+    expected = stats.ttest_rel([0.12, 0.51, 0.92], [0.1, 0.5, 0.9]).confidence_interval(0.95)
+    assert found == pytest.approx((0.05 / 3, *expected))
+    assert format_interval(found, 1, 100, "+") == "+1.7 [+0.2, +3.1]"
+
+
+def test_every_method_is_a_different_valid_configuration() -> None:
+    heads = {"worst": ["L0H1"], "top": ["L0H2"], "random": ["L0H3"]}
+    configs = [hera_config(Path("."), SIZES["default"], method, 0.3, heads) for method in METHODS.values()]
+    assert len(set(map(str, configs))) == len(METHODS)
+
+
+@pytest.mark.slow
+def test_the_smallest_study_runs_and_a_second_call_runs_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "recipes/study"), "--size", "smoke", "--output", "smoke"]
+    code, output = run_command(command, tmp_path, timeout=600)
     assert code == 0, output
-    return folder / "smoke"
-
-
-def test_the_report_holds_what_was_measured(study):
-    record, page = read_json(study / "report.json"), (study / "report.md").read_text()
-    measured = record["measured"]
-    for kind in ("seen", "new"):
-        for category in (*CATEGORIES, "mean"):
-            assert measured[f"accuracy/{kind}/{category}"].keys() == {"sft", "worst5"}
-    for mode in ("llm", "mllm"):
-        assert measured[f"mknn/{mode}/worst5"].keys() == {"base", "sft", "worst5"}
-    assert measured["cost/stage2_cpu_s"]["worst5"]["1"] > 0
-    assert record["chosen"] == 0.1
-    assert "HeRA worst-5 − SFT" in page
-    assert "Not finished" not in page
-    assert (study / "study.png").stat().st_size > 5000
-
-
-def test_a_rerun_does_nothing_more_seeds_are_added_and_other_settings_refused(study):
-    main = main_module()
-    before = {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")}
-    main.run_study(study, "smoke")
-    assert {path: path.stat().st_mtime_ns for path in (study / "done").rglob("*.json")} == before
-    page = main.run_study(study, "smoke", seeds=2).read_text()
-    assert read_json(study / "report.json")["measured"]["cost/stage2_cpu_s"]["sft"].keys() == {"1", "2"}
-    assert "`python recipes/study --size smoke --seeds 2`" in page
-    with pytest.raises(ValueError, match=r"other settings .*scenes.*choose another folder"):
-        main.run_study(study, "default")
-    with pytest.raises(ValueError, match="holds no study"):
-        main.run_study(study / "logs", "smoke")
-    with pytest.raises(ValueError, match="choose one of smoke, default"):
-        main.run_study(study, "large")
-
-
-def test_a_killed_study_ends_its_processes_and_goes_on(tmp_path):
-    process = subprocess.Popen(COMMAND, cwd=tmp_path, env=environment(), start_new_session=True)
-    while not (tmp_path / "smoke/done/parts.json").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    code, output = run_command(COMMAND, tmp_path, timeout=600)
-    assert code == 0, output
-    assert "parts" not in output.split("seeds/1")[0]
-
-
-def test_every_method_trains(study):
-    """All methods that the smoke study leaves out, for two steps each, from its seed."""
-    main, settings = main_module(), SIZES["smoke"]
-    world, heads = make_world(settings), main.done(study, "seeds/1")["heads"]
-    rest = [name for name in METHODS if name not in settings.methods]
-    run = partial(train.run, study, world, settings, seed=1, chosen=0.1, heads=heads, questions=world.test)
-    main.work_through(study, {f"rest/{name}": partial(run, name=name) for name in rest}, 2)
-    for name in rest:
-        assert 0 <= main.done(study, f"rest/{name}")["accuracy"]["seen"]["mean"] <= 1
-
-
-def test_one_forward_pass_counts_what_the_evaluation_answers(study):
-    """A model that has just begun to answer: the same questions are right by `llamafactory-hera eval`'s class."""
-    world = make_world(replace(SIZES["smoke"], questions=20))
-    model, processor = load_llava(study, 1)
-    encoder = train.Encoder(processor)
-    rows = encoder.encode(world.train)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(40):
-        optimizer.zero_grad()
-        model(**encoder(rows[16 * step % 128 :][:16])).loss.backward()
-        optimizer.step()
-    processor.chat_template = CHAT_TEMPLATE
-    for part in (model, processor):
-        part.save_pretrained(study / "asked")
-    samples = world.test["seen"]
-    documents = [
-        [{"type": "image", "url": sample.image}, {"type": "text", "text": sample.question}] for sample in samples
-    ]
-    answers = ask(HeraVLM(str(study / "asked"), batch_size=32), documents)
-    right = shares(samples, [answer == sample.answer for answer, sample in zip(answers, samples, strict=True)])
-    assert train.answer_all(model, encoder, samples) == right
-    assert 0 < right["mean"] < 1
+    measured = read_json(tmp_path / "smoke/report.json")["measured"]
+    for category in (*CATEGORIES, "mean"):
+        assert measured[f"accuracy/new/{category}"].keys() == {"sft", "worst5"}
+    assert measured["mknn/mllm/worst5"].keys() == {"base", "sft", "worst5"}
+    assert "HeRA worst-5 − SFT" in (tmp_path / "smoke/report.md").read_text()
+    code, output = run_command(command, tmp_path, timeout=600)
+    assert (code, "more," in output) == (0, False), output

@@ -1,7 +1,7 @@
-"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of them, a DINOv2 teacher.
+"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of both, a DINOv2 teacher.
 
-All are trained for some seconds on the training data alone; the teacher sees no text, label or scene factor. The
-projector stays random: training it is what stage 1 is for.
+Each is trained for some seconds on the training data alone. The teacher sees images only: no text, no labels, no
+factors of the scenes. The projector stays random; stage 1 trains it.
 """
 
 import math
@@ -16,12 +16,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 
-THREADS = 1  # sums are split by thread, so another number may give other last bits
 MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-# ChatML; content is a string or a list of image and text entries, each image with the line break that training sees
+# ChatML. The content is text, or a list of images and texts; a line break follows an image, as in training.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -33,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 class Encoder(NamedTuple):
-    """Shape of a vision transformer with four heads, in pixels and channels, and its highest learning rate."""
+    """The shape of a vision transformer with four heads, and its peak learning rate; sizes are pixels and channels."""
 
     side: int = SIDE
     patch: int = PATCH
@@ -42,12 +41,12 @@ class Encoder(NamedTuple):
     rate: float = 3e-3
 
     def config(self) -> dict[str, Any]:
-        """What the configurations of all kinds call alike."""
+        """Returns the entries that all vision configurations share."""
         heads = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": 4}
         return {"image_size": self.side, "patch_size": self.patch, **heads}
 
     def square(self) -> dict[str, int]:
-        """The size of its images as image processors take it."""
+        """Returns the image size in the form that image processors take."""
         return {"height": self.side, "width": self.side}
 
 
@@ -56,11 +55,11 @@ _TOWER, _TEACHER = Encoder(), Encoder(layers=3, rate=2e-3)
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Fix PyTorch's CPU seed and number of threads; both are as before afterwards."""
+    """Seeds PyTorch on the CPU and uses one thread; restores the random state and the threads afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(1)  # with more threads, sums are split differently and may round differently
         try:
             yield
         finally:
@@ -70,7 +69,7 @@ def reproducible(seed: int) -> Iterator[None]:
 def _optimize(
     modules: list[torch.nn.Module], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float
 ) -> list[float]:
-    """AdamW with warm-up and cosine decay; the modules are in eval mode afterwards. Returns the loss of every step."""
+    """Runs AdamW with warm-up and cosine decay, ends in eval mode, and returns the loss of every step."""
     together = torch.nn.ModuleList(modules).train()
     parameters = list(together.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
@@ -92,7 +91,7 @@ def _optimize(
 
 
 def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's chat tokens, which encodes any text without loss; same texts give same merges."""
+    """Trains a byte-level BPE with Qwen's chat tokens; it encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +99,7 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
     n_words = VOCABULARY - len(SPECIAL_TOKENS)
     trainer = trainers.BpeTrainer(vocab_size=n_words, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the text's tokens, as in Qwen
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the tokens of the text, as in Qwen
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
@@ -116,7 +115,7 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
 def new_language_model(
     tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
 ) -> hf.Qwen3ForCausalLM:
-    """Five layers of eight query heads over four key-value heads; ``head_dim`` is not ``hidden_size / heads``."""
+    """Makes five random layers of eight query heads over four key-value heads; head_dim is not hidden_size / heads."""
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": intermediate_size, "head_dim": head_dim}
     heads: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -129,9 +128,9 @@ def new_language_model(
 def train_language_model(
     model: hf.Qwen3ForCausalLM, tokenizer: hf.PreTrainedTokenizerBase, documents: list[str], steps: int
 ) -> list[float]:
-    """Next-token training on whole documents with their chat tokens, in place; the loss of every step."""
+    """Trains next-token prediction on whole documents, in place, and returns the loss of every step."""
     encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
-    # neighbors in length make a batch; padding comes last, and causal attention needs no mask for it
+    # A batch holds documents of similar length. Padding is on the right, so causal attention needs no mask for it.
     encoded.sort(key=len)
     batch_size = min(16, len(encoded))
 
@@ -147,10 +146,13 @@ def train_language_model(
 def train_vision_tower(
     images: list[Image.Image], steps: int, encoder: Encoder = _TOWER
 ) -> tuple[hf.SiglipVisionModel, hf.SiglipImageProcessor, list[float]]:
-    """A SigLIP vision model, a masked autoencoder; with its processor and the pixel error of every step.
+    """Trains a SigLIP vision model as a masked autoencoder.
 
-    Half of the patches are greyed out, and a linear layer, thrown away afterwards, reads all pixels back from the
-    patch tokens that LLaVA reads (``vision_feature_layer: -1``).
+    Half of the patches are masked. A linear layer, which is discarded afterwards, predicts all pixels from the patch
+    tokens that LLaVA reads (``vision_feature_layer: -1``).
+
+    Returns:
+        The model, its image processor, and the pixel error of every step.
     """
     side, patch = encoder.side, encoder.patch
     tower = hf.SiglipVisionModel(hf.SiglipVisionConfig(intermediate_size=2 * encoder.width, **encoder.config()))
@@ -171,7 +173,11 @@ def train_vision_tower(
 def assemble_llava(
     language_model: hf.Qwen3ForCausalLM, tower: hf.SiglipVisionModel, tokenizer: hf.PreTrainedTokenizerBase
 ) -> tuple[hf.LlavaForConditionalGeneration, hf.LlavaProcessor]:
-    """A LLaVA with the weights of both, a random two-layer projector, and its processor: a token for each patch."""
+    """Assembles a LLaVA from two models and a random two-layer projector, with one image token per patch.
+
+    Returns:
+        The model and its processor.
+    """
     vision: Any = tower.config
     side, patch = vision.image_size, vision.patch_size
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -196,7 +202,14 @@ def assemble_llava(
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """One random view of every image, normalized pixels [B, 3, S, S]; left and right and colors keep their names."""
+    """Makes one random view of each image; left and right are not swapped, and colors stay recognizable.
+
+    Args:
+        pixels: Normalized images ``[B, 3, S, S]``.
+
+    Returns:
+        The views ``[B, 3, S, S]``.
+    """
     count = len(pixels)
     affine = torch.zeros(count, 2, 3)
     affine[:, 0, 0] = affine[:, 1, 1] = torch.empty(count).uniform_(0.85, 1.15)
@@ -214,10 +227,13 @@ def train_teacher(
     view: Callable[[torch.Tensor], torch.Tensor] = random_view,
     encoder: Encoder = _TEACHER,
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
-    """A DINOv2 model trained by SimCLR (arXiv 2002.05709), its processor, and the loss of every step.
+    """Trains a DINOv2 model by SimCLR (arXiv 2002.05709).
 
-    Two random views of an image must find each other among those of the batch, by the cosine of their CLS tokens
-    behind a two-layer head, thrown away afterwards, at a temperature of 0.1 (InfoNCE, in nats).
+    The two random views of an image must find each other among the views of the batch. InfoNCE at a temperature of
+    0.1 compares the cosines of their CLS tokens after a two-layer head, which is discarded afterwards.
+
+    Returns:
+        The model, its image processor, and the loss of every step, in nats.
     """
     width = encoder.width
     teacher = hf.Dinov2Model(hf.Dinov2Config(mlp_ratio=2, **encoder.config()))

@@ -1,9 +1,10 @@
-"""The rendered world: which scenes exist, how one is drawn, what is said about it, and which scenes are held out.
+"""The rendered world: its scenes, their pixels, captions and questions, and the combinations held out from training.
 
-A scene is one to four objects on a 2×2 grid. Every shape has a preferred color, drawn with probability
-``COLOR_BIAS``: text alone answers many color questions, and only the image the rest. Every shape has one held-out
-color, the preferred one of the next shape: no training scene holds such a pair and no training question names one,
-every held-out scene holds at least one. So a held-out scene is a new combination of known shapes and colors.
+A scene holds one to four objects on a 2×2 grid. Each shape has a preferred color, which it takes with probability
+``COLOR_BIAS``: text alone suggests the answers to many color questions, and only the image gives the others. Each
+shape also has one held-out color, the preferred color of the next shape. No training scene and no training question
+contains that pair; every held-out scene contains at least one. A held-out scene is therefore a new combination of
+known shapes and colors.
 """
 
 import random
@@ -37,7 +38,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its factors, its cell, and its center in pixels."""
+    """An object: its factors, its cell, and its center in pixels."""
 
     shape: str
     color: str
@@ -49,7 +50,7 @@ class SceneObject:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """(color, shape)."""
+        """The color and the shape."""
         return self.color, self.shape
 
     @property
@@ -60,7 +61,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order on a uniform gray background (0 to 255)."""
+    """The objects in reading order, and the gray level of the background (0 to 255)."""
 
     objects: tuple[SceneObject, ...]
     background: int
@@ -68,17 +69,17 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image, and its answer, a word or a short phrase."""
+    """A question about an image with its answer, which is a word or a short phrase."""
 
-    category: str  # count, color, shape, where, relation, size or exist; of a real image its kind
+    category: str  # count, color, shape, where, relation, size or exist; for a real image, its kind
     text: str
     answer: str
-    about: tuple[int, ...] = ()  # indices of objects; empty for the whole image
-    trap: bool = False  # it asks for the color of a named shape that has not its preferred color
+    about: tuple[int, ...] = ()  # indices of objects; empty for the entire image
+    trap: bool = False  # asks for the color of a named shape that does not have its preferred color
 
 
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
-    """The (color, shape) pairs that scenes and questions of a split may name; held-out ones may name any."""
+    """Lists the (color, shape) pairs that scenes and questions of a split may contain."""
     pairs = [(color, shape) for shape in SHAPES for color in PALETTE]
     return [(c, s) for c, s in pairs if c != HELD_OUT_COLOR[s]] if split == "train" else pairs
 
@@ -89,9 +90,13 @@ def sample_scene(
     kept_colors: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOR[shape]},
     most: int = GRID**2,
 ) -> Scene:
-    """Draws one scene of one to ``most`` objects: of ``train``, or with one or more that only ``split`` has.
+    """Draws a scene of one to ``most`` objects.
 
-    ``kept_colors`` gives, for shape, row and column, the color that each split but ``train`` keeps for itself there.
+    Args:
+        rng: The source of randomness.
+        split: ``train``, or another split; its scenes hold at least one object that only this split has.
+        kept_colors: Maps shape, row and column to the color that each split except ``train`` reserves there.
+        most: The largest number of objects.
     """
     cells = sorted(rng.sample(range(GRID**2), rng.randint(1, most)))
     kept = set() if split == "train" else set(rng.sample(cells, rng.randint(1, len(cells))))
@@ -99,26 +104,26 @@ def sample_scene(
     for cell in cells:
         row, column = divmod(cell, GRID)
         shape, size = rng.choice(SHAPES), rng.choice(SIZES)
-        own, usual = kept_colors(shape, row, column), PREFERRED_COLOR[shape]
+        reserved, preferred = kept_colors(shape, row, column), PREFERRED_COLOR[shape]
         if cell in kept:
-            color = own[split]
+            color = reserved[split]
         elif rng.random() < COLOR_BIAS:
-            color = usual
+            color = preferred
         else:
-            color = rng.choice([name for name in PALETTE if name not in {usual, *own.values()}])
+            color = rng.choice([name for name in PALETTE if name not in {preferred, *reserved.values()}])
         objects.append(place(rng, shape, color, size, row, column))
     return Scene(tuple(objects), background=rng.randint(20, 70))
 
 
 def place(rng: random.Random, shape: str, color: str, size: str, row: int, column: int) -> SceneObject:
-    """An object with these factors somewhere in its cell, one free pixel on every side."""
+    """Puts an object at a random point of its cell, with at least one free pixel on every side."""
     slack = CELL // 2 - RADIUS[size] - 1
     x, y = (cell * CELL + CELL // 2 + rng.randint(-slack, slack) for cell in (column, row))
     return SceneObject(shape, color, size, row, column, x, y)
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw the scene: an RGB image without smoothing, every object in its exact palette color."""
+    """Draws the scene as an RGB image without smoothing, every object in the exact color of the palette."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
@@ -136,7 +141,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A full description: every object with size, color, shape and place, then one relation if one can be said."""
+    """Describes every object by size, color, shape and place, and adds one relation if the scene has one."""
     items = list(scene.objects)
     rng.shuffle(items)
     if rng.random() < 0.5:
@@ -152,7 +157,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _name(scene: Scene, item: SceneObject) -> str | None:
-    """The shortest phrase that names this object alone, "circle" to "large red circle", or None if there is none."""
+    """The shortest phrase that names only this object, such as "circle" or "large red circle", or None."""
     phrase = ""
     for field in ("shape", "color", "size"):
         phrase = f"{getattr(item, field)} {phrase}".strip()
@@ -162,7 +167,7 @@ def _name(scene: Scene, item: SceneObject) -> str | None:
 
 
 def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
-    """(i, j, name of i, name of j, relation, opposite) for every relation of two objects that both have a name."""
+    """Lists the relations of two objects with a name: i, j, name of i, name of j, relation, opposite relation."""
     found = []
     for (i, a), (j, b) in permutations(enumerate(scene.objects), 2):
         first, second = _name(scene, a), _name(scene, b)
@@ -173,9 +178,11 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
 
 
 def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
-    """Every question that the scene allows, in a fixed order, each with its one true answer.
+    """Lists every question that the scene allows, in a fixed order, with its only true answer.
 
-    Of pairs of (color, shape) only ``pairs`` are asked for, so that training text never mentions a held-out one.
+    Args:
+        scene: The scene.
+        pairs: The (color, shape) pairs to ask about. Training text thus never mentions a held-out pair.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
@@ -202,7 +209,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
             if allowed
         ]
     for i, j, first, second, relation, opposite in _related(scene):
-        # "left of" or "above" comes first whichever is true, so the order gives nothing away
+        # "left of" or "above" is always named first, so that the order does not reveal the answer.
         one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
         sizes = {objects[i].size: first, objects[j].size: second}
         asked = [
@@ -220,7 +227,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
 
 
 def split_questions(scene: Scene, split: Split) -> list[Question]:
-    """The questions of the demo's split: held-out ones are about a held-out object or about the whole scene."""
+    """Lists the questions of a split; held-out questions concern a held-out object or the entire scene."""
     found = questions(scene, all_pairs(split))
     if split == "train":
         return found
@@ -229,7 +236,10 @@ def split_questions(scene: Scene, split: Split) -> list[Question]:
 
 
 def pick_questions(pool: Sequence[Question], rng: random.Random, count: int) -> list[Question]:
-    """Draw different questions: a category, then an answer (so that "yes" is as frequent as "no"), then a question."""
+    """Draws different questions: first a category, then an answer, then a question.
+
+    The answer is drawn before the question so that "yes" is as frequent as "no".
+    """
     picked: list[Question] = []
     for _ in range(count):
         candidates = [question for question in pool if question not in picked]

@@ -1,0 +1,30 @@
+"""``python recipes/demo``: builds the tiny model, teacher and dataset of the demo (about a minute, offline)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])  # the repository, so that this folder is `recipes.demo`
+
+from recipes.demo.build import SIZES, build_demo  # noqa: E402
+
+
+def main() -> int:
+    """Runs the command; the exit status is 0, or 2 if the folder is in use for something else."""
+    parser = argparse.ArgumentParser(prog="python recipes/demo", description=__doc__)
+    parser.add_argument("--output", default="hera_demo", help="folder to build (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="test is smaller and hardly trained")
+    parser.add_argument("--force", action="store_true", help="replace an earlier demo")
+    options = parser.parse_args()
+    try:
+        paths = build_demo(options.output, options.seed, options.size, options.force)
+    except ValueError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(f"{name}: {path}" for name, path in paths.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Writes the training recipes, their table in ``recipes/README.md``, and all keys: ``python recipes/generate``."""
