@@ -2,7 +2,7 @@
 """Every ``hera_*`` key of a run, declared once."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
@@ -59,46 +59,6 @@ OBJECTIVE_KEYS = (
 
 
 @dataclass(frozen=True)
-class SelectConfig(KeyedConfig):
-    """The keys of a selection of heads or layers; the field ``x`` is the key ``hera_select_x``."""
-
-    PREFIX: ClassVar[str] = "hera_select_"
-
-    strategy: Strategy = knob(
-        "worst",
-        "Heads or layers to select: the least aligned (worst), the most aligned (top), random ones, or the least "
-        "aligned heads of the middle layer (middle).",
-        key="hera_select",
-    )
-    m: int = knob(5, "Number of heads or layers to select.", at_least=1)
-    mode: Mode = knob(
-        "llm",
-        "Score the heads on the language model alone, fed with captions (llm), or on the whole model with images and "
-        "text (mllm).",
-    )
-    dataset: str | None = knob(
-        None,
-        "Dataset of dataset_dir to score the heads on; the default is the training dataset. Its images are in "
-        "dataset_dir/NAME/images, or else in media_dir.",
-    )
-    samples: int = knob(1000, "Number of image-caption pairs to score the heads on.", at_least=1, at_most=10**7)
-    k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)
-    batch_size: int = knob(
-        16,
-        "Samples per device in a forward pass of the selection; halved when memory runs out.",
-        at_least=1,
-        at_most=10**5,
-    )
-    seed: int = knob(0, "Seed of the sampled pairs, and of the heads under hera_select: random.")
-
-    def check(self) -> None:
-        """Checks that every sample has neighbors to choose among."""
-        least = self.k + 2
-        if self.samples < least:
-            raise ValueError(f"hera_select_samples: {self.samples} is out of range; choose {least} or more.")
-
-
-@dataclass(frozen=True)
 class HeraConfig(KeyedConfig):
     """The keys of a run with HeRA; the field ``x`` is the key ``hera_x``. Defaults follow the paper where it has one.
 
@@ -133,15 +93,13 @@ class HeraConfig(KeyedConfig):
         "Weight (lambda) of the alignment loss relative to the language-modeling loss.",
         at_least=0,
         at_most=1000,
-        hint="the paper uses 0.01",
     )
     k: int = knob(10, "Number of nearest neighbors per sample in the teacher's space.", at_least=1, at_most=10**6)
     temperature: float = knob(
         0.07,
         "Initial softmax temperature of the contrastive loss; it is learned in log scale.",
-        above=0.0001,
+        at_least=0.001,
         at_most=100,
-        hint="the paper uses 0.07",
     )
     fixed_temperature: bool = knob(False, "Keep the temperature at its initial value instead of learning it.")
     projector: Literal["shared", "separate"] = knob(
@@ -157,7 +115,7 @@ class HeraConfig(KeyedConfig):
     objective_lr: float | None = knob(
         None,
         "Peak learning rate of the objective's own parameters; the default is the run's learning rate.",
-        above=0,
+        at_least=0,
         at_most=10,
     )
     objective_from: str | None = knob(
@@ -196,7 +154,30 @@ class HeraConfig(KeyedConfig):
     heads_force: bool = knob(
         False, "Train heads that were selected for another model, another teacher or another number of heads."
     )
-    select: SelectConfig = field(default_factory=SelectConfig)
+    select: Strategy = knob(
+        "worst",
+        "Heads or layers to select: the least aligned (worst), the most aligned (top), random ones, or the least "
+        "aligned heads of the middle layer (middle).",
+    )
+    select_m: int = knob(5, "Number of heads or layers to select.", at_least=1)
+    select_mode: Mode = knob(
+        "llm",
+        "Score the heads on the language model alone, fed with captions (llm), or on the whole model with images and "
+        "text (mllm).",
+    )
+    select_dataset: str | None = knob(
+        None,
+        "Name of another dataset of LLaMA-Factory to score the heads on; the default is the training dataset.",
+    )
+    select_samples: int = knob(1000, "Number of image-caption pairs to score the heads on.", at_least=1, at_most=10**7)
+    select_k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)
+    select_batch_size: int = knob(
+        16,
+        "Samples per device in a forward pass of the selection; halved when memory runs out.",
+        at_least=1,
+        at_most=10**5,
+    )
+    select_seed: int = knob(0, "Seed of the sampled pairs, and of the heads under hera_select: random.")
 
     @property
     def targets_key(self) -> str:
@@ -233,6 +214,11 @@ class HeraConfig(KeyedConfig):
         if not self.teacher:
             remedy = "write a folder or a hub id, for instance facebook/dinov2-large"
             raise ValueError(f"hera_teacher: it has no value; {remedy}.")
+        if self.select_samples < self.select_k + 2:
+            raise ValueError(
+                f"hera_select_samples: {self.select_samples} is out of range; choose {self.select_k + 2} or more, so "
+                "that each sample has neighbors to choose among."
+            )
         self._check_targets()
         self._check_objective()
 
@@ -246,12 +232,12 @@ class HeraConfig(KeyedConfig):
         named = self.named_targets
         auto = named == AUTO
         if self.granularity == "layer":
-            if auto and self.select.strategy == "middle":
+            if auto and self.select == "middle":
                 raise ValueError("hera_select: middle chooses among heads; write hera_layers: middle for that layer.")
             if not auto and named not in NAMED_LAYERS:
                 Targets.parse(named, "layer")
             return
-        chosen = self.select.m if auto else len(Targets.parse(named).items)
+        chosen = self.select_m if auto else len(Targets.parse(named).items)
         if chosen > _MOST_HEADS:
             key = "hera_select_m" if auto else "hera_heads"
             advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, its Qwen2.5-3B collapsed"

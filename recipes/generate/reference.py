@@ -33,8 +33,7 @@ _PAGE = """\
 Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Write the keys next to those of your
 trainer: in a recipe, on a command line, or in the web UI. A bad value stops a run before a model is loaded.
 
-In Python, the keys have no prefix, and `SelectConfig` holds those that begin with `hera_select_`:
-`HeraConfig(heads="auto", select=SelectConfig(mode="mllm"))`.
+In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm")`.
 
 ## Usual keys
 
@@ -63,7 +62,7 @@ Only `llamafactory-hera calibrate` reads these keys; see [calibrating heads with
 {calibration}
 """
 _KINDS = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
-_BOUNDS = {"at_least": "≥", "above": ">", "at_most": "≤", "below": "<"}
+_BOUNDS = {"at_least": "≥", "at_most": "≤"}
 
 
 def page() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
-from llamafactory_hera.config import HeraConfig, SelectConfig
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import end_launch
 from llamafactory_hera.integrations.transformers import HeraTrainer
 
@@ -104,7 +104,7 @@ def main() -> None:
         teacher_cache=options.teacher_cache,
         weight=options.weight,
         memory=options.memory,
-        select=SelectConfig(samples=640),  # all samples of the demo; the default is the paper's 1,000
+        select_samples=640,  # all samples of the demo; the default is the paper's 1,000
     )
     rows = read_rows(options.data)
     trainer = HeraTrainer(

@@ -18,7 +18,7 @@ from datasets import Dataset, Image
 from peft import LoraConfig
 from trl import SFTConfig
 
-from llamafactory_hera.config import HeraConfig, SelectConfig
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import end_launch
 from llamafactory_hera.integrations.trl import HeraSFTTrainer
 
@@ -65,7 +65,7 @@ def main() -> None:
         teacher_cache=options.teacher_cache,
         weight=options.weight,
         memory=options.memory,
-        select=SelectConfig(samples=640),  # all samples of the demo; the default is the paper's 1,000
+        select_samples=640,  # all samples of the demo; the default is the paper's 1,000
     )
     lora = LoraConfig(r=options.lora, target_modules="all-linear") if options.lora else None
     rows = read_rows(options.data)

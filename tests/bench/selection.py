@@ -119,11 +119,11 @@ def bare_passes(inputs: SelectionInputs, config: HeraConfig) -> Callable[[], dic
     """Prepares everything; what it returns runs the passes and says how long each kind took."""
     samples = select.draw_samples(inputs.source, config)
     features = [sample.features for sample in samples]
-    plan = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
+    plan = plan_batches([len(feature["input_ids"]) for feature in features], config.select_batch_size)
     model, teacher = inputs.load_model(), inputs.load_teacher()
     batches = [collate([dict(features[row]) for row in batch]) for batch in plan]
-    pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(config.select.batch_size)
-    forward = Forward(model, config.select.mode)
+    pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(config.select_batch_size)
+    forward = Forward(model, config.select_mode)
 
     def passes() -> dict[str, float]:
         seconds = {}

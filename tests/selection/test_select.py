@@ -51,7 +51,7 @@ def naive_contributions(inputs, chosen):
 def naive_scores(inputs, chosen):
     teacher = teacher_features(inputs, draw_samples(inputs.source, chosen))
     heads = naive_contributions(inputs, chosen)
-    return mutual_knn(heads, teacher, chosen.select.k, chosen.normalize).view(LAYERS, HEADS)
+    return mutual_knn(heads, teacher, chosen.select_k, chosen.normalize).view(LAYERS, HEADS)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_the_neighbors_in_the_file_are_those_of_the_formula(tmp_path, similarity
     select_targets(inputs, chosen, tmp_path / "heads.json")
     kept = Neighbors.load(tmp_path / "heads.json")
     assert kept.queries.tolist() == [round(place * 39 / 11) for place in range(12)]
-    k, normalize = chosen.select.k, chosen.normalize
+    k, normalize = chosen.select_k, chosen.normalize
     expected = nearest_neighbors(naive_contributions(inputs, chosen), k, normalize)[:, kept.queries]
     assert torch.equal(kept.heads.flatten(0, 1), expected)
     teacher = nearest_neighbors(teacher_features(inputs, draw_samples(inputs.source, chosen)), k, normalize)
@@ -104,7 +104,7 @@ def test_layer_scores_are_those_of_the_layers_output(tmp_path):
             model(torch.tensor([sample.features["input_ids"]]))
     hook.remove()
     pooled = torch.stack([output[0, 1:].mean(0) for output in outputs])
-    expected = mutual_knn(pooled, teacher_features(inputs, samples), chosen.select.k)
+    expected = mutual_knn(pooled, teacher_features(inputs, samples), chosen.select_k)
     assert heads.provenance["layer_scores"][0] == round(expected.item(), 7)
 
 

@@ -54,7 +54,6 @@ class RahConfig(KeyedConfig):
         1.0,
         "Standard deviations above the layer's mean I-SAL from which a head is an anchor (eq. 8; ours).",
         at_least=0,
-        hint="an anchor attends across text and image more than the mean of its layer",
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
@@ -68,11 +67,14 @@ class RahConfig(KeyedConfig):
     w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1, "Fraction of the anchors that is cut off at each end, element by element (eq. 12).", at_least=0, below=0.5
+        0.1,
+        "Fraction of the anchors that is cut off at each end, element by element (eq. 12).",
+        at_least=0,
+        at_most=0.49,
     )
-    rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1, hint="or full")
+    rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)
-    alpha_max: float = knob(0.15, "Largest step, which is tried first (eq. 15).", above=0, at_most=1)
+    alpha_max: float = knob(0.15, "Largest step, which is tried first (eq. 15).", at_least=0, at_most=1)
     halvings: int = knob(10, "How often a step is halved before its update is rolled back (ours).", at_least=0)
 
     def check(self) -> None:

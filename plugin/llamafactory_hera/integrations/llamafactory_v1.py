@@ -128,8 +128,8 @@ def _check(hera: HeraConfig, args: Any) -> None:
         f"batching_strategy: {strategy}": (strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
         f"dist_config.name: {engine}": (engine not in (None, "fsdp2"), "use DDP or fsdp2"),
         f"resume_from_checkpoint: {resumed}": (resumed is not None, "the engine's checkpoints hold no HeRA state"),
-        f"hera_select_dataset: {hera.select.dataset}": (
-            hera.select.dataset is not None,
+        f"hera_select_dataset: {hera.select_dataset}": (
+            hera.select_dataset is not None,
             "it selects nothing; name a file that `llamafactory-hera select` has written as hera_heads",
         ),
         f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),

@@ -43,7 +43,7 @@ class TrainerRows:
     def __init__(self, trainer: Any, images_of: Callable[[Any], list[ImageLike]], config: HeraConfig) -> None:
         data, self._decode = undecoded_rows(trainer.train_dataset, images_of)
         self._trainer, self._images_of, self._config = trainer, images_of, config
-        self._rows: Any = list(islice(data, STREAM_ROWS * config.select.samples)) if is_stream(data) else data
+        self._rows: Any = list(islice(data, STREAM_ROWS * config.select_samples)) if is_stream(data) else data
         self._media = media_token_ids(model_config(trainer.model))
         processor = getattr(trainer, "processing_class", None)
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -68,7 +68,7 @@ class TrainerRows:
             )
         labels = batch["labels"][0][attended].tolist() if "labels" in batch else [IGNORE_INDEX] * int(attended.sum())
         tokens = ids[attended].tolist()
-        if self._config.select.mode == "llm":
+        if self._config.select_mode == "llm":
             return self._caption(tokens, labels)
         return {"input_ids": tokens, "labels": labels, "row": row}
 
@@ -170,9 +170,9 @@ def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config
         ValueError: As :func:`~.resolve.resolve_targets`; ``auto`` where a process does not hold the whole model; or
             ``hera_select_dataset``, which a Trainer has no folder of datasets for.
     """
-    if config.select.dataset is not None:
+    if config.select_dataset is not None:
         raise ValueError(
-            f"hera_select_dataset: {config.select.dataset} is a dataset of LLaMA-Factory's, and a Trainer selects on "
+            f"hera_select_dataset: {config.select_dataset} is a dataset of LLaMA-Factory's, and a Trainer selects on "
             f"its own; remove it. For heads of other data give their file as {config.targets_key}, which "
             "`llamafactory-hera select` writes, or a run of that data with auto (max_steps=1)."
         )
@@ -193,7 +193,7 @@ def targets_of(trainer: Any, images_of: Callable[[Any], list[ImageLike]], config
         return SelectionInputs(
             source=rows(),
             load_model=lambda: model,
-            collator=lambda _: pad_captions if config.select.mode == "llm" else rows().collate,
+            collator=lambda _: pad_captions if config.select_mode == "llm" else rows().collate,
             load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, args.device, teacher_dtype(args)),
             model_name=name,
             weights=weights(),

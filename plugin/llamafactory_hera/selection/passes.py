@@ -119,10 +119,10 @@ def pooled_outputs(
         Averages over tokens in fp32 on the CPU of every process: head outputs ``[N, L, H, d]``, layer outputs
         ``[N, L, D]``.
     """
-    forward, layout = Forward(model, config.select.mode, inputs.autocast), head_layout(model_config(model))
+    forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
     heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)
     layers = torch.empty(len(features), layout.n_layers, layout.hidden_size)
-    batches = plan_batches([len(feature["input_ids"]) for feature in features], config.select.batch_size)
+    batches = plan_batches([len(feature["input_ids"]) for feature in features], config.select_batch_size)
     batches = batches[rank() :: world_size()]
     rows = [row for batch in batches for row in batch]
     bar = tqdm(total=len(rows), desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)

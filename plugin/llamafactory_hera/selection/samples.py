@@ -125,8 +125,8 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
         tokens = features["labels" if config.pooling == "answer" else "input_ids"]
         return any(token != IGNORE_INDEX for token in tokens)
 
-    asked, k = config.select.samples, config.select.k
-    samples, without_image, without_text = draw(source, asked, config.select.seed, config.image_index, has_tokens)
+    asked, k = config.select_samples, config.select_k
+    samples, without_image, without_text = draw(source, asked, config.select_seed, config.image_index, has_tokens)
     drawn = len(samples)
     skipped = f"{without_image} have no image, {without_text} no text with a token to average; each image counts once"
     if drawn < k + 2:

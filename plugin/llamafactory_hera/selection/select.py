@@ -51,7 +51,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
         neighbors, teacher_fingerprint = _teacher_neighbors(samples, inputs, config, path.parent)
         model = inputs.load_model()
         layout, weights = head_layout(model_config(model)), projection_weights(model)
-        by_head, rule = config.granularity == "head", (config.select.strategy, config.select.m, config.select.seed)
+        by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
         # too few heads or layers are refused here, before the passes
         choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
         if fingerprint is None:
@@ -77,7 +77,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path, fing
                 "teacher": config.teacher,
                 "keys": selection_keys(config),
                 "dataset": inputs.dataset_name,
-                "batch_size": config.select.batch_size,
+                "batch_size": config.select_batch_size,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "versions": package_versions(),
                 "model_fingerprint": fingerprint,
@@ -120,11 +120,11 @@ def _teacher_neighbors(
             with of_sample(sample.row):
                 load_image(sample.image)
         raise
-    features = encode_images(teacher, cache, images, config.select.batch_size).to(teacher.device)
+    features = encode_images(teacher, cache, images, config.select_batch_size).to(teacher.device)
     fingerprint = teacher.fingerprint
     del teacher
     clear_device_cache(garbage_collection=True)
-    return nearest_neighbors(features, config.select.k, config.normalize), fingerprint
+    return nearest_neighbors(features, config.select_k, config.normalize), fingerprint
 
 
 def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
@@ -146,7 +146,7 @@ def _filled_cache(
     config: HeraConfig,
 ) -> FeatureCache:
     cache = FeatureCache(folder, teacher.fingerprint, teacher.dim, teacher_name=config.teacher)
-    fill_cache(teacher, cache, images[rank() :: world_size()], config.select.batch_size, inputs.num_workers)
+    fill_cache(teacher, cache, images[rank() :: world_size()], config.select_batch_size, inputs.num_workers)
     barrier()
     cache.refresh()
     return cache

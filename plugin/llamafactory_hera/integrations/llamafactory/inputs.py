@@ -35,7 +35,7 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
     def facts() -> dict[str, str]:
         fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
-        model, dataset = host.model.model_name_or_path, config.select.dataset or ", ".join(host.data.dataset)
+        model, dataset = host.model.model_name_or_path, config.select_dataset or ", ".join(host.data.dataset)
         return {"model": model, "dataset": dataset, "model_fingerprint": fingerprint}
 
     inputs = partial(selection_inputs, config, host)
@@ -45,14 +45,14 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
     host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # the run's own stay
-    name, folder = config.select.dataset, host.data.dataset_dir
+    name, folder = config.select_dataset, host.data.dataset_dir
     if name is not None:
         check_datasets("hera_select_dataset", [name], folder)
         host.data.dataset, images = [name], Path(str(folder), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights, training = model_folder(host.model), host.training
-    data = _HostData(host, config.select.samples)
-    alone = config.select.mode == "llm"  # the language model, without images
+    data = _HostData(host, config.select_samples)
+    alone = config.select_mode == "llm"  # the language model, without images
     return SelectionInputs(
         source=_CaptionSource(data) if alone else _HostSource(data),
         collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
