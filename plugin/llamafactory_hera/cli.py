@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +9,6 @@ from pathlib import Path
 
 from . import __version__
 from .backbones.table import LANGUAGE_MODELS, VISION_MODEL
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     local = "folder of local data: for each task a folder or a .json file (default: download from the hub)"
     evaluate.add_argument("--data", metavar="FOLDER", help=local)
     evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
-    evaluate.add_argument("--batch-size", type=_count, default=16, help="samples in a batch (default: %(default)s)")
-    evaluate.add_argument("--limit", type=_count, metavar="N", help="the first N samples of each task, for a trial")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N samples of each task, for a trial")
     evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; no model is loaded")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
     paper = "add the paper's columns, for example qwen3_8b"
@@ -99,12 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of samples; give 1 or more")
-    return number
-
-
 def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     """Declares ``key=value`` arguments; :func:`main` also collects those that follow an option."""
     help = f"keys that replace those of the recipe, for instance {example}"
@@ -112,7 +103,7 @@ def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def _is_override(word: str) -> bool:
-    return bool(_OVERRIDE.fullmatch(word)) and not os.path.exists(word)
+    return "=" in word and not word.startswith("-") and not os.path.exists(word)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,18 +153,12 @@ def _select(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .hub import local_folder
     from .integrations.llamafactory.commands import score_checkpoint
 
     overrides = [*filter(_is_override, args.checkpoints), *args.overrides]
     checkpoints = [name for name in args.checkpoints if name not in overrides]
     if args.output and len(checkpoints) > 1:
         raise ValueError("--output: one file cannot hold the scores of several models; leave it out.")
-    if args.output and Path(args.output).is_dir():
-        raise ValueError(f"--output: {args.output} is a folder; name a file.")
-    for name in checkpoints[1:]:  # before the hours that the first one takes, which is checked when it is read
-        if not Path(name).exists():
-            local_folder(name, "CHECKPOINT", "a model or an adapter")
     for name in checkpoints:
         is_recipe = Path(name).suffix in (".yaml", ".yml", ".json")
         recipe = name if is_recipe else args.recipe
@@ -242,25 +227,19 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _relaunched() -> int | None:
-    """Runs this command again under torchrun when several devices are there, or ``FORCE_TORCHRUN`` asks for it.
+    """Runs this command again on all devices of this machine; returns its exit status, or None if one is enough.
 
-    It is launched as the host's environment variables say. Returns its exit status, or None: go on in this process.
+    ``FORCE_TORCHRUN=1`` and ``NPROC_PER_NODE`` mean the same as for llamafactory-cli.
     """
     import torch
 
-    environment, n_devices = os.environ, torch.accelerator.device_count()
-    forced = environment.get("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1")
-    if "LOCAL_RANK" in environment or (not forced and n_devices <= 1):  # a launcher started this process, or none need
+    n_devices = torch.accelerator.device_count()
+    forced = os.environ.get("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1")
+    if "LOCAL_RANK" in os.environ or (n_devices <= 1 and not forced):  # a launcher started this process, or none need
         return None
-    options = [f"--nproc-per-node={environment.get('NPROC_PER_NODE', max(1, n_devices))}"]
-    if "MASTER_ADDR" in environment or "NNODES" in environment:
-        defaults = {"NNODES": 1, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-        options += [
-            f"--{name.lower().replace('_', '-')}={environment.get(name, value)}" for name, value in defaults.items()
-        ]
-    else:
-        options.append("--standalone")
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "llamafactory_hera.cli", *sys.argv[1:]]
+    n_processes = os.environ.get("NPROC_PER_NODE", max(1, n_devices))
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    command = [sys.executable, "-m", *launcher, "-m", "llamafactory_hera.cli", *sys.argv[1:]]
     return subprocess.run(command, check=False).returncode
 
 

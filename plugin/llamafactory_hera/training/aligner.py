@@ -28,7 +28,7 @@ from ..heads.tokens import token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import check_checkpoint, earlier_values, load_state, save_state
-from .checks import check_trainable, named_targets, warn_of_dropout
+from .checks import check_trainable, named_targets
 from .collator import NO_IMAGE, PREFIX, HeraCollator
 from .gradcache import GradientCache
 from .memory import CrossBatchMemory
@@ -98,7 +98,6 @@ class Aligner:
             assert isinstance(self.objective, TokenObjective)
             self.objective.attach(model)
             self.reader = TokenReader(self.objective, student, model_configuration.image_token_id, seed)
-            warn_of_dropout(model, self.targets)
         self.cached = GradientCache()
         self.watch = Watch(config, self.targets, self.objective, device)
         #: Upper bound on a process's samples of a micro-batch; if it is unset, processes agree on it in every step.

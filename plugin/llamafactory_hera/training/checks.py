@@ -1,21 +1,18 @@
 """Refuses settings, trainers and models under which HeRA would be wrong or do nothing, before the first step."""
 
-import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import HeraConfig
-from ..distributed import rank, world_size
+from ..distributed import world_size
 from ..heads import Targets
-from ..heads.families import decoder_layers, head_layout, output_projection, trainable_upstream
+from ..heads.families import head_layout, trainable_upstream
 from ..heads.targets import AUTO
 from ..teachers.images import is_stream
-
-logger = logging.getLogger("llamafactory_hera")
 
 
 def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
@@ -44,19 +41,6 @@ def check_trainable(model: nn.Module, targets: Targets) -> None:
         raise ValueError(idle_message(targets, f"nothing that feeds them is trained (only {trained} …)"))
 
 
-def warn_of_dropout(model: nn.Module, targets: Targets) -> None:
-    """Warns of dropout in adapters on the output projections that an objective on tokens reads."""
-    if targets.granularity == "layer":
-        return
-    layers = decoder_layers(model)
-    parts = [part for layer in targets.layers for part in output_projection(layers[layer]).modules()]
-    if rank() == 0 and any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts):
-        logger.warning(
-            "lora_dropout: the adapter's share of a head is computed once for all tokens of a micro-batch, so dropout "
-            "drops the same values for all of them; set it to 0 to avoid that."
-        )
-
-
 def check_batch(config: HeraConfig, training_args: Any) -> None:
     """Raises ``ValueError`` if the global batch and the remembered samples are too few for the objective."""
     least, size = config.objective_class().least_samples, training_args.per_device_train_batch_size
@@ -74,22 +58,10 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
 
 
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
-    """Raises ``ValueError`` if the output folder is, contains, or lies in a folder that the run reads.
-
-    ``inputs`` maps keys to their values. ``hera_teacher_cache`` may name a folder that does not exist yet; other
-    values that are no folder, such as hub ids, are ignored.
-    """
-    output = Path(output_dir).expanduser().resolve()
+    """Raises ``ValueError`` if the output folder is one that the run reads; ``inputs`` maps keys to their values."""
     for key, value in inputs.items():
-        folder = Path(value or ".").expanduser().resolve()
-        own_checkpoint = folder.parent == output and folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        if not value or own_checkpoint or not (folder.is_dir() or key == "hera_teacher_cache"):
-            continue
-        if output == folder or folder in output.parents or output in folder.parents:
-            raise ValueError(
-                f"output_dir: {output_dir} overlaps with {key}: {value}, which the run reads; give it a folder of its "
-                "own."
-            )
+        if value and Path(value).expanduser().resolve() == Path(output_dir).expanduser().resolve():
+            raise ValueError(f"output_dir: {output_dir} is also {key}, which the run reads; give it another folder.")
 
 
 def check_parallelism(training_args: Any) -> None:
@@ -130,18 +102,8 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
             "cannot be read; start one process per device (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES "
             "to one."
         )
-    parts = set(type(trainer).__mro__) | {type(module) for module in trainer.model.modules()}
-    checkpointing = {getattr(module, "_gradient_checkpointing_func", None) for module in trainer.model.modules()}
-    unsloth = sorted(_origin(part) for part in [*parts, *checkpointing] if "unsloth" in _origin(part).lower())
-    if unsloth:
+    if "unsloth" in sys.modules:
         raise ValueError(
-            f"Unsloth replaces the attention or the checkpointing from which heads are read ({unsloth[0]}); load the "
+            "unsloth: its import replaces the attention and the checkpointing from which heads are read; load the "
             "model with transformers, and do not import unsloth."
         )
-
-
-def _origin(part: Any) -> str:
-    """Names the module of a class or a function, and of a forward pass that was put into a class."""
-    forward = getattr(part, "forward", None)
-    names = (getattr(thing, name, "") for thing in (part, forward) for name in ("__module__", "__qualname__"))
-    return " ".join(str(name) for name in names if name)

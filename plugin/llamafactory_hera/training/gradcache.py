@@ -47,11 +47,8 @@ class GradientCache:
     ) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
 
-        Args:
-            term: Its objective receives the gradient of its own parameters.
-            weight: The weight of the term.
-            scale: Factor of a gradient scaler, which the optimizer step divides out of that gradient.
-            batch_size: Upper bound on the samples of a micro-batch per process.
+        The gradient of the objective's own parameters is multiplied by ``scale``, the factor of a gradient scaler that
+        the optimizer step divides out. ``batch_size`` bounds the samples of a micro-batch per process.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
@@ -87,11 +84,7 @@ class GradientCache:
         return product - product.detach() + self._value
 
     def check(self) -> None:
-        """Compares the two passes; the host waits for the device here.
-
-        Raises:
-            RuntimeError: A micro-batch gave other representations in its second pass.
-        """
+        """Raises ``RuntimeError`` if the two passes of a micro-batch differ; the host waits for the device here."""
         if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
                 f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "

@@ -24,13 +24,7 @@ class CrossBatchMemory:
         self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds the valid pairs and drops the oldest beyond ``size``.
-
-        Args:
-            representations: ``[n_targets, n, D]``.
-            teacher: ``[n, D_teacher]``.
-            valid: Boolean ``[n]``; other rows may hold anything.
-        """
+        """Adds the ``valid [n]`` pairs of ``[n_targets, n, D]`` and ``[n, D_teacher]``, and drops the oldest."""
         if self.size == 0:
             return
         z, teacher = representations.detach(), teacher.detach()

@@ -17,9 +17,6 @@ class ObjectiveOptimizer:
     Every process steps its replica with the average of all gradients. If each process computes the loss of its own
     samples, the average is the gradient of the global batch. If each computes the loss of the global batch, gradients
     differ by rounding only, but AdamW would amplify even that to full steps where a gradient is zero up to rounding.
-
-    Args:
-        objective: The loss with the parameters.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -32,10 +29,7 @@ class ObjectiveOptimizer:
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
         """Makes one step unless a gradient is not finite, then clears the gradients; every process must call it.
 
-        Args:
-            learning_rate: Of this step.
-            scale: Factor of a gradient scaler, which is divided out first.
-            skip: Boolean scalar on the device; true skips the step.
+        Gradients are divided by ``scale`` first. A true ``skip``, a boolean scalar on the device, skips the step.
         """
         if self._optimizer is None:
             return
@@ -71,11 +65,7 @@ class ObjectiveOptimizer:
         return state
 
     def load_values(self, values: dict[str, Tensor]) -> None:
-        """Loads the values, but not the optimizer, of another run's :meth:`state`.
-
-        Raises:
-            ValueError: That run had another objective, or another number or size of targets.
-        """
+        """Loads the values, but not the optimizer, of another run's :meth:`state`; ``ValueError`` if shapes differ."""
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
         found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
         shapes, expected = ({name: t.shape for name, t in held.items()} for held in (found, self._trained))

@@ -19,16 +19,8 @@ class TeacherFeatures:
     """Looks up or computes the teacher's features of a batch.
 
     No step waits for the device: which rows are cached is decided by ``torch.where`` on the device, and computed
-    features travel to the cache by copies that a later step picks up.
-
-    Args:
-        config: The ``hera_*`` keys.
-        device: Where the teacher runs.
-        dtype: Its compute type.
-        student: The pixels of the student, for an objective on visual tokens.
-
-    Raises:
-        ValueError: The teacher cannot be loaded, or its patches do not match the student's tokens.
+    features travel to the cache by copies that a later step picks up. For an objective on visual tokens, ``student``
+    describes the pixels that both models see.
     """
 
     def __init__(
@@ -49,15 +41,10 @@ class TeacherFeatures:
         self._waiting: list[tuple[Tensor, Tensor, Any]] = []
 
     def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
-        """Returns the features of a batch's samples, or of their visual tokens.
+        """Returns the features of a batch's samples, ``[B, D_teacher]``, or of their tokens, ``[B, T, D_teacher]``.
 
-        Args:
-            inputs: The tensors that the collator added.
-            pixels: The student's images, for an objective on tokens.
-
-        Returns:
-            ``[B, D_teacher]`` or ``[B, T, D_teacher]``; 0 for a sample without an image, NaN if its tensors were lost
-            on the way, which only the device knows.
+        They are 0 for a sample without an image, and NaN if its tensors were lost on the way, which only the device
+        knows. ``pixels`` are the student's images, for an objective on tokens.
         """
         source, rows = inputs["hera_source"], inputs.get("hera_rows")
         if pixels is None:
@@ -95,8 +82,7 @@ class TeacherFeatures:
     def flush(self, wait: bool = True) -> None:
         """Writes the features that wait in memory to the cache; a failure only disables the cache.
 
-        Args:
-            wait: False takes in only those that have arrived on the host, and writes full shards only.
+        Without ``wait`` it takes in only those that have arrived on the host, and writes full shards only.
         """
         if self.cache is None:
             return

@@ -37,12 +37,8 @@ class StudentImages:
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
         """Selects each sample's image from ``pixel_values`` and undoes the student's normalization.
 
-        Args:
-            batch: The batch with ``pixel_values``.
-            image: ``hera_image``, see :class:`~.collator.HeraCollator`; a sample without an image gets any.
-
-        Returns:
-            ``[B, 3, S, S]`` in [0, 1].
+        ``image`` is ``hera_image`` of :class:`~.collator.HeraCollator`; a sample without an image gets any. Returns
+        ``[B, 3, S, S]`` in [0, 1].
         """
         values = batch.get("pixel_values")
         if values is None:  # a batch of text alone
@@ -67,13 +63,8 @@ class StudentImages:
 def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
     """Describes the student's images for an objective on tokens; returns None for one on pooled vectors.
 
-    Args:
-        config: The ``hera_*`` keys.
-        model_configuration: The student's.
-        image_processor: The student's; None loads the one beside the model's weights.
-
-    Raises:
-        ValueError: The objective does not work on this model, or there is no image processor.
+    Without ``image_processor``, it loads the one in the model's folder. It raises ``ValueError`` if there is none, or
+    if the objective does not work on this model.
     """
     objective = config.objective_class()
     if not issubclass(objective, TokenObjective):
@@ -122,14 +113,7 @@ class TokenReader:
     def prepare(
         self, batch: dict[str, Any], inputs: dict[str, Tensor], has_image: Tensor, capture: HeadCapture | LayerCapture
     ) -> Prepared:
-        """Names the tokens that the next forward pass reads.
-
-        Args:
-            batch: The model's inputs.
-            inputs: The tensors that the collator added.
-            has_image: Boolean ``[B]``.
-            capture: Reads the tokens.
-        """
+        """Names the tokens that the next forward pass reads; arguments as in ``Aligner.prepare``."""
         ids, mask, image = batch["input_ids"], batch.get("attention_mask"), inputs["hera_image"]
         side = self.student.side
         positions = token_positions(ids, mask, image, self.image_token, side**2)

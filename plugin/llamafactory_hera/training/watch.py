@@ -25,12 +25,6 @@ class Watch:
 
     Until the first gradient arrives, every step waits for the device to catch a misconfiguration early. From then on
     the host waits at log lines only; counters stay on the device until then.
-
-    Args:
-        config: The ``hera_*`` keys.
-        targets: The heads or layers that are aligned.
-        objective: The loss.
-        device: Where the step runs.
     """
 
     def __init__(self, config: HeraConfig, targets: Targets, objective: Objective, device: torch.device) -> None:
@@ -51,10 +45,9 @@ class Watch:
     # -- before the first forward pass -----------------------------------------------------------------------------
 
     def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
-        """Checks the first batch with images for faults that no setting and no row of the data shows.
+        """Raises ``ValueError`` if the collator drops images, or labels do not separate the answer from the prompt.
 
-        Raises:
-            ValueError: The collator drops the images, or labels do not separate the answer from the prompt.
+        Only the first batch with images is checked; no setting and no row of the data shows these faults.
         """
         if self._batch_checked or not bool(has_image.any()):
             return
@@ -94,12 +87,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics.
-
-        Args:
-            output: The term.
-            planned: The objective chose which samples enter, so that none is no fault.
-        """
+        """Adds a term to the statistics; if the objective ``planned`` which samples enter, none is no fault."""
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
@@ -122,14 +110,15 @@ class Watch:
         if not self.gradient_checked:
             self.sync()
             self._comparable, self._entered = bool(output.comparable), bool(entered & sound)
-            self._count_idle_step(faulty=not planned and bool(sound))
+            if self._entered:
+                self._idle_steps = None
+            elif self._idle_steps is not None and not planned and sound:
+                self._idle_steps += 1
+                if self._idle_steps == _IDLE_STEPS:
+                    self._warn_of_idleness()
 
     def before_backward(self, representations: Tensor, valid: Tensor) -> None:
-        """Notes whether the backward pass must reach the targets.
-
-        Raises:
-            RuntimeError: Samples entered, and nothing that is aligned carries a gradient.
-        """
+        """Notes whether the backward pass must reach the targets; ``RuntimeError`` if it cannot."""
         if self.gradient_checked:
             return
         if self._entered and not representations.requires_grad:
@@ -138,14 +127,9 @@ class Watch:
         self._gradient_due = self._comparable and bool(valid.any())
 
     def after_backward(self, gradient_seen: bool, n_steps: int) -> None:
-        """Checks that the first backward pass reached the targets.
+        """Raises ``RuntimeError`` if the first backward pass should have reached the targets, and did not.
 
-        Args:
-            gradient_seen: A gradient arrived at one of them.
-            n_steps: Optimizer steps that moved the objective's own parameters.
-
-        Raises:
-            RuntimeError: It should have arrived, and did not.
+        Some objectives send no gradient before ``n_steps`` optimizer steps have moved their own parameters.
         """
         if self.gradient_checked or not self._gradient_due:
             return
@@ -157,11 +141,7 @@ class Watch:
     # -- log lines -------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Reads the device-side counters, for which the host waits here.
-
-        Raises:
-            RuntimeError: ``hera_max_nan`` terms in a row were not finite.
-        """
+        """Reads the counters on the device; ``RuntimeError`` if ``hera_max_nan`` terms in a row were not finite."""
         self._warn_of_few_candidates()
         if (in_a_row := int(self._most_nan)) < self._config.max_nan:
             return
@@ -180,14 +160,6 @@ class Watch:
         """Reads the counters a last time, and warns if the term never did anything."""
         self.sync()
         self._warn_of_idleness()
-
-    def _count_idle_step(self, faulty: bool) -> None:
-        if self._entered:
-            self._idle_steps = None
-        elif self._idle_steps is not None and faulty:
-            self._idle_steps += 1
-            if self._idle_steps == _IDLE_STEPS:
-                self._warn_of_idleness()
 
     def _warn_of_idleness(self) -> None:
         if not self._idle_steps or rank() > 0 or self._config.weight == 0:
