@@ -122,7 +122,7 @@ class HeraPlugin(BasePlugin):
                 strategy = self.data_collator.processing_strategy
                 if hera.pooling == "answer" and not strategy.role_boundaries:
                     raise ValueError(
-                        f"hera_pooling: answer reads the tokens with a label, and {type(strategy).__name__} labels the "
+                        f"hera_pooling: answer reads labeled tokens, and {type(strategy).__name__} labels the "
                         "prompt; write role_boundaries with the marks of the chat template, or hera_pooling: text."
                     )
 

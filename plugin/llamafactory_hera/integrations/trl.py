@@ -40,8 +40,8 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
             return  # a custom collator
         if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):
             raise ValueError(
-                "train_dataset: TRL takes it for text, so the model would not see the images. TRL reads them from a "
-                "column `images` (since 0.22) or `image` (since 0.29) next to `messages` or `prompt` and `completion`; "
+                "train_dataset: TRL takes it for text, so the model would not see the images. TRL reads a column "
+                "`images` (since 0.22) or `image` (since 0.29) next to `messages` or to `prompt` and `completion`; "
                 "rename the column, or pass a data_collator."
             )
         only_answers = self.completion_only_loss or getattr(self.args, "assistant_only_loss", False)
