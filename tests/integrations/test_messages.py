@@ -37,8 +37,8 @@ class Printed(logging.StreamHandler):
 
 @pytest.mark.parametrize(
     "of_root",
-    [[], [Printed], [lambda: Printed(logging.WARNING)]],
-    ids=["no handler", "a terminal", "a terminal that drops INFO"],
+    [[], [logging.NullHandler], [Printed], [lambda: Printed(logging.WARNING)]],
+    ids=["no handler", "a silent one", "a terminal", "a terminal that drops INFO"],
 )
 def test_messages_are_printed_once(of_root: list, capsys: pytest.CaptureFixture) -> None:
     logging.getLogger().handlers[:] = [make() for make in of_root]

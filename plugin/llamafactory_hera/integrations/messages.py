@@ -55,9 +55,13 @@ def _handlers() -> Iterator[logging.Handler]:
 
 
 def _prints(handler: logging.Handler, record: logging.LogRecord) -> bool:
-    """Whether a handler prints a record. One that writes into a file does not."""
-    terminal = getattr(handler, "stream", sys.stderr) in (sys.stdout, sys.stderr)
-    return terminal and record.levelno >= handler.level and bool(handler.filter(record))
+    """Whether a handler prints a record, and does not drop it or write it into a file."""
+    if isinstance(handler, logging.NullHandler) or getattr(handler, "stream", sys.stderr) not in (
+        sys.stdout,
+        sys.stderr,
+    ):
+        return False
+    return record.levelno >= handler.level and bool(handler.filter(record))
 
 
 _FALLBACK = _Fallback()

@@ -27,12 +27,14 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
         host: The host's class.
         require: Raises an error if a HeRA run cannot start.
     """
-    stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
-    stages = Literal[(*get_args(stage.type), "hera")]  # type: ignore[valid-type]
+    host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
+    stages = Literal[(*get_args(host_stage.type), "hera")]  # type: ignore[valid-type]
 
     @dataclass
     class FinetuningArguments(HeraArguments, host):  # type: ignore[misc, valid-type]
-        stage: stages = field(default=stage.default, metadata=dict(stage.metadata))  # type: ignore[valid-type]
+        stage: stages = field(  # type: ignore[valid-type]
+            default=host_stage.default, metadata=dict(host_stage.metadata)
+        )
 
         def __post_init__(self) -> None:
             self.use_hera = self.stage == "hera"
