@@ -118,7 +118,7 @@ def test_the_card_shows_the_scores_of_the_selection_and_claims_no_result(tmp_pat
     trainer.create_model_card(finetuned_from=str(tmp_path))
     assert "measured MKNN L1H0 0.3000, L0H2 0.1000; unrelated features" in (tmp_path / "README.md").read_text()
     metadata = ModelCard.load(tmp_path / "README.md").data
-    assert metadata.eval_results is None  # the model before training is not this model
+    assert not metadata.eval_results  # the model before training is not this model
     assert metadata.base_model is None  # a local folder names no model of the hub
 
 

@@ -65,8 +65,9 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
     )  # fmt: skip
     options: dict[str, Any] = {"train_dataset": rows, "data_collator": collate_rows}
     options["processing_class"] = SimpleNamespace(image_processor=student_processor())
-    trainer = HeraTrainer(model, args, hera=config_of(mode, **keys), **options)
-    trainer.add_callback(CountFromThen(waits := Waits()))
+    waits = Waits()
+    callbacks = [CountFromThen(waits)]  # stops before HeRA's own callback ends the run
+    trainer = HeraTrainer(model, args, hera=config_of(mode, **keys), callbacks=callbacks, **options)
     with waits:
         trainer.train()
     return waits
