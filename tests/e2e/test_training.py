@@ -7,7 +7,6 @@ from pathlib import Path
 import llamafactory
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,7 +14,7 @@ from llamafactory_hera.integrations.llamafactory.commands import score_checkpoin
 from llamafactory_hera.selection.scores import compare
 
 from .conftest import LORA, Train
-from .runner import ROOT, HostServer, run_command, write_recipe
+from .runner import run_command, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +26,9 @@ def _names(file: Path) -> set[str]:
         return set(opened.keys())
 
 
-def _without_hera(recipe: dict) -> dict:
-    return {key: value for key, value in recipe.items() if not key.startswith("hera_")} | {"stage": "sft"}
+def _sft(recipe: dict) -> dict:
+    """Returns the changes that make the recipe plain supervised fine-tuning."""
+    return dict.fromkeys(key for key in recipe if key.startswith("hera_")) | {"stage": "sft"}
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def test_gradient_checkpointing_changes_nothing(train: Train, tuning: dict) -> N
 
 
 def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, recipe: dict) -> None:
-    plain = dict.fromkeys(key for key in recipe if key.startswith("hera_")) | {"stage": "sft"}
-    folders = (train(keys, {"max_steps": 3}).folder for keys in (plain, {"hera_weight": 0.0}, {"hera_weight": 0.1}))
+    kinds = (_sft(recipe), {"hera_weight": 0.0}, {"hera_weight": 0.1})
+    folders = (train(kind, {"max_steps": 3}).folder for kind in kinds)
     plain, idle, aligned = (load_file(folder / "model.safetensors") for folder in folders)
     # The appended rows may change the rounding of a matrix product.
     assert all(torch.allclose(idle[name], plain[name], atol=1e-5) for name in plain)
@@ -93,9 +93,10 @@ def test_cached_teacher_features_change_nothing(train: Train) -> None:
 
 def test_sft_is_bit_identical_with_the_plugin_switched_off(train: Train, world: Path, recipe: dict) -> None:
     # The template is one of the host's: llava_qwen3 comes with the plugin.
-    sft = _without_hera(recipe) | {"template": "llava", "max_steps": 3}
-    with_plugin = train(dict.fromkeys(recipe), sft, {"output_dir": "saves/sft_with"})
-    file = write_recipe(world / "sft.yaml", sft | {"output_dir": "saves/sft_without"})
+    sft = _sft(recipe) | {"template": "llava", "max_steps": 3}
+    with_plugin = train(sft)
+    keys = {key: value for key, value in (recipe | sft).items() if value is not None}
+    file = write_recipe(world / "sft.yaml", keys | {"output_dir": "saves/sft_without"})
     code, output = run_command(["llamafactory-cli", "train", str(file)], world, HERA_DISABLE="1")
     assert code == 0, output
     digests = {
@@ -105,20 +106,17 @@ def test_sft_is_bit_identical_with_the_plugin_switched_off(train: Train, world: 
     assert len(digests) == 1
 
 
-def test_the_demo_aligns_its_heads_and_plain_training_does_not(
-    server: HostServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_hera_aligns_its_heads_and_plain_training_does_not(
+    train: Train, world: Path, recipe: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, output = run_command(["llamafactory-hera", "demo"], tmp_path, timeout=300)
-    assert code == 0, output
-    files, recipes = [], {name: ROOT / f"recipes/demo_{name}.yaml" for name in ("sft", "hera")}
-    held_out = ["hera_select_mode=mllm", "dataset=hera_demo_heldout", "hera_select_samples=128"]
-    for recipe in recipes.values():
-        run = server.run(yaml.safe_load(recipe.read_text()), tmp_path, timeout=400)
-        assert run.ok, run.output
-        files.append(score_checkpoint(run.folder, recipes["hera"], overrides=held_out))
-    plain, aligned = compare(files, aligned="saves/demo_hera/hera/heads.json").groups["aligned"]["mean"]
-    assert aligned > plain + 0.05, f"{plain:.4f} without HeRA, {aligned:.4f} with it"
+    monkeypatch.chdir(world)
+    long = {"num_train_epochs": 10.0, "max_steps": -1, "hera_weight": 0.3, "hera_memory": 64, "hera_heads": "auto"}
+    auto = {"hera_select_samples": 64, "hera_select_mode": "llm"}
+    plain, aligned = train(long, _sft(recipe)), train(long, auto)
+    file = write_recipe(world / "held_out.yaml", recipe | auto | {"dataset": "hera_demo_heldout"})
+    scores = [score_checkpoint(run.folder, file) for run in (plain, aligned)]
+    means = compare(scores, aligned=str(aligned.folder / "hera/heads.json")).groups["aligned"]["mean"]
+    assert means[1] > means[0] + 0.05, means
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ def test_the_output_is_a_plain_model(train: Train, world: Path) -> None:
     state = {"heads.json", "run.json", "state.safetensors"}
     for folder, expected in ((run.folder, state | {"card.json"}), (run.folder / "checkpoint-1", state)):
         assert _names(folder / "model.safetensors") == base
-        assert {path.name for path in (folder / "hera").iterdir()} == expected
+        assert {path.name for path in (folder / "hera").iterdir()} - {".lock"} == expected
     code = (
         "import sys; from transformers import AutoModelForImageTextToText, AutoProcessor; "
         f"AutoModelForImageTextToText.from_pretrained({str(run.folder)!r}); "
