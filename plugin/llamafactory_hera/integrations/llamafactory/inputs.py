@@ -48,13 +48,14 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
     if (name := config.select.dataset) is not None:
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
+    weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
     captions = config.select.mode == "llm"  # for the language model alone
     rows, training = (_Captions if captions else _Samples)(host, config.select.samples), host.training
     return SelectionInputs(
         source=rows,
         collator=lambda model: DataCollatorForSeq2Seq(rows.tokenizer) if captions else rows.collator(model),
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
-        weights=model_folder(host.model),
+        weights=weights,
         adapter_folders=adapter_folders(host.model),
         tokenizer=rows.tokenizer,
         **rows.common(),
