@@ -41,7 +41,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     command = ["llamafactory-hera", "select", str(path), "--in-place", "hera_select_mode=mllm", "hera_select_m=3"]
     code, output = run_command(command, here)
     assert code == 0, output
-    assert "40 heads on 64 samples, k=8, chance level 0.1270" in output
+    assert "40 heads on 64 samples" in output
     folder = here / keys["output_dir"] / "hera"
     heads = Targets.load(folder / "heads.json")
     assert len(heads.items) == 3
