@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
-from llamafactory_hera.selection.scores import compare
 
 from .conftest import LORA, Train
 from .runner import run_command, write_recipe
@@ -113,8 +113,9 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
     long = {"num_train_epochs": 10.0, "max_steps": -1, "hera_weight": 0.3, "hera_memory": 64, "hera_heads": "auto"}
     plain, aligned = train(long, _sft(recipe)), train(long, {"hera_select_samples": 96})
     file = write_recipe(world / "scored.yaml", recipe | {"hera_select_samples": 96, "hera_select_mode": "mllm"})
-    scores = [score_checkpoint(run.folder, file) for run in (plain, aligned)]
-    means = compare(scores, aligned=str(aligned.folder / "hera/heads.json")).groups["aligned"]["mean"]
+    heads = Targets.load(aligned.folder / "hera/heads.json").items
+    scores = [Targets.load(score_checkpoint(run.folder, file)).provenance["scores"] for run in (plain, aligned)]
+    means = [sum(table[item.layer][item.head] for item in heads) / len(heads) for table in scores]
     assert means[1] > means[0] + 0.04, means  # 0.287 and 0.200 were measured, 0.105 is chance
 
 
