@@ -131,48 +131,26 @@ def test_keys_that_hera_needs_are_set(keys: dict[str, Any]) -> None:
     assert (cfg.hera_heads, cfg.hera_weight) == ("L1H0,L1H3,L2H5,L3H2,L3H7", 0.01)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"remove_unused_columns": True},
-        {"skip_prepare_dataset": False},
-        {"lora_o_kernel": True},
-        {"hera_select_dataset": "grand_captions"},
-        {"sample_packing": True},
-        {"batch_flattening": "auto"},
-        {"pretraining_dataset": "text.jsonl"},
-        {"rl": "dpo"},
-        {"reward_model": True},
-        {"process_reward_model": True},
-        {"trainer_cls": "my.Trainer"},
-        {"context_parallel_size": 2},
-        {"sequence_parallel_degree": 2},
-        {"tensor_parallel_size": 2},
-        {"activation_offloading": "legacy"},
-    ],
-    ids=str,
-)
-def test_keys_that_do_not_work_are_refused_before_anything_is_loaded(
-    keys: dict[str, Any], changed: dict[str, Any]
-) -> None:
-    ((key, value),) = changed.items()
-    with pytest.raises(ValueError, match=f"{key}: {value} does not work with HeRA"):
-        load_cfg(DictDefault(keys | {"base_model": "not there", "adapter": "lora"} | changed))
+REFUSED = {
+    **dict.fromkeys(("sample_packing", "reward_model", "process_reward_model", "lora_o_kernel"), True),
+    **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"), 2),
+    **{"remove_unused_columns": True, "skip_prepare_dataset": False, "batch_flattening": "auto", "rl": "dpo"},
+    **{"pretraining_dataset": "text.jsonl", "trainer_cls": "my.Trainer", "hera_select_dataset": "captions"},
+    **{"activation_offloading": "legacy"},
+}
+WORDS = {
+    "hera_head": ("L1H0", "hera_head: there is no such key"),
+    "processor_type": (None, "processor_type: without it .* write AutoProcessor"),
+    "train_on_inputs": (True, "train_on_inputs: true labels the prompt.* remove"),
+}
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"hera_head": "L1H0"}, "hera_head: there is no such key"),
-        ({"processor_type": None}, "processor_type: without it .* write AutoProcessor"),
-        ({"train_on_inputs": True}, "train_on_inputs: true labels the prompt.* remove"),
-    ],
-)
-def test_bad_settings_are_refused_before_anything_is_loaded(
-    keys: dict[str, Any], changed: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_cfg(DictDefault(keys | {"base_model": "not there"} | changed))
+@pytest.mark.parametrize("key", REFUSED | WORDS)
+def test_bad_settings_are_refused_before_anything_is_loaded(keys: dict[str, Any], key: str) -> None:
+    value = REFUSED.get(key)
+    value, words = WORDS.get(key, (value, f"{key}: {value} does not work with HeRA"))
+    with pytest.raises(ValueError, match=words):
+        load_cfg(DictDefault(keys | {"base_model": "not there", "adapter": "lora", key: value}))
 
 
 def test_another_plugins_trainer_is_refused_before_the_model_is_loaded(keys: dict[str, Any]) -> None:

@@ -240,7 +240,7 @@ def _check_whole(model: nn.Module, config: HeraConfig) -> None:
 @contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Moves a model to the device of the run and into evaluation mode, and afterwards back."""
-    training = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     before = next(model.parameters()).device
     moved = before != device and not hasattr(model, "hf_device_map")
     model.eval()
@@ -249,7 +249,7 @@ def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
             model.to(device)
         yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        for module in training:
+            module.training = True
         if moved:
             model.to(before)

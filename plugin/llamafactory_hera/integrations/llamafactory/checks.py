@@ -74,13 +74,7 @@ def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | Non
 
 
 def refuse_keys(host: HostArguments, keys: dict[str, str], purpose: str) -> None:
-    """Refuses keys that are set.
-
-    Args:
-        host: The arguments of the run.
-        keys: Maps each key to the reason.
-        purpose: What the keys do not work with.
-    """
+    """Refuses keys that are set; ``keys`` maps each of them to the reason."""
     for key, why in keys.items():
         if value := getattr(host.model, key, None) or getattr(host.data, key, None):
             raise ValueError(f"{key}: {value} does not work with {purpose}, because {why}; remove the key.")
