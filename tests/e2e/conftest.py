@@ -1,12 +1,17 @@
 """The process that runs the host, and the demo's recipe."""
 
+import re
 from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from .runner import ROOT, HostServer
+from .runner import ROOT, HostServer, Run
+
+LORA = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "multi_modal_projector", "lora_rank": 4}
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +24,40 @@ def server() -> Iterator[HostServer]:
 
 @pytest.fixture(scope="session")
 def recipe() -> dict[str, Any]:
-    """The demo recipe with named heads and no memory, shortened to 6 steps that log each."""
-    args = yaml.safe_load((ROOT / "recipes/demo/hera.yaml").read_text(encoding="utf-8"))
+    """The demo recipe with named heads and without memory, shortened to 6 steps that are all logged."""
+    args = yaml.safe_load((ROOT / "recipes/demo_hera.yaml").read_text(encoding="utf-8"))
     short = {"max_steps": 6, "logging_steps": 1, "plot_loss": False, "report_to": "none"}
-    short |= {"hera_weight": 0.1, "disable_gradient_checkpointing": False}  # as the host has it
+    short |= {"hera_weight": 0.1, "disable_gradient_checkpointing": False}  # the host's default
     return args | short | {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_memory": 0}
+
+
+class Train:
+    """Trains the demo in the host, each time into another output folder."""
+
+    def __init__(self, server: HostServer, world: Path, recipe: dict[str, Any], name: str) -> None:
+        self._server, self._world, self._recipe = server, world, recipe
+        self._folders = (f"saves/{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{n}" for n in count())
+
+    def __call__(self, *changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
+        """Trains by the recipe with changes, in which None removes a key.
+
+        Args:
+            *changes: Keys that replace those of the recipe, the last ones first.
+            ok: Whether the run must succeed, or must fail.
+            ranks: The number of processes.
+            **options: As for ``HostServer.run``.
+        """
+        args = self._recipe | {"output_dir": next(self._folders)}
+        args |= {"ddp_backend": "gloo"} if ranks > 1 else {}
+        for change in changes:
+            args |= change
+        args = {key: value for key, value in args.items() if value is not None}
+        run = self._server.run(args, **{"cwd": self._world, "ranks": ranks, **options})
+        assert run.ok == ok, run.output
+        return run
+
+
+@pytest.fixture
+def train(server: HostServer, world: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Train:
+    """Runs of one test."""
+    return Train(server, world, recipe, request.node.name)

@@ -17,21 +17,21 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_TH
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing listens on."""
+    """Finds a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a run: offline, one thread, this interpreter's commands first."""
+    """Returns the environment of a run: offline, one thread, the commands of this interpreter first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **OFFLINE, "PATH": path, **extra}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What became of a run: exit codes by rank, and everything it printed."""
+    """A finished run: its exit codes by rank, and its whole output."""
 
     codes: list[int]
     output: str
@@ -40,6 +40,11 @@ class Run:
     @property
     def ok(self) -> bool:
         return not any(self.codes)
+
+    @property
+    def error(self) -> str:
+        """The message that the run ended with."""
+        return self.output.rpartition("Error: ")[2]
 
     def logs(self) -> list[dict[str, Any]]:
         """The training lines of trainer_state.json."""
@@ -72,7 +77,7 @@ class HostServer:
         call: str = "train",
         kill_when: Path | None = None,
     ) -> Run:
-        """Runs the host's ``train`` (or ``export``) with ``args``; kills it at the timeout or once a file exists."""
+        """Runs the host's ``train`` (or ``export``), and kills it after a time or when a file exists."""
         folder = Path(cwd) / args.get("output_dir", args.get("export_dir"))
         logs = [f"{cwd}/{folder.name}.rank{rank}.log" for rank in range(ranks)]
         job = {
@@ -100,10 +105,10 @@ class HostServer:
 
 
 def run_command(command: list[str], cwd: Path, timeout: float = 180, stdin: str = "", **env: str) -> tuple[int, str]:
-    """Runs a command with its own process group, killed as a whole at the timeout; ``stdin`` is typed into it.
+    """Runs a command with ``stdin`` as its input, and kills its process group after a time.
 
     Returns:
-        Exit code (124 at the timeout) and what it printed.
+        The exit code (124 after that time) and the output.
     """
     process = subprocess.Popen(
         command,

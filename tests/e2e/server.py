@@ -1,7 +1,7 @@
-"""A process that has imported the host and forks a child per training run, so that no case pays for the imports.
+"""A process that imports the host once and forks a child for each training run.
 
-It runs no tensor operation itself: a fork after OpenMP has started its threads can hang. Jobs come as JSON lines on
-standard input, answers go to standard output.
+It runs no tensor operation itself, because a fork after OpenMP has started its threads can hang. It reads jobs as JSON
+lines from standard input, and writes answers to standard output.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def main() -> None:
 
     import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
 
-    gc.freeze()  # a child collects garbage after training, and would walk all of these
+    gc.freeze()  # or each child would walk all these objects when it collects garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print("ready", file=answers, flush=True)

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from .runner import HostServer
+from .conftest import LORA, Train
 
 pytestmark = pytest.mark.slow
 
@@ -15,27 +16,25 @@ CACHED = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "h
 
 
 @pytest.fixture(scope="module")
-def even(world: Path) -> dict[str, str]:
-    """Data whose answers are equally long, so that the LM loss of a batch is the mean of those of its parts."""
-    data = world / "hera_demo/data"
-    rows = json.loads((data / "demo_train.json").read_text())
+def even(world: Path) -> dict[str, Any]:
+    """Data with answers of one length, so that the LM loss of a batch is the mean of those of its parts."""
+    demo, data = world / "hera_demo/data", world / "even"
+    rows = json.loads((demo / "demo_train.json").read_text())
     for row in rows:
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": "a circle"}]
+    data.mkdir()
     (data / "even.json").write_text(json.dumps(rows))
-    info = json.loads((data / "dataset_info.json").read_text())
-    entry = info["hera_demo"] | {"file_name": "even.json"}
-    (data / "dataset_info.json").write_text(json.dumps(info | {"even": entry}))
-    return {"dataset": "even", "hera_pooling": "text"}  # equal answers would give equal representations
+    entry = json.loads((demo / "dataset_info.json").read_text())["hera_demo"] | {"file_name": "even.json"}
+    (data / "dataset_info.json").write_text(json.dumps({"even": entry}))
+    # Equal answers would give equal representations.
+    return {"dataset": "even", "dataset_dir": str(data), "media_dir": str(demo), "hera_pooling": "text"}
 
 
-def test_gradient_caching_is_the_large_batch(server: HostServer, world: Path, recipe: dict, even: dict) -> None:
-    args = recipe | even | {"max_steps": 3, "hera_weight": 1.0, "per_device_train_batch_size": 16}
-    large = server.run(args | {"output_dir": "saves/large"}, world)
-    assert large.ok, large.output
+def test_gradient_caching_is_the_large_batch(train: Train, even: dict[str, Any]) -> None:
+    args = even | {"max_steps": 3, "hera_weight": 1.0}
+    large = train(args)
     for ranks in (1, 2):
-        parts = CACHED | ({"gradient_accumulation_steps": 2, "ddp_backend": "gloo"} if ranks > 1 else {})
-        cached = server.run(args | parts | {"output_dir": f"saves/cached_{ranks}"}, world, ranks=ranks)
-        assert cached.ok, cached.output
+        cached = train(args, CACHED, {"gradient_accumulation_steps": 4 // ranks}, ranks=ranks)
         assert "candidates per sample: 15 " in cached.output
         for ours, theirs in zip(cached.logs(), large.logs(), strict=True):
             for key in ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature"):
@@ -46,24 +45,17 @@ def test_gradient_caching_is_the_large_batch(server: HostServer, world: Path, re
             torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_without_it_the_term_is_the_mean_of_the_micro_batches(server: HostServer, world: Path, recipe: dict) -> None:
-    # the first optimizer step: two micro-batches seen apart, then together as one step
-    args = recipe | {"per_device_train_batch_size": 8, "learning_rate": 0.0}
-    apart = server.run(args | {"output_dir": "saves/apart", "max_steps": 2}, world)
-    together = {"gradient_accumulation_steps": 2, "max_steps": 1, "output_dir": "saves/together"}
-    mean = server.run(args | together, world)
-    assert apart.ok, apart.output
-    assert mean.ok, mean.output
+def test_without_it_the_term_is_the_mean_of_the_micro_batches(train: Train) -> None:
+    # Two steps that change nothing, then the same two micro-batches as one step.
+    args = {"per_device_train_batch_size": 8, "learning_rate": 0.0}
+    apart = train(args, {"max_steps": 2})
+    mean = train(args, {"gradient_accumulation_steps": 2, "max_steps": 1})
     for key in ("loss", "hera_loss", "hera_mknn"):
         expected = sum(line[key] for line in apart.logs()) / 2
         assert mean.logs()[0][key] == pytest.approx(expected, rel=1e-6), key
 
 
-def test_dropout_is_repeated(server: HostServer, world: Path, recipe: dict) -> None:
-    # the term itself checks that both passes give the same head outputs; fast steps, for a new adapter is zero
-    lora = {"finetuning_type": "lora", "lora_target": "all", "lora_dropout": 0.5}
-    run = server.run(
-        recipe | CACHED | lora | {"output_dir": "saves/dropout", "max_steps": 4, "learning_rate": 0.1}, world
-    )
-    assert run.ok, run.output
+def test_both_passes_draw_the_same_dropout(train: Train) -> None:
+    # The run stops if their outputs differ. The steps are large because a new adapter is zero.
+    run = train(CACHED, LORA, {"lora_dropout": 0.5, "max_steps": 4, "learning_rate": 0.1})
     assert all(line["hera_loss"] > 0 for line in run.logs())

@@ -1,4 +1,4 @@
-"""HeRA in the host's v1 engine: it trains, on two processes as on one, and weighs its term as it should."""
+"""HeRA in the host's v1 engine: it trains, on two processes as on one, and weights its term correctly."""
 
 import json
 import os
@@ -22,25 +22,26 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.llamafactory_v1 import HeraV1Trainer, run
 
 pytestmark = pytest.mark.slow
-# the engine waits for an accelerator under torchrun; there is none here
-ON_CPU = """import torch
+# Under torchrun the engine waits for an accelerator.
+ON_CPU = """import runpy, torch
 torch.accelerator.synchronize = lambda: None
-from llamafactory_hera.integrations.llamafactory_v1 import main
-main()
+runpy.run_module("llamafactory_hera.integrations.llamafactory_v1", run_name="__main__")
 """
 HERA = {"hera_heads": "L1H0,L2H5", "hera_teacher": "hera_demo/teacher", "hera_k": 3, "hera_weight": 1.0}
 
 
 @pytest.fixture(scope="module")
 def recipe(world: Path) -> dict[str, Any]:
-    """A recipe of the engine on the demo's first turns."""
+    """A recipe of the engine, on the first turn of each conversation of the demo."""
     rows = []
     for row in json.loads((world / "hera_demo/data/demo_train.json").read_text()):
         question, answer = (message["content"] for message in row["messages"][:2])
         image = {"type": "image_url", "value": f"hera_demo/data/{row['images'][0]}"}
         asked = [image, {"type": "text", "value": question.removeprefix("<image>\n")}]
-        told = [{"type": "text", "value": answer}]
-        rows.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+        turns = [asked, [{"type": "text", "value": answer}]]
+        rows.append(
+            {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turns, strict=True)]}
+        )
     (world / "v1.json").write_text(json.dumps(rows))
     args = {"model": "hera_demo/model", "train_dataset": "v1.json", "bf16": False, "flash_attn": "eager"}
     args |= {"batching_workers": 0, "max_steps": 2, "cutoff_len": 256, "max_grad_norm": 1e9}
@@ -85,16 +86,14 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     batches = next(iter(trainer.train_batch_generator))
     tokens = [int((batch["labels"] != -100).sum()) for batch in batches]
-    assert len(set(tokens)) == 2  # else both means are one
+    assert len(set(tokens)) == 2  # or both means would be equal
     expected = torch.zeros(())
     for batch, count in zip(batches, tokens, strict=True):
         inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         collator = trainer.aligner.collator(lambda rows, inputs=inputs: inputs)
-        micro_batch = trainer.aligner.prepare(
-            collator([{"images": json.loads(names)} for names in batch["extra_info"]])
-        )
+        prepared = trainer.aligner.prepare(collator([{"images": json.loads(names)} for names in batch["extra_info"]]))
         lm_loss = SFTTrainer.compute_loss(trainer, batch)
-        expected = expected + lm_loss * count / sum(tokens) + trainer.aligner.loss(micro_batch) / 2
+        expected = expected + lm_loss * count / sum(tokens) + trainer.aligner.loss(prepared) / 2
     expected_gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     found: list[torch.Tensor | None] = []
     hook = lambda *_: found.extend(None if p.grad is None else p.grad.clone() for p in parameters)  # noqa: E731
@@ -103,7 +102,7 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
     before = trainer.aligner.objective.log_temperature.item()
     trainer.fit()
     moved = abs(trainer.aligner.objective.log_temperature.item() - before)
-    assert moved == pytest.approx(1e-3, rel=0.01)  # the rate of this step, not that of the next
+    assert moved == pytest.approx(1e-3, rel=0.01)  # by the learning rate of this step, not of the next one
     for gradient, reference in zip(found, expected_gradients, strict=True):
         assert (gradient is None) == (reference is None)
         if gradient is not None:
@@ -111,22 +110,17 @@ def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_token
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("key", "value"),
     [
-        (
-            {"micro_batch_size": 1},
-            "micro_batch_size: 1 does not work .* hera_objective: contrastive needs",
-        ),
-        ({"cp_size": 2}, "cp_size: 2 does not work with HeRA under v1"),
-        ({"batching_strategy": "padding_free"}, "batching_strategy: padding_free does not work"),
-        ({"dist_config": {"name": "deepspeed"}}, "dist_config.name: deepspeed does not work"),
-        ({"resume_from_checkpoint": "saves/x"}, "resume_from_checkpoint: saves/x does not work"),
-        ({"hera_select_dataset": "captions"}, "hera_select_dataset: captions does not work"),
-        ({"hera_eval": "demo"}, "hera_eval: demo does not work"),
-        ({"hera_accumulate": "gradcache"}, "hera_accumulate: gradcache does not work"),
-        ({"hera_batches": "neighbors", "hera_teacher_cache": "cache"}, "hera_batches: neighbors does not work"),
+        ("micro_batch_size", 1),
+        ("cp_size", 2),
+        ("batching_strategy", "padding_free"),
+        ("dist_config", {"name": "deepspeed"}),
+        ("resume_from_checkpoint", "saves/x"),
+        ("hera_select_dataset", "captions"),
+        ("hera_accumulate", "gradcache"),
     ],
 )
-def test_what_does_not_work_is_refused_before_anything_is_loaded(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}"):
-        run({"model": "none", "train_dataset": "none", "output_dir": "none", **HERA, **change})
+def test_settings_that_do_not_work_are_refused_before_anything_is_loaded(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{key}.* does not work with HeRA in the v1 engine: "):
+        run({"model": "none", "train_dataset": "none", "output_dir": "none", **HERA, key: value})

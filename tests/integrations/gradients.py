@@ -1,4 +1,4 @@
-"""What tests of gradients in a Trainer share."""
+"""Helpers of the tests that compare gradients in a Trainer."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 
 
 class KeepGradients(TrainerCallback):
-    """Keeps those of the last step, before they are used."""
+    """Keeps the gradients of the last step before the optimizer uses them."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
@@ -17,6 +17,6 @@ class KeepGradients(TrainerCallback):
 
 
 def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """A loss function that counts tokens of all micro-batches."""
+    """A loss function that averages over the tokens of all micro-batches."""
     loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return loss / num_items_in_batch

@@ -1,6 +1,6 @@
-"""One model, one order of batches, one seed: the same first step and the same twenty steps in every host.
+"""Every host makes the same twenty steps from the same model, order of batches and seed.
 
-The rows and their collator are LLaMA-Factory's, so that every host trains on the same tokens.
+The rows and their collator are those of LLaMA-Factory, so that every host trains on the same tokens.
 """
 
 from pathlib import Path
@@ -37,13 +37,13 @@ SHARED = {
 }
 HERA = {
     "contrastive": {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_weight": 0.5, "hera_memory": 16, "hera_k": 4},
-    # it plans the forward pass
+    # which changes the forward pass
     "jarvis": {"hera_granularity": "layer", "hera_layers": "L1", "hera_objective": "jarvis", "hera_weight": 1.0},
 }
 
 
 class Observed(TrainerCallback):
-    """Gradients of the first step, and every log line."""
+    """Keeps the gradients of the first step, and every log line."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
@@ -62,7 +62,7 @@ class Observed(TrainerCallback):
 
 
 class Host(NamedTuple):
-    """What LLaMA-Factory made of its recipe, and what was observed of its run."""
+    """A run of LLaMA-Factory: its observations, model, keys, rows, collator and processor."""
 
     observed: Observed
     model: str
@@ -150,7 +150,9 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
     for step, (ours, theirs) in enumerate(zip(observed.lines, expected.lines, strict=True)):
         measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in theirs]
         assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in ours]
-        for key in measured:  # hosts divide the LM loss in different ways: rounding grows
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if step else 1e-6), key
+        for key in measured:
+            # Hosts divide the LM loss in different ways, so rounding grows, until it changes a neighbor of one sample.
+            neighbor = 1 / 160 if key == "hera_mknn" and step else 0.0
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if step else 1e-6, abs=1.01 * neighbor), key
     terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis leaves steps out
     assert 0 < terms[-1] != terms[0]

@@ -1,4 +1,4 @@
-"""`auto` in a plain Trainer: selected on its own rows, collator and model; written, found again, checked."""
+"""``auto`` in a plain Trainer selects with its rows, collator and model; the file is found again and checked."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def written(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["llm", "mllm"])
 def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: Path, mode: str) -> None:
     model = vlm("llava-llama")
-    model.model.vision_tower.eval()  # a part of the model that its owner does not train
+    model.model.vision_tower.eval()  # a part of the model that is not trained
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     trainer = selecting(tmp_path / "auto", model, select_mode=mode)
@@ -50,7 +50,7 @@ def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: P
 
     found = written(tmp_path / "auto")
     assert found["heads"] == list(trainer.aligner.targets.names)
-    assert found["provenance"]["mode"] == mode
+    assert found["provenance"]["keys"]["hera_select_mode"] == mode
     scores = torch.tensor(found["provenance"]["scores"])
     worst = scores.flatten().argsort(stable=True)[:2].tolist()
     assert found["heads"] == [f"L{place // 4}H{place % 4}" for place in worst]
@@ -62,7 +62,7 @@ def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: P
     assert lines(trainer) == lines(named)
 
 
-def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
+def test_a_rerun_finds_the_selection_and_a_file_of_another_run_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = selecting(tmp_path / "run")
@@ -82,16 +82,14 @@ def test_a_rerun_takes_what_was_selected_and_a_file_of_another_run_is_refused(
 
     file = str(tmp_path / "run/hera/heads.json")
     selecting(tmp_path / "other", heads=file)
-    with pytest.raises(
-        ValueError, match=r"hera_heads: the heads .* were selected for another run: model_name_or_path"
-    ):
+    with pytest.raises(ValueError, match=r"hera_heads: the heads .* were selected for another run: model was"):
         selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
     selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
     assert "Going on, as hera_heads_force is set" in caplog.text
 
 
 class Stream(IterableDataset):
-    """Rows in their order alone, whose number is known."""
+    """Rows that can only be read in order, with a known number."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = rows
@@ -115,7 +113,7 @@ def test_a_stream_is_read_from_its_beginning_though_it_knows_its_length(tmp_path
 
 def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
     def collate(rows: list[dict]) -> dict[str, Any]:
-        np.random.rand(), random.random(), torch.rand(1)  # as one that crops or masks at random
+        np.random.rand(), random.random(), torch.rand(1)  # as a collator that crops or masks at random
         return collate_rows(rows)
 
     model, options = vlm("llava-llama"), {"data_collator": collate}
@@ -128,8 +126,8 @@ def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
     assert states[0] == states[1]
 
 
-def test_a_dataset_of_the_hosts_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^hera_select_dataset: grand_captions .* `llamafactory-hera select` writes"):
+def test_a_dataset_of_llama_factory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^hera_select_dataset: grand_captions works in LLaMA-Factory only"):
         selecting(tmp_path, select_dataset="grand_captions")
 
 

@@ -1,4 +1,4 @@
-"""HeRA in a plain transformers Trainer: it trains, resumes, leaves its files, and weighs its term as it should."""
+"""HeRA in a plain transformers Trainer: it trains, resumes, writes its files, and weights its term correctly."""
 
 import json
 import logging
@@ -22,7 +22,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.integrations.model_card import index_scores
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
@@ -51,7 +50,7 @@ def trainer_of(folder: Path, model: nn.Module | None = None, rows: list | None =
 
 
 def lines(trainer: Trainer) -> list[dict[str, float]]:
-    """What is computed of each log line."""
+    """Returns the training log lines without timings."""
     return [
         {name: value for name, value in line.items() if "runtime" not in name and "per_second" not in name}
         for line in trainer.state.log_history
@@ -79,8 +78,8 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     for line in logged:
         assert {"loss", "lm_loss", "hera_loss", "hera_temperature"} <= set(line)
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["hera_loss"], abs=1e-4)
-    if make is not lora:  # whose second factor starts at 0
-        assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # the first step remembers nothing yet
+    if make is not lora:  # the second factor of LoRA starts at 0
+        assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # in the first step the memory is empty
     for folder in ("checkpoint-3/hera", "hera"):
         assert {"state.safetensors", "heads.json", "run.json"} <= {
             p.name for p in (tmp_path / "run" / folder).iterdir()
@@ -94,7 +93,7 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
 
     straight.hub_datasets = ["owner/images"]
     straight.create_model_card()
-    straight.create_model_card(finetuned_from="owner/model")  # the section takes the place of the earlier one
+    straight.create_model_card(finetuned_from="owner/model")  # replaces the earlier section
     page = (tmp_path / "run/README.md").read_text()
     metadata = ModelCard(page).data
     assert {"hera", "contrastive"} <= set(metadata.tags)
@@ -102,33 +101,25 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     assert (metadata.datasets, metadata.base_model) == (["owner/images"], "owner/model")
     assert page.count("## Alignment with a vision encoder") == 1
     assert "aligned heads L1H0, L0H2" in page
-    assert "| language-modeling loss |" in page
-    facts = json.loads((tmp_path / "run/hera/card.json").read_text())
-    assert (facts["heads"], facts["steps"], facts["k"], facts["log_lines"]) == (["L1H0", "L0H2"], 6, 2, 6)
-    assert [line["step"] for line in facts["log"]] == [1, 2, 3, 4, 5, 6]
-    assert facts["log"][-1]["lm_loss"] == facts["curves"]["lm_loss"]["last"]
+    assert f"| language-modeling loss | {logged[0]['lm_loss']:.4g} | {logged[-1]['lm_loss']:.4g} |" in page
+    content = json.loads((tmp_path / "run/hera/card.json").read_text())
+    assert (content["heads"], content["steps"], content["k"]) == (["L1H0", "L0H2"], 6, 2)
+    assert [line["step"] for line in content["log"]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_card_holds_the_mknn_before_and_after_training_as_the_hub_reads_it(tmp_path: Path) -> None:
-    said = {"dataset": "pairs", "mode": "llm", "k": 10, "samples": 1000, "chance_level": 0.01}
-    items = Targets.parse("L1H0,L0H2").items
-    before, after = (
-        Targets(items, said | {"scores": scores})
-        for scores in ([[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]], [[0.9, 0.9, 0.4], [0.6, 0.9, 0.9]])
-    )
+def test_the_card_shows_the_scores_of_the_selection_and_claims_no_result(tmp_path: Path) -> None:
+    keys = {"hera_select": "worst", "hera_select_mode": "llm", "hera_select_k": 10}
+    provenance = {"keys": keys, "dataset": "pairs", "samples": 1000, "chance_level": 0.01}
+    scores = [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]
+    targets = Targets(Targets.parse("L1H0,L0H2").items, provenance | {"scores": scores})
     model = vlm("llava-llama")
-    rows = image_rows(model, BATCH)
-    data: dict[str, Any] = {"train_dataset": rows, "data_collator": collate_rows}
-    trainer = HeraTrainer(model, arguments(tmp_path), hera=hera(), targets=before, **data)
+    data: dict[str, Any] = {"train_dataset": image_rows(model, BATCH), "data_collator": collate_rows}
+    trainer = HeraTrainer(model, arguments(tmp_path), hera=hera(), targets=targets, **data)
     trainer.create_model_card(finetuned_from=str(tmp_path))
-    after.save(tmp_path / "scores.json")
-    for _ in range(2):  # the second takes the place of the first
-        index_scores(tmp_path, tmp_path / "scores.json")
+    assert "measured MKNN L1H0 0.3000, L0H2 0.1000; unrelated features" in (tmp_path / "README.md").read_text()
     metadata = ModelCard.load(tmp_path / "README.md").data
-    found = {result.metric_type: result.metric_value for result in metadata.eval_results}
-    assert found == {"mknn_llm_before": 0.2, "mknn_llm_after": 0.5}
-    assert len(metadata.eval_results) == 2
-    assert metadata.base_model is None  # a folder here names no model of the hub
+    assert not metadata.eval_results  # the model before training is not this model
+    assert metadata.base_model is None  # a local folder names no model of the hub
 
 
 @pytest.mark.parametrize("save_steps", [2, 4])
@@ -137,7 +128,7 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     model = vlm("llava-llama")
     rows = image_rows(model, 3 * BATCH)
     settings = arguments(
-        # the worst loss, so that the best step is not the last
+        # The largest loss is the best one here, so that the best step is not the last.
         tmp_path, **every, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True
     )  # fmt: skip
     data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate_rows}
@@ -145,9 +136,9 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     trainer.train()
     assert trainer.state.best_global_step == 2
     trainer.create_model_card()
-    said = "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
-    assert said == (save_steps == 2)  # else it was not saved, and the last weights stay
-    if not said:
+    loaded = "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
+    assert loaded == (save_steps == 2)  # or that step was not saved
+    if not loaded:
         return
     kept = HeraTrainer(type(model).from_pretrained(tmp_path / "checkpoint-2"), settings, hera=hera(), **data)
     kept.aligner.load(tmp_path / "checkpoint-2")
@@ -158,9 +149,7 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     assert values["hera_temperature"] != lines(trainer)[-1]["hera_temperature"]
 
 
-def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_logs_its_setup_and_warns_of_few_candidates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "llamafactory_hera")
     trainer_of(tmp_path, max_steps=1).train()
     for part in (
@@ -169,7 +158,7 @@ def test_it_says_at_the_start_what_is_aligned_and_warns_of_few_candidates(
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
         "neighbors: 2",
         "candidates per sample: 3 (3 of the batch, 0 remembered)",
-        "hera_k: 2 neighbors are more than half of the 3 candidates that a sample had",
+        "hera_k: 2 neighbors are more than half of the 3 candidates of a sample",
     ):
         assert part in caplog.text
 
@@ -187,12 +176,12 @@ def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None
 def test_the_mixin_goes_in_front_of_a_custom_trainer(tmp_path: Path, remove_unused_columns: bool) -> None:
     seen = []
 
-    class Own(Trainer):
+    class Custom(Trainer):
         def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
             seen.append(set(inputs))
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    class OwnHera(HeraTrainerMixin, Own):
+    class CustomHera(HeraTrainerMixin, Custom):
         pass
 
     def images_of(row: dict) -> list:
@@ -206,7 +195,7 @@ def test_the_mixin_goes_in_front_of_a_custom_trainer(tmp_path: Path, remove_unus
         assert not remove_unused_columns or kept == rows
         return collate_rows(kept)
 
-    trainer = OwnHera(
+    trainer = CustomHera(
         model,
         arguments(tmp_path, max_steps=1, remove_unused_columns=remove_unused_columns),
         hera=hera(),
@@ -282,18 +271,25 @@ def test_no_other_host_is_imported(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.stdout.strip().splitlines()[-1:] == ["[]"], done.stderr
-    # messages are seen where nobody has set up a handler
+    # Messages are printed although the script sets up no handler.
     assert re.search(r"\[INFO\|llamafactory_hera.*HeRA \| heads: L1H0,L0H2", done.stderr)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("keys", [{}, {"accumulate": "gradcache"}, VIRAL], ids=["heads", "gradcache", "tokens"])
-def test_terms_that_are_not_finite_leave_what_is_trained_without_them(
+def test_terms_that_are_not_finite_leave_plain_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
 ) -> None:
-    monkeypatch.setattr("llamafactory_hera.training.aligner._image_processor", lambda _: student_processor())
     settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
-    trainer = trainer_of(tmp_path, hera={"max_nan": 9, **keys}, **settings)
+    model, rows = vlm("llava-llama"), image_rows(vlm("llava-llama"), 3 * BATCH)
+    trainer = HeraTrainer(
+        model,
+        arguments(tmp_path, **settings),
+        hera=hera(max_nan=9, **keys),
+        train_dataset=rows,
+        data_collator=collate_rows,
+        processing_class=SimpleNamespace(image_processor=student_processor()),
+    )
     source = trainer.aligner.capture if side == "student" else trainer.aligner.teacher
     name = "representations" if side == "student" else "features"
     original = getattr(source, name)
@@ -305,7 +301,7 @@ def test_terms_that_are_not_finite_leave_what_is_trained_without_them(
     after = trainer.aligner.optimizer.state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     plain = vlm("llava-llama")
-    rows = [{k: v for k, v in row.items() if k != "images"} for row in image_rows(plain, 3 * BATCH)]
+    rows = [{k: v for k, v in row.items() if k != "images"} for row in rows]
     sft = Trainer(plain, arguments(tmp_path, **settings), train_dataset=rows, data_collator=collate_rows)
     sft.train()
     for name, tensor in plain.state_dict().items():
@@ -341,7 +337,7 @@ def test_gradient_caching_begins_anew_after_an_attempt_that_failed(tmp_path: Pat
 
 
 def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
-    """Of each micro-batch: the sum over its tokens with a label, and their number."""
+    """Computes the sum of the loss over the labeled tokens of each micro-batch, and their number."""
     found = []
     for start in range(0, len(rows), BATCH):
         batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in rows[start : start + BATCH]])
@@ -352,16 +348,16 @@ def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
 
 
 def expected_gradient(model: nn.Module, rows: list[dict], accumulate: str) -> tuple[dict[str, Tensor], float]:
-    """Of the term's mean over micro-batches, or of the term of all samples together; by a bare Aligner."""
+    """Computes the gradient of the mean term of micro-batches, or of one term of all samples, with a bare Aligner."""
     aligner = Aligner(model, hera())
     collate = aligner.collator(collate_rows, drop=("images",))
     size = BATCH if accumulate == "none" else len(rows)
     terms = []
     for start in range(0, len(rows), size):
         batch = collate(rows[start : start + size])
-        micro_batch = aligner.prepare(batch)
+        prepared = aligner.prepare(batch)
         model(**batch)
-        terms.append(aligner.loss(micro_batch))
+        terms.append(aligner.loss(prepared))
         aligner.capture.pool(None)
     mean = torch.stack(terms).mean()
     mean.backward()
@@ -434,10 +430,10 @@ def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
 
 
-def test_what_the_objective_trains_is_free_of_deepspeed_s_loss_scale(tmp_path: Path) -> None:
-    """By its own loss scaler: its engine refuses fp16 on most CPUs."""
+def test_gradients_of_the_objective_are_free_of_the_loss_scale_of_deepspeed(tmp_path: Path) -> None:
+    # With DeepSpeed's loss scaler alone, because its engine refuses fp16 on most CPUs.
     module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
-    scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # grows behind each step
+    scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # it grows after each step
 
     def temperatures(scaled: bool) -> list[float]:
         trainer = trainer_of(tmp_path / str(scaled), hera={"objective_lr": 0.1})

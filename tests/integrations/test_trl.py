@@ -1,6 +1,6 @@
-"""HeRA in TRL's SFTTrainer: which of its options work, with the right gradient, and which are refused, in what words.
+"""HeRA in TRL's SFTTrainer: the options that work, with the right gradient, and those that are refused.
 
-Runs under every version of TRL that can be installed, 0.18 or newer; what a version cannot do by itself is skipped.
+The tests run with TRL 0.18 or newer, and skip what a version cannot do by itself.
 """
 
 import json
@@ -47,7 +47,7 @@ ANSWERS = [
     "a green square",
     "6",
 ]
-#: The demo's template, with what an assistant says marked.
+#: The template of the demo with marks around the assistant's turns.
 _CONTENT = models.CHAT_TEMPLATE[
     models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")
 ]
@@ -70,7 +70,7 @@ def processor() -> Any:
 
 
 def llava() -> nn.Module:
-    """The demo's architecture with random weights, the same at every call."""
+    """Makes a model of the demo's architecture with the same random weights at every call."""
     torch.manual_seed(0)
     shape = {"image_size": models.SIDE, "patch_size": models.PATCH, "hidden_size": 64, "intermediate_size": 128}
     tower = tf.SiglipVisionModel(tf.SiglipVisionConfig(num_hidden_layers=2, num_attention_heads=4, **shape))
@@ -93,7 +93,7 @@ FORMATS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def dataset(form: str, n: int = BATCH, column: str = "images") -> Any:
-    """Rows with an image each, as `datasets` holds them."""
+    """Makes a dataset whose rows have one image each."""
     rows = []
     for seed in range(n):
         pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -103,11 +103,11 @@ def dataset(form: str, n: int = BATCH, column: str = "images") -> Any:
     return datasets.Dataset.from_list(rows).cast_column(column, features)
 
 
-def own_collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What one writes oneself: the chat template, and labels on the answer and the end of its turn."""
-    shown = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+def custom_collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A custom collator: it applies the chat template and labels the answer and the end of its turn."""
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     answers = [row["completion"][0]["content"] for row in rows]
-    texts = [processor().apply_chat_template([shown, turn("assistant", answer)]) for answer in answers]
+    texts = [processor().apply_chat_template([asked, turn("assistant", answer)]) for answer in answers]
     batch = processor()(images=[row["images"] for row in rows], text=texts, padding=True, return_tensors="pt")
     labels = torch.full_like(batch["input_ids"], -100)
     for row, answer in enumerate(answers):
@@ -137,11 +137,11 @@ def trainer_of(folder: Path, case: "Case", weight: float = 0.5, **values: Any) -
 
 @dataclass(frozen=True)
 class Case:
-    """Options of TRL; ``words`` are those of the refusal, and empty where it works."""
+    """Options of TRL, and the words of the refusal, which are empty if the options work."""
 
     name: str
     words: str = ""
-    since: str = "0.22"  # before, TRL reads no images
+    since: str = "0.22"  # older versions read no images
     until: str = "99"
     form: str = "prompt and completion"
     column: str = "images"
@@ -157,7 +157,7 @@ class Case:
         return rows.to_iterable_dataset() if self.streamed else rows
 
     def skip(self) -> None:
-        """Skips what this version of TRL cannot do, with or without HeRA."""
+        """Skips the test if this version of TRL cannot do this without HeRA."""
         if not Version(self.since) <= TRL < Version(self.until):
             pytest.skip(f"{self.name}: TRL from {self.since} on, below {self.until}")
         if Version(self.transformers) > TRANSFORMERS:
@@ -190,7 +190,7 @@ CASES = [
         "a custom collator",
         since="0.18",
         options={"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
-        arguments=lambda: {"data_collator": own_collate},
+        arguments=lambda: {"data_collator": custom_collate},
     ),
     Case("chunked loss", since="1.4", options={"loss_type": "chunked_nll"}),
     Case("plain loss", options=NLL),
@@ -213,7 +213,7 @@ CASES = [
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
     Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
-    Case("messages", "'answer' averages over the tokens with a label, and TRL labels the prompt", form="messages"),
+    Case("messages", "answer averages over the tokens with a label, and TRL labels the prompt", form="messages"),
     Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
     Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
 ]
@@ -232,15 +232,13 @@ def run(trainer: HeraSFTTrainer) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Tensor], float]:
-    """By a bare Aligner on TRL's own batches: the mean over micro-batches, or one term of all of them together."""
+    """Computes the mean term of TRL's micro-batches, or one term of all of them, with a bare Aligner."""
     model, terms = trainer.model, []
     aligner = Aligner(model, trainer.aligner.config)
     for batch in trainer.get_train_dataloader():
-        micro_batch = aligner.prepare(batch)
+        prepared = aligner.prepare(batch)
         model(**batch)
-        terms.append(
-            (aligner.capture.representations(), aligner.teacher.features(micro_batch.inputs), micro_batch.valid)
-        )
+        terms.append((aligner.capture.representations(), aligner.teacher.features(prepared.inputs), prepared.valid))
         aligner.capture.pool(None)
     if together:
         z, features, valid = zip(*terms, strict=True)
@@ -254,7 +252,7 @@ def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Te
 
 
 @table(refused=False)
-def test_what_works_adds_the_gradient_of_the_term_and_nothing_else(tmp_path: Path, case: Case) -> None:
+def test_working_options_add_the_gradient_of_the_term_and_nothing_else(tmp_path: Path, case: Case) -> None:
     case.skip()
     trainer = trainer_of(tmp_path, case)
     expected, term = expected_term(trainer, together=case.hera.get("accumulate") == "gradcache")
@@ -269,7 +267,7 @@ def test_what_works_adds_the_gradient_of_the_term_and_nothing_else(tmp_path: Pat
 
 
 @table(refused=True)
-def test_what_does_not_is_refused_with_the_reason_and_the_remedy(tmp_path: Path, case: Case) -> None:
+def test_other_options_are_refused_with_reason_and_remedy(tmp_path: Path, case: Case) -> None:
     case.skip()
     with pytest.raises(ValueError, match=case.words):
         trainer_of(tmp_path, case)
@@ -283,14 +281,14 @@ NAMED = {case.name: case for case in CASES}
 @pytest.mark.parametrize(
     "name", ["prompt and completion", "messages, assistant_only_loss", "messages, the text pooled"]
 )
-def test_answers_are_what_the_assistant_says(tmp_path: Path, name: str) -> None:
+def test_answers_are_the_turns_of_the_assistant(tmp_path: Path, name: str) -> None:
     NAMED[name].skip()
     trainer = trainer_of(tmp_path, NAMED[name])
     batch = next(iter(trainer.get_train_dataloader()))
     image = trainer.model.config.image_token_id
     read = token_mask("answer", batch["input_ids"], batch["attention_mask"], batch["labels"], [image])
     texts = [processor().tokenizer.decode(ids[row]) for ids, row in zip(batch["input_ids"], read, strict=True)]
-    if name == "messages, the text pooled":  # TRL labels image tokens as well; they are no answer in any case
+    if name == "messages, the text pooled":  # TRL also labels image tokens, which are no answer
         assert (batch["labels"] == image).sum() == BATCH * 16
         assert not any("<image>" in text for text in texts)
     else:
@@ -312,20 +310,9 @@ def test_heads_are_not_selected_on_data_that_is_refused(tmp_path: Path) -> None:
 
 
 def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
-    """Of each step, without the count of tokens, which TRL begins anew when it resumes."""
+    """Returns the training log lines without the number of tokens, which TRL restarts when it resumes."""
     logged = [line for line in trainer.state.log_history if "loss" in line]
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
-
-
-def test_batches_of_neighbors_take_the_place_of_the_random_order(tmp_path: Path) -> None:
-    case = Case("neighbors", steps=3, hera={"batches": "neighbors", "teacher_cache": str(tmp_path / "cache")})
-    case.skip()
-    with pytest.raises(ValueError, match=r"^train_sampling_strategy: sequential .* set .*: random, or hera_batches"):
-        trainer_of(tmp_path / "run", case)
-    trainer = trainer_of(tmp_path / "run", case, train_sampling_strategy="random", max_steps=3)
-    trainer.train()
-    assert sorted(trainer._order) == list(range(3 * BATCH))
-    assert len(trainer.aligner.teacher.cache) > 0
 
 
 def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Path) -> None:
@@ -352,7 +339,7 @@ def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Pa
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NAMED["prompt and completion"].skip()
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "facebook").mkdir()
@@ -381,6 +368,6 @@ def test_the_shipped_script_trains_the_demo(tmp_path: Path, copy_demo: Callable[
     assert done.stdout.strip().splitlines()[-1] == "[]"  # no other host is imported
     saved = tmp_path / "saves/trl_hera"
     assert "## Alignment with a vision encoder" in (saved / "README.md").read_text()
-    facts = json.loads((saved / "hera/card.json").read_text())
-    assert facts["steps"] == 5
-    assert facts["heads"] == json.loads((saved / "hera/heads.json").read_text())["heads"]
+    content = json.loads((saved / "hera/card.json").read_text())
+    assert content["steps"] == 5
+    assert content["heads"] == json.loads((saved / "hera/heads.json").read_text())["heads"]

@@ -1,7 +1,7 @@
-"""HeRA in LLaMA-Factory's v1 engine (``USE_V1=1`` on its main branch), with no change to the host.
+"""HeRA in LLaMA-Factory's v1 engine (``USE_V1=1`` on its main branch).
 
-``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml`` takes a recipe of that engine with added
-``hera_*`` keys.
+``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]`` trains by a recipe of that
+engine with ``hera_*`` keys. It needs no change to the engine.
 """
 
 import json
@@ -24,12 +24,54 @@ from ..config import HeraConfig
 from ..distributed import mean_over_ranks
 from ..objectives import find
 from ..training import Aligner
+from .messages import show_messages
 
-_NAME = "extra_info"  # the one field of a row that the host carries into the batch as it is: a string
+_IMAGES = "extra_info"  # the only field of a row that the engine copies into a batch unchanged; it is a string
+
+
+class HeraV1Trainer(SFTTrainer):
+    """The engine's SFT trainer with HeRA.
+
+    Args:
+        hera: The ``hera_*`` keys.
+        **kwargs: As for that trainer.
+
+    Raises:
+        ValueError: HeRA would be wrong or have no effect with a setting.
+    """
+
+    def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
+        args = kwargs["args"]
+        _check(hera, args)
+        show_messages()
+        # Before the engine wraps the model.
+        self.aligner = Aligner(kwargs["model"], hera, device=DistributedInterface().current_device, seed=args.seed)
+        self.aligner.batch_size = args.micro_batch_size
+        super().__init__(**{**kwargs, "renderer": _Renderer(kwargs["renderer"].processor)})
+        self.callback_handler.add_callback(_AlignerCallback(self))
+        self._step_metrics: dict[str, float] = {}
+
+    def compute_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Computes the LM loss of a micro-batch, plus the weighted term."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        collator = self.aligner.collator(lambda rows: tensors)
+        inputs = collator([{"images": json.loads(images)} for images in batch[_IMAGES]])
+        prepared = self.aligner.prepare({name: v.to(self.device, non_blocking=True) for name, v in inputs.items()})
+        loss = super().compute_loss(batch)
+        self.aligner.watch.statistics.add(lm_loss=loss.detach())
+        term = self.aligner.loss(prepared).to(loss)
+        return _Share.apply(loss, term, 1 / self.train_batch_generator.num_micro_batch)
+
+    def save_model(self) -> None:
+        """Saves the model as the engine does, and HeRA's state next to it."""
+        super().save_model()
+        self.aligner.close()
+        if DistributedInterface().get_rank() == 0:
+            self.aligner.save(self.args.output_dir)
 
 
 class _Renderer(Renderer):
-    """The host's, naming each row's images in the batch."""
+    """Stores the paths of a row's images in the batch."""
 
     def process_samples(self, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = []
@@ -37,16 +79,16 @@ class _Renderer(Renderer):
             parts = [part for message in sample["messages"] for part in message["content"]]
             images = [part["value"] for part in parts if part["type"] == "image_url"]
             if not all(isinstance(image, str) for image in images):
-                raise ValueError("image_url: HeRA under v1 reads images from files; give their paths.")
-            rows += super().process_samples([{**sample, _NAME: json.dumps(images)}])
+                raise ValueError("image_url: HeRA with the v1 engine reads images from files; write their paths.")
+            rows += super().process_samples([{**sample, _IMAGES: json.dumps(images)}])
         return rows
 
 
 class _Share(torch.autograd.Function):
-    """Adds the term to the LM loss; its gradient does not depend on what the host multiplies their sum with.
+    """Adds the term to the LM loss, with a gradient that does not depend on the engine's weight of their sum.
 
-    The host weights each micro-batch by its number of supervised tokens, which is right for the LM loss. The term is a
-    mean over micro-batches.
+    The engine weights each micro-batch by its number of labeled tokens. That is right for the LM loss, but the term is
+    a mean over micro-batches.
     """
 
     @staticmethod
@@ -59,56 +101,14 @@ class _Share(torch.autograd.Function):
         return gradients[0], torch.full_like(gradients[0], ctx.share), None
 
 
-class HeraV1Trainer(SFTTrainer):
-    """The engine's SFT trainer with HeRA.
-
-    Args:
-        hera: The ``hera_*`` keys.
-        **kwargs: As for that trainer.
-
-    Raises:
-        ValueError: A setting under which HeRA would be wrong or do nothing.
-    """
-
-    def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
-        args = kwargs["args"]
-        _check(hera, args)
-        device = DistributedInterface().current_device
-        # before the model is wrapped; on rows that name their images
-        self.aligner = Aligner(kwargs["model"], hera, device=device, seed=args.seed)
-        self.aligner.batch_size = args.micro_batch_size
-        super().__init__(**{**kwargs, "renderer": _Renderer(kwargs["renderer"].processor)})
-        self.callback_handler.add_callback(_AlignerCallback(self))
-        self._step_metrics: dict[str, float] = {}
-
-    def compute_loss(self, batch: dict[str, Any]) -> Tensor:
-        """The LM loss of a micro-batch, plus the weighted term."""
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        collator = self.aligner.collator(lambda rows: tensors)
-        inputs = collator([{"images": json.loads(images)} for images in batch[_NAME]])
-        micro_batch = self.aligner.prepare({name: v.to(self.device, non_blocking=True) for name, v in inputs.items()})
-        assert micro_batch is not None
-        loss = super().compute_loss(batch)
-        self.aligner.watch.statistics.add(lm_loss=loss.detach())
-        term = self.aligner.loss(micro_batch).to(loss)
-        return _Share.apply(loss, term, 1 / self.train_batch_generator.num_micro_batch)
-
-    def save_model(self) -> None:
-        """As the engine's, with hera/ beside the model."""
-        super().save_model()
-        self.aligner.close()
-        if DistributedInterface().get_rank() == 0:
-            self.aligner.save(self.args.output_dir)
-
-
 class _AlignerCallback(TrainerCallback):
-    """Steps what the objective trains after the weights, and hands the curves to the engine's log."""
+    """Trains the objective's own parameters after the weights, and passes HeRA's values to the engine's log."""
 
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, **kwargs: Any) -> None:
-        # at the step's end the engine's is the next step's
+        # At the end of a step the optimizer already has the learning rate of the next one.
         self._learning_rate = self._trainer.optimizer.param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, **kwargs: Any) -> None:
@@ -122,58 +122,45 @@ class _AlignerCallback(TrainerCallback):
 def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
     strategy, resumed, size = args.batching_strategy, args.resume_from_checkpoint, args.micro_batch_size
-    least = find(hera.objective).least_samples
-    refused = {
-        f"cp_size: {args.cp_size}": (args.cp_size > 1, "the engine then computes its loss elsewhere"),
-        f"batching_strategy: {strategy}": (strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
-        f"dist_config.name: {engine}": (engine not in (None, "fsdp2"), "use DDP or fsdp2"),
-        f"resume_from_checkpoint: {resumed}": (resumed is not None, "the engine's checkpoints hold no HeRA state"),
-        f"hera_select_dataset: {hera.select_dataset}": (
-            hera.select_dataset is not None,
-            "it selects nothing; name a file that `llamafactory-hera select` has written as hera_heads",
+    least, processes = find(hera.objective).least_samples, int(os.environ.get("WORLD_SIZE", 1))
+    checks = (
+        ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the loss of the trainer"),
+        ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
+        ("dist_config.name", engine, engine not in (None, "fsdp2"), "use DDP or fsdp2"),
+        ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints hold no HeRA state"),
+        ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "heads are not selected here"),
+        ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine makes one forward pass"),
+        (
+            "micro_batch_size",
+            size,
+            size * processes + hera.memory < least,
+            f"hera_objective: {hera.objective} needs {least} samples together, from all processes or hera_memory",
         ),
-        f"hera_accumulate: {hera.accumulate}": (hera.accumulate == "gradcache", "the engine makes one forward pass"),
-        f"micro_batch_size: {size}": (
-            size * int(os.environ.get("WORLD_SIZE", 1)) + hera.memory < least,
-            f"hera_objective: {hera.objective} needs {least} samples together, over all processes or by hera_memory",
-        ),
-    }
-    for setting, (found, why) in refused.items():
+    )
+    for key, value, found, why in checks:
         if found:
-            raise ValueError(f"{setting} does not work with HeRA under v1: {why}; change or remove it.")
+            raise ValueError(f"{key}: {value} does not work with HeRA in the v1 engine: {why}; change or remove it.")
 
 
 def run(keys: dict[str, Any]) -> None:
     """Trains by a recipe of the engine with ``hera_*`` keys.
 
     Raises:
-        ValueError: A setting under which HeRA would be wrong or do nothing.
+        ValueError: HeRA would be wrong or have no effect with a setting.
     """
     hera = HeraConfig.from_keys({key: value for key, value in keys.items() if key.startswith(HeraConfig.PREFIX)})
     host = {key: value for key, value in keys.items() if not key.startswith(HeraConfig.PREFIX)}
-    model_args, data_args, training_args, _ = get_args(host)
-    _check(hera, training_args)
-    DistributedInterface(training_args)
-    dataset = DataEngine(data_args.train_dataset)
-    engine = ModelEngine(model_args, is_train=True)
-    trainer = HeraV1Trainer(
-        hera=hera, args=training_args, model=engine.model, renderer=engine.renderer, train_dataset=dataset
-    )
+    model_args, data_args, args, _ = get_args(host)
+    _check(hera, args)
+    DistributedInterface(args)
+    data, engine = DataEngine(data_args.train_dataset), ModelEngine(model_args, is_train=True)
+    trainer = HeraV1Trainer(hera=hera, args=args, model=engine.model, renderer=engine.renderer, train_dataset=data)
     trainer.fit()
     trainer.save_model()
     DistributedInterface().destroy()
 
 
-def main() -> None:
-    """Trains by the recipe that the command line names; ``key=value`` behind it overrides."""
-    if len(sys.argv) < 2:
-        raise SystemExit(
-            "usage: torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]"
-        )
-    recipe = OmegaConf.merge(OmegaConf.load(sys.argv[1]), OmegaConf.from_cli(sys.argv[2:]))
-    keys: Any = OmegaConf.to_container(recipe)
-    run(keys)
-
-
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) < 2:
+        raise SystemExit(f"usage: torchrun -m {__spec__.name} recipe.yaml [key=value ...]")
+    run(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(sys.argv[1]), OmegaConf.from_cli(sys.argv[2:]))))

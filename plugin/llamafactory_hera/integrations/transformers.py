@@ -1,22 +1,21 @@
 """HeRA in transformers' Trainer, and in every trainer that is built on it.
 
-``HeraTrainer`` is the plain one; ``class MyHeraTrainer(HeraTrainerMixin, MyTrainer)`` adds HeRA to another. Everything
-that is overridden is a method of transformers' Trainer.
+:class:`HeraTrainer` is the plain Trainer with HeRA. ``class MyHeraTrainer(HeraTrainerMixin, MyTrainer)`` adds HeRA to
+another trainer. The mixin only overrides methods of transformers' Trainer.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import HeraConfig
-from ..distributed import mean_over_ranks, on_first, world_size
+from ..distributed import mean_over_ranks, on_first
 from ..files import locked
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
@@ -25,12 +24,11 @@ from ..training import Aligner
 from ..training.checkpoint import checkpoint_step, load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
+from .messages import log_setup, show_messages
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
-logger = logging.getLogger("llamafactory_hera")
-
-# for a type checker the mixin is a Trainer; at run time it goes in front of any
+# For a type checker the mixin is a Trainer. At run time it goes in front of any class that is one.
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -38,23 +36,30 @@ else:
 
 
 class HeraTrainerMixin(_Base):
-    """``L = L_LM + hera_weight * L_HeRA``; everything else is the trainer's that it is put in front of.
+    """Adds ``hera_weight * L_HeRA`` to the loss of the trainer that it is put in front of.
 
     Args:
         *args: As for that trainer.
         hera: The ``hera_*`` keys.
-        targets: The heads or layers to align, by default those that ``hera`` names; ``auto`` selects them here and
+        targets: The heads or layers to align. The default is what ``hera`` names; ``auto`` selects them here and
             writes them into ``output_dir/hera``, where the next run with the same settings finds them.
-        images_of: From a row of the training data to its images, by default what its columns ``images`` or ``image``,
-            or the image parts of its messages, hold.
+        images_of: Maps a row of the training data to its images. The default reads the columns ``images`` and
+            ``image``, and the image parts of chat messages.
         **kwargs: As for that trainer.
 
     Raises:
-        ValueError: A setting, the data, the model or the teacher does not fit; names what, the value and the remedy.
+        ValueError: A setting, the data, the model or the teacher does not fit; names the value and the remedy.
     """
+
+    # The mixin touches private names of transformers' Trainer, seen in 5.5.4. It overrides `_save_checkpoint`,
+    # `_load_from_checkpoint`, `_load_best_model` and `_load_optimizer_and_scheduler`. It uses `_signature_columns`,
+    # `_set_signature_columns_if_needed`, `_prepare_inputs`, `_get_output_dir` and `_get_learning_rate`.
+    # tests/test_private_names.py lists those of all other files.
 
     #: Hub ids of the training data, for the model card.
     hub_datasets: Sequence[str] = ()
+    #: The step of the weights if ``load_best_model_at_end`` loaded them, for the model card.
+    best_step: int | None = None
     model: Any
     args: Any
     data_collator: Any
@@ -69,9 +74,9 @@ class HeraTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         if not isinstance(hera, HeraConfig):
-            raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys reads hera_* keys into one.")
+            raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys makes one of hera_* keys.")
         super().__init__(*args, **kwargs)
-        _show_messages()
+        show_messages()
         self.check_collator(hera)
         check_settings(hera, self)
         if self.train_dataset is not None:
@@ -83,22 +88,23 @@ class HeraTrainerMixin(_Base):
         processor = getattr(self.processing_class, "image_processor", None)
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed, processor)
         self._images_of = images_of
-        self.add_callback(_AlignerCallback(self))
         self._compute_loss_called = False
-        self._best_step: int | None = None
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
-        self._engine_scale: float | None = None  # DeepSpeed's, where accelerate has no scaler
-        self._lock = ExitStack()
+        self._engine_scale: float | None = None  # DeepSpeed's, because accelerate then has no scaler
+        self.add_callback(_AlignerCallback(self))
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """For trainers that make their own collator: raises ``ValueError`` where it does not fit the settings."""
+        """Raises ``ValueError`` if the collator that a trainer made by itself does not fit the settings."""
+
+    # -- the training data -----------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the trainer's, with the teacher's view of each sample; evaluation keeps the trainer's collator."""
+        """Returns the trainer's loader, whose batches also hold the teacher's view of each sample."""
         dataset, collate, columns = self.train_dataset, self.data_collator, self._signature_columns
         hidden: tuple[str, ...] = ()
-        if self.args.remove_unused_columns:  # images stay for the teacher, out of the trainer's own collator's sight
+        if self.args.remove_unused_columns:
+            # The images stay in the rows for the teacher; the trainer's collator does not see them.
             self._set_signature_columns_if_needed()
             columns = self._signature_columns
             hidden = tuple(name for name in IMAGE_COLUMNS if name not in columns)
@@ -107,20 +113,22 @@ class HeraTrainerMixin(_Base):
         self.data_collator = self.aligner.collator(collate, self._images_of, drop=hidden, decode=decode)
         try:
             return super().get_train_dataloader()
-        finally:
+        finally:  # evaluation keeps the trainer's collator
             self.train_dataset, self.data_collator, self._signature_columns = dataset, collate, columns
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The micro-batches of an optimizer step; under gradient caching they are all run before the first step."""
+        """Returns the micro-batches of an optimizer step, and keeps them for the first pass of gradient caching."""
         batches, n_items = super().get_batch_samples(*args, **kwargs)
         if self.args.gradient_accumulation_steps > 1 and self.aligner.config.gradcache:
             self._to_collect = batches
         return batches, n_items
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, forward and backward."""
+    # -- one micro-batch -------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Runs forward and backward of a micro-batch, and checks that the term took part."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
-        if engine is not None:  # before its backward pass, which at the end of a step changes the scale
+        if engine is not None:  # read now: the backward pass that ends a step changes it
             self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         if self._to_collect:
             self._collect(model)
@@ -130,48 +138,48 @@ class HeraTrainerMixin(_Base):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._compute_loss_called:
             name = super().training_step.__qualname__
-            raise RuntimeError(f"{name} does not call compute_loss, so HeRA has no part in the loss.")
+            raise RuntimeError(f"{name} does not call compute_loss, so the HeRA term is not part of the loss.")
         self.aligner.after_backward()
         return loss
 
-    def _collect(self, model: torch.nn.Module) -> None:
-        """The first pass of gradient caching: every micro-batch of the step without a graph, and their term."""
+    def _collect(self, model: nn.Module) -> None:
+        """Runs all micro-batches of a step without a graph, and computes their common term."""
         batches, self._to_collect = self._to_collect, []
         self._random_states = []
-        self.aligner.cached.clear()  # of a step cut short
+        self.aligner.cached.clear()  # of a step that failed
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
             inputs = self._prepare_inputs(dict(batch))
-            micro_batch = self.aligner.prepare(inputs)
-            if micro_batch is None:
+            prepared = self.aligner.prepare(inputs)
+            if prepared is None:
                 continue
-            # without labels: no loss is needed, and none is counted by a trainer that counts tokens there
+            # Without labels the model computes no loss, and TRL does not count the tokens twice.
             inputs.pop("labels", None)
             with torch.no_grad(), self.compute_loss_context_manager():
                 model(**inputs)
-            self.aligner.collect(micro_batch)
+            self.aligner.collect(prepared)
         self.aligner.solve(self._loss_scale())
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The LM loss, plus the weighted HeRA term for batches of the training data."""
+        """Computes the trainer's loss, and adds the weighted HeRA term to it for training batches."""
         self._compute_loss_called = True
-        micro_batch = self.aligner.prepare(inputs)
+        prepared = self.aligner.prepare(inputs)
         kwargs |= {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         result: Any = super().compute_loss(model, inputs, **kwargs)
-        if micro_batch is None:
+        if prepared is None:
             return result
         loss, *outputs = result if return_outputs else (result,)
-        term, lm_loss = self.aligner.loss(micro_batch), loss.detach()
+        term, lm_loss = self.aligner.loss(prepared), loss.detach()
         if not self._divides_by_steps(num_items_in_batch):
-            # the LM loss is this micro-batch's share of the step's; the term becomes one, too
+            # The LM loss is this micro-batch's share of the step's loss already, so the term has to become one too.
             term = term / self.current_gradient_accumulation_steps
             lm_loss = lm_loss * self.current_gradient_accumulation_steps
         self.aligner.watch.statistics.add(lm_loss=lm_loss)
@@ -181,90 +189,68 @@ class HeraTrainerMixin(_Base):
     def _divides_by_steps(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether ``training_step`` will divide the loss by the number of accumulated micro-batches.
 
-        Asked at each step: trainers set ``model_accepts_loss_kwargs`` after the constructor, too.
+        The answer may change after the constructor, because trainers set ``model_accepts_loss_kwargs`` later.
         """
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # newer releases say it themselves
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # an attribute of newer releases
         if scaled is not None:
             return not scaled
         counts_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return not counts_items and self.compute_loss_func is None
 
+    def _loss_scale(self) -> float | Tensor:
+        """Returns the factor of mixed precision that the gradients contain."""
+        if self._engine_scale is not None:
+            return self._engine_scale
+        scaler = self.accelerator.scaler
+        # `get_scale` would make the host wait for the device.
+        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
+
+    # -- log lines and the model card ------------------------------------------------------------------------------
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the HeRA curves to the training log lines."""
+        """Logs HeRA's values together with the training loss."""
         if "loss" in logs:
             logs = {**logs, **mean_over_ranks(self.aligner.logs(), self.args.device)}
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As the trainer's, with the section on alignment: what ``push_to_hub`` uploads has it."""
+        """Writes the trainer's model card and adds the section on alignment."""
         super().create_model_card(*args, **kwargs)
         self.write_hera_card()
 
     def write_hera_card(self) -> None:
-        """Writes the section on alignment into the model card, and ``hera/card.json``; on one process."""
+        """Writes the section on alignment into the model card, and ``hera/card.json``; on the first process."""
         if self.is_world_process_zero():
-            state, run = self.state, (self.args.output_dir, self.aligner)
-            write_card(*run, state.log_history, state.global_step, self._best_step, self.hub_datasets)
+            write_card(self)
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any, **kwargs: Any) -> None:
-        # first, so that a checkpoint with weights is never without the HeRA state
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        # HeRA's state comes first, so that no checkpoint has weights without it.
         if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.aligner.save(folder)
         self.aligner.teacher.flush()
         super()._save_checkpoint(model, trial, **kwargs)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        target: Any = self.model if model is None else model
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.aligner.check(resume_from_checkpoint)
-        if self.is_fsdp_enabled or not load_renamed_weights(target, resume_from_checkpoint):
+        loaded: Any = self.model if model is None else model
+        if self.is_fsdp_enabled or not load_renamed_weights(loaded, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            # First, because its error names the difference; torch's error about the optimizer does not.
+            self.aligner.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         best: Any = self.state.best_model_checkpoint
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
             super()._load_best_model()
         self.aligner.load(best)
-        self._best_step = checkpoint_step(best)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:  # first, as torch does not say whose tensors do not fit
-            self.aligner.load(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _loss_scale(self) -> float | Tensor:
-        scaler = self.accelerator.scaler
-        if self._engine_scale is not None:
-            return self._engine_scale
-        # not get_scale, which waits for the device
-        return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
-
-    def _log_summary(self) -> None:
-        """Logs objective, targets, teacher, batch sizes and candidates."""
-        if not self.is_world_process_zero():
-            return
-        config, aligner = self.aligner.config, self.aligner
-        size, steps = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
-        micro_batch = size * world_size()
-        together = micro_batch * (steps if config.gradcache else 1)
-        candidates = together - 1 + config.memory
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        own = sum(p.numel() for p in aligner.objective.parameters() if p.requires_grad)
-        lines = {
-            aligner.targets.what: str(aligner.targets),
-            "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
-            "objective": f"{config.objective}, weight {config.weight}",
-            "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
-            "trainable parameters": f"{trainable:,} of the model, {own:,} of the objective",
-        }
-        lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in aligner.objective.values().items()}
-        if config.reads("hera_memory"):
-            up_to = "up to " if config.memory else ""  # the memory fills while training
-            counted = f"({together - 1} of the batch, {up_to}{config.memory} remembered)"
-            counted += "; hera_mknn is logged from when they are all there" * (config.memory > 0)
-            lines |= {"neighbors": str(config.k), "candidates per sample": f"{up_to}{candidates} {counted}"}
-        for name, value in lines.items():
-            logger.info(f"HeRA | {name}: {value}")
+        self.best_step = checkpoint_step(best)
 
 
 class HeraTrainer(HeraTrainerMixin, Trainer):
@@ -275,19 +261,20 @@ class HeraTrainer(HeraTrainerMixin, Trainer):
 
 
 class _AlignerCallback(TrainerCallback):
-    """Steps what the objective trains together with the weights, and leaves the final state beside them."""
+    """Trains the objective's own parameters together with the weights, and saves HeRA's final state."""
 
     def __init__(self, trainer: HeraTrainerMixin) -> None:
         self._trainer = trainer
+        self._lock = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lock = locked(args.output_dir)
-        on_first(lambda: self._trainer._lock.enter_context(lock))
-        # an attempt that ran out of memory leaves its own, which are no part of the next one
-        self._trainer.aligner.objective.zero_grad()
-        self._trainer.aligner.watch.statistics.take()
-        self._trainer.aligner.batch_size = state.train_batch_size  # which may be smaller than asked for
-        self._trainer._log_summary()
+        aligner = self._trainer.aligner
+        on_first(lambda: self._lock.enter_context(locked(args.output_dir)))
+        # An attempt that ran out of memory leaves gradients and statistics.
+        aligner.objective.zero_grad()
+        aligner.watch.statistics.take()
+        aligner.batch_size = state.train_batch_size  # after that search, it may be smaller than the argument
+        log_setup(aligner, self._trainer.model, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
@@ -297,14 +284,4 @@ class _AlignerCallback(TrainerCallback):
         self._trainer.aligner.close()
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
-        self._trainer._lock.close()
-
-
-def _show_messages() -> None:
-    """Lets the messages of a run be seen: INFO and above, on standard error where no handler is set up."""
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
-        logger.addHandler(handler)
+        self._lock.close()

@@ -1,7 +1,7 @@
-"""HeRA in TRL's ``SFTTrainer``: the mixin in front of it, and what TRL may not be asked for beside it.
+"""HeRA in TRL's ``SFTTrainer``, and the options of TRL that do not work with it.
 
-TRL reads images from 0.22 on; before, a custom collator does. However it computes its loss, in one go, in
-chunks, by a fused head or by Liger, the model's layers run, and that is where the heads are read.
+TRL reads images from version 0.22 on; older versions need a custom collator. TRL computes its loss in several ways (at
+once, in chunks, with a fused head, with Liger). The heads are read inside the layers, so every one of them works.
 """
 
 from typing import Any
@@ -18,37 +18,37 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
 
         HeraSFTTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=dataset)
 
-    Arguments are those of ``SFTTrainer`` and :class:`HeraTrainerMixin`.
+    The arguments are those of ``SFTTrainer`` and :class:`HeraTrainerMixin`.
 
     Raises:
-        ValueError: As for the mixin; samples would share a row of the batch; TRL reads no image of this data; or the
-            answers cannot be told from the prompt and ``hera_pooling`` is ``answer``.
+        ValueError: As the mixin; an option puts several samples into one row of a batch; TRL finds no image in the
+            data; or ``hera_pooling`` is ``answer`` and TRL labels the prompt.
     """
 
     def __init__(self, model: Any, args: Any = None, *others: Any, hera: HeraConfig, **kwargs: Any) -> None:
         for option in ("packing", "padding_free"):
             if getattr(args, option, False):
                 raise ValueError(
-                    f"{option}: True puts several samples into one row of a batch, and HeRA compares rows, each with "
-                    f"its image; set {option}=False."
+                    f"{option}: True puts several samples into one row of a batch, and HeRA compares the rows of a "
+                    f"batch; set {option}=False."
                 )
         super().__init__(model, args, *others, hera=hera, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """Refuses data that TRL takes for text, and labels on the prompt where answers are averaged."""
+        """Refuses data that TRL takes for text, and labels on the prompt if HeRA averages over answers."""
         if type(self.data_collator).__module__ != sft_trainer.__name__:
-            return  # the caller's
+            return  # a custom collator
         if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):
             raise ValueError(
-                "train_dataset: TRL takes it for text, so the model would never see the images that the teacher sees. "
-                "TRL looks for them in a column `images`, from 0.22 on (or `image`, from 0.29 on), beside `messages` "
-                "or `prompt` and `completion`; name the column so, or pass a data_collator of your own."
+                "train_dataset: TRL takes it for text, so the model would not see the images. TRL reads a column "
+                "`images` (since 0.22) or `image` (since 0.29) next to `messages` or to `prompt` and `completion`; "
+                "rename the column, or pass a data_collator."
             )
         only_answers = self.completion_only_loss or getattr(self.args, "assistant_only_loss", False)
         if hera.pooling == "answer" and not only_answers:
             raise ValueError(
-                "hera_pooling: 'answer' averages over the tokens with a label, and TRL labels the prompt of this data "
-                "as well. Split `messages` into `prompt` and `completion`, without completion_only_loss=False; or set "
+                "hera_pooling: answer averages over the tokens with a label, and TRL labels the prompt of this data "
+                "too. Split `messages` into `prompt` and `completion` (without completion_only_loss=False), set "
                 "assistant_only_loss=True (TRL 1.15 with transformers 5.18, and a chat template with {% generation "
-                "%}); or choose pooling='text' or 'mean'."
+                "%}), or choose pooling='text' or 'mean'."
             )

@@ -1,4 +1,4 @@
-"""The ``hera_*`` keys inside the host's fine-tuning arguments; they are declared in ``config.py``."""
+"""The ``hera_*`` keys in the host's fine-tuning arguments."""
 
 import warnings
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from llamafactory_hera.config import HeraConfig
 
-#: The keys as fields of a dataclass, as the host's parser reads them.
+#: The keys of ``config.py`` as fields of a dataclass that the host's parser reads.
 HeraArguments = make_dataclass(
     "HeraArguments",
     [
@@ -19,16 +19,20 @@ HeraArguments = make_dataclass(
 
 
 def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
-    """A subclass of the host's ``FinetuningArguments`` with the HeRA keys and ``stage: hera``.
+    """Makes a subclass of the host's ``FinetuningArguments`` with the ``hera_*`` keys and ``stage: hera``.
 
-    Inside the host a HeRA run is ``stage: sft`` with ``use_hera`` set; ``to_dict`` reports ``hera`` again. ``require``
-    raises where such a run must not start.
+    Inside the host a HeRA run has ``stage: sft`` and ``use_hera``; ``to_dict`` reports ``stage: hera``.
+
+    Args:
+        host: The host's class.
+        require: Raises an error if a HeRA run cannot start.
     """
     host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
+    stages = Literal[(*get_args(host_stage.type), "hera")]  # type: ignore[valid-type]
 
     @dataclass
     class FinetuningArguments(HeraArguments, host):  # type: ignore[misc, valid-type]
-        stage: Literal[(*get_args(host_stage.type), "hera")] = field(  # type: ignore[valid-type]
+        stage: stages = field(  # type: ignore[valid-type]
             default=host_stage.default, metadata=dict(host_stage.metadata)
         )
 
@@ -37,16 +41,17 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             if self.use_hera:
                 self.stage = "sft"
             super().__post_init__()
-            unread = [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]
-            if unread and not self.use_hera:
-                warnings.warn(
-                    f"stage: {self.stage} does not read {', '.join(unread)}; write stage: hera.", stacklevel=2
-                )
             if self.use_hera:
                 require()
-                # read once here, so that every value has its type wherever the host shows it
+                from llamafactory_hera.integrations.messages import shorten_refusals
+
+                shorten_refusals()
+                # The host shows and stores these values, so they get their types here.
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)
+            elif unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:
+                text = f"stage: {self.stage} does not read {', '.join(unread)}; write stage: hera."
+                warnings.warn(text, stacklevel=2)
 
         def to_dict(self) -> dict[str, Any]:
             content = super().to_dict()
@@ -54,8 +59,7 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
                 return {**content, "stage": "hera"}
             return {key: value for key, value in content.items() if not key.startswith(HeraConfig.PREFIX)}
 
-    # pickle finds the class where the host has it
-    FinetuningArguments.__module__ = host.__module__
-    FinetuningArguments.__qualname__ = host.__qualname__
+    # pickle looks the class up under the name of the host's class.
+    FinetuningArguments.__module__, FinetuningArguments.__qualname__ = host.__module__, host.__qualname__
     FinetuningArguments.__doc__ = host.__doc__
     return FinetuningArguments

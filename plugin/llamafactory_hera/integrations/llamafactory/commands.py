@@ -1,36 +1,38 @@
-"""What the subcommands do with a recipe of the host, as functions: select, score, fill a cache, read a calibration."""
+"""The subcommands that take a recipe of the host: select, score, fill a teacher cache; and reading a calibration."""
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llamafactory_hera.calibration.samples import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.distributed import rank
-from llamafactory_hera.files import RUN_FOLDER, write_text
+from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
-from llamafactory_hera.integrations.model_card import index_scores
-from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
-from .recipe import NOT_TRAINING, host_arguments, model_folder, named_output, read_recipe, read_values
+from .recipe import NOT_TRAINING, HostArguments, host_arguments, named_output, read_recipe, read_values
+from .words import host_words
 
 
+@host_words()
 def select(
     recipe: str | os.PathLike, overrides: Sequence[str] = (), in_place: bool = False, force: bool = False
 ) -> Targets:
-    """Selects heads for a recipe and writes ``output_dir/hera/`` : ``heads.json``, ``run.yaml`` and ``heads.png``.
+    """Selects heads for a recipe and writes ``heads.json``, ``run.yaml`` and ``heads.png`` into ``output_dir/hera``.
 
-    ``overrides`` are ``key=value`` s over the recipe; ``in_place`` writes the heads into the recipe itself, too, and
-    ``force`` replaces those that a run in the same folder has trained.
+    Args:
+        recipe: The recipe of a training run.
+        overrides: ``key=value`` pairs that replace keys of the recipe.
+        in_place: Also writes the heads into the recipe.
+        force: Replaces the heads of a run that has trained in the same folder.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -39,8 +41,8 @@ def select(
     read = read_recipe(file, overrides)
     if read.config.granularity != "head":
         raise ValueError(
-            f"hera_granularity: {recipe} aligns layers, and heads are selected here; hera_layers: auto selects layers "
-            "before training."
+            f"hera_granularity: {recipe} aligns layers, and this command selects heads; hera_layers: auto selects "
+            "layers before training."
         )
     output_dir = named_output(read.values, "saves/selection")
     check_folders(str(output_dir), read.host, read.config)
@@ -65,35 +67,31 @@ def select(
     return heads
 
 
+@host_words()
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
-    """Fills a recipe's ``hera_teacher_cache`` with its whole dataset; returns how many images it holds then."""
+    """Fills the ``hera_teacher_cache`` of a recipe with its dataset, and returns the number of images in it."""
     read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
-    if issubclass(read.config.objective_class(), TokenObjective):
-        raise ValueError(
-            f"hera_teacher_cache: hera_objective: {read.config.objective} keeps features of tokens there, which "
-            "training fills as it goes; leave --teacher-only out."
-        )
     held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
         print(f"{read.config.teacher_cache}: features of {held} images")
     return held
 
 
+@host_words()
 def score_checkpoint(
     checkpoint: str | os.PathLike | None,
     recipe: str | os.PathLike | None = None,
     output: str | os.PathLike | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Scores a checkpoint or adapter as a selection does, writes a file to be compared, and returns its path.
-
-    The model card of a run gets the MKNN of the heads or layers that it aligned.
+    """Scores all heads of a checkpoint or an adapter, and returns the path of the file that it writes.
 
     Args:
-        checkpoint: A model's folder or hub id, or an adapter's folder for the recipe's model; None is that model.
-        recipe: Dataset, template, teacher and settings.
-        output: The file to write, with a picture beside it; default ``hera/scores.json`` in CHECKPOINT or output_dir.
-        overrides: ``key=value`` s that go over the recipe.
+        checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
+            the recipe's model.
+        recipe: Names dataset, template, teacher and settings.
+        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder or in ``output_dir``.
+        overrides: ``key=value`` pairs that replace keys of the recipe.
 
     Raises:
         ValueError: Bad input; names the key, the value and the remedy.
@@ -112,20 +110,23 @@ def score_checkpoint(
     path = Path(output)
     if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
-    elif path.is_file() and not _holds_scores(path):
-        raise ValueError(f"--output: {path} is there and holds no scores, and would be lost; give another name.")
+    elif path.is_file():
+        Targets.load(path, key="--output")  # refuses to replace a file of another kind
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         show(path)
-        if checkpoint is not None:
-            index_scores(Path(checkpoint), path)
     return path
 
 
+@host_words()
 def read_calibration(
     recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
 ) -> tuple[CalibrationInputs, RahConfig, Path]:
-    """Reads a recipe to calibrate, with ``key=value`` overrides, as the arguments of ``calibrate_heads``.
+    """Reads a recipe to calibrate as the arguments of ``calibrate_heads``.
+
+    Args:
+        recipe: Names model, dataset, template and the ``rah_*`` keys.
+        overrides: ``key=value`` pairs that replace keys of the recipe.
 
     Returns:
         The model and the dataset, the ``rah_*`` keys, and the output folder.
@@ -134,47 +135,36 @@ def read_calibration(
         ValueError: An input is bad; names the key, the value and the remedy.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: calibration runs in one process on one device; start it without torchrun.")
+        raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
     values, _ = read_values(recipe, overrides)
-    ours = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
-    config = RahConfig.from_keys(ours)
-    # the host's parser does not know the keys
-    values = {key: value for key, value in values.items() if key not in ours}
+    keys = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
+    config = RahConfig.from_keys(keys)
+    values = {key: value for key, value in values.items() if key not in keys}  # the host does not know them
     if values.get("template") is None:
-        raise ValueError("template: none is named; name the one of the model, without which the host reads no image.")
+        raise ValueError("template: it has no value, and without one the host reads no image; name the model's.")
     output_dir = named_output(values, "saves/calibration")
-    # adapters are merged under LoRA alone; a fused loss kernel would leave no logits
+    # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
     check_folders(str(output_dir), host)
-    _check_calibrated(host.model)
+    _check_calibrated(host)
     return calibration_inputs(config, host), config, output_dir
 
 
 def _keep_trained(path: Path, where: str, remedy: str) -> None:
-    trained = next(filter(Path.exists, map(path.with_name, ("card.json", "run.json"))), None)
+    """Refuses to replace the file of heads that a finished or resumable run has aligned."""
+    trained = next(filter(Path.exists, map(path.with_name, (CARD, "run.json"))), None)
     if trained is not None:
-        raise ValueError(
-            f"{where} holds a run that has trained ({trained}), whose {path.name} says what it aligned; {remedy}."
-        )
+        raise ValueError(f"{where} holds a run that has trained ({trained}) with the heads of {path.name}; {remedy}.")
 
 
-def _holds_scores(path: Path) -> bool:
-    with suppress(ValueError):
-        return bool(Targets.load(path).provenance)
-    return False
-
-
-def _check_calibrated(model_args: Any) -> None:
-    refuse_keys(model_args, UNREADABLE, "calibration")
-    model_folder(model_args)
-    config = multimodal_config(model_args, "calibration looks at attention between text and image")
+def _check_calibrated(host: HostArguments) -> None:
+    refuse_keys(host, UNREADABLE, "calibration")
+    config = multimodal_config(host.model)
     head_layout(config)
-    quantized = model_args.quantization_bit is not None and f"quantization_bit: {model_args.quantization_bit}"
-    if getattr(config, "quantization_config", None):
-        quantized = f"model_name_or_path: {model_args.model_name_or_path} is quantized"
-    if quantized:
+    if host.model.quantization_bit is not None or getattr(config, "quantization_config", None):
         raise ValueError(
-            f"{quantized}, and calibration compares and changes plain weights. Calibrate the base model without "
-            "quantization (the adapter then loads on the quantized one, too), or dequantize the checkpoint first."
+            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
+            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
+            "quantization. The adapter also loads on the quantized model."
         )

@@ -1,4 +1,4 @@
-"""Model, teacher and data of a run's arguments, as the plain objects that selection and calibration work with."""
+"""Model, teacher and data of a host run, as the plain objects that selection and calibration work with."""
 
 import copy
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.resolve import Run
 from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, SelectionInputs, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
-from llamafactory_hera.teachers.images import ImageLike, load_image
+from llamafactory_hera.teachers.images import ImageLike
 
 from .checks import N_CHECKED, check_image_tokens
-from .recipe import HostArguments, adapter_folders, check_datasets, model_folder
+from .recipe import HostArguments, adapter_folders, model_folder
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -> Run:
-    """What a run of the host must tell to have its heads or layers selected, or checked."""
+    """Describes a training run for the selection, or the check, of its heads or layers."""
 
     def facts() -> dict[str, str]:
         fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
@@ -43,40 +43,39 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
-    """What a selection needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # the run's own stay
-    name, folder = config.select_dataset, host.data.dataset_dir
-    if name is not None:
-        check_datasets("hera_select_dataset", [name], folder)
-        host.data.dataset, images = [name], Path(str(folder), name, "images")
+    """Returns model, teacher and data of a selection; only the dataset is read so far."""
+    host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes them
+    if (name := config.select_dataset) is not None:
+        host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
-    weights, training = model_folder(host.model), host.training
-    data = _HostData(host, config.select_samples)
-    alone = config.select_mode == "llm"  # the language model, without images
+    weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
+    captions = config.select_mode == "llm"  # for the language model alone
+    rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
     return SelectionInputs(
-        source=_CaptionSource(data) if alone else _HostSource(data),
-        collator=lambda model: DataCollatorForSeq2Seq(data.tokenizer) if alone else data.collator(model),
+        source=rows,
+        collator=lambda model: DataCollatorForSeq2Seq(rows.tokenizer) if captions else rows.collator(model),
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
-        tokenizer=data.tokenizer,
-        **data.facts,
+        tokenizer=rows.tokenizer,
+        **rows.common(),
     )
 
 
 def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInputs:
-    """What a calibration needs of a run's arguments; nothing is loaded yet except for the dataset's index."""
-    data = _HostData(host, config.samples)
-    return CalibrationInputs(
-        source=_UnlabeledSource(data, config.text),
-        collator=data.collator,
-        adapter_names=tuple(host.model.adapter_name_or_path or ()),
-        **data.facts,
-    )
+    """Returns model and data of a calibration; only the dataset is read so far."""
+    rows = _UnlabeledSamples(host, config.samples, config.text)
+    names = tuple(host.model.adapter_name_or_path or ())
+    return CalibrationInputs(source=rows, collator=rows.collator, adapter_names=names, **rows.common())
 
 
-class _HostData:
-    """Tokenizer, template and the training part of a run's dataset; of a stream rows enough for ``n_samples``."""
+class _Rows:
+    """The training rows of a run, with tokenizer and template; of a stream only its beginning.
+
+    Args:
+        host: The arguments of the run.
+        n_samples: How many samples will be drawn.
+    """
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
@@ -85,28 +84,17 @@ class _HostData:
         self.template = get_template_and_fix_tokenizer(self.tokenizer, data)
         with training.main_process_first(desc="load dataset", local=not data.data_shared_file_system):
             merged = _get_merged_dataset(data.dataset, model, data, training, "sft")
-            train = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
-        # a stream has no rows to draw from: its beginning, which the host has shuffled, stands for it
-        self.rows = list(train.take(STREAM_ROWS * n_samples)) if data.streaming else train
-        self.facts: dict[str, Any] = {
-            "load_model": self._load_model,
-            "model_name": model.model_name_or_path,
-            "dataset_name": ", ".join(data.dataset),
-            "autocast": autocast_dtype(training),
-            "num_workers": training.dataloader_num_workers,
-        }
+            rows = split_dataset(merged, None, data, seed=training.seed)[0]["train"]
+        self.rows = list(rows.take(STREAM_ROWS * n_samples)) if data.streaming else rows
 
-    def _load_model(self) -> nn.Module:
-        with whole_model_on_every_rank():
-            return load_model(self.tokenizer, self.host.model, self.host.finetuning, is_trainable=False)
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def processor(self, do_generate: bool = False) -> Any:
-        """What encodes samples as supervised fine-tuning does, or their prompts alone."""
-        module = self.tokenizer_module
-        return _get_dataset_processor(self.host.data, "sft", self.template, **module, do_generate=do_generate)
+    def images(self, row: int) -> list[ImageLike]:
+        return self.rows[row]["_images"] or []
 
     def collator(self, model: nn.Module) -> Collate:
-        """The collator of the host's supervised fine-tuning."""
+        """Returns the collator of the host's supervised fine-tuning."""
         return SFTDataCollatorWith4DAttentionMask(
             template=self.template,
             model=model,
@@ -117,43 +105,41 @@ class _HostData:
             **self.tokenizer_module,
         )
 
+    def common(self) -> dict[str, Any]:
+        """Returns the inputs that selection and calibration share."""
+        return {
+            "load_model": self._load_model,
+            "model_name": self.host.model.model_name_or_path,
+            "dataset_name": ", ".join(self.host.data.dataset),
+            "autocast": autocast_dtype(self.host.training),
+            "num_workers": self.host.training.dataloader_num_workers,
+        }
 
-def _has_answer(example: dict[str, Any]) -> bool:
-    return any(response["content"].strip() for response in example["_response"])
+    def _load_model(self) -> nn.Module:
+        with whole_model_on_every_rank():
+            return load_model(self.tokenizer, self.host.model, self.host.finetuning, is_trainable=False)
 
 
-class _Rows:
-    def __init__(self, data: _HostData) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data.rows)
-
-    def images(self, row: int) -> list[ImageLike]:
-        return self._data.rows[row]["_images"] or []
-
-
-class _CaptionSource(_Rows):
-    """Captions for the language model alone: what the assistant says, its turns joined by line breaks."""
+class _Captions(_Rows):
+    """The assistant's turns as captions for the language model alone."""
 
     def encode(self, row: int) -> Features | None:
-        example = self._data.rows[row]
-        messages = [*example["_prompt"], *example["_response"][:1]]
-        spoken = [message["content"] for message in messages if message["role"] == Role.ASSISTANT]
-        text = "\n".join(spoken).replace(IMAGE_PLACEHOLDER, "")
-        return encode_caption(text, self._data.tokenizer, self._data.host.data.cutoff_len)
+        messages = [*self.rows[row]["_prompt"], *self.rows[row]["_response"][:1]]
+        turns = [message["content"] for message in messages if message["role"] == Role.ASSISTANT]
+        text = "\n".join(turns).replace(IMAGE_PLACEHOLDER, "")
+        return encode_caption(text, self.tokenizer, self.host.data.cutoff_len)
 
 
-class _HostSource(_Rows):
-    """Samples as training sees them; the first with images are checked for tokens that were cut off."""
+class _Samples(_Rows):
+    """Samples as training sees them. The first ones are checked for image tokens that were cut off."""
 
-    def __init__(self, data: _HostData) -> None:
-        super().__init__(data)
-        self._processor = data.processor()
+    def __init__(self, host: HostArguments, n_samples: int) -> None:
+        super().__init__(host, n_samples)
+        self._processor = self._make_processor()
         self._n_encoded = 0
 
     def encode(self, row: int) -> Features | None:
-        example = self._data.rows[row]
+        example = self.rows[row]
         features = self._encode(example, self._processor) if _has_answer(example) else None
         if features is not None:
             if self._n_encoded < N_CHECKED and features["images"]:
@@ -161,30 +147,28 @@ class _HostSource(_Rows):
             self._n_encoded += 1
         return features
 
+    def _make_processor(self, do_generate: bool = False) -> Any:
+        module = self.tokenizer_module
+        return _get_dataset_processor(self.host.data, "sft", self.template, **module, do_generate=do_generate)
+
     def _encode(self, example: dict[str, Any], processor: Any) -> Features | None:
-        try:
-            encoded = processor.preprocess_dataset({name: [value] for name, value in example.items()})
-        except OSError:
-            for image in example["_images"]:
-                load_image(image)  # names the broken file
-            raise
+        encoded = processor.preprocess_dataset({name: [value] for name, value in example.items()})
         return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
 
     def _check(self, row: int, features: Features) -> None:
-        data = self._data
-        check_image_tokens(row, features, data.template, data.host.data, **data.tokenizer_module)
+        check_image_tokens(row, features, self.template, self.host.data, **self.tokenizer_module)
 
 
-class _UnlabeledSource(_HostSource):
-    """Samples without labels, with other images if asked for: the whole conversation, or what precedes the answer."""
+class _UnlabeledSamples(_Samples):
+    """Samples without labels: whole conversations, or the text before the answer; other images may replace theirs."""
 
-    def __init__(self, data: _HostData, text: Text) -> None:
-        super().__init__(data)
+    def __init__(self, host: HostArguments, n_samples: int, text: Text) -> None:
+        super().__init__(host, n_samples)
         self._text = text
-        self._prompt_processor = data.processor(do_generate=True)
+        self._prompt_processor = self._make_processor(do_generate=True)
 
     def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
-        example = dict(self._data.rows[row])
+        example = dict(self.rows[row])
         if images is not None:
             example["_images"] = list(images)
         whole = self._text == "conversation" and _has_answer(example)
@@ -193,3 +177,7 @@ class _UnlabeledSource(_HostSource):
             return None
         self._check(row, features)
         return features | {"labels": [IGNORE_INDEX] * len(features["input_ids"])}
+
+
+def _has_answer(example: dict[str, Any]) -> bool:
+    return any(response["content"].strip() for response in example["_response"])

@@ -1,14 +1,11 @@
-"""A recipe as the host reads it, with errors that name the key: the host's own name none, or come too late."""
+"""A recipe of the host: its keys, and the arguments that the host's parser makes of them."""
 
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamafactory.data.parser import get_dataset_list
-from llamafactory.data.template import TEMPLATES
 from llamafactory.hparams import get_train_args
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,31 +14,19 @@ from yaml import YAMLError
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
-from llamafactory_hera.keys import typed
 from llamafactory_hera.selection.run_yaml import RecipeFile
 
-#: Settings that a pass without training has no use for, or under which the host would ask for more than it needs.
+#: Keys of training that a command without training ignores.
 NOT_TRAINING: dict[str, Any] = {
-    "do_train": False,
-    "do_eval": False,
-    "do_predict": False,
-    "predict_with_generate": False,
-    "plot_loss": False,
+    **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate", "plot_loss"), False),
+    **dict.fromkeys(("load_best_model_at_end", "packing", "neat_packing"), False),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "tokenized_path")),
     "report_to": "none",
-    "deepspeed": None,
-    "fsdp": None,
-    "fsdp_config": None,
-    "resume_from_checkpoint": None,
-    "load_best_model_at_end": False,
-    "tokenized_path": None,
-    "packing": False,
-    "neat_packing": False,
 }
-_COUNTS = {"cutoff_len", "max_samples"}  # the host takes any value, and compares it with numbers later
 
 
 class HostArguments(NamedTuple):
-    """What the host's parser makes of a recipe."""
+    """The arguments that the host's parser makes of a recipe."""
 
     model: Any
     data: Any
@@ -50,7 +35,7 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe set to score instead of train: the keys given beside the file, and all keys, with their values."""
+    """A recipe that scores instead of training: the overrides, all keys, and both kinds of arguments."""
 
     overrides: dict[str, Any]
     values: dict[str, Any]
@@ -59,9 +44,15 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a YAML or JSON recipe with the host's parser, for scoring; ``forced`` keys go over the overrides."""
+    """Reads a recipe for scoring.
+
+    Args:
+        path: A YAML or JSON file.
+        overrides: ``key=value`` pairs that replace keys of the file.
+        **forced: Keys that replace both.
+    """
     values, changes = read_values(path, overrides)
-    # every head and layer is scored, whichever the recipe aligns and how
+    # All heads and layers are scored, whichever of them the recipe aligns with which objective.
     layers = values.get("hera_granularity") == "layer"
     scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
     scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
@@ -73,92 +64,47 @@ def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence
 def read_values(
     path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A recipe with its overrides as plain values, before the host's parser sees them; and the overrides alone."""
+    """Reads the keys of a recipe with its overrides, and the overrides alone."""
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"{override}: it is neither a recipe nor key=value, for instance output_dir=saves/run.")
+            raise ValueError(f"{override} is neither a recipe nor key=value; write for instance output_dir=saves/run.")
     changes = OmegaConf.from_cli(list(overrides))
     try:
         file = path if path is None or isinstance(path, RecipeFile) else RecipeFile.read(path)
         written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        name = file.path if file is not None else path
-        raise ValueError(f"The recipe {name} is not YAML that the host can read: {error}") from error
+        name = path.path if isinstance(path, RecipeFile) else path
+        raise ValueError(f"{name} is not a YAML recipe: {' '.join(str(error).split())}") from error
     return values, {key: values[key] for key in changes}
 
 
+def host_arguments(values: Mapping[str, Any]) -> HostArguments:
+    """Parses the keys of a recipe with the host's parser."""
+    if values.get("dataset") is None:
+        raise ValueError("dataset: it has no value; name a dataset with images and text.")
+    return HostArguments(*get_train_args(dict(values))[:4])
+
+
 def named_output(values: Mapping[str, Any], example: str) -> Path:
-    """The output folder that a recipe must name; the host would take one in the working directory without asking."""
+    """Returns the output folder, which a recipe must name: the host's default is in the working directory."""
     if not values.get("output_dir"):
-        raise ValueError(f"output_dir: none is named; say where the result goes, for instance output_dir={example}.")
+        raise ValueError(f"output_dir: it has no value; name a folder for the result, such as {example}.")
     return Path(values["output_dir"])
 
 
-def host_arguments(values: Mapping[str, Any]) -> HostArguments:
-    """Parses a recipe's keys with the host's parser, and checks that what they name is there."""
-    if values.get("stage") == "hera" and os.environ.get("HERA_DISABLE", "0") not in ("", "0"):
-        raise ValueError(f"HERA_DISABLE: {os.environ['HERA_DISABLE']} keeps stage: hera from LLaMA-Factory; unset it.")
-    if not values.get("model_name_or_path"):
-        raise ValueError("model_name_or_path: none is named; give the folder of a model, or a hub id.")
-    if values.get("dataset") is None:
-        raise ValueError("dataset: none is named; name one with images and text.")
-    adapter, tuning = values.get("adapter_name_or_path"), values.get("finetuning_type", "lora")
-    if adapter and tuning != "lora":
-        raise ValueError(
-            f"adapter_name_or_path: {adapter} is loaded under finetuning_type: lora alone, and here it is {tuning}; "
-            "set finetuning_type: lora, or remove the adapter."
-        )
-    for key in _COUNTS & values.keys():
-        if values[key] is not None or key == "cutoff_len":
-            typed(key, values[key], int)
-    host = HostArguments(*get_train_args(dict(values))[:4])
-    name, data = host.data.template, host.data
-    if name is not None and name not in TEMPLATES:
-        near = " or ".join(get_close_matches(name, TEMPLATES, cutoff=0.5)) or "llava_qwen3"
-        raise ValueError(f"template: {name} does not exist; write the one of the model, for instance {near}.")
-    check_datasets("dataset", data.dataset, data.dataset_dir)
-    check_stream(data, host.training)
-    adapter_folders(host.model)
-    return host
-
-
-def check_stream(data: Any, training: Any) -> None:
-    """Checks that the host, which cuts a local file into as many parts as there are workers, makes one at least."""
-    local = any(each.load_from == "file" for each in get_dataset_list(data.dataset, data.dataset_dir))
-    if data.streaming and local and training.dataloader_num_workers == 0:
-        raise ValueError(
-            "dataloader_num_workers: 0 leaves LLaMA-Factory's streaming no part of a local dataset; set it to 1 or "
-            "more, or streaming: false."
-        )
-
-
-def check_datasets(key: str, names: Sequence[str], folder: Any) -> None:
-    """Checks that the datasets which a key names are those of a ``dataset_dir``."""
-    try:
-        get_dataset_list(names, folder)
-    except ValueError as error:
-        raise ValueError(
-            f"{key}: {', '.join(names)} cannot be found in dataset_dir: {folder}. {error} Name datasets of its "
-            "dataset_info.json, or add them there."
-        ) from error
-
-
 def model_folder(model_args: Any) -> Path:
-    """The local folder of a model's files; of a hub model the snapshot, which is fetched with its weights."""
-    name = model_args.model_name_or_path
-    return local_folder(name, "model_name_or_path", "a whole model", **_hub_options(model_args))
+    """Returns the local folder of the model, and fetches a hub model."""
+    return local_folder(model_args.model_name_or_path, "model_name_or_path", "a model", **_hub_options(model_args))
 
 
 def adapter_folders(model_args: Any) -> list[Path]:
-    """The local folders of a run's adapters."""
+    """Returns the local folders of the adapters of a run."""
     inside = model_args.adapter_folder or "."
     needs = (Path(inside) / "adapter_config.json").as_posix()
-    what = "an adapter: the output folder of a LoRA run or of a calibration"
-    return [
-        local_folder(name, "adapter_name_or_path", what, True, needs, **_hub_options(model_args)) / inside
-        for name in model_args.adapter_name_or_path or []
-    ]
+    options = {"weights": True, "needs": needs, **_hub_options(model_args)}
+    names = model_args.adapter_name_or_path or []
+    return [local_folder(name, "adapter_name_or_path", "an adapter", **options) / inside for name in names]
 
 
 def _hub_options(model_args: Any) -> dict[str, Any]:

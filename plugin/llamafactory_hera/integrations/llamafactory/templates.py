@@ -1,8 +1,7 @@
 """Chat templates of LLaVA-style models, registered with the host.
 
-Each is the host's own template of the language model, with the data plugin of LLaVA, which puts image tokens in.
-Only the patch of the host's ``data.template`` imports this, once that module is there; their names are in
-``backbones.table``.
+Each one is the host's template of the language model with the host's data plugin of LLaVA, which inserts the image
+tokens. ``backbones.table`` names them. Only the patch of the host's ``data.template`` imports this module.
 """
 
 from dataclasses import dataclass, fields
@@ -13,12 +12,12 @@ from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import Template
 from typing_extensions import override
 
-#: Name -> the host's template that it is made of, and what is changed of it.
+#: Name -> the host's template that it starts from, and the fields that differ.
 #:
-#: - ``llava_qwen3`` is without thinking: plain ChatML, as Qwen3's Instruct-2507 models have it. The empty thought that
-#:   the hybrid models put in front of an answer is left out in training and, by `build`, in the model's own template.
-#: - ``llava_llama3``: the host's second stop word is Llama 3.1's; here it would add a token to the vocabulary.
-#: - ``llava_vicuna``: LLaVA-1.5's format. The host's ``vicuna`` and ``llava`` leave the BOS token out.
+#: - ``llava_qwen3`` has no thinking: it is plain ChatML, as for Qwen3's Instruct-2507 models. The hybrid models put an
+#:   empty thought before an answer; training leaves it out, and `build` removes it from the model's own template.
+#: - ``llava_llama3``: the host's second stop word belongs to Llama 3.1 and would add a token to the vocabulary.
+#: - ``llava_vicuna`` is the format of LLaVA-1.5. The host's ``vicuna`` and ``llava`` lack the BOS token.
 _BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_qwen2_5": ("qwen", {}),
     "llava_qwen3": ("qwen3_nothink", {}),
@@ -28,36 +27,36 @@ _BASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def register(host: ModuleType) -> None:
-    """Registers the templates with the host's ``data.template`` module, leaving names that it already has alone."""
+    """Registers the templates with the host's ``data.template`` module, unless it has a template of that name."""
     bos = host.EmptyFormatter(slots=[{"bos_token"}])
     settings: dict[str, dict[str, Any]] = {
         "llava_plain": {
             "format_prefix": bos,
-            # LLaVA ends a caption by a line break and nothing else
+            # LLaVA ends a caption with a line break only.
             "format_assistant": host.StringFormatter(slots=["{{content}}\n"]),
             "template_class": PlainTemplate,
         }
     }
     for name, (base, changes) in _BASES.items():
         template = host.TEMPLATES[base]
-        own = {field.name: getattr(template, field.name) for field in fields(template)}
-        settings[name] = {**own, "template_class": type(template), **changes}
+        copied = {field.name: getattr(template, field.name) for field in fields(template)}
+        settings[name] = {**copied, "template_class": type(template), **changes}
     settings["llava_vicuna"] |= {"format_prefix": bos, "template_class": VicunaTemplate}
-    for name, own in settings.items():
+    for name, values in settings.items():
         if name not in host.TEMPLATES:
             plugin = get_mm_plugin(name="llava", image_token="<image>")
-            host.register_template(**own | {"name": name, "mm_plugin": plugin})
+            host.register_template(**values | {"name": name, "mm_plugin": plugin})
 
 
 @dataclass
 class PlainTemplate(Template):
-    """LLaVA's stage 1: an image, then its caption; of a user's turn its images alone, and no system message."""
+    """The format of LLaVA's stage 1: an image and its caption, without the user's text and a system message."""
 
     @override
     def _encode(
         self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
     ) -> list[list[int]]:
-        # the plugin has put the image's tokens in already, instead of its placeholder
+        # The plugin has already replaced each placeholder by the tokens of its image.
         token = self.mm_plugin.image_token
         images_only = [
             {**message, "content": token * message["content"].count(token)} if message["role"] == "user" else message
@@ -68,7 +67,7 @@ class PlainTemplate(Template):
 
 @dataclass
 class VicunaTemplate(Template):
-    """A user's turn that follows an answer is encoded behind its EOS token: alone, SentencePiece would add a space."""
+    """Encodes a user's turn together with the EOS token before it, because SentencePiece would add a space to it."""
 
     @override
     def _encode(

@@ -15,6 +15,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import on_first
 from llamafactory_hera.files import locked
 from llamafactory_hera.heads.targets import AUTO
+from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import TokenObjective, find
 from llamafactory_hera.selection.resolve import resolve_targets
@@ -24,21 +25,68 @@ from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_o
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
 from .recipe import HostArguments
-
-logger = logging.getLogger("llamafactory_hera")
+from .words import host_words
 
 
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
     """The host's SFT trainer with HeRA."""
 
 
+@host_words()
+def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
+    """Trains with HeRA; without ``do_train`` it runs the host's SFT workflow unchanged.
+
+    Args:
+        workflow: The host's module ``train.sft.workflow``.
+        run_sft: Its function, which takes the host's argument classes and callbacks.
+        *arguments: The arguments of that function.
+
+    Raises:
+        ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
+        RuntimeError: The host's workflow starts to train with another trainer.
+    """
+    host = HostArguments(*arguments[:4])
+    if not host.training.do_train:
+        return run_sft(*arguments)
+    show_messages(logging.getLogger("llamafactory"))  # its handlers include the web UI's
+    config = HeraConfig.from_keys(host.finetuning)
+    layout = check_run(config, host)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
+        checkpoint = checkpoint_of(host.training)
+        host.training.resume_from_checkpoint = checkpoint  # the host would take the word `false` for a path
+        targets = resolve_targets(config, selecting_run(config, host, layout))
+        if config.named_targets == AUTO:
+            setattr(host.finetuning, config.targets_key, str(targets))
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+
+        named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
+        hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
+        proof = _Proof()
+        plot_loss, create_card = workflow.plot_loss, workflow.create_modelcard_and_push
+        replacements: dict[str, Any] = {
+            "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
+            "CustomSeq2SeqTrainer": partial(proof.make, hub_datasets, hera=config, targets=targets),
+            "plot_loss": lambda folder, keys: plot_loss(folder, keys=[*keys, *_curves(config.objective)]),
+            # The host calls the trainer's own method only if it pushes to a hub.
+            "create_modelcard_and_push": lambda trainer, *rest: (
+                create_card(trainer, *rest),
+                trainer.write_hera_card(),
+            ),
+        }
+        stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
+        vars(workflow).update(replacements)
+        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+
+
 class _Proof(TrainerCallback):
-    """Stops a run before its first step whose trainer is not ours."""
+    """Makes the trainer with HeRA, and stops a run before its first step if another trainer runs it."""
 
     trainer: HeraSftTrainer | None = None
 
-    def make(self, *args: Any, hub_datasets: list[str], **kwargs: Any) -> HeraSftTrainer:
-        """Makes our trainer, as the host makes its own."""
+    def make(self, hub_datasets: list[str], *args: Any, **kwargs: Any) -> HeraSftTrainer:
+        """Makes the trainer with the arguments of the host's own class."""
         self.trainer = HeraSftTrainer(*args, **kwargs)
         self.trainer.hub_datasets = hub_datasets
         return self.trainer
@@ -46,63 +94,12 @@ class _Proof(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             raise RuntimeError(
-                "stage: hera: LLaMA-Factory's SFT workflow trains without HeRA, with another trainer than "
-                "CustomSeq2SeqTrainer. Remove the setting that chose it, or use stage: sft."
+                "stage: hera: LLaMA-Factory's SFT workflow trains with another trainer than CustomSeq2SeqTrainer, and "
+                "without HeRA. Remove the setting that chose it, or use stage: sft."
             )
 
 
-def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
-    """Trains with HeRA; without ``do_train`` it is the host's SFT workflow.
-
-    ``run_sft`` is the function of the host's ``train.sft.workflow`` that takes its sets of arguments and callbacks.
-
-    Raises:
-        ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
-        RuntimeError: The host's workflow begins to train with another trainer.
-    """
-    host = HostArguments(*arguments[:4])
-    if not host.training.do_train:
-        return run_sft(*arguments)
-    _log_through_host()
-    config = HeraConfig.from_keys(host.finetuning)
-    layout = check_run(config, host)
-    with ExitStack() as stack:
-        on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
-        checkpoint = checkpoint_of(host.training)
-        host.training.resume_from_checkpoint = checkpoint  # `false` written out is no path
-        targets = resolve_targets(config, selecting_run(config, host, layout))
-        if config.named_targets == AUTO:
-            setattr(host.finetuning, config.targets_key, str(targets))
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
-
-        def create_card(trainer: HeraSftTrainer, *rest: Any) -> None:
-            workflow_card(trainer, *rest)
-            trainer.write_hera_card()  # the host goes by the trainer's own method only when it pushes
-
-        named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
-        hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
-        proof = _Proof()
-        workflow_plot, workflow_card = workflow.plot_loss, workflow.create_modelcard_and_push
-        replacements: dict[str, Any] = {
-            "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
-            "CustomSeq2SeqTrainer": partial(proof.make, hera=config, targets=targets, hub_datasets=hub_datasets),
-            "plot_loss": lambda folder, keys: workflow_plot(folder, keys=[*keys, *_curves(config.objective)]),
-            "create_modelcard_and_push": create_card,
-        }
-        stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
-        vars(workflow).update(replacements)
-        run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
-
-
 def _curves(objective: str) -> list[str]:
-    """What `plot_loss: true` draws beside the host's own."""
-    measured = [] if issubclass(find(objective), TokenObjective) else ["hera_mknn"]
-    return ["lm_loss", "hera_loss", *measured, *find(objective).logged]
-
-
-def _log_through_host() -> None:
-    """Hands the method's messages to the host's logger, which has the handlers, of terminal and web UI alike."""
-    ours = logging.getLogger("llamafactory_hera")
-    ours.parent = logging.getLogger("llamafactory")
-    ours.setLevel(logging.NOTSET)  # forgets, too, which levels were switched off before
+    """Lists the curves that ``plot_loss`` draws in addition to the host's."""
+    found = find(objective)
+    return ["lm_loss", "hera_loss", *([] if issubclass(found, TokenObjective) else ["hera_mknn"]), *found.logged]

@@ -1,0 +1,106 @@
+"""Messages are printed once in every host, and refusals in one line, in the words of the host."""
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.integrations import messages
+from llamafactory_hera.integrations.llamafactory.words import host_words, in_host_words
+from llamafactory_hera.integrations.messages import shorten_refusals, show_messages
+from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.training.checks import check_output, idle_message
+
+OURS = logging.getLogger("llamafactory_hera")
+
+
+@pytest.fixture(autouse=True)
+def fresh_loggers() -> Iterator[None]:
+    """Leaves the loggers as they were."""
+    before = [(logger, logger.handlers[:], logger.level) for logger in (OURS, logging.getLogger())]
+    OURS.handlers, OURS.level = [], logging.NOTSET
+    yield
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+
+
+class Printed(logging.StreamHandler):
+    """A handler of a host; it prints what its filter lets through."""
+
+    def __init__(self, least: int = logging.NOTSET) -> None:
+        super().__init__(sys.stdout)
+        self.addFilter(lambda record: record.levelno >= least)
+
+
+@pytest.mark.parametrize(
+    "of_root",
+    [[], [logging.NullHandler], [Printed], [lambda: Printed(logging.WARNING)]],
+    ids=["no handler", "a silent one", "a terminal", "a terminal that drops INFO"],
+)
+def test_messages_are_printed_once(of_root: list, capsys: pytest.CaptureFixture) -> None:
+    logging.getLogger().handlers[:] = [make() for make in of_root]
+    for _ in range(2):
+        show_messages()
+    OURS.info("an info")
+    OURS.getChild("part").warning("a warning")
+    OURS.debug("a detail")
+    printed = "".join(capsys.readouterr())
+    assert (printed.count("an info"), printed.count("a warning"), printed.count("a detail")) == (1, 1, 0)
+
+
+def test_only_the_first_process_prints_messages_and_every_one_prints_warnings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    show_messages()
+    monkeypatch.setattr(messages, "rank", lambda: 1)
+    OURS.info("an info")
+    OURS.warning("a warning")
+    assert "an info" not in (printed := capsys.readouterr().err)
+    assert "a warning" in printed
+
+
+def test_messages_share_handlers_and_level_of_a_host(capsys: pytest.CaptureFixture) -> None:
+    host = logging.Logger("host", logging.WARNING)
+    host.addHandler(Printed())
+    show_messages(host)
+    OURS.info("an info")
+    OURS.warning("a warning")
+    out, err = capsys.readouterr()
+    assert (out, err) == ("a warning\n", "")
+
+
+def test_the_level_of_the_user_stays(capsys: pytest.CaptureFixture) -> None:
+    OURS.setLevel(logging.ERROR)
+    show_messages()
+    OURS.warning("a warning")
+    assert "".join(capsys.readouterr()) == ""
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_bad_input_ends_a_process_with_one_line_and_other_errors_keep_their_traceback(
+    debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setenv("HERA_DEBUG", debug)
+    shorten_refusals()
+    for refuse, short in ((lambda: check_output("a", {"b": "."}), debug == "0"), (lambda: int("x"), False)):
+        with pytest.raises(ValueError) as error:
+            refuse()
+        sys.excepthook(error.type, error.value, error.tb)
+        printed = capsys.readouterr().err
+        assert (printed == f"llamafactory-hera: {error.value}\n") == short
+        assert ("Traceback" in printed) != short
+
+
+def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
+    assert in_host_words("model: m is quantized") == "model_name_or_path: m is quantized"
+    assert in_host_words("hera_k: 0 is out of range") == "hera_k: 0 is out of range"
+    idle = in_host_words(idle_message(Targets.parse("L0H0"), "nothing is trained"))
+    assert idle.endswith("freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all.")
+    with pytest.raises(ValueError, match=r"nowhere\.png.* In LLaMA-Factory: media_dir\.$"), host_words():
+        load_image("nowhere.png")
+    with pytest.raises(UnicodeDecodeError), host_words():  # whose arguments are no message
+        b"\xff".decode()

@@ -1,0 +1,67 @@
+"""The private names of other packages that the package uses, each with the version in which it was seen.
+
+Look here first if a new version of a package breaks something.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import llamafactory_hera
+
+PACKAGE = Path(llamafactory_hera.__file__).parent
+#: Owner and version -> the names that are used or overridden.
+PRIVATE_NAMES = {
+    "transformers.Trainer 5.5.4": {
+        "_get_learning_rate",
+        "_get_output_dir",
+        "_load_best_model",  # overridden, as the next three
+        "_load_from_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "_save_checkpoint",
+        "_prepare_inputs",
+        "_set_signature_columns_if_needed",
+        "_signature_columns",
+    },
+    "a model or configuration of transformers 5.5.4": {
+        "_attn_implementation",
+        "_gradient_checkpointing_func",
+        "_name_or_path",
+    },
+    "transformers.integrations.deepspeed 5.5.4": {"_hf_deepspeed_config_weak_ref"},
+    "datasets 4.0.0": {"_formatting", "_info"},
+    "torch 2.11.0": {"_C", "_current_graph_task_id"},
+    "argparse of Python 3.11": {"_option_string_actions"},
+    "llamafactory.data.loader 0.9.5": {"_get_dataset_processor", "_get_merged_dataset"},
+    "llamafactory.webui 0.9.5": {"_build_config_dict", "_clean_cmd", "_id", "_parse_train_args"},
+}
+_PRIVATE = re.compile(r"_(?!_)[A-Za-z]\w*")
+_PUBLIC = {"_asdict", "_fields", "_replace"}  # of named tuples
+
+
+def _defined(tree: ast.Module) -> Iterator[str]:
+    """Lists the names that a module defines, attributes of its own objects included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+
+
+def _used(tree: ast.Module) -> Iterator[str]:
+    """Lists the attributes that a module reads, also through ``getattr``, and the names that it imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_private_name_of_another_package_is_listed() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    ours = {name for tree in trees for name in _defined(tree)} | _PUBLIC
+    used = {name for tree in trees for name in _used(tree) if _PRIVATE.fullmatch(name)}
+    assert used - ours - set.union(*PRIVATE_NAMES.values()) == set()
