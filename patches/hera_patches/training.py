@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from traceback import walk_tb
+from dis import opmap
 from typing import Any
 
 from .registry import around, patch, require
@@ -73,7 +73,7 @@ def tuner(module: Any) -> None:
             words = [args.get("stage")] if isinstance(args, Mapping) else args or []
             if "hera" not in words or _is_refusal(error):
                 raise
-            raise ValueError(str(error)) from error  # an error of the host that is raised here counts as a refusal
+            raise ValueError(str(error)) from error  # makes the host's error a refusal, too
         _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train
         return parsed
 
@@ -86,7 +86,8 @@ def tuner(module: Any) -> None:
     def run_exp(host: Any, args: Any = None, callbacks: Any = None) -> None:
         try:
             host(args, callbacks)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            # a program that passes `args` handles the error itself
             if args is not None or os.environ.get("HERA_DEBUG", "0") not in ("", "0") or not _is_refusal(error):
                 raise
             sys.exit(f"llamafactory-hera: {error}")
@@ -164,7 +165,13 @@ def _check_arrived(what: str) -> None:
         )
 
 
-def _is_refusal(error: ValueError) -> bool:
-    """Whether the plugin raised an error itself, as opposed to a library that the run called."""
-    *_, (frame, _) = walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("llamafactory_hera", "hera_patches")
+def _is_refusal(error: Exception) -> bool:
+    """Whether a ``raise`` statement of the plugin raised an error; an error of a library keeps its traceback."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
+    return raised and package in ("llamafactory_hera", "hera_patches")
