@@ -1,10 +1,9 @@
 """Changes to LLaMA-Factory (the host) in memory; its files on disk stay as they are.
 
 ``llamafactory_hera.pth`` runs at every start of Python. It adds a small import hook that imports this package and
-calls :func:`install` when a program imports the host. Importing even an empty package at every start would cost more
-than that hook. From Python 3.15 on, ``llamafactory_hera.start`` calls :func:`install` directly. :func:`install` only
-adds a second import hook, which changes each module of the host right after it is imported. ``HERA_DISABLE=1`` turns
-both off.
+calls :func:`install` when a program imports the host; to import even an empty package each time would take longer.
+From Python 3.15 on, ``llamafactory_hera.start`` calls :func:`install` directly. :func:`install` only adds a second
+hook, which changes each module of the host right after its import. ``HERA_DISABLE=1`` switches it off.
 """
 
 import os

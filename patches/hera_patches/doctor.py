@@ -10,10 +10,10 @@ from typing import NamedTuple
 import llamafactory_hera
 
 from . import disabled, installed, patches
-from .registry import PINNED_INSTALL, TESTED_HOST, statuses
+from .registry import MISFITS, PINNED_INSTALL, TESTED_HOST
 
-_PACKAGES = ("llamafactory", "torch", "torchvision", "torchaudio", "transformers", "peft", "accelerate", "deepspeed")
 _OPTIONAL = ("torchaudio", "deepspeed")
+_PACKAGES = ("llamafactory", "torch", "torchvision", "transformers", "peft", "accelerate", *_OPTIONAL)
 
 
 class _Finding(NamedTuple):
@@ -81,17 +81,15 @@ def _patches() -> Iterator[_Finding]:
         yield _Finding("patches", "disabled by HERA_DISABLE", "unset HERA_DISABLE to train with stage: hera")
         return
     if not installed():
-        yield _Finding(
-            "patches",
-            "not active: this Python has no llamafactory_hera.pth in a site-packages folder, or ignores it",
-            "install the plugin again with `pip install --force-reinstall --no-deps .` in a clone of "
-            "llamafactory-hera, and run Python without -S",
-        )
+        text = "not active: this Python has no llamafactory_hera.pth in a site-packages folder, or ignores it"
+        yield _Finding("patches", text, "install the plugin again, and run Python without -S")
         return
     for host, patch in patches().items():
+        name = f"patch {patch.name}"
         if error := _import_error(host):
-            yield _Finding(f"patch {patch.name}", f"{host}: import fails: {error}", f"repair it: {PINNED_INSTALL}")
-    for patch, misfit in statuses():
-        text = f"does not fit: {misfit}." if misfit else "applied."
-        remedy = f"install LLaMA-Factory {TESTED_HOST}: {PINNED_INSTALL}" if misfit else None
-        yield _Finding(f"patch {patch.name}", f"{text} {patch.summary}", remedy)
+            yield _Finding(name, f"{host}: import fails: {error}", f"repair it: {PINNED_INSTALL}")
+        elif misfit := MISFITS[patch.name]:
+            remedy = f"install LLaMA-Factory {TESTED_HOST}: {PINNED_INSTALL}"
+            yield _Finding(name, f"does not fit: {misfit}. {patch.summary}", remedy)
+        else:
+            yield _Finding(name, f"applied. {patch.summary}")

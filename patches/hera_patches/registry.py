@@ -2,11 +2,10 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import wraps
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 #: The release of LLaMA-Factory that the patches are tested with.
 TESTED_HOST = "0.9.5"
@@ -14,42 +13,21 @@ TESTED_HOST = "0.9.5"
 PINNED_INSTALL = '`pip install ".[pinned]"` in a clone of llamafactory-hera'
 
 
-@dataclass(frozen=True)
-class Patch:
-    """A change to one module of the host.
+class Patch(NamedTuple):
+    """A change to one module of the host."""
 
-    Attributes:
-        host: Name of the module.
-        apply: Makes the change; raises an error where it does not fit.
-        functions: Functions that the change relies on, by dotted name, with their parameters separated by spaces.
-        used: Names that a function of the host must use in its code, by the function's dotted name.
-    """
-
-    host: str
-    apply: Callable[[Any], None]
-    functions: dict[str, str]
-    used: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        """The name in messages."""
-        return self.apply.__name__
-
-    @property
-    def summary(self) -> str:
-        """A sentence that describes the change."""
-        return (self.apply.__doc__ or "").partition("\n")[0]
-
-    @property
-    def for_training(self) -> bool:
-        """Whether a training run needs the change; otherwise it is for the web UI alone."""
-        return self.apply.__module__.endswith(".training")
+    name: str
+    summary: str
+    for_training: bool  #: False if only the web UI needs the change.
+    apply: Callable[[Any], None]  #: Changes the module, or raises an error if it does not fit.
+    functions: dict[str, str]  #: Dotted names of the functions that it relies on -> their parameters.
+    used: dict[str, str]  #: Dotted names of functions -> names that their code must use.
 
 
-#: All registered patches by the module of the host that they change.
+#: All patches by the module of the host that they change.
 PATCHES: dict[str, Patch] = {}
-#: For each patch whose module was imported: the reason why it does not fit, or None where it was applied.
-_misfits: dict[str, str | None] = {}
+#: Name of each patch whose module was imported -> the reason why it does not fit, or None if it was applied.
+MISFITS: dict[str, str | None] = {}
 
 
 def patch(
@@ -58,7 +36,8 @@ def patch(
     """Returns a decorator that registers a function as the patch of a module; see :class:`Patch` for the arguments."""
 
     def register(apply: Callable[[Any], None]) -> Callable[[Any], None]:
-        PATCHES[host] = Patch(host, apply, functions or {}, used or {})
+        summary, for_training = (apply.__doc__ or "").partition("\n")[0], apply.__module__.endswith(".training")
+        PATCHES[host] = Patch(apply.__name__, summary, for_training, apply, functions or {}, used or {})
         return apply
 
     return register
@@ -114,7 +93,7 @@ def apply_to(module: ModuleType) -> None:
             patch.apply(module)
     except Exception as error:  # an error here must not stop the host
         misfit = f"{type(error).__name__}: {error}"
-    _misfits[patch.name] = misfit
+    MISFITS[patch.name] = misfit
     if misfit is not None:
         lost = "`stage: hera`" if patch.for_training else "HeRA in the web UI"
         print(
@@ -124,18 +103,12 @@ def apply_to(module: ModuleType) -> None:
         )
 
 
-def statuses() -> Iterator[tuple[Patch, str | None]]:
-    """Yields every patch whose module was imported, and the reason why it does not fit, or None."""
-    for patch in PATCHES.values():
-        if patch.name in _misfits:
-            yield patch, _misfits[patch.name]
-
-
 def require() -> None:
     """Raises ``ValueError`` if a patch that training needs does not fit this host."""
-    misfits = [f"{patch.name} ({misfit})" for patch, misfit in statuses() if misfit and patch.for_training]
-    if misfits:
+    needed = [patch.name for patch in PATCHES.values() if patch.for_training]
+    reasons = [f"{name} ({MISFITS[name]})" for name in needed if MISFITS.get(name)]
+    if reasons:
         raise ValueError(
-            f"stage: hera: this LLaMA-Factory does not fit: {'; '.join(misfits)}. Install {TESTED_HOST} "
+            f"stage: hera: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
             f"({PINNED_INSTALL}), or run `llamafactory-hera doctor`."
         )

@@ -124,10 +124,7 @@ def data_loader(module: Any) -> None:
     used={"LogCallback.on_log": "_write_log"},
 )
 def log_callback(module: Any) -> None:
-    """Writes HeRA's values into `trainer_log.jsonl`, which the web UI plots.
-
-    The host writes a fixed set of keys.
-    """
+    """Adds HeRA's values to the fixed set of keys in `trainer_log.jsonl`, which the web UI plots."""
 
     @around(module.LogCallback)
     def on_log(host: Any, self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -146,10 +143,7 @@ def log_callback(module: Any) -> None:
 
 @patch("llamafactory.data.template")
 def templates(module: Any) -> None:
-    """Adds chat templates for LLaVA-style models on Qwen, Llama 3 and Vicuna, and for LLaVA's stage 1.
-
-    The host combines its ``llava`` data plugin with the Vicuna format alone.
-    """
+    """Adds chat templates for LLaVA-style models; the host has one for the Vicuna format alone."""
     from llamafactory_hera.integrations.llamafactory.templates import register
 
     register(module)
@@ -168,10 +162,9 @@ def _check_arrived(what: str) -> None:
 def _is_refusal(error: Exception) -> bool:
     """Whether a ``raise`` statement of the plugin raised an error; an error of a library keeps its traceback."""
     last = error.__traceback__
-    while last is not None and last.tb_next is not None:
+    assert last is not None
+    while last.tb_next is not None:
         last = last.tb_next
-    if last is None:
-        return False
     package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
     raised = last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
     return raised and package in ("llamafactory_hera", "hera_patches")

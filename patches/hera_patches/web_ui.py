@@ -37,10 +37,7 @@ def loss_plot(module: Any) -> None:
 
 @patch("llamafactory.webui.common", functions={"save_args": "config_path config_dict", "load_args": "config_path"})
 def saved_settings(module: Any) -> None:
-    """Writes saved settings such that a web UI without the plugin can open them.
-
-    The host fails on a saved entry that its page has no element for.
-    """
+    """Lets a web UI without the plugin open saved settings; the host fails on entries for missing elements."""
     from llamafactory_hera.integrations.llamaboard import saved
 
     around(module)(saved.save_args)
@@ -70,10 +67,7 @@ def train_tab(module: Any) -> None:
 
 @patch(
     "llamafactory.webui.runner",
-    functions={
-        "Runner._parse_train_args": "self data",
-        "Runner._initialize": "self data do_train from_preview",
-    },
+    functions={"Runner._parse_train_args": "self data", "Runner._initialize": "self data do_train from_preview"},
 )
 def runner(module: Any) -> None:
     """Sends HeRA's fields with a run, and refuses bad values before it starts."""

@@ -86,8 +86,7 @@ def test_spawned_children_are_patched() -> None:
 def test_every_patch_fits_the_real_host_and_keeps_its_source_and_signatures_readable() -> None:
     for host in patches():
         importlib.import_module(host)
-    found = {patch.name: misfit for patch, misfit in registry.statuses()}
-    assert found == dict.fromkeys((patch.name for patch in patches().values()), None)
+    assert dict.fromkeys(patch.name for patch in patches().values()) == registry.MISFITS
     registry.require()
 
     from llamafactory.train.sft import workflow
@@ -113,14 +112,14 @@ def _uses_nothing(model_args, data_args, training_args, finetuning_args, generat
 def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(
     host: str, content: dict, reason: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(registry, "_misfits", {})
+    monkeypatch.setattr(registry, "MISFITS", {})
+    patch = patches()[host]
     module = ModuleType(host)
     vars(module).update(content)
     before = dict(vars(module))
     registry.apply_to(module)
     assert vars(module) == before
-    ((patch, misfit),) = registry.statuses()
-    assert reason in misfit
+    assert reason in registry.MISFITS[patch.name]
     warning = capsys.readouterr().err
     assert f"{patch.name!r} does not fit" in warning
     assert f"{lost} may not work" in warning

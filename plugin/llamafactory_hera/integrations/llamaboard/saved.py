@@ -1,4 +1,4 @@
-"""Saved settings that a web UI without the plugin can open, too.
+"""Saved settings that also open in a web UI without the plugin.
 
 The host looks up every entry of such a file among the elements of its page, and fails if there is none. Therefore the
 file holds the host's entries with the host's values, and a last line with what differs under the plugin. That line is
