@@ -110,7 +110,9 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
     log = [json.loads(line) for line in (board.folder / run / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["hera_loss"] > 0 and line["lm_loss"] > 0 for line in log[:-1]] == [True] * 12
 
-    expect(page.page.locator(".image-frame img")).to_be_visible()  # the scores of the heads
+    scores = page.page.locator(".image-frame img")
+    scores.evaluate("element => element.scrollIntoView()")  # the browser loads it when it comes into view
+    expect(scores).to_be_visible()
     lines = page.page.locator(".cm-line").all_inner_texts()
     commands = {line.split()[1]: shlex.split(line) for line in lines}
     assert list(commands) == ["select", "score", "report", "calibrate", "eval"]
@@ -127,6 +129,7 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
     page.name("Output dir", "trained")  # the host loads the settings of the run, and the page its results
     report = page.page.frame_locator("iframe[srcdoc]")
     expect(report.get_by_role("heading").first).to_be_visible()
+    page.page.get_by_test_id("toast-close").first.click()  # the host's warning covers the commands
     page.shot("03_report", top="Commands for a terminal")
 
 
