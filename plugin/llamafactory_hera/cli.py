@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("doctor", _doctor, "check the installation and say what is off")
+    command("doctor", _doctor, "check the installation and say how to fix what does not fit")
 
     demo = command("demo", _demo, "build a tiny offline model, teacher and dataset (about a minute)")
     demo.add_argument("--output", default="hera_demo", help="folder to build (default: %(default)s)")
