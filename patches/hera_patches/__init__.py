@@ -1,33 +1,31 @@
-"""Run-time changes to an unmodified LLaMA-Factory, applied when the host is imported.
+"""Changes to LLaMA-Factory (the host) in memory; its files on disk stay as they are.
 
-At every interpreter start ``llamafactory_hera.pth`` puts a finder of its own first, which imports this package and
-calls ``install()`` once someone imports the host: to import even an empty package would cost more than all else at the
-start. From Python 3.15 on ``llamafactory_hera.start`` calls ``install()`` itself. That only adds an import hook.
-``HERA_DISABLE=1`` switches it off.
+``llamafactory_hera.pth`` runs at every start of Python. It adds a small import hook that imports this package and
+calls :func:`install` when a program imports the host; to import even an empty package each time would take longer.
+From Python 3.15 on, ``llamafactory_hera.start`` calls :func:`install` directly. :func:`install` only adds a second
+hook, which changes each module of the host right after its import. ``HERA_DISABLE=1`` switches it off.
 """
 
 import os
 import sys
 
-TYPE_CHECKING = False  # importing `typing` would cost more than all of this module
+TYPE_CHECKING = False  # importing `typing` would take longer than the rest of this module
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from .registry import Patch
+
 
 class PatchFinder:
-    """Finds the host modules that a patch names and lets everything else pass."""
+    """An import hook for the modules of the host that have a patch; it ignores all other modules."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """Import protocol: the ordinary spec of a host module, its ``exec_module`` followed by the patches."""
-        if not name.startswith("llamafactory."):
-            return None
-        from .registry import PATCHES, apply_to
-
-        if name not in dict(PATCHES):
+        """Returns the usual spec of a module of the host, with a loader that also applies the patch."""
+        if not name.startswith("llamafactory.") or name not in patches():
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
@@ -36,20 +34,34 @@ class PatchFinder:
         execute = spec.loader.exec_module
 
         def exec_module(module: "ModuleType") -> None:
+            from .registry import apply_to
+
             execute(module)
             apply_to(module)
 
-        # on this one loader instance: `inspect.getsource` and `importlib.reload` keep working
+        # changes only this loader object, so `inspect.getsource` and `importlib.reload` keep working
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def patches() -> "dict[str, Patch]":
+    """Returns all patches by the module of the host that they change."""
+    from . import registry, training, web_ui  # noqa: F401  (the last two register their patches)
+
+    return registry.PATCHES
+
+
 def installed() -> bool:
-    """Whether the import hook is there, or what adds it when the host is imported."""
+    """Whether one of the two import hooks is active."""
     return any(type(finder).__name__ in ("PatchFinder", "HeraStart") for finder in sys.meta_path)
 
 
+def disabled() -> bool:
+    """Whether ``HERA_DISABLE`` is set to something other than 0."""
+    return os.environ.get("HERA_DISABLE", "0") not in ("", "0")
+
+
 def install() -> None:
-    """Adds the import hook once, unless ``HERA_DISABLE`` is set to something other than 0."""
-    if os.environ.get("HERA_DISABLE", "0") in ("", "0") and PatchFinder not in map(type, sys.meta_path):
+    """Adds the import hook, unless it is there already or disabled."""
+    if not disabled() and PatchFinder not in map(type, sys.meta_path):
         sys.meta_path.insert(0, PatchFinder())

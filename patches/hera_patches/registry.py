@@ -1,54 +1,68 @@
-"""Which host modules are changed, and what became of each change in this process.
-
-The first line of a patch module's docstring says what it does; its ``apply(module)`` makes the change, or raises where
-it does not fit. What it needs of the host: ``FUNCTIONS`` (dotted name -> parameters), ``USED`` (dotted name of a
-function -> names that it uses). All are tested with 0.9.5.
-"""
+"""The list of patches, the check whether each one fits the installed host, and the state of each in this process."""
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
-from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
-# What a training run needs.
-_TRAINING = (
-    ("llamafactory.hparams.finetuning_args", "finetuning_args"),
-    ("llamafactory.train.sft.workflow", "sft_workflow"),
-    ("llamafactory.train.tuner", "tuner"),
-    ("llamafactory.train.callbacks", "log_callback"),
-    ("llamafactory.data.template", "templates"),
-)
-# What the host's web UI needs; training goes on without it.
-_WEB_UI = (
-    ("llamafactory.extras.constants", "constants"),
-    ("llamafactory.extras.ploting", "loss_plot"),
-    ("llamafactory.webui.common", "saved_settings"),
-    ("llamafactory.webui.locales", "locales"),
-    ("llamafactory.webui.components.train", "train_tab"),
-    ("llamafactory.webui.runner", "runner"),
-    ("llamafactory.webui.engine", "engine"),
-)
-
-#: Host module -> patch module of this package. Names only: nothing is imported before the host is.
-PATCHES = _TRAINING + _WEB_UI
+#: The release of LLaMA-Factory that the patches are tested with.
+TESTED_HOST = "0.9.5"
+#: The remedy for versions that do not work together.
+PINNED_INSTALL = '`pip install ".[pinned]"` in a clone of llamafactory-hera'
 
 
-class Status(NamedTuple):
-    """What became of one patch; ``misfit`` says why it does not fit, and is None where it was applied."""
+class Patch(NamedTuple):
+    """A change to one module of the host."""
 
     name: str
-    what: str
-    misfit: str | None
+    summary: str
+    for_training: bool  #: False if only the web UI needs the change.
+    apply: Callable[[Any], None]  #: Changes the module, or raises an error if it does not fit.
+    functions: dict[str, str]  #: Dotted names of the functions that it relies on -> their parameters.
+    used: dict[str, str]  #: Dotted names of functions -> names that their code must use.
 
 
-_statuses: dict[str, Status] = {}
+#: All patches by the module of the host that they change.
+PATCHES: dict[str, Patch] = {}
+#: Name of each patch whose module was imported -> the reason why it does not fit, or None if it was applied.
+MISFITS: dict[str, str | None] = {}
+
+
+def patch(
+    host: str, functions: dict[str, str] | None = None, used: dict[str, str] | None = None
+) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Returns a decorator that registers a function as the patch of a module; see :class:`Patch` for the arguments."""
+
+    def register(apply: Callable[[Any], None]) -> Callable[[Any], None]:
+        summary, for_training = (apply.__doc__ or "").partition("\n")[0], apply.__module__.endswith(".training")
+        PATCHES[host] = Patch(apply.__name__, summary, for_training, apply, functions or {}, used or {})
+        return apply
+
+    return register
+
+
+def around(owner: Any) -> Callable[[Callable], None]:
+    """Returns a decorator that replaces the function of the same name in a module or class.
+
+    The replacement receives the original function as its first argument.
+    """
+
+    def replace(function: Callable) -> None:
+        host = getattr(owner, function.__name__)
+
+        @wraps(host)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(host, *args, **kwargs)
+
+        setattr(owner, function.__name__, call)
+
+    return replace
 
 
 def misfit_of(module: Any, functions: dict[str, str], used: dict[str, str]) -> str | None:
-    """Says which of ``FUNCTIONS`` and ``USED`` a host's module does not meet, or None."""
+    """Describes the first requirement that a module of the host does not meet, or returns None."""
     for path, expected in functions.items():
         function = _find(module, path)
         if function is None:
@@ -70,58 +84,31 @@ def _find(module: Any, path: str) -> Any:
     return module
 
 
-def around(owner: Any) -> Callable[[Callable], None]:
-    """Decorator: puts a function into a module or class; its first argument is what had its name there before."""
-
-    def replace(function: Callable) -> None:
-        host = getattr(owner, function.__name__)
-
-        @wraps(host)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return function(host, *args, **kwargs)
-
-        @wraps(host)
-        def generate(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            yield from function(host, *args, **kwargs)
-
-        # Gradio asks what a function is before it calls it
-        setattr(owner, function.__name__, generate if inspect.isgeneratorfunction(host) else call)
-
-    return replace
-
-
 def apply_to(module: ModuleType) -> None:
-    """Applies the patch of a freshly executed host module; one that does not fit warns and leaves it alone."""
-    target, name = next(patch for patch in PATCHES if patch[0] == module.__name__)
-    patch = import_module(f"{__package__}.{name}")
+    """Applies the patch of a module that was just imported; if it does not fit, warns and changes nothing."""
+    patch = PATCHES[module.__name__]
     try:
-        reason = misfit_of(module, getattr(patch, "FUNCTIONS", {}), getattr(patch, "USED", {}))
-        if reason is None:
+        misfit = misfit_of(module, patch.functions, patch.used)
+        if misfit is None:
             patch.apply(module)
-    except Exception as error:  # a broken patch must not take the host down
-        reason = f"{type(error).__name__}: {error}"
-    _statuses[name] = Status(name, (patch.__doc__ or "").partition("\n")[0].replace("``", "`"), reason)
-    if reason is None:
-        return
-    lost = "`stage: hera`" if (target, name) in _TRAINING else "HeRA in the web UI"
-    print(
-        f"llamafactory-hera: the patch {name!r} does not fit this LLaMA-Factory ({reason}); {lost} may be "
-        "unavailable. Run `llamafactory-hera doctor`.",
-        file=sys.stderr,
-    )
-
-
-def statuses() -> list[Status]:
-    """The state of every patch whose target was imported in this process."""
-    return [_statuses[name] for _, name in PATCHES if name in _statuses]
+    except Exception as error:  # an error here must not stop the host
+        misfit = f"{type(error).__name__}: {error}"
+    MISFITS[patch.name] = misfit
+    if misfit is not None:
+        lost = "`stage: hera`" if patch.for_training else "HeRA in the web UI"
+        print(
+            f"llamafactory-hera: the patch {patch.name!r} does not fit this LLaMA-Factory ({misfit}); {lost} may not "
+            "work. Run `llamafactory-hera doctor`.",
+            file=sys.stderr,
+        )
 
 
 def require() -> None:
-    """Raises ``RuntimeError`` if a patch that a training run needs was tried and does not fit this host."""
-    tried = [_statuses[name] for _, name in _TRAINING if name in _statuses]
-    misfits = [f"{status.name} ({status.misfit})" for status in tried if status.misfit]
-    if misfits:
-        raise RuntimeError(
-            f"stage: hera cannot run on this LLaMA-Factory: {'; '.join(misfits)}. Install a tested version "
-            '(`pip install "llamafactory-hera[pinned]"`), or see `llamafactory-hera doctor`.'
+    """Raises ``ValueError`` if a patch that training needs does not fit this host."""
+    needed = [patch.name for patch in PATCHES.values() if patch.for_training]
+    reasons = [f"{name} ({MISFITS[name]})" for name in needed if MISFITS.get(name)]
+    if reasons:
+        raise ValueError(
+            f"stage: hera: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
+            f"({PINNED_INSTALL}), or run `llamafactory-hera doctor`."
         )

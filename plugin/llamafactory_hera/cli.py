@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("doctor", _doctor, "check the installation and say what is off")
+    command("doctor", _doctor, "check the installation and say how to fix what does not fit")
 
     select = command("select", _select, "score every attention head and write a recipe with the selected heads")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")

@@ -1,53 +1,40 @@
-"""The demo model, the web UI with and without the plugin, and one browser."""
+"""The web UI with and without the plugin, and one browser."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from .page import BoardPage
-from .server import FLAGS, SYSTEM_CHROMIUM, Board
+from .server import Board
 
-
-def _chromium(playwright: Playwright) -> str:
-    for path in (SYSTEM_CHROMIUM, Path(playwright.chromium.executable_path)):
-        if path.is_file():
-            return str(path)
-    raise AssertionError(
-        "There is no Chromium. Install Debian's package (`apt-get install chromium`), or run `playwright install "
-        "chromium`; `make test` does either."
-    )
+_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium with a profile of its own."""
+    """A headless Chromium: Debian's, or the one that `playwright install chromium` fetched."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=_chromium(playwright), args=FLAGS, headless=True)
+        paths = (Path("/usr/bin/chromium"), Path(playwright.chromium.executable_path))
+        path = next(filter(Path.is_file, paths), None)
+        assert path, "No Chromium found. Run `apt-get install chromium` or `playwright install chromium`."
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, headless=True)
         yield browser
         browser.close()
 
 
 @pytest.fixture(scope="package")
 def board(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Iterator[Board]:
-    """The web UI with the plugin, started in a folder with the demo."""
+    """The web UI with the plugin, started in a folder that holds the demo."""
     board = Board(copy_demo(tmp_path_factory.mktemp("board")))
-    yield board
-    board.close()
-
-
-@pytest.fixture(scope="package")
-def plain_board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    """The web UI without the plugin."""
-    board = Board(tmp_path_factory.mktemp("plain"), plugin=False)
     yield board
     board.close()
 
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Callable[[Board], BoardPage]]:
-    """Opens web UIs in pages that share nothing, and checks at the end that none of their scripts failed."""
+    """Opens a web UI in a fresh page; at the end, no script of any page may have failed."""
     pages: list[BoardPage] = []
 
     def open_page(board: Board) -> BoardPage:
@@ -63,6 +50,5 @@ def open_page(browser: Browser) -> Iterator[Callable[[Board], BoardPage]]:
 
 @pytest.fixture
 def page(board: Board, open_page: Callable[[Board], BoardPage]) -> BoardPage:
-    """A fresh page of the web UI with the plugin, in which nothing runs."""
-    board.wait_until_idle()
+    """A fresh page of the web UI with the plugin."""
     return open_page(board)

@@ -1,4 +1,4 @@
-"""The web UI's page by the words that a user reads on it."""
+"""The page of the web UI, operated by the words that a user reads on it."""
 
 import json
 import re
@@ -10,106 +10,71 @@ from playwright.sync_api import Locator, Page, TimeoutError, expect
 
 ARTIFACTS = Path(__file__).parents[2] / "artifacts" / "board"
 
-#: Milliseconds in which the page must answer, and in which a process must start and get somewhere; on idle cores
-#: these take less than one second and about ten.
-QUICK, SLOW = 90_000, 240_000  # on a machine that does much else
+#: Milliseconds until the page must answer, and until a process must have started and done its work. An idle machine
+#: needs less than one second and about ten.
+QUICK, SLOW = 90_000, 240_000
 expect.set_options(timeout=QUICK)
 
-EXTRA = {
-    "use_cpu": True,
-    "logging_steps": 1,
-    "overwrite_cache": True,
-    "preprocessing_num_workers": 1,
-    "dataloader_num_workers": 0,
-    "seed": 0,
-}
+_EXTRA = {"use_cpu": True, "logging_steps": 1, "overwrite_cache": True, "preprocessing_num_workers": 1, "seed": 0}
 
 
 class BoardPage:
     """A loaded page.
 
     Attributes:
-        page: Playwright's.
-        hosts: Every host that it asked for something.
+        page: The page of Playwright.
         errors: Uncaught errors of its scripts.
     """
 
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
-        self.hosts: set[str] = set()
         self.errors: list[str] = []
         page.set_default_timeout(QUICK)
-        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         self._url = f"http://{address}/"
         self.open()
 
     def open(self) -> None:
-        """Loads or reloads the page, until the host has filled it."""
+        """Loads or reloads the page and waits until the host has filled it."""
         self.page.goto(self._url)
         expect(self.field("Output dir")).not_to_have_value("")
 
-    def block(self, label: str) -> Locator:
-        """The innermost block that has a label."""
-        has_class = "contains(concat(' ', @class, ' '), ' block ')"
-        return self.page.locator(f'xpath=//span[normalize-space()="{label}"]/ancestor::div[{has_class}][1]').first
-
     def field(self, label: str) -> Locator:
-        """The input of a block."""
-        return self.block(label).locator("input, textarea").first
+        """Returns the input of the block with a label."""
+        block = "div[contains(concat(' ', @class, ' '), ' block ')]"
+        found = self.page.locator(f'xpath=//span[normalize-space()="{label}"]/ancestor::{block}[1]')
+        return found.first.locator("input, textarea").first
 
     def fill(self, label: str, value: Any) -> None:
         """Types a value and leaves the field."""
-        field = self.field(label)
-        field.fill(str(value))
-        field.press("Tab")
+        self.field(label).fill(str(value))
+        self.field(label).press("Tab")
 
     def choose(self, label: str, option: str) -> None:
         """Picks an entry of a list."""
-        field = self.field(label)
         for timeout in (5_000, 5_000, QUICK):
-            field.click()
-            field.fill(option)
-            with suppress(TimeoutError):  # an answer of the server may close the list just now
+            self.field(label).click()
+            self.field(label).fill(option)
+            with suppress(TimeoutError):  # an answer of the server may close the list at this moment
                 return self.page.get_by_role("option", name=option, exact=True).first.click(timeout=timeout)
         raise AssertionError(f"{label} does not offer {option}")
 
     def name(self, label: str, value: str) -> None:
         """Types a new entry into a list."""
-        field = self.field(label)
-        field.fill(value)
-        field.press("Enter")
-        field.press("Escape")
-
-    def button(self, name: str) -> Locator:
-        """A button of the train tab."""
-        return self.page.get_by_role("button", name=name, exact=True).first
+        self.field(label).fill(value)
+        self.field(label).press("Enter")
+        self.field(label).press("Escape")
 
     def press(self, button: str) -> None:
         """Presses a button."""
-        self.button(button).click()
+        self.page.get_by_role("button", name=button, exact=True).first.click()
 
-    def unfold(self, accordion: str) -> None:
-        """Opens an accordion."""
-        self.page.get_by_role("button", name=re.compile(f"^{accordion}")).click()
-
-    @property
-    def status(self) -> Locator:
-        """What the HeRA accordion says."""
-        return self.page.locator("#hera_status")
-
-    @property
-    def picture(self) -> Locator:
-        """The picture that its gallery shows."""
-        return self.page.locator("#hera_gallery img").first
-
-    @property
-    def plot(self) -> Locator:
-        """The loss plot."""
-        return self.page.locator("[data-testid=matplotlib] img")
+    def see(self, text: str, timeout: float = QUICK) -> None:
+        """Waits until the page shows a text."""
+        expect(self.page.get_by_text(text).first).to_be_visible(timeout=timeout)
 
     def command(self, **expected: str) -> dict[str, str]:
-        """The previewed command, as keys and values, once it shows the expected ones."""
+        """Returns the previewed command as keys and values, once it shows the expected ones."""
         self.press("Preview command")
         box = self.page.locator("code").filter(has_text="llamafactory-cli train").last
         for key, value in expected.items():
@@ -118,16 +83,22 @@ class BoardPage:
         pairs = [line.strip().rstrip("\\").strip().removeprefix("--").partition(" ") for line in lines[1:]]
         return {key: value.strip() for key, _, value in pairs if key}
 
-    def describe_run(self, output_dir: str, **fields: Any) -> None:
+    def describe_run(self, output_dir: str, extra: dict[str, Any] | None = None, **fields: Any) -> None:
         """Fills the page for a short HeRA run on the demo model.
 
         Args:
-            output_dir: Of the run.
-            **fields: Further fields by label, with ``_`` for spaces.
+            output_dir: Name of the output folder.
+            extra: Keys for the field "Extra arguments".
+            **fields: Other fields by label, with ``_`` for spaces.
         """
-        self.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
-        # the list's path at first, the one that the host remembers later
-        expect(self.field("Model path")).to_have_value(re.compile("models/qwen3_4b|hera_demo/model"))
+        path = re.compile("models/qwen3_4b|hera_demo/model")  # from the list, or the one that the host remembers
+        for timeout in (20_000, 20_000, QUICK):
+            self.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
+            try:
+                expect(self.field("Model path")).to_have_value(path, timeout=timeout)
+                break
+            except AssertionError:  # on busy cores, a page may miss the first choice
+                self.open()
         self.fill("Model path", "hera_demo/model")
         self.fill("Data dir", "hera_demo/data")
         self.choose("Dataset", "hera_demo")
@@ -135,17 +106,16 @@ class BoardPage:
         self.choose("Stage", "HeRA")
         self.choose("Finetuning method", "full")
         self.choose("Compute type", "fp32")
-        self.unfold("Extra configurations")
-        self.fill("Extra arguments", json.dumps(EXTRA | fields.pop("extra", {})))
-        values = {"Teacher": "hera_demo/teacher", "Teacher cache": "hera_demo/cache", "Selection samples": 96}
+        self.page.get_by_role("button", name=re.compile("^Extra configurations")).click()
+        values = {"Extra arguments": json.dumps(_EXTRA | (extra or {})), "Teacher": "hera_demo/teacher"}
         values |= {"Cutoff length": 256, "Batch size": 12, "Gradient accumulation": 1, "Learning rate": "1e-3"}
         for label, value in (values | {key.replace("_", " "): value for key, value in fields.items()}).items():
             self.fill(label, value)
         self.name("Output dir", output_dir)
 
-    def shot(self, name: str, top: Locator | None = None) -> None:
-        """Keeps a picture for people to look at: of the whole page, or of what can be seen from an element on."""
+    def shot(self, name: str, top: str | None = None) -> None:
+        """Saves a picture for people: of the whole page, or of what is visible from a text on."""
         ARTIFACTS.mkdir(parents=True, exist_ok=True)
         if top is not None:
-            top.evaluate("element => element.scrollIntoView()")
+            self.page.get_by_text(top).first.evaluate("element => element.scrollIntoView()")
         self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=top is None)

@@ -1,38 +1,151 @@
-"""The report's HTML page in a browser: whole without a network, and its values where the pointer rests."""
+"""HeRA in the web UI, in a browser: describing a run, saving it, training, and its results."""
 
+import json
+import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import expect
 
-from llamafactory_hera.selection.page import write_page
-from tests.selection.test_page import run
+from llamafactory_hera import cli
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default
+from llamafactory_hera.integrations.llamaboard.names import texts
+from tests.e2e.runner import run_command
 
-from .page import ARTIFACTS
+from .page import SLOW, BoardPage
+from .server import Board
 
 pytestmark = pytest.mark.slow
-__all__ = ["run"]
+
+MODEL = "LLaVA-Qwen3-4B-HeRA"
 
 
-def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Browser, run: Path, tmp_path: Path) -> None:
-    path = write_page([run], tmp_path / "page.html")
-    page = browser.new_context(viewport={"width": 1400, "height": 1100}, offline=True).new_page()
-    asked: list[str] = []
-    told: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: told.append(message.text))
-    page.on("pageerror", lambda error: told.append(str(error)))
-    page.goto(path.as_uri())
-    page.wait_for_load_state("load")
-    fetched = [url for url in asked if not url.startswith("data:")]
-    assert (fetched, told) == ([path.as_uri()], [])
-    drawn = page.locator("img").evaluate_all("images => images.map(image => image.complete && image.naturalWidth)")
-    assert len(drawn) == 3
-    assert all(width > 500 for width in drawn)
-    cell = page.locator("td[title^='L0H1 ']").first
-    assert cell.get_attribute("title") == "L0H1 0.1000, 10.00 × chance"
-    assert cell.bounding_box()["width"] >= 15
-    assert page.evaluate("document.documentElement.scrollWidth") <= 1400
-    ARTIFACTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=ARTIFACTS / "20_report.png", full_page=True)
-    page.context.close()
+def label(key: str) -> str:
+    return texts()["en"][key]["label"]
+
+
+def test_choosing_hera_opens_fields_with_the_defaults_of_their_keys(page: BoardPage) -> None:
+    expect(page.field(label("hera_weight"))).not_to_be_visible()
+    page.choose("Stage", "HeRA")
+    page.shot("01_fields")
+    for key in FIELDS:
+        field = page.field(label(key))
+        if isinstance(default(key), bool):
+            expect(field).to_be_checked(checked=default(key))
+        else:
+            expect(field).to_have_value(str(default(key)))
+
+
+def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:
+    page.describe_run("saved", Memory=32, extra={"hera_max_nan": 3})
+    command = page.command(stage="hera", hera_memory="32")
+    assert (command["hera_heads"], command["hera_max_nan"]) == ("auto", "3")
+    assert command["template"] == "llava_qwen3"
+    assert command["freeze_vision_tower"] == "True"  # sent for multimodal models only
+    # the host sends nothing that is false or empty
+    sent = FIELDS.keys() - {"hera_layers", "hera_teacher_cache", "hera_fixed_temperature"}
+    assert {key for key in command if key.startswith("hera_")} == sent | {"hera_max_nan"}
+    page.name("Config path", "saved.yaml")
+    page.press("Save arguments")
+    page.see("Arguments have been saved at")
+    page.open()
+    page.name("Config path", "saved.yaml")
+    page.press("Load arguments")
+    expect(page.field("Stage")).to_have_value("HeRA")
+    page.fill("Model path", "hera_demo/model")  # the host does not save it
+    assert page.command(hera_memory="32") | {"output_dir": ""} == command | {"output_dir": ""}
+    page.choose("Stage", "Supervised Fine-Tuning")
+    page.choose("Dataset", "hera_demo")  # the host empties this list
+    assert not FIELDS.keys() & page.command(stage="sft").keys()
+
+
+def test_saved_settings_open_without_the_plugin(
+    board: Board, open_page: Callable[[Board], BoardPage], tmp_path: Path
+) -> None:
+    page = open_page(board)
+    page.describe_run("plain")
+    page.name("Config path", "plain.yaml")
+    page.press("Save arguments")
+    page.see("Arguments have been saved at")
+    (tmp_path / "llamaboard_config").mkdir()
+    shutil.copy(board.folder / "llamaboard_config/plain.yaml", tmp_path / "llamaboard_config")
+    plain_board = Board(tmp_path, plugin=False)
+    try:
+        plain = open_page(plain_board)
+        plain.name("Config path", "plain.yaml")
+        plain.press("Load arguments")
+        plain.see("Arguments have been restored")
+        expect(plain.page.get_by_text("HeRA configurations")).to_have_count(0)
+        expect(plain.field("Model name")).to_have_value("Custom")
+        plain.fill("Model path", "some_model")
+        command = plain.command(stage="sft", template="default")
+        assert command["learning_rate"] == "0.001"
+        assert not [key for key in command if key.startswith("hera_")]
+    finally:
+        plain_board.close()
+
+
+def test_the_page_is_in_the_language_of_the_host(page: BoardPage) -> None:
+    page.choose("Stage", "HeRA")
+    for lang, elements in reversed(texts().items()):  # English comes last, because tests find fields by its labels
+        page.page.get_by_role("listbox").first.fill(lang)
+        page.page.get_by_role("option", name=lang, exact=True).click()
+        page.see(elements["hera_tab"]["label"])
+        text = page.page.locator("body").inner_text()
+        results = ("hera_commands", "hera_picture")  # hidden before a run
+        words = [word for name, each in elements.items() if name not in results for word in each.values()]
+        assert [word for word in words if word.strip("*") not in text] == []
+
+
+def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
+    page.describe_run("trained", Selection_samples=96, **{"Neighbors_(k)": 3}, extra={"max_steps": 12})
+    page.press("Start")
+    expect(page.page.locator("[data-testid=matplotlib] img")).to_be_visible(timeout=SLOW)
+    page.open()  # the host fills a reloaded page while a run goes on
+    expect(page.field("Attention heads")).to_have_value("auto")
+    page.see("Finished.", timeout=SLOW)
+    run = f"saves/{MODEL}/full/trained"
+    log = [json.loads(line) for line in (board.folder / run / "trainer_log.jsonl").read_text().splitlines()]
+    assert [line["hera_loss"] > 0 and line["lm_loss"] > 0 for line in log[:-1]] == [True] * 12
+
+    scores = page.page.locator(".image-frame img")
+    scores.evaluate("element => element.scrollIntoView()")  # the browser loads it when it comes into view
+    expect(scores).to_be_visible()
+    lines = page.page.locator(".cm-line").all_inner_texts()
+    commands = {line.split()[1]: shlex.split(line) for line in lines}
+    assert list(commands) == ["select", "score", "report", "calibrate", "eval"]
+    for command in commands.values():
+        cli._parser().parse_args(command[1:])
+    for name in ("score", "report"):
+        code, output = run_command(commands[name], board.folder)
+        assert code == 0, output
+    page.shot("02_finished", top="Preview command")
+
+    page.open()
+    page.choose("Model name", MODEL)
+    page.choose("Finetuning method", "full")
+    page.name("Output dir", "trained")  # the host loads the settings of the run, and the page its results
+    report = page.page.frame_locator("iframe[srcdoc]")
+    expect(report.get_by_role("heading").first).to_be_visible()
+    page.page.get_by_test_id("toast-close").first.click()  # the host's warning covers the commands
+    page.shot("03_report", top="Commands for a terminal")
+
+
+@pytest.mark.parametrize(
+    ("heads", "extra", "reason", "timeout"),
+    [
+        ("banana", {}, "'banana' is not a head; write heads as L<layer>H<head>", 5_000),
+        ("L99H0", {}, "L99H0 does not exist: this model has layers L0 to L4", SLOW),
+    ],
+    ids=["before the start", "in the run"],
+)
+def test_the_reason_of_a_refusal_is_readable(
+    heads: str, extra: dict, reason: str, timeout: float, page: BoardPage
+) -> None:
+    page.describe_run(f"refused_{heads}", Attention_heads=heads, extra=extra)
+    page.press("Start")
+    page.see(reason, timeout=timeout)
+    expect(page.page.get_by_text("Traceback")).to_have_count(0)
+    page.shot(f"04_refused_{heads}", top="Preview command")

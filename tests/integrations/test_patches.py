@@ -1,4 +1,4 @@
-"""The run-time changes: there from the start, applied to the real host, refused with a reason where it has changed."""
+"""The changes to the host: active from the start, fitting the real host, and refused with a reason if it differs."""
 
 import importlib
 import inspect
@@ -12,42 +12,25 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import yaml
 
-from hera_patches import (
-    constants,
-    engine,
-    finetuning_args,
-    locales,
-    log_callback,
-    loss_plot,
-    registry,
-    runner,
-    saved_settings,
-    sft_workflow,
-    templates,
-    train_tab,
-    tuner,
-)
-from llamafactory_hera.integrations.llamaboard import names
+from hera_patches import patches, registry, training
+from llamafactory_hera import keys
+from tests.e2e.runner import environment
 
 PATCHES = Path(registry.__file__).parents[1]
 
 
-def _python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
+def _python(code: str, *options: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *options, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
 
 
-def _start(hook: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs ``code`` after Python has read the start-up line beside ``hook``, a file or folder named hera_patches."""
+def _start(hook: Path, code: str, **variables: str) -> subprocess.CompletedProcess:
+    """Runs code after Python has read the ``.pth`` file next to ``hook``, a file or folder named hera_patches."""
     folder = hook.parent
     prefix = f"import site, sys; sys.path.insert(0, {str(folder)!r}); before = set(sys.modules); "
-    return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **environment)
+    return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **variables)
 
 
 def test_the_hook_is_there_from_the_start() -> None:
@@ -71,7 +54,6 @@ def test_the_start_imports_nothing_before_the_host_and_the_hook_then() -> None:
         print(names.count("HeraStart"), names.count("PatchFinder"), hera_patches.installed())
     """
     hook = PATCHES / "hera_patches"
-    assert _start(hook, code).stdout.splitlines() == ["", "False", "0 1 True"]
     assert _start(hook, code, HERA_DISABLE="0").stdout.splitlines() == ["", "False", "0 1 True"]
     assert _start(hook, code, HERA_DISABLE="1").stdout.splitlines() == ["", "False", "0 0 False"]
 
@@ -86,7 +68,6 @@ def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(t
     (line,) = done.stderr.splitlines()
     assert line.startswith("llamafactory-hera could not start")
     assert "ValueError" in line
-    assert "llamafactory-hera doctor" in line
 
 
 def test_spawned_children_are_patched() -> None:
@@ -102,35 +83,16 @@ def test_spawned_children_are_patched() -> None:
 
 
 @pytest.mark.slow
-def test_every_patch_fits_the_real_host() -> None:
-    for target, _ in registry.PATCHES:
-        importlib.import_module(target)
-    assert [status.name for status in registry.statuses()] == [name for _, name in registry.PATCHES]
-    assert {status.misfit for status in registry.statuses()} == {None}
+def test_every_patch_fits_the_real_host_and_keeps_its_source_and_signatures_readable() -> None:
+    for host in patches():
+        importlib.import_module(host)
+    assert dict.fromkeys(patch.name for patch in patches().values()) == registry.MISFITS
     registry.require()
 
-
-def test_the_templates_fit_whatever_is_imported_first() -> None:
-    code = """
-        import llamafactory_hera.integrations.llamaboard.saved
-        from llamafactory.data.template import TEMPLATES
-        from llamafactory_hera.backbones import table
-        print(set(table.TEMPLATES) <= set(TEMPLATES))
-    """
-    assert _python(code).stdout.splitlines()[-1:] == ["True"]
-
-
-def test_source_and_signatures_of_patched_modules_stay_readable() -> None:
-    from llamafactory.extras import ploting
     from llamafactory.train.sft import workflow
-    from llamafactory.webui import common
-    from llamafactory.webui import runner as host_runner
-    from llamafactory.webui.components import train
 
     assert "def run_sft(" in inspect.getsource(workflow)
-    wrapped = (workflow.run_sft, ploting.gen_loss_plot, common.save_args, train.create_train_tab)
-    for function in (*wrapped, host_runner.Runner._initialize):
-        assert inspect.signature(function) == inspect.signature(function.__wrapped__)
+    assert inspect.signature(workflow.run_sft) == inspect.signature(workflow.run_sft.__wrapped__)
 
 
 def _uses_nothing(model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
@@ -138,35 +100,34 @@ def _uses_nothing(model_args, data_args, training_args, finetuning_args, generat
 
 
 @pytest.mark.parametrize(
-    ("patch", "host", "reason"),
+    ("host", "content", "reason", "lost"),
     [
-        (finetuning_args, {"FinetuningArguments": object}, "no function FinetuningArguments.__post_init__"),
-        (sft_workflow, {}, "no function run_sft"),
-        (sft_workflow, {"run_sft": lambda model_args: None}, "run_sft takes ['model_args']"),
-        (sft_workflow, {"run_sft": _uses_nothing}, "run_sft does not use get_dataset"),
-        (tuner, {"get_train_args": lambda args: None}, "no function get_infer_args"),
-        (log_callback, {"LogCallback": object}, "no function LogCallback.on_log"),
-        (templates, {}, "no attribute 'EmptyFormatter'"),
-        (constants, {}, "no function register_model_group"),
-        (loss_plot, {"gen_loss_plot": lambda log: None}, "gen_loss_plot takes ['log']"),
-        (saved_settings, {"save_args": lambda path: None}, "save_args takes ['path']"),
-        (locales, {}, "no attribute 'LOCALES'"),
-        (
-            train_tab,
-            {"create_train_tab": lambda engine: None, "change_stage": lambda training_stage: None},
-            "does not use get_base_elems",
-        ),
-        (runner, {"Runner": object}, "no function Runner._parse_train_args"),
-        (engine, {"Engine": object}, "no function Engine.resume"),
+        ("llamafactory.train.sft.workflow", {}, "no function run_sft", "`stage: hera`"),
+        ("llamafactory.train.sft.workflow", {"run_sft": lambda data: 0}, "run_sft takes ['data']", "`stage: hera`"),
+        ("llamafactory.train.sft.workflow", {"run_sft": _uses_nothing}, "not use get_dataset", "`stage: hera`"),
+        ("llamafactory.data.template", {}, "no attribute 'EmptyFormatter'", "`stage: hera`"),
+        ("llamafactory.webui.runner", {"Runner": object}, "no function Runner._parse", "HeRA in the web UI"),
     ],
 )
-def test_another_host_is_named(patch: ModuleType, host: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_statuses", {})
-    module = ModuleType(next(target for target, name in registry.PATCHES if patch.__name__.endswith(f".{name}")))
-    vars(module).update(host)
+def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(
+    host: str, content: dict, reason: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "MISFITS", {})
+    patch = patches()[host]
+    module = ModuleType(host)
+    vars(module).update(content)
+    before = dict(vars(module))
     registry.apply_to(module)
-    (status,) = registry.statuses()
-    assert reason in status.misfit
+    assert vars(module) == before
+    assert reason in registry.MISFITS[patch.name]
+    warning = capsys.readouterr().err
+    assert f"{patch.name!r} does not fit" in warning
+    assert f"{lost} may not work" in warning
+    if patch.for_training:
+        with pytest.raises(ValueError, match=f"stage: hera: this LLaMA-Factory does not fit: {patch.name}"):
+            registry.require()
+    else:
+        registry.require()
 
 
 def _read(model_args, data_args, training_args, *rest):
@@ -195,49 +156,46 @@ def test_another_workflow_than_ours_stops_a_hera_run(
     monkeypatch.setitem(sys.modules, "llamafactory.train.hyper_parallel", SimpleNamespace(run_sft=route))
     run = {"model_name_or_path": "none", "dataset": "none", "dataset_dir": "none", "output_dir": str(tmp_path)}
     run |= {"do_train": True, "template": "llava", "use_hyper_parallel": True, "use_cpu": True, "report_to": "none"}
-    with pytest.raises(RuntimeError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
+    with pytest.raises(ValueError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
         host._training_function({"args": {**run, "stage": "hera", "hera_heads": "L0H1"}, "callbacks": []})
-    if route is not _read:
-        return
-    with pytest.raises(ValueError, match="none"):  # the stages of the host are left alone
-        host._training_function({"args": {**run, "stage": "sft"}, "callbacks": []})
-
-
-def test_a_stage_that_the_host_has_is_not_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamafactory.extras import constants as host
-
-    monkeypatch.setattr(names, "MODELS", [])
-    changed = SimpleNamespace(**{**vars(host), "TRAINING_STAGES": {"SFT": "sft", "Heads": "hera"}})
-    changed.register_model_group = lambda models, template, multimodal: None
-    constants.apply(changed)
-    assert changed.TRAINING_STAGES == {"SFT": "sft", "Heads": "hera"}
+    if route is _read:
+        with pytest.raises(ValueError, match="none"):  # a stage of the host is left alone
+            host._training_function({"args": {**run, "stage": "sft"}, "callbacks": []})
 
 
 @pytest.mark.parametrize(
-    ("target", "name", "lost"),
-    [
-        ("llamafactory.train.sft.workflow", "sft_workflow", "`stage: hera` may be unavailable"),
-        ("llamafactory.extras.ploting", "loss_plot", "HeRA in the web UI may be unavailable"),
-    ],
+    ("call", "refusal"), [(lambda: keys.typed("hera_k", "ten", int), True), (lambda: keys._read(int, "ten"), False)]
 )
-def test_a_patch_that_does_not_fit_warns_and_leaves_the_host_alone(
-    target: str, name: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(registry, "_statuses", {})
-    module = ModuleType(target)
-    module.run_sft = original = lambda: None
-    registry.apply_to(module)
-    assert module.run_sft is original
-    warning = capsys.readouterr().err
-    assert f"{name!r} does not fit" in warning
-    assert lost in warning
-    assert [status.name for status in registry.statuses()] == [name]
+def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], object], refusal: bool) -> None:
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert training._is_refusal(caught.value) == refusal
 
 
-def test_training_needs_the_patches_of_training_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_statuses", {})
-    registry.apply_to(ModuleType("llamafactory.extras.ploting"))
-    registry.require()
-    registry.apply_to(ModuleType("llamafactory.train.sft.workflow"))
-    with pytest.raises(RuntimeError, match="sft_workflow"):
-        registry.require()
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "debug", "last"),
+    [
+        ({"hera_heads": "banana"}, "", "llamafactory-hera: hera_heads: 'banana' is not a head; "),
+        ({"hera_wieght": 1}, "", "llamafactory-hera: Some keys are not used by the HfArgumentParser: "),
+        ({"packing": True}, "1", "ValueError: packing: True does not work with stage: hera"),
+        ({"stage": "sft", "hera_wieght": 1}, "", "ValueError: Some keys are not used by the HfArgumentParser: "),
+    ],
+    ids=["a key", "an unknown key", "HERA_DEBUG", "another stage"],
+)
+def test_a_refused_run_ends_with_one_line(change: dict, debug: str, last: str, tmp_path: Path) -> None:
+    run = {"stage": "hera", "do_train": True, "hera_heads": "L0H1", "model_name_or_path": "none", "template": "llava"}
+    run |= {"dataset": "none", "output_dir": str(tmp_path / "run"), "report_to": "none", "use_cpu": True}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(run | change))
+    done = subprocess.run(
+        ["llamafactory-cli", "train", str(recipe)],
+        capture_output=True,
+        text=True,
+        env=environment(HERA_DEBUG=debug),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(last)
+    assert ("Traceback" in done.stderr) == last.startswith("ValueError")

@@ -77,7 +77,7 @@ def test_installing_it_registers_the_stage(python: Path) -> None:
 def test_commands_are_installed_and_the_doctor_is_content(python: Path) -> None:
     for name in ("llamafactory-hera",):
         assert "doctor" in _run(python.with_name(name), "--help")
-    assert "Everything is in place." in _run(python.with_name("llamafactory-hera"), "doctor")
+    assert "No problem found." in _run(python.with_name("llamafactory-hera"), "doctor")
 
 
 @pytest.mark.parametrize("extras", ["", "[llamafactory,deepspeed]"])

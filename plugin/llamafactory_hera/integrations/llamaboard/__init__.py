@@ -1,1 +1,1 @@
-"""HeRA in the host's web UI (LlamaBoard)."""
+"""HeRA in LLaMA-Factory's web UI (LlamaBoard)."""

@@ -1,37 +1,41 @@
-"""The names under which the web UI shows the plugin: stage, models, elements, and their texts in five languages."""
+"""The names under which the web UI lists HeRA: the stage, the models, and the labels in five languages."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import yaml
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 
-#: The entry of the stage list, and the value of ``stage`` behind it.
+#: The entry in the list of stages, and the value of ``stage`` that it selects.
 STAGE_TITLE, STAGE = "HeRA", "hera"
 
-#: Names that :func:`register_models` has added to the host's list; found by typing "HeRA" into it.
+#: The models that :func:`register_models` added to the host's list.
 MODELS: list[str] = []
 
 
 @cache
-def texts() -> dict[str, dict[str, dict[str, Any]]]:
-    """Language -> ``elements`` (name -> properties) and ``messages``."""
+def texts() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the properties of each element of the page, by language and element."""
     return yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 
 
-def message(name: str, lang: str, **values: Any) -> str:
-    """A message in a language of the host; English for one that the host has gained since."""
-    return texts().get(lang, texts()["en"])["messages"][name].format(**values)
+def labels(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the same in the form of the host's ``LOCALES``: element, language, property.
+
+    A language without a translation gets the English texts.
+    """
+    english = texts()["en"]
+    return {name: {lang: texts().get(lang, english)[name] for lang in languages} for name in english}
 
 
 def register_models(constants: ModuleType) -> None:
-    """Adds the backbones to the list in the host's ``extras.constants``, as multimodal, so that it sends more options.
+    """Adds the models of :mod:`~llamafactory_hera.backbones.table` to the list in the host's ``extras.constants``.
 
-    A LLaVA-style model is listed with the folder into which the recipes build it. A finished model is listed unless
-    the host offers it under the same template.
+    A LLaVA-style model is listed with the folder in which the recipes build it. A finished model is added unless the
+    host lists it with the same template. All names end with ``-HeRA``.
     """
     hub = constants.DownloadSource.DEFAULT
     offered = {

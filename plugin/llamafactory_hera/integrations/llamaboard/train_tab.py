@@ -1,46 +1,83 @@
-"""The host's train tab with the HeRA accordion in it: a field for each key, and what selects and compares heads."""
+"""The train tab with the HeRA accordion: a field for each key, and the results of the run in the output folder."""
 
+import shlex
 from collections.abc import Callable
-from functools import partial
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.components import Component
-from gradio.context import get_blocks_context
-from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.extras.constants import TRAINING_ARGS, TRAINING_STAGES
+from llamafactory.webui.common import get_save_dir
+from PIL import Image
+
+from llamafactory_hera.files import RUN_FOLDER
 
 from .fields import FIELDS, GROUPS, default, options
-from .job import CALIBRATE, COMPARE, SELECT
 from .names import STAGE
-from .panel import Panel
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
 
-#: Elements of the page by name; Gradio gives them their events, such as ``click``, at run time.
+#: Elements of the page by name. Gradio adds their events, such as ``change``, at run time, so the values are untyped.
 Elements = dict[str, Any]
 
 
 def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> Elements:
-    """The host's function of the same name; the buttons of its tab then know HeRA's fields."""
+    """Builds the train tab; replaces the host's function of the same name."""
     elements = _create_accordion()
-    # the host's tab takes what its buttons send from here
-    known = engine.manager.get_base_elems() | {elements[name] for name in (*FIELDS, "hera_compare")}
-    engine.manager.get_base_elems = lambda: set(known)
+    # the host sends these elements with every button of the tab
+    sent = engine.manager.get_base_elems() | {elements[key] for key in FIELDS}
+    engine.manager.get_base_elems = lambda: set(sent)
     theirs = host(engine)
     del engine.manager.get_base_elems
     siblings = theirs["mm_tab"].parent.children
     siblings.remove(elements["hera_tab"])
     siblings.insert(siblings.index(theirs["mm_tab"]) + 1, elements["hera_tab"])
-    engine.runner.hera = panel = Panel(engine, elements)
-    _connect(engine, panel, elements, theirs)
+
+    theirs["training_stage"].change(_unfold, theirs["training_stage"], elements["hera_tab"], queue=False)
+    top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
+    results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
+    # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen
+    events = [theirs["output_box"].change, theirs["output_dir"].change]
+    gr.on(events, show_run, [*top, theirs["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
     return theirs | elements
 
 
 def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:
-    """The host's function of the same name, which empties the list of datasets; HeRA trains on those of SFT."""
+    """Keeps the chosen datasets when the stage becomes HeRA; replaces the host's function, which empties the list.
+
+    Saved settings would otherwise lose their datasets, as the page loads the stage as well.
+    """
     datasets, packing = host(training_stage)
     return (gr.skip() if TRAINING_STAGES[training_stage] == STAGE else datasets), packing
+
+
+def show_run(model_name: str | None, model_path: str, method: str, output_dir: str | None) -> tuple[Any, Any, Any]:
+    """Shows the results of the run in the output folder: commands for a terminal, its heads, and its report."""
+    folder = Path(get_save_dir(model_name, method, output_dir)) if model_name and output_dir else None
+    if folder is None or not (folder / TRAINING_ARGS).is_file():
+        return gr.Code(visible=False), gr.Image(visible=False), gr.HTML(visible=False)
+    pictures = [path for name in ("heads.png", "layers.png") if (path := folder / RUN_FOLDER / name).is_file()]
+    # read here, because Gradio serves no files from outside of its working directory
+    picture = gr.Image(Image.open(pictures[0]), visible=True) if pictures else gr.Image(visible=False)
+    report = folder / RUN_FOLDER / "report.html"
+    page = escape(report.read_text(encoding="utf-8")) if report.is_file() else ""
+    frame = f'<iframe sandbox srcdoc="{page}" style="width: 100%; height: 80vh; border: 0"></iframe>'
+    return gr.Code(commands(folder, model_path), visible=True), picture, gr.HTML(frame, visible=bool(page))
+
+
+def commands(folder: Path, model_path: str) -> str:
+    """Returns the commands that select again, score, report, calibrate and evaluate, for the run in a folder."""
+    run, model = shlex.quote(str(folder)), shlex.quote(model_path)
+    recipe = f"{run}/{TRAINING_ARGS}"
+    return f"""\
+llamafactory-hera select {recipe} output_dir={run}_select
+llamafactory-hera score {run} --recipe {recipe}
+llamafactory-hera report {run} --html {run}/{RUN_FOLDER}/report.html
+llamafactory-hera calibrate {recipe} output_dir={run}_calibrated
+llamafactory-hera eval {model} {run} --suite paper"""
 
 
 def _create_accordion() -> Elements:
@@ -50,62 +87,24 @@ def _create_accordion() -> Elements:
             elements[title] = gr.Markdown()
             for row in rows:
                 with gr.Row():
-                    for key in row:
-                        elements[key] = _widget(key)
-                        if key == "hera_heads":
-                            elements["hera_heads_file"] = gr.Dropdown(allow_custom_value=True, value=None)
-                        if key == "hera_eval":
-                            elements["hera_compare"] = gr.Checkbox(value=True)
-        with gr.Row():
-            with gr.Column():
-                with gr.Row():
-                    elements["hera_select_btn"] = gr.Button(variant="primary")
-                    elements["hera_compare_btn"] = gr.Button()
-                    elements["hera_calibrate_btn"] = gr.Button()
-                    elements["hera_stop_btn"] = gr.Button(variant="stop")
-                elements["hera_progress"] = gr.Slider(visible=False, interactive=False, elem_id="hera_progress")
-                elements["hera_status"] = gr.Markdown(elem_id="hera_status")
-                elements["hera_report"] = gr.File(visible=False, interactive=False, elem_id="hera_report")
-            with gr.Column():
-                look: dict[str, Any] = {"format": "png", "object_fit": "contain", "preview": True}
-                elements["hera_gallery"] = gr.Gallery(visible=False, interactive=False, elem_id="hera_gallery", **look)
+                    elements |= {key: _field(key) for key in row}
+        elements["hera_commands"] = gr.Code(language="shell", interactive=False, visible=False)
+        elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False)
+        elements["hera_report"] = gr.HTML(visible=False)
     return {"hera_tab": tab, **elements}
 
 
-def _widget(key: str) -> Component:
+def _unfold(training_stage: str) -> gr.Accordion:
+    return gr.Accordion(open=TRAINING_STAGES[training_stage] == STAGE)
+
+
+def _field(key: str) -> Component:
     if options(key):
         return gr.Dropdown(choices=options(key), value=default(key))
     kind = FIELDS[key].type
     if kind is bool:
         return gr.Checkbox(value=default(key))
     if kind in (int, float):
-        whole = kind is int
-        return gr.Number(value=default(key), precision=0 if whole else None, step=1 if whole else 0.01)
+        precision, step = (0, 1) if kind is int else (None, 0.01)
+        return gr.Number(value=default(key), precision=precision, step=step)
     return gr.Textbox(value=default(key), max_lines=1)
-
-
-def _connect(engine: "Engine", panel: Panel, elements: Elements, theirs: Elements) -> None:
-    # what the click of the host's button sends
-    start = theirs["start_btn"]._id, "click"
-    page: Any = get_blocks_context()
-    (event,) = (event for event in page.fns.values() if start in event.targets)
-    inputs, outputs = set(event.inputs), panel.outputs
-    quiet = {"show_progress": "hidden", "concurrency_limit": None}
-    lang, model_name = engine.manager.get_elem_by_id("top.lang"), engine.manager.get_elem_by_id("top.model_name")
-
-    # "multiple": else a press is lost, silently, on a page that still follows a job
-    for kind in (SELECT, COMPARE, CALIBRATE):
-        begin = partial(panel.begin, kind)
-        elements[f"hera_{kind}_btn"].click(begin, inputs, outputs, trigger_mode="multiple", **quiet)
-    elements["hera_stop_btn"].click(panel.abort, queue=False)
-    heads_file = elements["hera_heads_file"]
-    heads_file.focus(panel.list_files, [model_name], [heads_file], queue=False)
-    heads_file.input(panel.load_file, [lang, heads_file], outputs, **quiet)
-    theirs["training_stage"].change(_open, [theirs["training_stage"]], [elements["hera_tab"]], queue=False)
-    # a run that has ended well may have started a comparison
-    theirs["output_box"].change(panel.follow, outputs=outputs, trigger_mode="always_last", **quiet)
-    gr.on(fn=panel.after_reload, outputs=outputs, **quiet)
-
-
-def _open(training_stage: str) -> Any:
-    return gr.Accordion(open=TRAINING_STAGES[training_stage] == STAGE)

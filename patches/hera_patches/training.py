@@ -1,0 +1,170 @@
+"""The changes that a training run with HeRA needs. Imports of the plugin wait until a patch is applied."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dis import opmap
+from typing import Any
+
+from .registry import around, patch, require
+
+#: True from the moment the arguments of a HeRA run are parsed until its workflow starts.
+_pending = False
+
+
+@patch(
+    "llamafactory.hparams.finetuning_args",
+    functions={"FinetuningArguments.__post_init__": "self", "FinetuningArguments.to_dict": "self"},
+)
+def finetuning_args(module: Any) -> None:
+    """Adds the `hera_*` keys and the value `stage: hera` to the fine-tuning arguments.
+
+    The host parses exactly five dataclasses, so the keys must be fields of one of them. ``stage: hera`` becomes
+    ``stage: sft`` plus ``use_hera``, because the host accepts the options of SFT under no other stage.
+    """
+    from llamafactory_hera.integrations.llamafactory.arguments import extend
+
+    module.FinetuningArguments = extend(module.FinetuningArguments, require)
+
+
+@patch(
+    "llamafactory.train.sft.workflow",
+    functions={"run_sft": "model_args data_args training_args finetuning_args generating_args callbacks"},
+    # the names that `run_hera` replaces during a run
+    used={"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_and_push"},
+)
+def sft_workflow(module: Any) -> None:
+    """Runs SFT with the HeRA trainer when the arguments ask for it.
+
+    The host chooses its trainer inside ``run_sft``. Every other run calls the original function, unchanged.
+    """
+
+    @around(module)
+    def run_sft(host, model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
+        global _pending
+        arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
+        if not getattr(finetuning_args, "use_hera", False):
+            return host(*arguments)
+        from llamafactory_hera.integrations.llamafactory.workflow import run_hera
+
+        _pending = False
+        return run_hera(module, host, *arguments)
+
+
+@patch(
+    "llamafactory.train.tuner",
+    functions={"get_train_args": "args", "_training_function": "config", "run_exp": "args callbacks"},
+    used={"_training_function": "get_train_args", "run_exp": "_training_function"},
+)
+def tuner(module: Any) -> None:
+    """Stops a HeRA run that trained without HeRA, and prints refusals as one line.
+
+    The host chooses among workflows by arguments and environment variables, more of them in each release. A workflow
+    that does not know HeRA would train plain SFT without a word. Instead of a list of these workflows there is a
+    proof: the HeRA workflow must start before the host reads data (:func:`data_loader`) or at least before it ends.
+    """
+
+    @around(module)
+    def get_train_args(host: Any, args: Any = None) -> Any:
+        global _pending
+        try:
+            parsed = host(args)
+        except ValueError as error:
+            words = [args.get("stage")] if isinstance(args, Mapping) else args or []
+            if "hera" not in words or _is_refusal(error):
+                raise
+            raise ValueError(str(error)) from error  # makes the host's error a refusal, too
+        _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train
+        return parsed
+
+    @around(module)
+    def _training_function(host: Any, config: dict[str, Any]) -> None:
+        host(config)
+        _check_arrived("has trained")
+
+    @around(module)
+    def run_exp(host: Any, args: Any = None, callbacks: Any = None) -> None:
+        try:
+            host(args, callbacks)
+        except (ValueError, RuntimeError) as error:
+            # a program that passes `args` handles the error itself
+            if args is not None or os.environ.get("HERA_DEBUG", "0") not in ("", "0") or not _is_refusal(error):
+                raise
+            sys.exit(f"llamafactory-hera: {error}")
+
+
+@patch(
+    "llamafactory.data.loader",
+    functions={"get_dataset_list": "dataset_names dataset_dir", "has_tokenized_data": "path"},
+    used={"_get_merged_dataset": "get_dataset_list", "get_dataset": "_get_merged_dataset has_tokenized_data"},
+)
+def data_loader(module: Any) -> None:
+    """Stops a HeRA run that is about to train without HeRA.
+
+    Every workflow reads its data, raw or tokenized, through one of these two functions before it loads weights.
+    """
+
+    @around(module)
+    def get_dataset_list(host: Any, dataset_names: Any, dataset_dir: Any) -> Any:
+        _check_arrived("was about to train")
+        return host(dataset_names, dataset_dir)
+
+    @around(module)
+    def has_tokenized_data(host: Any, path: Any) -> Any:
+        _check_arrived("was about to train")
+        return host(path)
+
+
+@patch(
+    "llamafactory.train.callbacks",
+    functions={
+        "LogCallback.on_log": "self args state control kwargs",
+        "LogCallback._write_log": "self output_dir logs",
+    },
+    used={"LogCallback.on_log": "_write_log"},
+)
+def log_callback(module: Any) -> None:
+    """Adds HeRA's values to the fixed set of keys in `trainer_log.jsonl`, which the web UI plots."""
+
+    @around(module.LogCallback)
+    def on_log(host: Any, self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.log_history[-1] if state.log_history else {}
+        extra = {key: value for key, value in last.items() if key == "lm_loss" or key.startswith("hera_")}
+        if not extra:
+            return host(self, args, state, control, **kwargs)
+        write = self._write_log
+        # another thread writes the line later, so the values are bound now
+        self._write_log = lambda output_dir, logs: write(output_dir, {**logs, **extra})
+        try:
+            return host(self, args, state, control, **kwargs)
+        finally:
+            del self._write_log
+
+
+@patch("llamafactory.data.template")
+def templates(module: Any) -> None:
+    """Adds chat templates for LLaVA-style models; the host has one for the Vicuna format alone."""
+    from llamafactory_hera.integrations.llamafactory.templates import register
+
+    register(module)
+
+
+def _check_arrived(what: str) -> None:
+    global _pending
+    if _pending:
+        _pending = False  # a process may train again after the error
+        raise ValueError(
+            f"stage: hera: LLaMA-Factory {what} without HeRA, in the workflow of another backend. Remove the setting "
+            "that chose it (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
+        )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a ``raise`` statement of the plugin raised an error; an error of a library keeps its traceback."""
+    last = error.__traceback__
+    assert last is not None
+    while last.tb_next is not None:
+        last = last.tb_next
+    package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    raised = last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
+    return raised and package in ("llamafactory_hera", "hera_patches")

@@ -1,0 +1,89 @@
+"""The changes that show HeRA in the host's web UI; training works without them.
+
+The host builds its page in one function and keeps lists, labels and sent values in its code, so a plugin cannot add
+a stage or fields without changing them. Imports of the plugin wait until a patch is applied.
+"""
+
+from typing import Any
+
+from .registry import around, patch
+
+
+@patch("llamafactory.extras.constants", functions={"register_model_group": "models template multimodal"})
+def constants(module: Any) -> None:
+    """Adds HeRA to the list of stages and the plugin's models to the list of models.
+
+    The models are listed as multimodal; for others, the web UI sends no options for freezing and image sizes.
+    """
+    from llamafactory_hera.integrations.llamaboard.names import STAGE, STAGE_TITLE, register_models
+
+    register_models(module)
+    if STAGE not in module.TRAINING_STAGES.values():
+        module.TRAINING_STAGES[STAGE_TITLE] = STAGE
+
+
+@patch("llamafactory.extras.ploting", functions={"gen_loss_plot": "trainer_log", "smooth": "scalars"})
+def loss_plot(module: Any) -> None:
+    """Draws HeRA's curves in the loss plot; the host draws only the sum of both losses."""
+
+    @around(module)
+    def gen_loss_plot(host: Any, trainer_log: list[dict[str, Any]]) -> Any:
+        if not any("hera_loss" in line for line in trainer_log):
+            return host(trainer_log)
+        from llamafactory_hera.integrations.llamaboard.plot import loss_figure
+
+        return loss_figure(trainer_log, module.smooth)
+
+
+@patch("llamafactory.webui.common", functions={"save_args": "config_path config_dict", "load_args": "config_path"})
+def saved_settings(module: Any) -> None:
+    """Lets a web UI without the plugin open saved settings; the host fails on entries for missing elements."""
+    from llamafactory_hera.integrations.llamaboard import saved
+
+    around(module)(saved.save_args)
+    around(module)(saved.load_args)
+
+
+@patch("llamafactory.webui.locales")
+def locales(module: Any) -> None:
+    """Adds the labels of HeRA's fields in every language of the web UI."""
+    from llamafactory_hera.integrations.llamaboard.names import labels
+
+    module.LOCALES |= labels(module.LOCALES["training_stage"])
+
+
+@patch(
+    "llamafactory.webui.components.train",
+    functions={"create_train_tab": "engine", "change_stage": "training_stage"},
+    used={"create_train_tab": "get_base_elems mm_tab output_dir output_box training_stage"},
+)
+def train_tab(module: Any) -> None:
+    """Adds the HeRA accordion to the train tab."""
+    from llamafactory_hera.integrations.llamaboard import train_tab
+
+    around(module)(train_tab.create_train_tab)
+    around(module)(train_tab.change_stage)
+
+
+@patch(
+    "llamafactory.webui.runner",
+    functions={"Runner._parse_train_args": "self data", "Runner._initialize": "self data do_train from_preview"},
+)
+def runner(module: Any) -> None:
+    """Sends HeRA's fields with a run, and refuses bad values before it starts."""
+    from llamafactory_hera.integrations.llamaboard.fields import problem_with, with_fields
+
+    @around(module.Runner)
+    def _parse_train_args(host: Any, self: Any, data: dict[Any, Any]) -> dict[str, Any]:
+        args = host(self, data)
+        if args["stage"] != "hera":
+            return args
+        return with_fields(args, lambda element: data[self.manager.get_elem_by_id(element)])
+
+    @around(module.Runner)
+    def _initialize(host: Any, self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
+        error = host(self, data, do_train, from_preview)
+        if error or from_preview or not do_train:
+            return error
+        args = self._parse_train_args(data)
+        return problem_with(args) if args["stage"] == "hera" else ""

@@ -1,0 +1,62 @@
+"""The loss plot of a HeRA run in the web UI."""
+
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure
+
+_Smooth = Callable[[list[float]], list[float]]
+
+
+def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
+    """Draws the LM loss and the HeRA loss of a run on two axes, and the MKNN with the teacher below them.
+
+    Args:
+        trainer_log: The lines of ``trainer_log.jsonl``; at least one has a HeRA loss.
+        smooth: The host's function that smooths a curve.
+    """
+    lines = _without_repeats(trainer_log)
+    measured = any("hera_mknn" in line for line in lines)  # some objectives do not log it
+    figure = new_figure(4.6, 5.4 if measured else 3.6)  # the page has a narrow column for it
+    panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
+    losses, below = panels[0], panels[-1]
+    _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
+    hera = losses.twinx()
+    _draw(hera, lines, "hera_loss", "HeRA loss", ORANGE, smooth)
+    handles = [*losses.get_lines(), *hera.get_lines()]
+    named = [handle for handle in handles if not handle.get_label().startswith("_")]
+    losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    if measured:
+        _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
+        # it varies over the steps with the number of images in a batch
+        chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
+        if chance:
+            style = {"color": GRAY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}
+            below.plot(list(chance), list(chance.values()), label="chance", **style)
+            below.legend(frameon=False, fontsize=8)
+    below.set_xlabel("step")
+    return figure
+
+
+def _without_repeats(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Removes the lines of steps that a resumed run repeated later."""
+    lines: list[dict[str, Any]] = []
+    for line in trainer_log:
+        # a line without a loss, such as the last one, has the number of the previous step and repeats nothing
+        while lines and "loss" in line and lines[-1]["current_steps"] >= line["current_steps"]:
+            lines.pop()
+        lines.append(line)
+    return lines
+
+
+def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str, smooth: _Smooth) -> None:
+    steps = [line["current_steps"] for line in lines if key in line]
+    values = [line[key] for line in lines if key in line]
+    axes.plot(steps, values, color=color, alpha=0.35, linewidth=1)
+    axes.plot(steps, smooth(values), color=color, label=label, marker="o" if len(steps) == 1 else None)
+    axes.set_ylabel(label, color=color)
+    axes.tick_params(axis="y", labelcolor=color)
+    axes.spines["top"].set_visible(False)
