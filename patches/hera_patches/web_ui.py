@@ -35,15 +35,6 @@ def loss_plot(module: Any) -> None:
         return loss_figure(trainer_log, module.smooth)
 
 
-@patch("llamafactory.webui.common", functions={"save_args": "config_path config_dict", "load_args": "config_path"})
-def saved_settings(module: Any) -> None:
-    """Lets a web UI without the plugin open saved settings; the host fails on entries for missing elements."""
-    from llamafactory_hera.integrations.llamaboard import saved
-
-    around(module)(saved.save_args)
-    around(module)(saved.load_args)
-
-
 @patch("llamafactory.webui.locales")
 def locales(module: Any) -> None:
     """Adds the labels of HeRA's fields in every language of the web UI."""

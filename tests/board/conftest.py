@@ -1,4 +1,4 @@
-"""The web UI with and without the plugin, and one browser."""
+"""The web UI with the plugin, and one browser."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,22 +33,9 @@ def board(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], 
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[[Board], BoardPage]]:
-    """Opens a web UI in a fresh page; at the end, no script of any page may have failed."""
-    pages: list[BoardPage] = []
-
-    def open_page(board: Board) -> BoardPage:
-        page = browser.new_context(viewport={"width": 1400, "height": 1100}).new_page()
-        pages.append(BoardPage(page, board.address))
-        return pages[-1]
-
-    yield open_page
-    for page in pages:
-        page.page.context.close()
-    assert [error for page in pages for error in page.errors] == []
-
-
-@pytest.fixture
-def page(board: Board, open_page: Callable[[Board], BoardPage]) -> BoardPage:
-    """A fresh page of the web UI with the plugin."""
-    return open_page(board)
+def page(browser: Browser, board: Board) -> Iterator[BoardPage]:
+    """A fresh page of the web UI; at the end, none of its scripts may have failed."""
+    page = BoardPage(browser.new_context(viewport={"width": 1400, "height": 1100}).new_page(), board.address)
+    yield page
+    page.page.context.close()
+    assert page.errors == []

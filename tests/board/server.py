@@ -16,10 +16,9 @@ class Board:
 
     Args:
         folder: The folder in which it starts.
-        plugin: Whether the plugin is active.
     """
 
-    def __init__(self, folder: Path, plugin: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"
         self._log = folder / "webui.log"
@@ -30,7 +29,6 @@ class Board:
             GRADIO_ANALYTICS_ENABLED="False",
             BROWSER="/bin/true",
             PYTHONUNBUFFERED="1",  # `_answers` waits for a line of the log
-            HERA_DISABLE="0" if plugin else "1",
         )
         for _ in range(3):  # on busy cores, Gradio may give up because its own first request takes seconds
             self._process = self._start()

@@ -2,9 +2,6 @@
 
 import json
 import shlex
-import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -59,32 +56,6 @@ def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:
     page.choose("Stage", "Supervised Fine-Tuning")
     page.choose("Dataset", "hera_demo")  # the host empties this list
     assert not FIELDS.keys() & page.command(stage="sft").keys()
-
-
-def test_saved_settings_open_without_the_plugin(
-    board: Board, open_page: Callable[[Board], BoardPage], tmp_path: Path
-) -> None:
-    page = open_page(board)
-    page.describe_run("plain")
-    page.name("Config path", "plain.yaml")
-    page.press("Save arguments")
-    page.see("Arguments have been saved at")
-    (tmp_path / "llamaboard_config").mkdir()
-    shutil.copy(board.folder / "llamaboard_config/plain.yaml", tmp_path / "llamaboard_config")
-    plain_board = Board(tmp_path, plugin=False)
-    try:
-        plain = open_page(plain_board)
-        plain.name("Config path", "plain.yaml")
-        plain.press("Load arguments")
-        plain.see("Arguments have been restored")
-        expect(plain.page.get_by_text("HeRA configurations")).to_have_count(0)
-        expect(plain.field("Model name")).to_have_value("Custom")
-        plain.fill("Model path", "some_model")
-        command = plain.command(stage="sft", template="default")
-        assert command["learning_rate"] == "0.001"
-        assert not [key for key in command if key.startswith("hera_")]
-    finally:
-        plain_board.close()
 
 
 def test_the_page_is_in_the_language_of_the_host(page: BoardPage) -> None:

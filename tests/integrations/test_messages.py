@@ -9,9 +9,9 @@ import pytest
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
 from llamafactory_hera.integrations.llamafactory.words import host_words, in_host_words
-from llamafactory_hera.integrations.messages import shorten_refusals, show_messages
+from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.teachers.images import load_image
-from llamafactory_hera.training.checks import check_output, idle_message
+from llamafactory_hera.training.checks import idle_message
 
 OURS = logging.getLogger("llamafactory_hera")
 
@@ -77,22 +77,6 @@ def test_the_level_of_the_user_stays(capsys: pytest.CaptureFixture) -> None:
     show_messages()
     OURS.warning("a warning")
     assert "".join(capsys.readouterr()) == ""
-
-
-@pytest.mark.parametrize("debug", ["0", "1"])
-def test_bad_input_ends_a_process_with_one_line_and_other_errors_keep_their_traceback(
-    debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
-    monkeypatch.setenv("HERA_DEBUG", debug)
-    shorten_refusals()
-    for refuse, short in ((lambda: check_output("a", {"b": "."}), debug == "0"), (lambda: int("x"), False)):
-        with pytest.raises(ValueError) as error:
-            refuse()
-        sys.excepthook(error.type, error.value, error.tb)
-        printed = capsys.readouterr().err
-        assert (printed == f"llamafactory-hera: {error.value}\n") == short
-        assert ("Traceback" in printed) != short
 
 
 def test_errors_of_the_core_name_the_keys_of_the_host() -> None:

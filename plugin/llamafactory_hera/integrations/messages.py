@@ -1,13 +1,11 @@
-"""The messages of a run and its refusals, made visible in the same way in every host.
+"""The messages of a run, made visible in the same way in every host.
 
 The library logs to one logger, ``llamafactory_hera``, and configures nothing when it is imported.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..distributed import rank, world_size
@@ -92,20 +90,3 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
         lines |= {"neighbors": str(config.k), "candidates per sample": f"{up_to}{in_batch + config.memory} {counted}"}
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")
-
-
-def shorten_refusals() -> None:
-    """Ends the process with one line, without a traceback, if it refuses bad input; ``HERA_DEBUG=1`` prints both."""
-    if os.environ.get("HERA_DEBUG", "0") in ("", "0"):
-        sys.excepthook = _print_refusal
-
-
-def _print_refusal(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    innermost = trace
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    raised_in = "" if innermost is None else innermost.tb_frame.f_globals.get("__name__", "")
-    if isinstance(error, ValueError) and raised_in.startswith("llamafactory_hera"):
-        print(f"llamafactory-hera: {error}", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)

@@ -43,9 +43,6 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             super().__post_init__()
             if self.use_hera:
                 require()
-                from llamafactory_hera.integrations.messages import shorten_refusals
-
-                shorten_refusals()
                 # The host shows and stores these values, so they get their types here.
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)
