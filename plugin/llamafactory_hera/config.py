@@ -167,7 +167,7 @@ class HeraConfig(KeyedConfig):
     )
     select_dataset: str | None = knob(
         None,
-        "Name of another dataset of LLaMA-Factory to score the heads on; the default is the training dataset.",
+        "Name of another dataset to score the heads on; the default is the training dataset.",
     )
     select_samples: int = knob(1000, "Number of image-caption pairs to score the heads on.", at_least=1, at_most=10**7)
     select_k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)

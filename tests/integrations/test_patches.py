@@ -164,7 +164,8 @@ def test_another_workflow_than_ours_stops_a_hera_run(
 
 
 @pytest.mark.parametrize(
-    ("call", "refusal"), [(lambda: keys.typed("hera_k", "ten", int), True), (lambda: keys._read(int, "ten"), False)]
+    ("call", "refusal"),
+    [(lambda: keys.typed("hera_k", "ten", int), True), (lambda: keys._converted("ten", int), False)],
 )
 def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], object], refusal: bool) -> None:
     with pytest.raises(ValueError) as caught:

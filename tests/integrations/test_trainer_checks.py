@@ -1,17 +1,17 @@
 """Settings, data and models with which HeRA would be wrong or have no effect are refused before the first step."""
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Trainer
 
 from llamafactory_hera.integrations.trainer_rows import N_SEARCHED, check_rows
-from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training import checks
 from llamafactory_hera.training.checks import check_settings
@@ -52,7 +52,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
     ("given", "message"),
     [
         ({"rows": rows_without("images")}, r"^images_of: no image was found in the 8 rows .* \(input_ids,"),
-        ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; expected a list of images"),
+        ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; return a list of images"),
         ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
         (photos(), "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
         ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
@@ -95,31 +95,10 @@ def test_settings_that_this_machine_cannot_have_are_refused(
         check_settings(hera(), trainer)
 
 
-@pytest.mark.parametrize("patched", ["trainer", "module", "forward", "checkpointing"])
-def test_what_unsloth_has_patched_is_refused(tmp_path: Path, patched: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = vlm("llava-llama")
-    layer = model.model.language_model.layers[0]
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> None: ...
-
-    forward.__module__ = "unsloth.models.llama"
-
-    class UnslothTrainer(Trainer):
-        pass
-
-    class OfUnsloth(HeraTrainerMixin, UnslothTrainer if patched == "trainer" else Trainer):
-        pass
-
-    if patched == "module":
-        kind = type(layer.self_attn)
-        layer.self_attn.__class__ = type("LlamaAttention", (kind,), {"__module__": "unsloth_compiled"})
-    elif patched == "forward":
-        monkeypatch.setattr(type(layer.self_attn), "forward", forward)
-    elif patched == "checkpointing":
-        layer._gradient_checkpointing_func = forward
-    rows = image_rows(model, BATCH)
-    with pytest.raises(ValueError, match=r"^Unsloth replaces the attention .*unsloth.*do not import unsloth"):
-        OfUnsloth(model, arguments(tmp_path), hera=hera(), train_dataset=rows, data_collator=collate_rows)
+def test_a_process_that_imported_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    with pytest.raises(ValueError, match=r"^unsloth: its import replaces the attention .* do not import unsloth"):
+        make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
 
 
 # -- the first batch -------------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ class HeraCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
-        # Read the images before collating: LLaMA-Factory's collator pops them out of the rows, and gives a batch
-        # without any image a white dummy image.
+        # Read the images before collating: a host's collator may pop them out of the rows, and give a batch without
+        # any image a white dummy image.
         stored = [images_by(self.images_of, row) for row in rows]
         chosen = [(chosen_image(len(images), self.image_index), len(images)) for images in stored]
         decoded = stored

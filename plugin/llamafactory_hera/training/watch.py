@@ -79,9 +79,8 @@ class Watch:
             if labeled[text].all() and before_image.any():
                 raise ValueError(
                     "hera_pooling: answer averages over the labeled tokens, but in the first batch all text is "
-                    "labeled, including the text before the image. Label the answers only (-100 elsewhere; in TRL use "
-                    "prompt and completion columns, or assistant_only_loss), or set hera_pooling: text to average "
-                    "over all text."
+                    "labeled, including the text before the image. Label the answers only (-100 elsewhere), or set "
+                    "hera_pooling: text to average over all text."
                 )
 
     # -- one micro-batch -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ _HINTS = {
     "Train something before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
     "lora_target: all",
     "allow longer texts": "cutoff_len",
-    "The image file": "media_dir",
+    "Check the path in the dataset": "media_dir",
 }
 
 
