@@ -25,7 +25,7 @@ def server() -> Iterator[HostServer]:
 @pytest.fixture(scope="session")
 def recipe() -> dict[str, Any]:
     """The demo recipe with named heads and without memory, shortened to 6 steps that are all logged."""
-    args = yaml.safe_load((ROOT / "recipes/demo_hera.yaml").read_text(encoding="utf-8"))
+    args = yaml.safe_load((ROOT / "recipes/demo/hera.yaml").read_text(encoding="utf-8"))
     short = {"max_steps": 6, "logging_steps": 1, "plot_loss": False, "report_to": "none"}
     short |= {"hera_weight": 0.1, "disable_gradient_checkpointing": False}  # the host's default
     return args | short | {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_memory": 0}
