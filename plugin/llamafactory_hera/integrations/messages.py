@@ -4,8 +4,6 @@ The library logs to one logger, ``llamafactory_hera``, and configures nothing wh
 """
 
 import logging
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..distributed import rank, world_size
@@ -22,48 +20,20 @@ def show_messages(host: logging.Logger | None = None) -> None:
     """Makes messages of level INFO and above visible, unless the user has chosen another level.
 
     Args:
-        host: A host's logger. Messages then share its level and its handlers.
+        host: A host's logger. Messages then share its level and its handlers. Without one, messages are printed unless
+            the program has set up a handler that receives them.
     """
     if host is not None:
         logger.setLevel(host.level)
         for handler in host.handlers:
             logger.addHandler(handler)
+    elif not logger.hasHandlers():
+        printer = logging.StreamHandler()
+        printer.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
+        printer.addFilter(lambda record: rank() == 0 or record.levelno >= logging.WARNING)
+        logger.addHandler(printer)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    logger.addHandler(_FALLBACK)
-
-
-class _Fallback(logging.Handler):
-    """Prints the messages of the first process, and the warnings of all, that no other handler prints."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        printed = any(_prints(handler, record) for handler in _handlers() if handler is not self)
-        return not printed and (rank() == 0 or record.levelno >= logging.WARNING)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
-def _handlers() -> Iterator[logging.Handler]:
-    """Lists the handlers that a message reaches."""
-    current: logging.Logger | None = logger
-    while current is not None:
-        yield from current.handlers
-        current = current.parent if current.propagate else None
-
-
-def _prints(handler: logging.Handler, record: logging.LogRecord) -> bool:
-    """Whether a handler prints a record, and does not drop it or write it into a file."""
-    if isinstance(handler, logging.NullHandler) or getattr(handler, "stream", sys.stderr) not in (
-        sys.stdout,
-        sys.stderr,
-    ):
-        return False
-    return record.levelno >= handler.level and bool(handler.filter(record))
-
-
-_FALLBACK = _Fallback()
-_FALLBACK.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
 
 
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from llamafactory.extras.constants import IMAGE_PLACEHOLDER
@@ -60,16 +59,13 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
 
 
 def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
-    """Checks that the output folder does not overlap with those of model, adapters, data, teacher and cache."""
+    """Checks that the output folder is not one of those of model, adapters, data, teacher and cache."""
     model, data = host.model, host.data
     inputs = {"model_name_or_path": model.model_name_or_path}
     inputs |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
+    inputs |= {key: getattr(data, key) for key in ("dataset_dir", "media_dir") if isinstance(getattr(data, key), str)}
     if config is not None:
         inputs |= {"hera_teacher": config.teacher, "hera_teacher_cache": config.teacher_cache}
-    for key in ("dataset_dir", "media_dir"):  # in which a run may write a folder
-        folder = getattr(data, key)
-        if isinstance(folder, str) and Path(folder).resolve() not in Path(output_dir).resolve().parents:
-            inputs[key] = folder
     check_output(output_dir, inputs)
 
 
