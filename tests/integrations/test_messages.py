@@ -8,7 +8,7 @@ import pytest
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
-from llamafactory_hera.integrations.llamafactory.words import host_words, in_host_words
+from llamafactory_hera.integrations.llamafactory.recipe import host_words, in_host_words
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.training.checks import idle_message

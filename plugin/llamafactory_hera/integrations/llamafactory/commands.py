@@ -18,8 +18,7 @@ from llamafactory_hera.selection.select import fill_teacher_cache, select_target
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
-from .recipe import NOT_TRAINING, HostArguments, host_arguments, named_output, read_recipe, read_values
-from .words import host_words
+from .recipe import NOT_TRAINING, HostArguments, host_arguments, host_words, named_output, read_recipe, read_values
 
 
 @host_words()

@@ -1,7 +1,8 @@
-"""A recipe of the host: its keys, and the arguments that the host's parser makes of them."""
+"""A recipe of the host: its keys, the arguments that the host's parser makes of them, and errors in its words."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,3 +111,35 @@ def adapter_folders(model_args: Any) -> list[Path]:
 def _hub_options(model_args: Any) -> dict[str, Any]:
     cache, token = model_args.cache_dir, model_args.hf_hub_token
     return {"revision": model_args.model_revision, "cache_dir": cache, "token": token}
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+# The core knows no key of a host.
+_HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:"}
+# Part of an error -> the host's keys that help.
+_HINTS = {
+    "Train something before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
+    "lora_target: all",
+    "allow longer texts": "cutoff_len",
+    "Check the path in the dataset": "media_dir",
+}
+
+
+def in_host_words(message: str) -> str:
+    """Replaces the name of a setting at the start of a message by the host's key, and adds keys that help."""
+    setting, space, rest = message.partition(" ")
+    message = f"{_HOST_KEYS.get(setting, setting)}{space}{rest}"
+    hints = [keys for part, keys in _HINTS.items() if part in message]
+    return f"{message} In LLaMA-Factory: {', '.join(hints)}." if hints else message
+
+
+@contextmanager
+def host_words() -> Iterator[None]:
+    """Translates the errors that pass through."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if error.args == (str(error),):
+            error.args = (in_host_words(str(error)),)
+        raise

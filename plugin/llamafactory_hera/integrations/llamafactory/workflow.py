@@ -24,8 +24,7 @@ from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_o
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
-from .recipe import HostArguments
-from .words import host_words
+from .recipe import HostArguments, host_words
 
 
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
