@@ -165,11 +165,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "too few samples": (["max_samples=50"], ["dataset: only 50 of its 50", "rah_probes: 32", "rah_held_out: 32"]),
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
     "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only"]),
-    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "base model", "dequantize"]),
+    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
     "unknown key": (["rah_anchors=3"], ["rah_anchors", "rah_k"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
-    "no output": (["output_dir="], ["output_dir: none is named"]),
-    "no template": (["template="], ["template: none is named"]),
+    "no output": (["output_dir="], ["output_dir: it has no value"]),
+    "no template": (["template="], ["template: it has no value"]),
 }
 
 

@@ -208,7 +208,7 @@ def test_data_that_cannot_be_scored_are_refused(
         (["dataset=nope"], "Undefined dataset nope"),  # the host's words, as the next two
         (["template=nope"], "Template nope does not exist"),
         (["adapter_name_or_path=nope", "finetuning_type=full"], "Adapter is only valid for the LoRA method"),
-        (["hera_select_m="], "hera_select_m: it has no value"),
+        (["hera_select_m="], "hera_select_m: None is not a whole number"),
         (["output_dir="], "output_dir: it has no value"),
         (["output_dir=/proc/nothing"], "/proc/nothing"),
         (["hera_granularity=layer", "hera_layers=auto", "hera_heads=null"], "hera_granularity: "),
