@@ -1,4 +1,3 @@
-import json
 import pickle
 import shutil
 
@@ -49,10 +48,10 @@ def write_config(text):
     ("damage", "message"),
     [
         (remove("config.json"), r"holds no config\.json\. Give a vision model"),
-        (write_config('{"model_type": "qwen2"}'), r"cannot be the teacher.*'qwen2'.*dinov2.*the paper uses"),
-        (write_config("{}"), r"cannot be the teacher.*model_type is None"),
+        (write_config('{"model_type": "qwen2"}'), r"has model_type 'qwen2'; give a vision model .*dinov2"),
+        (write_config("{}"), "has model_type None"),
         (remove("preprocessor_config.json"), r"holds no image processor \(preprocessor_config\.json or"),
-        (remove("model.safetensors"), r"holds no weights .*Copy or download the teacher .* again"),
+        (remove("model.safetensors"), r"holds no weights .*Copy or download .* again"),
     ],
 )
 def test_a_folder_that_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
@@ -121,15 +120,6 @@ def test_the_processor_works_after_pickling_in_loader_workers_and_without_weight
     assert torch.equal(pickle.loads(pickle.dumps(processor)).batch(images), expected)
     loader = DataLoader(images, batch_size=2, num_workers=2, collate_fn=processor.batch)
     assert torch.equal(torch.cat(list(loader)), expected)
-
-
-def test_the_image_processor_inside_a_processor_for_text_and_images_is_found(save_teacher, make_images):
-    folder = save_teacher("siglip")
-    expected = processor_of(folder).batch(make_images(2))
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    assert torch.equal(processor_of(folder).batch(make_images(2)), expected)
 
 
 def test_a_processor_that_gives_images_of_different_sizes_is_refused(save_teacher, edit_json):
@@ -204,16 +194,6 @@ def test_half_precision_gives_float32_features_close_to_full_precision(save_teac
     assert features.dtype == torch.float32
     assert not torch.equal(features, full.encode(pixels))
     assert torch.nn.functional.cosine_similarity(features, full.encode(pixels)).min() > 0.99
-
-
-def test_weights_in_several_files_and_stored_in_bfloat16_give_the_same_features(save_teacher, make_images):
-    folder = save_teacher("dinov2")
-    tf.Dinov2Model.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    whole = load(folder)
-    assert whole._model.dtype == torch.float32
-    write_sharded(folder)
-    pixels = whole.processor.batch(make_images(1))
-    assert torch.equal(load(folder).encode(pixels), whole.encode(pixels))
 
 
 @pytest.mark.parametrize(
