@@ -94,7 +94,7 @@ def test_the_folder_of_a_run_is_enough(files, tmp_path):
 
 def test_images_and_neighbors_that_are_missing_are_named(files, tmp_path):
     (tmp_path / "images/0.png").unlink()
-    with pytest.raises(ValueError, match=r"The image .*0\.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"The image file .*0\.png' cannot be read"):
         write_gallery(files, tmp_path / "seen", heads="L0H1")
     neighbors_file(files[1]).unlink()
     with pytest.raises(OSError, match=r"scores\.neighbors\.safetensors"):

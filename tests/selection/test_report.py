@@ -121,7 +121,7 @@ def test_the_page_of_a_run_shows_its_heads_and_their_neighbors(run, tmp_path):
     assert cells[4:8] == ["L0H1", "0.5000", "0.5100", "+0.0100"]  # the head that the run aligned, not the worst
     pictures = re.findall('alt="(.*?)" src="data:image/webp;base64,', page)
     assert pictures[:3] == ["MKNN in every file", "MKNN of before", "MKNN of after"]
-    assert pictures[3:] == [f"Nearest images of {head}" for head in ("L2H0", "L2H1", "L1H1")]
+    assert pictures[3:] == [f"Nearest images of {head}" for head in ("L0H1", "L2H1", "L1H1")]
 
 
 def test_the_page_of_files_without_neighbors_names_the_missing_file(files, tmp_path):

@@ -120,13 +120,16 @@ def test_a_corrupt_file_is_named(content, picture):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("data:image/png;base64,a", r"The image 'data:image/png;base64,a' cannot be read \(.*base64"),
-        ({"path": "data:image/png;base64," + "!" * 9999}, r"The image 'data:image/png;base64,!{18}…' cannot be read"),
+        ("data:image/png;base64,a", r"The image file 'data:image/png;base64,a' cannot be read \(.*base64"),
+        (
+            {"path": "data:image/png;base64," + "!" * 9999},
+            r"The image file 'data:image/png;base64,!{18}…' cannot be read",
+        ),
         (
             {"path": "gone.png", "bytes": None},
             r"'gone\.png' cannot be read \(No such file.*Check the path in the data",
         ),
-        ("x" * 9999, r"The image 'x{40}…' cannot be read \(File name too long"),
+        ("x" * 9999, r"The image file 'x{40}…' cannot be read \(File name too long"),
         (3, "given as int; give a path, bytes, a dict with"),
         ({"path": None, "bytes": None}, "given as NoneType; give a path"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),

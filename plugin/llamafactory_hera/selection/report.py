@@ -221,7 +221,8 @@ def _sections(comparison: Comparison) -> Iterator[str]:
         yield _picture(draw_scores(file, marked, limits), f"MKNN of {name}")
     yield _element("h2", "What heads see")
     try:
-        for head in default_heads(first):
+        worst, *others = default_heads(first)
+        for head in (worst if marked[0].head is None else marked[0], *others):
             figure = draw_gallery(comparison.files, comparison.names, head)
             yield _picture(figure, f"Nearest images of {head}")
     except (OSError, ValueError) as error:

@@ -78,9 +78,6 @@ class FeatureCache:
         Returns:
             ``[n, D]`` in float16 on the CPU, as `get` returns them from now on. Continue with these: a second run will
             read them from the cache, and the neighbors of unrounded features may differ.
-
-        Raises:
-            ValueError: A feature is not finite in float16.
         """
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():

@@ -74,11 +74,7 @@ def teacher_folder(
 
 
 def check_teacher(name_or_path: str) -> TeacherInfo:
-    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none.
-
-    Raises:
-        ValueError: Something is missing, or the hub cannot be reached.
-    """
+    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none."""
     import transformers
 
     value = str(name_or_path)
@@ -150,17 +146,13 @@ class VisionTeacher:
 
     @staticmethod
     def check(name_or_path: str, side: int) -> TeacherInfo:
-        """Checks a teacher for an objective on visual tokens, ``side`` along each side of the student's grid.
-
-        Raises:
-            ValueError: The teacher cannot be used, or its patches cannot match the student's tokens.
-        """
+        """Checks a teacher for an objective on visual tokens, ``side`` along each side of the student's grid."""
         info = check_teacher(name_or_path)
-        size, patches = info.config.image_size, info.config.image_size // info.config.patch_size
-        if not info.family.any_size and patches != side:
+        size, patch = info.config.image_size, info.config.patch_size
+        if not info.family.any_size and size // patch != side:
             raise ValueError(
-                f"{KEY}: {info.name} takes only images of {size} pixels, {patches} x {patches} patches, but the "
-                f"student's images are {side} x {side} tokens; give a teacher of any size (facebook/dinov2-large)."
+                f"{KEY}: {info.name} takes only images of {size} pixels in patches of {patch}, but an image is "
+                f"{side} x {side} tokens for the student; use facebook/dinov2-large, which takes any size."
             )
         return info
 
@@ -175,9 +167,6 @@ class VisionTeacher:
             device: The device to compute on; by default the current CUDA device, or else the CPU.
             dtype: The type of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the
                 memory and changes a few neighbors that are nearly tied.
-
-        Raises:
-            ValueError: The teacher cannot be used (see `check_teacher`), or lacks weights.
         """
         import transformers
 

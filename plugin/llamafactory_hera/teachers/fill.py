@@ -37,15 +37,12 @@ def fill_cache(
     Args:
         teacher: The encoder.
         cache: The cache to fill.
-        images: The images in any form that `load_image` accepts.
+        images: The images in any form that `load_image` accepts; ``ValueError`` if one of them cannot be read.
         batch_size: The number of images per batch; halved with a warning whenever memory runs out.
         num_workers: The number of processes that decode images.
 
     Returns:
         The key of each image.
-
-    Raises:
-        ValueError: An image is missing or corrupt. The features of the images before it are in the cache.
     """
     cache.refresh()
     keys = [image_key(image) for image in images]

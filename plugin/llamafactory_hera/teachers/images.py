@@ -165,4 +165,6 @@ def _encoded(image: ImageLike) -> bytes:
         return Path(image).read_bytes()
     except (OSError, Base64Error) as error:
         why = getattr(error, "strerror", error)
-        raise ValueError(f"The image {_name(image)} cannot be read ({why}). Check the path in the dataset.") from error
+        raise ValueError(
+            f"The image file {_name(image)} cannot be read ({why}). Check the path in the dataset."
+        ) from error
