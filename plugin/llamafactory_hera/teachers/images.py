@@ -151,7 +151,8 @@ def _name(image: ImageLike) -> str:
 def _encoded(image: ImageLike) -> bytes:
     """Returns the content of an image file."""
     if isinstance(image, dict):
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+        path: Any = image.get("path")
+        image = path if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str | os.PathLike):
@@ -164,7 +165,5 @@ def _encoded(image: ImageLike) -> bytes:
             return b64decode(str(image).partition(",")[2], validate=True)
         return Path(image).read_bytes()
     except (OSError, Base64Error) as error:
-        why = getattr(error, "strerror", error)
-        raise ValueError(
-            f"The image file {_name(image)} cannot be read ({why}). Check the path in the dataset."
-        ) from error
+        problem = f"The image file {_name(image)} cannot be read ({getattr(error, 'strerror', error)})"
+        raise ValueError(f"{problem}. Check the path in the dataset.") from error
