@@ -52,27 +52,13 @@ def test_value_and_gradients_are_those_of_equation_4(neighbors, normalize, shape
     assert wanted[1].abs() > 1e-4
 
 
-def test_cosine_is_the_default_and_differs_from_dot(neighbors):
-    z = torch.randn(N, D)
-    assert contrastive_loss(z, neighbors, 0.07) == contrastive_loss(z, neighbors, 0.07, normalize=True)
-    assert contrastive_loss(z, neighbors, 0.07) != contrastive_loss(z, neighbors, 0.07, normalize=False)
-
-
-def test_half_precision_representations_give_a_single_precision_loss(neighbors):
+def test_half_precision_representations_give_a_single_precision_loss_that_does_not_overflow(neighbors):
     z = torch.randn(N, D).bfloat16().requires_grad_()
     loss = contrastive_loss(z, neighbors, 0.07)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, naive_loss(z.float(), neighbors, 0.07, True), rtol=1e-5, atol=0)
-    loss.backward()
+    (loss + contrastive_loss(z, neighbors, 1e-3)).backward()
     assert z.grad.dtype == torch.bfloat16
-    assert z.grad.isfinite().all()
-
-
-def test_a_sharp_temperature_does_not_overflow(neighbors):
-    z = torch.randn(N, D, requires_grad=True)
-    loss = contrastive_loss(z, neighbors, 1e-3)
-    loss.backward()
-    assert loss.isfinite()
     assert z.grad.isfinite().all()
 
 
@@ -87,15 +73,9 @@ def test_candidates_that_are_not_allowed_and_samples_without_any_give_a_finite_z
     assert (z.grad[:, 2] != 0).any()
     assert z.grad.isfinite().all()
     assert temperature.grad.isfinite()
-    nobody = torch.zeros_like(allowed)
-    none = nearest_neighbors(torch.randn(N, 3), 2, allowed=nobody)
-    assert contrastive_loss(z, none, temperature, allowed=nobody, per_head=True).tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("temperature", [0.0, -0.07])
-def test_a_temperature_of_zero_or_less_is_refused(neighbors, temperature):
-    with pytest.raises(ValueError, match=rf"temperature={temperature}.* above 0"):
-        contrastive_loss(torch.randn(N, D), neighbors, temperature)
+    empty = torch.zeros_like(allowed)
+    none = nearest_neighbors(torch.randn(N, 3), 2, allowed=empty)
+    assert contrastive_loss(z, none, temperature, allowed=empty, per_head=True).tolist() == [0, 0]
 
 
 def test_neighbors_of_other_samples_are_refused(neighbors):

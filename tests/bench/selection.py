@@ -30,7 +30,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.selection import select
+from llamafactory_hera.selection import resolve
 from llamafactory_hera.selection.passes import Forward, plan_batches
 from llamafactory_hera.selection.samples import Features, SelectionInputs
 from llamafactory_hera.teachers.encoder import VisionTeacher
@@ -39,7 +39,7 @@ from llamafactory_hera.teachers.images import load_image
 # Suffix of the CPU seconds of a name.
 CPU = " (CPU)"
 
-#: What is timed inside of a selection: names in ``selection.select``, with words for them.
+#: What is timed inside of a selection: names in ``selection.resolve``, with words for them.
 STAGES = {
     "draw_samples": "drawing and hashing samples",
     "_teacher_neighbors": "teacher: decoding, passes, cache, neighbors",
@@ -117,7 +117,7 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
 
 def bare_passes(inputs: SelectionInputs, config: HeraConfig) -> Callable[[], dict[str, float]]:
     """Prepares everything; what it returns runs the passes and says how long each kind took."""
-    samples = select.draw_samples(inputs.source, config)
+    samples = resolve.draw_samples(inputs.source, config)
     features = [sample.features for sample in samples]
     plan = plan_batches([len(feature["input_ids"]) for feature in features], config.select_batch_size)
     model, teacher = inputs.load_model(), inputs.load_teacher()
@@ -164,12 +164,12 @@ def stages(seconds: dict[str, float]) -> Iterator[None]:
 
         return call
 
-    before = {name: getattr(select, name) for name in STAGES}
-    vars(select).update({name: wrap(name, function) for name, function in before.items()})
+    before = {name: getattr(resolve, name) for name in STAGES}
+    vars(resolve).update({name: wrap(name, function) for name, function in before.items()})
     try:
         yield
     finally:
-        vars(select).update(before)
+        vars(resolve).update(before)
 
 
 def main() -> None:
@@ -207,7 +207,7 @@ def main() -> None:
             bare.append(passes())
             seconds: dict[str, float] = defaultdict(float)
             with stages(seconds), timed(seconds, "whole"):
-                select.select_targets(inputs, config, folder / f"round{number}/heads.json")
+                resolve.select_targets(inputs, config, folder / f"round{number}/heads.json")
             whole.append(dict(seconds))
     floor = min(bare, key=lambda seconds: seconds["teacher"] + seconds["model"])
     best = min(whole, key=lambda seconds: seconds["whole"])

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import transformers as tf
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.heads.families import decoder_layers, head_layout
-from llamafactory_hera.selection.fingerprint import is_own_vision_tower, model_fingerprint
+from llamafactory_hera.selection.fingerprint import model_fingerprint
 from tests.tiny_models import text_model, vlm
 
 from .tiny import save_teacher
@@ -40,7 +39,7 @@ def test_a_copy_has_the_same(llm, plain, tmp_path, how):
     assert model_fingerprint(copy, head_layout(llm.config)) == plain
 
 
-@pytest.mark.parametrize("name", ["llava-qwen3", "llava-llama", "gemma3", "qwen3_vl", "internvl-qwen2"])
+@pytest.mark.parametrize("name", ["llava-qwen3", "gemma3", "qwen3_vl", "internvl-qwen2"])
 def test_a_vlm_has_that_of_its_language_model_whatever_its_vision_tower_is(name, tmp_path):
     model = vlm(name)
     decoder = model.get_decoder()
@@ -64,15 +63,11 @@ def test_training_any_weight_changes_it(plain, tmp_path, name):
     assert fingerprint(model, tmp_path / "trained") != plain
 
 
-@pytest.mark.parametrize("head", [0, 5, 15])
-def test_calibrating_one_head_changes_it(head, tmp_path):
-    n, d = 16, 64
-    shape = {"hidden_size": 64, "num_attention_heads": n, "num_key_value_heads": n, "head_dim": d}
-    model = text_model("qwen3", **shape)
-    before = fingerprint(model, tmp_path / "before")
+def test_calibrating_the_last_head_changes_it(plain, tmp_path):
+    model = text_model("qwen3")
     with torch.no_grad():
-        decoder_layers(model)[1].self_attn.o_proj.weight[:, head * d : (head + 1) * d].mul_(1.02)
-    assert fingerprint(model, tmp_path / "after") != before
+        decoder_layers(model)[1].self_attn.o_proj.weight[:, -head_layout(model.config).head_dim :].mul_(1.02)
+    assert fingerprint(model, tmp_path / "calibrated") != plain
 
 
 def test_another_layout_changes_it(llm, plain, tmp_path):
@@ -108,17 +103,3 @@ def test_weights_without_a_decoder_are_refused(tmp_path):
     save_teacher(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"model: the weights of .*teacher contain no decoder layer"):
         model_fingerprint(tmp_path / "teacher", head_layout(text_model("qwen3").config))
-
-
-def test_the_vision_tower_of_the_model_is_recognized_and_another_teacher_is_not(tmp_path):
-    model = vlm("llava-qwen3")
-    model.save_pretrained(tmp_path / "model")
-    tower = model.model.vision_tower
-    tower.save_pretrained(tmp_path / "tower")
-    clip = tf.CLIPModel(tf.CLIPConfig(vision_config=tower.config.to_dict()))
-    clip.vision_model.load_state_dict(getattr(tower, "vision_model", tower).state_dict())
-    clip.save_pretrained(tmp_path / "clip")
-    vlm("llava-qwen3", seed=1).model.vision_tower.save_pretrained(tmp_path / "other")
-    save_teacher(tmp_path / "dinov2")
-    teachers = {"tower": True, "clip": True, "other": False, "dinov2": False}
-    assert {name: is_own_vision_tower(tmp_path / "model", tmp_path / name) for name in teachers} == teachers

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.selection.samples import draw, draw_samples, encode_caption, samples_digest
-from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.selection.samples import draw, draw_samples, encode_caption
 
 from .tiny import Rows, captions, noise_images, settings
 
@@ -46,29 +45,13 @@ def test_the_image_that_the_teacher_sees_decides_if_a_sample_is_a_repetition():
     assert all(sample.image is source.second[sample.row] for sample in found)
 
 
-def test_a_broken_image_is_named_with_its_sample():
-    source = Pairs(4)
-    source.second[2] = b"not an image"
-    drawn, *_ = draw(source, 4, seed=0, image_index=1)  # only the bytes are read
-    source.encode = lambda row: load_image(source.second[row]) and None
-    assert len(drawn) == 4
-    with pytest.raises(ValueError, match=r"^dataset: sample 2 \(counted from 0\): The image .* cannot be decoded"):
-        draw(source, 4, seed=0, image_index=1)
-
-
 def test_the_draw_depends_only_on_the_seed_and_a_smaller_one_is_its_beginning():
     source = Rows(IMAGES, captions(30))
     first = draw_samples(source, some(select_seed=1))
     assert len(first) == 20
-    assert samples_digest(first) == samples_digest(draw_samples(source, some(select_seed=1)))
-    assert samples_digest(first) != samples_digest(draw_samples(source, some(select_seed=2)))
-    fewer = draw_samples(source, some(select_seed=1, select_samples=7))
-    assert [sample.key for sample in fewer] == [sample.key for sample in first[:7]]
-
-
-def test_each_image_is_drawn_once():
-    drawn = draw_samples(Rows(IMAGES[:12] * 3, captions(36)), some(select_samples=36))
-    assert len(drawn) == len({sample.key for sample in drawn}) == 12
+    assert first == draw_samples(source, some(select_seed=1))
+    assert first != draw_samples(source, some(select_seed=2))
+    assert draw_samples(source, some(select_seed=1, select_samples=7)) == first[:7]
 
 
 def test_samples_without_image_or_tokens_are_skipped(caplog):
@@ -79,7 +62,7 @@ def test_samples_without_image_or_tokens_are_skipped(caplog):
     with caplog.at_level(logging.WARNING):
         drawn = draw_samples(Rows(images, features), some(select_samples=30))
     assert len(drawn) == 27
-    problem = "hera_select_samples: 30 were requested, and 27 can be scored (1 have no image, 2 no text"
+    problem = "hera_select_samples: 30 were requested, and 27 can be scored (1 have no image, 2 have no text"
     assert problem in caplog.text
 
 
@@ -89,9 +72,9 @@ UNLABELED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
 @pytest.mark.parametrize(
     ("images", "features", "problem"),
     [
-        (IMAGES[:4] + [[]] * 26, captions(30), r"dataset: 4 of its 30 .* hera_select_k: 3 needs 5 .*26 have no image"),
-        (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 no text"),
-        (IMAGES, [UNLABELED] * 30, "dataset: 0 of its 30 .* 30 no text"),
+        (IMAGES[:4] + [[]] * 26, captions(30), r"dataset: 4 of its 30 .*26 have no image.* hera_select_k: 3 needs 5"),
+        (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 have no text"),
+        (IMAGES, [UNLABELED] * 30, "dataset: 0 of its 30 .* 30 have no text"),
         ([["gone.png"], *IMAGES[1:]], captions(30), r"gone\.png"),
     ],
 )

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers.cache import FeatureCache
 
@@ -75,6 +74,7 @@ def test_features_are_found_in_the_order_of_the_keys_before_and_after_flushing_a
             assert holds(reader, [3, 40, 1, 3, *range(50)])
             found = reader.get(keys_of([1, 99, 2]))
             assert [feature is None for feature in found] == [False, True, False]
+            assert [key in reader for key in keys_of([1, 99, 2])] == [True, False, True]
             assert reader.get([]) == []
             assert len(reader) == 50
         cache.flush()
@@ -119,22 +119,18 @@ def test_teachers_do_not_share_features_and_a_shard_names_its_teacher(folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_features_that_are_not_finite_in_float16_or_of_the_wrong_shape_are_refused(value, cache):
+def test_features_that_are_not_finite_in_float16_are_refused(value, cache):
     features = features_of([1, 2])
     features[1, 3] = value
     with pytest.raises(ValueError, match=f"{keys_of([2])[0].hex()} is not finite in float16.*hera_teacher_cache"):
         cache.put(keys_of([1, 2]), features)
-    with pytest.raises(ValueError, match=r"not \[n, 8\]"):
-        cache.put(keys_of([1]), features)
     assert len(cache) == 0
 
 
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
-    "text": lambda content: b"not a shard at all",
     "header": lambda content: content[:20] + b"\xff" * 20 + content[40:],
-    "longer": lambda content: content + b"\0",
 }
 
 
@@ -176,13 +172,6 @@ def test_pickled_copies_are_small_and_see_after_refresh_what_others_have_written
     assert holds(copy, [5000])
 
 
-def test_workers_of_a_loader_read_it_at_the_same_time(cache):
-    for first in range(0, 200, 40):
-        store(cache, range(first, first + 40))
-    loader = DataLoader(range(200), 8, num_workers=2, collate_fn=lambda names: torch.stack(cache.get(keys_of(names))))
-    assert torch.equal(torch.cat(list(loader)), features_of(range(200)).half())
-
-
 def test_processes_that_fill_it_at_the_same_time_lose_nothing(folder):
     barrier = fork.Barrier(2)
 
@@ -219,22 +208,6 @@ def test_a_killed_writer_loses_only_what_it_had_not_flushed(when, folder, cache)
     assert reader.get(keys_of([3])) == [None]
     store(reader, [3])
     assert holds(opened(folder), [1, 2, 3])
-
-
-def test_a_full_disk_leaves_no_partial_file_and_loses_nothing(folder):
-    def child():
-        cache = FeatureCache(folder, TEACHER, 4096)
-        cache.put(keys_of(range(40)), torch.ones(40, 4096))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        with pytest.raises(OSError):
-            cache.flush()
-        assert not list(cache.folder.iterdir())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        cache.flush()
-
-    run([fork.Process(target=child, daemon=True)])
-    assert len(FeatureCache(folder, TEACHER, 4096)) == 40
 
 
 def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):

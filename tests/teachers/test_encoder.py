@@ -1,12 +1,10 @@
 import json
-import pickle
 import shutil
 
 import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers import encoder
 from llamafactory_hera.teachers.encoder import (
@@ -49,10 +47,10 @@ def write_config(text):
     ("damage", "message"),
     [
         (remove("config.json"), r"holds no config\.json\. Give a vision model"),
-        (write_config('{"model_type": "qwen2"}'), r"cannot be the teacher.*'qwen2'.*dinov2.*the paper uses"),
-        (write_config("{}"), r"cannot be the teacher.*model_type is None"),
+        (write_config('{"model_type": "qwen2"}'), r"has model_type 'qwen2'; give a vision model .*dinov2"),
+        (write_config("{}"), "has model_type None"),
         (remove("preprocessor_config.json"), r"holds no image processor \(preprocessor_config\.json or"),
-        (remove("model.safetensors"), r"holds no weights .*Copy or download the teacher .* again"),
+        (remove("model.safetensors"), r"holds no weights .*Copy or download .* again"),
     ],
 )
 def test_a_folder_that_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
@@ -101,6 +99,10 @@ def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_and_not_on
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit", "vit", "clip", "siglip"])
 def test_pixels_are_those_of_the_models_processor(kind, save_teacher, make_images):
     folder = save_teacher(kind)
+    if kind == "siglip":  # a processor of text and images holds the settings inside of its own
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "preprocessor_config.json").unlink()
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     processor = processor_of(folder)
     images = make_images(2) + make_images(1, size=(70, 30), seed=1)
     reference = tf.AutoImageProcessor.from_pretrained(folder)
@@ -109,27 +111,6 @@ def test_pixels_are_those_of_the_models_processor(kind, save_teacher, make_image
     assert processor.pixel_size == expected.shape[2:] == (32, 32)
     for image in (images[0].convert(mode) for mode in ("L", "RGBA", "P")):
         assert torch.equal(processor(image), processor(image.convert("RGB")))
-
-
-def test_the_processor_works_after_pickling_in_loader_workers_and_without_weights(
-    save_teacher, make_images, monkeypatch
-):
-    monkeypatch.setattr(tf.PreTrainedModel, "from_pretrained", None)
-    processor = processor_of(save_teacher("dinov2"))
-    images = make_images(4)
-    expected = processor.batch(images)
-    assert torch.equal(pickle.loads(pickle.dumps(processor)).batch(images), expected)
-    loader = DataLoader(images, batch_size=2, num_workers=2, collate_fn=processor.batch)
-    assert torch.equal(torch.cat(list(loader)), expected)
-
-
-def test_the_image_processor_inside_a_processor_for_text_and_images_is_found(save_teacher, make_images):
-    folder = save_teacher("siglip")
-    expected = processor_of(folder).batch(make_images(2))
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").unlink()
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    assert torch.equal(processor_of(folder).batch(make_images(2)), expected)
 
 
 def test_a_processor_that_gives_images_of_different_sizes_is_refused(save_teacher, edit_json):
@@ -206,16 +187,6 @@ def test_half_precision_gives_float32_features_close_to_full_precision(save_teac
     assert torch.nn.functional.cosine_similarity(features, full.encode(pixels)).min() > 0.99
 
 
-def test_weights_in_several_files_and_stored_in_bfloat16_give_the_same_features(save_teacher, make_images):
-    folder = save_teacher("dinov2")
-    tf.Dinov2Model.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    whole = load(folder)
-    assert whole._model.dtype == torch.float32
-    write_sharded(folder)
-    pixels = whole.processor.batch(make_images(1))
-    assert torch.equal(load(folder).encode(pixels), whole.encode(pixels))
-
-
 @pytest.mark.parametrize(
     ("kind", "lost", "refused"),
     [("dinov2", "encoder.layer.1.mlp.fc1.weight", True), ("siglip_vision_model", "head.", False)],
@@ -239,7 +210,9 @@ def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, sid
     if fits:
         assert VisionTeacher.check(str(folder), side).path == folder
         return
-    with pytest.raises(ValueError, match=r"^hera_teacher: .*clip takes only images of 32 pixels, 4 x 4 .* 5 x 5 tok"):
+    with pytest.raises(
+        ValueError, match=r"^hera_teacher: .*clip takes only images of 32 pixels .* 5 x 5 tokens"
+    ):
         VisionTeacher.check(str(folder), side)
 
 

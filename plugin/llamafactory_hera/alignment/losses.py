@@ -34,20 +34,11 @@ def contrastive_loss(
 
     Returns:
         A scalar, or ``[H]``; 0 if no sample has a neighbor.
-
-    Raises:
-        ValueError: ``neighbors`` has another number of samples, or ``temperature`` is a number of at most 0.
     """
     m = z.shape[-2]
     n = m if allowed is None else allowed.shape[0]
     if neighbors.dim() != 2 or neighbors.shape[0] != n:
-        raise ValueError(
-            f"neighbors: the shape {list(neighbors.shape)} does not fit {n} samples; give [{n}, k], as "
-            "nearest_neighbors returns for the teacher's features of the same samples."
-        )
-    # not checked for a tensor, because reading it would make the host wait for the device
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature}: the softmax divides by it; give a value above 0, such as 0.07.")
+        raise ValueError(f"neighbors: the shape {list(neighbors.shape)} does not fit {n} samples; give [{n}, k].")
     if allowed is None:
         allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
     positives = neighbor_mask(neighbors, m)
@@ -60,20 +51,12 @@ def contrastive_loss(
     return of_heads if per_head else of_heads.mean()
 
 
-def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Computes one minus the cosine of each vector and its target.
-
-    Args:
-        predicted: ``[..., D]``.
-        target: ``[..., D]``, broadcast.
-
-    Returns:
-        ``[...]``, between 0 and 2.
-    """
-    return 1 - torch.nn.functional.cosine_similarity(predicted, target, dim=-1)
+def cosine_loss(predicted: Tensor, goal: Tensor) -> Tensor:
+    """Computes one minus the cosine of each vector and its goal, both ``[..., D]``; ``[...]``, between 0 and 2."""
+    return 1 - torch.nn.functional.cosine_similarity(predicted, goal, dim=-1)
 
 
-def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor:
+def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor) -> Tensor:
     """Computes one minus the linear CKA of two sets of features.
 
     ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features, centered over samples (Kornblith et al. 2019,
@@ -82,12 +65,11 @@ def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor | None = None) -> Tensor
     Args:
         z: ``[..., N, D]``.
         teacher: ``[N, D_teacher]``, of the same samples.
-        enters: Boolean ``[N]``, the samples that count, by default all; the other rows must be finite.
+        enters: Boolean ``[N]``, the samples that count; the other rows must be finite.
 
     Returns:
         ``[...]``, between 0 and 1; 1, without gradient, if all samples of a side are equal.
     """
-    enters = torch.ones_like(teacher[:, 0], dtype=torch.bool) if enters is None else enters
     ours, theirs = _centered_gram(z, enters), _centered_gram(teacher, enters)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
     # a side of length 0 has the product 0; divided by a tiny number its gradient would overflow

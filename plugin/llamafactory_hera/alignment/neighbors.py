@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Teacher vectors with a higher cosine similarity show the same image; they differ only by rounding.
 SAME_IMAGE = 1 - 1e-5
-# How many rows of similarities are held at a time; the memory of all rows would grow with the square of the samples.
+# Rows of similarities in memory at a time; the memory for all rows grows with the square of the number of samples.
 _ROWS = 1024
 
 
@@ -48,9 +48,6 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
     Returns:
         Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of the candidates of a sample
         are its neighbors, and -1 fills the rest: if every candidate were a neighbor, the teacher would say nothing.
-
-    Raises:
-        ValueError: ``k`` does not fit the number of samples.
     """
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
@@ -91,11 +88,7 @@ def mutual_knn(
         allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two do not count.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1; NaN if no sample has a candidate. Compare it with
-        :func:`chance_level`.
-
-    Raises:
-        ValueError: ``k`` does not fit the number of samples, or the two sides have different numbers of them.
+        A scalar, or ``[H]``, between 0 and 1; NaN if no sample has a candidate. Compare it with :func:`chance_level`.
     """
     m = teacher.shape[-2]
     if student.shape[-2] != m:
@@ -113,17 +106,11 @@ def chance_level(n_samples: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of N samples among M (the batch, followed by remembered samples), and the neighbors among them.
+    """The candidates of N samples among M, the batch followed by remembered samples, and the neighbors among them."""
 
-    Attributes:
-        allowed: Boolean ``[N, M]``, the samples that each sample is compared with.
-        neighbors: ``[N, k]``, the nearest of them in the teacher's space; -1 beyond half of the candidates.
-        duplicates: The number of pairs in the batch that show the same image, a scalar.
-    """
-
-    allowed: Tensor
-    neighbors: Tensor
-    duplicates: Tensor
+    allowed: Tensor  #: Boolean ``[N, M]``, the samples that each sample is compared with.
+    neighbors: Tensor  #: ``[N, k]``, the nearest of them in the teacher's space; -1 beyond half of the candidates.
+    duplicates: Tensor  #: The number of pairs in the batch that show the same image, a scalar.
 
     @property
     def known(self) -> Tensor:
@@ -142,14 +129,13 @@ def teacher_candidates(
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate. At most half of the
-    candidates are neighbors.
+    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate.
 
     Args:
         teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
             Rows that are not valid or not filled may hold anything.
         valid: Boolean ``[N]``.
-        k: Neighbors per sample.
+        k: Neighbors per sample, at most half of its candidates.
         normalize: Cosine similarity when true, dot product otherwise.
         filled: Boolean ``[M - N]``, the places of the memory that hold a sample; None without a memory.
     """

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
-# Rows of similarities in memory at a time; all of them would take memory by the square of the samples.
-_ROWS = 1024
+_ROWS = 1024  # rows of similarities in memory at a time, as in neighbors.py
 
 
 def score_heads(
@@ -34,9 +33,6 @@ def score_heads(
     Returns:
         ``[L, H]`` in fp32 on the device of the features; NaN, with a warning, where the outputs or weights of a head
         hold NaN or infinity.
-
-    Raises:
-        ValueError: The features, weights and neighbors do not fit together.
     """
     scores: list[Tensor] = []
     for outputs, weight in zip(pooled, o_proj_weights, strict=True):
@@ -52,11 +48,8 @@ def score_features(
 ) -> Tensor:
     """Computes the MKNN of one set of features, such as the output of a layer; see the two other functions."""
     n, k = teacher_neighbors.shape
-    if n != len(features) or not 1 <= k < n:
-        raise ValueError(
-            f"teacher_neighbors: shape {[n, k]} does not fit {len(features)} samples; give [N, k] with k < N, for the "
-            "same samples in the same order."
-        )
+    if n != len(features):
+        raise ValueError(f"teacher_neighbors: its {n} samples are not the {len(features)} samples of the features.")
     nearest = nearest_samples(features, weight, torch.arange(n), k, normalize)
     shared = (nearest[:, :, None] == teacher_neighbors.to(nearest.device)[:, None]).sum()
     return torch.where(nearest[0, 0] < 0, torch.nan, shared.double() / (n * k)).float()
@@ -64,17 +57,14 @@ def score_features(
 
 @torch.no_grad()
 def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: int, normalize: bool = True) -> Tensor:
-    """Finds the nearest neighbors of some samples among all; equal similarities are ordered by rising index.
+    """Finds the ``k`` nearest neighbors ``[Q, k]`` of some samples among all, nearest first, ties by rising index.
 
     Args:
         features: ``[N, d]``, any float type.
         weight: Projects the features, ``[D, d]``, such as the columns of ``o_proj.weight`` for a head; may be None.
         rows: The samples in question, ``[Q]``.
-        k: Neighbors per sample.
+        k: Neighbors per sample; all are -1 if the features or weights hold NaN or infinity.
         normalize: Cosine similarity when true, dot product otherwise.
-
-    Returns:
-        ``[Q, k]``, nearest first; -1 if the features or weights hold NaN or infinity.
     """
     parts = []
     with full_precision(features.device.type):

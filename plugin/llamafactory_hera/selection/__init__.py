@@ -1,1 +1,1 @@
-"""Head selection: a host gives `samples.SelectionInputs`, and `select.select_targets` scores, chooses and writes."""
+"""Head selection: a host gives `samples.SelectionInputs`, and `resolve.select_targets` scores, chooses and writes."""

@@ -14,9 +14,9 @@ from torch import nn
 from ..heads.families import HeadLayout
 from ..hub import weight_files
 
-_TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
-_VISION_LAYER = re.compile(r"(?:^|\.)(encoder\.layers?\.\d+\..+)$")
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")  # what PEFT inserts into the name of a weight
+# The name of a decoder weight, from "layers" on, because each architecture puts another prefix before it.
+_DECODER_WEIGHT = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")  # PEFT inserts these into the name of a weight
 
 
 def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: Sequence[Path] = ()) -> str:
@@ -24,7 +24,12 @@ def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: S
 
     A model in memory needs complete, unquantized parameters; its LoRA adapters count once they have been trained.
     """
-    rows = _first_rows(weights, _TEXT_LAYER)
+    rows = {}
+    for name, tensor in _in_memory(weights) if isinstance(weights, nn.Module) else _in_files(weights):
+        if match := _DECODER_WEIGHT.search(name):
+            shape = tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape()
+            row = tensor[(0,) * (len(shape) - 1)].detach().to(torch.bfloat16)  # copies of all precisions are equal
+            rows[match[1]] = row.cpu().view(torch.int16).numpy().tobytes()
     if not rows:
         raise ValueError(f"model: the weights of {str(weights)[:99]} contain no decoder layer; give a language model.")
     digest = hashlib.sha256(str(astuple(layout)[1:]).encode())  # not the model_type, which multimodal models rename
@@ -33,24 +38,6 @@ def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: S
     for path in (path for folder in adapters for path in sorted(folder.glob("adapter_model.*"))[-1:]):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def is_own_vision_tower(weights: Path | nn.Module, teacher_folder: Path) -> bool:
-    """Compares the encoder layers of a teacher with those of the vision tower in a model, which may have fewer."""
-    tower, teacher = (_first_rows(side, _VISION_LAYER) for side in (weights, teacher_folder))
-    common = tower.keys() & teacher.keys()
-    return bool(common) and all(tower[name] == teacher[name] for name in common)
-
-
-def _first_rows(weights: Path | nn.Module, pattern: re.Pattern) -> dict[str, bytes]:
-    """Reads the first rows in bf16, in which copies of other precisions are equal, by the names without prefixes."""
-    found = {}
-    for name, tensor in _in_memory(weights) if isinstance(weights, nn.Module) else _in_files(weights):
-        if (match := pattern.search(name)) and "text_model" not in name:
-            shape = tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape()
-            row = tensor[(0,) * (len(shape) - 1)].detach().to(torch.bfloat16)
-            found[match[1]] = row.cpu().view(torch.int16).numpy().tobytes()
-    return found
 
 
 def _in_memory(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from ..heads.targets import Pooling
 from ..heads.tokens import token_mask
 from .samples import Collate, Features, SelectionInputs
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
 #: The samples of one forward pass, by their numbers.
 Batch = tuple[int, ...]
@@ -37,12 +37,10 @@ class Forward:
     def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        #: Token ids of images and other media.
-        self.media = media_token_ids(model_config(model))
+        self.media = media_token_ids(model_config(model))  #: Token ids of images and other media.
         self._module = text_decoder(model) if mode == "llm" else model
         self._autocast = autocast
-        peft_model: Any = model
-        inner = peft_model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: Any = getattr(model, "get_base_model", lambda: model)()  # without PEFT, which hides the signature
         self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def run(self, batch: dict[str, Any]) -> None:
@@ -82,9 +80,9 @@ def run_batches(
 ) -> Iterator[tuple[Batch, Any]]:
     """Yields each batch with the result of its pass; batches are halved from the moment when memory runs out."""
     pending = list(batches)
+    make = partial(_collated, features=features, collate=collate)
     while pending:
         dataset: Any = pending  # a DataLoader takes anything that has a length and items
-        make = partial(_collated, features=features, collate=collate)
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=make)
         for done, inputs in enumerate(loader):
             try:
@@ -95,11 +93,10 @@ def run_batches(
                 result = None
             if result is None:  # outside of the handler, which would keep the tensors of the failed pass
                 limit = len(pending[done]) // 2
-                pending = [
-                    batch[start : start + limit] for batch in pending[done:] for start in range(0, len(batch), limit)
-                ]
+                rest = pending[done:]
+                pending = [batch[start : start + limit] for batch in rest for start in range(0, len(batch), limit)]
                 clear_device_cache()
-                logger.warning("Out of memory: going on with batches of %d samples.", limit)
+                logger.warning("Out of memory: continuing with batches of %d samples.", limit)
                 break
             yield pending[done], result
         else:
@@ -115,9 +112,8 @@ def pooled_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Runs all samples through the model, shared among the processes of the launch.
 
-    Returns:
-        Averages over tokens in fp32 on the CPU of every process: head outputs ``[N, L, H, d]``, layer outputs
-        ``[N, L, D]``.
+    Every process gets the averages over tokens in fp32 on the CPU: head outputs ``[N, L, H, d]``, layer outputs
+    ``[N, L, D]``.
     """
     forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
     heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)

@@ -6,36 +6,33 @@ import re
 import statistics
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from .. import plots
-from ..files import CARD, RUN_FOLDER, read_json, write_text
+from ..files import RUN_FOLDER, write_text
 from ..heads.targets import Target, Targets
 from .scores import SCORE_FILES, Paths, ScoreFile, command_line, load_files, render_table
 
 _COMPARED = 5  # heads in each group, as in the paper
 _CELL = 0.16  # inches
 _CHANCE: dict[str, Any] = {"color": plots.GRAY, "linestyle": "--", "linewidth": 1, "label": "chance"}
-_CURVES = {"lm_loss": plots.BLUE, "hera_loss": plots.ORANGE, "hera_mknn": plots.GREEN, "hera_temperature": plots.BLUE}
 _TITLE = "# Head alignment before and after"
-_NOT_LISTED = ("curves", "log", "log_lines", "command", "versions", "paper")  # entries of the card
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'">
-<style>:root {{ color-scheme: light dark }} img, svg {{ max-width: 100%; height: auto }}
-body {{ font: 15px/1.45 sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere }}
-td {{ vertical-align: top; padding-right: 1.5em }} pre {{ white-space: pre-wrap }}</style></head>
-<body><h1>{title}</h1>{body}</body></html>
+<style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }} td {{ padding-right: 1.5em }}</style>
+<body><h1>{title}</h1>
+{body}
+</body></html>
 """
 
 
@@ -89,8 +86,7 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     title, least = f"worst-{n}", Targets(tuple(ranked[:n]))
     if aligned is not None or (of_run and set(first.chosen.items) != set(least.items)):
         title, least = "aligned", Targets.parse(aligned or first.chosen, granularity)
-    places = {Target(*place) for place in np.ndindex(first.of(granularity).shape)}
-    if outside := [str(target) for target in least.items if target not in places]:
+    if outside := [str(target) for target in least.items if target not in ranked]:
         raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; name others.")
     scores, groups = [file.ranked(granularity) for file in files], {}
     for name, targets in ((title, least.items), (f"top-{n}", ranked[::-1][:n])):
@@ -103,20 +99,18 @@ def show(path: Path) -> None:
     """Prints the table of a score file and draws its picture, of the same name with the suffix ``.png``."""
     scored = ScoreFile.load(path)
     print(render_table(scored))
-    draw_scores(scored, path.with_suffix(".png"))
+    plots.save_figure(draw_scores(scored, scored.chosen.items), path.with_suffix(".png"))
     if path.name == SCORE_FILES[0] and path.parent.name == RUN_FOLDER:
         with suppress(ValueError):  # a trained run, whose selection may be missing or of another kind
             group, rows = next(iter(compare([path.parents[1]]).groups.items()))
             print(f"{group}: " + ", ".join(f"{name} {old:.4f} -> {new:.4f}" for name, (old, new) in rows.items()))
 
 
-def draw_scores(scored: ScoreFile, path: Path) -> None:
-    """Draws the scores of a file, with its choice marked, into a PNG file."""
-    plots.save_figure(scores_figure(scored, scored.chosen.items), path)
+def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
+    """Draws the scores of all heads, and of each layer with its best and worst head (paper, fig. 3 left).
 
-
-def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
-    """Draws the scores of all heads, and of each layer with its best and worst head (paper, fig. 3 left)."""
+    ``marked`` heads or layers are framed; ``limits`` are the ends of the color scale, by default the extreme scores.
+    """
     n_layers, n_heads = scored.scores.shape
     size = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
     figure = plots.new_figure(size[0] + 6.2, size[1] + 1.4)
@@ -138,12 +132,12 @@ def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[
     for layer, head in marked:
         if head is None:
             curves.plot(layer, scored.layer_scores[layer], "o", color=plots.ORANGE, markersize=10, fillstyle="none")
-            continue
-        # a dark line around a light one is visible at both ends of the color scale
-        for color, width in (("black", 3.4), ("white", 1.4)):
-            box = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=color, linewidth=width, zorder=3)
-            heat.add_patch(box).set_clip_on(False)
-    curves.set_xticks(range(0, n_layers, plots.tick_step(n_layers, 4.0, 0.3)))
+        else:
+            # a dark line around a light one is visible at both ends of the color scale
+            frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.4, zorder=3)
+            frame.set_path_effects([withStroke(linewidth=3.4, foreground="black")])
+            heat.add_patch(frame).set_clip_on(False)
+    curves.xaxis.set_major_locator(MaxNLocator(min(n_layers, 13), integer=True))
     curves.tick_params(labelsize=8)
     curves.set(xlabel="layer", ylabel="MKNN", ylim=(0, None))
     curves.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -154,15 +148,13 @@ def scores_figure(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[
 def draw_comparison(comparison: Comparison) -> Figure:
     """Draws the groups of a comparison as bars (paper, fig. 3 right)."""
     first, n_files = comparison.files[0], len(comparison.files)
-    colors, width = plots.series_colors(comparison.names), 0.8 / n_files
+    width = 0.8 / n_files
     figure = plots.new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
     for axes, (title, rows) in zip(figure.subplots(1, 2, sharey=True), comparison.groups.items(), strict=True):
         for position, name in enumerate(comparison.names):
             values = [row[position] for row in rows.values()]
             places = np.arange(len(rows)) + (position - (n_files - 1) / 2) * width
-            bars = axes.bar(places, values, width * 0.92, color=colors[name], label=name)
-            for bar, target, value in zip(bars, rows, values, strict=True):
-                bar.set_gid(f"{plots.TIP}{target} {name}: {value:.4f}")
+            axes.bar(places, values, width * 0.92, color=plots.SERIES[position % len(plots.SERIES)], label=name)
         axes.axhline(first.chance, **_CHANCE)
         axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
         axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
@@ -182,11 +174,10 @@ def write_report(
 ) -> list[Path]:
     """Compares score files as :func:`compare` does, and returns the paths of the files that it writes.
 
-    These are ``OUTPUT.png`` and ``OUTPUT.md``, and one HTML page that needs no network. The page includes the training
-    of one run: that of the ``heads.json`` in ``aligned``, or else of the last file next to a model card.
+    These are ``OUTPUT.png`` and ``OUTPUT.md``, and one HTML page with the scores of all heads and the gallery.
 
     Raises:
-        ValueError: The files cannot be compared, or the page would replace a file of another kind.
+        ValueError: The files cannot be compared, or the report would replace a page of another kind.
     """
     comparison, written = compare(paths, names, aligned), []
     pages = {f"{output}.md": _TITLE} if output else {}
@@ -195,17 +186,11 @@ def write_report(
             raise ValueError(f"report: {path} exists and is no report; give another path.")
     if output:
         written += [Path(f"{output}.png"), Path(f"{output}.md")]
-        if written[0].is_file() and not written[1].is_file():
-            raise ValueError(f"report: {written[0]} exists and belongs to no report; give another path.")
         plots.save_figure(draw_comparison(comparison), written[0])
         write_text(written[1], render_markdown(comparison, written[0].name))
     if html:
-        folders = [Path(path).parent for path in (aligned, *(file.path for file in comparison.files[::-1])) if path]
-        folder = next((folder for folder in folders if (folder / CARD).is_file()), None)
-        card = read_json(folder / CARD) if folder else {}
-        run = folder.absolute().parent.name if folder else comparison.files[-1].provenance["model"]
-        body = "".join(_sections(comparison, card if isinstance(card, dict) else {}))
-        write_text(html, _PAGE.format(title=escape(f"HeRA: {run}"), body=body))
+        title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
+        write_text(html, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
         written.append(Path(html))
     return written
 
@@ -222,63 +207,33 @@ def render_markdown(comparison: Comparison, picture: str) -> str:
     return f"{_TITLE}\n\n{summary}\n\n![MKNN in every file]({picture})\n\n{table}"
 
 
-def _sections(comparison: Comparison, card: Mapping[str, Any]) -> Iterator[str]:
-    from .gallery import default_targets, draw_gallery  # imports torch, which the other pictures do not need
+def _sections(comparison: Comparison) -> Iterator[str]:
+    from .gallery import default_heads, draw_gallery  # imports torch, which the other pictures do not need
 
     first, (title, least) = comparison.files[0], next(iter(comparison.groups.items()))
-    yield _tag("p", comparison.summary) + _table(comparison.table)
-    yield plots.inline_svg(draw_comparison(comparison), "MKNN in every file")
+    rows = ("".join(_element("td", cell) for cell in row) for row in comparison.table)
+    yield f"{_element('p', comparison.summary)}<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
+    yield _picture(draw_comparison(comparison), "MKNN in every file")
     marked = [Target.parse(name, first.chosen.granularity) for name in least if name != "mean"]
     limits = [function([file.scores for file in comparison.files]) for function in (np.nanmin, np.nanmax)]
     for name, file in zip(comparison.names, comparison.files, strict=True):
-        figure = plots.inline_svg(scores_figure(file, marked, limits), f"MKNN of {name}")
-        yield _tag("h2", f"All heads: {name} ({title} marked)") + figure
-    absent = f"There is no {CARD} next to the scores; a finished run writes it."
-    yield _tag("h2", "Training") + (_table(_rows(card)) if card else _tag("p", absent))
-    yield _training_curves(card.get("log", []))
-    yield _tag("h2", "What heads see")
+        yield _element("h2", f"All heads: {name} ({title} marked)")
+        yield _picture(draw_scores(file, marked, limits), f"MKNN of {name}")
+    yield _element("h2", "What heads see")
     try:
-        for target in [marked[0], *default_targets(first)[1:]]:
-            image = BytesIO()
-            draw_gallery(comparison.files, comparison.names, target).savefig(image, format="jpeg", dpi=110)
-            source = f"data:image/jpeg;base64,{b64encode(image.getvalue()).decode()}"
-            yield f'<p><img alt="Nearest images of {target}" src="{source}"></p>'
-    except ValueError as error:
-        yield _tag("p", error)
-    yield _tag("h2", "How it was made") + _table(_rows(card.get("versions", first.provenance.get("versions", {}))))
-    yield _tag("pre", card.get("command", "")) + _tag("pre", command_line())
+        worst, *others = default_heads(first)
+        for head in (worst if marked[0].head is None else marked[0], *others):
+            figure = draw_gallery(comparison.files, comparison.names, head)
+            yield _picture(figure, f"Nearest images of {head}")
+    except (OSError, ValueError) as error:
+        yield _element("p", error)
+    yield _element("h2", "How it was made") + _element("pre", command_line())
 
 
-def _training_curves(log: Sequence[Mapping[str, float]]) -> str:
-    keys = [key for key in _CURVES if any(key in line for line in log)]
-    if not keys:
-        return ""
-    figure = plots.new_figure(3.4 * len(keys), 2.6)
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for name, style in ((key, {"color": _CURVES[key], "marker": "."}), (f"{key}_chance", _CHANCE)):
-            points = np.array([(line["step"], line[name]) for line in log if {"step", name} <= line.keys()]).reshape(
-                -1, 2
-            )
-            axes.plot(*points.T, **style)
-        axes.set(title=key, xlabel="step")
-        plots.plain(axes)
-    return plots.inline_svg(figure, f"Curves of {', '.join(keys)}")
-
-
-def _tag(name: str, text: Any) -> str:
+def _element(name: str, text: Any) -> str:
     return f"<{name}>{escape(str(text))}</{name}>"
 
 
-def _table(rows: Iterable[Sequence[Any]]) -> str:
-    lines = ("".join(_tag("td", cell) for cell in row) for row in rows)
-    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
-
-
-def _rows(entries: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
-    """Flattens nested entries, and cuts digests."""
-    for name, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _rows(value, f"{name}: ")
-        elif name not in _NOT_LISTED:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            yield [prefix + name, re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text)]
+def _picture(figure: Figure, alt: str) -> str:
+    content = b64encode(plots.render(figure, "webp")).decode()
+    return f'<p><img alt="{escape(alt)}" src="data:image/webp;base64,{content}"></p>'

@@ -1,29 +1,44 @@
 """The heads or layers of a run: named in its settings, read from a file, or selected before training (``auto``)."""
 
 import logging
+import math
 import random
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 
+from ..alignment.neighbors import chance_level, nearest_neighbors
+from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
-from ..distributed import on_first, rank
-from ..files import RUN_FOLDER
-from ..heads.families import HeadLayout
+from ..distributed import barrier, on_first, rank, world_size
+from ..files import RUN_FOLDER, locked
+from ..heads.families import HeadLayout, head_layout, model_config
+from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
-from ..teachers.encoder import teacher_fingerprint, teacher_folder
+from ..teachers.cache import FeatureCache
+from ..teachers.encoder import VisionTeacher, teacher_fingerprint, teacher_folder
+from ..teachers.fill import encode_images, fill_cache
+from ..teachers.images import ImageLike, chosen_image
+from .fingerprint import model_fingerprint
+from .gallery import write_neighbors
+from .passes import pooled_outputs
 from .report import show
-from .samples import SelectionInputs
-from .scores import SAME_RUN, SAME_SELECTION, differences
-from .select import select_targets
+from .samples import SelectionInputs, draw_samples
+from .scores import SAME_RUN, SAME_SELECTION, choose_targets, differences, package_versions
 
 logger = logging.getLogger("llamafactory_hera")
+
+_TEACHER_FEATURES = "features-teacher"  # replaces hera_teacher_cache during a selection
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
         chosen = on_first(lambda: _selected_before(now, config, folder, run.checkpoint))
         if chosen is None:
             path = folder / file_name(config.granularity)
-            chosen = select_targets(run.inputs(), config, path, now["model_fingerprint"])
+            chosen = select_targets(run.inputs(), config, path)
             clear_device_cache(garbage_collection=True)
             if rank() == 0:
                 show(path)
@@ -59,7 +74,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 
 def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
-    """The targets that the key names; with scores, if a selection in the output folder chose them for this run."""
+    """Returns the targets that the key names, with the scores of a selection for this run that chose the same ones."""
     targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
         _check(targets, _origin(config, run), SAME_RUN, config)
@@ -71,18 +86,15 @@ def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
 
 
 def _origin(config: HeraConfig, run: Run) -> dict[str, Any]:
-    """The provenance that a selection for this run would write, as far as it is compared."""
-    return {
-        "keys": selection_keys(config),
-        **run.origin(),
-        "teacher": config.teacher,
-        "teacher_fingerprint": teacher_fingerprint(teacher_folder(config.teacher)),
-    }
+    """Returns the entries of the provenance by which an earlier selection is compared with this run."""
+    digest = teacher_fingerprint(teacher_folder(config.teacher))
+    keys = {"keys": selection_keys(config), "teacher": config.teacher, "teacher_fingerprint": digest}
+    return keys | run.origin()
 
 
 def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
-    """The choice of an earlier selection with the same settings; a resumed run takes its checkpoint's, or stops."""
-    for place in ([] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER]) + [folder]:
+    """Returns the choice of an earlier selection with the same settings; a resumed run takes its checkpoint's."""
+    for place in [folder] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER, folder]:
         path = place / file_name(config.granularity)
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
         if chosen is None or not chosen.provenance:
@@ -99,16 +111,13 @@ def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, chec
 def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config: HeraConfig) -> None:
     if not (differing := differences(chosen.provenance, now, names)):
         return
-    key, what = chosen.key, chosen.what
-    problem = f"{key}: the {what} {chosen} were selected for another run: {'; '.join(differing)}"
-    if config.heads_force:
-        logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
-        return
-    command = "`llamafactory-hera select`, or " if chosen.granularity == "head" else ""
-    raise ValueError(
-        f"{problem}. Select again ({command}{key}: auto in a new output folder), restore these settings, or set "
-        f"hera_heads_force: true to train these {what} anyway."
-    )
+    problem = f"{chosen.key}: the {chosen.what} {chosen} were selected for another run: {'; '.join(differing)}"
+    if not config.heads_force:
+        remedy = (
+            f"Select again in a new output folder, or set hera_heads_force: true to train these {chosen.what} anyway"
+        )
+        raise ValueError(f"{problem}. {remedy}.")
+    logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
 
 
 @contextmanager
@@ -122,3 +131,103 @@ def untouched_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
+
+
+def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
+    """Scores every head and layer, chooses some, and writes them with their scores and origin.
+
+    All processes of a launch call it together.
+
+    Raises:
+        ValueError: Bad input; names the key, the value and the remedy.
+    """
+    with ExitStack() as stack:
+        if path.parent.name == RUN_FOLDER:
+            on_first(lambda: stack.enter_context(locked(path.parents[1])))
+        samples = draw_samples(inputs.source, config)
+        images = [sample.image for sample in samples]
+        neighbors, digest_of_teacher = _teacher_neighbors(images, inputs, config, path.parent)
+        model = inputs.load_model()
+        layout, weights = head_layout(model_config(model)), projection_weights(model)
+        by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
+        # too few heads or layers are refused here, before the passes
+        choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
+        heads, layers = pooled_outputs(inputs, model, [sample.features for sample in samples], config)
+
+        def of_each_layer(outputs: Tensor) -> Iterator[Tensor]:
+            return (output.to(next(model.parameters()).device) for output in outputs.unbind(1))
+
+        def choose() -> Targets:
+            projections = (weight() for weight in weights)
+            scores = score_heads(of_each_layer(heads), projections, neighbors, config.normalize)
+            of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
+            layer_scores = torch.stack(list(of_layers))
+            if scores.isnan().all():
+                raise ValueError(
+                    "model: the output of every head holds NaN or infinity. The checkpoint is damaged, or its "
+                    "activations do not fit into fp16: use bf16 or fp32."
+                )
+            provenance = {
+                "model": inputs.model_name,
+                "adapters": [str(folder) for folder in inputs.adapter_folders],
+                "teacher": config.teacher,
+                "keys": selection_keys(config),
+                "dataset": inputs.dataset_name,
+                "batch_size": config.select_batch_size,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": package_versions(),
+                "model_fingerprint": model_fingerprint(inputs.weights, layout, inputs.adapter_folders),
+                "teacher_fingerprint": digest_of_teacher,
+                "samples_digest": sha256(b"".join(sample.key for sample in samples)).hexdigest(),
+                "samples": len(samples),
+                "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
+                "chance_level": chance_level(*neighbors.shape),
+                "layer_scores": _as_json(layer_scores),
+                "scores": [_as_json(row) for row in scores],
+            }
+            chosen = Targets(choose_targets((scores if by_head else layer_scores).tolist(), *rule), provenance)
+            outputs = zip(of_each_layer(heads), (weight() for weight in weights), strict=True)
+            write_neighbors(path, samples, neighbors, outputs, config.normalize, inputs.tokenizer)
+            chosen.save(path)
+            shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
+            return chosen
+
+        return on_first(choose)
+
+
+def _as_json(scores: Tensor) -> list[float | None]:
+    return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
+
+
+def _teacher_neighbors(
+    images: list[ImageLike], inputs: SelectionInputs, config: HeraConfig, folder: Path
+) -> tuple[Tensor, str]:
+    """Finds the neighbors ``[N, k]`` of N images, and the fingerprint of the teacher, and frees its memory."""
+    teacher = inputs.load_teacher()
+    cache = _filled_cache(config.teacher_cache or folder / _TEACHER_FEATURES, teacher, images, inputs, config)
+    features = encode_images(teacher, cache, images, config.select_batch_size).to(teacher.device)
+    digest = teacher.fingerprint
+    del teacher
+    clear_device_cache(garbage_collection=True)
+    return nearest_neighbors(features, config.select_k, config.normalize), digest
+
+
+def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
+    """Fills the teacher cache with the features of the complete dataset; returns how many images it holds."""
+    if config.teacher_cache is None:
+        raise ValueError("hera_teacher_cache: it is not set, so --teacher-only has nothing to fill; name a folder.")
+    found = (inputs.source.images(row) for row in range(len(inputs.source)))
+    images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
+    if not images:
+        raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use a dataset with images.")
+    return len(_filled_cache(config.teacher_cache, inputs.load_teacher(), images, inputs, config))
+
+
+def _filled_cache(
+    folder: str | Path, teacher: VisionTeacher, images: list[ImageLike], inputs: SelectionInputs, config: HeraConfig
+) -> FeatureCache:
+    cache = FeatureCache(folder, teacher.fingerprint, teacher.dim, teacher_name=config.teacher)
+    fill_cache(teacher, cache, images[rank() :: world_size()], config.select_batch_size, inputs.num_workers)
+    barrier()
+    cache.refresh()
+    return cache

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Self
 
 import yaml
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
 
 from ..files import write_text
 
@@ -24,32 +23,28 @@ class RecipeFile(NamedTuple):
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Reads a YAML or JSON file and keeps its line ends; ``ValueError`` if it cannot be read."""
+        """Reads a YAML or JSON file; ``ValueError`` if it cannot be read."""
         try:
-            with open(path, encoding="utf-8", newline="") as file:
-                return cls(Path(path), file.read())
+            return cls(Path(path), Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"The recipe {path} cannot be read ({error}).") from error
 
     def with_keys(self, keys: Mapping[str, Any]) -> str:
-        """Returns the text with new values of some keys; ``ValueError`` if it is no mapping.
+        """Returns the text with new values of some keys; ``ValueError`` if it is not a mapping.
 
-        The layout stays, or becomes plain if other values could not stay.
+        Comments and layout stay, except in a recipe that ruamel.yaml cannot write back unchanged.
         """
-        text, line = self.text.removeprefix("\ufeff"), "\r\n" if "\r\n" in self.text else "\n"
         with suppress(TypeError, ValueError):
-            indent = re.search(r"\n([ \t]+)", text)
-            return json.dumps({**json.loads(text), **keys}, indent=indent and indent[1], ensure_ascii=False) + "\n"
-        text = text.replace("\r\n", "\n")
+            return json.dumps({**json.loads(self.text), **keys}, indent=2, ensure_ascii=False) + "\n"
         try:
-            wanted = {**(yaml.safe_load(text) or {}), **keys}
+            wanted = {**(yaml.safe_load(self.text) or {}), **keys}
         except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"{self.path}: it is no mapping of keys ({' '.join(str(error).split())}).") from error
+            raise ValueError(f"{self.path}: it is not a mapping of keys ({' '.join(str(error).split())}).") from error
         with suppress(Exception):  # ruamel.yaml raises errors of any kind where it cannot keep a comment
-            changed = _round_trip(text, keys)
+            changed = _round_trip(self.text, keys)
             # as text: NaN does not equal itself, and 1 equals True
             if sorted(map(repr, yaml.safe_load(changed).items())) == sorted(map(repr, wanted.items())):
-                return changed.replace("\n", line)
+                return changed
         return yaml.safe_dump(wanted, sort_keys=False)
 
     def set_in_place(self, keys: Mapping[str, Any], check_only: bool = False) -> None:
@@ -76,17 +71,8 @@ def _round_trip(text: str, keys: Mapping[str, Any]) -> str:
     parser.preserve_quotes, parser.width = True, 1 << 20
     if re.search(r"^ +- ", text, re.MULTILINE):
         parser.indent(mapping=2, sequence=4, offset=2)
+    document = parser.load(text)
     # PyYAML writes values so that every parser reads them alike, for instance 1.0e-05 instead of 1e-05
-    fragment, document = yaml.safe_dump(dict(keys), sort_keys=False), parser.load(text)
-    if document is None:  # only comments
-        return f"{text.rstrip()}\n{fragment}".lstrip()
-    for key, value in parser.load(fragment).items():
-        old = document.get(key)
-        alike = [place for place, name in enumerate(document) if key[:5] == str(name)[:5] == "hera_"]
-        if key not in document:
-            document.insert(min(alike, default=len(document)), key, value)
-        document[key] = value
-        if isinstance(old, CommentedSeq) and (last := old.ca.items.get(len(old) - 1)):
-            document.ca.items[key] = [None, None, last[0], None]  # the comments that followed the old list
+    document.update(parser.load(yaml.safe_dump(dict(keys))))
     parser.dump(document, written)
     return written.getvalue()

@@ -1,10 +1,8 @@
 """The input of a selection: a dataset, the samples that a seed draws from it, and captions as token ids."""
 
-import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +16,7 @@ from ..heads.tokens import IGNORE_INDEX
 from ..teachers.encoder import VisionTeacher
 from ..teachers.images import ImageLike, chosen_image, image_key
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
 #: A sample for the collator: ``input_ids``, ``attention_mask`` and mostly ``labels`` as lists, and the pixels' source.
 Features = dict[str, Any]
@@ -65,17 +63,6 @@ class Sample(NamedTuple):
     features: Features
 
 
-@contextmanager
-def of_sample(row: int) -> Iterator[None]:
-    """Adds the number of the sample to the error about a broken image."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("The image"):
-            raise
-        raise ValueError(f"dataset: sample {row} (counted from 0): {error}") from error
-
-
 def draw(
     source: Source,
     count: int,
@@ -90,8 +77,7 @@ def draw(
     """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
-    drawn: list[Sample] = []
-    seen: set[bytes] = set()
+    drawn: dict[bytes, Sample] = {}
     without_image = without_text = 0
     for row in order:
         if len(drawn) == count:
@@ -101,17 +87,15 @@ def draw(
             without_image += 1
             continue
         image = images[chosen_image(len(images), image_index)]
-        with of_sample(row):
-            key = image_key(image)
-            features = None if key in seen else source.encode(row)
-        if key in seen:
+        key = image_key(image)
+        if key in drawn:
             continue
+        features = source.encode(row)
         if features is None or not usable(features):
             without_text += 1
-            continue
-        seen.add(key)
-        drawn.append(Sample(row, list(images), image, key, features))
-    return drawn, without_image, without_text
+        else:
+            drawn[key] = Sample(row, list(images), image, key, features)
+    return list(drawn.values()), without_image, without_text
 
 
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
@@ -127,27 +111,20 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
 
     asked, k = config.select_samples, config.select_k
     samples, without_image, without_text = draw(source, asked, config.select_seed, config.image_index, has_tokens)
-    drawn = len(samples)
-    skipped = f"{without_image} have no image, {without_text} no text with a token to average; each image counts once"
-    if drawn < k + 2:
+    n, skipped = len(samples), f"{without_image} have no image, {without_text} have no text to average"
+    if n < k + 2:
         raise ValueError(
-            f"dataset: {drawn} of its {len(source)} samples can be scored, and hera_select_k: {k} needs {k + 2} or "
-            f"more ({skipped}). Use more data with images and answers, or lower hera_select_k."
+            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), and "
+            f"hera_select_k: {k} needs {k + 2} or more; use more data, or lower hera_select_k."
         )
-    if drawn < asked:
-        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", asked, drawn, skipped)
-    chance = chance_level(drawn, k)
-    if chance > _HIGH_CHANCE:
+    if n < asked:
+        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", asked, n, skipped)
+    if (chance := chance_level(n, k)) > _HIGH_CHANCE:
         logger.warning(
-            f"hera_select_samples: with {drawn} samples and hera_select_k: {k}, unrelated features reach an MKNN of "
-            f"{chance:.2f}, so the ranking of heads is mostly noise. Use more samples; the paper uses 1,000."
+            f"hera_select_samples: {n} with hera_select_k: {k} lets unrelated features reach an MKNN of {chance:.2f}, "
+            "so the ranking of heads is mostly noise; use more samples (the paper uses 1,000)."
         )
     return samples
-
-
-def samples_digest(samples: Sequence[Sample]) -> str:
-    """Digests the images in their order."""
-    return hashlib.sha256(b"".join(sample.key for sample in samples)).hexdigest()
 
 
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:

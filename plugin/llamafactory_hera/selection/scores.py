@@ -33,8 +33,6 @@ SAME_RUN = ("hera_select_m", "model", "teacher")
 SAME_SCORES = (*SCORE_KEYS, "samples", "teacher")
 # Entries that are compared by a digest, and the entry that holds it.
 _DIGESTS = {"model": "model_fingerprint", "teacher": "teacher_fingerprint", "samples": "samples_digest"}
-_NEEDED = ("scores", "layer_scores", "chance_level", "samples", "keys", "model", "teacher", "dataset")
-_TABLE_ROWS = 10
 
 
 def rank_targets(scores: ArrayLike) -> dict[Target, float]:
@@ -49,20 +47,15 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
     ``worst``, the paper's choice, takes the least aligned, least first; ``top`` the most aligned, most first;
     ``random`` draws. ``middle`` takes the least aligned heads of the decoder layer ``L // 2``: our reading of the
     paper's ablation "middle layer", which keeps ``m`` the same for every strategy.
-
-    Raises:
-        ValueError: Fewer than ``m`` have a score.
     """
-    ranked, shape, where = rank_targets(scores), np.shape(scores), ""
+    ranked, shape = rank_targets(scores), np.shape(scores)
     candidates = list(ranked)
     if strategy == "middle":
         candidates = [target for target in candidates if target.layer == shape[0] // 2]
-        where = f" in layer L{shape[0] // 2}"
     if len(candidates) < m:
-        raise ValueError(
-            f"hera_select_m: {m} is more than the {len(candidates)} {'heads' if len(shape) == 2 else 'layers'}{where} "
-            f"among which hera_select: {strategy} chooses; lower it."
-        )
+        what = "heads" if len(shape) == 2 else "layers"
+        available = f"the {len(candidates)} {what} among which hera_select: {strategy} chooses"
+        raise ValueError(f"hera_select_m: {m} is more than {available}; lower it.")
     if strategy == "top":
         candidates.sort(key=lambda target: (-ranked[target], target))
     if strategy == "random":
@@ -89,8 +82,8 @@ class ScoreFile:
             path = next((file for file in files if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
         origin = chosen.provenance
-        if missing := next((name for name in _NEEDED if not origin.get(name)), None):
-            raise ValueError(f"scores: {path} has no {missing}; write one with `llamafactory-hera score`.")
+        if not origin.get("scores"):
+            raise ValueError(f"scores: {path} has no scores; write one with `llamafactory-hera score`.")
         heads, layers = (np.array(origin[name], dtype=float) for name in ("scores", "layer_scores"))
         return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
 
@@ -103,13 +96,13 @@ class ScoreFile:
             f"{keys.get('hera_select_mode')}, k={keys.get('hera_select_k')}, chance level {self.chance:.4f}"
         )
 
-    def of(self, granularity: Granularity) -> np.ndarray:
-        """Returns the scores of all heads or of all layers."""
-        return self.scores if granularity == "head" else self.layer_scores
+    def of(self, granularity: Granularity | None = None) -> np.ndarray:
+        """Returns the scores of all heads or layers; the default is the granularity of the selection."""
+        return self.scores if (granularity or self.chosen.granularity) == "head" else self.layer_scores
 
     def ranked(self, granularity: Granularity | None = None) -> dict[Target, float]:
         """Ranks heads or layers, least aligned first; the default is the granularity of the selection."""
-        return rank_targets(self.of(granularity or self.chosen.granularity))
+        return rank_targets(self.of(granularity))
 
 
 def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[ScoreFile], Sequence[str]]:
@@ -130,20 +123,16 @@ def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[S
 
 def render_table(scored: ScoreFile) -> str:
     """Renders the least and the most aligned heads or layers side by side; those that were chosen have a star."""
-    kind, scores, ranked = scored.chosen.granularity, scored.ranked(), list(scored.ranked())
-
-    def cell(target: Target) -> str:
-        star = "*" if target in scored.chosen.items else " "
-        return f"{target!s:>7}{star} {scores[target]:6.4f} {scores[target] / scored.chance:6.2f}x"
-
-    lines = [
-        f"{len(ranked)} {scored.chosen.what} on {scored.setting}",
-        f"{'':3}  {'least aligned':<24}  most aligned",
-        f"{'':3}  {f'{kind:>7}    MKNN  /chance':<24}  {kind:>7}    MKNN  /chance",
+    ranked = scored.ranked()
+    cells = [
+        f"{target!s:>7}{'*' if target in scored.chosen.items else ' '} {score:6.4f} {score / scored.chance:6.2f}x"
+        for target, score in ranked.items()
     ]
-    pairs = zip(ranked[:_TABLE_ROWS], ranked[::-1], strict=False)
-    lines += [f"{n:3}  {cell(worst):<24}  {cell(top)}" for n, (worst, top) in enumerate(pairs, start=1)]
-    if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of(kind)))]:
+    head = f"{scored.chosen.granularity:>7}    MKNN  /chance"
+    lines = [f"{len(ranked)} {scored.chosen.what} on {scored.setting}"]
+    lines += [f"     {'least aligned':<24}  most aligned", f"     {head:<24}  {head}"]
+    lines += [f"{n:3}  {worst:<24}  {top}" for n, worst, top in zip(range(1, 11), cells, cells[::-1], strict=False)]
+    if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of()))]:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
     tense = "" if scored.path.name in SCORE_FILES[1:] else "would be "
     lines.append(f"{tense}selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
@@ -154,12 +143,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequen
     """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack some."""
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
-        entries = {**provenance, **provenance.get("keys", {})}
+        entries = {name: value for name, value in provenance.items() if name not in _DIGESTS}
         for name, digest in _DIGESTS.items():
-            entries.pop(name, None)
             if digest in provenance:
                 entries[name] = f"{provenance.get(name)} (fingerprint {str(provenance[digest])[:8]})"
-        return entries
+        return entries | provenance.get("keys", {})
 
     return changes(compared(before), compared(now), names)
 

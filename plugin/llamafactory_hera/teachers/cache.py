@@ -19,7 +19,7 @@ from torch import Tensor
 from ..files import write_safetensors
 from .images import KEY_BYTES
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
 _SHARD_ROWS = 4096  # 8 MB for a teacher with D = 1024
 _KEY = np.dtype(f"S{KEY_BYTES}")  # NumPy orders byte strings by their bytes, so sorted keys are an index
@@ -58,6 +58,11 @@ class FeatureCache:
         """Returns the number of images whose features are stored or wait to be written."""
         return len(np.union1d(self._keys, np.array(list(self._waiting), _KEY)))
 
+    def __contains__(self, key: bytes) -> bool:
+        """Returns whether the feature of an image is stored or waits to be written."""
+        start, end = (self._keys.searchsorted(np.array(key, _KEY), side) for side in ("left", "right"))
+        return key in self._waiting or bool(start < end)
+
     def get(self, keys: Sequence[bytes]) -> list[Tensor | None]:
         """Returns ``[D]`` in float16 on the CPU for each image key of 16 bytes, or None where the cache has none."""
         found = [self._waiting.get(key) for key in keys]
@@ -73,12 +78,7 @@ class FeatureCache:
         Returns:
             ``[n, D]`` in float16 on the CPU, as `get` returns them from now on. Continue with these: a second run will
             read them from the cache, and the neighbors of unrounded features may differ.
-
-        Raises:
-            ValueError: The shape is wrong, or a feature is not finite in float16.
         """
-        if features.shape != (len(keys), self.dim):
-            raise ValueError(f"{len(keys)} keys with features of shape {tuple(features.shape)}, not [n, {self.dim}]")
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():
             raise ValueError(

@@ -63,41 +63,31 @@ class TeacherInfo(NamedTuple):
 def teacher_folder(
     name_or_path: str, weights: bool = True, what: str = "a vision model such as facebook/dinov2-large"
 ) -> Path:
-    """Returns the local folder of a teacher, and fetches it if the name is a hub id; see `hub.local_folder`.
-
-    Raises:
-        ValueError: There is no such model, or its weights are wanted and missing.
-    """
+    """Returns the local folder of a teacher, and fetches it from the hub; ``ValueError`` if it lacks files."""
     folder = local_folder(name_or_path, KEY, what, weights=weights)
-    try:
-        if weights:
+    if weights:
+        try:
             weight_files(folder)
-    except ValueError as error:
-        raise ValueError(f"{KEY}: {error}. Copy or download the teacher {name_or_path} again.") from error
+        except ValueError as error:
+            raise ValueError(f"{KEY}: {error}. Copy or download {name_or_path} again.") from error
     return folder
 
 
 def check_teacher(name_or_path: str) -> TeacherInfo:
-    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none.
+    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none."""
+    import transformers
 
-    Raises:
-        ValueError: Something is missing, or the hub cannot be reached.
-    """
     value = str(name_or_path)
     folder = teacher_folder(value, weights=False)
     model_type = read_json(folder / CONFIG_FILE).get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(
-            f"{KEY}: {value} cannot be the teacher, because its model_type is {model_type!r}. Give a vision model of "
-            f"one of these types: {', '.join(FAMILIES)}; the paper uses facebook/dinov2-large."
+            f"{KEY}: {value} has model_type {model_type!r}; give a vision model of one of the types "
+            f"{', '.join(FAMILIES)}, such as the paper's facebook/dinov2-large."
         )
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        raise ValueError(
-            f"{KEY}: {value} holds no image processor ({' or '.join(PROCESSOR_FILES)}). Copy that of the same model "
-            "into the folder: the teacher must see images as in its own training."
-        )
-    import transformers
-
+        files = " or ".join(PROCESSOR_FILES)
+        raise ValueError(f"{KEY}: {value} holds no image processor ({files}); copy that of the same model there.")
     family = FAMILIES[model_type]
     # The config class adds the defaults, which config files on the hub omit, and extracts the vision part of CLIP.
     config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
@@ -105,11 +95,7 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
 
 
 def teacher_fingerprint(folder: str | Path) -> str:
-    """Computes a digest, 64 hexadecimal digits, of the files that determine a teacher's features.
-
-    These are the settings of the model and of the image processor, and the weights. The versions of libraries, the
-    dtype and the device also have a small influence, but are not part of the digest.
-    """
+    """Digests the files that determine a teacher's features: weights and settings, also of the image processor."""
     settings = (Path(folder) / name for name in (CONFIG_FILE, *PROCESSOR_FILES))
     digest = hashlib.sha256()
     for path in [*(path for path in settings if path.is_file()), *weight_files(Path(folder))]:
@@ -119,15 +105,7 @@ def teacher_fingerprint(folder: str | Path) -> str:
 
 
 class TeacherProcessor:
-    """Turns PIL images into the pixels that a teacher takes; can be pickled, and holds no weights.
-
-    Attributes:
-        pixel_size: The height and width of the result.
-        mean, std: The normalization, see `normalization`.
-
-    Raises:
-        ValueError: The processor gives images of different sizes.
-    """
+    """Turns PIL images into the pixels that a teacher takes; can be pickled, and holds no weights."""
 
     def __init__(self, info: TeacherInfo) -> None:
         import transformers
@@ -137,9 +115,9 @@ class TeacherProcessor:
         if not (size and size.height and size.width):
             raise ValueError(
                 f"{KEY}: the image processor of {info.name} gives images of different sizes, which cannot form a "
-                'batch. Set "do_center_crop": true and "crop_size" in its file, or a "size" with "height" and "width".'
+                'batch; set "do_center_crop": true and "crop_size" in its file.'
             )
-        self.pixel_size: tuple[int, int] = (size.height, size.width)
+        self.pixel_size: tuple[int, int] = (size.height, size.width)  #: Height and width of the result.
         self.mean, self.std = normalization(processor)
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -155,10 +133,6 @@ class VisionTeacher:
     """A frozen vision model with its image processor.
 
     It is not a ``torch.nn.Module``, so a model or trainer that holds it neither trains nor saves it.
-
-    Attributes:
-        fingerprint: The digest of its files, see `teacher_fingerprint`.
-        dim: The length D of a feature.
     """
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
@@ -166,28 +140,19 @@ class VisionTeacher:
         self.processor, self.info = processor, info
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
-        self.dim: int = info.config.hidden_size
+        self.dim: int = info.config.hidden_size  #: The length D of a feature.
         # Copied here once: a copy in each step would wait for the device.
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
     def check(name_or_path: str, side: int) -> TeacherInfo:
-        """Checks a teacher for an objective on visual tokens without loading it.
-
-        Args:
-            name_or_path: A folder or a hub id.
-            side: The number of tokens along each side of the student's grid.
-
-        Raises:
-            ValueError: The teacher cannot be used, or its patches cannot match the student's tokens.
-        """
+        """Checks a teacher for an objective on visual tokens, ``side`` along each side of the student's grid."""
         info = check_teacher(name_or_path)
         size, patch = info.config.image_size, info.config.patch_size
         if not info.family.any_size and size // patch != side:
             raise ValueError(
-                f"{KEY}: {info.name} takes only images of {size} pixels, {size // patch} x {size // patch} patches, "
-                f"but the student's images are {side} x {side} tokens. Use a teacher that takes any size, such as "
-                "facebook/dinov2-large."
+                f"{KEY}: {info.name} takes only images of {size} pixels in patches of {patch}, but an image is "
+                f"{side} x {side} tokens for the student; use facebook/dinov2-large, which takes any size."
             )
         return info
 
@@ -195,16 +160,13 @@ class VisionTeacher:
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
-        """Loads a teacher; every process gets a whole copy, also under ZeRO-3 and FSDP.
+        """Loads a teacher; every process gets a complete copy, also under ZeRO-3 and FSDP.
 
         Args:
             name_or_path: A folder or a hub id of a model type in `FAMILIES`.
             device: The device to compute on; by default the current CUDA device, or else the CPU.
             dtype: The type of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the
                 memory and changes a few neighbors that are nearly tied.
-
-        Raises:
-            ValueError: The teacher cannot be used (see `check_teacher`), or lacks weights.
         """
         import transformers
 
@@ -212,22 +174,16 @@ class VisionTeacher:
         processor = TeacherProcessor(info)
         options: dict[str, Any] = {"add_pooling_layer": False} if info.config.model_type == "vit" else {}
         info.config.vision_use_head = False  # SigLIP's pooling head, which no feature uses
-        # The loading report would list each weight of the text model in a CLIP or SigLIP checkpoint.
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        try:
-            with whole_model_on_every_rank():
-                model, loading = getattr(transformers, info.family.model_class).from_pretrained(
-                    info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
-                )
-        finally:
-            transformers.logging.set_verbosity(verbosity)
+        with whole_model_on_every_rank():
+            model, loading = getattr(transformers, info.family.model_class).from_pretrained(
+                info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
+            )
         # transformers only warns about missing weights, and initializes them at random.
         missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
         if missing:
             raise ValueError(
                 f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, the "
-                f"first is {missing[0]}. Its {CONFIG_FILE} does not belong to them: copy or download it again."
+                f"first is {missing[0]}; copy or download the weights and {CONFIG_FILE} again."
             )
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -235,14 +191,10 @@ class VisionTeacher:
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Computes the features of preprocessed images.
+        """Computes the features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``.
 
-        Args:
-            pixel_values: ``[B, 3, h, w]`` on any device.
-
-        Returns:
-            ``[B, D]`` in float32 on the teacher's device: the CLS token after the final norm (paper, sec. 3), or the
-            mean of the patch tokens.
+        They are the CLS token after the final norm (paper, sec. 3), or the mean of the patch tokens, in float32 on the
+        teacher's device.
         """
         output, kind = self._forward(pixel_values), self.info.family.output
         if kind == "pooled":

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
-ImageLike = str | os.PathLike | bytes | dict[str, Any] | BinaryIO | Image.Image
+ImageLike = str | os.PathLike | bytes | dict[str, Any] | Image.Image
 
 KEY_BYTES = 16
 
@@ -26,11 +25,7 @@ _PART_KEYS = ("image", "path", "url", "image_url")
 
 
 def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
-    """Returns the images of a dataset's row in their order.
-
-    They come from the column ``images`` or ``image``, or else from the image parts of the chat messages in
-    ``messages``, or in ``prompt`` and ``completion``.
-    """
+    """Returns the images in a column of a dataset's row, or else in the image parts of its chat messages, in order."""
     for column in ("images", "image"):
         held = row.get(column)
         if found := [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]:
@@ -42,11 +37,7 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """Returns the images that a user's function finds in a row.
-
-    Raises:
-        ValueError: The function does not return a list.
-    """
+    """Returns the images that a user's function finds in a row; ``ValueError`` if it does not return a list."""
     images = images_of(row)
     if not isinstance(images, list | tuple):
         raise ValueError(f"images_of returned {type(images).__name__}; return a list of images, [] if there are none.")
@@ -65,7 +56,7 @@ def _message_images(messages: Any) -> list[ImageLike]:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Returns whether a dataset can only be read in order, by the criterion of torch's DataLoader."""
+    """Returns whether a dataset can only be read in order."""
     return isinstance(dataset, IterableDataset)
 
 
@@ -104,45 +95,29 @@ def _undecoded(feature: Any) -> Any:
 
 
 def chosen_image(count: int, index: int) -> int:
-    """Returns the position of the image that the teacher sees: ``index``, counted from the end if it is negative.
-
-    An index beyond the ``count`` images of a sample is clamped to the first or last of them.
-    """
+    """Returns the position of the image that the teacher sees; ``index`` may be negative, and is clamped."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}``, file object or PIL, to RGB.
+    """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}`` or PIL image, to RGB.
 
     Orientation tags are not applied, because the model's image loaders do not apply them either, and the teacher must
-    see the same picture as the model. For the same reason ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` decides whether the
-    missing part of a truncated image is gray or an error; PIL's default is an error.
-
-    Raises:
-        ValueError: The file is missing, corrupt or not an image.
+    see the same picture as the model. ``ValueError`` if the file is missing, corrupt or not an image.
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
-        if not isinstance(opened, Image.Image):
-            opened = Image.open(opened)
-        if opened.mode.startswith("I;16"):  # `convert` would clip the values at 255
-            opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-        return opened.convert("RGB")
+        return (opened if isinstance(opened, Image.Image) else Image.open(opened)).convert("RGB")
     except Exception as error:  # PIL's plugins raise many types of errors on broken files
-        raise ValueError(
-            f"The image {_name(image)} cannot be decoded ({error}). It is corrupt or not an image: replace it, or "
-            "remove its sample from the dataset."
-        ) from error
+        problem = f"The image {_name(image)} cannot be decoded ({error})"
+        raise ValueError(f"{problem}. It is corrupt or not an image; remove its sample from the dataset.") from error
 
 
 def image_key(image: ImageLike) -> bytes:
     """Computes the key of an image, 16 bytes of the sha256 of its encoded file, whatever the file's name.
 
     A PIL image has no encoded file. Its key is that of its RGB pixels and size, so it differs from the key of the file
-    that the image was read from.
-
-    Raises:
-        ValueError: The file cannot be read, or a PIL image cannot be decoded.
+    that the image was read from. ``ValueError`` if the image cannot be read.
     """
     content = image
     if isinstance(image, Image.Image):
@@ -168,36 +143,27 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
 
 def _name(image: ImageLike) -> str:
     """Returns the path of an image for messages; a data URI is shortened."""
-    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", getattr(image, "name", None))
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", None)
     name = str((image.get("path") if isinstance(image, dict) else path) or "")
     return repr(name if len(name) < 300 else f"{name[:40]}…") if name else f"(a {type(image).__name__} without a path)"
 
 
 def _encoded(image: ImageLike) -> bytes:
     """Returns the content of an image file."""
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        image = image["bytes"]
+    if isinstance(image, dict):
+        path: Any = image.get("path")
+        image = path if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
-    path: Any = image.get("path") if isinstance(image, dict) else image
-    if isinstance(path, str) and path.startswith(("http://", "https://")):
-        raise ValueError(f"The image {path!r} is a URL, which each step would fetch; download it and give its path.")
+    if not isinstance(image, str | os.PathLike):
+        expected = "a path, bytes, a dict with 'path' or 'bytes', or a PIL image"
+        raise ValueError(f"An image is given as {type(image).__name__}; give {expected}.")
+    if str(image).startswith(("http://", "https://")):
+        raise ValueError(f"The image {image!r} is a URL, which each step would fetch; download it and give its path.")
     try:
-        if isinstance(path, str) and path.startswith("data:"):
-            return b64decode(path.partition(",")[2], validate=True)
-        if isinstance(path, str | os.PathLike):
-            return Path(path).read_bytes()
+        if str(image).startswith("data:"):
+            return b64decode(str(image).partition(",")[2], validate=True)
+        return Path(image).read_bytes()
     except (OSError, Base64Error) as error:
-        why = getattr(error, "strerror", error)
-        raise ValueError(f"The image {_name(path)} cannot be read ({why}). Check the path in the dataset.") from error
-    if isinstance(image, dict) or not hasattr(image, "seek"):
-        raise ValueError(
-            f"An image is given as {type(image).__name__}; give a path, bytes, a dict with 'path' or 'bytes', a file "
-            "object or a PIL image."
-        )
-    file: Any = image
-    position = file.tell()  # restored, because the owner of the file may read on
-    file.seek(0)
-    content = file.read()
-    file.seek(position)
-    return content
+        problem = f"The image file {_name(image)} cannot be read ({getattr(error, 'strerror', error)})"
+        raise ValueError(f"{problem}. Check the path in the dataset.") from error

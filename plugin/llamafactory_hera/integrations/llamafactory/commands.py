@@ -13,8 +13,8 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.selection.report import show
+from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.run_yaml import RecipeFile
-from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
