@@ -13,16 +13,14 @@ from llamafactory_hera.calibration.profile import (
     HeadGates,
     Profile,
     attention_flow,
-    check_tokens,
     counted_logits,
     margin_loss,
     profile_heads,
 )
-from llamafactory_hera.calibration.samples import draw_samples
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, output_projection
 from llamafactory_hera.selection.passes import Forward
-from tests.calibration.tiny import N_IMAGE, Rows, calibration_model, collate, features, noise_images
+from tests.calibration.tiny import N_IMAGE, calibration_model, collate, features
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -88,8 +86,7 @@ def test_reading_attention_leaves_the_model_as_it_was() -> None:
         assert model.config.text_config._attn_implementation == "eager"
         assert model.config.vision_config._attn_implementation == "sdpa"
     for attention in (attention_module(layer) for layer in decoder_layers(model)):
-        assert not attention._forward_hooks
-        assert attention.config._attn_implementation == "sdpa"
+        assert (attention.config._attn_implementation, len(attention._forward_hooks)) == ("sdpa", 0)
 
 
 # -- logits, the margin loss and gates -------------------------------------------------------------------------------
@@ -207,20 +204,9 @@ def test_a_profile_is_the_mean_of_single_samples_whatever_the_batches() -> None:
     assert torch.allclose(profile.gradients, torch.stack(gradients[:3]), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind, ids", [("image", [3, 4]), ("text", [IMAGE] * 4)])
-def test_a_sample_without_one_kind_of_token_is_named(kind: str, ids: list[int]) -> None:
-    forward = Forward(calibration_model())
-    config = RahConfig(samples=4, held_out=1, probes=1)
-    samples = draw_samples(Rows([[image] for image in noise_images(4)]), config).profiled
-    check_tokens(forward, samples)
-    samples[2].features["input_ids"] = ids
-    with pytest.raises(ValueError, match=rf"dataset: sample {samples[2].row} .*no {kind} token.*template"):
-        check_tokens(forward, samples)
-
-
 def test_a_broken_checkpoint_is_refused() -> None:
     model = calibration_model()
     with torch.no_grad():
         model.model.language_model.layers[2].self_attn.q_proj.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"model: .*NaN or infinity.*bf16 or fp32"):
+    with pytest.raises(ValueError, match="model: it computes NaN or infinity"):
         profile_heads(Forward(model), features(3), collate, RahConfig(probes=2, batch_size=2))

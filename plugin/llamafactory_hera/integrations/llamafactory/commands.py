@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import RUN_FOLDER, write_text
