@@ -24,7 +24,7 @@ def put(folder: Path, name: str, records: list[dict], **changed) -> None:
 
 
 def write(folder: Path, suite: str, *models: str, paper: str | None = None) -> list[Path]:
-    places = {model: {task: folder / model / task.name for task in SUITES[suite]} for model in models}
+    places = {model: {task: folder / model / task.name / "result.json" for task in SUITES[suite]} for model in models}
     return write_table(folder / suite, SUITES[suite], places, paper)
 
 
