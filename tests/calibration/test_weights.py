@@ -43,12 +43,11 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
         attention.config._attn_implementation = "eager"
         model(**batch)
     x, heads, out = (seen[name][0, 0] for name in ("x", "heads", "out"))
-    total = torch.zeros_like(out)
-    for head in (Target(layer, index) for index in range(layout.n_heads)):
-        value, output = (weights.of_head(head, kind) for kind in ("value", "output"))
-        assert torch.allclose(heads[weights.block(head, "output")], value @ x, atol=1e-4)
-        total += output @ (value @ x)
-    assert torch.allclose(out, total, atol=1e-3)
+    targets = [Target(layer, index) for index in range(layout.n_heads)]
+    values = [weights.of_head(head, "value") @ x for head in targets]
+    assert torch.allclose(heads, torch.cat(values), atol=1e-4)
+    outputs = [weights.of_head(head, "output") @ value for head, value in zip(targets, values, strict=True)]
+    assert torch.allclose(out, sum(outputs), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,12 +1,8 @@
 """The command: what it writes, what it reuses, and what it refuses."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from llamafactory_hera.cli import main
 from llamafactory_hera.evaluation.run import missing
 from llamafactory_hera.evaluation.suites import SUITES
 
-from ..e2e.runner import environment, run_command
+from ..e2e.runner import run_command
 
 
 def command(model: Path, data: Path, *more: str) -> list[str]:
@@ -77,25 +73,6 @@ def test_a_file_of_questions_is_a_suite_with_its_name(folder, data) -> None:
     assert main(["eval", str(run), "--suite", str(data / "red birds.json"), "--output", str(output)]) == 0
     assert "\n| red birds: accuracy | 24 |" in (output / "red birds.md").read_text()
     assert result(data, "red birds")["settings"]["image_newline"] is True  # LLaMA-Factory wrote the log
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_continues(folder, data) -> None:
-    run = ["llamafactory-hera", *command(folder, data, "--batch-size", "1")]
-    process = subprocess.Popen(run, cwd=data.parent, env=environment(), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(answers(data)) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = answers(data)
-    assert len(kept) < 24
-    assert main(command(folder, data, "--batch-size", "1")) == 0
-    assert answers(data)[: len(kept)] == kept
-    assert sorted(line["doc_id"] for line in answers(data)) == list(range(24))
-    assert result(data)["n"] == 24
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from .sources import TOWERS, Source
 IMAGE_TOKEN = "<image>"
 _QUESTION, _ANSWER = "What is shown in this image? A red car, 2 people.", "An answer."
 
-# Precedes a template that takes strings: joins the parts of each message, images and texts, to one string.
+# Precedes a template that takes strings, and joins the images and texts of each message to one string.
 _FLATTEN = r"""{%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
 {%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}
@@ -45,7 +45,7 @@ _VICUNA = r"""{{- bos_token -}}{%- if messages[0]['role'] == 'system' -%}
 
 
 def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, int, str | None]:
-    """Makes the processor of a built model; the other values are the tokens of one image and the training template."""
+    """Returns the processor of a built model, the number of tokens of one image, and the training template, if any."""
     image_processor: Any = AutoImageProcessor.from_pretrained(vision.folder)
     if pad:
         # LLaVA's image processor crops by default. SigLIP's settings do not mention cropping.

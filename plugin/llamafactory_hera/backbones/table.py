@@ -1,4 +1,4 @@
-"""The table of backbones, from which recipes, training templates and lists of models are made, and the recipes.
+"""The table of backbones, from which recipes, training templates and lists of models are made, and shipped recipes.
 
 The heads are those of the paper (arXiv 2606.23885, table 5), selected with DINOv2-L as teacher, least aligned first.
 """
@@ -23,13 +23,8 @@ class Backbone(NamedTuple):
     heads: str = ""  #: A value of ``hera_heads``; empty for models that the paper does not use.
 
 
-def _by_key(*backbones: Backbone) -> dict[str, Backbone]:
-    return {backbone.key: backbone for backbone in backbones}
-
-
 # fmt: off
-#: The LLMs of the paper. `build` combines each with :data:`VISION_MODEL`.
-LANGUAGE_MODELS = _by_key(
+_LANGUAGE_MODELS = (
     Backbone("qwen2_5_3b", "Qwen2.5-3B", "Qwen/Qwen2.5-3B-Instruct", "llava_qwen2_5", "L3H4,L5H11,L5H14,L5H9,L5H15"),
     Backbone("qwen2_5_7b", "Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct", "llava_qwen2_5", "L14H5,L4H7,L14H4,L4H10,L4H13"),
     Backbone("qwen2_5_14b", "Qwen2.5-14B", "Qwen/Qwen2.5-14B-Instruct", "llava_qwen2_5",
@@ -43,8 +38,7 @@ LANGUAGE_MODELS = _by_key(
              "L0H31,L2H21,L0H29,L2H23,L2H25"),
 )
 
-#: Finished VLMs, which are trained without `build`.
-NATIVE_MODELS = _by_key(
+_NATIVE_MODELS = (
     Backbone("qwen2_5_vl_7b", "Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_vl"),
     Backbone("qwen3_vl_4b", "Qwen3-VL-4B", "Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl_nothink"),
     Backbone("llava_1_5_7b", "LLaVA-1.5-7B", "llava-hf/llava-1.5-7b-hf", "llava_vicuna"),
@@ -54,6 +48,10 @@ NATIVE_MODELS = _by_key(
 )
 # fmt: on
 
+#: The LLMs of the paper, by key; `build` combines each with :data:`VISION_MODEL`.
+LANGUAGE_MODELS = {model.key: model for model in _LANGUAGE_MODELS}
+#: Finished VLMs, by key, which are trained without `build`.
+NATIVE_MODELS = {model.key: model for model in _NATIVE_MODELS}
 #: The training templates of LLaVA-style models, first the one of stage 1.
 TEMPLATES = ("llava_plain", *dict.fromkeys(model.template for model in LANGUAGE_MODELS.values()))
 

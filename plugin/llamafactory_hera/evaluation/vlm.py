@@ -141,9 +141,8 @@ class HeraVLM(lmms):
                 raise ValueError(f"sample {doc_id} (from 0) of {task}: replace its image ({error}).") from error
             if asked.get("do_sample") and asked.get("temperature", 1.0):
                 raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
-            until = asked.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
-            settings = {"max_new_tokens": int(asked.get("max_new_tokens") or 1024), "until": until}
+            n_tokens, until = int(asked.get("max_new_tokens") or 1024), asked.get("until") or []
+            settings = {"max_new_tokens": n_tokens, "until": [until] if isinstance(until, str) else list(until)}
             prompt = self.prompt(conversation)
             digest = hashlib.sha256(repr([self._key, prompt, settings]).encode())
             images = [part["image"] for message in conversation for part in message["content"] if "image" in part]
