@@ -59,8 +59,7 @@ def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: s
     for key, values in {"isal": profile.saliency, "caf": profile.influence(1.0)}.items():
         assert torch.allclose(torch.tensor(report[key]).double(), values, rtol=1e-5, atol=1e-9)
     assert report["calibrated"]
-    heads = {head["head"]: head for head in report["heads"]}
-    for head in (heads[name] for name in report["calibrated"]):
+    for head in (head for head in report["heads"] if head["head"] in report["calibrated"]):
         assert 0 < head["alpha"] <= 0.15
         assert head["kl"] == head["tried"][-1]["kl"] <= 0.05
         assert head["anchors"]
@@ -94,10 +93,9 @@ def test_a_run_that_was_stopped_after_profiling_continues_from_there(tmp_path: P
 @pytest.mark.parametrize("change", ["another weight", "another type", "other samples", "more probes"])
 def test_a_profile_of_other_inputs_is_not_used(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
-    given, config = inputs(calibration_model()), CONFIG
+    given = inputs(calibration_model())
     if change == "another weight":
-        with torch.no_grad():
-            given.load_model().model.multi_modal_projector.linear_1.weight[3, 5] += 1e-6
+        given.load_model().model.multi_modal_projector.linear_1.weight.data[3, 5] += 1e-6
     if change == "another type":
         given = replace(given, autocast=torch.bfloat16)
     config = {"other samples": replace(CONFIG, seed=1), "more probes": replace(CONFIG, probes=9)}.get(change, CONFIG)

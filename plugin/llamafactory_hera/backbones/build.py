@@ -35,12 +35,8 @@ def build_backbone(
     """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
     The weights are copied bit for bit in their stored dtype, by the names of the llava-hf checkpoints. The complete
-    model is held in memory. It is written to a temporary folder that is renamed at the end, so ``output`` never
-    contains an incomplete model. With ``pad``, images are padded to squares with the mean color of the encoder's image
-    processor; ``square`` leaves that processor unchanged. The names are LLaVA's.
-
-    Raises:
-        ValueError: An input cannot be used.
+    model is held in memory, and the folder appears when it is complete. ``pad`` pads images to squares with the mean
+    color of the encoder's image processor; ``square`` leaves that processor unchanged. The names are LLaVA's.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
