@@ -200,7 +200,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from .backbones.shipped import copy_recipes, shipped_recipes
+    from .backbones.table import copy_recipes, shipped_recipes
 
     if args.copy_to is not None:
         print(f"copied to {copy_recipes(args.copy_to)}; run them in {args.copy_to}")

@@ -12,10 +12,9 @@ from peft import PeftModel
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
+from llamafactory_hera.calibration.plan import HeldOut
 from llamafactory_hera.calibration.report import REPORT_FILE, render_summary
-from llamafactory_hera.calibration.run import calibrate_heads
-from llamafactory_hera.calibration.samples import CalibrationSamples, draw_samples
-from llamafactory_hera.calibration.trust_region import HeldOut
+from llamafactory_hera.calibration.run import calibrate_heads, draw_samples
 from llamafactory_hera.calibration.weights import ADAPTER_FILE, HeadWeights
 from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.heads import Target
@@ -35,20 +34,20 @@ def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
 
     inputs, config, folder = read_calibration(recipe, overrides)
     samples = draw_samples(inputs.source, config)
-    corrupted = CalibrationSamples(*(corrupt(part, inputs.source, kind, config.seed) for part in samples))
+    profiled, held_out = (corrupt(part, inputs.source, kind, config.seed) for part in samples)
     model = inputs.load_model()
     inputs = replace(inputs, load_model=lambda: model)
     normal = calibrate_heads(inputs, config, folder, samples)
     folder = folder / f"control_{kind}"
     inputs = replace(inputs, dataset_name=f"{inputs.dataset_name}, {kind} images")
-    other = calibrate_heads(inputs, config, folder, corrupted)
+    other = calibrate_heads(inputs, config, folder, (profiled, held_out))
     compared = compare(normal, other)
     if (folder / ADAPTER_FILE).exists():
-        features, weights = [sample.features for sample in samples.held_out], HeadWeights(model)
+        features, weights = [sample.features for sample in samples[1]], HeadWeights(model)
         forward = Forward(model, autocast=inputs.autocast)
-        held_out = HeldOut(forward, weights, features, inputs.collator(model), config)
+        uncorrupted = HeldOut(forward, weights, features, inputs.collator(model), config)
         PeftModel.from_pretrained(model, folder).merge_and_unload()
-        compared["kl_control_on_uncorrupted_samples"] = held_out.kl()
+        compared["kl_control_on_uncorrupted_samples"] = uncorrupted.kl()
     write_json(folder / "control.json", compared)
     lines = [f"{key:<34} {value}" for key, value in compared.items()]
     return "\n".join([render_summary(normal), "", f"{kind} images", render_summary(other), "", *lines])

@@ -13,13 +13,8 @@ from .conftest import Build
 from .test_build import edit, load
 from .tiny import save_language_model
 
-OTHER_LLMS = [
-    tf.SiglipConfig(),
-    tf.LlavaConfig(),
-    tf.GPT2Config(),
-    tf.Gemma2Config(),
-    tf.GraniteConfig(logits_scaling=8),
-]
+OTHER_LLMS = [tf.SiglipConfig(), tf.LlavaConfig(), tf.GPT2Config(), tf.Gemma2Config()]
+OTHER_LLMS += [tf.GraniteConfig(logits_scaling=8)]
 OTHER_TOWERS = [tf.Qwen3Config(), tf.Siglip2Config(), tf.Dinov2WithRegistersConfig()]
 
 

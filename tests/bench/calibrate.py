@@ -21,11 +21,10 @@ import torch
 import transformers as tf
 from PIL import Image
 
+from llamafactory_hera.calibration.plan import HeldOut
 from llamafactory_hera.calibration.profile import AttentionFlow, HeadGates
-from llamafactory_hera.calibration.run import calibrate_heads
-from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.run import CalibrationInputs, calibrate_heads
 from llamafactory_hera.calibration.settings import RahConfig
-from llamafactory_hera.calibration.trust_region import HeldOut
 from llamafactory_hera.calibration.weights import HeadWeights
 from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import Features

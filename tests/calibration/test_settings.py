@@ -30,26 +30,18 @@ def test_layers(text: Any) -> None:
     assert RahConfig().layer_indices(1) == [0]  # the first half of a single layer
 
 
-def test_a_layer_that_the_model_lacks_is_named() -> None:
-    with pytest.raises(ValueError, match=r"rah_layers: 3-9 includes layer 9.*layers 0 to 4"):
-        RahConfig(layers="3-9").layer_indices(5)
-
-
-BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "layers": ({"rah_layers": "0..3"}, ["rah_layers", "'0..3'", "0-15"]),
-    "layers in reverse": ({"rah_layers": "5-3"}, ["rah_layers", "'5-3'"]),
-    "too few samples": ({"rah_samples": 50}, ["rah_samples: 50", "rah_probes: 32", "raise"]),
-    "no weights": ({"rah_w_v": 0, "rah_w_o": 0}, ["rah_w_v", "rah_w_o", "rah_rho: 1"]),
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"rah_layers": "0..3"}, r"rah_layers: '0\.\.3' .*0-15"),
+    "layers in reverse": ({"rah_layers": "5-3"}, "rah_layers: '5-3'"),
+    "a layer that the model lacks": ({"rah_layers": "3-9"}, "rah_layers: the model has no layer 9.*0 to 4"),
+    "too few samples": ({"rah_samples": 50}, "rah_samples: 50 .*rah_probes: 32; raise"),
+    "no weights": ({"rah_w_v": 0, "rah_w_o": 0}, "rah_w_v: 0 and rah_w_o: 0 .*rah_rho: 1"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_values_are_named(name: str) -> None:
-    values, expected = BAD[name]
-    with pytest.raises(ValueError) as error:
-        RahConfig.from_keys(values)
-    assert all(part in str(error.value) for part in expected), error.value
-
-
-def test_weights_without_effect_may_be_zero() -> None:
-    RahConfig(w_v=0, w_o=0, rho=1)
+    values, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        RahConfig.from_keys(values).layer_indices(5)
+    RahConfig(w_v=0, w_o=0, rho=1)  # weights without effect may be zero

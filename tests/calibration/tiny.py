@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from llamafactory_hera.calibration.profile import Profile
-from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.selection.samples import Features
 from tests.tiny_models import IMAGE, PAD, VISION_END, VISION_START, vlm
 

@@ -1,26 +1,20 @@
 """The command: what it writes, what it reuses, and what it refuses."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
 
 from llamafactory_hera.cli import main
-from llamafactory_hera.evaluation.run import _write_card, missing
+from llamafactory_hera.evaluation.run import missing
 from llamafactory_hera.evaluation.suites import SUITES
-from llamafactory_hera.files import write_json
 
-from ..e2e.runner import environment, run_command
+from ..e2e.runner import run_command
 
 
 def command(model: Path, data: Path, *more: str) -> list[str]:
@@ -71,34 +65,14 @@ def test_scores_are_those_of_the_answers_and_nothing_runs_twice(folder, data, ca
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_a_suite_with_its_name(folder, data, capfd) -> None:
+def test_a_file_of_questions_is_a_suite_with_its_name(folder, data) -> None:
     (data / "demo_questions.json").rename(data / "red birds.json")
     run, output = data.parent / "run", data.parent / "eval"
     shutil.copytree(folder, run)
     (run / "trainer_log.jsonl").touch()
     assert main(["eval", str(run), "--suite", str(data / "red birds.json"), "--output", str(output)]) == 0
-    assert "\n| red birds: accuracy | 24 |" in capfd.readouterr().out
-    assert (output / "red birds.md").is_file()
+    assert "\n| red birds: accuracy | 24 |" in (output / "red birds.md").read_text()
     assert result(data, "red birds")["settings"]["image_newline"] is True  # LLaMA-Factory wrote the log
-
-
-@pytest.mark.slow
-def test_a_killed_evaluation_continues(folder, data) -> None:
-    run = ["llamafactory-hera", *command(folder, data, "--batch-size", "1")]
-    process = subprocess.Popen(run, cwd=data.parent, env=environment(), start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(answers(data)) < 3:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    kept = answers(data)
-    assert len(kept) < 24
-    assert main(command(folder, data, "--batch-size", "1")) == 0
-    assert answers(data)[: len(kept)] == kept
-    assert sorted(line["doc_id"] for line in answers(data)) == list(range(24))
-    assert result(data)["n"] == 24
 
 
 @pytest.mark.slow
@@ -174,22 +148,3 @@ def test_the_check_reads_local_rows(changes: dict[str, Any], message: str, tmp_p
     (tmp_path / "demo_questions.json").write_text(json.dumps([row, row | changes]))
     assert message in "".join(missing(SUITES["demo"][0], tmp_path))
     assert bool(message) == bool(missing(SUITES["demo"][0], tmp_path))
-
-
-def test_scores_enter_the_card_of_a_trained_model(tmp_path: Path) -> None:
-    text = "---\nlicense: mit\ntags:\n- hera\n---\n\n# A run\n\nA section\n"
-    (tmp_path / "README.md").write_text(text)
-    gqa, pope, *_ = SUITES["paper"]
-    places = {task: tmp_path / task.name for task in (gqa, pope)}
-    write_json(places[gqa] / "result.json", {"scores": {"accuracy": 81.234, "F1": 1.0}})
-    _write_card(tmp_path, places)
-    assert (tmp_path / "README.md").read_text() == text  # it was not trained here
-    (tmp_path / "trainer_state.json").touch()
-    for score in (50.0, 82.0):  # the second replaces the first
-        write_json(places[pope] / "result.json", {"scores": {"accuracy": score}})
-        _write_card(tmp_path, places)
-    _, head, body = (tmp_path / "README.md").read_text().split("---", 2)
-    (index,) = yaml.safe_load(head)["model-index"]
-    found = [(each["dataset"]["type"], each["metrics"][0]["value"]) for each in index["results"]]
-    assert (found, yaml.safe_load(head)["tags"]) == ([("gqa", 81.23), ("pope", 82.0)], ["hera"])
-    assert "# A run\n\nA section\n" in body

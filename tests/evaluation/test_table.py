@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from PIL import Image
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
@@ -24,7 +23,7 @@ def put(folder: Path, name: str, records: list[dict], **changed) -> None:
 
 
 def write(folder: Path, suite: str, *models: str, paper: str | None = None) -> list[Path]:
-    places = {model: {task: folder / model / task.name for task in SUITES[suite]} for model in models}
+    places = {model: {task: folder / model / task.name / "result.json" for task in SUITES[suite]} for model in models}
     return write_table(folder / suite, SUITES[suite], places, paper)
 
 
@@ -131,22 +130,6 @@ def test_the_page_and_the_picture(tmp_path: Path) -> None:
     assert lines[3] == f"{cells} the paper does not say which 500 images |"
     assert lines[4].startswith("| AMBER generative |  | – | – | – | close |")
     assert Image.open(picture).width > 500
-
-
-def test_each_run_has_a_color(tmp_path: Path, monkeypatch) -> None:
-    drawn = []
-    monkeypatch.setattr(table, "save_figure", lambda figure, path: drawn.append(figure))
-    runs = ["before", "a", "b", "c", "d"]
-    for run in runs:
-        put(tmp_path / run, "gqa", share(5))
-    write(tmp_path, "paper", *runs)
-    write(tmp_path, "paper", *runs[:3])
-    colors = [
-        {line.get_label(): to_hex(line.get_color()) for line in figure.axes[0].lines if line.get_label() in runs}
-        for figure in drawn
-    ]
-    assert len(set(colors[0].values())) == 4
-    assert colors[1] == {run: colors[0][run] for run in ("a", "b")}
 
 
 def test_the_papers_columns(tmp_path: Path) -> None:

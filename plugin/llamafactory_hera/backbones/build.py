@@ -1,9 +1,8 @@
 """The assembly of a LLaVA-style model from a language model and a vision encoder."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -16,40 +15,28 @@ from .processor import chat_end, make_processor
 from .sources import EMBEDDING, HEAD, Source, language_weights, open_language, open_vision, vision_weights
 
 
-@dataclass(frozen=True)
-class BuiltModel:
+class BuiltModel(NamedTuple):
     """A finished model on disk."""
 
     folder: Path
     n_parameters: int
-    image_token_id: int  # id of the token ``<image>``
-    image_tokens: int  # number of tokens of one image
-    template: str | None  # training template of stage 2; None if there is no template for the language model
+    image_token_id: int  #: The id of the token ``<image>``.
+    image_tokens: int  #: The number of tokens of one image.
+    template: str | None  #: The training template of stage 2; None if there is none for the language model.
 
 
 def build_backbone(
-    language_model: str,
-    vision_model: str,
+    language_model: str,  # folder or hub id of a causal LLM
+    vision_model: str,  # folder or hub id of a CLIP, SigLIP, SigLIP2 (fixed resolution) or DINOv2 model
     output: str | Path,
     seed: int = 0,
     image_aspect_ratio: Literal["square", "pad"] = "square",
 ) -> BuiltModel:
-    """Assembles a ``LlavaForConditionalGeneration`` with a random projector.
+    """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
-    The weights are copied bit for bit in their stored dtype. They get the names of the llava-hf checkpoints, which
-    all versions of transformers read. The complete model is held in memory. It is written to a temporary folder that
-    is renamed at the end, so ``output`` never contains an incomplete model.
-
-    Args:
-        language_model: Folder or hub id of a causal LLM.
-        vision_model: Folder or hub id of a CLIP, SigLIP, SigLIP2 (fixed resolution) or DINOv2 model.
-        output: A new or empty folder.
-        seed: Seed of the projector.
-        image_aspect_ratio: ``pad`` pads images to squares with the mean color of the encoder's image processor.
-            ``square`` leaves that processor unchanged. The names are LLaVA's.
-
-    Raises:
-        ValueError: An input cannot be used; the message names the option, its value and the remedy.
+    The weights are copied bit for bit in their stored dtype, by the names of the llava-hf checkpoints. The complete
+    model is held in memory, and the folder appears when it is complete. ``pad`` pads images to squares with the mean
+    color of the encoder's image processor; ``square`` leaves that processor unchanged. The names are LLaVA's.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
@@ -65,7 +52,6 @@ def build_backbone(
         weights |= _projector(vision.config.hidden_size, language.config.hidden_size, dtype, seed)
         config = _config(language.config, vision.config, processor, n_tokens, rows, dtype)
         _check(weights, config)
-
         folder = Path(temporary) / "model"  # a folder with the usual permissions, which `temporary` lacks
         folder.mkdir()
         try:
@@ -86,29 +72,18 @@ def padded_vocabulary(rows: int, tokens: int) -> int:
 
 
 def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dtype: torch.dtype) -> LlavaConfig:
-    values: dict[str, Any] = {
-        "text_config": text.to_dict() | {"vocab_size": rows},
-        "vision_config": tower.to_dict(),
-        "image_token_index": processor.image_token_id,
-        "image_seq_length": n_tokens,
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": processor.vision_feature_select_strategy,
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": bool(text.tie_word_embeddings),
-        "bos_token_id": text.bos_token_id,
-        "eos_token_id": text.eos_token_id,
-        "pad_token_id": processor.tokenizer.pad_token_id if text.pad_token_id is None else text.pad_token_id,
-        "dtype": dtype,
-        "architectures": ["LlavaForConditionalGeneration"],
-    }
+    values = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if values["pad_token_id"] is None:
+        values["pad_token_id"] = processor.tokenizer.pad_token_id
+    values |= {"text_config": text.to_dict() | {"vocab_size": rows}, "vision_config": tower.to_dict(), "dtype": dtype}
+    values |= {"image_token_index": processor.image_token_id, "image_seq_length": n_tokens}
+    values |= {"vision_feature_select_strategy": processor.vision_feature_select_strategy, "vision_feature_layer": -1}
+    values |= {"tie_word_embeddings": text.tie_word_embeddings, "architectures": ["LlavaForConditionalGeneration"]}
     return LlavaConfig(**values)
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Copies the language model's generation settings, and adds the end-of-turn token to ``eos_token_id``.
-
-    Base models lack that token there. Without it they continue after the answer.
-    """
+    """Copies the generation settings, and adds the end of a turn, after which base models would continue."""
     settings = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (file := language.folder / "generation_config.json").is_file():
         settings |= read_json(file)
@@ -139,23 +114,13 @@ def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> dict[s
 
 
 def _check(weights: dict[str, Tensor], config: LlavaConfig) -> None:
-    """Loads the model without values and refuses tensors that do not match the configuration.
-
-    transformers only warns about them, and initializes the missing ones at random.
-    """
+    """Refuses tensors that do not match the configuration; transformers would warn and initialize them at random."""
     model_class: Any = LlavaForConditionalGeneration
-    _, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict={name: tensor.to("meta") for name, tensor in weights.items()},
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    values = {name: tensor.to("meta") for name, tensor in weights.items()}
+    options = {"device_map": "meta", "ignore_mismatched_sizes": True, "output_loading_info": True}
+    _, info = model_class.from_pretrained(None, config=config, state_dict=values, **options)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found := sorted(map(str, info[problem])):
             key = "--vision-model" if "vision_tower" in found[0] else "--language-model"
-            raise ValueError(
-                f"{key}: the weights do not match config.json ({problem}: {found[0]}, {len(found)} in total); "
-                "download the checkpoint again."
-            )
+            first = f"{problem}: {found[0]}, {len(found)} in total"
+            raise ValueError(f"{key}: the weights do not match config.json ({first}); download the checkpoint again.")

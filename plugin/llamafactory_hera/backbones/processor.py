@@ -1,7 +1,6 @@
 """The processor of a built model: the language model's tokenizer with ``<image>``, its chat template, and images.
 
-The content of a message is a string or a list of ``{"type": "image"}`` and ``{"type": "text", "text": …}`` parts. If
-the model has a training template, the chat template renders exactly the text that training uses.
+If the model has a training template, the chat template renders exactly the text that training uses.
 """
 
 from typing import Any
@@ -13,56 +12,40 @@ from transformers import AutoImageProcessor, AutoTokenizer, LlavaImageProcessor,
 from .sources import TOWERS, Source
 
 IMAGE_TOKEN = "<image>"
+_QUESTION, _ANSWER = "What is shown in this image? A red car, 2 people.", "An answer."
 
-_QUESTION = "What is shown in this image? A red car, 2 people."
-_ANSWER = "An answer."
-
-# Precedes a template that takes strings: joins the parts of each message, with the image token in place of images.
-_FLATTEN = (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}"
-    "{%- set part = namespace(text='') -%}{%- for item in message['content'] -%}"
-    "{%- if item['type'] == 'image' -%}{%- set part.text = part.text + '" + IMAGE_TOKEN + "\\n' -%}"
-    "{%- else -%}{%- set part.text = part.text + item['text'] -%}{%- endif -%}"
-    "{%- endfor -%}{%- set content = part.text -%}{%- endif -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}"
-    "{%- endfor -%}{%- set messages = flat.messages -%}\n"
-)
-
-_CHATML = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-
-_LLAMA3 = (
-    "{%- for message in messages -%}"
-    "{{- (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
-    "{{- message['content'] + '<|eot_id|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"
-)
-
+# Precedes a template that takes strings, and joins the images and texts of each message to one string.
+_FLATTEN = r"""{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}
+{%- set part = namespace(text='') -%}
+{%- for item in message['content'] -%}
+{%- set part.text = part.text + ('<image>\n' if item['type'] == 'image' else item['text']) -%}
+{%- endfor -%}{%- set content = part.text -%}{%- endif -%}
+{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
+{%- endfor -%}{%- set messages = flat.messages -%}
+"""
+_CHATML = r"""{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+_LLAMA3 = r"""{%- for message in messages -%}
+{{- (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' -}}
+{{- message['content'] + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
 # The format of Vicuna 1.1, Vicuna 1.5 and LLaVA-1.5.
-_VICUNA = (
-    "{{- bos_token -}}{%- if messages[0]['role'] == 'system' -%}"
-    "{{- messages[0]['content'] -}}{%- set messages = messages[1:] -%}{%- else -%}"
-    "{{- 'A chat between a curious user and an artificial intelligence assistant. '"
-    ' + "The assistant gives helpful, detailed, and polite answers to the user\'s questions." -}}'
-    "{%- endif -%}{%- for message in messages -%}{%- if message['role'] == 'user' -%}"
-    "{{- (' ' if loop.first else '') + 'USER: ' + message['content'] + ' ASSISTANT:' -}}"
-    "{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
-)
+_VICUNA = r"""{{- bos_token -}}{%- if messages[0]['role'] == 'system' -%}
+{{- messages[0]['content'] -}}{%- set messages = messages[1:] -%}{%- else -%}
+{{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+{{- "The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
+{%- endif -%}{%- for message in messages -%}{%- if message['role'] == 'user' -%}
+{{- (' ' if loop.first else '') + 'USER: ' + message['content'] + ' ASSISTANT:' -}}
+{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"""
 
 
 def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, int, str | None]:
-    """Makes the processor of a built model.
-
-    Returns:
-        The processor, the number of tokens of one image, and the training template of stage 2, if there is one.
-    """
+    """Returns the processor of a built model, the number of tokens of one image, and the training template, if any."""
     image_processor: Any = AutoImageProcessor.from_pretrained(vision.folder)
     if pad:
         # LLaVA's image processor crops by default. SigLIP's settings do not mention cropping.
@@ -75,28 +58,19 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
     # transformers opens a folder without tokenizer files as an empty tokenizer.
     ids = set(tokenizer(_QUESTION, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
     if not ids or max(ids) >= language.config.vocab_size:
-        raise ValueError(
-            f"{language.key}: {language.name} has no tokenizer, or another model's; copy tokenizer.json and "
-            "tokenizer_config.json of this model into it."
-        )
+        remedy = "copy tokenizer.json and tokenizer_config.json of this model into it."
+        raise ValueError(f"{language.key}: {language.name} has no tokenizer, or another model's; {remedy}")
     # A tokenizer that has the token already keeps it.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     template = _training_template(language.config.model_type, tokenizer)
     tokenizer.chat_template = _chat_template(tokenizer, template)
     if "bos_token" in (tokenizer.chat_template or ""):
-        # The chat template writes the BOS token. The tokenizer must not add a second one.
-        tokenizer.add_bos_token = False
+        tokenizer.add_bos_token = False  # the chat template writes it
 
     has_cls, patch = TOWERS[vision.config.model_type].has_cls, vision.config.patch_size
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=patch,
-        vision_feature_select_strategy="default" if has_cls else "full",
-        num_additional_image_tokens=int(has_cls),
-        image_token=IMAGE_TOKEN,
-        chat_template=tokenizer.chat_template,
-    )
+    layout = {"patch_size": patch, "num_additional_image_tokens": int(has_cls)}
+    layout |= {"vision_feature_select_strategy": "default" if has_cls else "full"}
+    processor = LlavaProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template, **layout)
     return processor, (height // patch) * (width // patch), template
 
 
@@ -111,29 +85,25 @@ def chat_end(tokenizer: Any) -> int | None:
 
 
 def _training_template(model_type: str, tokenizer: Any) -> str | None:
-    if model_type == "llama":
-        if "<|eot_id|>" in tokenizer.get_vocab():
-            return "llava_llama3"
-        return "llava_vicuna" if tokenizer.chat_template is None else None
-    return {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3"}.get(model_type)
+    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
+    llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
+    return {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}.get(model_type)
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """Chooses the chat template of the built model.
+    """Chooses the chat template of the built model, which is that of the language model with two exceptions.
 
-    Hybrid Qwen3 models get plain ChatML, without thinking. Vicuna and the base models of Llama 3 have no chat template
-    and get the one that they are trained with here. All other models keep theirs.
+    Hybrid Qwen3 models get plain ChatML, without thinking. Models without one, such as Vicuna and the base models of
+    Llama 3, get the one that they are trained with.
     """
-    chat = tokenizer.chat_template
-    if template == "llava_qwen3" and chat is not None and "enable_thinking" in chat:
+    chat = tokenizer.chat_template or {"llava_llama3": _LLAMA3, "llava_vicuna": _VICUNA}.get(template or "")
+    if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
         chat = _CHATML
-    elif chat is None and template == "llava_llama3":
-        chat = _LLAMA3
-    elif chat is None and template == "llava_vicuna":
-        chat, bos = _VICUNA, tokenizer.bos_token
+    if chat == _VICUNA:
+        bos = tokenizer.bos_token
         alone, after_bos = (tokenizer.encode(text, add_special_tokens=False) for text in ("A", f"{bos}A"))
         if bos is not None and after_bos[1:] != alone:
-            # Training encodes the text after BOS separately, and SentencePiece puts a space before it. Most tokenizers
-            # put none after a BOS token inside a text, so the chat template must write the space.
+            # Training encodes the text after BOS separately, and SentencePiece puts a space before it, which most
+            # tokenizers do not after a BOS token inside a text.
             chat = chat.replace("{{- bos_token -}}", "{{- bos_token -}}{{- ' ' -}}")
     return None if chat is None else _FLATTEN + chat

@@ -1,8 +1,8 @@
 """The two checkpoints that a model is built from: their configurations, and their tensors under LLaVA's names."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,23 +22,21 @@ _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A checkpoint whose configuration was accepted. Its weights may still be on the hub."""
 
-    key: str  # the option that named it
-    name: str  # folder or hub id
+    key: str  #: The option that named it.
+    name: str  #: Folder or hub id.
     folder: Path
-    config: Any  # of a vision encoder, the vision half
+    config: Any  #: Of a vision encoder, the vision half.
 
 
-@dataclass(frozen=True)
-class Tower:
+class Tower(NamedTuple):
     """The layout of a vision encoder."""
 
-    prefix: str  # precedes the names of the vision half if the checkpoint contains more than that half
-    llava_prefix: str  # precedes the same names in a LLaVA checkpoint
-    has_cls: bool  # the first output token is a CLS token, which LLaVA leaves out
+    prefix: str  #: Precedes the names of the vision half if the checkpoint contains more than that half.
+    llava_prefix: str  #: Precedes the same names in a LLaVA checkpoint.
+    has_cls: bool  #: The first output token is a CLS token, which LLaVA leaves out.
 
 
 #: ``model_type`` of the vision configuration -> layout. SigLIP2 of fixed resolution has SigLIP's type.
@@ -56,10 +54,7 @@ def open_language(name: str) -> Source:
     source = _open("--language-model", name, "a language model such as Qwen/Qwen3-8B")
     config = source.config
     if config.model_type not in FAMILIES or any(getattr(config, key, None) not in (None, 1) for key in _LOGIT_CHANGES):
-        raise ValueError(
-            f"--language-model: {name} ({config.model_type}) is not supported; give a language model of type "
-            f"{', '.join(sorted(FAMILIES))} that neither scales nor caps its logits. Finished VLMs need no build."
-        )
+        raise _unsupported(source, FAMILIES, "that does not scale or cap its logits. Finished VLMs need no build")
     return source
 
 
@@ -68,29 +63,24 @@ def open_vision(name: str) -> Source:
     source = _open("--vision-model", name, "a vision encoder such as google/siglip2-so400m-patch14-384")
     config = source.config.vision_config if source.config.model_type in _WITH_TEXT else source.config
     if config.model_type not in TOWERS:
-        raise ValueError(
-            f"--vision-model: {name} ({config.model_type}) is not supported; give a vision encoder of type "
-            f"{', '.join(sorted((*TOWERS, *_WITH_TEXT)))}. LLaVA supports neither SigLIP2 NaFlex nor register tokens."
-        )
+        raise _unsupported(source, (*TOWERS, *_WITH_TEXT), "without NaFlex or register tokens")
     if config.model_type == "siglip_vision_model":
         config.vision_use_head = False  # LLaVA does not use the pooling head
-    return Source(source.key, name, source.folder, config)
+    return source._replace(config=config)
 
 
 def language_weights(source: Source) -> dict[str, Tensor]:
     """Reads the tensors of a language model by their names in a LLaVA checkpoint.
 
-    If the checkpoint stores an output layer that differs from the embedding, sets ``tie_word_embeddings`` of the
-    configuration to False. transformers decides in the same way.
+    Like transformers, unties the embeddings if the checkpoint stores an output layer that differs from them.
     """
     weights = {f"language_model.{name}": tensor for name, tensor in _read(source).items()}
     if EMBEDDING not in weights:
         raise ValueError(f"{source.key}: {source.name} has no model.embed_tokens; give a causal language model.")
     if source.config.tie_word_embeddings and HEAD in weights:
-        if torch.equal(weights[HEAD], weights[EMBEDDING]):
-            del weights[HEAD]
-        else:
-            source.config.tie_word_embeddings = False
+        source.config.tie_word_embeddings = torch.equal(weights[HEAD], weights[EMBEDDING])
+    if source.config.tie_word_embeddings:
+        weights.pop(HEAD, None)
     return weights
 
 
@@ -114,17 +104,20 @@ def _open(key: str, name: str, what: str) -> Source:
     return Source(key, name, folder, config)
 
 
+def _unsupported(source: Source, types: Iterable[str], remark: str) -> ValueError:
+    given, known = f"{source.name} ({source.config.model_type})", ", ".join(sorted(types))
+    return ValueError(f"{source.key}: {given} is not supported; give a model of type {known}, {remark}.")
+
+
 def _read(source: Source) -> dict[str, Tensor]:
     """Reads all tensors in their stored dtype."""
     weights: dict[str, Tensor] = {}
     for file in weight_files(local_folder(source.name, source.key, "a complete checkpoint")):
-        if file.suffix != ".safetensors":
-            # Tensors in a pickle may share memory, and safetensors would store only one of them.
-            pickled = torch.load(file, map_location="cpu", weights_only=True)
-            weights |= {name: tensor.clone() for name, tensor in pickled.items()}
-            continue
         try:
-            weights |= load_file(file)
+            pickled = file.suffix != ".safetensors"
+            stored = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{source.key}: {file} cannot be read ({error}); download it again.") from error
+        # Tensors in a pickle may share memory, and safetensors would store only one of them.
+        weights |= {name: tensor.clone() if pickled else tensor for name, tensor in stored.items()}
     return {name: tensor for name, tensor in weights.items() if not name.endswith(_COMPUTED)}

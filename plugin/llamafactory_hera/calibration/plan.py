@@ -1,17 +1,20 @@
-"""The plan of a calibration: the chosen heads, their anchors, and low-rank updates (sections 3.2.2 to 3.4.1)."""
+"""The updates of a calibration and their steps (sections 3.2.2 to 3.4.2 of the paper)."""
 
 import random
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from tqdm import tqdm
 
 from ..heads.targets import Target
-from .profile import Profile
+from ..selection.passes import Forward, plan_batches, run_batches
+from ..selection.samples import Collate, Features
+from .profile import Profile, check_finite, counted_logits
 from .settings import RahConfig
-from .weights import SLICES, Edit, HeadWeights, Slice, Update
+from .weights import SLICES, Edit, HeadWeights, Scaled, Slice, Update, applied
 
 
 class Anchor(NamedTuple):
@@ -26,9 +29,9 @@ class Anchor(NamedTuple):
 class Plan(NamedTuple):
     """The updates that the trust region will try, and the reasons for them."""
 
-    heads: list[Target]  # the chosen heads, highest CAF first
-    anchors: dict[Target, list[Anchor]]  # of each chosen head, nearest first
-    updates: list[Update]  # in the order of their first heads
+    heads: list[Target]  #: The chosen heads, highest CAF first.
+    anchors: dict[Target, list[Anchor]]  #: By chosen head, nearest first.
+    updates: list[Update]  #: In the order of their first heads.
 
 
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
@@ -37,8 +40,10 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
     if config.update == "prune":
         return Plan(heads, {head: [] for head in heads}, [removal(head, weights) for head in heads])
     anchors = {head: find_anchors(head, profile, weights, config) for head in heads}
-    ready = [head for head in heads if anchors[head]]
-    return Plan(heads, anchors, [make_update(unit, anchors, weights, config) for unit in units(ready, weights)])
+    groups = {head: weights.group(head) for head in heads if anchors[head]}
+    # Heads that share a value block form a unit if all of them change; every other head is a unit itself.
+    units = [group if groups.keys() >= set(group) else (head,) for head, group in groups.items()]
+    return Plan(heads, anchors, [make_update(unit, anchors, weights, config) for unit in dict.fromkeys(units)])
 
 
 def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
@@ -64,14 +69,10 @@ def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list
 
 
 def candidates(saliency: Tensor, head: Target, beta: float) -> list[Target]:
-    """Lists the other heads with I-SAL above ``beta`` (eq. 8) in the layer of a head.
-
-    If that layer has none, the two adjacent layers are searched, and then the layers at a distance of two.
-    """
+    """Lists the other heads with I-SAL above ``beta`` (eq. 8) in the layer, or else one layer away, or else two."""
     above = [Target(*place) for place in (saliency > beta).nonzero().tolist()]
     for distance in (0, 1, 2):
-        pool = [other for other in above if abs(other.layer - head.layer) == distance and other != head]
-        if pool:
+        if pool := [other for other in above if abs(other.layer - head.layer) == distance and other != head]:
             return pool
     return []
 
@@ -98,16 +99,6 @@ def find_anchors(head: Target, profile: Profile, weights: HeadWeights, config: R
     return sorted(anchors, key=lambda anchor: (-anchor.similarity, anchor.head))[: config.k]
 
 
-def units(heads: Sequence[Target], weights: HeadWeights) -> list[tuple[Target, ...]]:
-    """Groups the heads that are updated together.
-
-    Heads that share a value block form a unit if the block serves no other head; every other head is a unit itself.
-    """
-    groups = {head: weights.group(head) for head in heads}
-    together = (group if groups.keys() >= set(group) else (head,) for head, group in groups.items())
-    return list(dict.fromkeys(together))
-
-
 def make_update(
     heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, config: RahConfig
 ) -> Update:
@@ -123,8 +114,7 @@ def make_update(
             stack = torch.stack([weights.of_head(anchor.head, kind) for anchor in anchors[head]])
             means.append(trimmed_mean(stack, config.trim))
         difference = torch.stack(means).mean(dim=0) - weights.of_head(served[0], kind).float()
-        factors = low_rank(difference, None if config.rank == "full" else config.rank)
-        return Edit(served[0].layer, kind, weights.index(served[0], kind), *factors)
+        return Edit(served[0], kind, *low_rank(difference, config.rank))
 
     edits = [edit([head], "output") for head in heads]
     if len(heads) == weights.group_size:
@@ -133,13 +123,9 @@ def make_update(
 
 
 def removal(head: Target, weights: HeadWeights) -> Update:
-    """Returns the update that sets the output slice of a head to zero (head pruning, section 3.6).
-
-    ``W + (-W @ I)`` is exact in any floating-point type.
-    """
-    output = weights.of_head(head, "output").float()
-    identity = torch.eye(output.shape[1], device=output.device)
-    return Update((head,), (Edit(head.layer, "output", weights.index(head, "output"), -output, identity),))
+    """Returns the update that sets the output slice of a head to zero (head pruning, section 3.6)."""
+    output = weights.of_head(head, "output").float()  # W + (-W @ I) is exact in any floating-point type
+    return Update((head,), (Edit(head, "output", -output, torch.eye(output.shape[1], device=output.device)),))
 
 
 def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
@@ -148,19 +134,103 @@ def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
     return stack.float().sort(dim=0).values[cut : len(stack) - cut].mean(dim=0)
 
 
-def low_rank(difference: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Factors the nearest matrix of a rank (eq. 13).
+def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, Tensor]:
+    """Factors the nearest matrix of a rank (eq. 13) into ``[m, r]`` and ``[r, n]``, in fp32.
 
-    Args:
-        difference: ``W_RAH - W``, ``[m, n]``.
-        rank: The number of singular directions to keep; None keeps all. Those of singular value 0 are dropped.
-
-    Returns:
-        The factors ``[m, r]`` and ``[r, n]`` in fp32; ``r`` may be 0.
+    ``r`` is the rank, or smaller (even 0) if fewer singular values are above rounding noise.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]
     kept = int((sigma > noise).sum())
-    r = kept if rank is None else min(rank, kept)
+    r = kept if rank == "full" else min(rank, kept)
     root = sigma[:r].sqrt()
     return u[:, :r] * root, root[:, None] * v[:r]
+
+
+# -- the trust region ------------------------------------------------------------------------------------------------
+
+
+class Trial(NamedTuple):
+    """The fate of an update."""
+
+    update: Update
+    state: str
+    alpha: float = 0.0  #: Its step; 0 if it was rolled back.
+    tried: Sequence[tuple[float, float]] = ()  #: Each step that was tried alone, with its KL divergence in nats.
+
+
+class Outcome(NamedTuple):
+    """The fate of all updates, in the order of the plan."""
+
+    trials: Sequence[Trial] = ()
+    kl_before: float = 0.0  #: The KL divergence of all updates together, before any was rolled back.
+    kl: float = 0.0  #: The KL divergence of the updates that remain.
+
+    @property
+    def accepted(self) -> list[Scaled]:
+        """The updates that remain, with their steps."""
+        return [(trial.update, trial.alpha) for trial in self.trials if trial.alpha > 0]
+
+
+def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Outcome:
+    """Finds a step for each update alone, then rolls back the last updates until all others together are in bounds.
+
+    A step is the first of ``alpha_max``, ``alpha_max / 2``, … whose divergence ``kl`` is at most ``delta`` (text below
+    eq. 15). The updates come with the highest CAF first, so that the least influential ones are rolled back. Pruning
+    has no bound, and all of its updates remain.
+    """
+    if config.update == "prune":
+        trials = [Trial(update, "pruned", 1.0) for update in updates]
+        return Outcome(trials, *[kl(Outcome(trials).accepted)] * 2)
+    trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
+    kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
+    totals = [kl(Outcome(trials).accepted) if kept else 0.0]
+    while not totals[-1] <= config.delta:  # also if the changed model computes NaN
+        last = kept.pop()
+        trials[last] = trials[last]._replace(state="rolled back: total too large", alpha=0.0)
+        totals.append(kl(Outcome(trials).accepted) if kept else 0.0)
+    return Outcome(trials, totals[0], totals[-1])
+
+
+def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Trial:
+    if not update.edits:
+        return Trial(update, "equals its anchors")
+    tried: list[tuple[float, float]] = []
+    for halving in range(config.halvings + 1):
+        alpha = config.alpha_max / 2**halving
+        tried.append((alpha, kl([(update, alpha)])))
+        if tried[-1][1] <= config.delta:
+            return Trial(update, "calibrated", alpha, tried)
+    return Trial(update, "rolled back: no step is small enough", 0.0, tried)
+
+
+class HeldOut:
+    """Samples that profiling did not use (B in eq. 15), with the unchanged model's logits in main memory."""
+
+    def __init__(
+        self, forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
+    ) -> None:
+        self._forward, self._weights, self._positions = forward, weights, config.positions
+        batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)
+
+        @torch.no_grad()
+        def run(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+            logits, _ = counted_logits(forward, batch, config.positions)
+            check_finite(logits)
+            return batch, logits.cpu()
+
+        self._batches = [result for _, result in run_batches(batches, features, collate, run)]
+
+    @torch.no_grad()
+    def kl(self, steps: Sequence[Scaled] = ()) -> float:
+        """Measures the KL divergence of the changed model: the mean over tokens, then over samples, in nats."""
+        values: list[Tensor] = []
+        with applied(self._weights, steps):
+            for batch, before in self._batches:
+                now, counted = counted_logits(self._forward, batch, self._positions)
+                # One sample at a time, as two fp32 distributions over the vocabulary take much memory.
+                for base, changed, kept in zip(before, now, counted, strict=True):
+                    log_p = torch.log_softmax(base[kept.cpu()].to(now.device).float(), dim=-1)
+                    log_q = torch.log_softmax(changed[kept].float(), dim=-1)
+                    values.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().mean())  # eq. 15
+        return torch.stack(values).mean().item()

@@ -1,41 +1,31 @@
 """Profiling of heads: attention across text and image (I-SAL), and influence on the output (CAF; section 3.2)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
-from ..files import write_safetensors
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
 from ..heads.hooks import Hooks
 from ..heads.targets import Pooling
 from ..selection.passes import Forward, plan_batches, run_batches
-from ..selection.samples import Collate, Features, Sample
+from ..selection.samples import Collate, Features
 from .settings import Positions, RahConfig
 
 _POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "last"}
 
 
 def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Reduces the attention of one sample to its flow across text and image.
+    """Reduces the attention ``[H, T, T]`` of one sample, queries before keys, to its flow across text and image.
 
-    Args:
-        attention: Attention weights ``[H, T, T]``, queries before keys.
-        text: Positions of the text tokens.
-        image: Positions of the image tokens.
-        bins: Length of a map. Images differ in their number of tokens, but maps are averaged over samples, so that
-            neighboring tokens share a bin.
-
-    Returns:
-        ``r`` of eq. 3 ``[H]`` and the text-to-image map of eq. 10 ``[H, bins]``, in fp32.
+    ``text`` and ``image`` are the positions of the tokens. The flow is ``r`` of eq. 3 ``[H]`` and the text-to-image
+    map of eq. 10 ``[H, bins]``, in fp32. Neighboring image tokens share a bin, as images differ in their number of
+    tokens, but maps are averaged over samples.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -44,10 +34,7 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
 
 
 class AttentionFlow(Hooks):
-    """Reads :func:`attention_flow` of every head, with eager attention in the text decoder.
-
-    The attention weights of a layer are reduced at once, so that only one ``[B, H, T, T]`` is in memory at a time.
-    """
+    """Reads :func:`attention_flow` of every head, with one layer's attention ``[B, H, T, T]`` in memory at a time."""
 
     def __init__(self, forward: Forward, bins: int) -> None:
         super().__init__()
@@ -68,7 +55,7 @@ class AttentionFlow(Hooks):
         return [tuple(torch.stack(kind).cpu() for kind in zip(*layers, strict=True)) for layers in samples]
 
     def _hook(self) -> None:
-        # the model builds its masks for the implementation that its configuration names
+        # The model builds its masks for the implementation that its configuration names.
         text_config = model_config(self._forward.model).get_text_config()
         for config in {id(c): c for c in (text_config, *(a.config for a in self._attentions))}.values():
             self._undo.append(partial(setattr, config, "_attn_implementation", config._attn_implementation))
@@ -81,28 +68,15 @@ class AttentionFlow(Hooks):
 
 
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
-    """Computes logits at the tokens of a batch that ``rah_positions`` names.
-
-    Returns:
-        The logits ``[B, P, V]`` at every position that counts in some sample, and a mask ``[B, P]`` of the positions
-        that count in each sample.
-    """
+    """Computes logits ``[B, P, V]``, and a mask ``[B, P]`` of the positions that count in each sample."""
     counted = forward.tokens(_POOLINGS[positions], batch)
     kept = counted.any(dim=0).nonzero().flatten()
     return forward.logits(batch, kept), counted[:, kept]
 
 
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
-    """Computes the label-free margin loss ``-1/T sum_t log(p_t1 / p_t2)`` of each sample (text below eq. 5).
-
-    Args:
-        logits: ``[B, T, V]``; the log ratio of two probabilities is the difference of their logits.
-        counted: A mask ``[B, T]`` of the tokens that count.
-
-    Returns:
-        The losses ``[B]`` in fp32.
-    """
-    top = torch.topk(logits, 2, dim=-1).values.float()
+    """Computes the margin loss ``-1/T sum_t log(p_t1 / p_t2)`` of each sample, ``[B]`` in fp32 (text below eq. 5)."""
+    top = torch.topk(logits, 2, dim=-1).values.float()  # the log ratio of two probabilities is that of their logits
     margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
     return -margin.sum(dim=1) / counted.sum(dim=1)
 
@@ -110,8 +84,8 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
 class HeadGates(Hooks):
     """Multiplies the output of each head by a gate, and differentiates the margin loss with respect to the gates.
 
-    A head's output is its slice of the input of the output projection. Each sample has its own gates, all 1. The
-    samples of a batch do not mix, so that the gradient of the summed loss is that of each sample's loss.
+    A head's output is its slice of the input of the output projection. Each sample has its own gates, all 1, so that
+    the gradient of the summed loss of a batch is that of each sample's loss.
     """
 
     def __init__(self, forward: Forward, positions: Positions) -> None:
@@ -144,9 +118,9 @@ class HeadGates(Hooks):
 class Profile:
     """The measurements of all heads."""
 
-    flow: Tensor  # r of eq. 3, the mean over samples, [L, H] in fp64
-    maps: Tensor  # text-to-image attention of eq. 10, the mean over samples, [L, H, bins] in fp32
-    gradients: Tensor  # gate gradients of each probe, [N, L, H] in fp32
+    flow: Tensor  #: r of eq. 3, the mean over samples, [L, H] in fp64.
+    maps: Tensor  #: Text-to-image attention of eq. 10, the mean over samples, [L, H, bins] in fp32.
+    gradients: Tensor  #: Gate gradients of each probe, [N, L, H] in fp32.
 
     @property
     def saliency(self) -> Tensor:
@@ -160,66 +134,35 @@ class Profile:
         values = self.gradients.double()
         return values.mean(dim=0) + curvature_weight * values.square().mean(dim=0)
 
-    def save(self, path: Path, key: str) -> None:
-        """Writes the profile with the key of its inputs."""
-        write_safetensors(path, vars(self), {"key": key})
-
-    @classmethod
-    def load(cls, path: Path, key: str) -> "Profile | None":
-        """Reads the profile of an earlier run, or returns None if there is no profile with this key."""
-        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        return None
-
 
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` of them.
-
-    Raises:
-        ValueError: The measurements are not finite.
-    """
+    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` of them."""
 
     def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
-        with tqdm(total=len(samples), desc=f"RAH-LoRA | {what}", unit="sample") as bar:
-            for batch, results in run_batches(batches, samples, collate, read, num_workers):
-                found.update(zip(batch, results, strict=True))
-                bar.update(len(batch))
-        # in the order of the samples, so that the rounding of a mean does not depend on the batches
+        done = run_batches(batches, samples, collate, read, num_workers)
+        for batch, results in tqdm(done, f"RAH-LoRA | {what}", len(batches), unit="batch"):
+            found.update(zip(batch, results, strict=True))
+        # In the order of the samples, so that the rounding of a mean does not depend on the batches.
         return [found[row] for row in range(len(samples))]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
 
     bins = min(sum(token in forward.media for token in sample["input_ids"]) for sample in features)
     with AttentionFlow(forward, bins) as attention:
         flows, maps = zip(*each("attention", features, attention.read), strict=True)
     with HeadGates(forward, config.positions) as gates:
         gradients = torch.stack(each("gates", features[: config.probes], gates.read))
-    profile = Profile(_mean(flows), _mean(maps).float(), gradients)
-    if not (profile.flow.isfinite().all() and gradients.isfinite().all()):
-        raise ValueError(
-            "model: its attention weights or gradients contain NaN or infinity; use bf16 or fp32, or another "
-            "checkpoint."
-        )
+    profile = Profile(mean(flows), mean(maps).float(), gradients)
+    check_finite(profile.flow, gradients)
     return profile
 
 
-def _mean(values: Sequence[Tensor]) -> Tensor:
-    return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
-
-
-def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
-    """Checks that every sample has image tokens and text tokens.
-
-    Raises:
-        ValueError: A sample lacks one kind; names its row.
-    """
-    for sample in samples:
-        missing = {"image", "text"} - {"image" if t in forward.media else "text" for t in sample.features["input_ids"]}
-        if missing:
-            raise ValueError(
-                f"dataset: sample {sample.row} (counted from 0) has no {missing.pop()} token; check that its text "
-                "contains <image>, and that the template belongs to the model."
-            )
+def check_finite(*values: Tensor) -> None:
+    """Refuses a model that computes NaN or infinity."""
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError("model: it computes NaN or infinity; use bf16 or fp32, or another checkpoint.")

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..heads.targets import Target
 from ..plots import heat_map, new_figure, save_figure
-from .plan import Plan
+from .plan import Outcome, Plan, Trial
 from .profile import Profile
 from .settings import RahConfig
-from .trust_region import Outcome, Trial
 
 REPORT_FILE = "calibration.json"
 _CELL = 0.2  # inches
@@ -27,20 +26,25 @@ def describe(
     saliency, influence = profile.saliency, profile.influence(config.caf_lambda)
     trials = {head: trial for trial in outcome.trials for head in trial.update.heads}
     tried = [trial for trial in outcome.trials if trial.tried]
-    rolled_back = sum(trial.alpha == 0 for trial in tried)
+    reasons = {
+        "rah_delta: 0 allows no change of the model": config.delta == 0,
+        "no head in the calibrated layers has low I-SAL and high CAF": not plan.heads,
+        "no chosen head has an anchor, as no head within two layers has enough I-SAL (rah_beta)": not plan.updates,
+        "no update remains, because each one was rolled back or equals its anchors": True,
+    }
     return {
         "calibrated": [str(head) for update, _ in outcome.accepted for head in update.heads],
-        "nothing_because": _reason_for_nothing(plan, outcome, config),
+        "nothing_because": None if outcome.accepted else next(reason for reason, holds in reasons.items() if holds),
         "kl": {
             "total": outcome.kl,
             "total_before_roll_back": outcome.kl_before,
             "delta": config.delta if config.update == "calibrate" else None,
-            "roll_back_rate": round(rolled_back / len(tried), 6) if tried else 0.0,
+            "roll_back_rate": round(sum(trial.alpha == 0 for trial in tried) / max(1, len(tried)), 6),
         },
         "heads": [
             {"head": str(head), "isal": saliency[head].item(), "caf": influence[head].item()}
             | {"anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in plan.anchors[head]]}
-            | _fate(trials.get(head), bool(plan.anchors[head]))
+            | _fate(trials.get(head), "not tried" if plan.anchors[head] else "no anchor")
             for head in plan.heads
         ],
         "settings": config.keys(),
@@ -50,23 +54,10 @@ def describe(
     }
 
 
-def _reason_for_nothing(plan: Plan, outcome: Outcome, config: RahConfig) -> str | None:
-    if outcome.accepted:
-        return None
-    if config.delta == 0:
-        return "rah_delta: 0 allows no change of the model"
-    if not plan.heads:
-        return "no head was chosen, because none in the calibrated layers has low I-SAL and high CAF"
-    if not plan.updates:
-        return "no chosen head has an anchor, because no head within two layers has enough I-SAL (rah_beta)"
-    return "no update remains, because each one was rolled back or equals its anchors"
-
-
-def _fate(trial: Trial | None, has_anchor: bool) -> dict[str, Any]:
-    if trial is None:
-        return {"state": "not tried" if has_anchor else "no anchor", "alpha": 0.0, "kl": None, "tried": []}
-    tried = [{"alpha": alpha, "kl": kl} for alpha, kl in trial.tried]
-    return {"state": trial.state, "alpha": trial.alpha, "kl": tried[-1]["kl"] if tried else None, "tried": tried}
+def _fate(trial: Trial | None, otherwise: str) -> dict[str, Any]:
+    steps = trial.tried if trial else ()
+    fate = {"state": trial.state if trial else otherwise, "alpha": trial.alpha if trial else 0.0}
+    return fate | {"kl": steps[-1][1] if steps else None, "tried": [{"alpha": a, "kl": kl} for a, kl in steps]}
 
 
 def _rows(values: Tensor) -> list[list[float]]:
@@ -75,62 +66,47 @@ def _rows(values: Tensor) -> list[list[float]]:
 
 def render_summary(report: dict[str, Any]) -> str:
     """Renders the content of ``calibration.json`` in a few lines."""
-    heads, kl = report["heads"], report["kl"]
-    lines = [
-        f"RAH-LoRA: {len(heads)} of {np.size(report['caf'])} heads chosen, {len(report['calibrated'])} "
-        f"{report['settings']['rah_update']}d"
-    ]
-    if heads:
-        lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
+    heads, kl, done = report["heads"], report["kl"], f"{len(report['calibrated'])} {report['settings']['rah_update']}d"
+    lines = [f"RAH-LoRA: {len(heads)} of {np.size(report['caf'])} heads chosen, {done}"]
+    lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
     for head in heads:
         alone = "" if head["kl"] is None else f"{head['kl']:.6f}"
         scores = f"{head['isal']:7.2f} {head['caf']:9.4f} {head['alpha']:8.5f} {alone:>9}"
         anchors = "".join(f" {anchor['head']}" for anchor in head["anchors"])
         lines.append(f"{head['head']:>7} {scores}  {head['state']}{anchors and ','}{anchors}")
     if report["nothing_because"] is not None:
-        lines.append(f"No adapter: {report['nothing_because']}.")
-    elif kl["delta"] is None:
-        lines.append(f"KL divergence of all updates together: {kl['total']:.6f}, without a bound")
-    else:
-        lines.append(
-            f"KL divergence of all updates together: {kl['total']:.6f} (bound {kl['delta']:g}, "
-            f"{kl['total_before_roll_back']:.6f} before roll-back); {kl['roll_back_rate']:.1%} of the updates were "
-            "rolled back"
-        )
-    return "\n".join(lines)
+        return "\n".join([*lines, f"No adapter: {report['nothing_because']}."])
+    bound = "no bound" if kl["delta"] is None else f"bound {kl['delta']:g}"
+    lines.append(f"KL divergence of all updates together: {kl['total']:.6f} ({bound})")
+    return "\n".join([*lines, f"Rolled back: {kl['roll_back_rate']:.1%} of the updates"])
 
 
 def draw_calibration(report: dict[str, Any], path: Path) -> None:
     """Draws CAF and I-SAL of every head, with the chosen heads and anchors marked (paper, fig. 3), as a PNG file."""
-    chosen = [head["head"] for head in report["heads"]]
-    anchors = sorted({anchor["head"] for head in report["heads"] for anchor in head["anchors"]})
-    marks = (
-        ([head for head in chosen if head in report["calibrated"]], "X", "white", "chosen, calibrated"),
-        ([head for head in chosen if head not in report["calibrated"]], "X", "none", "chosen, not changed"),
-        (anchors, "o", "none", "anchor"),
-    )
-    # a white line on a black one is visible on every color of the scale
-    outline = [withStroke(linewidth=3.0, foreground="black")]
+    chosen, calibrated = [head["head"] for head in report["heads"]], report["calibrated"]
+    marks = {
+        "chosen, calibrated": ([head for head in chosen if head in calibrated], "X", "white"),
+        "chosen, not changed": ([head for head in chosen if head not in calibrated], "X", "none"),
+        "anchor": (sorted({anchor["head"] for head in report["heads"] for anchor in head["anchors"]}), "o", "none"),
+    }
+    outline = [withStroke(linewidth=3.0, foreground="black")]  # white on black is visible on every color
     style: dict[str, Any] = {"edgecolors": "white", "linewidths": 1.2, "s": 46, "path_effects": outline}
     n_layers, n_heads = np.shape(report["caf"])
-    width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
+    size = width, height = max(5.0, n_heads * _CELL), max(2.4, n_layers * _CELL)
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
-    heat_map(figure, upper, report["caf"], (width, height), "CAF")
-    # centered, so that equal colors mean equal distances from the mean of the layer
-    colors: dict[str, Any] = {"cmap": "RdBu_r", "norm": CenteredNorm()}
-    heat_map(figure, lower, report["isal"], (width, height), "I-SAL, standardized within each layer", **colors)
-    for axes in (upper, lower):
-        for heads, marker, face, label in marks:
-            if heads:
-                layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
-                style |= {"marker": marker, "facecolors": face, "label": f"{label} ({len(heads)})"}
-                axes.scatter(columns, layers, **style)
-    handles, _ = upper.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    provenance, total, delta = report["provenance"], report["kl"]["total"], report["kl"]["delta"]
-    outcome = report["nothing_because"] or f"KL {total:.4f}{f' (bound {delta:g})' if delta is not None else ''}"
+    heat_map(figure, upper, report["caf"], size, "CAF")
+    norm = CenteredNorm()  # so that equal colors mean equal distances from the mean of the layer
+    heat_map(figure, lower, report["isal"], size, "I-SAL, standardized within each layer", cmap="RdBu_r", norm=norm)
+    for label, (heads, marker, face) in marks.items():
+        for axes in (upper, lower) if heads else ():
+            layers, columns = np.array([Target.parse(head) for head in heads], dtype=int).T
+            axes.scatter(columns, layers, marker=marker, facecolors=face, label=f"{label} ({len(heads)})", **style)
+    if chosen:
+        labeled = upper.get_legend_handles_labels()
+        figure.legend(*labeled, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    provenance = report["provenance"]
     data = f"{provenance['samples']['profiled']} samples of {provenance['dataset']}"
+    outcome = report["nothing_because"] or f"KL {report['kl']['total']:.4f}"
     figure.suptitle(f"{provenance['model']}, {data}\n{outcome}", fontsize=10)
     save_figure(figure, path)

@@ -3,105 +3,139 @@
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..files import write_json
+from ..files import write_json, write_safetensors
 from ..selection.passes import Forward
-from ..selection.samples import Sample
-from .plan import make_plan
-from .profile import Profile, check_tokens, profile_heads
+from ..selection.samples import Collate, Sample, Source, draw
+from .plan import HeldOut, Outcome, make_plan, try_updates
+from .profile import Profile, profile_heads
 from .report import REPORT_FILE, describe, draw_calibration
-from .samples import CalibrationInputs, CalibrationSamples, draw_samples
 from .settings import RahConfig
-from .trust_region import HeldOut, Outcome, try_updates
 from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, save_adapter
 
 logger = logging.getLogger(__name__)
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
+#: The samples of the profile, the probes first, and those of the trust region.
+Samples = tuple[list[Sample], list[Sample]]
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """The model and the dataset of a calibration, as an integration provides them."""
+
+    source: Source
+    load_model: Callable[[], nn.Module]  #: Returns the model, frozen, in evaluation mode, on one device.
+    collator: Callable[[nn.Module], Collate]
+    model_name: str  #: The base model of the adapter.
+    dataset_name: str
+    adapter_names: Sequence[str] = ()  #: Adapters that ``load_model`` merges into the weights.
+    autocast: torch.dtype | None = None  #: The type of the computation if it is not that of the weights.
+    num_workers: int = 0  #: Processes that decode images.
 
 
 def calibrate_heads(
-    inputs: CalibrationInputs, config: RahConfig, folder: Path, samples: CalibrationSamples | None = None
+    inputs: CalibrationInputs, config: RahConfig, folder: Path, samples: Samples | None = None
 ) -> dict[str, Any]:
-    """Calibrates the heads of a model, and writes the adapter, the report and the picture.
-
-    Args:
-        inputs: The model and the dataset.
-        config: The keys.
-        folder: The output folder.
-        samples: The samples to calibrate on; by default they are drawn from the dataset.
-
-    Returns:
-        The content of ``calibration.json``.
+    """Calibrates the heads of a model, writes adapter, report and picture, and returns the content of the report.
 
     Raises:
         ValueError: An input is bad. The files of an earlier calibration stay as they are.
     """
     _check_folder(folder)
-    samples = samples or draw_samples(inputs.source, config)
+    profiled, held_out = samples or draw_samples(inputs.source, config)
     model = inputs.load_model()
     weights, forward, collate = HeadWeights(model), Forward(model, autocast=inputs.autocast), inputs.collator(model)
     config.layer_indices(weights.layout.n_layers)  # refuses a layer that the model lacks before profiling
-    check_tokens(forward, [*samples.profiled, *samples.held_out])
-    profiled, held_out = ([sample.features for sample in part] for part in samples)
-    path, key = folder / PROFILE_FILE, _profile_key(forward.model, samples.profiled, inputs.autocast, config)
-    profile = Profile.load(path, key)
-    if profile is None:
-        profile = profile_heads(forward, profiled, collate, config, inputs.num_workers)
-        profile.save(path, key)
-    else:
-        logger.warning("%s: profiling is skipped, because this is the profile of the same model and samples.", path)
+    check_tokens(forward, [*profiled, *held_out])
+    profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
     plan, outcome = make_plan(profile, weights, config), Outcome()
     if plan.updates and (config.delta > 0 or config.update == "prune"):
-        outcome = try_updates(plan.updates, HeldOut(forward, weights, held_out, collate, config).kl, config)
-    provenance = {
-        "model": inputs.model_name,
-        "adapters": list(inputs.adapter_names),
-        "dataset": inputs.dataset_name,
-        "samples": {"profiled": len(profiled), "held_out": len(held_out)},
-    }
+        features = [sample.features for sample in held_out]
+        outcome = try_updates(plan.updates, HeldOut(forward, weights, features, collate, config).kl, config)
+    names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
+    provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
     report = describe(profile, plan, outcome, config, provenance)
-    files = [PICTURE_FILE, REPORT_FILE]
     with TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
         work = Path(name)
         if outcome.accepted:
             save_adapter(work, weights, outcome.accepted, inputs.model_name)
-            files = [ADAPTER_FILE, ADAPTER_CONFIG, *files]
         draw_calibration(report, work / PICTURE_FILE)
         write_json(work / REPORT_FILE, report)
-        # the report goes first and comes last, so that a folder with a report is complete
+        # The report goes first and comes last, so that a folder with a report is complete.
         for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
             (folder / old).unlink(missing_ok=True)
-        for file in files:
-            os.replace(work / file, folder / file)
+        for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
+            if (work / file).exists():
+                os.replace(work / file, folder / file)
     return report
 
 
-def _profile_key(model: nn.Module, samples: list[Sample], autocast: torch.dtype | None, config: RahConfig) -> str:
-    """Digests the inputs of a profile: the sums of all weights, the samples, the types and two keys."""
-    parameters = list(model.parameters())
-    sums = [parameter.sum(dtype=torch.float64).item() for parameter in parameters]
+def draw_samples(source: Source, config: RahConfig) -> Samples:
+    """Draws samples, each image once.
+
+    Raises:
+        ValueError: The dataset has fewer usable samples than ``rah_probes`` and ``rah_held_out`` together.
+    """
+    samples, without_image, without_text = draw(source, config.samples, config.seed)
+    drawn, needed = len(samples), config.probes + config.held_out
+    skipped = f"{without_image} have no image, {without_text} have no text, and each image is used once"
+    if drawn < needed:
+        raise ValueError(
+            f"dataset: only {drawn} of its {len(source)} samples can be used ({skipped}), but rah_probes and "
+            f"rah_held_out need {needed}; use more data with an `images` column, or lower these keys."
+        )
+    if drawn < config.samples:
+        logger.warning("rah_samples: only %d of %d samples can be drawn (%s).", drawn, config.samples, skipped)
+    return samples[: drawn - config.held_out], samples[drawn - config.held_out :]
+
+
+def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
+    """Refuses a sample that has no image token or no text token."""
+    for sample in samples:
+        if len({token in forward.media for token in sample.features["input_ids"]}) < 2:
+            raise ValueError(
+                f"dataset: sample {sample.row} (counted from 0) has no image token or no text token; check that its "
+                "text contains <image>, and that the template belongs to the model."
+            )
+
+
+def _profile(
+    forward: Forward, samples: list[Sample], collate: Collate, inputs: CalibrationInputs, config: RahConfig, path: Path
+) -> Profile:
+    """Reads the profile that an earlier run stored for the same inputs, or measures and stores it."""
+    sums = [parameter.sum(dtype=torch.float64).item() for parameter in forward.model.parameters()]
     seen = [(sample.key, sample.features["input_ids"]) for sample in samples]
-    content = sums, seen, parameters[0].dtype, autocast, config.probes, config.positions
-    return hashlib.sha256(repr(content).encode()).hexdigest()
+    content = sums, seen, forward.model.dtype, inputs.autocast, config.probes, config.positions
+    key = hashlib.sha256(repr(content).encode()).hexdigest()
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("key") == key:
+            logger.warning("%s: profiling is skipped, as this is the profile of the same model and samples.", path)
+            return Profile(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    features = [sample.features for sample in samples]
+    profile = profile_heads(forward, features, collate, config, inputs.num_workers)
+    write_safetensors(path, vars(profile), {"key": key})
+    return profile
 
 
 def _check_folder(folder: Path) -> None:
     """Makes the output folder, and checks that it can be written and holds no adapter of another origin."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder):  # fails now instead of after profiling
-        pass
+    TemporaryFile(dir=folder).close()  # fails now instead of after profiling
     report = folder / REPORT_FILE
     written = report.stat().st_mtime_ns if report.exists() else 0
-    # a calibration writes its report last, so that a newer adapter was trained or replaced since
-    adapter = [path for name in (ADAPTER_CONFIG, ADAPTER_FILE) if (path := folder / name).exists()]
-    if any(path.stat().st_mtime_ns > written for path in adapter):
+    # A calibration writes its report last, so that a newer adapter was trained or replaced since.
+    if any(path.stat().st_mtime_ns > written for path in folder.glob("adapter_*")):
         raise ValueError(
             f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since; give "
             "another folder, or move the adapter away."

@@ -16,11 +16,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 @dataclass(frozen=True)
 class RahConfig(KeyedConfig):
-    """The keys of a calibration; the field ``x`` is the key ``rah_x``.
-
-    Raises:
-        ValueError: A value is impossible or contradicts another one.
-    """
+    """The keys of a calibration; the field ``x`` is the key ``rah_x``."""
 
     PREFIX: ClassVar[str] = "rah_"
 
@@ -30,12 +26,10 @@ class RahConfig(KeyedConfig):
     seed: int = knob(0, "Seed of the sample draw and of randomly chosen heads.", at_least=0)
     batch_size: int = knob(4, "Samples per forward pass; halved when memory runs out (ours).", at_least=1)
     text: Text = knob(
-        "conversation",
-        "Text that the model reads: the conversation with its answers, or the prompt before the last answer (ours).",
+        "conversation", "Text to read: the conversation with its answers, or the prompt of the last answer (ours)."
     )
     positions: Positions = knob(
-        "text",
-        "Tokens that count in the margin loss and in the KL divergence: text tokens, all, or the last one (ours).",
+        "text", "Tokens that count in the margin loss and the KL divergence: text tokens, all, or the last one (ours)."
     )
     layers: str = knob("first_half", f"Layers whose heads may be calibrated: {_LAYERS}.")
     targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
@@ -51,9 +45,7 @@ class RahConfig(KeyedConfig):
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
-        1.0,
-        "Standard deviations above the layer's mean I-SAL from which a head is an anchor (eq. 8; ours).",
-        at_least=0,
+        1.0, "Standard deviations of I-SAL above the layer's mean that make an anchor (eq. 8; ours).", at_least=0
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
@@ -67,10 +59,7 @@ class RahConfig(KeyedConfig):
     w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1,
-        "Fraction of the anchors that is cut off at each end, element by element (eq. 12).",
-        at_least=0,
-        at_most=0.49,
+        0.1, "Fraction of the anchors that is cut off at each end of an element (eq. 12).", at_least=0, at_most=0.49
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)
@@ -87,31 +76,23 @@ class RahConfig(KeyedConfig):
             )
         if self.w_v + self.w_o == 0 and self.rho < 1:
             raise ValueError("rah_w_v: 0 and rah_w_o: 0 leave no parametric similarity; raise one, or set rah_rho: 1.")
-        if self.layers not in ("first_half", "all"):
-            _parse_layers(self.layers)
+        _named_layers(self.layers, 0)
 
     def layer_indices(self, n_layers: int) -> list[int]:
-        """Lists the layers to calibrate in a model with ``n_layers``, in order.
-
-        Raises:
-            ValueError: The model lacks one of the layers.
-        """
-        if self.layers in ("all", "first_half"):
-            return list(range(n_layers if self.layers == "all" else max(1, n_layers // 2)))
-        chosen = _parse_layers(self.layers)
+        """Lists the layers to calibrate in a model with ``n_layers``; raises ``ValueError`` if the model lacks one."""
+        chosen = _named_layers(self.layers, n_layers)
         if chosen[-1] >= n_layers:
-            raise ValueError(
-                f"rah_layers: {self.layers} includes layer {chosen[-1]}, but the model has layers 0 to "
-                f"{n_layers - 1}; choose from these."
-            )
+            raise ValueError(f"rah_layers: the model has no layer {chosen[-1]}; choose from 0 to {n_layers - 1}.")
         return chosen
 
 
-def _parse_layers(text: str) -> list[int]:
+def _named_layers(text: str, n_layers: int) -> list[int]:
+    if text in ("all", "first_half"):
+        return list(range(n_layers if text == "all" else max(1, n_layers // 2)))
     chosen: set[int] = set()
     for item in text.split(","):
         match = _RANGE.fullmatch(item.strip())
-        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"rah_layers: {text!r} cannot be read; write {_LAYERS}.")
         chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(chosen)

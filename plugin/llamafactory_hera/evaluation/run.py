@@ -8,33 +8,26 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, get_token
+from huggingface_hub import get_token
 
-from ..files import read_json, write_json, write_text
+from ..files import read_json, write_json
 from .suites import SUITES, Task
 
 
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md``, ``.json`` and ``.png``, and prints the table.
 
-    ``OUTPUT/<model>-<digest>`` holds a model's answers, from which a stopped evaluation continues, and its results. If
-    a task fails, the others still run; with several processes, the command ends instead.
-
-    Args:
-        args: The arguments of the command.
-        image_newline: Whether the model in a folder was trained with a line break after the images.
+    If a task fails, the others still run; with several processes, the command ends instead. ``image_newline`` tells
+    whether the model in a folder was trained with a line break after the images.
 
     Returns:
-        0, or 1 if a task failed or lacks something.
-
-    Raises:
-        ValueError: An argument is invalid, or a model cannot be used.
+        The exit status: 0, or 1 if a task failed or lacks something.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
@@ -46,43 +39,38 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():
         raise ValueError(f"--data: {data} is not a folder; give the one that contains {members[0].name}.")
-    known = {task.name: task for task in members}
+    known = [task.name for task in members]
     if unknown := set(args.tasks) - set(known):
         raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(known)}.")
-    lacking = {task: missing(task, data) for task in members if not args.tasks or task.name in args.tasks}
+    lacking = {task: "; ".join(missing(task, data)) for task in members if task.name in (args.tasks or known)}
     if args.check:
-        for task, lacks in lacking.items():
-            print(f"{task.name}: lacks {'; '.join(lacks)}" if lacks else f"{task.name}: ready")
+        print(*(f"{task.name}: {f'lacks {lacks}' if lacks else 'ready'}" for task, lacks in lacking.items()), sep="\n")
         return int(any(lacking.values()))
     names = args.names or [Path(model).name for model in args.models]
-    if not names or len(set(names)) != len(args.models) or len(names) != len(args.models):
+    if not names or not len(set(names)) == len(names) == len(args.models):
         raise ValueError("MODEL: give one or more models, and with --names a different name for each.")
     from .vlm import model_folders, weights_digest  # importing torch takes time
 
-    output, options = Path(args.output), {}
-    places: dict[str, dict[Task, Path]] = {}
+    options, results = {}, {}
     for name, pretrained in zip(names, args.models, strict=True):
         folders = model_folders(pretrained)
         asked = {"image_aspect_ratio": args.image_aspect_ratio, "image_newline": any(map(image_newline, folders))}
         asked |= {"key": weights_digest(folders)}
-        place = output / f"{Path(pretrained).name}-{asked['key'][:8]}"
-        places[name] = {task: place / _folder(task, data, [asked, args.limit]) for task in members}
+        place = Path(args.output, f"{Path(pretrained).name}-{asked['key'][:8]}")
+        results[name] = {task: place / _folder(task, data, [asked, args.limit]) / "result.json" for task in members}
         options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
     # This is decided before the first result is written, so that all processes agree.
     ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
-    due = [(name, task) for name, task in ready if not (places[name][task] / "result.json").is_file()]
-    failed = [f"{task.name}: lacks {'; '.join(lacks)}" for task, lacks in lacking.items() if lacks]
-    failed += _run(args, due, places, options, data) if due else []
-    finished = any((places[name][task] / "result.json").is_file() for name, task in ready)
+    due = [(name, task) for name, task in ready if not results[name][task].is_file()]
+    failed = [f"{task.name}: lacks {lacks}" for task, lacks in lacking.items() if lacks]
+    failed += _run(args, due, results, options, data) if due else []
     if os.environ.get("RANK", "0") != "0":
         return int(bool(failed))  # the first process reports
-    if finished:
+    if any(results[name][task].is_file() for name, task in ready):
         from .table import write_table  # importing matplotlib takes time
 
-        for name in names if args.limit is None else ():
-            _write_card(Path(options[name]["pretrained"]).expanduser(), places[name])
-        path = output / (Path(suite).stem if args.limit is None else f"{Path(suite).stem}-limit{args.limit}")
-        page, *others = write_table(path, members, places, args.paper)
+        path = Path(args.output, Path(suite).stem + (f"-limit{args.limit}" if args.limit else ""))
+        page, *others = write_table(path, members, results, args.paper)
         print(page.read_text(encoding="utf-8"), *others, sep="\n")
     if failed:
         print("\n".join(["Failed:", *failed]), file=sys.stderr)
@@ -98,12 +86,12 @@ def missing(task: Task, data: Path | None) -> list[str]:
         lacks.append(f"a token of the hub (run hf auth login, or give --data, a folder that contains {task.name})")
     for kind, _, name in (need.partition(":") for need in task.needs):
         if kind == "nltk":
-            from nltk import data as nltk_data
+            import nltk
 
-            try:
-                nltk_data.find(name)
-            except LookupError:
-                lacks.append(f"nltk's {name} (run python -m nltk.downloader {name.partition('/')[2]})")
+            if not any(
+                Path(folder, f"{name}{suffix}").exists() for folder in nltk.data.path for suffix in ("", ".zip")
+            ):
+                lacks.append(f"nltk's {name} (run python -m nltk.downloader {Path(name).name})")
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
             lacks.append(f"spaCy's {name} (run python -m spacy download {name})")
         elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
@@ -129,7 +117,7 @@ def _folder(task: Task, data: Path | None, settings: Sequence[Any]) -> str:
     return f"{task.name}-{digest.hexdigest()[:8]}"
 
 
-def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | None) -> list[str]:
+def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | None) -> list[str]:
     """Runs tasks on models and returns the failures."""
     from datasets import disable_progress_bars
     from lmms_eval.api.task import ConfigurableMessagesTask
@@ -142,8 +130,8 @@ def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | N
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it to True, which hides broken files
     disable_progress_bars()
-    manager = TaskManager(include_defaults=False)
-    how: dict[str, Any] = {"limit": args.limit, "bootstrap_iters": 0, "cli_args": Namespace(process_with_media=False)}
+    how: dict[str, Any] = {"cli_args": Namespace(process_with_media=False), "limit": args.limit, "bootstrap_iters": 0}
+    how["task_manager"] = TaskManager(include_defaults=False)
     versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
     failed, current, model = [], "", None
     for name, task in due:
@@ -155,41 +143,21 @@ def _run(args: Namespace, due: list, places: dict, options: dict, data: Path | N
             if model is None:
                 continue  # could not be loaded
             asked = ConfigurableMessagesTask(config=task.definition(data), model_name="hera_vlm")
-            found = simple_evaluate(model=model, tasks=[asked], task_manager=manager, **how)
+            found = simple_evaluate(model=model, tasks=[asked], **how)
             if found is None:
                 continue  # only the first process gets the result
             samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
             records = [sample["hera"] for sample in samples]
             result = {"task": task.name, "n": len(records), "scores": task.aggregate(records), "limit": args.limit}
             result |= {"settings": options[name], "versions": versions, "records": records}
-            write_json(places[name][task] / "result.json", result)
+            write_json(results[name][task], result)
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise  # the other processes wait for this one
             retried = getattr(error, "last_attempt", None)  # lmms-eval retries some steps
-            cause = (retried and retried.exception()) or error
+            cause = retried.exception() if retried else error
             if not isinstance(cause, ValueError):
                 traceback.print_exc()
             *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # a worker's traceback comes first
             failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')[:300]}")
     return failed
-
-
-def _write_card(folder: Path, places: Mapping[Task, Path]) -> None:
-    """Adds the headline scores to the ``model-index`` of a trained model's card; other models keep their card.
-
-    An entry replaces an earlier one of the same metric and dataset.
-    """
-    page = folder / "README.md"
-    if not (page.is_file() and (folder / "trainer_state.json").is_file()):
-        return
-    card = ModelCard.load(page, ignore_metadata_errors=True)
-    data: Any = card.data
-    entries = {(entry.dataset_type, entry.metric_type): entry for entry in data.eval_results or []}
-    for task, path in ((task, place / "result.json") for task, place in places.items()):
-        if path.is_file():
-            metric, value = next(iter(read_json(path)["scores"].items()))
-            dataset = ("image-text-to-text", task.name, task.title)
-            entries[task.name, metric] = EvalResult(*dataset, metric_type=metric, metric_value=round(value, 2))
-    data.eval_results, data.model_name = list(entries.values()), data.model_name or folder.name
-    write_text(page, str(card))

@@ -1,17 +1,14 @@
-"""The functions that the suites need to prepare rows and to judge answers.
+"""The functions that prepare rows, and the judges, which return whether an answer is right, a score, or counts.
 
 They follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper names in
 appendix B. Its oddities are kept, because they affect scores: it does not find the letter in "answer is: A", and it
 accepts only the letter for MathVista's multiple-choice questions. The hallucination suites follow their authors.
-
-A judge takes a row and a stripped answer. It returns whether the answer is right, a score from 0 to 1, or counts.
 """
 
 import os
 import re
 import string
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..files import read_json
@@ -35,17 +32,15 @@ def mmmu_prompt(row: Row) -> str:
     text = f"{row['question']}\n{PHRASE}"
     if row["question_type"] == "multiple-choice":
         options = zip(string.ascii_uppercase, re.findall(r"'(.*?)'", row["options"]), strict=False)
-        text = "\n".join([f"{row['question']} Options:", *(f"{name}. {text}" for name, text in options), LETTER])
+        text = "\n".join([f"{row['question']} Options:", *map(". ".join, options), LETTER])
     return re.sub(r"<image \d+>", "", text).rstrip()
 
 
 def gqa_rows(rows: Any) -> Any:
     """Adds the images, which the hub stores as a second dataset."""
-    if "image" in rows.column_names:
-        return rows
     from lmms_eval.tasks.gqa.utils import gqa_process_docs
 
-    return gqa_process_docs(rows)
+    return rows if "image" in rows.column_names else gqa_process_docs(rows)
 
 
 def mmvp_rows(rows: Any) -> Any:
@@ -67,8 +62,7 @@ def blink_rows(rows: Any) -> Any:
 
 def amber_d_rows(rows: Any) -> Any:
     """Adds the correct answers to AMBER's questions, which are stored in a second file."""
-    notes = read_json(Path(os.environ["AMBER_BASE_DIR"]) / "metadata/annotations.json")
-    truth = {row["id"]: row["truth"] for row in notes}
+    truth = {row["id"]: row["truth"] for row in read_json(f"{os.environ['AMBER_BASE_DIR']}/metadata/annotations.json")}
     return rows.add_column("truth", [truth[number] for number in rows["id"]])
 
 

@@ -99,17 +99,15 @@ class Task:
         """Judges an answer and returns its record, in the form that lmms-eval expects."""
         verdict = self.judge(row, answers[0].strip())
         record: dict[str, Any] = verdict if isinstance(verdict, dict) else {"right": float(verdict)}
-        for name, column in (("group", self.group), ("category", self.kind)):
-            if column:
-                record[name] = column(row) if callable(column) else row[column]
+        columns = {"group": self.group, "category": self.kind}
+        record |= {name: of(row) if callable(of) else row[of] for name, of in columns.items() if of}
         return {"hera": record}
 
     def tally(self, records: Records) -> dict[Any, Sums]:
         """Computes the sums of each group, in order; a record without a group forms one."""
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for place, record in enumerate(records):
-            group = record.get("group")
-            groups.setdefault(("", place) if group is None else group, []).append(record)
+            groups.setdefault(record.get("group", ("", place)), []).append(record)
         return {group: _sum(members) for group, members in groups.items()}
 
     def aggregate(self, records: Records) -> dict[str, float]:
@@ -134,12 +132,11 @@ class Task:
             theirs = load_yaml_config(str(source), mode="simple")
             config = {key: theirs.get(key) for key in ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")}
         rows, local = self.rows, self.find(data)
-        if local is not None and local.is_dir():
-            config |= {"dataset_path": str(local), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
-        elif local is not None:
-            files = {"data_files": {config["test_split"]: str(local)}}
-            config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
-            rows = partial(_open_images, local.parent, self.rows)
+        if local is not None:
+            disk, files = {"load_from_disk": True}, {"data_files": {config["test_split"]: str(local)}}
+            path, options = (str(local), disk) if local.is_dir() else ("json", files)
+            config |= {"dataset_path": path, "dataset_name": None, "dataset_kwargs": options}
+            rows = self.rows if local.is_dir() else partial(_open_images, local.parent, self.rows)
         return config | {
             "task": self.name,
             "output_type": "generate_until",
@@ -159,8 +156,7 @@ def _open_images(folder: Path, process: Callable[[Any], Any] | None, rows: Any) 
     from datasets import Image
 
     rows = rows.map(lambda row: {"image": str(folder / row["image"])}, keep_in_memory=True)
-    rows = rows.cast_column("image", Image())
-    return process(rows) if process else rows
+    return (process or (lambda rows: rows))(rows.cast_column("image", Image()))
 
 
 def _options(question: str, texts: str) -> str:

@@ -22,16 +22,16 @@ _RANKS = ("", "same", "close", "no")
 class Line:
     """A line of the table: one score of a task, or an average."""
 
-    key: str  # the name of the task, and of the score if there are several; or the category
+    key: str  #: The name of the task, and of the score if there are several; or the category.
     title: str
     n: int | None
     comparable: str
     why: str = ""
-    scale: float = 1.0  # the factor in averages and in the picture
+    scale: float = 1.0  #: The factor in averages and in the picture.
     average: bool = False
-    values: dict[str, float] = field(default_factory=dict)  # by model
-    draws: dict[str, Any] = field(default_factory=dict)  # by model, differences to the first one in all resamples
-    paper: dict[str, float] = field(default_factory=dict)  # LLaVA, HeRA, gain
+    values: dict[str, float] = field(default_factory=dict)  #: By model.
+    draws: dict[str, Any] = field(default_factory=dict)  #: By model, differences to the first one in all resamples.
+    paper: dict[str, float] = field(default_factory=dict)  #: LLaVA, HeRA, gain.
 
     @property
     def differences(self) -> dict[str, tuple[float, ...]]:
@@ -42,22 +42,18 @@ class Line:
 
 
 def write_table(
-    path: Path, tasks: Sequence[Task], folders: Mapping[str, Mapping[Task, Path]], paper: str | None = None
+    path: Path, tasks: Sequence[Task], results: Mapping[str, Mapping[Task, Path]], paper: str | None = None
 ) -> list[Path]:
-    """Writes a table as ``.md``, ``.json`` and ``.png``, and returns the three paths.
+    """Writes a table as ``.md``, ``.json`` and ``.png``, and returns the three paths, which begin with ``path``.
 
-    Intervals come from a paired bootstrap: two models are scored on the same resamples of the groups of samples.
-
-    Args:
-        path: The path without a suffix; a table with the name ``paper`` also gets averages of the complete results.
-        tasks: The lines; a task without a result is empty.
-        folders: By model and task, the folder of the result, if there is one. The first model is the reference.
-        paper: A backbone of the paper, such as ``qwen3_8b``, for the paper's columns.
+    A line has differences to the first model, with intervals by a paired bootstrap: two models are scored on the same
+    resamples of the groups of samples. A table with the name ``paper`` also gets averages of the complete results.
+    ``paper`` is a backbone of the paper, such as ``qwen3_8b``, for the paper's columns.
     """
-    known, models, generator = read_json(PAPER), list(folders), np.random.default_rng(0)
+    known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []
     for category in dict.fromkeys(task.category for task in tasks):
-        members = [_lines(task, folders, generator) for task in tasks if task.category == category]
+        members = [_lines(task, results, generator) for task in tasks if task.category == category]
         lines += [line for member in members for line in member]
         if path.name == "paper":
             lines.append(_average(category, [member[0] for member in members], models))
@@ -77,14 +73,13 @@ def write_table(
     return [page, data, picture]
 
 
-def _lines(task: Task, folders: Mapping[str, Mapping[Task, Path]], generator: np.random.Generator) -> list[Line]:
+def _lines(task: Task, files: Mapping[str, Mapping[Task, Path]], generator: np.random.Generator) -> list[Line]:
     """Makes a line for each score of a task."""
-    paths = {model: places[task] / "result.json" for model, places in folders.items()}
-    results = {model: read_json(path) for model, path in paths.items() if path.is_file()}
+    results = {model: read_json(each[task]) for model, each in files.items() if each[task].is_file()}
     if not results:
         return [Line(task.name, task.title, None, task.comparable, task.why)]
     tallies = {model: task.tally(result["records"]) for model, result in results.items()}
-    first, reference, lines = next(iter(results)), next(iter(folders)), {}
+    first, reference, lines = next(iter(results)), next(iter(files)), {}
     n, several = results[first]["n"], len(results[first]["scores"]) > 1
     remark = (task.comparable, task.why) if task.n in (None, n) else ("no", f"{n} of {task.n} samples")
     for score in results[first]["scores"]:
@@ -115,7 +110,7 @@ def _average(key: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
     """Averages scores, for the models that have complete results of all of them."""
     worst = max((line.comparable for line in lines), key=_RANKS.index)
     average = Line(key, f"{key}, average", None, worst, average=True)
-    for model in models if average.comparable != "no" else ():
+    for model in models if worst != "no" else ():
         if all(model in line.values for line in lines):
             average.values[model] = float(np.mean([line.values[model] * line.scale for line in lines]))
         if all(model in line.draws for line in lines):
@@ -123,26 +118,21 @@ def _average(key: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
     return average
 
 
-def _signed(value: float) -> str:
-    return f"{value:+z.1f}".replace("-", "−")
-
-
 def _markdown(lines: Sequence[Line], models: Sequence[str], source: str) -> str:
     reference, *others = models
     remarks = any(line.comparable for line in lines)
-    forms = {"LLaVA": "{:.1f}".format, "HeRA": "{:.1f}".format, "gain": _signed} if source else {}
-    head = ["benchmark", "n", *models, *(f"{model} − {reference}" for model in others)]
-    table = [[*head, *(f"paper: {name}" for name in forms), *(("comparable", "why not") if remarks else ())]]
+    forms = {"LLaVA": "{:.1f}", "HeRA": "{:.1f}", "gain": "{:+z.1f}"} if source else {}
+    table = [["benchmark", "n", *models, *(f"{model} − {reference}" for model in others)]]
+    table[0] += [*(f"paper: {name}" for name in forms), *["comparable", "why not"] * remarks]
     for line in lines:
         cells = [line.title, str(line.n or "")]
         cells += [f"{line.values[model]:.1f}" if model in line.values else "–" for model in models]
-        for model in others:
-            signed = map(_signed, line.differences.get(model, ()))
-            cells.append("{} ({} … {})".format(*signed) if model in line.differences else "–")
-        cells += [form(line.paper[name]) if name in line.paper else "–" for name, form in forms.items()]
-        if line.average:
-            cells = [f"**{cell}**" if cell else "" for cell in cells]
-        table.append([*cells, *((line.comparable, line.why) if remarks else ())])
+        differences = [line.differences.get(model) for model in others]
+        cells += ["{} ({} … {})".format(*(f"{end:+z.1f}" for end in ends)) if ends else "–" for ends in differences]
+        cells += [form.format(line.paper[name]) if name in line.paper else "–" for name, form in forms.items()]
+        cells[2:] = [cell.replace("-", "−") for cell in cells[2:]]
+        cells = [f"**{cell}**" if cell and line.average else cell for cell in cells]
+        table.append([*cells, *[line.comparable, line.why] * remarks])
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
     notes = ["Scores are in percent; for those with ↓, less is better."]
     notes += ["MME is in points, and divided by 20 in averages."] if any(line.scale != 1 for line in lines) else []

@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -32,50 +33,39 @@ class HeraVLM(lmms):
     """Answers greedily and in batches, with prompts from the processor's chat template.
 
     Several processes share the samples. Errors are raised; they do not count as wrong answers.
-
-    Args:
-        pretrained: The folder or hub id of a model, or the folder of an adapter.
-        batch_size: Samples in a batch.
-        device: By default, the device that accelerate chooses.
-        dtype: ``auto`` (as stored) or a torch dtype; by default ``auto`` on an accelerator and ``float32`` on a CPU.
-        image_aspect_ratio: ``none``, or ``pad`` to pad images to squares in the processor's mean color.
-        image_newline: Whether to put a line break after the images if the chat template does not.
-        answers: A JSONL file to read answers from and to append them to; further processes append to files next to it.
-        key: Identifies the weights; an answer is read if key, prompt, images and settings are the same.
     """
 
     is_simple = False
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str,  # the folder or hub id of a model, or the folder of an adapter
         batch_size: int | str = 1,
-        device: str | None = None,
-        dtype: str | None = None,
-        image_aspect_ratio: str = "none",
-        image_newline: bool = False,
-        answers: str | None = None,
-        key: str = "",
+        device: str | None = None,  # by default, the one that accelerate chooses
+        dtype: str | None = None,  # "auto" (as stored) or a torch dtype; by default float32 on a CPU, or else "auto"
+        image_aspect_ratio: Literal["none", "pad"] = "none",  # "pad": squares in the processor's mean color
+        image_newline: bool = False,  # puts a line break after the images if the chat template does not
+        answers: str | None = None,  # a JSONL file of answers to reuse and to add to; other processes have their own
+        key: str = "",  # of the weights; an answer is reused if key, prompt, images and settings are the same
         max_batch_size: int | None = None,  # lmms-eval passes it
     ) -> None:
         super().__init__()
-        self._pad = {"none": False, "pad": True}[image_aspect_ratio]
+        self._pad, self.batch_size = {"none": False, "pad": True}[image_aspect_ratio], int(batch_size)
         self.accelerator = Accelerator(cpu=device == "cpu")
         self.device = torch.device(device) if device else self.accelerator.device
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.batch_size = int(batch_size)
         dtype = dtype or ("auto" if torch.accelerator.is_available() else "float32")
         self.model, self.processor = _load(pretrained, dtype, self.device)
         self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
         ends = self.model.generation_config.eos_token_id
         ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.ends = [ends] if isinstance(ends, int) else list(ends or [])
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token_id = self.ends[0]
-        # No other stored setting is kept: a repetition penalty, for example, would change greedy answers.
         pad = self.tokenizer.pad_token_id
-        self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=pad)
+        if pad is None:
+            pad = self.tokenizer.pad_token_id = ends if isinstance(ends, int) else ends[0]
+        # No other stored setting is kept: a repetition penalty, for example, would change greedy answers.
+        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+        self._ends = {pad, *([ends] if isinstance(ends, int) else ends or ())}
         probe = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}])
         self._newline = "\n" * (image_newline and not probe.partition("Q")[0].endswith("\n"))
         self._key, self._answers, self._file = f"{key} {self.model.dtype}", {}, answers and Path(answers)
@@ -123,12 +113,12 @@ class HeraVLM(lmms):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked, as a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        options: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
-        loader: DataLoader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
-        answers = [""] * len(requests)
+        options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+        loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
+        answers: dict[int, str] = {}
         for lines, parts in tqdm(loader, total=len(batches), desc="answers", disable=self.rank > 0):
             for rows, settings, inputs in parts:
-                for row, ids in zip(rows, self._generate(inputs, settings), strict=True):
+                for row, ids in zip(rows, self._generate(inputs, settings["max_new_tokens"]), strict=True):
                     text = self.tokenizer.decode(ids, skip_special_tokens=True)
                     for stop in settings["until"]:
                         text = text.split(stop)[0]
@@ -136,9 +126,8 @@ class HeraVLM(lmms):
                 if self._file:
                     with self._file.open("a", encoding="utf-8") as file:  # the line break ends an incomplete line
                         file.writelines("\n" + json.dumps(lines[row], ensure_ascii=False) for row in rows)
-            for row, line in lines.items():
-                answers[row] = line["answer"]
-        return answers
+            answers |= {row: line["answer"] for row, line in lines.items()}
+        return [answers[row] for row in range(len(requests))]
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
         """Returns a line for each sample, and samples, settings and inputs of those parts that have no answer yet."""
@@ -166,22 +155,20 @@ class HeraVLM(lmms):
         parts = [tuple(zip(*group, strict=True)) for group in groups.values()]
         return lines, [(rows, settings[0], self.inputs(group)) for rows, settings, group in parts]
 
-    def _generate(self, inputs: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> list[list[int]]:
+    def _generate(self, inputs: Mapping[str, torch.Tensor], n_tokens: int) -> list[list[int]]:
         """Returns the tokens of each answer, without the one that ends it."""
         dtype = self.model.dtype
         moved = {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         with torch.inference_mode():
-            ids = self.model.generate(**moved, do_sample=False, max_new_tokens=settings["max_new_tokens"])
-        ends = {*self.ends, self.tokenizer.pad_token_id}
-        answers = ids[:, moved["input_ids"].shape[1] :].tolist()
-        return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in answers]
+            ids = self.model.generate(**moved, do_sample=False, max_new_tokens=n_tokens)
+        answers = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        return [list(takewhile(lambda token: token not in self._ends, answer)) for answer in answers]
 
     def _image(self, image: Any) -> Image.Image:
         image = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-        if not self._pad:
-            return image
         mean = getattr(self.processor.image_processor, "image_mean", None) or [0.5] * 3
-        return ImageOps.pad(image, (max(image.size),) * 2, color=tuple(int(255 * value) for value in mean))
+        color = tuple(int(255 * value) for value in mean)
+        return ImageOps.pad(image, (max(image.size),) * 2, color=color) if self._pad else image
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Refuses tasks that do not ask for one generated answer."""
@@ -191,11 +178,7 @@ class HeraVLM(lmms):
 
 
 def model_folders(name: str) -> list[Path]:
-    """Finds the folder of a model (by path or hub id), or the folders of an adapter and of its base model.
-
-    Raises:
-        ValueError: The model, or the base model of the adapter, does not exist.
-    """
+    """Finds the folder of a model (by path or hub id), or the folders of an adapter and of its base model."""
     folder, key = Path(name).expanduser(), "base_model_name_or_path"
     if not (folder / "adapter_config.json").is_file():
         return [local_folder(name, "MODEL", "a multimodal model, or the folder of an adapter")]
@@ -216,23 +199,19 @@ def weights_digest(folders: Sequence[Path]) -> str:
 
 
 def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
-    """Loads a model, with its adapter merged, and the processor: the adapter's if it has one, or the base model's.
-
-    Raises:
-        ValueError: The model takes no images, has no chat template, or its weights are incomplete.
-    """
-    folders = model_folders(name)
-    source = next((folder for folder in folders if any(folder.glob("*processor_config.json"))), folders[-1])
+    """Loads a model, with its adapter merged, and the processor: the adapter's if it has one, or the base model's."""
+    *adapters, base = folders = model_folders(name)
+    source = next((folder for folder in folders if any(folder.glob("*processor_config.json"))), base)
     processor: Any = AutoProcessor.from_pretrained(source)
     for attribute in ("image_processor", "chat_template"):
         if getattr(processor, attribute, None) is None:
             raise ValueError(f"MODEL: {source} has no {attribute.replace('_', ' ')}; give a multimodal chat model.")
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "output_loading_info": True}
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(folders[-1], **options)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(base, **options)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would fill them with random numbers
-        raise ValueError(f"MODEL: {folders[-1]} lacks {len(missing)} weights, such as {missing[0]}; copy it again.")
-    for folder in folders[:-1]:
+        raise ValueError(f"MODEL: {base} lacks {len(missing)} weights, such as {missing[0]}; copy it again.")
+    for folder in adapters:
         from peft import PeftModel
 
         with warnings.catch_warnings():  # PEFT would keep random numbers

@@ -14,7 +14,7 @@ from llamafactory.model import load_model, load_tokenizer
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
-from llamafactory_hera.calibration.samples import CalibrationInputs
+from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout
