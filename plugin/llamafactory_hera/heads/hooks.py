@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .families import FINAL, decoder_layers, final_norm, head_layout, model_config
+from .families import FINAL, decoder_layers, head_layout, model_config, text_decoder
 from .targets import Targets
 from .tokens import pool_tokens
 
@@ -16,7 +16,7 @@ _CHECKPOINTING = "_gradient_checkpointing_func"  # a private name of transformer
 
 
 class Hooks(ABC):
-    """Changes to a model that last while the context is entered, or from :meth:`install` to :meth:`remove`."""
+    """Changes a model while the context is entered, or from :meth:`install` to :meth:`remove`."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -40,7 +40,7 @@ class Hooks(ABC):
 
     @abstractmethod
     def _hook(self) -> None:
-        """Hooks the model, and appends to ``_undo`` a function that removes each hook."""
+        """Hooks the model, and appends to ``_undo`` the function that removes each hook."""
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute of a module until the hooks are removed."""
@@ -59,17 +59,13 @@ class Hooks(ABC):
 
 
 class LayerHooks(Hooks):
-    """Hooks on chosen decoder layers that keep rows of the next forward pass, with gradient.
+    """Keeps rows of chosen decoder layers from the next forward pass, with gradient.
 
     A trainer may run the model a second time in a step, without a graph, to compute metrics. The rows of such a pass
     never replace those that carry gradient.
 
     Under gradient checkpointing, rows that are seen inside a layer carry no gradient. Therefore the checkpointing
     function of the chosen layers is wrapped, so that a layer returns the rows together with its output.
-
-    Args:
-        model: A transformers model, bare or wrapped.
-        targets: The heads or layers to read.
     """
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
@@ -77,8 +73,8 @@ class LayerHooks(Hooks):
         self._layout = head_layout(model_config(model))
         targets.check(self._layout)
         self._targets = targets.items
-        modules = decoder_layers(model)
-        self._layers = {index: final_norm(model) if index == FINAL else modules[index] for index in targets.layers}
+        modules, final_norm = decoder_layers(model), text_decoder(model).norm
+        self._layers: dict[int, Any] = {i: final_norm if i == FINAL else modules[i] for i in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # turns tokens into rows; None captures nothing
         self._rows: dict[int, tuple[Tensor, ...]] = {}
         self._wrapped: dict[int, Callable[..., Any]] = {}
@@ -87,7 +83,7 @@ class LayerHooks(Hooks):
         self.watch_gradients = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns an inert copy: the hooks of a model's copy (EMA, SWA) must call the copy's modules only."""
+        """Returns an inert copy: the hooks of a copied model (EMA, SWA) must call the modules of the copy alone."""
         inert = object.__new__(type(self))
         vars(inert).update(vars(self), _read=None, _rows={}, _undo=[], _layers={}, _wrapped={}, gradient_seen=set())
         return inert
@@ -135,7 +131,8 @@ class LayerHooks(Hooks):
             )
 
     def _keep(self, index: int, *rows: Tensor) -> None:
-        if rows[0].requires_grad or index not in self._rows or not self._rows[index][0].requires_grad:
+        kept = self._rows.get(index)
+        if kept is None or rows[0].requires_grad or not kept[0].requires_grad:
             self._rows[index] = rows
 
     def _watch(self, index: int, rows: Tensor) -> None:
