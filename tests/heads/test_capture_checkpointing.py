@@ -1,4 +1,4 @@
-"""Gradient checkpointing recomputes layers in the backward pass: what is read and all gradients must not change."""
+"""Gradient checkpointing recomputes layers in the backward pass, and must change no capture and no gradient."""
 
 from collections.abc import Callable
 from functools import cache
@@ -23,7 +23,7 @@ ROWS = 4
 
 def host(reentrant: bool) -> Callable[[nn.Module], None]:
     def enable(model: nn.Module) -> None:
-        # beside the newest TRL the host does not import
+        # the host cannot be imported next to the newest TRL
         hparams = pytest.importorskip("llamafactory.hparams", exc_type=ImportError)
         checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
         arguments = hparams.ModelArguments(model_name_or_path="tiny", use_reentrant_gc=reentrant)
@@ -35,7 +35,7 @@ def host(reentrant: bool) -> Callable[[nn.Module], None]:
 def transformers(reentrant: bool) -> Callable[[nn.Module], None]:
     def enable(model: nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()  # as its Trainer and PEFT do for reentrant checkpointing of frozen inputs
+        model.enable_input_require_grads()  # as its Trainer and PEFT do for frozen inputs
 
     return enable
 
@@ -49,7 +49,7 @@ CHECKPOINTING: dict[str, Callable[[nn.Module], None]] = {
 in_both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 
 
-def everything(model: nn.Module) -> nn.Module:
+def full(model: nn.Module) -> nn.Module:
     return model
 
 
@@ -69,7 +69,7 @@ def lora(model: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of each trainable parameter; one that the loss does not reach may hold no gradient or one of zero."""
+    """Returns the gradient of each trainable parameter; zeros if the loss does not reach it."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()
@@ -83,7 +83,7 @@ def term(z: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, names: str, lm_weight: float = 1.0, weight: float = 0.5) -> dict[str, Tensor]:
-    """Losses, representations and gradients of one training step."""
+    """Returns losses, representations and gradients of one training step."""
     batch, mask = inputs(model)
     model.zero_grad()
     with CAPTURES[names](model, names) as capture:
@@ -120,7 +120,7 @@ def inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 
 @both
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("training", [everything, projector_only, lora], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("training", [full, projector_only, lora], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("weights", [(1.0, 0.5), (0.0, 1.0)], ids=["both losses", "the term alone"])
 def test_gradients_equal_those_without_checkpointing(checkpointing, training, weights, names):
     plain = plain_step(training, names, *weights)
@@ -131,14 +131,14 @@ def test_gradients_equal_those_without_checkpointing(checkpointing, training, we
     assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
     compare(step(model, names, *weights), plain)
     changed = [name for name in plain if not torch.allclose(plain[name], without_term[name], atol=1e-4)]
-    expected = {"everything": "q_proj.weight", "projector_only": "multi_modal_projector", "lora": "q_proj.lora_B"}
+    expected = {"full": "q_proj.weight", "projector_only": "multi_modal_projector", "lora": "q_proj.lora_B"}
     assert any(expected[training.__name__] in name for name in changed)
 
 
 @pytest.mark.parametrize("name", VLMS)
 def test_every_kind_of_decoder_layer(name):
     model = vlm(name)
-    if name == "llama4":  # reentrant checkpointing cannot go through its vision layers' keywords
+    if name == "llama4":  # reentrant checkpointing does not support the keywords of its vision layers
         model.vision_model.requires_grad_(False)
     plain = {names: step(model, names) for names in CAPTURES}
     for reentrant in (True, False):
@@ -151,7 +151,7 @@ def test_every_kind_of_decoder_layer(name):
 @both
 @in_both_modes
 @pytest.mark.parametrize("before", [True, False], ids=["anew", "first"])
-def test_checkpointing_that_is_switched_on_inside_the_context(reentrant, before, names):
+def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, names):
     model = vlm("llava-qwen3")
     batch, mask = inputs(model)
     plain = step(model, names)
@@ -177,7 +177,7 @@ def test_checkpointing_that_is_switched_on_inside_the_context(reentrant, before,
 
 
 @in_both_modes
-def test_heads_that_are_left_before_the_backward_pass_are_refused_by_name(reentrant):
+def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
     model = vlm("llava-qwen3")
     transformers(reentrant)(model)
     batch, mask = inputs(model)
@@ -214,7 +214,7 @@ def test_two_passes_with_different_tokens_before_one_backward_pass(reentrant, na
 
 @pytest.mark.parametrize("names", ["L0H1,L1H2", "L0,L1"], ids=["heads", "layers"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_it_says_which_layers_got_a_gradient(checkpointing, names):
+def test_it_lists_the_layers_that_got_a_gradient(checkpointing, names):
     model = vlm("llava-qwen3")
     if checkpointing is not None:
         transformers(checkpointing)(model)

@@ -30,7 +30,7 @@ from .targets import Target, Targets
 class HeadCapture(LayerHooks):
     """Captures the contributions of chosen heads, averaged or at single tokens, while its context is entered.
 
-    Name the tokens before the forward pass. It works under gradient checkpointing and with every sharding engine::
+    Name the tokens before the forward pass. A capture works under gradient checkpointing and with every engine::
 
         with HeadCapture(model, "L3H4,L7H6") as capture:
             capture.pool(batch["labels"] != -100)
@@ -56,29 +56,13 @@ class HeadCapture(LayerHooks):
         self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of checkpointed layers that are running
         self._selectors: dict[int, Tensor] = {}
 
-    def representations(self) -> Tensor:
-        """Returns the averaged contributions of the last forward pass, or the heads' outputs at its tokens.
-
-        Returns:
-            ``[n_heads, B, D]``; after :meth:`tokens`, ``[n_heads, B, n, head_dim]``, which :meth:`projections` maps
-            into the residual stream. Heads keep the order in which they were given.
-
-        Raises:
-            RuntimeError: No forward pass was captured.
-        """
-        return self._of_heads(0)
-
     def projections(self) -> Tensor:
         """Returns each head's part of the output projection after a pass at tokens, ``[n_heads, head_dim, D]``.
 
-        It carries gradient. The module computes it, so it includes adapters and is right under sharding.
+        It maps the ``head_dim`` values of a token into the residual stream, and carries gradient. The module computes
+        it, so it includes adapters and is right under sharding.
         """
-        return self._of_heads(1)
-
-    def _of_heads(self, part: int) -> Tensor:
-        self._check_captured()
-        rows = {index: iter(kept[part]) for index, kept in self._rows.items()}
-        return torch.stack([next(rows[item.layer]) for item in self._targets])
+        return self._stacked(1)
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
@@ -106,7 +90,9 @@ class HeadCapture(LayerHooks):
             size = n * self._layout.head_dim
             images = images.flatten(0, 1)
             images = images[:size] - images[size : size + 1] if biased else images[:size]
-            rows: tuple[Tensor, ...] = (self._head_outputs(index, read), images.unflatten(0, (n, -1)))
+            heads = read.unflatten(-1, (-1, self._layout.head_dim))  # [B, t, H, d]
+            outputs = torch.stack([heads[:, :, head] for head in self._heads_of[index]])
+            rows: tuple[Tensor, ...] = (outputs, images.unflatten(0, (n, -1)))
         else:
             rows = ((images[:, :n] - images[:, n:] if biased else images).transpose(0, 1),)
         if index in self._frames:
@@ -114,11 +100,6 @@ class HeadCapture(LayerHooks):
         elif not in_backward():
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
-
-    def _head_outputs(self, index: int, read: Tensor) -> Tensor:
-        """Selects the chosen heads from ``[B, t, H*d]`` and returns ``[n, B, t, d]``."""
-        heads = read.unflatten(-1, (-1, self._layout.head_dim))
-        return torch.stack([heads[:, :, head] for head in self._heads_of[index]])
 
     def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
         """Makes inputs ``[B, n, H*d]``, each zero outside its head, of averaged head outputs ``[B, H*d]``."""
@@ -172,37 +153,16 @@ class HeadCapture(LayerHooks):
 
 
 class LayerCapture(LayerHooks):
-    """Captures the outputs of chosen decoder layers while its context is entered::
-
-        with LayerCapture(model, "L14,L15") as capture:
-            capture.pool(mask)
-            loss = model(**batch).loss
-            z = capture.representations()
+    """Captures the outputs of chosen decoder layers in the same way as :class:`HeadCapture`.
 
     Args:
-        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
+        model: A transformers model, bare or wrapped.
         layers: ``Targets`` of layers, their names in a string (``"L14,L15"``) or a list, or the path of a layers.json.
-
-    Raises:
-        ValueError: The architecture is unknown, or a layer is outside the model.
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))
         self._inside: set[int] = set()  # checkpointed layers that are running
-
-    def representations(self) -> Tensor:
-        """Returns the outputs of the last forward pass.
-
-        Returns:
-            Averages ``[n_layers, B, D]``, or tokens ``[n_layers, B, n, D]``. Layers keep the order in which they were
-            given.
-
-        Raises:
-            RuntimeError: No forward pass was captured.
-        """
-        self._check_captured()
-        return torch.stack([self._rows[item.layer][0] for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
@@ -226,4 +186,4 @@ class LayerCapture(LayerHooks):
             return
         rows = self._read(output[0] if isinstance(output, tuple) else output)
         self._watch(index, rows)
-        self._keep(index, rows)
+        self._keep(index, rows.unsqueeze(0))

@@ -25,8 +25,6 @@ FAMILIES = frozenset({
 #: The layer number that denotes the output of the norm after the last layer.
 FINAL = sys.maxsize
 
-_MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-
 
 @dataclass(frozen=True)
 class HeadLayout:
@@ -41,13 +39,7 @@ class HeadLayout:
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the head layout from the configuration of a language model or a multimodal model.
-
-    ``head_dim`` is the configuration's own value if there is one, because it may differ from ``hidden_size / heads``.
-
-    Raises:
-        ValueError: The architecture is not in :data:`FAMILIES`.
-    """
+    """Reads the head layout from the configuration of a model; ``ValueError`` if it is not in :data:`FAMILIES`."""
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
         raise ValueError(
@@ -61,6 +53,7 @@ def head_layout(config: Any) -> HeadLayout:
         n_layers=text.num_hidden_layers,
         n_heads=n_heads,
         n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
+        # the value in the configuration comes first, because it may differ from hidden_size / n_heads
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
         hidden_size=text.hidden_size,
     )
@@ -68,16 +61,13 @@ def head_layout(config: Any) -> HeadLayout:
 
 def media_token_ids(config: Any) -> frozenset[int]:
     """Returns the placeholder ids of images and videos in ``input_ids``; empty for a language model."""
-    ids = (getattr(config, key, None) for key in _MEDIA_TOKEN_KEYS)
+    keys = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = (getattr(config, key, None) for key in keys)
     return frozenset(i for i in ids if isinstance(i, int))
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP.
-
-    Raises:
-        ValueError: The architecture is unknown, or the model does not have exactly one text decoder.
-    """
+    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP."""
     from torch.nn import ModuleList
 
     layout = head_layout(model_config(model))
@@ -98,11 +88,7 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers of the text decoder in order.
-
-    Raises:
-        ValueError: As :func:`text_decoder`, or a layer has no output projection that takes the heads side by side.
-    """
+    """Returns the layers of the text decoder in order, and checks that each projects all heads side by side."""
     layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
     width = layout.n_heads * layout.head_dim
     for index, layer in enumerate(layers):
@@ -142,7 +128,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     engine renames or flattens parameters.
     """
     layers, final_norm = decoder_layers(model), text_decoder(model).norm
-    later, feeding = layers[layer:], [final_norm]
+    feeding: list[Any] = [final_norm]
     if layer != FINAL:
         names = ("input_layernorm", "self_attn")  # OLMo 2 has no input_layernorm
         inside = [part for name, part in layers[layer].named_children() if name in names]
@@ -150,7 +136,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
     # tied embeddings come before the decoder as well as after it
     feeding.append(outermost.get_input_embeddings())
-    after = _parameter_ids([*later, final_norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
+    after = _parameter_ids([*layers[layer:], final_norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after]
 
 

@@ -28,7 +28,6 @@ class PooledHeads(Hooks):
         super().__init__()
         self._layout = head_layout(model_config(model))
         self._layers = decoder_layers(model)
-        self._mask: Tensor
         self._heads: list[Tensor] = []  # layers run in their order
         self._outputs: list[Tensor] = []
 
