@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from tests.head_reference import blocks, mean_over
-from tests.tiny_models import text_batch, text_model, vlm, vlm_batch
+from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
@@ -44,7 +44,7 @@ def captured(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, targets=H
 
 
 def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """Of a fixed weighted sum of the values with respect to each parameter; zero where none arrives."""
+    """Differentiates a fixed weighted sum of the values by each parameter."""
     direction = torch.linspace(-1, 1, z.numel()).view_as(z)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
@@ -70,12 +70,11 @@ def test_representations_come_in_the_order_of_the_targets_however_they_are_given
     by_name = {name: captured(model, batch, mask, name, capture)[0] for name in listed}
     for order in (listed, sorted(listed), listed[::-1]):
         together = captured(model, batch, mask, ",".join(order), capture)
-        assert together.shape == (len(order), batch["input_ids"].shape[0], 48)
         torch.testing.assert_close(together, torch.stack([by_name[name] for name in order]), rtol=0, atol=1e-6)
     assert not torch.allclose(by_name[listed[0]], by_name[listed[1]], atol=1e-3)
     expected = captured(model, batch, mask, names, capture)
     targets = [Target.parse(name, "head" if "H" in name else "layer") for name in listed]
-    for given in (targets, listed, Targets(tuple(targets)), names.replace(",", " ", 1).replace(",", "\n, ")):
+    for given in (targets, listed, Targets(tuple(targets))):
         assert torch.equal(captured(model, batch, mask, given, capture), expected)
 
 
@@ -95,20 +94,6 @@ def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
     got = captured(model, batch, mask, names, capture)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients_of(got, model), gradients_of(expected, model), rtol=1e-5, atol=1e-5)
-
-
-@both
-def test_one_mask_serves_several_forward_passes(model, mask, names):
-    capture = CAPTURES[names]
-    batches = [text_batch(seed=1), text_batch(seed=2)]
-    expected = [captured(model, batch, mask, names, capture) for batch in batches]
-    got = []
-    with capture(model, names) as reader:
-        reader.pool(mask)
-        for batch in batches:
-            model(**batch)
-            got.append(reader.representations())
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 @both
@@ -161,44 +146,22 @@ def test_representations_need_a_pass_since_the_tokens_were_named(model, batch, m
     refused()
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_chosen_tokens_of_each_row(checkpointing):
-    model = vlm("llava-qwen3")
-    batch = vlm_batch(model, rows=4)
-    expected = [block.output for block in blocks(model, batch)[0]]
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-    positions = torch.tensor([[1, 2, 3], [4, 4, 0], [2, 1, 0], [0, 5, 1]])
-    with LayerCapture(model, "L1,L0") as capture:
-        capture.tokens(positions)
-        model(**batch)
-        z = capture.representations()
-    assert z.shape == (2, 4, 3, 48)
-    assert z.requires_grad
-    for found, hidden in zip(z.detach(), reversed(expected), strict=True):
-        chosen = torch.stack([row[places] for row, places in zip(hidden, positions, strict=True)])
-        torch.testing.assert_close(found, chosen, rtol=0, atol=1e-5 * hidden.abs().max().item())
-
-
 # -- the model is left as it was -------------------------------------------------------------------------------------
 
 
 @both
-@pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3"])
-def test_the_models_output_and_gradients_do_not_change(kind, pool, names, batch, mask):
+def test_the_models_output_and_gradients_do_not_change(kind, names, batch, mask):
     model = text_model(kind)
     plain = model(**batch, labels=batch["input_ids"])
     wanted = torch.autograd.grad(plain.loss, list(model.parameters()))
     with CAPTURES[names](model, names) as capture:
-        capture.pool(mask if pool else None)
-        seen = model(**batch, labels=batch["input_ids"])
-        got = torch.autograd.grad(seen.loss, list(model.parameters()))
-    torch.testing.assert_close(seen.logits, plain.logits, rtol=0, atol=1e-6)
+        assert torch.equal(model(**batch).logits, plain.logits)
+        capture.pool(mask)
+        output = model(**batch, labels=batch["input_ids"])
+        got = torch.autograd.grad(output.loss, list(model.parameters()))
+    torch.testing.assert_close(output.logits, plain.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-    if not pool:
-        assert torch.equal(seen.logits, plain.logits)
 
 
 @both

@@ -18,7 +18,7 @@ from llamafactory_hera.heads.families import (
     head_layout,
     model_config,
     trainable_upstream,
-)
+)  # fmt: skip
 
 SIZES = {"hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 36}
 
@@ -51,11 +51,7 @@ _STREAMS = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, 
 @pytest.mark.parametrize(
     ("kind", "keys", "why"),
     [
-        (
-            tf.DeepseekV3ForCausalLM,
-            _LATENT,
-            "layer 0 of this 'deepseek_v3' model has no self_attn.o_proj that takes 4",
-        ),
+        (tf.DeepseekV3ForCausalLM, _LATENT, "layer 0 of this 'deepseek_v3' model has no self_attn.o_proj that takes"),
         (tf.MllamaForCausalLM, {"cross_attention_layers": [1]}, "layer 1 of this 'mllama_text_model' model has no"),
         (tf.Qwen3_5ForCausalLM, {"layer_types": _MIXED}, "layer 1 of this 'qwen3_5_text' model has no"),
         (tf.PhiForCausalLM, {}, "layer 0 of this 'phi' model has no"),
@@ -71,19 +67,12 @@ def test_layers_of_another_kind_are_refused_if_their_model_type_is_added(kind, k
         check_pooled(kind(config), batch, batch["attention_mask"].bool())
 
 
-def test_a_module_without_a_configuration_is_refused():
-    with pytest.raises(ValueError, match="Linear holds no transformers model"):
-        HeadCapture(nn.Linear(2, 2), "L0H0")
-
-
-def test_a_model_with_two_decoders_is_refused():
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = text_model("qwen3"), text_model("qwen3")
-
+def test_a_model_with_two_decoders_or_none_is_refused():
+    two = nn.ModuleDict({"first": text_model("qwen3"), "second": text_model("qwen3")})
     with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* holds first\.model, second\.model"):
-        decoder_layers(Pair())
+        decoder_layers(two)
+    with pytest.raises(ValueError, match="Linear holds no transformers model"):
+        decoder_layers(nn.Linear(2, 2))
 
 
 class Wrapper(nn.Module):
@@ -99,9 +88,6 @@ class Wrapper(nn.Module):
         except AttributeError:
             return getattr(self.wrapped, name)
 
-    def forward(self, *args, **kwargs):
-        return self.wrapped(*args, **kwargs)
-
 
 def wrap_decoder(model: nn.Module) -> nn.Module:
     model.model.language_model = Wrapper(model.model.language_model)
@@ -110,13 +96,8 @@ def wrap_decoder(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     "wrap",
-    [
-        lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])),
-        Wrapper,
-        wrap_decoder,
-        torch.nn.DataParallel,
-    ],
-    ids=["PEFT", "wrapper", "wrapped inside", "DataParallel"],
+    [lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), wrap_decoder, nn.DataParallel],
+    ids=["PEFT", "wrapped twice", "DataParallel"],
 )
 def test_the_decoder_is_found_inside_wrappers(wrap):
     model = vlm("llava-qwen3")
@@ -186,33 +167,23 @@ def lora(model: nn.Module, targets: list[str] | str, **config) -> nn.Module:
 _PROJECTOR = "multi_modal_projector"
 
 
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (lambda: train(text_model("qwen3")), [(0, ""), (0, "")]),
-        (
-            lambda: train(text_model("qwen3"), "layers.1.mlp", "post_att", "lm_head"),
-            [(0, ""), (1, "layers.0.post_att")],
-        ),
-        (lambda: train(vlm("llava-qwen3"), _PROJECTOR), [(4, _PROJECTOR)] * 2),
-        (lambda: train(text_model("qwen3", tie_word_embeddings=True), "embed"), [(1, "embed")] * 2),
-        (lambda: train(text_model("qwen3", tie_word_embeddings=False), "embed", "lm_head"), [(1, "embed")] * 2),
-        (lambda: lora(text_model("qwen3"), ["v_proj", "o_proj"]), [(4, "layers.0"), (8, "layers.")]),
-        (lambda: lora(text_model("qwen3"), ["down_proj"]), [(0, ""), (2, "layers.0")]),
-        (lambda: lora(text_model("qwen3"), "all-linear"), [(8, "layers.0"), (22, "layers.")]),
-        (
-            lambda: lora(vlm("llava-qwen3"), r".*language_model.*down_proj", modules_to_save=[_PROJECTOR]),
-            [(4, f"{_PROJECTOR}.modules_to_save"), (6, "")],
-        ),
-    ],
-    ids=["nothing", "after", "projector", "tied", "untied", "v, o", "down", "all", "with projector"],
-)
-def test_trainable_parameters_upstream(make, expected):
-    for layer, (n, part) in enumerate(expected):
-        model = make()
-        found = trainable_upstream(model, layer)
-        assert len(found) == n
-        assert all(part in name for name in found)
+TRAINED = {
+    "nothing": lambda: train(text_model("qwen3")),
+    "after the attention": lambda: train(text_model("qwen3"), "layers.1.mlp", "post_attention", "lm_head"),
+    "projector": lambda: train(vlm("llava-qwen3"), _PROJECTOR),
+    "tied embeddings": lambda: train(text_model("qwen3", tie_word_embeddings=True), "embed"),
+    "embeddings": lambda: train(text_model("qwen3", tie_word_embeddings=False), "embed", "lm_head"),
+    "LoRA of v and o": lambda: lora(text_model("qwen3"), ["v_proj", "o_proj"]),
+    "LoRA of down": lambda: lora(text_model("qwen3"), ["down_proj"]),
+    "LoRA of all": lambda: lora(text_model("qwen3"), "all-linear"),
+    "LoRA and projector": lambda: lora(vlm("llava-qwen3"), r".*language.*down_proj", modules_to_save=[_PROJECTOR]),
+}
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_trainable_parameters_upstream(trained):
+    for layer in (0, 1):
+        model = TRAINED[trained]()
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
         batch = vlm_batch(bare) if hasattr(bare.config, "vision_config") else text_batch()
-        assert set(found) == reached(model, batch, layer)
+        assert set(trainable_upstream(model, layer)) == reached(model, batch, layer)

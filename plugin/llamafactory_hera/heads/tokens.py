@@ -107,10 +107,7 @@ def _visual(input_ids: Tensor, attention_mask: Tensor | None, token_id: int) -> 
 def check_image_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
 ) -> None:
-    """Raises ``ValueError`` unless every sample has the tokens of its images.
-
-    It takes the arguments of :func:`token_positions`, and runs in the collator, while the batch is on the CPU.
-    """
+    """Raises ``ValueError`` unless every sample has the tokens of its images; the batch is still on the CPU."""
     count, found = image[:, 1], _visual(input_ids, attention_mask, token_id).sum(dim=1)
     wrong = (found != count * per_image) & (count > 0)
     if wrong.any():
