@@ -15,7 +15,7 @@ from llamafactory_hera.heads.tokens import token_positions
 from llamafactory_hera.objectives import Step, TokenBatch, create
 from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks, visible
 from llamafactory_hera.training import Aligner
-from tests.heads.test_capture_checkpointing import CHECKPOINTING, gradients, projector_only
+from tests.heads.test_capture_checkpointing import gradients, host, projector_only, transformers
 from tests.terms import options
 from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
 
@@ -309,9 +309,11 @@ def test_a_process_without_an_image_has_gradients_of_zero_to_average_with_the_ot
 
 def test_gradient_reaches_z_head_and_projector_alike_in_every_kind_of_checkpointing() -> None:
     found = {}
-    for kind, enable in {"off": lambda _: None, **CHECKPOINTING}.items():
+    enabled = [(enable, reentrant) for enable in (host, transformers) for reentrant in (True, False)]
+    for kind, (enable, reentrant) in {"off": (None, False), **{str(each): each for each in enabled}}.items():
         model = llava()
-        enable(model)
+        if enable is not None:
+            enable(model, reentrant)
         projector_only(model)
         jarvis = objective(model)
         now = first_step(jarvis, plain=False)
