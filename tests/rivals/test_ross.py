@@ -144,41 +144,6 @@ def test_the_student_gets_no_gradient_in_two_steps_and_one_in_the_third() -> Non
     assert silent.count(True) == Ross.silent_steps
 
 
-def test_a_sample_without_an_image_touches_no_other(small: Small) -> None:
-    z, latents, times, noise = draws()
-    z.requires_grad_()
-
-    def gradients(rows: list[int], row_without: float) -> list[Tensor]:
-        """Of the other samples' loss, and that; the first is the one without an image."""
-        without = torch.tensor([True, False, False]).view(B, 1, 1)
-        tokens, target = (torch.where(without, row_without, x)[rows] for x in (z, latents))
-        losses = small.loss(tokens, target, times[:, rows], noise[:, rows])
-        loss = torch.where(without.flatten()[rows], 0.0, losses).sum()
-        return [loss, *torch.autograd.grad(loss, [z, *small.parameters()])]
-
-    alone = gradients([1, 2], 0.0)
-    assert alone[1][1:].any()
-    for row_without in (0.0, 7.0):
-        found = gradients([0, 1, 2], row_without)
-        assert not found[1][0].any()
-        torch.testing.assert_close(found, alone)
-
-
-def test_gradients_are_those_of_finite_differences(small: Small) -> None:
-    z, latents, times, noise = (x.double() if x.is_floating_point() else x for x in draws())
-    small.double()
-    # perturbed in place, where the loss reads them
-    values = [
-        p for name, p in small.named_parameters() if name.endswith(("token.1.bias", "qkv.bias", "lation.1.bias"))
-    ]
-
-    def loss(z: Tensor, *_: Tensor) -> Tensor:
-        return small.loss(z, latents[:1], times[:, :1], noise[:, :1])
-
-    assert len(values) == 6
-    assert torch.autograd.gradcheck(loss, [z[:1].requires_grad_(), *values], fast_mode=True)
-
-
 def test_blocks_are_computed_again_in_the_backward_pass(small: Small) -> None:
     calls = []
     for block in small.denoiser.blocks:
