@@ -1,7 +1,6 @@
 """The notation of heads and layers, and their file."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -130,12 +129,3 @@ def test_a_file_with_other_content_is_refused(tmp_path: Path, granularity: str, 
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^hera_{granularity}s: .*{message}"):
         Targets.load(path, granularity)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "heads.json"
-    HEADS.save(path)
-    with pytest.raises(TypeError):
-        Targets((Target(1, 2),), {"bad": object()}).save(path)
-    assert Targets.load(path) == HEADS
-    assert os.listdir(tmp_path) == ["heads.json"]
