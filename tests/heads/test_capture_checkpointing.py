@@ -44,12 +44,9 @@ def projector_only(model: nn.Module) -> nn.Module:
 
 
 def lora(model: nn.Module) -> nn.Module:
-    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
-    return wrapped
+    torch.manual_seed(3)
+    modules = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -67,19 +64,17 @@ def term(z: Tensor) -> Tensor:
 
 
 def step(model: nn.Module, names: str) -> dict[str, Tensor]:
-    """Returns losses, representations and gradients of one training step."""
+    """Returns the LM loss, the representations and the gradients of one training step."""
     batch, mask = inputs(model)
     model.zero_grad()
     with CAPTURES[names](model, names) as capture:
         capture.pool(mask)
         lm_loss = model(**batch).loss
         z = capture.representations()
-        assert z.requires_grad
-        loss = term(z)
         if names != HEADS:  # layers need no hook in the recomputation
             capture.remove()
-        (lm_loss + 0.5 * loss).backward()
-    return {"lm loss": lm_loss.detach(), "hera loss": loss.detach(), "z": z.detach(), **gradients(model)}
+        (lm_loss + 0.5 * term(z)).backward()
+    return {"lm loss": lm_loss.detach(), "z": z.detach(), **gradients(model)}
 
 
 def compare(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -172,23 +172,11 @@ def test_hooks_go_after_a_pass_and_after_an_exception(model, batch, mask, names,
     before, output = state_of(model), model(**batch).logits
     captured(model, batch, mask, names, CAPTURES[names])
     assert state_of(model) == before
-    handle = decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        captured(model, batch, mask, names, CAPTURES[names])
-    handle.remove()
-    assert state_of(model) == before
+    for wrong in (mask[:, :4], mask[0]):
+        with pytest.raises(ValueError, match=r"^mask: its shape \[.*\] does not fit a layer that returns \[3, 10, "):
+            captured(model, batch, wrong, names, CAPTURES[names])
+        assert state_of(model) == before
     assert torch.equal(model(**batch).logits, output)
-
-
-def test_an_earlier_replacement_of_forward_is_used_and_restored(model, batch, mask):
-    projection = decoder_layers(model)[1].self_attn.o_proj
-    original = projection.forward
-    projection.forward = lambda hidden: original(hidden) * 2
-    doubled = projection.forward
-    twice = captured(model, batch, mask, "L1H0")
-    assert projection.forward is doubled
-    del projection.forward
-    torch.testing.assert_close(twice, 2 * captured(model, batch, mask, "L1H0"), rtol=0, atol=1e-5)
 
 
 def test_the_context_keeps_nothing_of_a_pass_alive(model, batch, mask):
@@ -225,12 +213,3 @@ def test_a_copy_of_a_captured_model_runs_alone(model, batch, mask, names, checkp
     assert torch.equal(output, clean(**batch).logits)
     ours, theirs = (captured(each, batch, mask, names, CAPTURES[names]) for each in (copied, clean))
     assert torch.equal(ours, theirs)
-
-
-@both
-@pytest.mark.parametrize("cut", [lambda mask: mask[:, :4], lambda mask: mask[0]], ids=["fewer tokens", "one row"])
-def test_a_mask_of_another_shape_is_refused_and_leaves_nothing_behind(model, batch, mask, names, cut):
-    before = state_of(model)
-    with pytest.raises(ValueError, match=r"^mask: its shape \[.*\] does not fit a layer that returns \[3, 10, "):
-        captured(model, batch, cut(mask), names, CAPTURES[names])
-    assert state_of(model) == before

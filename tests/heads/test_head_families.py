@@ -30,7 +30,6 @@ SIZES = {"hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 36
         (tf.Qwen2Config(**SIZES, num_key_value_heads=2), HeadLayout("qwen2", 36, 32, 2, 80, 2560)),
         (tf.LlamaConfig(**SIZES), HeadLayout("llama", 36, 32, 32, 80, 2560)),
     ],
-    ids=["with head_dim", "without head_dim", "without grouped queries"],
 )
 def test_the_layout_is_read_from_a_configuration_alone(config, expected):
     assert head_layout(config) == expected
@@ -129,29 +128,17 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
 BIASES = ("k_proj.bias", "o_proj.bias")
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_upstream_of_a_bare_decoder(model_type):
-    model = text_model(model_type)
+@pytest.mark.parametrize("name", [*sorted(FAMILIES), *VLMS])
+def test_upstream_of_heads_and_layers(name):
+    model = text_model(name) if name in FAMILIES else vlm(name)
+    batch = text_batch() if name in FAMILIES else vlm_batch(model)
     for layer, whole_layer in product((0, 1), (False, True)):
         found = set(trainable_upstream(model, layer, whole_layer))
-        arrived = reached(model, text_batch(), layer, whole_layer)
-        parts = (".mlp.", ".feed_forward.")
-        assert any(f"layers.{layer}{part}" in name for name in found for part in parts) == whole_layer
-        assert arrived <= found
-        assert not {name for name in found - arrived if not name.endswith(BIASES)}
-
-
-@pytest.mark.parametrize("name", VLMS)
-def test_upstream_inside_a_vlm(name):
-    model = vlm(name)
-    for layer in (0, 1):
-        found = set(trainable_upstream(model, layer))
-        arrived = reached(model, vlm_batch(model), layer)
+        arrived = reached(model, batch, layer, whole_layer)
         assert arrived <= found
         # not every model uses all of its vision tower (a class token, layers after the chosen one)
         unused = {n for n in found - arrived if "vision" not in n and "visual" not in n and not n.endswith(BIASES)}
         assert not unused
-        assert any("vision" in n or "visual" in n for n in arrived)
 
 
 def train(model: nn.Module, *parts: str) -> nn.Module:
