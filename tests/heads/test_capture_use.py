@@ -48,9 +48,7 @@ def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
     direction = torch.linspace(-1, 1, z.numel()).view_as(z)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
-    found = dict(zip(names, gradients, strict=True))
-    assert found["model.layers.0.self_attn.o_proj.weight"].abs().max() > 1e-3
-    return found
+    return dict(zip(names, gradients, strict=True))
 
 
 def state_of(model: nn.Module) -> dict[str, tuple]:

@@ -18,7 +18,7 @@ from llamafactory_hera.heads.families import (
     head_layout,
     model_config,
     trainable_upstream,
-)  # fmt: skip
+)
 
 SIZES = {"hidden_size": 2560, "num_attention_heads": 32, "num_hidden_layers": 36}
 

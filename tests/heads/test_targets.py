@@ -25,7 +25,6 @@ def test_names_keep_their_order(targets: Targets, written: list) -> None:
     for value in written:
         assert Targets.parse(value, targets.granularity) == targets
     assert str(targets) == written[0]
-    assert targets.names == tuple(written[0].split(","))
 
 
 def test_the_kind_decides_the_names_of_keys_and_files() -> None:

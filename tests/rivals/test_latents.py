@@ -51,13 +51,10 @@ def test_a_target_is_a_shifted_scaled_sample_in_windows_of_two(folder: Path) -> 
     teacher = load(folder)
     found = targets(teacher, images)
     assert found.shape == (2, SIDE * SIDE, teacher.dim)
-    unpacked = torch.empty_like(z)
     for place in range(SIDE * SIDE):
         y, x = 2 * (place // SIDE), 2 * (place % SIDE)
         window = [z[:, c, y + p1, x + p2] for c in range(CHANNELS) for p1 in (0, 1) for p2 in (0, 1)]
         torch.testing.assert_close(found[:, place], torch.stack(window, 1), atol=1e-5, rtol=1e-5)
-        unpacked[:, :, y : y + 2, x : x + 2] = found[:, place].view(2, CHANNELS, 2, 2)
-    torch.testing.assert_close(unpacked, z, atol=1e-5, rtol=1e-5)
     assert not targets(teacher, images, seed=2).equal(found)  # a sample, not the mean
 
 
