@@ -1,7 +1,6 @@
 """Every hera_* key, read from a mapping: types, ranges, and values that contradict each other."""
 
 import math
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,13 +206,11 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
         "    pass\n"
     )
     monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
     mine = "my_package_of_a_test.mine:Mine"
     assert find(read(**LAYER | {"hera_objective": mine}).objective).__name__ == "Mine"
-    assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
-        ("my_package_of_a_test.mine:Other", "hera_objective: .* is not an objective; make it a subclass"),
+        ("my_package_of_a_test.mine:Other", "hera_objective: .* is no subclass of .*Objective; make"),
         (
             "my_package_of_a_test.mine:Third",
             "hera_objective: .* cannot be imported .*Third.*; write module:Class for a module",

@@ -163,7 +163,7 @@ def measure(
     """Returns the MKNN of all heads, ``[L][H]``, on captions alone (``llm``) and with their pictures (``mllm``)."""
     teacher = features_of(root, [sample.image for sample in samples])
     neighbors = nearest_neighbors(teacher, min(NEIGHBORS, len(samples) - 2))
-    weights, scores = [weight() for weight in projection_weights(model)], {}
+    weights, scores = list(projection_weights(model)), {}
     for mode in modes:
         forward, pooled, heads = Forward(model.eval(), mode), PooledHeads(model), []
         with pooled, torch.no_grad():

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 
 from tests.e2e.runner import ROOT, environment
@@ -27,26 +28,20 @@ SCORES = {
     "mllm, mean, 128 held out": ["hera_select_mode=mllm", "hera_pooling=mean", "dataset=hera_demo_heldout",
                                  "hera_select_samples=128"],
 }  # fmt: skip
-CALIBRATIONS: dict[str, list[str]] = {
-    "paper": [],
-    "no CAF": ["rah_targets=no_caf", "rah_rank=4"],
-    "prune": ["rah_update=prune"],
-}
+CALIBRATIONS = {"paper": [], "no CAF": ["rah_targets=no_caf", "rah_rank=4"], "prune": ["rah_update=prune"]}
 
 
-def run(command: list[str], folder: Path, **env: str) -> str:
-    """Runs a command in a folder, and returns its output; a failure ends the record."""
+def run(command: list[str], folder: Path) -> str:
+    """Runs a command in a folder and returns its output; a failure ends the record."""
     print(" ".join(command)[-150:], flush=True)
-    done = subprocess.run(
-        command, cwd=folder, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
-        sys.exit(done.stdout[-5000:])
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
     return done.stdout
 
 
 def weights(folder: Path) -> str:
-    """A digest of the tensors of a folder, by name."""
+    """Digests the tensors of a folder by their names."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):
@@ -55,51 +50,39 @@ def weights(folder: Path) -> str:
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    """The log lines of a run, without its times."""
+    """Returns the log lines of a run without its times."""
     lines = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [{k: v for k, v in line.items() if not re.search("runtime|per_second|total_flos", k)} for line in lines]
 
 
-def recipe(name: str) -> str:
-    """The path of a demo recipe."""
-    return str(ROOT / f"recipes/demo/{name}.yaml")
-
-
 def record() -> dict[str, Any]:
-    """Runs everything in a temporary folder."""
-    folder, found = Path(tempfile.mkdtemp()), {}
-    run([sys.executable, str(ROOT / "recipes/demo")], folder)
+    """Runs the demo, scores, calibrations and gradients in a temporary folder, and returns their numbers."""
+    folder, demo, found = Path(tempfile.mkdtemp()), ROOT / "recipes/demo", {}
+    run([sys.executable, str(demo)], folder)
     found["demo"] = {name: weights(folder / "hera_demo" / name) for name in ("model", "teacher")}
     for name in ("sft", "hera"):
-        run(["llamafactory-cli", "train", recipe(name)], folder)
+        run(["llamafactory-cli", "train", str(demo / f"{name}.yaml")], folder)
         saved = folder / f"saves/demo_{name}"
         found[f"{name} run"] = {"log": log(saved), "weights": weights(saved)}
     for name, keys in SCORES.items():
         out = folder / "scores.json"
-        run(["llamafactory-hera", "score", recipe("hera"), "--output", str(out), *keys], folder)
-        facts = json.loads(out.read_text())["provenance"]
-        found[f"scores {name}"] = {key: facts[key] for key in ("scores", "layer_scores", "chance_level")}
+        run(["llamafactory-hera", "score", str(demo / "hera.yaml"), "--output", str(out), *keys], folder)
+        provenance = json.loads(out.read_text())["provenance"]
+        found[f"scores {name}"] = {key: provenance[key] for key in ("scores", "layer_scores", "chance_level")}
     for name, keys in CALIBRATIONS.items():
         out = folder / f"calibration_{len(found)}"
-        run(["llamafactory-hera", "calibrate", recipe("calibrate"), f"output_dir={out}", *keys], folder)
+        run(["llamafactory-hera", "calibrate", str(demo / "calibrate.yaml"), f"output_dir={out}", *keys], folder)
         found[f"calibration {name}"] = {"adapter": weights(out)}
-    found["recipes"] = parsed_recipes()
+    files = sorted(ROOT.glob("recipes/**/*.yaml"))
+    found["recipes"] = {str(file.relative_to(ROOT)): yaml.safe_load(file.read_text("utf-8")) for file in files}
     tests = [sys.executable, "-m", "pytest", "tests/engines/test_gradients.py", "-q", "-p", "no:cacheprovider"]
     table = run(tests, ROOT)
     found["gradients"] = re.findall(r"^\| .*\|$", table, re.MULTILINE)
     return found
 
 
-def parsed_recipes() -> dict[str, Any]:
-    """Every key of every recipe, as the file says it."""
-    import yaml
-
-    files = sorted(ROOT.glob("recipes/**/*.yaml"))
-    return {str(file.relative_to(ROOT)): yaml.safe_load(file.read_text(encoding="utf-8")) for file in files}
-
-
 def differences(before: Any, after: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """The places where two records differ."""
+    """Lists the places where two records differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [*before, *(key for key in after if key not in before)]
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{path} / {key}")]

@@ -1,8 +1,7 @@
-"""What the plugin adds to every start of Python: ``python tests/bench/start.py [--rounds 150]``.
+"""Measures the time that the plugin adds to every start of Python: ``python tests/bench/start.py [--rounds 150]``.
 
-Environments without and with the plugin start in turn; in the latter its start-up line and package lie in
-site-packages as the wheel puts them there. Both have as many other entries there as this environment, since an import
-begins with listing them.
+Environments without and with the plugin start in turn. Both have as many entries in site-packages as this one, because
+an import begins with listing them.
 """
 
 import argparse
@@ -20,7 +19,7 @@ PATCHES = Path(__file__).parents[2] / "patches"
 
 
 def environment(folder: Path, plugin: bool) -> Path:
-    """An empty virtual environment's Python, with or without the plugin's hook."""
+    """Makes an empty virtual environment with or without the plugin's hook, and returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for other in Path(sysconfig.get_path("purelib")).iterdir():
@@ -28,28 +27,24 @@ def environment(folder: Path, plugin: bool) -> Path:
             (site / other.name).mkdir(exist_ok=True)
     if plugin:
         shutil.copy(PATCHES / "llamafactory_hera.pth", site)
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PATCHES / "hera_patches", site / "hera_patches", ignore=ignored)
+        shutil.copytree(PATCHES / "hera_patches", site / "hera_patches")
         compileall.compile_dir(site / "hera_patches", quiet=1)  # as pip does
     return folder / "bin/python"
 
 
 def milliseconds(python: Path) -> float:
-    """Wall time of a process that does nothing."""
+    """Returns the wall time of a process that does nothing."""
     start = time.perf_counter()
     subprocess.run([python, "-c", "pass"], check=True)
     return 1000 * (time.perf_counter() - start)
 
 
 def main() -> None:
-    """Prints both medians and the median of the differences of pairs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=150)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
-        without, with_it = (environment(Path(folder, name), name == "with") for name in ("without", "with"))
-        for python in (without, with_it) * 5:  # warm the file cache
-            milliseconds(python)
+        without, with_it = (environment(Path(folder, str(plugin)), plugin) for plugin in (False, True))
         pairs = [(milliseconds(without), milliseconds(with_it)) for _ in range(rounds)]
     plain, plugin = (statistics.median(times) for times in zip(*pairs, strict=True))
     added = statistics.median(b - a for a, b in pairs)

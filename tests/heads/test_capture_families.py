@@ -1,4 +1,4 @@
-"""For every text family, bare and inside a VLM: what is read is the model's own blocks, cut by heads."""
+"""Heads and layers of every text family, bare and inside a VLM, compared with the model's own blocks."""
 
 from collections.abc import Callable
 
@@ -8,13 +8,7 @@ from tests.head_reference import check_heads, check_layers, check_pooled
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
 
 from llamafactory_hera.heads import HeadCapture
-from llamafactory_hera.heads.families import (
-    FAMILIES,
-    decoder_layers,
-    head_layout,
-    media_token_ids,
-    output_projection,
-)
+from llamafactory_hera.heads.families import FAMILIES, decoder_layers, head_layout, media_token_ids
 
 READERS = [check_heads, check_layers, check_pooled]
 every_reader = pytest.mark.parametrize("check", READERS, ids=lambda c: c.__name__)
@@ -26,8 +20,6 @@ def test_bare_decoder(model_type: str) -> None:
     layout = head_layout(model.config)
     assert layout.model_type == model_type
     assert (layout.n_layers, layout.n_heads, layout.n_kv_heads) == (LAYERS, HEADS, 2)
-    if model_type not in ("qwen2_vl_text", "qwen2_5_vl_text"):  # these two know no head_dim of their own
-        assert layout.head_dim != layout.hidden_size // layout.n_heads
     mask = batch["attention_mask"].bool()
     mask[:, :3] = False
     for check in READERS:
@@ -44,30 +36,25 @@ def test_inside_a_vlm(name: str) -> None:
         check(model, batch, mask)
 
 
-def test_every_family_appears_inside_a_vlm_whose_placeholders_of_images_are_known() -> None:
-    found = set()
-    for name in VLMS:
-        config = vlm(name).config
-        found.add(head_layout(config).model_type)
-        assert IMAGE in media_token_ids(config), name
-        text = config.get_text_config()
-        assert media_token_ids(text) == frozenset(), name
-    assert found == set(FAMILIES)
+def test_every_family_appears_inside_a_vlm_with_known_placeholders_of_images() -> None:
+    configs = [vlm(name).config for name in VLMS]
+    assert {head_layout(config).model_type for config in configs} == FAMILIES
+    for config in configs:
+        assert IMAGE in media_token_ids(config)
+        assert not media_token_ids(config.get_text_config())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl_text", "gemma2", "gemma3_text"])
 def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type: str) -> None:
     model, batch = text_model(model_type, attention_bias=True), text_batch()
     for layer in decoder_layers(model):
-        assert output_projection(layer).bias.abs().max() > 0.01
+        assert layer.self_attn.o_proj.bias.abs().max() > 0.01
     check_heads(model, batch, batch["attention_mask"].bool())
 
 
 @every_reader
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_left_padding_and_a_row_without_tokens(attention: str, check: Callable) -> None:
-    model = text_model("qwen3", attn_implementation=attention)
-    assert model.config._attn_implementation == attention
+def test_left_padding_and_a_row_without_tokens(check: Callable) -> None:
+    model = text_model("qwen3")
     ids = torch.randint(3, 50, (3, 8))
     attended = torch.ones_like(ids)
     attended[0, :4] = attended[1, :1] = 0

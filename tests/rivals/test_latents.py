@@ -1,7 +1,6 @@
-"""The latents that ROSS recovers, by a tiny random autoencoder of diffusers."""
+"""The latents that ROSS recovers, from a tiny random autoencoder of diffusers."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llamafactory_hera.rivals.latents import LatentTeacher
-from llamafactory_hera.teachers.encoder import teacher_fingerprint
+from llamafactory_hera.rivals.ross import LatentTeacher
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -23,19 +21,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=CHANNELS,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    )
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=CHANNELS, norm_num_groups=4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.5, shift_factor=0.25,
+    )  # fmt: skip
     for name, parameter in model.named_parameters():
         if "conv2" in name or "to_out" in name:
-            parameter.data *= 0.1  # fresh blocks look further than trained ones do
+            parameter.data *= 0.1  # new blocks have a wider view than trained blocks
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
@@ -59,37 +51,20 @@ def test_a_target_is_a_shifted_scaled_sample_in_windows_of_two(folder: Path) -> 
     teacher = load(folder)
     found = targets(teacher, images)
     assert found.shape == (2, SIDE * SIDE, teacher.dim)
-    unpacked = torch.empty_like(z)
     for place in range(SIDE * SIDE):
         y, x = 2 * (place // SIDE), 2 * (place % SIDE)
         window = [z[:, c, y + p1, x + p2] for c in range(CHANNELS) for p1 in (0, 1) for p2 in (0, 1)]
         torch.testing.assert_close(found[:, place], torch.stack(window, 1), atol=1e-5, rtol=1e-5)
-        unpacked[:, :, y : y + 2, x : x + 2] = found[:, place].view(2, CHANNELS, 2, 2)
-    torch.testing.assert_close(unpacked, z, atol=1e-5, rtol=1e-5)
     assert not targets(teacher, images, seed=2).equal(found)  # a sample, not the mean
 
 
-def test_other_pixels_in_a_cell_change_its_own_token_most(folder: Path) -> None:
-    teacher, cell = load(folder), 10  # pixels of the student's image to a token
-    torch.manual_seed(0)
-    images = torch.rand(8, 3, SIDE * cell, SIDE * cell)
-    for place in range(SIDE * SIDE):
-        y, x = cell * (place // SIDE), cell * (place % SIDE)
-        changed = images.clone()
-        changed[:, :, y : y + cell, x : x + cell] = torch.rand(8, 3, cell, cell)
-        change = (targets(teacher, changed) - targets(teacher, images)).norm(dim=-1).mean(dim=0)
-        assert int(change.argmax()) == place
-
-
-def test_it_is_frozen_and_in_fp32_also_under_autocast_and_of_weights_in_bf16(folder: Path) -> None:
+def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder: Path) -> None:
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     teacher, images = load(folder), torch.rand(1, 3, PIXELS, PIXELS, requires_grad=True)
     found = targets(teacher, images)
     with torch.autocast("cpu", torch.bfloat16):
         assert targets(teacher, images).equal(found)
-    assert found.dtype == torch.float32
-    assert not found.requires_grad
     for name, parameter in teacher._model.named_parameters():
         assert parameter.dtype == torch.float32
         assert parameter.equal(weights[name].float())
@@ -97,7 +72,7 @@ def test_it_is_frozen_and_in_fp32_also_under_autocast_and_of_weights_in_bf16(fol
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-def test_it_is_whole_on_every_rank(engine: str, folder: Path, request: pytest.FixtureRequest) -> None:
+def test_every_rank_holds_a_copy(engine: str, folder: Path, request: pytest.FixtureRequest) -> None:
     expected = load(folder)._model.state_dict()
     assert request.getfixturevalue(engine)()
     found = load(folder)._model.state_dict()
@@ -108,23 +83,14 @@ def test_it_is_whole_on_every_rank(engine: str, folder: Path, request: pytest.Fi
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            {"_class_name": "AutoencoderDC"},
-            "is not an AutoencoderKL .its _class_name is 'AutoencoderDC'.. Give a diff",
-        ),
-        ({"_class_name": None, "model_type": "dinov2"}, "is not an AutoencoderKL .*None.*sub-folder vae"),
-        ({"shift_factor": None}, r"config\.json has no shift_factor to normalize"),
-        ({"shift_factor": None, "scaling_factor": None}, "has no shift_factor and no scaling_factor.*Give an autoenc"),
-        (
-            lambda folder: (folder / "config.json").unlink(),
-            r"holds no config\.json\. Give a diffusers Autoencod",
-        ),
+        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL; give a diffusers .*sub-folder vae"),
+        ({"shift_factor": None}, r"config\.json needs a shift_factor and a scaling_factor"),
+        (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json\. Give a diffusers Autoencod"),
         (lambda folder: (folder / "config.json").write_text("["), "is not JSON.*again"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "again"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights .*diffusion_pytorch_model"),
     ],
 )
-def test_what_cannot_be_a_target_is_refused_with_key_value_and_remedy(damage, message, folder, edit_json) -> None:
+def test_another_folder_is_refused_with_key_value_and_remedy(damage, message, folder, edit_json) -> None:
     assert LatentTeacher.check(str(folder), SIDE) == folder
     if callable(damage):
         damage(folder)
@@ -134,7 +100,7 @@ def test_what_cannot_be_a_target_is_refused_with_key_value_and_remedy(damage, me
         LatentTeacher.check(str(folder), SIDE)
 
 
-def test_without_diffusers_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_the_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"^hera_teacher: .* needs diffusers, .* pip install diffusers"):
         LatentTeacher.check(str(folder), SIDE)
@@ -144,21 +110,5 @@ def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.weight"]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"^hera_teacher: .*lack 1 tensors .* first is encoder\.conv_in\.weight.*again"
-    ):
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*lack 1 tensors .* encoder\.conv_in\.weight.*again"):
         load(folder)
-
-
-def test_the_fingerprint_is_that_of_weights_and_settings(folder: Path, edit_json) -> None:
-    edit_json(folder / "config.json")  # leaves out what is null
-    seen = [load(folder).fingerprint]
-    assert seen == [teacher_fingerprint(folder)]
-    copy = shutil.copytree(folder, folder.with_name("copy"))
-    assert teacher_fingerprint(copy) == seen[0]
-    edit_json(copy / "config.json", scaling_factor=0.75)
-    seen.append(teacher_fingerprint(copy))
-    content = bytearray((copy / WEIGHTS).read_bytes())
-    content[-1] ^= 1
-    (copy / WEIGHTS).write_bytes(content)
-    assert len({*seen, teacher_fingerprint(copy)}) == 3

@@ -210,9 +210,7 @@ def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, sid
     if fits:
         assert VisionTeacher.check(str(folder), side).path == folder
         return
-    with pytest.raises(
-        ValueError, match=r"^hera_teacher: .*clip takes only images of 32 pixels .* 5 x 5 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*clip takes only images of 32 pixels .* 5 x 5 tokens"):
         VisionTeacher.check(str(folder), side)
 
 

@@ -202,7 +202,7 @@ def test_an_image_that_was_cut_off_is_refused_where_batches_are_made() -> None:
     collate = aligner_of(model, heads=HEADS, objective="feature").collator(lambda rows: vlm_batch(model, len(rows)))
     rows = image_rows(model, 2)
     assert len(collate(rows)["hera_rows"]) == 2
-    with pytest.raises(ValueError, match=r"^A sample with 2 images has 4 image tokens instead of 8"):
+    with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 4 image tokens instead of 8"):
         collate([rows[0], {**rows[1], "images": 2 * rows[1]["images"]}])
 
 

@@ -23,7 +23,7 @@ from .report import REPORT_FILE, describe, draw_calibration
 from .settings import RahConfig
 from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, save_adapter
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("llamafactory_hera")
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
 #: The samples of the profile, the probes first, and those of the trust region.

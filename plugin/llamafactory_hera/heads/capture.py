@@ -2,16 +2,16 @@
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
 projection is linear, so it is enough to project the average. The output projection itself does this: the pooled rows,
-each zero outside its head, are appended to the token axis of the module's input and split off its output. The result
-is right for whatever the module has become (LoRA, DoRA, 4-bit weights, parameters sharded by ZeRO-3 or FSDP), because
-the module projects. Slicing its weight would fail, or be wrong, for most of these.
+each zero outside its head, are appended to the token axis of the module's input and split off its output. Because the
+module projects them, the result is right for whatever the module has become: LoRA, DoRA, 4-bit weights, parameters
+sharded by ZeRO-3 or FSDP. Slicing its weight would fail, or be wrong, for most of these.
 
 Under gradient checkpointing, rows carry gradient only if the checkpointed function *returns* them, so the
-checkpointing function of the chosen layers is wrapped. The output of a layer is taken from that function's result, or
-without checkpointing from a forward hook.
+checkpointing function of the chosen layers is wrapped. The output of a layer is taken from the result of that
+function; without checkpointing, a forward hook takes it.
 
-At single tokens, the contributions of a head would take D values for each of hundreds of tokens. There the head's
-output before the projection is kept (``head_dim`` values), and the projection is applied to the head's unit vectors.
+At single tokens, the contributions of a head would take D values for each of hundreds of tokens. Therefore the head's
+output before the projection is kept there (``head_dim`` values), and the module projects the head's unit vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,9 +28,9 @@ from .targets import Target, Targets
 
 
 class HeadCapture(LayerHooks):
-    """Captures the contributions of chosen heads, averaged or at single tokens, while it is entered.
+    """Captures the contributions of chosen heads, averaged or at single tokens, while its context is entered.
 
-    Name the tokens before the forward pass. It works under gradient checkpointing and with every sharding engine::
+    Name the tokens before the forward pass. A capture works under gradient checkpointing and with every engine::
 
         with HeadCapture(model, "L3H4,L7H6") as capture:
             capture.pool(batch["labels"] != -100)
@@ -42,7 +42,7 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, their names in a text (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
+        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
 
     Raises:
         ValueError: The architecture is unknown, or a head is outside the model.
@@ -56,39 +56,17 @@ class HeadCapture(LayerHooks):
         self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of checkpointed layers that are running
         self._selectors: dict[int, Tensor] = {}
 
-    def representations(self) -> Tensor:
-        """Returns the averaged contributions of the last forward pass, or the heads' outputs at its tokens.
-
-        Returns:
-            ``[n_heads, B, D]``, or after :meth:`tokens` ``[n_heads, B, n, head_dim]``, which :meth:`projections` maps
-            into the residual stream. Heads keep the order in which they were given.
-
-        Raises:
-            RuntimeError: No forward pass was captured.
-        """
-        return self._of_heads(0)
-
     def projections(self) -> Tensor:
         """Returns each head's part of the output projection after a pass at tokens, ``[n_heads, head_dim, D]``.
 
-        The module computes it, so that it includes adapters and works under sharding, and it carries gradient.
+        It maps the ``head_dim`` values of a token into the residual stream, and carries gradient. The module computes
+        it, so it includes adapters and is right under sharding.
         """
-        return self._of_heads(1)
-
-    def _of_heads(self, part: int) -> Tensor:
-        self._check_captured()
-        rows = {index: iter(kept[part].unbind(1 - part)) for index, kept in self._rows.items()}
-        return torch.stack([next(rows[item.layer]) for item in self._targets])
+        return self._stacked(1)
 
     def _hook(self) -> None:
-        projections = {i: output_projection(layer) for i, layer in self._layers.items()}
-        readers = [getattr(getattr(p.forward, "func", None), "__self__", None) for p in projections.values()]
-        if any(isinstance(reader, HeadCapture) and reader._undo for reader in readers):
-            raise RuntimeError(
-                f"HeadCapture: another HeadCapture already reads layers {list(self._layers)}; remove it first "
-                "(`capture.remove()`)."
-            )
-        for index, projection in projections.items():
+        for index, layer in self._layers.items():
+            projection = output_projection(layer)
             # a partial instead of a closure, because deepcopy copies the parts of a partial
             self._replace(projection, "forward", partial(self._project, index, projection, projection.forward))
 
@@ -99,8 +77,8 @@ class HeadCapture(LayerHooks):
             return original(hidden, *args, **kw)
         read = self._read(hidden)
         self._watch(index, read)
-        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. It is what the module
-        # makes of a zero row, and is subtracted.
+        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. A zero row is projected
+        # onto the bias alone, which is subtracted.
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
         at_tokens = read.dim() == 3
         added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
@@ -112,22 +90,19 @@ class HeadCapture(LayerHooks):
             size = n * self._layout.head_dim
             images = images.flatten(0, 1)
             images = images[:size] - images[size : size + 1] if biased else images[:size]
-            rows: tuple[Tensor, ...] = (self._head_outputs(index, read), images.unflatten(0, (n, -1)))
+            heads = read.unflatten(-1, (-1, self._layout.head_dim))  # [B, t, H, d]
+            outputs = torch.stack([heads[:, :, head] for head in self._heads_of[index]])
+            rows: tuple[Tensor, ...] = (outputs, images.unflatten(0, (n, -1)))
         else:
-            rows = (images[:, :n] - images[:, n:] if biased else images,)
+            rows = ((images[:, :n] - images[:, n:] if biased else images).transpose(0, 1),)
         if index in self._frames:
             self._frames[index].append(rows)
         elif not in_backward():
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
 
-    def _head_outputs(self, index: int, read: Tensor) -> Tensor:
-        """Selects the chosen heads from ``[B, t, H*d]`` and returns ``[B, n, t, d]``."""
-        heads = read.unflatten(-1, (-1, self._layout.head_dim))
-        return torch.stack([heads[:, :, head] for head in self._heads_of[index]], dim=1)
-
     def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
-        """Turns averaged head outputs ``[B, H*d]`` into inputs ``[B, n, H*d]`` that are zero outside their head."""
+        """Makes inputs ``[B, n, H*d]``, each zero outside its head, of averaged head outputs ``[B, H*d]``."""
         rows = pooled.unsqueeze(1) * self._selector(index, pooled)
         return nn.functional.pad(rows, (0, 0, 0, 1)) if biased else rows
 
@@ -178,36 +153,16 @@ class HeadCapture(LayerHooks):
 
 
 class LayerCapture(LayerHooks):
-    """Captures the outputs of chosen decoder layers while it is entered::
-
-        with LayerCapture(model, "L14,L15") as capture:
-            capture.pool(mask)
-            loss = model(**batch).loss
-            z = capture.representations()
+    """Captures the outputs of chosen decoder layers in the same way as :class:`HeadCapture`.
 
     Args:
-        model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        layers: ``Targets`` of layers, their names in a text (``"L14,L15"``) or a list, or the path of a layers.json.
-
-    Raises:
-        ValueError: The architecture is unknown, or a layer is outside the model.
+        model: A transformers model, bare or wrapped.
+        layers: ``Targets`` of layers, their names in a string (``"L14,L15"``) or a list, or the path of a layers.json.
     """
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))
         self._inside: set[int] = set()  # checkpointed layers that are running
-
-    def representations(self) -> Tensor:
-        """Returns the outputs of the last forward pass.
-
-        Returns:
-            Averages ``[n_layers, B, D]``, or tokens ``[n_layers, B, n, D]``; layers keep the order given.
-
-        Raises:
-            RuntimeError: No forward pass was captured.
-        """
-        self._check_captured()
-        return torch.stack([self._rows[item.layer][0] for item in self._targets])
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
@@ -231,4 +186,4 @@ class LayerCapture(LayerHooks):
             return
         rows = self._read(output[0] if isinstance(output, tuple) else output)
         self._watch(index, rows)
-        self._keep(index, rows)
+        self._keep(index, rows.unsqueeze(0))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-
 #: The ``model_type`` of text configurations whose decoder layers have the usual layout.
 FAMILIES = frozenset({
     "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "llama4_text", "ministral",
@@ -23,10 +22,8 @@ FAMILIES = frozenset({
     "qwen3_moe", "qwen3_vl_text", "smollm3",
 })  # fmt: skip
 
-#: Stands in for the number of a layer: the output of the norm after the last layer.
+#: The layer number that denotes the output of the norm after the last layer.
 FINAL = sys.maxsize
-
-_MEDIA_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
 @dataclass(frozen=True)
@@ -42,13 +39,7 @@ class HeadLayout:
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the head layout from the configuration of a language model or a multimodal model.
-
-    ``head_dim`` is the configuration's own value if there is one, because it may differ from ``hidden_size / heads``.
-
-    Raises:
-        ValueError: The architecture is not in :data:`FAMILIES`.
-    """
+    """Reads the head layout from the configuration of a model; ``ValueError`` if it is not in :data:`FAMILIES`."""
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
         raise ValueError(
@@ -62,6 +53,7 @@ def head_layout(config: Any) -> HeadLayout:
         n_layers=text.num_hidden_layers,
         n_heads=n_heads,
         n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
+        # the value in the configuration comes first, because it may differ from hidden_size / n_heads
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
         hidden_size=text.hidden_size,
     )
@@ -69,16 +61,13 @@ def head_layout(config: Any) -> HeadLayout:
 
 def media_token_ids(config: Any) -> frozenset[int]:
     """Returns the placeholder ids of images and videos in ``input_ids``; empty for a language model."""
-    ids = (getattr(config, key, None) for key in _MEDIA_TOKEN_KEYS)
+    keys = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = (getattr(config, key, None) for key in keys)
     return frozenset(i for i in ids if isinstance(i, int))
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP.
-
-    Raises:
-        ValueError: The architecture is unknown, or the model does not have exactly one text decoder.
-    """
+    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP."""
     from torch.nn import ModuleList
 
     layout = head_layout(model_config(model))
@@ -99,28 +88,17 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers of the text decoder in order.
-
-    Raises:
-        ValueError: As :func:`text_decoder`, or an output projection does not take the heads side by side.
-    """
+    """Returns the layers of the text decoder in order, and checks that each projects all heads side by side."""
     layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
     width = layout.n_heads * layout.head_dim
     for index, layer in enumerate(layers):
         projection = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-        taken = getattr(projection, "in_features", width)
-        if projection is None or taken != width:
+        if projection is None or getattr(projection, "in_features", width) != width:
             raise ValueError(
-                f"model: {layout.n_heads} heads of {layout.head_dim} need a self_attn.o_proj of {width} inputs, "
-                f"but layer {index} of this {layout.model_type!r} model has "
-                f"{'none' if projection is None else f'one that takes {taken}'}; use another model."
+                f"model: layer {index} of this {layout.model_type!r} model has no self_attn.o_proj that takes "
+                f"{layout.n_heads} heads of {layout.head_dim}; use another model."
             )
     return layers
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """Returns the norm after the last layer of the text decoder."""
-    return text_decoder(model).norm  # type: ignore[return-value]
 
 
 def model_config(model: nn.Module) -> Any:
@@ -138,36 +116,29 @@ def attention_module(layer: nn.Module) -> nn.Module:
 
 
 def output_projection(layer: nn.Module) -> nn.Module:
-    """Returns the ``o_proj`` of a decoder layer; under PEFT the adapter layer around it."""
+    """Returns the ``o_proj`` of a decoder layer; under PEFT, the adapter layer around it."""
     return attention_module(layer).o_proj  # type: ignore[return-value]
 
 
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
-    """Lists the trainable parameters that influence a target in decoder layer ``layer``.
+    """Lists the trainable parameters that influence a head of a layer, or with ``whole_layer`` the layer's output.
 
     These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention. Call this before a sharding engine renames or flattens parameters.
-
-    Args:
-        model: The model.
-        layer: The number of the layer, or :data:`FINAL`.
-        whole_layer: The target is the output of the layer, so all of its parameters count.
+    input norm and the attention, or all of the layer. ``layer`` may be :data:`FINAL`. Call this before a sharding
+    engine renames or flattens parameters.
     """
-    layers = decoder_layers(model)
-    inside, later = [final_norm(model)], []
+    layers, final_norm = decoder_layers(model), text_decoder(model).norm
+    feeding: list[Any] = [final_norm]
     if layer != FINAL:
-        inside, later = [layers[layer]], layers[layer:]
-        if not whole_layer:
-            names = ("input_layernorm", "self_attn")  # OLMo 2 has no input_layernorm
-            inside = [part for name, part in layers[layer].named_children() if name in names]
-    feeding = {id(p) for module in inside for p in module.parameters()}
-    after = {id(p) for module in later for p in module.parameters()} | _after_the_decoder(model)
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after - feeding]
-
-
-def _after_the_decoder(model: nn.Module) -> set[int]:
+        names = ("input_layernorm", "self_attn")  # OLMo 2 has no input_layernorm
+        inside = [part for name, part in layers[layer].named_children() if name in names]
+        feeding = [layers[layer]] if whole_layer else inside
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
-    final = [final_norm(model), outermost.get_output_embeddings()]
-    parameters = {id(p) for module in final if module is not None for p in module.parameters()}
     # tied embeddings come before the decoder as well as after it
-    return parameters - {id(p) for p in outermost.get_input_embeddings().parameters()}
+    feeding.append(outermost.get_input_embeddings())
+    after = _parameter_ids([*layers[layer:], final_norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after]
+
+
+def _parameter_ids(modules: list[Any]) -> set[int]:
+    return {id(parameter) for module in modules if module is not None for parameter in module.parameters()}

@@ -1,6 +1,6 @@
 """Reads every head and every layer at once: averages over the tokens of a forward pass, without gradient."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,20 +21,13 @@ class PooledHeads(Hooks):
             heads, layers = pooled.take()
 
     A head's output is its slice of the output projection's input. It is averaged as soon as its layer has run, so that
-    the tokens of no layer are kept.
-
-    Args:
-        model: A transformers model, bare or under PEFT, whole on this process.
-
-    Raises:
-        ValueError: The architecture is unknown.
+    the tokens of no layer are kept. The model may be under PEFT, but must be whole on this process.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.layout = head_layout(model_config(model))
+        self._layout = head_layout(model_config(model))
         self._layers = decoder_layers(model)
-        self._mask: Tensor
         self._heads: list[Tensor] = []  # layers run in their order
         self._outputs: list[Tensor] = []
 
@@ -51,12 +44,8 @@ class PooledHeads(Hooks):
         self._outputs.clear()
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Returns the averages of the last forward pass.
-
-        Returns:
-            Head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device.
-        """
-        heads = torch.stack(self._heads, dim=1).unflatten(-1, (self.layout.n_heads, self.layout.head_dim))
+        """Returns head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device."""
+        heads = torch.stack(self._heads, dim=1).unflatten(-1, (self._layout.n_heads, self._layout.head_dim))
         return heads, torch.stack(self._outputs, dim=1)
 
     def _before_projection(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -72,32 +61,24 @@ class PooledHeads(Hooks):
             return pool_tokens(kept, self._mask)
 
 
-def projection_weights(model: nn.Module) -> list[Callable[[], Tensor]]:
-    """Returns a function for each decoder layer that computes its effective output projection ``[D, H * d]``.
+@torch.no_grad()
+def projection_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Yields the effective output projection ``[D, H * d]`` of each decoder layer, one at a time.
 
-    Functions let the caller hold one matrix at a time. Unless the module is a plain linear layer, it projects the unit
-    vectors, so that the weight is right for LoRA, DoRA and 4-bit weights.
+    Unless the module is a plain linear layer, it projects the unit vectors, so that the weight is right for LoRA, DoRA
+    and 4-bit weights.
     """
     layout = head_layout(model_config(model))
     width = layout.n_heads * layout.head_dim
-
-    def weight_of(layer: nn.Module) -> Callable[[], Tensor]:
+    for layer in decoder_layers(model):
         projection = output_projection(layer)
-
-        @torch.no_grad()
-        def weight() -> Tensor:
-            if type(projection) is nn.Linear:
-                return projection.weight.detach()
-            # packed 4-bit weights are integers; the norm of the layer then gives the type
-            candidates = [*projection.parameters(), *layer.parameters()]
-            like = next(p for p in candidates if p.is_floating_point())
-            unit = torch.eye(
-                width + 1, width, dtype=like.dtype, device=like.device
-            )  # the last row is zero and gives the bias
-            with full_precision(like.device.type):
-                image = projection(unit.unsqueeze(0))[0]
-            return (image[:width] - image[width:]).T
-
-        return weight
-
-    return [weight_of(layer) for layer in decoder_layers(model)]
+        if type(projection) is nn.Linear:
+            yield projection.weight.detach()
+            continue
+        # packed 4-bit weights are integers; the norm of the layer then gives the type
+        like = next(p for p in (*projection.parameters(), *layer.parameters()) if p.is_floating_point())
+        # the last row is zero and gives the bias
+        unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
+        with full_precision(like.device.type):
+            image = projection(unit.unsqueeze(0))[0]
+        yield (image[:width] - image[width:]).T

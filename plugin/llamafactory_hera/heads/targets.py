@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from ..files import read_json, write_json
@@ -18,14 +18,10 @@ AUTO = "auto"
 #: Values of ``hera_layers`` that denote a layer of any model.
 NAMED_LAYERS = ("middle", "penultimate")
 
-_NAME = re.compile(r"[Ll](\d{1,6})(?:[Hh](\d{1,6}))?")
+_NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?", re.IGNORECASE)
 _SYNTAX = {
     "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
     "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or final",
-}
-_ELSE = {
-    "head": "give a heads.json, or write auto",
-    "layer": "give a layers.json, or write middle, penultimate or auto",
 }
 
 
@@ -75,7 +71,7 @@ class Targets:
     @property
     def key(self) -> str:
         """The setting that names them: ``hera_heads`` or ``hera_layers``."""
-        return f"hera_{self.granularity}s"
+        return f"hera_{self.what}"
 
     @property
     def what(self) -> str:
@@ -111,7 +107,7 @@ class Targets:
         """Reads the value of a setting.
 
         Args:
-            value: Names in one text (``L13H12,L7H6``) or in a list, the path of a file, or ready targets.
+            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, or ready targets.
             granularity: The kind that the names denote.
             layout: The sizes of the model, in which every target must exist. With it, :data:`NAMED_LAYERS` are known.
             key: The setting to name in an error; by default that of the granularity.
@@ -119,64 +115,40 @@ class Targets:
         Raises:
             ValueError: There is no name, a syntax error, a repetition, a bad file, or a target outside the model.
         """
+        key = key or f"hera_{granularity}s"
+        if isinstance(value, str):
+            text = value.strip()
+            if layout is not None and granularity == "layer" and text in NAMED_LAYERS:
+                return cls((Target(layout.n_layers // 2 if text == "middle" else max(layout.n_layers - 2, 0)),))
+            if text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
+                value = cls.load(text, granularity, key)
+            else:
+                value = re.split(r"[,\s]+", text)
         if not isinstance(value, Targets):
-            value = cls._parsed(value, granularity, layout, key or f"hera_{granularity}s")
+            value = cls(_parse_names(value, granularity, key))
         if layout is not None:
             value.check(layout)
         return value
 
     @classmethod
-    def _parsed(
-        cls, value: str | Iterable[Any], granularity: Granularity, layout: HeadLayout | None, key: str
-    ) -> "Targets":
-        if isinstance(value, str):
-            text = value.strip()
-            if layout is not None and granularity == "layer" and text in NAMED_LAYERS:
-                places = {"middle": layout.n_layers // 2, "penultimate": max(layout.n_layers - 2, 0)}
-                return cls((Target(places[text]),))
-            if text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
-                return cls.load(text, granularity, key)
-            value = re.split(r"[,\s]+", text)
-        items = [Target.parse(str(name), granularity, key) for name in value if str(name)]
-        if not items:
-            raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}, or {_ELSE[granularity]}.")
-        if twice := sorted({item for item in items if items.count(item) > 1}):
-            raise ValueError(f"{key}: {', '.join(map(str, twice))} is named more than once; remove the repetition.")
-        return cls(tuple(items))
-
-    @classmethod
     def load(
         cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None
     ) -> "Targets":
-        """Reads a file that :meth:`save` wrote.
+        """Reads a file that :meth:`save` wrote; ``ValueError`` if it is missing or holds something else.
 
-        Args:
-            path: The file.
-            granularity: The kind that it must name; None allows both.
-            key: The setting to name in an error; by default that of the granularity.
-
-        Raises:
-            ValueError: The file is missing or holds something else.
+        It must name targets of the given granularity; None allows both. An error names the setting ``key``.
         """
-        expected = granularity or "head"
-        key = key or f"hera_{expected}s"
-        example = "L13H12,L7H6" if expected == "head" else "L14,L15"
-        remedy = f"give a {file_name(expected)} that a selection wrote, or name the {expected}s ({example})"
-        if key not in ("hera_heads", "hera_layers"):
-            remedy = "give a file that `llamafactory-hera score` or a selection wrote"
+        kinds: tuple[Granularity, ...] = (granularity,) if granularity else ("head", "layer")
+        key = key or f"hera_{kinds[0]}s"
+        remedy = "give a file that a selection or `llamafactory-hera score` wrote"
         try:
             content = read_json(path)
         except ValueError as error:
             raise ValueError(f"{key}: {error}; {remedy}.") from error
-        named = content if isinstance(content, dict) else {}
-        kinds: tuple[Granularity, ...] = (granularity,) if granularity else ("head", "layer")
-        kind = next((kind for kind in kinds if isinstance(named.get(f"{kind}s"), list)), None)
-        if kind is None:
-            raise ValueError(f'{key}: {path} has no list "{expected}s"; {remedy}.')
-        provenance = named.get("provenance") or {}
-        if wrong := _malformed(provenance):
-            raise ValueError(f'{key}: "{wrong}" in {path} is not what a selection writes; {remedy}.')
-        return replace(cls.parse(named[f"{kind}s"], kind, key=key), provenance=provenance)
+        for kind in kinds:
+            if isinstance(content, dict) and isinstance(names := content.get(f"{kind}s"), list):
+                return cls(_parse_names(names, kind, key), content.get("provenance") or {})
+        raise ValueError(f'{key}: {path} has no list "{kinds[0]}s"; {remedy}.')
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the targets as JSON; the file appears complete or not at all."""
@@ -195,20 +167,13 @@ class Targets:
             )
 
 
-def _malformed(provenance: Any) -> str | None:
-    """Names an entry of the wrong type, so that a bad file is refused now and not when the model card reads it."""
-
-    def numbers(values: Any) -> bool:
-        return isinstance(values, list) and all(value is None or type(value) in (int, float) for value in values)
-
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("keys", {}), dict):
-        return "provenance"
-    heads, layers = provenance.get("scores"), provenance.get("layer_scores")
-    if heads and not (isinstance(heads, list) and all(map(numbers, heads)) and len(set(map(len, heads))) == 1):
-        return "scores"
-    if layers and not (numbers(layers) and len(layers) == len(heads or layers)):
-        return "layer_scores"
-    return None if numbers([provenance.get("chance_level")]) else "chance_level"
+def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tuple[Target, ...]:
+    items = tuple(Target.parse(str(name), granularity, key) for name in names if str(name))
+    if not items:
+        raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}, or give a file, or write auto.")
+    if twice := sorted({item for item in items if items.count(item) > 1}):
+        raise ValueError(f"{key}: {', '.join(map(str, twice))} is named more than once; remove the repetition.")
+    return items
 
 
 def file_name(granularity: Granularity) -> str:

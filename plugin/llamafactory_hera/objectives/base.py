@@ -1,13 +1,12 @@
-"""The alignment objective: what it is made from, what it receives, and the registry that finds it by name."""
+"""The base class of alignment objectives, their input, and the registry that finds them by name."""
 
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,60 +17,38 @@ from ..alignment.neighbors import Candidates
 if TYPE_CHECKING:
     from ..config import HeraConfig
 
-#: A package whose modules register further objectives. Nothing imports it but :func:`find`, by name.
+#: A package whose modules register further objectives. Only :func:`find` imports it, by name.
 _SHELF = "llamafactory_hera.rivals"
 
 
 @dataclass(frozen=True)
 class Options:
-    """The sizes and settings that an objective is made from.
-
-    Attributes:
-        config: The ``hera_*`` keys of the run.
-        n_targets: Number of heads or layers that are aligned.
-        dim: Size D of a representation.
-        teacher_dim: Size of a teacher feature.
-        side: Tokens along each side of an image's grid; 0 for an objective on pooled vectors.
-        initializer_range: The language model's own.
-    """
+    """The sizes and settings that an objective is made from."""
 
     config: "HeraConfig"
-    n_targets: int
-    dim: int
-    teacher_dim: int
-    side: int = 0
-    initializer_range: float = 0.02
+    n_targets: int  #: number of heads or layers that are aligned
+    dim: int  #: size D of a representation
+    teacher_dim: int  #: size of a teacher feature
+    side: int = 0  #: tokens along each side of an image's grid; 0 for an objective on pooled vectors
+    initializer_range: float = 0.02  #: of the language model
 
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """The global batch of N samples, with one vector per sample and target. Rows that are not valid hold zeros.
+    """The global batch of N samples, with one vector per sample and target. Rows that are not valid hold zeros."""
 
-    Attributes:
-        z: ``[n_targets, N, D]`` in fp32, with gradient.
-        z_all: ``[n_targets, M, D]``: ``z``, followed by remembered representations.
-        teacher: ``[N, D_teacher]`` in fp32.
-        valid: Boolean ``[N]``: the sample has an image and pooled tokens.
-        candidates: The candidates of each sample, and its neighbors among them in the teacher's space.
-        normalize: Cosine similarity when true, dot product otherwise.
-    """
-
-    z: Tensor
-    z_all: Tensor
-    teacher: Tensor
-    valid: Tensor
-    candidates: Candidates
-    normalize: bool = True
+    z: Tensor  #: ``[n_targets, N, D]`` in fp32, with gradient
+    z_all: Tensor  #: ``[n_targets, M, D]``: ``z``, followed by remembered representations
+    teacher: Tensor  #: ``[N, D_teacher]`` in fp32
+    valid: Tensor  #: boolean ``[N]``: the sample has an image and pooled tokens
+    candidates: Candidates  #: the candidates of each sample, and its neighbors among them in the teacher's space
+    normalize: bool = True  #: cosine similarity when true, dot product otherwise
 
 
 class Objective(nn.Module, ABC):
     """A loss between the student's representations and the teacher's features, with the parameters it trains.
 
-    The parameters stay separate from the model: they have their own optimizer, are saved for resuming, and are not
-    part of an exported model.
-
-    Args:
-        options: What it is made from.
+    The parameters are not part of the model: they have an optimizer of their own, and are saved for resuming alone.
     """
 
     #: The values of ``hera_granularity`` that it supports.
@@ -98,13 +75,9 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:
-        """Computes the loss of each target.
+        """Computes the loss of each target, ``[n_targets]``, from a :class:`PooledBatch`.
 
-        Args:
-            batch: A :class:`PooledBatch`; a :class:`~.tokens.TokenObjective` gets a :class:`~.tokens.TokenBatch`.
-
-        Returns:
-            ``[n_targets]``; for tokens ``[n_targets, B]``.
+        A :class:`~.tokens.TokenObjective` receives a :class:`~.tokens.TokenBatch` and returns ``[n_targets, B]``.
         """
 
     def entering(self, batch: PooledBatch) -> Tensor:
@@ -124,7 +97,7 @@ _REGISTRY: dict[str, type[Objective]] = {}
 
 
 def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
-    """Registers a class under the name that ``hera_objective`` uses; every name can be given once."""
+    """Registers a class under a name that ``hera_objective`` accepts; a name can be given once."""
 
     def add(objective: type[Objective]) -> type[Objective]:
         if name in _REGISTRY:
@@ -136,61 +109,41 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
 
 def names() -> tuple[str, ...]:
-    """Lists the names of all objectives in the package, those of the shelf included."""
+    """Lists the names of all registered objectives, including those of the shelf."""
     for module in iter_modules(import_module(_SHELF).__path__):
         import_module(f"{_SHELF}.{module.name}")
     return tuple(sorted(_REGISTRY))
 
 
 def find(name: str) -> type[Objective]:
-    """Finds the class of an objective.
+    """Finds the class of an objective, or raises ``ValueError``.
 
     Args:
         name: A registered name, or ``my_package.my_module:MyObjective``. That module must be installed, on
-            ``PYTHONPATH``, or a file below the working directory.
-
-    Raises:
-        ValueError: There is no such objective; the message names the known ones.
+            ``PYTHONPATH``, or below the working directory.
     """
-    if ":" in name:
-        return _imported(name)
-    if name not in _REGISTRY and name not in (known := names()):
-        raise ValueError(
-            f"hera_objective: {name!r} is unknown; choose one of {', '.join(known)}, or name your own class as "
-            "my_package.my_module:MyObjective."
-        )
-    return _REGISTRY[name]
-
-
-def _imported(name: str) -> type[Objective]:
-    module, _, attribute = name.partition(":")
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in _REGISTRY and name not in (known := names()):
+            raise ValueError(
+                f"hera_objective: {name!r} is unknown; choose one of {', '.join(known)}, or name your own class as "
+                "my_package.my_module:MyObjective."
+            )
+        return _REGISTRY[name]
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end, where it hides no installed module
     try:
-        found = getattr(_module(module), attribute)
+        found = getattr(import_module(module), attribute)
     except Exception as error:  # user code may raise anything
         raise ValueError(
             f"hera_objective: {name!r} cannot be imported ({error}); write module:Class for a module that is "
-            "installed, on PYTHONPATH, or a file below the working directory."
+            "installed, on PYTHONPATH, or below the working directory."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(
-            f"hera_objective: {name!r} is not an objective; make it a subclass of "
-            "llamafactory_hera.objectives.Objective."
+            f"hera_objective: {name!r} is no subclass of llamafactory_hera.objectives.Objective; make it one."
         )
     return found
-
-
-def _module(name: str) -> ModuleType:
-    """Imports a module; sys.path stays as it is, also for a file below the working directory."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        file = Path(*name.split(".")).with_suffix(".py")
-        spec = spec_from_file_location(name, file) if file.is_file() else None
-        if spec is None or spec.loader is None or error.name not in (name, name.partition(".")[0]):
-            raise
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
 
 
 def create(name: str, options: Options, seed: int = 0) -> Objective:

@@ -32,7 +32,7 @@ class Contrastive(Objective):
         return contrastive_loss(batch.z_all, neighbors, self.temperature(), batch.normalize, allowed, per_head=True)
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Only samples with a neighbor enter."""
+        """Lets samples enter that have a neighbor."""
         return batch.candidates.known
 
     def comparable(self, batch: PooledBatch) -> Tensor:

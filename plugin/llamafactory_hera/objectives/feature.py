@@ -1,10 +1,11 @@
 """Feature matching: a projector, trained with the model, maps representations onto the teacher's features.
 
 ``feature`` is the row of the paper's ablation (sec. 4.2, table 1), and ``viral`` is VIRAL (arXiv 2509.07979), the same
-at a layer: visual tokens against the patch features of the same places. ``feature_pooled`` is this project's own: text
-averages against the feature of the whole image.
+at a layer: visual tokens against the patch features of the same places. ``feature_pooled`` is an addition of this
+project: text averages against the feature of the image.
 """
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -22,8 +23,7 @@ _WIDTH = 2048  # of VIRAL's official projector (cvlab-kaist/VIRAL, llava_llama.p
 class Feature(TokenObjective):
     """One minus the cosine of each projected visual token and the teacher's patch at its place, averaged over tokens.
 
-    The paper matches features "as VIRAL and REPA do" and leaves the projector open. ``hera_projector: shared`` is the
-    projector of those two: three linear layers with SiLU, 2048 wide, one for all heads or layers.
+    The paper matches features "as VIRAL and REPA do" and leaves the projector open; ``hera_projector`` selects it.
     """
 
     reads = (*TokenObjective.reads, "hera_projector")
@@ -36,11 +36,8 @@ class Feature(TokenObjective):
         """Computes the loss of each target and sample."""
         # one target after another: the hidden layers of all heads at once would take four times the memory of the
         # tokens (5 heads, 4 images of 729 tokens: 0.48 GB)
-        losses = [
-            checkpoint(self._loss, target, batch, use_reentrant=False, preserve_rng_state=False)
-            for target in range(self.options.n_targets)
-        ]
-        return torch.stack(losses)
+        loss = partial(checkpoint, self._loss, use_reentrant=False, preserve_rng_state=False)
+        return torch.stack([loss(target, batch) for target in range(self.options.n_targets)])
 
     def _loss(self, target: int, batch: TokenBatch) -> Tensor:
         projector = cast(nn.Sequential, self.projectors[target % len(self.projectors)])
@@ -71,7 +68,7 @@ class FeaturePooled(Objective):
 
 
 def _projectors(options: Options, separate: bool) -> nn.ModuleList:
-    """Makes the shared projector of VIRAL and REPA, or this project's separate ones, with PyTorch's own init."""
+    """Makes one projector for all targets, as VIRAL and REPA do, or a smaller one for each target."""
     dim, out = options.dim, options.teacher_dim
     if separate:
         return nn.ModuleList(

@@ -14,79 +14,52 @@ from .base import Objective
 class TokenBatch:
     """The visual tokens of the samples on one process. Rows that are not valid hold zeros.
 
-    Attributes:
-        tokens: ``[n_targets, B, t, X]`` in fp32, with gradient: the outputs of layers (X = D), or of heads before
-            their output projection (X = ``head_dim``), at the tokens of an image, row by row, or at those of a plan.
-        projections: ``[n_targets, head_dim, D]`` with gradient, each head's part of the output projection; None for
-            layers, whose tokens are the representations themselves.
-        teacher: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places of the same pixels.
-        valid: Boolean ``[B]``: the sample enters the loss.
-        context: The tensors of the plan.
+    They are those of an image, row by row, or of a :class:`Plan`: outputs of layers (X = D), or of heads before their
+    output projection (X = ``head_dim``).
     """
 
-    tokens: Tensor
-    projections: Tensor | None
-    teacher: Tensor
-    valid: Tensor
-    context: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor  #: ``[n_targets, B, t, X]`` in fp32, with gradient
+    projections: Tensor | None  #: ``[n_targets, head_dim, D]``, each head's part of the output projection, for heads
+    teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places of the same pixels
+    valid: Tensor  #: boolean ``[B]``: the sample enters the loss
+    context: dict[str, Tensor] = field(default_factory=dict)  #: the tensors of the plan
 
     def linear(self, target: int, layer: nn.Linear) -> Tensor:
-        """Applies ``layer`` to a target's representations, ``[B, t, out]``, without forming them for a head.
-
-        A head's representation is ``o W`` (paper, eq. 7), so the weight of the layer is folded into ``W``: a token
-        costs the ``head_dim`` values of ``o`` instead of D.
-        """
+        """Applies ``layer`` to a target's representations, ``[B, t, out]``, without forming them for a head."""
         if self.projections is None:
             return layer(self.tokens[target])
+        # a representation is o W (paper, eq. 7); folding W into the layer leaves head_dim values a token instead of D
         folded = layer.weight @ self.projections[target].T  # [out, head_dim]
         return nn.functional.linear(self.tokens[target], folded, layer.bias)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch before its forward pass, as :meth:`TokenObjective.prepare` sees it.
+    """A micro-batch before its forward pass, which :meth:`TokenObjective.prepare` receives."""
 
-    Attributes:
-        input_ids: ``[B, L]``.
-        attention_mask: Boolean ``[B, L]``: not padding.
-        positions: ``[B, T]``, the positions of the tokens of each sample's image; anything where not valid.
-        valid: Boolean ``[B]``: the sample has an image.
-        n_images: ``[B]``, how many images the sample has.
-        side: Tokens along each side of an image's grid.
-        seed: The seed of the run.
-        rank: This process.
-        number: The number of the micro-batch since the beginning of the run, resumed runs included.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    positions: Tensor
-    valid: Tensor
-    n_images: Tensor
-    side: int
-    seed: int
-    rank: int
-    number: int
+    input_ids: Tensor  #: ``[B, L]``
+    attention_mask: Tensor  #: boolean ``[B, L]``: not padding
+    positions: Tensor  #: ``[B, T]``, the tokens of each sample's image; arbitrary for a sample that is not valid
+    valid: Tensor  #: boolean ``[B]``: the sample has an image
+    n_images: Tensor  #: ``[B]``, the number of images of the sample
+    side: int  #: tokens along each side of an image's grid
+    seed: int  #: the seed of the run
+    rank: int  #: the number of this process
+    number: int  #: the number of the micro-batch since the beginning of the run, which resuming continues
 
     def generator(self, shared: bool = False) -> torch.Generator:
-        """Makes a CPU generator for this micro-batch: of this process, or, if ``shared``, equal on all processes."""
+        """Makes a CPU generator for this micro-batch; if ``shared``, all processes make the same one."""
         entropy = (self.seed, self.number, 0 if shared else 1 + self.rank)
         return torch.Generator().manual_seed(int(SeedSequence(entropy).generate_state(1)[0]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an objective reads from the next forward pass; None keeps the default.
+    """The part of the next forward pass that an objective reads; None keeps the default."""
 
-    Attributes:
-        positions: ``[B, t]``, the tokens to read instead of the whole image.
-        valid: Boolean ``[B]``, the samples that enter the loss.
-        context: Tensors for :meth:`TokenObjective.forward`.
-    """
-
-    positions: Tensor | None = None
-    valid: Tensor | None = None
-    context: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None  #: ``[B, t]``, the tokens to read instead of all tokens of the image
+    valid: Tensor | None = None  #: boolean ``[B]``, the samples that enter the loss
+    context: dict[str, Tensor] = field(default_factory=dict)  #: tensors for :meth:`TokenObjective.forward`
 
 
 class TokenObjective(Objective):
@@ -98,22 +71,17 @@ class TokenObjective(Objective):
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
-        """Refuses a model on which the objective cannot run.
+        """Raises ``ValueError`` if the objective cannot run on a model of this configuration.
 
-        Args:
-            model_config: The configuration of the model.
-            attention: Its attention implementation, as transformers names it; None if it is not known yet.
-
-        Raises:
-            ValueError: Names the problem and the remedy.
+        ``attention`` is the attention implementation, as transformers names it; None if it is not known yet.
         """
 
     def attach(self, model: nn.Module) -> None:
-        """Gets the model before any engine wraps it; an objective that changes forward passes hooks it here."""
+        """Receives the model before an engine wraps it; an objective that changes forward passes hooks it here."""
 
     def detach(self) -> None:
         """Removes the hooks at the end of the run."""
 
     def prepare(self, step: Step) -> Plan | None:
-        """Decides what to read from the next forward pass; called on every process before each of them."""
+        """Plans the next forward pass; every process calls it before each of them."""
         return None

@@ -1,4 +1,4 @@
-"""Objectives of other papers, found by name like any objective: ROSS and JARVIS, with what only they need.
+"""ROSS and JARVIS, the objectives of other papers, which are found by name like any objective.
 
-This shelf promises nothing beyond reproducing those papers for comparison; the rest of the package never imports it.
+They reproduce those papers for comparison, and no more; the rest of the package never imports them.
 """

@@ -1,4 +1,4 @@
-"""Changing the inputs of the text decoder for one forward pass: its attention mask, and the embeddings of tokens."""
+"""Changes the attention mask and the token embeddings of the text decoder for one forward pass."""
 
 from typing import Any
 
@@ -14,12 +14,8 @@ class DecoderInputs(Hooks):
     """Changes the attention mask and the token embeddings of the next forward pass.
 
     The hook sits outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
-    As long as nothing is set, nothing changes.
-
-    Args:
-        model: A transformers model, bare or wrapped.
-        two_way: In every pass without its own mask, let the tokens of an image see each other in both directions, as
-            in JARVIS. Enter it around ``generate`` and the evaluation of a model that was trained this way.
+    With ``two_way``, the tokens of an image see each other in both directions, as in JARVIS, in every pass without a
+    mask of its own. Enter the context around ``generate`` and the evaluation of a model that was trained this way.
     """
 
     def __init__(self, model: nn.Module, two_way: bool = False) -> None:
@@ -35,15 +31,9 @@ class DecoderInputs(Hooks):
         """Sets the changes for the next forward pass; None keeps the model's own input.
 
         Args:
-            attention: Boolean ``[B, L, L]``: which token (row) sees which, in all layers.
+            attention: Boolean ``[B, L, L]``: a token (row) sees the tokens that are true, in all layers.
             embeddings: Positions ``[B, p]``, -1 for none, and the vector ``[D]`` to put there.
-
-        Raises:
-            ValueError: The vector has another size than the embeddings.
         """
-        size = self._decoder.config.hidden_size  # type: ignore[union-attr]
-        if embeddings is not None and embeddings[1].shape != (size,):
-            raise ValueError(f"The embedding to insert has the shape {list(embeddings[1].shape)}, not [{size}].")
         self._attention, self._embeddings = attention, embeddings
 
     def _hook(self) -> None:
@@ -52,7 +42,7 @@ class DecoderInputs(Hooks):
             self._undo.append(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
 
     def _look(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Derives the two-way mask from the token ids, which the decoder itself does not receive."""
+        """Derives the two-way mask from the token ids, which the decoder does not receive."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._two_way = None
         if ids is None or ids.shape[1] == 1:  # a generated token sees every earlier one anyway

@@ -32,12 +32,12 @@ class Jarvis(TokenObjective):
     A learned vector replaces every token of a target. A target sees itself and the context, a large block without the
     targets; text after the image sees context and targets; nothing sees the rest of the image. One in five
     micro-batches is plain: it has no masks and no term. ``hera_visual_attention: two_way`` lets visual tokens see each
-    other in both directions, as in the authors' code; ``causal`` combines all that with the causal mask. Samples with
-    several images take part in the LM loss only.
+    other in both directions, as in the authors' code. Samples with several images take part in the LM loss only.
     """
 
     granularities = ("layer",)
     reads = (*TokenObjective.reads, "hera_visual_attention")
+    _inputs: DecoderInputs
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -46,7 +46,6 @@ class Jarvis(TokenObjective):
         first = nn.Linear(options.dim, options.teacher_dim, bias=False)
         self.head = nn.Sequential(first, nn.GELU(), nn.Linear(options.teacher_dim, options.teacher_dim, bias=False))
         self._two_way = options.config.visual_attention == "two_way"
-        self._inputs: DecoderInputs | None = None
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
@@ -56,34 +55,28 @@ class Jarvis(TokenObjective):
                 f"attn_implementation: {attention} takes no mask of single tokens, which jarvis needs; set it to sdpa."
             )
         text = model_config.get_text_config()
-        kinds = getattr(text, "layer_types", None)
-        window = getattr(text, "sliding_window", None) if kinds is None else None
-        if window or set(kinds or []) - {"full_attention"}:
+        kinds = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) or "full_attention"]
+        if set(kinds) != {"full_attention"}:
             raise ValueError(
                 f"hera_objective: jarvis sets the attention mask, and {text.model_type} has layers with a sliding "
-                "window or chunks; use a model without them, or another objective."
+                "window or chunks; use another model or objective."
             )
 
     def attach(self, model: nn.Module) -> None:
-        """Hooks the text decoder, and warns of settings under which the model learns an attention of its own."""
+        """Hooks the text decoder, and warns of settings under which the model learns another attention."""
         self._inputs = DecoderInputs(model, self._two_way)
         self._inputs.install()
-        if rank() > 0 or self.options.config.weight == 0:
-            return
-        if self._two_way:
+        trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
+        if rank() == 0 and self.options.config.weight > 0 and (self._two_way or trained):
             logger.warning(
-                "hera_visual_attention: two_way: no other program runs the trained model with this attention. "
-                "Evaluate it inside llamafactory_hera.rivals.decoder_inputs.DecoderInputs(model, two_way=True)."
-            )
-        if any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters()):
-            logger.warning(
-                "hera_objective: jarvis changes the attention during training, and the language model is trained "
-                "under it; its authors train the projector alone."
+                "hera_objective: jarvis changes the attention during training; train the projector alone, as its "
+                "authors do, and evaluate a model with hera_visual_attention: two_way inside "
+                "llamafactory_hera.rivals.decoder_inputs.DecoderInputs(model, two_way=True)."
             )
 
     def detach(self) -> None:
         """Removes the hooks, except that a model trained with two-way attention keeps it."""
-        if self._inputs is not None and not self._two_way:
+        if not self._two_way:
             self._inputs.remove()
 
     def prepare(self, step: Step) -> Plan:
@@ -95,7 +88,6 @@ class Jarvis(TokenObjective):
 
     def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
         """Turns the result of :func:`draw_blocks` into a plan, and hides the targets from the next forward pass."""
-        assert self._inputs is not None
         self._inputs.install()
         device = step.input_ids.device
         if device.type != "cpu":  # copies from pinned memory do not make the host wait
@@ -117,11 +109,8 @@ class Jarvis(TokenObjective):
 def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draws targets and contexts on a grid of ``side`` x ``side`` tokens; all samples share one size of each.
 
-    No block reaches the last row and column, as in the source. Targets may overlap each other.
-
-    Returns:
-        The places of the targets' tokens in the grid, ``[n_samples, 4, n]``, and the context, boolean
-        ``[n_samples, side * side]``.
+    Returns the places of the targets' tokens in the grid, ``[n_samples, 4, n]``, and the context, boolean
+    ``[n_samples, side * side]``. No block reaches the last row and column, as in the source. Targets may overlap.
     """
     target = _size(side, _TARGET_SCALES, _TARGET_ASPECTS, generator)
     context = _size(side, _CONTEXT_SCALES, _SQUARE, generator)
@@ -131,28 +120,21 @@ def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[
 
 
 def visible(step: Step, valid: Tensor, targets: Tensor, context: Tensor, two_way: bool) -> Tensor:
-    """Computes which token (row) sees which, boolean ``[B, L, L]``, as modeling_mllm_jepa.py of the source does.
+    """Computes the tokens that each token (row) sees, ``[B, L, L]``, as modeling_mllm_jepa.py of the source does.
 
-    Samples that are not valid stay causal, and nothing sees padding.
-
-    Args:
-        step: The micro-batch.
-        valid: Boolean ``[B]``.
-        targets: The places of the blocks' tokens in the grid, ``[B, blocks, n]``.
-        context: Boolean ``[B, T]``.
-        two_way: Let visual tokens see each other in both directions; otherwise tokens see earlier ones only.
+    Targets ``[B, blocks, n]`` and context ``[B, T]`` are as from :func:`draw_blocks`. Samples that are not valid stay
+    causal, and no token sees padding.
     """
 
     def of_text(grid: Tensor) -> Tensor:
-        """Maps ``[B, T]`` to the positions in the text, ``[B, L]``."""
-        inside = grid & valid.unsqueeze(1)
-        return torch.zeros_like(step.attention_mask).scatter(1, step.positions, inside)
+        """Moves marks in the grid, ``[B, T]``, to the positions of its tokens, ``[B, L]``."""
+        return torch.zeros_like(step.attention_mask).scatter(1, step.positions, grid & valid.unsqueeze(1))
 
     at = torch.arange(step.input_ids.shape[1], device=step.input_ids.device)
     visual = of_text(torch.ones_like(context))
-    behind = at > step.positions[:, -1:]
+    after = at > step.positions[:, -1:]
     blocks = context.new_zeros(*targets.shape[:2], context.shape[1]).scatter(2, targets, True)
-    opened = _outer(behind, of_text(blocks.any(dim=1))) | (of_text(context) | ~visual).unsqueeze(1)
+    opened = _outer(after, of_text(blocks.any(dim=1))) | (of_text(context) | ~visual).unsqueeze(1)
     for block in blocks.unbind(dim=1):
         opened |= _outer(of_text(block), of_text(block))
     direction = at.unsqueeze(1) >= at
@@ -184,10 +166,7 @@ def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a block without the targets, boolean ``[side * side]``.
-
-    If too few tokens remain, the last target stays in, then the last two, and so on.
-    """
+    """Draws a block without the targets; if too few tokens remain, it keeps the last target, then the last two."""
     context = torch.zeros(side * side, dtype=torch.bool)
     for n_left_out in range(len(targets), -1, -1):
         for _ in range(_TRIES):

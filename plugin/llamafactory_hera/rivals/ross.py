@@ -1,38 +1,108 @@
-"""ROSS: a denoiser must recover an image's latents from the visual tokens that the language model puts out.
+"""ROSS: a denoiser recovers an image's latents from the visual tokens of the language model's output.
 
-What is computed follows Haochen-Wang409/ross, commit 20ffc6b, under ``ross/model``: the denoiser is that of
-``multimodal_denoiser/denoiser_dit.py``, the diffusion of ``diffusion_utils/gaussian_diffusion.py`` there, the draws of
-``ross_arch.py``.
+The code follows Haochen-Wang409/ross, commit 20ffc6b, folder ``ross/model``: the denoiser that of
+``multimodal_denoiser/denoiser_dit.py``, the diffusion that of ``multimodal_denoiser/diffusion_utils``, the draws
+those of ``ross_arch.py``, and the latents those of ``pixel_decoder/flux_decoder.py``.
 """
 
 import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..files import read_json
+from ..hub import CONFIG_FILE
 from ..objectives import Options, TokenBatch, TokenObjective, register
-from .latents import LatentTeacher
+from ..teachers.encoder import KEY, teacher_fingerprint, teacher_folder
 
-#: Steps of the diffusion.
-STEPS = 1000
-#: Pairs of a step and noise that are drawn for an image.
-DRAWS = 4
+STEPS = 1000  #: steps of the diffusion
+DRAWS = 4  #: pairs of a step and noise that are drawn for an image
 _TIME_FEATURES = 256
-_MAX_BETA = 0.999
+_CLASS = "AutoencoderKL"
+_WHAT = f"a diffusers {_CLASS} (the sub-folder vae of a pipeline)"
+
+
+class LatentTeacher:
+    """The encoder of a frozen AutoencoderKL, with the attributes and methods of ``VisionTeacher``."""
+
+    def __init__(self, model: Any, fingerprint: str) -> None:
+        model.decoder = model.post_quant_conv = None  # nothing is decoded, and it is more than half of the model
+        self._model = model.eval().requires_grad_(False)
+        self.fingerprint = fingerprint
+        self.device: torch.device = model.device
+        self.dim: int = 4 * model.config.latent_channels  # a token's target packs 2 x 2 latents
+
+    @staticmethod
+    def check(name_or_path: str, side: int) -> Path:
+        """Returns the folder of an AutoencoderKL, or raises ``ValueError``; images are resized to any ``side``."""
+        if find_spec("diffusers") is None:
+            raise ValueError(f"{KEY}: {name_or_path} needs diffusers, which is not installed; pip install diffusers.")
+        file = teacher_folder(name_or_path, weights=False, what=_WHAT) / CONFIG_FILE
+        try:
+            config = read_json(file)
+        except ValueError as error:
+            raise ValueError(f"{KEY}: {error}; copy or download {name_or_path} again.") from error
+        if config.get("_class_name") != _CLASS:
+            raise ValueError(f"{KEY}: {name_or_path} is not an {_CLASS}; give {_WHAT}.")
+        if None in (config.get("shift_factor"), config.get("scaling_factor")):
+            raise ValueError(
+                f"{KEY}: {file} needs a shift_factor and a scaling_factor, which normalize the latents; give an "
+                "autoencoder that has both, such as that of FLUX.1-dev."
+            )
+        return teacher_folder(name_or_path, what=_WHAT)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    ) -> "LatentTeacher":
+        """Loads the autoencoder, or raises ``ValueError``; every process holds a copy of it.
+
+        ``dtype`` is ignored: the latents are computed in fp32, as in the source.
+        """
+        folder = cls.check(name_or_path, 0)
+        from diffusers import AutoencoderKL
+
+        model, loading = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(
+                f"{KEY}: the weights of {name_or_path} lack {len(missing)} tensors of an {_CLASS}, the first is "
+                f"{missing[0]}; copy or download it again."
+            )
+        return cls(model.float().to(device), teacher_fingerprint(folder))
+
+    @torch.no_grad()
+    def patch_features(self, images: Tensor, side: int) -> Tensor:
+        """Samples the latents of images ``[B, 3, S, S]`` in 0..1, with the default generator of the device.
+
+        Returns ``[B, side * side, dim]`` in fp32 on the teacher's device: tokens row by row, with 2 x 2 latents each,
+        and channels in the order (latent channel, row, column).
+        """
+        config = self._model.config
+        size = side * 2 ** len(config.block_out_channels)  # each level but the last halves it, and so does packing
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = nn.functional.interpolate(
+                2 * images.to(self.device, torch.float32) - 1, (size, size), mode="bilinear"
+            )
+            latents = self._model.encode(pixels).latent_dist.sample()
+            packed = nn.functional.pixel_unshuffle((latents - config.shift_factor) * config.scaling_factor, 2)
+        return packed.flatten(2).transpose(1, 2)
 
 
 def alpha_bar() -> Tensor:
-    """``[STEPS]`` in float64: the share of the latents' variance that is left at each step of the cosine schedule.
+    """Returns the share of the latents' variance that remains at each step, ``[STEPS]`` in float64.
 
-    Nichol and Dhariwal (arXiv 2102.09672), eq. 17, by its ratios of neighbors, which are cut so that some is left.
+    The schedule is the cosine of Nichol and Dhariwal (arXiv 2102.09672, eq. 17), with betas of at most 0.999.
     """
     level = ((torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2).cos().square()
-    return (level[1:] / level[:-1]).clamp(min=1 - _MAX_BETA).cumprod(0)
+    return (level[1:] / level[:-1]).clamp(min=1 - 0.999).cumprod(0)
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """Fixed sines and cosines of a token's column, then of its row: ``[side * side, width]``, row by row."""
+    """Computes sines and cosines of each token's column, then of its row: ``[side * side, width]``, row by row."""
     rates = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side)[:, None] * rates
     places = torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -40,7 +110,7 @@ def grid_positions(side: int, width: int) -> Tensor:
 
 
 def time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of steps of any shape, ``[..., 256]``."""
+    """Computes cosines and sines of steps of any shape, ``[..., 256]``."""
     half = _TIME_FEATURES // 2
     rates = torch.exp(-math.log(10_000) / half * torch.arange(half, device=times.device, dtype=dtype))
     angles = times[..., None] * rates
@@ -48,18 +118,18 @@ def time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block whose norms and gates are set by a condition of each token: DiT's (arXiv 2212.09748)."""
+    """A block of DiT (arXiv 2212.09748), whose norms and gates depend on a condition of each token."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # without values: one serves both places
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # without parameters, so one is enough
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``[N, T, width]`` from tokens and conditions of that shape."""
+        """Transforms tokens ``[N, T, width]`` under conditions of the same shape."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, dim=-1)
         x = x + gate * self._attention((1 + scale) * self.norm(x) + shift)
         return x + mlp_gate * self.mlp((1 + mlp_scale) * self.norm(x) + mlp_shift)
@@ -70,14 +140,9 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in an image's latents, given a vector of the language model for each place.
+    """Predicts the noise in an image's latents, given a vector of size ``dim`` of the language model for each place.
 
-    Its blocks are computed again in the backward pass: four draws of an image of 729 tokens would keep a gigabyte.
-
-    Args:
-        side: Places along a side of the grid.
-        channels: Of the latents of a place.
-        dim: Size D of the language model's vectors; ``width``, ``depth`` and ``heads`` are the blocks'.
+    Its blocks are recomputed in the backward pass, because four draws of an image of 729 tokens would keep a gigabyte.
     """
 
     positions: Tensor
@@ -92,9 +157,6 @@ class Denoiser(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
         self.last = nn.Linear(width, channels)
-        self._initialize()
-
-    def _initialize(self) -> None:
         linear = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
         for name, module in linear.items():
             nn.init.zeros_(module.bias)
@@ -106,13 +168,7 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def forward(self, noisy: Tensor, times: Tensor, z: Tensor) -> Tensor:
-        """The noise, of the shape of ``noisy``.
-
-        Args:
-            noisy: Latents ``[n, B, T, channels]``.
-            times: Steps of the diffusion ``[n, B]``.
-            z: ``[B, T, D]``, the same for all n draws of an image.
-        """
+        """Predicts the noise in latents ``[n, B, T, channels]`` at steps ``[n, B]``, given vectors ``[B, T, D]``."""
         token = self.embed_token(nn.functional.layer_norm(z, z.shape[-1:]))
         time = self.embed_time(time_features(times, z.dtype))
         condition = (time[:, :, None] + token).flatten(0, 1)
@@ -125,19 +181,16 @@ class Denoiser(nn.Module):
 
 @register("ross")
 class Ross(TokenObjective):
-    """Mean squared error of the predicted noise in an image's latents, given the visual tokens; four draws an image.
+    """The mean squared error of the noise that is predicted from the visual tokens; an image has four draws.
 
-    A new denoiser predicts 0 whatever it is given: the loss begins at 1, the mean square of the noise.
-
-    Raises:
-        ValueError: More than one layer is aligned.
+    A new denoiser predicts 0 for any input, so the loss begins at 1, the mean square of the noise.
     """
 
     teacher_class = LatentTeacher
     # no cache: every step draws another sample of the posterior
     reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
-    # the first step at a rate above 0 moves the last layer alone, the second what makes norms and gates of a condition
+    # the first step at a rate above 0 moves the last layer alone, the second the layers that set norms and gates
     silent_steps = 2
     width, depth, heads = 1024, 3, 16
     levels: Tensor
@@ -145,7 +198,7 @@ class Ross(TokenObjective):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         if options.n_targets != 1:
-            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; its own is `final`.")
+            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; name `final`.")
         sizes = (options.side, options.teacher_dim, options.dim)
         self.denoiser = Denoiser(*sizes, self.width, self.depth, self.heads)
         left = alpha_bar()
@@ -153,21 +206,14 @@ class Ross(TokenObjective):
         self.register_buffer("levels", torch.stack([left, 1 - left]).sqrt().float(), persistent=False)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """The loss of each sample; steps and noise come from the device's default generator."""
+        """Computes the loss of each sample; steps and noise come from the default generator of the device."""
         latents = batch.teacher
         times = torch.randint(STEPS, (DRAWS, len(latents)), device=latents.device)
         noise = torch.randn(DRAWS, *latents.shape, device=latents.device)
         return self.loss(batch.tokens[0], latents, times, noise)[None]
 
     def loss(self, z: Tensor, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """``[B]``, mean over draws, places and channels; in fp32, also in a training step under autocast.
-
-        Args:
-            z: ``[B, T, D]``.
-            latents: ``[B, T, channels]``.
-            times: Steps ``[n, B]``, from 0.
-            noise: ``[n, B, T, channels]``.
-        """
+        """Averages the error over draws, places and channels, ``[B]``, in fp32 even under autocast."""
         latents_level, noise_level = self.levels[:, times, None, None]
         with torch.autocast(z.device.type, enabled=False):
             found = self.denoiser(latents_level * latents + noise_level * noise, times, z)

@@ -148,7 +148,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
         images = [sample.image for sample in samples]
         neighbors, digest_of_teacher = _teacher_neighbors(images, inputs, config, path.parent)
         model = inputs.load_model()
-        layout, weights = head_layout(model_config(model)), projection_weights(model)
+        layout = head_layout(model_config(model))
         by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
         # too few heads or layers are refused here, before the passes
         choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
@@ -158,8 +158,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
             return (output.to(next(model.parameters()).device) for output in outputs.unbind(1))
 
         def choose() -> Targets:
-            projections = (weight() for weight in weights)
-            scores = score_heads(of_each_layer(heads), projections, neighbors, config.normalize)
+            scores = score_heads(of_each_layer(heads), projection_weights(model), neighbors, config.normalize)
             of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
@@ -186,7 +185,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
                 "scores": [_as_json(row) for row in scores],
             }
             chosen = Targets(choose_targets((scores if by_head else layer_scores).tolist(), *rule), provenance)
-            outputs = zip(of_each_layer(heads), (weight() for weight in weights), strict=True)
+            outputs = zip(of_each_layer(heads), projection_weights(model), strict=True)
             write_neighbors(path, samples, neighbors, outputs, config.normalize, inputs.tokenizer)
             chosen.save(path)
             shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
