@@ -1,6 +1,7 @@
 """Every hera_* key, read from a mapping: types, ranges, and values that contradict each other."""
 
 import math
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -206,8 +207,9 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
         "    pass\n"
     )
     monkeypatch.chdir(tmp_path)
-    mine = "my_package_of_a_test.mine:Mine"
+    path, mine = list(sys.path), "my_package_of_a_test.mine:Mine"
     assert find(read(**LAYER | {"hera_objective": mine}).objective).__name__ == "Mine"
+    assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
         ("my_package_of_a_test.mine:Other", "hera_objective: .* is no subclass of .*Objective; make"),

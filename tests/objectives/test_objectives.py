@@ -1,4 +1,4 @@
-"""Each objective compared with its definition."""
+"""Each objective compared with its definition, and its gradients with finite differences."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import TokenBatch, create
+from llamafactory_hera.objectives import TokenBatch, TokenObjective, create, find, names
 from tests.terms import options
 
 from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
@@ -120,3 +120,25 @@ def test_only_what_is_asked_for_is_trained() -> None:
     fixed = create("contrastive", options(1, 1, 1, temperature=0.2, fixed_temperature=True))
     assert fixed.values() == {"hera_temperature": pytest.approx(0.2)}
     assert not fixed.log_temperature.requires_grad
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # which draws; see rivals/test_ross.py
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
+    parameters = dict(objective.named_parameters())
+    if issubclass(find(name), TokenObjective):
+        z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 4, D_TEACHER).double()
+        places = torch.tensor([[3, 1, 1, 0], [0, 1, 2, 3]])  # of jarvis
+
+        def loss(z: Tensor, *values: Tensor) -> Tensor:
+            batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool), {"places": places})
+            return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
+    else:
+        z, teacher = torch.randn(TARGETS, N, D).double(), torch.randn(N, D_TEACHER).double()
+
+        def loss(z: Tensor, *values: Tensor) -> Tensor:
+            batch = pooled(z, teacher, VALID[1])
+            return torch.func.functional_call(objective, dict(zip(parameters, values, strict=True)), (batch,))
+
+    values = [parameter.detach().clone().requires_grad_() for parameter in parameters.values()]
+    assert torch.autograd.gradcheck(loss, (z.requires_grad_(), *values))

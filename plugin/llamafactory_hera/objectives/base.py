@@ -1,12 +1,13 @@
 """The base class of alignment objectives, their input, and the registry that finds them by name."""
 
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from pkgutil import iter_modules
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -130,10 +131,8 @@ def find(name: str) -> type[Objective]:
                 "my_package.my_module:MyObjective."
             )
         return _REGISTRY[name]
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # at the end, where it hides no installed module
     try:
-        found = getattr(import_module(module), attribute)
+        found = getattr(_module(module), attribute)
     except Exception as error:  # user code may raise anything
         raise ValueError(
             f"hera_objective: {name!r} cannot be imported ({error}); write module:Class for a module that is "
@@ -144,6 +143,20 @@ def find(name: str) -> type[Objective]:
             f"hera_objective: {name!r} is no subclass of llamafactory_hera.objectives.Objective; make it one."
         )
     return found
+
+
+def _module(name: str) -> ModuleType:
+    """Imports a module; sys.path stays as it is, also for a file below the working directory."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        file = Path(*name.split(".")).with_suffix(".py")
+        spec = spec_from_file_location(name, file) if file.is_file() else None
+        if spec is None or spec.loader is None or error.name not in (name, name.partition(".")[0]):
+            raise
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
 
 
 def create(name: str, options: Options, seed: int = 0) -> Objective:
