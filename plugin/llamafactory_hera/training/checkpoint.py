@@ -58,21 +58,14 @@ class RunIdentity:
 
     def check(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Reads the keys of the run that wrote a checkpoint; ``ValueError`` if it is incomplete or of another run."""
-        checkpoint, hera = Path(folder), Path(folder) / RUN_FOLDER
+        checkpoint = Path(folder)
         if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is incomplete: {TRAINER_STATE_NAME}, which is saved last, is "
                 "missing. Remove the folder, and resume an earlier checkpoint or start from the beginning."
             )
-        try:
-            saved: dict[str, Any] = dict(read_json(hera / _RUN_FILE))
-            with safe_open(hera / _STATE_FILE, "pt"):  # the header tells the length that the file must have
-                pass
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise ValueError(
-                f"resume_from_checkpoint: {folder} holds no complete {RUN_FOLDER}/ folder ({error}), so it was saved "
-                "without HeRA, or is damaged. Resume a checkpoint with HeRA, or start a new run from its weights."
-            ) from error
+        remedy = "resume an undamaged checkpoint of a run with HeRA, or start a new run from its weights"
+        saved = _saved_keys(folder, "resume_from_checkpoint", remedy)
         identity = self._described()
         if changed := changes(dict.fromkeys(identity) | saved, identity, identity):
             raise ValueError(
@@ -95,20 +88,26 @@ class RunIdentity:
 
 def earlier_values(config: HeraConfig) -> dict[str, Tensor]:
     """Reads the tensors that an earlier run of the same objective left in the folder of ``hera_objective_from``."""
-    folder = Path(str(config.objective_from)) / RUN_FOLDER
-    try:
-        saved, values = read_json(folder / _RUN_FILE), load_file(folder / _STATE_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"hera_objective_from: {config.objective_from} holds no complete {RUN_FOLDER}/ folder ({error}); give the "
-            "output folder of a run with HeRA, or one of its checkpoints."
-        ) from error
+    folder = str(config.objective_from)
+    remedy = "give the output folder of a run with HeRA, or one of its checkpoints"
+    saved = _saved_keys(folder, "hera_objective_from", remedy)
     if changed := changes(saved, config.keys(), ("hera_objective", "hera_granularity", "hera_projector")):
         raise ValueError(
-            f"hera_objective_from: {config.objective_from} is another kind of run: {'; '.join(changed)}; give one "
-            "with the same settings."
+            f"hera_objective_from: {folder} is another kind of run: {'; '.join(changed)}; give one with the same "
+            "settings."
         )
-    return values
+    return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
+
+
+def _saved_keys(folder: str | os.PathLike, key: str, remedy: str) -> dict[str, Any]:
+    """Reads the keys of the run that wrote a folder; ``ValueError`` names ``key`` if a file is missing or damaged."""
+    hera = Path(folder) / RUN_FOLDER
+    try:
+        saved: dict[str, Any] = dict(read_json(hera / _RUN_FILE))
+        with safe_open(hera / _STATE_FILE, "pt"):  # the header tells the length that the file must have
+            return saved
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{key}: {folder} holds no complete {RUN_FOLDER}/ folder ({error}); {remedy}.") from error
 
 
 def checkpoint_of(training_args: Any) -> str | None:

@@ -47,8 +47,7 @@ class GradientCache:
     ) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
 
-        The gradient of the objective's own parameters is multiplied by ``scale``, the factor of a gradient scaler that
-        the optimizer step divides out. ``batch_size`` bounds the samples of a micro-batch per process.
+        ``scale`` multiplies the gradients of the objective's parameters, as a gradient scaler does for the model's.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
@@ -67,8 +66,7 @@ class GradientCache:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
         It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
-        gradient belongs to the first pass, and :meth:`check` refuses a second pass with other representations; call it
-        at log lines, or set ``check`` to do so at once.
+        gradient belongs to the first pass; :meth:`check` refuses a second pass with other representations.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
         assert first.grad is not None
@@ -94,12 +92,12 @@ class GradientCache:
 
 def keep_random_state(device: torch.device) -> Callable[[], None]:
     """Saves the state of the generators that a forward pass draws from, and returns a function that restores it."""
-    cpu = torch.get_rng_state()
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    on_cpu = torch.get_rng_state()
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore() -> None:
-        torch.set_rng_state(cpu)
-        if own is not None:
-            torch.get_device_module(device).set_rng_state(own, device)
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.get_device_module(device).set_rng_state(on_device, device)
 
     return restore

@@ -36,8 +36,6 @@ class Watch:
         self._config, self._targets, self._objective = config, targets, objective
         self._batch_checked = self._gradient_due = self._entered = self._comparable = False
         self._idle_steps: int | None = 0  # None once a sample has entered
-        self._fewest: Tensor | None = None  # candidates of a sample so far; None after the warning
-        self._warned_of_few = False
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
         self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
         self._broken = torch.zeros(len(targets.items), dtype=torch.bool, device=device)
@@ -93,11 +91,10 @@ class Watch:
         self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
         self._broken = torch.where(sound, self._broken, output.broken)
-        if output.fewest is None:
+        if output.mknn is None or output.chance is None:
             # a micro-batch without any sample is not part of a mean over tokens
             self.statistics.add(hera_loss=torch.where(sound & entered, output.loss.detach(), math.nan))
         else:
-            self._fewest = output.fewest if self._fewest is None else torch.minimum(self._fewest, output.fewest)
             self.statistics.add(
                 hera_loss=torch.where(sound, output.loss.detach(), math.nan),
                 hera_mknn=output.mknn.mean(),
@@ -141,7 +138,6 @@ class Watch:
 
     def sync(self) -> None:
         """Reads the counters on the device; ``RuntimeError`` if ``hera_max_nan`` terms in a row were not finite."""
-        self._warn_of_few_candidates()
         if (in_a_row := int(self._most_nan)) < self._config.max_nan:
             return
         where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
@@ -170,18 +166,6 @@ class Watch:
             remedy += f", or set hera_memory: {4 * self._config.k}"
         logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
 
-    def _warn_of_few_candidates(self) -> None:
-        if self._warned_of_few or self._fewest is None or rank() > 0 or not self._config.reads("hera_memory"):
-            return
-        k, fewest = self._config.k, int(self._fewest)
-        if fewest < 2 * k:
-            self._warned_of_few = True
-            logger.warning(
-                f"hera_k: {k} neighbors are more than half of the {fewest} candidates of a sample, and at most half "
-                "are used, because the teacher has nothing to say if every candidate is a neighbor. Use a larger "
-                f"batch per device, more processes, or hera_memory: {max(4 * k, 64)}."
-            )
-
 
 class RunningMeans:
     """Means of step statistics between two log lines, NaN values left out; they are summed up on the device."""
@@ -205,10 +189,8 @@ class RunningMeans:
 
     def take(self) -> dict[str, float]:
         """Returns means and counts since the last call; NaN where no value was known."""
-        means = {
-            name: total.item() / n if (n := int(self._numbers[name])) else math.nan
-            for name, total in self._sums.items()
-        }
+        # 0 / 0 is NaN on the device
+        means = {name: (total / self._numbers[name]).item() for name, total in self._sums.items()}
         counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
         self._sums, self._numbers, self._counts = {}, {}, {}
         return means | counts
