@@ -44,8 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     several = "files or folders with scores, the one before training first"
     report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    aligned = "heads or layers to list instead of the worst of the first file: names, or the heads.json of a run"
-    report.add_argument("--aligned", metavar="HEADS", help=aligned)
+    report.add_argument("--aligned", metavar="HEADS", help="list these instead of the worst: names, or a heads.json")
     report.add_argument("--output", help="write OUTPUT.png and OUTPUT.md (default: hera_report, or none with --html)")
     report.add_argument("--html", metavar="FILE.html", help="write one page with all pictures, which needs no network")
 

@@ -86,9 +86,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """Returns the largest ``n_rows`` over all processes, to which each pads before :func:`gather_rows`."""
-    if world_size() == 1:
-        return n_rows
+    """Returns the largest ``n_rows`` of several processes, to which each pads before :func:`gather_rows`."""
     count = torch.tensor(n_rows, device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)

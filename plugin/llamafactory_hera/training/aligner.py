@@ -170,7 +170,9 @@ class Aligner:
             raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
         representations = self.capture.representations()
         if len(self.cached):
-            term = self.cached.take(representations, check=not self.watch.gradient_checked)
+            term = self.cached.take(representations)
+            if not self.watch.gradient_checked:
+                self.cached.check()
         else:
             output = self._term(representations, prepared)
             self.watch.record(output, prepared.planned)
@@ -251,7 +253,7 @@ class Aligner:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
-        counted = {} if self.reader is None else self.reader.state_dict()
+        counted = {} if self.reader is None else {"micro_batches": torch.tensor(self.reader.n_micro_batches)}
         state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
         self._identity.save(folder, state, self.objective.values())
 
@@ -269,7 +271,7 @@ class Aligner:
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         if self.reader is not None:
-            self.reader.load_state_dict(state)
+            self.reader.n_micro_batches = int(state["micro_batches"])
 
     def close(self) -> None:
         """Ends the run: removes the hooks and writes the teacher features that wait in memory."""

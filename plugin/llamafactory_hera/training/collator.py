@@ -84,8 +84,7 @@ class HeraCollator:
             known = {row: f for row, f in zip(pending, self.cache.get(keys), strict=True) if f is not None}
             if known:
                 batch["hera_features"] = torch.zeros(len(images), self.cache.dim, dtype=torch.int16)
-                for row, feature in known.items():
-                    batch["hera_features"][row] = feature.view(torch.int16)
+                batch["hera_features"][list(known)] = torch.stack([*known.values()]).view(torch.int16)
                 source[list(known)] = CACHED
             pending = {row: image for row, image in pending.items() if row not in known}
         if pending:

@@ -22,7 +22,6 @@ class GradientCache:
 
     def __init__(self) -> None:
         self.clear()
-        self._value, self._sound = torch.zeros(()), torch.ones((), dtype=torch.bool)
         self._difference: Tensor | None = None  # the largest between the two passes of a micro-batch
 
     def __len__(self) -> int:
@@ -34,7 +33,6 @@ class GradientCache:
         self._waiting: list[Tensor] = []
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
-        self._n_batches = 0
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
         """Adds a micro-batch of this process; arguments as for :class:`~.term.HeraTerm`."""
@@ -42,9 +40,7 @@ class GradientCache:
         self._teacher.append(teacher)
         self._valid.append(valid)
 
-    def solve(
-        self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0, batch_size: int | None = None
-    ) -> TermOutput:
+    def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
 
         ``scale`` multiplies the gradients of the objective's parameters, as a gradient scaler does for the model's.
@@ -62,7 +58,7 @@ class GradientCache:
         self._teacher = []
         return output
 
-    def take(self, representations: Tensor, check: bool = False) -> Tensor:
+    def take(self, representations: Tensor) -> Tensor:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
         It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
@@ -76,8 +72,6 @@ class GradientCache:
         difference = (rows.detach() - expected).norm() / expected.norm()
         # fmax ignores NaN, which a micro-batch without images, or a non-finite one, gives
         self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
-        if check:
-            self.check()
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,18 +62,14 @@ class HeraTerm:
     """Computes the term of a step over the global batch, for an objective on pooled vectors.
 
     Every process must call it in every step, even if none of its samples has an image, because it gathers over them.
-
-    Attributes:
-        objective: The loss.
-        k: Teacher neighbors per sample; a sample gets at most half of its candidates.
-        normalize: Cosine similarity when true, dot product otherwise; for student and teacher.
-        memory: The remembered samples.
     """
 
     objective: Objective
+    #: Teacher neighbors per sample; a sample gets at most half of its candidates.
     k: int
-    normalize: bool = True
-    memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
+    #: Cosine similarity when true, dot product otherwise; for student and teacher.
+    normalize: bool
+    memory: CrossBatchMemory
 
     def __call__(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
@@ -86,9 +81,6 @@ class HeraTerm:
             teacher: Features of the same samples, ``[B, D_teacher]``.
             valid: Boolean ``[B]``.
             n_rows: An upper bound on B over all processes. Without it the processes agree on one, and wait for it.
-
-        Raises:
-            ValueError: This process has more than ``n_rows`` samples.
         """
         batch, all_teacher = self._batch(*_gather(representations, teacher, valid, n_rows))
         z, candidates = batch.z, batch.candidates

@@ -91,14 +91,6 @@ class TokenReader:
     #: Prepared since the beginning of the run; checkpoints keep the number, so that a resumed run repeats its draws.
     n_micro_batches: int = 0
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the number of micro-batches."""
-        return {"micro_batches": torch.tensor(self.n_micro_batches)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`."""
-        self.n_micro_batches = int(state["micro_batches"])
-
     def prepare(
         self, batch: dict[str, Any], inputs: dict[str, Tensor], has_image: Tensor, capture: HeadCapture | LayerCapture
     ) -> Prepared:

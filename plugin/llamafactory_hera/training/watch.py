@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import HeraConfig
 from ..distributed import rank
 from ..heads import Targets
-from ..heads.tokens import IGNORE_INDEX, text_mask
+from ..heads.tokens import IGNORE_INDEX, token_mask
 from ..objectives import Objective
 from .checks import idle_message
 from .term import TermOutput
@@ -47,31 +47,24 @@ class Watch:
 
         Only the first batch with images is checked; no setting and no row of the data shows these faults.
         """
-        if self._batch_checked or not bool(has_image.any()):
+        if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
         self._batch_checked = True
-        if not media_token_ids:
-            return
-        ids = batch["input_ids"][has_image]
-        attended = torch.ones_like(ids, dtype=torch.bool)
-        if batch.get("attention_mask") is not None:
-            attended = batch["attention_mask"][has_image].bool()
-        text = text_mask(ids, attended, media_token_ids)
-        media = attended & ~text
+        ids, attention_mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+        text = token_mask("text", ids, attention_mask, media_token_ids=media_token_ids)[has_image]
+        media = token_mask("mean", ids, attention_mask)[has_image] & ~text
+        lack = None
         if not media.any():
+            lack = "their input_ids hold no image token: the collator drops the images, or they were cut off"
+        elif not any(name.startswith("pixel_values") for name in batch):
+            lack = f"the batch holds no pixel_values (only {', '.join(batch)}), so the model would not see them"
+        if lack is not None:
             raise ValueError(
-                f"data_collator: {len(ids)} samples of the first batch have images, but their input_ids hold no image "
-                "token: the collator drops the images, or they were cut off. Pass it the images "
+                f"data_collator: {len(text)} samples of the first batch have images, but {lack}. Pass it the images "
                 "(remove_unused_columns=False, a processor), and allow longer texts."
             )
-        if not any(name.startswith("pixel_values") for name in batch):
-            raise ValueError(
-                f"data_collator: {len(ids)} samples of the first batch have images, but the batch holds no "
-                f"pixel_values (only {', '.join(batch)}), so the model would not see them. Pass the images to the "
-                "collator."
-            )
-        if self._config.pooling == "answer" and batch.get("labels") is not None:
-            labeled = batch["labels"][has_image] != IGNORE_INDEX
+        if self._config.pooling == "answer" and labels is not None:
+            labeled = labels[has_image] != IGNORE_INDEX
             # Text before an image is a prompt. A caption after it, with labels on all text, is stage 1 and right.
             before_image = text & (media.cumsum(dim=1) == 0)
             if labeled[text].all() and before_image.any():
