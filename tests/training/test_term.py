@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
+from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.objectives import Objective, TokenBatch, create
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.token_term import token_term
@@ -109,17 +109,6 @@ def test_it_is_the_definition(z, normalize, remembered, gaps, copies):
     assert output.n_samples == N - len(gaps)
     assert output.n_duplicates == (3 if copies else 0)
     assert output.sound
-
-
-@pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "dot"])
-def test_without_memory_and_copies_it_is_the_public_functions(z, teacher, normalize):
-    teacher[1] = teacher[0] + 0.02 * torch.randn(D_TEACHER)  # slightly different: no copy
-    output = ContrastiveTerm(4, normalize)(z, teacher, all_valid(), TAU)
-    neighbors = nearest_neighbors(teacher, 4, normalize)
-    torch.testing.assert_close(output.loss, contrastive_loss(z, neighbors, TAU, normalize))
-    torch.testing.assert_close(output.mknn, mutual_knn(z.detach(), teacher, 4, normalize))
-    assert output.chance.item() == pytest.approx(4 / (N - 1))
-    assert output.n_duplicates == 0
 
 
 def test_half_precision_representations_are_compared_in_single_precision(z, teacher):
