@@ -32,55 +32,45 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--in-place", action="store_true", help="also write the heads into the recipe itself")
     select.add_argument("--force", action="store_true", help="replace the heads of a run that has trained there")
     select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache, for all samples")
-    _take_overrides(select, "hera_select_mode=mllm")
+    _take_overrides(select)
 
     score = command("score", _score, "score every attention head of models and adapters")
-    scored = "a model, an adapter, or a recipe for its model"
-    score.add_argument("checkpoints", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help=scored)
+    score.add_argument("checkpoints", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help="models, adapters or recipes")
     score.add_argument("--recipe", metavar="RECIPE.yaml", help="names the dataset, the template and the teacher")
-    score.add_argument(
-        "--output", metavar="FILE.json", help="default: hera/scores.json in the folder of the checkpoint"
-    )
-    _take_overrides(score, "hera_select_mode=mllm")
+    score.add_argument("--output", metavar="FILE.json", help="default: CHECKPOINT/hera/scores.json")
+    _take_overrides(score)
 
     report = command("report", _report, "compare the scores of heads before and after training")
     several = "files or folders with scores, the one before training first"
     report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    aligned = "heads or layers to list instead of the worst of the first file: names, or the heads.json of a run"
-    report.add_argument("--aligned", metavar="HEADS", help=aligned)
-    written = "write OUTPUT.png and OUTPUT.md (default: hera_report, or neither with --html)"
-    report.add_argument("--output", help=written)
+    report.add_argument("--aligned", metavar="HEADS", help="list these instead of the worst: names, or a heads.json")
+    report.add_argument("--output", help="write OUTPUT.png and OUTPUT.md (default: hera_report, or none with --html)")
     report.add_argument("--html", metavar="FILE.html", help="write one page with all pictures, which needs no network")
 
     gallery = command("gallery", _gallery, "draw the images that a head considers most similar, and the teacher's")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    drawn = "names, or a file of them (default: the worst, median and best of the first file)"
-    gallery.add_argument("--heads", metavar="HEADS", help=drawn)
+    gallery.add_argument("--heads", help="names, or a file of them (default: worst, median and best of the first)")
     gallery.add_argument("--output", default="hera_gallery", help="OUTPUT_L3H4.png is written for each (%(default)s)")
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
-    suites = "demo, paper, hallucination, or a .json file of your questions (default: %(default)s)"
-    evaluate.add_argument("--suite", default="demo", help=suites)
+    evaluate.add_argument("--suite", default="demo", help="demo, paper, hallucination, or a .json file of questions")
     evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
-    local = "folder of local data: for each task a folder or a .json file (default: download from the hub)"
-    evaluate.add_argument("--data", metavar="FOLDER", help=local)
+    evaluate.add_argument("--data", metavar="FOLDER", help="local data, by task (default: download from the hub)")
     evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N samples of each task, for a trial")
     evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; no model is loaded")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
-    paper = "add the paper's columns, for example qwen3_8b"
-    evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help=paper)
+    evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help="add the paper's columns")
     aspect = "pad: pad images to squares in the mean color; models built with pad do not need it (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
     build = command("build", _build, "assemble a LLaVA-style model from an LLM and a vision encoder")
     build.add_argument("--language-model", required=True, help="folder or hub id, for example Qwen/Qwen3-8B")
-    encoder = "folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model (default: %(default)s)"
-    build.add_argument("--vision-model", default=VISION_MODEL, help=encoder)
+    build.add_argument("--vision-model", default=VISION_MODEL, help="CLIP, SigLIP, SigLIP2 or DINOv2 (%(default)s)")
     build.add_argument("--output", required=True, help="new or empty folder for the model")
     aspect = "pad: pad images to squares with the mean color, like LLaVA-1.5 in stage 2 (default: %(default)s)"
     build.add_argument("--image-aspect-ratio", choices=("square", "pad"), default="square", help=aspect)
@@ -92,14 +82,13 @@ def _parser() -> argparse.ArgumentParser:
 
     calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA)")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="names the model, the dataset and the rah_* keys")
-    _take_overrides(calibrate, "rah_delta=0.02")
+    _take_overrides(calibrate)
     return parser
 
 
-def _take_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+def _take_overrides(parser: argparse.ArgumentParser) -> None:
     """Declares ``key=value`` arguments; :func:`main` also collects those that follow an option."""
-    help = f"keys that replace those of the recipe, for instance {example}"
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=help)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys that replace those of the recipe")
 
 
 def _is_override(word: str) -> bool:
@@ -118,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # at its usual level the host prints every configuration that it loads, which would hide the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
-    status = _relaunched() if several else None
-    if status is not None:
+    if several and (status := _relaunched()) is not None:
         return status
     try:
         status = parsed.run(parsed)
@@ -161,8 +149,8 @@ def _score(args: argparse.Namespace) -> int:
         raise ValueError("--output: one file cannot hold the scores of several models; leave it out.")
     for name in checkpoints:
         is_recipe = Path(name).suffix in (".yaml", ".yml", ".json")
-        recipe = name if is_recipe else args.recipe
-        print(score_checkpoint(None if is_recipe else name, recipe, args.output, overrides))
+        checkpoint, recipe = (None, name) if is_recipe else (name, args.recipe)
+        print(score_checkpoint(checkpoint, recipe, args.output, overrides))
     return 0
 
 

@@ -89,17 +89,11 @@ class HeraConfig(KeyedConfig):
         "layers.json, middle, penultimate, final (after the last norm), or auto to select them before training.",
     )
     weight: float = knob(
-        0.01,
-        "Weight (lambda) of the alignment loss relative to the language-modeling loss.",
-        at_least=0,
-        at_most=1000,
+        0.01, "Weight (lambda) of the alignment loss relative to the language-modeling loss.", at_least=0, at_most=1000
     )
     k: int = knob(10, "Number of nearest neighbors per sample in the teacher's space.", at_least=1, at_most=10**6)
     temperature: float = knob(
-        0.07,
-        "Initial softmax temperature of the contrastive loss; it is learned in log scale.",
-        at_least=0.001,
-        at_most=100,
+        0.07, "Initial softmax temperature of the contrastive loss, learned in log scale.", at_least=0.001, at_most=100
     )
     fixed_temperature: bool = knob(False, "Keep the temperature at its initial value instead of learning it.")
     projector: Literal["shared", "separate"] = knob(
@@ -166,8 +160,7 @@ class HeraConfig(KeyedConfig):
         "text (mllm).",
     )
     select_dataset: str | None = knob(
-        None,
-        "Name of another dataset to score the heads on; the default is the training dataset.",
+        None, "Name of another dataset to score the heads on; the default is the training dataset."
     )
     select_samples: int = knob(1000, "Number of image-caption pairs to score the heads on.", at_least=1, at_most=10**7)
     select_k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)
@@ -212,8 +205,7 @@ class HeraConfig(KeyedConfig):
     def check(self) -> None:
         """Checks the values against one another."""
         if not self.teacher:
-            remedy = "write a folder or a hub id, for instance facebook/dinov2-large"
-            raise ValueError(f"hera_teacher: it has no value; {remedy}.")
+            raise ValueError("hera_teacher: it has no value; write a folder or a hub id (facebook/dinov2-large).")
         if self.select_samples < self.select_k + 2:
             raise ValueError(
                 f"hera_select_samples: {self.select_samples} is out of range; choose {self.select_k + 2} or more, so "

@@ -86,9 +86,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """Returns the largest ``n_rows`` over all processes, to which each pads before :func:`gather_rows`."""
-    if world_size() == 1:
-        return n_rows
+    """Returns the largest ``n_rows`` of several processes, to which each pads before :func:`gather_rows`."""
     count = torch.tensor(n_rows, device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)
@@ -99,13 +97,8 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     The backward sums the gradients that the processes hold for a slice. If each process computes the loss over all
     gathered rows, and the engine averages gradients over processes (DDP, ZeRO, FSDP), each parameter receives the
-    gradient of one process with the global batch. No factor is needed.
-
-    Args:
-        rows: ``[B, ...]``, of the same shape on every process.
-
-    Returns:
-        ``[world_size * B, ...]``; with one process ``rows`` itself.
+    gradient of one process with the global batch. No factor is needed. Every process must pass the same shape
+    ``[B, ...]``; the result is ``[world_size * B, ...]``.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
@@ -113,9 +106,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Averages each value over the processes that know it, and drops a value that no process knows.
 
-    Args:
-        values: NaN marks an unknown value. Every process must pass the same names, because all are reduced at once.
-        device: The device of the process group's tensors.
+    NaN marks an unknown value. Every process must pass the same names, because all are reduced at once.
     """
     if world_size() == 1:
         return {name: value for name, value in values.items() if not math.isnan(value)}

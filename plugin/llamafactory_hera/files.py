@@ -15,17 +15,13 @@ if TYPE_CHECKING:
 
 #: Folder beside a run's weights, in its output folder and in each checkpoint, that holds HeRA's own files.
 RUN_FOLDER = "hera"
-#: The facts of a finished run, in that folder.
+#: The summary of a finished run, in that folder.
 CARD = "card.json"
 
 
 @contextmanager
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keeps other processes from writing into the ``hera`` folder of a run at the same time.
-
-    Raises:
-        ValueError: Another process holds the lock.
-    """
+    """Keeps other processes from writing into the ``hera`` folder of a run; ``ValueError`` if another one does."""
     path = Path(output_dir).expanduser() / RUN_FOLDER / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,11 +58,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        ValueError: The file cannot be read, or is not JSON; names it.
-    """
+    """Reads a JSON file; ``ValueError`` names a file that cannot be read, or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -83,11 +75,7 @@ def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors of any device and layout.
-
-    Raises:
-        OSError: The file cannot be written; safetensors reports a full disk as its own error.
-    """
+    """Writes tensors of any device and layout."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -95,5 +83,5 @@ def write_safetensors(
     with whole_file(path) as temporary:
         try:
             save_file(contiguous, temporary, dict(metadata) if metadata else None)
-        except SafetensorError as error:
+        except SafetensorError as error:  # reported for a full disk, too
             raise OSError(f"{path} cannot be written ({error})") from error

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
-# Everything a checkpoint needs beside its weights, and the weights that are preferred; other formats may lie beside.
+# The files that a checkpoint needs besides its weights, and the formats of weights in the order of preference.
 _TEXT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*.safetensors")
 
@@ -14,16 +14,9 @@ def local_folder(
 ) -> Path:
     """Returns the local folder of a model, and fetches it from the hub if the name is not a folder.
 
-    Args:
-        name_or_path: A folder or a hub id.
-        key: The setting to name in errors.
-        what: What belongs there, for errors: "a vision model such as facebook/dinov2-large".
-        weights: Whether to fetch the weights.
-        needs: A file that must be there.
-        **hub: Arguments of ``snapshot_download``, such as ``revision`` or ``token``.
-
-    Raises:
-        ValueError: There is no such folder and no such model on the hub, or the file is missing.
+    Without ``weights`` it fetches the small files only; ``hub`` are arguments of ``snapshot_download``. If there is no
+    such model, or it lacks the file ``needs``, a ``ValueError`` names the ``key`` and says ``what`` to give, for
+    instance "a vision model such as facebook/dinov2-large".
     """
     from huggingface_hub import snapshot_download
 

@@ -77,15 +77,8 @@ def choices(declared: Field) -> tuple[Any, ...]:
 def typed(key: str, value: Any, kind: Any) -> Any:
     """Converts a value that came from YAML, a command line or Python to the type of its key.
 
-    Numbers and booleans may be written as text, and a list of names becomes one comma-separated text.
-
-    Args:
-        key: The key to name in an error.
-        value: The value as it was given.
-        kind: ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
-
-    Raises:
-        ValueError: The value has another type.
+    Numbers and booleans may be written as text, and a list of names becomes one comma-separated text. ``kind`` is
+    ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and NoneType in kinds:

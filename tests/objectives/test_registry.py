@@ -10,6 +10,7 @@ import torch
 from llamafactory_hera.config import OBJECTIVE_KEYS, HeraConfig
 from llamafactory_hera.objectives import TokenObjective, base, create, find, names, register
 from llamafactory_hera.training import Aligner
+from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from llamafactory_hera.training.term import HeraTerm
 from tests.tiny_models import image_rows, student_processor, teacher_folder, vlm, vlm_batch
@@ -31,7 +32,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_the_example_of_the_page_trains(example: str) -> None:
     objective = create(example, OPTIONS)
-    optimizer, term = ObjectiveOptimizer(objective), HeraTerm(objective, k=2)
+    optimizer, term = ObjectiveOptimizer(objective), HeraTerm(objective, 2, True, CrossBatchMemory(0))
     z = torch.randn(TARGETS, N, D, requires_grad=True)
     teacher, valid = torch.randn(N, D_TEACHER), torch.ones(N, dtype=torch.bool)
     student, losses = torch.optim.Adam([z], lr=0.05), []

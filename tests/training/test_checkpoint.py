@@ -2,7 +2,6 @@
 
 import logging
 import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.training.checkpoint import (
-    check_checkpoint,
-    checkpoint_of,
-    load_renamed_weights,
-    load_state,
-    save_state,
-)
+from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of, load_renamed_weights
 from tests.tiny_models import vlm
 
 HEADS = Targets.parse("L0H1,L2H3")
@@ -30,8 +23,8 @@ def arguments(asked: object, folder: Path) -> SimpleNamespace:
     return SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(folder))
 
 
-def config(**keys: Any) -> HeraConfig:
-    return HeraConfig(**{"heads": str(HEADS), **keys})
+def run(targets: str = str(HEADS), digest: str = "digest", n_trained: int | None = 8, **keys: Any) -> RunIdentity:
+    return RunIdentity(Targets.parse(targets), digest, HeraConfig(heads=str(HEADS), **keys), n_trained)
 
 
 def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
@@ -59,7 +52,7 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -
     (checkpoint / "hera").mkdir(parents=True)  # HeRA's part is written first
     (checkpoint / "hera/state.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: {re.escape(str(checkpoint))} is incomplete"):
-        check_checkpoint(checkpoint, HEADS, "fingerprint", config())
+        run().check(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -70,51 +63,44 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -
         ({"similarity": "dot"}, "hera_similarity was cosine, is dot"),
         ({"fixed_temperature": True}, "hera_fixed_temperature was False, is 0.07"),
         ({"targets": "L2H3,L0H1"}, "hera_heads was L0H1,L2H3, is L2H3,L0H1"),
-        ({"teacher_fingerprint": "other"}, "hera_teacher was fingerprint, is other"),
+        ({"digest": "other"}, "hera_teacher was digest, is other"),
+        ({"n_trained": 3}, "trained_tensors was 8, is 3"),
     ],
 )
 def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], said: str) -> None:
-    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
-    assert load_state(tmp_path, HEADS, "fingerprint", config(), 8).keys() == STATE.keys()
-    targets = Targets.parse(now.pop("targets", str(HEADS)))
-    fingerprint = now.pop("teacher_fingerprint", "fingerprint")
-    for call in (partial(load_state, n_trained=8), check_checkpoint):
+    run().save(tmp_path, STATE, {})
+    assert run().load(tmp_path).keys() == STATE.keys()
+    for call in (run(**now).load, run(**now).check):
         with pytest.raises(
             ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{said}.* Restore these"
         ):
-            call(tmp_path, targets, fingerprint, config(**now))
+            call(tmp_path)
 
 
 def test_what_may_change_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
-    # a learned temperature goes on from the checkpoint's, whatever it started from; the rest is of no weight
-    load_state(tmp_path, HEADS, "fingerprint", config(temperature=0.5, max_nan=3, teacher="moved/teacher"), 8)
+    run().save(tmp_path, STATE, {})
+    # a learned temperature continues from the checkpoint's, whatever it started from
+    run(temperature=0.5, max_nan=3, teacher="moved/teacher").load(tmp_path)
+    run(n_trained=None).check(tmp_path)  # before the model is loaded
     assert not [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
-    load_state(tmp_path, HEADS, "fingerprint", config(weight=0.5, k=3), 8)
+    run(weight=0.5, k=3).load(tmp_path)
     assert (
         "resume_from_checkpoint: hera_weight was 0.01, is 0.5; hera_k was 10, is 3. The run continues" in caplog.text
     )
 
 
-def test_a_run_that_trains_other_tensors_is_refused(tmp_path: Path) -> None:
-    save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
-    with pytest.raises(ValueError, match=r": trained_tensors was 8, is 3\. Restore"):
-        load_state(tmp_path, HEADS, "fingerprint", config(), 3)
-
-
-@pytest.mark.parametrize("damage", ["no folder", "half a file", "no facts"])
-def test_a_checkpoint_without_a_whole_hera_folder_is_refused(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["no folder", "half a file", "no keys"])
+def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path: Path, damage: str) -> None:
     if damage != "no folder":
-        save_state(tmp_path, STATE, HEADS, "fingerprint", config(), 8, {})
+        run().save(tmp_path, STATE, {})
         state = tmp_path / "hera/state.safetensors"
         if damage == "half a file":
             state.write_bytes(state.read_bytes()[:-2])
         else:
             (tmp_path / "hera/run.json").unlink()
-    for call in (partial(load_state, n_trained=8), check_checkpoint):
-        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds no complete hera/ folder .*damaged"):
-            call(tmp_path, HEADS, "fingerprint", config())
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds no complete hera/ folder .*damaged"):
+        run().check(tmp_path)
 
 
 def test_weights_that_were_renamed_when_they_were_saved_are_loaded_each_in_its_type(tmp_path: Path) -> None:

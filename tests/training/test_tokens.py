@@ -21,7 +21,16 @@ from llamafactory_hera.rivals.ross import Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED
 from llamafactory_hera.training.token_term import StudentImages
-from tests.tiny_models import IMAGE, autoencoder_folder, image_rows, student_processor, teacher_folder, vlm, vlm_batch
+from tests.tiny_models import (
+    IMAGE,
+    autoencoder_folder,
+    collate_rows,
+    image_rows,
+    student_processor,
+    teacher_folder,
+    vlm,
+    vlm_batch,
+)
 
 HEADS, LAYERS = "L1H2,L0H1,L1H0", "L0,L1"
 
@@ -181,16 +190,13 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path)
 
     def step(**keys: Any) -> tuple[list[int], float]:
         aligner = aligner_of(model, heads=HEADS, objective="feature", teacher_cache=str(tmp_path), **keys)
-        batch = aligner.collator(collate)(rows)
+        batch = aligner.collator(collate_rows, drop=("images",))(rows)
         source = batch["hera_source"].tolist()
         micro_batch = aligner.prepare(batch)
         model(**batch)
         term = aligner.loss(micro_batch).item()
         aligner.close()
         return source, term
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0] if name != "images"}
 
     first, second = step(), step()
     assert second[0] == [CACHED] * 3 != first[0]
@@ -225,7 +231,6 @@ class Planned(TokenObjective):
 
     granularities = ("layer",)
     seen: Step | None = None
-    plan = True
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
@@ -238,10 +243,8 @@ class Planned(TokenObjective):
     def detach(self) -> None:
         self.inputs.remove()
 
-    def prepare(self, step: Step) -> Plan | None:
+    def prepare(self, step: Step) -> Plan:
         Planned.seen = step
-        if not self.plan:
-            return None
         length = step.input_ids.shape[1]
         sees = torch.ones(length, length, dtype=torch.bool).tril() & step.attention_mask.unsqueeze(1)
         sees[:, :, step.positions[0, 3]] = False
@@ -250,7 +253,7 @@ class Planned(TokenObjective):
         return Plan(step.positions[:, 1:2], valid, {"number": torch.tensor(step.number)})
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        assert batch.tokens.shape[2] == (1 if self.plan else 4)
+        assert batch.tokens.shape[2] == 1
         return batch.tokens.square().mean(dim=(2, 3)) + 0 * batch.teacher.sum()
 
 
@@ -326,28 +329,6 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
     torch.testing.assert_close(trained[mask], evaluated[mask])
     assert not torch.allclose(plain[mask], evaluated[mask], atol=1e-3)
     assert torch.equal(model(**batch).logits, plain)
-
-
-def test_without_a_plan_not_a_bit_changes() -> None:
-    model = vlm("llava-qwen3")
-    plain = model(**vlm_batch(model, 3)).logits
-    Planned.plan = False
-    try:
-        _, logits = planned_step(model)
-    finally:
-        Planned.plan = True
-    assert torch.equal(logits, plain)
-
-
-def test_draws_of_a_micro_batch_repeat_and_agree_between_processes() -> None:
-    def drawn(seed: int, rank: int, number: int, shared: bool) -> float:
-        empty = torch.zeros(0)
-        step = Step(empty, empty, empty, empty, empty, 2, seed, rank, number)
-        return float(torch.rand((), generator=step.generator(shared)))
-
-    own = {drawn(seed, rank, number, False) for seed in (0, 1) for rank in (0, 1) for number in (0, 1)}
-    assert len(own) == 8
-    assert drawn(0, 0, 5, True) == drawn(0, 3, 5, True) != drawn(0, 0, 6, True)
 
 
 # -- what the objective trains ---------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..heads import Targets
 from ..selection.resolve import untouched_random_state
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
-from ..training.checkpoint import checkpoint_step, load_renamed_weights
+from ..training.checkpoint import load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
 from .messages import log_setup, show_messages
@@ -250,7 +250,7 @@ class HeraTrainerMixin(_Base):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or not load_renamed_weights(self.model, best):
             super()._load_best_model()
         self.aligner.load(best)
-        self.best_step = checkpoint_step(best)
+        self.best_step = int(best.rpartition("-")[2])
 
 
 class HeraTrainer(HeraTrainerMixin, Trainer):

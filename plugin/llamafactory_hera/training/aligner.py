@@ -27,7 +27,7 @@ from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.tokens import token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
-from .checkpoint import check_checkpoint, earlier_values, load_state, save_state
+from .checkpoint import RunIdentity, earlier_values
 from .checks import check_trainable, named_targets
 from .collator import NO_IMAGE, PREFIX, HeraCollator
 from .gradcache import GradientCache
@@ -105,7 +105,7 @@ class Aligner:
         self._media_token_ids = media_token_ids(model_configuration)
         self._n_steps = 0  # that moved the objective's own parameters
         n_trained = sum(parameter.requires_grad for parameter in model.parameters())
-        self._identity = self.targets, self.teacher.encoder.fingerprint, config, n_trained
+        self._identity = RunIdentity(self.targets, self.teacher.encoder.fingerprint, config, n_trained)
 
     def collator(
         self,
@@ -170,7 +170,9 @@ class Aligner:
             raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
         representations = self.capture.representations()
         if len(self.cached):
-            term = self.cached.take(representations, check=not self.watch.gradient_checked)
+            term = self.cached.take(representations)
+            if not self.watch.gradient_checked:
+                self.cached.check()
         else:
             output = self._term(representations, prepared)
             self.watch.record(output, prepared.planned)
@@ -251,13 +253,13 @@ class Aligner:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
-        counted = {} if self.reader is None else self.reader.state_dict()
+        counted = {} if self.reader is None else {"micro_batches": torch.tensor(self.reader.n_micro_batches)}
         state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
-        save_state(folder, state, *self._identity, self.objective.values())
+        self._identity.save(folder, state, self.objective.values())
 
     def check(self, folder: str | os.PathLike) -> None:
         """Raises ``ValueError`` if a checkpoint belongs to another run, before anything of it is loaded."""
-        check_checkpoint(folder, *self._identity)
+        self._identity.check(folder)
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores the state that :meth:`save` wrote.
@@ -265,11 +267,11 @@ class Aligner:
         Raises:
             ValueError: The checkpoint belongs to a run without HeRA, or to one that aligned something else.
         """
-        state = load_state(folder, *self._identity)
+        state = self._identity.load(folder)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         if self.reader is not None:
-            self.reader.load_state_dict(state)
+            self.reader.n_micro_batches = int(state["micro_batches"])
 
     def close(self) -> None:
         """Ends the run: removes the hooks and writes the teacher features that wait in memory."""

@@ -10,15 +10,7 @@ from torch import Tensor
 from ..heads.tokens import check_image_tokens
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import TeacherProcessor
-from ..teachers.images import (
-    KEY_BYTES,
-    ImageLike,
-    chosen_image,
-    decoded_key,
-    images_by,
-    load_image,
-    sample_images,
-)
+from ..teachers.images import KEY_BYTES, ImageLike, chosen_image, decoded_key, images_by, load_image, sample_images
 
 #: Values of ``hera_source``: where the teacher's feature of a sample comes from.
 NO_IMAGE, CACHED, PIXELS = 0, 1, 2
@@ -39,24 +31,20 @@ class HeraCollator:
     - ``hera_pixels [B, 3, h, w]``: their images, as the teacher's processor makes them.
     - ``hera_image [B, 2]``, in place of the pixels, if the teacher sees the student's own: which image of how many.
 
-    Attributes:
-        collate: The loop's own collator. It must keep the order of the samples.
-        processor: The teacher's image processor; None if the teacher sees the student's own pixels.
-        cache: Features computed before, or None.
-        image_index: Index of the image to use from a sample with several; clamped to what there is.
-        images_of: Maps a row of the dataset to its images.
-        drop: Columns that ``collate`` must not see.
-        decode: Decodes the images of a row that are still stored as files.
-        tokens: The image placeholder and how many of them an image has; a batch with other numbers is refused.
+    :meth:`.Aligner.collator` makes it, and describes ``collate``, ``images_of``, ``drop`` and ``decode``.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    #: The teacher's; None if the teacher sees the student's pixels.
     processor: TeacherProcessor | None
+    #: Features computed before.
     cache: FeatureCache | None = None
+    #: Which image to use from a sample with several; clamped to their number.
     image_index: int = 0
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    #: The image placeholder and how many of them an image has; a batch with other numbers is refused.
     tokens: tuple[int, int] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,8 +84,7 @@ class HeraCollator:
             known = {row: f for row, f in zip(pending, self.cache.get(keys), strict=True) if f is not None}
             if known:
                 batch["hera_features"] = torch.zeros(len(images), self.cache.dim, dtype=torch.int16)
-                for row, feature in known.items():
-                    batch["hera_features"][row] = feature.view(torch.int16)
+                batch["hera_features"][list(known)] = torch.stack([*known.values()]).view(torch.int16)
                 source[list(known)] = CACHED
             pending = {row: image for row, image in pending.items() if row not in known}
         if pending:

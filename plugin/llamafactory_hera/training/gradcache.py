@@ -22,7 +22,6 @@ class GradientCache:
 
     def __init__(self) -> None:
         self.clear()
-        self._value, self._sound = torch.zeros(()), torch.ones((), dtype=torch.bool)
         self._difference: Tensor | None = None  # the largest between the two passes of a micro-batch
 
     def __len__(self) -> int:
@@ -34,7 +33,6 @@ class GradientCache:
         self._waiting: list[Tensor] = []
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
-        self._n_batches = 0
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
         """Adds a micro-batch of this process; arguments as for :class:`~.term.HeraTerm`."""
@@ -42,13 +40,10 @@ class GradientCache:
         self._teacher.append(teacher)
         self._valid.append(valid)
 
-    def solve(
-        self, term: HeraTerm, weight: float, scale: float | Tensor = 1.0, batch_size: int | None = None
-    ) -> TermOutput:
+    def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
 
-        The gradient of the objective's own parameters is multiplied by ``scale``, the factor of a gradient scaler that
-        the optimizer step divides out. ``batch_size`` bounds the samples of a micro-batch per process.
+        ``scale`` multiplies the gradients of the objective's parameters, as a gradient scaler does for the model's.
         """
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
@@ -63,12 +58,11 @@ class GradientCache:
         self._teacher = []
         return output
 
-    def take(self, representations: Tensor, check: bool = False) -> Tensor:
+    def take(self, representations: Tensor) -> Tensor:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
         It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
-        gradient belongs to the first pass, and :meth:`check` refuses a second pass with other representations; call it
-        at log lines, or set ``check`` to do so at once.
+        gradient belongs to the first pass; :meth:`check` refuses a second pass with other representations.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
         assert first.grad is not None
@@ -78,8 +72,6 @@ class GradientCache:
         difference = (rows.detach() - expected).norm() / expected.norm()
         # fmax ignores NaN, which a micro-batch without images, or a non-finite one, gives
         self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
-        if check:
-            self.check()
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
@@ -94,12 +86,12 @@ class GradientCache:
 
 def keep_random_state(device: torch.device) -> Callable[[], None]:
     """Saves the state of the generators that a forward pass draws from, and returns a function that restores it."""
-    cpu = torch.get_rng_state()
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+    on_cpu = torch.get_rng_state()
+    on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def restore() -> None:
-        torch.set_rng_state(cpu)
-        if own is not None:
-            torch.get_device_module(device).set_rng_state(own, device)
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.get_device_module(device).set_rng_state(on_device, device)
 
     return restore

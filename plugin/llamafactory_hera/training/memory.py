@@ -13,9 +13,6 @@ class CrossBatchMemory:
 
     The queue has its full size from the first batch on, with empty places first and zero. Only the device knows how
     many are filled, so the host never waits to learn it.
-
-    Args:
-        size: How many pairs it keeps; 0 keeps none.
     """
 
     def __init__(self, size: int) -> None:

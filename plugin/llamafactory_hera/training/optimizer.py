@@ -14,9 +14,9 @@ class ObjectiveOptimizer:
     """Trains an objective's parameters with their own AdamW, without weight decay.
 
     The parameters stay separate from the model, so that neither the saved model nor a sharding engine knows them.
-    Every process steps its replica with the average of all gradients. If each process computes the loss of its own
-    samples, the average is the gradient of the global batch. If each computes the loss of the global batch, gradients
-    differ by rounding only, but AdamW would amplify even that to full steps where a gradient is zero up to rounding.
+    Every process steps its replica with the average of all gradients: the gradient of the global batch if each process
+    computes the loss of its own samples. If each computes the loss of the global batch, gradients differ by rounding
+    only, but AdamW would amplify even that to full steps where a gradient is zero up to rounding.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -66,17 +66,17 @@ class ObjectiveOptimizer:
 
     def load_values(self, values: dict[str, Tensor]) -> None:
         """Loads the values, but not the optimizer, of another run's :meth:`state`; ``ValueError`` if shapes differ."""
-        found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
-        found = {name: t for name, t in found.items() if name in self._trained or name not in self._parameters}
-        shapes, expected = ({name: t.shape for name, t in held.items()} for held in (found, self._trained))
-        first = next((name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)), None)
-        if first is not None:
-            raise ValueError(
-                f"hera_objective_from: {first} has another shape than in this run ({list(expected.get(first, ()))}); "
-                "give a run of the same objective with as many targets on the same model."
-            )
+        fixed = {_VALUES + name for name in self._parameters if name not in self._trained}
+        found = {name: t for name, t in values.items() if name.startswith(_VALUES) and name not in fixed}
+        trained = {_VALUES + name: p for name, p in self._trained.items()}
+        for name in {**trained, **found}:
+            if name not in found or name not in trained or found[name].shape != trained[name].shape:
+                raise ValueError(
+                    f"hera_objective_from: {name.removeprefix(_VALUES)} has another shape than in this run; give a "
+                    "run of the same objective with as many targets on the same model."
+                )
         with torch.no_grad():
-            for name, parameter in self._trained.items():
+            for name, parameter in trained.items():
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:

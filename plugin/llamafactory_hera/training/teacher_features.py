@@ -57,14 +57,12 @@ class TeacherFeatures:
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
         self.flush(wait=False)
         if pixels is not None and rows is not None:
-            computed = self._compute(pixels[rows]).flatten(1)
+            if self.student is None:
+                computed = self.encoder.encode(pixels[rows])
+            else:
+                computed = self.encoder.patch_features(pixels[rows], self.student.side).flatten(1)
             features = features.index_copy(0, rows, self._store(inputs, computed))
         return features if self.student is None else features.unflatten(1, (n_tokens, -1))
-
-    def _compute(self, pixels: Tensor) -> Tensor:
-        if self.student is not None:
-            return self.encoder.patch_features(pixels, self.student.side)
-        return self.encoder.encode(pixels)
 
     def _store(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
         """Sends features to the cache, and returns them as they will be read back, so that a resumed run is equal."""

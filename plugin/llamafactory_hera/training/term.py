@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,25 +18,24 @@ class TermOutput:
 
     Attributes:
         loss: Scalar with gradient; 0 if no sample entered or a value was not finite.
-        mknn: Agreement of student and teacher within the batch, ``[n_targets]``; NaN if it is not measured.
-        chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN if it is not measured.
         n_samples: How many samples of the global batch entered.
         n_duplicates: How many pairs of samples show the same image, and were therefore not compared.
         sound: True if every value was finite; otherwise the gradient is 0, too. Equal on every process.
         broken: The targets that produced a non-finite value, ``[n_targets]``; none if the teacher did.
         comparable: True if every sample that entered must receive a gradient.
-        fewest: The fewest candidates of a sample that entered, at most ``2 * k``.
+        mknn: Agreement of student and teacher within the batch, ``[n_targets]``; NaN if it is not measured, None for
+            an objective on tokens.
+        chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN or None as ``mknn``.
     """
 
     loss: Tensor
-    mknn: Tensor
-    chance: Tensor
     n_samples: Tensor
     n_duplicates: Tensor
     sound: Tensor
     broken: Tensor
     comparable: Tensor
-    fewest: Tensor | None = None
+    mknn: Tensor | None = None
+    chance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,14 @@ class HeraTerm:
     """Computes the term of a step over the global batch, for an objective on pooled vectors.
 
     Every process must call it in every step, even if none of its samples has an image, because it gathers over them.
-
-    Attributes:
-        objective: The loss.
-        k: Teacher neighbors per sample; a sample gets at most half of its candidates.
-        normalize: Cosine similarity when true, dot product otherwise; for student and teacher.
-        memory: The remembered samples.
     """
 
     objective: Objective
+    #: Teacher neighbors per sample; a sample gets at most half of its candidates.
     k: int
-    normalize: bool = True
-    memory: CrossBatchMemory = field(default_factory=partial(CrossBatchMemory, 0))
+    #: Cosine similarity when true, dot product otherwise; for student and teacher.
+    normalize: bool
+    memory: CrossBatchMemory
 
     def __call__(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
@@ -87,12 +81,9 @@ class HeraTerm:
             teacher: Features of the same samples, ``[B, D_teacher]``.
             valid: Boolean ``[B]``.
             n_rows: An upper bound on B over all processes. Without it the processes agree on one, and wait for it.
-
-        Raises:
-            ValueError: This process has more than ``n_rows`` samples.
         """
         batch, all_teacher = self._batch(*_gather(representations, teacher, valid, n_rows))
-        z, candidates, enters = batch.z, batch.candidates, self.objective.entering(batch)
+        z, candidates = batch.z, batch.candidates
         by_target = self.objective(batch)
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
         sound = finite.all() & teacher_finite
@@ -103,14 +94,13 @@ class HeraTerm:
         self.memory.append(z, batch.teacher, batch.valid & sound)
         return TermOutput(
             loss=zero_unless(sound, by_target.mean(), z),
-            mknn=torch.where(known, mknn, math.nan),
-            chance=torch.where(known, candidates.chance, math.nan),
-            n_samples=enters.sum(),
+            n_samples=self.objective.entering(batch).sum(),
             n_duplicates=candidates.duplicates,
             sound=sound,
             broken=~finite,
             comparable=self.objective.comparable(batch) & sound,
-            fewest=torch.where(enters & known, candidates.allowed.sum(dim=1), 2 * self.k).amin(),
+            mknn=torch.where(known, mknn, math.nan),
+            chance=torch.where(known, candidates.chance, math.nan),
         )
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:

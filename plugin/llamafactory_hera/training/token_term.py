@@ -1,7 +1,6 @@
 """The alignment term of an objective on visual tokens: which tokens are read, what the teacher sees, and the loss."""
 
 import hashlib
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,24 +20,21 @@ from .term import Prepared, TermOutput, finite_parts, zero_unless
 
 @dataclass(frozen=True)
 class StudentImages:
-    """The pixels that the student sees, for a teacher that must see the same place at the same token.
+    """The pixels that the student sees, for a teacher that must see the same place at the same token."""
 
-    Attributes:
-        side: Tokens along each side of an image's grid.
-        processor: The student's image processor.
-        covered: Pixels along each side that the tower's patches cover (378 of 384 at patch size 14); 0 means all.
-    """
-
+    #: Tokens along each side of an image's grid.
     side: int
+    #: The student's image processor.
     processor: Any
+    #: Pixels along each side that the tower's patches cover (378 of 384 at patch size 14); 0 means all.
     covered: int = 0
     _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
         """Selects each sample's image from ``pixel_values`` and undoes the student's normalization.
 
-        ``image`` is ``hera_image`` of :class:`~.collator.HeraCollator`; a sample without an image gets any. Returns
-        ``[B, 3, S, S]`` in [0, 1].
+        ``image`` is the collator's ``hera_image``; a sample without an image gets any. Returns ``[B, 3, S, S]`` in
+        [0, 1].
         """
         values = batch.get("pixel_values")
         if values is None:  # a batch of text alone
@@ -63,8 +59,7 @@ class StudentImages:
 def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
     """Describes the student's images for an objective on tokens; returns None for one on pooled vectors.
 
-    Without ``image_processor``, it loads the one in the model's folder. It raises ``ValueError`` if there is none, or
-    if the objective does not work on this model.
+    Without ``image_processor``, it loads the one in the model's folder.
     """
     objective = config.objective_class()
     if not issubclass(objective, TokenObjective):
@@ -86,29 +81,15 @@ def student_images(config: HeraConfig, model_configuration: Any, image_processor
 
 @dataclass(eq=False)
 class TokenReader:
-    """Decides which visual tokens the next forward pass reads.
-
-    Attributes:
-        objective: May plan the forward pass.
-        student: The pixels that the student sees.
-        image_token: The placeholder id of an image.
-        seed: The seed of the run.
-        n_micro_batches: How many have been prepared since the beginning of the run; saved in checkpoints.
-    """
+    """Decides which visual tokens the next forward pass reads; the objective may plan that pass."""
 
     objective: TokenObjective
     student: StudentImages
+    #: The placeholder id of an image.
     image_token: int
     seed: int
+    #: Prepared since the beginning of the run; checkpoints keep the number, so that a resumed run repeats its draws.
     n_micro_batches: int = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the number of micro-batches, from which a resumed run continues its draws."""
-        return {"micro_batches": torch.tensor(self.n_micro_batches)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`."""
-        self.n_micro_batches = int(state["micro_batches"])
 
     def prepare(
         self, batch: dict[str, Any], inputs: dict[str, Tensor], has_image: Tensor, capture: HeadCapture | LayerCapture
@@ -132,15 +113,8 @@ def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
 
     The term is the mean over processes. The loss of a process is multiplied by the number of processes and divided by
     the number of samples on all of them, so that an engine that averages gradients arrives at the gradient of the mean
-    over the global batch. No engine handles the objective's own parameters: their gradients must be averaged over the
-    processes, too. Every process must call it in every step, even if none of its samples has an image.
-
-    Args:
-        objective: The loss.
-        batch: The samples of this process; rows that are not valid may hold anything.
-
-    Raises:
-        ValueError: The objective returns a loss of another shape than ``[n_targets, B]``.
+    over the global batch. Every process must call it in every step, even if none of its samples has an image. Rows
+    that are not valid may hold anything.
     """
     valid = batch.valid
     tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
@@ -161,6 +135,4 @@ def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
     n_samples, sound, broken = reduced[0], ~reduced[1:].any(), reduced[2:] > 0
     loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
     loss = zero_unless(sound, loss, tokens, *([] if projections is None else [projections]))
-    unknown = torch.full_like(by_target.detach(), math.nan)
-    none = torch.zeros_like(n_samples)
-    return TermOutput(loss, unknown, unknown[0], n_samples, none, sound, broken, sound & (n_samples > 0))
+    return TermOutput(loss, n_samples, torch.zeros_like(n_samples), sound, broken, sound & (n_samples > 0))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import HeraConfig
 from ..distributed import rank
 from ..heads import Targets
-from ..heads.tokens import IGNORE_INDEX, text_mask
+from ..heads.tokens import IGNORE_INDEX, token_mask
 from ..objectives import Objective
 from .checks import idle_message
 from .term import TermOutput
@@ -36,8 +36,6 @@ class Watch:
         self._config, self._targets, self._objective = config, targets, objective
         self._batch_checked = self._gradient_due = self._entered = self._comparable = False
         self._idle_steps: int | None = 0  # None once a sample has entered
-        self._fewest: Tensor | None = None  # candidates of a sample so far; None after the warning
-        self._warned_of_few = False
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
         self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
         self._broken = torch.zeros(len(targets.items), dtype=torch.bool, device=device)
@@ -49,31 +47,24 @@ class Watch:
 
         Only the first batch with images is checked; no setting and no row of the data shows these faults.
         """
-        if self._batch_checked or not bool(has_image.any()):
+        if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
         self._batch_checked = True
-        if not media_token_ids:
-            return
-        ids = batch["input_ids"][has_image]
-        attended = torch.ones_like(ids, dtype=torch.bool)
-        if batch.get("attention_mask") is not None:
-            attended = batch["attention_mask"][has_image].bool()
-        text = text_mask(ids, attended, media_token_ids)
-        media = attended & ~text
+        ids, attention_mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
+        text = token_mask("text", ids, attention_mask, media_token_ids=media_token_ids)[has_image]
+        media = token_mask("mean", ids, attention_mask)[has_image] & ~text
+        lack = None
         if not media.any():
+            lack = "their input_ids hold no image token: the collator drops the images, or they were cut off"
+        elif not any(name.startswith("pixel_values") for name in batch):
+            lack = f"the batch holds no pixel_values (only {', '.join(batch)}), so the model would not see them"
+        if lack is not None:
             raise ValueError(
-                f"data_collator: {len(ids)} samples of the first batch have images, but their input_ids hold no image "
-                "token: the collator drops the images, or they were cut off. Pass it the images "
+                f"data_collator: {len(text)} samples of the first batch have images, but {lack}. Pass it the images "
                 "(remove_unused_columns=False, a processor), and allow longer texts."
             )
-        if not any(name.startswith("pixel_values") for name in batch):
-            raise ValueError(
-                f"data_collator: {len(ids)} samples of the first batch have images, but the batch holds no "
-                f"pixel_values (only {', '.join(batch)}), so the model would not see them. Pass the images to the "
-                "collator."
-            )
-        if self._config.pooling == "answer" and batch.get("labels") is not None:
-            labeled = batch["labels"][has_image] != IGNORE_INDEX
+        if self._config.pooling == "answer" and labels is not None:
+            labeled = labels[has_image] != IGNORE_INDEX
             # Text before an image is a prompt. A caption after it, with labels on all text, is stage 1 and right.
             before_image = text & (media.cumsum(dim=1) == 0)
             if labeled[text].all() and before_image.any():
@@ -93,11 +84,10 @@ class Watch:
         self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
         self._broken = torch.where(sound, self._broken, output.broken)
-        if output.fewest is None:
+        if output.mknn is None or output.chance is None:
             # a micro-batch without any sample is not part of a mean over tokens
             self.statistics.add(hera_loss=torch.where(sound & entered, output.loss.detach(), math.nan))
         else:
-            self._fewest = output.fewest if self._fewest is None else torch.minimum(self._fewest, output.fewest)
             self.statistics.add(
                 hera_loss=torch.where(sound, output.loss.detach(), math.nan),
                 hera_mknn=output.mknn.mean(),
@@ -141,7 +131,6 @@ class Watch:
 
     def sync(self) -> None:
         """Reads the counters on the device; ``RuntimeError`` if ``hera_max_nan`` terms in a row were not finite."""
-        self._warn_of_few_candidates()
         if (in_a_row := int(self._most_nan)) < self._config.max_nan:
             return
         where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
@@ -170,18 +159,6 @@ class Watch:
             remedy += f", or set hera_memory: {4 * self._config.k}"
         logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
 
-    def _warn_of_few_candidates(self) -> None:
-        if self._warned_of_few or self._fewest is None or rank() > 0 or not self._config.reads("hera_memory"):
-            return
-        k, fewest = self._config.k, int(self._fewest)
-        if fewest < 2 * k:
-            self._warned_of_few = True
-            logger.warning(
-                f"hera_k: {k} neighbors are more than half of the {fewest} candidates of a sample, and at most half "
-                "are used, because the teacher has nothing to say if every candidate is a neighbor. Use a larger "
-                f"batch per device, more processes, or hera_memory: {max(4 * k, 64)}."
-            )
-
 
 class RunningMeans:
     """Means of step statistics between two log lines, NaN values left out; they are summed up on the device."""
@@ -205,10 +182,8 @@ class RunningMeans:
 
     def take(self) -> dict[str, float]:
         """Returns means and counts since the last call; NaN where no value was known."""
-        means = {
-            name: total.item() / n if (n := int(self._numbers[name])) else math.nan
-            for name, total in self._sums.items()
-        }
+        # 0 / 0 is NaN on the device
+        means = {name: (total / self._numbers[name]).item() for name, total in self._sums.items()}
         counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
         self._sums, self._numbers, self._counts = {}, {}, {}
         return means | counts

@@ -20,7 +20,7 @@ from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import TokenObjective, find
 from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.encoder import teacher_fingerprint, teacher_folder
-from llamafactory_hera.training.checkpoint import check_checkpoint, checkpoint_of
+from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of
 
 from .checks import check_run, checked_dataset
 from .inputs import selecting_run
@@ -58,7 +58,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         if config.named_targets == AUTO:
             setattr(host.finetuning, config.targets_key, str(targets))
         if checkpoint is not None:
-            check_checkpoint(checkpoint, targets, teacher_fingerprint(teacher_folder(config.teacher)), config)
+            RunIdentity(targets, teacher_fingerprint(teacher_folder(config.teacher)), config).check(checkpoint)
 
         named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
         hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
