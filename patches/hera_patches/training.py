@@ -70,8 +70,8 @@ def tuner(module: Any) -> None:
         try:
             parsed = host(args)
         except ValueError as error:
-            words = [args.get("stage")] if isinstance(args, Mapping) else args or []
-            if "hera" not in words or _is_refusal(error):
+            values = args.values() if isinstance(args, Mapping) else args
+            if "hera" not in values or _is_refusal(error):
                 raise
             raise ValueError(str(error)) from error  # makes the host's error a refusal, too
         _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train

@@ -7,8 +7,16 @@ import pytest
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, options, problem_with, with_fields
-from llamafactory_hera.integrations.llamaboard.names import MODELS, labels, texts
+from llamafactory_hera.integrations.llamaboard.fields import (
+    FIELDS,
+    MODELS,
+    default,
+    labels,
+    options,
+    problem_with,
+    texts,
+    with_fields,
+)
 
 BACKBONES = [(f"models/{model.key}", model.template) for model in LANGUAGE_MODELS.values()]
 BACKBONES += [(model.checkpoint, model.template) for model in NATIVE_MODELS.values()]

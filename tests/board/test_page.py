@@ -7,8 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from llamafactory_hera import cli
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default
-from llamafactory_hera.integrations.llamaboard.names import texts
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, texts
 from tests.e2e.runner import run_command
 
 from .page import SLOW, BoardPage

@@ -30,11 +30,7 @@ _CURVES = {
 
 
 def write_card(trainer: Any) -> None:
-    """Adds tags and the section on alignment to a run's ``README.md``, replacing an earlier section; writes the JSON.
-
-    Args:
-        trainer: A trainer with the HeRA mixin.
-    """
+    """Writes ``hera/card.json`` and, into a run's ``README.md``, the tags and the section on the alignment."""
     folder, content = Path(trainer.args.output_dir), _content(trainer)
     write_json(folder / RUN_FOLDER / CARD, content)
     page = folder / "README.md"

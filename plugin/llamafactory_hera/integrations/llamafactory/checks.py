@@ -36,11 +36,7 @@ _REFUSED = UNREADABLE | {
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
-    """Checks a training run as far as no weights are needed, and returns the layout of the model's decoder.
-
-    Raises:
-        ValueError: Names the key, the value and the remedy.
-    """
+    """Checks a training run as far as no weights are needed, and returns the layout of the model's decoder."""
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
     check_batch(config, host.training)

@@ -49,11 +49,9 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
-    captions = config.select_mode == "llm"  # for the language model alone
-    rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
+    kind = _Captions if config.select_mode == "llm" else _Samples
+    rows, training = kind(host, config.select_samples), host.training
     return SelectionInputs(
-        source=rows,
-        collator=lambda model: DataCollatorForSeq2Seq(rows.tokenizer) if captions else rows.collator(model),
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
@@ -66,16 +64,11 @@ def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInp
     """Returns model and data of a calibration; only the dataset is read so far."""
     rows = _UnlabeledSamples(host, config.samples, config.text)
     names = tuple(host.model.adapter_name_or_path or ())
-    return CalibrationInputs(source=rows, collator=rows.collator, adapter_names=names, **rows.common())
+    return CalibrationInputs(adapter_names=names, **rows.common())
 
 
 class _Rows:
-    """The training rows of a run, with tokenizer and template; of a stream only its beginning.
-
-    Args:
-        host: The arguments of the run.
-        n_samples: How many samples will be drawn.
-    """
+    """The training rows of a run, with tokenizer and template; of a stream only enough to draw ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
@@ -108,6 +101,8 @@ class _Rows:
     def common(self) -> dict[str, Any]:
         """Returns the inputs that selection and calibration share."""
         return {
+            "source": self,
+            "collator": self.collator,
             "load_model": self._load_model,
             "model_name": self.host.model.model_name_or_path,
             "dataset_name": ", ".join(self.host.data.dataset),
@@ -129,6 +124,9 @@ class _Captions(_Rows):
         text = "\n".join(turns).replace(IMAGE_PLACEHOLDER, "")
         return encode_caption(text, self.tokenizer, self.host.data.cutoff_len)
 
+    def collator(self, model: nn.Module) -> Collate:
+        return DataCollatorForSeq2Seq(self.tokenizer)
+
 
 class _Samples(_Rows):
     """Samples as training sees them. The first ones are checked for image tokens that were cut off."""
@@ -136,15 +134,14 @@ class _Samples(_Rows):
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         super().__init__(host, n_samples)
         self._processor = self._make_processor()
-        self._n_encoded = 0
+        self._unchecked = N_CHECKED
 
     def encode(self, row: int) -> Features | None:
         example = self.rows[row]
         features = self._encode(example, self._processor) if _has_answer(example) else None
-        if features is not None:
-            if self._n_encoded < N_CHECKED and features["images"]:
-                self._check(row, features)
-            self._n_encoded += 1
+        if features is not None and features["images"] and self._unchecked:
+            self._unchecked -= 1
+            self._check(row, features)
         return features
 
     def _make_processor(self, do_generate: bool = False) -> Any:
