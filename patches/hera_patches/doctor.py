@@ -57,7 +57,8 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        return f"import fails: {type(error).__name__}: {str(error).strip().partition('\n')[0]}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"import fails: {lines[0]}"
     return None
 
 

@@ -92,8 +92,6 @@ class _Rows:
             template=self.template,
             model=model,
             label_pad_token_id=IGNORE_INDEX,
-            block_diag_attn=self.host.model.block_diag_attn,
-            attn_implementation=getattr(model.config, "_attn_implementation", None),
             compute_dtype=self.host.model.compute_dtype,
             **self.tokenizer_module,
         )
