@@ -9,7 +9,6 @@ from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.llamaboard.fields import (
     FIELDS,
-    MODELS,
     default,
     labels,
     options,
@@ -89,4 +88,3 @@ def test_the_host_lists_each_backbone_once_as_multimodal(path: str, template: st
         if paths.get(constants.DownloadSource.DEFAULT) == path and constants.DEFAULT_TEMPLATE.get(name) == template
     ]
     assert name in constants.MULTIMODAL_SUPPORTED_MODELS
-    assert name.endswith("-HeRA") == (name in MODELS)

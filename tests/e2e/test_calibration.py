@@ -65,15 +65,28 @@ def deltas(world: Path, folder: str = OUTPUT, scaling: float = 1.0) -> dict[str,
     return {f"{module}.weight": scaling * b[module] @ a[module] for module in modules}
 
 
+def documented(file: str, command: str, **values: str) -> list[str]:
+    """A command of the host from a page or a header, with values for its names."""
+    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
+    (line,) = re.findall(rf"^(?:#\s+)?(llamafactory-cli {command} .*)$", text, re.MULTILINE)
+    return [values.get(word, word) for word in line.split()]
+
+
+MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["template"]}
+
+
 def test_the_demo_recipe_makes_an_adapter(world: Path, report: dict[str, Any]) -> None:
     assert {path.name for path in (world / OUTPUT).iterdir()} >= FILES
     assert report["calibrated"]
     assert report["kl"]["total"] <= report["kl"]["delta"]
 
 
-def test_export_merges_only_the_calibrated_heads(world: Path, server: HostServer, report: dict[str, Any]) -> None:
-    run = server.run(UPON | {"export_dir": "saves/calibrated", "export_device": "cpu"}, world, call="export")
-    assert run.ok, run.output
+def test_the_documented_export_merges_only_the_calibrated_heads(world: Path, report: dict[str, Any]) -> None:
+    command = documented("docs/calibration.md", "export", **MODEL, MERGED="saves/calibrated")
+    of_recipe = documented("recipes/llava_1_5_7b_calibrate.yaml", "export")
+    assert of_recipe[::2] == command[::2]  # the names of the arguments
+    status, output = run_command(command, world, HERA_DISABLE="1")
+    assert status == 0, output
     base = load_file(world / "hera_demo/model/model.safetensors")
     merged = load_file(world / "saves/calibrated/model.safetensors")
     # a checkpoint and the model name their tensors differently, except for the layer and the projection
@@ -90,25 +103,6 @@ def test_export_merges_only_the_calibrated_heads(world: Path, server: HostServer
         assert torch.equal(merged[name][delta == 0], weight[delta == 0])
         assert 0 < (delta != 0).float().mean() < 1
     assert changed == len(changes)
-
-
-def documented(file: str, command: str, **values: str) -> list[str]:
-    """A command of the host from a page or a header, with values for its names."""
-    text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
-    (line,) = re.findall(rf"^(?:#\s+)?(llamafactory-cli {command} .*)$", text, re.MULTILINE)
-    return [values.get(word, word) for word in line.split()]
-
-
-MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["template"]}
-
-
-def test_the_documented_export_merges_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
-    command = documented("docs/calibration.md", "export", **MODEL, MERGED="saves/documented")
-    status, output = run_command(command, world, HERA_DISABLE="1")
-    assert status == 0, output
-    merged = load_file(world / command[-1] / "model.safetensors")
-    base = load_file(world / "hera_demo/model/model.safetensors")
-    assert sum(not torch.equal(merged[name], base[name]) for name in base) == len(deltas(world))
 
 
 def test_the_documented_chat_starts_without_the_plugin(world: Path, report: dict[str, Any]) -> None:

@@ -23,9 +23,6 @@ from llamafactory_hera.objectives import names
 #: The entry in the list of stages, and the value of ``stage`` that it selects.
 STAGE_TITLE, STAGE = "HeRA", "hera"
 
-#: The models that :func:`register_models` added to the host's list.
-MODELS: list[str] = []
-
 #: The accordion: the element of each title, followed by the rows of keys below it. The host drops false and empty
 #: values from a command, so a key that is true by default cannot have a field.
 GROUPS = {
@@ -114,4 +111,3 @@ def register_models(constants: ModuleType) -> None:
         if (path, template) not in offered:
             name = f"{title}-{STAGE_TITLE}"
             constants.register_model_group({name: {hub: path}}, template=template, multimodal=True)
-            MODELS.append(name)

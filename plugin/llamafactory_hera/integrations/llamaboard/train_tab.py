@@ -32,13 +32,10 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     theirs = host(engine)
     del engine.manager.get_base_elems
     siblings = theirs["mm_tab"].parent.children
-    siblings.remove(elements["hera_tab"])
-    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, elements["hera_tab"])
-
-    stage = theirs["training_stage"]
-    stage.change(
-        lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, elements["hera_tab"], queue=False
-    )
+    stage, tab = theirs["training_stage"], elements["hera_tab"]
+    siblings.remove(tab)
+    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, tab)
+    stage.change(lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, tab, queue=False)
     top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
     results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
     # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen

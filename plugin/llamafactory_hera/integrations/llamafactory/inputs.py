@@ -26,7 +26,7 @@ from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, 
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike
 
-from .checks import N_CHECKED, check_image_tokens
+from .checks import check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
 
@@ -127,18 +127,17 @@ class _Captions(_Rows):
 
 
 class _Samples(_Rows):
-    """Samples as training sees them. The first ones are checked for image tokens that were cut off."""
+    """Samples as training sees them, and checked for image tokens that were cut off."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         super().__init__(host, n_samples)
         self._processor = self._make_processor()
-        self._unchecked = N_CHECKED
 
     def encode(self, row: int) -> Features | None:
         example = self.rows[row]
         features = self._encode(example, self._processor) if _has_answer(example) else None
-        if features is not None and features["images"] and self._unchecked:
-            self._unchecked -= 1
+        # the host fills a sample that it cuts up to `cutoff_len`
+        if features and features["images"] and len(features["input_ids"]) >= self.host.data.cutoff_len:
             self._check(row, features)
         return features
 
