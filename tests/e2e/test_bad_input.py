@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc: True", "remove"]),
     "a small batch": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint", "does not exist"]),
-    "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless is also model_name_or_path"]),
+    "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless", "model_name_or_path"]),
     "output over the data": ({"output_dir": "hera_demo/data"}, ["output_dir: hera_demo/data", "dataset_dir"]),
 }
 

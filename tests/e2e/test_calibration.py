@@ -144,7 +144,7 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
     "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only"]),
-    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "base model", "dequantize"]),
+    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
     "no output": (["output_dir="], ["output_dir: it has no value"]),
     "no template": (["template="], ["template: it has no value"]),

@@ -34,6 +34,7 @@ class HeraV1Trainer(SFTTrainer):
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
+        _check(hera, args)
         show_messages()
         # Before the engine wraps the model.
         self.aligner = Aligner(kwargs["model"], hera, device=DistributedInterface().current_device, seed=args.seed)

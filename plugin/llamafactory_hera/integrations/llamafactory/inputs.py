@@ -49,8 +49,8 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
-    kind = _Captions if config.select_mode == "llm" else _Samples
-    rows, training = kind(host, config.select_samples), host.training
+    captions = config.select_mode == "llm"  # for the language model alone
+    rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
     return SelectionInputs(
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
