@@ -49,17 +49,16 @@ def _packages() -> Iterator[_Finding]:
         if name == "llamafactory" and text != TESTED_HOST:
             text += f" (tested: {TESTED_HOST}; see the patches below)"
         if error := _import_error(name):
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            text += f", import fails: {reason[0]}"
-            remedy = f"install versions that work together: {PINNED_INSTALL}"
+            text, remedy = f"{text}, {error}", f"install versions that work together: {PINNED_INSTALL}"
         yield _Finding(name, text, remedy)
 
 
-def _import_error(module: str) -> Exception | None:
+def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except Exception as error:
-        return error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"import fails: {lines[0]}"
     return None
 
 
@@ -68,12 +67,12 @@ def _accelerator() -> Iterator[_Finding]:
         import torch
     except Exception:  # already in the report
         return
-    if torch.cuda.is_available():
-        names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        yield _Finding("accelerator", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        yield _Finding("accelerator", "none, CPU only (enough for the demo)")
     else:
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        yield _Finding("accelerator", accelerator.type if accelerator else "none, CPU only (enough for the demo)")
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        yield _Finding("accelerator", f"{torch.accelerator.device_count()} x {name}")
 
 
 def _patches() -> Iterator[_Finding]:
@@ -87,7 +86,7 @@ def _patches() -> Iterator[_Finding]:
     for host, patch in patches().items():
         name = f"patch {patch.name}"
         if error := _import_error(host):
-            yield _Finding(name, f"{host}: import fails: {error}", f"repair it: {PINNED_INSTALL}")
+            yield _Finding(name, f"{host}: {error}", f"repair it: {PINNED_INSTALL}")
         elif misfit := MISFITS[patch.name]:
             remedy = f"install LLaMA-Factory {TESTED_HOST}: {PINNED_INSTALL}"
             yield _Finding(name, f"does not fit: {misfit}. {patch.summary}", remedy)

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -61,40 +62,15 @@ def around(owner: Any) -> Callable[[Callable], None]:
     return replace
 
 
-def misfit_of(module: Any, functions: dict[str, str], used: dict[str, str]) -> str | None:
-    """Describes the first requirement that a module of the host does not meet, or returns None."""
-    for path, expected in functions.items():
-        function = _find(module, path)
-        if function is None:
-            return f"no function {path}"
-        parameters = list(inspect.signature(function).parameters)
-        if parameters != expected.split():
-            return f"{path} takes {parameters}"
-    for path, names in used.items():
-        code = _find(module, path).__code__
-        missing = [name for name in names.split() if name not in code.co_names + code.co_varnames]
-        if missing:
-            return f"{path} does not use {', '.join(missing)}"
-    return None
-
-
-def _find(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
 def apply_to(module: ModuleType) -> None:
     """Applies the patch of a module that was just imported; if it does not fit, warns and changes nothing."""
     patch = PATCHES[module.__name__]
+    MISFITS[patch.name] = None
     try:
-        misfit = misfit_of(module, patch.functions, patch.used)
-        if misfit is None:
-            patch.apply(module)
+        _check(module, patch)
+        patch.apply(module)
     except Exception as error:  # an error here must not stop the host
-        misfit = f"{type(error).__name__}: {error}"
-    MISFITS[patch.name] = misfit
-    if misfit is not None:
+        misfit = MISFITS[patch.name] = f"{type(error).__name__}: {error}"
         lost = "`stage: hera`" if patch.for_training else "HeRA in the web UI"
         print(
             f"llamafactory-hera: the patch {patch.name!r} does not fit this LLaMA-Factory ({misfit}); {lost} may not "
@@ -103,11 +79,22 @@ def apply_to(module: ModuleType) -> None:
         )
 
 
+def _check(module: ModuleType, patch: Patch) -> None:
+    """Raises an error for the first requirement of a patch that the module does not meet."""
+    for path, expected in patch.functions.items():
+        parameters = list(inspect.signature(attrgetter(path)(module)).parameters)
+        if parameters != expected.split():
+            raise TypeError(f"{path} takes {parameters}")
+    for path, names in patch.used.items():
+        code = attrgetter(path)(module).__code__
+        if missing := [name for name in names.split() if name not in code.co_names + code.co_varnames]:
+            raise NameError(f"{path} does not use {', '.join(missing)}")
+
+
 def require() -> None:
     """Raises ``ValueError`` if a patch that training needs does not fit this host."""
-    needed = [patch.name for patch in PATCHES.values() if patch.for_training]
-    reasons = [f"{name} ({MISFITS[name]})" for name in needed if MISFITS.get(name)]
-    if reasons:
+    training = [patch.name for patch in PATCHES.values() if patch.for_training]
+    if reasons := [f"{name} ({MISFITS[name]})" for name in training if MISFITS.get(name)]:
         raise ValueError(
             f"stage: hera: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
             f"({PINNED_INSTALL}), or run `llamafactory-hera doctor`."

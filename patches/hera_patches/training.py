@@ -70,8 +70,8 @@ def tuner(module: Any) -> None:
         try:
             parsed = host(args)
         except ValueError as error:
-            words = [args.get("stage")] if isinstance(args, Mapping) else args or []
-            if "hera" not in words or _is_refusal(error):
+            values = args.values() if isinstance(args, Mapping) else args
+            if "hera" not in values or _is_refusal(error):
                 raise
             raise ValueError(str(error)) from error  # makes the host's error a refusal, too
         _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train
@@ -105,14 +105,14 @@ def data_loader(module: Any) -> None:
     """
 
     @around(module)
-    def get_dataset_list(host: Any, dataset_names: Any, dataset_dir: Any) -> Any:
+    def get_dataset_list(host: Any, *args: Any) -> Any:
         _check_arrived("was about to train")
-        return host(dataset_names, dataset_dir)
+        return host(*args)
 
     @around(module)
-    def has_tokenized_data(host: Any, path: Any) -> Any:
+    def has_tokenized_data(host: Any, *args: Any) -> Any:
         _check_arrived("was about to train")
-        return host(path)
+        return host(*args)
 
 
 @patch(
@@ -161,10 +161,8 @@ def _check_arrived(what: str) -> None:
 
 def _is_refusal(error: Exception) -> bool:
     """Whether a ``raise`` statement of the plugin raised an error; an error of a library keeps its traceback."""
-    last = error.__traceback__
-    assert last is not None
+    last: Any = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
-    package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
     raised = last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
-    return raised and package in ("llamafactory_hera", "hera_patches")
+    return raised and last.tb_frame.f_globals["__name__"].startswith(("llamafactory_hera.", "hera_patches."))

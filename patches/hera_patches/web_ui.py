@@ -15,11 +15,10 @@ def constants(module: Any) -> None:
 
     The models are listed as multimodal; for others, the web UI sends no options for freezing and image sizes.
     """
-    from llamafactory_hera.integrations.llamaboard.names import STAGE, STAGE_TITLE, register_models
+    from llamafactory_hera.integrations.llamaboard.fields import STAGE, STAGE_TITLE, register_models
 
     register_models(module)
-    if STAGE not in module.TRAINING_STAGES.values():
-        module.TRAINING_STAGES[STAGE_TITLE] = STAGE
+    module.TRAINING_STAGES[STAGE_TITLE] = STAGE
 
 
 @patch("llamafactory.extras.ploting", functions={"gen_loss_plot": "trainer_log", "smooth": "scalars"})
@@ -38,7 +37,7 @@ def loss_plot(module: Any) -> None:
 @patch("llamafactory.webui.locales")
 def locales(module: Any) -> None:
     """Adds the labels of HeRA's fields in every language of the web UI."""
-    from llamafactory_hera.integrations.llamaboard.names import labels
+    from llamafactory_hera.integrations.llamaboard.fields import labels
 
     module.LOCALES |= labels(module.LOCALES["training_stage"])
 

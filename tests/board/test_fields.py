@@ -7,8 +7,15 @@ import pytest
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, options, problem_with, with_fields
-from llamafactory_hera.integrations.llamaboard.names import MODELS, labels, texts
+from llamafactory_hera.integrations.llamaboard.fields import (
+    FIELDS,
+    default,
+    labels,
+    options,
+    problem_with,
+    texts,
+    with_fields,
+)
 
 BACKBONES = [(f"models/{model.key}", model.template) for model in LANGUAGE_MODELS.values()]
 BACKBONES += [(model.checkpoint, model.template) for model in NATIVE_MODELS.values()]
@@ -81,4 +88,3 @@ def test_the_host_lists_each_backbone_once_as_multimodal(path: str, template: st
         if paths.get(constants.DownloadSource.DEFAULT) == path and constants.DEFAULT_TEMPLATE.get(name) == template
     ]
     assert name in constants.MULTIMODAL_SUPPORTED_MODELS
-    assert name.endswith("-HeRA") == (name in MODELS)

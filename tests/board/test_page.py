@@ -7,8 +7,7 @@ import pytest
 from playwright.sync_api import expect
 
 from llamafactory_hera import cli
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default
-from llamafactory_hera.integrations.llamaboard.names import texts
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, texts
 from tests.e2e.runner import run_command
 
 from .page import SLOW, BoardPage
@@ -108,7 +107,7 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
     ("heads", "extra", "reason", "timeout"),
     [
         ("banana", {}, "'banana' is not a head; write heads as L<layer>H<head>", 5_000),
-        ("L99H0", {}, "L99H0 does not exist: this model has layers L0 to L4", SLOW),
+        ("L99H0", {}, "L99H0 does not exist: the model has layers L0 to L4", SLOW),
     ],
     ids=["before the start", "in the run"],
 )

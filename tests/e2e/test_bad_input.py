@@ -22,10 +22,8 @@ def weightless(world: Path) -> str:
 
 #: Change of the recipe -> parts of the message.
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a key": ({"hera_k": "ten"}, ["hera_k", "'ten'", "a whole number"]),
     "a head outside the model": ({"hera_heads": "L0H1,L9H8"}, ["hera_heads", "L9H8", "L0 to L4", "H0 to H7"]),
     "no teacher": ({"hera_teacher": "./no_teacher"}, ["hera_teacher: ./no_teacher"]),
-    "a teacher of another kind": ({"hera_teacher": "hera_demo/language_model"}, ["hera_teacher", "qwen3"]),
     "a text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),
     "text-only data": ({"dataset": "hera_demo_text"}, ["dataset: hera_demo_text has 0 samples with an image"]),
     "two images": ({"max_samples": 2}, ["dataset", "2 samples with an image", "compares 3 or more", "max_samples"]),

@@ -127,17 +127,6 @@ def test_a_term_that_stays_not_finite_stops_every_rank_and_names_the_head(train:
     assert _steps_logged(run.folder) == 1
 
 
-def test_a_damaged_cache_file_is_named_and_its_features_are_computed_again(train: Train, world: Path) -> None:
-    args = {"hera_teacher_cache": "saves/damaged_cache", "max_steps": 2, "dataloader_num_workers": 1}
-    first = train(args)
-    (shard,) = (world / "saves/damaged_cache").rglob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-5])
-    second = train(args)
-    assert shard.name in second.output
-    assert [line["hera_loss"] for line in second.logs()] == [line["hera_loss"] for line in first.logs()]
-    assert set((world / "saves/damaged_cache").rglob("*.safetensors")) - {shard}
-
-
 def test_a_checkpoint_of_another_run_is_refused_before_weights_are_loaded(train: Train) -> None:
     saved = train({"max_steps": 1, "save_strategy": "steps", "save_steps": 1}).folder / "checkpoint-1"
     run = train({"hera_heads": "L1H1", "resume_from_checkpoint": str(saved)}, ok=False)

@@ -98,8 +98,6 @@ def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(trai
     assert "which was selected with the same settings" in resumed.output
     assert resumed.logs()[-1]["loss"] == run.logs()[-1]["loss"]
     assert "hera_select_seed was 0, is 9" in train(args, again, {"hera_select_seed": 9}, ok=False).error
-    anew = train(args, {"output_dir": str(run.folder), "hera_select_seed": 9})
-    assert Targets.load(anew.folder / "hera/heads.json").provenance["keys"]["hera_select_seed"] == 9
 
 
 def test_another_dataset_selects_for_a_run(train: Train, here: Path, path: Path) -> None:
@@ -131,20 +129,11 @@ def test_heads_of_another_run_are_refused_unless_forced(train: Train, here: Path
     heads = f"{yaml.safe_load(path.read_text())['output_dir']}/hera/heads.json"
     args = AUTO | {"hera_heads": heads, "hera_select_m": 2, "max_steps": 1}
     trained = train(args)
-    shutil.copytree(here / "hera_demo/teacher", here / "other_teacher")
-    config = json.loads((here / "other_teacher/config.json").read_text())
-    (here / "other_teacher/config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-5}))
-    cases = {
-        "model was hera_demo/model (fingerprint": {"model_name_or_path": str(trained.folder)},
-        "teacher was hera_demo/teacher (fingerprint": {"hera_teacher": "other_teacher"},
-        "hera_select_m was 2, is 5": {"hera_select_m": 5},
-    }
-    for difference, change in cases.items():
-        refused = train(args, change, ok=False)
-        assert difference in refused.error
-        assert "hera_heads_force" in refused.error
+    difference, change = "model was hera_demo/model (fingerprint", {"model_name_or_path": str(trained.folder)}
+    refused = train(args, change, ok=False)
+    assert difference in refused.error
+    assert "hera_heads_force" in refused.error
     assert difference in train(args, change, {"hera_heads_force": True}).output
-    train({"hera_heads": "L0H0", "max_steps": 1})  # heads written by hand have no such history
 
 
 def test_checkpoints_and_adapters_are_scored_and_compared(train: Train, here: Path, path: Path) -> None:
@@ -205,10 +194,6 @@ def test_data_that_cannot_be_scored_are_refused(
         (["hera_select_mode=mllm", "cutoff_len=12"], "cutoff_len: 12 cuts"),
         (["model_name_or_path=hera_demo/nothing"], "hera_demo/nothing"),
         (["dataset=null"], "dataset: it has no value"),
-        (["dataset=nope"], "Undefined dataset nope"),  # the host's words, as the next two
-        (["template=nope"], "Template nope does not exist"),
-        (["adapter_name_or_path=nope", "finetuning_type=full"], "Adapter is only valid for the LoRA method"),
-        (["hera_select_m="], "hera_select_m: None is not a whole number"),
         (["output_dir="], "output_dir: it has no value"),
         (["output_dir=/proc/nothing"], "/proc/nothing"),
         (["hera_granularity=layer", "hera_layers=auto", "hera_heads=null"], "hera_granularity: "),

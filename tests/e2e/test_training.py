@@ -82,15 +82,6 @@ def test_two_processes_compute_the_term_of_one(train: Train) -> None:
             assert together[key] == pytest.approx(alone[key], rel=1e-5)
 
 
-def test_cached_teacher_features_change_nothing(train: Train) -> None:
-    short = {"max_steps": 3, "hera_teacher_cache": None}
-    cache = {"hera_teacher_cache": "saves/cache_of_features"}
-    fresh, filling, cached = train(short), train(short, cache), train(short, cache, {"dataloader_num_workers": 2})
-    for a, b, c in zip(fresh.logs(), filling.logs(), cached.logs(), strict=True):
-        assert a["hera_loss"] == pytest.approx(b["hera_loss"], rel=1e-3)  # a cache keeps fp16
-        assert b["hera_loss"] == pytest.approx(c["hera_loss"], rel=1e-6)
-
-
 def test_sft_is_bit_identical_with_the_plugin_switched_off(train: Train, world: Path, recipe: dict) -> None:
     # The template is one of the host's: llava_qwen3 comes with the plugin.
     sft = _sft(recipe) | {"template": "llava", "max_steps": 3}
@@ -120,20 +111,6 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
-
-
-def test_a_refused_run_ends_with_one_line(world: Path, recipe: dict) -> None:
-    file = write_recipe(world / "refused.yaml", recipe | {"output_dir": "saves/refused", "packing": True})
-    command = ["llamafactory-cli", "train", str(file)]
-    code, output = run_command(command, world)
-    assert code == 1
-    assert output.splitlines()[-1].startswith("llamafactory-hera: packing: True does not work with stage: hera")
-    assert "Traceback" not in output
-    code, output = run_command(command, world, HERA_DEBUG="1")
-    assert "Traceback" in output
-    code, output = run_command(command, world, HERA_DISABLE="1")  # then the host does not know the keys
-    assert code == 1
-    assert "hera_heads" in output
 
 
 def test_two_processes_under_torchrun(world: Path, recipe: dict) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
-from llamafactory_hera.integrations.llamafactory.recipe import host_words, in_host_words
+from llamafactory_hera.integrations.llamafactory.recipe import host_words
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.training.checks import idle_message
@@ -69,10 +69,14 @@ def test_the_level_of_the_user_stays(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
-    assert in_host_words("model: m is quantized") == "model_name_or_path: m is quantized"
-    assert in_host_words("hera_k: 0 is out of range") == "hera_k: 0 is out of range"
-    idle = in_host_words(idle_message(Targets.parse("L0H0"), "nothing is trained"))
-    assert idle.endswith("freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all.")
+    keys = "freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all."
+    for message, translated in {
+        "model: m is quantized": "^model_name_or_path: m is quantized$",
+        "hera_k: 0 is out of range": "^hera_k: 0 is out of range$",
+        idle_message(Targets.parse("L0H0"), "nothing is trained"): f" In LLaMA-Factory: {keys}$",
+    }.items():
+        with pytest.raises(ValueError, match=translated), host_words():
+            raise ValueError(message)
     with pytest.raises(ValueError, match=r"nowhere\.png.* In LLaMA-Factory: media_dir\.$"), host_words():
         load_image("nowhere.png")
     with pytest.raises(UnicodeDecodeError), host_words():  # whose arguments are no message

@@ -102,11 +102,11 @@ def _uses_nothing(model_args, data_args, training_args, finetuning_args, generat
 @pytest.mark.parametrize(
     ("host", "content", "reason", "lost"),
     [
-        ("llamafactory.train.sft.workflow", {}, "no function run_sft", "`stage: hera`"),
+        ("llamafactory.train.sft.workflow", {}, "no attribute 'run_sft'", "`stage: hera`"),
         ("llamafactory.train.sft.workflow", {"run_sft": lambda data: 0}, "run_sft takes ['data']", "`stage: hera`"),
         ("llamafactory.train.sft.workflow", {"run_sft": _uses_nothing}, "not use get_dataset", "`stage: hera`"),
         ("llamafactory.data.template", {}, "no attribute 'EmptyFormatter'", "`stage: hera`"),
-        ("llamafactory.webui.runner", {"Runner": object}, "no function Runner._parse", "HeRA in the web UI"),
+        ("llamafactory.webui.runner", {"Runner": object}, "no attribute '_parse_train_args'", "HeRA in the web UI"),
     ],
 )
 def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(

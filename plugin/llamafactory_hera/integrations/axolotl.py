@@ -35,8 +35,12 @@ _NEEDED = {
     "skip_prepare_dataset": (True, _KEEP_IMAGES),
     "lora_o_kernel": (False, "the kernel replaces o_proj, at whose input the heads are read"),
 }
-# Keys that bypass the trainer, the collator or the hooks, and why.
+_UNDIVIDED = "a process must hold whole samples and heads"
+# Keys that bypass the trainer, the collator or the hooks, or divide a sample or its heads over processes, and why.
 _REFUSED = {
+    "context_parallel_size": _UNDIVIDED,
+    "sequence_parallel_degree": _UNDIVIDED,
+    "tensor_parallel_size": _UNDIVIDED,
     "sample_packing": "packed samples share a row and lose their images",
     "batch_flattening": "flattened samples share a row",
     "pretraining_dataset": "it holds text only; write datasets of chat messages with images",
@@ -46,34 +50,26 @@ _REFUSED = {
     "hera_select_dataset": "heads are selected on datasets; write the file of a selection on other data as hera_heads",
     "trainer_cls": "the plugin supplies the trainer",
 }
-# Keys that split a sample or its heads over processes.
-_UNDIVIDED = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 
 
 class HeraPlugin(BasePlugin):
     """Adds HeRA to a supervised fine-tuning run of a vision-language model."""
 
     def register(self, cfg: dict) -> None:
-        """Checks the file before anything is loaded, and sets the keys that HeRA needs.
-
-        Raises:
-            ValueError: A value is impossible or does not work with HeRA; names key, value and remedy.
-        """
+        """Checks the file before anything is loaded, and sets the keys that HeRA needs."""
         # axolotl gives each logger but its own a filter that drops INFO.
         logger = logging.getLogger("llamafactory_hera")
         logger.filters = [each for each in logger.filters if not isinstance(each, AxolotlOrWarnErrorFilter)]
         hera = HeraConfig.from_keys({key: cfg[key] for key in list(cfg) if key.startswith(HeraConfig.PREFIX)})
         cfg.update(hera.keys())
-        for key, (value, why) in _NEEDED.items():
-            if cfg.get(key) not in (None, value):
+        for key, (needed, why) in _NEEDED.items():
+            if cfg.get(key) not in (None, needed):
                 raise ValueError(f"{key}: {cfg[key]} does not work with HeRA ({why}); remove the key.")
-            cfg[key] = value
+            cfg[key] = needed
         for key, why in _REFUSED.items():
-            if cfg.get(key) and cfg[key] != "none":
-                raise ValueError(f"{key}: {cfg[key]} does not work with HeRA ({why}); remove the key.")
-        for key in _UNDIVIDED:
-            if (cfg.get(key) or 1) > 1:
-                raise ValueError(f"{key}: {cfg[key]} does not work with HeRA, which reads whole samples; set it to 1.")
+            value = cfg.get(key)
+            if value and value != "none" and not (why is _UNDIVIDED and value == 1):
+                raise ValueError(f"{key}: {value} does not work with HeRA ({why}); remove the key.")
         if not cfg.get("processor_type"):
             raise ValueError("processor_type: without it axolotl trains on text only; write AutoProcessor.")
         if cfg.get("activation_offloading") == "legacy":

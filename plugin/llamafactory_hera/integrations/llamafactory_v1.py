@@ -30,15 +30,7 @@ _IMAGES = "extra_info"  # the only field of a row that the engine copies into a 
 
 
 class HeraV1Trainer(SFTTrainer):
-    """The engine's SFT trainer with HeRA.
-
-    Args:
-        hera: The ``hera_*`` keys.
-        **kwargs: As for that trainer.
-
-    Raises:
-        ValueError: HeRA would be wrong or have no effect with a setting.
-    """
+    """The engine's SFT trainer with HeRA; takes the ``hera_*`` keys and the arguments of that trainer."""
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
@@ -143,11 +135,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
 
 
 def run(keys: dict[str, Any]) -> None:
-    """Trains by a recipe of the engine with ``hera_*`` keys.
-
-    Raises:
-        ValueError: HeRA would be wrong or have no effect with a setting.
-    """
+    """Trains by a recipe of the engine with ``hera_*`` keys."""
     hera = HeraConfig.from_keys({key: value for key, value in keys.items() if key.startswith(HeraConfig.PREFIX)})
     host = {key: value for key, value in keys.items() if not key.startswith(HeraConfig.PREFIX)}
     model_args, data_args, args, _ = get_args(host)

@@ -19,9 +19,8 @@ logger = logging.getLogger("llamafactory_hera")
 def show_messages(host: logging.Logger | None = None) -> None:
     """Makes messages of level INFO and above visible, unless the user has chosen another level.
 
-    Args:
-        host: A host's logger. Messages then share its level and its handlers. Without one, messages are printed unless
-            the program has set up a handler that receives them.
+    They share the level and the handlers of a host's logger. Without one they are printed, unless the program has set
+    up a handler that receives them.
     """
     if host is not None:
         logger.setLevel(host.level)

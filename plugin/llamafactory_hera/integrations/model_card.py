@@ -30,11 +30,7 @@ _CURVES = {
 
 
 def write_card(trainer: Any) -> None:
-    """Adds tags and the section on alignment to a run's ``README.md``, replacing an earlier section; writes the JSON.
-
-    Args:
-        trainer: A trainer with the HeRA mixin.
-    """
+    """Writes ``hera/card.json`` and, into a run's ``README.md``, the tags and the section on the alignment."""
     folder, content = Path(trainer.args.output_dir), _content(trainer)
     write_json(folder / RUN_FOLDER / CARD, content)
     page = folder / "README.md"
@@ -84,32 +80,31 @@ def _content(trainer: Any) -> dict[str, Any]:
 def _section(content: dict[str, Any]) -> str:
     """Renders the section as Markdown."""
     what = "heads" if "heads" in content else "layers"
-    lines = [
-        "## Alignment with a vision encoder",
-        "",
+    aligned = (
         f"HeRA aligned {what} {', '.join(content[what])} with {content['teacher']} in {content['steps']} steps "
-        f"(objective {content['objective']}, weight {content['weight']}).",
-    ]
+        f"(objective {content['objective']}, weight {content['weight']})."
+    )
     if "weights_of_step" in content:
-        lines[-1] += f" The weights are those of step {content['weights_of_step']}, the best one."
+        aligned += f" The weights are those of step {content['weights_of_step']}, the best one."
+    parts = ["## Alignment with a vision encoder", aligned]
     if log := content["log"]:
-        lines += ["", "| measured in training | first logged | last logged |", "|---|--:|--:|"]
+        rows = ["| measured in training | first logged | last logged |", "|---|--:|--:|"]
         for name, title in _CURVES.items():
             if values := [line[name] for line in log if name in line]:
-                lines.append(f"| {title} | {values[0]:.4g} | {values[-1]:.4g} |")
+                rows.append(f"| {title} | {values[0]:.4g} | {values[-1]:.4g} |")
+        parts.append("\n".join(rows))
     if "memory" in content:
         remembered = f" and with up to {content['memory']} remembered ones" if content["memory"] else ""
-        lines += ["", f"MKNN in training compares a sample with those of its batch{remembered}."]
+        parts.append(f"MKNN in training compares a sample with those of its batch{remembered}.")
     if selection := content.get("selection"):
         keys, scores = selection["keys"], (f"{name} {score:.4f}" for name, score in selection["mknn"].items())
-        lines += [
-            "",
+        parts.append(
             f"Selection before training ({keys['hera_select']}, mode {keys['hera_select_mode']}, k="
             f"{keys['hera_select_k']}, {selection['samples']} samples of {selection['dataset']}) measured MKNN "
             f"{', '.join(scores)}; unrelated features reach {selection['chance_level']:.4f}. "
-            "`llamafactory-hera score` measures this model.",
-        ]
+            "`llamafactory-hera score` measures this model."
+        )
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    method = f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER})."
-    source = f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` holds this content and all log lines."
-    return "\n".join([*lines, "", source, "", method, "", "```bibtex", _CITATION, "```"])
+    parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` holds this content and all log lines.")
+    parts.append(f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).")
+    return "\n\n".join([*parts, f"```bibtex\n{_CITATION}\n```"])

@@ -39,11 +39,7 @@ def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
 
 
 def check_rows(trainer: Any, images_of: ImagesOf) -> None:
-    """Checks that training rows have images, and that the columns with images and text reach the collator.
-
-    Raises:
-        ValueError: Names ``images_of`` or ``remove_unused_columns``, and the remedy.
-    """
+    """Checks that training rows have images, and that the columns with images and text reach the collator."""
     rows, _ = undecoded_rows(trainer.train_dataset, images_of)
     searched: Any = islice(rows, N_SEARCHED)
     count = f"first {N_SEARCHED}"
@@ -128,13 +124,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 
 
 class TrainerRows:
-    """The rows of a Trainer's training data as a Source of samples. The caller protects random state.
-
-    Args:
-        trainer: A constructed trainer with a training dataset.
-        images_of: Maps a row to its images.
-        config: The ``hera_*`` keys.
-    """
+    """The rows of a Trainer's training data as a Source of samples. The caller protects random state."""
 
     def __init__(self, trainer: Any, images_of: ImagesOf, config: HeraConfig) -> None:
         data, self._decode = undecoded_rows(trainer.train_dataset, images_of)

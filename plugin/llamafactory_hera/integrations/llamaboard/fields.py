@@ -1,18 +1,27 @@
-"""The ``hera_*`` keys that have a field in the web UI, and the arguments of a run that the fields give.
+"""HeRA's entries in the web UI: the stage, the models, the fields of the keys, and the labels in five languages.
 
 A field takes its type, default and choices from the declaration of its key. The other keys are written into the
 host's field "Extra arguments".
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from html import escape
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import yaml
+
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.keys import choices
 from llamafactory_hera.objectives import names
+
+#: The entry in the list of stages, and the value of ``stage`` that it selects.
+STAGE_TITLE, STAGE = "HeRA", "hera"
 
 #: The accordion: the element of each title, followed by the rows of keys below it. The host drops false and empty
 #: values from a command, so a key that is true by default cannot have a field.
@@ -61,11 +70,44 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
 
 def problem_with(args: dict[str, Any]) -> str:
     """Returns, as HTML, the reason why HeRA refuses the arguments of a run; empty if it takes them."""
-    given = {
-        key: value for key, value in args.items() if key.startswith(HeraConfig.PREFIX) and value not in (None, "")
-    }
+    given = {key: value for key, value in args.items() if key.startswith(HeraConfig.PREFIX)}
     try:
-        HeraConfig.from_keys(given)
+        HeraConfig.from_keys({key: value for key, value in given.items() if value not in (None, "")})
     except ValueError as error:
         return escape(str(error), quote=False)  # the page would take L<layer>H<head> for tags
     return ""
+
+
+@cache
+def texts() -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the properties of each element of the page, by language and element."""
+    return yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
+
+
+def labels(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
+    """Returns the same in the form of the host's ``LOCALES``: element, language, property.
+
+    A language without a translation gets the English texts.
+    """
+    english = texts()["en"]
+    return {name: {lang: texts().get(lang, english)[name] for lang in languages} for name in english}
+
+
+def register_models(constants: ModuleType) -> None:
+    """Adds the models of :mod:`~llamafactory_hera.backbones.table` to the list in the host's ``extras.constants``.
+
+    A LLaVA-style model is listed with the folder in which the recipes build it. A finished model is added unless the
+    host lists it with the same template. All names end with ``-HeRA``.
+    """
+    hub = constants.DownloadSource.DEFAULT
+    offered = {
+        (path.get(hub), constants.DEFAULT_TEMPLATE.get(name))
+        for name, path in constants.SUPPORTED_MODELS.items()
+        if name in constants.MULTIMODAL_SUPPORTED_MODELS
+    }
+    built = [(f"LLaVA-{model.title}", f"models/{model.key}", model.template) for model in LANGUAGE_MODELS.values()]
+    finished = [(model.title, model.checkpoint, model.template) for model in NATIVE_MODELS.values()]
+    for title, path, template in built + finished:
+        if (path, template) not in offered:
+            name = f"{title}-{STAGE_TITLE}"
+            constants.register_model_group({name: {hub: path}}, template=template, multimodal=True)

@@ -14,11 +14,12 @@ _Smooth = Callable[[list[float]], list[float]]
 def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     """Draws the LM loss and the HeRA loss of a run on two axes, and the MKNN with the teacher below them.
 
-    Args:
-        trainer_log: The lines of ``trainer_log.jsonl``; at least one has a HeRA loss.
-        smooth: The host's function that smooths a curve.
+    ``smooth`` is the host's function that smooths a curve. At least one line of the log has a HeRA loss.
     """
-    lines = _without_repeats(trainer_log)
+    end = trainer_log[-1]["current_steps"]
+    # a resumed run repeats steps, and the later line of a step replaces the earlier one
+    by_step = {line["current_steps"]: line for line in trainer_log if "hera_loss" in line}
+    lines = [line for step, line in sorted(by_step.items()) if step <= end]
     measured = any("hera_mknn" in line for line in lines)  # some objectives do not log it
     figure = new_figure(4.6, 5.4 if measured else 3.6)  # the page has a narrow column for it
     panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
@@ -26,9 +27,8 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
     hera = losses.twinx()
     _draw(hera, lines, "hera_loss", "HeRA loss", ORANGE, smooth)
-    handles = [*losses.get_lines(), *hera.get_lines()]
-    named = [handle for handle in handles if not handle.get_label().startswith("_")]
-    losses.legend(handles=named, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    smoothed = [axes.get_lines()[-1] for axes in (losses, hera)]
+    losses.legend(handles=smoothed, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     if measured:
         _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
         # it varies over the steps with the number of images in a batch
@@ -39,17 +39,6 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
             below.legend(frameon=False, fontsize=8)
     below.set_xlabel("step")
     return figure
-
-
-def _without_repeats(trainer_log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Removes the lines of steps that a resumed run repeated later."""
-    lines: list[dict[str, Any]] = []
-    for line in trainer_log:
-        # a line without a loss, such as the last one, has the number of the previous step and repeats nothing
-        while lines and "loss" in line and lines[-1]["current_steps"] >= line["current_steps"]:
-            lines.pop()
-        lines.append(line)
-    return lines
 
 
 def _draw(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str, smooth: _Smooth) -> None:

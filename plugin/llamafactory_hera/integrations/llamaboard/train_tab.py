@@ -14,8 +14,7 @@ from PIL import Image
 
 from llamafactory_hera.files import RUN_FOLDER
 
-from .fields import FIELDS, GROUPS, default, options
-from .names import STAGE
+from .fields import FIELDS, GROUPS, STAGE, default, options
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -33,10 +32,10 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     theirs = host(engine)
     del engine.manager.get_base_elems
     siblings = theirs["mm_tab"].parent.children
-    siblings.remove(elements["hera_tab"])
-    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, elements["hera_tab"])
-
-    theirs["training_stage"].change(_unfold, theirs["training_stage"], elements["hera_tab"], queue=False)
+    stage, tab = theirs["training_stage"], elements["hera_tab"]
+    siblings.remove(tab)
+    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, tab)
+    stage.change(lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, tab, queue=False)
     top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
     results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
     # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen
@@ -92,10 +91,6 @@ def _create_accordion() -> Elements:
         elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False)
         elements["hera_report"] = gr.HTML(visible=False)
     return {"hera_tab": tab, **elements}
-
-
-def _unfold(training_stage: str) -> gr.Accordion:
-    return gr.Accordion(open=TRAINING_STAGES[training_stage] == STAGE)
 
 
 def _field(key: str) -> Component:

@@ -18,8 +18,7 @@ from llamafactory_hera.training.checks import check_batch, check_output, check_p
 
 from .recipe import HostArguments
 
-#: How many samples are checked if checking all of them would take long.
-N_CHECKED = 32
+_N_CHECKED = 32  # samples, as checking all of them would take long
 #: Key -> why heads cannot be read with it.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from",
@@ -36,11 +35,7 @@ _REFUSED = UNREADABLE | {
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
-    """Checks a training run as far as no weights are needed, and returns the layout of the model's decoder.
-
-    Raises:
-        ValueError: Names the key, the value and the remedy.
-    """
+    """Checks a training run as far as no weights are needed, and returns the layout of the model's decoder."""
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
     check_batch(config, host.training)
@@ -97,8 +92,8 @@ def checked_dataset(
         module = get_dataset(template, model_args, data_args, *args, **kwargs)
         if (train := module.get("train_dataset")) is not None:
             _check_images(train, data_args, max(2, objective.least_samples))
-            first = enumerate(islice(train, N_CHECKED**2))
-            for row, sample in islice((each for each in first if each[1].get("images")), N_CHECKED):
+            first = enumerate(islice(train, _N_CHECKED**2))
+            for row, sample in islice((each for each in first if each[1].get("images")), _N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, kwargs["tokenizer"], kwargs.get("processor"))
         return module
 
@@ -108,7 +103,7 @@ def checked_dataset(
 def _check_images(dataset: Any, data_args: Any, least: int) -> None:
     rows: Iterable[dict[str, Any]] = dataset
     if not hasattr(dataset, "__len__"):
-        rows = islice(dataset, N_CHECKED**2)
+        rows = islice(dataset, _N_CHECKED**2)
     elif "images" in dataset.column_names:
         rows = dataset.select_columns(["images"])  # reading the tokens would take long
     found = len(list(islice((row for row in rows if row.get("images")), least)))

@@ -18,7 +18,7 @@ from llamafactory_hera.selection.run_yaml import RecipeFile
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
 from .inputs import calibration_inputs, selection_inputs
-from .recipe import NOT_TRAINING, HostArguments, host_arguments, host_words, named_output, read_recipe, read_values
+from .recipe import NOT_TRAINING, host_arguments, host_words, named_output, read_recipe, read_values
 
 
 @host_words()
@@ -146,7 +146,15 @@ def read_calibration(
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
     check_folders(str(output_dir), host)
-    _check_calibrated(host)
+    refuse_keys(host, UNREADABLE, "calibration")
+    model_config = multimodal_config(host.model)
+    head_layout(model_config)
+    if host.model.quantization_bit is not None or getattr(model_config, "quantization_config", None):
+        raise ValueError(
+            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
+            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
+            "quantization. The adapter also loads on the quantized model."
+        )
     return calibration_inputs(config, host), config, output_dir
 
 
@@ -155,15 +163,3 @@ def _keep_trained(path: Path, where: str, remedy: str) -> None:
     trained = next(filter(Path.exists, map(path.with_name, (CARD, "run.json"))), None)
     if trained is not None:
         raise ValueError(f"{where} holds a run that has trained ({trained}) with the heads of {path.name}; {remedy}.")
-
-
-def _check_calibrated(host: HostArguments) -> None:
-    refuse_keys(host, UNREADABLE, "calibration")
-    config = multimodal_config(host.model)
-    head_layout(config)
-    if host.model.quantization_bit is not None or getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
-            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
-            "quantization. The adapter also loads on the quantized model."
-        )

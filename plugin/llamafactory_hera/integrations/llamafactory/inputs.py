@@ -26,7 +26,7 @@ from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, 
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike
 
-from .checks import N_CHECKED, check_image_tokens
+from .checks import check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
 
@@ -52,8 +52,6 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
     captions = config.select_mode == "llm"  # for the language model alone
     rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
     return SelectionInputs(
-        source=rows,
-        collator=lambda model: DataCollatorForSeq2Seq(rows.tokenizer) if captions else rows.collator(model),
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
         adapter_folders=adapter_folders(host.model),
@@ -66,16 +64,11 @@ def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInp
     """Returns model and data of a calibration; only the dataset is read so far."""
     rows = _UnlabeledSamples(host, config.samples, config.text)
     names = tuple(host.model.adapter_name_or_path or ())
-    return CalibrationInputs(source=rows, collator=rows.collator, adapter_names=names, **rows.common())
+    return CalibrationInputs(adapter_names=names, **rows.common())
 
 
 class _Rows:
-    """The training rows of a run, with tokenizer and template; of a stream only its beginning.
-
-    Args:
-        host: The arguments of the run.
-        n_samples: How many samples will be drawn.
-    """
+    """The training rows of a run, with tokenizer and template; of a stream only enough to draw ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
@@ -99,8 +92,6 @@ class _Rows:
             template=self.template,
             model=model,
             label_pad_token_id=IGNORE_INDEX,
-            block_diag_attn=self.host.model.block_diag_attn,
-            attn_implementation=getattr(model.config, "_attn_implementation", None),
             compute_dtype=self.host.model.compute_dtype,
             **self.tokenizer_module,
         )
@@ -108,6 +99,8 @@ class _Rows:
     def common(self) -> dict[str, Any]:
         """Returns the inputs that selection and calibration share."""
         return {
+            "source": self,
+            "collator": self.collator,
             "load_model": self._load_model,
             "model_name": self.host.model.model_name_or_path,
             "dataset_name": ", ".join(self.host.data.dataset),
@@ -129,22 +122,23 @@ class _Captions(_Rows):
         text = "\n".join(turns).replace(IMAGE_PLACEHOLDER, "")
         return encode_caption(text, self.tokenizer, self.host.data.cutoff_len)
 
+    def collator(self, model: nn.Module) -> Collate:
+        return DataCollatorForSeq2Seq(self.tokenizer)
+
 
 class _Samples(_Rows):
-    """Samples as training sees them. The first ones are checked for image tokens that were cut off."""
+    """Samples as training sees them, and checked for image tokens that were cut off."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         super().__init__(host, n_samples)
         self._processor = self._make_processor()
-        self._n_encoded = 0
 
     def encode(self, row: int) -> Features | None:
         example = self.rows[row]
         features = self._encode(example, self._processor) if _has_answer(example) else None
-        if features is not None:
-            if self._n_encoded < N_CHECKED and features["images"]:
-                self._check(row, features)
-            self._n_encoded += 1
+        # the host fills a sample that it cuts up to `cutoff_len`
+        if features and features["images"] and len(features["input_ids"]) >= self.host.data.cutoff_len:
+            self._check(row, features)
         return features
 
     def _make_processor(self, do_generate: bool = False) -> Any:

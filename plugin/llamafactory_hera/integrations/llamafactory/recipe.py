@@ -45,13 +45,7 @@ class Recipe(NamedTuple):
 
 
 def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
-    """Reads a recipe for scoring.
-
-    Args:
-        path: A YAML or JSON file.
-        overrides: ``key=value`` pairs that replace keys of the file.
-        **forced: Keys that replace both.
-    """
+    """Reads a recipe for scoring; ``key=value`` overrides replace its keys, and ``forced`` replaces both."""
     values, changes = read_values(path, overrides)
     # All heads and layers are scored, whichever of them the recipe aligns with which objective.
     layers = values.get("hera_granularity") == "layer"
@@ -70,12 +64,12 @@ def read_values(
         if "=" not in override:
             raise ValueError(f"{override} is neither a recipe nor key=value; write for instance output_dir=saves/run.")
     changes = OmegaConf.from_cli(list(overrides))
+    file = RecipeFile.read(path) if isinstance(path, str | os.PathLike) else path
     try:
-        file = path if path is None or isinstance(path, RecipeFile) else RecipeFile.read(path)
         written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        name = path.path if isinstance(path, RecipeFile) else path
+        name = file.path if file is not None else " ".join(overrides)
         raise ValueError(f"{name} is not a YAML recipe: {' '.join(str(error).split())}") from error
     return values, {key: values[key] for key in changes}
 
@@ -96,21 +90,19 @@ def named_output(values: Mapping[str, Any], example: str) -> Path:
 
 def model_folder(model_args: Any) -> Path:
     """Returns the local folder of the model, and fetches a hub model."""
-    return local_folder(model_args.model_name_or_path, "model_name_or_path", "a model", **_hub_options(model_args))
+    return local_folder(model_args.model_name_or_path, "model_name_or_path", "a model", **_hub(model_args))
 
 
 def adapter_folders(model_args: Any) -> list[Path]:
     """Returns the local folders of the adapters of a run."""
-    inside = model_args.adapter_folder or "."
-    needs = (Path(inside) / "adapter_config.json").as_posix()
-    options = {"weights": True, "needs": needs, **_hub_options(model_args)}
+    inside = Path(model_args.adapter_folder or ".")
+    options = {"needs": (inside / "adapter_config.json").as_posix(), **_hub(model_args)}
     names = model_args.adapter_name_or_path or []
     return [local_folder(name, "adapter_name_or_path", "an adapter", **options) / inside for name in names]
 
 
-def _hub_options(model_args: Any) -> dict[str, Any]:
-    cache, token = model_args.cache_dir, model_args.hf_hub_token
-    return {"revision": model_args.model_revision, "cache_dir": cache, "token": token}
+def _hub(args: Any) -> dict[str, Any]:
+    return {"revision": args.model_revision, "cache_dir": args.cache_dir, "token": args.hf_hub_token}
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------
@@ -126,20 +118,15 @@ _HINTS = {
 }
 
 
-def in_host_words(message: str) -> str:
-    """Replaces the name of a setting at the start of a message by the host's key, and adds keys that help."""
-    setting, space, rest = message.partition(" ")
-    message = f"{_HOST_KEYS.get(setting, setting)}{space}{rest}"
-    hints = [keys for part, keys in _HINTS.items() if part in message]
-    return f"{message} In LLaMA-Factory: {', '.join(hints)}." if hints else message
-
-
 @contextmanager
 def host_words() -> Iterator[None]:
-    """Translates the errors that pass through."""
+    """Replaces the setting at the start of an error's message by the host's key, and adds keys that help."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if error.args == (str(error),):
-            error.args = (in_host_words(str(error)),)
+        message = str(error)
+        hints = [f" In LLaMA-Factory: {keys}." for part, keys in _HINTS.items() if part in message]
+        if error.args == (message,):  # not an error such as UnicodeDecodeError
+            setting, space, rest = message.partition(" ")
+            error.args = (_HOST_KEYS.get(setting, setting) + space + rest + "".join(hints),)
         raise

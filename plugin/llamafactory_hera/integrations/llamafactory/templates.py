@@ -10,7 +10,6 @@ from typing import Any
 
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import Template
-from typing_extensions import override
 
 #: Name -> the host's template that it starts from, and the fields that differ.
 #:
@@ -52,10 +51,7 @@ def register(host: ModuleType) -> None:
 class PlainTemplate(Template):
     """The format of LLaVA's stage 1: an image and its caption, without the user's text and a system message."""
 
-    @override
-    def _encode(
-        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
-    ) -> list[list[int]]:
+    def _encode(self, tokenizer: Any, messages: list[dict[str, str]], system: Any, tools: Any) -> list[list[int]]:
         # The plugin has already replaced each placeholder by the tokens of its image.
         token = self.mm_plugin.image_token
         images_only = [
@@ -69,10 +65,7 @@ class PlainTemplate(Template):
 class VicunaTemplate(Template):
     """Encodes a user's turn together with the EOS token before it, because SentencePiece would add a space to it."""
 
-    @override
-    def _encode(
-        self, tokenizer: Any, messages: list[dict[str, str]], system: str | None, tools: str | None
-    ) -> list[list[int]]:
+    def _encode(self, tokenizer: Any, messages: list[dict[str, str]], system: Any, tools: Any) -> list[list[int]]:
         encoded = super()._encode(tokenizer, messages, system, tools)
         for i, message in enumerate(messages[2:], 2):
             if message["role"] == "user":

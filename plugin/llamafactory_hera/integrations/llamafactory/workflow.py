@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,7 @@ from llamafactory_hera.files import locked
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
-from llamafactory_hera.objectives import TokenObjective, find
+from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.encoder import teacher_fingerprint, teacher_folder
 from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of
@@ -35,14 +34,7 @@ class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
 def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
     """Trains with HeRA; without ``do_train`` it runs the host's SFT workflow unchanged.
 
-    Args:
-        workflow: The host's module ``train.sft.workflow``.
-        run_sft: Its function, which takes the host's argument classes and callbacks.
-        *arguments: The arguments of that function.
-
-    Raises:
-        ValueError: A setting, the teacher, the model or the data does not fit; before weights are loaded.
-        RuntimeError: The host's workflow starts to train with another trainer.
+    ``workflow`` is the host's module ``train.sft.workflow``, and ``arguments`` are those of its ``run_sft``.
     """
     host = HostArguments(*arguments[:4])
     if not host.training.do_train:
@@ -61,18 +53,27 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
             RunIdentity(targets, teacher_fingerprint(teacher_folder(config.teacher)), config).check(checkpoint)
 
         named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
-        hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
-        proof = _Proof()
+        proof, objective = _Proof(), config.objective_class()
         plot_loss, create_card = workflow.plot_loss, workflow.create_modelcard_and_push
+
+        def make_trainer(*args: Any, **kwargs: Any) -> HeraSftTrainer:
+            proof.trainer = HeraSftTrainer(*args, hera=config, targets=targets, **kwargs)
+            proof.trainer.hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
+            return proof.trainer
+
+        def plot_curves(folder: str, keys: list[str]) -> None:
+            mknn = [] if issubclass(objective, TokenObjective) else ["hera_mknn"]
+            plot_loss(folder, keys=[*keys, "lm_loss", "hera_loss", *mknn, *objective.logged])
+
+        def create_card_and_push(trainer: HeraSftTrainer, *rest: Any) -> None:
+            create_card(trainer, *rest)
+            trainer.write_hera_card()  # the host calls the trainer's own method only if it pushes to a hub
+
         replacements: dict[str, Any] = {
-            "get_dataset": checked_dataset(workflow.get_dataset, find(config.objective)),
-            "CustomSeq2SeqTrainer": partial(proof.make, hub_datasets, hera=config, targets=targets),
-            "plot_loss": lambda folder, keys: plot_loss(folder, keys=[*keys, *_curves(config.objective)]),
-            # The host calls the trainer's own method only if it pushes to a hub.
-            "create_modelcard_and_push": lambda trainer, *rest: (
-                create_card(trainer, *rest),
-                trainer.write_hera_card(),
-            ),
+            "get_dataset": checked_dataset(workflow.get_dataset, objective),
+            "CustomSeq2SeqTrainer": make_trainer,
+            "plot_loss": plot_curves,
+            "create_modelcard_and_push": create_card_and_push,
         }
         stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
         vars(workflow).update(replacements)
@@ -80,15 +81,9 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
 
 
 class _Proof(TrainerCallback):
-    """Makes the trainer with HeRA, and stops a run before its first step if another trainer runs it."""
+    """Stops a run before its first step if it did not make the trainer with HeRA."""
 
     trainer: HeraSftTrainer | None = None
-
-    def make(self, hub_datasets: list[str], *args: Any, **kwargs: Any) -> HeraSftTrainer:
-        """Makes the trainer with the arguments of the host's own class."""
-        self.trainer = HeraSftTrainer(*args, **kwargs)
-        self.trainer.hub_datasets = hub_datasets
-        return self.trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
@@ -96,9 +91,3 @@ class _Proof(TrainerCallback):
                 "stage: hera: LLaMA-Factory's SFT workflow trains with another trainer than CustomSeq2SeqTrainer, and "
                 "without HeRA. Remove the setting that chose it, or use stage: sft."
             )
-
-
-def _curves(objective: str) -> list[str]:
-    """Lists the curves that ``plot_loss`` draws in addition to the host's."""
-    found = find(objective)
-    return ["lm_loss", "hera_loss", *([] if issubclass(found, TokenObjective) else ["hera_mknn"]), *found.logged]
