@@ -36,7 +36,10 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
         raise ValueError(f"{language.key}: {language.name} has no tokenizer, or another model's; {remedy}")
     # A tokenizer that has the token already keeps it.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    template = _training_template(language.config.model_type, tokenizer)
+    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
+    llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
+    templates = {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}
+    template = templates.get(language.config.model_type)
     tokenizer.chat_template = _chat_template(tokenizer, template)
     if "bos_token" in (tokenizer.chat_template or ""):
         tokenizer.add_bos_token = False  # the chat template writes it
@@ -56,12 +59,6 @@ def chat_end(tokenizer: Any) -> int | None:
     rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_ANSWER)[2]
     end = next(iter(tokenizer.encode(rest, add_special_tokens=False)), None)
     return end if end in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end].special else None
-
-
-def _training_template(model_type: str, tokenizer: Any) -> str | None:
-    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
-    llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
-    return {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}.get(model_type)
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:

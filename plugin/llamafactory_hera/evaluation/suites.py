@@ -127,7 +127,8 @@ def _template(text: str) -> Any:
 
 def _task(fields: dict[str, Any]) -> Task:
     """Makes a task from its entry in ``suites.yaml``, with the functions that it names."""
-    named = {key: getattr(scoring, fields[key], fields[key]) for key in ("prompt", "judge", "rows") if key in fields}
+    names = {key: fields[key] for key in ("prompt", "judge", "rows") if key in fields}
+    named: dict[str, Any] = {key: getattr(scoring, name, name) for key, name in names.items()}
     score = fields.get("score", {"accuracy": ("right", "n")})
     named["score"] = partial(scoring.ratios, score) if isinstance(score, dict) else getattr(scoring, score)
     return Task(**fields | named)
