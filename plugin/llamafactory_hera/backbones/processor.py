@@ -3,8 +3,10 @@
 If the model has a training template, the chat template renders exactly the text that training uses.
 """
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaImageProcessor, LlavaProcessor
@@ -13,35 +15,7 @@ from .sources import TOWERS, Source
 
 IMAGE_TOKEN = "<image>"
 _QUESTION, _ANSWER = "What is shown in this image? A red car, 2 people.", "An answer."
-
-# Precedes a template that takes strings, and joins the images and texts of each message to one string.
-_FLATTEN = r"""{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}{%- set content = message['content'] -%}{%- else -%}
-{%- set part = namespace(text='') -%}
-{%- for item in message['content'] -%}
-{%- set part.text = part.text + ('<image>\n' if item['type'] == 'image' else item['text']) -%}
-{%- endfor -%}{%- set content = part.text -%}{%- endif -%}
-{%- set flat.messages = flat.messages + [dict(message, content=content)] -%}
-{%- endfor -%}{%- set messages = flat.messages -%}
-"""
-_CHATML = r"""{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
-_LLAMA3 = r"""{%- for message in messages -%}
-{{- (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' -}}
-{{- message['content'] + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
-# The format of Vicuna 1.1, Vicuna 1.5 and LLaVA-1.5.
-_VICUNA = r"""{{- bos_token -}}{%- if messages[0]['role'] == 'system' -%}
-{{- messages[0]['content'] -}}{%- set messages = messages[1:] -%}{%- else -%}
-{{- "A chat between a curious user and an artificial intelligence assistant. " -}}
-{{- "The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
-{%- endif -%}{%- for message in messages -%}{%- if message['role'] == 'user' -%}
-{{- (' ' if loop.first else '') + 'USER: ' + message['content'] + ' ASSISTANT:' -}}
-{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"""
+_CHAT = yaml.safe_load(Path(__file__).with_name("chat_templates.yaml").read_bytes())
 
 
 def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, int, str | None]:
@@ -62,7 +36,10 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
         raise ValueError(f"{language.key}: {language.name} has no tokenizer, or another model's; {remedy}")
     # A tokenizer that has the token already keeps it.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    template = _training_template(language.config.model_type, tokenizer)
+    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
+    llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
+    templates = {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}
+    template = templates.get(language.config.model_type)
     tokenizer.chat_template = _chat_template(tokenizer, template)
     if "bos_token" in (tokenizer.chat_template or ""):
         tokenizer.add_bos_token = False  # the chat template writes it
@@ -84,26 +61,20 @@ def chat_end(tokenizer: Any) -> int | None:
     return end if end in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[end].special else None
 
 
-def _training_template(model_type: str, tokenizer: Any) -> str | None:
-    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
-    llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
-    return {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}.get(model_type)
-
-
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
     """Chooses the chat template of the built model, which is that of the language model with two exceptions.
 
     Hybrid Qwen3 models get plain ChatML, without thinking. Models without one, such as Vicuna and the base models of
     Llama 3, get the one that they are trained with.
     """
-    chat = tokenizer.chat_template or {"llava_llama3": _LLAMA3, "llava_vicuna": _VICUNA}.get(template or "")
+    chat = tokenizer.chat_template or _CHAT.get(template)
     if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
-        chat = _CHATML
-    if chat == _VICUNA:
+        chat = _CHAT["chatml"]
+    if chat == _CHAT["llava_vicuna"]:
         bos = tokenizer.bos_token
         alone, after_bos = (tokenizer.encode(text, add_special_tokens=False) for text in ("A", f"{bos}A"))
         if bos is not None and after_bos[1:] != alone:
             # Training encodes the text after BOS separately, and SentencePiece puts a space before it, which most
             # tokenizers do not after a BOS token inside a text.
             chat = chat.replace("{{- bos_token -}}", "{{- bos_token -}}{{- ' ' -}}")
-    return None if chat is None else _FLATTEN + chat
+    return None if chat is None else _CHAT["flatten"] + chat

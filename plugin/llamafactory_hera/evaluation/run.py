@@ -88,9 +88,8 @@ def missing(task: Task, data: Path | None) -> list[str]:
         if kind == "nltk":
             import nltk
 
-            if not any(
-                Path(folder, f"{name}{suffix}").exists() for folder in nltk.data.path for suffix in ("", ".zip")
-            ):
+            places = [Path(folder, name + suffix) for folder in nltk.data.path for suffix in ("", ".zip")]
+            if not any(place.exists() for place in places):
                 lacks.append(f"nltk's {name} (run python -m nltk.downloader {Path(name).name})")
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
             lacks.append(f"spaCy's {name} (run python -m spacy download {name})")
@@ -112,7 +111,7 @@ def _folder(task: Task, data: Path | None, settings: Sequence[Any]) -> str:
     """Names the folder of a result by a digest of what the result depends on."""
     digest, found = hashlib.sha256(json.dumps(settings).encode()), task.find(data)
     files = [] if found is None else [found] if found.is_file() else sorted(found.rglob("*.json"))
-    for path in (*(Path(__file__).with_name(name) for name in ("suites.py", "scoring.py")), *files):
+    for path in (*(Path(__file__).with_name(name) for name in ("suites.yaml", "suites.py", "scoring.py")), *files):
         digest.update(path.read_bytes())
     return f"{task.name}-{digest.hexdigest()[:8]}"
 

@@ -1,22 +1,26 @@
-"""The functions that prepare rows, and the judges, which return whether an answer is right, a score, or counts.
+"""The functions that ``suites.yaml`` names: they prepare rows, judge answers, and compute scores from sums.
 
-They follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper names in
-appendix B. Its oddities are kept, because they affect scores: it does not find the letter in "answer is: A", and it
-accepts only the letter for MathVista's multiple-choice questions. The hallucination suites follow their authors.
+A judge returns whether an answer is right, a score, or counts. The judges follow Cambrian-1's evaluation code
+(github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper names in appendix B. Its oddities are kept, because
+they affect scores: it does not find the letter in "answer is: A", and it accepts only the letter for MathVista's
+multiple-choice questions. The hallucination suites follow their authors.
 """
 
 import os
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from ..files import read_json
 
 Row = Mapping[str, Any]
+#: Sums by name: numbers, or arrays with one number for each resample.
+Sums = Counter[str]
 
-PHRASE = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 # The paper's numbers were computed with the labels as first published; lmms-eval's copy corrects two pairs.
 _MMVP_LABELS = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
 
@@ -29,10 +33,11 @@ def image(row: Row) -> list[Any]:
 
 def mmmu_prompt(row: Row) -> str:
     """Formats the question and the options, without the markers of images."""
-    text = f"{row['question']}\n{PHRASE}"
+    text = f"{row['question']}\nAnswer the question using a single word or phrase."
     if row["question_type"] == "multiple-choice":
         options = zip(string.ascii_uppercase, re.findall(r"'(.*?)'", row["options"]), strict=False)
-        text = "\n".join([f"{row['question']} Options:", *map(". ".join, options), LETTER])
+        instruction = "Answer with the option's letter from the given choices directly."
+        text = "\n".join([f"{row['question']} Options:", *map(". ".join, options), instruction])
     return re.sub(r"<image \d+>", "", text).rstrip()
 
 
@@ -41,6 +46,11 @@ def gqa_rows(rows: Any) -> Any:
     from lmms_eval.tasks.gqa.utils import gqa_process_docs
 
     return rows if "image" in rows.column_names else gqa_process_docs(rows)
+
+
+def seed_rows(rows: Any) -> Any:
+    """Leaves out the questions about videos."""
+    return rows.filter(lambda kind: kind == "image", input_columns="data_type")
 
 
 def mmvp_rows(rows: Any) -> Any:
@@ -84,6 +94,11 @@ def exact(row: Row, answer: str) -> bool:
     return answer.lower().rstrip(".") == row["answer"].lower().strip().rstrip(".")
 
 
+def pope(row: Row, answer: str) -> bool:
+    """Compares the first word."""
+    return (answer.lower().split() or [""])[0].rstrip(".:,") == row["answer"].lower()
+
+
 def letter(row: Row, answer: str) -> bool:
     """Compares the letters of options."""
     return last(answer).lstrip("(")[:1] == (row.get("label") or row["answer"]).lower().strip("()")
@@ -111,6 +126,16 @@ def mathvista(row: Row, answer: str) -> bool:
     return same(answer.lower(), target.lower())
 
 
+def ai2d(row: Row, answer: str) -> bool:
+    """Accepts the letter or the number of the option."""
+    return last(answer).lstrip("(")[:1] in (str(row["answer"]), "abcd"[int(row["answer"])])
+
+
+def chartqa(row: Row, answer: str) -> bool:
+    """Compares the entire answer with the text or number."""
+    return same(answer.lower(), row["answer"].lower())
+
+
 def ocrbench(row: Row, answer: str) -> bool:
     """Looks for one of the targets in the answer; blanks do not count in formulas."""
     targets = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
@@ -134,6 +159,11 @@ def mmvp(row: Row, answer: str) -> bool:
     label = (_MMVP_LABELS.get(int(row["index"])) or row.get("correct answer") or row["answer"]).lower()[1]
     given = last(answer).rstrip(".:,").lstrip("(").rstrip(")")
     return given in (label, row["texts"][ord(label) - ord("a")].lower())
+
+
+def realworldqa(row: Row, answer: str) -> bool:
+    """Compares the first word after "answer is"."""
+    return last(answer).rstrip(".").split()[:1] == [row["answer"].lower()]
 
 
 def blink(row: Row, answer: str) -> bool:
@@ -167,3 +197,45 @@ def amber_d(row: Row, answer: str) -> dict[str, int]:
     said = next((word for word in ("yes", "no") if re.match(rf"{word}\b", answer.lower())), "")
     no, said_no = int(row["truth"] == "no"), int(said == "no")
     return {"right": int(said == row["truth"]), "no": no, "said_no": said_no, "both_no": no * said_no}
+
+
+def hallusionbench(row: Row, answer: str) -> bool:
+    """Takes an answer that contains "yes" for yes, and any other for no."""
+    return str(int("yes" in answer.lower())) == str(row["gt_answer"])
+
+
+def _ratio(sums: Sums, part: str, total: str) -> Any:
+    """Returns a percentage; 0 of 0 is 0."""
+    return 100 * sums[part] / np.maximum(sums[total], 1e-9)
+
+
+def ratios(parts: Mapping[str, tuple[str, str]], sums: Sums) -> dict[str, Any]:
+    """Computes scores that are ratios of two sums."""
+    return {name: _ratio(sums, *names) for name, names in parts.items()}
+
+
+def by_category(sums: Sums) -> dict[str, Any]:
+    """Computes the accuracy, and the accuracy of each category."""
+    categories = sorted(name.removesuffix("/n") for name in sums if name.endswith("/n"))
+    parts = {"accuracy": ("right", "n")} | {name: (f"{name}/right", f"{name}/n") for name in categories}
+    return ratios(parts, sums)
+
+
+def mme_score(sums: Sums) -> dict[str, Any]:
+    """Adds, over the categories of perception, the accuracies over questions and over images with both right."""
+    kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+    both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
+    return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}
+
+
+def cv_bench_score(sums: Sums) -> dict[str, Any]:
+    """Averages 2D, the mean of ADE20K and COCO, and 3D."""
+    ade, coco, omni = (_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in ("ADE20K", "COCO", "Omni3D"))
+    return {"accuracy": ((ade + coco) / 2 + omni) / 2}
+
+
+def amber_d_score(sums: Sums) -> dict[str, Any]:
+    """Computes the accuracy, and precision, recall and F1 of the answer "no"."""
+    precision, recall = _ratio(sums, "both_no", "said_no"), _ratio(sums, "both_no", "no")
+    f1 = 2 * precision * recall / (precision + recall + 0.01)  # AMBER adds 0.0001 to fractions
+    return {"accuracy": _ratio(sums, "right", "n"), "precision": precision, "recall": recall, "F1": f1}

@@ -1,7 +1,7 @@
 """Chat templates of LLaVA-style models, registered with the host.
 
 Each one is the host's template of the language model with the host's data plugin of LLaVA, which inserts the image
-tokens. ``backbones.table`` names them. Only the patch of the host's ``data.template`` imports this module.
+tokens. ``backbones/models.yaml`` names them. Only the patch of the host's ``data.template`` imports this module.
 """
 
 from dataclasses import dataclass, fields
