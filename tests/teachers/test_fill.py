@@ -9,7 +9,8 @@ from PIL import Image
 from llamafactory_hera.teachers import cache as cache_module
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
-from llamafactory_hera.teachers.fill import encode_images, fill_cache
+from llamafactory_hera.teachers.fill import fill_cache
+from llamafactory_hera.teachers.images import image_key
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ class CountingTeacher(VisionTeacher):
     def encode(self, pixel_values):
         self.batches = (*self.batches, len(pixel_values))
         return super().encode(pixel_values)
+
+
+def encode_images(teacher, cache, images, batch_size=32):
+    """The features that `fill_cache` has written, read back for each image."""
+    fill_cache(teacher, cache, images, batch_size)
+    return torch.stack(cache.get(list(map(image_key, images)))).float()
 
 
 def direct(teacher, paths):

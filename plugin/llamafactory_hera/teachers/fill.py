@@ -1,4 +1,4 @@
-"""Features of many images: looked up in the cache, or computed in batches and added to it."""
+"""Fills the cache with the features of many images, in batches and shared among processes."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..distributed import rank
+from ..distributed import barrier, rank, world_size
 from .cache import FeatureCache
 from .encoder import TeacherProcessor, VisionTeacher
 from .images import ImageLike, image_key, load_image
@@ -18,32 +18,15 @@ from .images import ImageLike, image_key, load_image
 logger = logging.getLogger("llamafactory_hera")
 
 
-def encode_images(
-    teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int = 32
-) -> Tensor:
-    """Returns the features ``[N, D]`` of N images in float32 on the CPU, and computes those that the cache lacks.
-
-    They are rounded to the float16 of the cache even if they were just computed.
-    """
-    found = cache.get(fill_cache(teacher, cache, images, batch_size))
-    return torch.stack([feature for feature in found if feature is not None]).float()
-
-
 def fill_cache(
     teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int, num_workers: int = 0
-) -> list[bytes]:
+) -> None:
     """Computes the features that a cache lacks; a killed run continues after its last shard.
 
-    Args:
-        teacher: The encoder.
-        cache: The cache to fill.
-        images: The images in any form that `load_image` accepts; ``ValueError`` if one of them cannot be read.
-        batch_size: The number of images per batch; halved with a warning whenever memory runs out.
-        num_workers: The number of processes that decode images.
-
-    Returns:
-        The key of each image.
+    All processes of a launch call it together with the same images, and each computes its share. ``ValueError`` if an
+    image cannot be read. ``batch_size`` is halved with a warning whenever memory runs out.
     """
+    images = images[rank() :: world_size()]
     cache.refresh()
     keys = [image_key(image) for image in images]
     positions = {key: i for i, key in enumerate(keys)}
@@ -66,7 +49,8 @@ def fill_cache(
             cache.put([keys[i] for i in chosen], features)
     finally:
         cache.flush()
-    return keys
+    barrier()
+    cache.refresh()  # the shards of the other processes
 
 
 def _decode(images: Sequence[ImageLike], processor: TeacherProcessor, chosen: list[int]) -> tuple[list[int], Tensor]:
