@@ -27,11 +27,10 @@ from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
-from ..teachers.fill import fill_cache
 from ..teachers.images import chosen_image
 from .fingerprint import model_fingerprint
 from .gallery import write_neighbors
-from .passes import pooled_outputs
+from .passes import fill_cache, pooled_outputs
 from .report import show
 from .samples import Sample, SelectionInputs, draw_samples
 from .scores import SAME_RUN, SAME_SELECTION, choose_targets, differences, package_versions
@@ -131,10 +130,7 @@ def untouched_random_state() -> Iterator[None]:
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
     """Scores every head and layer, chooses some, and writes them with their scores and origin.
 
-    All processes of a launch call it together.
-
-    Raises:
-        ValueError: Bad input; names the key, the value and the remedy.
+    All processes of a launch call it together. ``ValueError`` for bad input.
     """
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
@@ -156,10 +152,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
             of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
-                raise ValueError(
-                    "model: the output of every head holds NaN or infinity. The checkpoint is damaged, or its "
-                    "activations do not fit into fp16: use bf16 or fp32."
-                )
+                problem = "the output of every head holds NaN or infinity; the checkpoint is damaged, or needs"
+                raise ValueError(f"model: {problem} more than the range of fp16: use bf16 or fp32.")
             provenance = {
                 "model": inputs.model_name,
                 "adapters": [str(folder) for folder in inputs.adapter_folders],

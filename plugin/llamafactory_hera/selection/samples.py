@@ -57,8 +57,7 @@ class Sample(NamedTuple):
     """A row of the dataset."""
 
     row: int
-    images: list[ImageLike]  #: All images, not decoded.
-    image: ImageLike  #: The image that the teacher sees.
+    image: ImageLike  #: The image that the teacher sees, not decoded.
     key: bytes  #: The content digest of that image.
     features: Features
 
@@ -94,7 +93,7 @@ def draw(
         if features is None or not usable(features):
             without_text += 1
         else:
-            drawn[key] = Sample(row, list(images), image, key, features)
+            drawn[key] = Sample(row, image, key, features)
     return list(drawn.values()), without_image, without_text
 
 

@@ -81,10 +81,8 @@ def check_teacher(name_or_path: str) -> TeacherInfo:
     folder = teacher_folder(value, weights=False)
     model_type = read_json(folder / CONFIG_FILE).get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"{KEY}: {value} has model_type {model_type!r}; give a vision model of one of the types "
-            f"{', '.join(FAMILIES)}, such as the paper's facebook/dinov2-large."
-        )
+        problem = f"{value} has model_type {model_type!r}"
+        raise ValueError(f"{KEY}: {problem}; give a vision model of one of the types {', '.join(FAMILIES)}.")
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         files = " or ".join(PROCESSOR_FILES)
         raise ValueError(f"{KEY}: {value} holds no image processor ({files}); copy that of the same model there.")
@@ -105,7 +103,7 @@ def teacher_fingerprint(folder: str | Path) -> str:
 
 
 class TeacherProcessor:
-    """Turns PIL images into the pixels that a teacher takes; can be pickled, and holds no weights."""
+    """Turns PIL images into the pixels that a teacher takes; it can be pickled."""
 
     def __init__(self, info: TeacherInfo) -> None:
         import transformers
@@ -113,10 +111,8 @@ class TeacherProcessor:
         processor = self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         if not (size and size.height and size.width):
-            raise ValueError(
-                f"{KEY}: the image processor of {info.name} gives images of different sizes, which cannot form a "
-                'batch; set "do_center_crop": true and "crop_size" in its file.'
-            )
+            problem = f"the image processor of {info.name} gives images of different sizes"
+            raise ValueError(f'{KEY}: {problem}; set "do_center_crop": true and "crop_size" in its file.')
         self.pixel_size: tuple[int, int] = (size.height, size.width)  #: Height and width of the result.
         self.mean, self.std = normalization(processor)
 
@@ -130,10 +126,7 @@ class TeacherProcessor:
 
 
 class VisionTeacher:
-    """A frozen vision model with its image processor.
-
-    It is not a ``torch.nn.Module``, so a model or trainer that holds it neither trains nor saves it.
-    """
+    """A frozen vision model; it is no ``torch.nn.Module``, so a model that holds it neither trains nor saves it."""
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -150,10 +143,9 @@ class VisionTeacher:
         info = check_teacher(name_or_path)
         size, patch = info.config.image_size, info.config.patch_size
         if not info.family.any_size and size // patch != side:
-            raise ValueError(
-                f"{KEY}: {info.name} takes only images of {size} pixels in patches of {patch}, but an image is "
-                f"{side} x {side} tokens for the student; use facebook/dinov2-large, which takes any size."
-            )
+            fixed = f"{info.name} takes only images of {size} pixels in patches of {patch}"
+            grid = f"an image is {side} x {side} tokens for the student"
+            raise ValueError(f"{KEY}: {fixed}, but {grid}; use facebook/dinov2-large, which takes any size.")
         return info
 
     @classmethod
@@ -181,10 +173,8 @@ class VisionTeacher:
         # transformers only warns about missing weights, and initializes them at random.
         missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
         if missing:
-            raise ValueError(
-                f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, the "
-                f"first is {missing[0]}; copy or download the weights and {CONFIG_FILE} again."
-            )
+            lost = f"{len(missing)} tensors of a {info.family.model_class}, the first is {missing[0]}"
+            raise ValueError(f"{KEY}: the weights of {info.name} lack {lost}; copy or download the model again.")
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info)
@@ -193,8 +183,7 @@ class VisionTeacher:
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Computes the features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``.
 
-        They are the CLS token after the final norm (paper, sec. 3), or the mean of the patch tokens, in float32 on the
-        teacher's device.
+        They are in float32 on the teacher's device.
         """
         output, kind = self._forward(pixel_values), self.info.family.output
         if kind == "pooled":
