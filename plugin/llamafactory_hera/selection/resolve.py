@@ -52,11 +52,7 @@ class Run:
 
 
 def resolve_targets(config: HeraConfig, run: Run) -> Targets:
-    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is.
-
-    Raises:
-        ValueError: The file was selected for another run, or the input of a selection is bad.
-    """
+    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is."""
     folder = run.output_dir / RUN_FOLDER
     with untouched_random_state():
         if config.named_targets != AUTO:
@@ -128,10 +124,7 @@ def untouched_random_state() -> Iterator[None]:
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores every head and layer, chooses some, and writes them with their scores and origin.
-
-    All processes of a launch call it together. ``ValueError`` for bad input.
-    """
+    """Scores all heads and layers, chooses some, and writes them with their scores; all processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))

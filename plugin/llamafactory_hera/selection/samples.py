@@ -71,8 +71,7 @@ def draw(
 ) -> tuple[list[Sample], int, int]:
     """Draws up to ``count`` samples in an order that depends only on the seed, and each image once.
 
-    Returns:
-        The samples, the number of rows without an image, and the number of rows without ``usable`` text.
+    The two numbers are those of the rows without an image and without ``usable`` text.
     """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
