@@ -25,12 +25,6 @@ def processor_of(folder):
     return TeacherProcessor(VisionTeacher.check(str(folder)))
 
 
-def write_sharded(folder):
-    model = tf.Dinov2Model.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="20KB")
-
-
 # files
 
 
@@ -76,7 +70,9 @@ def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_and_not_on
     save_teacher, edit_json, tmp_path
 ):
     folder = save_teacher("dinov2")
-    write_sharded(folder)
+    model = tf.Dinov2Model.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
     seen = {teacher_fingerprint(folder)}
     assert {teacher_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere"))} == seen
     path = max(folder.glob("*.safetensors"))
