@@ -96,7 +96,7 @@ def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
     assert image_key(turned) != image_key(image)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
 def test_other_color_modes_become_rgb(mode, make_images):
     assert load_image(make_images(1)[0].convert(mode)).mode == "RGB"
 

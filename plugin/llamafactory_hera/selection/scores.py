@@ -53,10 +53,8 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
     if strategy == "middle":
         candidates = [target for target in candidates if target.layer == shape[0] // 2]
     if len(candidates) < m:
-        found = f"{len(candidates)} {'heads' if len(shape) == 2 else 'layers'}"
-        raise ValueError(
-            f"hera_select_m: {m} is more than the {found} hera_select: {strategy} can choose from; lower it."
-        )
+        found = f"{len(candidates)} {'heads' if len(shape) == 2 else 'layers'} among which hera_select: {strategy}"
+        raise ValueError(f"hera_select_m: {m} is more than the {found} chooses; lower it.")
     if strategy == "top":
         candidates.sort(key=lambda target: (-ranked[target], target))
     if strategy == "random":
