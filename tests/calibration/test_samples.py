@@ -21,7 +21,7 @@ def test_the_seed_decides_the_draw_and_no_image_is_in_both_parts() -> None:
 
 def test_samples_without_an_image_or_with_one_that_was_drawn_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     profiled, held_out = draw_samples(Rows([*[[]] * 9, *IMAGES[:11], *IMAGES[:11]]), CONFIG)
-    assert len({sample.images[0].tobytes() for sample in (*profiled, *held_out)}) == 11
+    assert len({sample.image.tobytes() for sample in (*profiled, *held_out)}) == 11
     assert "rah_samples: only 11 of 12 samples can be drawn (9 have no image" in caplog.text
     with pytest.raises(ValueError, match=r"dataset: only 8 of its 20.*12 have no image.*need 9.*`images`"):
         draw_samples(Rows([*[[]] * 12, *IMAGES[:8]]), CONFIG)

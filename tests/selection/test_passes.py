@@ -26,11 +26,6 @@ def test_each_sample_is_in_one_batch_longest_first(batch_size):
     assert {len(batch) for batch in batches[:-1]} <= {batch_size}
 
 
-def test_batches_run_in_order():
-    results = list(run_batches(PLAN, FEATURES, collate, lambda batch: batch["rows"]))
-    assert results == [(batch, list(batch)) for batch in PLAN]
-
-
 @pytest.mark.parametrize("error", [NO_MEMORY, RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_batches_are_halved_when_memory_runs_out(error, caplog):
     tried = []

@@ -92,10 +92,7 @@ def test_markdown_and_picture_are_written(files, tmp_path):
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
         (["{run}", "--html", "{run}/hera/heads.json"], "report: .*heads.json exists and is no report"),
         (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is no report"),
-        (
-            ["{run}/images"],
-            "scores: .*images/hera/heads.json cannot be read .*; give a file that `llamafactory-hera score`",
-        ),
+        (["{run}/images"], "scores: .*images/hera/heads.json cannot be read .*; give a file that a selection or"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, problem):

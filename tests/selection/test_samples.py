@@ -4,7 +4,6 @@ import copy
 import logging
 
 import pytest
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -20,29 +19,13 @@ def some(**keys) -> HeraConfig:
     return settings(**{"select_samples": 20, "select_k": 3, **keys})
 
 
-class Pairs:
-    """A dataset with two images per row, of which all rows share the first."""
-
-    def __init__(self, n):
-        self.shared = Image.new("RGB", (4, 4), "white")
-        self.second = [Image.new("RGB", (4, 4), (row, 0, 0)) for row in range(n)]
-
-    def __len__(self):
-        return len(self.second)
-
-    def images(self, row):
-        return [self.shared, self.second[row]]
-
-    def encode(self, row):
-        return {"input_ids": [row]}
-
-
 def test_the_image_that_the_teacher_sees_decides_if_a_sample_is_a_repetition():
-    source = Pairs(6)
+    shared, *second = noise_images(7)
+    source = Rows([[shared, image] for image in second], captions(6))
     assert len(draw(source, 6, seed=0)[0]) == 1
     found, *_ = draw(source, 6, seed=0, image_index=-1)
     assert sorted(sample.row for sample in found) == list(range(6))
-    assert all(sample.image is source.second[sample.row] for sample in found)
+    assert all(sample.image is second[sample.row] for sample in found)
 
 
 def test_the_draw_depends_only_on_the_seed_and_a_smaller_one_is_its_beginning():

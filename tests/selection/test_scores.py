@@ -63,11 +63,7 @@ def test_a_random_choice_depends_only_on_the_seed(scores):
 
 @pytest.mark.parametrize(
     ("scores", "strategy", "m", "number"),
-    [
-        (SCORES, "worst", 12, "11 heads"),
-        (SCORES, "middle", 4, "3 heads"),
-        (LAYERS, "worst", 5, "4 layers"),
-    ],
+    [(SCORES, "worst", 12, "11 heads"), (SCORES, "middle", 4, "3 heads"), (LAYERS, "worst", 5, "4 layers")],
 )
 def test_a_choice_of_more_than_have_a_score_is_refused(scores, strategy, m, number):
     with pytest.raises(ValueError, match=f"hera_select_m: {m} is more than the {number} among which .*{strategy}"):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers as tf
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,7 +15,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection.samples import SelectionInputs
 from llamafactory_hera.selection.scores import choose_targets
 from llamafactory_hera.teachers.encoder import VisionTeacher
-from tests.tiny_models import PAD, text_model, vlm, vlm_batch
+from tests.tiny_models import PAD, teacher_folder, text_model, vlm, vlm_batch
 
 _SIDE = 16
 
@@ -30,22 +29,6 @@ def settings(**keys: Any) -> HeraConfig:
 def layer_settings(**keys: Any) -> HeraConfig:
     """The same for layers."""
     return settings(granularity="layer", heads=None, layers="auto", **keys)
-
-
-def save_teacher(folder: Path, seed: int = 0) -> Path:
-    """Saves a tiny random DINOv2 with its processor."""
-    torch.manual_seed(seed)
-    config = tf.Dinov2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=_SIDE, patch_size=8, mlp_ratio=2
-    )
-    model = tf.Dinov2Model(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    square = {"height": _SIDE, "width": _SIDE}
-    tf.BitImageProcessor(size={"shortest_edge": _SIDE}, crop_size=square).save_pretrained(folder)
-    return folder
 
 
 def noise_images(n: int, seed: int = 0) -> list[Image.Image]:
@@ -111,17 +94,15 @@ def vlm_inputs(folder: Path, name: str = "llava-qwen3", n: int = 16) -> Selectio
 
 
 def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate: Any) -> SelectionInputs:
-    model_folder, teacher_folder = folder / "model", folder / "teacher"
-    if not teacher_folder.exists():
-        save_teacher(teacher_folder)
-        model.save_pretrained(model_folder)
+    if not (folder / "model").exists():
+        model.save_pretrained(folder / "model")
     return SelectionInputs(
         source=source,
         load_model=lambda: model,
         collator=lambda _: collate,
-        load_teacher=partial(VisionTeacher.from_pretrained, str(teacher_folder)),
+        load_teacher=partial(VisionTeacher.from_pretrained, teacher_folder()),
         model_name="tiny/model",
-        weights=model_folder,
+        weights=folder / "model",
         dataset_name="noise",
     )
 

@@ -108,12 +108,9 @@ def zero3():
 @pytest.fixture
 def fsdp(monkeypatch):
     """Imitates rank 1 of an FSDP launch with efficient loading."""
-    for name, value in (
-        ("ACCELERATE_USE_FSDP", "true"),
-        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true"),
-        ("LOCAL_RANK", "1"),
-    ):
-        monkeypatch.setenv(name, value)
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda *args: 1)
     return tf.modeling_utils.is_fsdp_enabled

@@ -11,7 +11,6 @@ from llamafactory_hera.teachers.encoder import (
     FAMILIES,
     TeacherProcessor,
     VisionTeacher,
-    check_teacher,
     teacher_fingerprint,
 )
 
@@ -23,13 +22,7 @@ def load(folder, **options):
 
 
 def processor_of(folder):
-    return TeacherProcessor(check_teacher(str(folder)))
-
-
-def write_sharded(folder):
-    model = tf.Dinov2Model.from_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="20KB")
+    return TeacherProcessor(VisionTeacher.check(str(folder)))
 
 
 # files
@@ -57,7 +50,7 @@ def test_a_folder_that_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(
     folder = save_teacher("dinov2")
     damage(folder)
     with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}") as caught:
-        check_teacher(str(folder))
+        VisionTeacher.check(str(folder))
     assert str(folder) in str(caught.value)
 
 
@@ -65,11 +58,11 @@ def test_weights_of_a_hub_model_are_fetched_after_the_checks(save_teacher, monke
     folder, fetched = save_teacher("dinov2"), []
     monkeypatch.setattr(encoder, "local_folder", lambda *args, weights: fetched.append(weights) or folder)
     monkeypatch.setattr(tf.PreTrainedModel, "__init__", None)  # no model is created
-    assert check_teacher("some-org/teacher").path == folder
+    assert VisionTeacher.check("some-org/teacher").path == folder
     assert fetched == [False, True]
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="some-org/teacher holds no image processor"):
-        check_teacher("some-org/teacher")
+        VisionTeacher.check("some-org/teacher")
     assert fetched == [False, True, False]
 
 
@@ -77,7 +70,9 @@ def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_and_not_on
     save_teacher, edit_json, tmp_path
 ):
     folder = save_teacher("dinov2")
-    write_sharded(folder)
+    model = tf.Dinov2Model.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
     seen = {teacher_fingerprint(folder)}
     assert {teacher_fingerprint(shutil.copytree(folder, tmp_path / "elsewhere"))} == seen
     path = max(folder.glob("*.safetensors"))

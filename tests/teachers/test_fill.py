@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from llamafactory_hera.selection.passes import fill_cache
 from llamafactory_hera.teachers import cache as cache_module
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
-from llamafactory_hera.teachers.fill import encode_images, fill_cache
+from llamafactory_hera.teachers.images import image_key
 
 
 @pytest.fixture
@@ -37,6 +38,12 @@ class CountingTeacher(VisionTeacher):
     def encode(self, pixel_values):
         self.batches = (*self.batches, len(pixel_values))
         return super().encode(pixel_values)
+
+
+def encode_images(teacher, cache, images, batch_size=32):
+    """The features that `fill_cache` has written, read back for each image."""
+    fill_cache(teacher, cache, images, batch_size)
+    return torch.stack(cache.get(list(map(image_key, images)))).float()
 
 
 def direct(teacher, paths):
@@ -110,8 +117,8 @@ def test_the_batch_is_halved_with_a_warning_when_memory_runs_out(save_teacher, c
     torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
     # Batches of 6 and 3 images fail; those of 1 succeed, and the size stays.
     assert teacher.batches == (1,) * 7
-    assert "batches of 3 images" in caplog.text
-    assert "batches of 1 images" in caplog.text
+    assert "batches of 3 samples" in caplog.text
+    assert "batches of 1 samples" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,10 @@ def score_features(
 
 @torch.no_grad()
 def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: int, normalize: bool = True) -> Tensor:
-    """Finds the ``k`` nearest neighbors ``[Q, k]`` of some samples among all, nearest first, ties by rising index.
+    """Finds the ``k`` nearest neighbors ``[Q, k]`` of the samples ``rows [Q]``, nearest first, ties by rising index.
 
-    Args:
-        features: ``[N, d]``, any float type.
-        weight: Projects the features, ``[D, d]``, such as the columns of ``o_proj.weight`` for a head; may be None.
-        rows: The samples in question, ``[Q]``.
-        k: Neighbors per sample; all are -1 if the features or weights hold NaN or infinity.
-        normalize: Cosine similarity when true, dot product otherwise.
+    A ``weight [D, d]``, such as the columns of ``o_proj.weight`` for a head, projects the ``features [N, d]``. All
+    neighbors are -1 if one of the two holds NaN or infinity.
     """
     parts = []
     with full_precision(features.device.type):

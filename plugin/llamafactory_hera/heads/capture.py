@@ -145,7 +145,7 @@ class HeadCapture(LayerHooks):
             n_rows = len(rows[0])
             return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-        # a bound method, because LLaMA-Factory's checkpointing function reads the layer from `__self__`
+        # a bound method, because a host's checkpointing function reads the layer from `__self__`
         together = original(MethodType(run, layer), *rest, **kw)
         output, rows = together[:-n_rows], together[-n_rows:]
         self._keep(index, *rows)

@@ -103,11 +103,8 @@ def write_gallery(
 ) -> list[Path]:
     """Draws ``OUTPUT_L3H4.png`` for each head, and returns the paths.
 
-    ``heads`` are names or the path of a file, by default :func:`default_heads` of the first file of scores.
-
-    Raises:
-        ValueError: The files cannot be compared, a head has no score, or an image was moved.
-        OSError: A file of scores has no neighbors.
+    ``heads`` are names or the path of a file, by default :func:`default_heads` of the first file of scores. An
+    ``OSError`` names neighbors that are missing.
     """
     files, names = load_files(paths, names, "gallery")
     chosen = Targets.parse(heads).items if heads else default_heads(files[0])

@@ -1,4 +1,4 @@
-"""Forward passes of selection and calibration: how samples are batched, run, and averaged over tokens."""
+"""Forward passes of the model and the teacher before training, in batches that are halved when memory runs out."""
 
 import inspect
 import logging
@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..config import HeraConfig, Mode
-from ..distributed import gather_objects, rank, world_size
+from ..distributed import barrier, gather_objects, rank, world_size
 from ..heads.families import head_layout, media_token_ids, model_config, text_decoder
 from ..heads.probe import PooledHeads
 from ..heads.targets import Pooling
 from ..heads.tokens import token_mask
-from .samples import Collate, Features, SelectionInputs
+from ..teachers.cache import FeatureCache
+from ..teachers.encoder import TeacherProcessor, VisionTeacher
+from ..teachers.images import ImageLike, image_key, load_image
+from .samples import Features, SelectionInputs
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -74,8 +77,8 @@ def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
 def run_batches(
     batches: list[Batch],
     features: Sequence[Features],
-    collate: Collate,
-    run: Callable[[dict[str, Any]], Any],
+    collate: Callable[[list[Features]], Any],
+    run: Callable[[Any], Any],
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Any]]:
     """Yields each batch with the result of its pass; batches are halved from the moment when memory runs out."""
@@ -103,8 +106,37 @@ def run_batches(
             return
 
 
-def _collated(batch: Batch, features: Sequence[Features], collate: Collate) -> dict[str, Any]:
+def _collated(batch: Batch, features: Sequence[Features], collate: Callable[[list[Features]], Any]) -> Any:
     return collate([dict(features[row]) for row in batch])  # copies, as collators remove entries
+
+
+def fill_cache(
+    teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int, num_workers: int = 0
+) -> None:
+    """Computes the features that a cache lacks; a killed run continues after its last shard.
+
+    All processes of a launch call it together with the same images, and each computes its share. ``ValueError`` if an
+    image cannot be read.
+    """
+    cache.refresh()
+    found = {image_key(image): {"image": image} for image in images[rank() :: world_size()]}
+    keys = [key for key in found if key not in cache]
+    missing = [found[key] for key in keys]
+    batches, collate = plan_batches([1] * len(keys), batch_size), partial(_pixels, processor=teacher.processor)
+    bar = tqdm(total=len(keys), desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0)
+    try:
+        for batch, features in run_batches(batches, missing, collate, teacher.encode, num_workers):
+            cache.put([keys[i] for i in batch], features)
+            bar.update(len(batch))
+    finally:
+        bar.close()
+        cache.flush()
+    barrier()
+    cache.refresh()  # the shards of the other processes
+
+
+def _pixels(features: list[Features], processor: TeacherProcessor) -> Tensor:
+    return processor.batch([load_image(feature["image"]) for feature in features])
 
 
 def pooled_outputs(

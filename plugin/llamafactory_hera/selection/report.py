@@ -107,9 +107,9 @@ def show(path: Path) -> None:
 
 
 def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
-    """Draws the scores of all heads, and of each layer with its best and worst head (paper, fig. 3 left).
+    """Draws all heads, with ``marked`` ones framed, and each layer with its best and worst head (paper, fig. 3 left).
 
-    ``marked`` heads or layers are framed; ``limits`` are the ends of the color scale, by default the extreme scores.
+    ``limits`` are the ends of the color scale, by default the extreme scores.
     """
     n_layers, n_heads = scored.scores.shape
     size = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
@@ -187,7 +187,7 @@ def write_report(
     if output:
         written += [Path(f"{output}.png"), Path(f"{output}.md")]
         plots.save_figure(draw_comparison(comparison), written[0])
-        write_text(written[1], render_markdown(comparison, written[0].name))
+        write_text(written[1], _markdown(comparison, written[0].name))
     if html:
         title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
         write_text(html, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
@@ -195,16 +195,13 @@ def write_report(
     return written
 
 
-def render_markdown(comparison: Comparison, picture: str) -> str:
-    """Renders a comparison as Markdown; ``picture`` is the path of the PNG relative to the page."""
-
+def _markdown(comparison: Comparison, picture: str) -> str:
     def literal(text: str) -> str:
         return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
 
     header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
     table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
-    summary = literal(comparison.summary)
-    return f"{_TITLE}\n\n{summary}\n\n![MKNN in every file]({picture})\n\n{table}"
+    return f"{_TITLE}\n\n{literal(comparison.summary)}\n\n![MKNN in every file]({picture})\n\n{table}"
 
 
 def _sections(comparison: Comparison) -> Iterator[str]:

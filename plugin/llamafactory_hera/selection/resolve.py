@@ -20,20 +20,19 @@ from torch import Tensor
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
-from ..distributed import barrier, on_first, rank, world_size
+from ..distributed import on_first, rank
 from ..files import RUN_FOLDER, locked
 from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.cache import FeatureCache
-from ..teachers.encoder import VisionTeacher, teacher_fingerprint, teacher_folder
-from ..teachers.fill import encode_images, fill_cache
-from ..teachers.images import ImageLike, chosen_image
+from ..teachers.encoder import teacher_fingerprint, teacher_folder
+from ..teachers.images import chosen_image
 from .fingerprint import model_fingerprint
 from .gallery import write_neighbors
-from .passes import pooled_outputs
+from .passes import fill_cache, pooled_outputs
 from .report import show
-from .samples import SelectionInputs, draw_samples
+from .samples import Sample, SelectionInputs, draw_samples
 from .scores import SAME_RUN, SAME_SELECTION, choose_targets, differences, package_versions
 
 logger = logging.getLogger("llamafactory_hera")
@@ -53,17 +52,12 @@ class Run:
 
 
 def resolve_targets(config: HeraConfig, run: Run) -> Targets:
-    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is.
-
-    Raises:
-        ValueError: The file was selected for another run, or the input of a selection is bad.
-    """
+    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is."""
     folder = run.output_dir / RUN_FOLDER
     with untouched_random_state():
         if config.named_targets != AUTO:
             return on_first(lambda: _named(config, run, folder))
-        now = on_first(lambda: _origin(config, run))
-        chosen = on_first(lambda: _selected_before(now, config, folder, run.checkpoint))
+        chosen = on_first(lambda: _selected_before(config, run, folder))
         if chosen is None:
             path = folder / file_name(config.granularity)
             chosen = select_targets(run.inputs(), config, path)
@@ -77,7 +71,7 @@ def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
     """Returns the targets that the key names, with the scores of a selection for this run that chose the same ones."""
     targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
-        _check(targets, _origin(config, run), SAME_RUN, config)
+        _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)
         return targets
     path = folder / targets.file_name  # training writes this file again, and would lose the scores
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
@@ -92,32 +86,28 @@ def _origin(config: HeraConfig, run: Run) -> dict[str, Any]:
     return keys | run.origin()
 
 
-def _selected_before(now: dict[str, Any], config: HeraConfig, folder: Path, checkpoint: str | None) -> Targets | None:
+def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | None:
     """Returns the choice of an earlier selection with the same settings; a resumed run takes its checkpoint's."""
+    now, checkpoint = _origin(config, run), run.checkpoint
     for place in [folder] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER, folder]:
         path = place / file_name(config.granularity)
         chosen = Targets.load(path, config.granularity) if path.is_file() else None
-        if chosen is None or not chosen.provenance:
-            continue
-        if not differences(chosen.provenance, now, SAME_SELECTION):
-            logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, which was selected with the same settings")
-            return chosen
-        if checkpoint is not None:
-            _check(chosen, now, SAME_SELECTION, config)
-            return chosen
+        if chosen is not None and chosen.provenance:
+            differing = differences(chosen.provenance, now, SAME_SELECTION)
+            if not differing:
+                logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, which was selected with the same settings")
+            if checkpoint is not None or not differing:
+                _check(chosen, differing, config)
+                return chosen
     return None
 
 
-def _check(chosen: Targets, now: dict[str, Any], names: tuple[str, ...], config: HeraConfig) -> None:
-    if not (differing := differences(chosen.provenance, now, names)):
-        return
+def _check(chosen: Targets, differing: list[str], config: HeraConfig) -> None:
     problem = f"{chosen.key}: the {chosen.what} {chosen} were selected for another run: {'; '.join(differing)}"
-    if not config.heads_force:
-        remedy = (
-            f"Select again in a new output folder, or set hera_heads_force: true to train these {chosen.what} anyway"
-        )
-        raise ValueError(f"{problem}. {remedy}.")
-    logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
+    if differing and not config.heads_force:
+        raise ValueError(f"{problem}. Select again in a new output folder, or set hera_heads_force: true.")
+    if differing:
+        logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
 
 
 @contextmanager
@@ -134,19 +124,12 @@ def untouched_random_state() -> Iterator[None]:
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores every head and layer, chooses some, and writes them with their scores and origin.
-
-    All processes of a launch call it together.
-
-    Raises:
-        ValueError: Bad input; names the key, the value and the remedy.
-    """
+    """Scores all heads and layers, chooses some, and writes them with their scores; all processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))
         samples = draw_samples(inputs.source, config)
-        images = [sample.image for sample in samples]
-        neighbors, digest_of_teacher = _teacher_neighbors(images, inputs, config, path.parent)
+        neighbors, digest_of_teacher = _teacher_neighbors(samples, inputs, config, path.parent)
         model = inputs.load_model()
         layout = head_layout(model_config(model))
         by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
@@ -162,10 +145,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
             of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
-                raise ValueError(
-                    "model: the output of every head holds NaN or infinity. The checkpoint is damaged, or its "
-                    "activations do not fit into fp16: use bf16 or fp32."
-                )
+                problem = "the output of every head holds NaN or infinity; the checkpoint is damaged, or needs"
+                raise ValueError(f"model: {problem} more than the range of fp16: use bf16 or fp32.")
             provenance = {
                 "model": inputs.model_name,
                 "adapters": [str(folder) for folder in inputs.adapter_folders],
@@ -199,12 +180,15 @@ def _as_json(scores: Tensor) -> list[float | None]:
 
 
 def _teacher_neighbors(
-    images: list[ImageLike], inputs: SelectionInputs, config: HeraConfig, folder: Path
+    samples: list[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
     """Finds the neighbors ``[N, k]`` of N images, and the fingerprint of the teacher, and frees its memory."""
     teacher = inputs.load_teacher()
-    cache = _filled_cache(config.teacher_cache or folder / _TEACHER_FEATURES, teacher, images, inputs, config)
-    features = encode_images(teacher, cache, images, config.select_batch_size).to(teacher.device)
+    place = config.teacher_cache or folder / _TEACHER_FEATURES
+    cache = FeatureCache(place, teacher.fingerprint, teacher.dim, config.teacher)
+    fill_cache(teacher, cache, [sample.image for sample in samples], config.select_batch_size, inputs.num_workers)
+    found = cache.get([sample.key for sample in samples])
+    features = torch.stack([feature for feature in found if feature is not None]).float().to(teacher.device)
     digest = teacher.fingerprint
     del teacher
     clear_device_cache(garbage_collection=True)
@@ -219,14 +203,7 @@ def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
     images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
     if not images:
         raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use a dataset with images.")
-    return len(_filled_cache(config.teacher_cache, inputs.load_teacher(), images, inputs, config))
-
-
-def _filled_cache(
-    folder: str | Path, teacher: VisionTeacher, images: list[ImageLike], inputs: SelectionInputs, config: HeraConfig
-) -> FeatureCache:
-    cache = FeatureCache(folder, teacher.fingerprint, teacher.dim, teacher_name=config.teacher)
-    fill_cache(teacher, cache, images[rank() :: world_size()], config.select_batch_size, inputs.num_workers)
-    barrier()
-    cache.refresh()
-    return cache
+    teacher = inputs.load_teacher()
+    cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim, config.teacher)
+    fill_cache(teacher, cache, images, config.select_batch_size, inputs.num_workers)
+    return len(cache)

@@ -30,10 +30,7 @@ class RecipeFile(NamedTuple):
             raise ValueError(f"The recipe {path} cannot be read ({error}).") from error
 
     def with_keys(self, keys: Mapping[str, Any]) -> str:
-        """Returns the text with new values of some keys; ``ValueError`` if it is not a mapping.
-
-        Comments and layout stay, except in a recipe that ruamel.yaml cannot write back unchanged.
-        """
+        """Returns the text with new values of some keys; its comments and layout stay if ruamel.yaml can keep them."""
         with suppress(TypeError, ValueError):
             return json.dumps({**json.loads(self.text), **keys}, indent=2, ensure_ascii=False) + "\n"
         try:
@@ -48,11 +45,7 @@ class RecipeFile(NamedTuple):
         return yaml.safe_dump(wanted, sort_keys=False)
 
     def set_in_place(self, keys: Mapping[str, Any], check_only: bool = False) -> None:
-        """Sets keys in the file itself, whose mode and links stay; ``check_only`` only raises the errors.
-
-        Raises:
-            ValueError: The file was edited since, cannot be written, or would lose a comment.
-        """
+        """Sets keys in the file itself, whose mode and links stay; ``check_only`` only raises the errors."""
         text, problem = self.with_keys(keys), ""
         if not (self.path.is_file() and os.access(self.path, os.W_OK)):
             problem = "is not a file that can be written"

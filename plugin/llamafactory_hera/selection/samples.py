@@ -57,8 +57,7 @@ class Sample(NamedTuple):
     """A row of the dataset."""
 
     row: int
-    images: list[ImageLike]  #: All images, not decoded.
-    image: ImageLike  #: The image that the teacher sees.
+    image: ImageLike  #: The image that the teacher sees, not decoded.
     key: bytes  #: The content digest of that image.
     features: Features
 
@@ -72,8 +71,7 @@ def draw(
 ) -> tuple[list[Sample], int, int]:
     """Draws up to ``count`` samples in an order that depends only on the seed, and each image once.
 
-    Returns:
-        The samples, the number of rows without an image, and the number of rows without ``usable`` text.
+    The two numbers are those of the rows without an image and without ``usable`` text.
     """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
@@ -94,7 +92,7 @@ def draw(
         if features is None or not usable(features):
             without_text += 1
         else:
-            drawn[key] = Sample(row, list(images), image, key, features)
+            drawn[key] = Sample(row, image, key, features)
     return list(drawn.values()), without_image, without_text
 
 

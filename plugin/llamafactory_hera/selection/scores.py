@@ -53,9 +53,8 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
     if strategy == "middle":
         candidates = [target for target in candidates if target.layer == shape[0] // 2]
     if len(candidates) < m:
-        what = "heads" if len(shape) == 2 else "layers"
-        available = f"the {len(candidates)} {what} among which hera_select: {strategy} chooses"
-        raise ValueError(f"hera_select_m: {m} is more than {available}; lower it.")
+        found = f"{len(candidates)} {'heads' if len(shape) == 2 else 'layers'} among which hera_select: {strategy}"
+        raise ValueError(f"hera_select_m: {m} is more than the {found} chooses; lower it.")
     if strategy == "top":
         candidates.sort(key=lambda target: (-ranked[target], target))
     if strategy == "random":
@@ -96,13 +95,10 @@ class ScoreFile:
             f"{keys.get('hera_select_mode')}, k={keys.get('hera_select_k')}, chance level {self.chance:.4f}"
         )
 
-    def of(self, granularity: Granularity | None = None) -> np.ndarray:
-        """Returns the scores of all heads or layers; the default is the granularity of the selection."""
-        return self.scores if (granularity or self.chosen.granularity) == "head" else self.layer_scores
-
     def ranked(self, granularity: Granularity | None = None) -> dict[Target, float]:
         """Ranks heads or layers, least aligned first; the default is the granularity of the selection."""
-        return rank_targets(self.of(granularity))
+        by_head = (granularity or self.chosen.granularity) == "head"
+        return rank_targets(self.scores if by_head else self.layer_scores)
 
 
 def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[ScoreFile], Sequence[str]]:
@@ -115,8 +111,8 @@ def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[S
         if files[0].scores.shape != file.scores.shape:
             differing.append("they differ in their number of heads")
         if differing:
-            both = f"{files[0].path} and {file.path} cannot be compared"
-            raise ValueError(f"{command}: {both}: {'; '.join(differing)}. Score both with the same recipe.")
+            problem = f"{files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}"
+            raise ValueError(f"{command}: {problem}. Score both with the same recipe.")
     folders = [file.path.absolute().parents[file.path.parent.name == RUN_FOLDER].name for file in files]
     return files, names or (folders if len(set(folders)) == len(files) else [str(file.path) for file in files])
 
@@ -132,7 +128,8 @@ def render_table(scored: ScoreFile) -> str:
     lines = [f"{len(ranked)} {scored.chosen.what} on {scored.setting}"]
     lines += [f"     {'least aligned':<24}  most aligned", f"     {head:<24}  {head}"]
     lines += [f"{n:3}  {worst:<24}  {top}" for n, worst, top in zip(range(1, 11), cells, cells[::-1], strict=False)]
-    if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(scored.of()))]:
+    values = scored.scores if scored.chosen.granularity == "head" else scored.layer_scores
+    if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(values))]:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
     tense = "" if scored.path.name in SCORE_FILES[1:] else "would be "
     lines.append(f"{tense}selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")

@@ -29,13 +29,8 @@ class FeatureCache:
     """A map from image keys to features that many processes can read and extend at the same time.
 
     A process sees the shards that existed when it last opened, flushed or refreshed the cache. A pickled copy opens
-    the folder again; the features that wait to be written stay with the original.
-
-    Args:
-        folder: The folder of the cache, with a subfolder for each teacher; created if it does not exist.
-        teacher_fingerprint: The digest of the teacher, see :func:`~.encoder.teacher_fingerprint`.
-        dim: The length D of a feature.
-        teacher_name: The name of the teacher, for people who look into the header of a shard.
+    the folder again; the features that wait to be written stay with the original. ``folder`` has a subfolder for each
+    teacher, ``dim`` is the length D of a feature, and ``teacher_name`` is for people who read the header of a shard.
     """
 
     def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int, teacher_name: str = "") -> None:
@@ -73,11 +68,10 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
-        """Adds the features ``[n, D]`` of n images; a key that is in the cache keeps its feature.
+        """Adds the features ``[n, D]`` of n images, and returns them in float16 on the CPU, as `get` does from now on.
 
-        Returns:
-            ``[n, D]`` in float16 on the CPU, as `get` returns them from now on. Continue with these: a second run will
-            read them from the cache, and the neighbors of unrounded features may differ.
+        A key that is in the cache keeps its feature. Continue with the returned ones: a second run will read them from
+        the cache, and the neighbors of unrounded features may differ.
         """
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():

@@ -73,27 +73,6 @@ def teacher_folder(
     return folder
 
 
-def check_teacher(name_or_path: str) -> TeacherInfo:
-    """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none."""
-    import transformers
-
-    value = str(name_or_path)
-    folder = teacher_folder(value, weights=False)
-    model_type = read_json(folder / CONFIG_FILE).get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{KEY}: {value} has model_type {model_type!r}; give a vision model of one of the types "
-            f"{', '.join(FAMILIES)}, such as the paper's facebook/dinov2-large."
-        )
-    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-        files = " or ".join(PROCESSOR_FILES)
-        raise ValueError(f"{KEY}: {value} holds no image processor ({files}); copy that of the same model there.")
-    family = FAMILIES[model_type]
-    # The config class adds the defaults, which config files on the hub omit, and extracts the vision part of CLIP.
-    config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
-    return TeacherInfo(family, config, teacher_folder(value), value)
-
-
 def teacher_fingerprint(folder: str | Path) -> str:
     """Digests the files that determine a teacher's features: weights and settings, also of the image processor."""
     settings = (Path(folder) / name for name in (CONFIG_FILE, *PROCESSOR_FILES))
@@ -105,7 +84,7 @@ def teacher_fingerprint(folder: str | Path) -> str:
 
 
 class TeacherProcessor:
-    """Turns PIL images into the pixels that a teacher takes; can be pickled, and holds no weights."""
+    """Turns PIL images into the pixels that a teacher takes; it can be pickled."""
 
     def __init__(self, info: TeacherInfo) -> None:
         import transformers
@@ -113,10 +92,8 @@ class TeacherProcessor:
         processor = self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         if not (size and size.height and size.width):
-            raise ValueError(
-                f"{KEY}: the image processor of {info.name} gives images of different sizes, which cannot form a "
-                'batch; set "do_center_crop": true and "crop_size" in its file.'
-            )
+            problem = f"the image processor of {info.name} gives images of different sizes"
+            raise ValueError(f'{KEY}: {problem}; set "do_center_crop": true and "crop_size" in its file.')
         self.pixel_size: tuple[int, int] = (size.height, size.width)  #: Height and width of the result.
         self.mean, self.std = normalization(processor)
 
@@ -130,10 +107,7 @@ class TeacherProcessor:
 
 
 class VisionTeacher:
-    """A frozen vision model with its image processor.
-
-    It is not a ``torch.nn.Module``, so a model or trainer that holds it neither trains nor saves it.
-    """
+    """A frozen vision model; it is no ``torch.nn.Module``, so a model that holds it neither trains nor saves it."""
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -145,32 +119,43 @@ class VisionTeacher:
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
-    def check(name_or_path: str, side: int) -> TeacherInfo:
-        """Checks a teacher for an objective on visual tokens, ``side`` along each side of the student's grid."""
-        info = check_teacher(name_or_path)
-        size, patch = info.config.image_size, info.config.patch_size
-        if not info.family.any_size and size // patch != side:
-            raise ValueError(
-                f"{KEY}: {info.name} takes only images of {size} pixels in patches of {patch}, but an image is "
-                f"{side} x {side} tokens for the student; use facebook/dinov2-large, which takes any size."
-            )
-        return info
+    def check(name_or_path: str, side: int | None = None) -> TeacherInfo:
+        """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none.
+
+        ``side`` is the number of tokens along each side of the student's grid, for an objective on visual tokens.
+        """
+        import transformers
+
+        value = str(name_or_path)
+        folder = teacher_folder(value, weights=False)
+        model_type = read_json(folder / CONFIG_FILE).get("model_type")
+        if model_type not in FAMILIES:
+            problem = f"{value} has model_type {model_type!r}"
+            raise ValueError(f"{KEY}: {problem}; give a vision model of one of the types {', '.join(FAMILIES)}.")
+        if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            problem = f"{value} holds no image processor ({' or '.join(PROCESSOR_FILES)})"
+            raise ValueError(f"{KEY}: {problem}; copy that of the same model there.")
+        family = FAMILIES[model_type]
+        # The config class adds the defaults, which config files on the hub omit, and extracts the vision part of CLIP.
+        config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
+        if side is not None and not family.any_size and config.image_size // config.patch_size != side:
+            fixed = f"{value} takes only images of {config.image_size} pixels in patches of {config.patch_size}"
+            grid = f"an image is {side} x {side} tokens for the student"
+            raise ValueError(f"{KEY}: {fixed}, but {grid}; use facebook/dinov2-large, which takes any size.")
+        return TeacherInfo(family, config, teacher_folder(value), value)
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
-        """Loads a teacher; every process gets a complete copy, also under ZeRO-3 and FSDP.
+        """Loads a folder or hub id; every process gets a complete copy, also under ZeRO-3 and FSDP.
 
-        Args:
-            name_or_path: A folder or a hub id of a model type in `FAMILIES`.
-            device: The device to compute on; by default the current CUDA device, or else the CPU.
-            dtype: The type of weights and computation, whatever the checkpoint is stored in. bfloat16 halves the
-                memory and changes a few neighbors that are nearly tied.
+        The default device is the current CUDA device, or else the CPU. ``dtype`` is that of weights and computation:
+        bfloat16 halves the memory and changes a few neighbors that are nearly tied.
         """
         import transformers
 
-        info = check_teacher(name_or_path)
+        info = cls.check(name_or_path)
         processor = TeacherProcessor(info)
         options: dict[str, Any] = {"add_pooling_layer": False} if info.config.model_type == "vit" else {}
         info.config.vision_use_head = False  # SigLIP's pooling head, which no feature uses
@@ -181,21 +166,15 @@ class VisionTeacher:
         # transformers only warns about missing weights, and initializes them at random.
         missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
         if missing:
-            raise ValueError(
-                f"{KEY}: the weights of {info.name} lack {len(missing)} tensors of a {info.family.model_class}, the "
-                f"first is {missing[0]}; copy or download the weights and {CONFIG_FILE} again."
-            )
+            lost = f"{len(missing)} tensors of a {info.family.model_class}, the first is {missing[0]}"
+            raise ValueError(f"{KEY}: the weights of {info.name} lack {lost}; copy or download the model again.")
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info)
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Computes the features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``.
-
-        They are the CLS token after the final norm (paper, sec. 3), or the mean of the patch tokens, in float32 on the
-        teacher's device.
-        """
+        """Computes the features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``, in float32 on its device."""
         output, kind = self._forward(pixel_values), self.info.family.output
         if kind == "pooled":
             return output.pooler_output.float()
@@ -206,12 +185,8 @@ class VisionTeacher:
     def patch_features(self, images: Tensor, side: int) -> Tensor:
         """Computes the patch tokens of the output on the student's grid (of CLIP before its final norm).
 
-        Args:
-            images: ``[B, 3, S, S]`` in [0, 1], as the student sees them.
-            side: The number of tokens along each side of the student's grid, and of patches along the teacher's.
-
-        Returns:
-            ``[B, side * side, D]`` in float32, row by row.
+        The student sees the images ``[B, 3, S, S]``, in [0, 1], as ``side * side`` tokens. The result,
+        ``[B, side * side, D]`` in float32, goes row by row.
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)

@@ -30,10 +30,7 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
         held = row.get(column)
         if found := [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]:
             return found
-    for columns in (("messages",), ("prompt", "completion")):
-        if found := [image for column in columns for image in _message_images(row.get(column))]:
-            return found
-    return []
+    return _message_images("messages", row) or _message_images("prompt", row) + _message_images("completion", row)
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
@@ -44,15 +41,16 @@ def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[Ima
     return list(images)
 
 
-def _message_images(messages: Any) -> list[ImageLike]:
+def _message_images(column: str, row: Mapping[str, Any]) -> list[ImageLike]:
+    messages = row.get(column)
     contents = [message.get("content") for message in messages] if isinstance(messages, list) else []
     found: list[Any] = []
     for part in (part for content in contents if isinstance(content, list) for part in content):
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            image = next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
+            held = [part[key] for key in _PART_KEYS if part.get(key) is not None]
             # OpenAI's chat format nests the URL in a mapping.
-            found.append(image["url"] if isinstance(image, Mapping) and "url" in image else image)
-    return [image for image in found if image is not None]
+            found += [image["url"] if isinstance(image, Mapping) and "url" in image else image for image in held[:1]]
+    return found
 
 
 def is_stream(dataset: Any) -> bool:
@@ -102,8 +100,8 @@ def chosen_image(count: int, index: int) -> int:
 def load_image(image: ImageLike) -> Image.Image:
     """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}`` or PIL image, to RGB.
 
-    Orientation tags are not applied, because the model's image loaders do not apply them either, and the teacher must
-    see the same picture as the model. ``ValueError`` if the file is missing, corrupt or not an image.
+    Orientation tags are not applied, as the model's image loaders do not apply them either. ``ValueError`` if the file
+    is missing, corrupt or not an image.
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
@@ -142,22 +140,20 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
 
 
 def _name(image: ImageLike) -> str:
-    """Returns the path of an image for messages; a data URI is shortened."""
     path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", None)
     name = str((image.get("path") if isinstance(image, dict) else path) or "")
     return repr(name if len(name) < 300 else f"{name[:40]}…") if name else f"(a {type(image).__name__} without a path)"
 
 
 def _encoded(image: ImageLike) -> bytes:
-    """Returns the content of an image file."""
     if isinstance(image, dict):
         path: Any = image.get("path")
         image = path if image.get("bytes") is None else image["bytes"]
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str | os.PathLike):
-        expected = "a path, bytes, a dict with 'path' or 'bytes', or a PIL image"
-        raise ValueError(f"An image is given as {type(image).__name__}; give {expected}.")
+        given = type(image).__name__
+        raise ValueError(f"An image is given as {given}; give a path, bytes, a dict with either, or a PIL image.")
     if str(image).startswith(("http://", "https://")):
         raise ValueError(f"The image {image!r} is a URL, which each step would fetch; download it and give its path.")
     try:

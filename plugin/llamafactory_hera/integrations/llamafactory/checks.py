@@ -12,7 +12,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.tokens import grid_side
 from llamafactory_hera.objectives import Objective, TokenObjective
-from llamafactory_hera.teachers.encoder import VisionTeacher, check_teacher
+from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import check_batch, check_output, check_parallelism
 
@@ -49,7 +49,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
         teacher.check(config.teacher, grid_side(model_config, config.objective))
         objective.check_model(model_config, str(host.model.flash_attn))
     else:
-        check_teacher(config.teacher)
+        VisionTeacher.check(config.teacher)
     return head_layout(model_config)
 
 
