@@ -80,21 +80,17 @@ class Jarvis(TokenObjective):
             self._inputs.remove()
 
     def prepare(self, step: Step) -> Plan:
-        """Draws the blocks of each sample, and whether the micro-batch is plain."""
+        """Draws the blocks of each sample, and hides the targets from the next pass; a plain one stays as it is."""
+        self._inputs.install()
         # equal on all processes: in a plain micro-batch z has no gradient, and gradients are averaged over processes
         plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
-        blocks = draw_blocks(step.side, len(step.positions), step.generator())
-        return self.plan(step, *blocks, plain or self.options.config.weight == 0)
-
-    def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
-        """Turns the result of :func:`draw_blocks` into a plan, and hides the targets from the next forward pass."""
-        self._inputs.install()
+        targets, context = draw_blocks(step.side, len(step.positions), step.generator())
         device = step.input_ids.device
         if device.type != "cpu":  # copies from pinned memory do not make the host wait
             targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
         places = targets.flatten(1)
         positions, valid = step.positions.gather(1, places), step.valid & (step.n_images == 1)
-        if plain:
+        if plain or self.options.config.weight == 0:
             return Plan(positions, torch.zeros_like(valid), {"places": places})
         seen = visible(step, valid, targets, context, self._two_way)
         self._inputs.set(seen, (torch.where(valid.unsqueeze(1), positions, -1), self.z))
