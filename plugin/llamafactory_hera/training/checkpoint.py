@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..config import FIXED_KEYS, RESUMABLE_KEYS, HeraConfig
 from ..distributed import rank
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
-from ..heads import Targets
+from ..heads.targets import Targets, file_name
 from ..keys import changes
 
 logger = logging.getLogger("llamafactory_hera")
@@ -41,7 +41,7 @@ def save_state(
     """
     path = Path(folder) / RUN_FOLDER
     write_safetensors(path / _STATE_FILE, state)
-    targets.save(path / targets.file_name)
+    targets.save(path / file_name(targets.granularity))
     run = _identity(targets, teacher_fingerprint, config, n_trained)
     write_json(path / _RUN_FILE, {**config.keys(), **run, "hera_teacher_name": config.teacher, **values})
 
