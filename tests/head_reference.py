@@ -1,13 +1,14 @@
 """What readers of heads and layers must say, read from a model's own blocks without the plugin's hooks."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llamafactory_hera.heads import HeadCapture, LayerCapture, Target
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
-from llamafactory_hera.heads.probe import PooledHeads
+from llamafactory_hera.heads.probe import pooled_heads
 
 from .tiny_models import HEADS, LAYERS
 
@@ -114,10 +115,7 @@ def check_layers(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, toler
 
 def check_pooled(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
     """Holds the outputs of all heads and layers, read at once, against the blocks."""
-    with PooledHeads(model) as pooled, torch.no_grad():
-        pooled.pool(mask.bool())
-        model(**batch)
-        heads, layers = pooled.take()
+    heads, layers = pooled_heads(model, mask.bool(), partial(model, **batch))
     layout = head_layout(model_config(model))
     assert heads.shape == (mask.shape[0], LAYERS, HEADS, layout.head_dim)
     assert layers.shape == (mask.shape[0], LAYERS, layout.hidden_size)

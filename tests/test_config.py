@@ -212,13 +212,13 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
     assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
-        ("my_package_of_a_test.mine:Other", "hera_objective: .* is no subclass of .*Objective; make"),
+        ("my_package_of_a_test.mine:Other", "hera_objective: .* cannot be used .no subclass of .*Objective.; write"),
         (
             "my_package_of_a_test.mine:Third",
-            "hera_objective: .* cannot be imported .*Third.*; write module:Class for a module",
+            "hera_objective: .* cannot be used .*Third.*; write module:Class for a module",
         ),
-        ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be imported .No module named .*missing_module"),
-        (":Mine", "hera_objective: ':Mine' cannot be imported"),
+        ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be used .No module named .*missing_module"),
+        (":Mine", "hera_objective: ':Mine' cannot be used"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             read(hera_objective=name)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from scipy.stats import pearsonr, spearmanr
 
-from llamafactory_hera.calibration.plan import HeldOut
+from llamafactory_hera.calibration.plan import held_out_divergence
 from llamafactory_hera.calibration.report import REPORT_FILE, render_summary
 from llamafactory_hera.calibration.run import calibrate_heads, draw_samples
 from llamafactory_hera.calibration.weights import ADAPTER_FILE, HeadWeights
@@ -45,9 +45,9 @@ def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
     if (folder / ADAPTER_FILE).exists():
         features, weights = [sample.features for sample in samples[1]], HeadWeights(model)
         forward = Forward(model, autocast=inputs.autocast)
-        uncorrupted = HeldOut(forward, weights, features, inputs.collator(model), config)
+        uncorrupted = held_out_divergence(forward, weights, features, inputs.collator(model), config)
         PeftModel.from_pretrained(model, folder).merge_and_unload()
-        compared["kl_control_on_uncorrupted_samples"] = uncorrupted.kl()
+        compared["kl_control_on_uncorrupted_samples"] = uncorrupted([])
     write_json(folder / "control.json", compared)
     lines = [f"{key:<34} {value}" for key, value in compared.items()]
     return "\n".join([render_summary(normal), "", f"{kind} images", render_summary(other), "", *lines])

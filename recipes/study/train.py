@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from llamafactory_hera.alignment import nearest_neighbors, score_heads
 from llamafactory_hera.config import HeraConfig, Mode
-from llamafactory_hera.heads.probe import PooledHeads, projection_weights
+from llamafactory_hera.heads.probe import pooled_heads, projection_weights
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.selection.passes import Forward
@@ -165,12 +165,9 @@ def measure(
     neighbors = nearest_neighbors(teacher, min(NEIGHBORS, len(samples) - 2))
     weights, scores = list(projection_weights(model)), {}
     for mode in modes:
-        forward, pooled, heads = Forward(model.eval(), mode), PooledHeads(model), []
-        with pooled, torch.no_grad():
-            for batch in encoder.batches(encoder.captions(samples) if mode == "llm" else encoder.encode(samples)):
-                pooled.pool(forward.tokens("text", batch))
-                forward.run(batch)
-                heads.append(pooled.take()[0])
+        forward, heads = Forward(model.eval(), mode), []
+        for batch in encoder.batches(encoder.captions(samples) if mode == "llm" else encoder.encode(samples)):
+            heads.append(pooled_heads(model, forward.tokens("text", batch), partial(forward.run, batch))[0])
         scores[mode] = score_heads(torch.cat(heads).unbind(1), weights, neighbors).tolist()
     return scores
 

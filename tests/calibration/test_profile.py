@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from llamafactory_hera.calibration.profile import (
-    AttentionFlow,
-    HeadGates,
     Profile,
     attention_flow,
     counted_logits,
+    gate_gradients,
     margin_loss,
     profile_heads,
+    read_attention,
 )
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, output_projection
@@ -46,8 +46,7 @@ def test_captured_flow_is_that_of_the_attention_that_the_model_returns(name: str
     assert (model.config.get_text_config()._attn_implementation == "sdpa") == (name != "llava-gpt_oss")
     batch = vlm_batch(model, rows=3)
     n_image = int((batch["input_ids"][0] == IMAGE).sum())
-    with AttentionFlow(Forward(model), n_image) as attention:
-        found = attention.read(batch)
+    found = read_attention(Forward(model), n_image, batch)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         returned = model(**batch, output_attentions=True, use_cache=False).attentions
@@ -71,16 +70,13 @@ def test_the_attention_of_one_layer_is_held_at_a_time() -> None:
 
     for layer in decoder_layers(model):
         attention_module(layer).register_forward_hook(count)
-    with AttentionFlow(Forward(model), 4) as attention:
-        attention.read(vlm_batch(model))
+    read_attention(Forward(model), 4, vlm_batch(model))
     assert counts == [1] * 5
 
 
 def test_reading_attention_leaves_the_model_as_it_was() -> None:
     model = vlm("llava-qwen3").eval()
-    with AttentionFlow(Forward(model), 4):
-        assert model.config.text_config._attn_implementation == "eager"
-        assert model.config.vision_config._attn_implementation == "sdpa"
+    read_attention(Forward(model), 4, vlm_batch(model))
     for attention in (attention_module(layer) for layer in decoder_layers(model)):
         assert (attention.config._attn_implementation, len(attention._forward_hooks)) == ("sdpa", 0)
 
@@ -118,11 +114,6 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return margin_loss(*counted_logits(Forward(model), batch, "text"))
 
 
-def gate_gradients(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    with HeadGates(Forward(model), "text") as gates:
-        return gates.read(batch)
-
-
 def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, gate: float) -> torch.Tensor:
     """The loss of a copy of the model whose output projection is multiplied by the gate."""
     changed = copy.deepcopy(model)
@@ -137,7 +128,7 @@ def test_gradients_are_those_of_the_loss_of_each_sample(name: str) -> None:
     model = vlm(name).eval().double()
     batch = vlm_batch(model, rows=3)
     batch["pixel_values"] = batch["pixel_values"].double()
-    gradients = gate_gradients(model, batch)
+    gradients = gate_gradients(Forward(model), "text", batch)
     assert gradients.shape == (3, LAYERS, HEADS)
     step = 1e-3  # the loss is computed from logits in single precision
     for layer, head in ((0, 0), (0, HEADS - 1), (LAYERS - 1, 1)):
@@ -154,7 +145,7 @@ def test_gates_of_one_change_nothing(name: str) -> None:
     logits: list[torch.Tensor] = []
     model.register_forward_hook(lambda _, __, output: logits.append(output.logits))
     loss_of(model, batch)
-    assert gate_gradients(model, batch).abs().sum() > 0
+    assert gate_gradients(Forward(model), "text", batch).abs().sum() > 0
     assert torch.equal(*logits)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -184,10 +175,8 @@ def test_a_profile_is_the_mean_of_single_samples_whatever_the_batches() -> None:
     samples, forward = features(7), Forward(calibration_model())
     profile = profile_heads(forward, samples, collate, RahConfig(probes=3, batch_size=4))
     batches = [collate([sample]) for sample in samples]
-    with AttentionFlow(forward, N_IMAGE) as attention:
-        flows, maps = zip(*(attention.read(batch)[0] for batch in batches), strict=True)
-    with HeadGates(forward, "text") as gates:
-        gradients = [gates.read(batch)[0] for batch in batches]
+    flows, maps = zip(*(read_attention(forward, N_IMAGE, batch)[0] for batch in batches), strict=True)
+    gradients = [gate_gradients(forward, "text", batch)[0] for batch in batches]
     assert profile.flow.shape == profile.gradients.shape[1:] == (4, 8)
     assert torch.allclose(profile.flow, torch.stack(flows).double().mean(dim=0), atol=1e-7)
     assert torch.allclose(profile.maps, torch.stack(maps).mean(dim=0), atol=1e-7)

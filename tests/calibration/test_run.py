@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from llamafactory_hera.calibration import run as running
-from llamafactory_hera.calibration.plan import HeldOut
+from llamafactory_hera.calibration.plan import held_out_divergence
 from llamafactory_hera.calibration.profile import Profile
 from llamafactory_hera.calibration.report import render_summary
 from llamafactory_hera.calibration.run import calibrate_heads, draw_samples
@@ -41,9 +41,9 @@ def names(folder: Path) -> set[str]:
 def divergence_of(model: torch.nn.Module, config: RahConfig, folder: Path) -> float:
     """The KL divergence of an adapter on the held-out samples; merges it into the model."""
     samples = [sample.features for sample in draw_samples(inputs(model).source, config)[1]]
-    held_out = HeldOut(Forward(model), HeadWeights(model), samples, collate, config)
+    divergence = held_out_divergence(Forward(model), HeadWeights(model), samples, collate, config)
     PeftModel.from_pretrained(model, folder).merge_and_unload()
-    return held_out.kl()
+    return divergence([])
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])

@@ -1,20 +1,20 @@
 """One pass reads every head and layer, keeping averages alone; and the weights that project heads."""
 
+import weakref
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.tiny_models import VLMS, text_batch, text_model, vlm
 
 from llamafactory_hera.heads.families import decoder_layers, text_decoder
-from llamafactory_hera.heads.probe import PooledHeads, projection_weights
+from llamafactory_hera.heads.probe import pooled_heads, projection_weights
 
 
 def averages(model, module, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs a module of the model, and returns the averages over all tokens."""
-    with PooledHeads(model) as pooled, torch.no_grad():
-        pooled.pool(batch["attention_mask"].bool())
-        module(**batch, use_cache=False)
-        return pooled.take()
+    return pooled_heads(model, batch["attention_mask"].bool(), partial(module, **batch, use_cache=False))
 
 
 @pytest.mark.parametrize("name", VLMS)
@@ -37,27 +37,29 @@ def test_each_head_has_its_slice():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_outside_of_the_mask_have_no_influence_even_as_nan(autocast):
-    model = text_model("llama").eval()
-    layer = decoder_layers(model)[0]
-    hidden = torch.randn(2, 5, 48)
+    model = text_model("llama", num_hidden_layers=1).eval()
+    projection = decoder_layers(model)[0].self_attn.o_proj
+    hidden = torch.randn(2, 5, 64)
     mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
     expected = torch.stack([row[keep].double().mean(0) for row, keep in zip(hidden, mask, strict=True)])
     hidden[~mask] = torch.nan
-    with PooledHeads(model) as pooled, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        pooled.pool(mask)
-        (after,) = layer._forward_hooks.values()
-        after(layer, (), hidden)
-        torch.testing.assert_close(pooled._outputs[0].double(), expected, rtol=0, atol=1e-6)
+    projection.register_forward_pre_hook(lambda *_: hidden)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        heads, _ = pooled_heads(model, mask, partial(model, torch.zeros(2, 5, dtype=torch.long)))
+    torch.testing.assert_close(heads.flatten(1).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_no_tokens_are_kept():
     model = text_model("llama").eval()
-    batch = text_batch(rows=2, length=64)
-    with PooledHeads(model) as pooled, torch.no_grad():
-        pooled.pool(batch["attention_mask"].bool())
+    batch, entered = text_batch(), []
+    for layer in decoder_layers(model):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: entered.append(weakref.ref(inputs[0])))
+
+    def run() -> None:
         model(**batch)
-        held = [*pooled._heads, *pooled._outputs]
-    assert all(tensor.untyped_storage().nbytes() == 2 * tensor.shape[-1] * 4 for tensor in held)
+        assert [reference() for reference in entered] == [None, None]
+
+    pooled_heads(model, batch["attention_mask"].bool(), run)
 
 
 @pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}], ids=["plain", "LoRA", "DoRA"])

@@ -7,6 +7,7 @@ import pytest
 
 from llamafactory_hera.heads import Target, Targets
 from llamafactory_hera.heads.families import HeadLayout
+from llamafactory_hera.heads.targets import file_name
 
 HEADS = Targets((Target(13, 12), Target(7, 6), Target(0, 31)))
 LAYERS = Targets((Target(14), Target(3), Target(0)))
@@ -28,8 +29,14 @@ def test_names_keep_their_order(targets: Targets, written: list) -> None:
 
 
 def test_the_kind_decides_the_names_of_keys_and_files() -> None:
-    assert (HEADS.granularity, HEADS.key, HEADS.what, HEADS.file_name) == ("head", "hera_heads", "heads", "heads.json")
-    assert (LAYERS.key, LAYERS.what, LAYERS.file_name) == ("hera_layers", "layers", "layers.json")
+    assert (HEADS.granularity, HEADS.key, HEADS.what, file_name("head")) == (
+        "head",
+        "hera_heads",
+        "heads",
+        "heads.json",
+    )
+    assert (LAYERS.key, LAYERS.what) == ("hera_layers", "layers")
+    assert (file_name("head"), file_name("layer")) == ("heads.json", "layers.json")
     assert Targets.parse("L3H1,L1H0,L3H0").layers == (1, 3)
 
 
@@ -69,9 +76,9 @@ def test_errors_name_the_key_of_the_caller() -> None:
 @pytest.mark.parametrize(
     ("targets", "n_layers", "n_heads", "outside"),
     [
-        (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31. Choose heads"),
-        (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11. Choose heads"),
-        (LAYERS, 14, 1, "L14 does not exist: .* layers L0 to L13. Choose layers of this model"),
+        (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31. Choose other heads"),
+        (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11. Choose other heads"),
+        (LAYERS, 14, 1, "L14 does not exist: .* layers L0 to L13. Choose other layers"),
     ],
 )
 def test_targets_outside_a_model_are_refused(targets: Targets, n_layers: int, n_heads: int, outside: str) -> None:
@@ -86,7 +93,7 @@ def test_targets_outside_a_model_are_refused(targets: Targets, n_layers: int, n_
 @both
 def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
     chosen = Targets(targets.items, {"model": "Modell Ä", "scores": [[0.1, None]], "k": 10})
-    path = tmp_path / targets.file_name
+    path = tmp_path / file_name(targets.granularity)
     chosen.save(path)
     for read in (Targets.load(path), Targets.parse(str(path), targets.granularity)):
         assert read == chosen

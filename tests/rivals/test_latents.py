@@ -83,10 +83,9 @@ def test_every_rank_holds_a_copy(engine: str, folder: Path, request: pytest.Fixt
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL; give a diffusers .*sub-folder vae"),
-        ({"shift_factor": None}, r"config\.json needs a shift_factor and a scaling_factor"),
+        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL with .*; give a diffusers .*sub-folder vae"),
+        ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
         (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json\. Give a diffusers Autoencod"),
-        (lambda folder: (folder / "config.json").write_text("["), "is not JSON.*again"),
         (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights .*diffusion_pytorch_model"),
     ],
 )
@@ -110,5 +109,5 @@ def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.weight"]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"^hera_teacher: .*lack 1 tensors .* encoder\.conv_in\.weight.*again"):
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*lack 1 tensors, .* encoder\.conv_in\.weight.*again"):
         load(folder)

@@ -23,7 +23,7 @@ class Temperature:
         self.step, self.state, self.load_state = own.step, own.state, own.load_state
 
     def __call__(self) -> Tensor:
-        return self.objective.temperature()
+        return self.objective.log_temperature.exp()
 
     @property
     def value(self) -> float:

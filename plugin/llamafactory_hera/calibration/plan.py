@@ -14,7 +14,7 @@ from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
 from .profile import Profile, check_finite, counted_logits
 from .settings import RahConfig
-from .weights import SLICES, Edit, HeadWeights, Scaled, Slice, Update, applied
+from .weights import Edit, HeadWeights, Scaled, Slice, Update, applied
 
 
 class Anchor(NamedTuple):
@@ -90,9 +90,8 @@ def find_anchors(head: Target, profile: Profile, weights: HeadWeights, config: R
     anchors = []
     for other in candidates(profile.saliency, head, config.beta):
         functional = cosine(profile.maps[head].double(), profile.maps[other].double())
-        value, output = (
-            cosine(weights.of_head(head, kind).float(), weights.of_head(other, kind).float()) for kind in SLICES
-        )
+        value = cosine(weights.of_head(head, "value").float(), weights.of_head(other, "value").float())
+        output = cosine(weights.of_head(head, "output").float(), weights.of_head(other, "output").float())
         parametric = config.w_v * value + config.w_o * output
         similarity = config.rho * functional + (1 - config.rho) * parametric
         anchors.append(Anchor(other, similarity, functional, parametric))
@@ -149,6 +148,9 @@ def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, T
 
 # -- the trust region ------------------------------------------------------------------------------------------------
 
+#: Measures the KL divergence, in nats, of the model with some updates.
+Divergence = Callable[[Sequence[Scaled]], float]
+
 
 class Trial(NamedTuple):
     """The fate of an update."""
@@ -172,7 +174,7 @@ class Outcome(NamedTuple):
         return [(trial.update, trial.alpha) for trial in self.trials if trial.alpha > 0]
 
 
-def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Outcome:
+def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) -> Outcome:
     """Finds a step for each update alone, then rolls back the last updates until all others together are in bounds.
 
     A step is the first of ``alpha_max``, ``alpha_max / 2``, … whose divergence ``kl`` is at most ``delta`` (text below
@@ -192,7 +194,7 @@ def try_updates(updates: Sequence[Update], kl: Callable[[Sequence[Scaled]], floa
     return Outcome(trials, totals[0], totals[-1])
 
 
-def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahConfig) -> Trial:
+def _try(update: Update, kl: Divergence, config: RahConfig) -> Trial:
     if not update.edits:
         return Trial(update, "equals its anchors")
     tried: list[tuple[float, float]] = []
@@ -204,33 +206,34 @@ def _try(update: Update, kl: Callable[[Sequence[Scaled]], float], config: RahCon
     return Trial(update, "rolled back: no step is small enough", 0.0, tried)
 
 
-class HeldOut:
-    """Samples that profiling did not use (B in eq. 15), with the unchanged model's logits in main memory."""
+def held_out_divergence(
+    forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
+) -> Divergence:
+    """Reads the unchanged model on samples that profiling did not use (B in eq. 15), and keeps the logits on the CPU.
 
-    def __init__(
-        self, forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
-    ) -> None:
-        self._forward, self._weights, self._positions = forward, weights, config.positions
-        batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)
-
-        @torch.no_grad()
-        def run(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-            logits, _ = counted_logits(forward, batch, config.positions)
-            check_finite(logits)
-            return batch, logits.cpu()
-
-        self._batches = [result for _, result in run_batches(batches, features, collate, run)]
+    The divergence of the changed model is the mean over tokens, then over samples, in nats.
+    """
 
     @torch.no_grad()
-    def kl(self, steps: Sequence[Scaled] = ()) -> float:
-        """Measures the KL divergence of the changed model: the mean over tokens, then over samples, in nats."""
+    def run(batch: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+        logits, _ = counted_logits(forward, batch, config.positions)
+        check_finite(logits)
+        return batch, logits.cpu()
+
+    batches = plan_batches([len(sample["input_ids"]) for sample in features], config.batch_size)
+    unchanged = [result for _, result in run_batches(batches, features, collate, run)]
+
+    @torch.no_grad()
+    def kl(steps: Sequence[Scaled]) -> float:
         values: list[Tensor] = []
-        with applied(self._weights, steps):
-            for batch, before in self._batches:
-                now, counted = counted_logits(self._forward, batch, self._positions)
+        with applied(weights, steps):
+            for batch, before in unchanged:
+                now, counted = counted_logits(forward, batch, config.positions)
                 # One sample at a time, as two fp32 distributions over the vocabulary take much memory.
                 for base, changed, kept in zip(before, now, counted, strict=True):
                     log_p = torch.log_softmax(base[kept.cpu()].to(now.device).float(), dim=-1)
                     log_q = torch.log_softmax(changed[kept].float(), dim=-1)
                     values.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().mean())  # eq. 15
         return torch.stack(values).mean().item()
+
+    return kl

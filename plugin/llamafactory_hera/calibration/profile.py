@@ -1,6 +1,7 @@
 """Profiling of heads: attention across text and image (I-SAL), and influence on the output (CAF; section 3.2)."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
 from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
-from ..heads.hooks import Hooks
 from ..heads.targets import Pooling
 from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
@@ -33,38 +33,33 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
     return (to_image.mean(dim=(1, 2)) + to_text.mean(dim=(1, 2))) / 2, maps
 
 
-class AttentionFlow(Hooks):
-    """Reads :func:`attention_flow` of every head, with one layer's attention ``[B, H, T, T]`` in memory at a time."""
+@torch.no_grad()
+def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+    """Reads ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample (:func:`attention_flow`), on the CPU.
 
-    def __init__(self, forward: Forward, bins: int) -> None:
-        super().__init__()
-        self._forward, self._bins = forward, bins
-        self._attentions = [attention_module(layer) for layer in decoder_layers(forward.model)]
-        self._tokens: list[tuple[Tensor, Tensor]] = []
-        self._layers: list[list[tuple[Tensor, Tensor]]] = []
+    The attention ``[B, H, T, T]`` of one layer is in memory at a time.
+    """
+    text = forward.tokens("text", batch)
+    image = forward.tokens("mean", batch) & ~text
+    tokens = [(t.nonzero().flatten(), i.nonzero().flatten()) for t, i in zip(text, image, strict=True)]
+    layers: list[list[tuple[Tensor, Tensor]]] = []
 
-    @torch.no_grad()
-    def read(self, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
-        """Returns ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample, in fp32 on the CPU."""
-        text = self._forward.tokens("text", batch)
-        image = self._forward.tokens("mean", batch) & ~text
-        self._tokens = [(t.nonzero().flatten(), i.nonzero().flatten()) for t, i in zip(text, image, strict=True)]
-        self._layers.clear()
-        self._forward.run(batch)
-        samples = zip(*self._layers, strict=True)
-        return [tuple(torch.stack(kind).cpu() for kind in zip(*layers, strict=True)) for layers in samples]
+    def reduce(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+        samples = zip(output[1], tokens, strict=True)
+        layers.append([attention_flow(sample, *of_sample, bins) for sample, of_sample in samples])
 
-    def _hook(self) -> None:
-        # The model builds its masks for the implementation that its configuration names.
-        text_config = model_config(self._forward.model).get_text_config()
-        for config in {id(c): c for c in (text_config, *(a.config for a in self._attentions))}.values():
-            self._undo.append(partial(setattr, config, "_attn_implementation", config._attn_implementation))
+    attentions = [attention_module(layer) for layer in decoder_layers(forward.model)]
+    # The model builds its masks for the implementation that its configuration names.
+    text_config = model_config(forward.model).get_text_config()
+    with ExitStack() as undo:
+        for config in {id(c): c for c in (text_config, *(a.config for a in attentions))}.values():
+            undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
             config._attn_implementation = "eager"
-        self._undo += [attention.register_forward_hook(self._reduce).remove for attention in self._attentions]
-
-    def _reduce(self, attention: nn.Module, _: Any, output: tuple[Tensor, Tensor]) -> None:
-        samples = zip(output[1], self._tokens, strict=True)
-        self._layers.append([attention_flow(sample, *tokens, self._bins) for sample, tokens in samples])
+        for attention in attentions:
+            undo.callback(attention.register_forward_hook(reduce).remove)
+        forward.run(batch)
+    samples = zip(*layers, strict=True)
+    return [tuple(torch.stack(kind).cpu() for kind in zip(*of_sample, strict=True)) for of_sample in samples]
 
 
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
@@ -81,37 +76,28 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
     return -margin.sum(dim=1) / counted.sum(dim=1)
 
 
-class HeadGates(Hooks):
-    """Multiplies the output of each head by a gate, and differentiates the margin loss with respect to the gates.
+@torch.enable_grad()
+def gate_gradients(forward: Forward, positions: Positions, batch: dict[str, Any]) -> Tensor:
+    """Differentiates each sample's margin loss with respect to a gate at each head, ``[B, L, H]`` in fp32 on the CPU.
 
-    A head's output is its slice of the input of the output projection. Each sample has its own gates, all 1, so that
-    the gradient of the summed loss of a batch is that of each sample's loss.
+    A gate multiplies a head's output, its slice of the input of the output projection. Each sample has its own gates,
+    all 1, so that the gradient of the summed loss of a batch is that of each sample's loss.
     """
+    layout = head_layout(model_config(forward.model))
+    projections = [output_projection(layer) for layer in decoder_layers(forward.model)]
+    shape = len(batch["input_ids"]), layout.n_heads
+    gates = [torch.ones(shape, device=forward.device, requires_grad=True) for _ in projections]
 
-    def __init__(self, forward: Forward, positions: Positions) -> None:
-        super().__init__()
-        self._forward, self._positions = forward, positions
-        self._layout = head_layout(model_config(forward.model))
-        self._projections = [output_projection(layer) for layer in decoder_layers(forward.model)]
-        self._gates: list[Tensor] = []
-
-    @torch.enable_grad()
-    def read(self, batch: dict[str, Any]) -> Tensor:
-        """Returns the gradients of each sample's margin loss, ``[B, L, H]`` in fp32 on the CPU."""
-        shape = len(batch["input_ids"]), self._layout.n_heads
-        self._gates = [torch.ones(shape, device=self._forward.device, requires_grad=True) for _ in self._projections]
-        losses = margin_loss(*counted_logits(self._forward, batch, self._positions))
-        return torch.stack(torch.autograd.grad(losses.sum(), self._gates), dim=1).cpu()
-
-    def _hook(self) -> None:
-        for index, projection in enumerate(self._projections):
-            self._undo.append(projection.register_forward_pre_hook(partial(self._gate, index)).remove)
-
-    def _gate(self, index: int, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def multiply(gate: Tensor, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         outputs, *rest = inputs
-        heads = outputs.unflatten(-1, (self._layout.n_heads, self._layout.head_dim))
-        gates = self._gates[index][:, None, :, None].to(outputs.dtype)
-        return ((heads * gates).flatten(-2), *rest)
+        heads = outputs.unflatten(-1, (layout.n_heads, layout.head_dim))
+        return ((heads * gate[:, None, :, None].to(outputs.dtype)).flatten(-2), *rest)
+
+    with ExitStack() as undo:
+        for projection, gate in zip(projections, gates, strict=True):
+            undo.callback(projection.register_forward_pre_hook(partial(multiply, gate)).remove)
+        losses = margin_loss(*counted_logits(forward, batch, positions))
+    return torch.stack(torch.autograd.grad(losses.sum(), gates), dim=1).cpu()
 
 
 @dataclass(frozen=True)
@@ -153,10 +139,9 @@ def profile_heads(
         return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
 
     bins = min(sum(token in forward.media for token in sample["input_ids"]) for sample in features)
-    with AttentionFlow(forward, bins) as attention:
-        flows, maps = zip(*each("attention", features, attention.read), strict=True)
-    with HeadGates(forward, config.positions) as gates:
-        gradients = torch.stack(each("gates", features[: config.probes], gates.read))
+    flows, maps = zip(*each("attention", features, partial(read_attention, forward, bins)), strict=True)
+    of_gates = partial(gate_gradients, forward, config.positions)
+    gradients = torch.stack(each("gates", features[: config.probes], of_gates))
     profile = Profile(mean(flows), mean(maps).float(), gradients)
     check_finite(profile.flow, gradients)
     return profile

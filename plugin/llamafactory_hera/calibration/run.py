@@ -17,7 +17,7 @@ from torch import nn
 from ..files import write_json, write_safetensors
 from ..selection.passes import Forward
 from ..selection.samples import Collate, Sample, Source, draw
-from .plan import HeldOut, Outcome, make_plan, try_updates
+from .plan import Outcome, held_out_divergence, make_plan, try_updates
 from .profile import Profile, profile_heads
 from .report import REPORT_FILE, describe, draw_calibration
 from .settings import RahConfig
@@ -49,8 +49,7 @@ def calibrate_heads(
 ) -> dict[str, Any]:
     """Calibrates the heads of a model, writes adapter, report and picture, and returns the content of the report.
 
-    Raises:
-        ValueError: An input is bad. The files of an earlier calibration stay as they are.
+    It raises ``ValueError`` if an input is bad; the files of an earlier calibration then stay as they are.
     """
     _check_folder(folder)
     profiled, held_out = samples or draw_samples(inputs.source, config)
@@ -62,7 +61,8 @@ def calibrate_heads(
     plan, outcome = make_plan(profile, weights, config), Outcome()
     if plan.updates and (config.delta > 0 or config.update == "prune"):
         features = [sample.features for sample in held_out]
-        outcome = try_updates(plan.updates, HeldOut(forward, weights, features, collate, config).kl, config)
+        divergence = held_out_divergence(forward, weights, features, collate, config)
+        outcome = try_updates(plan.updates, divergence, config)
     names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
     provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
     report = describe(profile, plan, outcome, config, provenance)
@@ -82,11 +82,7 @@ def calibrate_heads(
 
 
 def draw_samples(source: Source, config: RahConfig) -> Samples:
-    """Draws samples, each image once.
-
-    Raises:
-        ValueError: The dataset has fewer usable samples than ``rah_probes`` and ``rah_held_out`` together.
-    """
+    """Draws samples, each image once; ``ValueError`` if there are fewer than probes and held-out samples together."""
     samples, without_image, without_text = draw(source, config.samples, config.seed)
     drawn, needed = len(samples), config.probes + config.held_out
     skipped = f"{without_image} have no image, {without_text} have no text, and each image is used once"

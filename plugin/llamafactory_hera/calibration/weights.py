@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from ..heads.targets import Target
 
 #: The value rows of a key-value head, or the output columns of a query head.
 Slice = Literal["value", "output"]
-SLICES: tuple[Slice, ...] = get_args(Slice)
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -53,21 +52,19 @@ class HeadWeights:
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         for layer, module in enumerate(decoder_layers(model)):
             value = getattr(attention_module(module), "v_proj", None)
-            for kind, projection in zip(SLICES, (value, output_projection(module)), strict=True):
-                self.projections[layer, kind] = self._checked(projection, kind)
+            self.projections[layer, "value"] = self._checked(value, "value")
+            self.projections[layer, "output"] = self._checked(output_projection(module), "output")
         modules = {module: name for name, module in model.named_modules()}
         self.names = {key: modules[projection] for key, projection in self.projections.items()}
 
     def group(self, head: Target) -> tuple[Target, ...]:
         """Lists the query heads that share a head's value block, including the head."""
-        assert head.head is not None
-        first = head.head // self.group_size * self.group_size
+        first = (head.head or 0) // self.group_size * self.group_size
         return tuple(Target(head.layer, first + offset) for offset in range(self.group_size))
 
     def block(self, head: Target, kind: Slice) -> slice:
         """Returns the rows of ``v_proj``, or the columns of ``o_proj``, that belong to a query head."""
-        assert head.head is not None
-        index = head.head // self.group_size if kind == "value" else head.head
+        index = (head.head or 0) // (self.group_size if kind == "value" else 1)
         return slice(index * self.layout.head_dim, (index + 1) * self.layout.head_dim)
 
     def of_head(self, head: Target, kind: Slice) -> Tensor:

@@ -1,6 +1,7 @@
 """Reads every head and every layer at once: averages over the tokens of a forward pass, without gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,57 +9,39 @@ from torch import Tensor, nn
 
 from ..alignment.scoring import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
-from .hooks import Hooks
 from .tokens import pool_tokens
 
 
-class PooledHeads(Hooks):
-    """Captures the head outputs and layer outputs of a text decoder, averaged over tokens, while it is entered::
+@torch.no_grad()
+def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
+    """Averages head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` over the tokens of ``mask`` ``[B, T]``.
 
-        with PooledHeads(model) as pooled, torch.no_grad():
-            pooled.pool(mask)
-            model(**batch)
-            heads, layers = pooled.take()
-
-    A head's output is its slice of the output projection's input. It is averaged as soon as its layer has run, so that
-    the tokens of no layer are kept. The model may be under PEFT, but must be whole on this process.
+    ``run`` runs the model, or its text decoder alone. A head's output is its slice of the output projection's input,
+    averaged as soon as its layer has run, so that the tokens of no layer are kept. The averages are in fp32 on the
+    model's device. The model may be under PEFT, but must be whole on this process.
     """
+    layout = head_layout(model_config(model))
+    heads: list[Tensor] = []  # layers run in their order
+    outputs: list[Tensor] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._layout = head_layout(model_config(model))
-        self._layers = decoder_layers(model)
-        self._heads: list[Tensor] = []  # layers run in their order
-        self._outputs: list[Tensor] = []
-
-    def _hook(self) -> None:
-        for layer in self._layers:
-            projection = output_projection(layer)
-            self._undo.append(projection.register_forward_pre_hook(self._before_projection).remove)
-            self._undo.append(layer.register_forward_hook(self._after_layer).remove)
-
-    def pool(self, mask: Tensor) -> None:
-        """Sets the tokens ``[B, T]`` over which the next forward pass averages, and drops the last pass."""
-        self._mask = mask
-        self._heads.clear()
-        self._outputs.clear()
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Returns head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` in fp32 on the model's device."""
-        heads = torch.stack(self._heads, dim=1).unflatten(-1, (self._layout.n_heads, self._layout.head_dim))
-        return heads, torch.stack(self._outputs, dim=1)
-
-    def _before_projection(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._heads.append(self._mean(inputs[0]))
-
-    def _after_layer(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._outputs.append(self._mean(output[0] if isinstance(output, tuple) else output))
-
-    def _mean(self, hidden: Tensor) -> Tensor:
-        """Averages in fp32, whatever the model computes in; values outside the mask do not count, not even NaN."""
-        kept = hidden.detach().masked_fill(~self._mask.unsqueeze(-1), 0).float()
+    def mean(hidden: Tensor) -> Tensor:
+        # values outside the mask do not count, not even NaN
+        kept = hidden.detach().masked_fill(~mask.unsqueeze(-1), 0).float()
         with full_precision(kept.device.type):
-            return pool_tokens(kept, self._mask)
+            return pool_tokens(kept, mask)
+
+    def before_projection(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        heads.append(mean(inputs[0]))
+
+    def after_layer(_: nn.Module, __: Any, output: Any) -> None:
+        outputs.append(mean(output[0] if isinstance(output, tuple) else output))
+
+    with ExitStack() as undo:
+        for layer in decoder_layers(model):
+            undo.callback(output_projection(layer).register_forward_pre_hook(before_projection).remove)
+            undo.callback(layer.register_forward_hook(after_layer).remove)
+        run()
+    return torch.stack(heads, dim=1).unflatten(-1, (layout.n_heads, layout.head_dim)), torch.stack(outputs, dim=1)
 
 
 @torch.no_grad()

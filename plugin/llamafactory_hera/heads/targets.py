@@ -79,11 +79,6 @@ class Targets:
         return f"{self.granularity}s"
 
     @property
-    def file_name(self) -> str:
-        """The name of their file: ``heads.json`` or ``layers.json``."""
-        return file_name(self.granularity)
-
-    @property
     def names(self) -> tuple[str, ...]:
         """The name of each, ``L3H4`` or ``L3``."""
         return tuple(map(str, self.items))
@@ -158,13 +153,10 @@ class Targets:
         """Raises ``ValueError`` if a head or layer is outside a model."""
         n_layers, n_heads = layout.n_layers, layout.n_heads
         inside = {FINAL, *range(n_layers)}
-        outside = [str(t) for t in self.items if t.layer not in inside or (t.head or 0) >= n_heads]
-        if outside:
+        if outside := [str(t) for t in self.items if t.layer not in inside or (t.head or 0) >= n_heads]:
             heads = f" with heads H0 to H{n_heads - 1}" if self.granularity == "head" else ""
-            raise ValueError(
-                f"{self.key}: {', '.join(outside)} does not exist: the model has layers L0 to L{n_layers - 1}{heads}. "
-                f"Choose {self.what} of this model."
-            )
+            sizes = f"the model has layers L0 to L{n_layers - 1}{heads}"
+            raise ValueError(f"{self.key}: {', '.join(outside)} does not exist: {sizes}. Choose other {self.what}.")
 
 
 def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tuple[Target, ...]:

@@ -85,12 +85,9 @@ def token_positions(
 ) -> Tensor:
     """Finds the tokens of one image of each sample, ``[B, per_image]``; arbitrary for a sample without an image.
 
-    Args:
-        input_ids: ``[B, L]``.
-        attention_mask: ``[B, L]``; 0 for padding and for the dummy image that a host may add.
-        image: ``[B, 2]``, the index of the image and the number of images; ``(0, 0)`` for a sample without an image.
-        token_id: The placeholder of an image.
-        per_image: The number of placeholders of an image.
+    ``input_ids`` and the attention mask are ``[B, L]``; the mask is 0 for padding and for the dummy image that a host
+    may add. ``image`` ``[B, 2]`` holds the index of the image and the number of images, ``(0, 0)`` without an image.
+    An image has ``per_image`` placeholders ``token_id``.
     """
     visual = _visual(input_ids, attention_mask, token_id)
     length = input_ids.shape[1]

@@ -133,15 +133,13 @@ def find(name: str) -> type[Objective]:
         return _REGISTRY[name]
     try:
         found = getattr(_module(module), attribute)
+        if not issubclass(found, Objective):
+            raise TypeError("no subclass of llamafactory_hera.objectives.Objective")
     except Exception as error:  # user code may raise anything
         raise ValueError(
-            f"hera_objective: {name!r} cannot be imported ({error}); write module:Class for a module that is "
+            f"hera_objective: {name!r} cannot be used ({error}); write module:Class for a module that is "
             "installed, on PYTHONPATH, or below the working directory."
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(
-            f"hera_objective: {name!r} is no subclass of llamafactory_hera.objectives.Objective; make it one."
-        )
     return found
 
 

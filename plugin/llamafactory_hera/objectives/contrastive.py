@@ -22,14 +22,11 @@ class Contrastive(Objective):
         log_temperature = torch.tensor(math.log(options.config.temperature))
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=not options.config.fixed_temperature)
 
-    def temperature(self) -> Tensor:
-        """Returns the temperature, with gradient while it is learned."""
-        return self.log_temperature.exp()
-
     def forward(self, batch: PooledBatch) -> Tensor:
         """Computes the loss of each target, averaged over the samples that have a neighbor."""
         neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
-        return contrastive_loss(batch.z_all, neighbors, self.temperature(), batch.normalize, allowed, per_head=True)
+        temperature = self.log_temperature.exp()
+        return contrastive_loss(batch.z_all, neighbors, temperature, batch.normalize, allowed, per_head=True)
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Lets samples enter that have a neighbor."""

@@ -30,9 +30,8 @@ class DecoderInputs(Hooks):
     def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
         """Sets the changes for the next forward pass; None keeps the model's own input.
 
-        Args:
-            attention: Boolean ``[B, L, L]``: a token (row) sees the tokens that are true, in all layers.
-            embeddings: Positions ``[B, p]``, -1 for none, and the vector ``[D]`` to put there.
+        By ``attention``, boolean ``[B, L, L]``, a token (row) sees the tokens that are true, in all layers.
+        ``embeddings`` are positions ``[B, p]``, -1 for none, and the vector ``[D]`` to put there.
         """
         self._attention, self._embeddings = attention, embeddings
 
@@ -68,6 +67,6 @@ class DecoderInputs(Hooks):
         if attention is not None:
             # the smallest finite number instead of -inf: a padding row that sees nothing must stay finite
             closed = torch.zeros_like(attention, dtype=embeds.dtype)
-            closed = closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
+            closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
             kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}
         return args, kwargs

@@ -21,6 +21,7 @@ logger = logging.getLogger("llamafactory_hera")
 # aimagelab/JARVIS: src/train/args.py, and scripts/train/st1_jarvis.sh for the chance of a plain micro-batch
 _N_TARGETS, _TARGET_SCALES, _TARGET_ASPECTS = 4, (0.15, 0.2), (0.75, 1.5)
 _CONTEXT_SCALES, _SQUARE = (0.85, 1.0), (1.0, 1.0)
+_Range = tuple[float, float]
 _TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: how often a context of at most this many tokens is drawn again
 _PLAIN = 0.2
 
@@ -51,16 +52,12 @@ class Jarvis(TokenObjective):
     def check_model(cls, model_config: Any, attention: str | None) -> None:
         """Refuses FlashAttention, which takes no mask of single tokens, and layers with a sliding window."""
         if attention not in (None, "auto", "disabled", "sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation: {attention} takes no mask of single tokens, which jarvis needs; set it to sdpa."
-            )
+            raise ValueError(f"attn_implementation: {attention} takes no mask, which jarvis needs; set it to sdpa.")
         text = model_config.get_text_config()
         kinds = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) or "full_attention"]
         if set(kinds) != {"full_attention"}:
-            raise ValueError(
-                f"hera_objective: jarvis sets the attention mask, and {text.model_type} has layers with a sliding "
-                "window or chunks; use another model or objective."
-            )
+            why = f"{text.model_type} has layers with a sliding window or chunks"
+            raise ValueError(f"hera_objective: jarvis sets the attention mask, but {why}; use another model.")
 
     def attach(self, model: nn.Module) -> None:
         """Hooks the text decoder, and warns of settings under which the model learns another attention."""
@@ -80,21 +77,17 @@ class Jarvis(TokenObjective):
             self._inputs.remove()
 
     def prepare(self, step: Step) -> Plan:
-        """Draws the blocks of each sample, and whether the micro-batch is plain."""
+        """Draws the blocks of each sample, and hides the targets from the next pass; a plain one stays as it is."""
+        self._inputs.install()
         # equal on all processes: in a plain micro-batch z has no gradient, and gradients are averaged over processes
         plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
-        blocks = draw_blocks(step.side, len(step.positions), step.generator())
-        return self.plan(step, *blocks, plain or self.options.config.weight == 0)
-
-    def plan(self, step: Step, targets: Tensor, context: Tensor, plain: bool = False) -> Plan:
-        """Turns the result of :func:`draw_blocks` into a plan, and hides the targets from the next forward pass."""
-        self._inputs.install()
+        targets, context = draw_blocks(step.side, len(step.positions), step.generator())
         device = step.input_ids.device
         if device.type != "cpu":  # copies from pinned memory do not make the host wait
             targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
         places = targets.flatten(1)
         positions, valid = step.positions.gather(1, places), step.valid & (step.n_images == 1)
-        if plain:
+        if plain or self.options.config.weight == 0:
             return Plan(positions, torch.zeros_like(valid), {"places": places})
         seen = visible(step, valid, targets, context, self._two_way)
         self._inputs.set(seen, (torch.where(valid.unsqueeze(1), positions, -1), self.z))
@@ -147,9 +140,7 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.unsqueeze(2) & columns.unsqueeze(1)
 
 
-def _size(
-    side: int, scales: tuple[float, float], aspects: tuple[float, float], generator: torch.Generator
-) -> tuple[int, int]:
+def _size(side: int, scales: _Range, aspects: _Range, generator: torch.Generator) -> tuple[int, int]:
     """Draws height and width of a block; one number decides both scale and aspect, as in the source."""
     drawn = float(torch.rand((), generator=generator))
     scale, aspect = (least + drawn * (most - least) for least, most in (scales, aspects))

@@ -31,8 +31,7 @@ class LatentTeacher:
 
     def __init__(self, model: Any, fingerprint: str) -> None:
         model.decoder = model.post_quant_conv = None  # nothing is decoded, and it is more than half of the model
-        self._model = model.eval().requires_grad_(False)
-        self.fingerprint = fingerprint
+        self._model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self.device: torch.device = model.device
         self.dim: int = 4 * model.config.latent_channels  # a token's target packs 2 x 2 latents
 
@@ -41,17 +40,12 @@ class LatentTeacher:
         """Returns the folder of an AutoencoderKL, or raises ``ValueError``; images are resized to any ``side``."""
         if find_spec("diffusers") is None:
             raise ValueError(f"{KEY}: {name_or_path} needs diffusers, which is not installed; pip install diffusers.")
-        file = teacher_folder(name_or_path, weights=False, what=_WHAT) / CONFIG_FILE
-        try:
-            config = read_json(file)
-        except ValueError as error:
-            raise ValueError(f"{KEY}: {error}; copy or download {name_or_path} again.") from error
-        if config.get("_class_name") != _CLASS:
-            raise ValueError(f"{KEY}: {name_or_path} is not an {_CLASS}; give {_WHAT}.")
-        if None in (config.get("shift_factor"), config.get("scaling_factor")):
+        config = read_json(teacher_folder(name_or_path, weights=False, what=_WHAT) / CONFIG_FILE)
+        # the factors normalize the latents
+        if config.get("_class_name") != _CLASS or None in map(config.get, ("shift_factor", "scaling_factor")):
             raise ValueError(
-                f"{KEY}: {file} needs a shift_factor and a scaling_factor, which normalize the latents; give an "
-                "autoencoder that has both, such as that of FLUX.1-dev."
+                f"{KEY}: {name_or_path} is not an {_CLASS} with a shift_factor and a scaling_factor; give {_WHAT}, "
+                "such as that of FLUX.1-dev."
             )
         return teacher_folder(name_or_path, what=_WHAT)
 
@@ -68,10 +62,8 @@ class LatentTeacher:
 
         model, loading = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
-            raise ValueError(
-                f"{KEY}: the weights of {name_or_path} lack {len(missing)} tensors of an {_CLASS}, the first is "
-                f"{missing[0]}; copy or download it again."
-            )
+            lack = f"{len(missing)} tensors, the first is {missing[0]}"
+            raise ValueError(f"{KEY}: the weights of {name_or_path} lack {lack}; copy or download it again.")
         return cls(model.float().to(device), teacher_fingerprint(folder))
 
     @torch.no_grad()
@@ -84,9 +76,8 @@ class LatentTeacher:
         config = self._model.config
         size = side * 2 ** len(config.block_out_channels)  # each level but the last halves it, and so does packing
         with torch.autocast(self.device.type, enabled=False):
-            pixels = nn.functional.interpolate(
-                2 * images.to(self.device, torch.float32) - 1, (size, size), mode="bilinear"
-            )
+            pixels = 2 * images.to(self.device, torch.float32) - 1
+            pixels = nn.functional.interpolate(pixels, (size, size), mode="bilinear")
             latents = self._model.encode(pixels).latent_dist.sample()
             packed = nn.functional.pixel_unshuffle((latents - config.shift_factor) * config.scaling_factor, 2)
         return packed.flatten(2).transpose(1, 2)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..config import HeraConfig, Mode
 from ..distributed import barrier, gather_objects, rank, world_size
 from ..heads.families import head_layout, media_token_ids, model_config, text_decoder
-from ..heads.probe import PooledHeads
+from ..heads.probe import pooled_heads
 from ..heads.targets import Pooling
 from ..heads.tokens import token_mask
 from ..teachers.cache import FeatureCache
@@ -154,13 +154,11 @@ def pooled_outputs(
     batches = batches[rank() :: world_size()]
     rows = [row for batch in batches for row in batch]
     bar = tqdm(total=len(rows), desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
-    with PooledHeads(model) as pooled, torch.no_grad(), bar:
 
-        def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-            pooled.pool(forward.tokens(config.pooling, batch))
-            forward.run(batch)
-            return pooled.take()
+    def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return pooled_heads(model, forward.tokens(config.pooling, batch), partial(forward.run, batch))
 
+    with bar:
         for batch, outputs in run_batches(batches, features, inputs.collator(model), run, inputs.num_workers):
             heads[list(batch)], layers[list(batch)] = (output.cpu() for output in outputs)
             bar.update(len(batch))

@@ -73,7 +73,7 @@ def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
     if targets.provenance:
         _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)
         return targets
-    path = folder / targets.file_name  # training writes this file again, and would lose the scores
+    path = folder / file_name(config.granularity)  # training writes this file again, and would lose the scores
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
     return selected if same and not differences(selected.provenance, _origin(config, run), SAME_RUN) else targets

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..config import FIXED_KEYS, RESUMABLE_KEYS, HeraConfig
 from ..distributed import rank
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
-from ..heads import Targets
+from ..heads.targets import Targets, file_name
 from ..keys import changes
 
 logger = logging.getLogger("llamafactory_hera")
@@ -42,7 +42,7 @@ class RunIdentity:
         """
         path = Path(folder) / RUN_FOLDER
         write_safetensors(path / _STATE_FILE, state)
-        self.targets.save(path / self.targets.file_name)
+        self.targets.save(path / file_name(self.targets.granularity))
         keys = self.config.keys()
         write_json(path / _RUN_FILE, {**keys, **self._described(), "hera_teacher_name": self.config.teacher, **values})
 
