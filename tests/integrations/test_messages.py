@@ -20,7 +20,7 @@ OURS = logging.getLogger("llamafactory_hera")
 def fresh_loggers() -> Iterator[None]:
     """Leaves the loggers as they were."""
     before = [(logger, logger.handlers[:], logger.level) for logger in (OURS, logging.getLogger())]
-    OURS.handlers, OURS.level = [], logging.NOTSET
+    OURS.handlers, OURS.level, OURS.parent = [], logging.NOTSET, logging.getLogger()
     yield
     for logger, handlers, level in before:
         logger.handlers[:] = handlers

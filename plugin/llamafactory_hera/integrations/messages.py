@@ -19,14 +19,15 @@ logger = logging.getLogger("llamafactory_hera")
 def show_messages(host: logging.Logger | None = None) -> None:
     """Makes messages of level INFO and above visible, unless the user has chosen another level.
 
-    They share the level and the handlers of a host's logger. Without one they are printed, unless the program has set
-    up a handler that receives them.
+    Args:
+        host: A host's logger. Messages then share its level and its handlers. Without one, messages are printed unless
+            the program has set up a handler that receives them.
     """
     if host is not None:
+        logger.parent = host
         logger.setLevel(host.level)
-        for handler in host.handlers:
-            logger.addHandler(handler)
-    elif not logger.hasHandlers():
+        return
+    if not logger.hasHandlers():
         printer = logging.StreamHandler()
         printer.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
         printer.addFilter(lambda record: rank() == 0 or record.levelno >= logging.WARNING)
