@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 
-from llamafactory_hera.config import (
-    FIXED_KEYS,
-    OBJECTIVE_KEYS,
-    RESUMABLE_KEYS,
-    SCORE_KEYS,
-    SELECTION_KEYS,
-    HeraConfig,
-)
+from llamafactory_hera.config import FIXED_KEYS, OBJECTIVE_KEYS, RESUMABLE_KEYS, SCORE_KEYS, SELECTION_KEYS, HeraConfig
 from llamafactory_hera.keys import changes
 from llamafactory_hera.objectives import find
 

@@ -116,8 +116,7 @@ class HeraConfig(KeyedConfig):
         None, "Output folder of an earlier run from which the objective's own parameters are loaded."
     )
     teacher: str = knob(
-        "facebook/dinov2-large",
-        "Frozen vision teacher (for ross an autoencoder): a local folder or a hub id.",
+        "facebook/dinov2-large", "Frozen vision teacher (for ross an autoencoder): a local folder or a hub id."
     )
     teacher_cache: str | None = knob(None, "Folder that stores teacher features by image content; training fills it.")
     pooling: Pooling = knob(

@@ -16,9 +16,10 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llamafactory_hera.selection.passes import fill_cache
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
-from llamafactory_hera.teachers.fill import encode_images
+from llamafactory_hera.teachers.images import image_key
 from recipes.demo import models
 from recipes.demo.scenes import CELL, GRID, PALETTE, SHAPES, SIZES, Scene, place, render
 
@@ -64,7 +65,9 @@ def partly_gray_view(pixels: torch.Tensor) -> torch.Tensor:
 def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
     """Returns the teacher's CLS tokens ``[N, D]``, through the cache that the runs read."""
     teacher = VisionTeacher.from_pretrained(str(root / TEACHER), "cpu", torch.float32)
-    return encode_images(teacher, FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim), images, _BATCH)
+    cache = FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim)
+    fill_cache(teacher, cache, images, _BATCH)
+    return torch.stack([feature for feature in cache.get(map(image_key, images)) if feature is not None]).float()
 
 
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:

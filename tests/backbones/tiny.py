@@ -100,12 +100,7 @@ def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     path = str(resources.files("llama_models") / "llama3/tokenizer.model")
     specials = list(MetaTokenizer.get_instance().special_tokens)
     core = TikTokenConverter(path, extra_special_tokens=specials).converted()
-    named = {
-        "bos_token": specials[0],
-        "eos_token": specials[1],
-        "add_bos_token": True,
-        "chat_template": chat,
-    }
+    named = {"bos_token": specials[0], "eos_token": specials[1], "add_bos_token": True, "chat_template": chat}
     return tf.PreTrainedTokenizerFast(tokenizer_object=core, **named)
 
 

@@ -57,10 +57,7 @@ class DDP(Engine):
 class FSDP1(Engine):
     def __init__(self, model: nn.Module, n_micro: int) -> None:
         self.forward = self.model = FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy(_LAYERS),
-            use_orig_params=True,
-            device_id=torch.device("cpu"),
+            model, auto_wrap_policy=ModuleWrapPolicy(_LAYERS), use_orig_params=True, device_id=torch.device("cpu")
         )
 
     def gradients(self) -> dict[str, Tensor]:

@@ -6,13 +6,7 @@ from tests.tiny_models import VLMS, vlm
 from torch import Tensor
 from transformers import Dinov2Config
 
-from llamafactory_hera.heads.tokens import (
-    check_image_tokens,
-    grid_side,
-    pool_tokens,
-    token_mask,
-    token_positions,
-)
+from llamafactory_hera.heads.tokens import check_image_tokens, grid_side, pool_tokens, token_mask, token_positions
 
 IMAGE, VIDEO, PAD = 60, 61, 0
 IDS = torch.tensor(

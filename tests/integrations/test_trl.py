@@ -205,10 +205,7 @@ CASES = [
     Case("accumulation", steps=2, options=TWO),
     Case("gradient caching", steps=2, options=TWO, hera={"accumulate": "gradcache"}),
     Case(
-        "accumulation, a custom loss",
-        steps=2,
-        options=TWO | NLL,
-        arguments=lambda: {"compute_loss_func": token_mean},
+        "accumulation, a custom loss", steps=2, options=TWO | NLL, arguments=lambda: {"compute_loss_func": token_mean}
     ),
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),

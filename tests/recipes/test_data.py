@@ -117,11 +117,7 @@ def test_finevision_draws_the_requested_rows_of_each_subset(data: Path, tmp_path
     printed = prepare(data, "finevision", str(tmp_path), "charts=5", "birds=3")
     assert "5 rows with an image, 1 text-only rows, 1 rows skipped, broken image, 1 rows skipped, no turn" in printed
     rows = [json.loads(line) for line in (data / "finevision/finevision.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in rows[:3]] == [
-        ["charts/0_0.png"],
-        ["charts/1_0.jpeg", "charts/1_1.png"],
-        [],
-    ]
+    assert [row["images"] for row in rows[:3]] == [["charts/0_0.png"], ["charts/1_0.jpeg", "charts/1_1.png"], []]
     assert [row["conversations"][0]["value"].count("<image>") for row in rows] == [1, 2, 0, 1, 1, 1]
     drawn = {int(row["id"].split("/")[1]) for row in rows[3:]}
     assert len(drawn) == 3

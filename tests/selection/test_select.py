@@ -56,11 +56,7 @@ def naive_scores(inputs, chosen):
 
 @pytest.mark.parametrize(
     ("make", "keys"),
-    [
-        (text_inputs, {}),
-        (text_inputs, {"similarity": "dot"}),
-        (vlm_inputs, {"select_mode": "mllm", "select_k": 3}),
-    ],
+    [(text_inputs, {}), (text_inputs, {"similarity": "dot"}), (vlm_inputs, {"select_mode": "mllm", "select_k": 3})],
     ids=["captions", "dot product", "images and text"],
 )
 def test_scores_are_those_of_the_formula(tmp_path, make, keys):

@@ -7,12 +7,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.teachers import encoder
-from llamafactory_hera.teachers.encoder import (
-    FAMILIES,
-    TeacherProcessor,
-    VisionTeacher,
-    teacher_fingerprint,
-)
+from llamafactory_hera.teachers.encoder import FAMILIES, TeacherProcessor, VisionTeacher, teacher_fingerprint
 
 KINDS = [*FAMILIES, "dinov2_classifier"]
 

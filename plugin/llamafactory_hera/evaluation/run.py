@@ -18,10 +18,11 @@ from huggingface_hub import get_token
 
 from ..files import read_json, write_json
 from .suites import SUITES, Task
+from .table import write_table
 
 
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
-    """Evaluates models on a suite, writes ``OUTPUT/<suite>.md``, ``.json`` and ``.png``, and prints the table.
+    """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
     If a task fails, the others still run; with several processes, the command ends instead. ``image_newline`` tells
     whether the model in a folder was trained with a line break after the images.
@@ -67,8 +68,6 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     if os.environ.get("RANK", "0") != "0":
         return int(bool(failed))  # the first process reports
     if any(results[name][task].is_file() for name, task in ready):
-        from .table import write_table  # importing matplotlib takes time
-
         path = Path(args.output, Path(suite).stem + (f"-limit{args.limit}" if args.limit else ""))
         page, *others = write_table(path, members, results, args.paper)
         print(page.read_text(encoding="utf-8"), *others, sep="\n")

@@ -1,4 +1,4 @@
-"""The table that compares models: Markdown, JSON and a picture, next to the numbers that the paper reports."""
+"""The table that compares models, as Markdown and JSON, next to the numbers that the paper reports."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..files import read_json, write_json, write_text
-from ..plots import GRAY, SERIES, new_figure, plain, save_figure
 from .suites import Task
 
 #: The averages that the paper reports, by backbone.
@@ -27,7 +26,7 @@ class Line:
     n: int | None
     comparable: str
     why: str = ""
-    scale: float = 1.0  #: The factor in averages and in the picture.
+    scale: float = 1.0  #: The factor in averages.
     average: bool = False
     values: dict[str, float] = field(default_factory=dict)  #: By model.
     draws: dict[str, Any] = field(default_factory=dict)  #: By model, differences to the first one in all resamples.
@@ -44,7 +43,7 @@ class Line:
 def write_table(
     path: Path, tasks: Sequence[Task], results: Mapping[str, Mapping[Task, Path]], paper: str | None = None
 ) -> list[Path]:
-    """Writes a table as ``.md``, ``.json`` and ``.png``, and returns the three paths, which begin with ``path``.
+    """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
     A line has differences to the first model, with intervals by a paired bootstrap: two models are scored on the same
     resamples of the groups of samples. A table with the name ``paper`` also gets averages of the complete results.
@@ -64,13 +63,12 @@ def write_table(
         line.paper = {run: reported[run][line.key] for run in ("LLaVA", "HeRA") if line.key in reported.get(run, ())}
         if len(line.paper) == 2:
             line.paper["gain"] = round(line.paper["HeRA"] - line.paper["LLaVA"], 1)
-    page, data, picture = (path.with_name(f"{path.name}.{kind}") for kind in ("md", "json", "png"))
+    page, data = (path.with_name(f"{path.name}.{kind}") for kind in ("md", "json"))
     kept = ("key", "title", "n", "values", "differences", "paper", "comparable", "why")
     rows = [{name: getattr(line, name) for name in kept} for line in lines]
     write_json(data, {"suite": path.name, "models": models, "paper": reported.get("title"), "rows": rows})
     write_text(page, _markdown(lines, models, f"{reported['title']}: {known['source']}" if reported else ""))
-    _draw(lines, models, picture)
-    return [page, data, picture]
+    return [page, data]
 
 
 def _lines(task: Task, files: Mapping[str, Mapping[Task, Path]], generator: np.random.Generator) -> list[Line]:
@@ -139,33 +137,3 @@ def _markdown(lines: Sequence[Line], models: Sequence[str], source: str) -> str:
     notes += ["Parentheses: 95 % interval of the difference over resamples of the data."] if others else []
     notes += [f"Paper, {source}."] if source else []
     return "\n".join([rows[0], "| --- " * len(table[0]) + "|", *rows[1:], "", " ".join(notes), ""])
-
-
-def _draw(lines: Sequence[Line], models: Sequence[str], path: Path) -> None:
-    """Draws differences with their intervals and the paper's gains, or the scores of a single model."""
-    reference, *others = models
-    figure = new_figure(8.0, 1.2 + 0.3 * len(lines))
-    axes, drawn = figure.subplots(), others or models
-    for position, model in enumerate(drawn):
-        offset, points = (position - (len(drawn) - 1) / 2) * min(0.22, 0.8 / len(drawn)), []
-        for place, line in enumerate(lines):
-            ends = line.differences if others else {name: 3 * (value,) for name, value in line.values.items()}
-            if model in ends:
-                points.append((place + offset, *(line.scale * value for value in ends[model])))
-        if points:
-            y, middle, low, high = np.array(points).T
-            color = SERIES[models.index(model) % len(SERIES)]  # by position among all models, as in other pictures
-            axes.hlines(y, low, high, color=color, linewidth=1.6)
-            axes.plot(middle, y, "o", color=color, markersize=5, label=model)
-    gains = [(line.paper["gain"], place) for place, line in enumerate(lines) if "gain" in line.paper]
-    if others and gains:
-        axes.plot(*zip(*gains, strict=True), "D", color="none", markeredgecolor="black", label="the paper's gain")
-    if others:
-        axes.axvline(0, color=GRAY, linewidth=1, linestyle="--")
-    titles = [f"{line.title} / 20" if line.scale != 1 else line.title for line in lines]
-    axes.set_yticks(range(len(lines)), titles, fontsize=8)
-    axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.set_xlabel(f"difference to {reference} in points, with 95 % interval" if others else "percent")
-    plain(axes)
-    axes.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    save_figure(figure, path)
