@@ -69,7 +69,7 @@ demo: $(STAMP)
 	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo/hera.yaml \
 	  dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=mllm
 	$(BIN)/llamafactory-hera report $(DEMO_MODELS) --names $(DEMO_RUNS) \
-	  --aligned saves/demo_hera/hera/heads.json --output saves/demo --html saves/demo.html
+	  --aligned saves/demo_hera/hera/heads.json --output saves/demo
 	$(BIN)/llamafactory-hera eval $(DEMO_MODELS) --names $(DEMO_RUNS) --suite demo --data hera_demo/data \
 	  --output saves/demo_eval
 	@cat saves/demo.md saves/demo_eval/demo.md

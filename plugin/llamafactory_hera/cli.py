@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     report.add_argument("--aligned", metavar="HEADS", help="list these instead of the worst: names, or a heads.json")
-    report.add_argument("--output", help="write OUTPUT.png and OUTPUT.md (default: hera_report, or none with --html)")
-    report.add_argument("--html", metavar="FILE.html", help="write one page with all pictures, which needs no network")
+    written = "write the table as OUTPUT.md, and OUTPUT.html with all pictures (default: %(default)s)"
+    report.add_argument("--output", default="hera_report", help=written)
 
     gallery = command("gallery", _gallery, "draw the images that a head considers most similar, and the teacher's")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
@@ -157,8 +157,7 @@ def _score(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from .selection.report import write_report
 
-    output = args.output or (None if args.html else "hera_report")
-    print(*write_report(args.files, output, args.names, args.aligned, args.html), sep="\n")
+    print(*write_report(args.files, args.output, args.names, args.aligned), sep="\n")
     return 0
 
 

@@ -76,9 +76,8 @@ class HeraConfig(KeyedConfig):
     objective: str = knob(
         "contrastive",
         "The alignment loss: HeRA's loss over neighbors (contrastive), visual tokens against the teacher's patches "
-        "(feature, viral; at masked positions jarvis) or an autoencoder's latents (ross), pooled text against the "
-        "teacher's features (feature_pooled), 1 - CKA over the batch (cka), or your own class, written "
-        "my_package.my_module:MyObjective.",
+        "(feature, viral; at masked positions jarvis) or an autoencoder's latents (ross), 1 - CKA over the batch "
+        "(cka), or your own class, written my_package.my_module:MyObjective.",
     )
     granularity: Granularity = knob(
         "head", "Align attention heads (head, with hera_heads) or decoder layers (layer, with hera_layers)."

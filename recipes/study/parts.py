@@ -67,7 +67,9 @@ def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
     teacher = VisionTeacher.from_pretrained(str(root / TEACHER), "cpu", torch.float32)
     cache = FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim)
     fill_cache(teacher, cache, images, _BATCH)
-    return torch.stack([feature for feature in cache.get(map(image_key, images)) if feature is not None]).float()
+    return torch.stack(
+        [feature for feature in cache.get([image_key(image) for image in images]) if feature is not None]
+    ).float()
 
 
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:

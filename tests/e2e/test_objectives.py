@@ -33,7 +33,6 @@ AGREEMENT = {"hera_mknn", "hera_mknn_chance"}
 #: Change of the recipe -> what is aligned, the parameters that are saved, and the values that are logged.
 CASES: dict[str, tuple[dict[str, Any], str, set[str], set[str]]] = {
     "feature": ({"hera_objective": "feature"}, FIVE, {"projectors"}, set()),
-    "feature pooled": (LORA | {"hera_objective": "feature_pooled"}, FIVE, {"projectors"}, AGREEMENT),
     "cka": (LORA | {"hera_objective": "cka"}, FIVE, set(), AGREEMENT),
     "cmar": ({"hera_objective": "cka", **LAYER, "hera_layers": "penultimate"}, "L3", set(), AGREEMENT),
     "contrastive layers": (

@@ -24,7 +24,6 @@ MODES: dict[str, dict[str, Any]] = {
     "last token": {"pooling": "last"},
     "gradient caching": {"accumulate": "gradcache", "memory": 6},
     "cka": {"objective": "cka"},
-    "feature_pooled": {"objective": "feature_pooled"},
     "feature": {"objective": "feature"},
     "viral": {**LAYER, "objective": "viral"},
     "jarvis": {**LAYER, "objective": "jarvis"},

@@ -74,7 +74,7 @@ def test_its_name_is_a_value_of_the_key(example: str) -> None:
 
 
 def test_the_objectives_are_there() -> None:
-    ours = {"contrastive", "feature", "feature_pooled", "cka", "viral", "ross", "jarvis"}
+    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis"}
     assert ours <= set(names())
     on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
     assert on_tokens == {"feature", "viral", "ross", "jarvis"}

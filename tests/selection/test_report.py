@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +71,14 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
     ]
 
 
-def test_markdown_and_picture_are_written(files, tmp_path):
+def test_markdown_and_a_page_are_written(files, tmp_path):
     third = write_scores(tmp_path / "other/hera/scores.json", BEFORE)
     names = ["before", "after", "a|b\n*c*"]
-    picture, page = write_report([*files, third], tmp_path / "new/report", names)
-    assert (picture, page) == (tmp_path / "new/report.png", tmp_path / "new/report.md")
-    assert Image.open(picture).size[0] > 1000
-    lines = page.read_text().splitlines()
-    assert "![MKNN in every file](report.png)" in lines
+    table, page = write_report([*files, third], tmp_path / "new/report", names)
+    assert (table, page) == (tmp_path / "new/report.md", tmp_path / "new/report.html")
+    lines = table.read_text().splitlines()
     assert r"| head | before | after | a\|b \*c\* | a\|b \*c\* - before |" in lines
-    assert {path.name for path in picture.parent.iterdir()} == {"report.png", "report.md"}
+    assert {path.name for path in page.parent.iterdir()} == {"report.html", "report.md"}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +86,6 @@ def test_markdown_and_picture_are_written(files, tmp_path):
     [
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
-        (["{run}", "--html", "{run}/hera/heads.json"], "report: .*heads.json exists and is no report"),
         (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is no report"),
         (["{run}/images"], "scores: .*images/hera/heads.json cannot be read .*; give a file that a selection or"),
     ],
@@ -102,15 +97,8 @@ def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, prob
     assert re.search(problem, capsys.readouterr().err)
 
 
-def test_a_report_does_not_wait_for_torch(files, tmp_path):
-    code = "import sys; from llamafactory_hera.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "report", *map(str, files), "--output", str(tmp_path / "report")]
-    printed = subprocess.run(command, capture_output=True, text=True)
-    assert printed.stdout.splitlines()[-1] == "0 False", printed.stdout + printed.stderr
-
-
 def test_the_page_of_a_run_shows_its_heads_and_their_neighbors(run, tmp_path):
-    (written,) = write_report([run], None, html=tmp_path / "new/page.html")
+    _, written = write_report([run], tmp_path / "new/page")
     page = written.read_text()
     assert "<title>HeRA: some/model</title>" in page
     cells = re.findall("<td>(.*?)</td>", page)
@@ -122,7 +110,7 @@ def test_the_page_of_a_run_shows_its_heads_and_their_neighbors(run, tmp_path):
 
 
 def test_the_page_of_files_without_neighbors_names_the_missing_file(files, tmp_path):
-    (written,) = write_report(files, None, html=tmp_path / "page.html")
+    _, written = write_report(files, tmp_path / "page")
     assert "heads.neighbors.safetensors" in written.read_text()
 
 
@@ -137,7 +125,7 @@ def test_foreign_text_is_only_text_in_every_format(run, tmp_path):
         content["provenance"] |= {"model": HOSTILE, "dataset": HOSTILE, "teacher": HOSTILE, "samples": HOSTILE}
         content["provenance"]["keys"] |= keys
         path.write_text(json.dumps(content))
-    *_, page = write_report([run], tmp_path / "r", [HOSTILE, f"{HOSTILE}2"], html=tmp_path / "page.html")
+    _, page = write_report([run], tmp_path / "r", [HOSTILE, f"{HOSTILE}2"])
     text = page.read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text

@@ -25,10 +25,8 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
     If a task fails, the others still run; with several processes, the command ends instead. ``image_newline`` tells
-    whether the model in a folder was trained with a line break after the images.
-
-    Returns:
-        The exit status: 0, or 1 if a task failed or lacks something.
+    whether the model in a folder was trained with a line break after the images. The exit status is 1 if a task failed
+    or lacks something.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")

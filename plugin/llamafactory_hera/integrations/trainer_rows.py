@@ -75,12 +75,7 @@ def check_rows(trainer: Any, images_of: ImagesOf) -> None:
 
 
 def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets:
-    """Returns the heads or layers of a Trainer's run; ``auto`` selects them with its rows, collator and model.
-
-    Raises:
-        ValueError: As :func:`~.resolve.resolve_targets`; ``auto`` without training data, or without the whole model
-            on every process; or ``hera_select_dataset``.
-    """
+    """Returns the heads or layers of a Trainer's run; ``auto`` selects them with its rows, collator and model."""
     if config.select_dataset is not None:
         raise ValueError(
             f"hera_select_dataset: {config.select_dataset} works in LLaMA-Factory only, because a Trainer selects on "

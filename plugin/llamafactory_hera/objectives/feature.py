@@ -1,8 +1,7 @@
 """Feature matching: a projector, trained with the model, maps representations onto the teacher's features.
 
 ``feature`` is the row of the paper's ablation (sec. 4.2, table 1), and ``viral`` is VIRAL (arXiv 2509.07979), the same
-at a layer: visual tokens against the patch features of the same places. ``feature_pooled`` is an addition of this
-project: text averages against the feature of the image.
+at a layer: visual tokens against the patch features of the same places.
 """
 
 from functools import partial
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..alignment.losses import cosine_loss
-from .base import Objective, Options, PooledBatch, register
+from .base import Options, register
 from .tokens import TokenBatch, TokenObjective
 
 _WIDTH = 2048  # of VIRAL's official projector (cvlab-kaist/VIRAL, llava_llama.py)
@@ -50,21 +49,6 @@ class Viral(Feature):
     """VIRAL: feature matching at a decoder layer, used in stage 2 only, with weight 0.5."""
 
     granularities = ("layer",)
-
-
-@register("feature_pooled")
-class FeaturePooled(Objective):
-    """One minus the cosine of the projected text average and the teacher's feature, averaged over samples."""
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        self.projectors = _projectors(options, separate=True)
-
-    def forward(self, batch: PooledBatch) -> Tensor:
-        """Computes the loss of each target."""
-        predicted = torch.stack([project(z) for project, z in zip(self.projectors, batch.z, strict=True)])
-        losses = cosine_loss(predicted, batch.teacher)
-        return torch.where(batch.valid, losses, 0.0).sum(dim=1) / batch.valid.sum().clamp(min=1)
 
 
 def _projectors(options: Options, separate: bool) -> nn.ModuleList:

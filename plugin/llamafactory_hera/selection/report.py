@@ -1,4 +1,4 @@
-"""Tables and pictures of scores: one file, and several files side by side, as PNG, Markdown or one HTML page."""
+"""Tables and pictures of scores: one file, and several files side by side, as Markdown and as one HTML page."""
 
 import math
 import os
@@ -166,42 +166,32 @@ def draw_comparison(comparison: Comparison) -> Figure:
 
 
 def write_report(
-    paths: Paths,
-    output: str | os.PathLike | None = "hera_report",
-    names: Sequence[str] = (),
-    aligned: str | None = None,
-    html: str | os.PathLike | None = None,
-) -> list[Path]:
-    """Compares score files as :func:`compare` does, and returns the paths of the files that it writes.
+    paths: Paths, output: str | os.PathLike = "hera_report", names: Sequence[str] = (), aligned: str | None = None
+) -> tuple[Path, Path]:
+    """Compares score files as :func:`compare` does, writes ``OUTPUT.md`` and ``OUTPUT.html``, and returns both paths.
 
-    These are ``OUTPUT.png`` and ``OUTPUT.md``, and one HTML page with the scores of all heads and the gallery.
+    The page also shows the scores of all heads and the gallery.
 
     Raises:
         ValueError: The files cannot be compared, or the report would replace a page of another kind.
     """
-    comparison, written = compare(paths, names, aligned), []
-    pages = {f"{output}.md": _TITLE} if output else {}
-    for path, start in (pages | ({html: _PAGE[:9]} if html else {})).items():
-        if os.path.isfile(path) and not Path(path).read_bytes().startswith(start.encode()):
+    comparison, text, page = compare(paths, names, aligned), Path(f"{output}.md"), Path(f"{output}.html")
+    for path, start in ((text, _TITLE), (page, _PAGE[:9])):
+        if path.is_file() and not path.read_bytes().startswith(start.encode()):
             raise ValueError(f"report: {path} exists and is no report; give another path.")
-    if output:
-        written += [Path(f"{output}.png"), Path(f"{output}.md")]
-        plots.save_figure(draw_comparison(comparison), written[0])
-        write_text(written[1], _markdown(comparison, written[0].name))
-    if html:
-        title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
-        write_text(html, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
-        written.append(Path(html))
-    return written
+    write_text(text, _markdown(comparison))
+    title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
+    write_text(page, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
+    return text, page
 
 
-def _markdown(comparison: Comparison, picture: str) -> str:
+def _markdown(comparison: Comparison) -> str:
     def literal(text: str) -> str:
         return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
 
     header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
     table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
-    return f"{_TITLE}\n\n{literal(comparison.summary)}\n\n![MKNN in every file]({picture})\n\n{table}"
+    return f"{_TITLE}\n\n{literal(comparison.summary)}\n\n{table}"
 
 
 def _sections(comparison: Comparison) -> Iterator[str]:

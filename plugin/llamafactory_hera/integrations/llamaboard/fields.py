@@ -55,11 +55,9 @@ def default(key: str) -> Any:
 
 
 def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
-    """Adds the values of the fields to the arguments of a run.
+    """Adds the values of the fields to the arguments of a run; keys that "Extra arguments" put there keep theirs.
 
-    Args:
-        args: The arguments; keys that "Extra arguments" put there keep their values.
-        value_of: Maps the id of an element to its value.
+    ``value_of`` maps the id of an element to its value.
     """
     values = {key: value_of(f"train.{key}") for key in FIELDS}
     args = {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | args

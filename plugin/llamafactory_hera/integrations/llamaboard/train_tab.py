@@ -74,7 +74,7 @@ def commands(folder: Path, model_path: str) -> str:
     return f"""\
 llamafactory-hera select {recipe} output_dir={run}_select
 llamafactory-hera score {run} --recipe {recipe}
-llamafactory-hera report {run} --html {run}/{RUN_FOLDER}/report.html
+llamafactory-hera report {run} --output {run}/{RUN_FOLDER}/report
 llamafactory-hera calibrate {recipe} output_dir={run}_calibrated
 llamafactory-hera eval {model} {run} --suite paper"""
 

@@ -21,11 +21,8 @@ HeraArguments = make_dataclass(
 def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
     """Makes a subclass of the host's ``FinetuningArguments`` with the ``hera_*`` keys and ``stage: hera``.
 
-    Inside the host a HeRA run has ``stage: sft`` and ``use_hera``; ``to_dict`` reports ``stage: hera``.
-
-    Args:
-        host: The host's class.
-        require: Raises an error if a HeRA run cannot start.
+    Inside the host a HeRA run has ``stage: sft`` and ``use_hera``; ``to_dict`` reports ``stage: hera``. ``require``
+    raises an error if a HeRA run cannot start.
     """
     host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
     stages = Literal[(*get_args(host_stage.type), "hera")]  # type: ignore[valid-type]

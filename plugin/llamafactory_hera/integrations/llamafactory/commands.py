@@ -121,18 +121,7 @@ def score_checkpoint(
 def read_calibration(
     recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
 ) -> tuple[CalibrationInputs, RahConfig, Path]:
-    """Reads a recipe to calibrate as the arguments of ``calibrate_heads``.
-
-    Args:
-        recipe: Names model, dataset, template and the ``rah_*`` keys.
-        overrides: ``key=value`` pairs that replace keys of the recipe.
-
-    Returns:
-        The model and the dataset, the ``rah_*`` keys, and the output folder.
-
-    Raises:
-        ValueError: An input is bad; names the key, the value and the remedy.
-    """
+    """Reads a recipe, with overrides, as the arguments of ``calibrate_heads``: model and data, keys, output folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
     values, _ = read_values(recipe, overrides)
