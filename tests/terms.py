@@ -18,22 +18,17 @@ def options(
     return Options(HeraConfig(heads="L0H0", **keys), n_targets, dim, teacher_dim, side, initializer_range)
 
 
-class _AtTemperature(Contrastive):
-    given: Tensor
-
-    def temperature(self) -> Tensor:
-        return self.given
-
-
 class ContrastiveTerm(HeraTerm):
     """The term of the contrastive objective."""
 
     def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
         memory = CrossBatchMemory(0) if memory is None else memory
-        super().__init__(_AtTemperature(options()), k, normalize, memory)
+        objective = Contrastive(options())
+        del objective.log_temperature  # a parameter; every batch gives a tensor instead
+        super().__init__(objective, k, normalize, memory)
 
     def __call__(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, temperature: Tensor, n_rows: int | None = None
     ) -> TermOutput:
-        self.objective.given = temperature
+        self.objective.log_temperature = temperature.log()
         return super().__call__(representations, teacher, valid, n_rows)
