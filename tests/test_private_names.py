@@ -32,9 +32,8 @@ PRIVATE_NAMES = {
     "transformers.integrations.deepspeed 5.5.4": {"_hf_deepspeed_config_weak_ref"},
     "datasets 4.0.0": {"_formatting", "_info"},
     "torch 2.11.0": {"_C", "_current_graph_task_id"},
-    "argparse of Python 3.11": {"_option_string_actions"},
     "llamafactory.data.loader 0.9.5": {"_get_dataset_processor", "_get_merged_dataset"},
-    "llamafactory.webui 0.9.5": {"_build_config_dict", "_clean_cmd", "_id", "_parse_train_args"},
+    "llamafactory.webui 0.9.5": {"_parse_train_args"},
 }
 _PRIVATE = re.compile(r"_(?!_)[A-Za-z]\w*")
 _PUBLIC = {"_asdict", "_fields", "_replace"}  # of named tuples

@@ -8,4 +8,4 @@ The maths and the head capture are importable without the host::
 Importing this package loads nothing heavy: it happens in every interpreter that imports LLaMA-Factory.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -55,11 +55,12 @@ def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
 
 def corrupt(samples: Sequence[Sample], source: Any, kind: str, seed: int) -> list[Sample]:
     """Encodes samples with white images of the same sizes, or (``shuffled``) with the images of other samples."""
-    images = [[Image.new("RGB", load_image(image).size, "white") for image in sample.images] for sample in samples]
+    stored = [source.images(sample.row) for sample in samples]
+    images = [[Image.new("RGB", load_image(image).size, "white") for image in of_sample] for of_sample in stored]
     if kind == "shuffled":
-        images = exchanged([sample.images for sample in samples], seed)
+        images = exchanged(stored, seed)
     return [
-        Sample(sample.row, new, new[0], image_key(new[0]), source.encode(sample.row, new))
+        Sample(sample.row, new[0], image_key(new[0]), source.encode(sample.row, new))
         for sample, new in zip(samples, images, strict=True)
     ]
 

@@ -152,7 +152,7 @@ def test_checkpoints_and_adapters_are_scored_and_compared(train: Train, here: Pa
     assert (code, "--output: one file" in output) == (2, True)
     code, output = run_command(["llamafactory-hera", "report", *map(str, files)], here)
     assert code == 0, output
-    assert (here / "hera_report.png").is_file()
+    assert (here / "hera_report.html").is_file()
 
 
 def test_teacher_only_fills_the_cache_that_training_reads(train: Train, here: Path, path: Path) -> None:
@@ -166,7 +166,7 @@ def test_teacher_only_fills_the_cache_that_training_reads(train: Train, here: Pa
 
 
 @pytest.mark.parametrize("mode", ["llm", "mllm"])
-@pytest.mark.parametrize("lacking", ["[1-9][0-9]* no text", "[1-9][0-9]* have no image"])
+@pytest.mark.parametrize("lacking", ["[1-9][0-9]* have no text", "[1-9][0-9]* have no image"])
 def test_data_that_cannot_be_scored_are_refused(
     tmp_path: Path, here: Path, path: Path, mode: str, lacking: str
 ) -> None:

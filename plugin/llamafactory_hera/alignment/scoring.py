@@ -46,7 +46,7 @@ def score_heads(
 def score_features(
     features: Tensor, teacher_neighbors: Tensor, normalize: bool = True, weight: Tensor | None = None
 ) -> Tensor:
-    """Computes the MKNN of one set of features, such as the output of a layer; see the two other functions."""
+    """Computes the MKNN of one set of features, such as the output of a layer, as :func:`score_heads` does."""
     n, k = teacher_neighbors.shape
     if n != len(features):
         raise ValueError(f"teacher_neighbors: its {n} samples are not the {len(features)} samples of the features.")
