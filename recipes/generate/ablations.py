@@ -52,27 +52,27 @@ def _auto(strategy: str, m: int) -> dict[str, Any]:
 
 
 _FEATURE = (
-    "Visual tokens are matched to the teacher's patches as in VIRAL and REPA (paper, section 4.2). The paper leaves "
-    "some choices open, above all the projector; docs/method.md lists them."
+    "The objective matches visual tokens to the teacher's patches, as in VIRAL and REPA (paper, section 4.2). The "
+    "paper leaves some choices open, mainly the objective's projector; docs/rivals.md lists them."
 )
 _VIRAL = (
-    "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL itself uses "
-    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has one learning rate only."
+    "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL's code uses "
+    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has only one learning rate."
 )
 _CMAR = (
-    "The paper gives neither the weight nor the stages. The weight of 0.1 is that of a reproduction; HeRA's would be "
-    "0.01. To align in both stages is this project's choice."
+    "The paper states neither the weight nor the stages. The weight of 0.1 comes from a reproduction; HeRA's weight "
+    "is 0.01. Alignment in both stages is this project's choice."
 )
 _ROSS = (
-    "The data are the 665k instructions of HeRA's paper; ROSS itself uses 737k. The memory above does not include the "
-    "denoiser (64 million parameters in fp32 and their AdamW states) and its activations."
+    "The data are the 665k instructions of HeRA's paper; ROSS's code uses 737k. The memory above does not include the "
+    "denoiser (64 million parameters in fp32 and their AdamW states) or its activations."
 )
 _JARVIS = (
-    "Stage 2 is plain fine-tuning. hera_visual_attention: two_way gives the attention of JARVIS; see docs/method.md."
+    "Stage 2 is plain fine-tuning. hera_visual_attention: two_way uses JARVIS's attention; see docs/rivals.md."
 )
-_JARVIS_TWO = "JARVIS is part of stage 1 only."
+_JARVIS_TWO = "JARVIS is only part of stage 1."
 _VAE_NEED = (
-    "an AutoencoderKL. ROSS uses that of FLUX.1-dev, whose license you must accept: hf download "
+    "an AutoencoderKL. ROSS uses FLUX.1-dev's autoencoder, whose license you must accept: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
 )
 VAE = "models/flux/vae"
@@ -230,31 +230,32 @@ def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
 
 def index() -> str:
     """Returns the tables for recipes/README.md."""
-    lines = ["| Row | Qwen2.5-3B | Qwen3-4B | vision average in the paper |", "| --- | --- | --- | --- |"]
+    averages = [f"paper's vision average, {name}" for name in ("Qwen2.5-3B", "Qwen3-4B")]
+    lines = [f"| Method | Qwen2.5-3B | Qwen3-4B | {' | '.join(averages)} |", "| --- | --- | --- | --: | --: |"]
     rows = [
         (
             "no HeRA in either stage; append `model_name_or_path=saves/NAME/pretrain_sft`",
             [f"{key}_sft" for key in MODELS],
-            "50.5 / 56.3",
+            "50.5 | 56.3",
         ),
-        ("HeRA: contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 / 58.5"),
+        ("HeRA: contrastive loss on the 5 least aligned heads", [f"{key}_hera" for key in MODELS], "52.9 | 58.5"),
     ]
-    rows += [(row.title, [f"{FOLDER}/{key}_{row.name}" for key in MODELS], " / ".join(row.paper)) for row in ROWS]
+    rows += [(row.title, [f"{FOLDER}/{key}_{row.name}" for key in MODELS], " | ".join(row.paper)) for row in ROWS]
     lines += [f"| {text} | {' | '.join(map(_link, names))} | {paper} |" for text, names, paper in rows]
-    lines += ["", "Table 4, on Qwen3-8B:", ""]
+    lines += ["", "These recipes run the methods of table 4 on Qwen3-8B:", ""]
     lines += [
-        "| Method | Stage 1 | Stage 2 | Stage 2, LoRA | vision average in the paper |",
-        "| --- | --- | --- | --- | --- |",
+        "| Method | Stage 1 | Stage 2 | Stage 2, LoRA | paper's vision average |",
+        "| --- | --- | --- | --- | --: |",
     ]
     first = {"ROSS": "ross_pretrain", "JARVIS": "jarvis_pretrain"}
     for title, paper in (("ROSS", "56.2"), ("VIRAL", "54.2"), ("JARVIS", "58.7"), ("CMAR", "56.9")):
         name = f"{FOLDER}/{RIVALRY}_{title.lower()}"
-        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "a command in the header of stage 2"
+        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "command in the header of stage 2"
         by_lora = "–" if title == "CMAR" else _link(f"{name}_lora")
         lines.append(f"| {title} | {one} | {_link(name)} | {by_lora} | {paper} |")
     none, hera = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
     lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {hera} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
-    lines.append(f"| none | a command in the header of stage 2 | {none} | – | 55.9 |")
+    lines.append(f"| none | command in the header of stage 2 | {none} | – | 55.9 |")
     return "\n".join(lines)
 
 

@@ -34,7 +34,7 @@ QLORA_CARD, QLORA_BATCH = 24, 32
 _TEACHER_NEED = (TEACHER, "the teacher; the first run downloads it, or set hera_teacher to a local folder")
 _PRETRAIN_NEED = ("recipes/data/llava_pretrain/", "558k captions and their images: recipes/data/README.md")
 _INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions and their images: recipes/data/README.md")
-_FINEVISION_NEED = ("recipes/data/finevision/", "83k rows of FineVision with their images: recipes/data/README.md")
+_FINEVISION_NEED = ("recipes/data/finevision/", "83k samples of FineVision with their images: recipes/data/README.md")
 _QUANT_NEED = ("bitsandbytes", "pip install bitsandbytes")
 
 
@@ -52,7 +52,7 @@ def _pretrain(model: Backbone) -> Recipe:
     build += " --image-aspect-ratio pad"
     return Recipe(
         f"{model.key}_pretrain",
-        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, the rest is frozen.",
+        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions; all other parts are frozen.",
         [(f"models/{model.key}/", f"{build} --output models/{model.key}"), _PRETRAIN_NEED, _TEACHER_NEED],
         work,
         plans,
@@ -72,7 +72,7 @@ def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
     if kind == "hera_lora":
         trained = sizes.lora(LORA_RANK) + n_projector(sizes)
         work = Work(sizes, sizes.n_parameters + N_VISION, trained, CUTOFF, 128)
-        what, rate = "by LoRA with HeRA: adapters on the LLM, and the projector in full.", "2.0e-4"
+        what, rate = "by LoRA with HeRA: adapters on the LLM, and full training of the projector.", "2.0e-4"
         keys = sections.lora(LORA_RANK, "multi_modal_projector")
     else:
         work = Work(sizes, N_VISION, sizes.n_parameters + n_projector(sizes), CUTOFF, 128, zero3=True)
@@ -119,9 +119,9 @@ class _NativeKind:
 
 
 _NATIVE_KINDS = {
-    "hera": _NativeKind("fine-tuned with HeRA: the LLM and the projector in full.", "1.0e-5"),
+    "hera": _NativeKind("fine-tuned with HeRA: full training of the LLM and the projector.", "1.0e-5"),
     "hera_lora": _NativeKind(
-        "fine-tuned by LoRA with HeRA: adapters on the LLM, and the projector in full.", "1.0e-4", LORA_RANK
+        "fine-tuned by LoRA with HeRA: adapters on the LLM, and full training of the projector.", "1.0e-4", LORA_RANK
     ),
     "hera_qlora": _NativeKind(
         "fine-tuned by QLoRA with HeRA on one 24 GB card: adapters on the LLM in 4 bits.", "1.0e-4", QLORA_RANK, True
@@ -171,12 +171,12 @@ def _finevision() -> Iterator[Recipe]:
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k rows of FineVision; the rows and its settings are not known. The learning rate and "
-        "the batch size are those of the other recipes for finished VLMs."
+        "The paper trains on 83k samples of FineVision but states neither the samples nor its settings. The learning rate "
+        "and the batch size are the same as in the other recipes for finished VLMs."
     )
     yield replace(
         hera,
-        title=f"{model.title}, fine-tuned on FineVision with HeRA: the LLM and the projector in full.",
+        title=f"{model.title}, fine-tuned on FineVision with HeRA: full training of the LLM and the projector.",
         notes=notes,
     )
     title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline of {hera.name}.yaml."
