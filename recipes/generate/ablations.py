@@ -67,9 +67,7 @@ _ROSS = (
     "The data are the 665k instructions of HeRA's paper; ROSS's code uses 737k. The memory above does not include the "
     "denoiser (64 million parameters in fp32 and their AdamW states) or its activations."
 )
-_JARVIS = (
-    "Stage 2 is plain fine-tuning. hera_visual_attention: two_way uses JARVIS's attention; see docs/rivals.md."
-)
+_JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way uses JARVIS's attention; see docs/rivals.md."
 _JARVIS_TWO = "JARVIS is only part of stage 1."
 _VAE_NEED = (
     "an AutoencoderKL. ROSS uses FLUX.1-dev's autoencoder, whose license you must accept: hf download "

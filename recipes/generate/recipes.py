@@ -171,8 +171,8 @@ def _finevision() -> Iterator[Recipe]:
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k samples of FineVision but states neither the samples nor its settings. The learning rate "
-        "and the batch size are the same as in the other recipes for finished VLMs."
+        "The paper trains on 83k samples of FineVision but states neither the samples nor its settings. The learning "
+        "rate and the batch size are the same as in the other recipes for finished VLMs."
     )
     yield replace(
         hera,
