@@ -128,7 +128,7 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
     ("data", "its data (give --data"),
     ("nltk:corpora/wordnet", "nltk's corpora/wordnet"),
     ("spacy:en_core_web_lg", "spaCy's en_core_web_lg"),
-    ("env:AMBER_BASE_DIR", "the folder AMBER_BASE_DIR"),
+    ("env:AMBER_BASE_DIR", "AMBER's data (set AMBER_BASE_DIR"),
 ])  # fmt: skip
 def test_the_check_lists_what_a_task_lacks(need: str, lacks: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "AMBER_BASE_DIR"):

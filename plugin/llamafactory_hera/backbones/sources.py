@@ -50,7 +50,7 @@ _WITH_TEXT = ("clip", "siglip")
 
 
 def open_language(name: str) -> Source:
-    """Reads the configuration of a language model, and refuses one that cannot be a part of LLaVA."""
+    """Reads the configuration of a language model, and refuses a model that cannot be a part of LLaVA."""
     source = _open("--language-model", name, "a language model such as Qwen/Qwen3-8B")
     config = source.config
     if config.model_type not in FAMILIES or any(getattr(config, key, None) not in (None, 1) for key in _LOGIT_CHANGES):

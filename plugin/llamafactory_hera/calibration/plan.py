@@ -27,7 +27,7 @@ class Anchor(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The updates that the trust region will try, and the reasons for them."""
+    """The updates that the trust region will try, with their heads and anchors."""
 
     heads: list[Target]  #: The chosen heads, highest CAF first.
     anchors: dict[Target, list[Anchor]]  #: The anchors of each chosen head, most similar first.
@@ -209,7 +209,7 @@ def _try(update: Update, kl: Divergence, config: RahConfig) -> Trial:
 def held_out_divergence(
     forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
 ) -> Divergence:
-    """Runs the unchanged model on held-out samples (B in eq. 15), and returns the divergence of changes from it.
+    """Runs the unchanged model on held-out samples (B in eq. 15), and returns a measure of divergence from it.
 
     The logits of the unchanged model stay on the CPU. A divergence is averaged over tokens, then over samples.
     """

@@ -124,7 +124,7 @@ class Profile:
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` of them."""
+    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` samples."""
 
     def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}

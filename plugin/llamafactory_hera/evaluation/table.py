@@ -24,17 +24,17 @@ class Line:
     key: str  #: ``task``, or ``task/score`` if the task has several scores; for an average, the category.
     title: str
     n: int | None  #: The number of samples.
-    comparable: str  #: Comparable with the paper: same, close or no; empty if the paper reports no score.
+    comparable: str  #: With the paper: same, close or no; empty if the paper reports no score.
     why: str = ""  #: The reason for close or no.
     scale: float = 1.0  #: Multiplies the score in averages.
     average: bool = False
     values: dict[str, float] = field(default_factory=dict)  #: The score of each model.
-    resampled: dict[str, Any] = field(default_factory=dict)  #: By model: difference from the first, in each resample.
+    resampled: dict[str, Any] = field(default_factory=dict)  #: Differences from the first model, in each resample.
     paper: dict[str, float] = field(default_factory=dict)  #: The paper's scores: LLaVA, HeRA and the gain.
 
     @property
     def differences(self) -> dict[str, tuple[float, ...]]:
-        """By model: its difference from the first model, and the 2.5 and 97.5 percentiles over resamples."""
+        """The difference of each model from the first, with the 2.5 and 97.5 percentiles over resamples."""
         ends = {model: np.percentile(found, [2.5, 97.5]).tolist() for model, found in self.resampled.items()}
         first = next(iter(self.values.values()), 0.0)
         return {model: (self.values[model] - first, low, high) for model, (low, high) in ends.items()}
@@ -105,7 +105,7 @@ def _resample(task: Task, tallies: Sequence[Mapping], generator: np.random.Gener
 
 
 def _average(key: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
-    """Averages the scores of each model that has all of them."""
+    """Averages the scores of each model that has complete results."""
     worst = max((line.comparable for line in lines), key=_RANKS.index)
     average = Line(key, f"{key}, average", None, worst, average=True)
     for model in models if worst != "no" else ():

@@ -97,7 +97,7 @@ class HeraVLM(lmms):
         return arranged
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
-        """Renders the text of a conversation, with one token for each image."""
+        """Renders the text of a conversation, in which each image is one token."""
         return self.processor.apply_chat_template([conversation], add_generation_prompt=True)[0]
 
     def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:

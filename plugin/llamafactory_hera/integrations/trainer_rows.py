@@ -141,7 +141,7 @@ class TrainerRows:
         """Encodes a row with the trainer's collator; in mode ``llm``, its labeled tokens as a caption."""
         batch = self.collate([{"row": row}])
         ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-        token_mask(self._config.pooling, ids, mask, labels)  # raises if the pooling lacks labels
+        token_mask(self._config.pooling, ids, mask, labels)  # raises if labels are missing
         attended = token_mask("mean", ids, mask)[0]
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
         tokens, labels = ids[0][attended].tolist(), labels[0][attended].tolist()

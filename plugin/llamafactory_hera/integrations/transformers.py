@@ -226,7 +226,7 @@ class HeraTrainerMixin(_Base):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
-        # HeRA's state comes first, so that no checkpoint has weights without it.
+        # HeRA's state comes first, so every checkpoint with weights contains it.
         if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.aligner.save(folder)

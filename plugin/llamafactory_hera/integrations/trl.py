@@ -1,7 +1,7 @@
 """HeRA in TRL's ``SFTTrainer``, and the options of TRL that do not work with it.
 
 TRL reads images from version 0.22 on; older versions need a custom collator. TRL computes its loss in several ways (at
-once, in chunks, with a fused head, with Liger). The heads are read inside the layers, so all of these ways work.
+once, in chunks, fused with lm_head, with Liger). Heads are read inside the layers, so all of these ways work.
 """
 
 from typing import Any

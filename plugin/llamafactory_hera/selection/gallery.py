@@ -133,7 +133,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target)
     axes.axis("off")
 
     def draw(title: str, rows: Sequence[Sequence[int]], left: float, compared: bool = False) -> float:
-        """Draws a group of images, optionally compared with the teacher, and returns the left edge of the next one."""
+        """Draws a group of images, optionally compared with the teacher, and returns the left edge for the next."""
         right = left + min(columns, len(rows[0])) * _STEP
         axes.text(left, _TOP - 0.12, title, fontsize=10, va="bottom")
         for row, (found, expected) in enumerate(zip(rows, teacher, strict=True)):

@@ -37,7 +37,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 class Comparison(NamedTuple):
-    """Score files of one model at several times; the first file is from before training."""
+    """Score files of one model at several times; the first file was written before training."""
 
     files: Sequence[ScoreFile]
     names: Sequence[str]

@@ -124,7 +124,7 @@ def untouched_random_state() -> Iterator[None]:
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores all heads and layers, chooses some, and writes choice and scores. All processes call it together."""
+    """Scores all heads and layers, chooses targets, and writes both to a file. All processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))

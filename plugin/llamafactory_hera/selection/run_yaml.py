@@ -65,7 +65,7 @@ def _round_trip(text: str, keys: Mapping[str, Any]) -> str:
     if re.search(r"^ +- ", text, re.MULTILINE):
         parser.indent(mapping=2, sequence=4, offset=2)
     document = parser.load(text)
-    # PyYAML writes values so that every parser reads them alike, for instance 1.0e-05 instead of 1e-05
+    # every parser reads PyYAML's values alike, for instance 1.0e-05 instead of 1e-05
     document.update(parser.load(yaml.safe_dump(dict(keys))))
     parser.dump(document, written)
     return written.getvalue()
