@@ -1,7 +1,7 @@
 """Changes to LLaMA-Factory (the host) in memory; its files on disk stay as they are.
 
 ``llamafactory_hera.pth`` runs at every start of Python. It adds a small import hook that imports this package and
-calls :func:`install` when a program imports the host; to import even an empty package each time would take longer.
+calls :func:`install` when a program imports the host. Importing even an empty package at each start would take longer.
 From Python 3.15 on, ``llamafactory_hera.start`` calls :func:`install` directly. :func:`install` only adds a second
 hook, which changes each module of the host right after its import. ``HERA_DISABLE=1`` switches it off.
 """
@@ -52,16 +52,16 @@ def patches() -> "dict[str, Patch]":
 
 
 def installed() -> bool:
-    """Whether one of the two import hooks is active."""
+    """Returns whether one of the two import hooks is active."""
     return any(type(finder).__name__ in ("PatchFinder", "HeraStart") for finder in sys.meta_path)
 
 
 def disabled() -> bool:
-    """Whether ``HERA_DISABLE`` is set to something other than 0."""
+    """Returns whether ``HERA_DISABLE`` is set to something other than 0."""
     return os.environ.get("HERA_DISABLE", "0") not in ("", "0")
 
 
 def install() -> None:
-    """Adds the import hook, unless it is there already or disabled."""
+    """Adds the import hook, unless it is already active or disabled."""
     if not disabled() and PatchFinder not in map(type, sys.meta_path):
         sys.meta_path.insert(0, PatchFinder())

@@ -1,4 +1,4 @@
-"""The checks of ``llamafactory-hera doctor``: whether this installation can run ``stage: hera``, with a remedy."""
+"""The checks of ``llamafactory-hera doctor``, which find problems with ``stage: hera`` and print remedies."""
 
 import gc
 import importlib
@@ -26,7 +26,7 @@ class _Finding(NamedTuple):
 
 def run_doctor() -> int:
     """Prints the report and returns the exit status: 0 if it lists no problem, 1 otherwise."""
-    gc.disable()  # a quarter of the time would go into collecting garbage that imports do not leave
+    gc.disable()  # garbage collection would take a quarter of the time, and imports leave no garbage
     findings = [*_packages(), *_accelerator(), *_patches()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:

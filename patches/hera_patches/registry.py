@@ -1,4 +1,4 @@
-"""The list of patches, the check whether each one fits the installed host, and the state of each in this process."""
+"""The list of patches, the check that each one fits the installed host, and the state of each in this process."""
 
 import inspect
 import sys
@@ -20,8 +20,8 @@ class Patch(NamedTuple):
     name: str
     summary: str
     for_training: bool  #: False if only the web UI needs the change.
-    apply: Callable[[Any], None]  #: Changes the module, or raises an error if it does not fit.
-    functions: dict[str, str]  #: Dotted names of the functions that it relies on -> their parameters.
+    apply: Callable[[Any], None]  #: Changes the module, or raises an error if the module does not fit.
+    functions: dict[str, str]  #: Dotted names of functions that the patch relies on -> their parameters.
     used: dict[str, str]  #: Dotted names of functions -> names that their code must use.
 
 
@@ -63,7 +63,7 @@ def around(owner: Any) -> Callable[[Callable], None]:
 
 
 def apply_to(module: ModuleType) -> None:
-    """Applies the patch of a module that was just imported; if it does not fit, warns and changes nothing."""
+    """Applies the patch of a module that was just imported; if the patch does not fit, warns and changes nothing."""
     patch = PATCHES[module.__name__]
     MISFITS[patch.name] = None
     try:

@@ -59,9 +59,9 @@ def sft_workflow(module: Any) -> None:
 def tuner(module: Any) -> None:
     """Stops a HeRA run that trained without HeRA, and prints refusals as one line.
 
-    The host chooses among workflows by arguments and environment variables, more of them in each release. A workflow
-    that does not know HeRA would train plain SFT without a word. Instead of a list of these workflows there is a
-    proof: the HeRA workflow must start before the host reads data (:func:`data_loader`) or at least before it ends.
+    The host chooses a workflow by arguments and environment variables, and each release adds more. A workflow that
+    does not know HeRA would silently train plain SFT. The patch therefore does not list such workflows, but checks
+    that the HeRA workflow starts before the host reads data (:func:`data_loader`), or at least before the host ends.
     """
 
     @around(module)
@@ -73,7 +73,7 @@ def tuner(module: Any) -> None:
             values = args.values() if isinstance(args, Mapping) else args
             if "hera" not in values or _is_refusal(error):
                 raise
-            raise ValueError(str(error)) from error  # makes the host's error a refusal, too
+            raise ValueError(str(error)) from error  # turns the host's error into a refusal
         _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train
         return parsed
 
@@ -143,7 +143,7 @@ def log_callback(module: Any) -> None:
 
 @patch("llamafactory.data.template")
 def templates(module: Any) -> None:
-    """Adds chat templates for LLaVA-style models; the host has one for the Vicuna format alone."""
+    """Adds chat templates for LLaVA-style models; the host has one only for the Vicuna format."""
     from llamafactory_hera.integrations.llamafactory.templates import register
 
     register(module)
@@ -160,7 +160,7 @@ def _check_arrived(what: str) -> None:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether a ``raise`` statement of the plugin raised an error; an error of a library keeps its traceback."""
+    """Returns whether a ``raise`` statement of the plugin raised an error; other errors keep their traceback."""
     last: Any = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next

@@ -1,7 +1,7 @@
 """The changes that show HeRA in the host's web UI; training works without them.
 
 The host builds its page in one function and keeps lists, labels and sent values in its code, so a plugin cannot add
-a stage or fields without changing them. Imports of the plugin wait until a patch is applied.
+a stage or fields without such changes. Imports of the plugin wait until a patch is applied.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from .registry import around, patch
 def constants(module: Any) -> None:
     """Adds HeRA to the list of stages and the plugin's models to the list of models.
 
-    The models are listed as multimodal; for others, the web UI sends no options for freezing and image sizes.
+    The models are listed as multimodal, because for others the web UI sends no options for freezing and image sizes.
     """
     from llamafactory_hera.integrations.llamaboard.fields import STAGE, STAGE_TITLE, register_models
 

@@ -67,7 +67,7 @@ def test_weights_that_are_cut_short_are_refused(llm: Path, build: Build, tmp_pat
 
 
 def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build: Build, tmp_path: Path) -> None:
-    match = r"^--language-model: .* has no tokenizer, or another model's; copy tokenizer\.json"
+    match = r"^--language-model: .* has no tokenizer, or that of a different model; copy tokenizer\.json"
     small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
     refuse(build, tmp_path, match, llm=small)
     for path in llm.glob("tokenizer*"):

@@ -82,7 +82,7 @@ def test_projections_that_are_no_plain_matrices_are_refused(kind: str) -> None:
     if kind == "quantized":
         projection = model.model.language_model.layers[1].self_attn.o_proj
         projection.weight = nn.Parameter(projection.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match=r"model: the \w+ projections .*quantized, wrapped or fused; use a model"):
+    with pytest.raises(ValueError, match=r"model: the \w+ projections .*wrapped or fused; use an unquantized model"):
         HeadWeights(model)
 
 

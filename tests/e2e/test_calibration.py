@@ -146,8 +146,8 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only"]),
     "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
-    "no output": (["output_dir="], ["output_dir: it has no value"]),
-    "no template": (["template="], ["template: it has no value"]),
+    "no output": (["output_dir="], ["output_dir: the value is empty"]),
+    "no template": (["template="], ["template: the value is empty"]),
 }
 
 

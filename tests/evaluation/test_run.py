@@ -116,7 +116,7 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
         ([str(folder), str(folder)], "with --names a different name for each"),
         ([str(folder), "--suite", "vision"], "--suite: vision is unknown; choose demo, paper, hallucination, or a"),
         ([str(folder), "--tasks", "pope"], "--tasks: pope is not in the suite demo; choose from demo_questions"),
-        ([str(folder), "--data", "nowhere"], "nowhere is not a folder; give the one that contains demo_questions"),
+        ([str(folder), "--data", "nowhere"], "nowhere is not a folder; give the folder that contains demo_questions"),
     ):
         assert main(["eval", *arguments]) == 2
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("llamafactory-hera:")]
@@ -124,11 +124,11 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("need, lacks", [
-    ("token", "a token of the hub"),
+    ("token", "a hub token"),
     ("data", "its data (give --data"),
     ("nltk:corpora/wordnet", "nltk's corpora/wordnet"),
     ("spacy:en_core_web_lg", "spaCy's en_core_web_lg"),
-    ("env:AMBER_BASE_DIR", "the folder AMBER_BASE_DIR"),
+    ("env:AMBER_BASE_DIR", "AMBER's data (set AMBER_BASE_DIR"),
 ])  # fmt: skip
 def test_the_check_lists_what_a_task_lacks(need: str, lacks: str, tmp_path: Path, monkeypatch) -> None:
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "AMBER_BASE_DIR"):

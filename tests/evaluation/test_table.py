@@ -126,7 +126,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert lines[0] == "| benchmark | n | LLaVA\\|x | HeRA | HeRA − LLaVA\\|x | comparable | why not |"
     assert lines[1].count("---") == 7
     cells = "| CHAIR: CHAIRi ↓ | 500 | 50.0 | 25.0 | −25.0 (−25.0 … −25.0) | close |"
-    assert lines[3] == f"{cells} the paper does not say which 500 images |"
+    assert lines[3] == f"{cells} the paper does not say which 500 images it uses |"
     assert lines[4].startswith("| AMBER generative |  | – | – | – | close |")
 
 

@@ -210,7 +210,7 @@ CASES = [
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
     Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
-    Case("messages", "answer averages over the tokens with a label, and TRL labels the prompt", form="messages"),
+    Case("messages", "answer averages over the tokens with a label, and TRL also labels the prompt", form="messages"),
     Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
     Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
 ]
@@ -295,7 +295,7 @@ def test_answers_are_the_turns_of_the_assistant(tmp_path: Path, name: str) -> No
 def test_heads_are_not_selected_on_data_that_is_refused(tmp_path: Path) -> None:
     NAMED["messages"].skip()
     auto = {"heads": "auto", "select_samples": 12, "select_k": 4, "select_m": 2, "memory": 4}
-    with pytest.raises(ValueError, match="TRL labels the prompt"):
+    with pytest.raises(ValueError, match="TRL also labels the prompt"):
         trainer_of(tmp_path, Case("", form="messages", hera=auto, steps=4))
     assert not (tmp_path / "hera").exists()
     trainer = trainer_of(tmp_path, Case("", hera=auto, steps=4))

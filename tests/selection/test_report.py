@@ -86,7 +86,7 @@ def test_markdown_and_a_page_are_written(files, tmp_path):
     [
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
-        (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is no report"),
+        (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is not a report"),
         (["{run}/images"], "scores: .*images/hera/heads.json cannot be read .*; give a file that a selection or"),
     ],
 )

@@ -136,7 +136,7 @@ def test_files_are_named_by_their_folders_or_by_their_paths(tmp_path):
 
 def test_a_file_without_scores_is_refused(tmp_path):
     (tmp_path / "hand.json").write_text('{"heads": ["L0H0"]}')
-    with pytest.raises(ValueError, match=r"scores: .*hand.json has no scores; write one with"):
+    with pytest.raises(ValueError, match=r"scores: .*hand.json has no scores; write a file with"):
         ScoreFile.load(tmp_path / "hand.json")
 
 

@@ -183,7 +183,7 @@ def test_teacher_only_fills_the_cache_for_the_complete_dataset(tmp_path):
     assert fill_teacher_cache(inputs, cached) == 30
     with pytest.raises(ValueError, match="hera_teacher_cache: it is not set"):
         fill_teacher_cache(inputs, settings())
-    with pytest.raises(ValueError, match="dataset: noise holds no image"):
+    with pytest.raises(ValueError, match="dataset: noise contains no image"):
         fill_teacher_cache(dataclasses.replace(inputs, source=Rows([[]], captions(1))), cached)
 
 

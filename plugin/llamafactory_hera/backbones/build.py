@@ -22,7 +22,7 @@ class BuiltModel(NamedTuple):
     n_parameters: int
     image_token_id: int  #: The id of the token ``<image>``.
     image_tokens: int  #: The number of tokens of one image.
-    template: str | None  #: The training template of stage 2; None if there is none for the language model.
+    template: str | None  #: The training template of stage 2; None if no template fits the language model.
 
 
 def build_backbone(
@@ -34,9 +34,9 @@ def build_backbone(
 ) -> BuiltModel:
     """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
-    The weights are copied bit for bit in their stored dtype, by the names of the llava-hf checkpoints. The complete
-    model is held in memory, and the folder appears when it is complete. ``pad`` pads images to squares with the mean
-    color of the encoder's image processor; ``square`` leaves that processor unchanged. The names are LLaVA's.
+    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. The complete
+    model is in memory first, and the folder appears when it is complete. ``pad`` pads images to squares with the mean
+    color of the encoder's image processor; ``square`` leaves that processor unchanged. LLaVA uses the same two names.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
@@ -83,7 +83,7 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Copies the generation settings, and adds the end of a turn, after which base models would continue."""
+    """Copies the generation settings, and adds the end of a turn, because base models would continue after it."""
     settings = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (file := language.folder / "generation_config.json").is_file():
         settings |= read_json(file)
@@ -96,7 +96,7 @@ def _add_rows(weights: dict[str, Tensor], n_rows: int) -> None:
     """Appends rows to the embedding and the output layer, in place."""
     for name in (EMBEDDING, HEAD) if n_rows else ():
         if name in weights:
-            # With the mean row, a new token starts as likely and as large as an average token.
+            # The mean row makes a new token as likely and as large as an average token.
             mean = weights[name].mean(dim=0, dtype=torch.float32).to(weights[name].dtype)
             weights[name] = torch.cat([weights[name], mean.expand(n_rows, -1)])
 

@@ -1,4 +1,4 @@
-"""The processor of a built model: the language model's tokenizer with ``<image>``, its chat template, and images.
+"""The processor of a built model: a tokenizer with ``<image>``, a chat template and an image processor.
 
 If the model has a training template, the chat template renders exactly the text that training uses.
 """
@@ -25,7 +25,7 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
         # LLaVA's image processor crops by default. SigLIP's settings do not mention cropping.
         settings = {"do_center_crop": False} | image_processor.to_dict() | {"do_pad": True}
         image_processor = LlavaImageProcessor.from_dict(settings)
-    # The processor decides on the size: DINOv2's makes images of another size than the model's configuration names.
+    # The processor determines the size: DINOv2's processor uses a different size from the model's configuration.
     height, width = image_processor(Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[-2:]
 
     tokenizer: Any = AutoTokenizer.from_pretrained(language.folder)
@@ -33,8 +33,8 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
     ids = set(tokenizer(_QUESTION, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
     if not ids or max(ids) >= language.config.vocab_size:
         remedy = "copy tokenizer.json and tokenizer_config.json of this model into it."
-        raise ValueError(f"{language.key}: {language.name} has no tokenizer, or another model's; {remedy}")
-    # A tokenizer that has the token already keeps it.
+        raise ValueError(f"{language.key}: {language.name} has no tokenizer, or that of a different model; {remedy}")
+    # A tokenizer that already has the token keeps its id.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
     llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
@@ -62,10 +62,10 @@ def chat_end(tokenizer: Any) -> int | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """Chooses the chat template of the built model, which is that of the language model with two exceptions.
+    """Chooses the chat template of the built model: that of the language model, with two exceptions.
 
-    Hybrid Qwen3 models get plain ChatML, without thinking. Models without one, such as Vicuna and the base models of
-    Llama 3, get the one that they are trained with.
+    Hybrid Qwen3 models get plain ChatML, without thinking. Models without a chat template, such as Vicuna and the base
+    models of Llama 3, get the format of their training template.
     """
     chat = tokenizer.chat_template or _CHAT.get(template)
     if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
@@ -74,7 +74,7 @@ def _chat_template(tokenizer: Any, template: str | None) -> str | None:
         bos = tokenizer.bos_token
         alone, after_bos = (tokenizer.encode(text, add_special_tokens=False) for text in ("A", f"{bos}A"))
         if bos is not None and after_bos[1:] != alone:
-            # Training encodes the text after BOS separately, and SentencePiece puts a space before it, which most
-            # tokenizers do not after a BOS token inside a text.
+            # Training encodes the text after BOS separately, and SentencePiece then puts a space before it. Most
+            # tokenizers put no space there if BOS is part of the text.
             chat = chat.replace("{{- bos_token -}}", "{{- bos_token -}}{{- ' ' -}}")
     return None if chat is None else _CHAT["flatten"] + chat

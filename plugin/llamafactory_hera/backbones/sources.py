@@ -16,7 +16,7 @@ from ..hub import local_folder, weight_files
 #: Names of the token embedding and of the output layer in a LLaVA checkpoint.
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
-# Buffers that old checkpoints store. transformers computes them now.
+# Buffers that old checkpoints contain, and that transformers now computes.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # Configuration keys of models that scale or cap their logits (Gemma 2, Granite, Cohere 2), which LLaVA does not do.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -25,10 +25,10 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 class Source(NamedTuple):
     """A checkpoint whose configuration was accepted. Its weights may still be on the hub."""
 
-    key: str  #: The option that named it.
+    key: str  #: The command-line option for this checkpoint.
     name: str  #: Folder or hub id.
     folder: Path
-    config: Any  #: Of a vision encoder, the vision half.
+    config: Any  #: The configuration; for a vision encoder, that of its vision half.
 
 
 class Tower(NamedTuple):
@@ -50,7 +50,7 @@ _WITH_TEXT = ("clip", "siglip")
 
 
 def open_language(name: str) -> Source:
-    """Reads the configuration of a language model, and refuses one that cannot be a part of LLaVA."""
+    """Reads the configuration of a language model, and refuses a model that cannot be a part of LLaVA."""
     source = _open("--language-model", name, "a language model such as Qwen/Qwen3-8B")
     config = source.config
     if config.model_type not in FAMILIES or any(getattr(config, key, None) not in (None, 1) for key in _LOGIT_CHANGES):
@@ -96,7 +96,7 @@ def vision_weights(source: Source) -> dict[str, Tensor]:
 
 
 def _open(key: str, name: str, what: str) -> Source:
-    # Fetches the small files alone: an unsuitable model is refused before gigabytes are downloaded.
+    # Fetches only the small files: an unsuitable model is refused before gigabytes are downloaded.
     folder = local_folder(name, key, what, weights=False)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None):

@@ -1,4 +1,4 @@
-"""The backbones of ``models.yaml``, from which recipes and lists of models are made, and the shipped recipes."""
+"""The backbones of ``models.yaml``, the source of recipes and model lists, and the shipped recipes."""
 
 import shutil
 from importlib.metadata import distribution
@@ -11,7 +11,7 @@ import yaml
 class Backbone(NamedTuple):
     """A finished VLM, or the LLM that a LLaVA-style model is built on."""
 
-    key: str  #: The prefix of the names of its recipes.
+    key: str  #: The prefix of its recipes' names.
     title: str
     checkpoint: str  #: Its hub id.
     template: str  #: The training template; for a LLaVA-style model that of stage 2.

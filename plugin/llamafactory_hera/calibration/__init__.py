@@ -1,4 +1,4 @@
 """RAH-LoRA: calibrates attention heads without training and saves the result as a PEFT adapter.
 
-Sections and equations are those of the paper (docs/calibration.md).
+Section and equation numbers refer to the paper that docs/calibration.md cites.
 """

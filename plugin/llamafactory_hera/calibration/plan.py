@@ -1,4 +1,4 @@
-"""The updates of a calibration and their steps (sections 3.2.2 to 3.4.2 of the paper)."""
+"""The updates of a calibration and their step sizes (sections 3.2.2 to 3.4.2 of the paper)."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from .weights import Edit, HeadWeights, Scaled, Slice, Update, applied
 
 
 class Anchor(NamedTuple):
-    """An anchor of a head, with their similarity (eq. 9) and its two parts."""
+    """An anchor of a chosen head, with the similarity of the two heads (eq. 9) and its two parts."""
 
     head: Target
     similarity: float
@@ -27,11 +27,11 @@ class Anchor(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The updates that the trust region will try, and the reasons for them."""
+    """The updates that the trust region will try, with their heads and anchors."""
 
     heads: list[Target]  #: The chosen heads, highest CAF first.
-    anchors: dict[Target, list[Anchor]]  #: By chosen head, nearest first.
-    updates: list[Update]  #: In the order of their first heads.
+    anchors: dict[Target, list[Anchor]]  #: The anchors of each chosen head, most similar first.
+    updates: list[Update]  #: Ordered by the first head of each update.
 
 
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
@@ -41,7 +41,7 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
         return Plan(heads, {head: [] for head in heads}, [removal(head, weights) for head in heads])
     anchors = {head: find_anchors(head, profile, weights, config) for head in heads}
     groups = {head: weights.group(head) for head in heads if anchors[head]}
-    # Heads that share a value block form a unit if all of them change; every other head is a unit itself.
+    # Heads that share a value block form one unit if all of them change. Any other head is a unit by itself.
     units = [group if groups.keys() >= set(group) else (head,) for head, group in groups.items()]
     return Plan(heads, anchors, [make_update(unit, anchors, weights, config) for unit in dict.fromkeys(units)])
 
@@ -49,9 +49,9 @@ def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan
 def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list[Target]:
     """Chooses the heads to calibrate from I-SAL and CAF ``[L, H]`` (eq. 6 and 7), highest CAF first.
 
-    ``paper`` takes the heads below a percentile of I-SAL and above a percentile of CAF in their layer. ``no_caf``
-    omits the second condition, ``inverse`` mirrors the first one, and ``random`` draws as many heads of each layer as
-    ``paper`` would take.
+    ``paper`` chooses heads with I-SAL below a percentile of their layer and CAF above a percentile of their layer.
+    ``no_caf`` omits the second condition, and ``inverse`` mirrors the first. ``random`` samples as many heads from
+    each layer as ``paper`` would choose.
     """
     sought = -saliency if config.targets == "inverse" else saliency
     chosen = sought < torch.quantile(sought, config.p_isal / 100, dim=1, keepdim=True)
@@ -69,7 +69,7 @@ def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list
 
 
 def candidates(saliency: Tensor, head: Target, beta: float) -> list[Target]:
-    """Lists the other heads with I-SAL above ``beta`` (eq. 8) in the layer, or else one layer away, or else two."""
+    """Lists other heads with I-SAL above ``beta`` (eq. 8), in the same layer or else one or else two layers away."""
     above = [Target(*place) for place in (saliency > beta).nonzero().tolist()]
     for distance in (0, 1, 2):
         if pool := [other for other in above if abs(other.layer - head.layer) == distance and other != head]:
@@ -78,10 +78,10 @@ def candidates(saliency: Tensor, head: Target, beta: float) -> list[Target]:
 
 
 def find_anchors(head: Target, profile: Profile, weights: HeadWeights, config: RahConfig) -> list[Anchor]:
-    """Finds the ``k`` candidates that are most similar to a head, nearest first.
+    """Finds the ``k`` candidates that are most similar to a head, most similar first.
 
     The similarity is ``rho * s_func + (1 - rho) * s_param`` (eq. 9). ``s_func`` is the cosine of the text-to-image
-    maps (eq. 10), and ``s_param`` the weighted sum of the cosines of the value and output slices (eq. 11).
+    maps (eq. 10), and ``s_param`` is the weighted sum of the cosines of the value and output slices (eq. 11).
     """
 
     def cosine(a: Tensor, b: Tensor) -> float:
@@ -101,10 +101,10 @@ def find_anchors(head: Target, profile: Profile, weights: HeadWeights, config: R
 def make_update(
     heads: tuple[Target, ...], anchors: dict[Target, list[Anchor]], weights: HeadWeights, config: RahConfig
 ) -> Update:
-    """Computes the update of a unit.
+    """Computes the joint update of the heads of a unit.
 
     The output slice of each head moves toward the trimmed mean of its anchors' slices (eq. 12). A value block moves
-    only if it serves no other head, toward the mean of the trimmed means of its heads (ours).
+    toward the mean of its heads' trimmed means (ours), but only if all of its heads belong to the unit.
     """
 
     def edit(served: Sequence[Target], kind: Slice) -> Edit:
@@ -134,9 +134,9 @@ def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
 
 
 def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, Tensor]:
-    """Factors the nearest matrix of a rank (eq. 13) into ``[m, r]`` and ``[r, n]``, in fp32.
+    """Factors the nearest matrix of the given rank (eq. 13) into ``[m, r]`` and ``[r, n]``, in fp32.
 
-    ``r`` is the rank, or smaller (even 0) if fewer singular values are above rounding noise.
+    ``r`` is smaller than the rank, down to 0, if fewer singular values exceed rounding noise.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]
@@ -148,21 +148,21 @@ def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, T
 
 # -- the trust region ------------------------------------------------------------------------------------------------
 
-#: Measures the KL divergence, in nats, of the model with some updates.
+#: Returns the KL divergence in nats between the unchanged model and the model with the given updates.
 Divergence = Callable[[Sequence[Scaled]], float]
 
 
 class Trial(NamedTuple):
-    """The fate of an update."""
+    """The result for one update."""
 
     update: Update
     state: str
-    alpha: float = 0.0  #: Its step; 0 if it was rolled back.
-    tried: Sequence[tuple[float, float]] = ()  #: Each step that was tried alone, with its KL divergence in nats.
+    alpha: float = 0.0  #: The step size; 0 if the update was rolled back.
+    tried: Sequence[tuple[float, float]] = ()  #: Step sizes tried without other updates, with KL in nats.
 
 
 class Outcome(NamedTuple):
-    """The fate of all updates, in the order of the plan."""
+    """The results for all updates, in the order of the plan."""
 
     trials: Sequence[Trial] = ()
     kl_before: float = 0.0  #: The KL divergence of all updates together, before any was rolled back.
@@ -170,16 +170,16 @@ class Outcome(NamedTuple):
 
     @property
     def accepted(self) -> list[Scaled]:
-        """The updates that remain, with their steps."""
+        """The updates that remain, with their step sizes."""
         return [(trial.update, trial.alpha) for trial in self.trials if trial.alpha > 0]
 
 
 def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) -> Outcome:
-    """Finds a step for each update alone, then rolls back the last updates until all others together are in bounds.
+    """Finds a step size for each update, then rolls back the last updates until the rest together is within the bound.
 
-    A step is the first of ``alpha_max``, ``alpha_max / 2``, … whose divergence ``kl`` is at most ``delta`` (text below
-    eq. 15). The updates come with the highest CAF first, so that the least influential ones are rolled back. Pruning
-    has no bound, and all of its updates remain.
+    The step size is the first of ``alpha_max``, ``alpha_max / 2``, … at which the divergence ``kl`` is at most
+    ``delta`` (text below eq. 15). The updates are ordered by CAF, highest first, so the least influential ones are
+    rolled back. Pruning has no bound, and all of its updates remain.
     """
     if config.update == "prune":
         trials = [Trial(update, "pruned", 1.0) for update in updates]
@@ -187,7 +187,7 @@ def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) ->
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
     kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
     totals = [kl(Outcome(trials).accepted) if kept else 0.0]
-    while not totals[-1] <= config.delta:  # also if the changed model computes NaN
+    while not totals[-1] <= config.delta:  # true even if the changed model computes NaN
         last = kept.pop()
         trials[last] = trials[last]._replace(state="rolled back: total too large", alpha=0.0)
         totals.append(kl(Outcome(trials).accepted) if kept else 0.0)
@@ -209,9 +209,9 @@ def _try(update: Update, kl: Divergence, config: RahConfig) -> Trial:
 def held_out_divergence(
     forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
 ) -> Divergence:
-    """Reads the unchanged model on samples that profiling did not use (B in eq. 15), and keeps the logits on the CPU.
+    """Runs the unchanged model on held-out samples (B in eq. 15), and returns a measure of divergence from it.
 
-    The divergence of the changed model is the mean over tokens, then over samples, in nats.
+    The logits of the unchanged model stay on the CPU. A divergence is averaged over tokens, then over samples.
     """
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ def held_out_divergence(
         with applied(weights, steps):
             for batch, before in unchanged:
                 now, counted = counted_logits(forward, batch, config.positions)
-                # One sample at a time, as two fp32 distributions over the vocabulary take much memory.
+                # One sample at a time, because two fp32 distributions over the vocabulary take much memory.
                 for base, changed, kept in zip(before, now, counted, strict=True):
                     log_p = torch.log_softmax(base[kept.cpu()].to(now.device).float(), dim=-1)
                     log_q = torch.log_softmax(changed[kept].float(), dim=-1)

@@ -21,11 +21,11 @@ _POOLINGS: dict[Positions, Pooling] = {"text": "text", "all": "mean", "last": "l
 
 
 def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Reduces the attention ``[H, T, T]`` of one sample, queries before keys, to its flow across text and image.
+    """Reduces one sample's attention ``[H, T, T]`` (heads, queries, keys) to its flow between text and image.
 
-    ``text`` and ``image`` are the positions of the tokens. The flow is ``r`` of eq. 3 ``[H]`` and the text-to-image
-    map of eq. 10 ``[H, bins]``, in fp32. Neighboring image tokens share a bin, as images differ in their number of
-    tokens, but maps are averaged over samples.
+    ``text`` and ``image`` are token positions. The flow consists of ``r`` of eq. 3 ``[H]`` and the text-to-image map
+    of eq. 10 ``[H, bins]``, in fp32. Neighboring image tokens share a bin, because maps are averaged over samples and
+    images differ in their number of tokens.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -37,7 +37,7 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
 def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """Reads ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample (:func:`attention_flow`), on the CPU.
 
-    The attention ``[B, H, T, T]`` of one layer is in memory at a time.
+    Only one layer's attention ``[B, H, T, T]`` is in memory at a time.
     """
     text = forward.tokens("text", batch)
     image = forward.tokens("mean", batch) & ~text
@@ -49,7 +49,7 @@ def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[t
         layers.append([attention_flow(sample, *of_sample, bins) for sample, of_sample in samples])
 
     attentions = [attention_module(layer) for layer in decoder_layers(forward.model)]
-    # The model builds its masks for the implementation that its configuration names.
+    # The model builds its masks for the attention implementation in its configuration.
     text_config = model_config(forward.model).get_text_config()
     with ExitStack() as undo:
         for config in {id(c): c for c in (text_config, *(a.config for a in attentions))}.values():
@@ -71,7 +71,7 @@ def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions
 
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
     """Computes the margin loss ``-1/T sum_t log(p_t1 / p_t2)`` of each sample, ``[B]`` in fp32 (text below eq. 5)."""
-    top = torch.topk(logits, 2, dim=-1).values.float()  # the log ratio of two probabilities is that of their logits
+    top = torch.topk(logits, 2, dim=-1).values.float()  # a log ratio of probabilities is a difference of logits
     margin = (top[..., 0] - top[..., 1]).masked_fill(~counted, 0)
     return -margin.sum(dim=1) / counted.sum(dim=1)
 
@@ -80,8 +80,8 @@ def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
 def gate_gradients(forward: Forward, positions: Positions, batch: dict[str, Any]) -> Tensor:
     """Differentiates each sample's margin loss with respect to a gate at each head, ``[B, L, H]`` in fp32 on the CPU.
 
-    A gate multiplies a head's output, its slice of the input of the output projection. Each sample has its own gates,
-    all 1, so that the gradient of the summed loss of a batch is that of each sample's loss.
+    A gate multiplies a head's output, which is a slice of the output projection's input. Each sample has separate
+    gates, all 1, so the gradient of a batch's summed loss contains the gradient of each sample's loss.
     """
     layout = head_layout(model_config(forward.model))
     projections = [output_projection(layer) for layer in decoder_layers(forward.model)]
@@ -124,7 +124,7 @@ class Profile:
 def profile_heads(
     forward: Forward, features: Sequence[Features], collate: Collate, config: RahConfig, num_workers: int = 0
 ) -> Profile:
-    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` of them."""
+    """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` samples."""
 
     def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         found: dict[int, Any] = {}
@@ -132,7 +132,7 @@ def profile_heads(
         done = run_batches(batches, samples, collate, read, num_workers)
         for batch, results in tqdm(done, f"RAH-LoRA | {what}", len(batches), unit="batch"):
             found.update(zip(batch, results, strict=True))
-        # In the order of the samples, so that the rounding of a mean does not depend on the batches.
+        # The order of the samples keeps the rounding of a mean independent of the batches.
         return [found[row] for row in range(len(samples))]
 
     def mean(values: Sequence[Tensor]) -> Tensor:

@@ -22,14 +22,14 @@ _CELL = 0.2  # inches
 def describe(
     profile: Profile, plan: Plan, outcome: Outcome, config: RahConfig, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the content of ``calibration.json``; ``provenance`` names the model, the data and the samples."""
+    """Returns the content of ``calibration.json``; ``provenance`` states the model, the data and the samples."""
     saliency, influence = profile.saliency, profile.influence(config.caf_lambda)
     trials = {head: trial for trial in outcome.trials for head in trial.update.heads}
     tried = [trial for trial in outcome.trials if trial.tried]
     reasons = {
         "rah_delta: 0 allows no change of the model": config.delta == 0,
         "no head in the calibrated layers has low I-SAL and high CAF": not plan.heads,
-        "no chosen head has an anchor, as no head within two layers has enough I-SAL (rah_beta)": not plan.updates,
+        "no chosen head has an anchor: no head within two layers has enough I-SAL (rah_beta)": not plan.updates,
         "no update remains, because each one was rolled back or equals its anchors": True,
     }
     return {
@@ -96,7 +96,7 @@ def draw_calibration(report: dict[str, Any], path: Path) -> None:
     figure = new_figure(width + 2.0, 2 * height + 2.4)
     upper, lower = figure.subplots(2, 1)
     heat_map(figure, upper, report["caf"], size, "CAF")
-    norm = CenteredNorm()  # so that equal colors mean equal distances from the mean of the layer
+    norm = CenteredNorm()  # equal colors mean equal distances from the mean of the layer
     heat_map(figure, lower, report["isal"], size, "I-SAL, standardized within each layer", cmap="RdBu_r", norm=norm)
     for label, (heads, marker, face) in marks.items():
         for axes in (upper, lower) if heads else ():

@@ -26,7 +26,7 @@ from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, save_adapter
 logger = logging.getLogger("llamafactory_hera")
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
-#: The samples of the profile, the probes first, and those of the trust region.
+#: The samples to profile, starting with the probes, and the held-out samples of the trust region.
 Samples = tuple[list[Sample], list[Sample]]
 
 
@@ -35,12 +35,12 @@ class CalibrationInputs:
     """The model and the dataset of a calibration, as an integration provides them."""
 
     source: Source
-    load_model: Callable[[], nn.Module]  #: Returns the model, frozen, in evaluation mode, on one device.
+    load_model: Callable[[], nn.Module]  #: Returns the frozen model in evaluation mode on one device.
     collator: Callable[[nn.Module], Collate]
     model_name: str  #: The base model of the adapter.
     dataset_name: str
     adapter_names: Sequence[str] = ()  #: Adapters that ``load_model`` merges into the weights.
-    autocast: torch.dtype | None = None  #: The type of the computation if it is not that of the weights.
+    autocast: torch.dtype | None = None  #: The dtype of the computation, if it differs from that of the weights.
     num_workers: int = 0  #: Processes that decode images.
 
 
@@ -49,13 +49,13 @@ def calibrate_heads(
 ) -> dict[str, Any]:
     """Calibrates the heads of a model, writes adapter, report and picture, and returns the content of the report.
 
-    It raises ``ValueError`` if an input is bad; the files of an earlier calibration then stay as they are.
+    Raises ``ValueError`` for bad input, and then leaves the files of an earlier calibration unchanged.
     """
     _check_folder(folder)
     profiled, held_out = samples or draw_samples(inputs.source, config)
     model = inputs.load_model()
     weights, forward, collate = HeadWeights(model), Forward(model, autocast=inputs.autocast), inputs.collator(model)
-    config.layer_indices(weights.layout.n_layers)  # refuses a layer that the model lacks before profiling
+    config.layer_indices(weights.layout.n_layers)  # before profiling, refuses a layer that the model lacks
     check_tokens(forward, [*profiled, *held_out])
     profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
     plan, outcome = make_plan(profile, weights, config), Outcome()
@@ -72,7 +72,7 @@ def calibrate_heads(
             save_adapter(work, weights, outcome.accepted, inputs.model_name)
         draw_calibration(report, work / PICTURE_FILE)
         write_json(work / REPORT_FILE, report)
-        # The report goes first and comes last, so that a folder with a report is complete.
+        # The report is deleted first and written last, so a folder that contains a report is complete.
         for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
             (folder / old).unlink(missing_ok=True)
         for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
@@ -82,7 +82,7 @@ def calibrate_heads(
 
 
 def draw_samples(source: Source, config: RahConfig) -> Samples:
-    """Draws samples, each image once; ``ValueError`` if there are fewer than probes and held-out samples together."""
+    """Draws samples, each image once; raises ``ValueError`` if they are too few for rah_probes and rah_held_out."""
     samples, without_image, without_text = draw(source, config.samples, config.seed)
     drawn, needed = len(samples), config.probes + config.held_out
     skipped = f"{without_image} have no image, {without_text} have no text, and each image is used once"
@@ -116,7 +116,7 @@ def _profile(
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("key") == key:
-            logger.warning("%s: profiling is skipped, as this is the profile of the same model and samples.", path)
+            logger.warning("%s: profiling is skipped, because this profile has the same model and samples.", path)
             return Profile(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     features = [sample.features for sample in samples]
     profile = profile_heads(forward, features, collate, config, inputs.num_workers)
@@ -125,14 +125,14 @@ def _profile(
 
 
 def _check_folder(folder: Path) -> None:
-    """Makes the output folder, and checks that it can be written and holds no adapter of another origin."""
+    """Creates the output folder, and checks that it is writable and contains no other adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=folder).close()  # fails now instead of after profiling
     report = folder / REPORT_FILE
     written = report.stat().st_mtime_ns if report.exists() else 0
-    # A calibration writes its report last, so that a newer adapter was trained or replaced since.
+    # A calibration writes its report last, so an adapter that is newer has been trained or replaced since.
     if any(path.stat().st_mtime_ns > written for path in folder.glob("adapter_*")):
         raise ValueError(
-            f"output_dir: {folder} holds an adapter that no calibration wrote, or that was trained since; give "
+            f"output_dir: {folder} contains an adapter that no calibration wrote, or that was trained since; give "
             "another folder, or move the adapter away."
         )

@@ -34,7 +34,7 @@ class RahConfig(KeyedConfig):
     layers: str = knob("first_half", f"Layers whose heads may be calibrated: {_LAYERS}.")
     targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
         "paper",
-        "Heads to calibrate: low I-SAL and high CAF (paper), low I-SAL alone (no_caf), as many random heads "
+        "Heads to calibrate: low I-SAL and high CAF (paper), only low I-SAL (no_caf), as many random heads "
         "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
@@ -45,26 +45,26 @@ class RahConfig(KeyedConfig):
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
-        1.0, "Standard deviations of I-SAL above the layer's mean that make an anchor (eq. 8; ours).", at_least=0
+        1.0, "Standard deviations by which an anchor's I-SAL exceeds its layer's mean (eq. 8; ours).", at_least=0
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
         "Change of the chosen heads: toward their anchors (calibrate), or removal of their output regardless of the "
         "KL divergence (prune, a baseline of the paper).",
     )
-    k: int = knob(3, "Anchors per head; the paper's ablation with the single nearest anchor is 1.", at_least=1)
+    k: int = knob(3, "Anchors per head; 1 is the paper's ablation with the most similar anchor.", at_least=1)
     rho: float = knob(
         0.6, "Weight of functional similarity (eq. 9); 1 ignores the weights, 0 the attention.", at_least=0, at_most=1
     )
     w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1, "Fraction of the anchors that is cut off at each end of an element (eq. 12).", at_least=0, at_most=0.49
+        0.1, "Fraction of the anchors that an element's mean omits at each end (eq. 12).", at_least=0, at_most=0.49
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)
-    alpha_max: float = knob(0.15, "Largest step, which is tried first (eq. 15).", at_least=0, at_most=1)
-    halvings: int = knob(10, "How often a step is halved before its update is rolled back (ours).", at_least=0)
+    alpha_max: float = knob(0.15, "Largest step size, which is tried first (eq. 15).", at_least=0, at_most=1)
+    halvings: int = knob(10, "Number of halvings of a step size before its update is rolled back (ours).", at_least=0)
 
     def check(self) -> None:
         """Checks the keys against each other, and the syntax of the layers."""

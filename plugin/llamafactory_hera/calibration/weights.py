@@ -29,7 +29,7 @@ class Edit(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Edits that share one step size; there are none if the heads already equal their anchors."""
+    """Edits that share one step size; empty if the heads already equal their anchors."""
 
     heads: tuple[Target, ...]
     edits: tuple[Edit, ...]
@@ -77,14 +77,14 @@ class HeadWeights:
         if isinstance(module, nn.Linear) and module.weight.dtype in _FLOATS and len(module.weight) == rows:
             return module
         raise ValueError(
-            f"model: the {kind} projections of type {self.layout.model_type!r} are quantized, wrapped or fused; use a "
-            "model with separate projections, without quantization (the adapter also fits the quantized model)."
+            f"model: the {kind} projections of type {self.layout.model_type!r} are quantized, wrapped or fused; use "
+            "an unquantized model with separate projections (the adapter also fits the quantized model)."
         )
 
 
 @contextmanager
 def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
-    """Changes the weights in place to ``W + alpha * left @ right`` (eq. 14), and restores them bit by bit."""
+    """Changes the weights in place to ``W + alpha * left @ right`` (eq. 14), and then restores them bit for bit."""
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for update, alpha in steps:
@@ -99,9 +99,9 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
 
 
 def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
-    """Writes a PEFT LoRA adapter, whose scaling is 1.
+    """Writes a PEFT LoRA adapter with scaling 1.
 
-    The factors of a projection are those of its edits with their steps, padded with zeros and concatenated.
+    The factors of a projection are those of its edits, with step sizes applied, padded with zeros and concatenated.
     """
     from peft import LoraConfig, TaskType
 

@@ -24,9 +24,9 @@ from .table import write_table
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
-    If a task fails, the others still run; with several processes, the command ends instead. ``image_newline`` tells
+    If a task fails, the others still run; with several processes, the command ends. ``image_newline`` returns
     whether the model in a folder was trained with a line break after the images. The exit status is 1 if a task failed
-    or lacks something.
+    or a requirement is missing.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
@@ -37,7 +37,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():
-        raise ValueError(f"--data: {data} is not a folder; give the one that contains {members[0].name}.")
+        raise ValueError(f"--data: {data} is not a folder; give the folder that contains {members[0].name}.")
     known = [task.name for task in members]
     if unknown := set(args.tasks) - set(known):
         raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(known)}.")
@@ -58,7 +58,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         place = Path(args.output, f"{Path(pretrained).name}-{asked['key'][:8]}")
         results[name] = {task: place / _folder(task, data, [asked, args.limit]) / "result.json" for task in members}
         options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
-    # This is decided before the first result is written, so that all processes agree.
+    # All processes agree on this list, because it is made before the first result is written.
     ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
     due = [(name, task) for name, task in ready if not results[name][task].is_file()]
     failed = [f"{task.name}: lacks {lacks}" for task, lacks in lacking.items() if lacks]
@@ -75,12 +75,12 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
 
 
 def missing(task: Task, data: Path | None) -> list[str]:
-    """Lists what a task needs and does not find, with remedies."""
+    """Lists the missing requirements of a task, with remedies."""
     found, lacks = task.find(data), []
     if found is None and ("data" in task.needs or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
         lacks.append(f"its data (give --data, a folder that contains {task.name} or {task.name}.json)")
     elif found is None and "token" in task.needs and get_token() is None:
-        lacks.append(f"a token of the hub (run hf auth login, or give --data, a folder that contains {task.name})")
+        lacks.append(f"a hub token (run hf auth login, or give --data, a folder that contains {task.name})")
     for kind, _, name in (need.partition(":") for need in task.needs):
         if kind == "nltk":
             import nltk
@@ -91,21 +91,21 @@ def missing(task: Task, data: Path | None) -> list[str]:
         elif kind == "spacy" and importlib.util.find_spec(name) is None:
             lacks.append(f"spaCy's {name} (run python -m spacy download {name})")
         elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
-            lacks.append(f"the folder {name} (set the variable to the folder data of AMBER's repository)")
+            lacks.append(f"AMBER's data (set {name} to the folder `data` of AMBER's repository)")
     if found is not None and found.is_file():
         row = None
         try:
             for row in read_json(found):
-                (found.parent / row["image"]).stat()  # fails if there is no such file
+                (found.parent / row["image"]).stat()  # fails if the file is missing
                 if task.rows is None:
                     task.record(row, [""])
-        except Exception as error:  # from any judge
+        except Exception as error:  # a judge may raise any error
             lacks.append(f"valid rows ({found}: {error!r} in {row})")
     return lacks
 
 
 def _folder(task: Task, data: Path | None, settings: Sequence[Any]) -> str:
-    """Names the folder of a result by a digest of what the result depends on."""
+    """Returns the name of a result's folder: the task, and a digest of the settings, the scoring and the data."""
     digest, found = hashlib.sha256(json.dumps(settings).encode()), task.find(data)
     files = [] if found is None else [found] if found.is_file() else sorted(found.rglob("*.json"))
     for path in (*(Path(__file__).with_name(name) for name in ("suites.yaml", "suites.py", "scoring.py")), *files):
@@ -137,7 +137,7 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
                 gc.collect()  # frees the memory of the previous model
                 model = HeraVLM(**options[name], batch_size=args.batch_size)
             if model is None:
-                continue  # could not be loaded
+                continue  # the model could not be loaded
             asked = ConfigurableMessagesTask(config=task.definition(data), model_name="hera_vlm")
             found = simple_evaluate(model=model, tasks=[asked], **how)
             if found is None:
@@ -150,10 +150,10 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise  # the other processes wait for this one
-            retried = getattr(error, "last_attempt", None)  # lmms-eval retries some steps
+            retried = getattr(error, "last_attempt", None)  # lmms-eval retries some calls
             cause = retried.exception() if retried else error
             if not isinstance(cause, ValueError):
                 traceback.print_exc()
-            *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # a worker's traceback comes first
+            *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # after a worker's traceback
             failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')[:300]}")
     return failed

@@ -1,9 +1,9 @@
 """The functions that ``suites.yaml`` names: they prepare rows, judge answers, and compute scores from sums.
 
-A judge returns whether an answer is right, a score, or counts. The judges follow Cambrian-1's evaluation code
-(github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper names in appendix B. Its oddities are kept, because
-they affect scores: it does not find the letter in "answer is: A", and it accepts only the letter for MathVista's
-multiple-choice questions. The hallucination suites follow their authors.
+A judge returns a truth value (right or wrong), a score, or counts. The judges follow Cambrian-1's evaluation code
+(github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper cites in appendix B. They keep the oddities of
+that code, because these affect scores: it does not find the letter in "answer is: A", and for MathVista's
+multiple-choice questions it accepts only the letter. The judges of the hallucination suites follow their authors.
 """
 
 import os
@@ -18,7 +18,7 @@ import numpy as np
 from ..files import read_json
 
 Row = Mapping[str, Any]
-#: Sums by name: numbers, or arrays with one number for each resample.
+#: Sums by name. A sum is a number, or an array with one number for each resample.
 Sums = Counter[str]
 
 # The paper's numbers were computed with the labels as first published; lmms-eval's copy corrects two pairs.
@@ -42,7 +42,7 @@ def mmmu_prompt(row: Row) -> str:
 
 
 def gqa_rows(rows: Any) -> Any:
-    """Adds the images, which the hub stores as a second dataset."""
+    """Adds the images, which the hub stores in a second dataset."""
     from lmms_eval.tasks.gqa.utils import gqa_process_docs
 
     return rows if "image" in rows.column_names else gqa_process_docs(rows)
@@ -61,7 +61,7 @@ def mmvp_rows(rows: Any) -> Any:
 
 
 def blink_rows(rows: Any) -> Any:
-    """Adds the other categories of Cambrian's code to the first one, "Counting"."""
+    """Adds the other categories that Cambrian's code uses to the category "Counting"."""
     if len(set(rows["sub_task"])) > 1:
         return rows
     from datasets import concatenate_datasets, load_dataset
@@ -81,8 +81,8 @@ def last(answer: str) -> str:
     return re.split("answer is|answer:", answer.lower())[-1].strip()
 
 
-def same(answer: str, target: str) -> bool:
-    """Compares two texts, or two numbers with a tolerance of 5 % of the target."""
+def equal(answer: str, target: str) -> bool:
+    """Compares two texts, or two numbers with a tolerance of 5% of the target."""
     try:
         return answer == target or abs(float(answer) - float(target)) <= 0.05 * abs(float(target))
     except ValueError:
@@ -90,17 +90,17 @@ def same(answer: str, target: str) -> bool:
 
 
 def exact(row: Row, answer: str) -> bool:
-    """Compares the texts without case and final full stops."""
+    """Compares the texts, ignoring case and final full stops."""
     return answer.lower().rstrip(".") == row["answer"].lower().strip().rstrip(".")
 
 
 def pope(row: Row, answer: str) -> bool:
-    """Compares the first word."""
+    """Compares the first word of the answer."""
     return (answer.lower().split() or [""])[0].rstrip(".:,") == row["answer"].lower()
 
 
 def letter(row: Row, answer: str) -> bool:
-    """Compares the letters of options."""
+    """Compares the first letter of the answer with the letter of the correct option."""
     return last(answer).lstrip("(")[:1] == (row.get("label") or row["answer"]).lower().strip("()")
 
 
@@ -113,17 +113,17 @@ def scienceqa(row: Row, answer: str) -> bool:
 
 
 def mmmu(row: Row, answer: str) -> bool:
-    """Compares the letter, or the text or number of an open question."""
+    """Compares the option's letter or, for an open question, the text or number."""
     given, choice = last(answer), row["question_type"] == "multiple-choice"
-    return same(given.lstrip("(")[:1] if choice else given.rstrip("."), row["answer"].lower())
+    return equal(given.lstrip("(")[:1] if choice else given.rstrip("."), row["answer"].lower())
 
 
 def mathvista(row: Row, answer: str) -> bool:
-    """Compares the entire answer with the option's letter, or with the text or number."""
+    """Compares the entire answer with the option's letter or, for an open question, with the text or number."""
     target = row["answer"]
     if row["question_type"] == "multi_choice":
         target = string.ascii_uppercase[row["choices"].index(target)]
-    return same(answer.lower(), target.lower())
+    return equal(answer.lower(), target.lower())
 
 
 def ai2d(row: Row, answer: str) -> bool:
@@ -133,11 +133,11 @@ def ai2d(row: Row, answer: str) -> bool:
 
 def chartqa(row: Row, answer: str) -> bool:
     """Compares the entire answer with the text or number."""
-    return same(answer.lower(), row["answer"].lower())
+    return equal(answer.lower(), row["answer"].lower())
 
 
 def ocrbench(row: Row, answer: str) -> bool:
-    """Looks for one of the targets in the answer; blanks do not count in formulas."""
+    """Looks for one of the correct texts in the answer; in formulas, spaces are ignored."""
     targets = [row["answer"]] if isinstance(row["answer"], str) else row["answer"]
     texts = [text.strip().replace("\n", " ") for text in (answer, *targets)]
     formula = row["question_type"] == "Handwritten Mathematical Expression Recognition"
@@ -146,7 +146,7 @@ def ocrbench(row: Row, answer: str) -> bool:
 
 
 def vqa(row: Row, answer: str) -> float:
-    """Computes the VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving out each annotator."""
+    """Computes the VQA accuracy: min(1, agreeing annotators / 3), averaged over the sets that omit one annotator."""
     from lmms_eval.tasks.textvqa.utils import EvalAIAnswerProcessor
 
     plain, n = EvalAIAnswerProcessor(), len(row["answers"])
@@ -155,7 +155,7 @@ def vqa(row: Row, answer: str) -> float:
 
 
 def mmvp(row: Row, answer: str) -> bool:
-    """Accepts the letter alone, or the option's text."""
+    """Accepts the letter without other text, or the option's text."""
     label = (_MMVP_LABELS.get(int(row["index"])) or row.get("correct answer") or row["answer"]).lower()[1]
     given = last(answer).rstrip(".:,").lstrip("(").rstrip(")")
     return given in (label, row["texts"][ord(label) - ord("a")].lower())
@@ -173,7 +173,7 @@ def blink(row: Row, answer: str) -> bool:
 
 
 def chair(row: Row, answer: str) -> dict[str, int]:
-    """Counts the COCO objects that a caption mentions, and those that the image does not show (CHAIR)."""
+    """Counts the COCO objects in a caption, and those of them that the image does not show (CHAIR)."""
     from lmms_eval.tasks.coco_cap_chair.utils import caption_to_words
 
     mentioned = caption_to_words(answer)[1]
@@ -200,12 +200,12 @@ def amber_d(row: Row, answer: str) -> dict[str, int]:
 
 
 def hallusionbench(row: Row, answer: str) -> bool:
-    """Takes an answer that contains "yes" for yes, and any other for no."""
+    """Reads an answer that contains "yes" as yes, and any other answer as no."""
     return str(int("yes" in answer.lower())) == str(row["gt_answer"])
 
 
 def _ratio(sums: Sums, part: str, total: str) -> Any:
-    """Returns a percentage; 0 of 0 is 0."""
+    """Returns a part of a total in percent; 0 if both are 0."""
     return 100 * sums[part] / np.maximum(sums[total], 1e-9)
 
 
@@ -222,14 +222,14 @@ def by_category(sums: Sums) -> dict[str, Any]:
 
 
 def mme_score(sums: Sums) -> dict[str, Any]:
-    """Adds, over the categories of perception, the accuracies over questions and over images with both right."""
+    """Sums two accuracies over the perception categories: that of questions, and of images with both answers right."""
     kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
     both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
     return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}
 
 
 def cv_bench_score(sums: Sums) -> dict[str, Any]:
-    """Averages 2D, the mean of ADE20K and COCO, and 3D."""
+    """Averages the 2D accuracy (the mean of ADE20K and COCO) and the 3D accuracy (Omni3D)."""
     ade, coco, omni = (_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in ("ADE20K", "COCO", "Omni3D"))
     return {"accuracy": ((ade + coco) / 2 + omni) / 2}
 

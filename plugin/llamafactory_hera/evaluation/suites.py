@@ -1,4 +1,4 @@
-"""The tasks of the suites in ``suites.yaml``, and how their scores are computed from records.
+"""The tasks of the suites in ``suites.yaml``, and the computation of their scores from records.
 
 The record of a sample is a flat dict. Samples that depend on each other, such as the questions about an image, share a
 ``group``. Confidence intervals resample groups, so every score is a function of sums over groups.
@@ -22,8 +22,8 @@ Records = Sequence[Mapping[str, Any]]
 def _sum(records: Records) -> Sums:
     """Sums the numbers of a group's records.
 
-    It also counts samples (``n``), right ones, groups and groups with only right samples (``all``); if records have a
-    category, all of this by category, as in ``color/right``.
+    The sums also count samples (``n``), right samples (``right``), groups, and groups with only right samples
+    (``all``). If records have a category, the same counts exist by category, as in ``color/right``.
     """
     sums: Sums = Counter()
     for record in records:
@@ -39,7 +39,7 @@ def _sum(records: Records) -> Sums:
 class Task:
     """One benchmark of a suite."""
 
-    name: str  # also of local data: a folder of datasets' save_to_disk, or with .json a file of rows
+    name: str  # local data: a folder of this name by datasets' save_to_disk, or a file of rows <name>.json
     title: str
     category: str
     n: int | None  # samples of the complete task, if known
@@ -47,13 +47,13 @@ class Task:
     judge: Callable[[Row, str], bool | float | dict[str, Any]]
     score: Callable[[Sums], dict[str, Any]]  # from the sums of all groups; the headline score is first
     tokens: int = 512  # maximum length of an answer
-    source: str = ""  # lmms-eval's definition, which names the dataset; default: <name>/<name>.yaml
-    needs: Sequence[str] = ("token",)  # a login at the hub; or data, nltk:PATH, spacy:PACKAGE, env:FOLDER
-    group: str = ""  # a Jinja template
+    source: str = ""  # lmms-eval's definition, which contains the dataset's id; default: <name>/<name>.yaml
+    needs: Sequence[str] = ("token",)  # token (of the hub), data (local), nltk:PATH, spacy:PACKAGE, env:VARIABLE
+    group: str = ""  # a Jinja template; samples with the same text form a group
     kind: str = ""  # a Jinja template; becomes the category of a record
-    rows: Callable[[Any], Any] | None = None  # is applied to the loaded dataset
-    comparable: str = "same"  # with the paper: same, close, no, or empty if the paper does not report it
-    why: str = ""  # the reason if it is not the same
+    rows: Callable[[Any], Any] | None = None  # changes the loaded dataset
+    comparable: str = "same"  # with the paper: same, close or no; empty if the paper reports no score
+    why: str = ""  # the reason for close or no
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Judges an answer and returns its record, in the form that lmms-eval expects."""
@@ -63,7 +63,7 @@ class Task:
         return {"hera": record | {name: _template(text).render(row) for name, text in templates.items() if text}}
 
     def tally(self, records: Records) -> dict[Any, Sums]:
-        """Computes the sums of each group, in order; a record without a group forms one."""
+        """Computes the sums of each group, in order; a record without a group counts as a group."""
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for place, record in enumerate(records):
             groups.setdefault(record.get("group", ("", place)), []).append(record)
@@ -75,7 +75,7 @@ class Task:
         return {name: float(value) for name, value in self.score(total).items()}
 
     def find(self, data: Path | None) -> Path | None:
-        """Returns the path of the task's data in a folder; None if they are at the hub."""
+        """Returns the path of the task's data in a folder, or None if the folder does not contain them."""
         places = [] if data is None else [data / self.name, data / f"{self.name}.json"]
         return next((path for path in places if path.exists()), None)
 
@@ -106,7 +106,7 @@ class Task:
             "process_results": self.record,
             # by default lmms-eval ends an answer at an empty line
             "generation_kwargs": {"max_new_tokens": self.tokens, "do_sample": False, "until": []},
-            "metric_list": [{"metric": "hera", "aggregation": len, "higher_is_better": True}],  # scores come later
+            "metric_list": [{"metric": "hera", "aggregation": len, "higher_is_better": True}],  # scores follow
         }
 
 
@@ -120,13 +120,13 @@ def _open_images(folder: Path, process: Callable[[Any], Any] | None, rows: Any) 
 
 @cache
 def _template(text: str) -> Any:
-    from lmms_eval.utils import env  # renders the prompts, too
+    from lmms_eval.utils import env  # the environment of the prompts
 
     return env.from_string(text)
 
 
 def _task(fields: dict[str, Any]) -> Task:
-    """Makes a task from its entry in ``suites.yaml``, with the functions that it names."""
+    """Creates a task from its entry in ``suites.yaml``, and looks up the functions in that entry."""
     names = {key: fields[key] for key in ("prompt", "judge", "rows") if key in fields}
     named: dict[str, Any] = {key: getattr(scoring, name, name) for key, name in names.items()}
     score = fields.get("score", {"accuracy": ("right", "n")})

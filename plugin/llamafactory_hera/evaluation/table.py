@@ -1,4 +1,4 @@
-"""The table that compares models, as Markdown and JSON, next to the numbers that the paper reports."""
+"""The table that compares models, as Markdown and JSON, with the scores that the paper reports."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from ..files import read_json, write_json, write_text
 from .suites import Task
 
-#: The averages that the paper reports, by backbone.
+#: The file of the averages that the paper reports, by backbone.
 PAPER = Path(__file__).with_name("paper.json")
 _RESAMPLES = 1000
 _RANKS = ("", "same", "close", "no")
@@ -19,23 +19,23 @@ _RANKS = ("", "same", "close", "no")
 
 @dataclass
 class Line:
-    """A line of the table: one score of a task, or an average."""
+    """A line of the table: one score of a task, or an average of scores."""
 
-    key: str  #: The name of the task, and of the score if there are several; or the category.
+    key: str  #: ``task``, or ``task/score`` if the task has several scores; for an average, the category.
     title: str
-    n: int | None
-    comparable: str
-    why: str = ""
-    scale: float = 1.0  #: The factor in averages.
+    n: int | None  #: The number of samples.
+    comparable: str  #: With the paper: same, close or no; empty if the paper reports no score.
+    why: str = ""  #: The reason for close or no.
+    scale: float = 1.0  #: Multiplies the score in averages.
     average: bool = False
-    values: dict[str, float] = field(default_factory=dict)  #: By model.
-    draws: dict[str, Any] = field(default_factory=dict)  #: By model, differences to the first one in all resamples.
-    paper: dict[str, float] = field(default_factory=dict)  #: LLaVA, HeRA, gain.
+    values: dict[str, float] = field(default_factory=dict)  #: The score of each model.
+    resampled: dict[str, Any] = field(default_factory=dict)  #: Differences from the first model, in each resample.
+    paper: dict[str, float] = field(default_factory=dict)  #: The paper's scores: LLaVA, HeRA and the gain.
 
     @property
     def differences(self) -> dict[str, tuple[float, ...]]:
-        """By model, the difference to the first one and its 2.5 and 97.5 percentiles over resamples."""
-        ends = {model: np.percentile(draws, [2.5, 97.5]).tolist() for model, draws in self.draws.items()}
+        """The difference of each model from the first, with the 2.5 and 97.5 percentiles over resamples."""
+        ends = {model: np.percentile(found, [2.5, 97.5]).tolist() for model, found in self.resampled.items()}
         first = next(iter(self.values.values()), 0.0)
         return {model: (self.values[model] - first, low, high) for model, (low, high) in ends.items()}
 
@@ -45,9 +45,9 @@ def write_table(
 ) -> list[Path]:
     """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
-    A line has differences to the first model, with intervals by a paired bootstrap: two models are scored on the same
-    resamples of the groups of samples. A table with the name ``paper`` also gets averages of the complete results.
-    ``paper`` is a backbone of the paper, such as ``qwen3_8b``, for the paper's columns.
+    Each line contains the differences from the first model, with intervals from a paired bootstrap: both models are
+    scored on the same resamples of sample groups. The table of the suite ``paper`` also contains averages of complete
+    results. ``paper`` is a backbone such as ``qwen3_8b``, whose scores in the paper fill additional columns.
     """
     known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []
@@ -72,7 +72,7 @@ def write_table(
 
 
 def _lines(task: Task, files: Mapping[str, Mapping[Task, Path]], generator: np.random.Generator) -> list[Line]:
-    """Makes a line for each score of a task."""
+    """Creates a line for each score of a task."""
     results = {model: read_json(each[task]) for model, each in files.items() if each[task].is_file()}
     if not results:
         return [Line(task.name, task.title, None, task.comparable, task.why)]
@@ -85,12 +85,12 @@ def _lines(task: Task, files: Mapping[str, Mapping[Task, Path]], generator: np.r
         in_category = sum(sums[f"{score}/n"] for sums in tallies[first].values())
         lines[score] = Line(key, title, in_category or n, *remark, 0.05 if task.title == "MME" else 1.0)
     for model, result in results.items():
-        for score, line in lines.items() if result["n"] == n else ():  # a line holds values of the same samples
+        for score, line in lines.items() if result["n"] == n else ():  # a line has scores of the same samples
             line.values[model] = result["scores"][score]
         if model != reference and list(tallies[model]) == list(tallies.get(reference, ())):
             before, after = _resample(task, [tallies[reference], tallies[model]], generator)
             for score, line in lines.items():
-                line.draws[model] = after[score] - before[score]
+                line.resampled[model] = after[score] - before[score]
     return list(lines.values())
 
 
@@ -98,21 +98,21 @@ def _resample(task: Task, tallies: Sequence[Mapping], generator: np.random.Gener
     """Scores several models on the same resamples of their groups."""
     groups, names = len(tallies[0]), sorted({name for tally in tallies for sums in tally.values() for name in sums})
     members = zip(*(tally.values() for tally in tallies), strict=True)
-    table = np.array([[sums.get(name, 0.0) for sums in same for name in names] for same in members])
-    times = (np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(_RESAMPLES))
-    totals = np.split(np.stack([times_each @ table for times_each in times]), len(tallies), axis=1)
+    table = np.array([[sums.get(name, 0.0) for sums in group for name in names] for group in members])
+    draws = (np.bincount(generator.integers(groups, size=groups), minlength=groups) for _ in range(_RESAMPLES))
+    totals = np.split(np.stack([counts @ table for counts in draws]), len(tallies), axis=1)
     return [task.score(Counter(dict(zip(names, total.T, strict=True)))) for total in totals]
 
 
 def _average(key: str, lines: Sequence[Line], models: Sequence[str]) -> Line:
-    """Averages scores, for the models that have complete results of all of them."""
+    """Averages the scores of each model that has complete results."""
     worst = max((line.comparable for line in lines), key=_RANKS.index)
     average = Line(key, f"{key}, average", None, worst, average=True)
     for model in models if worst != "no" else ():
         if all(model in line.values for line in lines):
             average.values[model] = float(np.mean([line.values[model] * line.scale for line in lines]))
-        if all(model in line.draws for line in lines):
-            average.draws[model] = np.mean([line.draws[model] * line.scale for line in lines], axis=0)
+        if all(model in line.resampled for line in lines):
+            average.resampled[model] = np.mean([line.resampled[model] * line.scale for line in lines], axis=0)
     return average
 
 
@@ -132,8 +132,8 @@ def _markdown(lines: Sequence[Line], models: Sequence[str], source: str) -> str:
         cells = [f"**{cell}**" if cell and line.average else cell for cell in cells]
         table.append([*cells, *[line.comparable, line.why] * remarks])
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
-    notes = ["Scores are in percent; for those with ↓, less is better."]
-    notes += ["MME is in points, and divided by 20 in averages."] if any(line.scale != 1 for line in lines) else []
-    notes += ["Parentheses: 95 % interval of the difference over resamples of the data."] if others else []
-    notes += [f"Paper, {source}."] if source else []
+    notes = ["Scores are in percent. For scores with ↓, lower is better."]
+    notes += ["MME is in points; averages divide it by 20."] if any(line.scale != 1 for line in lines) else []
+    notes += ["Parentheses contain the 95% interval of the difference over resamples of the data."] if others else []
+    notes += [f"Paper: {source}."] if source else []
     return "\n".join([rows[0], "| --- " * len(table[0]) + "|", *rows[1:], "", " ".join(notes), ""])

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from ..files import read_json
 from ..hub import local_folder, weight_files
 
-# The files besides the weights that affect an answer.
+# Files that affect an answer, in addition to the weights.
 _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|chat_template|vocab|merges|adapter_)")
 
 
@@ -41,13 +41,13 @@ class HeraVLM(lmms):
         self,
         pretrained: str,  # the folder or hub id of a model, or the folder of an adapter
         batch_size: int | str = 1,
-        device: str | None = None,  # by default, the one that accelerate chooses
-        dtype: str | None = None,  # "auto" (as stored) or a torch dtype; by default float32 on a CPU, or else "auto"
+        device: str | None = None,  # by default, the device that accelerate chooses
+        dtype: str | None = None,  # "auto" (as stored) or a torch dtype; by default float32 on a CPU, else "auto"
         image_aspect_ratio: Literal["none", "pad"] = "none",  # "pad": squares in the processor's mean color
         image_newline: bool = False,  # puts a line break after the images if the chat template does not
-        answers: str | None = None,  # a JSONL file of answers to reuse and to add to; other processes have their own
-        key: str = "",  # of the weights; an answer is reused if key, prompt, images and settings are the same
-        max_batch_size: int | None = None,  # lmms-eval passes it
+        answers: str | None = None,  # a JSONL file of answers to reuse and extend; rank 1 extends <name>.1.jsonl
+        key: str = "",  # digest of the weights; an answer is reused for the same key, prompt, images and settings
+        max_batch_size: int | None = None,  # unused, but lmms-eval passes it
     ) -> None:
         super().__init__()
         self._pad, self.batch_size = {"none": False, "pad": True}[image_aspect_ratio], int(batch_size)
@@ -63,7 +63,7 @@ class HeraVLM(lmms):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = self.tokenizer.pad_token_id = ends if isinstance(ends, int) else ends[0]
-        # No other stored setting is kept: a repetition penalty, for example, would change greedy answers.
+        # Other stored settings are dropped: a repetition penalty, for example, would change greedy answers.
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
         self._ends = {pad, *([ends] if isinstance(ends, int) else ends or ())}
         probe = self.prompt([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}])
@@ -73,12 +73,12 @@ class HeraVLM(lmms):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             for file in self._file.parent.glob(f"{self._file.stem}*.jsonl"):
                 for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-                    with suppress(ValueError):  # a killed process left the line incomplete
+                    with suppress(ValueError):  # skips the incomplete line of a killed process
                         self._answers[json.loads(text)["key"]] = json.loads(text)
             self._file = self._file.with_stem(f"{self._file.stem}.{self.rank}") if self.rank else self._file
 
     def clean(self) -> None:
-        """Keeps the model for the next task; lmms-eval would delete it after each."""
+        """Keeps the model for the next task; lmms-eval would delete it after each task."""
 
     def conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Arranges messages as in training: RGB images first, then one text without image tokens."""
@@ -97,21 +97,21 @@ class HeraVLM(lmms):
         return arranged
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
-        """Renders the text of a conversation, with one token for each image."""
+        """Renders the text of a conversation, in which each image is one token."""
         return self.processor.apply_chat_template([conversation], add_generation_prompt=True)[0]
 
     def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-        """Makes the model's inputs from conversations that either all have images or all have none."""
+        """Creates the model's inputs from conversations that either all have images or all have none."""
         how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
         return dict(self.processor.apply_chat_template(list(conversations), add_generation_prompt=True, **how))
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Returns the answers in the order of the requests."""
-        # Texts of similar length need little padding. The longest come first, so that a lack of memory shows early.
+        # Texts of similar length need little padding. The longest come first, so a lack of memory shows early.
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[2]), -len(requests[i].args[0])))
         batches: Any = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
-        # Workers prepare batches while the model generates. They are forked, as a task's functions cannot be pickled.
+        # Workers prepare batches while the model generates. They are forked: a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
         options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
@@ -130,7 +130,7 @@ class HeraVLM(lmms):
         return [answers[row] for row in range(len(requests))]
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
-        """Returns a line for each sample, and samples, settings and inputs of those parts that have no answer yet."""
+        """Returns a line for each sample, and each part without an answer: samples, settings and inputs."""
         lines: dict[int, dict[str, Any]] = {}
         groups = defaultdict(list)
         for row in batch:
@@ -156,7 +156,7 @@ class HeraVLM(lmms):
         return lines, [(rows, settings[0], self.inputs(group)) for rows, settings, group in parts]
 
     def _generate(self, inputs: Mapping[str, torch.Tensor], n_tokens: int) -> list[list[int]]:
-        """Returns the tokens of each answer, without the one that ends it."""
+        """Returns the tokens of each answer, without its end token."""
         dtype = self.model.dtype
         moved = {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
         with torch.inference_mode():
@@ -171,7 +171,7 @@ class HeraVLM(lmms):
         return ImageOps.pad(image, (max(image.size),) * 2, color=color) if self._pad else image
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
-        """Refuses tasks that do not ask for one generated answer."""
+        """Refuses tasks that need something other than one generated answer."""
         raise NotImplementedError("hera_vlm only runs tasks with output_type: generate_until.")
 
     generate_until_multi_round = loglikelihood
@@ -199,7 +199,7 @@ def weights_digest(folders: Sequence[Path]) -> str:
 
 
 def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
-    """Loads a model, with its adapter merged, and the processor: the adapter's if it has one, or the base model's."""
+    """Loads a model with its adapter merged, and the processor of the adapter or else of the base model."""
     *adapters, base = folders = model_folders(name)
     source = next((folder for folder in folders if any(folder.glob("*processor_config.json"))), base)
     processor: Any = AutoProcessor.from_pretrained(source)
@@ -214,7 +214,7 @@ def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     for folder in adapters:
         from peft import PeftModel
 
-        with warnings.catch_warnings():  # PEFT would keep random numbers
+        with warnings.catch_warnings():  # PEFT would only warn, and keep random numbers
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     return model.eval(), processor

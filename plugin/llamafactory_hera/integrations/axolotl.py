@@ -29,25 +29,25 @@ HeraArguments = create_model(
 )
 
 _KEEP_IMAGES = "rows must keep their images until the collator"
-# Keys with the value that HeRA needs, and why. Set if the file leaves them out, refused if it says something else.
+# Key -> the value that HeRA needs, and the reason. The plugin sets missing keys, and refuses other values.
 _NEEDED = {
     "remove_unused_columns": (False, _KEEP_IMAGES),
     "skip_prepare_dataset": (True, _KEEP_IMAGES),
     "lora_o_kernel": (False, "the kernel replaces o_proj, at whose input the heads are read"),
 }
-_UNDIVIDED = "a process must hold whole samples and heads"
-# Keys that bypass the trainer, the collator or the hooks, or divide a sample or its heads over processes, and why.
+_UNDIVIDED = "each process needs whole samples and heads"
+# Key -> the reason why HeRA refuses it: it bypasses trainer, collator or hooks, or divides samples or heads.
 _REFUSED = {
     "context_parallel_size": _UNDIVIDED,
     "sequence_parallel_degree": _UNDIVIDED,
     "tensor_parallel_size": _UNDIVIDED,
     "sample_packing": "packed samples share a row and lose their images",
     "batch_flattening": "flattened samples share a row",
-    "pretraining_dataset": "it holds text only; write datasets of chat messages with images",
+    "pretraining_dataset": "it contains only text; use datasets of chat messages with images",
     "rl": "HeRA is for supervised fine-tuning",
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
-    "hera_select_dataset": "heads are selected on datasets; write the file of a selection on other data as hera_heads",
+    "hera_select_dataset": "heads are selected on datasets; for other data, set hera_heads to the file of a selection",
     "trainer_cls": "the plugin supplies the trainer",
 }
 
@@ -57,7 +57,7 @@ class HeraPlugin(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Checks the file before anything is loaded, and sets the keys that HeRA needs."""
-        # axolotl gives each logger but its own a filter that drops INFO.
+        # axolotl adds a filter that drops INFO to the loggers of other packages.
         logger = logging.getLogger("llamafactory_hera")
         logger.filters = [each for each in logger.filters if not isinstance(each, AxolotlOrWarnErrorFilter)]
         hera = HeraConfig.from_keys({key: cfg[key] for key in list(cfg) if key.startswith(HeraConfig.PREFIX)})
@@ -71,7 +71,7 @@ class HeraPlugin(BasePlugin):
             if value and value != "none" and not (why is _UNDIVIDED and value == 1):
                 raise ValueError(f"{key}: {value} does not work with HeRA ({why}); remove the key.")
         if not cfg.get("processor_type"):
-            raise ValueError("processor_type: without it axolotl trains on text only; write AutoProcessor.")
+            raise ValueError("processor_type: it is not set, so axolotl trains on text only; write AutoProcessor.")
         if cfg.get("activation_offloading") == "legacy":
             raise ValueError(
                 "activation_offloading: legacy does not work with HeRA (values that are read inside a layer lose "
@@ -93,14 +93,14 @@ class HeraPlugin(BasePlugin):
         if trainer is None or not issubclass(trainer, HeraTrainerMixin):
             raise ValueError(
                 f"plugins: another plugin supplies the trainer ({trainer.__name__ if trainer else None}), and axolotl "
-                "takes the first one; put HeraPlugin first, or remove the other plugin."
+                "uses the first one; put HeraPlugin first, or remove the other plugin."
             )
         if cfg.role_boundaries:
             # axolotl 0.19 mistakes its own dictionary class, which has every attribute, for a pydantic model.
             cfg["role_boundaries"] = [dict(boundary) for boundary in cfg.role_boundaries]
 
     def get_trainer_cls(self, cfg: Any) -> type:
-        """Makes a class of axolotl's trainer with HeRA and the keys of this file."""
+        """Creates a subclass of axolotl's trainer with HeRA and the keys of this file."""
         # Imported here, because the import makes axolotl compose its training arguments from all plugins.
         from axolotl.core.trainers import AxolotlTrainer
 
@@ -109,7 +109,7 @@ class HeraPlugin(BasePlugin):
         images_of = partial(_images_of, tuple(filter(None, columns)))
 
         class AxolotlHeraTrainer(HeraTrainerMixin, AxolotlTrainer):
-            """Takes the arguments of axolotl's builder, which does not pass the keys."""
+            """Accepts the arguments of axolotl's builder, which does not pass the keys."""
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)
@@ -126,7 +126,7 @@ class HeraPlugin(BasePlugin):
 
 
 def _images_of(columns: tuple[str, ...], row: Mapping[str, Any]) -> list[ImageLike]:
-    """Lists the images that axolotl shows the model: the first one of a column, or else all in the messages."""
+    """Lists the images that axolotl passes to the model: the first one of a column, or else all in the messages."""
     if row.get("images") or row.get("image"):
         return sample_images(row)[:1]
     messages = next((row[name] for name in (*columns, "messages") if row.get(name)), None)

@@ -26,17 +26,17 @@ from ..objectives import find
 from ..training import Aligner
 from .messages import show_messages
 
-_IMAGES = "extra_info"  # the only field of a row that the engine copies into a batch unchanged; it is a string
+_IMAGES = "extra_info"  # the only field (a string) that the engine copies from a row into a batch unchanged
 
 
 class HeraV1Trainer(SFTTrainer):
-    """The engine's SFT trainer with HeRA; takes the ``hera_*`` keys and the arguments of that trainer."""
+    """The engine's SFT trainer with HeRA; accepts the ``hera_*`` keys and the arguments of that trainer."""
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
         _check(hera, args)
         show_messages()
-        # Before the engine wraps the model.
+        # The aligner needs the model before the engine wraps it.
         self.aligner = Aligner(kwargs["model"], hera, device=DistributedInterface().current_device, seed=args.seed)
         self.aligner.batch_size = args.micro_batch_size
         super().__init__(**{**kwargs, "renderer": _Renderer(kwargs["renderer"].processor)})
@@ -44,7 +44,7 @@ class HeraV1Trainer(SFTTrainer):
         self._step_metrics: dict[str, float] = {}
 
     def compute_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Computes the LM loss of a micro-batch, plus the weighted term."""
+        """Computes the LM loss of a micro-batch, plus the weighted HeRA term."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         collator = self.aligner.collator(lambda rows: tensors)
         inputs = collator([{"images": json.loads(images)} for images in batch[_IMAGES]])
@@ -117,11 +117,11 @@ def _check(hera: HeraConfig, args: Any) -> None:
     least, processes = find(hera.objective).least_samples, int(os.environ.get("WORLD_SIZE", 1))
     checks = (
         ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the loss of the trainer"),
-        ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` takes images"),
+        ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` supports images"),
         ("dist_config.name", engine, engine not in (None, "fsdp2"), "use DDP or fsdp2"),
-        ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints hold no HeRA state"),
+        ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints contain no HeRA state"),
         ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "heads are not selected here"),
-        ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine makes one forward pass"),
+        ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine runs only one forward pass"),
         (
             "micro_batch_size",
             size,

@@ -17,7 +17,7 @@ logger = logging.getLogger("llamafactory_hera")
 
 
 def show_messages(host: logging.Logger | None = None) -> None:
-    """Makes messages of level INFO and above visible, unless the user has chosen another level.
+    """Makes messages of level INFO and above visible, unless the user has chosen a different level.
 
     Args:
         host: A host's logger. Messages then share its level and its handlers. Without one, messages are printed unless
@@ -37,7 +37,7 @@ def show_messages(host: logging.Logger | None = None) -> None:
 
 
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:
-    """Logs what a run aligns, on the first process: heads or layers, teacher, objective, batch and candidates."""
+    """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
     if rank() > 0:
         return
     config, objective = aligner.config, aligner.objective

@@ -30,7 +30,7 @@ _CURVES = {
 
 
 def write_card(trainer: Any) -> None:
-    """Writes ``hera/card.json`` and, into a run's ``README.md``, the tags and the section on the alignment."""
+    """Writes ``hera/card.json``, and adds the tags and the section on the alignment to a run's ``README.md``."""
     folder, content = Path(trainer.args.output_dir), _content(trainer)
     write_json(folder / RUN_FOLDER / CARD, content)
     page = folder / "README.md"
@@ -43,12 +43,12 @@ def write_card(trainer: Any) -> None:
     data.tags = list(dict.fromkeys(tags + ["llamafactory"] * ("llama-factory" in tags)))
     data.datasets = list(dict.fromkeys([*(data.datasets or []), *trainer.hub_datasets])) or None
     if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
-        data.base_model = None  # the hub would take the path for the name of a model
+        data.base_model = None  # the hub would read the path as the name of a model
     write_text(page, str(card))
 
 
 def _content(trainer: Any) -> dict[str, Any]:
-    """Collects what was aligned to what, how, and what was logged; unknown values are left out."""
+    """Collects the aligned heads or layers, the teacher, the settings and the logged values; omits unknown ones."""
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
     config, targets = aligner.config, aligner.targets
     compared = (line for line in state.log_history if line.get("hera_loss"))  # 0 if no sample could be compared
@@ -105,6 +105,6 @@ def _section(content: dict[str, Any]) -> str:
             "`llamafactory-hera score` measures this model."
         )
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` holds this content and all log lines.")
+    parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")
     parts.append(f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).")
     return "\n\n".join([*parts, f"```bibtex\n{_CITATION}\n```"])

@@ -26,7 +26,7 @@ from ..teachers.encoder import VisionTeacher
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
-#: How many rows are searched for an image first; if none of them has one, all rows of a sized dataset are.
+#: The number of rows that are searched for an image first. If none has one, all rows of a sized dataset are searched.
 N_SEARCHED = 1024
 _N_DIGESTED = 8  # rows in the digest of a dataset
 
@@ -34,7 +34,7 @@ ImagesOf = Callable[[Any], list[ImageLike]]
 
 
 def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
-    """Returns a dataset whose images stay encoded, as :func:`undecoded` does; with a custom function, as they are."""
+    """Returns a dataset whose images stay encoded (:func:`undecoded`), or for a custom function the dataset itself."""
     return undecoded(dataset) if images_of is sample_images else (dataset, None)
 
 
@@ -141,7 +141,7 @@ class TrainerRows:
         """Encodes a row with the trainer's collator; in mode ``llm``, its labeled tokens as a caption."""
         batch = self.collate([{"row": row}])
         ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-        token_mask(self._config.pooling, ids, mask, labels)  # raises if it needs labels and there are none
+        token_mask(self._config.pooling, ids, mask, labels)  # raises if labels are missing
         attended = token_mask("mean", ids, mask)[0]
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
         tokens, labels = ids[0][attended].tolist(), labels[0][attended].tolist()
@@ -186,7 +186,7 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _pad_captions(captions: list[Features]) -> dict[str, Any]:
-    """Makes a batch for the language model alone."""
+    """Pads captions to a batch for the language model, without images."""
     padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
     return {
         name: pad_sequence([torch.tensor(caption[name]) for caption in captions], True, value)
@@ -205,12 +205,12 @@ def teacher_dtype(training_args: Any) -> torch.dtype:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are missing, because ZeRO-3 sharded them or they are on no device."""
+    """Returns whether parameters are missing, because ZeRO-3 sharded them or they are on no device."""
     return any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _check_whole(model: nn.Module, config: HeraConfig) -> None:
-    """Checks that all processes hold the same whole model."""
+    """Checks that every process has the same complete model."""
     sharded = _is_sharded(model)
     compared = not sharded and world_size() > 1
     fingerprints = gather_objects(model_fingerprint(model, head_layout(model_config(model))) if compared else None)
@@ -224,7 +224,7 @@ def _check_whole(model: nn.Module, config: HeraConfig) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a model to the device of the run and into evaluation mode, and afterwards back."""
+    """Moves a model to the device of the run and into evaluation mode, and back afterwards."""
     training = [module for module in model.modules() if module.training]
     before = next(model.parameters()).device
     moved = before != device and not hasattr(model, "hf_device_map")

@@ -41,14 +41,14 @@ class HeraTrainerMixin(_Base):
     Args:
         *args: As for that trainer.
         hera: The ``hera_*`` keys.
-        targets: The heads or layers to align. The default is what ``hera`` names; ``auto`` selects them here and
+        targets: The heads or layers to align. The default is those in ``hera``; ``auto`` selects them here and
             writes them into ``output_dir/hera``, where the next run with the same settings finds them.
         images_of: Maps a row of the training data to its images. The default reads the columns ``images`` and
             ``image``, and the image parts of chat messages.
         **kwargs: As for that trainer.
 
     Raises:
-        ValueError: A setting, the data, the model or the teacher does not fit; names the value and the remedy.
+        ValueError: A setting, the data, the model or the teacher does not fit; the message states value and remedy.
     """
 
     # The mixin touches private names of transformers' Trainer, seen in 5.5.4. It overrides `_save_checkpoint`,
@@ -126,7 +126,7 @@ class HeraTrainerMixin(_Base):
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Runs forward and backward of a micro-batch, and checks that the term took part."""
+        """Runs forward and backward passes of a micro-batch, and checks that the loss contains the HeRA term."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
         if engine is not None:  # read now: the backward pass that ends a step changes it
             self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
@@ -146,7 +146,7 @@ class HeraTrainerMixin(_Base):
         """Runs all micro-batches of a step without a graph, and computes their common term."""
         batches, self._to_collect = self._to_collect, []
         self._random_states = []
-        self.aligner.cached.clear()  # of a step that failed
+        self.aligner.cached.clear()  # terms of a step that failed
         model.train()
         for batch in batches:
             self._random_states.append(keep_random_state(self.args.device))
@@ -179,7 +179,7 @@ class HeraTrainerMixin(_Base):
         loss, *outputs = result if return_outputs else (result,)
         term, lm_loss = self.aligner.loss(prepared), loss.detach()
         if not self._divides_by_steps(num_items_in_batch):
-            # The LM loss is this micro-batch's share of the step's loss already, so the term has to become one too.
+            # The LM loss is already this micro-batch's share of the step's loss, so the term must become its share.
             term = term / self.current_gradient_accumulation_steps
             lm_loss = lm_loss * self.current_gradient_accumulation_steps
         self.aligner.watch.statistics.add(lm_loss=lm_loss)
@@ -187,7 +187,7 @@ class HeraTrainerMixin(_Base):
         return (loss, *outputs) if return_outputs else loss
 
     def _divides_by_steps(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether ``training_step`` will divide the loss by the number of accumulated micro-batches.
+        """Returns whether ``training_step`` will divide the loss by the number of accumulated micro-batches.
 
         The answer may change after the constructor, because trainers set ``model_accepts_loss_kwargs`` later.
         """
@@ -202,7 +202,7 @@ class HeraTrainerMixin(_Base):
         if self._engine_scale is not None:
             return self._engine_scale
         scaler = self.accelerator.scaler
-        # `get_scale` would make the host wait for the device.
+        # `get_scale` would make the CPU wait for the device.
         return 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.args.device))
 
     # -- log lines and the model card ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class HeraTrainerMixin(_Base):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
-        # HeRA's state comes first, so that no checkpoint has weights without it.
+        # HeRA's state comes first, so every checkpoint with weights contains it.
         if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.aligner.save(folder)
@@ -241,7 +241,7 @@ class HeraTrainerMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            # First, because its error names the difference; torch's error about the optimizer does not.
+            # HeRA's state first: its error states the difference, and torch's error about the optimizer does not.
             self.aligner.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -273,7 +273,7 @@ class _AlignerCallback(TrainerCallback):
         # An attempt that ran out of memory leaves gradients and statistics.
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
-        aligner.batch_size = state.train_batch_size  # after that search, it may be smaller than the argument
+        aligner.batch_size = state.train_batch_size  # after an out-of-memory error, smaller than the argument
         log_setup(aligner, self._trainer.model, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

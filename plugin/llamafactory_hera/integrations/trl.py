@@ -1,7 +1,7 @@
 """HeRA in TRL's ``SFTTrainer``, and the options of TRL that do not work with it.
 
 TRL reads images from version 0.22 on; older versions need a custom collator. TRL computes its loss in several ways (at
-once, in chunks, with a fused head, with Liger). The heads are read inside the layers, so every one of them works.
+once, in chunks, fused with lm_head, with Liger). Heads are read inside the layers, so all of these ways work.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
     The arguments are those of ``SFTTrainer`` and :class:`HeraTrainerMixin`.
 
     Raises:
-        ValueError: As the mixin; an option puts several samples into one row of a batch; TRL finds no image in the
-            data; or ``hera_pooling`` is ``answer`` and TRL labels the prompt.
+        ValueError: As for the mixin; also if an option puts several samples into one row of a batch, if TRL finds no
+            image in the data, or if ``hera_pooling`` is ``answer`` and TRL labels the prompt.
     """
 
     def __init__(self, model: Any, args: Any = None, *others: Any, hera: HeraConfig, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
         super().__init__(model, args, *others, hera=hera, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """Refuses data that TRL takes for text, and labels on the prompt if HeRA averages over answers."""
+        """Refuses data that TRL treats as text, and labels on the prompt if HeRA averages over answers."""
         if type(self.data_collator).__module__ != sft_trainer.__name__:
             return  # a custom collator
         if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):
@@ -47,8 +47,8 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
         only_answers = self.completion_only_loss or getattr(self.args, "assistant_only_loss", False)
         if hera.pooling == "answer" and not only_answers:
             raise ValueError(
-                "hera_pooling: answer averages over the tokens with a label, and TRL labels the prompt of this data "
-                "too. Split `messages` into `prompt` and `completion` (without completion_only_loss=False), set "
+                "hera_pooling: answer averages over the tokens with a label, and TRL also labels the prompt of this "
+                "data. Split `messages` into `prompt` and `completion` (without completion_only_loss=False), set "
                 "assistant_only_loss=True (TRL 1.15 with transformers 5.18, and a chat template with {% generation "
                 "%}), or choose pooling='text' or 'mean'."
             )

@@ -1,1 +1,1 @@
-"""Head selection: a host gives `samples.SelectionInputs`, and `resolve.select_targets` scores, chooses and writes."""
+"""Head selection: `resolve.select_targets` scores and chooses heads of the `samples.SelectionInputs` of a host."""

@@ -1,4 +1,4 @@
-"""The fingerprint of a language model: a digest of the first row of each weight, which is read in seconds."""
+"""The fingerprint of a language model: a digest of the first row of each weight, which takes seconds."""
 
 import hashlib
 import re
@@ -14,7 +14,7 @@ from torch import nn
 from ..heads.families import HeadLayout
 from ..hub import weight_files
 
-# The name of a decoder weight, from "layers" on, because each architecture puts another prefix before it.
+# The name of a decoder weight, from "layers" on, because the prefix differs between architectures.
 _DECODER_WEIGHT = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")  # PEFT inserts these into the name of a weight
 
@@ -28,7 +28,7 @@ def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: S
     for name, tensor in _in_memory(weights) if isinstance(weights, nn.Module) else _in_files(weights):
         if match := _DECODER_WEIGHT.search(name):
             shape = tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape()
-            row = tensor[(0,) * (len(shape) - 1)].detach().to(torch.bfloat16)  # copies of all precisions are equal
+            row = tensor[(0,) * (len(shape) - 1)].detach().to(torch.bfloat16)  # equal for copies in any precision
             rows[match[1]] = row.cpu().view(torch.int16).numpy().tobytes()
     if not rows:
         raise ValueError(f"model: the weights of {str(weights)[:99]} contain no decoder layer; give a language model.")

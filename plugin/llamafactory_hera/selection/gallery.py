@@ -1,6 +1,6 @@
 """Pictures of the images that a head considers most similar, next to those of the teacher, before and after training.
 
-A selection writes the neighbors of a few samples by every head and layer, so that pictures need no model.
+A selection stores the neighbors of a few samples for every head, so the pictures need no model.
 """
 
 import json
@@ -29,10 +29,10 @@ from ..teachers.images import load_image
 from .samples import Sample
 from .scores import Paths, ScoreFile, load_files
 
-_SUFFIX = ".neighbors.safetensors"  # of the file next to a ``heads.json`` or ``scores.json``
-_QUERIES, _COLUMNS = 12, 4  # samples, and the neighbors of each that are drawn
+_SUFFIX = ".neighbors.safetensors"  # replaces the suffix of a ``heads.json`` or ``scores.json``
+_QUERIES, _COLUMNS = 12, 4  # the samples, and the neighbors of each that the picture shows
 _PIXELS = 128  # of the longer side of an image
-# In inches: an image, the distances between images, rows and groups, and the head of the picture.
+# In inches: the side of an image, the distances between images, rows and groups, and the top margin.
 _SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
 
 
@@ -44,10 +44,10 @@ def write_neighbors(
     normalize: bool,
     tokenizer: Any,
 ) -> None:
-    """Writes the neighbors of twelve of N samples, equally spaced in the order of the draw, next to a file of scores.
+    """Writes, next to a file of scores, the neighbors of up to twelve of the N samples, which are equally spaced.
 
-    ``teacher`` are the neighbors of the teacher, ``[N, k]``; ``outputs`` are the head outputs ``[N, H, d]`` and
-    ``o_proj.weight`` of each layer. A tokenizer, if there is one, decodes the captions.
+    ``teacher`` contains the teacher's neighbors ``[N, k]``. ``outputs`` yields the head outputs ``[N, H, d]`` and the
+    ``o_proj.weight`` of each layer. The tokenizer decodes the captions; without one (None) they are empty.
     """
     n, k = teacher.shape
     queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
@@ -63,7 +63,7 @@ def write_neighbors(
 
 
 def _image_and_caption(sample: Sample, tokenizer: Any) -> tuple[str, str]:
-    """Returns the path of the image, or a small copy as a data URI if it is no file; and the last answer."""
+    """Returns the path of the image, or a small copy as a data URI if it has no file, and the last answer."""
     image = sample.image
     if not isinstance(image, str | os.PathLike):
         buffer, small = BytesIO(), load_image(image)
@@ -77,7 +77,7 @@ def _image_and_caption(sample: Sample, tokenizer: Any) -> tuple[str, str]:
 
 
 class Neighbors(NamedTuple):
-    """The content of a file that :func:`write_neighbors` wrote: numbers of samples, nearest first, -1 for none."""
+    """The content of a file that :func:`write_neighbors` wrote: sample numbers, nearest first, -1 for none."""
 
     queries: Tensor  #: ``[Q]``
     teacher: Tensor  #: ``[Q, k]``
@@ -86,14 +86,14 @@ class Neighbors(NamedTuple):
 
     @classmethod
     def load(cls, scores: Path) -> "Neighbors":
-        """Reads the neighbors that belong to a file of scores; ``OSError`` if they are missing."""
+        """Reads the neighbors next to a file of scores; raises ``OSError`` if they are missing."""
         with safe_open(scores.with_suffix(_SUFFIX), "pt") as file:
             tensors = {name: file.get_tensor(name).long() for name in cls._fields[:-1]}
             return cls(**tensors, samples=json.loads(file.metadata()["samples"]))
 
 
 def default_heads(scored: ScoreFile) -> list[Target]:
-    """Returns the worst, the median and the best head of a file."""
+    """Returns the least aligned, the median and the most aligned head of a file of scores."""
     ranked = list(scored.ranked("head"))
     return [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
 
@@ -103,14 +103,14 @@ def write_gallery(
 ) -> list[Path]:
     """Draws ``OUTPUT_L3H4.png`` for each head, and returns the paths.
 
-    ``heads`` are names or the path of a file, by default :func:`default_heads` of the first file of scores. An
-    ``OSError`` names neighbors that are missing.
+    ``heads`` are names or the path of a file, by default :func:`default_heads` of the first file of scores. Raises
+    ``OSError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
     chosen = Targets.parse(heads).items if heads else default_heads(files[0])
     known = files[0].ranked("head")
     if unknown := [str(head) for head in chosen if head not in known]:
-        raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; name others.")
+        raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose others.")
     pictures = [Path(f"{output}_{head}.png") for head in chosen]
     for head, picture in zip(chosen, pictures, strict=True):
         save_figure(draw_gallery(files, names, head), picture)
@@ -118,9 +118,9 @@ def write_gallery(
 
 
 def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target) -> Figure:
-    """Draws a row for each query: the nearest images of the teacher and, by the head, of each file.
+    """Draws a row for each query: its nearest images for the teacher and, in each file, for the head.
 
-    A frame marks images that are also among the ``k`` nearest of the teacher.
+    A frame marks images that are also among the teacher's ``k`` nearest.
     """
     held = [Neighbors.load(file.path) for file in files]
     samples = {index: sample for neighbors in held for index, sample in neighbors.samples.items()}  # of all files
@@ -133,7 +133,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target)
     axes.axis("off")
 
     def draw(title: str, rows: Sequence[Sequence[int]], left: float, compared: bool = False) -> float:
-        """Draws a column of images, compared with the teacher or not, and returns the place of the next column."""
+        """Draws a group of images, optionally compared with the teacher, and returns the left edge for the next."""
         right = left + min(columns, len(rows[0])) * _STEP
         axes.text(left, _TOP - 0.12, title, fontsize=10, va="bottom")
         for row, (found, expected) in enumerate(zip(rows, teacher, strict=True)):
@@ -148,7 +148,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target)
                 axes.text(right, top + _SIDE / 2, f"{share:.2f}", fontsize=11, va="center", color=color)
         return right + _GROUP
 
-    title = f"{head}: nearest images; frames, and the share on the right, mark the teacher's {k}"
+    title = f"{head}: nearest images; frames mark the teacher's {k}, numbers their share"
     axes.text(0.1, 0.12, title, fontsize=13, va="top")
     left = draw("query", [[query] for query in queries], 0.1)
     left = draw(f"teacher: {files[0].provenance['teacher']}", teacher, left)

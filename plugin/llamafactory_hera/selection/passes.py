@@ -26,7 +26,7 @@ from .samples import Features, SelectionInputs
 
 logger = logging.getLogger("llamafactory_hera")
 
-#: The samples of one forward pass, by their numbers.
+#: The numbers of the samples in one forward pass.
 Batch = tuple[int, ...]
 
 
@@ -34,7 +34,7 @@ class Forward:
     """Runs batches through a model without labels, without a cache, and without logits that are not needed.
 
     The model is a transformers model, bare or under PEFT; ``llm`` runs only its text decoder. ``autocast`` is the half
-    precision to compute in, if it is not that of the weights.
+    precision of the computation, if it differs from that of the weights.
     """
 
     def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
@@ -47,8 +47,8 @@ class Forward:
         self._can_skip_logits = mode == "mllm" and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def run(self, batch: dict[str, Any]) -> None:
-        """Runs a batch for the values that hooks capture on the way."""
-        # An index, as a number takes a slice that is not contiguous, for which PyTorch copies lm_head once per sample.
+        """Runs a batch only for the values that hooks capture."""
+        # A tensor, because a number yields a slice that is not contiguous, and PyTorch copies lm_head for each sample.
         self._call(batch, torch.zeros(1, dtype=torch.long, device=self.device))
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Forward:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
-    """Groups samples of similar length, longest first: little padding, and memory runs out at once or never."""
+    """Groups samples of similar length, longest first, so padding is small, and memory runs out at once or never."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
@@ -81,11 +81,11 @@ def run_batches(
     run: Callable[[Any], Any],
     num_workers: int = 0,
 ) -> Iterator[tuple[Batch, Any]]:
-    """Yields each batch with the result of its pass; batches are halved from the moment when memory runs out."""
+    """Yields each batch with the result of its pass; when memory runs out, the remaining batches are halved."""
     pending = list(batches)
     make = partial(_collated, features=features, collate=collate)
     while pending:
-        dataset: Any = pending  # a DataLoader takes anything that has a length and items
+        dataset: Any = pending  # a DataLoader accepts any object with a length and items
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, collate_fn=make)
         for done, inputs in enumerate(loader):
             try:
@@ -107,7 +107,7 @@ def run_batches(
 
 
 def _collated(batch: Batch, features: Sequence[Features], collate: Callable[[list[Features]], Any]) -> Any:
-    return collate([dict(features[row]) for row in batch])  # copies, as collators remove entries
+    return collate([dict(features[row]) for row in batch])  # copies, because collators remove entries
 
 
 def fill_cache(
@@ -115,8 +115,8 @@ def fill_cache(
 ) -> None:
     """Computes the features that a cache lacks; a killed run continues after its last shard.
 
-    All processes of a launch call it together with the same images, and each computes its share. ``ValueError`` if an
-    image cannot be read.
+    All processes of a launch call this function with the same images, and each computes its share. Raises
+    ``ValueError`` if an image cannot be read.
     """
     cache.refresh()
     found = {image_key(image): {"image": image} for image in images[rank() :: world_size()]}
@@ -132,7 +132,7 @@ def fill_cache(
         bar.close()
         cache.flush()
     barrier()
-    cache.refresh()  # the shards of the other processes
+    cache.refresh()  # reads the shards of the other processes
 
 
 def _pixels(features: list[Features], processor: TeacherProcessor) -> Tensor:
@@ -142,10 +142,10 @@ def _pixels(features: list[Features], processor: TeacherProcessor) -> Tensor:
 def pooled_outputs(
     inputs: SelectionInputs, model: nn.Module, features: Sequence[Features], config: HeraConfig
 ) -> tuple[Tensor, Tensor]:
-    """Runs all samples through the model, shared among the processes of the launch.
+    """Runs all samples through the model; the processes of a launch share the work.
 
-    Every process gets the averages over tokens in fp32 on the CPU: head outputs ``[N, L, H, d]``, layer outputs
-    ``[N, L, D]``.
+    Returns on every process, in fp32 on the CPU, the averages over tokens of the head outputs ``[N, L, H, d]`` and of
+    the layer outputs ``[N, L, D]``.
     """
     forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
     heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)
@@ -163,7 +163,7 @@ def pooled_outputs(
             heads[list(batch)], layers[list(batch)] = (output.cpu() for output in outputs)
             bar.update(len(batch))
     if world_size() > 1:
-        for layer in range(layout.n_layers):  # one by one, as NCCL sends objects through the memory of the device
+        for layer in range(layout.n_layers):  # one by one, because NCCL sends objects through device memory
             for of_rank, *outputs in gather_objects((rows, heads[rows, layer], layers[rows, layer])):
                 heads[of_rank, layer], layers[of_rank, layer] = outputs
     return heads, layers

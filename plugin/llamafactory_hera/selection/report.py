@@ -1,4 +1,4 @@
-"""Tables and pictures of scores: one file, and several files side by side, as Markdown and as one HTML page."""
+"""Tables and plots of one file of scores, and of several files side by side in a Markdown and an HTML page."""
 
 import math
 import os
@@ -37,11 +37,11 @@ _PAGE = """<!DOCTYPE html>
 
 
 class Comparison(NamedTuple):
-    """Score files of one model at several times, the one before training first."""
+    """Score files of one model at several times; the first file was written before training."""
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` or ``aligned``, and ``top-5``: the MKNN (or NaN) of heads or layers in every file, and their mean.
+    #: ``worst-5`` or ``aligned``, and ``top-5``: each head or layer -> its MKNN (or NaN) in every file; also the mean.
     groups: dict[str, dict[str, list[float]]]
 
     @property
@@ -65,9 +65,9 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     """Compares the worst and the most aligned heads or layers of the first of several score files.
 
     Args:
-        paths: Files or folders of runs, the one before training first; or one folder with a selection and scores.
-        names: A name for each file; the default is its folder.
-        aligned: Heads or layers in place of the worst: names, or a ``heads.json``; for one folder those of its run.
+        paths: Score files or run folders, starting before training; or one run folder with a selection and scores.
+        names: A name for each file; the default is the name of its folder.
+        aligned: Heads or layers in place of the worst: names or a ``heads.json``. For a run folder, those of the run.
 
     Raises:
         ValueError: Files are missing or cannot be compared.
@@ -87,7 +87,7 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     if aligned is not None or (of_run and set(first.chosen.items) != set(least.items)):
         title, least = "aligned", Targets.parse(aligned or first.chosen, granularity)
     if outside := [str(target) for target in least.items if target not in ranked]:
-        raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; name others.")
+        raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; choose others.")
     scores, groups = [file.ranked(granularity) for file in files], {}
     for name, targets in ((title, least.items), (f"top-{n}", ranked[::-1][:n])):
         rows = {str(target): [known.get(target, math.nan) for known in scores] for target in targets}
@@ -96,18 +96,18 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
 
 
 def show(path: Path) -> None:
-    """Prints the table of a score file and draws its picture, of the same name with the suffix ``.png``."""
+    """Prints the table of a score file, and saves its plot under the same name with the suffix ``.png``."""
     scored = ScoreFile.load(path)
     print(render_table(scored))
     plots.save_figure(draw_scores(scored, scored.chosen.items), path.with_suffix(".png"))
     if path.name == SCORE_FILES[0] and path.parent.name == RUN_FOLDER:
-        with suppress(ValueError):  # a trained run, whose selection may be missing or of another kind
+        with suppress(ValueError):  # the selection of a trained run may be missing or of a different kind
             group, rows = next(iter(compare([path.parents[1]]).groups.items()))
             print(f"{group}: " + ", ".join(f"{name} {old:.4f} -> {new:.4f}" for name, (old, new) in rows.items()))
 
 
 def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
-    """Draws all heads, with ``marked`` ones framed, and each layer with its best and worst head (paper, fig. 3 left).
+    """Plots all heads, with a frame around ``marked`` ones, and the range of each layer (paper, fig. 3 left).
 
     ``limits`` are the ends of the color scale, by default the extreme scores.
     """
@@ -146,7 +146,7 @@ def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[fl
 
 
 def draw_comparison(comparison: Comparison) -> Figure:
-    """Draws the groups of a comparison as bars (paper, fig. 3 right)."""
+    """Plots the groups of a comparison as bars (paper, fig. 3 right)."""
     first, n_files = comparison.files[0], len(comparison.files)
     width = 0.8 / n_files
     figure = plots.new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
@@ -178,7 +178,7 @@ def write_report(
     comparison, text, page = compare(paths, names, aligned), Path(f"{output}.md"), Path(f"{output}.html")
     for path, start in ((text, _TITLE), (page, _PAGE[:9])):
         if path.is_file() and not path.read_bytes().startswith(start.encode()):
-            raise ValueError(f"report: {path} exists and is no report; give another path.")
+            raise ValueError(f"report: {path} exists and is not a report; give another path.")
     write_text(text, _markdown(comparison))
     title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
     write_text(page, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
@@ -195,7 +195,7 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def _sections(comparison: Comparison) -> Iterator[str]:
-    from .gallery import default_heads, draw_gallery  # imports torch, which the other pictures do not need
+    from .gallery import default_heads, draw_gallery  # imports torch, which the other plots do not need
 
     first, (title, least) = comparison.files[0], next(iter(comparison.groups.items()))
     rows = ("".join(_element("td", cell) for cell in row) for row in comparison.table)

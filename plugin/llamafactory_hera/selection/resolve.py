@@ -42,7 +42,7 @@ _TEACHER_FEATURES = "features-teacher"  # replaces hera_teacher_cache during a s
 
 @dataclass(frozen=True)
 class Run:
-    """A run that asks for its heads or layers, as an integration provides it."""
+    """A training run that needs its heads or layers, as an integration describes it."""
 
     output_dir: Path
     layout: HeadLayout
@@ -52,7 +52,7 @@ class Run:
 
 
 def resolve_targets(config: HeraConfig, run: Run) -> Targets:
-    """Returns the heads or layers that a run aligns; every process calls it, and the random state stays as it is."""
+    """Returns the heads or layers that a run aligns. All processes call it, and the random state does not change."""
     folder = run.output_dir / RUN_FOLDER
     with untouched_random_state():
         if config.named_targets != AUTO:
@@ -68,12 +68,12 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 
 def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
-    """Returns the targets that the key names, with the scores of a selection for this run that chose the same ones."""
+    """Returns the targets in the key, with their scores if a selection for this run chose the same targets."""
     targets = Targets.parse(config.named_targets, config.granularity, run.layout)
     if targets.provenance:
         _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)
         return targets
-    path = folder / file_name(config.granularity)  # training writes this file again, and would lose the scores
+    path = folder / file_name(config.granularity)  # training rewrites this file, and would lose the scores
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
     return selected if same and not differences(selected.provenance, _origin(config, run), SAME_RUN) else targets
@@ -87,7 +87,7 @@ def _origin(config: HeraConfig, run: Run) -> dict[str, Any]:
 
 
 def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | None:
-    """Returns the choice of an earlier selection with the same settings; a resumed run takes its checkpoint's."""
+    """Returns the choice of an earlier selection with the same settings; a resumed run uses its checkpoint's."""
     now, checkpoint = _origin(config, run), run.checkpoint
     for place in [folder] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER, folder]:
         path = place / file_name(config.granularity)
@@ -107,14 +107,14 @@ def _check(chosen: Targets, differing: list[str], config: HeraConfig) -> None:
     if differing and not config.heads_force:
         raise ValueError(f"{problem}. Select again in a new output folder, or set hera_heads_force: true.")
     if differing:
-        logger.warning(f"{problem}. Going on, as hera_heads_force is set.")
+        logger.warning(f"{problem}. Continuing, because hera_heads_force is set.")
 
 
 @contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Restores the random state, so that training draws the same numbers as with heads that are written by hand."""
+    """Restores the random state, so training draws the same random numbers as with heads named in the settings."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    # only of the current device, as PyTorch warns about forking the state of several
+    # only of the current device, because PyTorch warns about forking the state of several
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield
@@ -124,7 +124,7 @@ def untouched_random_state() -> Iterator[None]:
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores all heads and layers, chooses some, and writes them with their scores; all processes call it together."""
+    """Scores all heads and layers, chooses targets, and writes both to a file. All processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))
@@ -133,7 +133,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
         model = inputs.load_model()
         layout = head_layout(model_config(model))
         by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
-        # too few heads or layers are refused here, before the passes
+        # raises before the passes if there are too few heads or layers
         choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
         heads, layers = pooled_outputs(inputs, model, [sample.features for sample in samples], config)
 
@@ -145,7 +145,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
             of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
-                problem = "the output of every head holds NaN or infinity; the checkpoint is damaged, or needs"
+                problem = "the output of every head contains NaN or infinity; the checkpoint is damaged, or needs"
                 raise ValueError(f"model: {problem} more than the range of fp16: use bf16 or fp32.")
             provenance = {
                 "model": inputs.model_name,
@@ -182,7 +182,7 @@ def _as_json(scores: Tensor) -> list[float | None]:
 def _teacher_neighbors(
     samples: list[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """Finds the neighbors ``[N, k]`` of N images, and the fingerprint of the teacher, and frees its memory."""
+    """Returns the teacher's neighbors ``[N, k]`` of N images and its fingerprint, and frees its memory."""
     teacher = inputs.load_teacher()
     place = config.teacher_cache or folder / _TEACHER_FEATURES
     cache = FeatureCache(place, teacher.fingerprint, teacher.dim, config.teacher)
@@ -196,13 +196,13 @@ def _teacher_neighbors(
 
 
 def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
-    """Fills the teacher cache with the features of the complete dataset; returns how many images it holds."""
+    """Fills the teacher cache with the features of the complete dataset; returns the number of images in it."""
     if config.teacher_cache is None:
-        raise ValueError("hera_teacher_cache: it is not set, so --teacher-only has nothing to fill; name a folder.")
+        raise ValueError("hera_teacher_cache: it is not set, so --teacher-only has no cache to fill; give a folder.")
     found = (inputs.source.images(row) for row in range(len(inputs.source)))
     images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
     if not images:
-        raise ValueError(f"dataset: {inputs.dataset_name} holds no image; use a dataset with images.")
+        raise ValueError(f"dataset: {inputs.dataset_name} contains no image; use a dataset with images.")
     teacher = inputs.load_teacher()
     cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim, config.teacher)
     fill_cache(teacher, cache, images, config.select_batch_size, inputs.num_workers)

@@ -1,4 +1,4 @@
-"""Writes keys into a recipe; ruamel.yaml keeps its comments, quotes, anchors and order."""
+"""The keys of a recipe, changed by ruamel.yaml, which keeps comments, quotes, anchors and order."""
 
 import io
 import json
@@ -16,21 +16,21 @@ from ..files import write_text
 
 
 class RecipeFile(NamedTuple):
-    """A recipe, read once: its file may be a pipe, and may be edited or deleted while heads are scored."""
+    """A recipe that is read once, because its file may be a pipe, and may change while heads are scored."""
 
     path: Path
     text: str
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Self:
-        """Reads a YAML or JSON file; ``ValueError`` if it cannot be read."""
+        """Reads a YAML or JSON file; raises ``ValueError`` if that fails."""
         try:
             return cls(Path(path), Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"The recipe {path} cannot be read ({error}).") from error
 
     def with_keys(self, keys: Mapping[str, Any]) -> str:
-        """Returns the text with new values of some keys; its comments and layout stay if ruamel.yaml can keep them."""
+        """Returns the text with new values of some keys, and keeps comments and layout if ruamel.yaml can do so."""
         with suppress(TypeError, ValueError):
             return json.dumps({**json.loads(self.text), **keys}, indent=2, ensure_ascii=False) + "\n"
         try:
@@ -39,13 +39,13 @@ class RecipeFile(NamedTuple):
             raise ValueError(f"{self.path}: it is not a mapping of keys ({' '.join(str(error).split())}).") from error
         with suppress(Exception):  # ruamel.yaml raises errors of any kind where it cannot keep a comment
             changed = _round_trip(self.text, keys)
-            # as text: NaN does not equal itself, and 1 equals True
+            # compared as text, because NaN does not equal itself and 1 equals True
             if sorted(map(repr, yaml.safe_load(changed).items())) == sorted(map(repr, wanted.items())):
                 return changed
         return yaml.safe_dump(wanted, sort_keys=False)
 
     def set_in_place(self, keys: Mapping[str, Any], check_only: bool = False) -> None:
-        """Sets keys in the file itself, whose mode and links stay; ``check_only`` only raises the errors."""
+        """Sets keys in the file, and keeps its mode and links; with ``check_only``, only raises the errors."""
         text, problem = self.with_keys(keys), ""
         if not (self.path.is_file() and os.access(self.path, os.W_OK)):
             problem = "is not a file that can be written"
@@ -65,7 +65,7 @@ def _round_trip(text: str, keys: Mapping[str, Any]) -> str:
     if re.search(r"^ +- ", text, re.MULTILINE):
         parser.indent(mapping=2, sequence=4, offset=2)
     document = parser.load(text)
-    # PyYAML writes values so that every parser reads them alike, for instance 1.0e-05 instead of 1e-05
+    # every parser reads PyYAML's values alike, for instance 1.0e-05 instead of 1e-05
     document.update(parser.load(yaml.safe_dump(dict(keys))))
     parser.dump(document, written)
     return written.getvalue()

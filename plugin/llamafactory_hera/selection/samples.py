@@ -18,7 +18,7 @@ from ..teachers.images import ImageLike, chosen_image, image_key
 
 logger = logging.getLogger("llamafactory_hera")
 
-#: A sample for the collator: ``input_ids``, ``attention_mask`` and mostly ``labels`` as lists, and the pixels' source.
+#: A sample for the collator: the lists ``input_ids``, ``attention_mask`` and often ``labels``, and the images.
 Features = dict[str, Any]
 Collate = Callable[[list[Features]], dict[str, Any]]
 
@@ -41,14 +41,14 @@ class SelectionInputs:
     """The model, teacher and data of a selection, as an integration provides them."""
 
     source: Source
-    load_model: Callable[[], nn.Module]  #: Returns the model, frozen and complete on this process.
+    load_model: Callable[[], nn.Module]  #: Returns the frozen model, complete on this process.
     collator: Callable[[nn.Module], Collate]  #: Returns the collator for a model; its batches need ``labels``.
     load_teacher: Callable[[], VisionTeacher]
     model_name: str
     weights: Path | nn.Module  #: The folder of the checkpoint, or the model in memory.
     dataset_name: str
     adapter_folders: list[Path] = field(default_factory=list)
-    autocast: torch.dtype | None = None  #: The half precision of the run, if it is not that of the weights.
+    autocast: torch.dtype | None = None  #: The half precision of the run, if it differs from that of the weights.
     num_workers: int = 0  #: Processes that decode images.
     tokenizer: Any = None  #: Decodes captions for the gallery.
 
@@ -71,7 +71,7 @@ def draw(
 ) -> tuple[list[Sample], int, int]:
     """Draws up to ``count`` samples in an order that depends only on the seed, and each image once.
 
-    The two numbers are those of the rows without an image and without ``usable`` text.
+    The two numbers count the rows without an image and the rows without ``usable`` text.
     """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)
@@ -99,8 +99,8 @@ def draw(
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
     """Draws ``hera_select_samples`` samples.
 
-    The second sample of an image is skipped: the teacher would take the two for neighbors, whatever a head does. The
-    paper does not describe how it treats them.
+    A second sample of the same image is skipped, because the teacher would count the two as neighbors in any case. The
+    paper does not describe how it treats such samples.
     """
 
     def has_tokens(features: Features) -> bool:
@@ -126,9 +126,9 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
 
 
 def encode_caption(text: str, tokenizer: Any, max_length: int) -> Features | None:
-    """Encodes a caption for the language model alone, as up to ``max_length`` tokens; None if it is empty.
+    """Encodes a caption, without an image, as up to ``max_length`` tokens; returns None if the caption is empty.
 
-    Special tokens, and a BOS token that only the chat template writes, get no label, so they are not averaged.
+    Special tokens, and a BOS token that only the chat template writes, get no label, so averages omit them.
     """
     if not text.strip():
         return None

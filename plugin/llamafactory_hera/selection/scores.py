@@ -1,4 +1,4 @@
-"""Scores of all heads and layers: their ranking, the choice among them, and the file that holds them."""
+"""Scores of all heads and layers: their ranking, the choice among them, and the file that contains them."""
 
 import math
 import os
@@ -23,30 +23,30 @@ from ..keys import changes
 
 #: Files of scores, or folders of runs.
 Paths = Sequence[str | os.PathLike]
-#: The files with scores in the folder of a run; that of ``score`` comes first.
+#: The files with scores in the folder of a run; the first is the output of ``score``.
 SCORE_FILES = ("scores.json", "heads.json", "layers.json")
-#: Two selections that share these entries chose the same; ``auto`` uses the earlier one again.
+#: Two selections that share these entries choose the same targets, so ``auto`` reuses the earlier one.
 SAME_SELECTION = (*SELECTION_KEYS, "dataset", "model", "teacher")
 #: A run must share these entries with the selection whose heads it trains.
 SAME_RUN = ("hera_select_m", "model", "teacher")
 #: Two files of scores must share these entries to be compared.
 SAME_SCORES = (*SCORE_KEYS, "samples", "teacher")
-# Entries that are compared by a digest, and the entry that holds it.
+# Entries that are compared by a digest -> the entry with the digest.
 _DIGESTS = {"model": "model_fingerprint", "teacher": "teacher_fingerprint", "samples": "samples_digest"}
 
 
 def rank_targets(scores: ArrayLike) -> dict[Target, float]:
-    """Ranks all heads ``[L, H]`` or layers ``[L]`` that have a score, least aligned first, equal ones in order."""
+    """Ranks all heads ``[L, H]`` or layers ``[L]`` that have a score, least aligned first, then by index."""
     found = [(float(score), Target(*place)) for place, score in np.ndenumerate(np.asarray(scores, dtype=float))]
     return {target: score for score, target in sorted(item for item in found if not math.isnan(item[0]))}
 
 
 def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0) -> tuple[Target, ...]:
-    """Chooses ``m`` heads by their MKNN ``[L, H]``, or layers by theirs ``[L]``; never one without a score (NaN).
+    """Chooses ``m`` heads by their MKNN ``[L, H]``, or layers by MKNN ``[L]``; omits those without a score (NaN).
 
-    ``worst``, the paper's choice, takes the least aligned, least first; ``top`` the most aligned, most first;
-    ``random`` draws. ``middle`` takes the least aligned heads of the decoder layer ``L // 2``: our reading of the
-    paper's ablation "middle layer", which keeps ``m`` the same for every strategy.
+    ``worst``, the paper's choice, starts with the least aligned target, and ``top`` with the most aligned; ``random``
+    samples. ``middle`` takes the least aligned heads of the decoder layer ``L // 2``. This is our reading of the
+    paper's ablation "middle layer", and it keeps ``m`` the same for every strategy.
     """
     ranked, shape = rank_targets(scores), np.shape(scores)
     candidates = list(ranked)
@@ -70,19 +70,19 @@ class ScoreFile:
     chosen: Targets
     provenance: dict[str, Any]
     chance: float  #: The MKNN that unrelated features reach on average.
-    scores: np.ndarray  #: MKNN of the heads, ``[L, H]``, NaN where there is none.
+    scores: np.ndarray  #: MKNN of the heads, ``[L, H]``, NaN without a score.
     layer_scores: np.ndarray  #: MKNN of the outputs of the layers, ``[L]``.
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
-        """Reads a file, or in the folder of a run its scores, or else its selection; ``ValueError`` without scores."""
+        """Reads a file, or the scores or else the selection of a run folder; raises ``ValueError`` without scores."""
         if os.path.isdir(path):
             files = (Path(path, RUN_FOLDER, name) for name in SCORE_FILES)
             path = next((file for file in files if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
         origin = chosen.provenance
         if not origin.get("scores"):
-            raise ValueError(f"scores: {path} has no scores; write one with `llamafactory-hera score`.")
+            raise ValueError(f"scores: {path} has no scores; write a file with `llamafactory-hera score`.")
         heads, layers = (np.array(origin[name], dtype=float) for name in ("scores", "layer_scores"))
         return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
 
@@ -102,7 +102,7 @@ class ScoreFile:
 
 
 def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[ScoreFile], Sequence[str]]:
-    """Reads score files of one model, with a name for each; ``ValueError`` if they cannot be compared."""
+    """Reads score files of one model, with a name for each; raises ``ValueError`` if they cannot be compared."""
     if names and len(names) != len(paths):
         raise ValueError(f"{command}: {len(names)} names for {len(paths)} files; give one name for each file.")
     files = [ScoreFile.load(path) for path in paths]
@@ -118,7 +118,7 @@ def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[S
 
 
 def render_table(scored: ScoreFile) -> str:
-    """Renders the least and the most aligned heads or layers side by side; those that were chosen have a star."""
+    """Renders the least and the most aligned heads or layers side by side; a star marks the chosen ones."""
     ranked = scored.ranked()
     cells = [
         f"{target!s:>7}{'*' if target in scored.chosen.items else ' '} {score:6.4f} {score / scored.chance:6.2f}x"
@@ -137,7 +137,7 @@ def render_table(scored: ScoreFile) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack some."""
+    """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack entries."""
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
         entries = {name: value for name, value in provenance.items() if name not in _DIGESTS}
@@ -150,7 +150,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequen
 
 
 def package_versions() -> dict[str, str]:
-    """Returns the versions of the packages that compute, as far as they are installed."""
+    """Returns the versions of the installed packages that affect results."""
     found = {}
     for name in ("llamafactory-hera", "llamafactory", "torch", "transformers", "peft"):
         with suppress(PackageNotFoundError):
@@ -159,7 +159,7 @@ def package_versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Returns the command that started this process, without secrets, as it may be published."""
+    """Returns the command that started this process, without secrets, because it may be published."""
     words = sys.orig_argv
     if Path(sys.executable).parent == Path(words[min(1, len(words) - 1)]).parent:  # a script of the same environment
         words = [Path(words[1]).name, *words[2:]]

@@ -1,6 +1,6 @@
 """HeRA's entries in the web UI: the stage, the models, the fields of the keys, and the labels in five languages.
 
-A field takes its type, default and choices from the declaration of its key. The other keys are written into the
+A field has the type, default and choices from the declaration of its key. Users write the other keys into the
 host's field "Extra arguments".
 """
 
@@ -55,7 +55,7 @@ def default(key: str) -> Any:
 
 
 def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
-    """Adds the values of the fields to the arguments of a run; keys that "Extra arguments" put there keep theirs.
+    """Adds the values of the fields to the arguments of a run; keys in "Extra arguments" keep their values.
 
     ``value_of`` maps the id of an element to its value.
     """
@@ -67,12 +67,12 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
 
 
 def problem_with(args: dict[str, Any]) -> str:
-    """Returns, as HTML, the reason why HeRA refuses the arguments of a run; empty if it takes them."""
+    """Returns, as HTML, the reason why HeRA refuses the arguments of a run; empty if it accepts them."""
     given = {key: value for key, value in args.items() if key.startswith(HeraConfig.PREFIX)}
     try:
         HeraConfig.from_keys({key: value for key, value in given.items() if value not in (None, "")})
     except ValueError as error:
-        return escape(str(error), quote=False)  # the page would take L<layer>H<head> for tags
+        return escape(str(error), quote=False)  # the page would read L<layer>H<head> as tags
     return ""
 
 
@@ -83,7 +83,7 @@ def texts() -> dict[str, dict[str, dict[str, str]]]:
 
 
 def labels(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
-    """Returns the same in the form of the host's ``LOCALES``: element, language, property.
+    """Returns the texts in the form of the host's ``LOCALES``: element, language, property.
 
     A language without a translation gets the English texts.
     """

@@ -21,7 +21,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     by_step = {line["current_steps"]: line for line in trainer_log if "hera_loss" in line}
     lines = [line for step, line in sorted(by_step.items()) if step <= end]
     measured = any("hera_mknn" in line for line in lines)  # some objectives do not log it
-    figure = new_figure(4.6, 5.4 if measured else 3.6)  # the page has a narrow column for it
+    figure = new_figure(4.6, 5.4 if measured else 3.6)  # fits a narrow column of the page
     panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
     losses, below = panels[0], panels[-1]
     _draw(losses, lines, "lm_loss", "LM loss", BLUE, smooth)
@@ -31,7 +31,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     losses.legend(handles=smoothed, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     if measured:
         _draw(below, lines, "hera_mknn", "MKNN", GREEN, smooth)
-        # it varies over the steps with the number of images in a batch
+        # the chance level varies with the number of images in a batch
         chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
             style = {"color": GRAY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}

@@ -47,7 +47,7 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
 def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:
     """Keeps the chosen datasets when the stage becomes HeRA; replaces the host's function, which empties the list.
 
-    Saved settings would otherwise lose their datasets, as the page loads the stage as well.
+    Saved settings would otherwise lose their datasets, because the page loads the stage with them.
     """
     datasets, packing = host(training_stage)
     return (gr.skip() if TRAINING_STAGES[training_stage] == STAGE else datasets), packing
@@ -59,7 +59,7 @@ def show_run(model_name: str | None, model_path: str, method: str, output_dir: s
     if folder is None or not (folder / TRAINING_ARGS).is_file():
         return gr.Code(visible=False), gr.Image(visible=False), gr.HTML(visible=False)
     pictures = [path for name in ("heads.png", "layers.png") if (path := folder / RUN_FOLDER / name).is_file()]
-    # read here, because Gradio serves no files from outside of its working directory
+    # read here, because Gradio serves only files in its working directory
     picture = gr.Image(Image.open(pictures[0]), visible=True) if pictures else gr.Image(visible=False)
     report = folder / RUN_FOLDER / "report.html"
     page = escape(report.read_text(encoding="utf-8")) if report.is_file() else ""

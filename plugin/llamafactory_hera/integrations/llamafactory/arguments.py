@@ -19,7 +19,7 @@ HeraArguments = make_dataclass(
 
 
 def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
-    """Makes a subclass of the host's ``FinetuningArguments`` with the ``hera_*`` keys and ``stage: hera``.
+    """Creates a subclass of the host's ``FinetuningArguments`` with the ``hera_*`` keys and ``stage: hera``.
 
     Inside the host a HeRA run has ``stage: sft`` and ``use_hera``; ``to_dict`` reports ``stage: hera``. ``require``
     raises an error if a HeRA run cannot start.
@@ -40,7 +40,7 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             super().__post_init__()
             if self.use_hera:
                 require()
-                # The host shows and stores these values, so they get their types here.
+                # The host shows and stores these values, so they are converted to their types here.
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)
             elif unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:

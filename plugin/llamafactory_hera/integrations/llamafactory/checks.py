@@ -18,24 +18,24 @@ from llamafactory_hera.training.checks import check_batch, check_output, check_p
 
 from .recipe import HostArguments
 
-_N_CHECKED = 32  # samples, as checking all of them would take long
+_N_CHECKED = 32  # samples, because checking all of them would take long
 #: Key -> why heads cannot be read with it.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from",
     "use_kt": "KTransformers runs layers outside of PyTorch",
     "mixture_of_depths": "tokens skip layers, so the average of a head over tokens is undefined",
 }
-_PACKED = "a packed row holds several samples, and HeRA compares rows"
+_PACKED = "a packed row contains several samples, and HeRA compares rows"
 _REFUSED = UNREADABLE | {
     "use_unsloth_gc": "its checkpointing cannot carry the outputs of heads",
     "shift_attn": "it moves tokens between heads",
-    "neat_packing": _PACKED,  # before packing, which the host then sets too
+    "neat_packing": _PACKED,  # comes before packing, because the host then sets both
     "packing": _PACKED,
 }
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
-    """Checks a training run as far as no weights are needed, and returns the layout of the model's decoder."""
+    """Checks a training run as far as this needs no weights, and returns the layout of the model's decoder."""
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
     check_batch(config, host.training)
@@ -54,7 +54,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
 
 
 def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
-    """Checks that the output folder is not one of those of model, adapters, data, teacher and cache."""
+    """Checks that the output folder is not a folder of the model, an adapter, the data, the teacher or the cache."""
     model, data = host.model, host.data
     inputs = {"model_name_or_path": model.model_name_or_path}
     inputs |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
@@ -85,7 +85,7 @@ def multimodal_config(model_args: Any) -> Any:
 def checked_dataset(
     get_dataset: Callable[..., dict[str, Any]], objective: type[Objective]
 ) -> Callable[..., dict[str, Any]]:
-    """Wraps the host's ``get_dataset``, and refuses data with too few images or with image tokens that were cut."""
+    """Wraps the host's ``get_dataset``, and refuses data with too few images or with truncated image tokens."""
 
     @wraps(get_dataset)
     def get_checked(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The subcommands that take a recipe of the host: select, score, fill a teacher cache; and reading a calibration."""
+"""The subcommands that read a recipe of the host: select, score, fill a teacher cache, and calibrate."""
 
 import os
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def select(
     path = output_dir / RUN_FOLDER / file_name("head")
     if not force:
         _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
-    # before hours of scoring: the recipe may change meanwhile, and what cannot be written is refused
+    # before hours of scoring, because the recipe may change meanwhile, or may not allow changes
     run = file.with_keys({**read.overrides, "stage": "hera", "hera_heads": str(path)})
     if in_place:
         file.set_in_place({"hera_heads": "L0H0"}, check_only=True)
@@ -88,7 +88,7 @@ def score_checkpoint(
     Args:
         checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
             the recipe's model.
-        recipe: Names dataset, template, teacher and settings.
+        recipe: The recipe with the dataset, the template, the teacher and the settings.
         output: The file; the default is ``hera/scores.json`` in the checkpoint's folder or in ``output_dir``.
         overrides: ``key=value`` pairs that replace keys of the recipe.
 
@@ -129,7 +129,7 @@ def read_calibration(
     config = RahConfig.from_keys(keys)
     values = {key: value for key, value in values.items() if key not in keys}  # the host does not know them
     if values.get("template") is None:
-        raise ValueError("template: it has no value, and without one the host reads no image; name the model's.")
+        raise ValueError("template: the value is empty, so the host would read no image; give the model's template.")
     output_dir = named_output(values, "saves/calibration")
     # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}

@@ -1,4 +1,4 @@
-"""Model, teacher and data of a host run, as the plain objects that selection and calibration work with."""
+"""Model, teacher and data of a host run, as the plain objects that selection and calibration use."""
 
 import copy
 from collections.abc import Sequence
@@ -43,13 +43,13 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
-    """Returns model, teacher and data of a selection; only the dataset is read so far."""
+    """Returns the model, teacher and data of a selection, of which only the dataset is read at once."""
     host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes them
     if (name := config.select_dataset) is not None:
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
-    captions = config.select_mode == "llm"  # for the language model alone
+    captions = config.select_mode == "llm"  # for the language model, without images
     rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
     return SelectionInputs(
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
@@ -61,14 +61,14 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
 
 
 def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInputs:
-    """Returns model and data of a calibration; only the dataset is read so far."""
+    """Returns the model and data of a calibration, of which only the dataset is read at once."""
     rows = _UnlabeledSamples(host, config.samples, config.text)
     names = tuple(host.model.adapter_name_or_path or ())
     return CalibrationInputs(adapter_names=names, **rows.common())
 
 
 class _Rows:
-    """The training rows of a run, with tokenizer and template; of a stream only enough to draw ``n_samples``."""
+    """The training rows of a run, with tokenizer and template; of a stream, only enough to draw ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
@@ -114,7 +114,7 @@ class _Rows:
 
 
 class _Captions(_Rows):
-    """The assistant's turns as captions for the language model alone."""
+    """The assistant's turns as captions for the language model, without images."""
 
     def encode(self, row: int) -> Features | None:
         messages = [*self.rows[row]["_prompt"], *self.rows[row]["_response"][:1]]
@@ -136,7 +136,7 @@ class _Samples(_Rows):
     def encode(self, row: int) -> Features | None:
         example = self.rows[row]
         features = self._encode(example, self._processor) if _has_answer(example) else None
-        # the host fills a sample that it cuts up to `cutoff_len`
+        # a sample that the host truncates has `cutoff_len` tokens
         if features and features["images"] and len(features["input_ids"]) >= self.host.data.cutoff_len:
             self._check(row, features)
         return features

@@ -1,4 +1,4 @@
-"""A recipe of the host: its keys, the arguments that the host's parser makes of them, and errors in its words."""
+"""A recipe of the host: its keys, the arguments that the host's parser makes of them, and errors with host keys."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
 def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str] = (), **forced: Any) -> Recipe:
     """Reads a recipe for scoring; ``key=value`` overrides replace its keys, and ``forced`` replaces both."""
     values, changes = read_values(path, overrides)
-    # All heads and layers are scored, whichever of them the recipe aligns with which objective.
+    # All heads and layers are scored, regardless of the targets and the objective of the recipe.
     layers = values.get("hera_granularity") == "layer"
     scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
     scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
@@ -59,7 +59,7 @@ def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence
 def read_values(
     path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the keys of a recipe with its overrides, and the overrides alone."""
+    """Reads the keys of a recipe with its overrides, and the overrides separately."""
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override} is neither a recipe nor key=value; write for instance output_dir=saves/run.")
@@ -77,19 +77,19 @@ def read_values(
 def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     """Parses the keys of a recipe with the host's parser."""
     if values.get("dataset") is None:
-        raise ValueError("dataset: it has no value; name a dataset with images and text.")
+        raise ValueError("dataset: the value is empty; give a dataset with images and text.")
     return HostArguments(*get_train_args(dict(values))[:4])
 
 
 def named_output(values: Mapping[str, Any], example: str) -> Path:
-    """Returns the output folder, which a recipe must name: the host's default is in the working directory."""
+    """Returns the output folder, which a recipe must set, because the host's default is in the working directory."""
     if not values.get("output_dir"):
-        raise ValueError(f"output_dir: it has no value; name a folder for the result, such as {example}.")
+        raise ValueError(f"output_dir: the value is empty; give a folder for the result, such as {example}.")
     return Path(values["output_dir"])
 
 
 def model_folder(model_args: Any) -> Path:
-    """Returns the local folder of the model, and fetches a hub model."""
+    """Returns the local folder of the model, and downloads a hub model."""
     return local_folder(model_args.model_name_or_path, "model_name_or_path", "a model", **_hub(model_args))
 
 
@@ -107,9 +107,9 @@ def _hub(args: Any) -> dict[str, Any]:
 
 # -- errors ---------------------------------------------------------------------------------------------------------
 
-# The core knows no key of a host.
+# Setting in a message of the core -> the host's key.
 _HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:"}
-# Part of an error -> the host's keys that help.
+# Part of a message -> the host's keys that help.
 _HINTS = {
     "Train something before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
     "lora_target: all",
@@ -120,7 +120,7 @@ _HINTS = {
 
 @contextmanager
 def host_words() -> Iterator[None]:
-    """Replaces the setting at the start of an error's message by the host's key, and adds keys that help."""
+    """Replaces the setting at the start of an error's message with the host's key, and adds keys that help."""
     try:
         yield
     except (ValueError, RuntimeError) as error:

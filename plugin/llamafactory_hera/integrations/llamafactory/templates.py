@@ -1,7 +1,7 @@
 """Chat templates of LLaVA-style models, registered with the host.
 
-Each one is the host's template of the language model with the host's data plugin of LLaVA, which inserts the image
-tokens. ``backbones/models.yaml`` names them. Only the patch of the host's ``data.template`` imports this module.
+Each template is the host's template of the language model with the host's data plugin for LLaVA, which inserts the
+image tokens. ``backbones/models.yaml`` uses them. Only the patch of the host's ``data.template`` imports this module.
 """
 
 from dataclasses import dataclass, fields
@@ -63,7 +63,7 @@ class PlainTemplate(Template):
 
 @dataclass
 class VicunaTemplate(Template):
-    """Encodes a user's turn together with the EOS token before it, because SentencePiece would add a space to it."""
+    """Encodes a user's turn together with the EOS token before it, because SentencePiece would add a space."""
 
     def _encode(self, tokenizer: Any, messages: list[dict[str, str]], system: Any, tools: Any) -> list[list[int]]:
         encoded = super()._encode(tokenizer, messages, system, tools)

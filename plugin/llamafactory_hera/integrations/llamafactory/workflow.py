@@ -1,4 +1,4 @@
-"""Runs the host's SFT workflow with its own trainer under the HeRA mixin."""
+"""Runs the host's SFT workflow with the HeRA mixin in front of the host's trainer."""
 
 import logging
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
         checkpoint = checkpoint_of(host.training)
-        host.training.resume_from_checkpoint = checkpoint  # the host would take the word `false` for a path
+        host.training.resume_from_checkpoint = checkpoint  # the host would read the word `false` as a path
         targets = resolve_targets(config, selecting_run(config, host, layout))
         if config.named_targets == AUTO:
             setattr(host.finetuning, config.targets_key, str(targets))
@@ -81,13 +81,13 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
 
 
 class _Proof(TrainerCallback):
-    """Stops a run before its first step if it did not make the trainer with HeRA."""
+    """Stops a run before its first step if the workflow did not create the HeRA trainer."""
 
     trainer: HeraSftTrainer | None = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             raise RuntimeError(
-                "stage: hera: LLaMA-Factory's SFT workflow trains with another trainer than CustomSeq2SeqTrainer, and "
+                "stage: hera: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, and trains "
                 "without HeRA. Remove the setting that chose it, or use stage: sft."
             )
