@@ -52,18 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     gallery.add_argument("--heads", help="names or a heads.json (default: worst, median and best of the first)")
-    gallery.add_argument(
-        "--output", default="hera_gallery", help="prefix of the files, as in OUTPUT_L3H4.png (%(default)s)"
-    )
+    gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png and so on (%(default)s)")
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
     evaluate.add_argument("--suite", default="demo", help="demo, paper, hallucination, or a .json file of questions")
     evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
     evaluate.add_argument("--data", metavar="FOLDER", help="folder with a subfolder per task (default: use the hub)")
-    evaluate.add_argument(
-        "--output", metavar="DIR", default="saves/eval", help="results folder (default: %(default)s)"
-    )
+    evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="use only the first N samples of each task")
     evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; load no model")

@@ -182,7 +182,7 @@ def test_which_targets_a_configuration_means() -> None:
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
     for keys, key in (({"heads": "auto"}, "hera_heads"), ({**LAYER, "layers": "auto"}, "hera_layers")):
         with pytest.raises(
-            ValueError, match=rf"^{key}: auto selects before training.*name the file that a selection wrote"
+            ValueError, match=rf"^{key}: auto works only in a Trainer.*give the path of the file that a selection"
         ):
             make(model, **keys)
 
@@ -192,7 +192,7 @@ def test_which_targets_a_configuration_means() -> None:
 
 def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"cannot change L1H0,L0H2: nothing that feeds them is trained \(only lm_head"
+        ValueError, match=r"cannot change L1H0,L0H2: no parameter that influences them is trained \(only lm_head"
     ):
         Run(freeze=True)
     for loop, why in (
@@ -200,7 +200,7 @@ def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
         (without_the_term, "the first backward pass brought"),
     ):
         with pytest.raises(
-            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train something before them"
+            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train parameters before them"
         ):
             loop(Run())
     without_the_term(Run(weight=0.0))  # nothing is expected of it
