@@ -137,10 +137,10 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hera_heads": None}, "hera_heads: no head is named; write heads as L<layer>H<head>"),
+        ({"hera_heads": None}, "hera_heads: no head is given; write heads as L<layer>H<head>"),
         ({"hera_layers": "L1"}, "hera_layers: L1 needs hera_granularity: layer; set it, or remove"),
         (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 needs hera_granularity: head; set it, or remove"),
-        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers as L<layer>"),
+        (LAYER | {"hera_layers": None}, "hera_layers: no layer is given; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
         (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
@@ -207,10 +207,13 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
     assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
-        ("my_package_of_a_test.mine:Other", "hera_objective: .* cannot be used .no subclass of .*Objective.; write"),
+        (
+            "my_package_of_a_test.mine:Other",
+            "hera_objective: .* cannot be used .it is not a subclass of .*Objective.; give",
+        ),
         (
             "my_package_of_a_test.mine:Third",
-            "hera_objective: .* cannot be used .*Third.*; write module:Class for a module",
+            "hera_objective: .* cannot be used .*Third.*; give module:Class for a module",
         ),
         ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be used .No module named .*missing_module"),
         (":Mine", "hera_objective: ':Mine' cannot be used"),

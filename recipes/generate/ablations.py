@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 1 and 4, as recipes that differ from the two stages in their ``hera_*`` keys."""
+"""The rows of the paper's tables 1 and 4 as recipes, which change the ``hera_*`` keys of the two usual stages."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
 #: The lines of recipes/README.md between which the generator writes its tables.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
-#: The paper selects on captions of GranD (recipes/data/README.md).
+#: The paper selects heads on captions of GranD (recipes/data/README.md).
 _GRAND = {"hera_select_dataset": "grand_captions"}
 _LAYER = {"hera_granularity": "layer"}
 _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
@@ -23,13 +23,13 @@ _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
 
 @dataclass(frozen=True)
 class Row:
-    """A row of table 1; both stages use its alignment.
+    """A row of table 1, whose alignment is used in both stages.
 
     Attributes:
-        name: The row's part of the file name.
+        name: The part of the file name that identifies the row.
         title: A description for the header and the table.
-        keys: The keys that differ; an integer ``hera_heads`` means that many of the paper's heads.
-        paper: The paper's vision average on the two LLMs.
+        keys: The ``hera_*`` keys; an integer ``hera_heads`` is the number of the paper's heads to use.
+        paper: The paper's vision averages of the two LLMs.
         note: A sentence for the header.
     """
 
@@ -40,7 +40,7 @@ class Row:
     note: str = ""
 
     def values(self, model: Backbone) -> dict[str, Any]:
-        """Returns the keys with the names of the model's heads."""
+        """Returns the keys, with a number of heads replaced by the names of the model's heads."""
         count = self.keys.get("hera_heads")
         if not isinstance(count, int):
             return self.keys
@@ -52,25 +52,26 @@ def _auto(strategy: str, m: int) -> dict[str, Any]:
 
 
 _FEATURE = (
-    "Visual tokens are matched to the teacher's patches as in VIRAL and REPA (paper, section 4.2). The paper leaves "
-    "some choices open, above all the projector; docs/method.md lists them."
+    "Visual tokens are matched to the teacher's patches as in VIRAL and REPA (paper, section 4.2). The paper does not "
+    "specify some choices, above all the objective's projector; docs/method.md lists them."
 )
 _VIRAL = (
     "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL itself uses "
-    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has one learning rate only."
+    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5, but LLaMA-Factory has only one learning rate."
 )
 _CMAR = (
-    "The paper gives neither the weight nor the stages. The weight of 0.1 is that of a reproduction; HeRA's would be "
-    "0.01. To align in both stages is this project's choice."
+    "The paper gives neither the weight nor the stages. The weight of 0.1 is that of a reproduction; HeRA's weight is "
+    "0.01. Aligning in both stages is this project's choice."
 )
 _ROSS = (
     "The data are the 665k instructions of HeRA's paper; ROSS itself uses 737k. The memory above does not include the "
-    "denoiser (64 million parameters in fp32 and their AdamW states) and its activations."
+    "denoiser (64 million parameters in fp32 with their AdamW states) or its activations."
 )
 _JARVIS = (
-    "Stage 2 is plain fine-tuning. hera_visual_attention: two_way gives the attention of JARVIS; see docs/method.md."
+    "Stage 2 is plain fine-tuning. To use the attention of JARVIS, set hera_visual_attention: two_way; see "
+    "docs/method.md."
 )
-_JARVIS_TWO = "JARVIS is part of stage 1 only."
+_JARVIS_TWO = "JARVIS is used only in stage 1."
 _VAE_NEED = (
     "an AutoencoderKL. ROSS uses that of FLUX.1-dev, whose license you must accept: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
@@ -120,11 +121,11 @@ ROWS = (
 
 
 def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
-    """Makes the rows of table 1 for an LLM.
+    """Creates the recipes of table 1 for an LLM.
 
     Args:
         model: The LLM.
-        hera: Its stage-2 recipe; a row differs from it only in the ``hera_*`` keys and the folders.
+        hera: The LLM's stage-2 recipe; a row differs from it only in the ``hera_*`` keys and the folders.
     """
     for row in ROWS:
         first = row.values(model)
@@ -132,7 +133,7 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
         second = dict(first)
         key = "hera_layers" if "hera_layers" in first else "hera_heads"
         if first[key] == "auto":
-            # Stage 2 continues with the selection of stage 1, which did not change the language model.
+            # Stage 2 uses the selection of stage 1, because stage 1 does not change the language model.
             path = f"{stage_one}/hera/{key.removeprefix('hera_')}.json"
             dropped = {"hera_select", *_GRAND} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
             second = {k: path if k == key else v for k, v in first.items() if k not in dropped}
@@ -143,13 +144,13 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
 
 
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
-    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources, and by LoRA as in VIRAL.
+    """Creates the recipes of table 4: ROSS, VIRAL, JARVIS and CMAR as in their sources, and by LoRA as in VIRAL.
 
     Args:
         model: The LLM.
-        pretrain: Its stage 1 with HeRA.
-        hera: Its stage 2 with HeRA.
-        lora: Its stage 2 with HeRA by LoRA.
+        pretrain: The LLM's stage 1 with HeRA.
+        hera: The LLM's stage 2 with HeRA.
+        lora: The LLM's stage 2 with HeRA by LoRA.
     """
     saves = f"saves/{model.key}"
     plain = f"Stage 1 has no alignment loss: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
@@ -183,7 +184,7 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
 
 
 def _starting(recipe: Recipe, start: str) -> Recipe:
-    """Replaces the model that the recipe starts from."""
+    """Returns the recipe with a different initial model."""
     sections = [
         (name, {k: start if k == "model_name_or_path" else v for k, v in keys.items()})
         for name, keys in recipe.sections
@@ -201,7 +202,7 @@ def _changed(
     kept: Iterable[str],
     notes: str,
 ) -> Recipe:
-    """Replaces the ``hera_*`` keys except ``kept``, and the folders."""
+    """Returns the recipe with different folders and ``hera_*`` keys, of which those in ``kept`` stay."""
     section = dict(recipe.sections)["hera"]
     teacher = keys.get("hera_teacher", TEACHER)
     hera = {**keys, "hera_teacher": teacher, **{key: section[key] for key in kept if key not in keys}}
@@ -219,7 +220,7 @@ def _changed(
 
 
 def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
-    """The sentence with the command of a stage 1 that has no recipe."""
+    """Returns a sentence with the command for a stage 1 that has no recipe."""
     others = {"hera_heads": "null", **keys}
     if "hera_objective" in others:
         others["hera_memory"] = 0

@@ -1,8 +1,8 @@
-"""The recipes of all backbones in the table.
+"""Creates the recipes of all backbones in the table.
 
 The hyperparameters are those of LLaVA-1.5, as in the paper (arXiv 2606.23885). Stage 1 trains the projector with a
-global batch of 256 and a learning rate of 1e-3; stage 2 has a batch of 128 and a rate of 2e-5 (LoRA 2e-4). Both use a
-cosine schedule, 3 % warm-up, one epoch and bf16. The learning rates of finished VLMs are this project's choice.
+global batch of 256 and a learning rate of 1e-3. Stage 2 has a global batch of 128 and a rate of 2e-5 (LoRA 2e-4). Both
+have a cosine schedule, 3% warm-up, one epoch and bf16. The learning rates of finished VLMs are this project's choice.
 """
 
 from collections.abc import Iterator
@@ -20,12 +20,12 @@ from .sizes import SIZES, Sizes
 from .text import Recipe, render
 
 GPUS = (1, 8, 32)
-#: The number of GPUs that the keys of a recipe are set for; its header lists the others.
+#: The number of GPUs for which the keys of a recipe are set; the header lists the keys for other numbers.
 DEFAULT_GPUS = 8
 
 #: Parameters of the vision half of SigLIP2 SO400M without its pooling head, and its width.
 N_VISION, VISION_WIDTH = 412_987_248, 1152
-CAPTION_TOKENS = 832  # 729 of the image and a short caption
+CAPTION_TOKENS = 832  # 729 image tokens and a short caption
 CUTOFF, LONG_CUTOFF = 2048, 4096
 LORA_RANK = 128
 QLORA_RANK = 16
@@ -39,7 +39,7 @@ _QUANT_NEED = ("bitsandbytes", "pip install bitsandbytes")
 
 
 def n_projector(sizes: Sizes) -> int:
-    """Counts the parameters of the two-layer projector into an LLM."""
+    """Counts the parameters of the two-layer projector of an LLM."""
     return VISION_WIDTH * sizes.hidden + sizes.hidden**2 + 2 * sizes.hidden
 
 
@@ -52,7 +52,7 @@ def _pretrain(model: Backbone) -> Recipe:
     build += " --image-aspect-ratio pad"
     return Recipe(
         f"{model.key}_pretrain",
-        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, the rest is frozen.",
+        f"{model.title}, LLaVA stage 1 with HeRA: the projector learns from captions, and all else is frozen.",
         [(f"models/{model.key}/", f"{build} --output models/{model.key}"), _PRETRAIN_NEED, _TEACHER_NEED],
         work,
         plans,
@@ -72,7 +72,7 @@ def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
     if kind == "hera_lora":
         trained = sizes.lora(LORA_RANK) + n_projector(sizes)
         work = Work(sizes, sizes.n_parameters + N_VISION, trained, CUTOFF, 128)
-        what, rate = "by LoRA with HeRA: adapters on the LLM, and the projector in full.", "2.0e-4"
+        what, rate = "by LoRA with HeRA: adapters on the LLM, and full training of the projector.", "2.0e-4"
         keys = sections.lora(LORA_RANK, "multi_modal_projector")
     else:
         work = Work(sizes, N_VISION, sizes.n_parameters + n_projector(sizes), CUTOFF, 128, zero3=True)
@@ -119,9 +119,9 @@ class _NativeKind:
 
 
 _NATIVE_KINDS = {
-    "hera": _NativeKind("fine-tuned with HeRA: the LLM and the projector in full.", "1.0e-5"),
+    "hera": _NativeKind("fine-tuned with HeRA: full training of the LLM and the projector.", "1.0e-5"),
     "hera_lora": _NativeKind(
-        "fine-tuned by LoRA with HeRA: adapters on the LLM, and the projector in full.", "1.0e-4", LORA_RANK
+        "fine-tuned by LoRA with HeRA: adapters on the LLM, full training of the projector.", "1.0e-4", LORA_RANK
     ),
     "hera_qlora": _NativeKind(
         "fine-tuned by QLoRA with HeRA on one 24 GB card: adapters on the LLM in 4 bits.", "1.0e-4", QLORA_RANK, True
@@ -133,7 +133,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
     finevision = dataset == "finevision"  # some of its rows have several images
     cutoff = LONG_CUTOFF if finevision or sizes.image_tokens > CUTOFF // 2 else CUTOFF
-    # The vision half is small compared with the text decoder, and is counted with it.
+    # The vision part is small compared with the text decoder, and is counted as a part of it.
     if kind.four_bit:
         trained = sizes.lora(kind.rank)
         work = Work(sizes, sizes.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)
@@ -167,16 +167,16 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
 
 
 def _finevision() -> Iterator[Recipe]:
-    """Makes the paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
+    """Creates the paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k rows of FineVision; the rows and its settings are not known. The learning rate and "
-        "the batch size are those of the other recipes for finished VLMs."
+        "The paper trains on 83k rows of FineVision, but does not say which rows and with which settings. The learning "
+        "rate and the batch size are those of the other recipes for finished VLMs."
     )
     yield replace(
         hera,
-        title=f"{model.title}, fine-tuned on FineVision with HeRA: the LLM and the projector in full.",
+        title=f"{model.title}, fine-tuned on FineVision with HeRA: full training of the LLM and projector.",
         notes=notes,
     )
     title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline of {hera.name}.yaml."
@@ -184,7 +184,7 @@ def _finevision() -> Iterator[Recipe]:
 
 
 def all_recipes() -> Iterator[Recipe]:
-    """Makes every generated recipe."""
+    """Creates every generated recipe."""
     for model in LANGUAGE_MODELS.values():
         yield _pretrain(model)
         yield _stage_two(model, "hera")

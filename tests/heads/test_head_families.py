@@ -70,7 +70,7 @@ def test_a_model_with_two_decoders_or_none_is_refused():
     two = nn.ModuleDict({"first": text_model("qwen3"), "second": text_model("qwen3")})
     with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* holds first\.model, second\.model"):
         decoder_layers(two)
-    with pytest.raises(ValueError, match="Linear holds no transformers model"):
+    with pytest.raises(ValueError, match="Linear contains no transformers model"):
         decoder_layers(nn.Linear(2, 2))
 
 
