@@ -57,7 +57,7 @@ _FEATURE = (
 )
 _VIRAL = (
     "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL itself uses "
-    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5, but LLaMA-Factory has only one learning rate."
+    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has only one learning rate."
 )
 _CMAR = (
     "The paper gives neither the weight nor the stages. The weight of 0.1 is that of a reproduction; HeRA's weight is "

@@ -79,7 +79,7 @@ class Batches:
 
 
 def spread(work: Work, gpus: int) -> Batches:
-    """Chooses the largest micro-batch that fits, and the ``hera_memory`` that replaces candidates lost to accumulation.
+    """Chooses the largest micro-batch that fits, and the ``hera_memory`` that replaces the missing candidates.
 
     HeRA compares the samples of the micro-batches on all GPUs. If these are fewer than the global batch or than
     ``CANDIDATES``, ``hera_memory`` adds samples up to the larger of the two.

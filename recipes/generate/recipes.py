@@ -171,8 +171,8 @@ def _finevision() -> Iterator[Recipe]:
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k rows of FineVision, but does not say which rows and with which settings. The learning "
-        "rate and the batch size are those of the other recipes for finished VLMs."
+        "The paper trains on 83k rows of FineVision, but does not say on which rows or with which settings. The "
+        "learning rate and the batch size are those of the other recipes for finished VLMs."
     )
     yield replace(
         hera,
