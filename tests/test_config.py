@@ -143,7 +143,7 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
         (LAYER | {"hera_layers": None}, "hera_layers: no layer is given; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
-        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
+        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* set hera_layers: middle"),
         (
             {"hera_objective": "viral"},
             "hera_granularity: head does not work with .* viral; .* hera_granularity: layer",

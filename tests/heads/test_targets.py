@@ -58,7 +58,7 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, names: tupl
 @both
 def test_no_name_and_a_repetition_are_refused(targets: Targets) -> None:
     first, second, third = targets.names
-    message = f"^{targets.key}: no {targets.granularity} is named; write {targets.what}"
+    message = f"^{targets.key}: no {targets.granularity} is given; write {targets.what}"
     for text in ("", "  ", ",", " , \n"):
         with pytest.raises(ValueError, match=message):
             Targets.parse(text, targets.granularity)

@@ -257,7 +257,9 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     assert run.aligner.logs()["hera_nan_steps"] == 2
     monkeypatch.setattr(source, name, broken)
     steps(3)  # the host does not wait to be told
-    where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
+    where = (
+        "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. Check the teacher's weights"
+    )
     with pytest.raises(RuntimeError, match=rf"not finite in 3 consecutive steps \(hera_max_nan\), because of {where}"):
         run.aligner.logs()
 

@@ -218,7 +218,7 @@ def test_a_teacher_with_another_grid_is_refused(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     tf.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"^hera_teacher: .* only images of 24 pixels .* but an image is 2 x 2 tokens"
+        ValueError, match=r"^hera_teacher: .* only images of 24 pixels .* but the student's images are 2 x 2 tokens"
     ):
         aligner_of(vlm("llava-llama"), heads=HEADS, objective="feature", teacher=str(tmp_path))
 
