@@ -58,7 +58,9 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
     assert config.keys() == values
     assert HeraConfig.from_keys(SimpleNamespace(**values, other=1)) == config
     assert (config.select, config.select_m, config.normalize) == ("top", 2, False)
-    with pytest.raises(ValueError, match=r"^hera_wieght: there is no such key; known are hera_heads, .*hera_weight"):
+    with pytest.raises(
+        ValueError, match=r"^hera_wieght: this key does not exist; choose one of hera_heads, .*hera_weight"
+    ):
         read(hera_wieght=1)
 
 
@@ -90,7 +92,7 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
     [
         ("hera_weight", -0.1, "-0.1 is out of range; choose 0 to 1000 (the default is 0.01)"),
         ("hera_weight", math.inf, "inf is out of range; choose 0 to 1000"),
-        ("hera_weight", "much", "'much' is not a number; choose such a value, or remove the key"),
+        ("hera_weight", "much", "'much' is not a number; give such a value, or remove the key"),
         ("hera_weight", True, "True is not a number"),
         ("hera_weight", None, "None is not a number"),
         ("hera_temperature", 0, "0.0 is out of range; choose 0.001 to 100"),
@@ -100,7 +102,7 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         ("hera_select_samples", 1e30, "is out of range; choose 1 to 1e+07"),
         ("hera_max_nan", 0, "0 is out of range; choose 1 "),
         ("hera_fixed_temperature", "maybe", "'maybe' is not true or false"),
-        ("hera_teacher", "", "it has no value; write a folder or a hub id"),
+        ("hera_teacher", "", "the value is empty; give a folder or a hub id"),
         ("hera_pooling", "cls", "'cls' is not one of answer, text, mean, last"),
         ("hera_granularity", "neuron", "'neuron' is not one of head, layer"),
         ("hera_accumulate", "all", "'all' is not one of none, gradcache"),
@@ -135,13 +137,13 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hera_heads": None}, "hera_heads: no head is named; write heads as L<layer>H<head>"),
-        ({"hera_layers": "L1"}, "hera_layers: L1 needs hera_granularity: layer; set that, or remove"),
-        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 needs hera_granularity: head; set that, or remove"),
-        (LAYER | {"hera_layers": None}, "hera_layers: no layer is named; write layers as L<layer>"),
+        ({"hera_heads": None}, "hera_heads: no head is given; write heads as L<layer>H<head>"),
+        ({"hera_layers": "L1"}, "hera_layers: L1 needs hera_granularity: layer; set it, or remove"),
+        (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 needs hera_granularity: head; set it, or remove"),
+        (LAYER | {"hera_layers": None}, "hera_layers: no layer is given; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
-        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* write hera_layers: middle"),
+        (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* set hera_layers: middle"),
         (
             {"hera_objective": "viral"},
             "hera_granularity: head does not work with .* viral; .* hera_granularity: layer",
@@ -205,10 +207,13 @@ def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
     assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),
-        ("my_package_of_a_test.mine:Other", "hera_objective: .* cannot be used .no subclass of .*Objective.; write"),
+        (
+            "my_package_of_a_test.mine:Other",
+            "hera_objective: .* cannot be used .it is not a subclass of .*Objective.; give",
+        ),
         (
             "my_package_of_a_test.mine:Third",
-            "hera_objective: .* cannot be used .*Third.*; write module:Class for a module",
+            "hera_objective: .* cannot be used .*Third.*; give module:Class for a module",
         ),
         ("missing_module_of_a_test:Mine", "hera_objective: .* cannot be used .No module named .*missing_module"),
         (":Mine", "hera_objective: ':Mine' cannot be used"),

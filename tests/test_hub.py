@@ -37,7 +37,7 @@ def find(name: str) -> Path:
 def test_a_folder_is_taken_as_it_is(model: Path) -> None:
     assert find(str(model)) == model
     (model / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"^hera_teacher: .*model holds no config\.json\. Give a vision model\.$"):
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*model contains no config\.json\. Give a vision model\.$"):
         find(str(model))
 
 
@@ -52,7 +52,7 @@ def test_a_cached_model_is_found_without_a_network(model: Path, offline: Path) -
 @pytest.mark.parametrize("name", [REPO, "models/missing folder", "dinov2"])
 def test_a_model_that_is_nowhere_is_named_in_one_line(name: str, offline: Path) -> None:
     with pytest.raises(
-        ValueError, match=rf"^hera_teacher: {name} is not a folder, and cannot be fetched .*Give"
+        ValueError, match=rf"^hera_teacher: {name} is not a folder and cannot be fetched .*Give"
     ) as error:
         find(name)
     assert "\n" not in str(error.value)
@@ -65,5 +65,5 @@ def test_the_weight_files_are_those_that_transformers_prefers(model: Path) -> No
     (model / "model.safetensors").unlink()
     assert weight_files(model) == [model / "pytorch_model.bin"]
     (model / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match=r"model holds no weights \(looked for model\*\.safetensors"):
+    with pytest.raises(ValueError, match=r"model contains no weights \(looked for model\*\.safetensors"):
         weight_files(model)

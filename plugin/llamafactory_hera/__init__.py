@@ -1,11 +1,11 @@
 """HeRA (Head-Wise Representation Alignment, arXiv 2606.23885) as a stage of LLaMA-Factory.
 
-The maths and the head capture are importable without the host::
+The mathematics and the head capture can be imported without LLaMA-Factory::
 
     from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
     from llamafactory_hera.heads import HeadCapture
 
-Importing this package loads nothing heavy: it happens in every interpreter that imports LLaMA-Factory.
+Importing this package loads nothing heavy, because every interpreter that imports LLaMA-Factory imports it.
 """
 
 __version__ = "0.3.0"

@@ -1,4 +1,4 @@
-"""The command ``llamafactory-hera``. Each subcommand imports what it needs when it runs."""
+"""The command ``llamafactory-hera``. Each subcommand imports its modules when it runs."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-hera",
         description="Head-wise representation alignment (HeRA) for LLaMA-Factory.",
-        epilog="Training itself is the host's: llamafactory-cli train RECIPE.yaml with stage: hera.",
+        epilog="To train, set stage: hera in RECIPE.yaml and run llamafactory-cli train RECIPE.yaml.",
     )
     parser.add_argument("--version", action="version", version=f"llamafactory-hera {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -25,47 +25,47 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    command("doctor", _doctor, "check the installation and say how to fix what does not fit")
+    command("doctor", _doctor, "check the installation and say how to fix each problem")
 
     select = command("select", _select, "score every attention head and write a recipe with the selected heads")
     select.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
     select.add_argument("--in-place", action="store_true", help="also write the heads into the recipe itself")
-    select.add_argument("--force", action="store_true", help="replace the heads of a run that has trained there")
-    select.add_argument("--teacher-only", action="store_true", help="only fill hera_teacher_cache, for all samples")
+    select.add_argument("--force", action="store_true", help="replace the heads even if a run has trained with them")
+    select.add_argument("--teacher-only", action="store_true", help="only cache the teacher's features of all samples")
     _take_overrides(select)
 
     score = command("score", _score, "score every attention head of models and adapters")
     score.add_argument("checkpoints", metavar="CHECKPOINT|RECIPE.yaml", nargs="+", help="models, adapters or recipes")
-    score.add_argument("--recipe", metavar="RECIPE.yaml", help="names the dataset, the template and the teacher")
+    score.add_argument("--recipe", metavar="RECIPE.yaml", help="recipe with the dataset, template and teacher")
     score.add_argument("--output", metavar="FILE.json", help="default: CHECKPOINT/hera/scores.json")
     _take_overrides(score)
 
     report = command("report", _report, "compare the scores of heads before and after training")
-    several = "files or folders with scores, the one before training first"
+    several = "score files, or folders with one; give the one before training first"
     report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    report.add_argument("--aligned", metavar="HEADS", help="list these instead of the worst: names, or a heads.json")
-    written = "write the table as OUTPUT.md, and OUTPUT.html with all pictures (default: %(default)s)"
+    report.add_argument("--aligned", metavar="HEADS", help="heads to list instead of the worst: names or a heads.json")
+    written = "write the table to OUTPUT.md, and a page with all plots to OUTPUT.html (default: %(default)s)"
     report.add_argument("--output", default="hera_report", help=written)
 
-    gallery = command("gallery", _gallery, "draw the images that a head considers most similar, and the teacher's")
+    gallery = command("gallery", _gallery, "show the images that a head, and the teacher, consider most similar")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    gallery.add_argument("--heads", help="names, or a file of them (default: worst, median and best of the first)")
-    gallery.add_argument("--output", default="hera_gallery", help="OUTPUT_L3H4.png is written for each (%(default)s)")
+    gallery.add_argument("--heads", help="names or a heads.json (default: worst, median and best of the first)")
+    gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png and so on (%(default)s)")
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
     evaluate.add_argument("--suite", default="demo", help="demo, paper, hallucination, or a .json file of questions")
     evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
-    evaluate.add_argument("--data", metavar="FOLDER", help="local data, by task (default: download from the hub)")
+    evaluate.add_argument("--data", metavar="FOLDER", help="folder with a subfolder per task (default: use the hub)")
     evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
     evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N samples of each task, for a trial")
-    evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; no model is loaded")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="use only the first N samples of each task")
+    evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; load no model")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
     evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help="add the paper's columns")
-    aspect = "pad: pad images to squares in the mean color; models built with pad do not need it (%(default)s)"
+    aspect = "pad: pad images to squares with the mean color; models built with pad do it anyway (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
     build = command("build", _build, "assemble a LLaVA-style model from an LLM and a vision encoder")
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all recipes to FOLDER/recipes; run them in FOLDER")
 
     calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA)")
-    calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="names the model, the dataset and the rah_* keys")
+    calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="recipe with the model, dataset and rah_* keys")
     _take_overrides(calibrate)
     return parser
 
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     if parsed.run in (_select, _score, _calibrate):
-        # at its usual level the host prints every configuration that it loads, which would hide the table
+        # at its default level, the host logs every configuration that it loads, which would bury the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
     if several and (status := _relaunched()) is not None:
@@ -146,7 +146,7 @@ def _score(args: argparse.Namespace) -> int:
     overrides = [*filter(_is_override, args.checkpoints), *args.overrides]
     checkpoints = [name for name in args.checkpoints if name not in overrides]
     if args.output and len(checkpoints) > 1:
-        raise ValueError("--output: one file cannot hold the scores of several models; leave it out.")
+        raise ValueError("--output: one file cannot contain the scores of several models; remove the option.")
     for name in checkpoints:
         is_recipe = Path(name).suffix in (".yaml", ".yml", ".json")
         checkpoint, recipe = (None, name) if is_recipe else (name, args.recipe)
@@ -182,7 +182,7 @@ def _build(args: argparse.Namespace) -> int:
     built = build_backbone(args.language_model, args.vision_model, args.output, args.seed, args.image_aspect_ratio)
     print(f"{built.folder}: {built.n_parameters:,} parameters")
     print(f"<image> is token {built.image_token_id}; an image takes {built.image_tokens} tokens of cutoff_len")
-    print(f"template: llava_plain in stage 1, {built.template or 'none known for this model'} in stage 2")
+    print(f"template: llava_plain in stage 1, {built.template or '(none known for this model)'} in stage 2")
     return 0
 
 
@@ -195,14 +195,14 @@ def _recipes(args: argparse.Namespace) -> int:
     found = shipped_recipes()
     chosen = {n: t for n, t in found.items() if not args.name or any(part in n for part in args.name)}
     if not chosen:
-        raise ValueError(f"recipes: no name contains {' or '.join(args.name)}; list all without a name.")
+        raise ValueError(f"recipes: no name contains {' or '.join(args.name)}; give no name to list all recipes.")
     width = max(map(len, chosen))
     print("\n".join(f"{name:<{width}}  {title}" for name, title in chosen.items()))
     return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    # one device: the host refuses several of them in one process
+    # one device, because the host refuses several devices in one process
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
     from .calibration.run import calibrate_heads
@@ -214,15 +214,15 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _relaunched() -> int | None:
-    """Runs this command again on all devices of this machine; returns its exit status, or None if one is enough.
+    """Reruns this command with one process per device and returns its exit status; None if one process is enough.
 
-    ``FORCE_TORCHRUN=1`` and ``NPROC_PER_NODE`` mean the same as for llamafactory-cli.
+    ``FORCE_TORCHRUN=1`` and ``NPROC_PER_NODE`` have the same effect as in llamafactory-cli.
     """
     import torch
 
     n_devices = torch.accelerator.device_count()
     forced = os.environ.get("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1")
-    if "LOCAL_RANK" in os.environ or (n_devices <= 1 and not forced):  # a launcher started this process, or none need
+    if "LOCAL_RANK" in os.environ or (n_devices <= 1 and not forced):  # launched already, or no need
         return None
     n_processes = os.environ.get("NPROC_PER_NODE", max(1, n_devices))
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]

@@ -1,5 +1,5 @@
 # No `from __future__ import annotations` here: the annotations are read as types.
-"""Every ``hera_*`` key of a run, declared once."""
+"""Declares every ``hera_*`` key of a run."""
 
 import warnings
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 Strategy = Literal["worst", "top", "random", "middle"]
 Mode = Literal["llm", "mllm"]
 
-_MOST_HEADS = 5  # with ten the paper's Qwen2.5-3B collapsed (All 54.2 -> 46.0)
+_MOST_HEADS = 5  # with ten heads, the paper's Qwen2.5-3B collapsed (the average "All" fell from 54.2 to 46.0)
 
-#: The keys that decide which heads a selection chooses; ``auto`` reuses a selection that shares them.
+#: The keys that decide which heads a selection chooses; ``auto`` reuses a selection made with the same values.
 SELECTION_KEYS = (
     "hera_select",
     "hera_select_m",
@@ -27,9 +27,9 @@ SELECTION_KEYS = (
     "hera_pooling",
     "hera_similarity",
 )
-#: The keys that two files of scores must share to be compared.
+#: The keys whose values must agree in two score files to compare them.
 SCORE_KEYS = ("hera_select_mode", "hera_select_k", "hera_pooling", "hera_similarity")
-#: The keys that a resumed run must share with its checkpoint.
+#: The keys whose values a resumed run must share with its checkpoint.
 FIXED_KEYS = (
     "hera_objective",
     "hera_granularity",
@@ -39,9 +39,9 @@ FIXED_KEYS = (
     "hera_pooling",
     "hera_similarity",
 )
-#: The keys that a resumed run may change, with a warning that its curves do not continue those of the checkpoint.
+#: The keys that a resumed run may change; it then warns that its curves do not continue those of the checkpoint.
 RESUMABLE_KEYS = ("hera_weight", "hera_k", "hera_objective_lr", "hera_memory", "hera_accumulate", "hera_image_index")
-#: The keys that only some objectives read; each objective lists its own in ``reads``.
+#: The keys that only some objectives read; ``Objective.reads`` lists those of an objective.
 OBJECTIVE_KEYS = (
     "hera_k",
     "hera_temperature",
@@ -60,124 +60,122 @@ OBJECTIVE_KEYS = (
 
 @dataclass(frozen=True)
 class HeraConfig(KeyedConfig):
-    """The keys of a run with HeRA; the field ``x`` is the key ``hera_x``. Defaults follow the paper where it has one.
+    """The settings of a HeRA run; the field ``x`` is the key ``hera_x``. Defaults follow the paper where it gives one.
 
     Raises:
-        ValueError: A value is impossible or contradicts another one; the message names key, value and remedy.
+        ValueError: A value is invalid or contradicts another key; the message contains key, value and remedy.
     """
 
     PREFIX: ClassVar[str] = "hera_"
 
     heads: str | None = knob(
         None,
-        "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a heads.json, "
-        "or auto to select them before training.",
+        "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a heads.json "
+        "file, or auto to select them before training.",
     )
     objective: str = knob(
         "contrastive",
-        "The alignment loss: HeRA's loss over neighbors (contrastive), visual tokens against the teacher's patches "
-        "(feature, viral; at masked positions jarvis) or an autoencoder's latents (ross), 1 - CKA over the batch "
-        "(cka), or your own class, written my_package.my_module:MyObjective.",
+        "The alignment loss: HeRA's loss over neighbors (contrastive); matching visual tokens to the teacher's "
+        "patches (feature, viral); predicting hidden patches (jarvis) or noise in an autoencoder's latents (ross); "
+        "1 - CKA over the batch (cka); or your own class, written as my_package.my_module:MyObjective.",
     )
     granularity: Granularity = knob(
         "head", "Align attention heads (head, with hera_heads) or decoder layers (layer, with hera_layers)."
     )
     layers: str | None = knob(
         None,
-        "Decoder layers to align under hera_granularity: layer. Names such as L14,L15 (zero-based), the path of a "
-        "layers.json, middle, penultimate, final (after the last norm), or auto to select them before training.",
+        "Decoder layers to align with hera_granularity: layer. Give names such as L14,L15 (zero-based), the path of a "
+        "layers.json file, middle, penultimate, final (the last norm's output), or auto to select before training.",
     )
     weight: float = knob(
         0.01, "Weight (lambda) of the alignment loss relative to the language-modeling loss.", at_least=0, at_most=1000
     )
     k: int = knob(10, "Number of nearest neighbors per sample in the teacher's space.", at_least=1, at_most=10**6)
     temperature: float = knob(
-        0.07, "Initial softmax temperature of the contrastive loss, learned in log scale.", at_least=0.001, at_most=100
+        0.07, "Initial temperature of the contrastive loss; its logarithm is learned.", at_least=0.001, at_most=100
     )
     fixed_temperature: bool = knob(False, "Keep the temperature at its initial value instead of learning it.")
     projector: Literal["shared", "separate"] = knob(
         "shared",
-        "Projector of feature and viral: one for all heads or layers, with three linear layers and SiLU (shared), or "
-        "one each, with two linear layers and GELU (separate).",
+        "The objective's projector for feature and viral: one with three linear layers and SiLU for all heads or "
+        "layers (shared), or one with two linear layers and GELU for each of them (separate).",
     )
     visual_attention: Literal["causal", "two_way"] = knob(
         "causal",
-        "Attention of jarvis: visual tokens see earlier tokens only (causal), or each other in both directions as in "
-        "the authors' code (two_way), which no other program reproduces at inference.",
+        "Attention in jarvis: visual tokens see only earlier tokens (causal), or each other in both directions, as in "
+        "the authors' code (two_way). No other program reproduces two_way attention at inference.",
     )
     objective_lr: float | None = knob(
         None,
-        "Peak learning rate of the objective's own parameters; the default is the run's learning rate.",
+        "Peak learning rate of the objective's parameters; the default is the run's learning rate.",
         at_least=0,
         at_most=10,
     )
     objective_from: str | None = knob(
-        None, "Output folder of an earlier run from which the objective's own parameters are loaded."
+        None, "Output folder of an earlier run from which the objective's parameters are loaded."
     )
     teacher: str = knob(
-        "facebook/dinov2-large", "Frozen vision teacher (for ross an autoencoder): a local folder or a hub id."
+        "facebook/dinov2-large", "Frozen vision teacher (for ross, an autoencoder): a local folder or a hub id."
     )
-    teacher_cache: str | None = knob(None, "Folder that stores teacher features by image content; training fills it.")
+    teacher_cache: str | None = knob(None, "Folder in which runs cache teacher features, indexed by image content.")
     pooling: Pooling = knob(
         "answer",
-        "Tokens over which a head's output is averaged: those with a label (answer), all text (text), all except "
-        "padding (mean), or the last one (last).",
+        "Tokens over which a head's output is averaged: labeled tokens (answer), all text tokens (text), all tokens "
+        "except padding (mean), or only the last token (last).",
     )
     similarity: Literal["cosine", "dot"] = knob(
         "cosine", "Similarity of representations: cosine similarity (cosine) or dot product (dot)."
     )
     memory: int = knob(
         0,
-        "Number of recent samples kept as additional candidates, for global batches smaller than twice hera_k.",
+        "Number of recent samples kept as extra candidates; useful if the global batch is below twice hera_k.",
         at_least=0,
         at_most=10**6,
     )
     accumulate: Literal["none", "gradcache"] = knob(
         "none",
-        "Candidates under gradient accumulation: the samples of the micro-batch (none), or of all micro-batches of "
-        "the step at the cost of one more forward pass (gradcache).",
+        "Candidates under gradient accumulation: the samples of one micro-batch (none), or of all micro-batches of "
+        "an optimizer step, at the cost of a second forward pass (gradcache).",
     )
     image_index: int = knob(
-        0, "Index of the image that the teacher sees in a sample with several; negative values count from the last."
+        0, "Index of the image that the teacher sees if a sample has several; negative values count from the end."
     )
-    max_nan: int = knob(
-        10, "Number of consecutive steps with a non-finite HeRA term after which the run stops.", at_least=1
-    )
+    max_nan: int = knob(10, "The run stops after this many consecutive steps with a non-finite HeRA term.", at_least=1)
     heads_force: bool = knob(
-        False, "Train heads that were selected for another model, another teacher or another number of heads."
+        False, "Train heads even if they were selected for a different model, teacher or number of heads."
     )
     select: Strategy = knob(
         "worst",
-        "Heads or layers to select: the least aligned (worst), the most aligned (top), random ones, or the least "
-        "aligned heads of the middle layer (middle).",
+        "Heads or layers to select: the least aligned (worst), the most aligned (top), a random choice (random), or "
+        "the least aligned heads of the middle layer (middle).",
     )
     select_m: int = knob(5, "Number of heads or layers to select.", at_least=1)
     select_mode: Mode = knob(
         "llm",
-        "Score the heads on the language model alone, fed with captions (llm), or on the whole model with images and "
-        "text (mllm).",
+        "Model on which heads are scored: only the language model, with captions as input (llm), or the full model, "
+        "with images and text (mllm).",
     )
     select_dataset: str | None = knob(
-        None, "Name of another dataset to score the heads on; the default is the training dataset."
+        None, "Name of the dataset on which heads are scored; the default is the training dataset."
     )
-    select_samples: int = knob(1000, "Number of image-caption pairs to score the heads on.", at_least=1, at_most=10**7)
+    select_samples: int = knob(1000, "Number of image-caption pairs for scoring the heads.", at_least=1, at_most=10**7)
     select_k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)
     select_batch_size: int = knob(
         16,
-        "Samples per device in a forward pass of the selection; halved when memory runs out.",
+        "Samples per device in each forward pass of the selection; the number is halved if memory runs out.",
         at_least=1,
         at_most=10**5,
     )
-    select_seed: int = knob(0, "Seed of the sampled pairs, and of the heads under hera_select: random.")
+    select_seed: int = knob(0, "Seed for sampling the pairs, and for choosing heads if hera_select is random.")
 
     @property
     def targets_key(self) -> str:
-        """The key that names the heads or layers to align."""
+        """The key that lists the heads or layers to align."""
         return "hera_layers" if self.granularity == "layer" else "hera_heads"
 
     @property
     def named_targets(self) -> str:
-        """The value of that key: names, a path, ``auto``, or the name of a layer such as ``middle``."""
+        """The heads or layers to align, as written: names, a path, ``auto``, or a layer such as ``middle``."""
         return (self.layers if self.granularity == "layer" else self.heads) or ""
 
     @property
@@ -187,7 +185,7 @@ class HeraConfig(KeyedConfig):
 
     @property
     def gradcache(self) -> bool:
-        """True if the micro-batches of an optimizer step are compared together."""
+        """True if samples are compared across the micro-batches of an optimizer step."""
         return self.accumulate == "gradcache" and self.reads("hera_accumulate")
 
     def objective_class(self) -> "type[Objective]":
@@ -197,17 +195,17 @@ class HeraConfig(KeyedConfig):
         return find(self.objective)
 
     def reads(self, key: str) -> bool:
-        """Whether the objective reads a key of :data:`OBJECTIVE_KEYS`."""
+        """Returns whether the objective reads a key of :data:`OBJECTIVE_KEYS`."""
         return key in self.objective_class().reads
 
     def check(self) -> None:
-        """Checks the values against one another."""
+        """Checks that the values fit together."""
         if not self.teacher:
-            raise ValueError("hera_teacher: it has no value; write a folder or a hub id (facebook/dinov2-large).")
+            raise ValueError("hera_teacher: the value is empty; give a folder or a hub id (facebook/dinov2-large).")
         if self.select_samples < self.select_k + 2:
             raise ValueError(
                 f"hera_select_samples: {self.select_samples} is out of range; choose {self.select_k + 2} or more, so "
-                "that each sample has neighbors to choose among."
+                "that each sample has more candidates than neighbors."
             )
         self._check_targets()
         self._check_objective()
@@ -216,28 +214,28 @@ class HeraConfig(KeyedConfig):
         other, value = ("hera_heads", self.heads) if self.granularity == "layer" else ("hera_layers", self.layers)
         if value:
             raise ValueError(
-                f"{other}: {value} needs hera_granularity: {'head' if other == 'hera_heads' else 'layer'}; set that, "
+                f"{other}: {value} needs hera_granularity: {'head' if other == 'hera_heads' else 'layer'}; set it, "
                 f"or remove {other} ({other}=null on a command line)."
             )
         named = self.named_targets
         auto = named == AUTO
         if self.granularity == "layer":
             if auto and self.select == "middle":
-                raise ValueError("hera_select: middle chooses among heads; write hera_layers: middle for that layer.")
+                raise ValueError("hera_select: middle selects only heads; for that layer, set hera_layers: middle.")
             if not auto and named not in NAMED_LAYERS:
                 Targets.parse(named, "layer")
             return
         chosen = self.select_m if auto else len(Targets.parse(named).items)
         if chosen > _MOST_HEADS:
             key = "hera_select_m" if auto else "hera_heads"
-            advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, its Qwen2.5-3B collapsed"
+            advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, a model of the paper collapsed"
             warnings.warn(f"{key}: {chosen} heads are {advice}.", stacklevel=5)
 
     def _check_objective(self) -> None:
         objective = self.objective_class()
         if self.granularity not in objective.granularities:
             raise ValueError(
-                f"hera_granularity: {self.granularity} does not work with hera_objective: {self.objective}; write "
+                f"hera_granularity: {self.granularity} does not work with hera_objective: {self.objective}; set "
                 f"hera_granularity: {' or '.join(objective.granularities)}."
             )
         values, declared = self.keys(), self.knobs()
@@ -251,6 +249,6 @@ class HeraConfig(KeyedConfig):
 
 
 def selection_keys(config: HeraConfig) -> dict[str, Any]:
-    """The keys that decide a selection, with their values, as ``heads.json`` stores them."""
+    """Returns the keys that decide a selection, with their values, as ``heads.json`` stores them."""
     values = config.keys()
     return {key: values[key] for key in SELECTION_KEYS}

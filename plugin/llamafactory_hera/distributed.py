@@ -1,4 +1,4 @@
-"""The processes of a launch, and how their rows are gathered into the global batch with gradient."""
+"""The processes of a launch, and the gathering of their samples into the global batch with gradients."""
 
 import math
 import time
@@ -13,9 +13,9 @@ Result = TypeVar("Result")
 
 
 class _AllGather(torch.autograd.Function):
-    # The backward of torch.distributed.nn.functional.all_gather is wrong on gloo for non-contiguous gradients, so it
-    # is written out here. Every rank computes the loss of the global batch. The sum over ranks of the gradient of this
-    # rank's slice, averaged over ranks by the engine, is the gradient of that loss.
+    # torch.distributed.nn.functional.all_gather is not used, because on gloo its backward is wrong for non-contiguous
+    # gradients. Every rank computes the loss of the global batch. The backward sums over ranks the gradients of this
+    # rank's slice; when the engine averages the result over ranks, it is the gradient of that loss.
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ class _AllGather(torch.autograd.Function):
 
 
 def world_size() -> int:
-    """Returns the number of processes of the default group; 1 without a group."""
+    """Returns the number of processes in the default group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Returns the number of this process; 0 without a group."""
+    """Returns the rank of this process; 0 without a group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -51,11 +51,11 @@ def barrier() -> None:
 
 
 def end_launch() -> None:
-    """Destroys the default group, if there is one, before the process ends.
+    """Destroys the default group, if any, before the process ends.
 
     A process that ends with a live group may abort (https://github.com/pytorch/pytorch/issues/190489): gloo's threads
-    release the tensors of an operation after it has returned, and abort if Python has ended by then.
-    DistributedDataParallel keeps these threads alive beyond the group, so the only remedy is to wait a moment.
+    release the tensors of an operation after the operation has returned, and abort if Python has ended by then.
+    DistributedDataParallel keeps these threads alive longer than the group, so the only remedy is to wait a moment.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -63,7 +63,7 @@ def end_launch() -> None:
 
 
 def on_first(compute: Callable[[], Result]) -> Result:
-    """Calls ``compute`` on the first process; every process returns its result, or raises its ``ValueError``."""
+    """Calls ``compute`` on the first process; all processes return its result or raise its ``ValueError``."""
     shared: list[Any] = [None]
     if rank() == 0:
         try:
@@ -86,27 +86,27 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """Returns the largest ``n_rows`` of several processes, to which each pads before :func:`gather_rows`."""
+    """Returns the largest ``n_rows`` of any process; each process pads to it before :func:`gather_rows`."""
     count = torch.tensor(n_rows, device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenates the rows of all processes in rank order.
+    """Concatenates the rows (samples) of all processes in rank order.
 
-    The backward sums the gradients that the processes hold for a slice. If each process computes the loss over all
-    gathered rows, and the engine averages gradients over processes (DDP, ZeRO, FSDP), each parameter receives the
-    gradient of one process with the global batch. No factor is needed. Every process must pass the same shape
-    ``[B, ...]``; the result is ``[world_size * B, ...]``.
+    The backward sums over processes the gradients of each slice. If each process computes the loss of all gathered
+    rows, and the engine averages gradients across processes (DDP, ZeRO, FSDP), each parameter receives the gradient
+    that a single process with the global batch would compute, without a correction factor. Every process must pass
+    the same shape ``[B, ...]``; the result is ``[world_size * B, ...]``.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Averages each value over the processes that know it, and drops a value that no process knows.
+    """Averages each value over the processes that know the value, and drops a value that no process knows.
 
-    NaN marks an unknown value. Every process must pass the same names, because all are reduced at once.
+    NaN marks an unknown value. Every process must pass the same names, because all values are reduced at once.
     """
     if world_size() == 1:
         return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, however the process that writes them ends, and the lock of a run's folder."""
+"""Atomic file writes, which never leave a partial file behind, and the lock of a run's folder."""
 
 import json
 import os
@@ -13,19 +13,19 @@ from filelock import FileLock, Timeout
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Folder beside a run's weights, in its output folder and in each checkpoint, that holds HeRA's own files.
+#: The folder of HeRA's files, inside a run's output folder and inside each checkpoint.
 RUN_FOLDER = "hera"
-#: The summary of a finished run, in that folder.
+#: The file in that folder that summarizes a finished run.
 CARD = "card.json"
 
 
 @contextmanager
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keeps other processes from writing into the ``hera`` folder of a run; ``ValueError`` if another one does."""
+    """Locks the ``hera`` folder of a run; raises ``ValueError`` if another process holds the lock."""
     path = Path(output_dir).expanduser() / RUN_FOLDER / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path, blocking=False, is_singleton=True):  # a process may enter it again
+        with FileLock(path, blocking=False, is_singleton=True):  # reentrant within a process
             yield
     except Timeout as error:
         raise ValueError(
@@ -35,9 +35,9 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``, which replaces it at the end, or is removed if writing fails.
+    """Yields a temporary path; at the end, that file replaces ``path``, or is removed if writing failed.
 
-    A replaced file keeps its mode, and links to it stay valid.
+    A replaced file keeps its mode, and symbolic links to the file stay valid.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +52,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text as UTF-8 and makes the folder."""
+    """Writes text as UTF-8 and creates the folder if needed."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Reads a JSON file; ``ValueError`` names a file that cannot be read, or is not JSON."""
+    """Reads a JSON file; raises ``ValueError`` if the file cannot be read or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -68,14 +68,14 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
-    """Writes readable JSON and makes the folder."""
+    """Writes indented JSON and creates the folder if needed."""
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors of any device and layout."""
+    """Writes tensors, which may be on any device and not contiguous."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -83,5 +83,5 @@ def write_safetensors(
     with whole_file(path) as temporary:
         try:
             save_file(contiguous, temporary, dict(metadata) if metadata else None)
-        except SafetensorError as error:  # reported for a full disk, too
+        except SafetensorError as error:  # a full disk raises this error, for instance
             raise OSError(f"{path} cannot be written ({error})") from error

@@ -1,10 +1,10 @@
-"""The files of a model: a local folder, or a snapshot that huggingface_hub fetches."""
+"""Finds the files of a model in a local folder or fetches them with huggingface_hub."""
 
 from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
-# The files that a checkpoint needs besides its weights, and the formats of weights in the order of preference.
+# The files that a checkpoint needs besides its weights, and the formats of weights in order of preference.
 _TEXT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*.safetensors")
 
@@ -12,11 +12,11 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model
 def local_folder(
     name_or_path: str, key: str, what: str, weights: bool = True, needs: str = CONFIG_FILE, **hub: Any
 ) -> Path:
-    """Returns the local folder of a model, and fetches it from the hub if the name is not a folder.
+    """Returns the local folder of a model, and fetches the model from the hub if the name is not a folder.
 
-    Without ``weights`` it fetches the small files only; ``hub`` are arguments of ``snapshot_download``. If there is no
-    such model, or it lacks the file ``needs``, a ``ValueError`` names the ``key`` and says ``what`` to give, for
-    instance "a vision model such as facebook/dinov2-large".
+    Without ``weights``, only small files are fetched; ``hub`` are arguments for ``snapshot_download``. If the model
+    does not exist or lacks the file ``needs``, raises a ``ValueError`` that contains the ``key`` and says ``what`` to
+    give, for instance "a vision model such as facebook/dinov2-large".
     """
     from huggingface_hub import snapshot_download
 
@@ -30,16 +30,16 @@ def local_folder(
         except Exception as error:  # errors of the client and of its HTTP library have no common base
             why = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{key}: {name_or_path} is not a folder, and cannot be fetched from the hub ({why}). Give {what}."
+                f"{key}: {name_or_path} is not a folder and cannot be fetched from the hub ({why}). Give {what}."
             ) from error
     if not (folder / needs).is_file():
-        raise ValueError(f"{key}: {name_or_path} holds no {needs}. Give {what}.")
+        raise ValueError(f"{key}: {name_or_path} contains no {needs}. Give {what}.")
     return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Lists the weight files that transformers or diffusers would load; ``ValueError`` if there are none."""
+    """Lists the weight files that transformers or diffusers would load; raises ``ValueError`` if none exist."""
     found = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
     if not found:
-        raise ValueError(f"{folder} holds no weights (looked for {', '.join(_WEIGHTS)})")
+        raise ValueError(f"{folder} contains no weights (looked for {', '.join(_WEIGHTS)})")
     return found

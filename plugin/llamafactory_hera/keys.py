@@ -2,7 +2,7 @@
 """Settings classes that declare each key once: its type, range, default and help.
 
 A host's argument class, the web form, the reference page and the checks of a resumed run all read the keys from the
-class, so that nothing repeats them.
+class that declares them.
 """
 
 import math
@@ -14,15 +14,15 @@ from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 
 def knob(default: Any, help: str, *, at_least: float | None = None, at_most: float | None = None) -> Any:
-    """Declares a key: its default, the sentence that every host shows, and its inclusive bounds."""
+    """Declares a key: its default, its help text, and its inclusive bounds."""
     return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
 
 
 class KeyedConfig:
-    """Base class of the settings classes; it reads, checks and lists their keys.
+    """The base class of the settings classes, which reads, checks and lists their keys.
 
-    Subclasses are frozen dataclasses whose fields are declared with :func:`knob`. The name of a key is the prefix of
-    the class plus the name of the field.
+    Subclasses are frozen dataclasses whose fields are declared with :func:`knob`. The name of a key is the class's
+    prefix followed by the name of the field.
     """
 
     PREFIX: ClassVar[str] = ""
@@ -34,7 +34,7 @@ class KeyedConfig:
         self.check()
 
     def check(self) -> None:
-        """Compares values with one another; a subclass raises ``ValueError`` with key, value and remedy."""
+        """Checks that the values fit together; a subclass raises ``ValueError`` with key, value and remedy."""
 
     @classmethod
     def knobs(cls) -> dict[str, Field]:
@@ -46,13 +46,13 @@ class KeyedConfig:
         """Reads the keys from a mapping, or from the attributes of an object.
 
         Raises:
-            ValueError: A value is bad, or a mapping holds an unknown key with the prefix of this class.
+            ValueError: A value is invalid, or a mapping contains an unknown key with the prefix of this class.
         """
         known, values = cls.knobs(), source if isinstance(source, Mapping) else vars(source)
         if isinstance(source, Mapping):
             unknown = next((key for key in source if key.startswith(cls.PREFIX) and key not in known), None)
             if unknown is not None:
-                raise ValueError(f"{unknown}: there is no such key; known are {', '.join(known)}.")
+                raise ValueError(f"{unknown}: this key does not exist; choose one of {', '.join(known)}.")
         return cls(**{declared.name: values[key] for key, declared in known.items() if key in values})
 
     def keys(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class KeyedConfig:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Describes the entries in which two runs differ, as ``key was …, is …``; entries missing in ``before`` pass."""
+    """Describes each entry in which two runs differ as ``key was …, is …``; ignores entries missing in ``before``."""
     return [
         f"{name} was {before[name]}, is {now.get(name)}"
         for name in names
@@ -70,14 +70,14 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[s
 
 
 def choices(declared: Field) -> tuple[Any, ...]:
-    """Lists the allowed values of a field, or nothing if its type does not list them."""
+    """Lists the allowed values of a field; the list is empty unless the type is a ``Literal``."""
     return get_args(declared.type) if get_origin(declared.type) is Literal else ()
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """Converts a value that came from YAML, a command line or Python to the type of its key.
+    """Converts a value from YAML, a command line or Python to the type of its key.
 
-    Numbers and booleans may be written as text, and a list of names becomes one comma-separated text. ``kind`` is
+    Numbers and booleans may be strings, and a list of names becomes one comma-separated string. ``kind`` is
     ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -91,7 +91,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
         f"one of {', '.join(map(str, get_args(option)))}" if get_origin(option) is Literal else _WORDS[option]
         for option in options
     )
-    raise ValueError(f"{key}: {value!r} is not {expected}; choose such a value, or remove the key.")
+    raise ValueError(f"{key}: {value!r} is not {expected}; give such a value, or remove the key.")
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -1,4 +1,4 @@
-"""Plotting helpers of all pictures: figures without a window system, colors, heat maps, and image files."""
+"""Helpers for all plots: figures that need no display, colors, heat maps, and image files."""
 
 from io import BytesIO
 from pathlib import Path
@@ -17,27 +17,27 @@ from .files import whole_file
 
 # The palette of Okabe and Ito, which stays distinguishable under every common kind of color blindness.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-#: The colors of several series, in their order.
+#: The colors of the series in a plot, in order.
 SERIES = (GRAY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
 _LABEL = 0.2  # inches that a tick label needs along its axis
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Makes a figure, with sizes in inches, that belongs to no window system."""
+    """Creates a figure of the given size in inches that needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def plain(axes: Axes) -> None:
-    """Removes the frame lines that carry no information."""
+    """Removes the top and right frame lines."""
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def heat_map(
     figure: Figure, axes: Axes, values: ArrayLike, size: tuple[float, float], title: str, **style: Any
 ) -> Colorbar:
-    """Draws a value for each head, ``[L, H]``, on axes of ``size`` inches, and returns the color bar."""
+    """Plots one value per head, ``[L, H]``, on axes of ``size`` inches, and returns the color bar."""
     image = axes.imshow(values, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | style)
     for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
         axis.set_major_locator(MaxNLocator(min(count, int(room / _LABEL)), integer=True))
@@ -49,7 +49,7 @@ def heat_map(
 
 def render(figure: Figure, file_type: str = "png") -> bytes:
     """Renders a figure as an image file, by default as PNG."""
-    for text in figure.findobj(Text):  # dollar signs in the name of a model would start a formula
+    for text in figure.findobj(Text):  # dollar signs in a model's name would start a formula
         text.set_parse_math(False)
     image = BytesIO()
     figure.savefig(image, dpi=150, format=file_type)
@@ -57,6 +57,6 @@ def render(figure: Figure, file_type: str = "png") -> bytes:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as a PNG file, which appears complete or not at all."""
+    """Writes a figure to a PNG file atomically."""
     with whole_file(path) as temporary:
         temporary.write_bytes(render(figure))

@@ -10,11 +10,11 @@ from recipes.demo.build import SIZES, build_demo  # noqa: E402
 
 
 def main() -> int:
-    """Runs the command; the exit status is 0, or 2 if the folder is in use for something else."""
+    """Runs the command; returns 0, or 2 if the folder must not be replaced."""
     parser = argparse.ArgumentParser(prog="python recipes/demo", description=__doc__)
-    parser.add_argument("--output", default="hera_demo", help="folder to build (default: %(default)s)")
+    parser.add_argument("--output", default="hera_demo", help="folder to create (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
-    parser.add_argument("--size", choices=SIZES, default="demo", help="test is smaller and hardly trained")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="test is smaller, with little training")
     parser.add_argument("--force", action="store_true", help="replace an earlier demo")
     options = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Builds the demo folder offline: data, language model, LLaVA and teacher."""
+"""Builds the demo folder offline: the data, the language model, the LLaVA model and the teacher."""
 
 import time
 from importlib.metadata import version
@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "
 
 
 class Size(NamedTuple):
-    """The amounts of data, and the number of updates of each model."""
+    """The amounts of data, and the number of training steps of each model."""
 
     train: Amounts
     held_out: Amounts
@@ -37,20 +37,20 @@ def build_demo(
 ) -> dict[str, Path]:
     """Builds a tiny LLaVA, its language model, a teacher and a dataset, and downloads nothing.
 
-    The same seed gives the same files on one machine with one set of library versions. The folder appears when it is
-    complete. A folder that the same request built earlier is returned as it is.
+    With the same seed, machine and library versions, the files are identical. The folder appears only when it is
+    complete. If the folder already contains the demo of the same seed and size, it is left unchanged.
 
     Args:
-        output_dir: The folder to make.
-        seed: Seed of the data and of all weights.
-        size: ``demo`` (640 training images) or ``test`` (96 training images, hardly trained).
-        force: Replaces an earlier demo.
+        output_dir: The folder to create.
+        seed: The seed of the data and of all weights.
+        size: ``demo`` (640 training images) or ``test`` (96 training images, little training).
+        force: True to replace an earlier demo.
 
     Returns:
         Paths by name: ``root``, ``model`` (the LLaVA), ``language_model``, ``teacher`` and ``data`` (the dataset).
 
     Raises:
-        ValueError: The folder exists and is not the demo of this request or, with ``force``, not a demo at all.
+        ValueError: The folder exists and is not the demo of this seed and size or, with ``force``, not a demo at all.
     """
     root, request = Path(output_dir).absolute(), {"seed": seed, "size": size}
     if _is_built(root, request, force):
@@ -72,22 +72,22 @@ def _paths(root: Path) -> dict[str, Path]:
 
 
 def _is_built(root: Path, request: dict[str, Any], force: bool) -> bool:
-    """Whether the folder holds the requested demo; raises ``ValueError`` if it must not be replaced."""
+    """Returns whether the folder contains the requested demo; raises ``ValueError`` if it must not be replaced."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / RECORD).is_file():
-        raise ValueError(f"--output: {root} exists and holds no demo; choose another folder.")
+        raise ValueError(f"--output: {root} exists and contains no demo; choose another folder.")
     found = read_json(root / RECORD)["request"]
     if not force and found != request:
         raise ValueError(
-            f"--output: {root} holds the demo of another request ({found}, not {request}); choose another folder, or "
-            "add --force to replace it."
+            f"--output: {root} contains a different demo ({found}, not {request}); choose another folder, or add "
+            "--force to replace it."
         )
     return not force
 
 
 def _build(work: Path, request: dict[str, Any], size: Size) -> None:
-    """Makes the data, trains the models, and writes both into a new folder."""
+    """Creates the data, trains the models, and writes both to a new folder."""
     paths = _paths(work)
     losses: dict[str, dict[str, float]] = {}
     started = time.perf_counter()
@@ -115,7 +115,7 @@ def _build(work: Path, request: dict[str, Any], size: Size) -> None:
         for name in ("hera_demo", "hera_demo_captions", "hera_demo_text")
         for row in rows[name]
     ]
-    # The roles are among the words, so that the header of a turn takes few tokens.
+    # The tokenizer also learns the role names, so that the header of a turn takes few tokens.
     words = (text for turns in conversations for turn in turns for text in (turn["role"], "\n" + turn["content"]))
     tokenizer = models.train_tokenizer(words)
     report("tokenizer", f"{len(tokenizer)} tokens")

@@ -1,12 +1,12 @@
-"""The demo's dataset: files in LLaMA-Factory's sharegpt format, all in one folder.
+"""Writes the demo's dataset in LLaMA-Factory's sharegpt format to one folder.
 
-- ``dataset_info.json`` names four datasets: ``hera_demo`` (training conversations: questions, and a caption before or
-  after them), ``hera_demo_heldout`` (held-out images, caption last), ``hera_demo_captions`` (the training images with
-  their captions alone, for stage 1 and the selection of heads) and ``hera_demo_text`` (no images).
-- ``demo_questions.json`` holds the questions about held-out images, one per row, for ``llamafactory-hera eval --suite
+- ``dataset_info.json`` declares four datasets: ``hera_demo`` (training conversations of questions, with a caption
+  before or after them), ``hera_demo_heldout`` (held-out images, caption last), ``hera_demo_captions`` (the training
+  images with only their captions, for stage 1 and the selection of heads) and ``hera_demo_text`` (no images).
+- ``demo_questions.json`` contains the questions about held-out images as a list, for ``llamafactory-hera eval --suite
   demo``.
-- ``images/*.png`` are rendered scenes, and the digits and photographs that scikit-learn and scikit-image ship.
-  Held-out digits are other samples; held-out photographs share no pixel with training photographs.
+- ``images/*.png`` are rendered scenes, and the digits and photographs that scikit-learn and scikit-image ship. No
+  digit is in both splits, and held-out photographs share no pixel with training photographs.
 """
 
 import random
@@ -76,7 +76,7 @@ class Region(NamedTuple):
 
 
 def _texture(source: str, subject: str, caption: str) -> tuple[Region, Region]:
-    """Splits a uniform picture: the left part is for training, the right part is held out."""
+    """Splits a picture of a uniform texture into a left part for training and a right part that is held out."""
     left, right = (0.0, 0.0, 0.6, 1.0), (0.62, 0.0, 1.0, 1.0)
     return Region(source, left, subject, caption), Region(source, right, subject, caption, "held_out")
 
@@ -110,7 +110,7 @@ _ASKED: dict[str, tuple[Sequence[str], str, str]] = {
 
 
 def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, list[Sample]]:
-    """Draws all images of both splits, each split in random order."""
+    """Creates all samples of both splits, each split in random order."""
     samples = digits(train.digits, held_out.digits, random.Random(f"digits {seed}"))
     amounts: dict[Split, Amounts] = {"train": train, "held_out": held_out}
     for split, amount in amounts.items():
@@ -129,7 +129,7 @@ def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, li
 def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
     """Crops squares from the regions of a split in turn, and scales them to ``PHOTO_SIDE`` pixels.
 
-    The side of a square is 80 to 100 % of the shorter side of its region.
+    The side of a square is 80 to 100% of the shorter side of its region.
     """
 
     @cache
@@ -167,7 +167,7 @@ def digits(train: int, held_out: int, rng: random.Random) -> dict[Split, list[Sa
 def _real_sample(
     kind: str, split: Split, number: int, image: Image.Image, text: str, subject: str, rng: random.Random
 ) -> Sample:
-    """Adds the two questions to a real image; the yes-no question has "yes" as often as "no" for its answer."""
+    """Adds the two questions to a real image; the answer to the yes-no question is "yes" as often as "no"."""
     subjects, open_question, closed_question = _ASKED[kind]
     other = rng.choice([name for name in subjects if name != subject])
     named, answer = rng.choice([(subject, "yes"), (other, "no")])
@@ -176,7 +176,7 @@ def _real_sample(
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
-    """Builds conversations without an image: sums and comparisons of small numbers, in words."""
+    """Builds conversations without images, about sums and comparisons of small numbers in words."""
     turns = []
     for i, first in enumerate(NUMBERS):
         for j, second in enumerate(NUMBERS):

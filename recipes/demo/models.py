@@ -1,7 +1,7 @@
-"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, the LLaVA made of both, a DINOv2 teacher.
+"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, a LLaVA of these two, a DINOv2 teacher.
 
-Each is trained for some seconds on the training data alone. The teacher sees images only: no text, no labels, no
-factors of the scenes. The projector stays random; stage 1 trains it.
+Each model is trained for some seconds on only the training data. The teacher sees only images, without text, labels
+or properties of the scenes. The projector stays random until stage 1 trains it.
 """
 
 import math
@@ -20,7 +20,7 @@ MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-# ChatML. The content is text, or a list of images and texts; a line break follows an image, as in training.
+# ChatML. The content of a message is text, or a list of images and texts; a line break follows an image.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 class Encoder(NamedTuple):
-    """The shape of a vision transformer with four heads, and its peak learning rate; sizes are pixels and channels."""
+    """The sizes of a vision transformer with four heads, in pixels and channels, and its peak learning rate."""
 
     side: int = SIDE
     patch: int = PATCH
@@ -46,7 +46,7 @@ class Encoder(NamedTuple):
         return {"image_size": self.side, "patch_size": self.patch, **heads}
 
     def square(self) -> dict[str, int]:
-        """Returns the image size in the form that image processors take."""
+        """Returns the image size in the form that image processors expect."""
         return {"height": self.side, "width": self.side}
 
 
@@ -55,11 +55,11 @@ _TOWER, _TEACHER = Encoder(), Encoder(layers=3, rate=2e-3)
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seeds PyTorch on the CPU and uses one thread; restores the random state and the threads afterwards."""
+    """Seeds PyTorch on the CPU and uses one thread; restores the random state and number of threads at the end."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        torch.set_num_threads(1)  # with more threads, sums are split differently and may round differently
+        torch.set_num_threads(1)  # with more threads, sums may be split and rounded differently
         try:
             yield
         finally:
@@ -91,7 +91,7 @@ def _optimize(
 
 
 def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
-    """Trains a byte-level BPE with Qwen's chat tokens; it encodes any text without loss."""
+    """Trains a byte-level BPE tokenizer with Qwen's chat tokens, which encodes any text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -115,7 +115,7 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
 def new_language_model(
     tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
 ) -> hf.Qwen3ForCausalLM:
-    """Makes five random layers of eight query heads over four key-value heads; head_dim is not hidden_size / heads."""
+    """Creates a random Qwen3 of five layers, 8 query and 4 key-value heads, with head_dim != hidden_size / heads."""
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": intermediate_size, "head_dim": head_dim}
     heads: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -128,9 +128,9 @@ def new_language_model(
 def train_language_model(
     model: hf.Qwen3ForCausalLM, tokenizer: hf.PreTrainedTokenizerBase, documents: list[str], steps: int
 ) -> list[float]:
-    """Trains next-token prediction on whole documents, in place, and returns the loss of every step."""
+    """Trains the model in place on next-token prediction, and returns the loss of every step."""
     encoded = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_LENGTH]) for text in documents]
-    # A batch holds documents of similar length. Padding is on the right, so causal attention needs no mask for it.
+    # A batch contains documents of similar length. Padding is on the right, so causal attention needs no padding mask.
     encoded.sort(key=len)
     batch_size = min(16, len(encoded))
 
@@ -202,7 +202,7 @@ def assemble_llava(
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """Makes one random view of each image; left and right are not swapped, and colors stay recognizable.
+    """Creates one random view of each image, without mirroring, and with colors that stay recognizable.
 
     Args:
         pixels: Normalized images ``[B, 3, S, S]``.
@@ -229,8 +229,8 @@ def train_teacher(
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
     """Trains a DINOv2 model by SimCLR (arXiv 2002.05709).
 
-    The two random views of an image must find each other among the views of the batch. InfoNCE at a temperature of
-    0.1 compares the cosines of their CLS tokens after a two-layer head, which is discarded afterwards.
+    The InfoNCE loss makes the two random views of an image most similar to each other among all views in the batch. It
+    compares cosines of CLS tokens, at a temperature of 0.1, after a two-layer projection that is later discarded.
 
     Returns:
         The model, its image processor, and the loss of every step, in nats.

@@ -1,10 +1,10 @@
-"""The rendered world: its scenes, their pixels, captions and questions, and the combinations held out from training.
+"""The demo's scenes with their pixels, captions and questions, and the combinations held out from training.
 
-A scene holds one to four objects on a 2×2 grid. Each shape has a preferred color, which it takes with probability
-``COLOR_BIAS``: text alone suggests the answers to many color questions, and only the image gives the others. Each
-shape also has one held-out color, the preferred color of the next shape. No training scene and no training question
-contains that pair; every held-out scene contains at least one. A held-out scene is therefore a new combination of
-known shapes and colors.
+A scene contains one to four objects on a 2×2 grid. Each shape has a preferred color, which it has with probability
+``COLOR_BIAS``. Text alone therefore suggests the answers to many color questions, and the others require the image.
+Each shape also has one held-out color, the preferred color of the next shape. No training scene and no training
+question contains a shape in its held-out color; every held-out scene contains at least one. A held-out scene is thus a
+new combination of known shapes and colors.
 """
 
 import random
@@ -38,7 +38,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object: its factors, its cell, and its center in pixels."""
+    """An object with its shape, color and size, its cell, and its center in pixels."""
 
     shape: str
     color: str
@@ -75,7 +75,7 @@ class Question:
     text: str
     answer: str
     about: tuple[int, ...] = ()  # indices of objects; empty for the entire image
-    trap: bool = False  # asks for the color of a named shape that does not have its preferred color
+    trap: bool = False  # asks for the color of a shape that does not have its preferred color
 
 
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
@@ -90,12 +90,12 @@ def sample_scene(
     kept_colors: Callable[[str, int, int], dict[str, str]] = lambda shape, *_: {"held_out": HELD_OUT_COLOR[shape]},
     most: int = GRID**2,
 ) -> Scene:
-    """Draws a scene of one to ``most`` objects.
+    """Samples a scene of one to ``most`` objects.
 
     Args:
         rng: The source of randomness.
-        split: ``train``, or another split; its scenes hold at least one object that only this split has.
-        kept_colors: Maps shape, row and column to the color that each split except ``train`` reserves there.
+        split: ``train``, or another split, whose scenes contain at least one object with a color reserved for it.
+        kept_colors: Maps shape, row and column to the color that each split except ``train`` reserves for them.
         most: The largest number of objects.
     """
     cells = sorted(rng.sample(range(GRID**2), rng.randint(1, most)))
@@ -116,14 +116,14 @@ def sample_scene(
 
 
 def place(rng: random.Random, shape: str, color: str, size: str, row: int, column: int) -> SceneObject:
-    """Puts an object at a random point of its cell, with at least one free pixel on every side."""
+    """Places an object at a random point of its cell, with at least one free pixel on every side."""
     slack = CELL // 2 - RADIUS[size] - 1
     x, y = (cell * CELL + CELL // 2 + rng.randint(-slack, slack) for cell in (column, row))
     return SceneObject(shape, color, size, row, column, x, y)
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws the scene as an RGB image without smoothing, every object in the exact color of the palette."""
+    """Renders the scene as an RGB image without smoothing, so every object has the exact color of the palette."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
@@ -157,7 +157,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _name(scene: Scene, item: SceneObject) -> str | None:
-    """The shortest phrase that names only this object, such as "circle" or "large red circle", or None."""
+    """Returns the shortest phrase that fits only this object, such as "circle" or "large red circle", or None."""
     phrase = ""
     for field in ("shape", "color", "size"):
         phrase = f"{getattr(item, field)} {phrase}".strip()
@@ -167,7 +167,7 @@ def _name(scene: Scene, item: SceneObject) -> str | None:
 
 
 def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
-    """Lists the relations of two objects with a name: i, j, name of i, name of j, relation, opposite relation."""
+    """Lists the relations of objects that have a name: i, j, name of i, name of j, relation, opposite relation."""
     found = []
     for (i, a), (j, b) in permutations(enumerate(scene.objects), 2):
         first, second = _name(scene, a), _name(scene, b)
@@ -178,11 +178,11 @@ def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
 
 
 def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
-    """Lists every question that the scene allows, in a fixed order, with its only true answer.
+    """Lists all questions with a unique answer about a scene, in a fixed order.
 
     Args:
         scene: The scene.
-        pairs: The (color, shape) pairs to ask about. Training text thus never mentions a held-out pair.
+        pairs: The (color, shape) pairs to ask about; training questions ask about no held-out pair.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]
@@ -209,7 +209,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
             if allowed
         ]
     for i, j, first, second, relation, opposite in _related(scene):
-        # "left of" or "above" is always named first, so that the order does not reveal the answer.
+        # "left of" or "above" always comes first, so that the order does not reveal the answer.
         one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
         sizes = {objects[i].size: first, objects[j].size: second}
         asked = [
@@ -227,7 +227,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
 
 
 def split_questions(scene: Scene, split: Split) -> list[Question]:
-    """Lists the questions of a split; held-out questions concern a held-out object or the entire scene."""
+    """Lists the questions of a split; held-out questions are about a held-out object or the entire scene."""
     found = questions(scene, all_pairs(split))
     if split == "train":
         return found
@@ -236,9 +236,9 @@ def split_questions(scene: Scene, split: Split) -> list[Question]:
 
 
 def pick_questions(pool: Sequence[Question], rng: random.Random, count: int) -> list[Question]:
-    """Draws different questions: first a category, then an answer, then a question.
+    """Samples different questions: first a category, then an answer, then a question.
 
-    The answer is drawn before the question so that "yes" is as frequent as "no".
+    The answer is sampled before the question so that "yes" is as frequent as "no".
     """
     picked: list[Question] = []
     for _ in range(count):

@@ -1,6 +1,6 @@
 """``python recipes/generate``: writes the training recipes, their table in recipes/README.md, and docs/keys.md.
 
-Run it after a change of the table of backbones or of a key.
+Run it after changing a key or the table of backbones.
 """
 
 import sys

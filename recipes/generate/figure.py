@@ -11,7 +11,7 @@ _INK, _PAPER = "#1F2933", "white"
 
 
 def draw(path: Path) -> None:
-    """Draws where the rows of a head leave the model, where they are gathered, and what is compared."""
+    """Draws how vectors are read from heads, gathered, and compared with the teacher's features."""
     figure = new_figure(10.4, 4.3)
     figure.set_layout_engine("none")
     figure.set_facecolor(_PAPER)
@@ -53,7 +53,7 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str,
 
 
 def _model(axes: Axes) -> None:
-    """The layers of the language model as rows of heads, with the aligned ones filled."""
+    """Draws the layers of the language model as rows of heads, with the aligned heads filled."""
     _box(axes, 1.95, 1.75, 2.3, 2.25, "", _INK)
     axes.text(3.1, 3.8, "multimodal LLM: layers of heads", **_CENTER, color=_INK)
     aligned = {(1, 2), (2, 5), (2, 6), (4, 1), (5, 4)}
@@ -64,7 +64,7 @@ def _model(axes: Axes) -> None:
 
 
 def _neighbors(axes: Axes, x: float, y: float, color: str, title: str, near: tuple[int, int]) -> None:
-    """A sample and five others on a line, with the two nearest marked."""
+    """Draws five samples on a line, with the two nearest neighbors filled."""
     axes.text(x + 0.6, y + 0.92, title, **_CENTER, color=_INK)
     for place in range(5):
         filled = place in near

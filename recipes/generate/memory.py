@@ -1,4 +1,4 @@
-"""Splits a global batch over GPUs and estimates the memory; computed from tensor sizes, not measured."""
+"""Splits a global batch over GPUs, and estimates the memory from tensor sizes without measuring it."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from .sizes import Sizes
 
 GIB = 2**30
 
-#: Bytes per trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 needs as many, split differently.
+#: Bytes per trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 needs as many, sharded over GPUs.
 TRAINED_BYTES = 16
 #: Bytes per logit while the loss is computed: the bf16 logit, its fp32 copy, the softmax and the gradient.
 LOGIT_BYTES = 14
@@ -16,13 +16,13 @@ NF4_BYTES = 0.56
 OVERHEAD = 5 * GIB
 #: The fraction of a card that a recipe may fill.
 USABLE = 0.9
-#: The fewest samples that are compared. The paper gives no number; this is the global batch of LLaVA's stage 2.
+#: The smallest number of samples to compare. The paper gives no number; this is the global batch of LLaVA's stage 2.
 CANDIDATES = 128
 
 
 @dataclass(frozen=True)
 class Work:
-    """The amount of training that a recipe does.
+    """The amount of training in a recipe.
 
     Attributes:
         sizes: Sizes of the model.
@@ -46,11 +46,11 @@ class Work:
 
     @property
     def checkpoint(self) -> float:
-        """GiB of a checkpoint with the optimizer state: bf16 weights, fp32 copies and two moments."""
+        """The size in GiB of a checkpoint with optimizer state: bf16 weights, fp32 copies and two moments."""
         return (2 * self.n_frozen + 14 * self.n_trained) / GIB
 
     def memory(self, gpus: int, per_device: int) -> float:
-        """Estimates the GiB per GPU with gradient checkpointing, from above."""
+        """Returns a high estimate of the memory per GPU in GiB, with gradient checkpointing."""
         sizes = self.sizes
         embeddings = sizes.hidden * sizes.vocabulary * (1 if sizes.tied else 2)
         frozen = 2.0 * self.n_frozen
@@ -79,10 +79,10 @@ class Batches:
 
 
 def spread(work: Work, gpus: int) -> Batches:
-    """Chooses the largest micro-batch that fits, and the memory that replaces the candidates lost to accumulation.
+    """Chooses the largest micro-batch that fits, and the ``hera_memory`` that replaces the missing candidates.
 
-    HeRA compares the samples of a micro-batch over all GPUs. If they are fewer than the global batch, ``hera_memory``
-    adds candidates up to the global batch, and at least up to ``CANDIDATES``.
+    HeRA compares the samples of the micro-batches on all GPUs. If these are fewer than the global batch or than
+    ``CANDIDATES``, ``hera_memory`` adds samples up to the larger of the two.
     """
     choices = [size for size in (32, 16, 8, 4, 2, 1) if size * gpus <= work.global_batch]
     fitting = [size for size in choices if work.memory(gpus, size) <= USABLE * work.card]

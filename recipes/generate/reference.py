@@ -1,4 +1,4 @@
-"""The page of all keys, docs/keys.md, from the classes that declare them."""
+"""Generates the page of all keys, docs/keys.md, from the classes that declare them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import Field
@@ -30,8 +30,8 @@ _PAGE = """\
 
 <!-- Written by `python recipes/generate`. Change the classes that declare the keys, not this page. -->
 
-Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Write the keys next to those of your
-trainer: in a recipe, on a command line, or in the web UI. A bad value stops a run before a model is loaded.
+Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Set these keys next to those of your
+trainer: in a recipe, on a command line, or in the web UI. An invalid value stops a run before it loads a model.
 
 In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm")`.
 
@@ -84,7 +84,7 @@ def _list(keys: Iterable[str]) -> str:
 
 
 def _table(declared: Mapping[str, Field], keys: Iterable[str]) -> str:
-    lines = ["| key | default | values | |", "|---|---|---|---|"]
+    lines = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for key in keys:
         field = declared[key]
         default = "" if field.default is None else f"`{_text(field.default)}`"
@@ -93,7 +93,7 @@ def _table(declared: Mapping[str, Field], keys: Iterable[str]) -> str:
 
 
 def _values(field: Field) -> str:
-    """The allowed values: a type with its bounds, or a list."""
+    """Describes the allowed values: a type with its bounds, or a list."""
     kinds = [kind for kind in get_args(field.type) or (field.type,) if kind is not NoneType]
     if get_origin(field.type) is Literal:
         kinds = [field.type]

@@ -1,4 +1,4 @@
-"""The sections of keys in a recipe."""
+"""Creates the sections of keys in a recipe."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .memory import Batches
 #: The name of a section, and its keys.
 Section = tuple[str, dict[str, Any]]
 
-#: Full training of the LLM and the projector; parameters, gradients and optimizer state are sharded.
+#: Full training of the LLM and the projector, with sharded parameters, gradients and optimizer state.
 FULL: dict[str, Any] = {
     "finetuning_type": "full",
     "freeze_vision_tower": True,
@@ -30,23 +30,23 @@ QUANTIZED: dict[str, Any] = {"quantization_bit": 4, "quantization_method": "bnb"
 
 
 def lora(rank: int, projector: str | None) -> dict[str, Any]:
-    """LoRA adapters on every linear layer of the LLM, and full training of the projector if it is given."""
+    """Returns keys for LoRA on every linear layer of the LLM and, if given, full training of the projector."""
     keys = {"finetuning_type": "lora", "lora_rank": rank, "lora_alpha": 2 * rank, "lora_target": "all"}
     return keys | ({"additional_target": projector} if projector else {})
 
 
 def model(name_or_path: str, **keys: Any) -> Section:
-    """The model to train."""
+    """Returns the section of the model to train."""
     return ("model", {"model_name_or_path": name_or_path, **keys})
 
 
 def method(keys: dict[str, Any]) -> Section:
-    """The part of the model to train."""
+    """Returns the section that sets the trained part of the model."""
     return ("method", {"stage": "hera", "do_train": True, **keys})
 
 
 def hera(heads: str, batches: Batches, **keys: Any) -> Section:
-    """The paper's settings, and the ``hera_memory`` that this batch needs."""
+    """Returns the section with the paper's settings, and the ``hera_memory`` for this batch."""
     return (
         "hera",
         {
@@ -62,7 +62,7 @@ def hera(heads: str, batches: Batches, **keys: Any) -> Section:
 
 
 def data(dataset: str, template: str, cutoff: int) -> Section:
-    """A dataset from ``recipes/data/dataset_info.json``."""
+    """Returns the section of a dataset in ``recipes/data/dataset_info.json``."""
     return (
         "dataset",
         {
@@ -78,7 +78,7 @@ def data(dataset: str, template: str, cutoff: int) -> Section:
 
 
 def output(folder: str) -> Section:
-    """The output folder, checkpoints and logging."""
+    """Returns the section for the output folder, checkpoints and logging."""
     return (
         "output",
         {
@@ -93,7 +93,7 @@ def output(folder: str) -> Section:
 
 
 def train(batches: Batches, learning_rate: str, **keys: Any) -> Section:
-    """One epoch with the schedule of LLaVA-1.5."""
+    """Returns the section for one epoch with the schedule of LLaVA-1.5."""
     return (
         "train",
         {

@@ -5,20 +5,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model's text decoder, and two properties of its vision half that recipes need.
+    """The sizes of a model's text decoder, and two properties of its vision part that recipes need.
 
     Attributes:
         layers: Number of decoder layers.
         heads: Query heads per layer.
         kv_heads: Key-value heads per layer.
-        head_dim: Width of a head; not ``hidden / heads`` for every model.
+        head_dim: Width of a head; in some models it is not ``hidden / heads``.
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
-        vocabulary: Rows of the embedding.
-        n_parameters: Parameters of the LLM, or of the entire model if it is a finished VLM.
+        vocabulary: Number of rows in the embedding matrix.
+        n_parameters: Number of parameters in the LLM, or in the entire model of a finished VLM.
         tied: True if input and output embedding share one matrix.
-        image_tokens: The most tokens of an image under LLaMA-Factory's default pixel limits.
-        projector: The module that maps image features into the decoder, as ``additional_target`` names it.
+        image_tokens: The largest number of tokens per image under LLaMA-Factory's default pixel limits.
+        projector: The ``additional_target`` name of the module that maps image features into the decoder.
     """
 
     layers: int
@@ -42,7 +42,7 @@ class Sizes:
 
 MERGER = "visual.merger"
 
-#: Sizes by the key of the table of backbones.
+#: The sizes of each backbone, by its key in the table of backbones.
 SIZES = {
     "qwen2_5_3b": Sizes(36, 16, 2, 128, 2048, 11008, 151936, 3_085_938_688, tied=True),
     "qwen2_5_7b": Sizes(28, 28, 4, 128, 3584, 18944, 152064, 7_615_616_512),

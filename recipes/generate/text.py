@@ -1,4 +1,4 @@
-"""Renders a recipe as YAML: a header with requirements, command and memory, then the sections of keys."""
+"""Renders a recipe as YAML, with a header (requirements, command and memory) and the sections of keys."""
 
 import textwrap
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class Recipe:
 
     Attributes:
         name: The file's name without ``.yaml``.
-        title: A sentence that says what it does.
-        needs: The requirements: each with a name and its source.
+        title: A sentence that describes the recipe.
+        needs: The requirements, each with a name and a source.
         work: The amount of training.
-        plans: Ways to split the global batch; the keys have the values of one of them.
-        sections: The keys.
-        notes: Another paragraph for the header.
+        plans: Ways to split the global batch; the keys are set for one of these plans.
+        sections: The sections of keys.
+        notes: A second paragraph for the header.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Recipe:
         return {key: value for _, section in self.sections for key, value in section.items()}
 
     def without_hera(self, name: str, title: str, output_dir: str, notes: str) -> "Recipe":
-        """Returns the same run as plain supervised fine-tuning, with another output folder."""
+        """Returns the same run as plain supervised fine-tuning, with a different output folder."""
         changed = {"stage": "sft", "output_dir": output_dir}
         sections = [
             (section, {key: changed.get(key, value) for key, value in keys.items()})
@@ -83,7 +83,7 @@ def render(recipe: Recipe) -> str:
 
 
 def _batches(recipe: Recipe) -> list[str]:
-    """The global batch, the ways to split it, and the memory that each needs."""
+    """Describes the global batch, the ways to split it, and the memory that each split needs."""
     work, keys, hera = recipe.work, recipe.keys, "hera_memory" in recipe.keys
     text = f"Global batch {work.global_batch} = GPUs x per_device_train_batch_size x gradient_accumulation_steps."
     if hera:

@@ -47,7 +47,7 @@ def test_extra_arguments_win_over_the_fields() -> None:
         ({}, ""),
         (LAYER, ""),  # although the heads field says auto
         ({"hera_heads": "banana"}, "write heads as L&lt;layer&gt;H&lt;head&gt;"),
-        ({"hera_heads": ""}, "hera_heads: no head is named"),
+        ({"hera_heads": ""}, "hera_heads: no head is given"),
         ({"hera_heads": "L1H2", **LAYER}, "hera_heads: L1H2 needs hera_granularity: head"),
         ({"hera_k": 0}, "hera_k: 0 is out of range"),
     ],

@@ -80,7 +80,7 @@ def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path
     monkeypatch.setitem(build.SIZES, "test", FEW)
     root = build.build_demo(tmp_path / "hera_demo", size="test")["root"]
     before = contents(root)
-    with pytest.raises(ValueError, match=r"holds the demo of another request .* --force"):
+    with pytest.raises(ValueError, match=r"contains a different demo .* --force"):
         build.build_demo(root, seed=1, size="test")
     build.build_demo(root, size="test")
     assert contents(root) == before
@@ -88,7 +88,7 @@ def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path
     assert contents(root)["teacher/model.safetensors"] != before["teacher/model.safetensors"]
     (tmp_path / "work").mkdir()
     (tmp_path / "work/thesis.txt").touch()
-    with pytest.raises(ValueError, match=r"work exists and holds no demo; choose another folder"):
+    with pytest.raises(ValueError, match=r"work exists and contains no demo; choose another folder"):
         build.build_demo(tmp_path / "work", size="test", force=True)
 
 

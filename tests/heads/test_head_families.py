@@ -37,7 +37,9 @@ def test_the_layout_is_read_from_a_configuration_alone(config, expected):
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"model: the text model type 'gpt2' is not .*add it to FAMILIES") as error:
+    with pytest.raises(
+        ValueError, match=r"model: the text model type 'gpt2' is not .*add the type to FAMILIES"
+    ) as error:
         head_layout(tf.GPT2Config())
     assert all(known in str(error.value) for known in FAMILIES)
 
@@ -68,9 +70,9 @@ def test_layers_of_another_kind_are_refused_if_their_model_type_is_added(kind, k
 
 def test_a_model_with_two_decoders_or_none_is_refused():
     two = nn.ModuleDict({"first": text_model("qwen3"), "second": text_model("qwen3")})
-    with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* holds first\.model, second\.model"):
+    with pytest.raises(ValueError, match=r"one text decoder of type 'qwen3' .* contains first\.model, second\.model"):
         decoder_layers(two)
-    with pytest.raises(ValueError, match="Linear holds no transformers model"):
+    with pytest.raises(ValueError, match="Linear contains no transformers model"):
         decoder_layers(nn.Linear(2, 2))
 
 

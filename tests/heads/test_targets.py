@@ -58,12 +58,12 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, names: tupl
 @both
 def test_no_name_and_a_repetition_are_refused(targets: Targets) -> None:
     first, second, third = targets.names
-    message = f"^{targets.key}: no {targets.granularity} is named; write {targets.what}"
+    message = f"^{targets.key}: no {targets.granularity} is given; write {targets.what}"
     for text in ("", "  ", ",", " , \n"):
         with pytest.raises(ValueError, match=message):
             Targets.parse(text, targets.granularity)
     for text in (f"{second},{first},{third},{second.lower()}", [third, second, second]):
-        with pytest.raises(ValueError, match=f"^{targets.key}: {second} is named more than once; remove the"):
+        with pytest.raises(ValueError, match=f"^{targets.key}: {second} is repeated; remove the"):
             Targets.parse(text, targets.granularity)
 
 
@@ -124,9 +124,9 @@ def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
         ("head", b'["L1H2"]', 'has no list "heads"'),
         ("head", b'{"heads": "L1H2"}', 'has no list "heads"'),
         ("head", b'{"layers": ["L1"]}', 'has no list "heads"'),
-        ("head", b'{"heads": []}', "no head is named"),
+        ("head", b'{"heads": []}', "no head is given"),
         ("head", b'{"heads": [[1, 2]]}', "is not a head"),
-        ("head", b'{"heads": ["L1H2", "L1H2"]}', "L1H2 is named more than once"),
+        ("head", b'{"heads": ["L1H2", "L1H2"]}', "L1H2 is repeated"),
         ("layer", b'{"heads": ["L0H1"]}', 'has no list "layers"'),
     ],
 )

@@ -152,6 +152,6 @@ def test_only_models_with_a_fixed_square_grid(name: str) -> None:
         config.vision_config = Dinov2Config(image_size=[16, 32])  # CLIP's takes one number
         problem = r"vision tower is \[16, 32\], not one number"
     else:
-        problem = f"images of {config.model_type!r} models have none"
+        problem = f"{config.model_type!r} models do not create one"
     with pytest.raises(ValueError, match=f"^hera_objective: viral needs .*{problem}; use a"):
         grid_side(config, "viral")

@@ -139,7 +139,7 @@ REFUSED = {
     **{"activation_offloading": "legacy"},
 }
 WORDS = {
-    "hera_head": ("L1H0", "hera_head: there is no such key"),
+    "hera_head": ("L1H0", "hera_head: this key does not exist"),
     "processor_type": (None, "processor_type: without it .* write AutoProcessor"),
     "train_on_inputs": (True, "train_on_inputs: true labels the prompt.* remove"),
 }

@@ -97,7 +97,7 @@ def test_settings_that_this_machine_cannot_have_are_refused(
 
 def test_a_process_that_imported_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
-    with pytest.raises(ValueError, match=r"^unsloth: its import replaces the attention .* do not import unsloth"):
+    with pytest.raises(ValueError, match=r"^unsloth: importing it replaces the attention .* do not import unsloth"):
         make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
 
 
@@ -123,8 +123,8 @@ def labels_on_all_text(rows: list[dict]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("collate", "message"),
     [
-        (without_image_tokens, "^data_collator: 4 samples .* hold no image token"),
-        (without_pixels, "^data_collator: 4 samples .* holds no pixel_values"),
+        (without_image_tokens, "^data_collator: 4 samples .* contain no image token"),
+        (without_pixels, "^data_collator: 4 samples .* contains no pixel_values"),
         (labels_on_all_text, "^hera_pooling: answer .* all text is labeled.*or set hera_pooling: text"),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
 
 def test_its_name_is_a_value_of_the_key(example: str) -> None:
     HeraConfig(heads="L0H1", objective=example)
-    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or name"):
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):
         HeraConfig(heads="L0H1", objective="nothing")
 
 
@@ -83,5 +83,5 @@ def test_the_objectives_are_there() -> None:
 
 
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ValueError, match="hera_objective: 'cka' is CKA already"):
+    with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
         register("cka")(find("feature"))

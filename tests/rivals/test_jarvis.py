@@ -147,7 +147,7 @@ def test_the_mask_is_that_of_the_source(two_way: bool) -> None:
 @pytest.mark.parametrize(
     ("config", "attention", "message"),
     [
-        (tf.Qwen3Config(), "flash_attention_2", "attn_implementation: flash_attention_2 takes no mask, .* to sdpa"),
+        (tf.Qwen3Config(), "flash_attention_2", "attn_implementation: flash_attention_2 accepts no mask, .* set sdpa"),
         (tf.MistralConfig(), "sdpa", "hera_objective: jarvis .* mistral has layers with a sliding window"),
     ],
 )

@@ -85,8 +85,8 @@ def test_every_rank_holds_a_copy(engine: str, folder: Path, request: pytest.Fixt
     [
         ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL with .*; give a diffusers .*sub-folder vae"),
         ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
-        (lambda folder: (folder / "config.json").unlink(), r"holds no config\.json\. Give a diffusers Autoencod"),
-        (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights .*diffusion_pytorch_model"),
+        (lambda folder: (folder / "config.json").unlink(), r"contains no config\.json\. Give a diffusers Autoencod"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "contains no weights .*diffusion_pytorch_model"),
     ],
 )
 def test_another_folder_is_refused_with_key_value_and_remedy(damage, message, folder, edit_json) -> None:

@@ -152,7 +152,7 @@ def test_an_unreadable_shard_is_ignored_with_a_warning_and_its_features_can_be_s
     store(reader, [1, 2])
     (message,) = caplog.messages
     assert f"{broken} (" in message
-    assert "computed again" in message
+    assert "recomputed" in message
     assert holds(opened(folder), [1, 2, 3])
 
 

@@ -34,11 +34,11 @@ def write_config(text):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("config.json"), r"holds no config\.json\. Give a vision model"),
+        (remove("config.json"), r"contains no config\.json\. Give a vision model"),
         (write_config('{"model_type": "qwen2"}'), r"has model_type 'qwen2'; give a vision model .*dinov2"),
         (write_config("{}"), "has model_type None"),
-        (remove("preprocessor_config.json"), r"holds no image processor \(preprocessor_config\.json or"),
-        (remove("model.safetensors"), r"holds no weights .*Copy or download .* again"),
+        (remove("preprocessor_config.json"), r"contains no image processor \(preprocessor_config\.json or"),
+        (remove("model.safetensors"), r"contains no weights .*Copy or download .* again"),
     ],
 )
 def test_a_folder_that_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
@@ -56,7 +56,7 @@ def test_weights_of_a_hub_model_are_fetched_after_the_checks(save_teacher, monke
     assert VisionTeacher.check("some-org/teacher").path == folder
     assert fetched == [False, True]
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="some-org/teacher holds no image processor"):
+    with pytest.raises(ValueError, match="some-org/teacher contains no image processor"):
         VisionTeacher.check("some-org/teacher")
     assert fetched == [False, True, False]
 
@@ -106,7 +106,9 @@ def test_pixels_are_those_of_the_models_processor(kind, save_teacher, make_image
 def test_a_processor_that_gives_images_of_different_sizes_is_refused(save_teacher, edit_json):
     folder = save_teacher("dinov2")
     edit_json(folder / "preprocessor_config.json", do_center_crop=False)
-    with pytest.raises(ValueError, match=r"^hera_teacher: .*dinov2 gives images of different sizes.*do_center_crop"):
+    with pytest.raises(
+        ValueError, match=r"^hera_teacher: .*dinov2 produces images of different sizes.*do_center_crop"
+    ):
         processor_of(folder)
 
 
@@ -200,7 +202,7 @@ def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, sid
     if fits:
         assert VisionTeacher.check(str(folder), side).path == folder
         return
-    with pytest.raises(ValueError, match=r"^hera_teacher: .*clip takes only images of 32 pixels .* 5 x 5 tokens"):
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*clip accepts only images of 32 pixels .* 5 x 5 tokens"):
         VisionTeacher.check(str(folder), side)
 
 

@@ -119,8 +119,8 @@ def test_a_corrupt_file_is_named(content, picture):
             r"'gone\.png' cannot be read \(No such file.*Check the path in the data",
         ),
         ("x" * 9999, r"The image file 'x{40}…' cannot be read \(File name too long"),
-        (3, "given as int; give a path, bytes, a dict with"),
-        ({"path": None, "bytes": None}, "given as NoneType; give a path"),
+        (3, "has the type int; give a path, bytes, a dict with"),
+        ({"path": None, "bytes": None}, "has the type NoneType; give a path"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
     ],
 )

@@ -182,7 +182,7 @@ def test_which_targets_a_configuration_means() -> None:
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
     for keys, key in (({"heads": "auto"}, "hera_heads"), ({**LAYER, "layers": "auto"}, "hera_layers")):
         with pytest.raises(
-            ValueError, match=rf"^{key}: auto selects before training.*name the file that a selection wrote"
+            ValueError, match=rf"^{key}: auto works only in a Trainer.*give the path of the file that a selection"
         ):
             make(model, **keys)
 
@@ -192,7 +192,7 @@ def test_which_targets_a_configuration_means() -> None:
 
 def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"cannot change L1H0,L0H2: nothing that feeds them is trained \(only lm_head"
+        ValueError, match=r"cannot change L1H0,L0H2: no parameter that influences them is trained \(only lm_head"
     ):
         Run(freeze=True)
     for loop, why in (
@@ -200,7 +200,7 @@ def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
         (without_the_term, "the first backward pass brought"),
     ):
         with pytest.raises(
-            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train something before them"
+            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train parameters before them"
         ):
             loop(Run())
     without_the_term(Run(weight=0.0))  # nothing is expected of it
@@ -257,7 +257,9 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     assert run.aligner.logs()["hera_nan_steps"] == 2
     monkeypatch.setattr(source, name, broken)
     steps(3)  # the host does not wait to be told
-    where = "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. The teacher's weights"
+    where = (
+        "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. Check the teacher's weights"
+    )
     with pytest.raises(RuntimeError, match=rf"not finite in 3 consecutive steps \(hera_max_nan\), because of {where}"):
         run.aligner.logs()
 

@@ -99,7 +99,7 @@ def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path: Path, 
             state.write_bytes(state.read_bytes()[:-2])
         else:
             (tmp_path / "hera/run.json").unlink()
-    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* holds no complete hera/ folder .*damaged"):
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .* has no complete hera/ folder .*damaged"):
         run().check(tmp_path)
 
 

@@ -218,7 +218,7 @@ def test_a_teacher_with_another_grid_is_refused(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     tf.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"^hera_teacher: .* only images of 24 pixels .* but an image is 2 x 2 tokens"
+        ValueError, match=r"^hera_teacher: .* only images of 24 pixels .* but the student's images are 2 x 2 tokens"
     ):
         aligner_of(vlm("llava-llama"), heads=HEADS, objective="feature", teacher=str(tmp_path))
 
@@ -383,8 +383,8 @@ def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) ->
         aligner_of(model, heads=HEADS, objective="feature", objective_from=str(tmp_path))
     aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
     wide = vlm("llava-llama", hidden_size=64)
-    with pytest.raises(ValueError, match=r"^hera_objective_from: projectors.0.0.weight has another shape"):
+    with pytest.raises(ValueError, match=r"^hera_objective_from: projectors.0.0.weight does not have the shape"):
         aligner_of(wide, heads=HEADS, objective="feature", projector="separate", objective_from=str(tmp_path))
-    with pytest.raises(ValueError, match=r"^hera_objective_from: nowhere holds no complete hera/ folder"):
+    with pytest.raises(ValueError, match=r"^hera_objective_from: nowhere has no complete hera/ folder"):
         aligner_of(model, heads=HEADS, objective_from="nowhere")
     assert math.isfinite(parameter.item())

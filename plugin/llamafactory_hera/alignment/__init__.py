@@ -1,4 +1,4 @@
-"""The maths of head alignment: tensors in, tensors out; no model, no framework except torch."""
+"""The mathematics of head alignment: functions on tensors that depend on no model and only on torch."""
 
 from .losses import cka_loss, contrastive_loss, cosine_loss
 from .neighbors import chance_level, mutual_knn, nearest_neighbors

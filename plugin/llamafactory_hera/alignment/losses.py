@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .neighbors import neighbor_mask, similarity
 
-# Replaces masked logits. It is finite, so that a row in which every entry is masked stays finite, too.
+# Replaces masked logits. The value is finite, so that a row of logits stays finite even if all of it is masked.
 MASKED = -1e9
 
 
@@ -26,11 +26,11 @@ def contrastive_loss(
         z: Student representations ``[M, D]`` or ``[H, M, D]``.
         neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` of the teacher's features; -1
             for none.
-        temperature: The softmax temperature, above 0; a tensor may carry gradient.
-        normalize: Cosine similarity when true, dot product otherwise.
+        temperature: The softmax temperature, above 0; a tensor receives gradients if it requires them.
+        normalize: True for cosine similarity, false for the dot product.
         allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as for ``nearest_neighbors``. By
             default N is M, and all other samples are candidates.
-        per_head: Return the loss of each head.
+        per_head: True to return the loss of each head instead of their mean.
 
     Returns:
         A scalar, or ``[H]``; 0 if no sample has a neighbor.
@@ -52,7 +52,7 @@ def contrastive_loss(
 
 
 def cosine_loss(predicted: Tensor, goal: Tensor) -> Tensor:
-    """Computes one minus the cosine of each vector and its goal, both ``[..., D]``; ``[...]``, between 0 and 2."""
+    """Returns one minus the cosine of each vector and its goal, both ``[..., D]``; the result is ``[...]``, 0 to 2."""
     return 1 - torch.nn.functional.cosine_similarity(predicted, goal, dim=-1)
 
 
@@ -64,15 +64,15 @@ def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor) -> Tensor:
 
     Args:
         z: ``[..., N, D]``.
-        teacher: ``[N, D_teacher]``, of the same samples.
-        enters: Boolean ``[N]``, the samples that count; the other rows must be finite.
+        teacher: ``[N, D_teacher]``, features of the same samples.
+        enters: Boolean ``[N]``, the samples that count; the features of all others must be finite.
 
     Returns:
-        ``[...]``, between 0 and 1; 1, without gradient, if all samples of a side are equal.
+        ``[...]``, between 0 and 1; 1, with zero gradient, if all vectors in one set of features are equal.
     """
     ours, theirs = _centered_gram(z, enters), _centered_gram(teacher, enters)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
-    # a side of length 0 has the product 0; divided by a tiny number its gradient would overflow
+    # if a length is 0, so is the product; dividing by a tiny number would let its gradient overflow
     return 1 - (ours * theirs).sum(dim=(-1, -2)) / torch.where(lengths > 0, lengths, 1.0)
 
 

@@ -1,6 +1,6 @@
 """Nearest neighbors and the Mutual K-Nearest Neighbor (MKNN) alignment metric (paper, eq. 2-3).
 
-One tie rule holds everywhere: neighbors are sorted by decreasing similarity, equal similarities by increasing index.
+Ties are always broken in the same way: neighbors are sorted by decreasing similarity, then by increasing index.
 """
 
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Teacher vectors with a higher cosine similarity show the same image; they differ only by rounding.
+# Two samples whose teacher features have a higher cosine similarity than this show the same image.
 SAME_IMAGE = 1 - 1e-5
-# Rows of similarities in memory at a time; the memory for all rows grows with the square of the number of samples.
+# Samples whose similarities are computed at a time; memory for all would grow with the square of their number.
 _ROWS = 1024
 
 
@@ -20,8 +20,8 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     Args:
         queries: ``[..., N, D]``.
         candidates: ``[..., M, D]``.
-        normalize: Normalize both sides first (cosine). The paper writes a dot product and does not say whether vectors
-            are normalized; normalizing them is this project's choice.
+        normalize: True to normalize both sides first (cosine). The paper writes a dot product and does not say whether
+            vectors are normalized; normalizing them is this project's choice.
 
     Returns:
         ``[..., N, M]`` in fp32 (fp64 stays fp64), because half precision would create ties.
@@ -40,14 +40,14 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
 
     Args:
         features: ``[M, D]``, or ``[H, M, D]`` for several sets of features of the same samples.
-        k: Neighbors per sample, ``1 <= k <= M - 1``; with ``allowed`` any number above 0.
-        normalize: Cosine similarity when true, dot product otherwise.
+        k: Neighbors per sample, ``1 <= k <= M - 1``; with ``allowed``, any number above 0.
+        normalize: True for cosine similarity, false for the dot product.
         allowed: Boolean ``[N, M]``, the candidates of each of the first N samples. By default N is M, and all other
             samples are candidates.
 
     Returns:
         Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of the candidates of a sample
-        are its neighbors, and -1 fills the rest: if every candidate were a neighbor, the teacher would say nothing.
+        are its neighbors, and -1 fills the rest, because a teacher that chose every candidate would say nothing.
     """
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
@@ -84,11 +84,11 @@ def mutual_knn(
         student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
         teacher: ``[M, D_teacher]``, features of the same samples in the same order.
         k: Neighbors per sample.
-        normalize: Cosine similarity when true, dot product otherwise; for both sides.
-        allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two do not count.
+        normalize: True for cosine similarity, false for the dot product; for both sides.
+        allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two candidates do not count.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1; NaN if no sample has a candidate. Compare it with :func:`chance_level`.
+        A scalar, or ``[H]``, between 0 and 1; NaN if no sample counts. Compare the result with :func:`chance_level`.
     """
     m = teacher.shape[-2]
     if student.shape[-2] != m:
@@ -106,10 +106,10 @@ def chance_level(n_samples: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of N samples among M, the batch followed by remembered samples, and the neighbors among them."""
+    """The candidates and neighbors of a batch's N samples, among M samples: the batch, then remembered samples."""
 
-    allowed: Tensor  #: Boolean ``[N, M]``, the samples that each sample is compared with.
-    neighbors: Tensor  #: ``[N, k]``, the nearest of them in the teacher's space; -1 beyond half of the candidates.
+    allowed: Tensor  #: Boolean ``[N, M]``, the candidates, with which each sample is compared.
+    neighbors: Tensor  #: ``[N, k]``, the nearest candidates in the teacher's space; -1 beyond half of the candidates.
     duplicates: Tensor  #: The number of pairs in the batch that show the same image, a scalar.
 
     @property
@@ -133,11 +133,11 @@ def teacher_candidates(
 
     Args:
         teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
-            Rows that are not valid or not filled may hold anything.
-        valid: Boolean ``[N]``.
+            Features of samples that are not valid, and of places that are not filled, are arbitrary.
+        valid: Boolean ``[N]``, the samples of the batch that take part.
         k: Neighbors per sample, at most half of its candidates.
-        normalize: Cosine similarity when true, dot product otherwise.
-        filled: Boolean ``[M - N]``, the places of the memory that hold a sample; None without a memory.
+        normalize: True for cosine similarity, false for the dot product.
+        filled: Boolean ``[M - N]``, the places of the memory that contain a sample; None without a memory.
     """
     n, m = len(valid), len(teacher)
     usable = valid if filled is None else torch.cat([valid, filled])

@@ -1,7 +1,7 @@
-"""MKNN of every head of a model against one teacher, without forming the contributions of the heads.
+"""Computes the MKNN of every head of a model against a teacher, without computing the contributions of the heads.
 
-The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so ``<c_i, c_j> = o_iᵀ (WᵀW) o_j``: the
-``[d, d]`` Gram matrix of the projection replaces all vectors of size ``D``.
+The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so ``<c_i, c_j> = o_iᵀ (WᵀW) o_j``. The
+``[d, d]`` Gram matrix of the projection is therefore enough, and no vector of size ``D`` is needed.
 """
 
 import logging
@@ -13,43 +13,43 @@ from torch import Tensor
 
 logger = logging.getLogger("llamafactory_hera")
 
-_ROWS = 1024  # rows of similarities in memory at a time, as in neighbors.py
+_ROWS = 1024  # samples whose similarities are computed at a time, as in neighbors.py
 
 
 def score_heads(
     pooled: Iterable[Tensor], o_proj_weights: Iterable[Tensor], teacher_neighbors: Tensor, normalize: bool = True
 ) -> Tensor:
-    """Computes the MKNN (paper, eq. 2-3) of the contribution of every head (eq. 7) to the residual stream.
+    """Computes the MKNN (paper, eq. 2-3) of every head's contribution to the residual stream (eq. 7).
 
-    It equals the written-out procedure (form each contribution, sort every row of similarities, intersect with the
-    teacher's neighbors) in fp32: similarities that differ by less than its rounding may change places.
+    The result equals that of the direct procedure in fp32 (compute each contribution, sort all similarities, intersect
+    with the teacher's neighbors), except that similarities within fp32 rounding of each other may change places.
 
     Args:
         pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``.
-        o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; layers are taken one at a time.
+        o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; each layer is read when its turn comes.
         teacher_neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors`.
-        normalize: Cosine similarity when true, dot product otherwise.
+        normalize: True for cosine similarity, false for the dot product.
 
     Returns:
-        ``[L, H]`` in fp32 on the device of the features; NaN, with a warning, where the outputs or weights of a head
-        hold NaN or infinity.
+        ``[L, H]`` in fp32 on the device of the features; NaN, with a warning, for a head whose outputs or weights
+        contain NaN or infinity.
     """
     scores: list[Tensor] = []
     for outputs, weight in zip(pooled, o_proj_weights, strict=True):
         heads = zip(outputs.unbind(1), weight.split(outputs.shape[-1], dim=1), strict=True)
         scores.append(torch.stack([score_features(h, teacher_neighbors, normalize, columns) for h, columns in heads]))
         for head in scores[-1].isnan().nonzero().flatten().tolist():
-            logger.warning("L%dH%d has no score: its output or weight holds NaN or infinity.", len(scores) - 1, head)
+            logger.warning("L%dH%d has no score: its output or weight has NaN or infinity.", len(scores) - 1, head)
     return torch.stack(scores)
 
 
 def score_features(
     features: Tensor, teacher_neighbors: Tensor, normalize: bool = True, weight: Tensor | None = None
 ) -> Tensor:
-    """Computes the MKNN of one set of features, such as the output of a layer, as :func:`score_heads` does."""
+    """Computes the MKNN of one set of features, such as a layer's output, in the same way as :func:`score_heads`."""
     n, k = teacher_neighbors.shape
     if n != len(features):
-        raise ValueError(f"teacher_neighbors: its {n} samples are not the {len(features)} samples of the features.")
+        raise ValueError(f"teacher_neighbors: has {n} samples, the features {len(features)}; use the same.")
     nearest = nearest_samples(features, weight, torch.arange(n), k, normalize)
     shared = (nearest[:, :, None] == teacher_neighbors.to(nearest.device)[:, None]).sum()
     return torch.where(nearest[0, 0] < 0, torch.nan, shared.double() / (n * k)).float()
@@ -57,10 +57,10 @@ def score_features(
 
 @torch.no_grad()
 def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: int, normalize: bool = True) -> Tensor:
-    """Finds the ``k`` nearest neighbors ``[Q, k]`` of the samples ``rows [Q]``, nearest first, ties by rising index.
+    """Finds the ``k`` nearest neighbors ``[Q, k]`` of the samples ``rows [Q]``, nearest first, then by index.
 
-    A ``weight [D, d]``, such as the columns of ``o_proj.weight`` for a head, projects the ``features [N, d]``. All
-    neighbors are -1 if one of the two holds NaN or infinity.
+    A ``weight [D, d]``, such as a head's columns of ``o_proj.weight``, projects the ``features [N, d]``. All
+    neighbors are -1 if features or weight contain NaN or infinity.
     """
     parts = []
     with full_precision(features.device.type):
@@ -68,18 +68,18 @@ def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: in
         for chunk in rows.to(features.device).split(_ROWS):
             similarities = (queries[chunk] @ keys.T).scatter_(1, chunk[:, None], -torch.inf)
             best, nearest = similarities.topk(k + 1)
-            tied = (best[:, 1:] == best[:, :-1]).any(1)  # topk orders equal values as it likes
+            tied = (best[:, 1:] == best[:, :-1]).any(1)  # topk orders equal values arbitrarily
             nearest[tied] = similarities[tied].sort(dim=1, descending=True, stable=True).indices[:, : k + 1]
             parts.append(nearest[:, :k])
     return torch.cat(parts).where(finite, -1)
 
 
 def _factors(features: Tensor, weight: Tensor | None, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns two sides ``[N, d]`` in fp32, whose products order each row of similarities, and if they are finite."""
+    """Returns two fp32 factors ``[N, d]`` whose product sorts like the similarities, and whether all are finite."""
     queries = features.float()
     gram = None if weight is None else (columns := weight.to(queries)).T @ columns
     if not normalize:
-        # a power of two brings all values near 1, or the squares of very large and very small ones would leave fp32
+        # a power of two brings all values near 1, so that squares neither overflow nor underflow
         queries = queries * torch.exp2(-torch.frexp(queries.abs().amax()).exponent.clamp(min=-126))
         keys = queries if gram is None else queries @ gram
         return queries, keys, keys.isfinite().all()
@@ -87,18 +87,18 @@ def _factors(features: Tensor, weight: Tensor | None, normalize: bool) -> tuple[
     keys = queries if gram is None else queries @ gram.double()
     norm = 1.0 if gram is None else gram.abs().sum(-1).amax()  # at least the spectral norm of the symmetric matrix
     squares = torch.linalg.vecdot(queries, keys)
-    # below eight units of rounding of |W|² |o|² the vector lies in the null space of W
+    # if |W o|² is below eight rounding units of |W|² |o|², o lies in the null space of W
     floor = 8 * torch.finfo(torch.float32).eps * norm * torch.linalg.vecdot(queries, queries)
     inverse = squares.rsqrt().masked_fill(squares <= floor, 0.0)[:, None]
     queries, keys = queries * inverse, keys * inverse
-    # The mean shifts each row by one number. Without it, fp32 keeps the differences between nearly parallel vectors.
+    # Subtracting the mean shifts all similarities of a sample equally, and keeps small differences within fp32.
     return queries.float(), (keys - keys.mean(0)).float(), squares.isfinite().all()
 
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Computes matrix products in true fp32: no autocast, no TF32, no bf16 emulation, whatever the caller chose."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both ways must not be mixed
+    """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both APIs must not be mixed
     backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
     try:

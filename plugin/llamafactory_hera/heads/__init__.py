@@ -1,4 +1,4 @@
-"""The names of attention heads and layers, and how to read them from a transformers model."""
+"""The names of attention heads and layers, and the hooks that read heads and layers from a transformers model."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,17 +1,17 @@
-"""Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradient.
+"""Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradients.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
-projection is linear, so it is enough to project the average. The output projection itself does this: the pooled rows,
-each zero outside its head, are appended to the token axis of the module's input and split off its output. Because the
-module projects them, the result is right for whatever the module has become: LoRA, DoRA, 4-bit weights, parameters
-sharded by ZeRO-3 or FSDP. Slicing its weight would fail, or be wrong, for most of these.
+projection is linear, so it is enough to project the average. The model's output projection does this: the averages,
+one row per head and zero outside that head, are appended to the token axis of its input and split off its output.
+The result is therefore correct for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. Slicing the
+weight would fail, or be wrong, for most of these.
 
-Under gradient checkpointing, rows carry gradient only if the checkpointed function *returns* them, so the
-checkpointing function of the chosen layers is wrapped. The output of a layer is taken from the result of that
-function; without checkpointing, a forward hook takes it.
+Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
+the checkpointing function of the chosen layers is wrapped. The output of a layer is taken from the result of that
+function; without checkpointing, a forward hook reads it.
 
-At single tokens, the contributions of a head would take D values for each of hundreds of tokens. Therefore the head's
-output before the projection is kept there (``head_dim`` values), and the module projects the head's unit vectors.
+At single tokens, the contributions of a head would take D values for each of hundreds of tokens. Instead, the head's
+output before the projection is kept (``head_dim`` values), and the module projects the head's unit vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,9 +28,9 @@ from .targets import Target, Targets
 
 
 class HeadCapture(LayerHooks):
-    """Captures the contributions of chosen heads, averaged or at single tokens, while its context is entered.
+    """Captures the contributions of chosen heads, averaged or at single tokens, inside its context.
 
-    Name the tokens before the forward pass. A capture works under gradient checkpointing and with every engine::
+    Set the tokens before the forward pass. A capture works under gradient checkpointing and with every engine::
 
         with HeadCapture(model, "L3H4,L7H6") as capture:
             capture.pool(batch["labels"] != -100)
@@ -38,7 +38,7 @@ class HeadCapture(LayerHooks):
             z = capture.representations()
             (loss + term(z)).backward()
 
-    Stay inside the context until the backward pass has ended, because gradient checkpointing runs the layers again.
+    Stay inside the context until the backward pass has ended, because gradient checkpointing reruns the layers.
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
@@ -53,14 +53,14 @@ class HeadCapture(LayerHooks):
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
-        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of checkpointed layers that are running
+        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are now running
         self._selectors: dict[int, Tensor] = {}
 
     def projections(self) -> Tensor:
-        """Returns each head's part of the output projection after a pass at tokens, ``[n_heads, head_dim, D]``.
+        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a pass with `tokens`.
 
-        It maps the ``head_dim`` values of a token into the residual stream, and carries gradient. The module computes
-        it, so it includes adapters and is right under sharding.
+        It maps a token's ``head_dim`` values into the residual stream, and receives gradients. The module computes
+        it, so adapters are included and sharded parameters are handled.
         """
         return self._stacked(1)
 
@@ -77,8 +77,8 @@ class HeadCapture(LayerHooks):
             return original(hidden, *args, **kw)
         read = self._read(hidden)
         self._watch(index, read)
-        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. A zero row is projected
-        # onto the bias alone, which is subtracted.
+        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. Projecting a zero row
+        # yields only the bias, which is then subtracted.
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
         at_tokens = read.dim() == 3
         added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
@@ -102,12 +102,12 @@ class HeadCapture(LayerHooks):
         return output[:, : hidden.shape[1]]
 
     def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
-        """Makes inputs ``[B, n, H*d]``, each zero outside its head, of averaged head outputs ``[B, H*d]``."""
+        """Expands averaged head outputs ``[B, H*d]`` to inputs ``[B, n, H*d]``, each zero outside its head."""
         rows = pooled.unsqueeze(1) * self._selector(index, pooled)
         return nn.functional.pad(rows, (0, 0, 0, 1)) if biased else rows
 
     def _unit_rows(self, index: int, hidden: Tensor, biased: bool) -> Tensor:
-        """Spreads the unit vectors of the chosen heads over the batch, as inputs ``[B, r, H*d]``."""
+        """Distributes the unit vectors of the chosen heads over the batch, as inputs ``[B, r, H*d]``."""
         width, batch = self._layout.head_dim, hidden.shape[0]
         units = torch.eye(width, dtype=hidden.dtype, device=hidden.device).repeat(1, self._layout.n_heads)
         rows = (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)  # [n*d, H*d]
@@ -115,7 +115,7 @@ class HeadCapture(LayerHooks):
         return nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (batch, -1))
 
     def _selector(self, index: int, like: Tensor) -> Tensor:
-        """Returns a mask ``[n, H*d]`` that is one at the values of each chosen head."""
+        """Returns a mask ``[n, H*d]`` that is one at the values of the respective head."""
         selector = self._selectors.get(index)  # cached, because a new one would copy indices to the device
         if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
             with torch.inference_mode(False):
@@ -130,7 +130,7 @@ class HeadCapture(LayerHooks):
             return original(function, *rest, **kw)
 
         def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
-            # It runs again in the backward pass, when other tokens may have been named since.
+            # This runs again in the backward pass, and by then other tokens may have been set.
             outer, self._read, self._frames[index] = self._read, read, []
             try:
                 output = function(*run_args, **run_kwargs)
@@ -138,8 +138,8 @@ class HeadCapture(LayerHooks):
                 self._read, rows = outer, self._frames.pop(index)
             if not rows:
                 raise RuntimeError(
-                    "HeadCapture was left before the backward pass, in which gradient checkpointing runs the layers "
-                    "again; stay inside the context until `loss.backward()` has returned."
+                    "HeadCapture was left before the backward pass, in which gradient checkpointing reruns the "
+                    "layers; stay inside the context until `loss.backward()` has returned."
                 )
             nonlocal n_rows
             n_rows = len(rows[0])
@@ -162,7 +162,7 @@ class LayerCapture(LayerHooks):
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))
-        self._inside: set[int] = set()  # checkpointed layers that are running
+        self._inside: set[int] = set()  # the checkpointed layers that are now running
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():

@@ -1,9 +1,9 @@
 """The attention heads of a transformers model: the text decoder, its layers, and their output projections.
 
-A new architecture is added by its name if its layers follow the usual layout: ``layer.self_attn.o_proj``, whose input
-holds the heads side by side, ``head_dim`` values each. Some models change the attention's output before the residual
-stream takes it: Gemma 2 and 3, GLM-4 and OLMo 2 normalize it, and Granite scales it. A head's contribution is read
-before that step, at the projection.
+To support a new architecture, add its name, if its layers follow the usual layout: the input of
+``layer.self_attn.o_proj`` is the concatenation of the heads, with ``head_dim`` values each. Some models change the
+attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4 and OLMo 2 normalize the output, and
+Granite scales it. A head's contribution is read before that change, at the projection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FINAL = sys.maxsize
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The sizes of the attention heads of a text decoder, as its configuration gives them."""
+    """The sizes of a text decoder's attention heads, from its configuration."""
 
     model_type: str
     n_layers: int
@@ -39,13 +39,13 @@ class HeadLayout:
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the head layout from the configuration of a model; ``ValueError`` if it is not in :data:`FAMILIES`."""
+    """Reads the head layout from a model's configuration; raises ``ValueError`` if its type is unsupported."""
     text = config.get_text_config()
     if text.model_type not in FAMILIES:
         raise ValueError(
             f"model: the text model type {text.model_type!r} is not supported; supported are "
-            f"{', '.join(sorted(FAMILIES))}. If its layers have an output projection that takes the heads side by "
-            "side, add it to FAMILIES in heads/families.py."
+            f"{', '.join(sorted(FAMILIES))}. If the input of its output projections is the concatenation of the "
+            "heads, add the type to FAMILIES in heads/families.py."
         )
     n_heads = text.num_attention_heads
     return HeadLayout(
@@ -60,19 +60,19 @@ def head_layout(config: Any) -> HeadLayout:
 
 
 def media_token_ids(config: Any) -> frozenset[int]:
-    """Returns the placeholder ids of images and videos in ``input_ids``; empty for a language model."""
+    """Returns the ids of image and video placeholders in ``input_ids``; empty for a language model."""
     keys = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = (getattr(config, key, None) for key in keys)
     return frozenset(i for i in ids if isinstance(i, int))
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """Finds the text decoder, the module with the layers and the final norm, also under PEFT, DDP and FSDP."""
+    """Finds the text decoder, the module with the layers and the final norm, even under PEFT, DDP and FSDP."""
     from torch.nn import ModuleList
 
     layout = head_layout(model_config(model))
-    # Wrappers such as FSDP and PEFT forward attribute access, so several modules may show the same layers; the dict
-    # keeps the innermost one.
+    # Wrappers such as FSDP and PEFT forward attribute access, so several modules may expose the same layers; the dict
+    # keeps the innermost of these modules.
     found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
@@ -81,14 +81,14 @@ def text_decoder(model: nn.Module) -> nn.Module:
     if len(found) != 1:
         names = ", ".join(name for name, _ in found.values()) or "none"
         raise ValueError(
-            f"model: {type(model).__name__} must hold one text decoder of type {layout.model_type!r} with "
-            f"{layout.n_layers} layers, but holds {names}; use another model."
+            f"model: {type(model).__name__} must contain one text decoder of type {layout.model_type!r} with "
+            f"{layout.n_layers} layers, but contains {names}; use another model."
         )
     return next(iter(found.values()))[1]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers of the text decoder in order, and checks that each projects all heads side by side."""
+    """Returns the layers of the text decoder in order, and checks that each projects all heads together."""
     layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
     width = layout.n_heads * layout.head_dim
     for index, layer in enumerate(layers):
@@ -107,7 +107,7 @@ def model_config(model: nn.Module) -> Any:
         config = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
             return config
-    raise ValueError(f"model: {type(model).__name__} holds no transformers model; pass one.")
+    raise ValueError(f"model: {type(model).__name__} contains no transformers model; pass one.")
 
 
 def attention_module(layer: nn.Module) -> nn.Module:
@@ -121,11 +121,11 @@ def output_projection(layer: nn.Module) -> nn.Module:
 
 
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
-    """Lists the trainable parameters that influence a head of a layer, or with ``whole_layer`` the layer's output.
+    """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
-    These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside it, the
-    input norm and the attention, or all of the layer. ``layer`` may be :data:`FINAL`. Call this before a sharding
-    engine renames or flattens parameters.
+    These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside the
+    layer, those of the input norm and the attention, or all. ``layer`` may be :data:`FINAL`. Call this function before
+    a sharding engine renames or flattens parameters.
     """
     layers, final_norm = decoder_layers(model), text_decoder(model).norm
     feeding: list[Any] = [final_norm]
@@ -134,7 +134,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
         inside = [part for name, part in layers[layer].named_children() if name in names]
         feeding = [layers[layer]] if whole_layer else inside
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
-    # tied embeddings come before the decoder as well as after it
+    # tied embeddings are used both before and after the decoder
     feeding.append(outermost.get_input_embeddings())
     after = _parameter_ids([*layers[layer:], final_norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after]

@@ -1,4 +1,4 @@
-"""Removable hooks on a model, and the rows that they keep from chosen decoder layers."""
+"""Removable hooks on a model, which capture representations from chosen decoder layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +16,7 @@ _CHECKPOINTING = "_gradient_checkpointing_func"  # a private name of transformer
 
 
 class Hooks(ABC):
-    """Changes a model while the context is entered, or from :meth:`install` to :meth:`remove`."""
+    """Changes a model inside the context, or from :meth:`install` to :meth:`remove`."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -49,7 +49,7 @@ class Hooks(ABC):
 
         def undo() -> None:
             if vars(owner).get(name) is not value:
-                return  # other code has replaced it since; keep that
+                return  # keep a later replacement by other code
             if before is None:
                 delattr(owner, name)
             else:
@@ -59,10 +59,10 @@ class Hooks(ABC):
 
 
 class LayerHooks(Hooks):
-    """Keeps rows of chosen decoder layers from the next forward pass, with gradient.
+    """Captures rows (one per sample or token) of chosen decoder layers in the next forward pass, with gradients.
 
     A trainer may run the model a second time in a step, without a graph, to compute metrics. The rows of such a pass
-    never replace those that carry gradient.
+    never replace rows with gradients.
     """
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
@@ -72,14 +72,14 @@ class LayerHooks(Hooks):
         self._targets = targets.items
         modules, final_norm = decoder_layers(model), text_decoder(model).norm
         self._layers: dict[int, Any] = {i: final_norm if i == FINAL else modules[i] for i in targets.layers}
-        self._read: Callable[[Tensor], Tensor] | None = None  # turns tokens into rows; None captures nothing
-        self._rows: dict[int, tuple[Tensor, ...]] = {}  # each begins with the axis of a layer's targets
-        #: The layers whose rows received a gradient since the forward pass, if :attr:`watch_gradients` is set.
+        self._read: Callable[[Tensor], Tensor] | None = None  # maps tokens to rows; None captures nothing
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # their first axis is the targets of the layer
+        #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns an inert copy: the hooks of a copied model (EMA, SWA) must call the modules of the copy alone."""
+        """Returns an inert copy: hooks in a copied model (EMA, SWA) must call only the modules of that copy."""
         inert = object.__new__(type(self))
         vars(inert).update(vars(self), _read=None, _rows={}, _undo=[], _layers={}, gradient_seen=set())
         return inert
@@ -92,19 +92,19 @@ class LayerHooks(Hooks):
 
     @abstractmethod
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """Calls ``original``, the checkpointing function of a layer, and keeps the layer's rows."""
+        """Calls ``original``, the checkpointing function of a layer, and captures the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
-        """Sets the tokens ``[B, T]`` over which the next forward pass averages; None captures nothing."""
+        """Sets the token mask ``[B, T]`` for averages in the next forward pass; with None, nothing is captured."""
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
 
     def tokens(self, positions: Tensor) -> None:
-        """Sets the token positions ``[B, n]`` at which the next forward pass is read."""
+        """Sets the token positions ``[B, n]`` to capture in the next forward pass."""
         index = positions.unsqueeze(-1)
         self._start_pass(lambda hidden: hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
 
     def representations(self) -> Tensor:
-        """Returns the rows of the last forward pass in the order of the targets; ``RuntimeError`` without a pass.
+        """Returns the rows of the last forward pass, by target; raises ``RuntimeError`` if no pass was captured.
 
         Returns:
             Averages ``[n_targets, B, D]``. After :meth:`tokens`, ``[n_targets, B, n, X]``: outputs of layers (X = D),
@@ -118,7 +118,7 @@ class LayerHooks(Hooks):
         self.gradient_seen.clear()
         if not self._undo:
             return
-        # Done before every pass, because a trainer may enable checkpointing after the hooks were installed.
+        # Repeated before every pass, because a trainer may enable checkpointing after the hooks were installed.
         for index, layer in self._layers.items():
             function = vars(layer).get(_CHECKPOINTING)
             if function is not None and getattr(function, "func", None) != self._checkpointed:
@@ -149,5 +149,5 @@ class LayerHooks(Hooks):
 
 
 def in_backward() -> bool:
-    """Tells whether a backward pass is running; a forward call then recomputes an earlier one."""
+    """Returns whether a backward pass is running; a forward call then recomputes an earlier call."""
     return torch._C._current_graph_task_id() != -1  # a private name of torch (2.11)

@@ -1,4 +1,4 @@
-"""Reads every head and every layer at once: averages over the tokens of a forward pass, without gradient."""
+"""Reads all heads and layers at once, averaged over the tokens of a forward pass, without gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,12 +16,12 @@ from .tokens import pool_tokens
 def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
     """Averages head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` over the tokens of ``mask`` ``[B, T]``.
 
-    ``run`` runs the model, or its text decoder alone. A head's output is its slice of the output projection's input,
-    averaged as soon as its layer has run, so that the tokens of no layer are kept. The averages are in fp32 on the
-    model's device. The model may be under PEFT, but must be whole on this process.
+    ``run`` runs the model, or only its text decoder. A head's output is its slice of the output projection's input,
+    averaged as soon as the layer has run, so that no tokens are kept. The averages are in fp32 on the model's device.
+    The model may be under PEFT, but must be complete on this process.
     """
     layout = head_layout(model_config(model))
-    heads: list[Tensor] = []  # layers run in their order
+    heads: list[Tensor] = []  # by layer, because layers run in order
     outputs: list[Tensor] = []
 
     def mean(hidden: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
 def projection_weights(model: nn.Module) -> Iterator[Tensor]:
     """Yields the effective output projection ``[D, H * d]`` of each decoder layer, one at a time.
 
-    Unless the module is a plain linear layer, it projects the unit vectors, so that the weight is right for LoRA, DoRA
-    and 4-bit weights.
+    Unless the module is a plain linear layer, the weight is computed by projecting the unit vectors, which is correct
+    for LoRA, DoRA and 4-bit weights.
     """
     layout = head_layout(model_config(model))
     width = layout.n_heads * layout.head_dim
@@ -58,9 +58,9 @@ def projection_weights(model: nn.Module) -> Iterator[Tensor]:
         if type(projection) is nn.Linear:
             yield projection.weight.detach()
             continue
-        # packed 4-bit weights are integers; the norm of the layer then gives the type
+        # packed 4-bit weights are integers; in that case, the layer's norm determines the dtype
         like = next(p for p in (*projection.parameters(), *layer.parameters()) if p.is_floating_point())
-        # the last row is zero and gives the bias
+        # the last row is zero, so its image is the bias
         unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
         with full_precision(like.device.type):
             image = projection(unit.unsqueeze(0))[0]

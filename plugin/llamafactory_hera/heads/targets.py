@@ -1,4 +1,4 @@
-"""The targets of a run: attention heads (``L3H4``) or decoder layers (``L3``), and the file that names them."""
+"""The targets of a run, attention heads (``L3H4``) or decoder layers (``L3``), and the file that lists them."""
 
 import os
 import re
@@ -13,9 +13,9 @@ Granularity = Literal["head", "layer"]
 #: The tokens over which a representation is averaged.
 Pooling = Literal["answer", "text", "mean", "last"]
 
-#: The value of ``hera_heads`` or ``hera_layers`` that asks for a selection before training.
+#: The value of ``hera_heads`` or ``hera_layers`` that requests a selection before training.
 AUTO = "auto"
-#: Values of ``hera_layers`` that denote a layer of any model.
+#: Values of ``hera_layers`` that denote a layer by its place in any model.
 NAMED_LAYERS = ("middle", "penultimate")
 
 _NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?", re.IGNORECASE)
@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, granularity: Granularity = "head", key: str | None = None) -> Self:
-        """Reads ``L3H4``, or ``L3`` or ``final``; ``key`` is the setting to name in an error."""
+        """Reads ``L3H4``, or ``L3`` or ``final``; ``key`` is the setting to put into error messages."""
         if granularity == "layer" and text.strip() == "final":
             return cls(FINAL)
         match = _NAME.fullmatch(text.strip())
@@ -56,7 +56,7 @@ class Targets:
     """The heads or layers of a run in the order in which they were chosen, with the provenance of that choice.
 
     Attributes:
-        items: Heads or layers, all of one kind; a selection by score puts the least aligned first.
+        items: Only heads or only layers; a selection by score puts the least aligned first.
         provenance: Model, teacher, data, keys and scores of the selection; empty if the targets were written by hand.
     """
 
@@ -70,22 +70,22 @@ class Targets:
 
     @property
     def key(self) -> str:
-        """The setting that names them: ``hera_heads`` or ``hera_layers``."""
+        """The setting that lists the targets: ``hera_heads`` or ``hera_layers``."""
         return f"hera_{self.what}"
 
     @property
     def what(self) -> str:
-        """The plural ``heads`` or ``layers``, which is also the name of the list in the file."""
+        """The plural ``heads`` or ``layers``, also used for the list in the file."""
         return f"{self.granularity}s"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of each, ``L3H4`` or ``L3``."""
+        """The names of the targets, such as ``L3H4`` or ``L3``."""
         return tuple(map(str, self.items))
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Their decoder layers in ascending order, without repetition."""
+        """The decoder layers of the targets in ascending order, without repetition."""
         return tuple(sorted({item.layer for item in self.items}))
 
     def __str__(self) -> str:
@@ -104,11 +104,11 @@ class Targets:
         Args:
             value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, or ready targets.
             granularity: The kind that the names denote.
-            layout: The sizes of the model, in which every target must exist. With it, :data:`NAMED_LAYERS` are known.
-            key: The setting to name in an error; by default that of the granularity.
+            layout: The sizes of the model, in which every target must exist; needed to resolve :data:`NAMED_LAYERS`.
+            key: The setting to put into error messages; by default that of the granularity.
 
         Raises:
-            ValueError: There is no name, a syntax error, a repetition, a bad file, or a target outside the model.
+            ValueError: A name is missing, malformed, repeated or outside the model, or the file is invalid.
         """
         key = key or f"hera_{granularity}s"
         if isinstance(value, str):
@@ -129,9 +129,9 @@ class Targets:
     def load(
         cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None
     ) -> "Targets":
-        """Reads a file that :meth:`save` wrote; ``ValueError`` if it is missing or holds something else.
+        """Reads a file that :meth:`save` wrote; raises ``ValueError`` if it is missing or has other contents.
 
-        It must name targets of the given granularity; None allows both. An error names the setting ``key``.
+        The file must list targets of the given granularity; None allows both. Error messages contain ``key``.
         """
         kinds: tuple[Granularity, ...] = (granularity,) if granularity else ("head", "layer")
         key = key or f"hera_{kinds[0]}s"
@@ -146,7 +146,7 @@ class Targets:
         raise ValueError(f'{key}: {path} has no list "{kinds[0]}s"; {remedy}.')
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the targets as JSON; the file appears complete or not at all."""
+        """Writes the targets to a JSON file atomically."""
         write_json(path, {self.what: list(self.names), "provenance": self.provenance})
 
     def check(self, layout: HeadLayout) -> None:
@@ -162,9 +162,9 @@ class Targets:
 def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tuple[Target, ...]:
     items = tuple(Target.parse(str(name), granularity, key) for name in names if str(name))
     if not items:
-        raise ValueError(f"{key}: no {granularity} is named; {_SYNTAX[granularity]}, or give a file, or write auto.")
+        raise ValueError(f"{key}: no {granularity} is given; {_SYNTAX[granularity]}, or give a file or auto.")
     if twice := sorted({item for item in items if items.count(item) > 1}):
-        raise ValueError(f"{key}: {', '.join(map(str, twice))} is named more than once; remove the repetition.")
+        raise ValueError(f"{key}: {', '.join(map(str, twice))} is repeated; remove the repetition.")
     return items
 
 

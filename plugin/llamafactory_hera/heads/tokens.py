@@ -1,4 +1,4 @@
-"""The tokens of a sample that are read: those over which a representation is averaged, and those of an image."""
+"""Selects tokens of a sample: those over which a representation is averaged, and those of an image."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +10,7 @@ from .targets import Pooling
 
 IGNORE_INDEX = -100
 
-#: Model types in which every image is one square grid of tokens, row by row.
+#: Model types that turn every image into one square grid of tokens, row by row.
 _FIXED_GRID = ("llava", "vipllava")
 
 
@@ -23,9 +23,9 @@ def token_mask(
 ) -> Tensor:
     """Marks the tokens that enter the average, boolean ``[B, T]``, from tensors of that shape.
 
-    ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, which are the caption in stage 1 and
+    ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, that is, the caption in stage 1 and
     the assistant's turns in stage 2; it needs labels. The other options are this project's: ``text`` is all text,
-    ``mean`` is all tokens except padding, and ``last`` is the last token. Only ``mean`` and ``last`` include
+    ``mean`` is all tokens except padding, and ``last`` is the last token. Only ``mean`` and ``last`` may include
     ``media_token_ids``, the placeholders of images and videos. Without an attention mask, no token is padding.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -44,30 +44,30 @@ def token_mask(
 
 def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[int]) -> Tensor:
     """Marks the attended tokens that are not placeholders of an image or a video, boolean ``[B, T]``."""
-    for token in media_token_ids:  # a loop over the few ids, because a tensor of them would be copied to the device
+    for token in media_token_ids:  # a loop, because a tensor of the few ids would be copied to the device
         attended = attended & (input_ids != token)
     return attended
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``, in the same dtype; 0 for a row without tokens."""
+    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``; the dtype stays, and no token averages to 0."""
     if hidden.shape[:-1] != mask.shape:
         raise ValueError(
             f"mask: its shape {list(mask.shape)} does not fit a layer that returns {list(hidden.shape)}; give a "
             "boolean with the shape of input_ids, and use a model whose layers return [batch, tokens, size]."
         )
-    # Weights are divided in single precision, before the product: float16 holds neither a large count nor a long sum.
+    # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
 
 
 def grid_side(config: Any, objective: str) -> int:
-    """Returns the tokens along each side of an image's grid; raises ``ValueError`` if it is not a fixed square."""
+    """Returns the number of tokens along each side of an image's grid; raises ``ValueError`` without a square grid."""
     tower: Any = getattr(config, "vision_config", None)
     problem = ""
     if config.model_type not in _FIXED_GRID:
-        problem = f"images of {config.model_type!r} models have none"
+        problem = f"{config.model_type!r} models do not create one"
     elif getattr(config, "vision_feature_select_strategy", "default") == "full" and "siglip" not in tower.model_type:
         problem = "this model also keeps the CLS token of its vision tower"
     elif not isinstance(tower.image_size, int):
@@ -83,11 +83,11 @@ def grid_side(config: Any, objective: str) -> int:
 def token_positions(
     input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
 ) -> Tensor:
-    """Finds the tokens of one image of each sample, ``[B, per_image]``; arbitrary for a sample without an image.
+    """Finds the token positions of one image per sample, ``[B, per_image]``; arbitrary for a sample without images.
 
     ``input_ids`` and the attention mask are ``[B, L]``; the mask is 0 for padding and for the dummy image that a host
-    may add. ``image`` ``[B, 2]`` holds the index of the image and the number of images, ``(0, 0)`` without an image.
-    An image has ``per_image`` placeholders ``token_id``.
+    may add. ``image`` ``[B, 2]`` contains the image's index and the number of images, ``(0, 0)`` without images. Every
+    image has ``per_image`` placeholders ``token_id``.
     """
     visual = _visual(input_ids, attention_mask, token_id)
     length = input_ids.shape[1]
@@ -104,7 +104,7 @@ def _visual(input_ids: Tensor, attention_mask: Tensor | None, token_id: int) -> 
 def check_image_tokens(
     input_ids: Tensor, attention_mask: Tensor | None, image: Tensor, token_id: int, per_image: int
 ) -> None:
-    """Raises ``ValueError`` unless every sample has the tokens of its images; the batch is still on the CPU."""
+    """Raises ``ValueError`` unless every sample contains all tokens of its images; expects a batch on the CPU."""
     count, found = image[:, 1], _visual(input_ids, attention_mask, token_id).sum(dim=1)
     wrong = (found != count * per_image) & (count > 0)
     if wrong.any():
@@ -112,5 +112,5 @@ def check_image_tokens(
         raise ValueError(
             f"dataset: a sample with {int(count[row])} images has {int(found[row])} image tokens instead of "
             f"{int(count[row]) * per_image}; raise the maximum length of a sample if they were cut off, or use "
-            "another objective if the images of this model have other numbers of tokens."
+            "another objective if the number of tokens per image varies in this model."
         )

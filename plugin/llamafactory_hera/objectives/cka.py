@@ -1,4 +1,4 @@
-"""CKA, the objective of CMAR: all similarities among the samples of a batch must match the teacher's."""
+"""CKA, the objective of CMAR, which matches all similarities between samples of a batch to the teacher's."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .base import Objective, PooledBatch, register
 
 @register("cka")
 class CKA(Objective):
-    """One minus the linear CKA of representations and teacher features over the samples of the global batch."""
+    """One minus the linear CKA of representations and teacher features over the global batch."""
 
     reads = (*Objective.reads, "hera_accumulate")
     least_samples = 3  # two centered samples are always collinear, so their CKA is 1
@@ -20,5 +20,5 @@ class CKA(Objective):
         return torch.where(enters.any(), cka_loss(batch.z, batch.teacher, enters), 0.0)
 
     def comparable(self, batch: PooledBatch) -> Tensor:
-        """Expects gradients only if the batch shows at least two different images."""
+        """Expects gradients only if the batch contains at least two different images."""
         return super().comparable(batch) & batch.candidates.allowed.any()

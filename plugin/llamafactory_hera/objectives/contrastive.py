@@ -1,4 +1,4 @@
-"""HeRA's objective: a sample's neighbors in the teacher's space must be near it in the student's (paper, eq. 4, 8)."""
+"""HeRA's objective, which pulls a sample's teacher neighbors close in the student's space (paper, eq. 4 and 8)."""
 
 import math
 
@@ -11,10 +11,10 @@ from .base import Objective, Options, PooledBatch, register
 
 @register("contrastive")
 class Contrastive(Objective):
-    """InfoNCE with several positives and a temperature that is learned in log scale (paper, sec. 3)."""
+    """InfoNCE with several positives and a temperature whose logarithm is learned (paper, sec. 3)."""
 
     reads = (*Objective.reads, "hera_temperature", "hera_fixed_temperature", "hera_memory", "hera_accumulate")
-    least_samples = 3  # with two candidates one is the neighbor; with one candidate the loss would be log 1
+    least_samples = 3  # each sample then has two candidates; with only one, the loss is log 1 = 0
     logged = ("hera_temperature",)
 
     def __init__(self, options: Options) -> None:
@@ -29,11 +29,11 @@ class Contrastive(Objective):
         return contrastive_loss(batch.z_all, neighbors, temperature, batch.normalize, allowed, per_head=True)
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Lets samples enter that have a neighbor."""
+        """Returns which samples have a neighbor and thus enter the loss."""
         return batch.candidates.known
 
     def comparable(self, batch: PooledBatch) -> Tensor:
-        """Expects gradients if every valid sample has a neighbor."""
+        """Expects gradients if a valid sample exists and every valid sample has a neighbor."""
         enters = self.entering(batch)
         return enters.any() & (enters | ~batch.valid).all()
 

@@ -1,7 +1,7 @@
-"""Feature matching: a projector, trained with the model, maps representations onto the teacher's features.
+"""Feature matching: a projector, trained with the model, maps visual tokens to the teacher's patch features.
 
-``feature`` is the row of the paper's ablation (sec. 4.2, table 1), and ``viral`` is VIRAL (arXiv 2509.07979), the same
-at a layer: visual tokens against the patch features of the same places.
+``feature`` is feature matching in the paper's ablation (sec. 4.2, table 1). ``viral`` is VIRAL (arXiv 2509.07979), the
+same loss at a decoder layer.
 """
 
 from functools import partial
@@ -15,14 +15,14 @@ from ..alignment.losses import cosine_loss
 from .base import Options, register
 from .tokens import TokenBatch, TokenObjective
 
-_WIDTH = 2048  # of VIRAL's official projector (cvlab-kaist/VIRAL, llava_llama.py)
+_WIDTH = 2048  # the width of VIRAL's official projector (cvlab-kaist/VIRAL, llava_llama.py)
 
 
 @register("feature")
 class Feature(TokenObjective):
-    """One minus the cosine of each projected visual token and the teacher's patch at its place, averaged over tokens.
+    """One minus the cosine of each projected visual token and the teacher's patch at the same place, averaged.
 
-    The paper matches features "as VIRAL and REPA do" and leaves the projector open; ``hera_projector`` selects it.
+    The paper matches features "as VIRAL and REPA do" and does not specify the projector; ``hera_projector`` sets it.
     """
 
     reads = (*TokenObjective.reads, "hera_projector")
@@ -33,8 +33,8 @@ class Feature(TokenObjective):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Computes the loss of each target and sample."""
-        # one target after another: the hidden layers of all heads at once would take four times the memory of the
-        # tokens (5 heads, 4 images of 729 tokens: 0.48 GB)
+        # one target after another, because the projector's hidden layers for all heads at once would take four times
+        # the memory of the tokens (5 heads, 4 images of 729 tokens: 0.48 GB)
         loss = partial(checkpoint, self._loss, use_reentrant=False, preserve_rng_state=False)
         return torch.stack([loss(target, batch) for target in range(self.options.n_targets)])
 
@@ -46,13 +46,13 @@ class Feature(TokenObjective):
 
 @register("viral")
 class Viral(Feature):
-    """VIRAL: feature matching at a decoder layer, used in stage 2 only, with weight 0.5."""
+    """VIRAL: feature matching at a decoder layer; its authors use it only in stage 2, with weight 0.5."""
 
     granularities = ("layer",)
 
 
 def _projectors(options: Options, separate: bool) -> nn.ModuleList:
-    """Makes one projector for all targets, as VIRAL and REPA do, or a smaller one for each target."""
+    """Creates one projector for all targets, as VIRAL and REPA do, or a smaller projector for each target."""
     dim, out = options.dim, options.teacher_dim
     if separate:
         return nn.ModuleList(

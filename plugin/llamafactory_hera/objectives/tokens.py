@@ -1,4 +1,4 @@
-"""Objectives on the visual tokens of an image, which are compared with the teacher's features of the same places."""
+"""Objectives that compare the visual tokens of an image with the teacher's features of the same places."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,58 +12,58 @@ from .base import Objective
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The visual tokens of the samples on one process. Rows that are not valid hold zeros.
+    """The visual tokens of the samples on one process; zeros where a sample is not valid.
 
-    They are those of an image, row by row, or of a :class:`Plan`: outputs of layers (X = D), or of heads before their
-    output projection (X = ``head_dim``).
+    The tokens are all tokens of an image, row by row, or those of a :class:`Plan`. Their values are outputs of layers
+    (X = D), or of heads before their output projection (X = ``head_dim``).
     """
 
-    tokens: Tensor  #: ``[n_targets, B, t, X]`` in fp32, with gradient
+    tokens: Tensor  #: ``[n_targets, B, t, X]`` in fp32, with gradients
     projections: Tensor | None  #: ``[n_targets, head_dim, D]``, each head's part of the output projection, for heads
-    teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places of the same pixels
-    valid: Tensor  #: boolean ``[B]``: the sample enters the loss
+    teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places
+    valid: Tensor  #: boolean ``[B]``, true if the sample enters the loss
     context: dict[str, Tensor] = field(default_factory=dict)  #: the tensors of the plan
 
     def linear(self, target: int, layer: nn.Linear) -> Tensor:
-        """Applies ``layer`` to a target's representations, ``[B, t, out]``, without forming them for a head."""
+        """Applies ``layer`` to a target's representations, without computing these for a head; ``[B, t, out]``."""
         if self.projections is None:
             return layer(self.tokens[target])
-        # a representation is o W (paper, eq. 7); folding W into the layer leaves head_dim values a token instead of D
+        # a representation is o W (paper, eq. 7); with W folded into the layer, a token has head_dim values, not D
         folded = layer.weight @ self.projections[target].T  # [out, head_dim]
         return nn.functional.linear(self.tokens[target], folded, layer.bias)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch before its forward pass, which :meth:`TokenObjective.prepare` receives."""
+    """A micro-batch before its forward pass, the input of :meth:`TokenObjective.prepare`."""
 
     input_ids: Tensor  #: ``[B, L]``
-    attention_mask: Tensor  #: boolean ``[B, L]``: not padding
-    positions: Tensor  #: ``[B, T]``, the tokens of each sample's image; arbitrary for a sample that is not valid
-    valid: Tensor  #: boolean ``[B]``: the sample has an image
+    attention_mask: Tensor  #: boolean ``[B, L]``, false for padding
+    positions: Tensor  #: ``[B, T]``, the token positions of each sample's image; arbitrary if the sample is not valid
+    valid: Tensor  #: boolean ``[B]``, true if the sample has an image
     n_images: Tensor  #: ``[B]``, the number of images of the sample
     side: int  #: tokens along each side of an image's grid
     seed: int  #: the seed of the run
-    rank: int  #: the number of this process
-    number: int  #: the number of the micro-batch since the beginning of the run, which resuming continues
+    rank: int  #: the rank of this process
+    number: int  #: the number of the micro-batch since the start of the run; a resumed run continues to count
 
     def generator(self, shared: bool = False) -> torch.Generator:
-        """Makes a CPU generator for this micro-batch; if ``shared``, all processes make the same one."""
+        """Creates a CPU generator for this micro-batch; if ``shared``, it is the same on all processes."""
         entropy = (self.seed, self.number, 0 if shared else 1 + self.rank)
         return torch.Generator().manual_seed(int(SeedSequence(entropy).generate_state(1)[0]))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The part of the next forward pass that an objective reads; None keeps the default."""
+    """The tokens and samples that an objective chooses for the next forward pass; None keeps the default."""
 
-    positions: Tensor | None = None  #: ``[B, t]``, the tokens to read instead of all tokens of the image
+    positions: Tensor | None = None  #: ``[B, t]``, the token positions to read instead of all tokens of the image
     valid: Tensor | None = None  #: boolean ``[B]``, the samples that enter the loss
     context: dict[str, Tensor] = field(default_factory=dict)  #: tensors for :meth:`TokenObjective.forward`
 
 
 class TokenObjective(Objective):
-    """An objective on visual tokens; its samples are those of one process and are not gathered."""
+    """An objective on visual tokens, computed on each process from its samples without gathering."""
 
     reads: ClassVar[tuple[str, ...]] = ("hera_teacher_cache", "hera_objective_lr", "hera_objective_from")
     #: The class that loads and checks the teacher; None for a vision model (``teachers.encoder.VisionTeacher``).
@@ -71,17 +71,17 @@ class TokenObjective(Objective):
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
-        """Raises ``ValueError`` if the objective cannot run on a model of this configuration.
+        """Raises ``ValueError`` if the objective cannot run on a model with this configuration.
 
-        ``attention`` is the attention implementation, as transformers names it; None if it is not known yet.
+        ``attention`` is transformers' name of the attention implementation; None if it is not known yet.
         """
 
     def attach(self, model: nn.Module) -> None:
-        """Receives the model before an engine wraps it; an objective that changes forward passes hooks it here."""
+        """Receives the model before an engine wraps it; override this to install hooks that change forward passes."""
 
     def detach(self) -> None:
         """Removes the hooks at the end of the run."""
 
     def prepare(self, step: Step) -> Plan | None:
-        """Plans the next forward pass; every process calls it before each of them."""
+        """Plans the next forward pass; every process calls this method before each forward pass."""
         return None

@@ -1,4 +1,4 @@
-"""ROSS and JARVIS, the objectives of other papers, which are found by name like any objective.
+"""ROSS and JARVIS, the objectives of other papers, which ``hera_objective`` finds by name.
 
-They reproduce those papers for comparison, and no more; the rest of the package never imports them.
+They exist only to reproduce those papers for comparison; the rest of the package never imports these modules.
 """

@@ -1,4 +1,4 @@
-"""Changes the attention mask and the token embeddings of the text decoder for one forward pass."""
+"""A hook that changes the attention mask and the token embeddings of the text decoder for one forward pass."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..heads.hooks import Hooks
 class DecoderInputs(Hooks):
     """Changes the attention mask and the token embeddings of the next forward pass.
 
-    The hook sits outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
-    With ``two_way``, the tokens of an image see each other in both directions, as in JARVIS, in every pass without a
-    mask of its own. Enter the context around ``generate`` and the evaluation of a model that was trained this way.
+    The hook is outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
+    With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, in every pass for
+    which :meth:`set` set no mask. Use this context for ``generate`` and evaluation of a model trained in this way.
     """
 
     def __init__(self, model: nn.Module, two_way: bool = False) -> None:
@@ -30,8 +30,8 @@ class DecoderInputs(Hooks):
     def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
         """Sets the changes for the next forward pass; None keeps the model's own input.
 
-        By ``attention``, boolean ``[B, L, L]``, a token (row) sees the tokens that are true, in all layers.
-        ``embeddings`` are positions ``[B, p]``, -1 for none, and the vector ``[D]`` to put there.
+        ``attention``, boolean ``[B, L, L]``, is true where a token (second axis) sees a token (third), in all layers.
+        ``embeddings`` are positions ``[B, p]``, -1 for none, and the vector ``[D]`` to write to these positions.
         """
         self._attention, self._embeddings = attention, embeddings
 
@@ -44,7 +44,7 @@ class DecoderInputs(Hooks):
         """Derives the two-way mask from the token ids, which the decoder does not receive."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._two_way = None
-        if ids is None or ids.shape[1] == 1:  # a generated token sees every earlier one anyway
+        if ids is None or ids.shape[1] == 1:  # a generated token sees all earlier tokens anyway
             return
         visual, at = ids == self._image_token, torch.arange(ids.shape[1], device=ids.device)
         sees = (at.unsqueeze(1) >= at) | (visual.unsqueeze(2) & visual.unsqueeze(1))
@@ -52,20 +52,20 @@ class DecoderInputs(Hooks):
 
     def _before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         attention = self._two_way if self._attention is None else self._attention
-        embeddings, self._attention, self._embeddings = self._embeddings, None, None  # each pass takes them once
+        embeddings, self._attention, self._embeddings = self._embeddings, None, None  # valid for one pass
         if attention is None and embeddings is None:
             return None
         embeds = kwargs["inputs_embeds"]
         if embeddings is not None:
             positions, vector = embeddings
-            # An extra column takes the positions of -1, so that shapes do not depend on values. Scattering the vector
-            # itself would count a position once for each time it is listed in the vector's gradient.
+            # An extra column receives the positions of -1, so that shapes do not depend on values. A mask is scattered
+            # instead of the vector, because the vector's gradient would count repeated positions several times.
             hidden = torch.zeros(len(embeds), embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
             hidden = hidden.scatter(1, torch.where(positions < 0, embeds.shape[1], positions), True)[:, :-1]
             embeds = torch.where(hidden.unsqueeze(-1), vector.to(embeds), embeds)
             kwargs = kwargs | {"inputs_embeds": embeds}
         if attention is not None:
-            # the smallest finite number instead of -inf: a padding row that sees nothing must stay finite
+            # the lowest finite number instead of -inf, so that a padding token that sees nothing stays finite
             closed = torch.zeros_like(attention, dtype=embeds.dtype)
             closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
             kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}

@@ -1,6 +1,6 @@
-"""JARVIS: the first layers of the language model predict the teacher's features of image blocks that they do not see.
+"""JARVIS: the first layers of the language model predict the teacher's features of image blocks hidden from them.
 
-The code follows that of its authors (aimagelab/JARVIS); blocks are drawn as I-JEPA (arXiv 2301.08243) draws them.
+The code follows that of its authors (aimagelab/JARVIS); blocks are sampled as in I-JEPA (arXiv 2301.08243).
 """
 
 import logging
@@ -22,18 +22,18 @@ logger = logging.getLogger("llamafactory_hera")
 _N_TARGETS, _TARGET_SCALES, _TARGET_ASPECTS = 4, (0.15, 0.2), (0.75, 1.5)
 _CONTEXT_SCALES, _SQUARE = (0.85, 1.0), (1.0, 1.0)
 _Range = tuple[float, float]
-_TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: how often a context of at most this many tokens is drawn again
+_TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: a context of at most 10 tokens is sampled again, 20 times at most
 _PLAIN = 0.2
 
 
 @register("jarvis")
 class Jarvis(TokenObjective):
-    """One minus the cosine of the prediction and the teacher at four target blocks, averaged over their tokens.
+    """One minus the cosine of prediction and teacher features in four target blocks, averaged over their tokens.
 
-    A learned vector replaces every token of a target. A target sees itself and the context, a large block without the
-    targets; text after the image sees context and targets; nothing sees the rest of the image. One in five
-    micro-batches is plain: it has no masks and no term. ``hera_visual_attention: two_way`` lets visual tokens see each
-    other in both directions, as in the authors' code. Samples with several images take part in the LM loss only.
+    A learned vector replaces every token of a target block. A target sees itself and the context, which is a large
+    block without the targets. Text after the image sees context and targets. No token sees the rest of the image. One
+    in five micro-batches is plain, without masks and term. With ``hera_visual_attention: two_way``, visual tokens see
+    each other in both directions, as in the authors' code. Samples with several images enter only the LM loss.
     """
 
     granularities = ("layer",)
@@ -50,9 +50,9 @@ class Jarvis(TokenObjective):
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
-        """Refuses FlashAttention, which takes no mask of single tokens, and layers with a sliding window."""
+        """Refuses FlashAttention, which accepts no mask per pair of tokens, and layers with a sliding window."""
         if attention not in (None, "auto", "disabled", "sdpa", "eager"):
-            raise ValueError(f"attn_implementation: {attention} takes no mask, which jarvis needs; set it to sdpa.")
+            raise ValueError(f"attn_implementation: {attention} accepts no mask, which jarvis needs; set sdpa.")
         text = model_config.get_text_config()
         kinds = getattr(text, "layer_types", None) or [getattr(text, "sliding_window", None) or "full_attention"]
         if set(kinds) != {"full_attention"}:
@@ -60,30 +60,30 @@ class Jarvis(TokenObjective):
             raise ValueError(f"hera_objective: jarvis sets the attention mask, but {why}; use another model.")
 
     def attach(self, model: nn.Module) -> None:
-        """Hooks the text decoder, and warns of settings under which the model learns another attention."""
+        """Hooks the text decoder, and warns if the model would learn with a different attention from inference."""
         self._inputs = DecoderInputs(model, self._two_way)
         self._inputs.install()
         trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
         if rank() == 0 and self.options.config.weight > 0 and (self._two_way or trained):
             logger.warning(
-                "hera_objective: jarvis changes the attention during training; train the projector alone, as its "
+                "hera_objective: jarvis changes the attention during training; train only the projector, as its "
                 "authors do, and evaluate a model with hera_visual_attention: two_way inside "
                 "llamafactory_hera.rivals.decoder_inputs.DecoderInputs(model, two_way=True)."
             )
 
     def detach(self) -> None:
-        """Removes the hooks, except that a model trained with two-way attention keeps it."""
+        """Removes the hooks, unless the model was trained with two-way attention and must keep it."""
         if not self._two_way:
             self._inputs.remove()
 
     def prepare(self, step: Step) -> Plan:
-        """Draws the blocks of each sample, and hides the targets from the next pass; a plain one stays as it is."""
+        """Samples the blocks of each image, and hides the targets in the next pass; a plain pass is unchanged."""
         self._inputs.install()
-        # equal on all processes: in a plain micro-batch z has no gradient, and gradients are averaged over processes
+        # equal on all processes, because z has no gradient in a plain micro-batch and processes average gradients
         plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
         targets, context = draw_blocks(step.side, len(step.positions), step.generator())
         device = step.input_ids.device
-        if device.type != "cpu":  # copies from pinned memory do not make the host wait
+        if device.type != "cpu":  # copies from pinned memory do not make the CPU wait
             targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
         places = targets.flatten(1)
         positions, valid = step.positions.gather(1, places), step.valid & (step.n_images == 1)
@@ -100,10 +100,10 @@ class Jarvis(TokenObjective):
 
 
 def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws targets and contexts on a grid of ``side`` x ``side`` tokens; all samples share one size of each.
+    """Samples targets and contexts on a grid of ``side`` x ``side`` tokens; block sizes are equal for all samples.
 
-    Returns the places of the targets' tokens in the grid, ``[n_samples, 4, n]``, and the context, boolean
-    ``[n_samples, side * side]``. No block reaches the last row and column, as in the source. Targets may overlap.
+    Returns the grid indices of the targets' tokens, ``[n_samples, 4, n]``, and the context, boolean
+    ``[n_samples, side * side]``. No block reaches the last row or column, as in the source. Targets may overlap.
     """
     target = _size(side, _TARGET_SCALES, _TARGET_ASPECTS, generator)
     context = _size(side, _CONTEXT_SCALES, _SQUARE, generator)
@@ -113,14 +113,14 @@ def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[
 
 
 def visible(step: Step, valid: Tensor, targets: Tensor, context: Tensor, two_way: bool) -> Tensor:
-    """Computes the tokens that each token (row) sees, ``[B, L, L]``, as modeling_mllm_jepa.py of the source does.
+    """Computes which tokens (last axis) each token sees, ``[B, L, L]``, as in the authors' modeling_mllm_jepa.py.
 
-    Targets ``[B, blocks, n]`` and context ``[B, T]`` are as from :func:`draw_blocks`. Samples that are not valid stay
-    causal, and no token sees padding.
+    Targets ``[B, blocks, n]`` and context ``[B, T]`` come from :func:`draw_blocks`. Samples that are not valid keep
+    causal attention, and no token sees padding.
     """
 
     def of_text(grid: Tensor) -> Tensor:
-        """Moves marks in the grid, ``[B, T]``, to the positions of its tokens, ``[B, L]``."""
+        """Converts a mask over the grid, ``[B, T]``, to a mask over the sequence, ``[B, L]``."""
         return torch.zeros_like(step.attention_mask).scatter(1, step.positions, grid & valid.unsqueeze(1))
 
     at = torch.arange(step.input_ids.shape[1], device=step.input_ids.device)
@@ -141,7 +141,7 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _size(side: int, scales: _Range, aspects: _Range, generator: torch.Generator) -> tuple[int, int]:
-    """Draws height and width of a block; one number decides both scale and aspect, as in the source."""
+    """Samples a block's height and width; one number decides both scale and aspect, as in the authors' code."""
     drawn = float(torch.rand((), generator=generator))
     scale, aspect = (least + drawn * (most - least) for least, most in (scales, aspects))
     n_tokens = int(side * side * scale)
@@ -150,14 +150,14 @@ def _size(side: int, scales: _Range, aspects: _Range, generator: torch.Generator
 
 
 def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draws the corner of a block, and returns the places of its tokens."""
+    """Samples the corner of a block, and returns the grid indices of the block's tokens."""
     top, left = (int(torch.randint(side - extent, (), generator=generator)) for extent in size)
     places = torch.arange(side * side).view(side, side)
     return places[top : top + size[0], left : left + size[1]].flatten()
 
 
 def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws a block without the targets; if too few tokens remain, it keeps the last target, then the last two."""
+    """Samples a block without the targets; if too few tokens remain, it keeps the last target, then the last two."""
     context = torch.zeros(side * side, dtype=torch.bool)
     for n_left_out in range(len(targets), -1, -1):
         for _ in range(_TRIES):

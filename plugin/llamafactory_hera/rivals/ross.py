@@ -1,8 +1,8 @@
 """ROSS: a denoiser recovers an image's latents from the visual tokens of the language model's output.
 
-The code follows Haochen-Wang409/ross, commit 20ffc6b, folder ``ross/model``: the denoiser that of
-``multimodal_denoiser/denoiser_dit.py``, the diffusion that of ``multimodal_denoiser/diffusion_utils``, the draws
-those of ``ross_arch.py``, and the latents those of ``pixel_decoder/flux_decoder.py``.
+The code follows Haochen-Wang409/ross, commit 20ffc6b, folder ``ross/model``: ``multimodal_denoiser/denoiser_dit.py``
+for the denoiser, ``multimodal_denoiser/diffusion_utils`` for the diffusion, ``ross_arch.py`` for the sampling of steps
+and noise, and ``pixel_decoder/flux_decoder.py`` for the latents.
 """
 
 import math
@@ -19,8 +19,8 @@ from ..hub import CONFIG_FILE
 from ..objectives import Options, TokenBatch, TokenObjective, register
 from ..teachers.encoder import KEY, teacher_fingerprint, teacher_folder
 
-STEPS = 1000  #: steps of the diffusion
-DRAWS = 4  #: pairs of a step and noise that are drawn for an image
+STEPS = 1000  #: number of diffusion steps
+DRAWS = 4  #: pairs of a diffusion step and noise that are sampled per image
 _TIME_FEATURES = 256
 _CLASS = "AutoencoderKL"
 _WHAT = f"a diffusers {_CLASS} (the sub-folder vae of a pipeline)"
@@ -30,18 +30,18 @@ class LatentTeacher:
     """The encoder of a frozen AutoencoderKL, with the attributes and methods of ``VisionTeacher``."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
-        model.decoder = model.post_quant_conv = None  # nothing is decoded, and it is more than half of the model
+        model.decoder = model.post_quant_conv = None  # not needed, and more than half of the model
         self._model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self.device: torch.device = model.device
-        self.dim: int = 4 * model.config.latent_channels  # a token's target packs 2 x 2 latents
+        self.dim: int = 4 * model.config.latent_channels  # each token corresponds to 2 x 2 latents
 
     @staticmethod
     def check(name_or_path: str, side: int) -> Path:
-        """Returns the folder of an AutoencoderKL, or raises ``ValueError``; images are resized to any ``side``."""
+        """Returns the folder of an AutoencoderKL, or raises ``ValueError``; images are resized to fit any ``side``."""
         if find_spec("diffusers") is None:
             raise ValueError(f"{KEY}: {name_or_path} needs diffusers, which is not installed; pip install diffusers.")
         config = read_json(teacher_folder(name_or_path, weights=False, what=_WHAT) / CONFIG_FILE)
-        # the factors normalize the latents
+        # both factors are needed to normalize the latents
         if config.get("_class_name") != _CLASS or None in map(config.get, ("shift_factor", "scaling_factor")):
             raise ValueError(
                 f"{KEY}: {name_or_path} is not an {_CLASS} with a shift_factor and a scaling_factor; give {_WHAT}, "
@@ -53,9 +53,9 @@ class LatentTeacher:
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> "LatentTeacher":
-        """Loads the autoencoder, or raises ``ValueError``; every process holds a copy of it.
+        """Loads the autoencoder on every process, or raises ``ValueError``.
 
-        ``dtype`` is ignored: the latents are computed in fp32, as in the source.
+        ``dtype`` is ignored, because the latents are computed in fp32, as in the authors' code.
         """
         folder = cls.check(name_or_path, 0)
         from diffusers import AutoencoderKL
@@ -63,18 +63,18 @@ class LatentTeacher:
         model, loading = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             lack = f"{len(missing)} tensors, the first is {missing[0]}"
-            raise ValueError(f"{KEY}: the weights of {name_or_path} lack {lack}; copy or download it again.")
+            raise ValueError(f"{KEY}: the weights of {name_or_path} lack {lack}; copy or download the weights again.")
         return cls(model.float().to(device), teacher_fingerprint(folder))
 
     @torch.no_grad()
     def patch_features(self, images: Tensor, side: int) -> Tensor:
-        """Samples the latents of images ``[B, 3, S, S]`` in 0..1, with the default generator of the device.
+        """Samples the latents of images ``[B, 3, S, S]`` in [0, 1], with the default generator of the device.
 
-        Returns ``[B, side * side, dim]`` in fp32 on the teacher's device: tokens row by row, with 2 x 2 latents each,
-        and channels in the order (latent channel, row, column).
+        Returns ``[B, side * side, dim]`` in fp32 on the teacher's device. The tokens go row by row; each has 2 x 2
+        latents, with channels in the order (latent channel, row, column).
         """
         config = self._model.config
-        size = side * 2 ** len(config.block_out_channels)  # each level but the last halves it, and so does packing
+        size = side * 2 ** len(config.block_out_channels)  # all levels but the last halve the size, as does packing
         with torch.autocast(self.device.type, enabled=False):
             pixels = 2 * images.to(self.device, torch.float32) - 1
             pixels = nn.functional.interpolate(pixels, (size, size), mode="bilinear")
@@ -84,16 +84,16 @@ class LatentTeacher:
 
 
 def alpha_bar() -> Tensor:
-    """Returns the share of the latents' variance that remains at each step, ``[STEPS]`` in float64.
+    """Returns the fraction of the latents' variance that remains at each diffusion step, ``[STEPS]`` in float64.
 
-    The schedule is the cosine of Nichol and Dhariwal (arXiv 2102.09672, eq. 17), with betas of at most 0.999.
+    The cosine schedule is that of Nichol and Dhariwal (arXiv 2102.09672, eq. 17), with betas of at most 0.999.
     """
     level = ((torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (level[1:] / level[:-1]).clamp(min=1 - 0.999).cumprod(0)
 
 
 def grid_positions(side: int, width: int) -> Tensor:
-    """Computes sines and cosines of each token's column, then of its row: ``[side * side, width]``, row by row."""
+    """Computes position embeddings ``[side * side, width]``: sines and cosines of a token's column, then its row."""
     rates = 10_000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(side)[:, None] * rates
     places = torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -101,7 +101,7 @@ def grid_positions(side: int, width: int) -> Tensor:
 
 
 def time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
-    """Computes cosines and sines of steps of any shape, ``[..., 256]``."""
+    """Computes cosines and sines ``[..., 256]`` of diffusion steps ``[...]``."""
     half = _TIME_FEATURES // 2
     rates = torch.exp(-math.log(10_000) / half * torch.arange(half, device=times.device, dtype=dtype))
     angles = times[..., None] * rates
@@ -109,12 +109,12 @@ def time_features(times: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Block(nn.Module):
-    """A block of DiT (arXiv 2212.09748), whose norms and gates depend on a condition of each token."""
+    """A DiT block (arXiv 2212.09748) whose norms and gates depend on a condition for each token."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # without parameters, so one is enough
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no parameters, so shared
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -131,9 +131,9 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in an image's latents, given a vector of size ``dim`` of the language model for each place.
+    """Predicts the noise in an image's latents from one vector of the language model, of size ``dim``, per place.
 
-    Its blocks are recomputed in the backward pass, because four draws of an image of 729 tokens would keep a gigabyte.
+    Blocks are recomputed in the backward pass, because storing four samples of a 729-token image would take 1 GB.
     """
 
     positions: Tensor
@@ -159,29 +159,29 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def forward(self, noisy: Tensor, times: Tensor, z: Tensor) -> Tensor:
-        """Predicts the noise in latents ``[n, B, T, channels]`` at steps ``[n, B]``, given vectors ``[B, T, D]``."""
+        """Predicts the noise in latents ``[n, B, T, channels]`` at diffusion steps ``[n, B]`` from ``[B, T, D]``."""
         token = self.embed_token(nn.functional.layer_norm(z, z.shape[-1:]))
         time = self.embed_time(time_features(times, z.dtype))
         condition = (time[:, :, None] + token).flatten(0, 1)
         x = self.embed(noisy.flatten(0, 1)) + self.positions
         for block in self.blocks:
-            x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
+            x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)  # no randomness
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.last((1 + scale) * self.norm(x) + shift).unflatten(0, times.shape)
 
 
 @register("ross")
 class Ross(TokenObjective):
-    """The mean squared error of the noise that is predicted from the visual tokens; an image has four draws.
+    """The mean squared error of the noise predicted from the visual tokens, over four samples of noise per image.
 
     A new denoiser predicts 0 for any input, so the loss begins at 1, the mean square of the noise.
     """
 
     teacher_class = LatentTeacher
-    # no cache: every step draws another sample of the posterior
+    # no teacher cache, because every step samples new latents from the posterior
     reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
-    # the first step at a rate above 0 moves the last layer alone, the second the layers that set norms and gates
+    # the first step at a rate above 0 changes only the last layer, the second the layers that set norms and gates
     silent_steps = 2
     width, depth, heads = 1024, 3, 16
     levels: Tensor
@@ -189,22 +189,22 @@ class Ross(TokenObjective):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         if options.n_targets != 1:
-            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; name `final`.")
+            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; set it to final.")
         sizes = (options.side, options.teacher_dim, options.dim)
         self.denoiser = Denoiser(*sizes, self.width, self.depth, self.heads)
         left = alpha_bar()
-        # factors of latents and noise: [2, STEPS]
+        # the factors of latents and noise at each diffusion step, [2, STEPS]
         self.register_buffer("levels", torch.stack([left, 1 - left]).sqrt().float(), persistent=False)
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Computes the loss of each sample; steps and noise come from the default generator of the device."""
+        """Computes the loss of each sample, with diffusion steps and noise from the device's default generator."""
         latents = batch.teacher
         times = torch.randint(STEPS, (DRAWS, len(latents)), device=latents.device)
         noise = torch.randn(DRAWS, *latents.shape, device=latents.device)
         return self.loss(batch.tokens[0], latents, times, noise)[None]
 
     def loss(self, z: Tensor, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """Averages the error over draws, places and channels, ``[B]``, in fp32 even under autocast."""
+        """Averages the squared error over noise samples, places and channels, ``[B]``, in fp32 even under autocast."""
         latents_level, noise_level = self.levels[:, times, None, None]
         with torch.autocast(z.device.type, enabled=False):
             found = self.denoiser(latents_level * latents + noise_level * noise, times, z)

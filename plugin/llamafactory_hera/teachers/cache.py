@@ -1,7 +1,7 @@
 """A cache of teacher features on disk, indexed by the content of the images.
 
-It consists of shards, safetensors files with ``keys``, uint8 ``[n, 16]``, and ``features``, float16 ``[n, D]``. Each
-flush writes a new shard, which appears as a whole and never changes. Processes therefore need no locks.
+The cache consists of shards: safetensors files with ``keys``, uint8 ``[n, 16]``, and ``features``, float16 ``[n, D]``.
+Each flush writes a new shard atomically, and a shard never changes. Processes therefore need no locks.
 """
 
 import logging
@@ -29,8 +29,8 @@ class FeatureCache:
     """A map from image keys to features that many processes can read and extend at the same time.
 
     A process sees the shards that existed when it last opened, flushed or refreshed the cache. A pickled copy opens
-    the folder again; the features that wait to be written stay with the original. ``folder`` has a subfolder for each
-    teacher, ``dim`` is the length D of a feature, and ``teacher_name`` is for people who read the header of a shard.
+    the folder again; pending features, which are not yet written, stay with the original. ``folder`` has a subfolder
+    for each teacher, ``dim`` is the length D of a feature, and shards store ``teacher_name`` for human readers.
     """
 
     def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int, teacher_name: str = "") -> None:
@@ -41,7 +41,7 @@ class FeatureCache:
         self._waiting: dict[bytes, Tensor] = {}
         self._known: set[Path] = set()
         self._shards: list[Any] = []  # memory maps of the features
-        # The index, 24 bytes per image: sorted keys, and for each the number of its shard and its row there.
+        # The index, 24 bytes per image: the sorted keys and, for each key, its shard and its row in the shard.
         self._keys: NDArray[np.bytes_] = np.empty(0, _KEY)
         self._places: NDArray[np.int32] = np.empty((0, 2), np.int32)
         self.refresh()
@@ -50,16 +50,16 @@ class FeatureCache:
         return type(self), self._arguments
 
     def __len__(self) -> int:
-        """Returns the number of images whose features are stored or wait to be written."""
+        """Returns the number of images whose features are stored or pending."""
         return len(np.union1d(self._keys, np.array(list(self._waiting), _KEY)))
 
     def __contains__(self, key: bytes) -> bool:
-        """Returns whether the feature of an image is stored or waits to be written."""
+        """Returns whether the feature of an image is stored or pending."""
         start, end = (self._keys.searchsorted(np.array(key, _KEY), side) for side in ("left", "right"))
         return key in self._waiting or bool(start < end)
 
     def get(self, keys: Sequence[bytes]) -> list[Tensor | None]:
-        """Returns ``[D]`` in float16 on the CPU for each image key of 16 bytes, or None where the cache has none."""
+        """Returns the feature of each 16-byte image key, ``[D]`` in float16 on the CPU, or None if not cached."""
         found = [self._waiting.get(key) for key in keys]
         start, end = (self._keys.searchsorted(np.array(keys, _KEY), side) for side in ("left", "right"))
         for i in np.flatnonzero(start < end):
@@ -68,10 +68,10 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
-        """Adds the features ``[n, D]`` of n images, and returns them in float16 on the CPU, as `get` does from now on.
+        """Adds the features ``[n, D]`` of n images, and returns the cached features, in float16 on the CPU.
 
-        A key that is in the cache keeps its feature. Continue with the returned ones: a second run will read them from
-        the cache, and the neighbors of unrounded features may differ.
+        A key that is already in the cache keeps its feature. Use the returned features from then on: a second run will
+        read them from the cache, and the neighbors of unrounded features may differ.
         """
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():
@@ -86,7 +86,7 @@ class FeatureCache:
         return features
 
     def flush(self) -> None:
-        """Writes the waiting features as a new shard; if that raises an ``OSError``, they continue to wait."""
+        """Writes the pending features to a new shard; if that raises an ``OSError``, they stay pending."""
         if self._waiting:
             keys = torch.frombuffer(bytearray(b"".join(self._waiting)), dtype=torch.uint8).view(-1, KEY_BYTES)
             tensors = {"keys": keys, "features": torch.stack(list(self._waiting.values()))}
@@ -95,7 +95,7 @@ class FeatureCache:
             self.refresh()
 
     def refresh(self) -> None:
-        """Adds the shards to the index that have appeared in the folder since the last call."""
+        """Adds the shards that were written since the last call to the index."""
         keys, places = [self._keys], [self._places]
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._known):
             self._known.add(path)
@@ -105,7 +105,7 @@ class FeatureCache:
                 if (features.get_dtype(), features.get_shape()) != ("F16", [len(held), self.dim]):
                     raise ValueError(f"its features are not {len(held)} x {self.dim} in float16")
             except (OSError, ValueError, SafetensorError) as error:
-                logger.warning(f"Ignored the cache file {path} ({error}); delete it. Its features are computed again.")
+                logger.warning(f"Ignored the cache file {path} ({error}); delete it. Its features will be recomputed.")
                 continue
             keys.append(held)
             places.append(np.stack([np.full(len(held), len(self._shards)), np.arange(len(held))], 1, dtype=np.int32))

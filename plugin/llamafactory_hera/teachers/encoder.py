@@ -1,7 +1,7 @@
 """The teacher, a frozen vision encoder: its files, its image processor and its features.
 
 The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3). For encoders without a CLS token,
-this project takes the mean of the patch tokens. Register tokens are part of neither.
+this project uses the mean of the patch tokens. Register tokens are never included.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ _UNUSED_WEIGHTS = ("mask_token", "head.", "pooler.")
 
 
 class TeacherFamily(NamedTuple):
-    """The transformers class for models of one ``model_type``, and its output that is the feature.
+    """The transformers class for models of one ``model_type``, and the output that serves as the feature.
 
-    ``cls`` is the first token of ``last_hidden_state``; ``pooled`` is ``pooler_output``, because CLIP applies its
-    final norm only there; ``mean`` is the mean of ``last_hidden_state``, which holds only patches. Models with
-    ``any_size`` take images of other sizes than ``config.image_size``.
+    ``cls`` is the first token of ``last_hidden_state``. ``pooled`` is ``pooler_output``, because CLIP applies its
+    final norm only there. ``mean`` is the mean of ``last_hidden_state`` in models without a CLS token. Models with
+    ``any_size`` accept images whose size differs from ``config.image_size``.
     """
 
     model_class: str
@@ -38,7 +38,7 @@ class TeacherFamily(NamedTuple):
     any_size: bool = False
 
 
-# "siglip" includes SigLIP2 of fixed resolution. The type "siglip2" is NaFlex, which takes lists of patches instead.
+# "siglip" includes SigLIP2 of fixed resolution. The type "siglip2" is NaFlex, which expects lists of patches instead.
 FAMILIES: dict[str, TeacherFamily] = {
     "dinov2": TeacherFamily("Dinov2Model", "cls", any_size=True),
     "dinov2_with_registers": TeacherFamily("Dinov2WithRegistersModel", "cls", any_size=True),
@@ -52,7 +52,7 @@ FAMILIES: dict[str, TeacherFamily] = {
 
 
 class TeacherInfo(NamedTuple):
-    """A teacher's family, the config of its vision model, its folder, and its name as given."""
+    """A teacher's family, the config of its vision model, its folder, and its name in the settings."""
 
     family: TeacherFamily
     config: Any
@@ -63,7 +63,7 @@ class TeacherInfo(NamedTuple):
 def teacher_folder(
     name_or_path: str, weights: bool = True, what: str = "a vision model such as facebook/dinov2-large"
 ) -> Path:
-    """Returns the local folder of a teacher, and fetches it from the hub; ``ValueError`` if it lacks files."""
+    """Returns a teacher's local folder, fetched from the hub if needed; raises ``ValueError`` if files are missing."""
     folder = local_folder(name_or_path, KEY, what, weights=weights)
     if weights:
         try:
@@ -74,7 +74,7 @@ def teacher_folder(
 
 
 def teacher_fingerprint(folder: str | Path) -> str:
-    """Digests the files that determine a teacher's features: weights and settings, also of the image processor."""
+    """Returns a hash of all files that determine a teacher's features: weights, config and image processor."""
     settings = (Path(folder) / name for name in (CONFIG_FILE, *PROCESSOR_FILES))
     digest = hashlib.sha256()
     for path in [*(path for path in settings if path.is_file()), *weight_files(Path(folder))]:
@@ -84,7 +84,7 @@ def teacher_fingerprint(folder: str | Path) -> str:
 
 
 class TeacherProcessor:
-    """Turns PIL images into the pixels that a teacher takes; it can be pickled."""
+    """Converts PIL images to the teacher's input; a processor can be pickled."""
 
     def __init__(self, info: TeacherInfo) -> None:
         import transformers
@@ -92,8 +92,8 @@ class TeacherProcessor:
         processor = self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         if not (size and size.height and size.width):
-            problem = f"the image processor of {info.name} gives images of different sizes"
-            raise ValueError(f'{KEY}: {problem}; set "do_center_crop": true and "crop_size" in its file.')
+            problem = f"the image processor of {info.name} produces images of different sizes"
+            raise ValueError(f'{KEY}: {problem}; set "do_center_crop": true and "crop_size" in its JSON file.')
         self.pixel_size: tuple[int, int] = (size.height, size.width)  #: Height and width of the result.
         self.mean, self.std = normalization(processor)
 
@@ -107,7 +107,7 @@ class TeacherProcessor:
 
 
 class VisionTeacher:
-    """A frozen vision model; it is no ``torch.nn.Module``, so a model that holds it neither trains nor saves it."""
+    """A frozen vision model, not a ``torch.nn.Module``, so a model that contains it neither trains nor saves it."""
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -115,12 +115,12 @@ class VisionTeacher:
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
         self.dim: int = info.config.hidden_size  #: The length D of a feature.
-        # Copied here once: a copy in each step would wait for the device.
+        # Copied once, because a copy in each step would wait for the device.
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
     def check(name_or_path: str, side: int | None = None) -> TeacherInfo:
-        """Checks that a folder or hub id holds a supported vision model, its image processor and weights; loads none.
+        """Checks for a supported vision model, its image processor and weights in a folder or hub id; loads nothing.
 
         ``side`` is the number of tokens along each side of the student's grid, for an objective on visual tokens.
         """
@@ -133,40 +133,40 @@ class VisionTeacher:
             problem = f"{value} has model_type {model_type!r}"
             raise ValueError(f"{KEY}: {problem}; give a vision model of one of the types {', '.join(FAMILIES)}.")
         if not any((folder / name).is_file() for name in PROCESSOR_FILES):
-            problem = f"{value} holds no image processor ({' or '.join(PROCESSOR_FILES)})"
-            raise ValueError(f"{KEY}: {problem}; copy that of the same model there.")
+            problem = f"{value} contains no image processor ({' or '.join(PROCESSOR_FILES)})"
+            raise ValueError(f"{KEY}: {problem}; copy that file of the same model there.")
         family = FAMILIES[model_type]
-        # The config class adds the defaults, which config files on the hub omit, and extracts the vision part of CLIP.
+        # The config class adds defaults that config files on the hub omit, and extracts the vision part of CLIP.
         config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
         if side is not None and not family.any_size and config.image_size // config.patch_size != side:
-            fixed = f"{value} takes only images of {config.image_size} pixels in patches of {config.patch_size}"
-            grid = f"an image is {side} x {side} tokens for the student"
-            raise ValueError(f"{KEY}: {fixed}, but {grid}; use facebook/dinov2-large, which takes any size.")
+            fixed = f"{value} accepts only images of {config.image_size} pixels in patches of {config.patch_size}"
+            grid = f"the student's images are {side} x {side} tokens"
+            raise ValueError(f"{KEY}: {fixed}, but {grid}; use facebook/dinov2-large, which accepts any size.")
         return TeacherInfo(family, config, teacher_folder(value), value)
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> "VisionTeacher":
-        """Loads a folder or hub id; every process gets a complete copy, also under ZeRO-3 and FSDP.
+        """Loads a teacher from a folder or hub id; every process has a complete copy, even under ZeRO-3 and FSDP.
 
-        The default device is the current CUDA device, or else the CPU. ``dtype`` is that of weights and computation:
-        bfloat16 halves the memory and changes a few neighbors that are nearly tied.
+        The default device is the current CUDA device, or else the CPU. ``dtype`` applies to weights and computation;
+        bfloat16 halves the memory and changes a few nearly tied neighbors.
         """
         import transformers
 
         info = cls.check(name_or_path)
         processor = TeacherProcessor(info)
         options: dict[str, Any] = {"add_pooling_layer": False} if info.config.model_type == "vit" else {}
-        info.config.vision_use_head = False  # SigLIP's pooling head, which no feature uses
+        info.config.vision_use_head = False  # SigLIP's pooling module, which no feature uses
         with whole_model_on_every_rank():
             model, loading = getattr(transformers, info.family.model_class).from_pretrained(
                 info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
             )
-        # transformers only warns about missing weights, and initializes them at random.
+        # transformers only warns about missing weights and initializes them randomly.
         missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
         if missing:
-            lost = f"{len(missing)} tensors of a {info.family.model_class}, the first is {missing[0]}"
+            lost = f"{len(missing)} tensors of a {info.family.model_class}, the first being {missing[0]}"
             raise ValueError(f"{KEY}: the weights of {info.name} lack {lost}; copy or download the model again.")
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -174,7 +174,7 @@ class VisionTeacher:
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Computes the features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``, in float32 on its device."""
+        """Computes features ``[B, D]`` of preprocessed images ``[B, 3, h, w]``, in float32 on the teacher's device."""
         output, kind = self._forward(pixel_values), self.info.family.output
         if kind == "pooled":
             return output.pooler_output.float()
@@ -183,10 +183,10 @@ class VisionTeacher:
 
     @torch.no_grad()
     def patch_features(self, images: Tensor, side: int) -> Tensor:
-        """Computes the patch tokens of the output on the student's grid (of CLIP before its final norm).
+        """Computes the output's patch tokens on the student's grid (for CLIP, before its final norm).
 
-        The student sees the images ``[B, 3, S, S]``, in [0, 1], as ``side * side`` tokens. The result,
-        ``[B, side * side, D]`` in float32, goes row by row.
+        ``images`` are ``[B, 3, S, S]`` in [0, 1]; for the student, each image has ``side * side`` tokens. Returns
+        ``[B, side * side, D]`` in float32, row by row.
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
@@ -194,7 +194,7 @@ class VisionTeacher:
         return self._forward((images - self._mean) / self._std).last_hidden_state.float()[:, -side * side :]
 
     def _forward(self, pixel_values: Tensor) -> Any:
-        # Features must be the same inside and outside of a training step: no dropout, no autocast.
+        # Features must be equal inside and outside a training step, so dropout and autocast are off.
         self._model.eval()
         with torch.autocast(self.device.type, enabled=False):
             return self._model(pixel_values.to(self.device, self._model.dtype))
@@ -210,7 +210,7 @@ def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def whole_model_on_every_rank() -> Iterator[None]:
-    """Loads models outside of the engine: ZeRO-3 would partition them, and FSDP load them on one rank only."""
+    """Keeps the engine from loading models: ZeRO-3 would partition them, and FSDP would load them on one rank only."""
     from transformers.integrations import deepspeed
 
     # A private name, as of transformers 5.5.4: `from_pretrained` recognizes ZeRO-3 by it.

@@ -1,4 +1,4 @@
-"""Images in the forms in which datasets hold them: how to find those of a sample, decode them, and compute a key."""
+"""Finds the images of a sample in any form that datasets use, decodes them, and computes their cache keys."""
 
 import copy
 import hashlib
@@ -18,14 +18,14 @@ ImageLike = str | os.PathLike | bytes | dict[str, Any] | Image.Image
 
 KEY_BYTES = 16
 
-#: The columns of a dataset in which `sample_images` looks.
+#: The dataset columns in which `sample_images` searches.
 IMAGE_COLUMNS = ("images", "image", "messages", "prompt", "completion")
-# The keys of an image part in a chat message that may hold the image, in the order of precedence.
+# The keys that may contain the image in an image part of a chat message, in order of precedence.
 _PART_KEYS = ("image", "path", "url", "image_url")
 
 
 def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
-    """Returns the images in a column of a dataset's row, or else in the image parts of its chat messages, in order."""
+    """Returns the images of a dataset row in order, from an image column or else from its chat messages."""
     for column in ("images", "image"):
         held = row.get(column)
         if found := [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]:
@@ -34,7 +34,7 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """Returns the images that a user's function finds in a row; ``ValueError`` if it does not return a list."""
+    """Returns the images that a user's function finds in a row; raises ``ValueError`` if it returns no list."""
     images = images_of(row)
     if not isinstance(images, list | tuple):
         raise ValueError(f"images_of returned {type(images).__name__}; return a list of images, [] if there are none.")
@@ -54,28 +54,28 @@ def _message_images(column: str, row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Returns whether a dataset can only be read in order."""
+    """Returns whether a dataset is a stream, which can only be read in order."""
     return isinstance(dataset, IterableDataset)
 
 
 def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
-    """Returns a view of a dataset of the library ``datasets`` that does not decode media, and a function that does.
+    """Returns a view of a ``datasets`` dataset that does not decode media, and a function that decodes a row.
 
-    Rows of the view hold the image files, from which `image_key` is computed; each image is decoded only once. Other
-    datasets, datasets without media and datasets with a format or transform are returned unchanged, with None.
+    Rows of the view contain the encoded image files, from which `image_key` is computed; each image is decoded only
+    once. Other datasets, those without media and those with a format or transform are returned unchanged, with None.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
         return dataset, None
     streamed = is_stream(dataset)
-    # `_formatting` and, below, `_info` are private names of datasets, as of 4.0.0.
+    # `_formatting` and, below, `_info` are private names of datasets 4.0.0.
     formatted = dataset._formatting if streamed else dataset.format["type"]
     stored = _undecoded(features)
     if formatted is not None or stored == features:
         return dataset, None
     if streamed:
         return dataset.cast(stored), features.decode_example
-    view = copy.copy(dataset)  # `cast` would write a copy of the whole dataset if its images are nested
+    view = copy.copy(dataset)  # `cast` would write a copy of the dataset if its images are nested
     view._info = dataset._info.copy()
     view._info.features = stored
     return view, features.decode_example
@@ -93,15 +93,15 @@ def _undecoded(feature: Any) -> Any:
 
 
 def chosen_image(count: int, index: int) -> int:
-    """Returns the position of the image that the teacher sees; ``index`` may be negative, and is clamped."""
+    """Returns the position of the teacher's image among ``count``; ``index`` may be negative, and is clamped."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
     """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}`` or PIL image, to RGB.
 
-    Orientation tags are not applied, as the model's image loaders do not apply them either. ``ValueError`` if the file
-    is missing, corrupt or not an image.
+    Orientation tags are ignored, because the model's image loaders ignore them. Raises ``ValueError`` if the file is
+    missing, corrupt or not an image.
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
@@ -112,10 +112,10 @@ def load_image(image: ImageLike) -> Image.Image:
 
 
 def image_key(image: ImageLike) -> bytes:
-    """Computes the key of an image, 16 bytes of the sha256 of its encoded file, whatever the file's name.
+    """Computes the key of an image: 16 bytes of the sha256 of its encoded file, independent of the file's name.
 
-    A PIL image has no encoded file. Its key is that of its RGB pixels and size, so it differs from the key of the file
-    that the image was read from. ``ValueError`` if the image cannot be read.
+    A PIL image has no encoded file. Its key is computed from its RGB pixels and size, and differs from the key of the
+    file from which the image was read. Raises ``ValueError`` if the image cannot be read.
     """
     content = image
     if isinstance(image, Image.Image):
@@ -125,10 +125,10 @@ def image_key(image: ImageLike) -> bytes:
 
 
 def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
-    """Computes the key of an image that ``datasets`` decoded, from the file that it was stored as.
+    """Computes the key of an image that ``datasets`` decoded, from its stored file.
 
-    It is the key of the file, unless the file cannot be read without the library or has an orientation tag:
-    ``datasets`` applies the tag and :func:`load_image` does not, so the two pictures need different keys.
+    The result is the key of the file, unless the file cannot be read without the library or has an orientation tag.
+    ``datasets`` applies the tag but :func:`load_image` does not, so the two images need different keys.
     """
     if image is file:
         return image_key(file)
@@ -153,9 +153,9 @@ def _encoded(image: ImageLike) -> bytes:
         return image
     if not isinstance(image, str | os.PathLike):
         given = type(image).__name__
-        raise ValueError(f"An image is given as {given}; give a path, bytes, a dict with either, or a PIL image.")
+        raise ValueError(f"An image has the type {given}; give a path, bytes, a dict with either, or a PIL image.")
     if str(image).startswith(("http://", "https://")):
-        raise ValueError(f"The image {image!r} is a URL, which each step would fetch; download it and give its path.")
+        raise ValueError(f"The image {image!r} is a URL, and each step would fetch it; download it and give its path.")
     try:
         if str(image).startswith("data:"):
             return b64decode(str(image).partition(",")[2], validate=True)

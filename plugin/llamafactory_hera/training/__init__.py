@@ -1,4 +1,4 @@
-"""One run's alignment for any training loop: turns a model and its configuration into a loss term with gradient."""
+"""The alignment of a run for any training loop, from a model and a configuration to a loss term with gradients."""
 
 from .aligner import Aligner
 from .collator import HeraCollator

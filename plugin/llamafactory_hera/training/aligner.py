@@ -1,6 +1,6 @@
-"""The alignment of one run (paper, eq. 9): names the tokens to read, asks the teacher, computes the weighted term.
+"""The alignment of one run (paper, eq. 9): selects the tokens to read and computes the weighted term.
 
-Any training loop can use it; integrations/transformers.py does so for every Trainer::
+Any training loop can use the aligner; integrations/transformers.py does so for every Trainer::
 
     aligner = Aligner(model, HeraConfig(heads="L13H12,L7H6", teacher="facebook/dinov2-large"))
     loader = DataLoader(dataset, batch_size, collate_fn=aligner.collator(collate))
@@ -40,22 +40,22 @@ from .watch import Watch
 
 
 class Aligner:
-    """Everything of the method that lives as long as a run; it knows no trainer.
+    """The state and the steps of the method during one run, independent of any trainer.
 
     Under FSDP2 the term needs the LM loss in the same backward pass (https://github.com/pytorch/pytorch/issues/173709).
 
     Args:
         model: A transformers model, bare or under PEFT, before an engine wraps it.
         config: The ``hera_*`` keys.
-        targets: The heads or layers to align; the default is what ``config`` names.
-        device: Where the step runs; the default is the device of the model's first parameter.
-        dtype: Compute type of the teacher.
-        seed: Seed of the objective's initial values and draws.
-        image_processor: The student's, needed by an objective on visual tokens; the default is loaded from the folder
-            of the model.
+        targets: The heads or layers to align; by default those in ``config``.
+        device: The device of the step; by default that of the model's first parameter.
+        dtype: The teacher's compute dtype.
+        seed: The seed for initializing the objective and for its random numbers.
+        image_processor: The student's image processor, for an objective on visual tokens; by default the one in the
+            model's folder.
 
     Raises:
-        ValueError: Targets outside the model, nothing trainable before them, or a teacher that does not fit.
+        ValueError: A target is outside the model, nothing before the targets is trained, or the teacher does not fit.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Aligner:
             self.reader = TokenReader(self.objective, student, model_configuration.image_token_id, seed)
         self.cached = GradientCache()
         self.watch = Watch(config, self.targets, self.objective, device)
-        #: Upper bound on a process's samples of a micro-batch; if it is unset, processes agree on it in every step.
+        #: The most samples per process in a micro-batch; if None, the processes agree on it for each micro-batch.
         self.batch_size: int | None = None
         self._media_token_ids = media_token_ids(model_configuration)
-        self._n_steps = 0  # that moved the objective's own parameters
+        self._n_steps = 0  # the optimizer steps that changed the objective's parameters
         n_trained = sum(parameter.requires_grad for parameter in model.parameters())
         self._identity = RunIdentity(self.targets, self.teacher.encoder.fingerprint, config, n_trained)
 
@@ -114,13 +114,13 @@ class Aligner:
         drop: tuple[str, ...] = (),
         decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> HeraCollator:
-        """Makes a collator that adds the teacher's view of each sample to training batches.
+        """Creates a collator that adds the teacher's inputs to training batches.
 
         Args:
-            collate: The loop's own collator. It must keep the order of the samples.
+            collate: The collator of the training loop, which must keep the order of the samples.
             images_of: Maps a row of the dataset to its images.
-            drop: Columns that ``collate`` must not see.
-            decode: Decodes the images of a row that :func:`~..teachers.images.undecoded` left as files.
+            drop: Columns to remove before ``collate`` is called.
+            decode: Decodes the images in a dataset row that :func:`~..teachers.images.undecoded` left as files.
         """
         reader = self.reader
         return HeraCollator(
@@ -137,13 +137,13 @@ class Aligner:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
-        """Takes the teacher's inputs out of a batch and names the tokens to read, before the forward pass.
+        """Takes the teacher's inputs out of a batch and sets the tokens to read, before the forward pass.
 
         Returns:
-            The argument of :meth:`loss`; None for a batch of another collator, such as one for evaluation.
+            The argument of :meth:`loss`; None for a batch from a different collator, such as an evaluation batch.
 
         Raises:
-            ValueError: The first batch with images lacks them, or does not separate the answer from the prompt.
+            ValueError: The first batch with images lacks the model's image inputs, or labels all text as the answer.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
@@ -160,11 +160,11 @@ class Aligner:
         return Prepared(has_image & mask.any(dim=1), inputs)
 
     def loss(self, prepared: Prepared | None) -> Tensor:
-        """Computes the weighted term of the forward pass just made; every process must call it.
+        """Computes the weighted term of the latest forward pass; every process must call it.
 
         Raises:
-            ValueError: There is no prepared micro-batch, because the batch was not made by :meth:`collator`.
-            RuntimeError: Nothing that is aligned carries a gradient; or, in the first steps, as :meth:`logs`.
+            ValueError: ``prepared`` is None, because the batch does not come from :meth:`collator`.
+            RuntimeError: The targets carry no gradient; or, in the first steps, for the reasons given in :meth:`logs`.
         """
         if prepared is None:
             raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
@@ -189,26 +189,26 @@ class Aligner:
         return token_term(self.reader.objective, batch)
 
     def after_backward(self) -> None:
-        """Stops reading and, until the first gradient, checks that it reached the targets.
+        """Stops reading tokens, and checks once that a gradient has reached the targets.
 
         Raises:
-            RuntimeError: The first backward pass with comparable samples brought them no gradient.
+            RuntimeError: In the first backward pass with comparable samples, the targets received no gradient.
         """
         self.watch.after_backward(bool(self.capture.gradient_seen), self._n_steps)
         self.capture.pool(None)
 
     def optimizer_step(self, learning_rate: float, scale: float | Tensor = 1.0, peak: float | None = None) -> None:
-        """Trains the objective's own parameters by one step, then clears their gradients; every process must call it.
+        """Updates the objective's parameters, then clears their gradients; every process must call it.
 
-        The step is skipped if a term since the last step was not finite.
+        The update is skipped if a term since the last call was not finite.
 
         Args:
-            learning_rate: The run's, at this step.
+            learning_rate: The run's learning rate at this step.
             scale: The loss scaler's factor that the gradients still contain; 1 without a scaler.
             peak: The peak of the run's learning rate schedule, needed with ``hera_objective_lr``.
 
         Raises:
-            ValueError: That key is set, and the peak is missing or 0.
+            ValueError: ``hera_objective_lr`` is set, and the peak is missing or 0.
         """
         if self.config.objective_lr is not None:
             if not peak:
@@ -223,18 +223,18 @@ class Aligner:
         self.optimizer.step(learning_rate, scale, self.watch.left_out)
         self.watch.left_out = None
 
-    # -- gradient caching: all micro-batches of an optimizer step without a graph, before each runs with one ---------
+    # -- gradient caching: all micro-batches of an optimizer step run without a graph, then each runs with a graph ----
 
     def collect(self, prepared: Prepared) -> None:
-        """Adds the forward pass just made, without a graph, to those that :meth:`solve` combines."""
+        """Stores the latest forward pass, which ran without a graph, for :meth:`solve`."""
         self.cached.add(self.capture.representations(), self.teacher.features(prepared.inputs), prepared.valid)
         self.capture.pool(None)
 
     def solve(self, scale: float | Tensor = 1.0) -> None:
-        """Computes the term of all collected passes; :meth:`loss` then hands out its parts.
+        """Computes the term of all collected passes; :meth:`loss` then returns its parts one by one.
 
         Args:
-            scale: As for :meth:`optimizer_step`.
+            scale: The same factor as in :meth:`optimizer_step`.
         """
         self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self.batch_size))
 
@@ -244,28 +244,28 @@ class Aligner:
         """Returns the statistics since the last call; for pooled objectives they agree on all processes.
 
         Raises:
-            RuntimeError: ``hera_max_nan`` terms in a row were not finite, or the two passes of gradient caching gave
-                different outputs.
+            RuntimeError: ``hera_max_nan`` consecutive terms were not finite, or the outputs of the two passes of
+                gradient caching differ.
         """
         self.cached.check()
         self.watch.sync()
         return {**self.watch.statistics.take(), **self.objective.values()}
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes targets, objective, its optimizer and memory into ``folder/hera``; each file whole or not at all."""
+        """Writes the targets and the state of objective, optimizer and memory into ``folder/hera``, atomically."""
         counted = {} if self.reader is None else {"micro_batches": torch.tensor(self.reader.n_micro_batches)}
         state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
         self._identity.save(folder, state, self.objective.values())
 
     def check(self, folder: str | os.PathLike) -> None:
-        """Raises ``ValueError`` if a checkpoint belongs to another run, before anything of it is loaded."""
+        """Raises ``ValueError`` if a checkpoint does not belong to this run; loads nothing."""
         self._identity.check(folder)
 
     def load(self, folder: str | os.PathLike) -> None:
         """Restores the state that :meth:`save` wrote.
 
         Raises:
-            ValueError: The checkpoint belongs to a run without HeRA, or to one that aligned something else.
+            ValueError: The checkpoint belongs to a run without HeRA, or to a run with different targets or settings.
         """
         state = self._identity.load(folder)
         self.optimizer.load_state(state)
@@ -274,7 +274,7 @@ class Aligner:
             self.reader.n_micro_batches = int(state["micro_batches"])
 
     def close(self) -> None:
-        """Ends the run: removes the hooks and writes the teacher features that wait in memory."""
+        """Ends the run: removes the hooks and writes the pending teacher features to the cache."""
         self.cached.check()
         self.watch.close()
         self.capture.remove()

@@ -32,13 +32,13 @@ class RunIdentity:
     targets: Targets
     teacher_fingerprint: str
     config: HeraConfig
-    #: How many tensors of the model are trained; None before the model is loaded.
+    #: The number of trained tensors in the model; None before the model is loaded.
     n_trained: int | None = None
 
     def save(self, folder: str | os.PathLike, state: dict[str, Tensor], values: dict[str, float]) -> None:
         """Writes ``folder/hera``: the tensors, the targets, and the run's keys and identity.
 
-        ``values`` are those of the objective, for people who read the file.
+        ``values`` are numbers such as the temperature; they are written only for human readers.
         """
         path = Path(folder) / RUN_FOLDER
         write_safetensors(path / _STATE_FILE, state)
@@ -47,7 +47,7 @@ class RunIdentity:
         write_json(path / _RUN_FILE, {**keys, **self._described(), "hera_teacher_name": self.config.teacher, **values})
 
     def load(self, folder: str | os.PathLike) -> dict[str, Tensor]:
-        """Checks a checkpoint, warns of keys that may change and did, and reads the tensors that were saved."""
+        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads the saved tensors."""
         changed = changes(self.check(folder), self.config.keys(), RESUMABLE_KEYS)
         if changed and rank() == 0:
             logger.warning(
@@ -57,7 +57,7 @@ class RunIdentity:
         return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
     def check(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """Reads the keys of the run that wrote a checkpoint; ``ValueError`` if it is incomplete or of another run."""
+        """Reads a checkpoint's keys; raises ``ValueError`` if it is incomplete or belongs to a different run."""
         checkpoint = Path(folder)
         if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise ValueError(
@@ -80,38 +80,38 @@ class RunIdentity:
             **{key: keys[key] for key in FIXED_KEYS},
             self.targets.key: str(self.targets),
             "hera_teacher": self.teacher_fingerprint,
-            # a learned temperature continues from the checkpoint's, whatever it started from
+            # a learned temperature continues from the checkpoint, so its initial value may differ
             "hera_fixed_temperature": self.config.fixed_temperature and self.config.temperature,
             **({} if self.n_trained is None else {"trained_tensors": self.n_trained}),
         }
 
 
 def earlier_values(config: HeraConfig) -> dict[str, Tensor]:
-    """Reads the tensors that an earlier run of the same objective left in the folder of ``hera_objective_from``."""
+    """Reads the tensors that an earlier run with the same objective saved in the folder ``hera_objective_from``."""
     folder = str(config.objective_from)
     remedy = "give the output folder of a run with HeRA, or one of its checkpoints"
     saved = _saved_keys(folder, "hera_objective_from", remedy)
     if changed := changes(saved, config.keys(), ("hera_objective", "hera_granularity", "hera_projector")):
         raise ValueError(
-            f"hera_objective_from: {folder} is another kind of run: {'; '.join(changed)}; give one with the same "
-            "settings."
+            f"hera_objective_from: the run in {folder} has other settings: {'; '.join(changed)}; give a run with the "
+            "same settings."
         )
     return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
 
 def _saved_keys(folder: str | os.PathLike, key: str, remedy: str) -> dict[str, Any]:
-    """Reads the keys of the run that wrote a folder; ``ValueError`` names ``key`` if a file is missing or damaged."""
+    """Reads the keys of the run that wrote a folder; raises ``ValueError`` if a file is missing or damaged."""
     hera = Path(folder) / RUN_FOLDER
     try:
         saved: dict[str, Any] = dict(read_json(hera / _RUN_FILE))
-        with safe_open(hera / _STATE_FILE, "pt"):  # the header tells the length that the file must have
+        with safe_open(hera / _STATE_FILE, "pt"):  # detects a truncated file by the sizes in its header
             return saved
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{key}: {folder} holds no complete {RUN_FOLDER}/ folder ({error}); {remedy}.") from error
+        raise ValueError(f"{key}: {folder} has no complete {RUN_FOLDER}/ folder ({error}); {remedy}.") from error
 
 
 def checkpoint_of(training_args: Any) -> str | None:
-    """Finds the checkpoint that a run resumes, as the Trainer does; ``ValueError`` if there is none."""
+    """Finds the checkpoint to resume, as the Trainer does; raises ``ValueError`` if it does not exist."""
     asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not asked or str(asked).lower() == "false":
         return None
@@ -128,10 +128,10 @@ def checkpoint_of(training_args: Any) -> str | None:
 def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> bool:
     """Loads a full checkpoint through ``from_pretrained`` if its tensor names differ from the model's.
 
-    transformers 5 renames the tensors of some multimodal models when it saves them (LLaVA: ``model.language_model.…``
-    becomes ``language_model.model.…``), and its Trainer does not rename them back when it loads a checkpoint. It then
-    loads nothing, warns, and continues from the initial weights (seen with 5.6.0, also in plain SFT).
-    Returns False if the Trainer can load the checkpoint: it has no ``model.safetensors``, or the names agree.
+    When transformers 5 saves some multimodal models, it renames their tensors (LLaVA: ``model.language_model.…``
+    becomes ``language_model.model.…``). The Trainer does not undo this when it loads a checkpoint: it loads nothing,
+    warns, and continues from the initial weights (seen with 5.6.0, even in plain SFT).
+    Returns False if the Trainer can load the checkpoint: no ``model.safetensors`` exists, or the names agree.
     """
     names: set[str] = set()
     for path in Path(checkpoint).glob("model*.safetensors"):
@@ -139,7 +139,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
             names |= {*file.keys()}
     if not names or names <= model.state_dict().keys():
         return False
-    # Models mix types. fp32 holds each value of all of them, and load_state_dict casts parameter by parameter.
+    # A model may mix dtypes. fp32 represents all their values exactly, and load_state_dict casts each parameter.
     saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)  # type: ignore[attr-defined]
     model.load_state_dict(saved.state_dict())
     return True

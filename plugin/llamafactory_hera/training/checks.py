@@ -16,33 +16,33 @@ from ..teachers.images import is_stream
 
 
 def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
-    """Reads the heads or layers that a configuration names; ``ValueError`` if they must be selected first."""
+    """Reads the heads or layers in a configuration; raises ``ValueError`` if they must be selected first."""
     if config.named_targets == AUTO:
         raise ValueError(
-            f"{config.targets_key}: auto selects before training, which a Trainer with HeRA does. In your own loop "
-            "name the file that a selection wrote."
+            f"{config.targets_key}: auto works only in a Trainer with HeRA. In your own training loop, give the path "
+            "of the file that a selection wrote."
         )
     return Targets.parse(config.named_targets, config.granularity, head_layout(model_configuration))
 
 
 def idle_message(targets: Targets, why: str) -> str:
-    """Says that the term cannot change the targets, and what to do."""
+    """Returns the error message for a term that cannot change the targets."""
     return (
-        f"{targets.key}: the HeRA term cannot change {targets}: {why}. Train something before them (the projector, "
+        f"{targets.key}: the HeRA term cannot change {targets}: {why}. Train parameters before them (the projector, "
         "the language model, or adapters on more of its layers), or choose later layers."
     )
 
 
 def check_trainable(model: nn.Module, targets: Targets) -> None:
-    """Refuses a model in which nothing that feeds the targets is trained."""
+    """Refuses a model in which no parameter that influences the targets is trained."""
     whole_layer = targets.granularity == "layer"
     if not any(trainable_upstream(model, layer, whole_layer) for layer in targets.layers):
         trained = ", ".join([name for name, p in model.named_parameters() if p.requires_grad][:3]) or "nothing"
-        raise ValueError(idle_message(targets, f"nothing that feeds them is trained (only {trained} …)"))
+        raise ValueError(idle_message(targets, f"no parameter that influences them is trained (only {trained} …)"))
 
 
 def check_batch(config: HeraConfig, training_args: Any) -> None:
-    """Raises ``ValueError`` if the global batch and the remembered samples are too few for the objective."""
+    """Raises ``ValueError`` if global batch and memory together have too few samples for the objective."""
     least, size = config.objective_class().least_samples, training_args.per_device_train_batch_size
     together = size * world_size()
     if config.gradcache:
@@ -51,21 +51,21 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
     if together + config.memory * uses_memory < least:
         memory = f"set hera_memory: {4 * config.k}, " if uses_memory else ""
         raise ValueError(
-            f"per_device_train_batch_size: {size} gives batches of {together} over all processes, and hera_objective: "
-            f"{config.objective} needs {least} samples together; raise it, use more processes, {memory}or, under "
-            "gradient accumulation, hera_accumulate: gradcache."
+            f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "
+            f"{config.objective} needs {least} samples; raise the value, use more processes, {memory}or, under "
+            "gradient accumulation, set hera_accumulate: gradcache."
         )
 
 
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
-    """Raises ``ValueError`` if the output folder is one that the run reads; ``inputs`` maps keys to their values."""
+    """Raises ``ValueError`` if the run also reads the output folder; ``inputs`` maps keys to their paths."""
     for key, value in inputs.items():
         if value and Path(value).expanduser().resolve() == Path(output_dir).expanduser().resolve():
-            raise ValueError(f"output_dir: {output_dir} is also {key}, which the run reads; give it another folder.")
+            raise ValueError(f"output_dir: {output_dir} is also {key}, which the run reads; choose another folder.")
 
 
 def check_parallelism(training_args: Any) -> None:
-    """Refuses sequence, context and tensor parallelism, under which a process lacks parts of a sample or a head."""
+    """Refuses sequence, context and tensor parallelism, which split a sample or a head across processes."""
     parallelism = getattr(training_args, "parallelism_config", None)
     sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
     deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
@@ -73,13 +73,13 @@ def check_parallelism(training_args: Any) -> None:
     split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if split:
         raise ValueError(
-            f"parallelism_config: {', '.join(split)} splits a sample or its heads over processes, and HeRA needs "
-            "whole samples on a process; use data parallelism (DDP, ZeRO or FSDP)."
+            f"parallelism_config: {', '.join(split)} splits a sample or its heads across processes, but HeRA needs "
+            "whole samples on each process; use data parallelism (DDP, ZeRO or FSDP)."
         )
 
 
 def check_settings(config: HeraConfig, trainer: Any) -> None:
-    """Raises ``ValueError`` for arguments or a model of a Trainer with which HeRA cannot work."""
+    """Raises ``ValueError`` if HeRA cannot work with the arguments or the model of a Trainer."""
     args = trainer.args
     check_batch(config, args)
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
@@ -87,23 +87,23 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     check_output(args.output_dir, inputs)
     check_parallelism(args)
     if trainer.model_init is not None:
-        raise ValueError("model_init: train() would build another model than the one that is read; pass a model.")
+        raise ValueError("model_init: train() would build a new model, which HeRA does not read; pass a model.")
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
     if len(devices) > 1:
-        raise ValueError(f"device_map: the model is on {', '.join(devices)}, and HeRA needs one device; remove it.")
+        raise ValueError(f"device_map: the model is on {', '.join(devices)}, but HeRA needs one device; remove it.")
     if is_stream(trainer.train_dataset) and world_size() > 1 and trainer.accelerator.dispatch_batches is not False:
         raise ValueError(
-            "accelerator_config: with dispatch_batches one process reads the stream for all and joins batches by the "
-            "keys of the first one, which loses images; set accelerator_config: {dispatch_batches: false}."
+            "accelerator_config: with dispatch_batches, one process reads the stream for all and joins batches by the "
+            "keys of the first batch, which loses images; set accelerator_config: {dispatch_batches: false}."
         )
     if args.n_gpu > 1:
         raise ValueError(
             f"n_gpu: {args.n_gpu} devices in one process train copies of the model (nn.DataParallel), whose heads "
-            "cannot be read; start one process per device (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES "
-            "to one."
+            "HeRA cannot read; start one process per device (torchrun, accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES to one device."
         )
     if "unsloth" in sys.modules:
         raise ValueError(
-            "unsloth: its import replaces the attention and the checkpointing from which heads are read; load the "
+            "unsloth: importing it replaces the attention and the checkpointing from which HeRA reads heads; load the "
             "model with transformers, and do not import unsloth."
         )

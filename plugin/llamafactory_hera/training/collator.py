@@ -1,4 +1,4 @@
-"""The collator that adds the teacher's view of each sample to a batch, in the workers of the data loader."""
+"""The collator that adds the teacher's inputs to a batch, in the workers of the data loader."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ from ..teachers.cache import FeatureCache
 from ..teachers.encoder import TeacherProcessor
 from ..teachers.images import KEY_BYTES, ImageLike, chosen_image, decoded_key, images_by, load_image, sample_images
 
-#: Values of ``hera_source``: where the teacher's feature of a sample comes from.
+#: Values of ``hera_source``, the source of the teacher's feature of a sample.
 NO_IMAGE, CACHED, PIXELS = 0, 1, 2
 
-#: The prefix of every added tensor; ``Aligner.prepare`` takes them out before the model sees the batch.
+#: The prefix of every added tensor; ``Aligner.prepare`` removes these tensors before the model sees the batch.
 PREFIX = "hera_"
 
 
 @dataclass(eq=False)
 class HeraCollator:
-    """Wraps a collator. It decodes images where it runs, and adds these tensors to the batch:
+    """Wraps a collator, and adds these tensors to the batch:
 
     - ``hera_source [B]``: :data:`NO_IMAGE`, :data:`CACHED` or :data:`PIXELS`.
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
-      every floating-point input to the model's type.
-    - ``hera_keys [B, 16]``: keys of the images, if there is a cache.
-    - ``hera_rows [P]``: the rows whose source is :data:`PIXELS`. Finding them on the device would make the host wait.
-    - ``hera_pixels [B, 3, h, w]``: their images, as the teacher's processor makes them.
-    - ``hera_image [B, 2]``, in place of the pixels, if the teacher sees the student's own: which image of how many.
+      every floating-point input to the model's dtype.
+    - ``hera_keys [B, 16]``: the cache keys of the images, if the run has a cache.
+    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`, because a search on the device makes the CPU wait.
+    - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
+    - ``hera_image [B, 2]``, instead of pixels if the teacher sees the student's: image index and number of images.
 
-    :meth:`.Aligner.collator` makes it, and describes ``collate``, ``images_of``, ``drop`` and ``decode``.
+    :meth:`.Aligner.collator` creates the collator, and describes ``collate``, ``images_of``, ``drop`` and ``decode``.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    #: The teacher's; None if the teacher sees the student's pixels.
+    #: The teacher's image processor; None if the teacher sees the student's pixels.
     processor: TeacherProcessor | None
-    #: Features computed before.
+    #: The cache of teacher features, if any.
     cache: FeatureCache | None = None
-    #: Which image to use from a sample with several; clamped to their number.
+    #: The index of the image to use from a sample with several; clamped to their number.
     image_index: int = 0
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     drop: tuple[str, ...] = ()
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    #: The image placeholder and how many of them an image has; a batch with other numbers is refused.
+    #: The image placeholder and the number of placeholders per image; batches with other numbers are refused.
     tokens: tuple[int, int] | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class HeraCollator:
         return {**batch, **teacher}
 
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
-        """Makes the tensors from each row's image, given as the model sees it and as it is stored; None for none."""
+        """Creates the tensors from each sample's image, decoded and as stored; None for a sample without an image."""
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
         pending = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(pending)] = PIXELS

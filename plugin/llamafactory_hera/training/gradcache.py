@@ -1,9 +1,9 @@
 """Gradient caching: the term over all micro-batches of an optimizer step (Gao et al. 2021, arXiv 2101.06983).
 
-Under gradient accumulation a contrastive loss sees one micro-batch at a time. Gradient caching (sec. 3 there) makes it
-exact. A first pass without a graph collects the representations of every micro-batch. The loss over all of them gives
-its gradient at each representation. Then every micro-batch runs again, with a graph, and receives its part of that
-gradient. The cost is one more forward pass; memory stays that of a micro-batch.
+Under gradient accumulation, a contrastive loss compares only the samples of one micro-batch. Gradient caching (sec. 3
+of that paper) compares all of them. A first pass without a graph collects the representations of every micro-batch.
+The loss over all of them yields a gradient for each representation. Then every micro-batch runs again, with a graph,
+and receives its part of that gradient. The cost is a second forward pass, but no memory beyond one micro-batch.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from .term import HeraTerm, TermOutput
 
-# above the noise of nondeterministic kernels in half precision, and below the effect of another dropout mask
+# above the noise of nondeterministic kernels in half precision, and below the effect of a different dropout mask
 _TOLERANCE = 0.05
 
 
 class GradientCache:
-    """The micro-batches of one optimizer step: added in order, solved together, then taken out one by one."""
+    """The micro-batches of one optimizer step, which are added in order, solved together, then taken one by one."""
 
     def __init__(self) -> None:
         self.clear()
-        self._difference: Tensor | None = None  # the largest between the two passes of a micro-batch
+        self._difference: Tensor | None = None  # the largest difference between a micro-batch's two passes
 
     def __len__(self) -> int:
-        """Counts the micro-batches that still have to run with a graph."""
+        """Returns the number of micro-batches that must still run with a graph."""
         return len(self._waiting)
 
     def clear(self) -> None:
@@ -35,13 +35,13 @@ class GradientCache:
         self._valid: list[Tensor] = []
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds a micro-batch of this process; arguments as for :class:`~.term.HeraTerm`."""
+        """Adds a micro-batch of this process, with the arguments of :class:`~.term.HeraTerm`."""
         self._waiting.append(representations.detach().float().requires_grad_())
         self._teacher.append(teacher)
         self._valid.append(valid)
 
     def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over the micro-batches of all processes, each of which must call it.
+        """Computes ``weight * L_HeRA`` over the micro-batches of all processes; every process must call it.
 
         ``scale`` multiplies the gradients of the objective's parameters, as a gradient scaler does for the model's.
         """
@@ -61,8 +61,8 @@ class GradientCache:
     def take(self, representations: Tensor) -> Tensor:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
-        It is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term. The
-        gradient belongs to the first pass; :meth:`check` refuses a second pass with other representations.
+        The result is a surrogate, whose mean over the micro-batches has the value and the gradient of the step's term.
+        The gradient is computed from the first pass; :meth:`check` refuses a second pass with other representations.
         """
         first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
         assert first.grad is not None
@@ -70,22 +70,22 @@ class GradientCache:
         rows = torch.where(valid, representations.float(), 0.0)
         expected = torch.where(valid, first.detach(), 0.0)
         difference = (rows.detach() - expected).norm() / expected.norm()
-        # fmax ignores NaN, which a micro-batch without images, or a non-finite one, gives
+        # fmax ignores the NaN of a micro-batch that has no images or is not finite
         self._difference = difference if self._difference is None else torch.fmax(self._difference, difference)
         product = self._n_batches * (rows * first.grad).sum()
         return product - product.detach() + self._value
 
     def check(self) -> None:
-        """Raises ``RuntimeError`` if the two passes of a micro-batch differ; the host waits for the device here."""
+        """Raises ``RuntimeError`` if the two passes of a micro-batch differ; the CPU waits for the device here."""
         if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
-                f"hera_accumulate: gradcache runs each micro-batch twice, and the second pass gave other outputs "
-                f"({difference:.0%} off): something in this model is random and not repeated. Set it to none."
+                f"hera_accumulate: gradcache runs each micro-batch twice, and the outputs of the two passes differ by "
+                f"{difference:.0%}, because this model draws random numbers that are not repeated. Set none instead."
             )
 
 
 def keep_random_state(device: torch.device) -> Callable[[], None]:
-    """Saves the state of the generators that a forward pass draws from, and returns a function that restores it."""
+    """Saves the random states that a forward pass uses, and returns a function that restores them."""
     on_cpu = torch.get_rng_state()
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 

@@ -1,7 +1,7 @@
-"""Cross-batch memory: the last M pairs of representation and teacher feature as additional candidates.
+"""A memory of the latest pairs of representation and teacher feature, which serve as additional candidates.
 
-A small global batch holds too few candidates. Remembering recent detached pairs follows cross-batch memory for
-embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). It is this project's addition to the paper.
+A small global batch has too few candidates. Remembering recent detached pairs follows cross-batch memory for embedding
+learning (Wang et al., CVPR 2020, arXiv 1912.06798). HeRA's paper has no such memory; it is this project's addition.
 """
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor
 
 
 class CrossBatchMemory:
-    """A first-in-first-out queue of detached pairs; all processes hold the same, as each adds the gathered batch.
+    """A first-in-first-out queue of detached pairs, equal on all processes because each adds the gathered batch.
 
-    The queue has its full size from the first batch on, with empty places first and zero. Only the device knows how
-    many are filled, so the host never waits to learn it.
+    The queue has its full size from the first batch on; empty places come first and are zero. The number of filled
+    places is kept on the device, so the CPU never waits for it.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, and which are filled, ``[size]``.
+        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, and filled places, bool ``[size]``.
         self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
@@ -40,14 +40,14 @@ class CrossBatchMemory:
         self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the pairs it holds; empty if there are none."""
+        """Returns the stored pairs as tensors; empty if no pair is stored."""
         if self.pairs is None or not self.pairs[2].any():
             return {}
         z, teacher, filled = self.pairs
         return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`, cut to the size of this queue."""
+        """Restores the result of :meth:`state_dict`, and drops the oldest pairs that exceed the size of this queue."""
         self.pairs = None
         if "memory.teacher" in state:
             teacher = state["memory.teacher"]

@@ -1,4 +1,4 @@
-"""The optimizer of an objective's own parameters (temperature, projectors), which every process replicates."""
+"""The optimizer of the objective's parameters (temperature, projectors), which every process replicates."""
 
 import torch
 import torch.distributed as dist
@@ -11,25 +11,25 @@ _VALUES, _OPTIMIZER = "objective.", "optimizer."
 
 
 class ObjectiveOptimizer:
-    """Trains an objective's parameters with their own AdamW, without weight decay.
+    """Trains the objective's parameters with a separate AdamW optimizer, without weight decay.
 
-    The parameters stay separate from the model, so that neither the saved model nor a sharding engine knows them.
-    Every process steps its replica with the average of all gradients: the gradient of the global batch if each process
-    computes the loss of its own samples. If each computes the loss of the global batch, gradients differ by rounding
-    only, but AdamW would amplify even that to full steps where a gradient is zero up to rounding.
+    The parameters are not part of the model, so they are neither saved with it nor sharded by an engine. Every process
+    updates its replica with the average of all gradients. If each process computes the loss of its own samples, the
+    average is the gradient of the global batch. If each process computes the loss of the global batch, the gradients
+    differ only by rounding, but where a gradient is almost zero, AdamW would amplify this difference to full steps.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._parameters = dict(objective.named_parameters())
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         trained = self._trained.values()
-        # the fused optimizer decides on the device whether to step, and counts its steps there
+        # the fused optimizer decides on the device whether to update, and counts its updates there
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
-        """Makes one step unless a gradient is not finite, then clears the gradients; every process must call it.
+        """Updates the parameters if all gradients are finite, then clears them; every process must call it.
 
-        Gradients are divided by ``scale`` first. A true ``skip``, a boolean scalar on the device, skips the step.
+        Gradients are divided by ``scale`` first. If ``skip``, a boolean scalar on the device, is true, it only clears.
         """
         if self._optimizer is None:
             return
@@ -47,7 +47,7 @@ class ObjectiveOptimizer:
         self._optimizer.zero_grad(set_to_none=True)
 
     def reduce_gradients(self) -> None:
-        """Averages the gradients over the processes; each must call it."""
+        """Averages the gradients across processes; every process must call it."""
         if world_size() == 1:
             return
         for parameter in self._trained.values():
@@ -56,7 +56,7 @@ class ObjectiveOptimizer:
                 parameter.grad.div_(world_size())
 
     def state(self) -> dict[str, Tensor]:
-        """Returns copies of values and optimizer state as flat tensors."""
+        """Returns copies of the parameters and the optimizer state by name."""
         state = {_VALUES + name: p.detach().clone() for name, p in self._parameters.items()}
         if self._optimizer is not None:
             for name, parameter in self._trained.items():
@@ -65,15 +65,15 @@ class ObjectiveOptimizer:
         return state
 
     def load_values(self, values: dict[str, Tensor]) -> None:
-        """Loads the values, but not the optimizer, of another run's :meth:`state`; ``ValueError`` if shapes differ."""
+        """Loads the parameters of another run's :meth:`state`; raises ``ValueError`` if names or shapes differ."""
         fixed = {_VALUES + name for name in self._parameters if name not in self._trained}
         found = {name: t for name, t in values.items() if name.startswith(_VALUES) and name not in fixed}
         trained = {_VALUES + name: p for name, p in self._trained.items()}
         for name in {**trained, **found}:
             if name not in found or name not in trained or found[name].shape != trained[name].shape:
                 raise ValueError(
-                    f"hera_objective_from: {name.removeprefix(_VALUES)} has another shape than in this run; give a "
-                    "run of the same objective with as many targets on the same model."
+                    f"hera_objective_from: {name.removeprefix(_VALUES)} does not have the shape of this run; give a "
+                    "run with the same objective, the same model and the same number of targets."
                 )
         with torch.no_grad():
             for name, parameter in trained.items():

@@ -1,4 +1,4 @@
-"""The teacher of a run with its cache: turns the collator's tensors into features, in the training step."""
+"""The teacher of a run with its cache, which turns the collator's tensors into features in the training step."""
 
 import logging
 from typing import Any
@@ -18,8 +18,8 @@ logger = logging.getLogger("llamafactory_hera")
 class TeacherFeatures:
     """Looks up or computes the teacher's features of a batch.
 
-    No step waits for the device: which rows are cached is decided by ``torch.where`` on the device, and computed
-    features travel to the cache by copies that a later step picks up. For an objective on visual tokens, ``student``
+    No step waits for the device: ``torch.where`` selects the cached samples on the device, and computed features are
+    copied asynchronously, so that a later step adds them to the cache. For an objective on visual tokens, ``student``
     describes the pixels that both models see.
     """
 
@@ -37,14 +37,14 @@ class TeacherFeatures:
             if student is not None:
                 fingerprint, size = student.fingerprint(fingerprint), size * student.side**2
             self.cache = FeatureCache(config.teacher_cache, fingerprint, size)
-        # keys and features on their way to the host, and the event after which they are there
+        # keys and features that are being copied to the CPU, and the event that marks the end of the copy
         self._waiting: list[tuple[Tensor, Tensor, Any]] = []
 
     def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
         """Returns the features of a batch's samples, ``[B, D_teacher]``, or of their tokens, ``[B, T, D_teacher]``.
 
-        They are 0 for a sample without an image, and NaN if its tensors were lost on the way, which only the device
-        knows. ``pixels`` are the student's images, for an objective on tokens.
+        Features are 0 for a sample without an image, and NaN for a sample whose tensors were lost on the way here.
+        ``pixels`` are the student's images, for an objective on tokens.
         """
         source, rows = inputs["hera_source"], inputs.get("hera_rows")
         if pixels is None:
@@ -65,7 +65,7 @@ class TeacherFeatures:
         return features if self.student is None else features.unflatten(1, (n_tokens, -1))
 
     def _store(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
-        """Sends features to the cache, and returns them as they will be read back, so that a resumed run is equal."""
+        """Sends features to the cache, and returns them rounded as in the cache, so that a resumed run is equal."""
         if self.cache is None:
             return computed
         rounded, arrived = computed.half(), None
@@ -78,9 +78,9 @@ class TeacherFeatures:
         return rounded.to(computed)
 
     def flush(self, wait: bool = True) -> None:
-        """Writes the features that wait in memory to the cache; a failure only disables the cache.
+        """Writes the pending features to the cache; a failure only disables the cache.
 
-        Without ``wait`` it takes in only those that have arrived on the host, and writes full shards only.
+        Without ``wait``, it adds only features whose copy to the CPU has ended, and writes only full shards.
         """
         if self.cache is None:
             return
@@ -94,7 +94,7 @@ class TeacherFeatures:
                 self.cache.flush()
         except OSError as error:
             logger.warning(
-                f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run continues and computes "
-                "the features that are missing there."
+                f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run continues without the "
+                "cache and computes the features that it needs."
             )
             self.cache = None

@@ -14,18 +14,18 @@ from .memory import CrossBatchMemory
 
 @dataclass(frozen=True)
 class TermOutput:
-    """The term of a step with its statistics. All of it stays on the device, so that no step waits for it.
+    """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them.
 
     Attributes:
-        loss: Scalar with gradient; 0 if no sample entered or a value was not finite.
-        n_samples: How many samples of the global batch entered.
-        n_duplicates: How many pairs of samples show the same image, and were therefore not compared.
-        sound: True if every value was finite; otherwise the gradient is 0, too. Equal on every process.
-        broken: The targets that produced a non-finite value, ``[n_targets]``; none if the teacher did.
+        loss: A scalar with gradients; 0 if no sample entered or a value was not finite.
+        n_samples: The number of samples of the global batch that entered the loss.
+        n_duplicates: The number of pairs of samples that were not compared because both show the same image.
+        sound: True if every value was finite; if false, loss and gradient are 0. Equal on every process.
+        broken: The targets that produced a non-finite value, ``[n_targets]``; all false if the teacher produced one.
         comparable: True if every sample that entered must receive a gradient.
-        mknn: Agreement of student and teacher within the batch, ``[n_targets]``; NaN if it is not measured, None for
+        mknn: The MKNN of student and teacher within the batch, ``[n_targets]``; NaN if it was not measured, None for
             an objective on tokens.
-        chance: The MKNN that unrelated features would reach in this batch, a scalar; NaN or None as ``mknn``.
+        chance: The MKNN of unrelated features in this batch, a scalar; NaN or None whenever ``mknn`` is.
     """
 
     loss: Tensor
@@ -43,11 +43,11 @@ class Prepared:
     """A micro-batch between ``Aligner.prepare`` and ``Aligner.loss``.
 
     Attributes:
-        valid: Boolean ``[B]``: the sample has an image, and tokens to read.
+        valid: Boolean ``[B]``, true if the sample has an image and tokens to read.
         inputs: The tensors that :class:`~.collator.HeraCollator` added to the batch.
-        planned: The objective chose which samples enter, so that none is no fault.
-        pixels: What the student sees, for an objective on tokens.
-        context: Tensors of the objective's plan.
+        planned: True if the objective chose the samples that enter; choosing none is then no error.
+        pixels: The images as the student sees them, for an objective on tokens.
+        context: The tensors of the objective's plan.
     """
 
     valid: Tensor
@@ -59,28 +59,28 @@ class Prepared:
 
 @dataclass(eq=False)
 class HeraTerm:
-    """Computes the term of a step over the global batch, for an objective on pooled vectors.
+    """Computes the term over the global batch, for an objective on pooled vectors.
 
-    Every process must call it in every step, even if none of its samples has an image, because it gathers over them.
+    Every process must call this for every micro-batch, even without images, because it gathers across processes.
     """
 
     objective: Objective
-    #: Teacher neighbors per sample; a sample gets at most half of its candidates.
+    #: Teacher neighbors per sample; at most half of a sample's candidates become its neighbors.
     k: int
-    #: Cosine similarity when true, dot product otherwise; for student and teacher.
+    #: True for cosine similarity, false for the dot product; for student and teacher.
     normalize: bool
     memory: CrossBatchMemory
 
     def __call__(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
     ) -> TermOutput:
-        """Computes the term from the samples of this process; rows that are not valid may hold anything.
+        """Computes the term from the samples of this process; those that are not valid may contain arbitrary values.
 
         Args:
-            representations: Of the student, ``[n_targets, B, D]``.
-            teacher: Features of the same samples, ``[B, D_teacher]``.
+            representations: Student representations, ``[n_targets, B, D]``.
+            teacher: Teacher features of the same samples, ``[B, D_teacher]``.
             valid: Boolean ``[B]``.
-            n_rows: An upper bound on B over all processes. Without it the processes agree on one, and wait for it.
+            n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
         """
         batch, all_teacher = self._batch(*_gather(representations, teacher, valid, n_rows))
         z, candidates = batch.z, batch.candidates
@@ -88,7 +88,7 @@ class HeraTerm:
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
         sound = finite.all() & teacher_finite
         known = sound
-        if self.memory.size:  # until it is full, fewer candidates make agreement by chance more likely
+        if self.memory.size:  # until the memory is full, fewer candidates make chance agreement more likely
             known = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
         mknn = mutual_knn(batch.z_all, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z, batch.teacher, batch.valid & sound)
@@ -104,7 +104,7 @@ class HeraTerm:
         )
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
-        """Builds the global batch, and the teacher's features of it followed by those of remembered samples."""
+        """Builds the global batch, and its teacher features followed by those of the remembered samples."""
         z_all, all_teacher, filled = z, teacher, None
         if self.memory.pairs is not None:
             older, older_teacher, filled = self.memory.pairs
@@ -115,15 +115,15 @@ class HeraTerm:
 
 
 def _gather(z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads the rows of this process to a common number and gathers them; returns ``[n_targets, N, D]`` and so on."""
+    """Pads the samples of this process to a common number and gathers the arguments across processes."""
     missing = 0
     if world_size() > 1:
         n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
         missing = n_rows - len(valid)
         if missing < 0:
             raise ValueError(
-                f"per_device_train_batch_size: it announces {n_rows} samples, and this process has {len(valid)}; let "
-                "the data loader make batches of at most that size."
+                f"per_device_train_batch_size: {n_rows} is less than the {len(valid)} samples of this batch; let "
+                "the data loader create batches of at most that size."
             )
     rows = z.transpose(0, 1).float()  # [B, n_targets, D], because ranks are concatenated along the first axis
     # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
@@ -138,16 +138,16 @@ def _gather(z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tu
 
 
 def finite_parts(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Tells which targets produced finite values, ``[n_targets]``, and whether the teacher did, a scalar."""
-    # The loss alone does not tell: a sample without candidates has none, and a NaN of the teacher merely reorders
-    # neighbors.
+    """Returns which targets produced finite values, ``[n_targets]``, and whether the teacher did, a scalar."""
+    # Checking only the loss is not enough: a sample without candidates does not enter the loss, and a NaN in the
+    # teacher's features merely reorders neighbors.
     finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), teacher.isfinite().all()
     return finite & (by_target.isfinite() | ~teacher_finite), teacher_finite
 
 
 def zero_unless(sound: Tensor, loss: Tensor, *inputs: Tensor) -> Tensor:
-    """Returns ``loss`` if ``sound``, otherwise 0, with a gradient of 0 for the ``inputs`` it was computed from."""
+    """Returns ``loss`` if ``sound`` is true, otherwise 0; the ``inputs`` of the loss then receive a gradient of 0."""
     for values in inputs:
-        if values.requires_grad:  # a product would not do: 0 times a non-finite gradient is NaN
+        if values.requires_grad:  # torch.where, because 0 times a non-finite gradient is NaN
             values.register_hook(lambda gradient: torch.where(sound, gradient, 0.0))
     return torch.where(sound, loss, 0.0)

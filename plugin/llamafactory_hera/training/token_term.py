@@ -1,4 +1,4 @@
-"""The alignment term of an objective on visual tokens: which tokens are read, what the teacher sees, and the loss."""
+"""The alignment term of an objective on visual tokens: the choice of tokens, the teacher's pixels, and the loss."""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -20,24 +20,24 @@ from .term import Prepared, TermOutput, finite_parts, zero_unless
 
 @dataclass(frozen=True)
 class StudentImages:
-    """The pixels that the student sees, for a teacher that must see the same place at the same token."""
+    """The pixels that the student sees, so that each of its tokens and the teacher's patch show the same place."""
 
-    #: Tokens along each side of an image's grid.
+    #: Number of tokens along each side of an image's grid.
     side: int
     #: The student's image processor.
     processor: Any
-    #: Pixels along each side that the tower's patches cover (378 of 384 at patch size 14); 0 means all.
+    #: Pixels along each side that the vision tower's patches cover (378 of 384 at patch size 14); 0 means all.
     covered: int = 0
     _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
         """Selects each sample's image from ``pixel_values`` and undoes the student's normalization.
 
-        ``image`` is the collator's ``hera_image``; a sample without an image gets any. Returns ``[B, 3, S, S]`` in
-        [0, 1].
+        ``image`` is ``hera_image`` from :class:`.HeraCollator`. Returns ``[B, 3, S, S]`` in [0, 1]; the pixels of a
+        sample without an image are arbitrary.
         """
         values = batch.get("pixel_values")
-        if values is None:  # a batch of text alone
+        if values is None:  # a batch without images
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
         index, count = image.unbind(dim=1)
         place = (count.cumsum(0) - count + index).clamp(max=len(values) - 1)
@@ -46,20 +46,20 @@ class StudentImages:
         return (values[place][..., :end, :end].float() * std + mean).clamp(0, 1)
 
     def _normalization(self, device: torch.device) -> tuple[Tensor, ...]:
-        if device not in self._held:  # copied once, because every copy makes the host wait
+        if device not in self._held:  # copied once, because every copy makes the CPU wait
             self._held[device] = tuple(each.to(device) for each in normalization(self.processor))
         return self._held[device]
 
     def fingerprint(self, teacher: str) -> str:
-        """Digests a teacher's fingerprint, the grid, and the settings of the student's processor."""
+        """Returns a hash of the teacher's fingerprint, the grid, and the settings of the student's processor."""
         described = f"{teacher} {self.side} {self.covered} {self.processor.to_json_string()}"
         return hashlib.sha256(described.encode()).hexdigest()
 
 
 def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
-    """Describes the student's images for an objective on tokens; returns None for one on pooled vectors.
+    """Describes the student's images for an objective on tokens; returns None if the objective is on pooled vectors.
 
-    Without ``image_processor``, it loads the one in the model's folder.
+    If ``image_processor`` is None, the image processor in the model's folder is loaded.
     """
     objective = config.objective_class()
     if not issubclass(objective, TokenObjective):
@@ -71,30 +71,30 @@ def student_images(config: HeraConfig, model_configuration: Any, image_processor
             image_processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model: {name!r} holds no image processor ({error}), which tells how its pixels were normalized; "
+                f"model: {name!r} contains no image processor ({error}), and HeRA needs its normalization of pixels; "
                 "save the model's processor there."
             ) from error
-    # a vision model sees exactly what the patches cover, another kind of teacher the whole image
+    # A vision model sees only the pixels that the patches cover; other kinds of teachers see the full image.
     patch = model_configuration.vision_config.patch_size if objective.teacher_class is None else 0
     return StudentImages(side, image_processor, covered=side * patch)
 
 
 @dataclass(eq=False)
 class TokenReader:
-    """Decides which visual tokens the next forward pass reads; the objective may plan that pass."""
+    """Decides which visual tokens to read in the next forward pass; the objective may choose them with a plan."""
 
     objective: TokenObjective
     student: StudentImages
-    #: The placeholder id of an image.
+    #: The id of the image placeholder.
     image_token: int
     seed: int
-    #: Prepared since the beginning of the run; checkpoints keep the number, so that a resumed run repeats its draws.
+    #: Micro-batches since the start of the run; saved in checkpoints, so a resumed run draws the same random numbers.
     n_micro_batches: int = 0
 
     def prepare(
         self, batch: dict[str, Any], inputs: dict[str, Tensor], has_image: Tensor, capture: HeadCapture | LayerCapture
     ) -> Prepared:
-        """Names the tokens that the next forward pass reads; arguments as in ``Aligner.prepare``."""
+        """Sets the tokens to read in the next forward pass of ``batch``; ``inputs`` come from the collator."""
         ids, mask, image = batch["input_ids"], batch.get("attention_mask"), inputs["hera_image"]
         side = self.student.side
         positions = token_positions(ids, mask, image, self.image_token, side**2)
@@ -109,12 +109,11 @@ class TokenReader:
 
 
 def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
-    """Computes the part of the term that belongs to the samples of this process; tokens are too many to gather.
+    """Computes this process's part of the term from its own samples, because gathering all tokens is too expensive.
 
-    The term is the mean over processes. The loss of a process is multiplied by the number of processes and divided by
-    the number of samples on all of them, so that an engine that averages gradients arrives at the gradient of the mean
-    over the global batch. Every process must call it in every step, even if none of its samples has an image. Rows
-    that are not valid may hold anything.
+    Each process scales its loss by (processes / samples on all of them), so averaging the gradients yields the
+    gradient of the mean over the global batch. Every process must call this function for every micro-batch, even if
+    its samples have no images. Samples that are not valid may contain arbitrary values.
     """
     valid = batch.valid
     tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
@@ -124,8 +123,8 @@ def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
     losses = objective(batch)
     if losses.shape != (len(tokens), len(valid)):
         raise ValueError(
-            f"{type(objective).__name__} returns a loss of shape {list(losses.shape)}; an objective on tokens must "
-            f"return one for each target and sample, {[len(tokens), len(valid)]}."
+            f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; an objective on tokens must "
+            f"return one loss for each target and sample, {[len(tokens), len(valid)]}."
         )
     by_target = torch.where(valid, losses, 0.0).sum(dim=1)
     finite, teacher_finite = finite_parts(tokens, teacher, by_target)

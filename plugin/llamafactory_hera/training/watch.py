@@ -1,4 +1,4 @@
-"""The health of a run: the term must never be a silent no-op, and its statistics wait on the device for a log line."""
+"""Checks that the term of a run is never silently without effect, and collects its statistics on the device."""
 
 import logging
 import math
@@ -17,21 +17,21 @@ from .term import TermOutput
 
 logger = logging.getLogger("llamafactory_hera")
 
-_IDLE_STEPS = 10  # a run warns if no sample entered in this many steps from its start
+_IDLE_STEPS = 10  # a run warns if no sample entered the loss in its first steps, this many
 
 
 class Watch:
-    """Watches the steps of a run for faults that would otherwise pass in silence, and collects its statistics.
+    """Watches the steps of a run for faults that would otherwise go unnoticed, and collects its statistics.
 
-    Until the first gradient arrives, every step waits for the device to catch a misconfiguration early. From then on
-    the host waits at log lines only; counters stay on the device until then.
+    Until the first gradient arrives, the CPU waits for the device in every step, to catch a misconfiguration early.
+    After that, counters stay on the device, and the CPU waits only when a line is logged.
     """
 
     def __init__(self, config: HeraConfig, targets: Targets, objective: Objective, device: torch.device) -> None:
         self.statistics = RunningMeans()
         #: True once a gradient has arrived at the targets; steps no longer wait for the device then.
         self.gradient_checked = config.weight == 0
-        #: A boolean scalar: some term since the last optimizer step was not finite. None without a term.
+        #: A boolean scalar, true if a term since the last optimizer step was not finite; None without a term.
         self.left_out: Tensor | None = None
         self._config, self._targets, self._objective = config, targets, objective
         self._batch_checked = self._gradient_due = self._entered = self._comparable = False
@@ -45,7 +45,7 @@ class Watch:
     def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
         """Raises ``ValueError`` if the collator drops images, or labels do not separate the answer from the prompt.
 
-        Only the first batch with images is checked; no setting and no row of the data shows these faults.
+        Only the first batch with images is checked, because neither settings nor the dataset reveal these faults.
         """
         if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
@@ -55,17 +55,17 @@ class Watch:
         media = token_mask("mean", ids, attention_mask)[has_image] & ~text
         lack = None
         if not media.any():
-            lack = "their input_ids hold no image token: the collator drops the images, or they were cut off"
+            lack = "their input_ids contain no image token: the collator drops the images, or truncation cut them off"
         elif not any(name.startswith("pixel_values") for name in batch):
-            lack = f"the batch holds no pixel_values (only {', '.join(batch)}), so the model would not see them"
+            lack = f"the batch contains no pixel_values (only {', '.join(batch)}), so the model would not see them"
         if lack is not None:
             raise ValueError(
                 f"data_collator: {len(text)} samples of the first batch have images, but {lack}. Pass it the images "
-                "(remove_unused_columns=False, a processor), and allow longer texts."
+                "(remove_unused_columns=False, a processor), and raise the maximum length of a sample."
             )
         if self._config.pooling == "answer" and labels is not None:
             labeled = labels[has_image] != IGNORE_INDEX
-            # Text before an image is a prompt. A caption after it, with labels on all text, is stage 1 and right.
+            # Text before an image is a prompt. In stage 1, a caption follows the image, so labeling all text is right.
             before_image = text & (media.cumsum(dim=1) == 0)
             if labeled[text].all() and before_image.any():
                 raise ValueError(
@@ -77,7 +77,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics; if the objective ``planned`` which samples enter, none is no fault."""
+        """Adds a term to the statistics; if the objective ``planned`` the samples that enter, none is no fault."""
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
@@ -85,7 +85,7 @@ class Watch:
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
         self._broken = torch.where(sound, self._broken, output.broken)
         if output.mknn is None or output.chance is None:
-            # a micro-batch without any sample is not part of a mean over tokens
+            # a micro-batch without samples does not count in a mean over tokens
             self.statistics.add(hera_loss=torch.where(sound & entered, output.loss.detach(), math.nan))
         else:
             self.statistics.add(
@@ -107,16 +107,16 @@ class Watch:
                     self._warn_of_idleness()
 
     def before_backward(self, representations: Tensor, valid: Tensor) -> None:
-        """Notes whether the backward pass must reach the targets; ``RuntimeError`` if it cannot."""
+        """Records whether the backward pass must reach the targets; raises ``RuntimeError`` if it cannot."""
         if self.gradient_checked:
             return
         if self._entered and not representations.requires_grad:
             raise RuntimeError(idle_message(self._targets, "their outputs carry no gradient in this setup"))
-        # on a process whose samples have no image the gradient is zero
+        # without images on this process, the gradient is zero
         self._gradient_due = self._comparable and bool(valid.any())
 
     def after_backward(self, gradient_seen: bool, n_steps: int) -> None:
-        """Raises ``RuntimeError`` if the first backward pass should have reached the targets, and did not.
+        """Raises ``RuntimeError`` if the first backward pass should have reached the targets but did not.
 
         Some objectives send no gradient before ``n_steps`` optimizer steps have moved their own parameters.
         """
@@ -130,7 +130,7 @@ class Watch:
     # -- log lines -------------------------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """Reads the counters on the device; ``RuntimeError`` if ``hera_max_nan`` terms in a row were not finite."""
+        """Reads the counters; raises ``RuntimeError`` if ``hera_max_nan`` consecutive terms were not finite."""
         if (in_a_row := int(self._most_nan)) < self._config.max_nan:
             return
         where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
@@ -138,14 +138,14 @@ class Watch:
         if not self._was_finite.item():
             remedy = "No step was finite: the model's weights may hold NaN, or may not fit fp16; use other weights"
         if not where:
-            where, remedy = "the teacher's features", "The teacher's weights or the images are broken"
+            where, remedy = "the teacher's features", "Check the teacher's weights and the images"
         raise RuntimeError(
             f"The HeRA term was not finite in {in_a_row} consecutive steps (hera_max_nan), because of {where}. "
             f"{remedy}."
         )
 
     def close(self) -> None:
-        """Reads the counters a last time, and warns if the term never did anything."""
+        """Reads the counters a last time, and warns if the term never had an effect."""
         self.sync()
         self._warn_of_idleness()
 
@@ -155,13 +155,13 @@ class Watch:
         why = f"no batch had {self._objective.least_samples} samples with an image"
         remedy = "Mix in more samples with images, or use a larger batch"
         if self._config.reads("hera_memory"):
-            why = "no sample with an image could be compared with another one that shows another image"
+            why = "no sample with an image could be compared with a sample that shows a different image"
             remedy += f", or set hera_memory: {4 * self._config.k}"
         logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
 
 
 class RunningMeans:
-    """Means of step statistics between two log lines, NaN values left out; they are summed up on the device."""
+    """The means of step statistics between two log lines, without NaN values; the sums stay on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
