@@ -3,11 +3,13 @@
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
+from llamafactory_hera.integrations.llamafactory import recipe
 from llamafactory_hera.integrations.llamafactory.recipe import host_words
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.teachers.images import load_image
@@ -81,3 +83,9 @@ def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
         load_image("nowhere.png")
     with pytest.raises(UnicodeDecodeError), host_words():  # whose arguments are no message
         b"\xff".decode()
+
+
+def test_every_hint_belongs_to_a_message() -> None:
+    package = Path(recipe.__file__).parents[2]
+    sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path != Path(recipe.__file__)]
+    assert [part for part in recipe._HINTS if not any(part in source for source in sources)] == []

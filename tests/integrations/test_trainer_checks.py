@@ -55,7 +55,10 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
         ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; return a list of images"),
         ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
         (photos(), "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
-        ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives batches of 1 "),
+        (
+            {"arguments": {"per_device_train_batch_size": 1}},
+            "^per_device_train_batch_size: 1 gives a global batch of 1",
+        ),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
     ],
 )

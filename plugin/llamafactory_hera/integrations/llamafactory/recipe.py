@@ -111,9 +111,9 @@ def _hub(args: Any) -> dict[str, Any]:
 _HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:"}
 # Part of a message -> the host's keys that help.
 _HINTS = {
-    "Train something before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
+    "Train parameters before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
     "lora_target: all",
-    "allow longer texts": "cutoff_len",
+    "raise the maximum length of a sample": "cutoff_len",
     "Check the path in the dataset": "media_dir",
 }
 
