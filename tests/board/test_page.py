@@ -100,7 +100,7 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
     report = page.page.frame_locator("iframe[srcdoc]")
     expect(report.get_by_role("heading").first).to_be_visible()
     page.page.get_by_test_id("toast-close").first.click()  # the host's warning covers the commands
-    page.shot("03_report", top="Commands for a terminal")
+    page.shot("03_report", top=label("hera_commands"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the ranks are asked to do: picklable functions that run on each of them."""
 
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch
+from llamafactory_hera.rivals import jarvis
 from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks
 from llamafactory_hera.rivals.ross import DRAWS, Ross
 from llamafactory_hera.training import Aligner
@@ -56,7 +58,9 @@ class GivenJarvis(Jarvis):
         for ids, attended in zip(step.input_ids, step.attention_mask, strict=True):
             generator = torch.Generator().manual_seed(int(ids[attended].sum()))
             drawn.append(draw_blocks(step.side, 1, generator))
-        return self.plan(step, *(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+        blocks = tuple(torch.cat(parts) for parts in zip(*drawn, strict=True))
+        with patch.multiple(jarvis, draw_blocks=lambda *_: blocks, _PLAIN=0.0):
+            return super().prepare(step)
 
 
 def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = HEADS, **keys: object) -> Aligner:
