@@ -1,6 +1,7 @@
 """What every test shares: one thread, no hub, a seed, and one demo of the small size."""
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,15 @@ from filelock import FileLock
 from tests.e2e.runner import ROOT, run_command
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_messages() -> Iterator[None]:
+    """Undoes what a host, run in this process, changed at the logger of the package."""
+    ours = logging.getLogger("llamafactory_hera")
+    yield
+    ours.parent, ours.handlers[:] = logging.getLogger(), []
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)
