@@ -66,10 +66,9 @@ def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
     """Returns the teacher's CLS tokens ``[N, D]``, through the cache that the runs read."""
     teacher = VisionTeacher.from_pretrained(str(root / TEACHER), "cpu", torch.float32)
     cache = FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim)
-    fill_cache(teacher, cache, images, _BATCH)
-    return torch.stack(
-        [feature for feature in cache.get([image_key(image) for image in images]) if feature is not None]
-    ).float()
+    keys = [image_key(image) for image in images]
+    fill_cache(teacher, cache, dict(zip(keys, images, strict=True)), _BATCH)
+    return torch.stack([feature for feature in cache.get(keys) if feature is not None]).float()
 
 
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:

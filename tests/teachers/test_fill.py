@@ -40,9 +40,13 @@ class CountingTeacher(VisionTeacher):
         return super().encode(pixel_values)
 
 
+def by_key(images):
+    return {image_key(image): image for image in images}
+
+
 def encode_images(teacher, cache, images, batch_size=32):
     """The features that `fill_cache` has written, read back for each image."""
-    fill_cache(teacher, cache, images, batch_size)
+    fill_cache(teacher, cache, by_key(images), batch_size)
     return torch.stack(cache.get(list(map(image_key, images)))).float()
 
 
@@ -53,7 +57,7 @@ def direct(teacher, paths):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_features_are_computed_in_order_rounded_and_the_same_in_a_repetition(num_workers, teacher, cache, paths):
-    fill_cache(teacher, cache, paths, batch_size=3, num_workers=num_workers)
+    fill_cache(teacher, cache, by_key(paths), batch_size=3, num_workers=num_workers)
     assert teacher.batches == (3, 3, 1)
     features = encode_images(teacher, cache, paths)
     torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
@@ -82,7 +86,7 @@ def test_a_broken_image_is_named_and_the_features_before_it_are_kept(num_workers
     with open(paths[5], "wb") as file:
         file.write(b"broken")
     with pytest.raises(ValueError, match=r"5\.png"):
-        fill_cache(teacher, cache, paths, batch_size=2, num_workers=num_workers)
+        fill_cache(teacher, cache, by_key(paths), batch_size=2, num_workers=num_workers)
     assert len(FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)) == 4
 
 
@@ -94,13 +98,13 @@ def test_a_killed_run_continues_after_its_last_shard(teacher, cache, paths, monk
         teacher.encode = lambda pixels: (
             os.kill(os.getpid(), signal.SIGKILL) if len(cache) == 4 else VisionTeacher.encode(teacher, pixels)
         )
-        fill_cache(teacher, cache, paths, batch_size=2)
+        fill_cache(teacher, cache, by_key(paths), batch_size=2)
 
     process = get_context("fork").Process(target=child)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    fill_cache(teacher, cache, paths, batch_size=10)
+    fill_cache(teacher, cache, by_key(paths), batch_size=10)
     assert teacher.batches == (3,)
     assert len(cache) == 7
 

@@ -21,7 +21,7 @@ from ..heads.targets import Pooling
 from ..heads.tokens import token_mask
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import TeacherProcessor, VisionTeacher
-from ..teachers.images import ImageLike, image_key, load_image
+from ..teachers.images import ImageLike, load_image
 from .samples import Features, SelectionInputs
 
 logger = logging.getLogger("llamafactory_hera")
@@ -111,17 +111,16 @@ def _collated(batch: Batch, features: Sequence[Features], collate: Callable[[lis
 
 
 def fill_cache(
-    teacher: VisionTeacher, cache: FeatureCache, images: Sequence[ImageLike], batch_size: int, num_workers: int = 0
+    teacher: VisionTeacher, cache: FeatureCache, images: dict[bytes, ImageLike], batch_size: int, num_workers: int = 0
 ) -> None:
     """Computes the features that a cache lacks; a killed run continues after its last shard.
 
-    All processes of a launch call this function with the same images, and each computes its share. Raises
-    ``ValueError`` if an image cannot be read.
+    All processes of a launch call this function together, each with its share of the images by key. Raises
+    ``ValueError`` if an image cannot be decoded.
     """
     cache.refresh()
-    found = {image_key(image): {"image": image} for image in images[rank() :: world_size()]}
-    keys = [key for key in found if key not in cache]
-    missing = [found[key] for key in keys]
+    keys = [key for key in images if key not in cache]
+    missing = [{"image": images[key]} for key in keys]
     batches, collate = plan_batches([1] * len(keys), batch_size), partial(_pixels, processor=teacher.processor)
     bar = tqdm(total=len(keys), desc="HeRA | teacher", unit="image", delay=0.3, disable=rank() != 0)
     try:

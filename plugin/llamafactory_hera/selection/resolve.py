@@ -20,14 +20,14 @@ from torch import Tensor
 from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
-from ..distributed import on_first, rank
+from ..distributed import on_first, rank, world_size
 from ..files import RUN_FOLDER, locked
 from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
-from ..teachers.images import chosen_image
+from ..teachers.images import chosen_image, image_key
 from .fingerprint import model_fingerprint
 from .gallery import write_neighbors
 from .passes import fill_cache, pooled_outputs
@@ -186,7 +186,8 @@ def _teacher_neighbors(
     teacher = inputs.load_teacher()
     place = config.teacher_cache or folder / _TEACHER_FEATURES
     cache = FeatureCache(place, teacher.fingerprint, teacher.dim, config.teacher)
-    fill_cache(teacher, cache, [sample.image for sample in samples], config.select_batch_size, inputs.num_workers)
+    share = {sample.key: sample.image for sample in samples[rank() :: world_size()]}
+    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
     found = cache.get([sample.key for sample in samples])
     features = torch.stack([feature for feature in found if feature is not None]).float().to(teacher.device)
     digest = teacher.fingerprint
@@ -205,5 +206,6 @@ def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
         raise ValueError(f"dataset: {inputs.dataset_name} contains no image; use a dataset with images.")
     teacher = inputs.load_teacher()
     cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim, config.teacher)
-    fill_cache(teacher, cache, images, config.select_batch_size, inputs.num_workers)
+    share = {image_key(image): image for image in images[rank() :: world_size()]}
+    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
     return len(cache)
