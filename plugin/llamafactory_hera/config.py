@@ -188,6 +188,11 @@ class HeraConfig(KeyedConfig):
         """True if samples are compared across the micro-batches of an optimizer step."""
         return self.accumulate == "gradcache" and self.reads("hera_accumulate")
 
+    @property
+    def remembered(self) -> int:
+        """The number of samples that the objective remembers; 0 for one that does not read ``hera_memory``."""
+        return self.memory if self.reads("hera_memory") else 0
+
     def objective_class(self) -> "type[Objective]":
         """Returns the class of the objective."""
         from .objectives import find  # imports torch, which commands that only read scores do without

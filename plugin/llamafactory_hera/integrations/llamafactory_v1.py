@@ -125,7 +125,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         (
             "micro_batch_size",
             size,
-            size * processes + hera.memory < least,
+            size * processes + hera.remembered < least,
             f"hera_objective: {hera.objective} needs {least} samples together, from all processes or hera_memory",
         ),
     )

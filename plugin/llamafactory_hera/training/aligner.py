@@ -91,7 +91,7 @@ class Aligner:
         self.optimizer = ObjectiveOptimizer(self.objective)
         if config.objective_from is not None and config.reads("hera_objective_from"):
             self.optimizer.load_values(earlier_values(config))
-        self.memory = CrossBatchMemory(config.memory if config.reads("hera_memory") else 0)
+        self.memory = CrossBatchMemory(config.remembered)
         self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
         self.reader: TokenReader | None = None
         if student is not None:

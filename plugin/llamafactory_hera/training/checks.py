@@ -47,9 +47,8 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
     together = size * world_size()
     if config.gradcache:
         together *= training_args.gradient_accumulation_steps
-    uses_memory = config.reads("hera_memory")
-    if together + config.memory * uses_memory < least:
-        memory = f"set hera_memory: {4 * config.k}, " if uses_memory else ""
+    if together + config.remembered < least:
+        memory = f"set hera_memory: {4 * config.k}, " if config.reads("hera_memory") else ""
         raise ValueError(
             f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "
             f"{config.objective} needs {least} samples; raise the value, use more processes, {memory}or, under "
