@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from .. import plots
 from ..files import RUN_FOLDER, write_text
 from ..heads.targets import Target, Targets
+from .gallery import default_heads, draw_gallery
 from .scores import SCORE_FILES, Paths, ScoreFile, command_line, load_files, render_table
 
 _COMPARED = 5  # heads in each group, as in the paper
@@ -195,8 +196,6 @@ def _markdown(comparison: Comparison) -> str:
 
 
 def _sections(comparison: Comparison) -> Iterator[str]:
-    from .gallery import default_heads, draw_gallery  # imports torch, which the other plots do not need
-
     first, (title, least) = comparison.files[0], next(iter(comparison.groups.items()))
     rows = ("".join(_element("td", cell) for cell in row) for row in comparison.table)
     yield f"{_element('p', comparison.summary)}<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
