@@ -19,14 +19,11 @@ OURS = logging.getLogger("llamafactory_hera")
 
 
 @pytest.fixture(autouse=True)
-def fresh_loggers() -> Iterator[None]:
-    """Leaves the loggers as they were."""
-    before = [(logger, logger.handlers[:], logger.level) for logger in (OURS, logging.getLogger())]
-    OURS.handlers, OURS.level, OURS.parent = [], logging.NOTSET, logging.getLogger()
+def handlers_of_the_program() -> Iterator[None]:
+    """Leaves the handlers of the root logger as they were; tests/conftest.py does so for the package's logger."""
+    before = logging.getLogger().handlers[:]
     yield
-    for logger, handlers, level in before:
-        logger.handlers[:] = handlers
-        logger.setLevel(level)
+    logging.getLogger().handlers[:] = before
 
 
 @pytest.mark.parametrize("of_root", [0, 1], ids=["no handler", "a handler of the program"])
