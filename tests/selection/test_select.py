@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
 from llamafactory_hera.heads import HeadCapture, Target, Targets
@@ -20,7 +19,7 @@ from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.samples import draw_samples
-from tests.ranks import run_ranks
+from tests.ranks import holder, run_ranks
 from tests.tiny_models import HEADS, LAYERS, text_model
 
 from .tiny import Rows, captions, layer_settings, noise_images, settings, text_inputs, vlm_inputs
@@ -216,10 +215,8 @@ def test_nan_everywhere_is_an_error(tmp_path):
 
 def test_a_second_selection_for_the_same_run_is_refused_before_anything_is_loaded(tmp_path):
     unused = dataclasses.replace(text_inputs(tmp_path), load_teacher=lambda: 1 / 0, load_model=lambda: 1 / 0)
-    path = tmp_path / "run/hera/heads.json"
-    path.parent.mkdir(parents=True)
-    with FileLock(path.with_name(".lock")), pytest.raises(ValueError, match=r"output_dir: .*run is in use by another"):
-        select_targets(unused, settings(), path)
+    with holder(tmp_path / "run"), pytest.raises(ValueError, match=r"output_dir: .*run is in use by another"):
+        select_targets(unused, settings(), tmp_path / "run/hera/heads.json")
 
 
 @pytest.mark.parametrize(("strategy", "m"), [("worst", 9), ("middle", 5)])
