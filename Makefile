@@ -3,7 +3,7 @@
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default (CPU: docs/study.md)
 #   make real        HeRA on Gemma 3 270M, for ACCEPT_GEMMA_TERMS=1; REAL=full takes hours (CPU: docs/real_model.md)
 #   make test        every test, those in a browser too
-#   make test-fast   the tests that start no process of their own
+#   make test-fast   the tests of the method, in this process and without a host
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
 #   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
 #   make test-axolotl  the plugin in axolotl, whose pins exclude ours
@@ -26,8 +26,7 @@ WORKERS ?= 2
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
 LATEST ?= transformers peft accelerate trl
-METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection) \
-  $(wildcard tests/integrations/test_tr*.py)
+METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection)
 
 # caches stay inside the project; nothing here needs a hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
@@ -99,7 +98,7 @@ test: $(STAMP) $(CHROMIUM)
 	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(METHOD_TESTS) $(addprefix tests/,rivals calibration docs) $(wildcard tests/test_*.py)
 
 test-host: $(if $(HOST),$(STAMP) $(CHROMIUM))
 	@test -n "$(HOST)" || { echo 'usage: make test-host HOST=<folder of a checkout of LLaMA-Factory>' >&2; exit 2; }
@@ -109,7 +108,7 @@ test-host: $(if $(HOST),$(STAMP) $(CHROMIUM))
 # the host forbids these versions, so its tests stay away
 test-latest: $(STAMP)
 	$(call layer,.venv-latest,$(LATEST))
-	$(call test_in,.venv-latest,$(METHOD_TESTS))
+	$(call test_in,.venv-latest,$(METHOD_TESTS) $(wildcard tests/integrations/test_tr*.py))
 
 test-axolotl: $(STAMP)
 	$(call layer,.venv-axolotl,axolotl==0.19.0)

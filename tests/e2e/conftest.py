@@ -1,7 +1,7 @@
 """The process that runs the host, and the demo's recipe."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,16 @@ def server() -> Iterator[HostServer]:
 
 
 @pytest.fixture(scope="session")
+def command(server: HostServer, world: Path) -> Callable[..., tuple[int, str]]:
+    """Runs ``llamafactory-hera`` in the folder of the demo, and returns its exit code and its output."""
+    return lambda *arguments: server.command([*map(str, arguments)], world, world / "command.log")
+
+
+@pytest.fixture(scope="session")
 def recipe() -> dict[str, Any]:
-    """The demo recipe with named heads and without memory, shortened to 6 steps that are all logged."""
+    """The demo recipe with named heads and without memory, shortened to 4 steps that are all logged."""
     args = yaml.safe_load((ROOT / "recipes/demo/hera.yaml").read_text(encoding="utf-8"))
-    short = {"max_steps": 6, "logging_steps": 1, "plot_loss": False, "report_to": "none"}
+    short = {"max_steps": 4, "logging_steps": 1, "plot_loss": False, "report_to": "none"}
     short |= {"hera_weight": 0.1, "disable_gradient_checkpointing": False}  # the host's default
     return args | short | {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_memory": 0}
 

@@ -91,10 +91,18 @@ class HostServer:
             "call": call,
             "kill_when": str(kill_when) if kill_when else None,
         }
+        return Run(self._answer(job), "\n".join(Path(log).read_text(errors="replace") for log in logs), folder)
+
+    def command(self, arguments: list[str], cwd: Path, log: Path) -> tuple[int, str]:
+        """Runs ``llamafactory-hera`` with ``arguments``, and returns its exit code and its output."""
+        job = {"args": arguments, "cwd": str(cwd), "ranks": 1, "timeout": 180, "env": {}, "call": "command"}
+        (code,) = self._answer(job | {"logs": [str(log)]})
+        return code, log.read_text(errors="replace")
+
+    def _answer(self, job: dict[str, Any]) -> list[int]:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        codes = json.loads(self._process.stdout.readline())
-        return Run(codes, "\n".join(Path(log).read_text(errors="replace") for log in logs), folder)
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.stdin.close()

@@ -12,6 +12,10 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
+
+CALLS: dict[str, Callable[[Any], int | None]] = {}
 
 
 def _child(job: dict, rank: int) -> None:
@@ -36,15 +40,7 @@ def _child(job: dict, rank: int) -> None:
         import torch
 
         torch.set_num_threads(1)
-        if job["call"] == "train":
-            from llamafactory.train.tuner import run_exp
-
-            run_exp(job["args"])
-        else:
-            from llamafactory.train.tuner import export_model
-
-            export_model(job["args"])
-        code = 0
+        code = CALLS[job["call"]](job["args"]) or 0
     except BaseException:
         traceback.print_exc()
     finally:
@@ -82,15 +78,22 @@ def _run(job: dict) -> list[int]:
 
 
 def main() -> None:
-    import transformers.models.llava  # noqa: F401
-    import transformers.models.qwen3  # noqa: F401
-    import transformers.models.siglip  # noqa: F401
-
-    import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
-
-    gc.freeze()  # or each child would walk all these objects when it collects garbage
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # every child needs these; imported here, they are imported once
+    import deepspeed  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import timm  # noqa: F401
+    import transformers.models.siglip.modeling_siglip  # noqa: F401
+    from llamafactory.train.tuner import export_model, run_exp
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
+    from llamafactory_hera.cli import main as command
+
+    CALLS.update(train=run_exp, export=export_model, command=command)
+    list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.keys())  # imports the configurations, as the host does for a model
+    gc.freeze()  # or each child would walk all these objects when it collects garbage
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), file=answers, flush=True)

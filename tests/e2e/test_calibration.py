@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,9 @@ def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str]]]) -> list[dict[s
 
 
 @pytest.fixture(scope="module")
-def report(world: Path) -> dict[str, Any]:
+def report(world: Path, command: Callable[..., tuple[int, str]]) -> dict[str, Any]:
     """The report of the demo recipe, which the command calibrates."""
-    status, output = run_command(["llamafactory-hera", "calibrate", str(RECIPE)], world)
+    status, output = command("calibrate", RECIPE)
     assert status == 0, output
     assert f"Files: {OUTPUT}" in output
     return json.loads((world / OUTPUT / "calibration.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,11 @@ def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> 
 
 
 def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
-    train: Train, here: Path, path: Path
+    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     keys = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "hera_heads"}
     write_recipe(path, keys)
-    command = ["llamafactory-hera", "select", str(path), "--in-place", "hera_select_mode=mllm", "hera_select_m=3"]
-    code, output = run_command(command, here)
+    code, output = command("select", path, "--in-place", "hera_select_mode=mllm", "hera_select_m=3")
     assert code == 0, output
     assert "40 heads on 64 samples" in output
     folder = here / keys["output_dir"] / "hera"
@@ -136,28 +136,31 @@ def test_heads_of_another_run_are_refused_unless_forced(train: Train, here: Path
     assert difference in train(args, change, {"hera_heads_force": True}).output
 
 
-def test_checkpoints_and_adapters_are_scored_and_compared(train: Train, here: Path, path: Path) -> None:
+def test_checkpoints_and_adapters_are_scored_and_compared(
+    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
     moved = {"learning_rate": 5e-3, "max_steps": 3, "hera_heads": "L1H0"}
     full, lora = train(moved), train(moved, LORA)
     before = score_checkpoint(None, path, "saves/before.json")
-    command = ["llamafactory-hera", "score", str(full.folder), str(lora.folder), "--recipe", str(path)]
-    code, output = run_command(command, here)
+    scoring = ["score", full.folder, lora.folder, "--recipe", path]
+    code, output = command(*scoring)
     assert code == 0, output
     files = [before, *(run.folder / "hera/scores.json" for run in (full, lora))]
     scores = [json.loads(file.read_text())["provenance"] for file in files]
     assert len({json.dumps(each["scores"]) for each in scores}) == 3
     assert len({each["model_fingerprint"] for each in scores}) == 3
     assert scores[2]["adapters"] == [str(lora.folder)]
-    code, output = run_command([*command, "--output", "saves/both.json"], here)
+    code, output = command(*scoring, "--output", "saves/both.json")
     assert (code, "--output: one file" in output) == (2, True)
-    code, output = run_command(["llamafactory-hera", "report", *map(str, files)], here)
+    code, output = command("report", *files)
     assert code == 0, output
     assert (here / "hera_report.html").is_file()
 
 
-def test_teacher_only_fills_the_cache_that_training_reads(train: Train, here: Path, path: Path) -> None:
-    command = ["llamafactory-hera", "select", str(path), "--teacher-only", "hera_teacher_cache=filled"]
-    code, output = run_command(command, here)
+def test_teacher_only_fills_the_cache_that_training_reads(
+    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
+) -> None:
+    code, output = command("select", path, "--teacher-only", "hera_teacher_cache=filled")
     assert code == 0, output
     assert "filled: features of 96 images" in output
     files = sorted((here / "filled").rglob("*.safetensors"))
