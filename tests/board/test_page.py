@@ -8,7 +8,6 @@ from playwright.sync_api import expect
 
 from llamafactory_hera import cli
 from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, texts
-from tests.e2e.runner import run_command
 
 from .page import SLOW, BoardPage
 from .server import Board
@@ -69,7 +68,8 @@ def test_the_page_is_in_the_language_of_the_host(page: BoardPage) -> None:
         assert [word for word in words if word.strip("*") not in text] == []
 
 
-def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
+def test_a_run_from_start_to_report(page: BoardPage, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(board.folder)
     page.describe_run("trained", Selection_samples=96, **{"Neighbors_(k)": 3}, extra={"max_steps": 12})
     page.press("Start")
     expect(page.page.locator("[data-testid=matplotlib] img")).to_be_visible(timeout=SLOW)
@@ -89,8 +89,7 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board) -> None:
     for command in commands.values():
         cli._parser().parse_args(command[1:])
     for name in ("score", "report"):
-        code, output = run_command(commands[name], board.folder)
-        assert code == 0, output
+        assert cli.main(commands[name][1:]) == 0
     page.shot("02_finished", top="Preview command")
 
     page.open()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -206,15 +207,19 @@ def test_the_control_script_calibrates_on_corrupted_images(world: Path, report: 
     assert -1 <= compared["caf_rank_correlation"] < 1
 
 
-def test_the_gap_script_correlates_gaps_with_gains(tmp_path: Path) -> None:
+def test_the_gap_script_correlates_gaps_with_gains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     caf = [[1.0, 2.0, 3.0, 6.0]]
     for name, isal in (("one", 0.5), ("two", -0.5), ("three", -1.5)):
         content = {"calibrated": ["L0H3"], "caf": caf, "isal": [[0.0, 0.0, 0.0, isal]]}
         (tmp_path / name).mkdir()
         (tmp_path / name / "calibration.json").write_text(json.dumps(content))
-    points = ["one=0.1", "two=0.2", "three=0.3"]
-    status, output = run_command([sys.executable, SCRIPT, "gap", *points, "--output", "gap.png"], tmp_path)
-    assert status == 0, output
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "gap", "one=0.1", "two=0.2", "three=0.3", "--output", "gap.png"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(SCRIPT, run_name="__main__")
+    output = capsys.readouterr().out
     assert [line.split()[0] for line in output.splitlines()[-4:-1]] == ["1.104", "2.104", "3.104"]
     assert "r = 1.000 over 3 calibrations" in output
     assert (tmp_path / "gap.png").is_file()
