@@ -206,7 +206,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
     from .calibration.run import calibrate_heads
-    from .integrations.llamafactory.commands import read_calibration
+    from .integrations.llamafactory.calibration import read_calibration
 
     inputs, config, folder = read_calibration(args.recipe, args.overrides)
     print(render_summary(calibrate_heads(inputs, config, folder)), f"Files: {folder}", sep="\n")

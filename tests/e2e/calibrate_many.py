@@ -11,7 +11,7 @@ import sys
 import torch
 
 from llamafactory_hera.calibration.run import calibrate_heads
-from llamafactory_hera.integrations.llamafactory.commands import read_calibration
+from llamafactory_hera.integrations.llamafactory.calibration import read_calibration
 
 
 def main() -> None:

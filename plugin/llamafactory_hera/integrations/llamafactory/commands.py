@@ -5,20 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamafactory_hera.calibration.run import CalibrationInputs
-from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.run_yaml import RecipeFile
 
-from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys
-from .inputs import calibration_inputs, selection_inputs
-from .recipe import NOT_TRAINING, host_arguments, host_words, named_output, read_recipe, read_values
+from .checks import check_folders
+from .inputs import selection_inputs
+from .recipe import host_words, named_output, read_recipe
 
 
 @host_words()
@@ -115,36 +112,6 @@ def score_checkpoint(
     if rank() == 0:
         show(path)
     return path
-
-
-@host_words()
-def read_calibration(
-    recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
-) -> tuple[CalibrationInputs, RahConfig, Path]:
-    """Reads a recipe, with overrides, as the arguments of ``calibrate_heads``: model and data, keys, output folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
-    values, _ = read_values(recipe, overrides)
-    keys = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
-    config = RahConfig.from_keys(keys)
-    values = {key: value for key, value in values.items() if key not in keys}  # the host does not know them
-    if values.get("template") is None:
-        raise ValueError("template: the value is empty, so the host would read no image; give the model's template.")
-    output_dir = named_output(values, "saves/calibration")
-    # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
-    values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
-    host = host_arguments(values)
-    check_folders(str(output_dir), host)
-    refuse_keys(host, UNREADABLE, "calibration")
-    model_config = multimodal_config(host.model)
-    head_layout(model_config)
-    if host.model.quantization_bit is not None or getattr(model_config, "quantization_config", None):
-        raise ValueError(
-            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
-            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
-            "quantization. The adapter also loads on the quantized model."
-        )
-    return calibration_inputs(config, host), config, output_dir
 
 
 def _keep_trained(path: Path, where: str, remedy: str) -> None:

@@ -1,7 +1,6 @@
-"""Model, teacher and data of a host run, as the plain objects that selection and calibration use."""
+"""Model, teacher and data of a host run, as the plain objects that a selection uses."""
 
 import copy
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from llamafactory.model import load_model, load_tokenizer
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
-from llamafactory_hera.calibration.run import CalibrationInputs
-from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
@@ -50,7 +47,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
     captions = config.select_mode == "llm"  # for the language model, without images
-    rows, training = (_Captions if captions else _Samples)(host, config.select_samples), host.training
+    rows, training = (_Captions if captions else Samples)(host, config.select_samples), host.training
     return SelectionInputs(
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
@@ -58,13 +55,6 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         tokenizer=rows.tokenizer,
         **rows.common(),
     )
-
-
-def calibration_inputs(config: RahConfig, host: HostArguments) -> CalibrationInputs:
-    """Returns the model and data of a calibration, of which only the dataset is read at once."""
-    rows = _UnlabeledSamples(host, config.samples, config.text)
-    names = tuple(host.model.adapter_name_or_path or ())
-    return CalibrationInputs(adapter_names=names, **rows.common())
 
 
 class _Rows:
@@ -126,52 +116,32 @@ class _Captions(_Rows):
         return DataCollatorForSeq2Seq(self.tokenizer)
 
 
-class _Samples(_Rows):
+class Samples(_Rows):
     """Samples as training sees them, and checked for image tokens that were cut off."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         super().__init__(host, n_samples)
-        self._processor = self._make_processor()
+        self.processor = self.make_processor()
 
     def encode(self, row: int) -> Features | None:
         example = self.rows[row]
-        features = self._encode(example, self._processor) if _has_answer(example) else None
+        features = self.encode_with(example, self.processor) if has_answer(example) else None
         # a sample that the host truncates has `cutoff_len` tokens
         if features and features["images"] and len(features["input_ids"]) >= self.host.data.cutoff_len:
-            self._check(row, features)
+            self.check(row, features)
         return features
 
-    def _make_processor(self, do_generate: bool = False) -> Any:
+    def make_processor(self, do_generate: bool = False) -> Any:
         module = self.tokenizer_module
         return _get_dataset_processor(self.host.data, "sft", self.template, **module, do_generate=do_generate)
 
-    def _encode(self, example: dict[str, Any], processor: Any) -> Features | None:
+    def encode_with(self, example: dict[str, Any], processor: Any) -> Features | None:
         encoded = processor.preprocess_dataset({name: [value] for name, value in example.items()})
         return {name: values[0] for name, values in encoded.items()} if encoded.get("input_ids") else None
 
-    def _check(self, row: int, features: Features) -> None:
+    def check(self, row: int, features: Features) -> None:
         check_image_tokens(row, features, self.template, self.host.data, **self.tokenizer_module)
 
 
-class _UnlabeledSamples(_Samples):
-    """Samples without labels: whole conversations, or the text before the answer; other images may replace theirs."""
-
-    def __init__(self, host: HostArguments, n_samples: int, text: Text) -> None:
-        super().__init__(host, n_samples)
-        self._text = text
-        self._prompt_processor = self._make_processor(do_generate=True)
-
-    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
-        example = dict(self.rows[row])
-        if images is not None:
-            example["_images"] = list(images)
-        whole = self._text == "conversation" and _has_answer(example)
-        features = self._encode(example, self._processor if whole else self._prompt_processor)
-        if features is None:
-            return None
-        self._check(row, features)
-        return features | {"labels": [IGNORE_INDEX] * len(features["input_ids"])}
-
-
-def _has_answer(example: dict[str, Any]) -> bool:
+def has_answer(example: dict[str, Any]) -> bool:
     return any(response["content"].strip() for response in example["_response"])
