@@ -1,4 +1,4 @@
-"""The subcommands that read a recipe of the host: select, score, fill a teacher cache, and calibrate."""
+"""The subcommands that read a recipe of the host: select, score, and fill a teacher cache."""
 
 import os
 from collections.abc import Sequence
