@@ -9,7 +9,6 @@ from tests.e2e.runner import ROOT, run_command
 
 BENCHES = {
     "overhead": "overhead.py {root}/recipes/demo/hera.yaml hera_heads=L1H0,L0H2 --rounds 1",
-    "overhead, a script": "overhead.py {root}/recipes/transformers/sft_vlm_hera.py --heads=L1H0,L0H2 --rounds 1",
     "cache": "cache.py --images 20000 --dim 8 --seconds 0.2 --readers 2",
     "mknn": "mknn.py --rounds 1 --layers 2 --heads 4 --samples 32 --dim 64 --head-dim 16",
     "selection": "selection.py --rounds 1 --samples 16 --dim 128 --threads 1",

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,15 +104,6 @@ def test_the_documented_export_merges_only_the_calibrated_heads(world: Path, rep
         assert torch.equal(merged[name][delta == 0], weight[delta == 0])
         assert 0 < (delta != 0).float().mean() < 1
     assert changed == len(changes)
-
-
-def test_the_documented_chat_starts_without_the_plugin(world: Path, report: dict[str, Any]) -> None:
-    short = ["--max_new_tokens", "8"]  # an untrained model does not end its answer
-    command = documented("docs/calibration.md", "chat", **MODEL) + short
-    status, output = run_command(command, world, stdin="how many circles?\nexit\n", HERA_DISABLE="1")
-    # the host exits while its generating thread may still run, which sometimes aborts after the last word
-    assert status in (0, -signal.SIGABRT), output
-    assert "Assistant:" in output
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["new adapter", "same adapter"])

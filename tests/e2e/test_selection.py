@@ -13,7 +13,7 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
 
 from .conftest import LORA, Train
-from .runner import run_command, write_recipe
+from .runner import write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -74,14 +74,10 @@ def test_a_llava_is_selected_as_the_language_model_in_it(here: Path, path: Path)
 
 def test_two_processes_select_as_one_does(train: Train, here: Path, path: Path) -> None:
     one = select(path, ["hera_select_mode=mllm"])
-    command = ["llamafactory-hera", "select", str(path), "output_dir=saves/two_processes", "ddp_backend=gloo"]
-    code, output = run_command([*command, "hera_select_mode=mllm"], here, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
-    assert code == 0, output
-    assert output.count("selected (worst)") == 1
-    two = Targets.load(here / "saves/two_processes/hera/heads.json")
-    auto = train(AUTO, {"hera_select_mode": "mllm", "per_device_train_batch_size": 8, "max_steps": 1}, ranks=2)
-    for other in (two, Targets.load(auto.folder / "hera/heads.json")):
-        assert (other.items, other.provenance["scores"]) == (one.items, one.provenance["scores"])
+    run = train(AUTO, {"hera_select_mode": "mllm", "per_device_train_batch_size": 8, "max_steps": 1}, ranks=2)
+    assert run.output.count("selected (worst)") == 1
+    two = Targets.load(run.folder / "hera/heads.json")
+    assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
 
 
 def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(train: Train, here: Path) -> None:
