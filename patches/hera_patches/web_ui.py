@@ -1,7 +1,7 @@
 """The changes that show HeRA in the host's web UI; training works without them.
 
-The host builds its page in one function and keeps lists, labels and sent values in its code, so a plugin cannot add
-a stage or fields without such changes. Imports of the plugin wait until a patch is applied.
+The host builds its page in one function and hard-codes the lists, the labels and the values that it sends, so a plugin
+cannot add a stage or fields without such changes. Imports of the plugin wait until a patch is applied.
 """
 
 from typing import Any

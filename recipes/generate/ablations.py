@@ -1,4 +1,4 @@
-"""The rows of the paper's tables 1 and 4, as recipes that differ from the two stages in their ``hera_*`` keys."""
+"""The rows of the paper's tables 1 and 4, as recipes that change the ``hera_*`` keys of the two stages."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
 #: The lines of recipes/README.md between which the generator writes its tables.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
-#: The paper selects on captions of GranD (recipes/data/README.md).
+#: The paper selects heads on captions from GranD (recipes/data/README.md).
 _GRAND = {"hera_select_dataset": "grand_captions"}
 _LAYER = {"hera_granularity": "layer"}
 _CONTRASTIVE = ("hera_weight", "hera_k", "hera_temperature", "hera_memory")
@@ -141,7 +141,7 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
 
 
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
-    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources, and by LoRA as in VIRAL.
+    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources and with LoRA as in VIRAL.
 
     Args:
         model: The LLM.
@@ -168,7 +168,7 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
         stages[f"viral{suffix}"] = (recipe, "VIRAL", f"{saves}/pretrain_sft", viral, f"{plain} {_VIRAL}")
     stages["cmar"] = (hera, "CMAR", f"{saves}/pretrain_cmar", cmar, _CMAR)
     for name, (recipe, title, start, keys, notes) in stages.items():
-        stage = "stage 1" if recipe is pretrain else "stage 2 by LoRA" if recipe is lora else "stage 2"
+        stage = "stage 1" if recipe is pretrain else "stage 2 (LoRA)" if recipe is lora else "stage 2"
         if name == "cmar":
             notes = f"{_stage_one(model, keys, start)} {notes}"
         yield _changed(recipe, model, name, f"{model.title}, LLaVA {stage} with {title}.", start, keys, (), notes)

@@ -132,18 +132,20 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
     machine = names[0] if names else platform.machine()
     page = [
-        f"{sum(map(len, found[_RUN].values()))} runs, {time.strftime('%Y-%m-%d')}: {hours:.2f} hours of processes "
-        f"with one thread each, on {len(os.sched_getaffinity(0))} cores ({machine}). "
+        f"{sum(map(len, found[_RUN].values()))} runs were complete on {time.strftime('%Y-%m-%d')}. All processes took "
+        f"{hours:.2f} hours in total, with one thread each, on {len(os.sched_getaffinity(0))} cores ({machine}). "
+        + "Versions: "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        + f". `python recipes/study --size {size} --seeds {len(settings.seeds)}`.",
+        + f". The command was `python recipes/study --size {size} --seeds {len(settings.seeds)}`.",
         *([f"**Not finished, and not included below: {', '.join(missing)}.**"] if missing else []),
         "Brackets are 95 % intervals over seeds (Student's t), paired by seed for differences, and not corrected for "
-        "multiple comparisons. Data, questions and teacher are the same for all seeds. The intervals therefore cover "
-        "the language model, the projector, the order of samples and the random heads.",
+        "multiple comparisons. Data, questions and teacher are the same for all seeds. The intervals therefore "
+        "reflect only variation in the language model, the projector, the order of samples and the random heads.",
         "### The question: HeRA worst-5 minus …",
         _primary(found),
         f"### MKNN of the worst and the top heads before training (chance {chance:.4f})",
-        "Measured on new scenes, drawn like those of training.\n\n![MKNN and accuracy](study.png)",
+        "The MKNN is measured on new scenes, which are drawn like the training scenes.\n\n"
+        "![MKNN and accuracy](study.png)",
         *(f"{title}:\n\n{_mknn(found, mode, [BASE, *methods])}" for mode, title in MODES.items()),
         *(
             f"### Accuracy on {_SET_NAMES[kind]}, %\n\n{_accuracy(found, kind, methods, floors[kind])}"
@@ -153,8 +155,8 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         f"Rank correlation (Spearman) of all heads' scores on two disjoint halves of {2 * settings.scored} training "
         f"captions, before multimodal training: {format_interval(mean_interval(found['rank'][BASE].values()), 2)}.",
         "### The teacher's knowledge",
-        "kNN accuracy of its CLS token on scenes with independent factors, in %, and in parentheses that of the most "
-        "frequent answer: "
+        "This list gives the kNN accuracy in % of the teacher's CLS token on scenes with independent factors. The "
+        "accuracy of the most frequent answer is in parentheses: "
         + ", ".join(f"{name} {100 * right:.1f} ({100 * most:.1f})" for name, (right, most) in parts["knows"].items())
         + ".",
         f"### The weight chosen on the validation questions: {chosen:g}",
@@ -163,8 +165,8 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
             [(f"{w:g}", *(f"{100 * shares[kind]['mean']:.1f}" for kind in SETS)) for w, shares in tried.items()],
         ),
         "### Cost, relative to SFT with the same seed",
-        "CPU time and peak memory of each run's process, with several runs at a time. The teacher's CLS tokens were "
-        "computed beforehand; methods on visual tokens run the teacher in every step.",
+        "The table lists the CPU time and peak memory of each run's process; several runs ran at a time. The "
+        "teacher's CLS tokens were computed beforehand; methods on visual tokens run the teacher in every step.",
         _cost(found, methods),
     ]
     path = root / "report.md"
@@ -214,7 +216,7 @@ def _accuracy(
         cells = [f"{100 * statistics.fmean(by_method[method].values()):.1f}" for by_method in of_categories]
         cells.append(format_interval(mean_interval(mean[method].values()), 1, 100))
         rows.append((_label(method), *cells, format_interval(_against(mean, method), 2, 100, "+")))
-    readers = {"text_alone": "*the question alone*", "one_answer": "*one answer a category*"}
+    readers = {"text_alone": "*the question alone*", "one_answer": "*one answer per category*"}
     rows += [(name, *(f"{100 * floor[key][column]:.1f}" for column in COLUMNS), "") for key, name in readers.items()]
     return _table(("", *COLUMNS, "mean − SFT"), rows)
 

@@ -55,7 +55,7 @@ def test_cka_needs_three_samples(n_valid: int) -> None:
     batch = pooled(z, torch.randn(N, D_TEACHER), torch.arange(N) < n_valid)
     loss = objective(batch)
     loss.sum().backward()
-    assert objective.comparable(batch) == (n_valid == 3)
+    assert objective.gradient_expected(batch) == (n_valid == 3)
     assert bool((loss > 0).all()) == bool((z.grad != 0).any()) == (n_valid == 3)
 
 
@@ -68,7 +68,7 @@ def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
         batch = pooled(z.requires_grad_(), teacher)
         objective(batch).sum().backward()
         assert z.grad.isfinite().all()
-        assert objective.comparable(batch) == (teacher is not one_image)
+        assert objective.gradient_expected(batch) == (teacher is not one_image)
 
 
 @pytest.mark.parametrize("projector", ["shared", "separate"])

@@ -223,7 +223,7 @@ def test_a_value_that_is_not_finite_leaves_the_term_out_and_is_never_remembered(
         assert output.loss.item() == 0
         output.loss.backward()
         assert not given.grad.any()
-        assert (output.sound.item(), output.comparable.item()) == (False, False)
+        assert (output.sound.item(), output.gradient_expected.item()) == (False, False)
         assert output.mknn.shape == (HEADS,)
         assert output.mknn.isnan().all()
         assert not term.memory.pairs[2].any()
@@ -260,7 +260,11 @@ def test_it_is_the_mean_over_layers_and_images_one_by_one(viral, tokens, patches
     torch.testing.assert_close(output.loss, expected)
     wanted = torch.autograd.grad(expected, tokens)[0]
     torch.testing.assert_close(torch.autograd.grad(output.loss, tokens)[0], wanted)
-    assert (output.n_samples.item(), output.comparable.item(), output.sound.item()) == (sum(valid), any(valid), True)
+    assert (output.n_samples.item(), output.gradient_expected.item(), output.sound.item()) == (
+        sum(valid),
+        any(valid),
+        True,
+    )
     assert output.mknn is None
 
 

@@ -1,4 +1,4 @@
-"""The mathematics of head alignment: functions on tensors that depend on no model and only on torch."""
+"""The mathematics of head alignment: tensor functions that need only torch and no model."""
 
 from .losses import cka_loss, contrastive_loss, cosine_loss
 from .neighbors import chance_level, mutual_knn, nearest_neighbors

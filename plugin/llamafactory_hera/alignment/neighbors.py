@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Two samples whose teacher features have a higher cosine similarity than this show the same image.
 SAME_IMAGE = 1 - 1e-5
-# Samples whose similarities are computed at a time; memory for all would grow with the square of their number.
+# Rows of similarities to compute at once; computing all at once would take memory quadratic in the sample count.
 _ROWS = 1024
 
 
@@ -84,7 +84,7 @@ def mutual_knn(
         student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
         teacher: ``[M, D_teacher]``, features of the same samples in the same order.
         k: Neighbors per sample.
-        normalize: True for cosine similarity, false for the dot product; for both sides.
+        normalize: True for cosine similarity, false for the dot product, for both student and teacher.
         allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two candidates do not count.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 logger = logging.getLogger("llamafactory_hera")
 
-_ROWS = 1024  # samples whose similarities are computed at a time, as in neighbors.py
+_ROWS = 1024  # rows of similarities to compute at once, as in neighbors.py
 
 
 def score_heads(
@@ -49,7 +49,7 @@ def score_features(
     """Computes the MKNN of one set of features, such as a layer's output, in the same way as :func:`score_heads`."""
     n, k = teacher_neighbors.shape
     if n != len(features):
-        raise ValueError(f"teacher_neighbors: has {n} samples, the features {len(features)}; use the same.")
+        raise ValueError(f"teacher_neighbors has {n} samples, but features has {len(features)}; use the same samples.")
     nearest = nearest_samples(features, weight, torch.arange(n), k, normalize)
     shared = (nearest[:, :, None] == teacher_neighbors.to(nearest.device)[:, None]).sum()
     return torch.where(nearest[0, 0] < 0, torch.nan, shared.double() / (n * k)).float()

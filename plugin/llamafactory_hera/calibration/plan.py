@@ -69,7 +69,7 @@ def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list
 
 
 def candidates(saliency: Tensor, head: Target, beta: float) -> list[Target]:
-    """Lists other heads with I-SAL above ``beta`` (eq. 8), in the same layer or else one or else two layers away."""
+    """Lists other heads with I-SAL above ``beta`` (eq. 8), in the same layer, else one layer away, else two."""
     above = [Target(*place) for place in (saliency > beta).nonzero().tolist()]
     for distance in (0, 1, 2):
         if pool := [other for other in above if abs(other.layer - head.layer) == distance and other != head]:
@@ -175,7 +175,7 @@ class Outcome(NamedTuple):
 
 
 def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) -> Outcome:
-    """Finds a step size for each update, then rolls back the last updates until the rest together is within the bound.
+    """Finds a step size for each update, then rolls back the last ones until the rest stay within the bound.
 
     The step size is the first of ``alpha_max``, ``alpha_max / 2``, … at which the divergence ``kl`` is at most
     ``delta`` (text below eq. 15). The updates are ordered by CAF, highest first, so the least influential ones are

@@ -47,15 +47,15 @@ class CalibrationInputs:
 def calibrate_heads(
     inputs: CalibrationInputs, config: RahConfig, folder: Path, samples: Samples | None = None
 ) -> dict[str, Any]:
-    """Calibrates the heads of a model, writes adapter, report and picture, and returns the content of the report.
+    """Calibrates the heads of a model, writes the adapter, the report and the picture, and returns the report.
 
-    Raises ``ValueError`` for bad input, and then leaves the files of an earlier calibration unchanged.
+    Raises ``ValueError`` for bad input; in this case, the files of an earlier calibration remain unchanged.
     """
     _check_folder(folder)
     profiled, held_out = samples or draw_samples(inputs.source, config)
     model = inputs.load_model()
     weights, forward, collate = HeadWeights(model), Forward(model, autocast=inputs.autocast), inputs.collator(model)
-    config.layer_indices(weights.layout.n_layers)  # before profiling, refuses a layer that the model lacks
+    config.layer_indices(weights.layout.n_layers)  # fails now if the model lacks one of the layers
     check_tokens(forward, [*profiled, *held_out])
     profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
     plan, outcome = make_plan(profile, weights, config), Outcome()
@@ -82,7 +82,7 @@ def calibrate_heads(
 
 
 def draw_samples(source: Source, config: RahConfig) -> Samples:
-    """Draws samples, each image once; raises ``ValueError`` if they are too few for rah_probes and rah_held_out."""
+    """Draws samples, each image once; raises ``ValueError`` if too few exist for rah_probes and rah_held_out."""
     samples, without_image, without_text = draw(source, config.samples, config.seed)
     drawn, needed = len(samples), config.probes + config.held_out
     skipped = f"{without_image} have no image, {without_text} have no text, and each image is used once"
@@ -116,7 +116,7 @@ def _profile(
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("key") == key:
-            logger.warning("%s: profiling is skipped, because this profile has the same model and samples.", path)
+            logger.warning("%s: profiling is skipped, because this profile is of the same model and samples.", path)
             return Profile(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     features = [sample.features for sample in samples]
     profile = profile_heads(forward, features, collate, config, inputs.num_workers)
@@ -133,6 +133,6 @@ def _check_folder(folder: Path) -> None:
     # A calibration writes its report last, so an adapter that is newer has been trained or replaced since.
     if any(path.stat().st_mtime_ns > written for path in folder.glob("adapter_*")):
         raise ValueError(
-            f"output_dir: {folder} contains an adapter that no calibration wrote, or that was trained since; give "
-            "another folder, or move the adapter away."
+            f"output_dir: {folder} contains an adapter that no calibration wrote, or that has changed since the last "
+            "calibration; choose another folder, or move the adapter."
         )

@@ -49,8 +49,8 @@ class RahConfig(KeyedConfig):
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
-        "Change of the chosen heads: toward their anchors (calibrate), or removal of their output regardless of the "
-        "KL divergence (prune, a baseline of the paper).",
+        "How to change the chosen heads: move them toward their anchors (calibrate), or remove their output "
+        "regardless of the KL divergence (prune, a baseline of the paper).",
     )
     k: int = knob(3, "Anchors per head; 1 is the paper's ablation with the most similar anchor.", at_least=1)
     rho: float = knob(
@@ -59,7 +59,7 @@ class RahConfig(KeyedConfig):
     w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1, "Fraction of the anchors that an element's mean omits at each end (eq. 12).", at_least=0, at_most=0.49
+        0.1, "Fraction of the anchors to omit at each end when averaging elements (eq. 12).", at_least=0, at_most=0.49
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)

@@ -24,9 +24,9 @@ from .table import write_table
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
-    If a task fails, the others still run; with several processes, the command ends. ``image_newline`` returns
-    whether the model in a folder was trained with a line break after the images. The exit status is 1 if a task failed
-    or a requirement is missing.
+    If a task fails, the others still run; with several processes, however, the command stops at the first failure.
+    ``image_newline`` returns whether the model in a folder was trained with a line break after the images. The exit
+    status is 1 if a task failed or a requirement is missing.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
@@ -154,6 +154,6 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
             cause = retried.exception() if retried else error
             if not isinstance(cause, ValueError):
                 traceback.print_exc()
-            *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # after a worker's traceback
+            *_, reason = f"{type(cause).__name__}: {cause}".strip().splitlines()  # the last line, below any traceback
             failed.append(f"{name}, {task.name}: {reason.removeprefix('ValueError: ')[:300]}")
     return failed

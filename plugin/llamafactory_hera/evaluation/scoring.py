@@ -61,7 +61,7 @@ def mmvp_rows(rows: Any) -> Any:
 
 
 def blink_rows(rows: Any) -> Any:
-    """Adds the other categories that Cambrian's code uses to the category "Counting"."""
+    """Extends the category "Counting" with the other categories that Cambrian's code uses."""
     if len(set(rows["sub_task"])) > 1:
         return rows
     from datasets import concatenate_datasets, load_dataset
@@ -71,7 +71,7 @@ def blink_rows(rows: Any) -> Any:
 
 
 def amber_d_rows(rows: Any) -> Any:
-    """Adds the correct answers to AMBER's questions, which are stored in a second file."""
+    """Adds the correct answers, which AMBER stores in a second file."""
     truth = {row["id"]: row["truth"] for row in read_json(f"{os.environ['AMBER_BASE_DIR']}/metadata/annotations.json")}
     return rows.add_column("truth", [truth[number] for number in rows["id"]])
 
@@ -95,7 +95,7 @@ def exact(row: Row, answer: str) -> bool:
 
 
 def pope(row: Row, answer: str) -> bool:
-    """Compares the first word of the answer."""
+    """Compares the first word of the answer with the correct answer."""
     return (answer.lower().split() or [""])[0].rstrip(".:,") == row["answer"].lower()
 
 
@@ -222,7 +222,7 @@ def by_category(sums: Sums) -> dict[str, Any]:
 
 
 def mme_score(sums: Sums) -> dict[str, Any]:
-    """Sums two accuracies over the perception categories: that of questions, and of images with both answers right."""
+    """Sums the question accuracy and the share of images with both answers right over the perception categories."""
     kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
     both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
     return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}

@@ -22,8 +22,9 @@ Records = Sequence[Mapping[str, Any]]
 def _sum(records: Records) -> Sums:
     """Sums the numbers of a group's records.
 
-    The sums also count samples (``n``), right samples (``right``), groups, and groups with only right samples
-    (``all``). If records have a category, the same counts exist by category, as in ``color/right``.
+    The sums also count samples (``n``), correctly answered samples (``right``), groups, and groups in which every
+    sample was answered correctly (``all``). If records have a category, the same counts exist by category, as in
+    ``color/right``.
     """
     sums: Sums = Counter()
     for record in records:
@@ -39,7 +40,7 @@ def _sum(records: Records) -> Sums:
 class Task:
     """One benchmark of a suite."""
 
-    name: str  # local data: a folder of this name by datasets' save_to_disk, or a file of rows <name>.json
+    name: str  # local data: <name>/, saved by datasets' save_to_disk, or <name>.json with the rows
     title: str
     category: str
     n: int | None  # samples of the complete task, if known
@@ -52,7 +53,7 @@ class Task:
     group: str = ""  # a Jinja template; samples with the same text form a group
     kind: str = ""  # a Jinja template; becomes the category of a record
     rows: Callable[[Any], Any] | None = None  # changes the loaded dataset
-    comparable: str = "same"  # with the paper: same, close or no; empty if the paper reports no score
+    comparable: str = "same"  # to the paper's score: same, close or no; empty if the paper reports none
     why: str = ""  # the reason for close or no
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -106,7 +107,7 @@ class Task:
             "process_results": self.record,
             # by default lmms-eval ends an answer at an empty line
             "generation_kwargs": {"max_new_tokens": self.tokens, "do_sample": False, "until": []},
-            "metric_list": [{"metric": "hera", "aggregation": len, "higher_is_better": True}],  # scores follow
+            "metric_list": [{"metric": "hera", "aggregation": len, "higher_is_better": True}],  # a placeholder
         }
 
 

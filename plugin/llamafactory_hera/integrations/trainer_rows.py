@@ -34,7 +34,7 @@ ImagesOf = Callable[[Any], list[ImageLike]]
 
 
 def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
-    """Returns a dataset whose images stay encoded (:func:`undecoded`), or for a custom function the dataset itself."""
+    """Returns a view whose images stay encoded, and its decoder; for a custom ``images_of``, the dataset and None."""
     return undecoded(dataset) if images_of is sample_images else (dataset, None)
 
 

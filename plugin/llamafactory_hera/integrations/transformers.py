@@ -54,7 +54,7 @@ class HeraTrainerMixin(_Base):
     # The mixin touches private names of transformers' Trainer, seen in 5.5.4. It overrides `_save_checkpoint`,
     # `_load_from_checkpoint`, `_load_best_model` and `_load_optimizer_and_scheduler`. It uses `_signature_columns`,
     # `_set_signature_columns_if_needed`, `_prepare_inputs`, `_get_output_dir` and `_get_learning_rate`.
-    # tests/test_private_names.py lists those of all other files.
+    # tests/test_private_names.py lists the private names that other modules use.
 
     #: Hub ids of the training data, for the model card.
     hub_datasets: Sequence[str] = ()

@@ -82,7 +82,7 @@ class Objective(nn.Module, ABC):
         """Returns which samples of a pooled batch enter the loss, boolean ``[N]``."""
         return batch.valid & (batch.valid.sum() >= self.least_samples)
 
-    def comparable(self, batch: PooledBatch) -> Tensor:
+    def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Returns whether every sample that enters must receive a gradient, a boolean scalar."""
         return self.entering(batch).any()
 

@@ -19,6 +19,6 @@ class CKA(Objective):
         enters = self.entering(batch)
         return torch.where(enters.any(), cka_loss(batch.z, batch.teacher, enters), 0.0)
 
-    def comparable(self, batch: PooledBatch) -> Tensor:
+    def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Expects gradients only if the batch contains at least two different images."""
-        return super().comparable(batch) & batch.candidates.allowed.any()
+        return super().gradient_expected(batch) & batch.candidates.allowed.any()

@@ -32,7 +32,7 @@ class Contrastive(Objective):
         """Returns which samples have a neighbor and thus enter the loss."""
         return batch.candidates.known
 
-    def comparable(self, batch: PooledBatch) -> Tensor:
+    def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Expects gradients if a valid sample exists and every valid sample has a neighbor."""
         enters = self.entering(batch)
         return enters.any() & (enters | ~batch.valid).all()

@@ -14,8 +14,8 @@ class DecoderInputs(Hooks):
     """Changes the attention mask and the token embeddings of the next forward pass.
 
     The hook is outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
-    With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, in every pass for
-    which :meth:`set` set no mask. Use this context for ``generate`` and evaluation of a model trained in this way.
+    With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless :meth:`set`
+    gave the pass a mask. Use this context for ``generate`` and evaluation of a model trained in this way.
     """
 
     def __init__(self, model: nn.Module, two_way: bool = False) -> None:

@@ -185,7 +185,7 @@ def _teacher_neighbors(
     """Returns the teacher's neighbors ``[N, k]`` of N images and its fingerprint, and frees its memory."""
     teacher = inputs.load_teacher()
     place = config.teacher_cache or folder / _TEACHER_FEATURES
-    cache = FeatureCache(place, teacher.fingerprint, teacher.dim, config.teacher)
+    cache = FeatureCache(place, teacher.fingerprint, teacher.dim)
     share = {sample.key: sample.image for sample in samples[rank() :: world_size()]}
     fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
     found = cache.get([sample.key for sample in samples])
@@ -205,7 +205,7 @@ def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
     if not images:
         raise ValueError(f"dataset: {inputs.dataset_name} contains no image; use a dataset with images.")
     teacher = inputs.load_teacher()
-    cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim, config.teacher)
+    cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim)
     share = {image_key(image): image for image in images[rank() :: world_size()]}
     fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
     return len(cache)

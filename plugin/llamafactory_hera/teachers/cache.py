@@ -30,12 +30,12 @@ class FeatureCache:
 
     A process sees the shards that existed when it last opened, flushed or refreshed the cache. A pickled copy opens
     the folder again; pending features, which are not yet written, stay with the original. ``folder`` has a subfolder
-    for each teacher, ``dim`` is the length D of a feature, and shards store ``teacher_name`` for human readers.
+    for each teacher, and ``dim`` is the length D of a feature.
     """
 
-    def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int, teacher_name: str = "") -> None:
-        self._arguments = (folder, teacher_fingerprint, dim, teacher_name)
-        self.dim, self._metadata = dim, {"teacher": teacher_fingerprint, "name": teacher_name}
+    def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int) -> None:
+        self._arguments = (folder, teacher_fingerprint, dim)
+        self.dim, self._metadata = dim, {"teacher": teacher_fingerprint}
         self.folder = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-float16"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._waiting: dict[bytes, Tensor] = {}
@@ -67,11 +67,11 @@ class FeatureCache:
             found[i] = torch.from_numpy(self._shards[shard][row])  # safetensors copies the row
         return found
 
-    def put(self, keys: Sequence[bytes], features: Tensor) -> Tensor:
-        """Adds the features ``[n, D]`` of n images, and returns the cached features, in float16 on the CPU.
+    def put(self, keys: Sequence[bytes], features: Tensor) -> None:
+        """Adds the features ``[n, D]`` of n images; a key that is already in the cache keeps its feature.
 
-        A key that is already in the cache keeps its feature. Use the returned features from then on: a second run will
-        read them from the cache, and the neighbors of unrounded features may differ.
+        From then on, use the features that :meth:`get` returns: a second run will read them, and the neighbors of
+        unrounded features may differ.
         """
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():
@@ -79,11 +79,11 @@ class FeatureCache:
                 f"hera_teacher: the feature of the image with key {keys[broken[0]].hex()} is not finite in float16. "
                 "Replace the image or the weights; if both are fine, unset hera_teacher_cache, which stores float16."
             )
-        for i, held in enumerate(self.get(keys)):  # cloned: the caller may change the returned tensor
-            features[i] = self._waiting.setdefault(keys[i], features[i].clone()) if held is None else held
+        for key, feature, held in zip(keys, features, self.get(keys), strict=True):
+            if held is None:
+                self._waiting.setdefault(key, feature)
         if len(self._waiting) >= _SHARD_ROWS:
             self.flush()
-        return features
 
     def flush(self) -> None:
         """Writes the pending features to a new shard; if that raises an ``OSError``, they stay pending."""

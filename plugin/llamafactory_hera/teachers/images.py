@@ -127,8 +127,8 @@ def image_key(image: ImageLike) -> bytes:
 def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
     """Computes the key of an image that ``datasets`` decoded, from its stored file.
 
-    The result is the key of the file, unless the file cannot be read without the library or has an orientation tag.
-    ``datasets`` applies the tag but :func:`load_image` does not, so the two images need different keys.
+    Usually this is the key of the file. If the file has an orientation tag, or only ``datasets`` can read it, this is
+    the key of the decoded pixels: ``datasets`` applies the tag but :func:`load_image` does not, so the images differ.
     """
     if image is file:
         return image_key(file)

@@ -15,8 +15,9 @@ class ObjectiveOptimizer:
 
     The parameters are not part of the model, so they are neither saved with it nor sharded by an engine. Every process
     updates its replica with the average of all gradients. If each process computes the loss of its own samples, the
-    average is the gradient of the global batch. If each process computes the loss of the global batch, the gradients
-    differ only by rounding, but where a gradient is almost zero, AdamW would amplify this difference to full steps.
+    average is the gradient of the global batch. If all processes compute the loss of the global batch, their gradients
+    differ only by rounding. Without the average, AdamW would turn that into different full steps where a gradient is
+    almost zero.
     """
 
     def __init__(self, objective: Objective) -> None:

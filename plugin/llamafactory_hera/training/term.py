@@ -22,7 +22,8 @@ class TermOutput:
         n_duplicates: The number of pairs of samples that were not compared because both show the same image.
         sound: True if every value was finite; if false, loss and gradient are 0. Equal on every process.
         broken: The targets that produced a non-finite value, ``[n_targets]``; all false if the teacher produced one.
-        comparable: True if every sample that entered must receive a gradient.
+        gradient_expected: True if the backward pass must reach every sample in the loss; otherwise a missing
+            gradient is no error.
         mknn: The MKNN of student and teacher within the batch, ``[n_targets]``; NaN if it was not measured, None for
             an objective on tokens.
         chance: The MKNN of unrelated features in this batch, a scalar; NaN or None whenever ``mknn`` is.
@@ -33,7 +34,7 @@ class TermOutput:
     n_duplicates: Tensor
     sound: Tensor
     broken: Tensor
-    comparable: Tensor
+    gradient_expected: Tensor
     mknn: Tensor | None = None
     chance: Tensor | None = None
 
@@ -98,7 +99,7 @@ class HeraTerm:
             n_duplicates=candidates.duplicates,
             sound=sound,
             broken=~finite,
-            comparable=self.objective.comparable(batch) & sound,
+            gradient_expected=self.objective.gradient_expected(batch) & sound,
             mknn=torch.where(known, mknn, math.nan),
             chance=torch.where(known, candidates.chance, math.nan),
         )

@@ -34,7 +34,7 @@ class Watch:
         #: A boolean scalar, true if a term since the last optimizer step was not finite; None without a term.
         self.left_out: Tensor | None = None
         self._config, self._targets, self._objective = config, targets, objective
-        self._batch_checked = self._gradient_due = self._entered = self._comparable = False
+        self._batch_checked = self._gradient_due = self._entered = self._gradient_expected = False
         self._idle_steps: int | None = 0  # None once a sample has entered
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
         self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
@@ -77,7 +77,10 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics; if the objective ``planned`` the samples that enter, none is no fault."""
+        """Adds a term to the statistics.
+
+        If the objective chose the samples (``planned``), a micro-batch in which none enters is not counted as empty.
+        """
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
@@ -98,7 +101,7 @@ class Watch:
             self.statistics.count(hera_empty_steps=sound & ~entered)
         if not self.gradient_checked:
             self.sync()
-            self._comparable, self._entered = bool(output.comparable), bool(entered & sound)
+            self._gradient_expected, self._entered = bool(output.gradient_expected), bool(entered & sound)
             if self._entered:
                 self._idle_steps = None
             elif self._idle_steps is not None and not planned and sound:
@@ -113,7 +116,7 @@ class Watch:
         if self._entered and not representations.requires_grad:
             raise RuntimeError(idle_message(self._targets, "their outputs carry no gradient in this setup"))
         # without images on this process, the gradient is zero
-        self._gradient_due = self._comparable and bool(valid.any())
+        self._gradient_due = self._gradient_expected and bool(valid.any())
 
     def after_backward(self, gradient_seen: bool, n_steps: int) -> None:
         """Raises ``RuntimeError`` if the first backward pass should have reached the targets but did not.
