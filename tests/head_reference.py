@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, LayerCapture, Target
+from llamafactory_hera.heads import Target
+from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
 from llamafactory_hera.heads.probe import pooled_heads
 

@@ -27,7 +27,7 @@ SELECTION_KEYS = (
     "hera_pooling",
     "hera_similarity",
 )
-#: The keys whose values must agree in two score files to compare them.
+#: The keys whose values must agree in two score files before the files can be compared.
 SCORE_KEYS = ("hera_select_mode", "hera_select_k", "hera_pooling", "hera_similarity")
 #: The keys whose values a resumed run must share with its checkpoint.
 FIXED_KEYS = (
@@ -60,7 +60,7 @@ OBJECTIVE_KEYS = (
 
 @dataclass(frozen=True)
 class HeraConfig(KeyedConfig):
-    """The settings of a HeRA run; the field ``x`` is the key ``hera_x``. Defaults follow the paper where it gives one.
+    """The settings of a HeRA run: the field ``x`` is the key ``hera_x``. Defaults are the paper's where it has one.
 
     Raises:
         ValueError: A value is invalid or contradicts another key; the message contains key, value and remedy.
@@ -226,7 +226,7 @@ class HeraConfig(KeyedConfig):
         auto = named == AUTO
         if self.granularity == "layer":
             if auto and self.select == "middle":
-                raise ValueError("hera_select: middle selects only heads; for that layer, set hera_layers: middle.")
+                raise ValueError("hera_select: middle selects only heads; for the layer, set hera_layers: middle.")
             if not auto and named not in NAMED_LAYERS:
                 Targets.parse(named, "layer")
             return

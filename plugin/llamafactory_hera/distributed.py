@@ -14,8 +14,8 @@ Result = TypeVar("Result")
 
 class _AllGather(torch.autograd.Function):
     # torch.distributed.nn.functional.all_gather is not used, because on gloo its backward is wrong for non-contiguous
-    # gradients. Every rank computes the loss of the global batch. The backward sums over ranks the gradients of this
-    # rank's slice; when the engine averages the result over ranks, it is the gradient of that loss.
+    # gradients. Every rank computes the loss of the global batch. The backward sums the gradients of this rank's slice
+    # over all ranks. If the engine then averages the results over ranks, it obtains the gradient of that loss.
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -42,12 +42,6 @@ def world_size() -> int:
 def rank() -> int:
     """Returns the rank of this process; 0 without a group."""
     return dist.get_rank() if world_size() > 1 else 0
-
-
-def barrier() -> None:
-    """Waits for all processes."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 def end_launch() -> None:
@@ -95,7 +89,7 @@ def common_row_count(n_rows: int, device: torch.device) -> int:
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenates the rows (samples) of all processes in rank order.
 
-    The backward sums over processes the gradients of each slice. If each process computes the loss of all gathered
+    The backward sums the gradients of each slice over processes. If each process computes the loss of all gathered
     rows, and the engine averages gradients across processes (DDP, ZeRO, FSDP), each parameter receives the gradient
     that a single process with the global batch would compute, without a correction factor. Every process must pass
     the same shape ``[B, ...]``; the result is ``[world_size * B, ...]``.

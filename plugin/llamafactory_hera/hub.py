@@ -14,9 +14,9 @@ def local_folder(
 ) -> Path:
     """Returns the local folder of a model, and fetches the model from the hub if the name is not a folder.
 
-    Without ``weights``, only small files are fetched; ``hub`` are arguments for ``snapshot_download``. If the model
-    does not exist or lacks the file ``needs``, raises a ``ValueError`` that contains the ``key`` and says ``what`` to
-    give, for instance "a vision model such as facebook/dinov2-large".
+    Without ``weights``, only small files are fetched; ``hub`` contains arguments for ``snapshot_download``. Raises
+    ``ValueError`` if the model does not exist or lacks the file ``needs``; the message contains the ``key`` and says
+    ``what`` to give, for instance "a vision model such as facebook/dinov2-large".
     """
     from huggingface_hub import snapshot_download
 

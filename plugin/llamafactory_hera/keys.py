@@ -34,7 +34,7 @@ class KeyedConfig:
         self.check()
 
     def check(self) -> None:
-        """Checks that the values fit together; a subclass raises ``ValueError`` with key, value and remedy."""
+        """Checks that the values fit together; a subclass raises ``ValueError`` with the key, value and remedy."""
 
     @classmethod
     def knobs(cls) -> dict[str, Field]:
@@ -61,7 +61,7 @@ class KeyedConfig:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Describes each entry in which two runs differ as ``key was …, is …``; ignores entries missing in ``before``."""
+    """Writes ``key was …, is …`` for each entry in which two runs differ; ignores entries missing from ``before``."""
     return [
         f"{name} was {before[name]}, is {now.get(name)}"
         for name in names
@@ -94,7 +94,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
     raise ValueError(f"{key}: {value!r} is not {expected}; give such a value, or remove the key.")
 
 
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _converted(value: Any, kind: Any) -> Any:

@@ -5,8 +5,8 @@
     python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
 The results are written next to ``dataset_info.json``. The first two commands need only Python; they skip and count
-rows whose image is missing in the dataset's ``images`` folder. The last command fills that folder from parquet files;
-it needs pyarrow and pillow, which LLaMA-Factory installs.
+rows whose image is missing from the dataset's ``images`` folder. The last command fills that folder from parquet
+files; it needs pyarrow and pillow, which LLaMA-Factory installs.
 """
 
 import argparse

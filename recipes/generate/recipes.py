@@ -167,7 +167,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
 
 
 def _finevision() -> Iterator[Recipe]:
-    """Makes the paper's fine-tuning of a finished VLM (appendix D), and its baseline."""
+    """Makes the recipe of the paper's fine-tuning of a finished VLM (appendix D), and that of its baseline."""
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (

@@ -1,4 +1,4 @@
-"""``python recipes/rah_lora``: the control experiment of the RAH-LoRA paper, and gap against gain (README.md)."""
+"""``python recipes/rah_lora``: the RAH-LoRA paper's control experiment and gap-gain correlation (README.md)."""
 
 import argparse
 import os

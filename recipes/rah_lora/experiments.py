@@ -66,7 +66,7 @@ def corrupt(samples: Sequence[Sample], source: Any, kind: str, seed: int) -> lis
 
 
 def exchanged(images: Sequence[list[Any]], seed: int) -> list[list[Any]]:
-    """Gives each sample the images of the next one in a random ring of the samples with equally many images."""
+    """Gives each sample the images of the next sample in a random ring of samples with the same number of images."""
     rings: dict[int, list[int]] = {}
     for index, held in enumerate(images):
         rings.setdefault(len(held), []).append(index)
@@ -102,7 +102,7 @@ def rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[
 
 
 def gap(measured: Sequence[str], output: Path) -> str:
-    """Draws the gaps of calibrations against their gains, ``FOLDER=GAIN``, and returns a table with Pearson's r."""
+    """Plots gain against gap for calibrations given as ``FOLDER=GAIN``, and returns a table with Pearson's r."""
     points = []
     for point in measured:
         folder, _, gain = point.rpartition("=")
@@ -127,7 +127,7 @@ def gap(measured: Sequence[str], output: Path) -> str:
 
 
 def influence_saliency_gap(report: dict[str, Any]) -> float:
-    """Averages CAF minus I-SAL over the calibrated heads, both as standard scores of the layer."""
+    """Averages CAF minus I-SAL over the calibrated heads, both standardized within the layer of the head."""
     if not report["calibrated"]:
         raise ValueError("it calibrated no head")
     caf, isal = np.array(report["caf"]), np.array(report["isal"])

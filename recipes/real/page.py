@@ -22,9 +22,9 @@ _ORDERS = {
 }
 _NOTE = """\
 MKNN is measured on {} held-out emoji with their names (chance {:.3f}). The loss is the language-modeling loss of the
-last twenty steps. Own name: how often the name of an image is the most likely of eight after it. Own image: how often
-the image of a name makes it more likely than seven other images do (chance 0.125 each). Brackets are 95 % intervals
-over seeds or, with one seed, over emoji.
+last twenty steps. Own name is the share of images after which the right name is the most likely of eight names. Own
+image is the share of names that their own image makes more likely than seven other images do (chance 0.125 each).
+Brackets are 95 % intervals over seeds or, with one seed, over emoji.
 """
 
 

@@ -15,7 +15,7 @@ from . import language_model
 
 ROOT, OUT = Path("hera_real"), "OUT"  # OUT is replaced in a command by the folder that it fills
 _HERA, _HOST, _PLUGIN = "recipes/real/hera.yaml", "from llamafactory.cli import main; main()", "llamafactory_hera.cli"
-#: Plain fine-tuning, and HeRA by the strategy that selects its five heads and by its weight.
+#: Plain fine-tuning, and HeRA, named by the strategy that selects its five heads and by its weight.
 METHODS = ("sft", "worst5_1", "top5_1", "random5_1", "worst5_0.1", "worst5_0.01")
 #: Seeds and methods of each size.
 SIZES = {"default": ((0,), METHODS[:2]), "full": ((0, 1, 2), METHODS)}
@@ -33,7 +33,7 @@ def step(name: str, *commands: tuple[str, ...]) -> Path:
     """Runs the commands that fill ``hera_real/<name>``, unless that folder exists; it appears once all have succeeded.
 
     Raises:
-        ValueError: A command failed; the message is its last line.
+        ValueError: A command failed; the message contains the last line of its output.
     """
     folder, part, log = ROOT / name, ROOT / "unfinished", ROOT / "logs" / f"{name.replace('/', '_')}.log"
     if folder.exists():
@@ -96,7 +96,7 @@ def run(seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
 
 
 def _call(function: str, *paths: Path | str) -> tuple[str, ...]:
-    """The command that calls a function of a module of this folder in a new process."""
+    """Returns the command that calls a function of a module of this folder in a new process."""
     module, name = function.split(".")
     code = f"import pathlib, sys; from recipes.real import {module}; {module}.{name}(*map(pathlib.Path, sys.argv[1:]))"
     return ("-c", code, *map(str, paths))

@@ -18,7 +18,7 @@ from recipes.demo import models
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the only size of the pictures in the font
-_LEAST, _NEIGHBORS = 4, 10  # fewest training emoji with the same last word; neighbors that vote
+_LEAST, _NEIGHBORS = 4, 10  # how many training emoji must share a last word to make it usual; neighbors that vote
 
 
 def write_data(folder: Path) -> None:
@@ -82,7 +82,7 @@ def train(data: Path, folder: Path, name: Path) -> None:
 
 
 def view(pixels: torch.Tensor) -> torch.Tensor:
-    """Crops each image to at least half of its sides, and changes or removes its colors; keeps ``[B, 3, S, S]``."""
+    """Crops each image to at least half its side length, and changes or removes its colors; keeps ``[B, 3, S, S]``."""
     affine = torch.zeros(len(pixels), 2, 3)
     scale = torch.empty(len(pixels)).uniform_(0.5, 1.0)
     affine[:, 0, 0] = affine[:, 1, 1] = scale
@@ -93,10 +93,11 @@ def view(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
-    """Measures how well the nearest training images tell the last word of a held-out name (face, symbol, heart, …).
+    """Measures how well the nearest training images predict the last word of a held-out name (face, symbol, heart, …).
 
-    ``knowledge.json`` holds, for each encoder, its accuracy, the accuracy of the most frequent word, and the number of
-    images with a usual word.
+    Only usual last words count: those in which at least ``_LEAST`` training names end. ``knowledge.json`` holds,
+    for each encoder, its accuracy, the accuracy of the most frequent word, and the number of held-out images with a
+    usual word.
     """
     (images, words), (others, truth) = (_load(data, dataset) for dataset in ("emoji", "heldout"))
     usual, found = [i for i, word in enumerate(truth) if words.count(word) >= _LEAST], {}

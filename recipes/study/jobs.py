@@ -67,7 +67,7 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
 def _run_job(root: Path, name: str, job: Job) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # One process per core with one thread each is the fastest way, and makes numbers independent of the cores.
+    # One process per core, with one thread each, is fastest and makes numbers independent of the number of cores.
     torch.set_num_threads(1)
     log = root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -72,10 +72,11 @@ def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
-    """Measures how well the teacher's nearest neighbors tell the factors of a scene.
+    """Measures how well the teacher's nearest neighbors predict the factors of a scene.
 
     The scenes are new, with independent factors. The nearest scenes of one half vote on each scene of the other half.
-    The number of objects is asked of scenes with one to four objects, the other factors of scenes with one.
+    The vote on the number of objects uses scenes with one to four objects. Votes on the other factors use scenes with
+    one object.
 
     Returns:
         By factor, the share of right votes and the share of the most frequent answer.

@@ -29,7 +29,8 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
         output: The study's folder.
         size: One of ``SIZES``.
         workers: The number of processes; it changes times but no other numbers.
-        seeds: The number of seeds of the primary methods; 0 for the size's. A finished study can be given more.
+        seeds: The number of seeds of the primary methods; 0 uses the number that the size defines. More seeds can be
+            added to a finished study.
 
     Returns:
         The report.

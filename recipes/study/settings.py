@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
 }
 #: The method that the others are compared with.
 BASELINE = "sft"
-#: The methods of the study's question, which have all seeds; the others have the first few.
+#: The methods that the study's question is about. They run with all seeds, and the others with the first few.
 PRIMARY = ("sft", "worst5_paper", "worst5", "top5", "random5")
 #: The method whose weight the validation questions choose.
 TUNED = "worst5"
@@ -59,7 +59,7 @@ class Settings:
         asked: Questions per training scene, each a sample of its own.
         questions: Questions per category in each set of validation and test.
         scored: Captions on which heads are selected; MKNN is measured on as many others.
-        teacher_steps: Updates of the teacher, by contrast of training images.
+        teacher_steps: Updates of the teacher, by contrastive learning on training images.
         language_steps: Updates of the language model on text alone, with 16 documents each.
         stage1_steps: Updates of the projector, on captions.
         stage2_steps: Updates of the projector and the language model, on questions.
@@ -69,7 +69,7 @@ class Settings:
         stage1_rate: Peak learning rate of stage 1.
         stage2_rate: Peak learning rate of stage 2.
         seeds: The seeds of the primary methods.
-        secondary_seeds: Number of these seeds, from the first on, that the other methods have.
+        secondary_seeds: The number of these seeds, counted from the first, with which the other methods run.
         tuning_seed: The seed of the runs that choose the weight; only the smoke test has it among ``seeds``.
         weights: The weights that these runs try.
         methods: Names of ``METHODS``.

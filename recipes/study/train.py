@@ -31,7 +31,7 @@ _AT_ONCE = 256  # samples per forward pass
 
 
 class Encoder:
-    """Encodes samples; calling it collates encoded samples to a batch."""
+    """Encodes samples; calling it collates encoded samples into a batch."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor

@@ -57,7 +57,7 @@ class World:
     """All samples of a study, which are the same for every seed.
 
     Attributes:
-        train: Training pictures with one question each; a picture has several samples.
+        train: Samples of a training picture with one question; each picture occurs in several samples.
         captions: Training pictures with captions.
         texts: The text that the language model reads before it sees pictures.
         validation: Questions that choose the weight, by set.
@@ -148,7 +148,7 @@ def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
     """Draws scenes of a split and asks about them until every category has its questions.
 
     A question concerns an object that belongs to the split, or the entire scene. Each scene gets one question in each
-    of a few categories: those that it allows and that need most questions. Within a category the answer is drawn
+    of a few categories: those that it allows and that lack the most questions. Within a category the answer is drawn
     before the question, so "yes" is as frequent as "no".
     """
     rng = random.Random(f"study {name}")

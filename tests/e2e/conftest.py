@@ -11,6 +11,7 @@ import yaml
 
 from .runner import ROOT, HostServer, Run
 
+Command = Callable[..., tuple[int, str]]
 LORA = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "multi_modal_projector", "lora_rank": 4}
 
 
@@ -23,7 +24,7 @@ def server() -> Iterator[HostServer]:
 
 
 @pytest.fixture(scope="session")
-def command(server: HostServer, world: Path) -> Callable[..., tuple[int, str]]:
+def command(server: HostServer, world: Path) -> Command:
     """Runs ``llamafactory-hera`` in the folder of the demo, and returns its exit code and its output."""
     return lambda *arguments: server.command([*map(str, arguments)], world, world / "command.log")
 

@@ -6,7 +6,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from .conftest import Command
 from .runner import ROOT, HostServer, environment, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str]]]) -> list[dict[s
 
 
 @pytest.fixture(scope="module")
-def report(world: Path, command: Callable[..., tuple[int, str]]) -> dict[str, Any]:
+def report(world: Path, command: Command) -> dict[str, Any]:
     """The report of the demo recipe, which the command calibrates."""
     status, output = command("calibrate", RECIPE)
     assert status == 0, output

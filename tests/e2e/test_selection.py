@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import yaml
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
 
-from .conftest import LORA, Train
+from .conftest import LORA, Command, Train
 from .runner import write_recipe
 
 pytestmark = pytest.mark.slow
@@ -35,7 +34,7 @@ def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> 
 
 
 def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
-    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
+    train: Train, here: Path, path: Path, command: Command
 ) -> None:
     keys = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "hera_heads"}
     write_recipe(path, keys)
@@ -132,9 +131,7 @@ def test_heads_of_another_run_are_refused_unless_forced(train: Train, here: Path
     assert difference in train(args, change, {"hera_heads_force": True}).output
 
 
-def test_checkpoints_and_adapters_are_scored_and_compared(
-    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
-) -> None:
+def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Path, command: Command) -> None:
     moved = {"learning_rate": 5e-3, "max_steps": 3, "hera_heads": "L1H0"}
     full, lora = train(moved), train(moved, LORA)
     before = score_checkpoint(None, path, "saves/before.json")
@@ -153,9 +150,7 @@ def test_checkpoints_and_adapters_are_scored_and_compared(
     assert (here / "hera_report.html").is_file()
 
 
-def test_teacher_only_fills_the_cache_that_training_reads(
-    train: Train, here: Path, path: Path, command: Callable[..., tuple[int, str]]
-) -> None:
+def test_teacher_only_fills_the_cache_of_training(train: Train, here: Path, path: Path, command: Command) -> None:
     code, output = command("select", path, "--teacher-only", "hera_teacher_cache=filled")
     assert code == 0, output
     assert "filled: features of 96 images" in output

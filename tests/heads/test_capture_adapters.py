@@ -11,7 +11,7 @@ from tests.head_reference import check_heads
 from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads.capture import HeadCapture
 from llamafactory_hera.heads.families import decoder_layers
 
 

@@ -8,7 +8,7 @@ from tests.tiny_models import VLMS, answer_labels, text_batch, text_model, vlm, 
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
-from llamafactory_hera.heads import HeadCapture, LayerCapture
+from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import decoder_layers
 
 HEADS = "L1H3,L0H2,L1H0,L1H1"

@@ -7,7 +7,7 @@ import torch
 from tests.head_reference import check_heads, check_layers, check_pooled
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, text_batch, text_model, vlm, vlm_batch
 
-from llamafactory_hera.heads import HeadCapture
+from llamafactory_hera.heads.capture import HeadCapture
 from llamafactory_hera.heads.families import FAMILIES, decoder_layers, head_layout, media_token_ids
 
 READERS = [check_heads, check_layers, check_pooled]

@@ -10,7 +10,8 @@ from tests.head_reference import blocks, mean_over
 from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 
-from llamafactory_hera.heads import HeadCapture, LayerCapture, Target, Targets
+from llamafactory_hera.heads import Target, Targets
+from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
 

@@ -10,7 +10,8 @@ from tests.head_reference import check_pooled
 from tests.tiny_models import DECODER, VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
-from llamafactory_hera.heads import HeadCapture, LayerCapture, families
+from llamafactory_hera.heads import families
+from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import (
     FAMILIES,
     HeadLayout,

@@ -10,7 +10,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads import LayerCapture
+from llamafactory_hera.heads.capture import LayerCapture
 from llamafactory_hera.heads.tokens import token_positions
 from llamafactory_hera.objectives import Step, TokenBatch, create
 from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks, visible

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
-from llamafactory_hera.heads import HeadCapture, Target, Targets
+from llamafactory_hera.heads import Target, Targets
+from llamafactory_hera.heads.capture import HeadCapture
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.selection import resolve
 from llamafactory_hera.selection.gallery import Neighbors

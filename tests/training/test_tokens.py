@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads import HeadCapture, LayerCapture, Targets
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
 from llamafactory_hera.objectives import Plan, Step, TokenBatch, TokenObjective
 from llamafactory_hera.rivals.decoder_inputs import DecoderInputs

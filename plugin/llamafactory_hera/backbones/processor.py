@@ -25,7 +25,7 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
         # LLaVA's image processor crops by default. SigLIP's settings do not mention cropping.
         settings = {"do_center_crop": False} | image_processor.to_dict() | {"do_pad": True}
         image_processor = LlavaImageProcessor.from_dict(settings)
-    # The processor determines the size: DINOv2's processor uses a different size from the model's configuration.
+    # The processor determines the size: DINOv2's processor uses a size that differs from the model's configuration.
     height, width = image_processor(Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"].shape[-2:]
 
     tokenizer: Any = AutoTokenizer.from_pretrained(language.folder)

@@ -70,7 +70,7 @@ def open_vision(name: str) -> Source:
 
 
 def language_weights(source: Source) -> dict[str, Tensor]:
-    """Reads the tensors of a language model by their names in a LLaVA checkpoint.
+    """Reads the tensors of a language model, under their names in a LLaVA checkpoint.
 
     Like transformers, unties the embeddings if the checkpoint stores an output layer that differs from them.
     """
@@ -85,7 +85,7 @@ def language_weights(source: Source) -> dict[str, Tensor]:
 
 
 def vision_weights(source: Source) -> dict[str, Tensor]:
-    """Reads the tensors of a vision encoder, without text half and pooling head, by their names in LLaVA."""
+    """Reads the tensors of a vision encoder, without the text half and the pooling head, under their LLaVA names."""
     tower, stored = TOWERS[source.config.model_type], _read(source)
     prefix = tower.prefix if any(name.startswith(tower.prefix) for name in stored) else ""
     return {

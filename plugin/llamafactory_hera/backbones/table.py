@@ -14,7 +14,7 @@ class Backbone(NamedTuple):
     key: str  #: The prefix of its recipes' names.
     title: str
     checkpoint: str  #: Its hub id.
-    template: str  #: The training template; for a LLaVA-style model that of stage 2.
+    template: str  #: The training template; for a LLaVA-style model, the template of stage 2.
     heads: str = ""  #: A value of ``hera_heads``; empty for models that the paper does not use.
 
 

@@ -24,8 +24,8 @@ class Line:
     key: str  #: ``task``, or ``task/score`` if the task has several scores; for an average, the category.
     title: str
     n: int | None  #: The number of samples.
-    comparable: str  #: With the paper: same, close or no; empty if the paper reports no score.
-    why: str = ""  #: The reason for close or no.
+    comparable: str  #: How comparable it is to the paper's score: same, close or no; empty if the paper has none.
+    why: str = ""  #: The reason if ``comparable`` is close or no.
     scale: float = 1.0  #: Multiplies the score in averages.
     average: bool = False
     values: dict[str, float] = field(default_factory=dict)  #: The score of each model.
@@ -34,7 +34,7 @@ class Line:
 
     @property
     def differences(self) -> dict[str, tuple[float, ...]]:
-        """The difference of each model from the first, with the 2.5 and 97.5 percentiles over resamples."""
+        """The difference of each model from the first, with the 2.5th and 97.5th percentiles over resamples."""
         ends = {model: np.percentile(found, [2.5, 97.5]).tolist() for model, found in self.resampled.items()}
         first = next(iter(self.values.values()), 0.0)
         return {model: (self.values[model] - first, low, high) for model, (low, high) in ends.items()}
@@ -46,8 +46,9 @@ def write_table(
     """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
     Each line contains the differences from the first model, with intervals from a paired bootstrap: both models are
-    scored on the same resamples of sample groups. The table of the suite ``paper`` also contains averages of complete
-    results. ``paper`` is a backbone such as ``qwen3_8b``, whose scores in the paper fill additional columns.
+    scored on the same resamples of sample groups. The table of the suite named "paper" also contains averages of
+    complete results. The argument ``paper`` is a backbone such as ``qwen3_8b``, whose scores in the paper fill
+    additional columns.
     """
     known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []

@@ -43,7 +43,7 @@ class HeraVLM(lmms):
         batch_size: int | str = 1,
         device: str | None = None,  # by default, the device that accelerate chooses
         dtype: str | None = None,  # "auto" (as stored) or a torch dtype; by default float32 on a CPU, else "auto"
-        image_aspect_ratio: Literal["none", "pad"] = "none",  # "pad": squares in the processor's mean color
+        image_aspect_ratio: Literal["none", "pad"] = "none",  # "pad": pads to squares with the processor's mean color
         image_newline: bool = False,  # puts a line break after the images if the chat template does not
         answers: str | None = None,  # a JSONL file of answers to reuse and extend; rank 1 extends <name>.1.jsonl
         key: str = "",  # digest of the weights; an answer is reused for the same key, prompt, images and settings
@@ -130,7 +130,7 @@ class HeraVLM(lmms):
         return [answers[row] for row in range(len(requests))]
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
-        """Returns a line for each sample, and each part without an answer: samples, settings and inputs."""
+        """Returns a line for each sample, and the rows, settings and inputs of each group of unanswered samples."""
         lines: dict[int, dict[str, Any]] = {}
         groups = defaultdict(list)
         for row in batch:

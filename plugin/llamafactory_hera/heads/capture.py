@@ -10,8 +10,8 @@ Under gradient checkpointing, the captured rows receive gradients only if the ch
 the checkpointing function of the chosen layers is wrapped. The output of a layer is taken from the result of that
 function; without checkpointing, a forward hook reads it.
 
-At single tokens, projecting each token would take D values per token and head. Instead, the module keeps the head's
-``head_dim`` values per token, and reads the head's projection matrix once, by projecting unit vectors.
+When single tokens are read, projecting each of them would take D values per token and head. Instead, the capture keeps
+the head's ``head_dim`` values per token, and reads the head's projection matrix once, by projecting unit vectors.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,9 +1,9 @@
 """The attention heads of a transformers model: the text decoder, its layers, and their output projections.
 
-To support a new architecture, add its name, if its layers follow the usual layout: the input of
-``layer.self_attn.o_proj`` is the concatenation of the heads, with ``head_dim`` values each. Some models change the
-attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4 and OLMo 2 normalize the output, and
-Granite scales it. A head's contribution is read before that change, at the projection.
+To support a new architecture whose layers follow the usual layout, add its name to ``FAMILIES``. In this layout, the
+input of ``layer.self_attn.o_proj`` is the concatenation of the heads, with ``head_dim`` values each. Some models
+change the attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4 and OLMo 2 normalize the
+output, and Granite scales it. A head's contribution is read before that change, at the projection.
 """
 
 from __future__ import annotations

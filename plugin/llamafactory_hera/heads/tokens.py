@@ -50,7 +50,7 @@ def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[i
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]``; the dtype stays, and no token averages to 0."""
+    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]`` in the same dtype; 0 for a sample without any."""
     if hidden.shape[:-1] != mask.shape:
         raise ValueError(
             f"mask: its shape {list(mask.shape)} does not fit a layer that returns {list(hidden.shape)}; give a "

@@ -47,7 +47,7 @@ _REFUSED = {
     "rl": "HeRA is for supervised fine-tuning",
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
-    "hera_select_dataset": "heads are selected on datasets; for other data, set hera_heads to the file of a selection",
+    "hera_select_dataset": "selection reads the run's datasets; to use others, set hera_heads to a selection's file",
     "trainer_cls": "the plugin supplies the trainer",
 }
 
@@ -119,7 +119,7 @@ class HeraPlugin(BasePlugin):
                 if hera.pooling == "answer" and not strategy.role_boundaries:
                     raise ValueError(
                         f"hera_pooling: answer reads labeled tokens, and {type(strategy).__name__} labels the "
-                        "prompt; write role_boundaries with the marks of the chat template, or hera_pooling: text."
+                        "prompt; write role_boundaries with the markers of the chat template, or hera_pooling: text."
                     )
 
         return AxolotlHeraTrainer

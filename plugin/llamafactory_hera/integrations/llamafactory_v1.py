@@ -1,7 +1,7 @@
 """HeRA in LLaMA-Factory's v1 engine (``USE_V1=1`` on its main branch).
 
-``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]`` trains by a recipe of that
-engine with ``hera_*`` keys. It needs no change to the engine.
+``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]`` trains with a recipe of that
+engine to which ``hera_*`` keys are added. It needs no change to the engine.
 """
 
 import json
@@ -77,7 +77,7 @@ class _Renderer(Renderer):
 
 
 class _Share(torch.autograd.Function):
-    """Adds the term to the LM loss, with a gradient that does not depend on the engine's weight of their sum.
+    """Adds the term to the LM loss; the term's gradient does not depend on how the engine weights the sum.
 
     The engine weights each micro-batch by its number of labeled tokens. That is right for the LM loss, but the term is
     a mean over micro-batches.
@@ -126,7 +126,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
             "micro_batch_size",
             size,
             size * processes + hera.remembered < least,
-            f"hera_objective: {hera.objective} needs {least} samples together, from all processes or hera_memory",
+            f"hera_objective: {hera.objective} needs {least} samples from all processes and hera_memory together",
         ),
     )
     for key, value, found, why in checks:
@@ -135,7 +135,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
 
 
 def run(keys: dict[str, Any]) -> None:
-    """Trains by a recipe of the engine with ``hera_*`` keys."""
+    """Trains with a recipe of the engine to which ``hera_*`` keys are added."""
     hera = HeraConfig.from_keys({key: value for key, value in keys.items() if key.startswith(HeraConfig.PREFIX)})
     host = {key: value for key, value in keys.items() if not key.startswith(HeraConfig.PREFIX)}
     model_args, data_args, args, _ = get_args(host)

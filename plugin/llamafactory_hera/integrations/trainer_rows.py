@@ -1,4 +1,4 @@
-"""The training rows of a Trainer: checks before training, and the selection of heads or layers on them (``auto``)."""
+"""Checks of a Trainer's training rows, and the selection of heads or layers on these rows (``auto``)."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def check_rows(trainer: Any, images_of: ImagesOf) -> None:
     else:
         raise ValueError(
             f"images_of: no image was found in the {count} rows of train_dataset ({', '.join(columns) or 'no columns'}"
-            "), and HeRA compares samples by their images. The columns images and image are searched, and the image "
+            "), and HeRA compares samples by their images. It searches the columns images and image, and the image "
             "parts of messages, prompt and completion; pass images_of, a function from a row to a list of images."
         )
     if not (trainer.args.remove_unused_columns and isinstance(found, dict)):
@@ -138,7 +138,7 @@ class TrainerRows:
         return images_by(self._images_of, self._rows[row])
 
     def encode(self, row: int) -> Features | None:
-        """Encodes a row with the trainer's collator; in mode ``llm``, its labeled tokens as a caption."""
+        """Encodes a row with the trainer's collator; in mode ``llm``, returns its labeled tokens as a caption."""
         batch = self.collate([{"row": row}])
         ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
         token_mask(self._config.pooling, ids, mask, labels)  # raises if labels are missing
@@ -186,7 +186,7 @@ def _spread(count: int) -> Sequence[int]:
 
 
 def _pad_captions(captions: list[Features]) -> dict[str, Any]:
-    """Pads captions to a batch for the language model, without images."""
+    """Collates captions into a padded batch for the language model, without images."""
     padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
     return {
         name: pad_sequence([torch.tensor(caption[name]) for caption in captions], True, value)

@@ -48,7 +48,8 @@ class HeraTrainerMixin(_Base):
         **kwargs: As for that trainer.
 
     Raises:
-        ValueError: A setting, the data, the model or the teacher does not fit; the message states value and remedy.
+        ValueError: A setting, the data, the model or the teacher does not fit; the message states the value and the
+            remedy.
     """
 
     # The mixin touches private names of transformers' Trainer, seen in 5.5.4. It overrides `_save_checkpoint`,
@@ -58,7 +59,7 @@ class HeraTrainerMixin(_Base):
 
     #: Hub ids of the training data, for the model card.
     hub_datasets: Sequence[str] = ()
-    #: The step of the weights if ``load_best_model_at_end`` loaded them, for the model card.
+    #: The step of the checkpoint that ``load_best_model_at_end`` loaded, if any, for the model card.
     best_step: int | None = None
     model: Any
     args: Any
@@ -91,11 +92,11 @@ class HeraTrainerMixin(_Base):
         self._compute_loss_called = False
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
-        self._engine_scale: float | None = None  # DeepSpeed's, because accelerate then has no scaler
+        self._engine_scale: float | None = None  # DeepSpeed's loss scale; accelerate has no scaler with DeepSpeed
         self.add_callback(_AlignerCallback(self))
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """Raises ``ValueError`` if the collator that a trainer made by itself does not fit the settings."""
+        """Raises ``ValueError`` if a collator that the trainer created itself does not fit the settings."""
 
     # -- the training data -----------------------------------------------------------------------------------------
 
@@ -126,7 +127,7 @@ class HeraTrainerMixin(_Base):
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Runs forward and backward passes of a micro-batch, and checks that the loss contains the HeRA term."""
+        """Runs the forward and backward passes of a micro-batch, and checks that the loss contains the HeRA term."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
         if engine is not None:  # read now: the backward pass that ends a step changes it
             self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
@@ -198,7 +199,7 @@ class HeraTrainerMixin(_Base):
         return not counts_items and self.compute_loss_func is None
 
     def _loss_scale(self) -> float | Tensor:
-        """Returns the factor of mixed precision that the gradients contain."""
+        """Returns the loss scale of mixed precision, a factor that the gradients contain."""
         if self._engine_scale is not None:
             return self._engine_scale
         scaler = self.accelerator.scaler
@@ -219,7 +220,7 @@ class HeraTrainerMixin(_Base):
         self.write_hera_card()
 
     def write_hera_card(self) -> None:
-        """Writes the section on alignment into the model card, and ``hera/card.json``; on the first process."""
+        """Writes ``hera/card.json`` and the model card's section on alignment; only the first process does this."""
         if self.is_world_process_zero():
             write_card(self)
 
@@ -270,7 +271,7 @@ class _AlignerCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
         on_first(lambda: self._lock.enter_context(locked(args.output_dir)))
-        # An attempt that ran out of memory leaves gradients and statistics.
+        # An attempt that ran out of memory leaves gradients and statistics behind.
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
         aligner.batch_size = state.train_batch_size  # after an out-of-memory error, smaller than the argument

@@ -35,7 +35,7 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
         super().__init__(model, args, *others, hera=hera, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """Refuses data that TRL treats as text, and labels on the prompt if HeRA averages over answers."""
+        """Refuses data that TRL treats as text; also refuses labels on the prompt if HeRA averages over answers."""
         if type(self.data_collator).__module__ != sft_trainer.__name__:
             return  # a custom collator
         if not isinstance(self.data_collator, getattr(sft_trainer, "DataCollatorForVisionLanguageModeling", ())):

@@ -25,7 +25,7 @@ class TokenBatch:
     context: dict[str, Tensor] = field(default_factory=dict)  #: the tensors of the plan
 
     def linear(self, target: int, layer: nn.Linear) -> Tensor:
-        """Applies ``layer`` to a target's representations, without computing these for a head; ``[B, t, out]``."""
+        """Applies ``layer`` to a target's representations, ``[B, t, out]``; those of a head are never computed."""
         if self.projections is None:
             return layer(self.tokens[target])
         # a representation is o W (paper, eq. 7); with W folded into the layer, a token has head_dim values, not D

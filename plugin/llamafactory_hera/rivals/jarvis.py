@@ -60,14 +60,14 @@ class Jarvis(TokenObjective):
             raise ValueError(f"hera_objective: jarvis sets the attention mask, but {why}; use another model.")
 
     def attach(self, model: nn.Module) -> None:
-        """Hooks the text decoder, and warns if the model would learn with a different attention from inference."""
+        """Hooks the text decoder, and warns if the model would learn with attention that differs from inference."""
         self._inputs = DecoderInputs(model, self._two_way)
         self._inputs.install()
         trained = any(p.requires_grad for layer in decoder_layers(model) for p in layer.parameters())
         if rank() == 0 and self.options.config.weight > 0 and (self._two_way or trained):
             logger.warning(
                 "hera_objective: jarvis changes the attention during training; train only the projector, as its "
-                "authors do, and evaluate a model with hera_visual_attention: two_way inside "
+                "authors do. If you trained with hera_visual_attention: two_way, evaluate the model inside "
                 "llamafactory_hera.rivals.decoder_inputs.DecoderInputs(model, two_way=True)."
             )
 

@@ -62,7 +62,7 @@ class LatentTeacher:
 
         model, loading = AutoencoderKL.from_pretrained(folder, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
-            lack = f"{len(missing)} tensors, the first is {missing[0]}"
+            lack = f"{len(missing)} tensors, the first being {missing[0]}"
             raise ValueError(f"{KEY}: the weights of {name_or_path} lack {lack}; copy or download the weights again.")
         return cls(model.float().to(device), teacher_fingerprint(folder))
 
@@ -70,8 +70,8 @@ class LatentTeacher:
     def patch_features(self, images: Tensor, side: int) -> Tensor:
         """Samples the latents of images ``[B, 3, S, S]`` in [0, 1], with the default generator of the device.
 
-        Returns ``[B, side * side, dim]`` in fp32 on the teacher's device. The tokens go row by row; each has 2 x 2
-        latents, with channels in the order (latent channel, row, column).
+        Returns ``[B, side * side, dim]`` in fp32 on the teacher's device. The tokens are ordered row by row; each
+        holds 2 x 2 latents, with channels in the order (latent channel, row, column).
         """
         config = self._model.config
         size = side * 2 ** len(config.block_out_channels)  # all levels but the last halve the size, as does packing
@@ -131,9 +131,10 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in an image's latents from one vector of the language model, of size ``dim``, per place.
+    """Predicts the noise in an image's latents, given a language-model vector of size ``dim`` at each place.
 
-    Blocks are recomputed in the backward pass, because storing four samples of a 729-token image would take 1 GB.
+    Blocks are recomputed in the backward pass, because storing their activations for the four noise samples of a
+    729-token image would take 1 GB.
     """
 
     positions: Tensor
@@ -159,7 +160,7 @@ class Denoiser(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def forward(self, noisy: Tensor, times: Tensor, z: Tensor) -> Tensor:
-        """Predicts the noise in latents ``[n, B, T, channels]`` at diffusion steps ``[n, B]`` from ``[B, T, D]``."""
+        """Predicts the noise in latents ``[n, B, T, channels]`` at steps ``[n, B]``, given vectors ``[B, T, D]``."""
         token = self.embed_token(nn.functional.layer_norm(z, z.shape[-1:]))
         time = self.embed_time(time_features(times, z.dtype))
         condition = (time[:, :, None] + token).flatten(0, 1)
@@ -181,7 +182,8 @@ class Ross(TokenObjective):
     # no teacher cache, because every step samples new latents from the posterior
     reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
-    # the first step at a rate above 0 changes only the last layer, the second the layers that set norms and gates
+    # The first step at a rate above 0 changes only the last layer. The layers that set norms and gates start to change
+    # in the second step.
     silent_steps = 2
     width, depth, heads = 1024, 3, 16
     levels: Tensor
@@ -204,7 +206,7 @@ class Ross(TokenObjective):
         return self.loss(batch.tokens[0], latents, times, noise)[None]
 
     def loss(self, z: Tensor, latents: Tensor, times: Tensor, noise: Tensor) -> Tensor:
-        """Averages the squared error over noise samples, places and channels, ``[B]``, in fp32 even under autocast."""
+        """Averages the squared error over noise samples, places and channels to ``[B]``, in fp32 despite autocast."""
         latents_level, noise_level = self.levels[:, times, None, None]
         with torch.autocast(z.device.type, enabled=False):
             found = self.denoiser(latents_level * latents + noise_level * noise, times, z)

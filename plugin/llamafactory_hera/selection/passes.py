@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..config import HeraConfig, Mode
-from ..distributed import barrier, gather_objects, rank, world_size
+from ..distributed import gather_objects, rank, world_size
 from ..heads.families import head_layout, media_token_ids, model_config, text_decoder
 from ..heads.probe import pooled_heads
 from ..heads.targets import Pooling
@@ -115,8 +116,8 @@ def fill_cache(
 ) -> None:
     """Computes the features that a cache lacks; a killed run continues after its last shard.
 
-    All processes of a launch call this function together, each with its share of the images by key. Raises
-    ``ValueError`` if an image cannot be decoded.
+    All processes of a launch call this function together, each with its share of ``images``, which maps keys to
+    images. Raises ``ValueError`` if an image cannot be decoded.
     """
     cache.refresh()
     keys = [key for key in images if key not in cache]
@@ -130,7 +131,8 @@ def fill_cache(
     finally:
         bar.close()
         cache.flush()
-    barrier()
+    if world_size() > 1:
+        dist.barrier()
     cache.refresh()  # reads the shards of the other processes
 
 
@@ -143,8 +145,8 @@ def pooled_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Runs all samples through the model; the processes of a launch share the work.
 
-    Returns on every process, in fp32 on the CPU, the averages over tokens of the head outputs ``[N, L, H, d]`` and of
-    the layer outputs ``[N, L, D]``.
+    Every process receives averages over tokens, in fp32 on the CPU: those of the head outputs ``[N, L, H, d]`` and
+    those of the layer outputs ``[N, L, D]``.
     """
     forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
     heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)

@@ -114,7 +114,7 @@ def _check(chosen: Targets, differing: list[str], config: HeraConfig) -> None:
 def untouched_random_state() -> Iterator[None]:
     """Restores the random state, so training draws the same random numbers as with heads named in the settings."""
     python, numpy_state = random.getstate(), np.random.get_state()
-    # only of the current device, because PyTorch warns about forking the state of several
+    # forks only the state of the current device, because PyTorch warns about forking the states of several devices
     with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield

@@ -69,9 +69,9 @@ def draw(
     image_index: int = 0,
     usable: Callable[[Features], bool] = lambda features: True,
 ) -> tuple[list[Sample], int, int]:
-    """Draws up to ``count`` samples in an order that depends only on the seed, and each image once.
+    """Draws up to ``count`` samples, each image once, in an order that depends only on the seed.
 
-    The two numbers count the rows without an image and the rows without ``usable`` text.
+    The two returned numbers count the rows without an image and the rows without ``usable`` text.
     """
     order = list(range(len(source)))
     random.Random(seed).shuffle(order)

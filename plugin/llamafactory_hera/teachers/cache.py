@@ -95,7 +95,7 @@ class FeatureCache:
             self.refresh()
 
     def refresh(self) -> None:
-        """Adds the shards that were written since the last call to the index."""
+        """Adds to the index all shards that were written since the last call."""
         keys, places = [self._keys], [self._places]
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._known):
             self._known.add(path)

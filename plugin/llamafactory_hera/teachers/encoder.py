@@ -98,11 +98,11 @@ class TeacherProcessor:
         self.mean, self.std = normalization(processor)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Processes one image of any mode to ``[3, h, w]`` in float32."""
+        """Converts one image of any mode into ``[3, h, w]`` in float32."""
         return self._processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
-        """Processes images one by one to ``[B, 3, h, w]`` in float32."""
+        """Converts images, one by one, into ``[B, 3, h, w]`` in float32."""
         return torch.stack([self(image) for image in images])
 
 
@@ -134,7 +134,7 @@ class VisionTeacher:
             raise ValueError(f"{KEY}: {problem}; give a vision model of one of the types {', '.join(FAMILIES)}.")
         if not any((folder / name).is_file() for name in PROCESSOR_FILES):
             problem = f"{value} contains no image processor ({' or '.join(PROCESSOR_FILES)})"
-            raise ValueError(f"{KEY}: {problem}; copy that file of the same model there.")
+            raise ValueError(f"{KEY}: {problem}; add that file from the same model.")
         family = FAMILIES[model_type]
         # The config class adds defaults that config files on the hub omit, and extracts the vision part of CLIP.
         config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
@@ -201,7 +201,7 @@ class VisionTeacher:
 
 
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
-    """Returns the mean and standard deviation, ``[3, 1, 1]``, by which a processor normalizes pixels in [0, 1]."""
+    """Returns the mean and standard deviation, ``[3, 1, 1]``, with which a processor normalizes pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
     if image_processor.do_normalize:
         mean, std = image_processor.image_mean, image_processor.image_std

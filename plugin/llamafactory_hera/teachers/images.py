@@ -93,12 +93,12 @@ def _undecoded(feature: Any) -> Any:
 
 
 def chosen_image(count: int, index: int) -> int:
-    """Returns the position of the teacher's image among ``count``; ``index`` may be negative, and is clamped."""
+    """Returns the position of the teacher's image among ``count`` images; ``index`` may be negative and is clamped."""
     return max(0, min(index if index >= 0 else count + index, count - 1))
 
 
 def load_image(image: ImageLike) -> Image.Image:
-    """Decodes an image given as path, data URI, encoded bytes, ``{"path", "bytes"}`` or PIL image, to RGB.
+    """Decodes an image to RGB; it may be a path, a data URI, encoded bytes, ``{"path", "bytes"}`` or a PIL image.
 
     Orientation tags are ignored, because the model's image loaders ignore them. Raises ``ValueError`` if the file is
     missing, corrupt or not an image.

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HeraConfig
-from ..heads import HeadCapture, LayerCapture, Targets
+from ..heads import Targets
+from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.families import head_layout, media_token_ids, model_config
 from ..heads.tokens import token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
@@ -100,7 +101,7 @@ class Aligner:
             self.reader = TokenReader(self.objective, student, model_configuration.image_token_id, seed)
         self.cached = GradientCache()
         self.watch = Watch(config, self.targets, self.objective, device)
-        #: The most samples per process in a micro-batch; if None, the processes agree on it for each micro-batch.
+        #: The largest micro-batch of any process, in samples; if None, the processes agree on it for each micro-batch.
         self.batch_size: int | None = None
         self._media_token_ids = media_token_ids(model_configuration)
         self._n_steps = 0  # the optimizer steps that changed the objective's parameters

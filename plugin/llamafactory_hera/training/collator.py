@@ -27,9 +27,11 @@ class HeraCollator:
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
       every floating-point input to the model's dtype.
     - ``hera_keys [B, 16]``: the cache keys of the images, if the run has a cache.
-    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`, because a search on the device makes the CPU wait.
+    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`. They are listed because a search on the device
+      would make the CPU wait.
     - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
-    - ``hera_image [B, 2]``, instead of pixels if the teacher sees the student's: image index and number of images.
+    - ``hera_image [B, 2]``: the image's index and the number of images. It replaces ``hera_pixels`` if the teacher
+      sees the student's pixels.
 
     :meth:`.Aligner.collator` creates the collator, and describes ``collate``, ``images_of``, ``drop`` and ``decode``.
     """

@@ -80,7 +80,8 @@ class GradientCache:
         if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
                 f"hera_accumulate: gradcache runs each micro-batch twice, and the outputs of the two passes differ by "
-                f"{difference:.0%}, because this model draws random numbers that are not repeated. Set none instead."
+                f"{difference:.0%}, because this model draws random numbers that are not repeated. Set "
+                "hera_accumulate: none instead."
             )
 
 

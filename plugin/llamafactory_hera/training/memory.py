@@ -21,7 +21,7 @@ class CrossBatchMemory:
         self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds the ``valid [n]`` pairs of ``[n_targets, n, D]`` and ``[n, D_teacher]``, and drops the oldest."""
+        """Adds the valid pairs and drops the oldest; shapes ``[n_targets, n, D]``, ``[n, D_teacher]`` and ``[n]``."""
         if self.size == 0:
             return
         z, teacher = representations.detach(), teacher.detach()

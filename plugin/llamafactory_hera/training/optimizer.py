@@ -16,8 +16,8 @@ class ObjectiveOptimizer:
     The parameters are not part of the model, so they are neither saved with it nor sharded by an engine. Every process
     updates its replica with the average of all gradients. If each process computes the loss of its own samples, the
     average is the gradient of the global batch. If all processes compute the loss of the global batch, their gradients
-    differ only by rounding. Without the average, AdamW would turn that into different full steps where a gradient is
-    almost zero.
+    differ only by rounding. Without the average, AdamW would turn these differences into different full steps where a
+    gradient is almost zero.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -73,8 +73,8 @@ class ObjectiveOptimizer:
         for name in {**trained, **found}:
             if name not in found or name not in trained or found[name].shape != trained[name].shape:
                 raise ValueError(
-                    f"hera_objective_from: {name.removeprefix(_VALUES)} does not have the shape of this run; give a "
-                    "run with the same objective, the same model and the same number of targets."
+                    f"hera_objective_from: {name.removeprefix(_VALUES)} does not have the shape that this run needs; "
+                    "give a run with the same objective, the same model and the same number of targets."
                 )
         with torch.no_grad():
             for name, parameter in trained.items():

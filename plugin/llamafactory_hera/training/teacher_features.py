@@ -65,7 +65,7 @@ class TeacherFeatures:
         return features if self.student is None else features.unflatten(1, (n_tokens, -1))
 
     def _store(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
-        """Sends features to the cache, and returns them rounded as in the cache, so that a resumed run is equal."""
+        """Sends features to the cache, and returns them rounded as stored there, so a resumed run reads the same."""
         if self.cache is None:
             return computed
         rounded, arrived = computed.half(), None

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 
 from ..config import HeraConfig
 from ..distributed import rank, world_size
-from ..heads import HeadCapture, LayerCapture
+from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.tokens import grid_side, token_positions
 from ..objectives.tokens import Plan, Step, TokenBatch, TokenObjective
 from ..teachers.encoder import normalization
@@ -20,7 +20,7 @@ from .term import Prepared, TermOutput, finite_parts, zero_unless
 
 @dataclass(frozen=True)
 class StudentImages:
-    """The pixels that the student sees, so that each of its tokens and the teacher's patch show the same place."""
+    """Gives the teacher the pixels that the student sees, so each visual token and its patch show the same place."""
 
     #: Number of tokens along each side of an image's grid.
     side: int

@@ -17,7 +17,7 @@ from .term import TermOutput
 
 logger = logging.getLogger("llamafactory_hera")
 
-_IDLE_STEPS = 10  # a run warns if no sample entered the loss in its first steps, this many
+_IDLE_STEPS = 10  # a run warns if no sample entered the loss in this many steps from its start
 
 
 class Watch:
@@ -29,7 +29,7 @@ class Watch:
 
     def __init__(self, config: HeraConfig, targets: Targets, objective: Objective, device: torch.device) -> None:
         self.statistics = RunningMeans()
-        #: True once a gradient has arrived at the targets; steps no longer wait for the device then.
+        #: True once a gradient has arrived at the targets; from then on, steps do not wait for the device.
         self.gradient_checked = config.weight == 0
         #: A boolean scalar, true if a term since the last optimizer step was not finite; None without a term.
         self.left_out: Tensor | None = None
@@ -172,7 +172,7 @@ class RunningMeans:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
-        """Adds scalar tensors to the means of their names."""
+        """Adds scalar tensors to the means with the same names."""
         for name, value in values.items():
             known = ~torch.isnan(value)
             self._sums[name] = self._sums.get(name, 0.0) + torch.where(known, value, 0.0).double()

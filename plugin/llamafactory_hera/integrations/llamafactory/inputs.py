@@ -40,7 +40,7 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
-    """Returns the model, teacher and data of a selection, of which only the dataset is read at once."""
+    """Returns the model, teacher and data of a selection; only the dataset is read immediately."""
     host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes them
     if (name := config.select_dataset) is not None:
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
@@ -58,7 +58,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
 
 
 class _Rows:
-    """The training rows of a run, with tokenizer and template; of a stream, only enough to draw ``n_samples``."""
+    """The training rows of a run, with its tokenizer and template; of a stream, the rows for ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
@@ -117,7 +117,7 @@ class _Captions(_Rows):
 
 
 class Samples(_Rows):
-    """Samples as training sees them, and checked for image tokens that were cut off."""
+    """Samples as training sees them, checked for image tokens that were cut off."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         super().__init__(host, n_samples)

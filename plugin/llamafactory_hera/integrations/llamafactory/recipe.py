@@ -1,4 +1,4 @@
-"""A recipe of the host: its keys, the arguments that the host's parser makes of them, and errors with host keys."""
+"""A recipe of the host: its keys, the arguments that the host's parser creates, and errors with host keys."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ NOT_TRAINING: dict[str, Any] = {
 
 
 class HostArguments(NamedTuple):
-    """The arguments that the host's parser makes of a recipe."""
+    """The arguments that the host's parser creates from a recipe."""
 
     model: Any
     data: Any
@@ -36,7 +36,7 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe that scores instead of training: the overrides, all keys, and both kinds of arguments."""
+    """A recipe that scores instead of training: the overrides, all keys, HeRA's settings and the host's arguments."""
 
     overrides: dict[str, Any]
     values: dict[str, Any]

@@ -49,10 +49,10 @@ def register(host: ModuleType) -> None:
 
 @dataclass
 class PlainTemplate(Template):
-    """The format of LLaVA's stage 1: an image and its caption, without the user's text and a system message."""
+    """The format of LLaVA's stage 1: an image and its caption, without the user's text or a system message."""
 
     def _encode(self, tokenizer: Any, messages: list[dict[str, str]], system: Any, tools: Any) -> list[list[int]]:
-        # The plugin has already replaced each placeholder by the tokens of its image.
+        # The plugin has already replaced each placeholder with the tokens of its image.
         token = self.mm_plugin.image_token
         images_only = [
             {**message, "content": token * message["content"].count(token)} if message["role"] == "user" else message
