@@ -96,14 +96,13 @@ def test_it_is_the_mean_over_the_masked_tokens():
 @pytest.mark.parametrize("wide", [False, True], ids=["training", "scoring"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, wide):
-    # float16 holds neither the number of tokens nor their sum
+    # float16 holds neither the number of tokens nor their sum, and rounds 1 / 70,001, which is subnormal, by up to 0.2 %
     hidden = (100 + torch.randn(2, 70_001, 4)).to(dtype)
     mask = torch.rand(2, 70_001) < 0.99
     pooled = pool_tokens(hidden.double() if wide else hidden, mask)
     assert pooled.dtype == (torch.float64 if wide else dtype)
-    torch.testing.assert_close(
-        pooled.double(), naive_mean(hidden, mask), rtol=max(1e-6, torch.finfo(pooled.dtype).eps), atol=0
-    )
+    bound = max(1e-6, 3 * torch.finfo(pooled.dtype).eps)
+    torch.testing.assert_close(pooled.double(), naive_mean(hidden, mask), rtol=bound, atol=0)
 
 
 # -- the tokens of an image ------------------------------------------------------------------------------------------
