@@ -112,8 +112,8 @@ class HostServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def run_command(command: list[str], cwd: Path, timeout: float = 180, stdin: str = "", **env: str) -> tuple[int, str]:
-    """Runs a command with ``stdin`` as its input, and kills its process group after a time.
+def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> tuple[int, str]:
+    """Runs a command without input, and kills its process group after a time.
 
     Returns:
         The exit code (124 after that time) and the output.
@@ -122,7 +122,7 @@ def run_command(command: list[str], cwd: Path, timeout: float = 180, stdin: str 
         command,
         cwd=cwd,
         env=environment(**env),
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -130,7 +130,7 @@ def run_command(command: list[str], cwd: Path, timeout: float = 180, stdin: str 
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(stdin, timeout=timeout)
+        output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)

@@ -197,9 +197,7 @@ def test_the_control_script_calibrates_on_corrupted_images(world: Path, report: 
     assert -1 <= compared["caf_rank_correlation"] < 1
 
 
-def test_the_gap_script_correlates_gaps_with_gains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_gap_script_correlates_gaps_with_gains(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     caf = [[1.0, 2.0, 3.0, 6.0]]
     for name, isal in (("one", 0.5), ("two", -0.5), ("three", -1.5)):
         content = {"calibrated": ["L0H3"], "caf": caf, "isal": [[0.0, 0.0, 0.0, isal]]}

@@ -107,7 +107,7 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
     heads = Targets.load(aligned.folder / "hera/heads.json").items
     scores = [Targets.load(score_checkpoint(run.folder, file)).provenance["scores"] for run in (plain, aligned)]
     means = [sum(table[item.layer][item.head] for item in heads) / len(heads) for table in scores]
-    assert means[1] > means[0] + 0.03, means  # 0.266 and 0.212 after 5 epochs; 0.105 is chance
+    assert means[1] > means[0] + 0.04, means  # 0.105 is chance
 
 
 # -- launchers -------------------------------------------------------------------------------------------------------
