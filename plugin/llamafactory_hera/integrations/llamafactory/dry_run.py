@@ -148,11 +148,12 @@ class _Recipe:
         sizes = dict.fromkeys(("weights", "gradients and AdamW", "teacher"), 0.0)
         for name, value in parameters.items():
             text, trained = not any(part in name for part in _NOT_TEXT), 0
+            linear = text and name.endswith("proj.weight")  # gets adapters, and is stored in few bits
             if self.get("finetuning_type") == "full":
                 trained = value.numel() if text and not self.get("freeze_language_model") else 0
-            elif text and name.endswith("proj.weight"):
+            elif linear:
                 trained = self.get("lora_rank", 8) * sum(value.shape)
-            bits = (text and self.get("quantization_bit")) or (16 if half else 32)
+            bits = (linear and self.get("quantization_bit")) or (16 if half else 32)
             sizes["weights"] += 4 * trained + (value.numel() * bits / 8 if trained != value.numel() else 0)
             sizes["gradients and AdamW"] += 12 * trained  # the gradient and two moments in fp32
         files = weight_files(_local(self.config.teacher, "hera_teacher"))
