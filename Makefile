@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL_STAMP := $(VENV)/.real
-DOCS_STAMP := $(VENV)/.docs
+DOCS := .venv-docs
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
@@ -121,16 +121,19 @@ lint: $(STAMP)
 	$(BIN)/deptry .
 	$(BIN)/mypy
 
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+# the site reads the package but does not import it, so it needs none of its dependencies
+$(DOCS)/.installed: constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 # of the files that git knows or would take; a link that leads nowhere is an error
-docs: $(DOCS_STAMP)
+docs: $(DOCS)/.installed
 	rm -rf .cache/docs && mkdir -p .cache/docs
 	git ls-files -co --exclude-standard '*.md' constraints.txt docs recipes | xargs cp --parents -t .cache/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
-	@echo "artifacts/site/index.html; to search in it, too: $(BIN)/python -m http.server --directory artifacts/site"
+	SITE_NAME="llamafactory-hera $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' plugin/llamafactory_hera/__init__.py)" \
+	  NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml
+	@echo "artifacts/site/index.html; to search in it, too: $(PYTHON) -m http.server --directory artifacts/site"
 
 release: $(STAMP)
 	rm -rf dist
@@ -145,4 +148,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study hera_real saves artifacts dist
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist
