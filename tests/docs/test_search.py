@@ -24,7 +24,7 @@ ANSWERS = {
 def test_the_page_that_answers_comes_first(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     pages, site = tmp_path / "pages", tmp_path / "site"
     pages.mkdir()
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "patches", "recipes"):
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "docs", "patches", "recipes"):
         (pages / name).symlink_to(ROOT / name)
     build(load_config(str(ROOT / "docs/mkdocs.yml"), docs_dir=str(pages), site_dir=str(site)))
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=site)) as server:
@@ -37,5 +37,4 @@ def test_the_page_that_answers_comes_first(tmp_path: Path, browser: Browser) -> 
             page, section = ((links.nth(place).get_attribute("href") or "").split("?")[0] for place in range(2))
             found[words] = (page.rsplit(f":{server.server_port}/")[-1], section.rpartition("#")[2])
         server.shutdown()
-    print(found)
     assert found == {words: tuple(answer.split("#")) for words, answer in ANSWERS.items()}
