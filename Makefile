@@ -124,7 +124,7 @@ lint: $(STAMP)
 # the site reads the package but does not import it, so it needs none of its dependencies
 $(DOCS)/.installed: constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # of the files that git knows or would take; a link that leads nowhere is an error
