@@ -116,9 +116,7 @@ def test_a_processor_that_gives_images_of_different_sizes_is_refused(save_teache
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_summarize_the_image_and_patch_features_keep_the_grid(
-    kind, save_teacher, make_images
-):
+def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, save_teacher, make_images):
     folder = save_teacher(kind)
     images = make_images(3, size=(32, 32))
     model = tf.AutoModel.from_pretrained(folder).eval()

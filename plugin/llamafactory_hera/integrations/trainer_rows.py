@@ -26,8 +26,8 @@ from ..teachers.encoder import VisionTeacher
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
-#: The number of rows that are searched for an image, spread over a sized dataset or at the start of a stream. If none of
-#: them has an image, all rows of a sized dataset are searched.
+#: The number of rows that are searched for an image, spread over a sized dataset or at the start of a stream. If none
+#: has an image, all rows of a sized dataset are searched.
 N_SEARCHED = 1024
 _N_DIGESTED = 8  # rows in the digest of a dataset
 
