@@ -94,7 +94,7 @@ class _Share(torch.autograd.Function):
 
 
 class _AlignerCallback(TrainerCallback):
-    """Updates the objective's own parameters after each optimizer step, and passes HeRA's values to the engine's log."""
+    """Updates the objective's own parameters after each optimizer step, and passes HeRA's values to the log."""
 
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
