@@ -65,9 +65,7 @@ def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict
 @pytest.mark.parametrize("tower, side", [*((tower, 32) for tower in TOWERS), ("dinov2", 64)])
 def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict, build: Build, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
-    if (
-        side == 64
-    ):  # The processor may use another size than the model's config: the DINOv2 models on the hub have 224 and 518.
+    if side == 64:  # Processor and config may differ in size: those of DINOv2 on the hub have 224 and 518 pixels.
         edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     built = build(tower=folder)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
