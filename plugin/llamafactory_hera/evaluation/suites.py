@@ -53,7 +53,7 @@ class Task:
     group: str = ""  # a Jinja template; samples with the same text form a group
     kind: str = ""  # a Jinja template; becomes the category of a record
     rows: Callable[[Any], Any] | None = None  # changes the loaded dataset
-    comparable: str = "same"  # how comparable scores are to the paper's: same, close or no; empty if it has none
+    comparable: str = "same"  # with the score of the paper: same, close or no; empty if the paper has none
     why: str = ""  # the reason, if `comparable` is close or no
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
