@@ -1,4 +1,7 @@
-"""Full-size configurations of the models in the table, for the meta device, and the generator of the recipes."""
+"""Full-size configurations of the models in the table, for models on the meta device.
+
+Also re-exports the modules that generate the recipes.
+"""
 
 from typing import Any
 
@@ -30,7 +33,7 @@ def _qwen_vision(depth: int, hidden: int, intermediate: int, output: int, **spec
     return sizes | {"num_heads": 16, **special}
 
 
-# Key -> types of the complete and of the text configuration, further entries of the text and of the vision half.
+# Key -> model type of the VLM, model type of its text decoder, more entries of the text config, the vision config.
 _NATIVE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl_7b": (
         "qwen2_5_vl",

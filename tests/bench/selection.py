@@ -2,8 +2,8 @@
 
     python tests/bench/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
 
-The selection begins with image files and captions and ends with ``heads.json``. The bare passes are those of the
-teacher and the language model on ready batches, without captures. The fastest of several rounds is compared.
+The selection begins with image files and captions and ends with ``heads.json``. The bare passes run the teacher and
+the language model on prepared batches, and record no outputs of heads. The fastest of several rounds is compared.
 """
 
 import argparse

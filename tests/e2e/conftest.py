@@ -46,11 +46,11 @@ class Train:
         self._folders = (f"saves/{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{n}" for n in count())
 
     def __call__(self, *changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
-        """Trains by the recipe with changes, in which None removes a key.
+        """Trains with the recipe after the changes. The value None removes a key.
 
         Args:
-            *changes: Keys that replace those of the recipe, the last ones first.
-            ok: Whether the run must succeed, or must fail.
+            *changes: Keys that replace those of the recipe and of earlier changes.
+            ok: True if the run must succeed, False if it must fail.
             ranks: The number of processes.
             **options: As for ``HostServer.run``.
         """

@@ -103,7 +103,7 @@ def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
 
 
 @both
-def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
+def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: Targets
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The script of recipes/transformers trains the demo model, as it is in the repository."""
+"""The script in recipes/transformers trains the demo model without any edit."""
 
 import json
 import runpy

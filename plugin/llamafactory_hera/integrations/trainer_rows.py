@@ -26,7 +26,8 @@ from ..teachers.encoder import VisionTeacher
 from ..teachers.images import IMAGE_COLUMNS, ImageLike, image_key, images_by, is_stream, sample_images, undecoded
 from ..training.checkpoint import checkpoint_of
 
-#: The number of rows that are searched for an image first. If none has one, all rows of a sized dataset are searched.
+#: The number of rows that are searched for an image, spread over a sized dataset or at the start of a stream. If none
+#: has an image, all rows of a sized dataset are searched.
 N_SEARCHED = 1024
 _N_DIGESTED = 8  # rows in the digest of a dataset
 
@@ -34,7 +35,10 @@ ImagesOf = Callable[[Any], list[ImageLike]]
 
 
 def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
-    """Returns a view whose images stay encoded, and its decoder; for a custom ``images_of``, the dataset and None."""
+    """Returns a view of the dataset that leaves images encoded, and a function that decodes a row of it.
+
+    A custom ``images_of`` may need decoded images, so it gets the dataset itself, and None instead of the function.
+    """
     return undecoded(dataset) if images_of is sample_images else (dataset, None)
 
 
@@ -119,7 +123,10 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 
 
 class TrainerRows:
-    """The rows of a Trainer's training data as a Source of samples. The caller protects random state."""
+    """The rows of a Trainer's training data as a Source of samples.
+
+    Collators may draw random numbers. The caller restores the random state afterwards.
+    """
 
     def __init__(self, trainer: Any, images_of: ImagesOf, config: HeraConfig) -> None:
         data, self._decode = undecoded_rows(trainer.train_dataset, images_of)
@@ -216,9 +223,9 @@ def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     fingerprints = gather_objects(model_fingerprint(model, head_layout(model_config(model))) if compared else None)
     if sharded or len(set(fingerprints)) > 1:
         raise ValueError(
-            f"{config.targets_key}: auto needs the whole model on every process, and here it was loaded in parts "
-            "(DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading). Select in a run without that (max_steps=1), and "
-            "write the file that it leaves in output_dir/hera instead of auto."
+            f"{config.targets_key}: auto needs the complete model on every process, but this run loads it in parts "
+            "(DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading). First run one step without sharding "
+            f"(max_steps=1), then set {config.targets_key} to the file that this run writes to output_dir/hera."
         )
 
 

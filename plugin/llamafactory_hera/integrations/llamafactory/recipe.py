@@ -17,7 +17,7 @@ from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
 from llamafactory_hera.selection.run_yaml import RecipeFile
 
-#: Keys of training that a command without training ignores.
+#: Values that switch off training keys of a recipe, for commands that do not train.
 NOT_TRAINING: dict[str, Any] = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate", "plot_loss"), False),
     **dict.fromkeys(("load_best_model_at_end", "packing", "neat_packing"), False),
@@ -36,7 +36,7 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe that scores instead of training: the overrides, all keys, HeRA's settings and the host's arguments."""
+    """A recipe, changed for scoring: the overrides, all keys, HeRA's settings and the host's arguments."""
 
     overrides: dict[str, Any]
     values: dict[str, Any]
@@ -126,7 +126,7 @@ def host_words() -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         message = str(error)
         hints = [f" In LLaMA-Factory: {keys}." for part, keys in _HINTS.items() if part in message]
-        if error.args == (message,):  # not an error such as UnicodeDecodeError
+        if error.args == (message,):  # false for UnicodeDecodeError, for example
             setting, space, rest = message.partition(" ")
             error.args = (_HOST_KEYS.get(setting, setting) + space + rest + "".join(hints),)
         raise
