@@ -171,4 +171,6 @@ def test_finished_vlms_choose_their_heads_and_train(name: str, place: Path, serv
 def test_qlora_trains_on_one_card(place: Path, server: HostServer) -> None:
     if not (place / "native_qwen2_5_vl_7b").is_dir():
         save_native("qwen2_5_vl_7b", place / "native_qwen2_5_vl_7b")
-    check(train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b"))
+    run = train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b")
+    check(run)
+    assert all("lora_" in name for name in trained(place, run.folder))
