@@ -19,5 +19,5 @@ BENCHES = {
 @pytest.mark.parametrize("bench", BENCHES)
 def test_it_runs(server: HostServer, world: Path, bench: str) -> None:
     script, *options = BENCHES[bench].format(root=ROOT).split()
-    code, output = server.script(ROOT / "tests/bench" / script, *options, cwd=world)
+    code, output = server.script(ROOT / "benchmarks" / script, *options, cwd=world)
     assert code == 0, output

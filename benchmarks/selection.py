@@ -1,6 +1,6 @@
 """Measures a selection against the bare forward passes of the same batches, in seconds and CPU seconds.
 
-    python tests/bench/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
+    python benchmarks/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
 
 The selection begins with image files and captions and ends with ``heads.json``. The bare passes are those of the
 teacher and the language model on ready batches, without captures. The fastest of several rounds is compared.
@@ -25,7 +25,7 @@ from llamafactory_hera.selection.samples import SelectionInputs, draw_samples
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.selection.tiny import Rows, pad_right
 
 VOCABULARY, TOKENS, BATCH_SIZE = 2000, 64, 16
