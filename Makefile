@@ -142,7 +142,7 @@ release: $(STAMP)
 
 # lines and files of each room
 lines:
-	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/demo \
+	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests benchmarks recipes/demo \
 		recipes/study recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
 		echo "lines in $$(git ls-files $$room | grep -c '\.py$$') files  $$room"; done
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1

@@ -11,10 +11,7 @@ from torch import nn
 
 from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
-from recipes.generate import ablations, memory, recipes
 from recipes.generate.sizes import SIZES
-
-__all__ = ["SIZES", "VISION", "ablations", "memory", "on_meta", "recipes", "text_config", "vlm_config"]
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 #: The configuration of the paper's vision encoder: 27 x 27 patch tokens, no CLS token.

@@ -28,18 +28,6 @@ def test_names_keep_their_order(targets: Targets, written: list) -> None:
     assert str(targets) == written[0]
 
 
-def test_the_kind_decides_the_names_of_keys_and_files() -> None:
-    assert (HEADS.granularity, HEADS.key, HEADS.what, file_name("head")) == (
-        "head",
-        "hera_heads",
-        "heads",
-        "heads.json",
-    )
-    assert (LAYERS.key, LAYERS.what) == ("hera_layers", "layers")
-    assert (file_name("head"), file_name("layer")) == ("heads.json", "layers.json")
-    assert Targets.parse("L3H1,L1H0,L3H0").layers == (1, 3)
-
-
 @pytest.mark.parametrize(
     ("granularity", "names"),
     [

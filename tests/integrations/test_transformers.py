@@ -21,7 +21,7 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
-from tests.integrations.gradients import KeepGradients, token_mean
+from tests.integrations.gradients import expected_term, run, token_mean
 from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 BATCH = 4
@@ -38,11 +38,12 @@ def arguments(folder: Path, **values: object) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**shared, "learning_rate": 3e-3, "save_only_model": False, **values})
 
 
-def trainer_of(folder: Path, model: nn.Module | None = None, rows: list | None = None, **values: Any) -> HeraTrainer:
+def trainer_of(folder: Path, model: nn.Module | None = None, rows: Any = None, **values: Any) -> HeraTrainer:
+    """Makes a Trainer of some rows; ``hera`` and ``given`` are keys of HeRA and further arguments of the Trainer."""
     model = vlm("llava-llama") if model is None else model
-    rows = image_rows(model, 3 * BATCH) if rows is None else rows
-    config = hera(**values.pop("hera", {}))
-    return HeraTrainer(model, arguments(folder, **values), hera=config, train_dataset=rows, data_collator=collate_rows)
+    given = {"hera": hera(**values.pop("hera", {})), "data_collator": collate_rows, **values.pop("given", {})}
+    given.setdefault("train_dataset", image_rows(model, 3 * BATCH) if rows is None else rows)
+    return HeraTrainer(model, arguments(folder, **values), **given)
 
 
 def lines(trainer: Trainer) -> list[dict[str, float]]:
@@ -221,9 +222,8 @@ def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_the
         return collate_rows([rows[row["row"]] for row in given])
 
     settings = {"max_steps": 4, "remove_unused_columns": False, "dataloader_num_workers": workers}
-    cached = hera(teacher_cache=str(tmp_path / "cache"))
-    options: dict[str, Any] = {"train_dataset": stored, "data_collator": collate}
-    trainer = HeraTrainer(model, arguments(tmp_path / "run", **settings), hera=cached, **options)
+    settings |= {"hera": {"teacher_cache": str(tmp_path / "cache")}, "given": {"data_collator": collate}}
+    trainer = trainer_of(tmp_path / "run", model, stored, **settings)
     trainer.train()
     assert trainer.train_dataset is stored
     cache = trainer.aligner.teacher.cache
@@ -257,15 +257,9 @@ def test_terms_that_are_not_finite_leave_plain_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
 ) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
-    model, rows = vlm("llava-llama"), image_rows(vlm("llava-llama"), 3 * BATCH)
-    trainer = HeraTrainer(
-        model,
-        arguments(tmp_path, **settings),
-        hera=hera(max_nan=9, **keys),
-        train_dataset=rows,
-        data_collator=collate_rows,
-        processing_class=SimpleNamespace(image_processor=student_processor()),
-    )
+    rows = image_rows(vlm("llava-llama"), 3 * BATCH)
+    processing = {"processing_class": SimpleNamespace(image_processor=student_processor())}
+    trainer = trainer_of(tmp_path, rows=rows, hera={"max_nan": 9, **keys}, given=processing, **settings)
     source = trainer.aligner.capture if side == "student" else trainer.aligner.teacher
     name = "representations" if side == "student" else "features"
     original = getattr(source, name)
@@ -323,26 +317,6 @@ def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
     return found
 
 
-def expected_gradient(model: nn.Module, rows: list[dict], accumulate: str) -> tuple[dict[str, Tensor], float]:
-    """Computes the gradient of the mean term of micro-batches, or of one term of all samples, with a bare Aligner."""
-    aligner = Aligner(model, hera())
-    collate = aligner.collator(collate_rows, drop=("images",))
-    size = BATCH if accumulate == "none" else len(rows)
-    terms = []
-    for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size])
-        prepared = aligner.prepare(batch)
-        model(**batch)
-        terms.append(aligner.loss(prepared))
-        aligner.capture.pool(None)
-    mean = torch.stack(terms).mean()
-    mean.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    aligner.close()
-    return found, mean.item()
-
-
 class NoLossKwargs(type(vlm("llava-llama"))):  # type: ignore[misc]
     """LLaVA that takes no `num_items_in_batch`."""
 
@@ -370,28 +344,18 @@ def no_loss_kwargs() -> nn.Module:
 def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     tmp_path: Path, make: Callable[[], nn.Module], loss_function: Callable | None, accepts: bool, accumulate: str
 ) -> None:
-    model = make()
-    rows = image_rows(model, STEPS * BATCH)
-    expected, term = expected_gradient(model, rows, accumulate)
-    losses = lm_losses(model, rows)
+    rows = image_rows(make(), STEPS * BATCH)
+    values = {"max_steps": 1, "gradient_accumulation_steps": STEPS, "max_grad_norm": 0.0}
+    values |= {"train_sampling_strategy": "sequential", "given": {"compute_loss_func": loss_function}}
 
-    def run(weight: float) -> tuple[dict[str, Tensor], dict[str, float]]:
-        values = {"max_steps": 1, "gradient_accumulation_steps": STEPS, "max_grad_norm": 0.0}
-        trainer = HeraTrainer(
-            make(),
-            arguments(tmp_path, train_sampling_strategy="sequential", **values),
-            hera=hera(weight=weight, accumulate=accumulate),
-            train_dataset=rows,
-            data_collator=collate_rows,
-            compute_loss_func=loss_function,
-        )
-        assert trainer.model_accepts_loss_kwargs == accepts
-        keep = KeepGradients()
-        trainer.add_callback(keep)
-        trainer.train()
-        return keep.found, lines(trainer)[0]
+    def trainer_with(weight: float) -> HeraTrainer:
+        return trainer_of(tmp_path, make(), rows, hera={"weight": weight, "accumulate": accumulate}, **values)
 
-    (with_term, logged), (without, _) = run(0.5), run(0.0)
+    trainer = trainer_with(0.5)
+    assert trainer.model_accepts_loss_kwargs == accepts
+    losses = lm_losses(trainer.model, rows)
+    expected, term = expected_term(trainer, together=accumulate == "gradcache")
+    (with_term, logged), (without, _) = run(trainer), run(trainer_with(0.0))
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     largest = max(gradient.abs().max().item() for gradient in with_term.values())
     for name, gradient in expected.items():

@@ -29,9 +29,8 @@ from peft import LoraConfig  # noqa: E402
 from llamafactory_hera.config import HeraConfig  # noqa: E402
 from llamafactory_hera.heads.tokens import token_mask  # noqa: E402
 from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
-from llamafactory_hera.training import Aligner  # noqa: E402
 from recipes.demo import models  # noqa: E402
-from tests.integrations.gradients import KeepGradients, token_mean  # noqa: E402
+from tests.integrations.gradients import expected_term, run, token_mean  # noqa: E402
 from tests.tiny_models import teacher_folder  # noqa: E402
 
 TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
@@ -219,33 +218,6 @@ CASES = [
 def table(refused: bool) -> Any:
     cases = [case for case in CASES if bool(case.words) == refused]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-def run(trainer: HeraSFTTrainer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    keep = KeepGradients()
-    trainer.add_callback(keep)
-    trainer.train()
-    return keep.found, trainer.state.log_history[0]
-
-
-def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Tensor], float]:
-    """Computes the mean term of TRL's micro-batches, or one term of all of them, with a bare Aligner."""
-    model, terms = trainer.model, []
-    aligner = Aligner(model, trainer.aligner.config)
-    for batch in trainer.get_train_dataloader():
-        prepared = aligner.prepare(batch)
-        model(**batch)
-        terms.append((aligner.capture.representations(), aligner.teacher.features(prepared.inputs), prepared.valid))
-        aligner.capture.pool(None)
-    if together:
-        z, features, valid = zip(*terms, strict=True)
-        terms = [(torch.cat(z, dim=1), torch.cat(features), torch.cat(valid))]
-    mean = torch.stack([aligner.term(*parts).loss for parts in terms]).mean()
-    mean.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    aligner.close()
-    return found, mean.item()
 
 
 @table(refused=False)

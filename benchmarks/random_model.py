@@ -1,7 +1,7 @@
 """Makes a LLaVA and a DINOv2-L of full size with random weights, so that ``overhead.py`` can measure realistic costs.
 
     python recipes/demo
-    python tests/bench/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
+    python benchmarks/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
 
 The vision encoder has the size of the paper's, with 729 tokens per image. The tokenizer is that of the demo.
 """
@@ -15,7 +15,7 @@ import transformers as tf
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.backbones.full_size import VISION, vlm_config
 
 
