@@ -78,7 +78,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
                 f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Try hera_weight: "
                 f"{10 * weight:g}, ten times the present one (docs/method.md#which-weight)."
             )
-    elif n_held < memory.size:
+    elif n_held < (memory.size or 0):
         text = (
             f"the memory of {memory.size} samples never filled in {n_steps} steps ({n_held} entered), so hera_loss "
             "and hera_mknn were not logged. Train longer, use a larger batch, or lower hera_memory."
