@@ -53,6 +53,7 @@ def test_lines_and_logs_without_some_curves_are_plotted() -> None:
     for shown, steps in ((log, [2, 4]), (log[:1], [])):
         figure = gen_loss_plot(shown)
         assert list(raw_curve(figure.axes[0])) == [1, *steps]
+        assert figure.axes[0].get_ylabel() == "LM loss"
         assert all(list(raw_curve(axes)) == steps for axes in figure.axes[1:])
     no_mknn = [{key: value for key, value in entry.items() if "mknn" not in key} for entry in log]
     assert [axes.get_ylabel() for axes in gen_loss_plot(no_mknn).axes] == ["LM loss", "HeRA loss"]
