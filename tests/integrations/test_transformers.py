@@ -64,19 +64,20 @@ def lora() -> nn.Module:
 
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
 def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
-    tmp_path: Path, make: Callable[[], nn.Module]
+    tmp_path: Path, make: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = {"hera": {"memory": 6}}
     straight = trainer_of(tmp_path / "run", make(), save_strategy="steps", save_steps=3, **memory)
     straight.train()
     logged = lines(straight)
     assert len(logged) == 6
-    assert [{"hera_mknn", "hera_mknn_chance"} <= set(line) for line in logged] == [False] * 2 + [True] * 4
-    for line in logged:
-        assert {"loss", "lm_loss", "hera_loss", "hera_temperature"} <= set(line)
+    comparable = {"hera_loss", "hera_mknn", "hera_mknn_chance"}  # once the memory is full
+    assert [comparable & set(line) for line in logged] == [set()] * 2 + [comparable] * 4
+    assert all({"loss", "lm_loss", "hera_temperature"} <= set(line) for line in logged)
+    for line in logged[2:]:
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["hera_loss"], abs=1e-4)
     if make is not lora:  # the second factor of LoRA starts at 0
-        assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # in the first step the memory is empty
+        assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
     for folder in ("checkpoint-3/hera", "hera"):
         assert {"state.safetensors", "heads.json", "run.json"} <= {
             p.name for p in (tmp_path / "run" / folder).iterdir()
@@ -85,6 +86,12 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     resumed = trainer_of(tmp_path / "run", make(), **memory)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert lines(resumed) == logged
+    total, term = logged[2]["lm_loss"] + logged[2]["hera_loss"], logged[2]["hera_loss"]
+    (share,) = (text for text in caplog.messages if "of the loss" in text)  # once, in the first run
+    assert share == f"HeRA | the term is {term / total:.1%} of the loss (1 x {term:.3g} of {total:.3g})"
+    (first, again) = (text for text in caplog.messages if "MKNN of the aligned heads went" in text)
+    assert first == again  # the resumed run knows the lines before it
+    assert "the last 2 of 4 log lines" in first
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor)
 
@@ -102,6 +109,7 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     content = json.loads((tmp_path / "run/hera/card.json").read_text())
     assert (content["heads"], content["steps"], content["k"]) == (["L1H0", "L0H2"], 6, 2)
     assert [line["step"] for line in content["log"]] == [1, 2, 3, 4, 5, 6]
+    assert f"| alignment loss, unweighted | {logged[2]['hera_loss']:.4g} | {logged[-1]['hera_loss']:.4g} |" in page
 
 
 def test_the_card_shows_the_scores_of_the_selection_and_claims_no_result(tmp_path: Path) -> None:

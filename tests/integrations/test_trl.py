@@ -292,7 +292,7 @@ def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Pa
     straight.train()
     logged = lines(straight)
     assert len(logged) == 6
-    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]
+    assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
     resumed = trainer_of(tmp_path, case, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert lines(resumed) == logged

@@ -51,7 +51,8 @@ def _content(trainer: Any) -> dict[str, Any]:
     """Collects the aligned heads or layers, the teacher, the settings and the logged values; omits unknown ones."""
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
     config, targets = aligner.config, aligner.targets
-    compared = (line for line in state.log_history if line.get("hera_loss"))  # 0 if no sample could be compared
+    # hera_loss is 0 if no sample could be compared, and missing while the memory fills
+    lines = (line for line in state.log_history if "lm_loss" in line and line.get("hera_loss") != 0)
     content: dict[str, Any] = {
         targets.what: list(targets.names),
         "objective": config.objective,
@@ -59,7 +60,7 @@ def _content(trainer: Any) -> dict[str, Any]:
         "teacher": config.teacher,
         "teacher_fingerprint": aligner.teacher.encoder.fingerprint,
         "steps": state.global_step,
-        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in compared],
+        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in lines],
         "command": command_line(),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,7 +24,7 @@ from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
-from .messages import log_setup, show_messages
+from .messages import log_outcome, log_setup, log_share, show_messages
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
@@ -209,9 +209,11 @@ class HeraTrainerMixin(_Base):
     # -- log lines and the model card ------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs HeRA's values together with the training loss."""
+        """Logs HeRA's values together with the training loss; once per run, also the term's share of the loss."""
         if "loss" in logs:
             logs = {**logs, **mean_over_ranks(self.aligner.logs(), self.args.device)}
+            if not any(line.get("hera_loss") for line in self.state.log_history):
+                log_share(logs, self.aligner.config.weight)
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -283,6 +285,7 @@ class _AlignerCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.close()
+        log_outcome(self._trainer.aligner, state.log_history, state.global_step)
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
         self._lock.close()
