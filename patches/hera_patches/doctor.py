@@ -1,9 +1,10 @@
 """The checks of ``llamafactory-hera doctor``, which find problems with ``stage: hera`` and print remedies."""
 
-import gc
 import importlib
+import logging
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .registry import MISFITS, PINNED_INSTALL, TESTED_HOST
 
 _OPTIONAL = ("torchaudio", "deepspeed")
 _PACKAGES = ("llamafactory", "torch", "torchvision", "transformers", "peft", "accelerate", *_OPTIONAL)
+_VERSION_ONLY = ("trl", "axolotl", "lmms-eval", "bitsandbytes")  # listed if installed; importing them takes long
 
 
 class _Finding(NamedTuple):
@@ -26,7 +28,7 @@ class _Finding(NamedTuple):
 
 def run_doctor() -> int:
     """Prints the report and returns the exit status: 0 if it lists no problem, 1 otherwise."""
-    gc.disable()  # garbage collection would take a quarter of the time, and imports leave no garbage
+    logging.disable(logging.WARNING)  # DeepSpeed warns about a machine without a GPU when it is imported
     findings = [*_packages(), *_accelerator(), *_patches()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -51,6 +53,9 @@ def _packages() -> Iterator[_Finding]:
         if error := _import_error(name):
             text, remedy = f"{text}, {error}", f"install versions that work together: {PINNED_INSTALL}"
         yield _Finding(name, text, remedy)
+    for name in _VERSION_ONLY:
+        with suppress(PackageNotFoundError):
+            yield _Finding(name, version(name))
 
 
 def _import_error(module: str) -> str | None:

@@ -61,7 +61,7 @@ def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
     files = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     repository_only = {"demo", "study", "real", "rah_lora", "generate", "__pycache__"}
     assert recipes == {str(file) for file in files if not repository_only & set(file.parts)}
-    assert not [name for name in names if re.search("/recipes/(demo|study|real|rah_lora|generate)", name)]
+    assert not [name for name in names if re.search("/recipes/(demo|notebook|study|real|rah_lora|generate)", name)]
 
 
 def test_installing_it_registers_the_stage_and_the_doctor_is_content(python: Path) -> None:

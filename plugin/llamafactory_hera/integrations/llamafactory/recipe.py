@@ -114,7 +114,7 @@ _HINTS = {
     "Train parameters before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
     "lora_target: all",
     "raise the maximum length of a sample": "cutoff_len",
-    "Check the path in the dataset": "media_dir",
+    "Check the path in the dataset": 'media_dir (in LLaMA Board, put {"media_dir": "FOLDER"} into "Extra arguments")',
 }
 
 

@@ -1,0 +1,199 @@
+"""The checks of ``llamafactory-hera doctor RECIPE.yaml``. They load no weights and fetch nothing.
+
+They do not import LLaMA-Factory either, because that alone takes longer than all of them.
+"""
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.files import read_json
+from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.heads.targets import AUTO, Targets
+from llamafactory_hera.hub import weight_files
+from llamafactory_hera.objectives import TokenObjective
+from llamafactory_hera.selection.run_yaml import RecipeFile
+from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.training.checks import check_batch
+
+_N_IMAGES = 8  # images that are opened in each dataset
+_NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
+
+
+def check_recipe(path: str, overrides: Sequence[str] = (), processes: int = 1) -> int:
+    """Prints the result of each check of a recipe; returns 1 if one found a problem, otherwise 0."""
+    recipe, problems = _Recipe(path, overrides, processes), []
+    for name in ("keys", "batch", "heads", "template", "teacher", "images", "memory"):
+        try:
+            print(f"ok  {name:<8}  {getattr(recipe, name)()}", flush=True)
+        except (ValueError, OSError) as error:
+            problem = re.sub("^model: ", "model_name_or_path: ", " ".join(str(error).split()))
+            if problem not in problems:  # several checks need the keys, the model or the teacher
+                print(f"problem: {problem}", flush=True)
+                problems.append(problem)
+    print(f"\n{len(problems)} problem(s) found." if problems else "\nNo problem found.")
+    return int(bool(problems))
+
+
+class _Recipe:
+    """A recipe of the host. A check returns the text of its line, or raises ``ValueError`` with a remedy."""
+
+    def __init__(self, path: str, overrides: Sequence[str], processes: int) -> None:
+        changed = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in overrides)}
+        values = yaml.safe_load(RecipeFile.read(path).with_keys(changed))
+        self.get, self.processes = values.get, processes
+        self.hera = {key: value for key, value in values.items() if key.startswith(HeraConfig.PREFIX)}
+
+    @cached_property
+    def config(self) -> HeraConfig:
+        return HeraConfig.from_keys(self.hera)
+
+    @cached_property
+    def folder(self) -> Path:
+        return _local(str(self.get("model_name_or_path")), "model_name_or_path")
+
+    @cached_property
+    def model(self) -> Any:
+        config = AutoConfig.from_pretrained(self.folder)
+        if getattr(config, "vision_config", None) is None:
+            raise ValueError(f"model_name_or_path: {self.folder} is a text-only model; give a multimodal model.")
+        return config
+
+    def keys(self) -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            text = f"{len(self.hera)} hera_* keys, objective {self.config.objective}"
+        if self.get("stage") != "hera":
+            raise ValueError(f"stage: {self.get('stage')} trains without HeRA; set stage: hera.")
+        return "; ".join([text, *(str(each.message) for each in caught)])
+
+    def batch(self) -> str:
+        config, size = self.config, self.get("per_device_train_batch_size", 8)
+        compared, steps = size * self.processes, self.get("gradient_accumulation_steps", 1)
+        run = {"per_device_train_batch_size": compared, "gradient_accumulation_steps": steps}
+        check_batch(config, SimpleNamespace(**run))
+        compared *= steps if config.gradcache else 1
+        text = f"{compared} samples are compared at once (per device: {size}, processes: {self.processes})"
+        if not config.reads("hera_k"):
+            return text
+        memory = config.remembered
+        memory = max(0, 4 * config.k - compared + 1) if memory is None else memory  # hera_memory: auto
+        candidates = compared - 1 + memory
+        return f"{text}, {memory} remembered: {min(config.k, candidates // 2)} neighbors of {candidates} candidates"
+
+    def heads(self) -> str:
+        config, layout = self.config, head_layout(self.model)
+        chosen = f"auto selects {config.select_m}"
+        if config.named_targets != AUTO:
+            chosen = str(Targets.parse(config.named_targets, config.granularity, layout))
+        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers with {layout.n_heads} heads each"
+
+    def template(self) -> str:
+        name, tokens, file = self.get("template"), _image_tokens(), self.folder / "tokenizer.json"
+        image = getattr(self.model, "image_token_id", getattr(self.model, "image_token_index", None))
+        added = read_json(file)["added_tokens"] if file.is_file() else []
+        expected = next((token["content"] for token in added if token["id"] == image), None)
+        fitting = [other for other, token in tokens.items() if token and token == expected]
+        if tokens.get(name) is None or (fitting and name not in fitting):
+            choice = f"for this model: {', '.join(fitting[:8])}" if fitting else "that the model's authors name"
+            has = f"writes an image as {tokens[name]}" if tokens.get(name) else "has no images"
+            raise ValueError(f"template: {name} {has}; choose one {choice}.")
+        return f"{name} writes an image as {tokens[name]}"
+
+    def teacher(self) -> str:
+        folder = _local(self.config.teacher, "hera_teacher")
+        if not issubclass(self.config.objective_class(), TokenObjective):
+            VisionTeacher.check(str(folder))
+        return f"{self.config.teacher} in {folder}"
+
+    def images(self) -> str:
+        folder, named, notes = Path(self.get("dataset_dir", "data")), self.get("dataset") or "", []
+        media = self.get("media_dir") or folder
+        known = read_json(folder / "dataset_info.json")
+        for name in named.replace(" ", "").split(",") if isinstance(named, str) else named:
+            if name not in known:
+                raise ValueError(f"dataset: {name} is not in {folder}/dataset_info.json; add it.")
+            file, column = folder / known[name].get("file_name", ""), known[name].get("columns", {}).get("images")
+            if column is None or file.suffix not in (".json", ".jsonl"):
+                notes.append(f"{name} has {'no images' if column is None else 'no JSON file, and was not opened'}")
+                continue
+            images = [image for row in _first_rows(file) for image in row.get(column) or ()][:_N_IMAGES]
+            for image in images:
+                inside = Path(media, image)
+                try:
+                    load_image(inside if inside.is_file() else image)
+                except ValueError as error:
+                    raise ValueError(f"media_dir: {media}: {name}: {error}") from error
+            notes.append(f"opened the first {len(images)} of {name}")
+        return "; ".join(notes)
+
+    def memory(self) -> str:
+        with torch.device("meta"):
+            parameters = dict(AutoModelForImageTextToText.from_config(self.model).named_parameters())
+        half = self.get("bf16") or self.get("fp16") or self.get("pure_bf16")
+        sizes = dict.fromkeys(("weights", "gradients and AdamW", "teacher"), 0.0)
+        for name, value in parameters.items():
+            text, trained = not any(part in name for part in _NOT_TEXT), 0
+            if self.get("finetuning_type") == "full":
+                trained = value.numel() if text and not self.get("freeze_language_model") else 0
+            elif text and name.endswith("proj.weight"):
+                trained = self.get("lora_rank", 8) * sum(value.shape)
+            bits = (text and self.get("quantization_bit")) or (16 if half else 32)
+            sizes["weights"] += 4 * trained + (value.numel() * bits / 8 if trained != value.numel() else 0)
+            sizes["gradients and AdamW"] += 12 * trained  # the gradient and two moments in fp32
+        files = weight_files(_local(self.config.teacher, "hera_teacher"))
+        sizes["teacher"] = sum(file.stat().st_size for file in files)
+        listed = " + ".join(f"{size / 2**30:.2f} {name}" for name, size in sizes.items())
+        return f"computed: {sum(sizes.values()) / 2**30:.2f} GiB = {listed}, before sharding and without activations"
+
+
+def _local(name: str, key: str) -> Path:
+    """Returns the folder of a model with its weights, or raises ``ValueError``."""
+    folder = Path(name).expanduser()
+    try:
+        folder = folder if folder.is_dir() else Path(snapshot_download(name, local_files_only=True))
+        weight_files(folder)
+    except (OSError, ValueError) as error:
+        problem = f"{name} is neither a folder with a model nor in the cache of the hub"
+        raise ValueError(f"{key}: {problem}; run hf download {name} while online, or give a folder.") from error
+    return folder
+
+
+def _first_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Reads rows from the first mebibyte of a JSON or JSON Lines file, because the file may be large."""
+    with file.open(encoding="utf-8-sig") as opened:
+        text, decoder = opened.read(1 << 20).lstrip("[ \r\n\t"), json.JSONDecoder()
+    while text.startswith("{"):
+        try:
+            row, end = decoder.raw_decode(text)
+        except ValueError:  # the last row is cut off
+            return
+        yield row
+        text = text[end:].lstrip(", \r\n\t")
+
+
+def _image_tokens() -> dict[str | None, str | None]:
+    """Maps templates to their image tokens, None without images; reads the source of the host."""
+    built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
+    tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
+    (host,) = find_spec("llamafactory").submodule_search_locations  # type: ignore[union-attr, misc]
+    for call in ast.walk(ast.parse(Path(host, "data", "template.py").read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register_template":
+            given: dict[str | None, Any] = {each.arg: each.value for each in call.keywords}
+            plugin = {each.arg: each.value for each in getattr(given.get("mm_plugin"), "keywords", ())}
+            tokens[given["name"].value] = getattr(plugin.get("image_token"), "value", None)
+    return tokens

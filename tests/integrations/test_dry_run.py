@@ -1,0 +1,78 @@
+"""``llamafactory-hera doctor RECIPE.yaml``: a line for each check, and a problem that names key and remedy."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llamafactory_hera.cli import main
+from tests.e2e.runner import ROOT
+
+RECIPE = str(ROOT / "recipes/demo/hera.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ([], "ok  batch     16 samples are compared at once (per device: 16, processes: 1), 128 remembered: 10 neig"),
+        (["--processes", "2"], "ok  batch     32 samples are compared at once (per device: 16, processes: 2)"),
+        ([], "ok  heads     auto selects 5, llava has 5 layers with 8 heads each"),
+        ([], "ok  template  llava_qwen3 writes an image as <image>"),
+        ([], "ok  teacher   hera_demo/teacher in hera_demo/teacher"),
+        ([], "ok  images    opened the first 8 of hera_demo"),
+        (["dataset=hera_demo_text"], "ok  images    hera_demo_text has no images"),
+        ([], "ok  memory    computed: "),
+        (["hera_wieght=1"], "problem: hera_wieght: "),
+        (["stage=sft"], "problem: stage: sft trains without HeRA; set stage: hera."),
+        (["per_device_train_batch_size=1", "hera_memory=0"], "problem: per_device_train_batch_size: 1 gives"),
+        (
+            ["model_name_or_path=hera_demo/language_model"],
+            "problem: model_name_or_path: hera_demo/language_model is a t",
+        ),
+        (
+            ["model_name_or_path=nowhere/vlm"],
+            "problem: model_name_or_path: nowhere/vlm is neither a folder with a mod",
+        ),
+        (["hera_heads=L99H0"], "problem: hera_heads: L99H0 does not exist: the model has layers L0 to L4"),
+        (
+            ["template=qwen3_vl"],
+            "problem: template: qwen3_vl writes an image as <|image_pad|>; choose one for this model",
+        ),
+        (["template=qwen3"], "problem: template: qwen3 has no images; choose one for this model: llava_plain"),
+        (
+            ["hera_teacher=nowhere/dino"],
+            "problem: hera_teacher: nowhere/dino is neither a folder with a model nor in the",
+        ),
+        (["hera_teacher=hera_demo/model"], "problem: hera_teacher: hera_demo/model has model_type 'llava'"),
+        (["dataset=nothing"], "problem: dataset: nothing is not in hera_demo/data/dataset_info.json"),
+        (["dataset_dir=moved"], "problem: media_dir: moved: hera_demo: The image file 'images/"),
+    ],
+)
+def test_the_doctor_reads_a_recipe(
+    change: list[str], line: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(world)
+    if change == ["dataset_dir=moved"]:
+        (world / "moved").mkdir()
+        for file in (world / "hera_demo/data").glob("*.json"):
+            shutil.copy(file, world / "moved")
+    status = main(["doctor", RECIPE, *change])
+    printed = capsys.readouterr().out.splitlines()
+    assert [each for each in printed if each.startswith(line)], printed
+    assert status == line.startswith("problem"), printed
+    assert [each for each in printed if each.startswith("problem")] == [
+        each for each in printed if line in each
+    ] * status
+
+
+def test_a_large_file_is_read_from_its_start(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(world)
+    row = {"images": [str(next((world / "hera_demo/data/images").iterdir()))], "text": "x" * 300_000}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    info = {"large": {"file_name": "rows.jsonl", "columns": {"images": "images"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    assert main(["doctor", RECIPE, "dataset=large", f"dataset_dir={tmp_path}"]) == 0
+    assert "ok  images    opened the first 3 of large" in capsys.readouterr().out
