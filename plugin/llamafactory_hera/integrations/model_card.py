@@ -7,7 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..files import CARD, RUN_FOLDER, write_json, write_text
+from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
+from ..heads.families import model_config
+from ..selection.report import Comparison
 from ..selection.scores import command_line, package_versions
 
 _PAPER = "https://arxiv.org/abs/2606.23885"
@@ -18,6 +20,7 @@ _CITATION = """@article{caffagni2026hera,
   journal = {arXiv preprint arXiv:2606.23885},
   year    = {2026}
 }"""
+_PAGE = "README.md"
 _BEGIN, _END = "<!-- llamafactory-hera -->", "<!-- /llamafactory-hera -->"
 #: Logged values that the card shows, with their titles.
 _CURVES = {
@@ -32,19 +35,53 @@ _CURVES = {
 def write_card(trainer: Any) -> None:
     """Writes ``hera/card.json``, and adds the tags and the section on the alignment to a run's ``README.md``."""
     folder, content = Path(trainer.args.output_dir), _content(trainer)
+    card = _with_section(folder, content)
+    data: Any = card.data
+    data.pipeline_tag = content["task"]
+    data.tags = list(dict.fromkeys([*(data.tags or []), "hera"]))
+    data.datasets = list(dict.fromkeys([*(data.datasets or []), *trainer.hub_datasets])) or None
+    if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
+        data.base_model = None  # the hub would read the path as the name of a model
+    write_text(folder / _PAGE, str(card))
+
+
+def add_scores(folder: Path, scores: Comparison) -> Path | None:
+    """Adds the scores of a finished run to its ``hera/card.json`` and ``README.md``, and returns the path of the page.
+
+    ``scores`` contains the scores before training only if both were measured alike. Returns None without a card.
+    """
+    path = folder / RUN_FOLDER / CARD
+    if not path.is_file():
+        return None
+    values = {"setting": scores.files[-1].setting, "names": list(scores.names), "mknn": scores.rows}
+    write_text(folder / _PAGE, str(_with_section(folder, read_json(path) | {"scores": values})))
+    return folder / _PAGE
+
+
+def _with_section(folder: Path, content: dict[str, Any]) -> ModelCard:
+    """Writes ``hera/card.json``, and returns the card of ``README.md`` with a section that replaces an earlier one."""
     write_json(folder / RUN_FOLDER / CARD, content)
-    page = folder / "README.md"
+    page = folder / _PAGE
     text = page.read_text(encoding="utf-8") if page.is_file() else "---\n{}\n---\n"
     card = ModelCard(text, ignore_metadata_errors=True)
     others = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL).strip("\n")
     card.text = "\n\n".join(filter(None, [others, f"{_BEGIN}\n{_section(content)}\n{_END}\n"]))
-    data: Any = card.data
-    tags = [*(data.tags or []), "hera", content["objective"].rpartition(":")[2]]
-    data.tags = list(dict.fromkeys(tags + ["llamafactory"] * ("llama-factory" in tags)))
-    data.datasets = list(dict.fromkeys([*(data.datasets or []), *trainer.hub_datasets])) or None
-    if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
-        data.base_model = None  # the hub would read the path as the name of a model
-    write_text(page, str(card))
+    return card
+
+
+def _usage(trainer: Any, multimodal: bool) -> str:
+    """Returns the code that loads the model, or the adapter on its base model."""
+    auto = (
+        ("AutoModelForImageTextToText", "AutoProcessor") if multimodal else ("AutoModelForCausalLM", "AutoTokenizer")
+    )
+    name = trainer.args.hub_model_id or trainer.args.output_dir
+    adapters = [each for module in trainer.model.modules() for each in getattr(module, "peft_config", {}).values()]
+    base = adapters[0].base_model_name_or_path if adapters else name
+    lines = [f"from transformers import {', '.join(auto)}\n", f"processor = {auto[1]}.from_pretrained({name!r})"]
+    lines.append(f'model = {auto[0]}.from_pretrained({base!r}, dtype="auto")')
+    if adapters:
+        lines = ["from peft import PeftModel", *lines, f"model = PeftModel.from_pretrained(model, {name!r})"]
+    return "\n".join(lines).replace("'", '"')
 
 
 def _content(trainer: Any) -> dict[str, Any]:
@@ -52,6 +89,8 @@ def _content(trainer: Any) -> dict[str, Any]:
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
     config, targets = aligner.config, aligner.targets
     compared = (line for line in state.log_history if line.get("hera_loss"))  # 0 if no sample could be compared
+    architecture = model_config(trainer.model)
+    multimodal = architecture.get_text_config() is not architecture
     content: dict[str, Any] = {
         targets.what: list(targets.names),
         "objective": config.objective,
@@ -64,6 +103,8 @@ def _content(trainer: Any) -> dict[str, Any]:
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": _PAPER,
+        "task": "image-text-to-text" if multimodal else "text-generation",
+        "usage": _usage(trainer, multimodal),
     }
     if best not in (None, state.global_step):
         content["weights_of_step"] = best
@@ -96,14 +137,21 @@ def _section(content: dict[str, Any]) -> str:
     if "memory" in content:
         remembered = f" and with up to {content['memory']} remembered ones" if content["memory"] else ""
         parts.append(f"MKNN in training compares a sample with those of its batch{remembered}.")
-    if selection := content.get("selection"):
-        keys, scores = selection["keys"], (f"{name} {score:.4f}" for name, score in selection["mknn"].items())
+    if scores := content.get("scores"):
+        rows = [f"| MKNN with the teacher | {' | '.join(scores['names'])} |", f"|---|{'--:|' * len(scores['names'])}"]
+        for name, values in scores["mknn"].items():
+            rows.append(f"| {name} | {' | '.join(f'{value:.4f}' for value in values)} |")
+        parts.append("\n".join(rows))
+        parts.append(f"Measured by `llamafactory-hera score` on {scores['setting']}.")
+    elif selection := content.get("selection"):
+        keys, mknn = selection["keys"], (f"{name} {score:.4f}" for name, score in selection["mknn"].items())
         parts.append(
             f"Selection before training ({keys['hera_select']}, mode {keys['hera_select_mode']}, k="
             f"{keys['hera_select_k']}, {selection['samples']} samples of {selection['dataset']}) measured MKNN "
-            f"{', '.join(scores)}; unrelated features reach {selection['chance_level']:.4f}. "
+            f"{', '.join(mknn)}; unrelated features reach {selection['chance_level']:.4f}. "
             "`llamafactory-hera score` measures this model."
         )
+    parts.append(f"To load it:\n\n```python\n{content['usage']}\n```")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")
     parts.append(f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).")
