@@ -129,16 +129,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_paths(args: argparse.Namespace) -> None:
     """Refuses files and folders that do not exist, before a command imports torch or the host for seconds."""
-    words = [*getattr(args, "checkpoints", ()), *getattr(args, "overrides", ())]
-    given = [word for word in words if not _is_override(word)]
-    recipe = [name for name in (getattr(args, "recipe", None),) if name and not _is_override(name)]
-    # a hub id has one slash, behind the name of an owner that is no folder here
-    local = [name for name in given if name.count("/") != 1 or os.path.isdir(os.path.dirname(name))]
-    if missing := [name for name in (*recipe, *local, *getattr(args, "files", ())) if not os.path.exists(name)]:
-        raise ValueError(f"{missing[0]}: no such file or folder.")
-    if args.run is _score and not recipe and not any(word.startswith("dataset=") for word in words):
-        for name in (name for name in given if not _is_recipe(name)):
-            raise ValueError(f"score: no dataset to score {name} with; add --recipe RECIPE.yaml.")
+    models, recipe = getattr(args, "checkpoints", []), getattr(args, "recipe", None)
+    # a hub id has one slash, after the name of an owner that is no folder here
+    local = [name for name in models if name.count("/") != 1 or os.path.isdir(os.path.dirname(name))]
+    for name in (*local, *getattr(args, "files", ()), *([recipe] if recipe else [])):
+        if not os.path.exists(name) and not _is_override(name):
+            raise ValueError(f"{name}: no such file or folder.")
+    words = [*models, *getattr(args, "overrides", ())]
+    if args.run is _score and not recipe and not any(_is_recipe(w) or w.startswith("dataset=") for w in words):
+        raise ValueError(f"score: no dataset is named to score {models[0]} with; add --recipe RECIPE.yaml.")
 
 
 # -- the subcommands -------------------------------------------------------------------------------------------------

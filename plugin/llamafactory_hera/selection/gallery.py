@@ -107,8 +107,8 @@ def write_gallery(
 ) -> list[Path]:
     """Draws ``OUTPUT_L3H4.png`` for each head, or one ``small`` picture of the first head, and returns the paths.
 
-    ``heads`` are names or the path of a file, by default the least aligned, the median and the most aligned head of the
-    first file of scores. Raises ``OSError`` if the neighbors of a file are missing.
+    ``heads`` are names or the path of a file, by default the least aligned, the median and the most aligned head of
+    the first file. Raises ``OSError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
     known = list(files[0].ranked("head"))

@@ -125,14 +125,14 @@ def _evaluation(folder: Path) -> str:
     """Renders the tables of an evaluation: scores, and differences from the first model with their intervals."""
     page = ""
     for content in map(read_json, sorted(folder.glob("*.json"))):
-        models = content["models"]
-        averages = [row for row in content["rows"] if row["n"] is None]
-        tasks = {row["key"].partition("/")[0]: row for row in reversed(content["rows"])}  # the first score of each
+        models, rows = content["models"], content["rows"]
         table = [[content["suite"], "n", *models, *(f"{name} − {models[0]} [95%]" for name in models[1:])]]
-        for row in averages or reversed(tasks.values()):
-            ends = [row["differences"].get(name, ()) for name in models[1:]]
-            cells = [f"{row['values'][name]:.1f}" if name in row["values"] else "–" for name in models]
-            cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) if three else "–" for three in ends]
+        # averages, or the first score of each task
+        firsts = {row["key"].partition("/")[0]: row for row in rows[::-1]}.values()
+        for row in [row for row in rows if row["n"] is None] or list(firsts)[::-1]:
+            cells = [f"{row['values'].get(name, math.nan):.1f}" for name in models]
+            ends = (row["differences"].get(name, [math.nan] * 3) for name in models[1:])
+            cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) for three in ends]
             table.append([row["title"], str(row["n"] or ""), *(cell.replace("-", "−") for cell in cells)])
         page += f"<h2>Accuracy</h2><div class=scroll>{_table(table)}</div>"
     if not page:

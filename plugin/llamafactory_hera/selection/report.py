@@ -45,12 +45,9 @@ class Comparison(NamedTuple):
     @property
     def table(self) -> list[list[str]]:
         """The header and rows: MKNN in every file, and the difference between the last and the first."""
-        rows = [
-            [f"{name} {self.targets.what}" if name == "others" else name, *values]
-            for name, values in self.rows.items()
-        ]
         cells = [
-            [str(name), *(f"{v:.4f}" for v in values), f"{values[-1] - values[0]:+.4f}"] for name, *values in rows
+            [name, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"]
+            for name, values in self.rows.items()
         ]
         return [[self.targets.granularity, *self.names, f"{self.names[-1]} - {self.names[0]}"], *cells]
 

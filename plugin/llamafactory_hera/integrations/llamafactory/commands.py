@@ -115,10 +115,10 @@ def score_checkpoint(
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
         compared = show(path)
-        pages = [add_scores(folder, compared)] if folder and compared else []
-        print(*["wrote:", path, path.with_suffix(".png"), *filter(None, pages)], sep="\n  ")
-        if compared and len(compared.files) > 1:
-            print(f"next:\n  llamafactory-hera report {folder}")
+        print("wrote:", path, path.with_suffix(".png"), sep="\n  ")
+        if folder and compared:
+            add_scores(folder, compared)
+            print(f"next:\n  llamafactory-hera report {folder}" if len(compared.files) > 1 else "")
     return path
 
 
