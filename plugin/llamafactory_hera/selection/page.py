@@ -85,7 +85,8 @@ def _parts(comparison: Comparison) -> dict[str, str]:
     files, names, last, targets = comparison.files, comparison.names, comparison.files[-1], comparison.targets
     path, (found, meaning) = last.folder / RUN_FOLDER / CARD, verdict(comparison)
     card = read_json(path) if path.is_file() else {}
-    facts = "{steps} steps, objective {objective}, weight {weight}, {date:.10}".format(**card) if card else last.path
+    facts = f"teacher {last.provenance['teacher']}"
+    facts += "; {steps} steps, objective {objective}, weight {weight}, {date:.10}".format(**card) if card else ""
     limits = [function([file.scores for file in files]) for function in (np.nanmin, np.nanmax)]
     maps = [_image(draw_scores(file, targets.items, limits)) for file in files]
     try:
@@ -94,7 +95,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         small, gallery = escape(str(error)), ""
     texts = {
         "title": last.folder.name,
-        "facts": f"{comparison.title} {targets.what} {targets}, teacher {last.provenance['teacher']}; {facts}",
+        "facts": f"{comparison.title} {targets.what} {', '.join(targets.names)}; {facts}",
         "found": found,
         "meaning": meaning,
         "head": targets.names[0],
