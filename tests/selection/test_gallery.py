@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from llamafactory_hera.files import write_safetensors
 from llamafactory_hera.heads import Target
+from llamafactory_hera.plots import render
 from llamafactory_hera.selection.gallery import Neighbors, draw_gallery, write_gallery
 from llamafactory_hera.selection.scores import load_files
 
@@ -24,7 +25,7 @@ def neighbors_file(scores: Path) -> Path:
     return scores.with_suffix(".neighbors.safetensors")
 
 
-def write_seen(scores: Path, images: Path, seed: int, heads: int = 2) -> Path:
+def write_seen(scores: Path, images: Path, seed: int, heads: int = 2, layers: int = 3) -> Path:
     """Writes neighbors as a selection does; those of the teacher are the same for every seed."""
 
     def drawn(count: int, seed: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def write_seen(scores: Path, images: Path, seed: int, heads: int = 2) -> Path:
             str(images / f"{index}.png"),
             rf"{index}: $\q$, a caption of a wide image: WWWWWWWWW MMMMMMMM",
         ]
-    of_heads = drawn(3 * heads * QUERIES, seed).view(3, heads, QUERIES, K)
+    of_heads = drawn(layers * heads * QUERIES, seed).view(layers, heads, QUERIES, K)
     of_heads[1, 0] = -1  # no score
     tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": of_heads}
     write_safetensors(neighbors_file(scores), tensors, {"samples": json.dumps(samples)})
@@ -99,9 +100,9 @@ def test_a_small_picture_shows_two_queries_before_and_after(files, tmp_path):
 
 def test_captions_of_five_files_do_not_overlap(files):
     figure = draw_gallery(*load_files([files[0], *files, *files], (), "gallery"), Target(0, 1))
-    figure.canvas.draw()
+    render(figure)
     (axes,) = figure.axes
-    captions = [text.get_window_extent() for text in axes.texts if "a caption" in text.get_text()]
+    captions = [text.get_window_extent() for text in axes.texts if text.get_fontsize() == 5]
     rows = {row: sorted(box.x0 for box in captions if box.y0 == row) for row in {box.y0 for box in captions}}
     widest = max(box.width for box in captions)
     assert all(right - left > widest for starts in rows.values() for left, right in itertools.pairwise(starts))
