@@ -2,12 +2,17 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
 from llamafactory_hera import cli
 from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, texts
+from llamafactory_hera.selection.page import write_report
+from llamafactory_hera.selection.report import compare
+from tests.selection.test_gallery import write_seen
+from tests.selection.tiny import write_scores
 
 from .conftest import Board
 from .page import SLOW, BoardPage
@@ -86,6 +91,21 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board, monkeypatch: 
     report = page.page.frame_locator("iframe[srcdoc]")
     expect(report.get_by_role("heading").first).to_be_visible()
     page.page.get_by_test_id("toast-close").first.click()  # the host's warning covers the commands
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_fits_a_phone_and_is_light_or_dark(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    files = [write_scores(tmp_path / f"{name}/hera/scores.json", [[0.1] * 32] * 8) for name in ("m" * 60, "run")]
+    for file in files:
+        write_seen(file, tmp_path / "images", 0, heads=32, layers=8)
+    _, report = write_report(compare(files), tmp_path / "report")
+    page = browser.new_context(viewport={"width": 420, "height": 900}, color_scheme=scheme).new_page()
+    page.goto(report.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") == 420
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    page.context.close()
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,8 @@ def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Pat
     scoring = ["score", full.folder, lora.folder, "--recipe", path]
     code, output = command(*scoring)
     assert code == 0, output
+    assert output.count("aligned heads: L1H0 ") == 2
+    assert "selected" not in output
     files = [before, *(run.folder / "hera/scores.json" for run in (full, lora))]
     scores = [json.loads(file.read_text())["provenance"] for file in files]
     assert len({json.dumps(each["scores"]) for each in scores}) == 3

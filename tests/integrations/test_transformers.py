@@ -18,10 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
+from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.selection.report import compare
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.integrations.gradients import expected_term, run, token_mean
+from tests.selection.tiny import write_scores
 from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 BATCH = 4
@@ -100,8 +103,8 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     straight.create_model_card(finetuned_from="owner/model")  # replaces the earlier section
     page = (tmp_path / "run/README.md").read_text()
     metadata = ModelCard(page).data
-    assert {"hera", "contrastive"} <= set(metadata.tags)
-    assert "llamafactory" not in metadata.tags
+    assert "hera" in metadata.tags
+    assert metadata.pipeline_tag == "image-text-to-text"
     assert (metadata.datasets, metadata.base_model) == (["owner/images"], "owner/model")
     assert page.count("## Alignment with a vision encoder") == 1
     assert "aligned heads L1H0, L0H2" in page
@@ -112,17 +115,21 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     assert f"| alignment loss, unweighted | {logged[2]['hera_loss']:.4g} | {logged[-1]['hera_loss']:.4g} |" in page
 
 
-def test_the_card_shows_the_scores_of_the_selection_and_claims_no_result(tmp_path: Path) -> None:
-    keys = {"hera_select": "worst", "hera_select_mode": "llm", "hera_select_k": 10}
-    provenance = {"keys": keys, "dataset": "pairs", "samples": 1000, "chance_level": 0.01}
-    scores = [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]
-    targets = Targets(Targets.parse("L1H0,L0H2").items, provenance | {"scores": scores})
+def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    before = write_scores(folder / "hera/heads.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]])
     model = vlm("llava-llama")
     data: dict[str, Any] = {"train_dataset": image_rows(model, BATCH), "data_collator": collate_rows}
-    trainer = HeraTrainer(model, arguments(tmp_path), hera=hera(), targets=targets, **data)
+    trainer = HeraTrainer(model, arguments(folder), hera=hera(), targets=Targets.parse("L1H0,L0H2"), **data)
     trainer.create_model_card(finetuned_from=str(tmp_path))
-    assert "measured MKNN L1H0 0.3000, L0H2 0.1000; unrelated features" in (tmp_path / "README.md").read_text()
-    metadata = ModelCard.load(tmp_path / "README.md").data
+    page = (folder / "README.md").read_text()
+    assert "| MKNN with the teacher | before |\n|---|--:|\n| L1H0 | 0.3000 |\n| L0H2 | 0.1000 |" in page
+    after = write_scores(folder / "hera/scores.json", [[0.9, 0.9, 0.4], [0.5, 0.9, 0.9]])
+    add_scores(folder, compare([before, after], ["before", "after"], aligned="L1H0,L0H2"))
+    page = (folder / "README.md").read_text()
+    assert "| L1H0 | 0.3000 | 0.5000 |\n| L0H2 | 0.1000 | 0.4000 |\n| mean | 0.2000 | 0.4500 |" in page
+    assert page.count("| MKNN with the teacher |") == 1
+    metadata = ModelCard(page).data
     assert not metadata.eval_results  # the model before training is not this model
     assert metadata.base_model is None  # a local folder names no model of the hub
 

@@ -9,9 +9,11 @@ from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.run_yaml import RecipeFile
+from llamafactory_hera.selection.scores import SCORE_FILES
 
 from .checks import check_folders
 from .inputs import selection_inputs
@@ -86,7 +88,8 @@ def score_checkpoint(
         checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
             the recipe's model.
         recipe: The recipe with the dataset, the template, the teacher and the settings.
-        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder or in ``output_dir``.
+        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's model, which
+            its run starts from, it is ``hera/before.json`` in ``output_dir``.
         overrides: ``key=value`` pairs that replace keys of the recipe.
 
     Raises:
@@ -99,10 +102,11 @@ def score_checkpoint(
     elif folder is not None:
         forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
     read = read_recipe(recipe, overrides, **forced)
-    if output is None:
-        if folder is None or not folder.is_dir():
-            folder = named_output(read.values, "saves/selection")
-        output = folder / RUN_FOLDER / "scores.json"
+    if output is None and folder is not None and folder.is_dir():
+        output = folder / RUN_FOLDER / SCORE_FILES[0]
+    elif output is None:
+        name = SCORE_FILES[1] if folder is None else f"{folder.name}.json"
+        output = named_output(read.values, "saves/selection") / RUN_FOLDER / name
     path = Path(output)
     if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
@@ -110,7 +114,11 @@ def score_checkpoint(
         Targets.load(path, key="--output")  # refuses to replace a file of another kind
     select_targets(selection_inputs(read.config, read.host), read.config, path)
     if rank() == 0:
-        show(path)
+        compared = show(path)
+        print("wrote:", path, path.with_suffix(".png"), sep="\n  ")
+        if folder and compared:
+            add_scores(folder, compared)
+            print(f"next:\n  llamafactory-hera report {folder}" if len(compared.files) > 1 else "")
     return path
 
 
