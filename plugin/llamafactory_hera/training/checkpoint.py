@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..config import FIXED_KEYS, RESUMABLE_KEYS, HeraConfig
 from ..distributed import rank
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
-from ..heads.targets import Targets, file_name
+from ..heads.targets import AUTO, Targets, file_name
 from ..keys import changes
 
 logger = logging.getLogger("llamafactory_hera")
@@ -46,15 +46,18 @@ class RunIdentity:
         keys = self.config.keys()
         write_json(path / _RUN_FILE, {**keys, **self._described(), "hera_teacher_name": self.config.teacher, **values})
 
-    def load(self, folder: str | os.PathLike) -> dict[str, Tensor]:
-        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads the saved tensors."""
-        changed = changes(self.check(folder), self.config.keys(), RESUMABLE_KEYS)
+    def load(self, folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads its tensors and keys."""
+        saved, now = self.check(folder), self.config.keys()
+        if now["hera_memory"] == AUTO:  # keeps the size of the checkpoint
+            now["hera_memory"] = saved["hera_memory"]
+        changed = changes(saved, now, RESUMABLE_KEYS)
         if changed and rank() == 0:
             logger.warning(
                 f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run continues with the new values, so its "
                 "curves do not continue those of the checkpoint."
             )
-        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
+        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE), saved
 
     def check(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Reads a checkpoint's keys; raises ``ValueError`` if it is incomplete or belongs to a different run."""
