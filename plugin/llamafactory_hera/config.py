@@ -197,7 +197,7 @@ class HeraConfig(KeyedConfig):
         """The number of samples to remember, or None if it depends on the batch; 0 if the objective has no memory."""
         if not self.reads("hera_memory"):
             return 0
-        return None if self.memory == AUTO else self.memory
+        return self.memory if isinstance(self.memory, int) else None
 
     def with_mode(self, mode: Mode) -> "HeraConfig":
         """Returns the same settings with another ``hera_select_mode``."""

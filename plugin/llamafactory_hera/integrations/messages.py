@@ -53,7 +53,7 @@ def translated(translate: Callable[[str], str]) -> Iterator[None]:
 
 
 def in_python(message: str) -> str:
-    """Writes the keys in a message as arguments of ``HeraConfig``: ``hera_pooling: text`` becomes ``pooling='text'``."""
+    """Writes keys as arguments of ``HeraConfig``, for instance ``hera_pooling: text`` as ``pooling='text'``."""
 
     def argument(match: re.Match[str]) -> str:
         declared = HeraConfig.knobs().get(match[1])
