@@ -25,7 +25,6 @@ from ..config import HeraConfig
 from ..heads import Targets
 from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.families import head_layout, media_token_ids, model_config
-from ..heads.targets import AUTO
 from ..heads.tokens import token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
@@ -257,10 +256,7 @@ class Aligner:
         """Writes the targets and the state of objective, optimizer and memory into ``folder/hera``, atomically."""
         counted = {} if self.reader is None else {"micro_batches": torch.tensor(self.reader.n_micro_batches)}
         state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
-        values = self.objective.values()
-        if self.config.memory == AUTO and self.memory.size is not None:
-            values["hera_memory"] = self.memory.size
-        self._identity.save(folder, state, values)
+        self._identity.save(folder, state, self.objective.values())
 
     def check(self, folder: str | os.PathLike) -> None:
         """Raises ``ValueError`` if a checkpoint does not belong to this run; loads nothing."""
@@ -272,9 +268,7 @@ class Aligner:
         Raises:
             ValueError: The checkpoint belongs to a run without HeRA, or to a run with different targets or settings.
         """
-        state, keys = self._identity.load(folder)
-        if self.memory.size is None and keys["hera_memory"] != AUTO:
-            self.memory.size = keys["hera_memory"]
+        state = self._identity.load(folder)
         self.optimizer.load_state(state)
         self.memory.load_state_dict(state)
         if self.reader is not None:

@@ -46,18 +46,17 @@ class RunIdentity:
         keys = self.config.keys()
         write_json(path / _RUN_FILE, {**keys, **self._described(), "hera_teacher_name": self.config.teacher, **values})
 
-    def load(self, folder: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads its tensors and keys."""
-        saved, now = self.check(folder), self.config.keys()
-        if now["hera_memory"] == AUTO:  # keeps the size of the checkpoint
-            now["hera_memory"] = saved["hera_memory"]
-        changed = changes(saved, now, RESUMABLE_KEYS)
+    def load(self, folder: str | os.PathLike) -> dict[str, Tensor]:
+        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads the saved tensors."""
+        now = self.config.keys()
+        names = [key for key in RESUMABLE_KEYS if now[key] != AUTO]  # auto keeps the value of the checkpoint
+        changed = changes(self.check(folder), now, names)
         if changed and rank() == 0:
             logger.warning(
                 f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run continues with the new values, so its "
                 "curves do not continue those of the checkpoint."
             )
-        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE), saved
+        return load_file(Path(folder) / RUN_FOLDER / _STATE_FILE)
 
     def check(self, folder: str | os.PathLike) -> dict[str, Any]:
         """Reads a checkpoint's keys; raises ``ValueError`` if it is incomplete or belongs to a different run."""

@@ -54,15 +54,20 @@ class CrossBatchMemory:
         self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the stored pairs as tensors; empty if no pair is stored."""
+        """Returns the stored pairs as tensors, with the size of the queue; empty if no pair is stored."""
         if self.pairs is None or not self.pairs[2].any():
             return {}
         z, teacher, filled = self.pairs
-        return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled]}
+        size = torch.tensor(self.size)
+        return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled], "memory.size": size}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`, and drops the oldest pairs that exceed the size of this queue."""
-        self.pairs = None
+        """Restores the result of :meth:`state_dict`, and drops the oldest pairs that exceed the size of this queue.
+
+        A queue whose size is not given gets the stored size.
+        """
+        self.clear()
         if "memory.teacher" in state:
             teacher = state["memory.teacher"]
+            self.size = int(state["memory.size"]) if self.size is None else self.size
             self.append(state["memory.representations"], teacher, torch.ones(len(teacher), dtype=torch.bool))
