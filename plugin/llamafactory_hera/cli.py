@@ -107,6 +107,8 @@ def _is_recipe(word: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns 0, 1 for a failed check, or 2 for bad input."""
     parser = _parser()
+    if (sys.argv[1:] if arguments is None else arguments)[:1] == ["train"]:
+        parser.error("train: set stage: hera in a recipe, and run llamafactory-cli train RECIPE.yaml")
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if not (hasattr(parsed, "overrides") and _is_override(word))]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ..files import read_json, write_json
+from ..files import BUILT, read_json, write_json
 from .processor import chat_end, make_processor
 from .sources import EMBEDDING, HEAD, Source, language_weights, open_language, open_vision, vision_weights
 
@@ -80,7 +80,7 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
     values |= {"image_token_index": processor.image_token_id, "image_seq_length": n_tokens}
     values |= {"vision_feature_select_strategy": processor.vision_feature_select_strategy, "vision_feature_layer": -1}
     values |= {"tie_word_embeddings": text.tie_word_embeddings, "architectures": ["LlavaForConditionalGeneration"]}
-    return LlavaConfig(**values)
+    return LlavaConfig(**values | {BUILT: True})
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:

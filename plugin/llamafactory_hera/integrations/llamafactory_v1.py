@@ -125,7 +125,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         (
             "micro_batch_size",
             size,
-            size * processes + hera.remembered < least,
+            hera.remembered is not None and size * processes + hera.remembered < least,
             f"hera_objective: {hera.objective} needs {least} samples from all processes and hera_memory together",
         ),
     )

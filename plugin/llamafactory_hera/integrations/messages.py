@@ -4,11 +4,15 @@ The library logs to one logger, ``llamafactory_hera``, and configures nothing wh
 """
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ..config import HeraConfig
 from ..distributed import rank, world_size
+from ..keys import typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,12 +92,38 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     logger.info(f"HeRA | {text}")
 
 
+@contextmanager
+def translated(translate: Callable[[str], str]) -> Iterator[None]:
+    """Changes the messages of errors."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if error.args == (str(error),):  # not an error such as UnicodeDecodeError
+            error.args = (translate(str(error)),)
+        raise
+
+
+def in_python(message: str) -> str:
+    """Writes keys as arguments of ``HeraConfig``, for instance ``hera_pooling: text`` as ``pooling='text'``."""
+
+    def argument(match: re.Match[str]) -> str:
+        declared = HeraConfig.knobs().get(match[1])
+        if declared is None:
+            return match[0]
+        with suppress(ValueError):  # a text may be the first of several words
+            if match[2] and declared.type not in (str, str | None):
+                return f"{declared.name}={typed(match[1], match[2], declared.type)!r}"
+        return declared.name + match[0].removeprefix(match[1])
+
+    return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
+
+
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:
     """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
     if rank() > 0:
         return
     config, objective = aligner.config, aligner.objective
-    size, steps = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
     trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
     lines = {
@@ -105,10 +135,11 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     }
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
-        in_batch = micro_batch * (steps if config.gradcache else 1) - 1
-        up_to = "up to " if config.memory else ""
-        counted = f"({in_batch} of the batch, {up_to}{config.memory} remembered)"
-        counted += "; hera_mknn is logged once the memory is full" * (config.memory > 0)
-        lines |= {"neighbors": str(config.k), "candidates per sample": f"{up_to}{in_batch + config.memory} {counted}"}
+        in_batch, remembered = micro_batch * (steps if config.gradcache else 1) - 1, aligner.memory.size or 0
+        candidates = in_batch + remembered
+        taken = min(config.k, candidates // 2)
+        counted = f"{taken} of {candidates} candidates ({in_batch} of the batch, {remembered} remembered)"
+        counted += f"; hera_k: {config.k} needs {2 * config.k} candidates" * (taken < config.k)
+        lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * (remembered > 0)
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")

@@ -97,7 +97,7 @@ def _content(trainer: Any) -> dict[str, Any]:
     if best not in (None, state.global_step):
         content["weights_of_step"] = best
     if config.reads("hera_memory"):
-        content |= {"k": config.k, "memory": config.memory}
+        content |= {"k": config.k, "memory": aligner.memory.size}
     return content
 
 

@@ -85,7 +85,9 @@ class HeraTerm:
             valid: Boolean ``[B]``.
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
         """
-        batch, all_teacher = self._batch(*_gather(representations, teacher, valid, n_rows))
+        gathered = _gather(representations, teacher, valid, n_rows)
+        self.memory.settle(len(gathered[-1]))
+        batch, all_teacher = self._batch(*gathered)
         z, candidates = batch.z, batch.candidates
         by_target = self.objective(batch)
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)

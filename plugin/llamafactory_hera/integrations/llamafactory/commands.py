@@ -9,13 +9,14 @@ from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.selection.scores import SCORE_FILES
 
-from .checks import check_folders
+from .checks import check_folders, resolved_mode
 from .inputs import selection_inputs
 from .recipe import host_words, named_output, read_recipe
 
@@ -51,7 +52,9 @@ def select(
     run = file.with_keys({**read.overrides, "stage": "hera", "hera_heads": str(path)})
     if in_place:
         file.set_in_place({"hera_heads": "L0H0"}, check_only=True)
-    heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
+    show_messages()
+    config = resolved_mode(read.config, read.host)
+    heads = select_targets(selection_inputs(config, read.host), config, path)
     if rank() == 0:
         show(path)
         written = path.with_name("run.yaml")
@@ -102,6 +105,8 @@ def score_checkpoint(
     elif folder is not None:
         forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
     read = read_recipe(recipe, overrides, **forced)
+    show_messages()
+    config = resolved_mode(read.config, read.host)
     if output is None and folder is not None and folder.is_dir():
         output = folder / RUN_FOLDER / SCORE_FILES[0]
     elif output is None:
@@ -112,7 +117,7 @@ def score_checkpoint(
         _keep_trained(path, f"--output: {path.parent}", "give another name")
     elif path.is_file():
         Targets.load(path, key="--output")  # refuses to replace a file of another kind
-    select_targets(selection_inputs(read.config, read.host), read.config, path)
+    select_targets(selection_inputs(config, read.host), config, path)
     if rank() == 0:
         compared = show(path)
         print("wrote:", path, path.with_suffix(".png"), sep="\n  ")
