@@ -19,8 +19,6 @@ DOCS := .venv-docs
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
-DEMO_RUNS := before sft sft_reordered hera hera_reordered
-DEMO_MODELS := hera_demo/model $(addprefix saves/demo_,$(wordlist 2,5,$(DEMO_RUNS)))
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -60,19 +58,7 @@ $(STAMP): pyproject.toml constraints.txt patches/llamafactory_hera.pth patches/l
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python recipes/demo
-	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml
-	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml
-	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml seed=1 output_dir=saves/demo_sft_reordered
-	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml seed=1 output_dir=saves/demo_hera_reordered
-	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo/hera.yaml \
-	  dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=mllm
-	$(BIN)/llamafactory-hera report $(DEMO_MODELS) --names $(DEMO_RUNS) \
-	  --aligned saves/demo_hera/hera/heads.json --output saves/demo
-	$(BIN)/llamafactory-hera eval $(DEMO_MODELS) --names $(DEMO_RUNS) --suite demo --data hera_demo/data \
-	  --output saves/demo_eval
-	@cat saves/demo.md saves/demo_eval/demo.md
-	@echo "everything on one page: saves/demo.html"
+	@$(BIN)/python recipes/demo --compare
 
 # resumes where it was stopped
 study: $(STAMP)
