@@ -15,12 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL_STAMP := $(VENV)/.real
-DOCS_STAMP := $(VENV)/.docs
+DOCS := .venv-docs
 CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
-DEMO_RUNS := before sft sft_reordered hera hera_reordered
-DEMO_MODELS := hera_demo/model $(addprefix saves/demo_,$(wordlist 2,5,$(DEMO_RUNS)))
 WORKERS ?= 2
 # a file's tests share what it sets up, so a worker takes whole files
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -60,19 +58,7 @@ $(STAMP): pyproject.toml constraints.txt patches/llamafactory_hera.pth patches/l
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python recipes/demo
-	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml
-	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml
-	$(BIN)/llamafactory-cli train recipes/demo/sft.yaml seed=1 output_dir=saves/demo_sft_reordered
-	$(BIN)/llamafactory-cli train recipes/demo/hera.yaml seed=1 output_dir=saves/demo_hera_reordered
-	$(BIN)/llamafactory-hera score $(DEMO_MODELS) --recipe recipes/demo/hera.yaml \
-	  dataset=hera_demo_heldout hera_select_samples=128 hera_select_mode=mllm
-	$(BIN)/llamafactory-hera report $(DEMO_MODELS) --names $(DEMO_RUNS) \
-	  --aligned saves/demo_hera/hera/heads.json --output saves/demo
-	$(BIN)/llamafactory-hera eval $(DEMO_MODELS) --names $(DEMO_RUNS) --suite demo --data hera_demo/data \
-	  --output saves/demo_eval
-	@cat saves/demo.md saves/demo_eval/demo.md
-	@echo "everything on one page: saves/demo.html"
+	@$(BIN)/python recipes/demo --compare
 
 # resumes where it was stopped
 study: $(STAMP)
@@ -121,16 +107,19 @@ lint: $(STAMP)
 	$(BIN)/deptry .
 	$(BIN)/mypy
 
-$(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+# the site reads the package but does not import it, so it needs none of its dependencies
+$(DOCS)/.installed: constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 # of the files that git knows or would take; a link that leads nowhere is an error
-docs: $(DOCS_STAMP)
+docs: $(DOCS)/.installed
 	rm -rf .cache/docs && mkdir -p .cache/docs
 	git ls-files -co --exclude-standard '*.md' constraints.txt docs recipes | xargs cp --parents -t .cache/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
-	@echo "artifacts/site/index.html; to search in it, too: $(BIN)/python -m http.server --directory artifacts/site"
+	SITE_NAME="llamafactory-hera $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' plugin/llamafactory_hera/__init__.py)" \
+	  NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml
+	@echo "artifacts/site/index.html; to search in it, too: $(PYTHON) -m http.server --directory artifacts/site"
 
 release: $(STAMP)
 	rm -rf dist
@@ -139,10 +128,10 @@ release: $(STAMP)
 
 # lines and files of each room
 lines:
-	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests recipes/demo \
+	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests benchmarks recipes/demo \
 		recipes/study recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \
 		echo "lines in $$(git ls-files $$room | grep -c '\.py$$') files  $$room"; done
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .cache hera_demo hera_study hera_real saves artifacts dist
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist

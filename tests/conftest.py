@@ -16,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.e2e.runner import ROOT, run_command
+from tests.e2e.runner import ROOT, HostServer, run_command
 
 torch.set_num_threads(1)
 
@@ -43,6 +43,14 @@ def imports_are_no_garbage() -> None:
     """A ``Trainer`` collects garbage after every run; walking all that is imported takes it a third of a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[HostServer]:
+    """The host, imported once."""
+    server = HostServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""Other real processes: a gloo group that runs a function, and a process that holds the lock of a run."""
+"""Other real processes, a gloo group and the holder of a lock, and a disk that is full."""
 
 import multiprocessing
+import resource
 import subprocess
 import sys
 import time
@@ -26,6 +27,17 @@ def holder(output_dir: Path) -> Iterator[subprocess.Popen]:
             yield process
         finally:
             process.kill()
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Lets the kernel refuse files beyond this size, log files among them, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str) -> None:

@@ -14,7 +14,7 @@ from llamafactory_hera.keys import changes
 from llamafactory_hera.objectives import find
 
 KEYS = HeraConfig.knobs()
-LAYER = {"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L1"}
+LAYER = {"hera_heads": "auto", "hera_granularity": "layer", "hera_layers": "L1"}
 
 
 def read(**keys: Any) -> HeraConfig:
@@ -34,8 +34,9 @@ def test_every_key_has_a_help_and_every_list_of_keys_names_known_ones() -> None:
 
 def test_defaults() -> None:
     paper = {"hera_weight": 0.01, "hera_k": 10, "hera_temperature": 0.07, "hera_teacher": "facebook/dinov2-large"}
-    ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": 0, "hera_fixed_temperature": False}
-    selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "llm", "hera_select_samples": 1000}
+    ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": "auto", "hera_fixed_temperature": False}
+    selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "auto", "hera_select_samples": 1000}
+    selection |= {"hera_heads": "auto", "hera_layers": "auto"}
     assert {key: KEYS[key].default for key in paper | ours | selection} == paper | ours | selection
     # the host's web UI drops False from a command line, so such a key could not be switched off there
     assert not [key for key, declared in KEYS.items() if declared.default is True]
@@ -58,10 +59,14 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
     assert config.keys() == values
     assert HeraConfig.from_keys(SimpleNamespace(**values, other=1)) == config
     assert (config.select, config.select_m, config.normalize) == ("top", 2, False)
-    with pytest.raises(
-        ValueError, match=r"^hera_wieght: this key does not exist; choose one of hera_heads, .*hera_weight"
-    ):
-        read(hera_wieght=1)
+
+
+def test_an_unknown_key_is_refused_with_the_key_that_was_meant() -> None:
+    for name, said in (("wieght", "did you mean {}weight?"), ("lr", "choose one of {0}heads, .*, {0}select_seed.")):
+        with pytest.raises(ValueError, match=rf"^hera_{name}: no such key; {said.format('hera_')}".replace("?", r"\?")):
+            read(**{f"hera_{name}": 1})
+        with pytest.raises(ValueError, match=rf"^{name}: no such key; {said.format('')}".replace("?", r"\?")):
+            HeraConfig(**{name: 1})
 
 
 # -- one value -------------------------------------------------------------------------------------------------------
@@ -77,6 +82,8 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
         ("hera_weight", 1, 1.0),
         ("hera_k", "7", 7),
         ("hera_memory", 32.0, 32),
+        ("hera_memory", "64", 64),
+        ("hera_memory", "auto", "auto"),
         ("hera_heads", ["L0H1", "L1H2"], "L0H1,L1H2"),
         ("hera_teacher_cache", None, None),
     ],
@@ -98,6 +105,7 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         ("hera_temperature", 0, "0.0 is out of range; choose 0.001 to 100"),
         ("hera_k", 0, "0 is out of range; choose 1 "),
         ("hera_k", 2.5, "2.5 is not a whole number"),
+        ("hera_memory", "much", "'much' is not a whole number or one of auto; give"),
         ("hera_memory", -1, "-1 is out of range; choose 0 to 1e+06"),
         ("hera_select_samples", 1e30, "is out of range; choose 1 to 1e+07"),
         ("hera_max_nan", 0, "0 is out of range; choose 1 "),
@@ -108,7 +116,7 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         ("hera_accumulate", "all", "'all' is not one of none, gradcache"),
         ("hera_objective", "cosine", "'cosine' is unknown; choose one of cka, contrastive, feature, "),
         ("hera_select", "best", "'best' is not one of worst, top, random, middle"),
-        ("hera_select_mode", "vlm", "'vlm' is not one of llm, mllm"),
+        ("hera_select_mode", "vlm", "'vlm' is not one of auto, llm, mllm"),
         ("hera_select_m", 0, "0 is out of range; choose 1 "),
         ("hera_select_k", 0, "0 is out of range; choose 1 "),
         ("hera_select_batch_size", 0, "0 is out of range; choose 1 "),
@@ -137,10 +145,9 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hera_heads": None}, "hera_heads: no head is given; write heads as L<layer>H<head>"),
+        ({"hera_heads": ","}, "hera_heads: no head is given; write heads as L<layer>H<head>"),
         ({"hera_layers": "L1"}, "hera_layers: L1 needs hera_granularity: layer; set it, or remove"),
         (LAYER | {"hera_heads": "L0H1"}, "hera_heads: L0H1 needs hera_granularity: head; set it, or remove"),
-        (LAYER | {"hera_layers": None}, "hera_layers: no layer is given; write layers as L<layer>"),
         (LAYER | {"hera_layers": "missing/layers.json"}, "hera_layers: missing/layers.json cannot be read"),
         *((LAYER | {"hera_layers": value}, "hera_layers: .* is not a layer") for value in ("last", 3, [3, 4], 0.5)),
         (LAYER | {"hera_layers": "auto", "hera_select": "middle"}, "hera_select: middle .* set hera_layers: middle"),

@@ -295,25 +295,24 @@ def teacher_folder() -> str:
     return str(folder)
 
 
-@cache
-def autoencoder_folder() -> str:
-    """The folder of a tiny AutoencoderKL whose posterior is its mean."""
+def autoencoder(width: int, channels: int, groups: int) -> nn.Module:
+    """A tiny AutoencoderKL of diffusers."""
     from diffusers import AutoencoderKL
 
+    return AutoencoderKL(
+        block_out_channels=(width, width), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=groups,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.5, shift_factor=0.25,
+    )  # fmt: skip
+
+
+@cache
+def autoencoder_folder() -> str:
+    """The folder of an autoencoder whose posterior is its mean."""
     folder = tempfile.mkdtemp(prefix="tiny_autoencoder_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(5)
-    model = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    )
+    model = autoencoder(4, 2, 2)
     with torch.no_grad():
         model.encoder.conv_out.weight[2:] = 0
         model.encoder.conv_out.bias[2:] = -30

@@ -44,7 +44,8 @@ def sft_workflow(module: Any) -> None:
         global _pending
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
         if not getattr(finetuning_args, "use_hera", False):
-            return host(*arguments)
+            host(*arguments)
+            return getattr(finetuning_args, "warn_of_unread", lambda: None)()
         from llamafactory_hera.integrations.llamafactory.workflow import run_hera
 
         _pending = False
@@ -67,6 +68,11 @@ def tuner(module: Any) -> None:
     @around(module)
     def get_train_args(host: Any, args: Any = None) -> Any:
         global _pending
+        from llamafactory_hera.config import HeraConfig
+
+        options = (word[2:].partition("=")[0] for word in args or () if word.startswith("--"))
+        # before the host refuses unknown keys without a suggestion
+        HeraConfig.check_names(args if isinstance(args, Mapping) else options)
         try:
             parsed = host(args)
         except ValueError as error:

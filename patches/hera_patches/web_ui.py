@@ -27,7 +27,7 @@ def loss_plot(module: Any) -> None:
 
     @around(module)
     def gen_loss_plot(host: Any, trainer_log: list[dict[str, Any]]) -> Any:
-        if not any("hera_loss" in line for line in trainer_log):
+        if not any("lm_loss" in line for line in trainer_log):
             return host(trainer_log)
         from llamafactory_hera.integrations.llamaboard.plot import loss_figure
 

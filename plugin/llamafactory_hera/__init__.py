@@ -1,11 +1,28 @@
 """HeRA (Head-Wise Representation Alignment, arXiv 2606.23885) as a stage of LLaMA-Factory.
 
-The mathematics and the head capture can be imported without LLaMA-Factory::
+The names of :data:`__all__` are loaded on first use, because every interpreter that imports LLaMA-Factory imports this
+package::
 
-    from llamafactory_hera.alignment import contrastive_loss, mutual_knn, nearest_neighbors
-    from llamafactory_hera.heads.capture import HeadCapture
-
-Importing this package loads nothing heavy, because every interpreter that imports LLaMA-Factory imports it.
+    from llamafactory_hera import HeraConfig, HeraTrainer
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.3.0"
+
+_MODULES = {
+    "Aligner": "training",
+    "HeraConfig": "config",
+    "HeraSFTTrainer": "integrations.trl",
+    "HeraTrainer": "integrations.transformers",
+    "mutual_knn": "alignment",
+    "select_heads": "selection.select",
+}
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

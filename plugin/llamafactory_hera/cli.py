@@ -44,18 +44,19 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--output", metavar="FILE.json", help="default: CHECKPOINT/hera/scores.json")
     _take_overrides(score)
 
-    report = command("report", _report, "compare the scores of heads before and after training")
+    report = command("report", _report, "write a page about a run: its heads before and after training")
     several = "score files, or folders with one; give the one before training first"
     report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    report.add_argument("--aligned", metavar="HEADS", help="heads to list instead of the worst: names or a heads.json")
-    written = "write the table to OUTPUT.md, and a page with all plots to OUTPUT.html (default: %(default)s)"
-    report.add_argument("--output", default="hera_report", help=written)
+    report.add_argument("--aligned", metavar="HEADS", help="names or a heads.json (default: those of the last run)")
+    report.add_argument("--eval", metavar="FOLDER", help="output folder of llamafactory-hera eval, to add its tables")
+    report.add_argument("--output", default="hera_report", help="writes OUTPUT.html and OUTPUT.md (%(default)s)")
 
     gallery = command("gallery", _gallery, "show the images that a head, and the teacher, consider most similar")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     gallery.add_argument("--heads", help="names or a heads.json (default: worst, median and best of the first)")
+    gallery.add_argument("--small", action="store_true", help="write only OUTPUT.png: two queries and one head")
     gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png and so on (%(default)s)")
 
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
@@ -99,9 +100,15 @@ def _is_override(word: str) -> bool:
     return "=" in word and not word.startswith("-") and not os.path.exists(word)
 
 
+def _is_recipe(word: str) -> bool:
+    return Path(word).suffix in (".yaml", ".yml", ".json")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns 0, 1 for a failed check, or 2 for bad input."""
     parser = _parser()
+    if (sys.argv[1:] if arguments is None else arguments)[:1] == ["train"]:
+        parser.error("train: set stage: hera in a recipe, and run llamafactory-cli train RECIPE.yaml")
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if not (hasattr(parsed, "overrides") and _is_override(word))]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -111,9 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # at its default level, the host logs every configuration that it loads, which would bury the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
-    if several and (status := _relaunched()) is not None:
-        return status
     try:
+        _check_paths(parsed)
+        if several and (status := _relaunched()) is not None:
+            return status
         status = parsed.run(parsed)
     except (ValueError, OSError) as error:
         print(f"llamafactory-hera: {error}", file=sys.stderr)
@@ -123,6 +131,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         end_launch()
     return status
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Refuses files and folders that do not exist, before a command imports torch or the host for seconds."""
+    models, recipe = getattr(args, "checkpoints", []), getattr(args, "recipe", None)
+    # a hub id has one slash, after the name of an owner that is no folder here
+    local = [name for name in models if name.count("/") != 1 or os.path.isdir(os.path.dirname(name))]
+    for name in (*local, *getattr(args, "files", ()), *([recipe] if recipe else [])):
+        if not os.path.exists(name) and not _is_override(name):
+            raise ValueError(f"{name}: no such file or folder.")
+    words = [*models, *getattr(args, "overrides", ())]
+    if args.run is _score and not recipe and not any(_is_recipe(w) or w.startswith("dataset=") for w in words):
+        raise ValueError(f"score: no dataset is named to score {models[0]} with; add --recipe RECIPE.yaml.")
 
 
 # -- the subcommands -------------------------------------------------------------------------------------------------
@@ -157,23 +178,25 @@ def _score(args: argparse.Namespace) -> int:
     if args.output and len(checkpoints) > 1:
         raise ValueError("--output: one file cannot contain the scores of several models; remove the option.")
     for name in checkpoints:
-        is_recipe = Path(name).suffix in (".yaml", ".yml", ".json")
-        checkpoint, recipe = (None, name) if is_recipe else (name, args.recipe)
-        print(score_checkpoint(checkpoint, recipe, args.output, overrides))
+        checkpoint, recipe = (None, name) if _is_recipe(name) else (name, args.recipe)
+        score_checkpoint(checkpoint, recipe, args.output, overrides)
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
-    from .selection.report import write_report
+    from .selection.report import compare
 
-    print(*write_report(args.files, args.output, args.names, args.aligned), sep="\n")
+    comparison = compare(args.files, args.names, args.aligned)
+    from .selection.page import write_report  # imports torch, which a refusal does not need
+
+    print(*write_report(comparison, args.output, args.eval), sep="\n")
     return 0
 
 
 def _gallery(args: argparse.Namespace) -> int:
     from .selection.gallery import write_gallery
 
-    print(*write_gallery(args.files, args.output, args.names, args.heads), sep="\n")
+    print(*write_gallery(args.files, args.output, args.names, args.heads, args.small), sep="\n")
     return 0
 
 
@@ -218,7 +241,10 @@ def _calibrate(args: argparse.Namespace) -> int:
     from .integrations.llamafactory.calibration import read_calibration
 
     inputs, config, folder = read_calibration(args.recipe, args.overrides)
-    print(render_summary(calibrate_heads(inputs, config, folder)), f"Files: {folder}", sep="\n")
+    report = calibrate_heads(inputs, config, folder)
+    print(render_summary(report), "wrote:", f"  {folder}/calibration.json", f"  {folder}/calibration.png", sep="\n")
+    if report["calibrated"]:
+        print(f"  {folder}/adapter_model.safetensors\nto use the adapter:\n  adapter_name_or_path: {folder}")
     return 0
 
 

@@ -2,7 +2,7 @@
 """Declares every ``hera_*`` key of a run."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .objectives import Objective
 
 Strategy = Literal["worst", "top", "random", "middle"]
+#: The model whose heads are scored. ``hera_select_mode`` also allows ``auto``, which becomes one of these.
 Mode = Literal["llm", "mllm"]
 
 _MOST_HEADS = 5  # with ten heads, the paper's Qwen2.5-3B collapsed (the average "All" fell from 54.2 to 46.0)
@@ -69,9 +70,9 @@ class HeraConfig(KeyedConfig):
     PREFIX: ClassVar[str] = "hera_"
 
     heads: str | None = knob(
-        None,
-        "Attention heads to align: names such as L13H12,L7H6 (layer and head, zero-based), the path of a heads.json "
-        "file, or auto to select them before training.",
+        AUTO,
+        "Attention heads to align: auto selects them before training; or give names such as L13H12,L7H6 (layer and "
+        "head, zero-based), or the path of a heads.json file.",
     )
     objective: str = knob(
         "contrastive",
@@ -83,9 +84,10 @@ class HeraConfig(KeyedConfig):
         "head", "Align attention heads (head, with hera_heads) or decoder layers (layer, with hera_layers)."
     )
     layers: str | None = knob(
-        None,
-        "Decoder layers to align with hera_granularity: layer. Give names such as L14,L15 (zero-based), the path of a "
-        "layers.json file, middle, penultimate, final (the last norm's output), or auto to select before training.",
+        AUTO,
+        "Decoder layers to align with hera_granularity: layer. auto selects them before training; or give names such "
+        "as L14,L15 (zero-based), the path of a layers.json file, middle, penultimate, or final (the last norm's "
+        "output).",
     )
     weight: float = knob(
         0.01, "Weight (lambda) of the alignment loss relative to the language-modeling loss.", at_least=0, at_most=1000
@@ -126,9 +128,10 @@ class HeraConfig(KeyedConfig):
     similarity: Literal["cosine", "dot"] = knob(
         "cosine", "Similarity of representations: cosine similarity (cosine) or dot product (dot)."
     )
-    memory: int = knob(
-        0,
-        "Number of recent samples kept as extra candidates; useful if the global batch is below twice hera_k.",
+    memory: int | Literal["auto"] = knob(
+        AUTO,
+        "Number of recent samples kept as extra candidates. auto keeps as many as each sample needs to have four "
+        "times hera_k candidates, and none if the batch has that many.",
         at_least=0,
         at_most=10**6,
     )
@@ -150,10 +153,11 @@ class HeraConfig(KeyedConfig):
         "the least aligned heads of the middle layer (middle).",
     )
     select_m: int = knob(5, "Number of heads or layers to select.", at_least=1)
-    select_mode: Mode = knob(
-        "llm",
+    select_mode: Literal["auto", "llm", "mllm"] = knob(
+        AUTO,
         "Model on which heads are scored: only the language model, with captions as input (llm), or the full model, "
-        "with images and text (mllm).",
+        "with images and text (mllm). auto is llm for a model that llamafactory-hera build made, and for a run that "
+        "trains the projector before a frozen language model; otherwise it is mllm.",
     )
     select_dataset: str | None = knob(
         None, "Name of the dataset on which heads are scored; the default is the training dataset."
@@ -176,7 +180,7 @@ class HeraConfig(KeyedConfig):
     @property
     def named_targets(self) -> str:
         """The heads or layers to align, as written: names, a path, ``auto``, or a layer such as ``middle``."""
-        return (self.layers if self.granularity == "layer" else self.heads) or ""
+        return (self.layers if self.granularity == "layer" else self.heads) or AUTO
 
     @property
     def normalize(self) -> bool:
@@ -189,9 +193,16 @@ class HeraConfig(KeyedConfig):
         return self.accumulate == "gradcache" and self.reads("hera_accumulate")
 
     @property
-    def remembered(self) -> int:
-        """The number of samples that the objective remembers; 0 for one that does not read ``hera_memory``."""
-        return self.memory if self.reads("hera_memory") else 0
+    def remembered(self) -> int | None:
+        """The number of samples to remember, or None if it depends on the batch; 0 if the objective has no memory."""
+        if not self.reads("hera_memory"):
+            return 0
+        return self.memory if isinstance(self.memory, int) else None
+
+    def with_mode(self, mode: Mode) -> "HeraConfig":
+        """Returns the same settings with another ``hera_select_mode``."""
+        with warnings.catch_warnings(action="ignore"):  # the settings have been checked before
+            return replace(self, select_mode=mode)
 
     def objective_class(self) -> "type[Objective]":
         """Returns the class of the objective."""
@@ -217,10 +228,10 @@ class HeraConfig(KeyedConfig):
 
     def _check_targets(self) -> None:
         other, value = ("hera_heads", self.heads) if self.granularity == "layer" else ("hera_layers", self.layers)
-        if value:
+        if value not in (None, "", AUTO):
             raise ValueError(
                 f"{other}: {value} needs hera_granularity: {'head' if other == 'hera_heads' else 'layer'}; set it, "
-                f"or remove {other} ({other}=null on a command line)."
+                f"or remove {other} ({other}=auto on a command line)."
             )
         named = self.named_targets
         auto = named == AUTO
@@ -245,7 +256,8 @@ class HeraConfig(KeyedConfig):
             )
         values, declared = self.keys(), self.knobs()
         for key in OBJECTIVE_KEYS:
-            if key not in objective.reads and values[key] != declared[key].default:
+            # a memory of 0 is right for every objective
+            if key not in objective.reads and values[key] not in (declared[key].default, 0):
                 warnings.warn(
                     f"{key}: {values[key]} has no effect with hera_objective: {self.objective}, which does not read "
                     "it; remove the key.",

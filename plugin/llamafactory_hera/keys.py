@@ -6,9 +6,10 @@ class that declares them.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import Field, field, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
@@ -26,6 +27,10 @@ class KeyedConfig:
     """
 
     PREFIX: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        _refuse_unknown(values, [declared.name for declared in cls.knobs().values()])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for key, declared in self.knobs().items():
@@ -50,14 +55,25 @@ class KeyedConfig:
         """
         known, values = cls.knobs(), source if isinstance(source, Mapping) else vars(source)
         if isinstance(source, Mapping):
-            unknown = next((key for key in source if key.startswith(cls.PREFIX) and key not in known), None)
-            if unknown is not None:
-                raise ValueError(f"{unknown}: this key does not exist; choose one of {', '.join(known)}.")
+            cls.check_names(source)
         return cls(**{declared.name: values[key] for key, declared in known.items() if key in values})
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Raises ``ValueError`` for a name that has the prefix of this class but is not a key, and suggests a key."""
+        _refuse_unknown([name for name in names if name.startswith(cls.PREFIX)], cls.knobs())
 
     def keys(self) -> dict[str, Any]:
         """Maps every key to its value."""
         return {key: getattr(self, declared.name) for key, declared in self.knobs().items()}
+
+
+def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
+            raise ValueError(f"{name}: no such key; {remedy}")
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -1,6 +1,8 @@
 """Helpers for all plots: figures that need no display, colors, heat maps, and image files."""
 
+from collections.abc import Sequence
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from .files import whole_file
 
 # The palette of Okabe and Ito, which stays distinguishable under every common kind of color blindness.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-#: The colors of the series in a plot, in order.
-SERIES = (GRAY, ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
-_LABEL = 0.2  # inches that a tick label needs along its axis
+_SERIES = {"chance": "#B8BDC2", "before": GRAY, "sft": ORANGE, "hera": BLUE, "after": BLUE}
+_OTHERS = (GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+_LABELS = {"layer": 0.2, "head": 0.34}  # inches that a tick label needs along its axis
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -27,6 +29,13 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def series_colors(names: Sequence[str]) -> dict[str, str]:
+    """Returns a color for each series: the names before, SFT, HeRA and after have the same one in every picture."""
+    known = {name: _SERIES[name.lower()] for name in names if name.lower() in _SERIES}
+    rest = cycle(color for color in (*_OTHERS, *_SERIES.values()) if color not in known.values())
+    return {name: known.get(name) or next(rest) for name in names}
 
 
 def plain(axes: Axes) -> None:
@@ -39,10 +48,12 @@ def heat_map(
 ) -> Colorbar:
     """Plots one value per head, ``[L, H]``, on axes of ``size`` inches, and returns the color bar."""
     image = axes.imshow(values, **{"cmap": "cividis", "aspect": "auto", "interpolation": "nearest"} | style)
-    for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
-        axis.set_major_locator(MaxNLocator(min(count, int(room / _LABEL)), integer=True))
-    axes.tick_params(labelsize=8)
     axes.set(xlabel="head", ylabel="layer")
+    for axis, count, room in zip((axes.yaxis, axes.xaxis), np.shape(values), reversed(size), strict=True):
+        name = axis.get_label_text()
+        axis.set_major_locator(MaxNLocator(min(count, int(room / _LABELS[name])), integer=True))
+        axis.set_major_formatter(f"{name[0].upper()}{{x:.0f}}")
+    axes.tick_params(labelsize=8)
     axes.set_title(title, fontsize=9)
     return figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=40)
 

@@ -16,8 +16,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
     parser.add_argument("--size", choices=SIZES, default="demo", help="test is smaller, with little training")
     parser.add_argument("--force", action="store_true", help="replace an earlier demo")
+    compared = "also train with and without HeRA in saves/, and compare; --seed is then that of the trainings, too"
+    parser.add_argument("--compare", action="store_true", help=compared)
     options = parser.parse_args()
+    if options.compare and options.output != "hera_demo":
+        parser.error("--compare needs --output hera_demo, the folder in the recipes; run it in another folder.")
     try:
+        if options.compare:
+            from recipes.demo.verdict import compare  # importing it takes seconds
+
+            print(compare(options.seed, options.size, options.force))
+            return 0
         paths = build_demo(options.output, options.seed, options.size, options.force)
     except ValueError as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -30,8 +30,10 @@ _PAGE = """\
 
 <!-- Written by `python recipes/generate`. Change the classes that declare the keys, not this page. -->
 
-Most runs set only `hera_heads`, `hera_teacher`, `hera_weight` and `hera_memory`. Set these keys next to those of your
-trainer: in a recipe, on a command line, or in the web UI. An invalid value stops a run before it loads a model.
+Most runs set only `hera_teacher`, and `hera_weight` if they are short ([Which weight?](method.md#which-weight)). Set
+these keys next to those of your trainer: in a recipe, on a command line, or in the web UI. An invalid value stops a
+run before it loads a model. [Batch size and candidates](distributed.md#batch-size-and-candidates) explains
+`hera_memory`.
 
 In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm")`.
 

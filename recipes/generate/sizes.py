@@ -18,7 +18,7 @@ class Sizes:
         n_parameters: Number of parameters in the LLM, or in the entire model of a finished VLM.
         tied: True if input and output embedding share one matrix.
         image_tokens: The largest number of tokens per image under LLaMA-Factory's default pixel limits.
-        projector: The ``additional_target`` name of the module that maps image features into the decoder.
+        projector: Name of the module that maps image features into the decoder, as ``additional_target`` needs it.
     """
 
     layers: int

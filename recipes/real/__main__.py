@@ -1,4 +1,4 @@
-"""``python recipes/real``: HeRA on Gemma 3 270M, from its weights to a page, on two CPU cores (docs/real_model.md)."""
+"""``python recipes/real``: runs HeRA on Gemma 3 270M, and writes the results as a page (docs/real_model.md)."""
 
 import sys
 from pathlib import Path

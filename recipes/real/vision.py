@@ -1,4 +1,4 @@
-"""Emoji with their Unicode names as datasets; a tower and a teacher, trained on the images alone."""
+"""Datasets of emoji and their Unicode names, and the vision tower and the teacher that are trained on the images."""
 
 import random
 import subprocess
@@ -18,14 +18,14 @@ from recipes.demo import models
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the only size of the pictures in the font
-_LEAST, _NEIGHBORS = 4, 10  # how many training emoji must share a last word to make it usual; neighbors that vote
+_LEAST, _NEIGHBORS = 4, 10  # see `write_knowledge`; the number of nearest neighbors that vote
 
 
 def write_data(folder: Path) -> None:
     """Writes a ``dataset_dir``, with the same content every time.
 
-    Models train on ``emoji`` and never on an image of ``heldout``. ``half_a`` and ``half_b`` are disjoint sets drawn
-    from both, on which heads are only scored.
+    Models train on ``emoji`` and never on an image of ``heldout``. Heads are scored on ``half_a`` and ``half_b``, two
+    disjoint sets that are drawn from all emoji, including the held-out ones.
     """
     (folder / "images").mkdir(parents=True)
     rng, emoji, info = random.Random(0), draw_emoji(), {}
@@ -70,7 +70,10 @@ def draw_emoji(root: Path = Path("/")) -> dict[str, Image.Image]:
 
 
 def train(data: Path, folder: Path, name: Path) -> None:
-    """Trains the tower (a masked autoencoder, also the second teacher) or the teacher (a DINOv2, by SimCLR)."""
+    """Trains the vision tower as a masked autoencoder, or the teacher as a ``Dinov2Model`` with SimCLR's loss.
+
+    The tower also serves as the second teacher.
+    """
     torch.manual_seed(0)
     images, _ = _load(data, "emoji")
     if str(name) == "tower":

@@ -1,4 +1,7 @@
-"""Scores of all heads against the published procedure: contributions of size D, all similarities, and counting."""
+"""Scores of all heads, compared with the published procedure.
+
+That procedure computes contributions of size D and all their similarities, and counts shared neighbors.
+"""
 
 import logging
 
@@ -10,7 +13,7 @@ from llamafactory_hera.alignment.scoring import full_precision, nearest_samples
 
 
 def naive_range(vectors, neighbors, normalize, slack):
-    """The least and the greatest MKNN if similarities closer than ``slack`` may change places, in fp64.
+    """Computes in fp64 the least and the greatest MKNN if similarities closer than ``slack`` may change places.
 
     With ``slack=0`` equal similarities are ordered by rising index, and both values are the score.
     """
@@ -68,7 +71,7 @@ def whole_numbers(seed):
 @pytest.mark.parametrize(
     ("n", "n_heads", "d", "dim", "k", "undecided"),
     [
-        (11, 3, 4, 9, 10, 0),  # every other sample is a neighbor
+        (11, 3, 4, 9, 10, 0),  # all other samples are neighbors
         (2, 1, 4, 9, 1, 0),
         (40, 2, 1, 10, 5, 1),  # cosines are 1 and -1: all rows are ties
         (97, 2, 8, 5, 10, 0.01),  # rank 5 of 8: the Gram matrix is singular
@@ -111,7 +114,7 @@ def test_outputs_that_the_projection_removes_count_as_zero():
     assert score_heads(pooled.unbind(1), weights, neighbors).item() == pytest.approx(exact, abs=1e-6)
 
 
-def test_nearly_parallel_outputs_are_ordered_beyond_fp32():
+def test_nearly_parallel_outputs_are_ordered_more_precisely_than_fp32_allows():
     pooled, weights, latent = model(120, 1, 2, 16, 48)
     pooled, neighbors = 1 + 1e-4 * pooled, nearest_neighbors(latent, 10)
     assert_scores(score_heads(pooled.unbind(1), weights, neighbors), pooled, weights, neighbors, slack=1e-11)
@@ -119,7 +122,7 @@ def test_nearly_parallel_outputs_are_ordered_beyond_fp32():
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("factor", "dtype"), [(1e-30, torch.float32), (1e25, torch.float32), (1, torch.bfloat16)])
-def test_outputs_whose_squares_leave_fp32_and_half_precision_are_scored_by_their_values(factor, dtype, normalize):
+def test_scores_are_right_for_half_precision_and_for_outputs_with_squares_outside_fp32(factor, dtype, normalize):
     pooled, weights, latent = model(50, 1, 2, 8, 24)
     pooled, weights = pooled.to(dtype), [weight.to(dtype) for weight in weights]
     neighbors = nearest_neighbors(latent, 10)

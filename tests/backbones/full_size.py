@@ -1,4 +1,7 @@
-"""Full-size configurations of the models in the table, for the meta device, and the generator of the recipes."""
+"""Full-size configurations of the models in the table, for models on the meta device.
+
+Also re-exports the modules that generate the recipes.
+"""
 
 from typing import Any
 
@@ -8,10 +11,7 @@ from torch import nn
 
 from llamafactory_hera.backbones.build import padded_vocabulary
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
-from recipes.generate import ablations, memory, recipes
 from recipes.generate.sizes import SIZES
-
-__all__ = ["SIZES", "VISION", "ablations", "memory", "on_meta", "recipes", "text_config", "vlm_config"]
 
 _WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 #: The configuration of the paper's vision encoder: 27 x 27 patch tokens, no CLS token.
@@ -30,7 +30,7 @@ def _qwen_vision(depth: int, hidden: int, intermediate: int, output: int, **spec
     return sizes | {"num_heads": 16, **special}
 
 
-# Key -> types of the complete and of the text configuration, further entries of the text and of the vision half.
+# Key -> model type of the VLM, model type of its text decoder, more entries of the text config, the vision config.
 _NATIVE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl_7b": (
         "qwen2_5_vl",

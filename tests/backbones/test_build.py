@@ -1,4 +1,4 @@
-"""`build`: the parts of the built model are the parts that it was given, for all families and vision encoders."""
+"""`build` copies its parts unchanged into the new model, for all model families and vision encoders."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict
 @pytest.mark.parametrize("tower, side", [*((tower, 32) for tower in TOWERS), ("dinov2", 64)])
 def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict, build: Build, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
-    if side == 64:  # DINOv2 on the hub was trained at 518 pixels, and its processor makes images of 224.
+    if side == 64:  # Processor and config may differ in size: those of DINOv2 on the hub have 224 and 518 pixels.
         edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     built = build(tower=folder)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
@@ -119,7 +119,7 @@ def test_embeddings_stay_tied_unless_a_different_head_is_stored(head: str, build
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_unused_rows_and_a_known_image_token_are_used(known: bool, build: Build, tmp_path: Path) -> None:
+def test_the_image_token_uses_a_free_row_or_an_existing_token(known: bool, build: Build, tmp_path: Path) -> None:
     llm = save_language_model("qwen3", tmp_path / "llm", vocab_size=448)
     if known:
         tokenizer = tf.AutoTokenizer.from_pretrained(llm)

@@ -1,6 +1,5 @@
 """`build` refuses bad input in one line, and the output folder contains a complete model or nothing."""
 
-import resource
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import transformers as tf
 
 from llamafactory_hera.backbones import build as build_module
 
+from ..ranks import full_disk
 from .conftest import Build
 from .test_build import edit, load
 from .tiny import save_language_model
@@ -77,13 +77,8 @@ def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build:
 
 def test_a_full_disk_leaves_nothing(build: Build, tmp_path: Path) -> None:
     tf.logging.set_verbosity_error()  # The limit also applies to a log file.
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"--output: .*built cannot be written"):
-            build()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(100_000), pytest.raises(OSError, match=r"--output: .*built cannot be written"):
+        build()
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,9 @@ from torch import nn
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.families import decoder_layers, head_layout, output_projection
+from recipes.generate.sizes import SIZES
 
-from .full_size import SIZES, on_meta, text_config, vlm_config
+from .full_size import on_meta, text_config, vlm_config
 
 
 def count(model: nn.Module) -> int:

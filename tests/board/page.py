@@ -3,12 +3,9 @@
 import json
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Locator, Page, TimeoutError, expect
-
-ARTIFACTS = Path(__file__).parents[2] / "artifacts" / "board"
 
 #: Milliseconds until the page must answer, and until a process must have started and done its work. An idle machine
 #: needs less than one second and about ten.
@@ -112,10 +109,3 @@ class BoardPage:
         for label, value in (values | {key.replace("_", " "): value for key, value in fields.items()}).items():
             self.fill(label, value)
         self.name("Output dir", output_dir)
-
-    def shot(self, name: str, top: str | None = None) -> None:
-        """Saves a picture for people: of the whole page, or of what is visible from a text on."""
-        ARTIFACTS.mkdir(parents=True, exist_ok=True)
-        if top is not None:
-            self.page.get_by_text(top).first.evaluate("element => element.scrollIntoView()")
-        self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=top is None)

@@ -30,7 +30,7 @@ def of_page(args: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any
 
 def test_the_untouched_fields_give_the_default_of_every_key_and_select_heads() -> None:
     given = {key: value for key, value in of_page().items() if value != ""}
-    assert HeraConfig.from_keys(given) == HeraConfig(heads="auto")
+    assert HeraConfig.from_keys(given) == HeraConfig()
     assert all(default(key) in options(key) for key in FIELDS if options(key))
     # the host does not send false, so a box that is ticked at first could not be unticked
     assert [key for key in FIELDS if default(key) is True] == []
@@ -47,7 +47,7 @@ def test_extra_arguments_win_over_the_fields() -> None:
         ({}, ""),
         (LAYER, ""),  # although the heads field says auto
         ({"hera_heads": "banana"}, "write heads as L&lt;layer&gt;H&lt;head&gt;"),
-        ({"hera_heads": ""}, "hera_heads: no head is given"),
+        ({"hera_heads": ""}, ""),  # the default
         ({"hera_heads": "L1H2", **LAYER}, "hera_heads: L1H2 needs hera_granularity: head"),
         ({"hera_k": 0}, "hera_k: 0 is out of range"),
     ],

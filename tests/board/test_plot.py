@@ -48,8 +48,13 @@ def test_steps_that_a_resumed_run_repeats_replace_the_first() -> None:
 
 
 def test_lines_and_logs_without_some_curves_are_plotted() -> None:
-    log = [hera_line(1), line(2, loss=2.0), line(2, eval_loss=1.0), hera_line(3)]
-    assert list(raw_curve(gen_loss_plot(log).axes[2])) == [1, 3]
+    filling = line(1, loss=2.0, lm_loss=2.0)  # the memory is not full
+    log = [filling, hera_line(2), line(3, loss=2.0), line(3, eval_loss=1.0), hera_line(4)]
+    for shown, steps in ((log, [2, 4]), (log[:1], [])):
+        figure = gen_loss_plot(shown)
+        assert list(raw_curve(figure.axes[0])) == [1, *steps]
+        assert figure.axes[0].get_ylabel() == "LM loss"
+        assert all(list(raw_curve(axes)) == steps for axes in figure.axes[1:])
     no_mknn = [{key: value for key, value in entry.items() if "mknn" not in key} for entry in log]
     assert [axes.get_ylabel() for axes in gen_loss_plot(no_mknn).axes] == ["LM loss", "HeRA loss"]
     (axes,) = gen_loss_plot([line(step, loss=1.0) for step in range(1, 5)]).axes

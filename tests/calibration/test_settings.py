@@ -1,10 +1,20 @@
-"""The ``rah_*`` keys: defaults, ranges, and layers."""
+"""Before a calibration: the ``rah_*`` keys, the command, and the draw of samples."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llamafactory_hera.calibration.run import check_tokens, draw_samples
 from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.cli import main
+from llamafactory_hera.integrations.llamafactory import commands
+from llamafactory_hera.selection.passes import Forward
+from tests.calibration.tiny import IMAGE, calibration_model, rows_of
+from tests.selection.tiny import noise_images
+
+# -- keys ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
@@ -45,3 +55,58 @@ def test_bad_values_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         RahConfig.from_keys(values).layer_indices(5)
     RahConfig(w_v=0, w_o=0, rho=1)  # weights without effect may be zero
+
+
+# -- the command and its overrides, as in all commands that read a recipe ---------------------------------------------
+
+
+def test_overrides_are_told_from_values_of_options_and_from_existing_paths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(commands, "score_checkpoint", lambda *arguments: calls.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    Path("run_lr=1e-4").mkdir()
+    main(["score", "hera_m=2", "run_lr=1e-4", "--recipe", "r.yaml", "hera_k=3", "--output", "scores_k=3.json"])
+    assert calls == [("run_lr=1e-4", "r.yaml", "scores_k=3.json", ["hera_m=2", "hera_k=3"])]
+
+
+@pytest.mark.parametrize("given, used", [("3,1", "3"), (None, "0"), ("", "")])
+def test_a_calibration_uses_one_device(monkeypatch: pytest.MonkeyPatch, given: str | None, used: str) -> None:
+    environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
+    monkeypatch.setattr(os, "environ", environment)
+    assert main(["calibrate", "missing.yaml"]) == 2
+    assert environment["CUDA_VISIBLE_DEVICES"] == used
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+CONFIG = RahConfig(samples=12, held_out=4, probes=5)
+IMAGES = [[image] for image in noise_images(20)]
+
+
+def test_the_seed_decides_the_draw_and_no_image_is_in_both_parts() -> None:
+    drawn = [
+        draw_samples(rows_of(IMAGES), RahConfig(samples=12, held_out=4, probes=5, seed=seed)) for seed in (0, 0, 1)
+    ]
+    rows = [[sample.row for part in samples for sample in part] for samples in drawn]
+    assert rows[0] == rows[1] != rows[2]
+    assert tuple(map(len, drawn[0])) == (8, 4)
+    assert len({sample.key for part in drawn[0] for sample in part}) == 12
+
+
+def test_samples_without_an_image_or_with_one_that_was_drawn_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    profiled, held_out = draw_samples(rows_of([*[[]] * 9, *IMAGES[:11], *IMAGES[:11]]), CONFIG)
+    assert len({sample.image.tobytes() for sample in (*profiled, *held_out)}) == 11
+    assert "rah_samples: only 11 of 12 samples can be drawn (9 have no image" in caplog.text
+    with pytest.raises(ValueError, match=r"dataset: only 8 of its 20.*12 have no image.*need 9.*`images`"):
+        draw_samples(rows_of([*[[]] * 12, *IMAGES[:8]]), CONFIG)
+
+
+@pytest.mark.parametrize("ids", [[3, 4], [IMAGE] * 4])
+def test_a_sample_without_one_kind_of_token_is_named(ids: list[int]) -> None:
+    forward, (samples, _) = Forward(calibration_model()), draw_samples(rows_of(IMAGES), CONFIG)
+    check_tokens(forward, samples)
+    samples[2].features["input_ids"] = ids
+    with pytest.raises(ValueError, match=rf"dataset: sample {samples[2].row} .*no image token or no text token"):
+        check_tokens(forward, samples)

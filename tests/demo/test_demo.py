@@ -47,7 +47,7 @@ def test_answers_are_true_of_the_pixels(split: str) -> None:
             assert question.answer == answer(seen, question.text), question
 
 
-def test_a_held_out_pair_is_in_every_held_out_scene_and_in_no_training_scene_or_text() -> None:
+def test_every_held_out_scene_and_no_training_scene_or_text_has_a_reserved_pair_of_color_and_shape() -> None:
     rng = random.Random(2)
     assert all({item.pair for item in scene.objects} & HELD_OUT for scene in scenes("held_out", 200))
     for scene in scenes("train", 300):

@@ -27,7 +27,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for key, value in (("ACCELERATE_USE_CPU", "true"), ("CUDA_VISIBLE_DEVICES", "")):
         monkeypatch.setenv(key, value)
     model = vlm("llava-llama")
-    return {"model": model, "dataset": image_rows(model, 16), "collate": collate_rows}
+    return {"model": model, "dataset": image_rows(model, 64), "collate": collate_rows}
 
 
 def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
@@ -39,9 +39,8 @@ def test_the_three_ways_of_the_page(names: dict[str, Any], capsys: pytest.Captur
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
     exec(plain, names)
-    logged = [line for line in names["trainer"].state.log_history if "loss" in line]
-    assert logged
-    assert all({"lm_loss", "hera_loss", "hera_mknn", "hera_temperature"} <= set(line) for line in logged)
+    *_, logged = (line for line in names["trainer"].state.log_history if "loss" in line)
+    assert {"lm_loss", "hera_loss", "hera_mknn", "hera_temperature"} <= set(logged)
     assert {"state.safetensors", "heads.json"} <= {path.name for path in Path("saves/plain/hera").iterdir()}
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
 
@@ -51,14 +50,14 @@ def test_the_three_ways_of_the_page(names: dict[str, Any], capsys: pytest.Captur
 
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     exec(loop, names)
-    assert capsys.readouterr().out.count("'hera_loss': ") == 2
+    assert "'hera_loss': " in capsys.readouterr().out.splitlines()[-1]
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
     assert Path("saves/loop/hera/state.safetensors").is_file()
 
 
 def test_what_readme_imports_is_there() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^from llamafactory_hera\S* import \w+", page, re.MULTILINE)
+    lines = re.findall(r"^from llamafactory_hera\S* import .+", page, re.MULTILINE)
     assert lines
     for line in lines:
         exec(line, {})
@@ -67,10 +66,10 @@ def test_what_readme_imports_is_there() -> None:
 def test_the_mathematics_alone(names: dict[str, Any]) -> None:
     *_, functions = code_of("docs/plain_trainer.md")
     rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"]]
-    names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(16, 5)}
+    names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(64, 5)}
     names["model"].zero_grad()
     exec(functions, names)
-    assert names["z"].shape == (2, 16, 48)
+    assert names["z"].shape == (2, 64, 48)
     lm_loss = names["model"](**names["batch"]).loss
     assert names["loss"] > lm_loss
     names["loss"].backward()

@@ -1,7 +1,8 @@
-"""The process that runs the host, and the demo's recipe."""
+"""The demo's recipe, and runs of it."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,9 @@ LORA = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "m
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[HostServer]:
-    """The host, imported once."""
-    server = HostServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def command(server: HostServer, world: Path) -> Command:
     """Runs ``llamafactory-hera`` in the folder of the demo, and returns its exit code and its output."""
-    return lambda *arguments: server.command([*map(str, arguments)], world, world / "command.log")
+    return partial(server.command, cwd=world)
 
 
 @pytest.fixture(scope="session")
@@ -46,11 +39,11 @@ class Train:
         self._folders = (f"saves/{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{n}" for n in count())
 
     def __call__(self, *changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
-        """Trains by the recipe with changes, in which None removes a key.
+        """Trains with the recipe after the changes. The value None removes a key.
 
         Args:
-            *changes: Keys that replace those of the recipe, the last ones first.
-            ok: Whether the run must succeed, or must fail.
+            *changes: Keys that replace those of the recipe and of earlier changes.
+            ok: True if the run must succeed, False if it must fail.
             ranks: The number of processes.
             **options: As for ``HostServer.run``.
         """

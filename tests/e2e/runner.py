@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+Output = tuple[int, str]
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
@@ -74,32 +75,39 @@ class HostServer:
         ranks: int = 1,
         timeout: float = 180,
         env: dict[str, str] | None = None,
-        call: str = "train",
+        call: str = "run_exp",
         kill_when: Path | None = None,
     ) -> Run:
-        """Runs the host's ``train`` (or ``export``), and kills it after a time or when a file exists."""
+        """Runs the host's ``run_exp`` or ``export_model``, and kills it after a time or when a file exists."""
         folder = Path(cwd) / args.get("output_dir", args.get("export_dir"))
-        logs = [f"{cwd}/{folder.name}.rank{rank}.log" for rank in range(ranks)]
-        job = {
-            "args": args,
-            "cwd": str(cwd),
-            "ranks": ranks,
-            "port": free_port(),
-            "timeout": timeout,
-            "env": env or {},
-            "logs": logs,
-            "call": call,
-            "kill_when": str(kill_when) if kill_when else None,
-        }
-        return Run(self._answer(job), "\n".join(Path(log).read_text(errors="replace") for log in logs), folder)
+        logs = [Path(f"{cwd}/{folder.name}.rank{rank}.log") for rank in range(ranks)]
+        codes = self._call(f"llamafactory.train.tuner:{call}", args, cwd, logs, timeout, env or {}, kill_when)
+        return Run(codes, "\n".join(log.read_text(errors="replace") for log in logs), folder)
 
-    def command(self, arguments: list[str], cwd: Path, log: Path) -> tuple[int, str]:
-        """Runs ``llamafactory-hera`` with ``arguments``, and returns its exit code and its output."""
-        job = {"args": arguments, "cwd": str(cwd), "ranks": 1, "timeout": 180, "env": {}, "call": "command"}
-        (code,) = self._answer(job | {"logs": [str(log)]})
-        return code, log.read_text(errors="replace")
+    def command(
+        self, *arguments: object, cwd: Path, call: str = "llamafactory_hera.cli:main", ranks: int = 1, **env: str
+    ) -> Output:
+        """Runs ``llamafactory-hera`` or another function of arguments; returns its exit code and its output."""
+        logs = [cwd / f"{call.replace(':', '.')}.rank{rank}.log" for rank in range(ranks)]
+        codes = self._call(call, [*map(str, arguments)], cwd, logs, 600, env)
+        return max(codes, key=abs), "\n".join(log.read_text(errors="replace") for log in logs)
 
-    def _answer(self, job: dict[str, Any]) -> list[int]:
+    def script(self, *arguments: object, **options: Any) -> Output:
+        """Runs a Python file; returns its exit code and its output."""
+        return self.command(*arguments, call="tests.e2e.server:script", **options)
+
+    def _call(
+        self,
+        call: str,
+        args: Any,
+        cwd: Path,
+        logs: list[Path],
+        timeout: float,
+        env: dict[str, str],
+        kill_when: Path | None = None,
+    ) -> list[int]:
+        job = {"call": call, "args": args, "cwd": str(cwd), "logs": [*map(str, logs)], "timeout": timeout, "env": env}
+        job |= {"ranks": len(logs), "port": free_port(), "kill_when": kill_when and str(kill_when)}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -112,7 +120,7 @@ class HostServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> tuple[int, str]:
+def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> Output:
     """Runs a command without input, and kills its process group after a time.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A process that imports the host once and forks a child for each training run.
+"""A process that imports the host once and forks a child for each call of a function: a training run, or a script.
 
 It runs no tensor operation itself, because a fork after OpenMP has started its threads can hang. It reads jobs as JSON
 lines from standard input, and writes answers to standard output.
@@ -8,14 +8,12 @@ import contextlib
 import gc
 import json
 import os
+import runpy
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
-
-CALLS: dict[str, Callable[[Any], int | None]] = {}
+from pkgutil import resolve_name
 
 
 def _child(job: dict, rank: int) -> None:
@@ -40,13 +38,23 @@ def _child(job: dict, rank: int) -> None:
         import torch
 
         torch.set_num_threads(1)
-        code = CALLS[job["call"]](job["args"]) or 0
+        code = resolve_name(job["call"])(job["args"]) or 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else bool(end.code)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def script(arguments: list[str]) -> None:
+    """Runs a Python file with arguments."""
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _kill(pid: int) -> None:
@@ -85,13 +93,11 @@ def main() -> None:
     import matplotlib.pyplot  # noqa: F401
     import timm  # noqa: F401
     import transformers.models.siglip.modeling_siglip  # noqa: F401
-    from llamafactory.train.tuner import export_model, run_exp
+    from llamafactory.train import tuner  # noqa: F401
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
-    from llamafactory_hera.cli import main as command
 
-    CALLS.update(train=run_exp, export=export_model, command=command)
     list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.keys())  # imports the configurations, as the host does for a model
     gc.freeze()  # or each child would walk all these objects when it collects garbage
     print("ready", file=answers, flush=True)

@@ -1,10 +1,8 @@
 """Calibration with the host: the demo recipe, its adapter in the host, bad input, and recipes/rah_lora."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,38 +13,15 @@ import yaml
 from safetensors.torch import load_file
 
 from .conftest import Command
-from .runner import ROOT, HostServer, environment, run_command, write_recipe
+from .runner import ROOT, HostServer, write_recipe
 
 pytestmark = pytest.mark.slow
 
-_PATH = [path for path in [os.environ.get("PYTHONPATH")] if path]
 RECIPE = ROOT / "recipes/demo/calibrate.yaml"
 SCRIPT = str(ROOT / "recipes/rah_lora")
 OUTPUT = "saves/demo_calibrate"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "calibration.json", "calibration.png"}
-UPON = {
-    "model_name_or_path": "hera_demo/model",
-    "adapter_name_or_path": OUTPUT,
-    "finetuning_type": "lora",
-    "template": "qwen3_nothink",  # one of the host's; llava_qwen3 belongs to the plugin
-    "trust_remote_code": False,
-}
-
-
-def calibrate_many(cwd: Path, jobs: list[tuple[Path, list[str]]]) -> list[dict[str, Any]]:
-    """Runs calibrations in one process."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.calibrate_many"],
-        input=json.dumps([[str(recipe), overrides] for recipe, overrides in jobs]),
-        cwd=cwd,
-        env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *_PATH]), LLAMAFACTORY_VERBOSITY="WARNING"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+UPON = {"model_name_or_path": "hera_demo/model", "adapter_name_or_path": OUTPUT, "template": "qwen3_nothink"}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +41,11 @@ def deltas(world: Path, folder: str = OUTPUT, scaling: float = 1.0) -> dict[str,
     return {f"{module}.weight": scaling * b[module] @ a[module] for module in modules}
 
 
-def documented(file: str, command: str, **values: str) -> list[str]:
-    """A command of the host from a page or a header, with values for its names."""
+def documented(file: str) -> set[str]:
+    """The keys of the command that exports a model, from a page or a header."""
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
-    (line,) = re.findall(rf"^(?:#\s+)?(llamafactory-cli {command} .*)$", text, re.MULTILINE)
-    return [values.get(word, word) for word in line.split()]
-
-
-MODEL = {"MODEL": "hera_demo/model", "OUTPUT": OUTPUT, "TEMPLATE": UPON["template"]}
+    (keys,) = re.findall(r"^(?:#\s+)?llamafactory-cli export (.*)$", text, re.MULTILINE)
+    return set(re.findall(r"--(\w+)", keys))
 
 
 def test_the_demo_recipe_makes_an_adapter(world: Path, report: dict[str, Any]) -> None:
@@ -82,12 +54,13 @@ def test_the_demo_recipe_makes_an_adapter(world: Path, report: dict[str, Any]) -
     assert report["kl"]["total"] <= report["kl"]["delta"]
 
 
-def test_the_documented_export_merges_only_the_calibrated_heads(world: Path, report: dict[str, Any]) -> None:
-    command = documented("docs/calibration.md", "export", **MODEL, MERGED="saves/calibrated")
-    of_recipe = documented("recipes/llava_1_5_7b_calibrate.yaml", "export")
-    assert of_recipe[::2] == command[::2]  # the names of the arguments
-    status, output = run_command(command, world, HERA_DISABLE="1")
-    assert status == 0, output
+def test_the_documented_export_merges_only_the_calibrated_heads(
+    world: Path, server: HostServer, report: dict[str, Any]
+) -> None:
+    keys = UPON | {"export_dir": "saves/calibrated"}
+    assert documented("docs/calibration.md") == documented("recipes/llava_1_5_7b_calibrate.yaml") == set(keys)
+    run = server.run(keys, world, call="export_model")
+    assert run.ok, run.output
     base = load_file(world / "hera_demo/model/model.safetensors")
     merged = load_file(world / "saves/calibrated/model.safetensors")
     # a checkpoint and the model name their tensors differently, except for the layer and the projection
@@ -118,7 +91,7 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
     if new:
         assert {tensor.shape[0] for name, tensor in trained.items() if "lora_A" in name} == {4}
         both = UPON | {"adapter_name_or_path": f"{OUTPUT},{run.folder}", "export_dir": "saves/both"}
-        assert server.run(both, world, call="export").ok
+        assert server.run(both, world, call="export_model").ok
         config = json.loads((run.folder / "adapter_config.json").read_text())
         top = deltas(world, str(run.folder), config["lora_alpha"] / config["r"])
         merged, base = (load_file(world / f / "model.safetensors") for f in ("saves/both", "hera_demo/model"))
@@ -135,29 +108,22 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
 # a change of the demo recipe, and parts of its message
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
-    "text-only model": (["model_name_or_path=hera_demo/language_model"], ["model_name_or_path", "text-only"]),
     "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
     "no such layer": (["rah_layers=3-7"], ["rah_layers", "layer 7", "0 to 4"]),
-    "no output": (["output_dir="], ["output_dir: the value is empty"]),
     "no template": (["template="], ["template: the value is empty"]),
 }
 
 
-@pytest.fixture(scope="module")
-def messages(world: Path) -> dict[str, str]:
-    """The message of each bad input."""
-    jobs = [(RECIPE, ["output_dir=saves/bad_calibration", *change]) for change, _ in BAD.values()]
-    return {name: answer["error"] for name, answer in zip(BAD, calibrate_many(world, jobs), strict=True)}
-
-
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_leaves_nothing(world: Path, messages: dict[str, str], name: str) -> None:
-    assert all(part in messages[name] for part in BAD[name][1]), messages[name]
+def test_bad_input_is_named_and_leaves_nothing(world: Path, command: Command, name: str) -> None:
+    change, parts = BAD[name]
     folder = world / "saves/bad_calibration"
+    status, output = command("calibrate", RECIPE, f"output_dir={folder}", *change)
+    assert (status, all(part in output for part in parts)) == (2, True), output
     assert not folder.exists() or not {path.name for path in folder.iterdir()} & FILES
 
 
-def test_answers_are_not_needed_and_may_be_ignored(world: Path, report: dict[str, Any]) -> None:
+def test_answers_are_not_needed_and_may_be_ignored(world: Path, command: Command, report: dict[str, Any]) -> None:
     data = world / "unlabeled"
     data.mkdir()
     rows = json.loads((world / "hera_demo/data/demo_train.json").read_text())
@@ -170,21 +136,23 @@ def test_answers_are_not_needed_and_may_be_ignored(world: Path, report: dict[str
         "dataset_dir": str(data),
         "dataset": "questions",
         "media_dir": str(world / "hera_demo/data"),
-        "output_dir": "saves/unlabeled",
     }
     file = write_recipe(world / "unlabeled.yaml", recipe)
-    jobs = [(file, []), (file, ["rah_text=prompt"]), (RECIPE, ["rah_text=prompt", "output_dir=saves/prompt"])]
-    conversations, prompts, labeled = (answer["report"] for answer in calibrate_many(world, jobs))
-    assert conversations["isal"] == prompts["isal"]  # without an answer, the conversation is the prompt
-    assert labeled["isal"] != report["isal"]
+    prompt, saliency = "rah_text=prompt", []
+    for n, keys in enumerate(((file,), (file, prompt), (RECIPE, prompt))):
+        status, output = command("calibrate", *keys, f"output_dir=saves/answers_{n}")
+        assert status == 0, output
+        saliency.append(json.loads((world / f"saves/answers_{n}/calibration.json").read_text())["isal"])
+    assert saliency[0] == saliency[1]  # without an answer, the conversation is the prompt
+    assert saliency[2] != report["isal"]
 
 
 # -- recipes/rah_lora ------------------------------------------------------------------------------------------------
 
 
-def test_the_control_script_calibrates_on_corrupted_images(world: Path, report: dict[str, Any]) -> None:
-    command = [sys.executable, SCRIPT, "control", str(RECIPE), "--control", "shuffled", "output_dir=saves/control"]
-    status, output = run_command(command, world)
+def test_the_control_script_calibrates_on_corrupted_images(world: Path, server: HostServer, report: dict) -> None:
+    arguments = ("control", RECIPE, "--control", "shuffled", "output_dir=saves/control")
+    status, output = server.script(SCRIPT, *arguments, cwd=world)
     assert status == 0, output
     folder = world / "saves/control"
     normal, corrupted = (

@@ -52,6 +52,8 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     run = train(dict.fromkeys(keys), yaml.safe_load((folder / "run.yaml").read_text()))
     assert f"HeRA | heads: {heads}" in run.output
     assert Targets.load(run.folder / "hera/heads.json") == heads  # with their scores
+    other = train({"hera_heads": str(folder / "heads.json"), "model_name_or_path": str(run.folder)}, ok=False)
+    assert "model was hera_demo/model (fingerprint" in other.error
     with pytest.raises(ValueError, match=r"^output_dir: .* holds a run that has trained .*, or --force to"):
         select(path, ["hera_select=top"])
     with pytest.raises(ValueError, match=r"^--output: .* holds a run that has trained .*; give another"):
@@ -119,18 +121,6 @@ def test_another_dataset_selects_for_a_run(train: Train, here: Path, path: Path)
     assert fill_teacher(path, ["hera_select_dataset=other", "hera_teacher_cache=filled_for_training"]) == 96
 
 
-def test_heads_of_another_run_are_refused_unless_forced(train: Train, here: Path, path: Path) -> None:
-    select(path, ["hera_select_m=2"])
-    heads = f"{yaml.safe_load(path.read_text())['output_dir']}/hera/heads.json"
-    args = AUTO | {"hera_heads": heads, "hera_select_m": 2, "max_steps": 1}
-    trained = train(args)
-    difference, change = "model was hera_demo/model (fingerprint", {"model_name_or_path": str(trained.folder)}
-    refused = train(args, change, ok=False)
-    assert difference in refused.error
-    assert "hera_heads_force" in refused.error
-    assert difference in train(args, change, {"hera_heads_force": True}).output
-
-
 def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Path, command: Command) -> None:
     moved = {"learning_rate": 5e-3, "max_steps": 3, "hera_heads": "L1H0"}
     full, lora = train(moved), train(moved, LORA)
@@ -138,6 +128,8 @@ def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Pat
     scoring = ["score", full.folder, lora.folder, "--recipe", path]
     code, output = command(*scoring)
     assert code == 0, output
+    assert output.count("aligned heads: L1H0 ") == 2
+    assert "selected" not in output
     files = [before, *(run.folder / "hera/scores.json" for run in (full, lora))]
     scores = [json.loads(file.read_text())["provenance"] for file in files]
     assert len({json.dumps(each["scores"]) for each in scores}) == 3
@@ -159,8 +151,7 @@ def test_teacher_only_fills_the_cache_of_training(train: Train, here: Path, path
     assert sorted((here / "filled").rglob("*.safetensors")) == files  # nothing was left to compute
 
 
-@pytest.mark.parametrize("mode", ["llm", "mllm"])
-@pytest.mark.parametrize("lacking", ["[1-9][0-9]* have no text", "[1-9][0-9]* have no image"])
+@pytest.mark.parametrize(("mode", "lacking"), [("llm", "text"), ("mllm", "text"), ("llm", "image")])
 def test_data_that_cannot_be_scored_are_refused(
     tmp_path: Path, here: Path, path: Path, mode: str, lacking: str
 ) -> None:
@@ -169,14 +160,14 @@ def test_data_that_cannot_be_scored_are_refused(
     file = data / json.loads((data / "dataset_info.json").read_text())["hera_demo"]["file_name"]
     rows = json.loads(file.read_text())
     for row in rows:
-        if "text" in lacking:
+        if lacking == "text":
             for message in row["messages"][1::2]:
                 message["content"] = " "
         else:
             row["messages"][0]["content"] = row["messages"][0]["content"].replace("<image>", "")
             row["images"] = []
     file.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=f"^dataset: .*{lacking}"):
+    with pytest.raises(ValueError, match=f"^dataset: .*[1-9][0-9]* have no {lacking}"):
         select(path, [f"dataset_dir={data}", f"hera_select_mode={mode}"])
 
 

@@ -1,10 +1,9 @@
 """Training through the real host: logs, output files, and that nothing else changes."""
 
-import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-import llamafactory
 import pytest
 import torch
 from safetensors import safe_open
@@ -14,7 +13,7 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
 
 from .conftest import LORA, Train
-from .runner import run_command, write_recipe
+from .runner import HostServer, Run, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -54,47 +53,32 @@ def test_curves_and_messages_reach_every_log(train: Train, recipe: dict, world: 
 # -- the same numbers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_nothing(train: Train, tuning: dict) -> None:
+def test_gradient_checkpointing_changes_nothing(train: Train) -> None:
     kinds = ({}, {"use_reentrant_gc": False}, {"disable_gradient_checkpointing": True})
-    default, *others = (train(tuning, kind, {"max_steps": 3}) for kind in kinds)
+    default, *others = (train(LORA, kind, {"max_steps": 3}) for kind in kinds)
     for other in others:
         for ours, theirs in zip(default.logs(), other.logs(), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, recipe: dict) -> None:
-    kinds = (_sft(recipe), {"hera_weight": 0.0}, {"hera_weight": 0.1})
-    folders = (train(kind, {"max_steps": 3}).folder for kind in kinds)
-    plain, idle, aligned = (load_file(folder / "model.safetensors") for folder in folders)
+@pytest.fixture(scope="module")
+def plain(server: HostServer, world: Path, recipe: dict) -> Path:
+    """The folder of plain fine-tuning with the plugin; the template is one of the host's, to train without it, too."""
+    keys = {key: value for key, value in recipe.items() if not key.startswith("hera_")}
+    keys |= {"stage": "sft", "template": "llava", "max_steps": 3, "output_dir": "saves/plain"}
+    write_recipe(world / "sft.yaml", keys | {"output_dir": "saves/sft_without"})
+    run = server.run(keys, world)
+    assert run.ok, run.output
+    return run.folder
+
+
+def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, plain: Path) -> None:
+    runs = (train({"template": "llava", "max_steps": 3, "hera_weight": weight}) for weight in (0.0, 0.1))
+    trained, idle, aligned = (load_file(f / "model.safetensors") for f in (plain, *(run.folder for run in runs)))
     # The appended rows may change the rounding of a matrix product.
-    assert all(torch.allclose(idle[name], plain[name], atol=1e-5) for name in plain)
-    assert not all(torch.allclose(aligned[name], plain[name], atol=1e-5) for name in plain)
-
-
-def test_two_processes_compute_the_term_of_one(train: Train) -> None:
-    # The host averages the LM loss per process, so only the term is comparable, and only in the first steps.
-    one = train({"max_steps": 2})
-    two = train({"max_steps": 2, "per_device_train_batch_size": 8}, ranks=2)
-    for alone, together in zip(one.logs(), two.logs(), strict=True):
-        for key in ("hera_loss", "hera_mknn", "hera_temperature"):
-            assert together[key] == pytest.approx(alone[key], rel=1e-5)
-
-
-def test_sft_is_bit_identical_with_the_plugin_switched_off(train: Train, world: Path, recipe: dict) -> None:
-    # The template is one of the host's: llava_qwen3 comes with the plugin.
-    sft = _sft(recipe) | {"template": "llava", "max_steps": 3}
-    with_plugin = train(sft)
-    keys = {key: value for key, value in (recipe | sft).items() if value is not None}
-    file = write_recipe(world / "sft.yaml", keys | {"output_dir": "saves/sft_without"})
-    code, output = run_command(["llamafactory-cli", "train", str(file)], world, HERA_DISABLE="1")
-    assert code == 0, output
-    digests = {
-        hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-        for folder in (with_plugin.folder, world / "saves/sft_without")
-    }
-    assert len(digests) == 1
+    assert all(torch.allclose(idle[name], trained[name], atol=1e-5) for name in trained)
+    assert not all(torch.allclose(aligned[name], trained[name], atol=1e-5) for name in trained)
 
 
 def test_hera_aligns_its_heads_and_plain_training_does_not(
@@ -110,56 +94,67 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
     assert means[1] > means[0] + 0.04, means  # 0.105 is chance
 
 
+@pytest.fixture(scope="module")
+def even(world: Path) -> dict[str, Any]:
+    """Data with answers of one length, so that the LM loss of a batch is the mean of those of its parts."""
+    demo, data = world / "hera_demo/data", world / "even"
+    rows = json.loads((demo / "demo_train.json").read_text())
+    for row in rows:
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "a circle"}]
+    data.mkdir()
+    (data / "even.json").write_text(json.dumps(rows))
+    entry = json.loads((demo / "dataset_info.json").read_text())["hera_demo"] | {"file_name": "even.json"}
+    (data / "dataset_info.json").write_text(json.dumps({"even": entry}))
+    # Equal answers would give equal representations.
+    return {"dataset": "even", "dataset_dir": str(data), "media_dir": str(demo), "hera_pooling": "text"}
+
+
+def test_gradient_caching_is_the_large_batch(train: Train, even: dict[str, Any]) -> None:
+    args = even | {"max_steps": 3, "hera_weight": 1.0}
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "hera_accumulate": "gradcache"}
+    large, cached = train(args), train(args, parts, ranks=2)
+    assert "candidates per sample: 15 " in cached.output
+    for ours, theirs in zip(cached.logs(), large.logs(), strict=True):
+        for key in ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    weights, expected = (load_file(run.folder / "model.safetensors") for run in (cached, large))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_under_torchrun(world: Path, recipe: dict) -> None:
+def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, world: Path, recipe: dict) -> None:
     halves = {"output_dir": "saves/torchrun", "per_device_train_batch_size": 8, "ddp_backend": "gloo", "max_steps": 2}
     file = write_recipe(world / "torchrun.yaml", recipe | halves)
     command = ["llamafactory-cli", "train", str(file)]
     code, output = run_command(command, world, FORCE_TORCHRUN="1", NPROC_PER_NODE="2")
     assert code == 0, output
     assert output.count("global batch: 16 (2 processes x 8 x 1 accumulation steps)") == 1
-    state = json.loads((world / "saves/torchrun/trainer_state.json").read_text())
-    assert all(line["hera_loss"] > 0 for line in state["log_history"] if "loss" in line)
-
-
-def test_accelerate_launch_finds_the_stage(world: Path, recipe: dict) -> None:
-    # accelerate starts several CPU processes with MPI only, so this is one process.
-    file = write_recipe(world / "accelerate.yaml", recipe | {"output_dir": "saves/accelerate", "max_steps": 2})
-    entry = Path(llamafactory.__file__).with_name("launcher.py")
-    command = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(entry), str(file)]
-    code, output = run_command(command, world)
-    assert code == 0, output
-    assert "HeRA | heads" in output
+    # The host averages the LM loss per process, so only the term is comparable, and only in the first steps.
+    two = Run([code], output, world / "saves/torchrun")
+    for alone, together in zip(train({"max_steps": 2}).logs(), two.logs(), strict=True):
+        for key in ("hera_loss", "hera_mknn", "hera_temperature"):
+            assert together[key] == pytest.approx(alone[key], rel=1e-5)
 
 
 # -- output files ----------------------------------------------------------------------------------------------------
 
 
-def test_the_output_is_a_plain_model(train: Train, world: Path) -> None:
-    run = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1})
+def test_without_the_plugin_sft_is_bit_identical_and_what_hera_saved_is_plain(
+    train: Train, plain: Path, world: Path
+) -> None:
+    full = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).folder
     base = _names(world / "hera_demo/model/model.safetensors")
     state = {"heads.json", "run.json", "state.safetensors"}
-    for folder, expected in ((run.folder, state | {"card.json"}), (run.folder / "checkpoint-1", state)):
+    for folder, expected in ((full, state | {"card.json"}), (full / "checkpoint-1", state)):
         assert _names(folder / "model.safetensors") == base
         assert {path.name for path in (folder / "hera").iterdir()} - {".lock"} == expected
-    code = (
-        "import sys; from transformers import AutoModelForImageTextToText, AutoProcessor; "
-        f"AutoModelForImageTextToText.from_pretrained({str(run.folder)!r}); "
-        f"AutoProcessor.from_pretrained({str(run.folder)!r}); "
-        "assert not any(name.startswith(('llamafactory_hera', 'llamafactory')) for name in sys.modules)"
-    )
-    status, output = run_command(["python", "-c", code], world, HERA_DISABLE="1")
-    assert status == 0, output
-
-
-def test_an_adapter_exports_and_chats_without_the_plugin(train: Train, world: Path) -> None:
     adapter = train(LORA, {"max_steps": 1}).folder
-    assert all(
-        "lora_" in name or "multi_modal_projector" in name for name in _names(adapter / "adapter_model.safetensors")
-    )
+    saved = _names(adapter / "adapter_model.safetensors")
+    assert all("lora_" in name or "multi_modal_projector" in name for name in saved)
     settings = {
         "model_name_or_path": "hera_demo/model",
         "adapter_name_or_path": str(adapter),
@@ -167,13 +162,23 @@ def test_an_adapter_exports_and_chats_without_the_plugin(train: Train, world: Pa
         "finetuning_type": "lora",
         "trust_remote_code": False,
     }
-    code = (
-        "from llamafactory.chat import ChatModel; from llamafactory.train.tuner import export_model; "
-        f"export_model({settings | {'export_dir': 'saves/exported', 'export_device': 'cpu'}!r}); "
-        f"model = ChatModel({settings | {'infer_dtype': 'float32'}!r}); "
-        "print('ANSWER', model.chat([{'role': 'user', 'content': 'how many circles?'}], max_new_tokens=4)[0])"
-    )
-    status, output = run_command(["python", "-c", code], world, HERA_DISABLE="1")
+    code = f"""
+import sys
+from llamafactory.chat import ChatModel
+from llamafactory.train.tuner import export_model, run_exp
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+run_exp()
+AutoModelForImageTextToText.from_pretrained({str(full)!r})
+AutoProcessor.from_pretrained({str(full)!r})
+export_model({settings | {"export_dir": "saves/exported", "export_device": "cpu"}!r})
+model = ChatModel({settings | {"infer_dtype": "float32"}!r})
+print("ANSWER", model.chat([{{"role": "user", "content": "how many circles?"}}], max_new_tokens=4)[0])
+assert "llamafactory_hera" not in sys.modules
+"""
+    status, output = run_command(["python", "-c", code, "sft.yaml"], world, HERA_DISABLE="1")
     assert status == 0, output
     assert "ANSWER" in output
-    assert _names(world / "saves/exported/model.safetensors") == _names(world / "hera_demo/model/model.safetensors")
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in (plain, world / "saves/sft_without"))
+    assert one == two
+    assert _names(world / "saves/exported/model.safetensors") == base

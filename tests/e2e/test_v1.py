@@ -1,4 +1,4 @@
-"""HeRA in the host's v1 engine: it trains, on two processes as on one, and weights its term correctly."""
+"""HeRA in the host's v1 engine: two processes train like one, and the HeRA term has the right weight."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 from .runner import free_port, run_command, write_recipe
 
-pytest.importorskip("llamafactory.v1.core.rendering", reason="v1 takes images on the host's main branch only")
+pytest.importorskip("llamafactory.v1.core.rendering", reason="v1 supports images only on the host's main branch")
 from llamafactory.v1.accelerator.interface import DistributedInterface
 from llamafactory.v1.config import get_args
 from llamafactory.v1.core.data_engine import DataEngine
@@ -22,7 +22,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.llamafactory_v1 import HeraV1Trainer, run
 
 pytestmark = pytest.mark.slow
-# Under torchrun the engine waits for an accelerator.
+# Under torchrun, the engine synchronizes with an accelerator, and a CPU has none. This script skips that call.
 ON_CPU = """import runpy, torch
 torch.accelerator.synchronize = lambda: None
 runpy.run_module("llamafactory_hera.integrations.llamafactory_v1", run_name="__main__")
@@ -68,7 +68,7 @@ def test_two_processes_train_as_one_does(world: Path, recipe: dict[str, Any]) ->
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-def test_the_term_is_the_mean_over_micro_batches_and_the_lm_loss_that_over_tokens(
+def test_the_term_is_averaged_over_micro_batches_and_the_lm_loss_over_tokens(
     world: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world)

@@ -4,7 +4,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from ..e2e.runner import free_port
 from .tiny import RANKS
 
 
@@ -24,14 +24,14 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
 
     from . import cells  # noqa: F401
 
-    gc.freeze()  # DeepSpeed collects garbage with every engine, and would walk all that is imported
+    gc.freeze()  # saves time: DeepSpeed runs the garbage collector for every engine, over all imported objects
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     pipe.send((True, pickle.dumps("ready")))
     while True:
         function, arguments = pipe.recv()
         try:
-            # pickled here: the pipe would pass tensors by file descriptors, and run out of them
+            # pickled here, because the pipe would use a file descriptor for each tensor and run out of them
             pipe.send((True, pickle.dumps(function(*arguments))))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
@@ -52,11 +52,11 @@ class WorkerPair:
         """Calls a module-level function on every rank.
 
         Returns:
-            What it returned, by rank.
+            The results of the function, by rank.
 
         Raises:
             TimeoutError: A rank gave no answer in time.
-            WorkerError: It failed on a rank.
+            WorkerError: The function failed on a rank.
         """
         if not self._processes:
             self._start()
@@ -65,9 +65,7 @@ class WorkerPair:
         return self._receive(timeout)
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("spawn")
         for rank in range(RANKS):

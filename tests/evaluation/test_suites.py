@@ -2,19 +2,39 @@
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import pytest
+import yaml
 from lmms_eval import tasks
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.tasks.cv_bench.utils import cv_bench_default_aggregate_results
 from lmms_eval.utils import load_yaml_config
+from PIL import Image
 
 from llamafactory_hera.evaluation.suites import SUITES
 
-from .benchmarks import CASES
-
 TASKS = {task.name: task for suite in SUITES.values() for task in suite}
+
+
+class Case(NamedTuple):
+    """Rows, the answers of a model, and what follows from them."""
+
+    rows: list[dict[str, Any]]
+    answers: list[str]
+    prompt: str
+    scores: dict[str, float]
+
+
+def _case(rows: list[dict], images: dict[str, bool] | None = None, **expected: Any) -> Case:
+    picture = Image.new("RGB", (8, 8), (200, 30, 30))
+    columns = {name: picture if filled else None for name, filled in (images or {"image": True}).items()}
+    return Case([row | columns for row in rows], **expected)
+
+
+_ENTRIES = yaml.safe_load(Path(__file__).with_name("benchmarks.yaml").read_bytes())
+CASES = {name: _case(**entry) for name, entry in _ENTRIES.items()}
 
 
 @pytest.fixture(scope="module")

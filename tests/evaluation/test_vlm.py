@@ -45,7 +45,7 @@ DOCUMENTS = [parts(seed, text) for seed, text in enumerate(TEXTS)]
 
 
 def ask(model: HeraVLM, documents: list[Parts], **settings: Any) -> list[str]:
-    """Returns the answers to messages of one user, given in lmms-eval's form."""
+    """Returns the answers to documents in the format of lmms-eval; each document is a single user message."""
     model.task_dict = {"task": {"test": [[{"role": "user", "content": document}] for document in documents]}}
     requests = []
     for i, document in enumerate(documents):
@@ -65,7 +65,8 @@ def model(folder: Path) -> HeraVLM:
     return HeraVLM(str(folder), batch_size=4)
 
 
-# The template of the host differs from that of the maker in more than the line break, see docs/evaluation.md.
+# For these models, LLaMA-Factory's template differs from the official chat template in more than the line break after
+# the image (docs/evaluation.md).
 DIFFERENT = ("llava_1_5_7b", "llava_next_7b", "internvl3_8b", "gemma3_4b")
 
 
@@ -126,7 +127,7 @@ def test_a_task_says_where_an_answer_ends(model: HeraVLM) -> None:
         assert ask(model, DOCUMENTS[:1], max_new_tokens=12, until=until) == [whole.split(middle)[0].strip()]
 
 
-def test_of_stored_settings_only_the_ends_matter(folder: Path, tmp_path: Path) -> None:
+def test_stored_generation_settings_affect_only_the_tokens_that_end_an_answer(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     plain = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS[:1])
     shutil.copytree(folder, tmp_path / "copy")

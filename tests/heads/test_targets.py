@@ -28,18 +28,6 @@ def test_names_keep_their_order(targets: Targets, written: list) -> None:
     assert str(targets) == written[0]
 
 
-def test_the_kind_decides_the_names_of_keys_and_files() -> None:
-    assert (HEADS.granularity, HEADS.key, HEADS.what, file_name("head")) == (
-        "head",
-        "hera_heads",
-        "heads",
-        "heads.json",
-    )
-    assert (LAYERS.key, LAYERS.what) == ("hera_layers", "layers")
-    assert (file_name("head"), file_name("layer")) == ("heads.json", "layers.json")
-    assert Targets.parse("L3H1,L1H0,L3H0").layers == (1, 3)
-
-
 @pytest.mark.parametrize(
     ("granularity", "names"),
     [
@@ -103,7 +91,7 @@ def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
 
 
 @both
-def test_a_file_is_found_by_its_suffix_its_folder_or_its_existence(
+def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: Targets
 ) -> None:
     monkeypatch.chdir(tmp_path)

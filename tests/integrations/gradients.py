@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+from llamafactory_hera.training import Aligner
 
 
 class KeepGradients(TrainerCallback):
@@ -20,3 +23,31 @@ def token_mean(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> 
     """A loss function that averages over the tokens of all micro-batches."""
     loss = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     return loss / num_items_in_batch
+
+
+def run(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Trains, and returns the gradients of the last step and the first log line."""
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.found, trainer.state.log_history[0]
+
+
+def expected_term(trainer: Any, together: bool) -> tuple[dict[str, Tensor], float]:
+    """Computes the mean term of a Trainer's micro-batches, or one term of all of them, with a bare Aligner."""
+    model, terms = trainer.model, []
+    aligner = Aligner(model, trainer.aligner.config)
+    for batch in trainer.get_train_dataloader():
+        prepared = aligner.prepare(batch)
+        model(**batch)
+        terms.append((aligner.capture.representations(), aligner.teacher.features(prepared.inputs), prepared.valid))
+        aligner.capture.pool(None)
+    if together:
+        z, features, valid = zip(*terms, strict=True)
+        terms = [(torch.cat(z, dim=1), torch.cat(features), torch.cat(valid))]
+    mean = torch.stack([aligner.term(*parts).loss for parts in terms]).mean()
+    mean.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    aligner.close()
+    return found, mean.item()

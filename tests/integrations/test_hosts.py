@@ -12,11 +12,11 @@ from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, g
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
 from llamafactory.train.tuner import run_exp
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
+from tests.integrations.gradients import KeepGradients
 
 pytestmark = pytest.mark.slow
 
@@ -42,19 +42,18 @@ HERA = {
 }
 
 
-class Observed(TrainerCallback):
+class Observed(KeepGradients):
     """Keeps the gradients of the first step, and every log line."""
 
     def __init__(self) -> None:
-        self.gradients: dict[str, Tensor] = {}
+        super().__init__()
         self.trained: set[str] = set()
         self.lines: list[dict[str, float]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        if not self.gradients:
+        if not self.found:
             self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
-            found = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-            self.gradients = {name: gradient.clone() for name, gradient in found}
+            super().on_pre_optimizer_step(args, state, control, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         if "lm_loss" in logs:
@@ -142,10 +141,10 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
     trainer = make(model, llamafactory, tmp_path, observed)
     trainer.train()
 
-    assert observed.gradients.keys() == expected.gradients.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
-    for name, gradient in expected.gradients.items():
-        assert float((observed.gradients[name] - gradient).abs().max()) <= 1e-6 * largest, name
+    assert observed.found.keys() == expected.found.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.found.values())
+    for name, gradient in expected.found.items():
+        assert float((observed.found[name] - gradient).abs().max()) <= 1e-6 * largest, name
     assert len(observed.lines) == len(expected.lines) == STEPS
     for step, (ours, theirs) in enumerate(zip(observed.lines, expected.lines, strict=True)):
         measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in theirs]

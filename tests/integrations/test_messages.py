@@ -4,16 +4,20 @@ import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
 from llamafactory_hera.integrations.llamafactory import recipe
 from llamafactory_hera.integrations.llamafactory.recipe import host_words
-from llamafactory_hera.integrations.messages import show_messages
+from llamafactory_hera.integrations.messages import log_outcome, log_share, show_messages
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.training.checks import idle_message
+from llamafactory_hera.training.memory import CrossBatchMemory
 
 OURS = logging.getLogger("llamafactory_hera")
 
@@ -65,6 +69,50 @@ def test_the_level_of_the_user_stays(capsys: pytest.CaptureFixture) -> None:
     show_messages()
     OURS.warning("a warning")
     assert "".join(capsys.readouterr()) == ""
+
+
+OF_4 = "(means of the first and the last 2 of 4 log lines; noise"
+TRY = "by more than its noise. Try hera_weight: 0.1, ten times the present one (docs/method.md#which-weight)."
+FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
+UNFILLED = (
+    "the memory of 128 samples never filled in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "
+    "Train longer, use a larger batch, or lower hera_memory."
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "keys", "expected"),
+    [  # the noise is 2 sqrt(mean squared difference / 2)
+        ("mknn", [0.2, 0.22, 0.2, 0.22], {}, f"0.210 to 0.210 {OF_4} 0.028, chance 0.050). It did not rise {TRY}"),
+        ("mknn", [0.2, 0.25, 0.3, 0.35], {}, f"0.225 to 0.325 {OF_4} 0.071, chance 0.050)."),
+        ("mknn", [0.4, 0.3, 0.2, 0.1], {}, f"0.350 to 0.150 {OF_4} 0.141, chance 0.050). It did not rise {TRY}"),
+        ("mknn", [0.4, 0.3, 0.2, 0.1], {"weight": 0.0}, f"0.350 to 0.150 {OF_4} 0.141, chance 0.050)."),
+        ("loss", [0.4, 0.3, 0.2, 0.1], {}, f"0.350 to 0.150 {OF_4} 0.141)."),
+        ("loss", [0.1, 0.2, 0.3, 0.4], {}, f"0.150 to 0.350 {OF_4} 0.141). It did not fall {TRY}"),
+        ("mknn", [], {"memory": 128}, UNFILLED),
+        ("mknn", [0.2], {"memory": 3}, FEW),
+    ],
+)
+def test_the_end_of_a_run_says_whether_anything_changed(
+    key: str,
+    values: list[float],
+    keys: dict,
+    expected: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    memory = CrossBatchMemory(keys.get("memory", 0))
+    memory.append(torch.ones(1, 3, 2), torch.ones(3, 2), torch.ones(3, dtype=torch.bool))
+    aligner = SimpleNamespace(config=HeraConfig(heads="L0H0", **keys), targets=Targets.parse("L0H0"), memory=memory)
+    names = {"mknn": "MKNN of the aligned heads went from ", "loss": "the alignment loss went from "}
+    chance = {"hera_mknn_chance": 0.05} if key == "mknn" else {}
+    history = [{"loss": 3.0}, *({"hera_loss": 2.0, **chance, f"hera_{key}": value} for value in values)]
+    log_outcome(aligner, history, 9)
+    monkeypatch.setattr(messages, "rank", lambda: 1)
+    log_outcome(aligner, history, 9)  # says nothing
+    log_share({"lm_loss": 1.0, "hera_loss": 1.0}, 1.0)  # nor does this
+    assert caplog.messages == [f"HeRA | {names[key] * (len(values) > 1)}{expected}"]
 
 
 def test_errors_of_the_core_name_the_keys_of_the_host() -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import yaml
 
 from hera_patches import patches, registry, training
 from llamafactory_hera import keys
-from tests.e2e.runner import environment
+from tests.e2e.runner import HostServer, run_command, write_recipe
 
 PATCHES = Path(registry.__file__).parents[1]
 
@@ -33,14 +32,15 @@ def _start(hook: Path, code: str, **variables: str) -> subprocess.CompletedProce
     return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **variables)
 
 
-def test_the_hook_is_there_from_the_start() -> None:
-    code = """
-        import sys
-        names = [type(finder).__name__ for finder in sys.meta_path if not isinstance(finder, type)]
-        print(names.count("HeraStart"))
-    """
+def test_the_hook_is_there_from_the_start_and_under_accelerate(tmp_path: Path) -> None:
+    code = "import sys; print([type(finder).__name__ for finder in sys.meta_path].count('HeraStart'))"
     for options in ((), ("-I",)):
         assert _python(code, *options).stdout.split() == ["1"]
+    (tmp_path / "script.py").write_text(code)
+    # accelerate starts several CPU processes with MPI only, so this is one process
+    launch = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    code, output = run_command([*launch.split(), "script.py"], tmp_path)
+    assert (code, output.splitlines()[-1]) == (0, "1"), output
 
 
 def test_the_start_imports_nothing_before_the_host_and_the_hook_then() -> None:
@@ -183,19 +183,14 @@ def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], ob
     ],
     ids=["an unknown key", "HERA_DEBUG", "another stage"],
 )
-def test_a_refused_run_ends_with_one_line(change: dict, debug: str, last: str, tmp_path: Path) -> None:
+def test_a_refused_run_ends_with_one_line(
+    change: dict, debug: str, last: str, tmp_path: Path, server: HostServer
+) -> None:
     run = {"stage": "hera", "do_train": True, "hera_heads": "L0H1", "model_name_or_path": "none", "template": "llava"}
     run |= {"dataset": "none", "output_dir": str(tmp_path / "run"), "report_to": "none", "use_cpu": True}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(run | change))
-    done = subprocess.run(
-        ["llamafactory-cli", "train", str(recipe)],
-        capture_output=True,
-        text=True,
-        env=environment(HERA_DEBUG=debug),
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(last)
-    assert ("Traceback" in done.stderr) == last.startswith("ValueError")
+    recipe = write_recipe(tmp_path / "recipe.yaml", run | change)
+    command = Path(sys.executable).with_name("llamafactory-cli")
+    code, output = server.script(command, "train", recipe, cwd=tmp_path, HERA_DEBUG=debug)
+    assert code == 1
+    assert output.splitlines()[-1].startswith(last)
+    assert ("Traceback" in output) == last.startswith("ValueError")

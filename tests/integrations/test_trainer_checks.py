@@ -16,16 +16,14 @@ from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training import checks
 from llamafactory_hera.training.checks import check_settings
 from tests.integrations.test_trainer_selection import Stream
-from tests.integrations.test_transformers import BATCH, arguments, hera
+from tests.integrations.test_transformers import BATCH, hera, trainer_of
 from tests.ranks import holder
 from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
 
 
 def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given: Any) -> HeraTrainer:
-    model = vlm("llava-llama") if model is None else model
-    settings = arguments(folder, max_steps=1, **given.pop("arguments", {}))
-    options = {"hera": hera(**given.pop("hera", {})), "train_dataset": rows, "data_collator": collate_rows, **given}
-    return HeraTrainer(model, settings, **options)
+    values = {"max_steps": 1, "hera": given.pop("hera", {}), **given.pop("arguments", {})}
+    return trainer_of(folder, model, rows, given=given, **values)
 
 
 def rows_without(*columns: str) -> list[dict]:

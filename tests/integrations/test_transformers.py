@@ -18,10 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
+from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainerMixin
+from llamafactory_hera.selection.report import compare
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
-from tests.integrations.gradients import KeepGradients, token_mean
+from tests.integrations.gradients import expected_term, run, token_mean
+from tests.selection.tiny import write_scores
 from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
 
 BATCH = 4
@@ -38,11 +41,12 @@ def arguments(folder: Path, **values: object) -> TrainingArguments:
     return TrainingArguments(str(folder), **{**shared, "learning_rate": 3e-3, "save_only_model": False, **values})
 
 
-def trainer_of(folder: Path, model: nn.Module | None = None, rows: list | None = None, **values: Any) -> HeraTrainer:
+def trainer_of(folder: Path, model: nn.Module | None = None, rows: Any = None, **values: Any) -> HeraTrainer:
+    """Makes a Trainer of some rows; ``hera`` and ``given`` are keys of HeRA and further arguments of the Trainer."""
     model = vlm("llava-llama") if model is None else model
-    rows = image_rows(model, 3 * BATCH) if rows is None else rows
-    config = hera(**values.pop("hera", {}))
-    return HeraTrainer(model, arguments(folder, **values), hera=config, train_dataset=rows, data_collator=collate_rows)
+    given = {"hera": hera(**values.pop("hera", {})), "data_collator": collate_rows, **values.pop("given", {})}
+    given.setdefault("train_dataset", image_rows(model, 3 * BATCH) if rows is None else rows)
+    return HeraTrainer(model, arguments(folder, **values), **given)
 
 
 def lines(trainer: Trainer) -> list[dict[str, float]]:
@@ -63,19 +67,20 @@ def lora() -> nn.Module:
 
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
 def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
-    tmp_path: Path, make: Callable[[], nn.Module]
+    tmp_path: Path, make: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = {"hera": {"memory": 6}}
     straight = trainer_of(tmp_path / "run", make(), save_strategy="steps", save_steps=3, **memory)
     straight.train()
     logged = lines(straight)
     assert len(logged) == 6
-    assert [{"hera_mknn", "hera_mknn_chance"} <= set(line) for line in logged] == [False] * 2 + [True] * 4
-    for line in logged:
-        assert {"loss", "lm_loss", "hera_loss", "hera_temperature"} <= set(line)
+    comparable = {"hera_loss", "hera_mknn", "hera_mknn_chance"}  # once the memory is full
+    assert [comparable & set(line) for line in logged] == [set()] * 2 + [comparable] * 4
+    assert all({"loss", "lm_loss", "hera_temperature"} <= set(line) for line in logged)
+    for line in logged[2:]:
         assert line["loss"] == pytest.approx(line["lm_loss"] + line["hera_loss"], abs=1e-4)
     if make is not lora:  # the second factor of LoRA starts at 0
-        assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]  # in the first step the memory is empty
+        assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
     for folder in ("checkpoint-3/hera", "hera"):
         assert {"state.safetensors", "heads.json", "run.json"} <= {
             p.name for p in (tmp_path / "run" / folder).iterdir()
@@ -84,6 +89,12 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     resumed = trainer_of(tmp_path / "run", make(), **memory)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert lines(resumed) == logged
+    total, term = logged[2]["lm_loss"] + logged[2]["hera_loss"], logged[2]["hera_loss"]
+    (share,) = (text for text in caplog.messages if "of the loss" in text)  # once, in the first run
+    assert share == f"HeRA | the term is {term / total:.1%} of the loss (1 x {term:.3g} of {total:.3g})"
+    (first, again) = (text for text in caplog.messages if "MKNN of the aligned heads went" in text)
+    assert first == again  # the resumed run knows the lines before it
+    assert "the last 2 of 4 log lines" in first
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor)
 
@@ -92,8 +103,8 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     straight.create_model_card(finetuned_from="owner/model")  # replaces the earlier section
     page = (tmp_path / "run/README.md").read_text()
     metadata = ModelCard(page).data
-    assert {"hera", "contrastive"} <= set(metadata.tags)
-    assert "llamafactory" not in metadata.tags
+    assert "hera" in metadata.tags
+    assert metadata.pipeline_tag == "image-text-to-text"
     assert (metadata.datasets, metadata.base_model) == (["owner/images"], "owner/model")
     assert page.count("## Alignment with a vision encoder") == 1
     assert "aligned heads L1H0, L0H2" in page
@@ -101,19 +112,24 @@ def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
     content = json.loads((tmp_path / "run/hera/card.json").read_text())
     assert (content["heads"], content["steps"], content["k"]) == (["L1H0", "L0H2"], 6, 2)
     assert [line["step"] for line in content["log"]] == [1, 2, 3, 4, 5, 6]
+    assert f"| alignment loss, unweighted | {logged[2]['hera_loss']:.4g} | {logged[-1]['hera_loss']:.4g} |" in page
 
 
-def test_the_card_shows_the_scores_of_the_selection_and_claims_no_result(tmp_path: Path) -> None:
-    keys = {"hera_select": "worst", "hera_select_mode": "llm", "hera_select_k": 10}
-    provenance = {"keys": keys, "dataset": "pairs", "samples": 1000, "chance_level": 0.01}
-    scores = [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]
-    targets = Targets(Targets.parse("L1H0,L0H2").items, provenance | {"scores": scores})
+def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    before = write_scores(folder / "hera/heads.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]])
     model = vlm("llava-llama")
     data: dict[str, Any] = {"train_dataset": image_rows(model, BATCH), "data_collator": collate_rows}
-    trainer = HeraTrainer(model, arguments(tmp_path), hera=hera(), targets=targets, **data)
+    trainer = HeraTrainer(model, arguments(folder), hera=hera(), targets=Targets.parse("L1H0,L0H2"), **data)
     trainer.create_model_card(finetuned_from=str(tmp_path))
-    assert "measured MKNN L1H0 0.3000, L0H2 0.1000; unrelated features" in (tmp_path / "README.md").read_text()
-    metadata = ModelCard.load(tmp_path / "README.md").data
+    page = (folder / "README.md").read_text()
+    assert "| MKNN with the teacher | before |\n|---|--:|\n| L1H0 | 0.3000 |\n| L0H2 | 0.1000 |" in page
+    after = write_scores(folder / "hera/scores.json", [[0.9, 0.9, 0.4], [0.5, 0.9, 0.9]])
+    add_scores(folder, compare([before, after], ["before", "after"], aligned="L1H0,L0H2"))
+    page = (folder / "README.md").read_text()
+    assert "| L1H0 | 0.3000 | 0.5000 |\n| L0H2 | 0.1000 | 0.4000 |\n| mean | 0.2000 | 0.4500 |" in page
+    assert page.count("| MKNN with the teacher |") == 1
+    metadata = ModelCard(page).data
     assert not metadata.eval_results  # the model before training is not this model
     assert metadata.base_model is None  # a local folder names no model of the hub
 
@@ -221,9 +237,8 @@ def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_the
         return collate_rows([rows[row["row"]] for row in given])
 
     settings = {"max_steps": 4, "remove_unused_columns": False, "dataloader_num_workers": workers}
-    cached = hera(teacher_cache=str(tmp_path / "cache"))
-    options: dict[str, Any] = {"train_dataset": stored, "data_collator": collate}
-    trainer = HeraTrainer(model, arguments(tmp_path / "run", **settings), hera=cached, **options)
+    settings |= {"hera": {"teacher_cache": str(tmp_path / "cache")}, "given": {"data_collator": collate}}
+    trainer = trainer_of(tmp_path / "run", model, stored, **settings)
     trainer.train()
     assert trainer.train_dataset is stored
     cache = trainer.aligner.teacher.cache
@@ -257,15 +272,9 @@ def test_terms_that_are_not_finite_leave_plain_fine_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
 ) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
-    model, rows = vlm("llava-llama"), image_rows(vlm("llava-llama"), 3 * BATCH)
-    trainer = HeraTrainer(
-        model,
-        arguments(tmp_path, **settings),
-        hera=hera(max_nan=9, **keys),
-        train_dataset=rows,
-        data_collator=collate_rows,
-        processing_class=SimpleNamespace(image_processor=student_processor()),
-    )
+    rows = image_rows(vlm("llava-llama"), 3 * BATCH)
+    processing = {"processing_class": SimpleNamespace(image_processor=student_processor())}
+    trainer = trainer_of(tmp_path, rows=rows, hera={"max_nan": 9, **keys}, given=processing, **settings)
     source = trainer.aligner.capture if side == "student" else trainer.aligner.teacher
     name = "representations" if side == "student" else "features"
     original = getattr(source, name)
@@ -323,26 +332,6 @@ def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
     return found
 
 
-def expected_gradient(model: nn.Module, rows: list[dict], accumulate: str) -> tuple[dict[str, Tensor], float]:
-    """Computes the gradient of the mean term of micro-batches, or of one term of all samples, with a bare Aligner."""
-    aligner = Aligner(model, hera())
-    collate = aligner.collator(collate_rows, drop=("images",))
-    size = BATCH if accumulate == "none" else len(rows)
-    terms = []
-    for start in range(0, len(rows), size):
-        batch = collate(rows[start : start + size])
-        prepared = aligner.prepare(batch)
-        model(**batch)
-        terms.append(aligner.loss(prepared))
-        aligner.capture.pool(None)
-    mean = torch.stack(terms).mean()
-    mean.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    aligner.close()
-    return found, mean.item()
-
-
 class NoLossKwargs(type(vlm("llava-llama"))):  # type: ignore[misc]
     """LLaVA that takes no `num_items_in_batch`."""
 
@@ -370,28 +359,18 @@ def no_loss_kwargs() -> nn.Module:
 def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     tmp_path: Path, make: Callable[[], nn.Module], loss_function: Callable | None, accepts: bool, accumulate: str
 ) -> None:
-    model = make()
-    rows = image_rows(model, STEPS * BATCH)
-    expected, term = expected_gradient(model, rows, accumulate)
-    losses = lm_losses(model, rows)
+    rows = image_rows(make(), STEPS * BATCH)
+    values = {"max_steps": 1, "gradient_accumulation_steps": STEPS, "max_grad_norm": 0.0}
+    values |= {"train_sampling_strategy": "sequential", "given": {"compute_loss_func": loss_function}}
 
-    def run(weight: float) -> tuple[dict[str, Tensor], dict[str, float]]:
-        values = {"max_steps": 1, "gradient_accumulation_steps": STEPS, "max_grad_norm": 0.0}
-        trainer = HeraTrainer(
-            make(),
-            arguments(tmp_path, train_sampling_strategy="sequential", **values),
-            hera=hera(weight=weight, accumulate=accumulate),
-            train_dataset=rows,
-            data_collator=collate_rows,
-            compute_loss_func=loss_function,
-        )
-        assert trainer.model_accepts_loss_kwargs == accepts
-        keep = KeepGradients()
-        trainer.add_callback(keep)
-        trainer.train()
-        return keep.found, lines(trainer)[0]
+    def trainer_with(weight: float) -> HeraTrainer:
+        return trainer_of(tmp_path, make(), rows, hera={"weight": weight, "accumulate": accumulate}, **values)
 
-    (with_term, logged), (without, _) = run(0.5), run(0.0)
+    trainer = trainer_with(0.5)
+    assert trainer.model_accepts_loss_kwargs == accepts
+    losses = lm_losses(trainer.model, rows)
+    expected, term = expected_term(trainer, together=accumulate == "gradcache")
+    (with_term, logged), (without, _) = run(trainer), run(trainer_with(0.0))
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     largest = max(gradient.abs().max().item() for gradient in with_term.values())
     for name, gradient in expected.items():

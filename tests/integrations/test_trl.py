@@ -29,9 +29,8 @@ from peft import LoraConfig  # noqa: E402
 from llamafactory_hera.config import HeraConfig  # noqa: E402
 from llamafactory_hera.heads.tokens import token_mask  # noqa: E402
 from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
-from llamafactory_hera.training import Aligner  # noqa: E402
 from recipes.demo import models  # noqa: E402
-from tests.integrations.gradients import KeepGradients, token_mean  # noqa: E402
+from tests.integrations.gradients import expected_term, run, token_mean  # noqa: E402
 from tests.tiny_models import teacher_folder  # noqa: E402
 
 TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
@@ -221,33 +220,6 @@ def table(refused: bool) -> Any:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-def run(trainer: HeraSFTTrainer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    keep = KeepGradients()
-    trainer.add_callback(keep)
-    trainer.train()
-    return keep.found, trainer.state.log_history[0]
-
-
-def expected_term(trainer: HeraSFTTrainer, together: bool) -> tuple[dict[str, Tensor], float]:
-    """Computes the mean term of TRL's micro-batches, or one term of all of them, with a bare Aligner."""
-    model, terms = trainer.model, []
-    aligner = Aligner(model, trainer.aligner.config)
-    for batch in trainer.get_train_dataloader():
-        prepared = aligner.prepare(batch)
-        model(**batch)
-        terms.append((aligner.capture.representations(), aligner.teacher.features(prepared.inputs), prepared.valid))
-        aligner.capture.pool(None)
-    if together:
-        z, features, valid = zip(*terms, strict=True)
-        terms = [(torch.cat(z, dim=1), torch.cat(features), torch.cat(valid))]
-    mean = torch.stack([aligner.term(*parts).loss for parts in terms]).mean()
-    mean.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    aligner.close()
-    return found, mean.item()
-
-
 @table(refused=False)
 def test_working_options_add_the_gradient_of_the_term_and_nothing_else(tmp_path: Path, case: Case) -> None:
     case.skip()
@@ -320,7 +292,7 @@ def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Pa
     straight.train()
     logged = lines(straight)
     assert len(logged) == 6
-    assert logged[-1]["hera_loss"] < logged[1]["hera_loss"]
+    assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
     resumed = trainer_of(tmp_path, case, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert lines(resumed) == logged

@@ -102,20 +102,20 @@ def test_the_seed_alone_decides_the_initial_values_and_the_random_state_stays() 
         assert name.endswith("bias") or not parameter.equal(other.get_parameter(name))
 
 
-def test_only_what_is_asked_for_is_trained() -> None:
+def test_cka_has_no_parameters_and_a_fixed_temperature_is_not_trained() -> None:
     assert not list(create("cka", OPTIONS).parameters())
     fixed = create("contrastive", options(1, 1, 1, temperature=0.2, fixed_temperature=True))
     assert fixed.values() == {"hera_temperature": pytest.approx(0.2)}
     assert not fixed.log_temperature.requires_grad
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # which draws; see rivals/test_ross.py
+@pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # ross is random: rivals/test_ross.py
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
     parameters = dict(objective.named_parameters())
     if issubclass(find(name), TokenObjective):
         z, teacher = torch.randn(TARGETS, 2, 4, D).double(), torch.randn(2, 4, D_TEACHER).double()
-        places = torch.tensor([[3, 1, 1, 0], [0, 1, 2, 3]])  # of jarvis
+        places = torch.tensor([[3, 1, 1, 0], [0, 1, 2, 3]])  # the tokens that jarvis compares
 
         def loss(z: Tensor, *values: Tensor) -> Tensor:
             batch = TokenBatch(z, None, teacher, torch.ones(2, dtype=torch.bool), {"places": places})

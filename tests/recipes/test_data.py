@@ -1,4 +1,4 @@
-"""The datasets of the recipes: ``prepare.py`` converts small files in their formats to rows that load."""
+"""``prepare.py`` converts small files in the format of each source dataset to rows that LLaMA-Factory can load."""
 
 import io
 import json
@@ -82,7 +82,7 @@ def test_the_mixture_loads_after_it_is_prepared_and_not_before(data: Path, tmp_p
         assert "<image>" not in values[0].removeprefix("<image>\n") + "".join(values[1:])
 
 
-def test_dense_captions_are_the_rows_of_grand(data: Path, tmp_path: Path) -> None:
+def test_a_row_of_grand_is_an_image_with_its_dense_caption(data: Path, tmp_path: Path) -> None:
     entries = [{"dense_caption": {"caption": " A dog runs.\n"}}, {"short_captions": [{"caption": "a dog"}]}]
     entries += [{"dense_caption": {"caption": "It has no image here."}}, {"dense_caption": {"caption": "A cat."}}]
     for number, entry in enumerate(entries):

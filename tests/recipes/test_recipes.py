@@ -1,9 +1,8 @@
-"""The recipes: as the generator writes them, accepted by LLaMA-Factory, and true to the paper."""
+"""The recipes: as the generator writes them, accepted by LLaMA-Factory, true to the paper, and listed and copied."""
 
 import json
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import yaml
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
+from llamafactory_hera.cli import main
 from llamafactory_hera.config import HeraConfig
 from recipes.generate import ablations, recipes, reference
 from recipes.generate.sizes import SIZES
-from tests.e2e.runner import ROOT
+from tests.e2e.runner import ROOT, HostServer, free_port
 
 
 def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_them(
@@ -37,20 +37,36 @@ def test_the_index_links_every_recipe(folder: Path) -> None:
     assert {link for link in links if link.endswith(".yaml")} == files
 
 
+def parse(files: list[str]) -> None:
+    """Parses recipes with LLaMA-Factory's parser as one rank of a distributed run, in a process of its own."""
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.hparams import get_train_args
+
+    parsed = {}
+    for file in files:
+        # the only change: this machine has no GPU that supports bf16
+        keys = yaml.safe_load(Path(file).read_text(encoding="utf-8")) | {"use_cpu": True}
+        for key, name in (("hera_heads", "L0H0"), ("hera_layers", "L0")):
+            if str(keys.get(key)).endswith(".json"):  # written by stage 1
+                keys[key] = f"{key}.json"
+                Path(keys[key]).write_text(json.dumps({key.removeprefix("hera_"): [name]}))
+        _, data, training, finetuning, _ = get_train_args(keys)
+        zero3 = training.deepspeed is not None and training.hf_deepspeed_config.is_zero3()
+        parsed[file] = [finetuning.use_hera, data.template in TEMPLATES, training.get_warmup_steps(1000), zero3]
+    Path("parsed.json").write_text(json.dumps(parsed))
+
+
 @pytest.mark.slow
-def test_llamafactory_parses_every_recipe(folder: Path, values: dict) -> None:
-    files = {str(folder / f"{name}.yaml"): name for name in values}
-    command = [sys.executable, "-m", "tests.recipes.parse_all", *files]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    for file, parsed in json.loads(run.stdout).items():
-        keys = values[files[file]]
-        assert parsed == {
-            "use_hera": keys["stage"] == "hera",
-            "template": True,
-            "warmup": 30,  # 3 % of 1,000 steps
-            "zero3": "deepspeed" in keys,
-        }, file
+def test_llamafactory_parses_every_recipe(folder: Path, values: dict, server: HostServer, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "recipes")  # where recipes name their DeepSpeed files
+    files = {f"recipes/{name}.yaml": keys for name, keys in values.items()}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    code, output = server.command(*files, cwd=tmp_path, call=f"{__name__}:parse", **rank)
+    assert code == 0, output
+    for file, parsed in json.loads((tmp_path / "parsed.json").read_text()).items():
+        keys = files[file]
+        assert parsed == [keys["stage"] == "hera", True, 30, "deepspeed" in keys], file  # 3 % of 1,000 steps
 
 
 @pytest.mark.parametrize("recipe", list(recipes.all_recipes()), ids=lambda recipe: recipe.name)
@@ -162,3 +178,27 @@ def test_a_row_of_table_4_is_trained_as_in_its_source(name: str, values: dict, f
         assert (lora["lora_rank"], lora["lora_alpha"], float(lora["learning_rate"])) == (128, 256, 2e-4)
         hera = [{k: v for k, v in keys.items() if k.startswith("hera_")} for keys in (second, lora)]
         assert hera[0] == hera[1]
+
+
+# -- the command ``llamafactory-hera recipes`` ------------------------------------------------------------------------
+
+
+def test_the_list_has_every_recipe_with_its_title(values: dict, capsys: pytest.CaptureFixture) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    calibrated = {f"llava_1_5_{size}_calibrate" for size in ("7b", "13b")}
+    assert {line.split()[0] for line in lines} == set(values) | calibrated
+    assert all(len(line.split()) > 4 for line in lines)
+    main(["recipes", "qwen3_8b", "gemma"])
+    assert len(capsys.readouterr().out.splitlines()) == 15
+    assert main(["recipes", "llama9"]) == 2
+
+
+def test_a_copy_holds_the_files_that_its_recipes_name(tmp_path: Path) -> None:
+    assert main(["recipes", "--copy-to", str(tmp_path / "mine")]) == 0
+    (recipe,) = (tmp_path / "mine").rglob("qwen3_8b_hera.yaml")
+    keys = yaml.safe_load(recipe.read_text())
+    assert (tmp_path / "mine" / keys["deepspeed"]).is_file()
+    datasets = json.loads((tmp_path / "mine" / keys["dataset_dir"] / "dataset_info.json").read_text())
+    assert keys["dataset"] in datasets
+    assert main(["recipes", "--copy-to", str(tmp_path / "mine")]) == 2

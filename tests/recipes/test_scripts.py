@@ -1,4 +1,4 @@
-"""The script of recipes/transformers trains the demo model, as it is in the repository."""
+"""The script in recipes/transformers trains the demo model without any edit."""
 
 import json
 import runpy
@@ -11,16 +11,17 @@ from transformers import AutoProcessor
 
 from llamafactory_hera.backbones.build import build_backbone
 from tests.backbones.tiny import save_language_model, save_tower
-from tests.e2e.runner import ROOT, run_command
+from tests.e2e.runner import ROOT, HostServer
 
 LOGGED = ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature")
 SCRIPT = str(ROOT / "recipes/transformers/sft_vlm_hera.py")
 
 
-def run(world: Path, output: str, *options: str, launcher: tuple[str, ...] = ("python",)) -> dict[str, Any]:
+def run(server: HostServer, world: Path, output: str, *options: str, ranks: int = 1) -> dict[str, Any]:
     """The last log line of a run of five steps, and its selection."""
-    command = [*launcher, SCRIPT, "--steps", "5", "--memory", "32", "--output", output, *options]
-    code, printed = run_command(command, world, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = ("--steps", "5", "--memory", "32", "--output", output, *options)
+    code, printed = server.script(SCRIPT, *arguments, cwd=world, ranks=ranks, **cpu)
     assert code == 0, printed
     history = json.loads((world / output / "trainer_state.json").read_text())["log_history"]
     selected = json.loads((world / output / "hera/heads.json").read_text())
@@ -28,19 +29,18 @@ def run(world: Path, output: str, *options: str, launcher: tuple[str, ...] = ("p
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(world: Path) -> None:
-    one = run(world, "one")
-    two = run(world, "two", "--batch", "8", launcher=("torchrun", "--standalone", "--nproc-per-node", "2"))
+def test_two_processes_do_what_one_does(server: HostServer, world: Path) -> None:
+    one, two = run(server, world, "one"), run(server, world, "two", "--batch", "8", ranks=2)
     assert two["heads"] == one["heads"]
     assert [two[name] for name in LOGGED] == pytest.approx([one[name] for name in LOGGED], abs=1e-5)
     assert "## Alignment with a vision encoder" in (world / "one/README.md").read_text()
 
 
 @pytest.mark.slow
-def test_lora_resumes_from_its_last_checkpoint(world: Path) -> None:
-    straight = run(world, "lora", "--lora", "4")
+def test_lora_resumes_from_its_last_checkpoint(server: HostServer, world: Path) -> None:
+    straight = run(server, world, "lora", "--lora", "4")
     (world / "lora/checkpoint-5").rename(world / "lora_finished")  # as if the run had stopped after step 4
-    resumed = run(world, "lora", "--lora", "4", "--resume")
+    resumed = run(server, world, "lora", "--lora", "4", "--resume")
     assert resumed["heads"] == straight["heads"]
     assert resumed["hera_temperature"] == straight["hera_temperature"]
 

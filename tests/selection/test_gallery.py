@@ -1,5 +1,6 @@
 """The pictures of nearest images: frames, shares, images of each file, and input that cannot be drawn."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 
 from llamafactory_hera.files import write_safetensors
 from llamafactory_hera.heads import Target
-from llamafactory_hera.selection.gallery import Neighbors, default_heads, draw_gallery, write_gallery
+from llamafactory_hera.plots import render
+from llamafactory_hera.selection.gallery import Neighbors, draw_gallery, write_gallery
 from llamafactory_hera.selection.scores import load_files
 
 from .tiny import noise_images, write_scores
@@ -23,7 +25,7 @@ def neighbors_file(scores: Path) -> Path:
     return scores.with_suffix(".neighbors.safetensors")
 
 
-def write_seen(scores: Path, images: Path, seed: int, heads: int = 2) -> Path:
+def write_seen(scores: Path, images: Path, seed: int, heads: int = 2, layers: int = 3) -> Path:
     """Writes neighbors as a selection does; those of the teacher are the same for every seed."""
 
     def drawn(count: int, seed: int) -> torch.Tensor:
@@ -34,8 +36,11 @@ def write_seen(scores: Path, images: Path, seed: int, heads: int = 2) -> Path:
     samples = {}
     for index, image in enumerate(noise_images(N)):
         image.save(images / f"{index}.png")
-        samples[index] = [str(images / f"{index}.png"), rf"{index}: $\q$, a caption"]
-    of_heads = drawn(3 * heads * QUERIES, seed).view(3, heads, QUERIES, K)
+        samples[index] = [
+            str(images / f"{index}.png"),
+            rf"{index}: $\q$, a caption of a wide image: WWWWWWWWW MMMMMMMM",
+        ]
+    of_heads = drawn(layers * heads * QUERIES, seed).view(layers, heads, QUERIES, K)
     of_heads[1, 0] = -1  # no score
     tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": of_heads}
     write_safetensors(neighbors_file(scores), tensors, {"samples": json.dumps(samples)})
@@ -81,11 +86,26 @@ def test_each_file_brings_the_images_of_its_neighbors(files):
 
 
 def test_the_worst_the_median_and_the_best_head_of_the_first_file_are_drawn(files, tmp_path):
-    (first, _), names = load_files(files, ["a", "b"], "gallery")
-    assert list(map(str, default_heads(first))) == ["L0H1", "L0H0", "L1H1"]
-    pictures = write_gallery(files, tmp_path / "new/seen", names)
+    pictures = write_gallery(files, tmp_path / "new/seen", ["a", "b"])
     assert [path.name for path in pictures] == ["seen_L0H1.png", "seen_L0H0.png", "seen_L1H1.png"]
     assert sorted(pictures) == sorted((tmp_path / "new").iterdir())
+
+
+def test_a_small_picture_shows_two_queries_before_and_after(files, tmp_path):
+    (axes,) = draw_gallery(*load_files([files[0], *files], "abc", "gallery"), Target(0, 1), small=True).axes
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["query", "teacher", "a", "c"]
+    assert len(axes.images) == 2 * (1 + 3 * 4)
+    assert write_gallery(files, tmp_path / "small", small=True) == [tmp_path / "small.png"]
+
+
+def test_captions_of_five_files_do_not_overlap(files):
+    figure = draw_gallery(*load_files([files[0], *files, *files], (), "gallery"), Target(0, 1))
+    render(figure)
+    (axes,) = figure.axes
+    captions = [text.get_window_extent() for text in axes.texts if text.get_fontsize() == 5]
+    rows = {row: sorted(box.x0 for box in captions if box.y0 == row) for row in {box.y0 for box in captions}}
+    widest = max(box.width for box in captions)
+    assert all(right - left > widest for starts in rows.values() for left, right in itertools.pairwise(starts))
 
 
 def test_the_folder_of_a_run_is_enough(files, tmp_path):

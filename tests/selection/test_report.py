@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from PIL import Image
 
 from llamafactory_hera.cli import main
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.selection.report import compare, draw_scores, show, write_report
+from llamafactory_hera.plots import BLUE, GRAY, ORANGE, series_colors
+from llamafactory_hera.selection.page import verdict, write_report
+from llamafactory_hera.selection.report import compare, draw_scores, show
 from llamafactory_hera.selection.scores import ScoreFile
 
 from .test_gallery import write_seen
@@ -42,23 +46,40 @@ def run(tmp_path):
     return folder
 
 
-def test_worst_and_top_are_those_of_the_first_file(files):
+def test_the_least_aligned_heads_of_the_first_file_are_compared_with_all_others(files):
     comparison = compare(files)
-    assert {title: " ".join(rows) for title, rows in comparison.groups.items()} == {
-        "worst-5": "L2H0 L0H0 L1H0 L0H3 L1H2 mean",
-        "top-5": "L1H1 L2H3 L0H1 L2H2 L1H3 mean",
-    }
+    assert comparison.title == "least aligned"
+    assert " ".join(comparison.rows) == "L2H0 L0H0 L1H0 L0H3 L1H2 mean others"
     assert comparison.table[:2] == [["head", "base", "run", "run - base"], ["L2H0", "0.0500", "0.2500", "+0.2000"]]
-    assert comparison.table[6] == ["worst-5 mean", "0.1500", "0.3500", "+0.2000"]
-    assert "The worst-5 and top-5 heads are those of base" in comparison.summary
+    assert comparison.table[6] == ["mean", "0.1500", "0.3500", "+0.2000"]
+    others = [[0.50, 0.30, 0.60, 0.40, 0.35, 0.45, 0.55], [0.51, 0.31, 0.59, 0.41, 0.36, 0.44, 0.56]]
+    assert comparison.rows["others"] == pytest.approx(np.mean(others, axis=1))
 
 
 @pytest.mark.parametrize("by_file", [False, True])
-def test_aligned_heads_replace_the_worst(files, tmp_path, by_file):
+def test_aligned_heads_replace_the_least_aligned(files, tmp_path, by_file):
     named = write_scores(tmp_path / "heads.json", [[0.0, 1.0], [1.0, 0.1]]) if by_file else "L1H1,L0H0"
-    groups = compare(files, aligned=str(named)).groups
-    assert list(groups) == ["aligned", "top-5"]
-    assert groups["aligned"]["mean"] == pytest.approx([0.35, 0.445])
+    comparison = compare(files, aligned=str(named))
+    assert comparison.title == "aligned"
+    assert comparison.rows["mean"] == pytest.approx([0.35, 0.445])
+
+
+def test_a_run_is_compared_only_with_scores_that_were_measured_alike(run, tmp_path, monkeypatch, capsys):
+    assert compare([run]).names == ("before", "after")
+    unlike = {"keys": {**json.loads((run / "hera/heads.json").read_text())["provenance"]["keys"]}}
+    unlike["keys"]["hera_select_mode"] = "mllm"
+    write_scores(run / "hera/scores.json", AFTER, **unlike)
+    problem = "hera_select_mode was llm, is mllm. Score both with the same recipe"
+    with pytest.raises(ValueError, match=f"my_run has no scores before training that were measured like .*{problem}"):
+        compare([run])
+    assert len(show(run / "hera/scores.json").files) == 1
+    printed = capsys.readouterr().out
+    assert "aligned heads: L0H1 0.510, L2H0 0.250, mean 0.380, others" in printed
+    assert problem in printed
+    assert "selected" not in printed
+    monkeypatch.chdir(tmp_path)  # the selection names the model some/model
+    base = write_scores(Path("some/model/hera/scores.json"), BEFORE, **unlike)
+    assert compare([run]).files[0].path == base
 
 
 def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
@@ -74,7 +95,7 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
 def test_markdown_and_a_page_are_written(files, tmp_path):
     third = write_scores(tmp_path / "other/hera/scores.json", BEFORE)
     names = ["before", "after", "a|b\n*c*"]
-    table, page = write_report([*files, third], tmp_path / "new/report", names)
+    table, page = write_report(compare([*files, third], names), tmp_path / "new/report")
     assert (table, page) == (tmp_path / "new/report.md", tmp_path / "new/report.html")
     lines = table.read_text().splitlines()
     assert r"| head | before | after | a\|b \*c\* | a\|b \*c\* - before |" in lines
@@ -87,7 +108,8 @@ def test_markdown_and_a_page_are_written(files, tmp_path):
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
         (["{run}", "--output", "{run}/README"], "report: .*README.md exists and is not a report"),
-        (["{run}/images"], "scores: .*images/hera/heads.json cannot be read .*; give a file that a selection or"),
+        (["{run}/images"], "scores: .*images/hera/scores.json cannot be read .*; give a file that a selection or"),
+        (["{run}", "--eval", "{run}/images"], "--eval: .*images contains no table"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, problem):
@@ -97,21 +119,73 @@ def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, prob
     assert re.search(problem, capsys.readouterr().err)
 
 
-def test_the_page_of_a_run_shows_its_heads_and_their_neighbors(run, tmp_path):
-    _, written = write_report([run], tmp_path / "new/page")
+def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
+    card = {
+        "steps": 7,
+        "objective": "contrastive",
+        "weight": 0.5,
+        "date": "2026-11-24T10:00",
+        "command": "train r.yaml",
+    }
+    (run / "hera/card.json").write_text(json.dumps(card))
+    row = {"key": "demo/accuracy", "title": "Questions", "n": 9, "values": {"a": 30.0, "b": 41.0}}
+    rows = [row | {"differences": {"b": [11.0, -2.0, 25.0]}}, row | {"key": "demo/size", "title": "Sizes"}]
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/demo.json").write_text(json.dumps({"suite": "demo", "models": ["a", "b"], "rows": rows}))
+    _, written = write_report(compare([run]), tmp_path / "new/page", tmp_path / "eval")
     page = written.read_text()
-    assert "<title>HeRA: some/model</title>" in page
-    cells = re.findall("<td>(.*?)</td>", page)
-    assert cells[:4] == ["head", "before", "after", "after - before"]
-    assert cells[4:8] == ["L0H1", "0.5000", "0.5100", "+0.0100"]  # the head that the run aligned, not the worst
-    pictures = re.findall('alt="(.*?)" src="data:image/webp;base64,', page)
-    assert pictures[:3] == ["MKNN in every file", "MKNN of before", "MKNN of after"]
-    assert pictures[3:] == [f"Nearest images of {head}" for head in ("L0H1", "L2H1", "L1H1")]
+    assert "<h1>my_run</h1>" in page
+    assert (
+        "aligned heads L0H1, L2H0; teacher facebook/dinov2-large; 7 steps, objective contrastive, weight 0.5" in page
+    )
+    assert "<pre>train r.yaml</pre>" in page
+    cells = re.findall("<td>([^<]*)", page)
+    assert cells[:10] == [
+        "demo",
+        "n",
+        "a",
+        "b",
+        "b − a [95%]",
+        "Questions",
+        "9",
+        "30.0",
+        "41.0",
+        "+11.0 [−2.0, +25.0]",
+    ]
+    assert cells[10:14] == ["head", "before", "after", "after - before"]
+    assert page.count('src="data:image/webp;base64,') == 4  # two queries, both maps, all queries
+    assert not re.search("[0-9a-f]{64}", page)
 
 
-def test_the_page_of_files_without_neighbors_names_the_missing_file(files, tmp_path):
-    _, written = write_report(files, tmp_path / "page")
-    assert "heads.neighbors.safetensors" in written.read_text()
+@pytest.mark.parametrize(
+    ("after", "meaning"),
+    [
+        (AFTER, r"They moved toward the teacher (MKNN 0.150 → 0.350, +0.200); the other heads changed by +0.004."),
+        (BEFORE, r"They did not measurably move (MKNN 0.150 → 0.150, +0.000): train longer, or raise hera_weight."),
+        (np.subtract(BEFORE, 0.04).tolist(), r"They moved away from the teacher (MKNN 0.150 → 0.110, -0.040); the "),
+    ],
+)
+def test_the_verdict_follows_from_the_numbers(files, tmp_path, after, meaning):
+    found, sentence = verdict(compare([files[0], write_scores(tmp_path / "x.json", after)], ["before", "HeRA"]))
+    assert "the 5 least aligned heads find 1.5 (before) and " in found
+    assert found.endswith(" (HeRA); unrelated features find 0.1.")
+    assert sentence.startswith(meaning)
+
+
+def test_a_refusal_imports_no_torch(files):
+    code = "import sys; from llamafactory_hera.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for arguments in (["report", files[0]], ["report", "nothing"], ["select", "nothing.yaml"], ["score", "./nothing"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert (done.stdout, "Traceback" in done.stderr) == ("False\n", False)
+        assert re.search("is a single file|nothing(.yaml)?: no such file or folder", done.stderr)
+
+
+def test_a_name_has_the_same_color_in_every_picture():
+    assert series_colors(["before", "SFT", "HeRA"]) == {"before": GRAY, "SFT": ORANGE, "HeRA": BLUE}
+    assert series_colors(["HeRA", "x", "y"])["HeRA"] == BLUE
+    assert len(set(series_colors([*"abcdefg", "hera"]).values())) == 8
 
 
 HOSTILE = r"<script>alert(1)</script>|$\frac$"
@@ -121,11 +195,11 @@ def test_foreign_text_is_only_text_in_every_format(run, tmp_path):
     for name in ("heads", "scores"):
         path = run / f"hera/{name}.json"
         content = json.loads(path.read_text())
-        keys = dict.fromkeys(("hera_select", "hera_select_mode", "hera_select_k"), HOSTILE)
-        content["provenance"] |= {"model": HOSTILE, "dataset": HOSTILE, "teacher": HOSTILE, "samples": HOSTILE}
+        keys = dict.fromkeys(("hera_select", "hera_select_mode"), HOSTILE)
+        content["provenance"] |= {"model": HOSTILE, "dataset": HOSTILE, "teacher": HOSTILE}
         content["provenance"]["keys"] |= keys
         path.write_text(json.dumps(content))
-    _, page = write_report([run], tmp_path / "r", [HOSTILE, f"{HOSTILE}2"])
+    _, page = write_report(compare([run], [HOSTILE, f"{HOSTILE}2"]), tmp_path / "r")
     text = page.read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -198,7 +272,5 @@ def test_a_layer_without_any_score_is_drawn_and_printed_with_the_run_before(run,
     path = write_scores(run / "hera/scores.json", [[NAN] * 4, *AFTER[1:]])
     show(path)
     assert Image.open(path.with_suffix(".png")).size[0] > 500
-    assert (
-        capsys.readouterr().out.splitlines()[-1]
-        == "aligned: L0H1 0.5000 -> nan, L2H0 0.0500 -> 0.2500, mean 0.2750 -> nan"
-    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("aligned heads: L0H1 0.500 -> nan, L2H0 0.050 -> 0.250, mean 0.275 -> nan, others ")

@@ -19,7 +19,7 @@ def some(**keys) -> HeraConfig:
     return settings(**{"select_samples": 20, "select_k": 3, **keys})
 
 
-def test_the_image_that_the_teacher_sees_decides_if_a_sample_is_a_repetition():
+def test_samples_are_deduplicated_by_the_image_that_the_teacher_sees():
     shared, *second = noise_images(7)
     source = Rows([[shared, image] for image in second], captions(6))
     assert len(draw(source, 6, seed=0)[0]) == 1
@@ -28,7 +28,7 @@ def test_the_image_that_the_teacher_sees_decides_if_a_sample_is_a_repetition():
     assert all(sample.image is second[sample.row] for sample in found)
 
 
-def test_the_draw_depends_only_on_the_seed_and_a_smaller_one_is_its_beginning():
+def test_the_draw_depends_only_on_the_seed_and_a_smaller_draw_is_a_prefix_of_a_larger_one():
     source = Rows(IMAGES, captions(30))
     first = draw_samples(source, some(select_seed=1))
     assert len(first) == 20

@@ -108,7 +108,7 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate: Any) ->
 
 
 def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance: Any) -> Path:
-    """Writes a file as a selection does, of the worst two heads or of some layers; NaN becomes null."""
+    """Writes the file of a selection of the two worst heads, or of the given layers; a NaN score is stored as null."""
     origin = {
         "model": "some/model",
         "teacher": "facebook/dinov2-large",

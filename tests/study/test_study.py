@@ -1,7 +1,7 @@
 """The study: its splits, its intervals, and a run of its smallest size from start to end."""
 
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from recipes.study.report import format_interval, paired_interval, without_looki
 from recipes.study.settings import METHODS, SIZES
 from recipes.study.train import hera_config
 from recipes.study.world import CATEGORIES, Sample, make_world
-from tests.e2e.runner import ROOT, run_command
+from tests.e2e.runner import ROOT, HostServer
 
 
 def combinations(samples: list[Sample]) -> set[tuple]:
@@ -46,14 +46,14 @@ def test_every_method_is_a_different_valid_configuration() -> None:
 
 
 @pytest.mark.slow
-def test_the_smallest_study_runs_and_a_second_call_runs_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "recipes/study"), "--size", "smoke", "--output", "smoke"]
-    code, output = run_command(command, tmp_path, timeout=600)
+def test_the_smallest_study_runs_and_a_second_call_runs_nothing(server: HostServer, tmp_path: Path) -> None:
+    run = partial(server.script, ROOT / "recipes/study", "--size", "smoke", "--output", "smoke", cwd=tmp_path)
+    code, output = run()
     assert code == 0, output
     measured = read_json(tmp_path / "smoke/report.json")["measured"]
     for category in (*CATEGORIES, "mean"):
         assert measured[f"accuracy/new/{category}"].keys() == {"sft", "worst5"}
     assert measured["mknn/mllm/worst5"].keys() == {"base", "sft", "worst5"}
     assert "HeRA worst-5 − SFT" in (tmp_path / "smoke/report.md").read_text()
-    code, output = run_command(command, tmp_path, timeout=600)
+    code, output = run()
     assert (code, "more," in output) == (0, False), output

@@ -14,14 +14,8 @@ torch.set_num_threads(1)
 SIDE = 32
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
 _MLP = _VIT | {"intermediate_size": 48}
-_TEXT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "vocab_size": 50,
-    "max_position_embeddings": 8,
-}
+_TEXT = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_TEXT |= {"vocab_size": 50, "max_position_embeddings": 8}
 _SQUARE = {"height": SIDE, "width": SIDE}
 
 MODELS = {

@@ -44,9 +44,9 @@ def by_key(images):
     return {image_key(image): image for image in images}
 
 
-def encode_images(teacher, cache, images, batch_size=32):
+def encode_images(teacher, cache, images):
     """The features that `fill_cache` has written, read back for each image."""
-    fill_cache(teacher, cache, by_key(images), batch_size)
+    fill_cache(teacher, cache, by_key(images), batch_size=32)
     return torch.stack(cache.get(list(map(image_key, images)))).float()
 
 
@@ -107,32 +107,3 @@ def test_a_killed_run_continues_after_its_last_shard(teacher, cache, paths, monk
     fill_cache(teacher, cache, by_key(paths), batch_size=10)
     assert teacher.batches == (3,)
     assert len(cache) == 7
-
-
-def test_the_batch_is_halved_with_a_warning_when_memory_runs_out(save_teacher, cache, paths, caplog):
-    class SmallMemory(CountingTeacher):
-        def encode(self, pixel_values):
-            if len(pixel_values) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return super().encode(pixel_values)
-
-    teacher = SmallMemory.from_pretrained(str(save_teacher("dinov2")), "cpu")
-    features = encode_images(teacher, cache, paths, batch_size=6)
-    torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
-    # Batches of 6 and 3 images fail; those of 1 succeed, and the size stays.
-    assert teacher.batches == (1,) * 7
-    assert "batches of 3 samples" in caplog.text
-    assert "batches of 1 samples" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("error", "batch_size"),
-    [(torch.OutOfMemoryError("CUDA out of memory. Tried"), 1), (RuntimeError("no kernel image is available"), 4)],
-)
-def test_other_errors_and_a_single_image_that_does_not_fit_are_raised(error, batch_size, save_teacher, cache, paths):
-    class Broken(VisionTeacher):
-        def encode(self, pixel_values):
-            raise error
-
-    with pytest.raises(type(error), match=str(error)):
-        encode_images(Broken.from_pretrained(str(save_teacher("dinov2")), "cpu"), cache, paths, batch_size)

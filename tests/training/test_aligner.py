@@ -182,7 +182,7 @@ def test_which_targets_a_configuration_means() -> None:
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
     for keys, key in (({"heads": "auto"}, "hera_heads"), ({**LAYER, "layers": "auto"}, "hera_layers")):
         with pytest.raises(
-            ValueError, match=rf"^{key}: auto works only in a Trainer.*give the path of the file that a selection"
+            ValueError, match=rf"^{key}: auto works only in a Trainer.*call llamafactory_hera.select_heads"
         ):
             make(model, **keys)
 

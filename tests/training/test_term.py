@@ -148,9 +148,10 @@ def test_the_memory_takes_in_a_batch_after_its_loss(z, teacher):
     torch.testing.assert_close(again.loss, naive_term(*everything, [True] * 2 * N, TAU, 3, True, N).loss)
 
 
-def test_mknn_is_measured_among_as_many_candidates_from_first_to_last():
+def test_values_are_comparable_once_the_memory_is_full():
     term = ContrastiveTerm(3, memory=CrossBatchMemory(2 * N))
     outputs = [term(torch.randn(HEADS, N, D), torch.randn(N, D_TEACHER), all_valid(), TAU) for _ in range(4)]
+    assert [output.comparable.item() for output in outputs] == [False, False, True, True]
     assert [output.mknn.isfinite().all().item() for output in outputs] == [False, False, True, True]
     chances = [math.nan] * 2 + [3 / (3 * N - 1)] * 2
     assert [output.chance.item() for output in outputs] == pytest.approx(chances, nan_ok=True)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ..files import read_json, write_json
+from ..files import BUILT, read_json, write_json
 from .processor import chat_end, make_processor
 from .sources import EMBEDDING, HEAD, Source, language_weights, open_language, open_vision, vision_weights
 
@@ -34,9 +34,10 @@ def build_backbone(
 ) -> BuiltModel:
     """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
-    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. The complete
-    model is in memory first, and the folder appears when it is complete. ``pad`` pads images to squares with the mean
-    color of the encoder's image processor; ``square`` leaves that processor unchanged. LLaVA uses the same two names.
+    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. The entire model
+    must fit in memory. The folder appears only after all files are written. ``pad`` pads images to squares with the
+    mean color of the encoder's image processor; ``square`` leaves that processor unchanged. LLaVA uses the same two
+    names.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
@@ -67,7 +68,7 @@ def build_backbone(
 
 
 def padded_vocabulary(rows: int, tokens: int) -> int:
-    """Returns the number of embedding rows: ``rows``, or the next multiple of 64 if the tokens need more."""
+    """Returns ``rows`` if this is enough for all tokens, otherwise ``tokens`` rounded up to a multiple of 64."""
     return rows if tokens <= rows else -(-tokens // 64) * 64
 
 
@@ -79,11 +80,14 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
     values |= {"image_token_index": processor.image_token_id, "image_seq_length": n_tokens}
     values |= {"vision_feature_select_strategy": processor.vision_feature_select_strategy, "vision_feature_layer": -1}
     values |= {"tie_word_embeddings": text.tie_word_embeddings, "architectures": ["LlavaForConditionalGeneration"]}
-    return LlavaConfig(**values)
+    return LlavaConfig(**values | {BUILT: True})
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Copies the generation settings, and adds the end of a turn, because base models would continue after it."""
+    """Copies the generation settings, and adds the end-of-turn token to the tokens that stop generation.
+
+    Without it, base models would continue after the end of their turn.
+    """
     settings = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (file := language.folder / "generation_config.json").is_file():
         settings |= read_json(file)
@@ -96,7 +100,7 @@ def _add_rows(weights: dict[str, Tensor], n_rows: int) -> None:
     """Appends rows to the embedding and the output layer, in place."""
     for name in (EMBEDDING, HEAD) if n_rows else ():
         if name in weights:
-            # The mean row makes a new token as likely and as large as an average token.
+            # With the mean of all rows, a new token has the average logit instead of a random one.
             mean = weights[name].mean(dim=0, dtype=torch.float32).to(weights[name].dtype)
             weights[name] = torch.cat([weights[name], mean.expand(n_rows, -1)])
 

@@ -132,7 +132,7 @@ def profile_heads(
         done = run_batches(batches, samples, collate, read, num_workers)
         for batch, results in tqdm(done, f"RAH-LoRA | {what}", len(batches), unit="batch"):
             found.update(zip(batch, results, strict=True))
-        # The order of the samples keeps the rounding of a mean independent of the batches.
+        # Results return to the order of the samples, so the means round the same way for every batch size.
         return [found[row] for row in range(len(samples))]
 
     def mean(values: Sequence[Tensor]) -> Tensor:

@@ -116,7 +116,7 @@ def _profile(
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("key") == key:
-            logger.warning("%s: profiling is skipped, because this profile is of the same model and samples.", path)
+            logger.warning("%s: this profile is for the same model and samples, so it is reused.", path)
             return Profile(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     features = [sample.features for sample in samples]
     profile = profile_heads(forward, features, collate, config, inputs.num_workers)

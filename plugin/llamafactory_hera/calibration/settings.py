@@ -20,9 +20,11 @@ class RahConfig(KeyedConfig):
 
     PREFIX: ClassVar[str] = "rah_"
 
-    samples: int = knob(100, "Samples to draw, each with a different image, including held-out ones.", at_least=1)
+    samples: int = knob(
+        100, "Number of samples to draw, including the held-out ones; no image is drawn twice.", at_least=1
+    )
     held_out: int = knob(32, "Number of drawn samples that are reserved for the trust region (ours).", at_least=1)
-    probes: int = knob(32, "Number of the other samples on which CAF is computed.", at_least=1)
+    probes: int = knob(32, "Number of samples for CAF, taken from those that are not held out.", at_least=1)
     seed: int = knob(0, "Seed of the sample draw and of randomly chosen heads.", at_least=0)
     batch_size: int = knob(4, "Samples per forward pass; halved when memory runs out (ours).", at_least=1)
     text: Text = knob(
@@ -45,7 +47,9 @@ class RahConfig(KeyedConfig):
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
-        1.0, "Standard deviations by which an anchor's I-SAL exceeds its layer's mean (eq. 8; ours).", at_least=0
+        1.0,
+        "Number of standard deviations by which an anchor's I-SAL must exceed its layer's mean (eq. 8; ours).",
+        at_least=0,
     )
     update: Literal["calibrate", "prune"] = knob(
         "calibrate",
@@ -59,7 +63,10 @@ class RahConfig(KeyedConfig):
     w_v: float = knob(0.7, "Weight of the value slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     w_o: float = knob(0.3, "Weight of the output slices in parametric similarity (eq. 11).", at_least=0, at_most=1)
     trim: float = knob(
-        0.1, "Fraction of the anchors to omit at each end when averaging elements (eq. 12).", at_least=0, at_most=0.49
+        0.1,
+        "Fraction of values to cut at each end of the trimmed mean over anchors (eq. 12).",
+        at_least=0,
+        at_most=0.49,
     )
     rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)

@@ -222,7 +222,10 @@ def by_category(sums: Sums) -> dict[str, Any]:
 
 
 def mme_score(sums: Sums) -> dict[str, Any]:
-    """Sums the question accuracy and the share of images with both answers right over the perception categories."""
+    """Computes MME's perception score.
+
+    It is the sum, over the perception categories, of the accuracy and of the share of images with two right answers.
+    """
     kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
     both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
     return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}
@@ -237,5 +240,5 @@ def cv_bench_score(sums: Sums) -> dict[str, Any]:
 def amber_d_score(sums: Sums) -> dict[str, Any]:
     """Computes the accuracy, and precision, recall and F1 of the answer "no"."""
     precision, recall = _ratio(sums, "both_no", "said_no"), _ratio(sums, "both_no", "no")
-    f1 = 2 * precision * recall / (precision + recall + 0.01)  # AMBER adds 0.0001 to fractions
+    f1 = 2 * precision * recall / (precision + recall + 0.01)  # 0.01%; AMBER adds 0.0001 to fractions
     return {"accuracy": _ratio(sums, "right", "n"), "precision": precision, "recall": recall, "F1": f1}

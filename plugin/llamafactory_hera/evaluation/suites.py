@@ -53,8 +53,8 @@ class Task:
     group: str = ""  # a Jinja template; samples with the same text form a group
     kind: str = ""  # a Jinja template; becomes the category of a record
     rows: Callable[[Any], Any] | None = None  # changes the loaded dataset
-    comparable: str = "same"  # to the paper's score: same, close or no; empty if the paper reports none
-    why: str = ""  # the reason for close or no
+    comparable: str = "same"  # with the score of the paper: same, close or no; empty if the paper has none
+    why: str = ""  # the reason, if `comparable` is close or no
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Judges an answer and returns its record, in the form that lmms-eval expects."""

@@ -102,7 +102,7 @@ class Targets:
         """Reads the value of a setting.
 
         Args:
-            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, or ready targets.
+            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, or existing ``Targets``.
             granularity: The kind that the names denote.
             layout: The sizes of the model, in which every target must exist; needed to resolve :data:`NAMED_LAYERS`.
             key: The setting to put into error messages; by default that of the granularity.

@@ -1,12 +1,12 @@
 """HeRA in axolotl: a plugin that reads the ``hera_*`` keys of axolotl's YAML file::
 
 plugins: [llamafactory_hera.integrations.axolotl.HeraPlugin]
-hera_heads: L13H12,L7H6
 hera_teacher: facebook/dinov2-large
 """
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,9 @@ class HeraPlugin(BasePlugin):
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)
+
+            def named_keys(self) -> nullcontext:
+                return nullcontext()
 
             def check_collator(self, hera: HeraConfig) -> None:
                 strategy = self.data_collator.processing_strategy

@@ -77,10 +77,10 @@ class _Renderer(Renderer):
 
 
 class _Share(torch.autograd.Function):
-    """Adds the term to the LM loss; the term's gradient does not depend on how the engine weights the sum.
+    """Adds the HeRA term to the LM loss, and gives every micro-batch the same share of the term's gradient.
 
-    The engine weights each micro-batch by its number of labeled tokens. That is right for the LM loss, but the term is
-    a mean over micro-batches.
+    The engine weights the sum by the number of labeled tokens in the micro-batch. This weight is right for the LM loss
+    but not for the term, which is a mean over micro-batches.
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class _Share(torch.autograd.Function):
 
 
 class _AlignerCallback(TrainerCallback):
-    """Trains the objective's own parameters after the weights, and passes HeRA's values to the engine's log."""
+    """Updates the objective's own parameters after each optimizer step, and passes HeRA's values to the log."""
 
     def __init__(self, trainer: HeraV1Trainer) -> None:
         self._trainer = trainer
@@ -125,7 +125,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         (
             "micro_batch_size",
             size,
-            size * processes + hera.remembered < least,
+            hera.remembered is not None and size * processes + hera.remembered < least,
             f"hera_objective: {hera.objective} needs {least} samples from all processes and hera_memory together",
         ),
     )

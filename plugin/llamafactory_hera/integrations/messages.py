@@ -4,9 +4,15 @@ The library logs to one logger, ``llamafactory_hera``, and configures nothing wh
 """
 
 import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ..config import HeraConfig
 from ..distributed import rank, world_size
+from ..keys import typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,12 +42,88 @@ def show_messages(host: logging.Logger | None = None) -> None:
         logger.setLevel(logging.INFO)
 
 
+def log_share(values: dict[str, float], weight: float) -> None:
+    """Logs the weighted term's share of the loss of a log line on the first process, unless it is unknown or 0."""
+    term = weight * values.get("hera_loss", 0.0)
+    total = values.get("lm_loss", 0.0) + term
+    if rank() == 0 and 0 < term <= total:
+        numbers = f"{weight:g} x {values['hera_loss']:.3g} of {total:.3g}"
+        logger.info(f"HeRA | the term is {term / total:.1%} of the loss ({numbers})")
+
+
+def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps: int) -> None:
+    """Logs at the end of a run, on the first process, whether MKNN rose, or the loss fell if MKNN is not measured.
+
+    The change is that between the means of the first and of the last log lines, at most five each. Its noise is two
+    standard errors, computed from the differences of consecutive lines, so that a slow trend hardly adds to it. Lines
+    count as independent of each other.
+    """
+    if rank() > 0:
+        return
+    weight, memory = aligner.config.weight, aligner.memory
+    lines = [line for line in history if line.get("hera_loss")]  # 0 if no sample could be compared
+    key, name, sign, chance = "hera_loss", "the alignment loss", -1, ""
+    if chances := [line["hera_mknn_chance"] for line in lines if "hera_mknn" in line]:
+        key, name, sign = "hera_mknn", f"MKNN of the aligned {aligner.targets.what}", 1
+        chance = f", chance {sum(chances) / len(chances):.3f}"
+    values = [line[key] for line in lines if key in line]
+    n_held = 0 if memory.pairs is None else int(memory.pairs[2].sum())
+    if len(values) >= 2:
+        few = min(5, len(values) // 2)
+        first, last = sum(values[:few]) / few, sum(values[-few:]) / few
+        squares = [(after - before) ** 2 for before, after in pairwise(values)]
+        noise = 2 * (sum(squares) / len(squares) / few) ** 0.5
+        text = (
+            f"{name} went from {first:.3f} to {last:.3f} (means of the first and the last {few} of {len(values)} log "
+            f"lines; noise {noise:.3f}{chance})."
+        )
+        if sign * (last - first) <= noise and weight > 0:
+            text += (
+                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Try hera_weight: "
+                f"{10 * weight:g}, ten times the present one (docs/method.md#which-weight)."
+            )
+    elif n_held < (memory.size or 0):
+        text = (
+            f"the memory of {memory.size} samples never filled in {n_steps} steps ({n_held} entered), so hera_loss "
+            "and hera_mknn were not logged. Train longer, use a larger batch, or lower hera_memory."
+        )
+    else:
+        text = f"fewer than two log lines have {key}, so its change is unknown. Lower logging_steps."
+    logger.info(f"HeRA | {text}")
+
+
+@contextmanager
+def translated(translate: Callable[[str], str]) -> Iterator[None]:
+    """Changes the messages of errors."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if error.args == (str(error),):  # not an error such as UnicodeDecodeError
+            error.args = (translate(str(error)),)
+        raise
+
+
+def in_python(message: str) -> str:
+    """Writes keys as arguments of ``HeraConfig``, for instance ``hera_pooling: text`` as ``pooling='text'``."""
+
+    def argument(match: re.Match[str]) -> str:
+        declared = HeraConfig.knobs().get(match[1])
+        if declared is None:
+            return match[0]
+        with suppress(ValueError):  # a text may be the first of several words
+            if match[2] and declared.type not in (str, str | None):
+                return f"{declared.name}={typed(match[1], match[2], declared.type)!r}"
+        return declared.name + match[0].removeprefix(match[1])
+
+    return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
+
+
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:
     """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
     if rank() > 0:
         return
     config, objective = aligner.config, aligner.objective
-    size, steps = training_args.per_device_train_batch_size, training_args.gradient_accumulation_steps
+    size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
     trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
     lines = {
@@ -53,10 +135,11 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     }
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
-        in_batch = micro_batch * (steps if config.gradcache else 1) - 1
-        up_to = "up to " if config.memory else ""
-        counted = f"({in_batch} of the batch, {up_to}{config.memory} remembered)"
-        counted += "; hera_mknn is logged once the memory is full" * (config.memory > 0)
-        lines |= {"neighbors": str(config.k), "candidates per sample": f"{up_to}{in_batch + config.memory} {counted}"}
+        in_batch, remembered = micro_batch * (steps if config.gradcache else 1) - 1, aligner.memory.size or 0
+        candidates = in_batch + remembered
+        taken = min(config.k, candidates // 2)
+        counted = f"{taken} of {candidates} candidates ({in_batch} of the batch, {remembered} remembered)"
+        counted += f"; hera_k: {config.k} needs {2 * config.k} candidates" * (taken < config.k)
+        lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * (remembered > 0)
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")

@@ -1,14 +1,18 @@
 """The model card of a finished run: tags, a section on the alignment, and the same content as ``hera/card.json``."""
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..files import CARD, RUN_FOLDER, write_json, write_text
-from ..selection.scores import command_line, package_versions
+from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
+from ..heads.families import model_config
+from ..heads.targets import file_name
+from ..selection.report import Comparison
+from ..selection.scores import ScoreFile, command_line, package_versions
 
 _PAPER = "https://arxiv.org/abs/2606.23885"
 _CITATION = """@article{caffagni2026hera,
@@ -18,6 +22,7 @@ _CITATION = """@article{caffagni2026hera,
   journal = {arXiv preprint arXiv:2606.23885},
   year    = {2026}
 }"""
+_PAGE = "README.md"
 _BEGIN, _END = "<!-- llamafactory-hera -->", "<!-- /llamafactory-hera -->"
 #: Logged values that the card shows, with their titles.
 _CURVES = {
@@ -32,26 +37,48 @@ _CURVES = {
 def write_card(trainer: Any) -> None:
     """Writes ``hera/card.json``, and adds the tags and the section on the alignment to a run's ``README.md``."""
     folder, content = Path(trainer.args.output_dir), _content(trainer)
+    with suppress(ValueError):  # the heads were written by hand, so their scores before training are unknown
+        file = ScoreFile.load(folder / RUN_FOLDER / file_name(trainer.aligner.targets.granularity))
+        content |= _values(Comparison([file], ["before"], trainer.aligner.targets, "aligned"))
+    card = _with_section(folder, content)
+    data: Any = card.data
+    data.pipeline_tag = content["task"]
+    data.tags = list(dict.fromkeys([*(data.tags or []), "hera"]))
+    data.datasets = list(dict.fromkeys([*(data.datasets or []), *trainer.hub_datasets])) or None
+    if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
+        data.base_model = None  # the hub would read the path as the name of a model
+    write_text(folder / _PAGE, str(card))
+
+
+def add_scores(folder: Path, scores: Comparison) -> None:
+    """Adds the scores of a finished run to its ``hera/card.json`` and to the section in its ``README.md``."""
+    path = folder / RUN_FOLDER / CARD
+    if path.is_file():
+        write_text(folder / _PAGE, str(_with_section(folder, read_json(path) | _values(scores))))
+
+
+def _values(scores: Comparison) -> dict[str, Any]:
+    return {"scores": {"setting": scores.files[-1].setting, "names": list(scores.names), "mknn": scores.rows}}
+
+
+def _with_section(folder: Path, content: dict[str, Any]) -> ModelCard:
+    """Writes ``hera/card.json``, and returns the card of ``README.md`` with a section that replaces an earlier one."""
     write_json(folder / RUN_FOLDER / CARD, content)
-    page = folder / "README.md"
+    page = folder / _PAGE
     text = page.read_text(encoding="utf-8") if page.is_file() else "---\n{}\n---\n"
     card = ModelCard(text, ignore_metadata_errors=True)
     others = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL).strip("\n")
     card.text = "\n\n".join(filter(None, [others, f"{_BEGIN}\n{_section(content)}\n{_END}\n"]))
-    data: Any = card.data
-    tags = [*(data.tags or []), "hera", content["objective"].rpartition(":")[2]]
-    data.tags = list(dict.fromkeys(tags + ["llamafactory"] * ("llama-factory" in tags)))
-    data.datasets = list(dict.fromkeys([*(data.datasets or []), *trainer.hub_datasets])) or None
-    if isinstance(data.base_model, str) and Path(data.base_model).is_dir():
-        data.base_model = None  # the hub would read the path as the name of a model
-    write_text(page, str(card))
+    return card
 
 
 def _content(trainer: Any) -> dict[str, Any]:
     """Collects the aligned heads or layers, the teacher, the settings and the logged values; omits unknown ones."""
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
-    config, targets = aligner.config, aligner.targets
-    compared = (line for line in state.log_history if line.get("hera_loss"))  # 0 if no sample could be compared
+    config, targets, architecture = aligner.config, aligner.targets, model_config(trainer.model)
+    multimodal = architecture.get_text_config() is not architecture
+    # hera_loss is 0 if no sample could be compared, and missing while the memory fills
+    lines = (line for line in state.log_history if "lm_loss" in line and line.get("hera_loss") != 0)
     content: dict[str, Any] = {
         targets.what: list(targets.names),
         "objective": config.objective,
@@ -59,22 +86,35 @@ def _content(trainer: Any) -> dict[str, Any]:
         "teacher": config.teacher,
         "teacher_fingerprint": aligner.teacher.encoder.fingerprint,
         "steps": state.global_step,
-        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in compared],
+        "log": [{name: line[name] for name in ("step", *_CURVES) if name in line} for line in lines],
         "command": command_line(),
         "versions": package_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "paper": _PAPER,
+        "task": "image-text-to-text" if multimodal else "text-generation",
+        "usage": _usage(trainer, multimodal),
     }
     if best not in (None, state.global_step):
         content["weights_of_step"] = best
     if config.reads("hera_memory"):
-        content |= {"k": config.k, "memory": config.memory}
-    by_head = targets.granularity == "head"
-    if scores := targets.provenance.get("scores" if by_head else "layer_scores"):
-        names = ("keys", "samples", "chance_level", "dataset", "date")
-        mknn = {str(item): scores[item.layer][item.head] if by_head else scores[item.layer] for item in targets.items}
-        content["selection"] = {name: targets.provenance.get(name) for name in names} | {"mknn": mknn}
+        content |= {"k": config.k, "memory": aligner.memory.size}
     return content
+
+
+def _usage(trainer: Any, multimodal: bool) -> str:
+    """Returns the code that loads the model, or the adapter on its base model."""
+    auto = (
+        ("AutoModelForImageTextToText", "AutoProcessor") if multimodal else ("AutoModelForCausalLM", "AutoTokenizer")
+    )
+    name = base = trainer.args.hub_model_id or trainer.args.output_dir
+    lines = [f"from transformers import {', '.join(auto)}\n"]
+    adapters = [each for module in trainer.model.modules() for each in getattr(module, "peft_config", {}).values()]
+    if adapters:
+        base, lines = adapters[0].base_model_name_or_path, ["from peft import PeftModel", *lines]
+    lines += [f'processor = {auto[1]}.from_pretrained("{name}")']
+    lines += [f'model = {auto[0]}.from_pretrained("{base}", dtype="auto")']
+    lines += [f'model = PeftModel.from_pretrained(model, "{name}")'] if adapters else []
+    return "\n".join(lines)
 
 
 def _section(content: dict[str, Any]) -> str:
@@ -96,14 +136,13 @@ def _section(content: dict[str, Any]) -> str:
     if "memory" in content:
         remembered = f" and with up to {content['memory']} remembered ones" if content["memory"] else ""
         parts.append(f"MKNN in training compares a sample with those of its batch{remembered}.")
-    if selection := content.get("selection"):
-        keys, scores = selection["keys"], (f"{name} {score:.4f}" for name, score in selection["mknn"].items())
-        parts.append(
-            f"Selection before training ({keys['hera_select']}, mode {keys['hera_select_mode']}, k="
-            f"{keys['hera_select_k']}, {selection['samples']} samples of {selection['dataset']}) measured MKNN "
-            f"{', '.join(scores)}; unrelated features reach {selection['chance_level']:.4f}. "
-            "`llamafactory-hera score` measures this model."
-        )
+    if scores := content.get("scores"):
+        rows = [f"| MKNN with the teacher | {' | '.join(scores['names'])} |", f"|---|{'--:|' * len(scores['names'])}"]
+        rows += [f"| {name} | {' | '.join(f'{v:.4f}' for v in mknn)} |" for name, mknn in scores["mknn"].items()]
+        parts += ["\n".join(rows), f"Measured on {scores['setting']}."]
+        if scores["names"] == ["before"]:
+            parts.append("`llamafactory-hera score` measures the trained model.")
+    parts.append(f"```python\n{content['usage']}\n```")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")
     parts.append(f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).")

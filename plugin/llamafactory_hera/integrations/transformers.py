@@ -5,7 +5,7 @@ another trainer. The mixin only overrides methods of transformers' Trainer.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import HeraConfig
-from ..distributed import mean_over_ranks, on_first
+from ..distributed import mean_over_ranks, on_first, world_size
 from ..files import locked
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
@@ -24,7 +24,7 @@ from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
 from ..training.checks import check_settings
 from ..training.gradcache import keep_random_state
-from .messages import log_setup, show_messages
+from .messages import in_python, log_outcome, log_setup, log_share, show_messages, translated
 from .model_card import write_card
 from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
 
@@ -78,6 +78,10 @@ class HeraTrainerMixin(_Base):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys makes one of hera_* keys.")
         super().__init__(*args, **kwargs)
         show_messages()
+        with self.named_keys():
+            self._prepare_hera(hera, targets, images_of)
+
+    def _prepare_hera(self, hera: HeraConfig, targets: Targets | None, images_of: Callable) -> None:
         self.check_collator(hera)
         check_settings(hera, self)
         if self.train_dataset is not None:
@@ -94,6 +98,15 @@ class HeraTrainerMixin(_Base):
         self._random_states: list[Callable[[], None]] = []
         self._engine_scale: float | None = None  # DeepSpeed's loss scale; accelerate has no scaler with DeepSpeed
         self.add_callback(_AlignerCallback(self))
+
+    def named_keys(self) -> AbstractContextManager[None]:
+        """Names the keys in error messages as the user writes them; a host with a YAML file returns a null context."""
+        return translated(in_python)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the trainer does."""
+        with self.named_keys():
+            return super().train(*args, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
         """Raises ``ValueError`` if a collator that the trainer created itself does not fit the settings."""
@@ -209,9 +222,11 @@ class HeraTrainerMixin(_Base):
     # -- log lines and the model card ------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs HeRA's values together with the training loss."""
+        """Logs HeRA's values together with the training loss; once per run, also the term's share of the loss."""
         if "loss" in logs:
             logs = {**logs, **mean_over_ranks(self.aligner.logs(), self.args.device)}
+            if not any(line.get("hera_loss") for line in self.state.log_history):
+                log_share(logs, self.aligner.config.weight)
         super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -275,6 +290,10 @@ class _AlignerCallback(TrainerCallback):
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
         aligner.batch_size = state.train_batch_size  # after an out-of-memory error, smaller than the argument
+        if not state.global_step:  # a resumed run keeps the memory of its checkpoint
+            aligner.memory.clear()
+        steps = args.gradient_accumulation_steps if aligner.config.gradcache else 1
+        aligner.memory.settle(aligner.batch_size * world_size() * steps)
         log_setup(aligner, self._trainer.model, args)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -283,6 +302,7 @@ class _AlignerCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.aligner.close()
+        log_outcome(self._trainer.aligner, state.log_history, state.global_step)
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
         self._lock.close()

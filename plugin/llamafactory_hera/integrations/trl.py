@@ -50,5 +50,5 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
                 "hera_pooling: answer averages over the tokens with a label, and TRL also labels the prompt of this "
                 "data. Split `messages` into `prompt` and `completion` (without completion_only_loss=False), set "
                 "assistant_only_loss=True (TRL 1.15 with transformers 5.18, and a chat template with {% generation "
-                "%}), or choose pooling='text' or 'mean'."
+                "%}), or set hera_pooling: text or mean."
             )

@@ -1,4 +1,4 @@
-"""JARVIS: the first layers of the language model predict the teacher's features of image blocks hidden from them.
+"""JARVIS: the first layers of the language model predict the teacher's features of hidden image blocks.
 
 The code follows that of its authors (aimagelab/JARVIS); blocks are sampled as in I-JEPA (arXiv 2301.08243).
 """
@@ -18,12 +18,12 @@ from .decoder_inputs import DecoderInputs
 
 logger = logging.getLogger("llamafactory_hera")
 
-# aimagelab/JARVIS: src/train/args.py, and scripts/train/st1_jarvis.sh for the chance of a plain micro-batch
+# Values of aimagelab/JARVIS: src/train/args.py, and scripts/train/st1_jarvis.sh for `_PLAIN`.
 _N_TARGETS, _TARGET_SCALES, _TARGET_ASPECTS = 4, (0.15, 0.2), (0.75, 1.5)
 _CONTEXT_SCALES, _SQUARE = (0.85, 1.0), (1.0, 1.0)
 _Range = tuple[float, float]
 _TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: a context of at most 10 tokens is sampled again, 20 times at most
-_PLAIN = 0.2
+_PLAIN = 0.2  # the probability that a micro-batch has no masks and no JARVIS loss
 
 
 @register("jarvis")
@@ -32,8 +32,9 @@ class Jarvis(TokenObjective):
 
     A learned vector replaces every token of a target block. A target sees itself and the context, which is a large
     block without the targets. Text after the image sees context and targets. No token sees the rest of the image. One
-    in five micro-batches is plain, without masks and term. With ``hera_visual_attention: two_way``, visual tokens see
-    each other in both directions, as in the authors' code. Samples with several images enter only the LM loss.
+    in five micro-batches is plain: it has no masks, and only its LM loss counts. With
+    ``hera_visual_attention: two_way``, visual tokens see each other in both directions, as in the authors' code.
+    Samples with several images enter only the LM loss.
     """
 
     granularities = ("layer",)
@@ -157,7 +158,10 @@ def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples a block without the targets; if too few tokens remain, it keeps the last target, then the last two."""
+    """Samples a block and removes the targets from it.
+
+    If this leaves too few tokens, the last target is not removed, then the last two, and so on.
+    """
     context = torch.zeros(side * side, dtype=torch.bool)
     for n_left_out in range(len(targets), -1, -1):
         for _ in range(_TRIES):

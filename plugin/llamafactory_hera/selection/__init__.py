@@ -1,1 +1,1 @@
-"""Head selection: `resolve.select_targets` scores and chooses heads of the `samples.SelectionInputs` of a host."""
+"""Head selection: `resolve.select_targets` scores and chooses heads, given a host's `samples.SelectionInputs`."""

@@ -73,7 +73,8 @@ def _image_and_caption(sample: Sample, tokenizer: Any) -> tuple[str, str]:
     runs = groupby(sample.features.get("labels") or [], lambda label: label != IGNORE_INDEX)
     answers = [list(labels) for labeled, labels in runs if labeled]
     text = tokenizer.decode(answers[-1], skip_special_tokens=True) if answers and tokenizer is not None else ""
-    return os.fspath(image), " ".join(text.split())[:160]
+    last = text.strip().rpartition("\n")[2]  # a caption of the mode llm contains all answers, one per line
+    return os.fspath(image), " ".join(last.split())[:160]
 
 
 class Neighbors(NamedTuple):
@@ -91,79 +92,97 @@ class Neighbors(NamedTuple):
             tensors = {name: file.get_tensor(name).long() for name in cls._fields[:-1]}
             return cls(**tensors, samples=json.loads(file.metadata()["samples"]))
 
-
-def default_heads(scored: ScoreFile) -> list[Target]:
-    """Returns the least aligned, the median and the most aligned head of a file of scores."""
-    ranked = list(scored.ranked("head"))
-    return [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    def shares(self, head: Target, n: int | None = None) -> Tensor:
+        """Returns the share of a head's ``n`` nearest samples that are neighbors for the teacher, for each query."""
+        found, expected = self.heads[head][:, :n, None], self.teacher[:, None]
+        return ((found == expected) & (found >= 0)).any(-1).double().mean(-1)
 
 
 def write_gallery(
-    paths: Paths, output: str | os.PathLike = "hera_gallery", names: Sequence[str] = (), heads: str | None = None
+    paths: Paths,
+    output: str | os.PathLike = "hera_gallery",
+    names: Sequence[str] = (),
+    heads: str | None = None,
+    small: bool = False,
 ) -> list[Path]:
-    """Draws ``OUTPUT_L3H4.png`` for each head, and returns the paths.
+    """Draws ``OUTPUT_L3H4.png`` for each head, or one ``small`` picture of the first head, and returns the paths.
 
-    ``heads`` are names or the path of a file, by default :func:`default_heads` of the first file of scores. Raises
-    ``OSError`` if the neighbors of a file are missing.
+    ``heads`` are names or the path of a file, by default the least aligned, the median and the most aligned head of
+    the first file. Raises ``OSError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
-    chosen = Targets.parse(heads).items if heads else default_heads(files[0])
-    known = files[0].ranked("head")
+    known = list(files[0].ranked("head"))
+    chosen = Targets.parse(heads).items if heads else (known[0], known[len(known) // 2], known[-1])
     if unknown := [str(head) for head in chosen if head not in known]:
         raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose others.")
+    if small:
+        save_figure(draw_gallery(files, names, chosen[0], small=True), Path(f"{output}.png"))
+        return [Path(f"{output}.png")]
     pictures = [Path(f"{output}_{head}.png") for head in chosen]
     for head, picture in zip(chosen, pictures, strict=True):
         save_figure(draw_gallery(files, names, head), picture)
     return pictures
 
 
-def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target) -> Figure:
+def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target, small: bool = False) -> Figure:
     """Draws a row for each query: its nearest images for the teacher and, in each file, for the head.
 
-    A frame marks images that are also among the teacher's ``k`` nearest.
+    A frame marks images that are also among the teacher's ``k`` nearest. A ``small`` picture shows only the first and
+    the last file, and two queries: those whose frames change most like the mean.
     """
+    if small:
+        files, names = (files[0], files[-1]), (names[0], names[-1])
     held = [Neighbors.load(file.path) for file in files]
     samples = {index: sample for neighbors in held for index, sample in neighbors.samples.items()}  # of all files
-    queries, teacher = held[0].queries.tolist(), held[0].teacher.tolist()
-    k, columns = len(teacher[0]), min(_COLUMNS, len(teacher[0]))
-    width, height = 1.0 + _STEP + (1 + len(files)) * (columns * _STEP + _GROUP), _TOP + len(queries) * _ROW
-    figure = new_figure(width, height)
+    teacher, shares = held[0].teacher, [neighbors.shares(head, _COLUMNS if small else None) for neighbors in held]
+    change, k, n = shares[-1] - shares[0], teacher.shape[1], 2 if small else len(teacher)
+    shown = (change - change.mean()).abs().argsort(stable=True)[:n].sort().values if small else torch.arange(n)
+    columns, group, top, size = min(_COLUMNS, k), *((0.24, 0.36, 13) if small else (_GROUP, _TOP, 10))
+    across = 2 if small else columns  # images in a line
+    row_height = 2 * _STEP + 0.24 if small else _ROW
+    figure = new_figure(0, 0)
     figure.set_layout_engine("none")
+    figure.patch.set_alpha(0 if small else 1)  # suits light and dark pages
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
 
-    def draw(title: str, rows: Sequence[Sequence[int]], left: float, compared: bool = False) -> float:
-        """Draws a group of images, optionally compared with the teacher, and returns the left edge for the next."""
-        right = left + min(columns, len(rows[0])) * _STEP
-        axes.text(left, _TOP - 0.12, title, fontsize=10, va="bottom")
-        for row, (found, expected) in enumerate(zip(rows, teacher, strict=True)):
-            top = _TOP + row * _ROW
-            for column, index in enumerate(found[:columns]):
+    def draw(title: str, rows: Tensor, left: float, side: float = _SIDE, of_rows: Tensor | None = None) -> float:
+        """Draws a group of images, optionally with shares of the teacher's, and returns the left edge for the next."""
+        right = left + (side - _SIDE) + min(across, rows.shape[1]) * _STEP
+        axes.text(left, top - 0.12, title, fontsize=size, va="bottom", color=GRAY if small else "black")
+        for row, query in enumerate(shown.tolist()):
+            y = top + row * row_height
+            for place, index in enumerate(rows[query, :columns].tolist()):
                 if index >= 0:
-                    framed = compared and index in expected
-                    _draw_image(axes, *samples[str(index)], left + column * _STEP, top, framed)
-            if compared:
-                share = len(set(found) & set(expected)) / k
+                    path, caption = samples[str(index)]
+                    framed = of_rows is not None and index in teacher[query]
+                    corner = left + place % across * _STEP, y + place // across * _STEP
+                    _draw_image(axes, path, "" if small else caption, corner, side, framed)
+            if of_rows is not None and not small:
+                share = of_rows[query].item()
                 color = GREEN if share else GRAY
-                axes.text(right, top + _SIDE / 2, f"{share:.2f}", fontsize=11, va="center", color=color)
-        return right + _GROUP
+                axes.text(right, y + _SIDE / 2, f"{share:.2f}", fontsize=11, va="center", color=color)
+        return right + group
 
-    title = f"{head}: nearest images; frames mark the teacher's {k}, numbers their share"
-    axes.text(0.1, 0.12, title, fontsize=13, va="top")
-    left = draw("query", [[query] for query in queries], 0.1)
-    left = draw(f"teacher: {files[0].provenance['teacher']}", teacher, left)
-    for name, file, neighbors in zip(names, files, held, strict=True):
-        title = f"{name}: MKNN {file.scores[head]:.3f} (chance {file.chance:.3f})"
-        left = draw(title, neighbors.heads[head].tolist(), left, compared=True)
+    if not small:
+        title = f"{head}: nearest images; frames mark the teacher's {k}, numbers their share"
+        axes.text(0.1, 0.12, title, fontsize=13, va="top")
+    left = draw("query", held[0].queries[:, None], 0.1, _STEP + _SIDE if small else _SIDE)
+    left = draw("teacher" if small else f"teacher: {files[0].provenance['teacher']}", teacher, left)
+    for name, file, neighbors, of_rows in zip(names, files, held, shares, strict=True):
+        title = name if small else f"{name}: MKNN {file.scores[head]:.3f} (chance {file.chance:.3f})"
+        left = draw(title, neighbors.heads[head], left, of_rows=of_rows)
+    width, height = left - group + (0.1 if small else 0.5), top + n * row_height - (0.18 if small else 0)
+    figure.set_size_inches(width, height)
     axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
 
 
-def _draw_image(axes: Axes, path: str, caption: str, left: float, top: float, framed: bool) -> None:
-    image = load_image(path)
+def _draw_image(axes: Axes, path: str, caption: str, corner: tuple[float, float], side: float, framed: bool) -> None:
+    image, (left, top) = load_image(path), corner
     image.thumbnail((_PIXELS, _PIXELS))
-    axes.imshow(image, extent=(left, left + _SIDE, top + _SIDE, top))
-    lines = textwrap.wrap(textwrap.shorten(caption, 44, placeholder="…"), 23)[:2]
-    axes.text(left, top + _SIDE + 0.03, "\n".join(lines), fontsize=5, va="top")
+    axes.imshow(image, extent=(left, left + side, top + side, top))
+    lines = textwrap.wrap(textwrap.shorten(caption, 34, placeholder="…"), 17)[:2]
+    axes.text(left, top + side + 0.03, "\n".join(lines), fontsize=5, va="top")
     if framed:
-        axes.add_patch(Rectangle((left, top), _SIDE, _SIDE, fill=False, edgecolor=GREEN, linewidth=3))
+        axes.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=GREEN, linewidth=3))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..config import HeraConfig, Mode
+from ..config import HeraConfig
 from ..distributed import gather_objects, rank, world_size
 from ..heads.families import head_layout, media_token_ids, model_config, text_decoder
 from ..heads.probe import pooled_heads
@@ -38,7 +38,7 @@ class Forward:
     precision of the computation, if it differs from that of the weights.
     """
 
-    def __init__(self, model: nn.Module, mode: Mode = "mllm", autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, mode: str = "mllm", autocast: torch.dtype | None = None) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.media = media_token_ids(model_config(model))  #: Token ids of images and other media.

@@ -1,14 +1,10 @@
-"""Tables and plots of one file of scores, and of several files side by side in a Markdown and an HTML page."""
+"""The comparison of score files of one model, before training and after it, as tables and plots."""
 
 import math
 import os
-import re
 import statistics
 import textwrap
-from base64 import b64encode
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,22 +15,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from .. import plots
-from ..files import RUN_FOLDER, write_text
+from ..files import RUN_FOLDER
 from ..heads.targets import Target, Targets
-from .gallery import default_heads, draw_gallery
-from .scores import SCORE_FILES, Paths, ScoreFile, command_line, load_files, render_table
+from .scores import SCORE_FILES, Paths, ScoreFile, load_files, render_table
 
-_COMPARED = 5  # heads in each group, as in the paper
+_COMPARED = 5  # heads, as in the paper
 _CELL = 0.16  # inches
 _CHANCE: dict[str, Any] = {"color": plots.GRAY, "linestyle": "--", "linewidth": 1, "label": "chance"}
-_TITLE = "# Head alignment before and after"
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em }} img {{ max-width: 100% }} td {{ padding-right: 1.5em }}</style>
-<body><h1>{title}</h1>
-{body}
-</body></html>
-"""
 
 
 class Comparison(NamedTuple):
@@ -42,69 +29,95 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    #: ``worst-5`` or ``aligned``, and ``top-5``: each head or layer -> its MKNN (or NaN) in every file; also the mean.
-    groups: dict[str, dict[str, list[float]]]
+    targets: Targets  #: What the run of the last file aligned, or the least aligned heads or layers of the first file.
+    title: str  #: ``aligned`` or ``least aligned``.
 
     @property
-    def summary(self) -> str:
-        """The setting of the scores, and the origin of the groups."""
-        first, groups = self.files[0], " and ".join(group for group in self.groups if group != "aligned")
-        return f"MKNN on {first.setting}. The {groups} {first.chosen.what} are those of {self.names[0]}."
+    def rows(self) -> dict[str, list[float]]:
+        """The MKNN (or NaN) of each target in every file; also the ``mean``, and that of all ``others``."""
+        scores = [file.ranked(self.targets.granularity) for file in self.files]
+        rows = {str(target): [known.get(target, math.nan) for known in scores] for target in self.targets.items}
+        both = [target for target in scores[0] if target in scores[-1] and target not in self.targets.items]
+        mean = [statistics.fmean(column) for column in zip(*rows.values(), strict=True)]
+        others = [float(np.mean([known.get(target, math.nan) for target in both] or math.nan)) for known in scores]
+        return rows | {"mean": mean, "others": others}
 
     @property
     def table(self) -> list[list[str]]:
         """The header and rows: MKNN in every file, and the difference between the last and the first."""
-        rows = [[self.files[0].chosen.granularity, *self.names, f"{self.names[-1]} - {self.names[0]}"]]
-        for title, group in self.groups.items():
-            for name, values in group.items():
-                label = f"{title} mean" if name == "mean" else name
-                rows.append([label, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"])
-        return rows
+        cells = [
+            [name, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"]
+            for name, values in self.rows.items()
+        ]
+        return [[self.targets.granularity, *self.names, f"{self.names[-1]} - {self.names[0]}"], *cells]
 
 
 def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
-    """Compares the worst and the most aligned heads or layers of the first of several score files.
+    """Compares the heads or layers that a run aligned in several score files.
 
     Args:
-        paths: Score files or run folders, starting before training; or one run folder with a selection and scores.
+        paths: Score files or run folders, starting before training; or one run folder with scores of both times.
         names: A name for each file; the default is the name of its folder.
-        aligned: Heads or layers in place of the worst: names or a ``heads.json``. For a run folder, those of the run.
+        aligned: Names or a ``heads.json``. The default is what the run of the last file aligned, or, if that is not
+            known, the five least aligned heads or layers of the first file.
 
     Raises:
         ValueError: Files are missing or cannot be compared.
     """
-    of_run = len(paths) == 1 and os.path.isdir(paths[0])
-    if of_run:
-        after, *selections = (Path(paths[0], RUN_FOLDER, name) for name in SCORE_FILES)
-        paths = (next((path for path in selections if path.is_file()), selections[0]), after)
-        names = names or ("before", "after")
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        after = ScoreFile.load(Path(paths[0], RUN_FOLDER, SCORE_FILES[0]))
+        paths, names = (_before(after), after.path), names or ("before", "after")
     if len(paths) < 2:
         raise ValueError(f"report: {paths[0]} is a single file; give two files or more, or the folder of a run.")
     files, names = load_files(paths, names, "report")
-    first, granularity = files[0], files[0].chosen.granularity
-    ranked = list(first.ranked())
-    n = min(_COMPARED, len(ranked))
-    title, least = f"worst-{n}", Targets(tuple(ranked[:n]))
-    if aligned is not None or (of_run and set(first.chosen.items) != set(least.items)):
-        title, least = "aligned", Targets.parse(aligned or first.chosen, granularity)
-    if outside := [str(target) for target in least.items if target not in ranked]:
+    first, targets = files[0], files[-1].marked
+    granularity = targets.granularity if targets else first.chosen.granularity
+    if aligned is not None:
+        targets = Targets.parse(aligned, granularity)
+    ranked = first.ranked(granularity)
+    title, targets = "aligned" if targets else "least aligned", targets or Targets(tuple(ranked)[:_COMPARED])
+    if outside := [str(target) for target in targets.items if target not in ranked]:
         raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; choose others.")
-    scores, groups = [file.ranked(granularity) for file in files], {}
-    for name, targets in ((title, least.items), (f"top-{n}", ranked[::-1][:n])):
-        rows = {str(target): [known.get(target, math.nan) for known in scores] for target in targets}
-        groups[name] = rows | {"mean": [statistics.mean(column) for column in zip(*rows.values(), strict=True)]}
-    return Comparison(files, names, groups)
+    return Comparison(files, names, targets, title)
 
 
-def show(path: Path) -> None:
-    """Prints the table of a score file, and saves its plot under the same name with the suffix ``.png``."""
-    scored = ScoreFile.load(path)
+def _before(after: ScoreFile) -> Path:
+    """Returns the scores of a run's model before training that were measured like those after it.
+
+    They are in the folder of the run, or in the folder of the model that it started from. Raises ``ValueError`` if
+    there are none.
+    """
+    places, problem = [after.path.with_name(name) for name in SCORE_FILES[1:]], "none exist"
+    origins = [after.marked.provenance] if after.marked else []
+    origins += [after.provenance] if after.provenance.get("adapters") else []
+    places += [Path(origin["model"], RUN_FOLDER, SCORE_FILES[0]) for origin in origins if "model" in origin]
+    for path in filter(Path.is_file, places):
+        try:
+            load_files([path, after.path], (), "report")
+            return path
+        except ValueError as error:
+            problem = str(error)
+    raise ValueError(f"{after.folder} has no scores before training that were measured like those after it: {problem}")
+
+
+def show(path: Path) -> Comparison | None:
+    """Prints the table of a score file, and saves its plot under the same name with the suffix ``.png``.
+
+    For the scores of a run, also prints and returns the scores of what it aligned, together with those before training
+    if both were measured alike.
+    """
+    scored, compared, note = ScoreFile.load(path), None, ""
+    targets = scored.marked
     print(render_table(scored))
-    plots.save_figure(draw_scores(scored, scored.chosen.items), path.with_suffix(".png"))
-    if path.name == SCORE_FILES[0] and path.parent.name == RUN_FOLDER:
-        with suppress(ValueError):  # the selection of a trained run may be missing or of a different kind
-            group, rows = next(iter(compare([path.parents[1]]).groups.items()))
-            print(f"{group}: " + ", ".join(f"{name} {old:.4f} -> {new:.4f}" for name, (old, new) in rows.items()))
+    plots.save_figure(draw_scores(scored, targets.items if targets else ()), path.with_suffix(".png"))
+    if targets and path.name == SCORE_FILES[0]:
+        try:
+            compared = compare([scored.folder])
+        except ValueError as error:
+            compared, note = Comparison([scored], ["after"], targets, "aligned"), f"\nnot compared: {error}"
+        rows = (f"{name} {' -> '.join(f'{value:.3f}' for value in values)}" for name, values in compared.rows.items())
+        print(f"aligned {targets.what}: {', '.join(rows)} (chance {scored.chance:.3f}){note}")
+    return compared
 
 
 def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
@@ -115,12 +128,13 @@ def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[fl
     n_layers, n_heads = scored.scores.shape
     size = max(4.0, n_heads * _CELL), max(3.6, n_layers * _CELL)
     figure = plots.new_figure(size[0] + 6.2, size[1] + 1.4)
-    figure.suptitle(textwrap.fill(f"{scored.provenance['model']}: {scored.setting}", 110), fontsize=10)
+    model = " + ".join([scored.provenance["model"], *scored.provenance.get("adapters", ())])
+    figure.suptitle(textwrap.fill(f"{model}: {scored.setting}", 110), fontsize=10)
     heat, curves = figure.subplots(1, 2, width_ratios=[size[0] + 1.2, 5.0])
     known = np.ma.masked_invalid(scored.scores)
     names = " ".join(map(str, marked[:8])) + (" …" if len(marked) > 8 else "")
     scale = dict(zip(("vmin", "vmax"), limits, strict=False))
-    bar = plots.heat_map(figure, heat, known, size, f"marked: {names}", **scale)
+    bar = plots.heat_map(figure, heat, known, size, names and f"marked: {names}", **scale)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(known.mask):
         heat.text(head, layer, "×", ha="center", va="center", fontsize=7, color=plots.GRAY)
@@ -144,82 +158,3 @@ def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[fl
     curves.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     plots.plain(curves)
     return figure
-
-
-def draw_comparison(comparison: Comparison) -> Figure:
-    """Plots the groups of a comparison as bars (paper, fig. 3 right)."""
-    first, n_files = comparison.files[0], len(comparison.files)
-    width = 0.8 / n_files
-    figure = plots.new_figure(max(8.0, 1.6 + 2.2 * n_files), 3.8)
-    for axes, (title, rows) in zip(figure.subplots(1, 2, sharey=True), comparison.groups.items(), strict=True):
-        for position, name in enumerate(comparison.names):
-            values = [row[position] for row in rows.values()]
-            places = np.arange(len(rows)) + (position - (n_files - 1) / 2) * width
-            axes.bar(places, values, width * 0.92, color=plots.SERIES[position % len(plots.SERIES)], label=name)
-        axes.axhline(first.chance, **_CHANCE)
-        axes.axvline(len(rows) - 1.5, color="black", linewidth=0.6)
-        axes.set_xticks(range(len(rows)), list(rows), fontsize=8)
-        axes.set(title=f"{title} {first.chosen.what}", ylabel="MKNN")
-        plots.plain(axes)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, n_files + 1), fontsize=8, frameon=False)
-    return figure
-
-
-def write_report(
-    paths: Paths, output: str | os.PathLike = "hera_report", names: Sequence[str] = (), aligned: str | None = None
-) -> tuple[Path, Path]:
-    """Compares score files as :func:`compare` does, writes ``OUTPUT.md`` and ``OUTPUT.html``, and returns both paths.
-
-    The page also shows the scores of all heads and the gallery.
-
-    Raises:
-        ValueError: The files cannot be compared, or the report would replace a page of another kind.
-    """
-    comparison, text, page = compare(paths, names, aligned), Path(f"{output}.md"), Path(f"{output}.html")
-    for path, start in ((text, _TITLE), (page, _PAGE[:9])):
-        if path.is_file() and not path.read_bytes().startswith(start.encode()):
-            raise ValueError(f"report: {path} exists and is not a report; give another path.")
-    write_text(text, _markdown(comparison))
-    title = escape(f"HeRA: {comparison.files[0].provenance['model']}")
-    write_text(page, _PAGE.format(title=title, body="\n".join(_sections(comparison))))
-    return text, page
-
-
-def _markdown(comparison: Comparison) -> str:
-    def literal(text: str) -> str:
-        return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
-
-    header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
-    table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
-    return f"{_TITLE}\n\n{literal(comparison.summary)}\n\n{table}"
-
-
-def _sections(comparison: Comparison) -> Iterator[str]:
-    first, (title, least) = comparison.files[0], next(iter(comparison.groups.items()))
-    rows = ("".join(_element("td", cell) for cell in row) for row in comparison.table)
-    yield f"{_element('p', comparison.summary)}<table><tr>{'</tr><tr>'.join(rows)}</tr></table>"
-    yield _picture(draw_comparison(comparison), "MKNN in every file")
-    marked = [Target.parse(name, first.chosen.granularity) for name in least if name != "mean"]
-    limits = [function([file.scores for file in comparison.files]) for function in (np.nanmin, np.nanmax)]
-    for name, file in zip(comparison.names, comparison.files, strict=True):
-        yield _element("h2", f"All heads: {name} ({title} marked)")
-        yield _picture(draw_scores(file, marked, limits), f"MKNN of {name}")
-    yield _element("h2", "What heads see")
-    try:
-        worst, *others = default_heads(first)
-        for head in (worst if marked[0].head is None else marked[0], *others):
-            figure = draw_gallery(comparison.files, comparison.names, head)
-            yield _picture(figure, f"Nearest images of {head}")
-    except (OSError, ValueError) as error:
-        yield _element("p", error)
-    yield _element("h2", "How it was made") + _element("pre", command_line())
-
-
-def _element(name: str, text: Any) -> str:
-    return f"<{name}>{escape(str(text))}</{name}>"
-
-
-def _picture(figure: Figure, alt: str) -> str:
-    content = b64encode(plots.render(figure, "webp")).decode()
-    return f'<p><img alt="{escape(alt)}" src="data:image/webp;base64,{content}"></p>'

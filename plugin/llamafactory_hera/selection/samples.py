@@ -12,6 +12,10 @@ from torch import nn
 
 from ..alignment.neighbors import chance_level
 from ..config import HeraConfig
+from ..distributed import rank
+from ..files import BUILT
+from ..heads.families import media_token_ids
+from ..heads.targets import AUTO
 from ..heads.tokens import IGNORE_INDEX
 from ..teachers.encoder import VisionTeacher
 from ..teachers.images import ImageLike, chosen_image, image_key
@@ -60,6 +64,27 @@ class Sample(NamedTuple):
     image: ImageLike  #: The image that the teacher sees, not decoded.
     key: bytes  #: The content digest of that image.
     features: Features
+
+
+def with_mode(config: HeraConfig, model_configuration: Any, language_model_frozen: bool) -> HeraConfig:
+    """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run, and logs the reason.
+
+    The paper scores the heads of a language model that has not seen an image yet. A model of ``build`` keeps the mode
+    after it was trained, so its scores before and after training can be compared.
+    """
+    if config.select_mode != AUTO:
+        return config
+    if not media_token_ids(model_configuration):
+        config, why = config.with_mode("llm"), "the model reads no images"
+    elif language_model_frozen:
+        config, why = config.with_mode("llm"), "the run trains the projector, and the language model is frozen"
+    elif getattr(model_configuration, BUILT, False):
+        config, why = config.with_mode("llm"), "`llamafactory-hera build` made the model"
+    else:
+        config, why = config.with_mode("mllm"), "the model is a finished vision-language model"
+    if rank() == 0:
+        logger.info(f"HeRA | hera_select_mode: {config.select_mode}, because {why}")
+    return config
 
 
 def draw(

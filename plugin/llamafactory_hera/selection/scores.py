@@ -23,8 +23,9 @@ from ..keys import changes
 
 #: Files of scores, or folders of runs.
 Paths = Sequence[str | os.PathLike]
-#: The files with scores in the folder of a run; the first is the output of ``score``.
-SCORE_FILES = ("scores.json", "heads.json", "layers.json")
+#: The files with scores in the folder of a run: of the trained model, of the model before training, and selections.
+SCORE_FILES = ("scores.json", "before.json", "heads.json", "layers.json")
+_SELECTIONS = SCORE_FILES[2:]
 #: Two selections that share these entries choose the same targets, so ``auto`` reuses the earlier one.
 SAME_SELECTION = (*SELECTION_KEYS, "dataset", "model", "teacher")
 #: A run must share these entries with the selection whose heads it trains.
@@ -87,6 +88,19 @@ class ScoreFile:
         return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
 
     @property
+    def marked(self) -> Targets | None:
+        """What a selection chose; for other scores in the folder of a run, what the run aligns, if it is known."""
+        if self.path.name in _SELECTIONS:
+            return self.chosen
+        path = next(filter(Path.is_file, map(self.path.with_name, _SELECTIONS)), None)
+        return None if path is None else Targets.load(path)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run or the model, or of the file itself."""
+        return self.path.absolute().parents[self.path.parent.name == RUN_FOLDER]
+
+    @property
     def setting(self) -> str:
         """The samples, the teacher and the settings in words."""
         origin, keys = self.provenance, self.provenance["keys"]
@@ -113,15 +127,15 @@ def load_files(paths: Paths, names: Sequence[str], command: str) -> tuple[list[S
         if differing:
             problem = f"{files[0].path} and {file.path} cannot be compared: {'; '.join(differing)}"
             raise ValueError(f"{command}: {problem}. Score both with the same recipe.")
-    folders = [file.path.absolute().parents[file.path.parent.name == RUN_FOLDER].name for file in files]
+    folders = [file.folder.name for file in files]
     return files, names or (folders if len(set(folders)) == len(files) else [str(file.path) for file in files])
 
 
 def render_table(scored: ScoreFile) -> str:
-    """Renders the least and the most aligned heads or layers side by side; a star marks the chosen ones."""
-    ranked = scored.ranked()
+    """Renders the least and the most aligned heads or layers side by side; a star marks selected or aligned ones."""
+    ranked, marked = scored.ranked(), scored.marked
     cells = [
-        f"{target!s:>7}{'*' if target in scored.chosen.items else ' '} {score:6.4f} {score / scored.chance:6.2f}x"
+        f"{target!s:>7}{'*' if marked and target in marked.items else ' '} {score:6.4f} {score / scored.chance:6.2f}x"
         for target, score in ranked.items()
     ]
     head = f"{scored.chosen.granularity:>7}    MKNN  /chance"
@@ -131,8 +145,8 @@ def render_table(scored: ScoreFile) -> str:
     values = scored.scores if scored.chosen.granularity == "head" else scored.layer_scores
     if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(values))]:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
-    tense = "" if scored.path.name in SCORE_FILES[1:] else "would be "
-    lines.append(f"{tense}selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
+    if scored.path.name in _SELECTIONS:
+        lines.append(f"selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
     return "\n".join(lines)
 
 

@@ -92,7 +92,7 @@ class Aligner:
         self.optimizer = ObjectiveOptimizer(self.objective)
         if config.objective_from is not None and config.reads("hera_objective_from"):
             self.optimizer.load_values(earlier_values(config))
-        self.memory = CrossBatchMemory(config.remembered)
+        self.memory = CrossBatchMemory(config.remembered, 4 * config.k)
         self.term = HeraTerm(self.objective, config.k, config.normalize, self.memory)
         self.reader: TokenReader | None = None
         if student is not None:

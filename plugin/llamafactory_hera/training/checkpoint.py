@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from ..config import FIXED_KEYS, RESUMABLE_KEYS, HeraConfig
 from ..distributed import rank
 from ..files import RUN_FOLDER, read_json, write_json, write_safetensors
-from ..heads.targets import Targets, file_name
+from ..heads.targets import AUTO, Targets, file_name
 from ..keys import changes
 
 logger = logging.getLogger("llamafactory_hera")
@@ -48,7 +48,9 @@ class RunIdentity:
 
     def load(self, folder: str | os.PathLike) -> dict[str, Tensor]:
         """Checks a checkpoint, warns about changed keys that are allowed to change, and reads the saved tensors."""
-        changed = changes(self.check(folder), self.config.keys(), RESUMABLE_KEYS)
+        now = self.config.keys()
+        names = [key for key in RESUMABLE_KEYS if now[key] != AUTO]  # auto keeps the value of the checkpoint
+        changed = changes(self.check(folder), now, names)
         if changed and rank() == 0:
             logger.warning(
                 f"HeRA | resume_from_checkpoint: {'; '.join(changed)}. The run continues with the new values, so its "

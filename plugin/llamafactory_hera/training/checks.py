@@ -19,8 +19,8 @@ def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
     """Reads the heads or layers in a configuration; raises ``ValueError`` if they must be selected first."""
     if config.named_targets == AUTO:
         raise ValueError(
-            f"{config.targets_key}: auto works only in a Trainer with HeRA. In your own training loop, give the path "
-            "of the file that a selection wrote."
+            f"{config.targets_key}: auto works only in a Trainer with HeRA. In your own training loop, call "
+            "llamafactory_hera.select_heads, and pass its result as targets."
         )
     return Targets.parse(config.named_targets, config.granularity, head_layout(model_configuration))
 
@@ -47,8 +47,8 @@ def check_batch(config: HeraConfig, training_args: Any) -> None:
     together = size * world_size()
     if config.gradcache:
         together *= training_args.gradient_accumulation_steps
-    if together + config.remembered < least:
-        memory = f"set hera_memory: {4 * config.k}, " if config.reads("hera_memory") else ""
+    if config.remembered is not None and together + config.remembered < least:
+        memory = "set hera_memory: auto, " if config.reads("hera_memory") else ""
         raise ValueError(
             f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "
             f"{config.objective} needs {least} samples; raise the value, use more processes, {memory}or, under "

@@ -18,7 +18,11 @@ _TOLERANCE = 0.05
 
 
 class GradientCache:
-    """The micro-batches of one optimizer step, which are added in order, solved together, then taken one by one."""
+    """The micro-batches of one optimizer step.
+
+    :meth:`add` collects them, :meth:`solve` computes the loss of all of them, and :meth:`take` returns one term at a
+    time, in the order of collection.
+    """
 
     def __init__(self) -> None:
         self.clear()

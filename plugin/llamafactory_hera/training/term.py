@@ -24,6 +24,7 @@ class TermOutput:
         broken: The targets that produced a non-finite value, ``[n_targets]``; all false if the teacher produced one.
         gradient_expected: True if the backward pass must reach every sample in the loss; otherwise a missing
             gradient is no error.
+        comparable: True if the loss can be compared with the loss of other steps, and is therefore logged.
         mknn: The MKNN of student and teacher within the batch, ``[n_targets]``; NaN if it was not measured, None for
             an objective on tokens.
         chance: The MKNN of unrelated features in this batch, a scalar; NaN or None whenever ``mknn`` is.
@@ -35,6 +36,7 @@ class TermOutput:
     sound: Tensor
     broken: Tensor
     gradient_expected: Tensor
+    comparable: Tensor
     mknn: Tensor | None = None
     chance: Tensor | None = None
 
@@ -83,14 +85,16 @@ class HeraTerm:
             valid: Boolean ``[B]``.
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
         """
-        batch, all_teacher = self._batch(*_gather(representations, teacher, valid, n_rows))
+        gathered = _gather(representations, teacher, valid, n_rows)
+        self.memory.settle(len(gathered[-1]))
+        batch, all_teacher = self._batch(*gathered)
         z, candidates = batch.z, batch.candidates
         by_target = self.objective(batch)
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
         sound = finite.all() & teacher_finite
-        known = sound
-        if self.memory.size:  # until the memory is full, fewer candidates make chance agreement more likely
-            known = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
+        comparable = sound
+        if self.memory.size:  # until the memory is full, fewer candidates lower the loss and raise chance agreement
+            comparable = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
         mknn = mutual_knn(batch.z_all, all_teacher, self.k, self.normalize, candidates.allowed)
         self.memory.append(z, batch.teacher, batch.valid & sound)
         return TermOutput(
@@ -100,8 +104,9 @@ class HeraTerm:
             sound=sound,
             broken=~finite,
             gradient_expected=self.objective.gradient_expected(batch) & sound,
-            mknn=torch.where(known, mknn, math.nan),
-            chance=torch.where(known, candidates.chance, math.nan),
+            comparable=comparable,
+            mknn=torch.where(comparable, mknn, math.nan),
+            chance=torch.where(comparable, candidates.chance, math.nan),
         )
 
     def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:

@@ -134,4 +134,5 @@ def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
     n_samples, sound, broken = reduced[0], ~reduced[1:].any(), reduced[2:] > 0
     loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
     loss = zero_unless(sound, loss, tokens, *([] if projections is None else [projections]))
-    return TermOutput(loss, n_samples, torch.zeros_like(n_samples), sound, broken, sound & (n_samples > 0))
+    entered = sound & (n_samples > 0)  # a micro-batch without samples does not count in a mean over tokens
+    return TermOutput(loss, n_samples, torch.zeros_like(n_samples), sound, broken, entered, comparable=entered)

@@ -87,15 +87,9 @@ class Watch:
         self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
         self._broken = torch.where(sound, self._broken, output.broken)
-        if output.mknn is None or output.chance is None:
-            # a micro-batch without samples does not count in a mean over tokens
-            self.statistics.add(hera_loss=torch.where(sound & entered, output.loss.detach(), math.nan))
-        else:
-            self.statistics.add(
-                hera_loss=torch.where(sound, output.loss.detach(), math.nan),
-                hera_mknn=output.mknn.mean(),
-                hera_mknn_chance=output.chance,
-            )
+        self.statistics.add(hera_loss=torch.where(output.comparable, output.loss.detach(), math.nan))
+        if output.mknn is not None and output.chance is not None:
+            self.statistics.add(hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
         self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_steps=~sound)
         if not planned:
             self.statistics.count(hera_empty_steps=sound & ~entered)

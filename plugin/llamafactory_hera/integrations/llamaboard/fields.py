@@ -16,7 +16,6 @@ import yaml
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.keys import choices
 from llamafactory_hera.objectives import names
 
@@ -49,8 +48,8 @@ def options(key: str) -> list[str]:
 
 
 def default(key: str) -> Any:
-    """Returns the initial value of a field: the default of its key, or ``auto`` for the heads."""
-    value = AUTO if key == "hera_heads" else FIELDS[key].default
+    """Returns the initial value of a field: the default of its key."""
+    value = FIELDS[key].default
     return "" if value is None else value
 
 
@@ -60,10 +59,7 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
     ``value_of`` maps the id of an element to its value.
     """
     values = {key: value_of(f"train.{key}") for key in FIELDS}
-    args = {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | args
-    if args["hera_granularity"] == "layer" and args["hera_heads"] == AUTO:
-        args["hera_heads"] = ""  # the initial value of the field would contradict the layers
-    return args
+    return {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | args
 
 
 def problem_with(args: dict[str, Any]) -> str:

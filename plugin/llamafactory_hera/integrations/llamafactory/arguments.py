@@ -11,7 +11,12 @@ from llamafactory_hera.config import HeraConfig
 HeraArguments = make_dataclass(
     "HeraArguments",
     [
-        (key, declared.type, field(default=declared.default, metadata={"help": declared.metadata["help"]}))
+        # The parser allows no union of types but with None. `HeraConfig` converts the text.
+        (
+            key,
+            declared.type if declared.type != int | Literal["auto"] else str,
+            field(default=declared.default, metadata={"help": declared.metadata["help"]}),
+        )
         for key, declared in HeraConfig.knobs().items()
     ],
     namespace={"__doc__": "Keys of ``stage: hera``.", "__module__": __name__},
@@ -43,8 +48,13 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
                 # The host shows and stores these values, so they are converted to their types here.
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)
-            elif unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:
-                text = f"stage: {self.stage} does not read {', '.join(unread)}; write stage: hera."
+            else:
+                self.warn_of_unread("")
+
+        def warn_of_unread(self, where: str = "This run has trained without HeRA. ") -> None:
+            """Warns of ``hera_*`` keys in a run of another stage."""
+            if unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:
+                text = f"{where}stage: {self.stage} does not read {', '.join(unread)}; write stage: hera."
                 warnings.warn(text, stacklevel=2)
 
         def to_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.selection.samples import Features
@@ -26,7 +27,8 @@ def read_calibration(
     values, _ = read_values(recipe, overrides)
     keys = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
     config = RahConfig.from_keys(keys)
-    values = {key: value for key, value in values.items() if key not in keys}  # the host does not know them
+    # the host does not know the keys of calibration, and calibration does not read those of HeRA
+    values = {key: value for key, value in values.items() if not key.startswith((RahConfig.PREFIX, HeraConfig.PREFIX))}
     if values.get("template") is None:
         raise ValueError("template: the value is empty, so the host would read no image; give the model's template.")
     output_dir = named_output(values, "saves/calibration")

@@ -12,6 +12,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.tokens import grid_side
 from llamafactory_hera.objectives import Objective, TokenObjective
+from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import check_batch, check_output, check_parallelism
@@ -80,6 +81,12 @@ def multimodal_config(model_args: Any) -> Any:
             "multimodal model (`llamafactory-hera build` makes one from an LLM)."
         )
     return config
+
+
+def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
+    """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run."""
+    projector_only = host.finetuning.freeze_language_model and not host.finetuning.freeze_multi_modal_projector
+    return with_mode(config, multimodal_config(host.model), projector_only)
 
 
 def checked_dataset(

@@ -9,11 +9,14 @@ from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.integrations.messages import show_messages
+from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.run_yaml import RecipeFile
+from llamafactory_hera.selection.scores import SCORE_FILES
 
-from .checks import check_folders
+from .checks import check_folders, resolved_mode
 from .inputs import selection_inputs
 from .recipe import host_words, named_output, read_recipe
 
@@ -49,7 +52,9 @@ def select(
     run = file.with_keys({**read.overrides, "stage": "hera", "hera_heads": str(path)})
     if in_place:
         file.set_in_place({"hera_heads": "L0H0"}, check_only=True)
-    heads = select_targets(selection_inputs(read.config, read.host), read.config, path)
+    show_messages()
+    config = resolved_mode(read.config, read.host)
+    heads = select_targets(selection_inputs(config, read.host), config, path)
     if rank() == 0:
         show(path)
         written = path.with_name("run.yaml")
@@ -86,7 +91,8 @@ def score_checkpoint(
         checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
             the recipe's model.
         recipe: The recipe with the dataset, the template, the teacher and the settings.
-        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder or in ``output_dir``.
+        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's model, which
+            its run starts from, it is ``hera/before.json`` in ``output_dir``.
         overrides: ``key=value`` pairs that replace keys of the recipe.
 
     Raises:
@@ -99,18 +105,25 @@ def score_checkpoint(
     elif folder is not None:
         forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
     read = read_recipe(recipe, overrides, **forced)
-    if output is None:
-        if folder is None or not folder.is_dir():
-            folder = named_output(read.values, "saves/selection")
-        output = folder / RUN_FOLDER / "scores.json"
+    show_messages()
+    config = resolved_mode(read.config, read.host)
+    if output is None and folder is not None and folder.is_dir():
+        output = folder / RUN_FOLDER / SCORE_FILES[0]
+    elif output is None:
+        name = SCORE_FILES[1] if folder is None else f"{folder.name}.json"
+        output = named_output(read.values, "saves/selection") / RUN_FOLDER / name
     path = Path(output)
     if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
     elif path.is_file():
         Targets.load(path, key="--output")  # refuses to replace a file of another kind
-    select_targets(selection_inputs(read.config, read.host), read.config, path)
+    select_targets(selection_inputs(config, read.host), config, path)
     if rank() == 0:
-        show(path)
+        compared = show(path)
+        print("wrote:", path, path.with_suffix(".png"), sep="\n  ")
+        if folder and compared:
+            add_scores(folder, compared)
+            print(f"next:\n  llamafactory-hera report {folder}" if len(compared.files) > 1 else "")
     return path
 
 

@@ -15,9 +15,10 @@ from yaml import YAMLError
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.hub import local_folder
+from llamafactory_hera.integrations.messages import translated
 from llamafactory_hera.selection.run_yaml import RecipeFile
 
-#: Keys of training that a command without training ignores.
+#: Values that switch off training keys of a recipe, for commands that do not train.
 NOT_TRAINING: dict[str, Any] = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate", "plot_loss"), False),
     **dict.fromkeys(("load_best_model_at_end", "packing", "neat_packing"), False),
@@ -36,7 +37,7 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe that scores instead of training: the overrides, all keys, HeRA's settings and the host's arguments."""
+    """A recipe, changed for scoring: the overrides, all keys, HeRA's settings and the host's arguments."""
 
     overrides: dict[str, Any]
     values: dict[str, Any]
@@ -48,9 +49,7 @@ def read_recipe(path: str | os.PathLike | RecipeFile | None, overrides: Sequence
     """Reads a recipe for scoring; ``key=value`` overrides replace its keys, and ``forced`` replaces both."""
     values, changes = read_values(path, overrides)
     # All heads and layers are scored, regardless of the targets and the objective of the recipe.
-    layers = values.get("hera_granularity") == "layer"
-    scored: dict[str, Any] = {"stage": "hera", "hera_objective": "contrastive"}
-    scored |= {"hera_heads": None if layers else AUTO, "hera_layers": AUTO if layers else None}
+    scored = {"stage": "hera", "hera_objective": "contrastive", "hera_heads": AUTO, "hera_layers": AUTO}
     values = values | NOT_TRAINING | scored | forced
     host = host_arguments(values)
     return Recipe(changes, values, HeraConfig.from_keys(host.finetuning), host)
@@ -78,6 +77,7 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     """Parses the keys of a recipe with the host's parser."""
     if values.get("dataset") is None:
         raise ValueError("dataset: the value is empty; give a dataset with images and text.")
+    HeraConfig.check_names(values)
     return HostArguments(*get_train_args(dict(values))[:4])
 
 
@@ -121,12 +121,11 @@ _HINTS = {
 @contextmanager
 def host_words() -> Iterator[None]:
     """Replaces the setting at the start of an error's message with the host's key, and adds keys that help."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        message = str(error)
+
+    def in_host_words(message: str) -> str:
         hints = [f" In LLaMA-Factory: {keys}." for part, keys in _HINTS.items() if part in message]
-        if error.args == (message,):  # not an error such as UnicodeDecodeError
-            setting, space, rest = message.partition(" ")
-            error.args = (_HOST_KEYS.get(setting, setting) + space + rest + "".join(hints),)
-        raise
+        setting, space, rest = message.partition(" ")
+        return _HOST_KEYS.get(setting, setting) + space + rest + "".join(hints)
+
+    with translated(in_host_words):
+        yield

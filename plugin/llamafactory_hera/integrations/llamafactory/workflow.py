@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -21,13 +21,16 @@ from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.encoder import teacher_fingerprint, teacher_folder
 from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of
 
-from .checks import check_run, checked_dataset
+from .checks import check_run, checked_dataset, resolved_mode
 from .inputs import selecting_run
 from .recipe import HostArguments, host_words
 
 
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
     """The host's SFT trainer with HeRA."""
+
+    def named_keys(self) -> nullcontext:
+        return nullcontext()
 
 
 @host_words()
@@ -42,6 +45,8 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     show_messages(logging.getLogger("llamafactory"))  # its handlers include the web UI's
     config = HeraConfig.from_keys(host.finetuning)
     layout = check_run(config, host)
+    if config.named_targets == AUTO:
+        config = resolved_mode(config, host)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
         checkpoint = checkpoint_of(host.training)

@@ -1,15 +1,14 @@
 """Every bench runs at its smallest size."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runner import ROOT, run_command
+from tests.e2e.runner import ROOT, HostServer
 
 BENCHES = {
     "overhead": "overhead.py {root}/recipes/demo/hera.yaml hera_heads=L1H0,L0H2 --rounds 1",
-    "cache": "cache.py --images 20000 --dim 8 --seconds 0.2 --readers 2",
+    "cache": "cache.py --images 20000 --dim 8 --seconds 0.2 --readers 1",
     "mknn": "mknn.py --rounds 1 --layers 2 --heads 4 --samples 32 --dim 64 --head-dim 16",
     "selection": "selection.py --rounds 1 --samples 16 --dim 128 --threads 1",
     "start": "start.py --rounds 1",
@@ -18,7 +17,7 @@ BENCHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bench", BENCHES)
-def test_it_runs(world: Path, bench: str) -> None:
+def test_it_runs(server: HostServer, world: Path, bench: str) -> None:
     script, *options = BENCHES[bench].format(root=ROOT).split()
-    code, output = run_command([sys.executable, str(ROOT / "tests/bench" / script), *options], world, timeout=600)
+    code, output = server.script(ROOT / "benchmarks" / script, *options, cwd=world)
     assert code == 0, output

@@ -1,7 +1,7 @@
-"""Measures the time that the plugin adds to every start of Python: ``python tests/bench/start.py [--rounds 150]``.
+"""Measures the time that the plugin adds to every start of Python: ``python benchmarks/start.py [--rounds 150]``.
 
-Environments without and with the plugin start in turn. Both have as many entries in site-packages as this one, because
-an import begins with listing them.
+Python starts alternately in an environment without the plugin and in one with it. Both have as many entries in
+site-packages as the environment that runs this script, because Python lists that folder at its first import.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-PATCHES = Path(__file__).parents[2] / "patches"
+PATCHES = Path(__file__).parents[1] / "patches"
 
 
 def environment(folder: Path, plugin: bool) -> Path:

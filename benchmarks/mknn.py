@@ -1,4 +1,4 @@
-"""Measures the scoring of all heads against the published procedure: ``python tests/bench/mknn.py [--threads 1]``.
+"""Measures the scoring of all heads against the published procedure: ``python benchmarks/mknn.py [--threads 1]``.
 
 Each variant runs in a new process, and the fastest of several rounds counts. The published procedure runs on a few
 heads; its time is scaled to all of them. Heads are aligned to different degrees, as real heads are.

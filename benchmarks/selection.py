@@ -1,12 +1,13 @@
 """Measures a selection against the bare forward passes of the same batches, in seconds and CPU seconds.
 
-    python tests/bench/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
+    python benchmarks/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
 
-The selection begins with image files and captions and ends with ``heads.json``. The bare passes are those of the
-teacher and the language model on ready batches, without captures. The fastest of several rounds is compared.
+The selection begins with image files and captions and ends with ``heads.json``. The bare passes run the teacher and
+the language model on prepared batches, and record no outputs of heads. The fastest of several rounds is compared.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,43 +17,30 @@ import numpy as np
 import torch
 import transformers as tf
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection.passes import Forward, plan_batches
 from llamafactory_hera.selection.resolve import select_targets
-from llamafactory_hera.selection.samples import Features, SelectionInputs, draw_samples
+from llamafactory_hera.selection.samples import SelectionInputs, draw_samples
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.selection.tiny import Rows, pad_right
 
 VOCABULARY, TOKENS, BATCH_SIZE = 2000, 64, 16
 
 
-class Rows:
-    """Captions of random tokens, each with an image file."""
-
-    def __init__(self, folder: Path, n: int) -> None:
-        noise = np.random.default_rng(0)
-        self._rows: list[tuple[str, Features]] = []
-        for row in range(n):
-            path = folder / f"{row}.jpg"
-            Image.fromarray(noise.integers(0, 256, (336, 448, 3), dtype=np.uint8)).save(path)
-            ids = noise.integers(3, VOCABULARY, noise.integers(TOKENS // 2, TOKENS * 3 // 2)).tolist()
-            self._rows.append((str(path), {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def images(self, row: int) -> list[str]:
-        return [self._rows[row][0]]
-
-    def encode(self, row: int) -> Features:
-        return self._rows[row][1]
-
-
-def collate(rows: list[Features]) -> dict[str, torch.Tensor]:
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: pad_sequence([torch.tensor(row[name]) for row in rows], True, pad) for name, pad in padding.items()}
+def noise(folder: Path, n: int) -> Rows:
+    """Makes image files of noise, each with a caption of random tokens."""
+    draw = np.random.default_rng(0)
+    images, features = [], []
+    for row in range(n):
+        images.append([str(folder / f"{row}.jpg")])
+        Image.fromarray(draw.integers(0, 256, (336, 448, 3), dtype=np.uint8)).save(images[-1][0])
+        ids = draw.integers(3, VOCABULARY, draw.integers(TOKENS // 2, TOKENS * 3 // 2)).tolist()
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
+    return Rows(images, features)
 
 
 def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
@@ -67,9 +55,9 @@ def make_inputs(folder: Path, args: argparse.Namespace) -> SelectionInputs:
     processor.save_pretrained(folder / "teacher")
     teacher = VisionTeacher.from_pretrained(str(folder / "teacher"), "cpu")
     return SelectionInputs(
-        source=Rows(folder, args.samples),
+        source=noise(folder, args.samples),
         load_model=lambda: model,
-        collator=lambda _: collate,
+        collator=lambda _: pad_right,
         load_teacher=lambda: teacher,
         model_name="random",
         weights=folder / "model",
@@ -82,7 +70,7 @@ def bare_passes(inputs: SelectionInputs, config: HeraConfig) -> Callable[[], Non
     samples = draw_samples(inputs.source, config)
     features = [sample.features for sample in samples]
     plan = plan_batches([len(feature["input_ids"]) for feature in features], BATCH_SIZE)
-    batches = [collate([features[row] for row in batch]) for batch in plan]
+    batches = [pad_right([features[row] for row in batch]) for batch in plan]
     teacher, forward = inputs.load_teacher(), Forward(inputs.load_model(), config.select_mode)
     pixels = teacher.processor.batch([load_image(sample.image) for sample in samples]).split(BATCH_SIZE)
 

@@ -1,9 +1,9 @@
 """Measures training steps with HeRA against the same steps without it: seconds and peak memory.
 
     python recipes/demo
-    python tests/bench/overhead.py recipes/demo/hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
-    python tests/bench/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
-    python tests/bench/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
+    python benchmarks/overhead.py recipes/demo/hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
+    python benchmarks/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
+    python benchmarks/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
 
 The host prepares the trainer of the recipe, which then takes three kinds of steps on the same batches in random order:
 SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. Seconds of a step, from collating

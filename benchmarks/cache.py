@@ -1,4 +1,4 @@
-"""Measures how a large teacher cache opens and is read: ``python tests/bench/cache.py [--images 1000000]``."""
+"""Measures how a large teacher cache opens and is read: ``python benchmarks/cache.py [--images 1000000]``."""
 
 import argparse
 import multiprocessing

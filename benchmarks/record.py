@@ -1,7 +1,7 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-``python -m tests.bench.record record FILE.json`` takes about ten minutes on two cores; run it before and after, then
-``python -m tests.bench.record compare BEFORE.json AFTER.json`` prints every number that differs and by how much.
+``python -m benchmarks.record record FILE.json`` takes about ten minutes on two cores; run it before and after, then
+``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints every number that differs and by how much.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file
-
 from tests.e2e.runner import ROOT, environment
 
 SCORES = {

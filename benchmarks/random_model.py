@@ -1,9 +1,9 @@
-"""Makes a LLaVA of real size with random weights and a random DINOv2-L, on which ``overhead.py`` measures real sizes.
+"""Makes a LLaVA and a DINOv2-L of full size with random weights, so that ``overhead.py`` can measure realistic costs.
 
     python recipes/demo
-    python tests/bench/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
+    python benchmarks/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
 
-The vision encoder is the paper's, with 729 tokens an image, and the tokenizer that of the demo.
+The vision encoder has the size of the paper's, with 729 tokens per image. The tokenizer is that of the demo.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import transformers as tf
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.backbones.full_size import VISION, vlm_config
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("backbone", choices=LANGUAGE_MODELS)
     parser.add_argument("demo", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--layers", type=int, help="decoder layers, to make it smaller")
-    parser.add_argument("--device", default="cpu", help="where the weights are drawn")
+    parser.add_argument("--layers", type=int, help="number of decoder layers; by default all")
+    parser.add_argument("--device", default="cpu", help="device on which the weights are drawn")
     options = parser.parse_args()
     torch.manual_seed(0)
     processor = tf.AutoProcessor.from_pretrained(options.demo / "model")

@@ -1,0 +1,149 @@
+"""The report of a run: a Markdown table for terminals, and an HTML page that starts with the verdict."""
+
+import math
+import os
+import re
+from base64 import b64encode
+from collections.abc import Sequence
+from contextlib import suppress
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from .. import plots
+from ..files import CARD, RUN_FOLDER, read_json, write_text
+from .gallery import Neighbors, draw_gallery
+from .report import Comparison, draw_scores
+from .scores import command_line
+
+_TITLE = "# Head alignment before and after"
+_TEMPLATE = Path(__file__).with_suffix(".html")
+_GENERATOR = 'content="llamafactory-hera"'
+
+
+def write_report(
+    comparison: Comparison, output: str | os.PathLike = "hera_report", evaluation: str | os.PathLike | None = None
+) -> tuple[Path, Path]:
+    """Writes ``OUTPUT.md`` and ``OUTPUT.html`` about the run of the last file, and returns both paths.
+
+    ``evaluation`` is an output folder of ``llamafactory-hera eval``. Raises ``ValueError`` if the folder contains no
+    table, or if the report would replace a page of another kind.
+    """
+    text, page = Path(f"{output}.md"), Path(f"{output}.html")
+    for path, mark in ((text, _TITLE), (page, _GENERATOR)):
+        if path.is_file() and mark.encode() not in path.read_bytes():
+            raise ValueError(f"report: {path} exists and is not a report; give another path.")
+    parts = _parts(comparison) | {"accuracy": _evaluation(Path(evaluation)) if evaluation else ""}
+    write_text(page, Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
+    write_text(text, _markdown(comparison))
+    return text, page
+
+
+def _markdown(comparison: Comparison) -> str:
+    def literal(text: str) -> str:
+        return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
+
+    header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
+    table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
+    return "\n\n".join([_TITLE, *map(literal, (*verdict(comparison), comparison.files[0].setting)), table])
+
+
+def verdict(comparison: Comparison) -> tuple[str, str]:
+    """Returns two sentences: the agreement with the teacher in the first and the last file, and what it means."""
+    first, names, targets, rows = comparison.files[0], comparison.names, comparison.targets, comparison.rows
+    (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.provenance["keys"]["hera_select_k"]
+    change, others = after - before, rows["others"][-1] - rows["others"][0]
+    found = (
+        f"Of the {k} images that the teacher considers most similar to an image, the {len(targets.items)} "
+        f"{comparison.title} {targets.what} find {k * before:.1f} ({names[0]}) and {k * after:.1f} ({names[-1]}); "
+        f"unrelated features find {k * first.chance:.1f}."
+    )
+    size = f"MKNN {before:.3f} → {after:.3f}, {change:+.3f}" + (f" ± {noise:.3f}" if noise else "")
+    if not abs(change) > noise:
+        return found, f"They did not measurably move ({size}): train longer, or raise hera_weight."
+    toward = "toward" if change > 0 else "away from"
+    return found, f"They moved {toward} the teacher ({size}); the other {targets.what} changed by {others:+.3f}."
+
+
+def _noise(comparison: Comparison) -> float:
+    """Estimates the 95% interval of the change of the mean from the stored queries; 0 if none are stored."""
+    with suppress(OSError, IndexError):
+        held = [Neighbors.load(comparison.files[place].path) for place in (0, -1)]
+        before, after = (
+            torch.stack([each.shares(head) for head in comparison.targets.items]).mean(0) for each in held
+        )
+        return 2.2 * (after - before).std().item() / math.sqrt(comparison.files[0].provenance["samples"])
+    return 0.0
+
+
+def _parts(comparison: Comparison) -> dict[str, str]:
+    """Returns the parts of the page by their names in ``page.html``."""
+    files, names, last, targets = comparison.files, comparison.names, comparison.files[-1], comparison.targets
+    path, (found, meaning) = last.folder / RUN_FOLDER / CARD, verdict(comparison)
+    card = read_json(path) if path.is_file() else {}
+    facts = f"teacher {last.provenance['teacher']}"
+    facts += "; {steps} steps, objective {objective}, weight {weight}, {date:.10}".format(**card) if card else ""
+    limits = [function([file.scores for file in files]) for function in (np.nanmin, np.nanmax)]
+    maps = [_image(draw_scores(file, targets.items, limits)) for file in files]
+    try:
+        small, gallery = (_image(draw_gallery(files, names, targets.items[0], size)) for size in (True, False))
+    except (IndexError, OSError, ValueError) as error:  # no neighbors of layers are stored
+        small, gallery = escape(str(error)), ""
+    texts = {
+        "title": last.folder.name,
+        "facts": f"{comparison.title} {targets.what} {', '.join(targets.names)}; {facts}",
+        "found": found,
+        "meaning": meaning,
+        "head": targets.names[0],
+        "setting": files[0].setting,
+        "training": card.get("command", "unknown"),
+        "files": "\n".join(f"{name}: {file.path}" for name, file in zip(names, files, strict=True)),
+        "command": command_line(),
+    }
+    return {name: escape(text) for name, text in texts.items()} | {
+        "bars": _bars({"chance": files[0].chance, **dict(zip(names, comparison.rows["mean"], strict=True))}),
+        "small": small,
+        "gallery": gallery,
+        "table": _table(comparison.table),
+        "maps": "".join(f"<h2>{escape(name)}</h2>{image}" for name, image in zip(names, maps, strict=True)),
+    }
+
+
+def _bars(values: dict[str, float]) -> str:
+    """Renders a bar for each value."""
+    colors, widest = plots.series_colors(list(values)), max(values.values())
+    style = {name: f"background: {colors[name]}; width: {75 * value / widest:.1f}%" for name, value in values.items()}
+    return "".join(
+        f'<b>{escape(name)}</b><span><i style="{style[name]}"></i>{value:.3f}</span>' for name, value in values.items()
+    )
+
+
+def _evaluation(folder: Path) -> str:
+    """Renders the tables of an evaluation: scores, and differences from the first model with their intervals."""
+    page = ""
+    for content in map(read_json, sorted(folder.glob("*.json"))):
+        models, rows = content["models"], content["rows"]
+        table = [[content["suite"], "n", *models, *(f"{name} − {models[0]} [95%]" for name in models[1:])]]
+        # averages, or the first score of each task
+        firsts = {row["key"].partition("/")[0]: row for row in rows[::-1]}.values()
+        for row in [row for row in rows if row["n"] is None] or list(firsts)[::-1]:
+            cells = [f"{row['values'].get(name, math.nan):.1f}" for name in models]
+            ends = (row["differences"].get(name, [math.nan] * 3) for name in models[1:])
+            cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) for three in ends]
+            table.append([row["title"], str(row["n"] or ""), *(cell.replace("-", "−") for cell in cells)])
+        page += f"<h2>Accuracy</h2><div class=scroll>{_table(table)}</div>"
+    if not page:
+        raise ValueError(f"--eval: {folder} contains no table; give the output folder of llamafactory-hera eval.")
+    return page
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return f"<table>{''.join('<tr>' + ''.join(f'<td>{escape(cell)}' for cell in row) for row in rows)}</table>"
+
+
+def _image(figure: Figure) -> str:
+    return f'<img alt="" src="data:image/webp;base64,{b64encode(plots.render(figure, "webp")).decode()}">'
