@@ -15,17 +15,21 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ([], "ok  batch     16 samples are compared at once (per device: 16, processes: 1), 128 remembered: 10 neig"),
-        (["--processes", "2"], "ok  batch     32 samples are compared at once (per device: 16, processes: 2)"),
+        ([], "ok  batch     16 samples at once, neighbors: 10 of 143 candidates (15 of the batch, 128 remembered)"),
+        (["--processes", "2", "hera_memory=auto"], "ok  batch     32 samples at once, neighbors: 10 of 40 candidates"),
+        (
+            ["hera_memory=0", "per_device_train_batch_size=3"],
+            "ok  batch     3 samples at once, neighbors: 1 of 2 candi",
+        ),
         ([], "ok  heads     auto selects 5, llava has 5 layers with 8 heads each"),
         ([], "ok  template  llava_qwen3 writes an image as <image>"),
         ([], "ok  teacher   hera_demo/teacher in hera_demo/teacher"),
         ([], "ok  images    opened the first 8 of hera_demo"),
         (["dataset=hera_demo_text"], "ok  images    hera_demo_text has no images"),
         ([], "ok  memory    computed: "),
-        (["hera_wieght=1"], "problem: hera_wieght: "),
+        (["hera_wieght=1"], "problem: hera_wieght: no such key; did you mean hera_weight?"),
         (["stage=sft"], "problem: stage: sft trains without HeRA; set stage: hera."),
-        (["per_device_train_batch_size=1", "hera_memory=0"], "problem: per_device_train_batch_size: 1 gives"),
+        (["per_device_train_batch_size=1", "hera_memory=0"], "problem: per_device_train_batch_size: 1 per device"),
         (
             ["model_name_or_path=hera_demo/language_model"],
             "problem: model_name_or_path: hera_demo/language_model is a t",

@@ -14,7 +14,6 @@ FOLDER = ROOT / "recipes/notebook"
 
 @pytest.mark.slow
 def test_the_notebook_selects_trains_and_shows(world: Path) -> None:
-    pytest.importorskip("llamafactory_hera.selection.select")
     notebook = nbformat.read(FOLDER / "hera_in_ten_minutes.ipynb", as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

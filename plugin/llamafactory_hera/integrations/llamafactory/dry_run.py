@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
-from llamafactory_hera.training.checks import check_batch
 
 _N_IMAGES = 8  # images that are opened in each dataset
 _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
@@ -83,17 +81,17 @@ class _Recipe:
 
     def batch(self) -> str:
         config, size = self.config, self.get("per_device_train_batch_size", 8)
-        compared, steps = size * self.processes, self.get("gradient_accumulation_steps", 1)
-        run = {"per_device_train_batch_size": compared, "gradient_accumulation_steps": steps}
-        check_batch(config, SimpleNamespace(**run))
-        compared *= steps if config.gradcache else 1
-        text = f"{compared} samples are compared at once (per device: {size}, processes: {self.processes})"
-        if not config.reads("hera_k"):
-            return text
+        steps = self.get("gradient_accumulation_steps", 1) if config.gradcache else 1
+        compared, least = size * self.processes * steps, config.objective_class().least_samples
         memory = config.remembered
         memory = max(0, 4 * config.k - compared + 1) if memory is None else memory  # hera_memory: auto
+        if compared + memory < least:
+            problem = f"{size} per device leaves {compared + memory} samples to compare, and {least} are needed"
+            raise ValueError(f"per_device_train_batch_size: {problem}; raise it, or set hera_memory: auto.")
         candidates = compared - 1 + memory
-        return f"{text}, {memory} remembered: {min(config.k, candidates // 2)} neighbors of {candidates} candidates"
+        counted = f"{candidates} candidates ({compared - 1} of the batch, {memory} remembered)"
+        neighbors = f"neighbors: {min(config.k, candidates // 2)} of {counted}"
+        return f"{compared} samples at once{f', {neighbors}' if config.reads('hera_k') else ''}"
 
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)
