@@ -107,7 +107,7 @@ class _Recipe:
         image = getattr(self.model, "image_token_id", getattr(self.model, "image_token_index", None))
         added = read_json(file)["added_tokens"] if file.is_file() else []
         expected = next((token["content"] for token in added if token["id"] == image), None)
-        fitting = [other for other, token in tokens.items() if token and token == expected]
+        fitting = [str(other) for other, token in tokens.items() if token and token == expected]
         if tokens.get(name) is None or (fitting and name not in fitting):
             choice = f"for this model: {', '.join(fitting[:8])}" if fitting else "that the model's authors name"
             has = f"writes an image as {tokens[name]}" if tokens.get(name) else "has no images"
