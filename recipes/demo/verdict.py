@@ -95,8 +95,7 @@ def compare(seed: int = 0, size: str = "demo", force: bool = False) -> str:
         output = ("--suite", "demo", "--data", "hera_demo/data", "--output", str(_EVALUATION))
         _run("eval", *models, "--names", *names, *output)
     with _step("write the page", "report"):
-        # Add ("--eval", str(_EVALUATION)) to the options as soon as `report` has it.
-        options = ("--names", *MODELS, "--aligned", _HEADS, "--output", str(_PAGE))
+        options = ("--names", *MODELS, "--aligned", _HEADS, "--eval", str(_EVALUATION), "--output", str(_PAGE))
         _run("report", *MODELS.values(), *options)
     found = measure(agreements, _EVALUATION / "demo.json", ScoreFile.load(MODELS["HeRA"]).chance)
     return f"\n{table(found)}\n\n{verdict(found)}\n\nThe page: {_PAGE}.html"
@@ -212,18 +211,17 @@ def table(found: Measured) -> str:
 
 def verdict(found: Measured) -> str:
     """Says in two sentences what the differences mean."""
-    percent = (
-        "after HeRA, the aligned heads share {:.0%} of their nearest images with the teacher, after plain fine-tuning "
-    )
-    percent += "(SFT) {:.0%}, and by chance {:.0%}."
+    shares = (found.mknn["HeRA"], found.mknn["SFT"], found.chance)
     alignment = {1: "Alignment rose", 0: "Alignment did not rise beyond its interval", -1: "Alignment fell"}
-    first = f"{alignment[found.mknn_difference.sign]}: {percent.format(found.mknn['HeRA'], found.mknn['SFT'], found.chance)}"
-    value, low, high = (f"{abs(end):.1f}" for end in found.accuracy_difference)
-    questions = f"of the {found.questions} questions"
+    first = (
+        "{}: after HeRA, the aligned heads share {:.0%} of their nearest images with the teacher, after plain "
+        "fine-tuning (SFT) {:.0%}, and by chance {:.0%}."
+    ).format(alignment[found.mknn_difference.sign], *shares)
+    value, questions = f"{abs(found.accuracy_difference.value):.1f}", f"of the {found.questions} questions"
     second = {
         1: f"Accuracy rose: HeRA answers {value} points more {questions} correctly than SFT, beyond the interval.",
-        0: f"Accuracy does not differ beyond its interval: {found.questions} questions cannot tell whether HeRA helps or harms "
-        "the answers of so small a model.",
+        0: f"Accuracy does not differ beyond its interval: {found.questions} questions cannot tell whether HeRA helps "
+        "or harms the answers of so small a model.",
         -1: f"Accuracy fell: HeRA answers {value} points fewer {questions} correctly than SFT, beyond the interval.",
     }
     return fill(f"{first} {second[found.accuracy_difference.sign]}", 80)
