@@ -177,9 +177,9 @@ def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], ob
 @pytest.mark.parametrize(
     ("change", "debug", "last"),
     [
-        ({"hera_wieght": 1}, "", "llamafactory-hera: Some keys are not used by the HfArgumentParser: "),
+        ({"hera_wieght": 1}, "", "llamafactory-hera: hera_wieght: no such key; did you mean hera_weight?"),
         ({"packing": True}, "1", "ValueError: packing: True does not work with stage: hera"),
-        ({"stage": "sft", "hera_wieght": 1}, "", "ValueError: Some keys are not used by the HfArgumentParser: "),
+        ({"stage": "sft", "wieght": 1}, "", "ValueError: Some keys are not used by the HfArgumentParser: "),
     ],
     ids=["an unknown key", "HERA_DEBUG", "another stage"],
 )
