@@ -31,19 +31,3 @@ def test_a_calibration_uses_one_device(
     (tmp_path / "empty.yaml").touch()
     assert main(["calibrate", str(tmp_path / "empty.yaml")]) == 2
     assert environment["CUDA_VISIBLE_DEVICES"] == used
-
-
-@pytest.mark.parametrize(
-    ("name", "problem"),
-    [
-        ("runs/a", "runs/a: no such file or folder"),
-        ("runs", "score: no dataset is named to score runs with; add --recipe"),
-    ],
-)
-def test_a_score_names_the_missing_folder_or_the_missing_recipe(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, problem: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
-    assert main(["score", name]) == 2
-    assert problem in capsys.readouterr().err
