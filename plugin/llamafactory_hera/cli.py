@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
     report.add_argument("--aligned", metavar="HEADS", help="names or a heads.json (default: those of the last run)")
     report.add_argument("--eval", metavar="FOLDER", help="output folder of llamafactory-hera eval, to add its tables")
-    report.add_argument("--output", default="hera_report", help="writes OUTPUT.html and OUTPUT.md (%(default)s)")
+    report.add_argument("--output", default="hera_report", help="writes OUTPUT.html (default: %(default)s)")
 
     gallery = command("gallery", _gallery, "show the images that a head, and the teacher, consider most similar")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
@@ -187,9 +187,9 @@ def _report(args: argparse.Namespace) -> int:
     from .selection.report import compare
 
     comparison = compare(args.files, args.names, args.aligned)
-    from .selection.page import write_report  # imports torch, which a refusal does not need
+    from .selection.page import verdict, write_report  # imports torch, which a refusal does not need
 
-    print(*write_report(comparison, args.output, args.eval), sep="\n")
+    print(write_report(comparison, args.output, args.eval), *verdict(comparison), sep="\n")
     return 0
 
 

@@ -98,7 +98,7 @@ def test_a_report_fits_a_phone_and_is_light_or_dark(browser: Browser, tmp_path: 
     files = [write_scores(tmp_path / f"{name}/hera/scores.json", [[0.1] * 32] * 8) for name in ("m" * 60, "run")]
     for file in files:
         write_seen(file, tmp_path / "images", 0, heads=32, layers=8)
-    _, report = write_report(compare(files), tmp_path / "report")
+    report = write_report(compare(files), tmp_path / "report")
     page = browser.new_context(viewport={"width": 420, "height": 900}, color_scheme=scheme).new_page()
     page.goto(report.as_uri())
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")

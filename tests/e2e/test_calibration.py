@@ -29,7 +29,7 @@ def report(world: Path, command: Command) -> dict[str, Any]:
     """The report of the demo recipe, which the command calibrates."""
     status, output = command("calibrate", RECIPE)
     assert status == 0, output
-    assert f"Files: {OUTPUT}" in output
+    assert f"adapter_name_or_path: {OUTPUT}" in output
     return json.loads((world / OUTPUT / "calibration.json").read_text())
 
 

@@ -1,8 +1,7 @@
-"""The report of a run: a Markdown table for terminals, and an HTML page that starts with the verdict."""
+"""The report of a run: an HTML page that starts with the verdict."""
 
 import math
 import os
-import re
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,36 +19,24 @@ from .gallery import Neighbors, draw_gallery
 from .report import Comparison, draw_scores
 from .scores import command_line
 
-_TITLE = "# Head alignment before and after"
 _TEMPLATE = Path(__file__).with_suffix(".html")
-_GENERATOR = 'content="llamafactory-hera"'
+_HEAD = 99  # characters by which a report is recognized
 
 
 def write_report(
     comparison: Comparison, output: str | os.PathLike = "hera_report", evaluation: str | os.PathLike | None = None
-) -> tuple[Path, Path]:
-    """Writes ``OUTPUT.md`` and ``OUTPUT.html`` about the run of the last file, and returns both paths.
+) -> Path:
+    """Writes the page ``OUTPUT.html`` about the run of the last file, and returns its path.
 
     ``evaluation`` is an output folder of ``llamafactory-hera eval``. Raises ``ValueError`` if the folder contains no
-    table, or if the report would replace a page of another kind.
+    table, or if the report would replace another page.
     """
-    text, page = Path(f"{output}.md"), Path(f"{output}.html")
-    for path, mark in ((text, _TITLE), (page, _GENERATOR)):
-        if path.is_file() and mark.encode() not in path.read_bytes():
-            raise ValueError(f"report: {path} exists and is not a report; give another path.")
+    page, template = Path(f"{output}.html"), _TEMPLATE.read_text(encoding="utf-8")
+    if page.is_file() and template[:_HEAD] != page.read_text(encoding="utf-8")[:_HEAD]:
+        raise ValueError(f"report: {page} exists and is not a report; give another path.")
     parts = _parts(comparison) | {"accuracy": _evaluation(Path(evaluation)) if evaluation else ""}
-    write_text(page, Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
-    write_text(text, _markdown(comparison))
-    return text, page
-
-
-def _markdown(comparison: Comparison) -> str:
-    def literal(text: str) -> str:
-        return re.sub(r"([\\`*<\[|])", r"\\\1", " ".join(text.split()))
-
-    header, *rows = (f"| {' | '.join(map(literal, row))} |" for row in comparison.table)
-    table = "\n".join([header, "|---|" + "--:|" * (len(comparison.files) + 1), *rows, ""])
-    return "\n\n".join([_TITLE, *map(literal, (*verdict(comparison), comparison.files[0].setting)), table])
+    write_text(page, Template(template).substitute(parts))
+    return page
 
 
 def verdict(comparison: Comparison) -> tuple[str, str]:

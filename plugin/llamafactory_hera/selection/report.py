@@ -70,7 +70,8 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     if len(paths) < 2:
         raise ValueError(f"report: {paths[0]} is a single file; give two files or more, or the folder of a run.")
     files, names = load_files(paths, names, "report")
-    first, targets = files[0], files[-1].marked
+    first, last = files[0], files[-1]
+    targets = last.marked if last.marked is not last.chosen else None  # a selection chose heads that no run aligned
     granularity = targets.granularity if targets else first.chosen.granularity
     if aligned is not None:
         targets = Targets.parse(aligned, granularity)
