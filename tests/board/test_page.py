@@ -44,7 +44,7 @@ def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:
     assert command["template"] == "llava_qwen3"
     assert command["freeze_vision_tower"] == "True"  # sent for multimodal models only
     # the host sends nothing that is false or empty
-    sent = FIELDS.keys() - {"hera_layers", "hera_teacher_cache", "hera_fixed_temperature"}
+    sent = FIELDS.keys() - {"hera_teacher_cache", "hera_fixed_temperature"}
     assert {key for key in command if key.startswith("hera_")} == sent | {"hera_max_nan"}
     page.name("Config path", "saved.yaml")
     page.press("Save arguments")

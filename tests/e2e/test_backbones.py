@@ -111,7 +111,7 @@ def check(run: Run, hera: bool = True) -> None:
         assert line["grad_norm"] > 0
         assert ("hera_loss" in line) == hera
         if hera:
-            assert line["hera_loss"] > 0.1  # unrelated features give at least log 3
+            assert line["hera_loss"] > 0  # with so few candidates, the neighbor may stand out by chance
             assert 0 <= line["hera_mknn"] <= 1
 
 
