@@ -113,7 +113,7 @@ def test_gradient_caching_is_the_large_batch(train: Train, even: dict[str, Any])
     args = even | {"max_steps": 3, "hera_weight": 1.0}
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "hera_accumulate": "gradcache"}
     large, cached = train(args), train(args, parts, ranks=2)
-    assert "candidates per sample: 15 " in cached.output
+    assert "of 15 candidates (15 of the batch, 0 remembered)" in cached.output
     for ours, theirs in zip(cached.logs(), large.logs(), strict=True):
         for key in ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key

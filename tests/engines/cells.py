@@ -69,6 +69,7 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
     teacher = autoencoder_folder() if objective == "ross" else teacher_folder()
     objective = given.get(objective, objective)
     named = {"heads": targets} if "H" in targets else {"layers": targets, "granularity": "layer"}
+    keys = {"memory": 0} | keys
     config = HeraConfig(objective=objective, weight=1.0, k=K, teacher=teacher, **named, **keys)
     return Aligner(model, config, image_processor=student_processor())
 

@@ -32,7 +32,8 @@ VIRAL = {"heads": None, "granularity": "layer", "layers": "L1", "objective": "vi
 
 
 def hera(**keys: object) -> HeraConfig:
-    return HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, "weight": 1.0, **keys})
+    given: dict[str, Any] = {"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, "weight": 1.0, "memory": 0}
+    return HeraConfig(**given | keys)
 
 
 def arguments(folder: Path, **values: object) -> TrainingArguments:
@@ -168,8 +169,7 @@ def test_a_run_logs_its_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         "heads: L1H0,L0H2",
         "objective: contrastive, weight 1.0",
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
-        "neighbors: 2",
-        "candidates per sample: 3 (3 of the batch, 0 remembered)",
+        "neighbors: 1 of 3 candidates (3 of the batch, 0 remembered); hera_k: 2 needs 4 candidates",
     ):
         assert part in caplog.text
 

@@ -33,7 +33,9 @@ MODES: dict[str, dict[str, Any]] = {
 
 def config_of(mode: str, **keys: Any) -> HeraConfig:
     teacher = autoencoder_folder() if mode == "ross" else teacher_folder()
-    return HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher, "k": 2, "weight": 1.0, **MODES[mode], **keys})
+    return HeraConfig(
+        **{"heads": "L1H0,L0H2", "teacher": teacher, "k": 2, "weight": 1.0, "memory": 0, **MODES[mode], **keys}
+    )
 
 
 class CountFromThen(TrainerCallback):

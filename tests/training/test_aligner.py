@@ -23,7 +23,7 @@ BATCH = 4
 
 
 def make(model: nn.Module, **keys: object) -> Aligner:
-    config = HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, **keys})
+    config = HeraConfig(**{"heads": "L1H0,L0H2", "teacher": teacher_folder(), "k": 2, "memory": 0, **keys})
     return Aligner(model, config, image_processor=student_processor())
 
 

@@ -10,6 +10,7 @@ from llamafactory.model import load_config
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import HeadLayout, head_layout
+from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.heads.tokens import grid_side
 from llamafactory_hera.objectives import Objective, TokenObjective
 from llamafactory_hera.selection.samples import with_mode
@@ -85,8 +86,10 @@ def multimodal_config(model_args: Any) -> Any:
 
 def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
     """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run."""
+    if config.select_mode != AUTO:
+        return config
     projector_only = host.finetuning.freeze_language_model and not host.finetuning.freeze_multi_modal_projector
-    return with_mode(config, multimodal_config(host.model), projector_only)
+    return with_mode(config, load_config(host.model), projector_only)
 
 
 def checked_dataset(
