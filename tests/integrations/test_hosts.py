@@ -152,6 +152,6 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
         for key in measured:
             # Hosts divide the LM loss in different ways, so rounding grows, until it changes a neighbor of one sample.
             neighbor = 1 / 160 if key == "hera_mknn" and step else 0.0
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5 if step else 1e-6, abs=1.01 * neighbor), key
+            assert ours[key] == pytest.approx(theirs[key], rel=3e-5 if step else 1e-6, abs=1.01 * neighbor), key
     terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis leaves steps out
     assert 0 < terms[-1] != terms[0]

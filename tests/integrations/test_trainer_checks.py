@@ -57,7 +57,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
             {"arguments": {"per_device_train_batch_size": 1}},
             "^per_device_train_batch_size: 1 gives a global batch of 1",
         ),
-        ({"hera": {"heads": "auto"}, "train_dataset": None}, "^hera_heads: auto selects on the training data"),
+        ({"hera": {"heads": "auto"}, "train_dataset": None}, "^heads: auto selects on the training data"),
     ],
 )
 def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> None:
@@ -126,7 +126,7 @@ def labels_on_all_text(rows: list[dict]) -> dict[str, Any]:
     [
         (without_image_tokens, "^data_collator: 4 samples .* contain no image token"),
         (without_pixels, "^data_collator: 4 samples .* contains no pixel_values"),
-        (labels_on_all_text, "^hera_pooling: answer .* all text is labeled.*or set hera_pooling: text"),
+        (labels_on_all_text, "^pooling='answer' .* all text is labeled.*or set pooling='text'"),
     ],
 )
 def test_the_first_batch_is_checked_before_a_step(tmp_path: Path, collate: Any, message: str) -> None:

@@ -82,7 +82,7 @@ def test_a_rerun_finds_the_selection_and_a_file_of_another_run_is_refused(
 
     file = str(tmp_path / "run/hera/heads.json")
     selecting(tmp_path / "other", heads=file)
-    with pytest.raises(ValueError, match=r"hera_heads: the heads .* were selected for another run: model was"):
+    with pytest.raises(ValueError, match=r"^heads: the heads .* were selected for another run: model was"):
         selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
     selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
     assert "Continuing, because hera_heads_force is set" in caplog.text
@@ -127,7 +127,7 @@ def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
 
 
 def test_a_dataset_of_llama_factory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^hera_select_dataset: grand_captions works in LLaMA-Factory only"):
+    with pytest.raises(ValueError, match=r"^select_dataset: grand_captions works in LLaMA-Factory only"):
         selecting(tmp_path, select_dataset="grand_captions")
 
 

@@ -119,7 +119,7 @@ def trainer_of(folder: Path, case: "Case", weight: float = 0.5, **values: Any) -
     shared = {"per_device_train_batch_size": BATCH, "max_steps": 1, "learning_rate": 3e-3, "logging_steps": 1}
     shared |= {"save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
     shared |= {"max_length": None, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
-    keys = {"heads": "L1H0,L3H2", "teacher": teacher_folder(), "k": 2, "weight": weight, **case.hera}
+    keys = {"heads": "L1H0,L3H2", "teacher": teacher_folder(), "k": 2, "weight": weight, "memory": 0, **case.hera}
     processing = processor()
     if case.options.get("assistant_only_loss"):
         processing = tf.LlavaProcessor(processing.image_processor, processing.tokenizer, chat_template=MARKED)
@@ -209,7 +209,7 @@ CASES = [
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
     Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
-    Case("messages", "answer averages over the tokens with a label, and TRL also labels the prompt", form="messages"),
+    Case("messages", "averages over the tokens with a label, and TRL also labels the prompt", form="messages"),
     Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
     Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
 ]
@@ -317,9 +317,9 @@ def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to="none"))
     llava().save_pretrained("model")
     processor().save_pretrained("model")
-    names = {"model": "model", "dataset": dataset("prompt and completion", 8)}
+    names = {"model": "model", "dataset": dataset("prompt and completion", 16)}
     exec(code, names)
-    assert all("hera_loss" in line for line in lines(names["trainer"]))
+    assert all("lm_loss" in line for line in lines(names["trainer"]))
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def origin(**changed):
     [
         ({"select_m": 2}, (SAME_SELECTION, SAME_RUN), "hera_select_m was 3, is 2"),
         ({"select": "top"}, (SAME_SELECTION,), "hera_select was worst, is top"),
-        ({"select_mode": "mllm"}, (SAME_SELECTION, SAME_SCORES), "hera_select_mode was llm, is mllm"),
+        ({"select_mode": "mllm"}, (SAME_SELECTION, SAME_SCORES), "hera_select_mode was auto, is mllm"),
         ({"similarity": "dot"}, (SAME_SELECTION, SAME_SCORES), "hera_similarity was cosine, is dot"),
         ({"select_batch_size": 2}, (), ""),
         ({"model_fingerprint": OTHER}, (SAME_SELECTION, SAME_RUN), "model was m (fingerprint aaaaaaaa), is m (finger"),
