@@ -59,7 +59,7 @@ def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
     assert "llamafactory_hera/integrations/llamaboard/texts.yaml" in names
     recipes = {name.split("share/llamafactory-hera/recipes/")[1] for name in names if "/share/" in name}
     files = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*") if path.is_file()}
-    repository_only = {"demo", "study", "real", "rah_lora", "generate", "__pycache__"}
+    repository_only = {"demo", "notebook", "study", "real", "rah_lora", "generate", "__pycache__"}
     assert recipes == {str(file) for file in files if not repository_only & set(file.parts)}
     assert not [name for name in names if re.search("/recipes/(demo|notebook|study|real|rah_lora|generate)", name)]
 
