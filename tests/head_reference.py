@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from llamafactory_hera.heads import Target
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
-from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, model_config
+from llamafactory_hera.heads.families import decoder_layers, head_layout, model_config
 from llamafactory_hera.heads.probe import pooled_heads
-
-from .tiny_models import HEADS, LAYERS
 
 #: Weight ``[D, H * d]`` and bias of each layer's output projection.
 Projections = list[tuple[Tensor, Tensor | None]]
@@ -34,24 +32,35 @@ def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def mixer(layer: nn.Module) -> nn.Module:
+    """The module that mixes the tokens of a layer."""
+    names = ("self_attn", "linear_attn", "conv")
+    return next(getattr(layer, name) for name in names if hasattr(layer, name))
+
+
+def projection(mixer: nn.Module) -> nn.Linear:
+    """The output projection of a mixer."""
+    return mixer.o_proj if hasattr(mixer, "o_proj") else mixer.out_proj
+
+
 def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tuple[list[Block], object]:
     """The blocks of a forward pass, read by hooks of the test, and the model's output."""
     found = [Block(*[torch.empty(0)] * 3) for _ in decoder_layers(model)]
     handles = []
     for block, layer in zip(found, decoder_layers(model), strict=True):
-        attention = attention_module(layer)
+        attention = mixer(layer)
 
         def entering(_, args, block=block):
             block.entered = args[0]
 
         def attended(_, args, output, block=block):
-            block.attended = output[0]
+            block.attended = output[0] if isinstance(output, tuple) else output
 
         def leaving(_, args, output, block=block):
             block.output = output[0] if isinstance(output, tuple) else output
 
         handles += [
-            attention.o_proj.register_forward_pre_hook(entering),
+            projection(attention).register_forward_pre_hook(entering),
             attention.register_forward_hook(attended),
             layer.register_forward_hook(leaving),
         ]
@@ -78,26 +87,31 @@ def check_heads(
         projections: Of each layer; by default the modules' own weights.
         tolerance: Largest difference, relative to the largest value of the block's output.
     """
-    with HeadCapture(model, [Target(layer, head) for layer in range(LAYERS) for head in range(HEADS)]) as capture:
+    layout = head_layout(model_config(model))
+    every = [Target(index, head) for index, layer in enumerate(layout.layers) for head in range(layer.n_heads)]
+    with HeadCapture(model, every) as capture:
         capture.pool(mask)
         model(**batch)
         captured = capture.representations().detach()
-    layout = head_layout(model_config(model))
-    assert captured.shape == (LAYERS * HEADS, mask.shape[0], layout.hidden_size)
+    assert captured.shape == (len(every), mask.shape[0], layout.hidden_size)
+    rows = iter(captured)
     kept = mask.bool().any(1, keepdim=True)
     for index, block in enumerate(blocks(model, batch)[0]):
-        assert block.entered.shape[-1] == HEADS * layout.head_dim
-        projection = attention_module(decoder_layers(model)[index]).o_proj
-        contributions = captured[index * HEADS : (index + 1) * HEADS]
+        heads = layout.layers[index]
+        if not heads.n_heads:
+            continue
+        assert block.entered.shape[-1] == heads.n_heads * heads.head_dim
+        module = projection(mixer(decoder_layers(model)[index]))
+        contributions = torch.stack([next(rows) for _ in range(heads.n_heads)])
         expected = mean_over(block.attended, mask)
-        weight, bias = (projection.weight, projection.bias) if projections is None else projections[index]
+        weight, bias = (module.weight, module.bias) if projections is None else projections[index]
         if bias is not None:
             expected = (expected - bias.detach()) * kept
         scale = expected.abs().max().item()
         assert scale > 1e-3
         torch.testing.assert_close(contributions.sum(0), expected, rtol=0, atol=tolerance * scale)
         for head, contribution in enumerate(contributions):
-            columns = slice(head * layout.head_dim, (head + 1) * layout.head_dim)
+            columns = slice(head * heads.head_dim, (head + 1) * heads.head_dim)
             part = mean_over(block.entered[..., columns], mask) @ weight.detach()[:, columns].T
             torch.testing.assert_close(contribution, part, rtol=0, atol=tolerance * scale)
 
@@ -118,11 +132,13 @@ def check_pooled(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, toler
     """Holds the outputs of all heads and layers, read at once, against the blocks."""
     heads, layers = pooled_heads(model, mask.bool(), partial(model, **batch))
     layout = head_layout(model_config(model))
-    assert heads.shape == (mask.shape[0], LAYERS, HEADS, layout.head_dim)
-    assert layers.shape == (mask.shape[0], LAYERS, layout.hidden_size)
-    assert heads.dtype == layers.dtype == torch.float32
+    assert [of_layer.shape[1:] for of_layer in heads] == [layer[1:3] for layer in layout.layers]
+    assert layers.shape == (mask.shape[0], layout.n_layers, layout.hidden_size)
+    assert heads[0].dtype == layers.dtype == torch.float32
     for index, block in enumerate(blocks(model, batch)[0]):
-        for got, tokens in ((heads[:, index].flatten(1), block.entered), (layers[:, index], block.output)):
+        for got, tokens in ((heads[index].flatten(1), block.entered), (layers[:, index], block.output)):
+            if not got.numel():
+                continue
             expected = mean_over(tokens.float(), mask)
             scale = expected.abs().max().item()
             torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * scale)

@@ -18,6 +18,7 @@ import torch
 import transformers as tf
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 VOCAB = 64
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 60, 61, 62, 63
@@ -39,6 +40,17 @@ DECODER: dict[str, Any] = {
 _DECODER_WITH_HEAD_DIM = DECODER | {"head_dim": 16}
 # every expert sees every token, so that each gets a gradient
 _EXPERTS: dict[str, Any] = _DECODER_WITH_HEAD_DIM | {"num_experts_per_tok": 2, "num_local_experts": 2}
+_ROUTED: dict[str, Any] = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}
+_ROUTED |= {"topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+_LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+_LATENT |= {"v_head_dim": 12, "num_key_value_heads": HEADS}
+# heads of another number and width than those of the attention
+_LINEAR: dict[str, Any] = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 8}
+_LINEAR |= {"linear_value_head_dim": 10, "linear_conv_kernel_dim": 2}
+_LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+_LOCAL: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+_PER_LAYER = _LOCAL | {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
+_PER_LAYER |= {"num_kv_shared_layers": 0}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -52,6 +64,17 @@ _VISION: dict[str, Any] = {
 def _mrope(pairs: int) -> dict[str, Any]:
     """Multimodal rotary positions; the sections (time, height, width) share the ``head_dim / 2`` frequencies."""
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [pairs - 4, 2, 2]}
+
+
+_HALF_MROPE = {"rope_parameters": _mrope(8) | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}}
+_MOE_QWEN = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+def _of(name: str, **fixed: Any) -> Callable[..., tf.PretrainedConfig]:
+    """The tiny configuration of a text decoder, by its ``model_type``."""
+    owner = name.removesuffix("_text")
+    kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else CONFIG_MAPPING[owner].sub_configs["text_config"]
+    return lambda **kw: kind(**_DECODER_WITH_HEAD_DIM | fixed | kw)
 
 
 #: ``model_type`` -> configuration of a tiny text decoder. Qwen2-VL and Qwen2.5-VL derive head_dim from hidden_size.
@@ -78,13 +101,34 @@ TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
     "llama4_text": lambda **kw: tf.Llama4TextConfig(**_EXPERTS | kw),
     "gpt_oss": lambda **kw: tf.GptOssConfig(**_EXPERTS | kw),
     "olmo2": lambda **kw: tf.Olmo2Config(**_DECODER_WITH_HEAD_DIM | kw),
-}
-
-#: Families without a causal LM of their own: the decoder alone is the bare model.
-_TEXT_MODELS: dict[str, type[nn.Module]] = {
-    "qwen2_vl_text": tf.models.qwen2_vl.modeling_qwen2_vl.Qwen2VLTextModel,
-    "qwen2_5_vl_text": tf.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLTextModel,
-    "qwen3_vl_text": tf.Qwen3VLTextModel,
+    "olmo3": _of("olmo3", **_LOCAL),
+    "exaone4": _of("exaone4", sliding_window=64, **_LOCAL),
+    "glm4_moe": _of("glm4_moe", **_ROUTED),
+    "mistral4": _of("mistral4", **_ROUTED | _LATENT),
+    "qwen3_5_text": _of("qwen3_5_text", **_LINEAR | _HALF_MROPE),
+    "qwen3_5_moe_text": _of(
+        "qwen3_5_moe_text", shared_expert_intermediate_size=32, **_LINEAR | _HALF_MROPE | _MOE_QWEN
+    ),
+    "qwen3_vl_moe_text": _of("qwen3_vl_moe_text", rope_parameters=_mrope(8), **_MOE_QWEN),
+    "gemma3n_text": _of("gemma3n_text", laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0], **_PER_LAYER),
+    "gemma4_text": _of("gemma4_text", global_head_dim=24, **_PER_LAYER),
+    "glm4v_text": _of("glm4v_text", **_HALF_MROPE),
+    "glm4v_moe_text": _of("glm4v_moe_text", **_ROUTED | _HALF_MROPE),
+    "glm_ocr_text": _of("glm_ocr_text", **_HALF_MROPE),
+    "lfm2": lambda **kw: tf.Lfm2Config(
+        **DECODER | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False} | kw
+    ),
+    "ernie4_5_vl_moe_text": _of(
+        "ernie4_5_vl_moe_text",
+        moe_intermediate_size=[32, 32],
+        moe_num_experts=2,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        mlp_layer_types=["dense", "sparse"],
+        rope_parameters=_mrope(8) | {"mrope_section": [3, 3, 2]},
+    ),
+    "paddleocr_vl_text": _of("paddleocr_vl_text", rope_parameters=_mrope(8)),
+    "aria_text": _of("aria_text", moe_num_experts=2, moe_topk=2, moe_num_shared_experts=1),
 }
 
 
@@ -148,26 +192,65 @@ _QWEN_TOKENS = {
 }
 
 
-def _qwen2_vl(**kw: Any) -> nn.Module:
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "patch_size": _PATCH, "mlp_ratio": 2}
-    text = TEXT_CONFIGS["qwen2_vl_text"](**kw).to_dict()
-    return tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
+#: VLMs with the vision tower and the inputs of Qwen2-VL -> their text decoder and more keys of the vision tower.
+_QWEN_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl": ("qwen2_vl_text", {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}),
+    "qwen2_5_vl": ("qwen2_5_vl_text", {"fullatt_block_indexes": [1], "window_size": 16}),
+    "qwen3_vl": ("qwen3_vl_text", {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
+    "qwen3_5": ("qwen3_5_text", {"num_position_embeddings": 16}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"num_position_embeddings": 16}),
+    "glm4v": ("glm4v_text", {"image_size": _SIDE}),
+    "glm46v": ("glm4v_text", {"image_size": _SIDE, "model_type": "glm4v_vision"}),
+    "glm4v_moe": ("glm4v_moe_text", {"image_size": _SIDE}),
+    "glm_ocr": ("glm_ocr_text", {"image_size": _SIDE}),
+    "ernie4_5_vl_moe": ("ernie4_5_vl_moe_text", {}),
+    "paddleocr_vl": ("paddleocr_vl_text", {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": _SIDE}),
+}
 
 
-def _qwen2_5_vl(**kw: Any) -> nn.Module:
+def _qwen_like(name: str, **kw: Any) -> nn.Module:
+    text, more = _QWEN_LIKE[name]
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": _PATCH}
-    vision |= {"out_hidden_size": 48, "fullatt_block_indexes": [1], "window_size": 16}
-    text = TEXT_CONFIGS["qwen2_5_vl_text"](**kw).to_dict()
-    return tf.Qwen2_5_VLForConditionalGeneration(
-        tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS)
+    vision |= {"out_hidden_size": 48} | more
+    tokens = _QWEN_TOKENS | {"image_start_token_id": VISION_START, "image_end_token_id": VISION_END}
+    text_config = TEXT_CONFIGS[text](**kw).to_dict()
+    config = CONFIG_MAPPING[name](text_config=text_config, vision_config=vision, **tokens)
+    return tf.AutoModelForImageTextToText.from_config(config)
+
+
+def _lfm2_vl(**kw: Any) -> nn.Module:
+    vision = tf.Siglip2VisionConfig(**_VISION | {"num_patches": 16, "vision_use_head": False})
+    text = TEXT_CONFIGS["lfm2"](**{"layer_types": ["full_attention"] * LAYERS} | kw)  # both layers have heads
+    config = tf.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, projector_hidden_size=32)
+    return tf.Lfm2VlForConditionalGeneration(config)
+
+
+def _gemma4(**kw: Any) -> nn.Module:
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "patch_size": _PATCH}
+    vision |= {"position_embedding_size": 16}
+    config = tf.Gemma4Config(
+        text_config=TEXT_CONFIGS["gemma4_text"](**kw),
+        vision_config=vision,
+        audio_config=None,
+        boi_token_id=VISION_START,
+        eoi_token_id=VISION_END,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
     )
+    return tf.Gemma4ForConditionalGeneration(config)
 
 
-def _qwen3_vl(**kw: Any) -> nn.Module:
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": _PATCH}
-    vision |= {"out_hidden_size": 48, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    text = TEXT_CONFIGS["qwen3_vl_text"](**kw).to_dict()
-    return tf.Qwen3VLForConditionalGeneration(tf.Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS))
+def _aria(**kw: Any) -> nn.Module:
+    vision = {"model_type": "idefics3_vision", **_VISION}
+    config = tf.AriaConfig(
+        text_config=TEXT_CONFIGS["aria_text"](**kw),
+        vision_config=vision,
+        image_token_index=IMAGE,
+        projector_patch_to_query_dict={4: 4},
+    )
+    return tf.AriaForConditionalGeneration(config)
 
 
 def _llama4(**kw: Any) -> nn.Module:
@@ -181,8 +264,11 @@ def _llama4(**kw: Any) -> nn.Module:
 
 #: Families that take the common LLaVA as it is.
 _IN_LLAVA = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "glm4", "granite", "smollm3", "cohere2")
-_IN_LLAVA += ("ministral", "ministral3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2")
+_IN_LLAVA += ("ministral", "ministral3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "exaone4", "glm4_moe")
+_IN_LLAVA += ("mistral4",)
 
+#: Text decoders that transformers builds alone; the others need their VLM.
+BARE = sorted(set(TEXT_CONFIGS) - {"ernie4_5_vl_moe_text", "paddleocr_vl_text"})
 #: Name -> a tiny VLM; keyword arguments go to the text configuration.
 VLMS: dict[str, Callable[..., nn.Module]] = {
     **{f"llava-{text}": partial(_llava, text) for text in _IN_LLAVA},
@@ -190,10 +276,11 @@ VLMS: dict[str, Callable[..., nn.Module]] = {
     "internvl-qwen2": _internvl,
     "gemma3": _gemma3,
     "paligemma-gemma2": _paligemma,
-    "qwen2_vl": _qwen2_vl,
-    "qwen2_5_vl": _qwen2_5_vl,
-    "qwen3_vl": _qwen3_vl,
+    **{name: partial(_qwen_like, name) for name in _QWEN_LIKE},
     "llama4": _llama4,
+    "lfm2_vl": _lfm2_vl,
+    "gemma4": _gemma4,
+    "aria": _aria,
 }
 
 
@@ -209,8 +296,9 @@ def text_model(model_type: str, seed: int = 0, **config: Any) -> nn.Module:
     """A causal LM of the family (the decoder alone where the family has none), in training mode."""
     torch.manual_seed(seed)
     configuration = TEXT_CONFIGS[model_type](**config)
-    build = _TEXT_MODELS.get(model_type, tf.AutoModelForCausalLM.from_config)
-    return _randomize(build(configuration), seed).train()
+    known = type(configuration) in tf.MODEL_FOR_CAUSAL_LM_MAPPING
+    build = tf.AutoModelForCausalLM if known else tf.AutoModel
+    return _randomize(build.from_config(configuration), seed).train()
 
 
 def vlm(name: str, seed: int = 0, **config: Any) -> nn.Module:
@@ -242,18 +330,27 @@ def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -
     if kind in ("gemma3", "paligemma"):
         # PaliGemma's prefix (image and prompt) is type 0, its suffix type 1; for Gemma 3 type 1 is the image
         batch["token_type_ids"] = (ids == IMAGE).long() if kind == "gemma3" else (ids < 50).long()
-    if kind.startswith("qwen"):
+    if kind in _QWEN_LIKE or kind == "gemma4":
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     return batch
 
 
 def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
     """Pixel input, image tokens a row, further inputs."""
-    if kind.startswith("qwen"):
+    if kind in _QWEN_LIKE:
         # 4 x 4 patches of 3 channels and 2 frames, merged 2 x 2
         grid = torch.tensor([[1, 4, 4]] * rows)
-        values = torch.randn(rows * 16, 3 * 2 * _PATCH * _PATCH, generator=generator)
+        frames = 1 if kind in ("ernie4_5_vl_moe", "paddleocr_vl") else 2
+        values = torch.randn(rows * 16, 3 * frames * _PATCH * _PATCH, generator=generator)
+        if kind == "paddleocr_vl":
+            values = values.unflatten(1, (3, _PATCH, _PATCH))
         return {"pixel_values": values}, 4, {"image_grid_thw": grid}
+    if kind in ("gemma4", "lfm2_vl"):
+        # 4 x 4 patches, merged 2 x 2
+        values = torch.rand(rows, 16, 3 * _PATCH * _PATCH, generator=generator)
+        shapes = {"spatial_shapes": torch.full((rows, 2), 4), "pixel_attention_mask": torch.ones(rows, 16).long()}
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(rows, -1, -1)
+        return {"pixel_values": values}, 4, shapes if kind == "lfm2_vl" else {"image_position_ids": places}
     if kind == "llava_next":
         # a base view and two tiles; 2 x 4 patches with a newline a row, and the base view's 2 x 2
         values = torch.randn(rows, 3, 3, _SIDE, _SIDE, generator=generator)

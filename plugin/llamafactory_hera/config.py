@@ -21,6 +21,7 @@ _MOST_HEADS = 5  # with ten heads, the paper's Qwen2.5-3B collapsed (the average
 SELECTION_KEYS = (
     "hera_select",
     "hera_select_m",
+    "hera_select_mixers",
     "hera_select_mode",
     "hera_select_samples",
     "hera_select_k",
@@ -158,6 +159,11 @@ class HeraConfig(KeyedConfig):
         "Model on which heads are scored: only the language model, with captions as input (llm), or the full model, "
         "with images and text (mllm). auto is llm for a model that llamafactory-hera build made, and for a run that "
         "trains the projector before a frozen language model; otherwise it is mllm.",
+    )
+    select_mixers: Literal["attention", "all"] = knob(
+        "attention",
+        "Layers whose heads may be selected: those with softmax attention (attention), or also those with linear "
+        "attention (all).",
     )
     select_dataset: str | None = knob(
         None, "Name of the dataset on which heads are scored; the default is the training dataset."

@@ -171,7 +171,7 @@ def agreement(model: str, heads: Targets) -> np.ndarray:
     outputs, _ = pooled_outputs(inputs, network, [sample.features for sample in samples], config)
     weights, shares = list(projection_weights(network)), []
     for layer, head in heads.items:
-        of_head = outputs[:, layer, head]
+        of_head = outputs[layer][:, head or 0]
         columns = weights[layer].split(of_head.shape[-1], dim=1)[head or 0]
         found = nearest_samples(of_head, columns, torch.arange(len(samples)), config.select_k, config.normalize)
         shares.append((found[:, :, None] == expected[:, None]).any(-1).double().mean(-1))

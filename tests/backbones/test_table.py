@@ -8,7 +8,7 @@ from torch import nn
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import decoder_layers, head_layout, output_projection
+from llamafactory_hera.heads.families import decoder_layers, head_layout
 from recipes.generate.sizes import SIZES
 
 from .full_size import on_meta, text_config, vlm_config
@@ -21,9 +21,9 @@ def count(model: nn.Module) -> int:
 def check_layers(model: nn.Module, key: str) -> None:
     layers, layout, sizes = decoder_layers(model), head_layout(model.config), SIZES[key]
     assert len(layers) == layout.n_layers == sizes.layers
-    assert (layout.n_heads, layout.n_kv_heads, layout.head_dim) == (sizes.heads, sizes.kv_heads, sizes.head_dim)
+    assert (layout.n_heads, layout.head_dim) == (sizes.heads, sizes.head_dim)
     for layer in layers:
-        assert output_projection(layer).weight.shape == (sizes.hidden, sizes.heads * sizes.head_dim)
+        assert layer.self_attn.o_proj.weight.shape == (sizes.hidden, sizes.heads * sizes.head_dim)
         assert layer.self_attn.v_proj.weight.shape == (sizes.kv_heads * sizes.head_dim, sizes.hidden)
 
 

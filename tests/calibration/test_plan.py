@@ -85,7 +85,7 @@ def cut(weights: HeadWeights, head: Target, kind: Slice) -> torch.Tensor:
     """A head's value rows or output columns, cut by hand."""
     matrix = weights.projections[head.layer, kind].weight.detach()
     if kind == "value":
-        return matrix.unflatten(0, (-1, HEAD_DIM))[head.head // (HEADS // weights.layout.n_kv_heads)]
+        return matrix.unflatten(0, (-1, HEAD_DIM))[head.head // (HEADS // weights.n_kv_heads)]
     return matrix.unflatten(1, (-1, HEAD_DIM))[:, head.head]
 
 

@@ -18,7 +18,7 @@ from llamafactory_hera.calibration.profile import (
     read_attention,
 )
 from llamafactory_hera.calibration.settings import RahConfig
-from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout, output_projection
+from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import N_IMAGE, calibration_model, collate, features
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
@@ -117,7 +117,7 @@ def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, ga
     changed = copy.deepcopy(model)
     width = head_layout(changed.config).head_dim
     with torch.no_grad():
-        output_projection(decoder_layers(changed)[layer]).weight[:, head * width : (head + 1) * width] *= gate
+        decoder_layers(changed)[layer].self_attn.o_proj.weight[:, head * width : (head + 1) * width] *= gate
         return loss_of(changed, batch)
 
 

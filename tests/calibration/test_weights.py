@@ -54,7 +54,7 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
 def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> None:
     model = calibration_model().to(dtype)
     weights = HeadWeights(model)
-    hidden, d = weights.layout.hidden_size, weights.layout.head_dim
+    hidden, d = weights.layout.hidden_size, weights.head_dim
     output = Edit(Target(1, 3), "output", torch.randn(hidden, 2), torch.randn(2, d))
     value = Edit(Target(0, 2), "value", torch.randn(d, 3), torch.randn(3, hidden))
     steps = [(Update((output.head,), (output,)), 0.1), (Update((value.head,), (value,)), 0.05)]

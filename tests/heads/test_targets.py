@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamafactory_hera.heads import Target, Targets
-from llamafactory_hera.heads.families import HeadLayout
+from llamafactory_hera.heads.families import HeadLayout, LayerHeads
 from llamafactory_hera.heads.targets import file_name
 
 HEADS = Targets((Target(13, 12), Target(7, 6), Target(0, 31)))
@@ -61,18 +61,22 @@ def test_errors_name_the_key_of_the_caller() -> None:
             call("nonsense", key="--heads")
 
 
+def layout(n_layers: int, n_heads: int) -> HeadLayout:
+    return HeadLayout("llama", 64, (LayerHeads("attention", n_heads, 8, "self_attn.o_proj"),) * n_layers)
+
+
 @pytest.mark.parametrize(
     ("targets", "n_layers", "n_heads", "outside"),
     [
-        (HEADS, 13, 32, "L13H12 does not exist: .* layers L0 to L12 with heads H0 to H31. Choose other heads"),
-        (HEADS, 14, 12, "L13H12, L0H31 does not exist: .* layers L0 to L13 with heads H0 to H11. Choose other heads"),
+        (HEADS, 13, 32, "L13H12 does not exist: the model has layers L0 to L12. Choose other heads"),
+        (HEADS, 14, 12, "L13H12 does not exist: in this model, L13 is an attention layer with 12 heads of 8. Choose"),
         (LAYERS, 14, 1, "L14 does not exist: .* layers L0 to L13. Choose other layers"),
     ],
 )
 def test_targets_outside_a_model_are_refused(targets: Targets, n_layers: int, n_heads: int, outside: str) -> None:
-    targets.check(HeadLayout("llama", 15, 32, 32, 8, 64))
+    targets.check(layout(15, 32))
     with pytest.raises(ValueError, match=f"^{targets.key}: {outside}"):
-        targets.check(HeadLayout("llama", n_layers, n_heads, n_heads, 8, 64))
+        targets.check(layout(n_layers, n_heads))
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

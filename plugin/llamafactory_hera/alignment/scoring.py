@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -25,22 +26,23 @@ def score_heads(
     with the teacher's neighbors), except that similarities within fp32 rounding of each other may change places.
 
     Args:
-        pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``.
+        pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``; sizes may differ between layers.
         o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; each layer is read when its turn comes.
         teacher_neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors`.
         normalize: True for cosine similarity, false for the dot product.
 
     Returns:
-        ``[L, H]`` in fp32 on the device of the features; NaN, with a warning, for a head whose outputs or weights
-        contain NaN or infinity.
+        ``[L, H]`` in fp32 on the device of the features, where H is the largest number of heads of a layer. A head
+        that does not exist is NaN, and, with a warning, a head whose outputs or weights contain NaN or infinity.
     """
     scores: list[Tensor] = []
     for outputs, weight in zip(pooled, o_proj_weights, strict=True):
-        heads = zip(outputs.unbind(1), weight.split(outputs.shape[-1], dim=1), strict=True)
-        scores.append(torch.stack([score_features(h, teacher_neighbors, normalize, columns) for h, columns in heads]))
+        heads = zip(outputs.unbind(1), weight.unflatten(1, outputs.shape[1:]).unbind(1), strict=True)
+        layer = [score_features(h, teacher_neighbors, normalize, columns) for h, columns in heads]
+        scores.append(torch.stack(layer) if layer else outputs.new_zeros(0))
         for head in scores[-1].isnan().nonzero().flatten().tolist():
             logger.warning("L%dH%d has no score: its output or weight has NaN or infinity.", len(scores) - 1, head)
-    return torch.stack(scores)
+    return pad_sequence(scores, True, torch.nan)
 
 
 def score_features(

@@ -84,7 +84,8 @@ def gate_gradients(forward: Forward, positions: Positions, batch: dict[str, Any]
     gates, all 1, so the gradient of a batch's summed loss contains the gradient of each sample's loss.
     """
     layout = head_layout(model_config(forward.model))
-    projections = [output_projection(layer) for layer in decoder_layers(forward.model)]
+    pairs = zip(decoder_layers(forward.model), layout.layers, strict=True)
+    projections = [output_projection(layer, heads) for layer, heads in pairs]
     shape = len(batch["input_ids"]), layout.n_heads
     gates = [torch.ones(shape, device=forward.device, requires_grad=True) for _ in projections]
 

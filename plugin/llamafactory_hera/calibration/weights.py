@@ -48,12 +48,16 @@ class HeadWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self.layout = head_layout(model_config(model))
-        self.group_size = self.layout.n_heads // self.layout.n_kv_heads
+        self.head_dim = self.layout.head_dim
+        text = model_config(model).get_text_config()
+        self.n_kv_heads: int = getattr(text, "num_key_value_heads", None) or self.layout.n_heads
+        self.group_size = self.layout.n_heads // self.n_kv_heads
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         for layer, module in enumerate(decoder_layers(model)):
             value = getattr(attention_module(module), "v_proj", None)
             self.projections[layer, "value"] = self._checked(value, "value")
-            self.projections[layer, "output"] = self._checked(output_projection(module), "output")
+            output = output_projection(module, self.layout.layers[layer])
+            self.projections[layer, "output"] = self._checked(output, "output")
         modules = {module: name for name, module in model.named_modules()}
         self.names = {key: modules[projection] for key, projection in self.projections.items()}
 
@@ -65,7 +69,7 @@ class HeadWeights:
     def block(self, head: Target, kind: Slice) -> slice:
         """Returns the rows of ``v_proj``, or the columns of ``o_proj``, that belong to a query head."""
         index = (head.head or 0) // (self.group_size if kind == "value" else 1)
-        return slice(index * self.layout.head_dim, (index + 1) * self.layout.head_dim)
+        return slice(index * self.head_dim, (index + 1) * self.head_dim)
 
     def of_head(self, head: Target, kind: Slice) -> Tensor:
         """Returns a view of a query head's slice: ``[d, D]`` of ``v_proj``, or ``[D, d]`` of ``o_proj``."""
@@ -73,7 +77,7 @@ class HeadWeights:
         return weight[block] if kind == "value" else weight[:, block]
 
     def _checked(self, module: nn.Module | None, kind: Slice) -> nn.Linear:
-        rows = self.layout.n_kv_heads * self.layout.head_dim if kind == "value" else self.layout.hidden_size
+        rows = self.n_kv_heads * self.head_dim if kind == "value" else self.layout.hidden_size
         if isinstance(module, nn.Linear) and module.weight.dtype in _FLOATS and len(module.weight) == rows:
             return module
         raise ValueError(

@@ -66,7 +66,7 @@ class HeadCapture(LayerHooks):
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
-            projection = output_projection(layer)
+            projection = output_projection(layer, self._layout.layers[index])
             # a partial instead of a closure, because deepcopy copies the parts of a partial
             self._replace(projection, "forward", partial(self._project, index, projection, projection.forward))
 
@@ -87,10 +87,11 @@ class HeadCapture(LayerHooks):
         images = output[:, hidden.shape[1] :].clone()
         n = len(self._heads_of[index])
         if at_tokens:
-            size = n * self._layout.head_dim
+            width = self._layout.layers[index].head_dim
+            size = n * width
             images = images.flatten(0, 1)
             images = images[:size] - images[size : size + 1] if biased else images[:size]
-            heads = read.unflatten(-1, (-1, self._layout.head_dim))  # [B, t, H, d]
+            heads = read.unflatten(-1, (-1, width))  # [B, t, H, d]
             outputs = torch.stack([heads[:, :, head] for head in self._heads_of[index]])
             rows: tuple[Tensor, ...] = (outputs, images.unflatten(0, (n, -1)))
         else:
@@ -108,8 +109,8 @@ class HeadCapture(LayerHooks):
 
     def _unit_rows(self, index: int, hidden: Tensor, biased: bool) -> Tensor:
         """Distributes the unit vectors of the chosen heads over the batch, as inputs ``[B, r, H*d]``."""
-        width, batch = self._layout.head_dim, hidden.shape[0]
-        units = torch.eye(width, dtype=hidden.dtype, device=hidden.device).repeat(1, self._layout.n_heads)
+        layer, batch = self._layout.layers[index], hidden.shape[0]
+        units = torch.eye(layer.head_dim, dtype=hidden.dtype, device=hidden.device).repeat(1, layer.n_heads)
         rows = (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)  # [n*d, H*d]
         missing = -(len(rows) + biased) % batch + biased
         return nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (batch, -1))
@@ -119,8 +120,9 @@ class HeadCapture(LayerHooks):
         selector = self._selectors.get(index)  # cached, because a new one would copy indices to the device
         if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
             with torch.inference_mode(False):
-                chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), self._layout.n_heads)
-                selector = chosen.repeat_interleave(self._layout.head_dim, dim=1).to(like)
+                layer = self._layout.layers[index]
+                chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), layer.n_heads)
+                selector = chosen.repeat_interleave(layer.head_dim, dim=1).to(like)
             self._selectors[index] = selector
         return selector
 

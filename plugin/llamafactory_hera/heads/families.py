@@ -1,62 +1,162 @@
-"""The attention heads of a transformers model: the text decoder, its layers, and their output projections.
+"""The heads of a transformers model: its text decoder, the token mixer of each layer, and its output projection.
 
-To support a new architecture whose layers follow the usual layout, add its name to ``FAMILIES``. In this layout, the
-input of ``layer.self_attn.o_proj`` is the concatenation of the heads, with ``head_dim`` values each. Some models
-change the attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4 and OLMo 2 normalize the
-output, and Granite scales it. A head's contribution is read before that change, at the projection.
+The layout is found by structure: the heads of a decoder layer lie side by side in the input of its mixer's output
+projection. Some models change the attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4
+and OLMo 2 normalize the output, and Granite scales it. A head's contribution is read before that change, at the
+projection. Qwen3.5 multiplies the heads by a gate before the projection, so the gate is part of the contribution.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
 
-#: The ``model_type`` of text configurations whose decoder layers have the usual layout.
+#: The ``model_type`` of the text decoders that the tests build; other decoders are accepted by structure.
 FAMILIES = frozenset({
-    "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "llama4_text", "ministral",
-    "ministral3", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3",
-    "qwen3_moe", "qwen3_vl_text", "smollm3",
+    "aria_text", "cohere2", "ernie4_5_vl_moe_text", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "gpt_oss", "granite", "lfm2",
+    "llama", "llama4_text", "ministral", "ministral3", "mistral", "mistral4", "mixtral", "olmo2", "olmo3",
+    "paddleocr_vl_text", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3",
 })  # fmt: skip
 
 #: The layer number that denotes the output of the norm after the last layer.
 FINAL = sys.maxsize
 
+Mixer = Literal["attention", "linear_attention", "none"]
+
+# Names of a mixer's output projection, of the width of its heads (with latent attention, that of the values), of the
+# number of its heads, of what comes before the mixer, and of the norm after the last layer.
+_PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
+_WIDTHS = ("v_head_dim", "head_v_dim", "head_dim")
+_COUNTS = ("num_heads", "num_attention_heads", "num_v_heads")
+_BEFORE_MIXER = ("input_layernorm", "operator_norm", "self_attn_layer_norm", "altup")
+_FINAL_NORMS = ("norm", "embedding_norm", "final_layernorm", "final_layer_norm", "layer_norm")
+
+
+class LayerHeads(NamedTuple):
+    """The heads of one decoder layer; a layer without heads, such as a convolution, has the mixer ``none``."""
+
+    mixer: Mixer = "none"
+    n_heads: int = 0
+    head_dim: int = 0
+    projection: str = ""  #: The path of the output projection in the layer, such as ``self_attn.o_proj``.
+
+    def __str__(self) -> str:
+        if not self.n_heads:
+            return "a layer without heads"
+        article = "an" if self.mixer == "attention" else "a"
+        return f"{article} {self.mixer.replace('_', '-')} layer with {self.n_heads} heads of {self.head_dim}"
+
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The sizes of a text decoder's attention heads, from its configuration."""
+    """The heads of a text decoder, layer by layer."""
 
     model_type: str
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
     hidden_size: int
+    layers: tuple[LayerHeads, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """The number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def n_heads(self) -> int:
+        """The largest number of heads in a layer."""
+        return max(layer.n_heads for layer in self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        """The width of the heads; raises ``ValueError`` if the layers differ in the number or width of their heads."""
+        first = self.layers[0]
+        if any((layer.n_heads, layer.head_dim) != (first.n_heads, first.head_dim) for layer in self.layers):
+            kinds = "; ".join(sorted(set(map(str, self.layers))))
+            raise ValueError(
+                f"model: the layers of this {self.model_type!r} model have different heads ({kinds}), and this method "
+                "needs equal ones; use another model."
+            )
+        return first.head_dim
+
+
+_LAYOUTS: dict[str, HeadLayout] = {}
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the head layout from a model's configuration; raises ``ValueError`` if its type is unsupported."""
+    """Reads the layout of the model that a configuration describes, without weights; the result is cached.
+
+    Raises:
+        ValueError: The model is an encoder-decoder, has no layers with heads, or has a class outside transformers.
+    """
+    key = config.to_json_string(use_diff=False)
+    if key not in _LAYOUTS:
+        _LAYOUTS[key] = _read_layout(config)
+    return _LAYOUTS[key]
+
+
+def _read_layout(config: Any) -> HeadLayout:
     text = config.get_text_config()
-    if text.model_type not in FAMILIES:
+    if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"model: the text model type {text.model_type!r} is not supported; supported are "
-            f"{', '.join(sorted(FAMILIES))}. If the input of its output projections is the concatenation of the "
-            "heads, add the type to FAMILIES in heads/families.py."
+            f"model: {config.model_type!r} is an encoder-decoder, whose heads HeRA does not read; use a decoder-only "
+            "model."
         )
-    n_heads = text.num_attention_heads
-    return HeadLayout(
-        model_type=text.model_type,
-        n_layers=text.num_hidden_layers,
-        n_heads=n_heads,
-        n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
-        # the value in the configuration comes first, because it may differ from hidden_size / n_heads
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // n_heads,
-        hidden_size=text.hidden_size,
+    layers = tuple(_layer_heads(layer, text, index) for index, layer in enumerate(_empty_decoder(config).layers))
+    if not any(layer.n_heads for layer in layers):
+        raise ValueError(
+            f"model: no layer of the text model type {text.model_type!r} has an output projection whose input is the "
+            f"concatenation of its heads ({', '.join(_PROJECTIONS)} behind {', '.join(_WIDTHS)}); use another model."
+        )
+    return HeadLayout(text.model_type, text.hidden_size, layers)
+
+
+def _empty_decoder(config: Any) -> Any:
+    """Builds a text decoder on the meta device, alone or, if it has no class of its own, inside its model."""
+    import torch
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+
+    text, problems = config.get_text_config(), []
+    for part, classes in ((text, MODEL_MAPPING), (config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)):
+        if type(part) not in classes:
+            continue
+        part = copy.deepcopy(part)
+        part._attn_implementation = "eager"  # others check for packages that need not be here
+        try:
+            with torch.device("meta"):
+                # not from_config, which would shard the model under ZeRO-3
+                build: Any = classes[type(part)]
+                return find_decoder(build(part), text.model_type, text.num_hidden_layers)
+        except Exception as error:  # a model may need values on its device
+            problems.append(f" ({error})")
+    raise ValueError(
+        f"model: the text model type {text.model_type!r} cannot be built from its configuration"
+        f"{''.join(problems[-1:])}; use a model whose class is part of the installed transformers."
     )
+
+
+def _layer_heads(layer: nn.Module, text: Any, index: int) -> LayerHeads:
+    found: list[LayerHeads] = []
+    types = getattr(text, "layer_types", None) or ()
+    linear = index < len(types) and "linear" in types[index]
+    for name, mixer in layer.named_children():
+        projection = next((key for key in _PROJECTIONS if hasattr(getattr(mixer, key, None), "in_features")), "")
+        width = next((size for key in _WIDTHS if isinstance(size := getattr(mixer, key, None), int)), 0)
+        if not (projection and width) or "cross" in name:
+            continue
+        n_heads, rest = divmod(getattr(mixer, projection).in_features, width)
+        counts = [count for key in _COUNTS if isinstance(count := getattr(mixer, key, None), int)]
+        if not rest and n_heads in (counts or (n_heads,)):
+            kind: Mixer = "linear_attention" if linear or "Attention" not in type(mixer).__name__ else "attention"
+            found.append(LayerHeads(kind, n_heads, width, f"{name}.{projection}"))
+    # a layer may have a second mixer beside its attention
+    return min(found, key=lambda heads: heads.mixer, default=LayerHeads())
 
 
 def media_token_ids(config: Any) -> frozenset[int]:
@@ -68,37 +168,41 @@ def media_token_ids(config: Any) -> frozenset[int]:
 
 def text_decoder(model: nn.Module) -> nn.Module:
     """Finds the text decoder, the module with the layers and the final norm, even under PEFT, DDP and FSDP."""
+    text = model_config(model).get_text_config()
+    return find_decoder(model, text.model_type, text.num_hidden_layers)
+
+
+def find_decoder(model: nn.Module, model_type: str, n_layers: int) -> nn.Module:
+    """Finds the one module of a type with so many layers; raises ``ValueError`` if there is none, or several."""
     from torch.nn import ModuleList
 
-    layout = head_layout(model_config(model))
     # Wrappers such as FSDP and PEFT forward attribute access, so several modules may expose the same layers; the dict
     # keeps the innermost of these modules.
     found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
-        if kind == layout.model_type and isinstance(layers, ModuleList) and len(layers) == layout.n_layers:
+        if kind == model_type and isinstance(layers, ModuleList) and len(layers) == n_layers:
             found[layers] = (name, module)
     if len(found) != 1:
         names = ", ".join(name for name, _ in found.values()) or "none"
         raise ValueError(
-            f"model: {type(model).__name__} must contain one text decoder of type {layout.model_type!r} with "
-            f"{layout.n_layers} layers, but contains {names}; use another model."
+            f"model: {type(model).__name__} must contain one text decoder of type {model_type!r} with {n_layers} "
+            f"layers, but contains {names}; use another model."
         )
     return next(iter(found.values()))[1]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the layers of the text decoder in order, and checks that each projects all heads together."""
-    layout, layers = head_layout(model_config(model)), list(text_decoder(model).layers)  # type: ignore[arg-type]
-    width = layout.n_heads * layout.head_dim
-    for index, layer in enumerate(layers):
-        projection = getattr(getattr(layer, "self_attn", None), "o_proj", None)
-        if projection is None or getattr(projection, "in_features", width) != width:
-            raise ValueError(
-                f"model: layer {index} of this {layout.model_type!r} model has no self_attn.o_proj that takes "
-                f"{layout.n_heads} heads of {layout.head_dim}; use another model."
-            )
-    return layers
+    """Returns the layers of the text decoder in order."""
+    return list(text_decoder(model).layers)  # type: ignore[arg-type]
+
+
+def final_norm(decoder: nn.Module) -> nn.Module:
+    """Returns the norm after the last layer of a text decoder."""
+    for name in _FINAL_NORMS:
+        if (norm := getattr(decoder, name, None)) is not None:
+            return norm
+    raise ValueError(f"model: {type(decoder).__name__} has no norm after its last layer; name other layers.")
 
 
 def model_config(model: nn.Module) -> Any:
@@ -115,28 +219,29 @@ def attention_module(layer: nn.Module) -> nn.Module:
     return layer.self_attn  # type: ignore[return-value]
 
 
-def output_projection(layer: nn.Module) -> nn.Module:
-    """Returns the ``o_proj`` of a decoder layer; under PEFT, the adapter layer around it."""
-    return attention_module(layer).o_proj  # type: ignore[return-value]
+def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
+    """Returns the output projection of a decoder layer's heads; under PEFT, the adapter layer around it."""
+    return reduce(getattr, heads.projection.split("."), layer)
 
 
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
     These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside the
-    layer, those of the input norm and the attention, or all. ``layer`` may be :data:`FINAL`. Call this function before
+    layer, those of the input norm and the mixer, or all. ``layer`` may be :data:`FINAL`. Call this function before
     a sharding engine renames or flattens parameters.
     """
-    layers, final_norm = decoder_layers(model), text_decoder(model).norm
-    feeding: list[Any] = [final_norm]
+    layers, norm = decoder_layers(model), final_norm(text_decoder(model))
+    feeding: list[Any] = [norm]
     if layer != FINAL:
-        names = ("input_layernorm", "self_attn")  # OLMo 2 has no input_layernorm
+        mixer = head_layout(model_config(model)).layers[layer].projection.split(".")[0]
+        names = (*_BEFORE_MIXER, mixer)  # OLMo 2 has no input norm
         inside = [part for name, part in layers[layer].named_children() if name in names]
         feeding = [layers[layer]] if whole_layer else inside
     outermost: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
     # tied embeddings are used both before and after the decoder
     feeding.append(outermost.get_input_embeddings())
-    after = _parameter_ids([*layers[layer:], final_norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
+    after = _parameter_ids([*layers[layer:], norm, outermost.get_output_embeddings()]) - _parameter_ids(feeding)
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in after]
 
 

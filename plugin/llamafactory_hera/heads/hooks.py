@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .families import FINAL, decoder_layers, head_layout, model_config, text_decoder
+from .families import FINAL, decoder_layers, final_norm, head_layout, model_config, text_decoder
 from .targets import Targets
 from .tokens import pool_tokens
 
@@ -70,8 +70,8 @@ class LayerHooks(Hooks):
         self._layout = head_layout(model_config(model))
         targets.check(self._layout)
         self._targets = targets.items
-        modules, final_norm = decoder_layers(model), text_decoder(model).norm
-        self._layers: dict[int, Any] = {i: final_norm if i == FINAL else modules[i] for i in targets.layers}
+        modules, decoder = decoder_layers(model), text_decoder(model)
+        self._layers: dict[int, Any] = {i: final_norm(decoder) if i == FINAL else modules[i] for i in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # maps tokens to rows; None captures nothing
         self._rows: dict[int, tuple[Tensor, ...]] = {}  # their first axis is the targets of the layer
         #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.

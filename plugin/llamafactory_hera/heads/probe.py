@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from .tokens import pool_tokens
 
 
 @torch.no_grad()
-def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[Tensor, Tensor]:
-    """Averages head outputs ``[B, L, H, d]`` and layer outputs ``[B, L, D]`` over the tokens of ``mask`` ``[B, T]``.
+def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[list[Tensor], Tensor]:
+    """Averages the outputs of heads and layers over the tokens of ``mask`` ``[B, T]``.
 
     ``run`` runs the model, or only its text decoder. A head's output is its slice of the output projection's input,
     averaged as soon as the layer has run, so that no tokens are kept. The averages are in fp32 on the model's device.
     The model may be under PEFT, but must be complete on this process.
+
+    Returns:
+        The outputs of each layer's heads, ``[B, H, d]`` with that layer's sizes, and of the layers, ``[B, L, D]``.
     """
-    layout = head_layout(model_config(model))
-    heads: list[Tensor] = []  # by layer, because layers run in order
-    outputs: list[Tensor] = []
+    size, layout = head_layout(model_config(model)).hidden_size, head_layout(model_config(model)).layers
+    heads = [mask.new_zeros(len(mask), 0, 0, dtype=torch.float32) for _ in layout]
+    outputs: list[Tensor] = []  # layers run in order
 
     def mean(hidden: Tensor) -> Tensor:
         # values outside the mask do not count, not even NaN
@@ -30,31 +34,38 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
         with full_precision(kept.device.type):
             return pool_tokens(kept, mask)
 
-    def before_projection(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        heads.append(mean(inputs[0]))
+    def before_projection(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        heads[index] = mean(inputs[0]).unflatten(-1, (layout[index].n_heads, layout[index].head_dim))
 
     def after_layer(_: nn.Module, __: Any, output: Any) -> None:
-        outputs.append(mean(output[0] if isinstance(output, tuple) else output))
+        hidden = output[0] if isinstance(output, tuple) else output
+        # a layer of Gemma 3n returns several streams, of which none is the residual stream
+        outputs.append(mean(hidden) if hidden.dim() == 3 else hidden.new_full((len(mask), size), torch.nan).float())
 
     with ExitStack() as undo:
-        for layer in decoder_layers(model):
-            undo.callback(output_projection(layer).register_forward_pre_hook(before_projection).remove)
+        for index, layer in enumerate(decoder_layers(model)):
+            if layout[index].n_heads:
+                projection = output_projection(layer, layout[index])
+                undo.callback(projection.register_forward_pre_hook(partial(before_projection, index)).remove)
             undo.callback(layer.register_forward_hook(after_layer).remove)
         run()
-    return torch.stack(heads, dim=1).unflatten(-1, (layout.n_heads, layout.head_dim)), torch.stack(outputs, dim=1)
+    return heads, torch.stack(outputs, dim=1)
 
 
 @torch.no_grad()
 def projection_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the effective output projection ``[D, H * d]`` of each decoder layer, one at a time.
+    """Yields the effective output projection ``[D, H * d]`` of each decoder layer, ``[D, 0]`` for one without heads.
 
     Unless the module is a plain linear layer, the weight is computed by projecting the unit vectors, which is correct
     for LoRA, DoRA and 4-bit weights.
     """
     layout = head_layout(model_config(model))
-    width = layout.n_heads * layout.head_dim
-    for layer in decoder_layers(model):
-        projection = output_projection(layer)
+    for layer, heads in zip(decoder_layers(model), layout.layers, strict=True):
+        width = heads.n_heads * heads.head_dim
+        if not width:
+            yield torch.zeros(layout.hidden_size, 0)
+            continue
+        projection = output_projection(layer, heads)
         if type(projection) is nn.Linear:
             yield projection.weight.detach()
             continue

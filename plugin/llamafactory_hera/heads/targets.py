@@ -151,12 +151,16 @@ class Targets:
 
     def check(self, layout: HeadLayout) -> None:
         """Raises ``ValueError`` if a head or layer is outside a model."""
-        n_layers, n_heads = layout.n_layers, layout.n_heads
-        inside = {FINAL, *range(n_layers)}
-        if outside := [str(t) for t in self.items if t.layer not in inside or (t.head or 0) >= n_heads]:
-            heads = f" with heads H0 to H{n_heads - 1}" if self.granularity == "head" else ""
-            sizes = f"the model has layers L0 to L{n_layers - 1}{heads}"
-            raise ValueError(f"{self.key}: {', '.join(outside)} does not exist: {sizes}. Choose other {self.what}.")
+        sizes = f"the model has layers L0 to L{layout.n_layers - 1}"
+        for target in self.items:
+            if target.layer < layout.n_layers:
+                layer = layout.layers[target.layer]
+                if target.head is None or target.head < layer.n_heads:
+                    continue
+                sizes = f"in this model, L{target.layer} is {layer}"
+            elif target.layer == FINAL:
+                continue
+            raise ValueError(f"{self.key}: {target} does not exist: {sizes}. Choose other {self.what}.")
 
 
 def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tuple[Target, ...]:

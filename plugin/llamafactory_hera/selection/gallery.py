@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..alignment.scoring import nearest_samples
 from ..files import write_safetensors
@@ -53,9 +54,10 @@ def write_neighbors(
     queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
     heads = []
     for of_heads, weight in outputs:
-        pairs = zip(of_heads.unbind(1), weight.split(of_heads.shape[-1], dim=1), strict=True)
-        heads.append(torch.stack([nearest_samples(*pair, queries, k, normalize) for pair in pairs]).cpu())
-    tensors = {"queries": queries, "teacher": teacher.cpu()[queries], "heads": torch.stack(heads)}
+        pairs = zip(of_heads.unbind(1), weight.unflatten(1, of_heads.shape[1:]).unbind(1), strict=True)
+        found = [nearest_samples(*pair, queries, k, normalize).cpu() for pair in pairs]
+        heads.append(torch.stack(found) if found else torch.empty(0, len(queries), k, dtype=torch.long))
+    tensors = {"queries": queries, "teacher": teacher.cpu()[queries], "heads": pad_sequence(heads, True, -1)}
     used = torch.cat([tensor.flatten() for tensor in tensors.values()]).unique()
     stored = {row: _image_and_caption(samples[row], tokenizer) for row in used[used >= 0].tolist()}
     tensors = {name: tensor.int() for name, tensor in tensors.items()}

@@ -142,29 +142,33 @@ def _pixels(features: list[Features], processor: TeacherProcessor) -> Tensor:
 
 def pooled_outputs(
     inputs: SelectionInputs, model: nn.Module, features: Sequence[Features], config: HeraConfig
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Runs all samples through the model; the processes of a launch share the work.
 
-    Every process receives averages over tokens, in fp32 on the CPU: those of the head outputs ``[N, L, H, d]`` and
-    those of the layer outputs ``[N, L, D]``.
+    Every process receives averages over tokens, in fp32 on the CPU: for each layer those of its head outputs
+    ``[N, H, d]``, and those of the layer outputs ``[N, L, D]``.
     """
     forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
-    heads = torch.empty(len(features), layout.n_layers, layout.n_heads, layout.head_dim)
+    heads = [torch.empty(len(features), layer.n_heads, layer.head_dim) for layer in layout.layers]
     layers = torch.empty(len(features), layout.n_layers, layout.hidden_size)
     batches = plan_batches([len(feature["input_ids"]) for feature in features], config.select_batch_size)
     batches = batches[rank() :: world_size()]
     rows = [row for batch in batches for row in batch]
     bar = tqdm(total=len(rows), desc="HeRA | scoring pass", unit="sample", disable=rank() != 0)
 
-    def run(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def run(batch: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
         return pooled_heads(model, forward.tokens(config.pooling, batch), partial(forward.run, batch))
 
     with bar:
-        for batch, outputs in run_batches(batches, features, inputs.collator(model), run, inputs.num_workers):
-            heads[list(batch)], layers[list(batch)] = (output.cpu() for output in outputs)
+        for batch, (of_heads, of_layers) in run_batches(
+            batches, features, inputs.collator(model), run, inputs.num_workers
+        ):
+            layers[list(batch)] = of_layers.cpu()
+            for stored, found in zip(heads, of_heads, strict=True):
+                stored[list(batch)] = found.cpu()
             bar.update(len(batch))
     if world_size() > 1:
         for layer in range(layout.n_layers):  # one by one, because NCCL sends objects through device memory
-            for of_rank, *outputs in gather_objects((rows, heads[rows, layer], layers[rows, layer])):
-                heads[of_rank, layer], layers[of_rank, layer] = outputs
+            for of_rank, *outputs in gather_objects((rows, heads[layer][rows], layers[rows, layer])):
+                heads[layer][of_rank], layers[of_rank, layer] = outputs
     return heads, layers

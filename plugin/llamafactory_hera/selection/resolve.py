@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -133,16 +133,21 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
         model = inputs.load_model()
         layout = head_layout(model_config(model))
         by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
+        # where a head may be chosen; a layer without such heads has no score for the choice
+        taken = [n if config.select_mixers == "all" or mixer == "attention" else 0 for mixer, n, *_ in layout.layers]
+        allowed = np.arange(layout.n_heads) < np.array(taken)[:, None]
         # raises before the passes if there are too few heads or layers
-        choose_targets(np.zeros([layout.n_layers, layout.n_heads] if by_head else layout.n_layers), *rule)
+        choose_targets(np.where(allowed, 0, np.nan) if by_head else np.zeros(layout.n_layers), *rule)
         heads, layers = pooled_outputs(inputs, model, [sample.features for sample in samples], config)
 
-        def of_each_layer(outputs: Tensor) -> Iterator[Tensor]:
-            return (output.to(next(model.parameters()).device) for output in outputs.unbind(1))
+        def of_each_layer(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+            return (output.to(next(model.parameters()).device) for output in outputs)
 
         def choose() -> Targets:
             scores = score_heads(of_each_layer(heads), projection_weights(model), neighbors, config.normalize)
-            of_layers = (score_features(output, neighbors, config.normalize) for output in of_each_layer(layers))
+            of_layers = (
+                score_features(output, neighbors, config.normalize) for output in of_each_layer(layers.unbind(1))
+            )
             layer_scores = torch.stack(list(of_layers))
             if scores.isnan().all():
                 problem = "the output of every head contains NaN or infinity; the checkpoint is damaged, or needs"
@@ -165,7 +170,8 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
                 "layer_scores": _as_json(layer_scores),
                 "scores": [_as_json(row) for row in scores],
             }
-            chosen = Targets(choose_targets((scores if by_head else layer_scores).tolist(), *rule), provenance)
+            choosable = np.where(allowed, scores.numpy(force=True), np.nan) if by_head else layer_scores.tolist()
+            chosen = Targets(choose_targets(choosable, *rule), provenance)
             outputs = zip(of_each_layer(heads), projection_weights(model), strict=True)
             write_neighbors(path, samples, neighbors, outputs, config.normalize, inputs.tokenizer)
             chosen.save(path)

@@ -98,7 +98,9 @@ class _Recipe:
         chosen = f"auto selects {config.select_m}"
         if config.named_targets != AUTO:
             chosen = str(Targets.parse(config.named_targets, config.granularity, layout))
-        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers with {layout.n_heads} heads each"
+        kinds = [layer.n_heads for layer in layout.layers]
+        heads = kinds[0] if len(set(kinds)) == 1 else f"{min(kinds)} to {max(kinds)}"
+        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers with {heads} heads each"
 
     def template(self) -> str:
         name, tokens, file = self.get("template"), _image_tokens(), self.folder / "tokenizer.json"
