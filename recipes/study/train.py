@@ -168,7 +168,7 @@ def measure(
         forward, heads = Forward(model.eval(), mode), []
         for batch in encoder.batches(encoder.captions(samples) if mode == "llm" else encoder.encode(samples)):
             heads.append(pooled_heads(model, forward.tokens("text", batch), partial(forward.run, batch))[0])
-        scores[mode] = score_heads(torch.cat(heads).unbind(1), weights, neighbors).tolist()
+        scores[mode] = score_heads(map(torch.cat, zip(*heads, strict=True)), weights, neighbors).tolist()
     return scores
 
 

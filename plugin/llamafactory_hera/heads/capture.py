@@ -26,6 +26,8 @@ from .families import output_projection
 from .hooks import LayerHooks, in_backward
 from .targets import Target, Targets
 
+_TOLERANCE = 0.1  # of the proof that heads add up; 8-bit weights and activations are off by a few percent
+
 
 class HeadCapture(LayerHooks):
     """Captures the contributions of chosen heads, averaged or at single tokens, inside its context.
@@ -55,6 +57,7 @@ class HeadCapture(LayerHooks):
             self._heads_of[item.layer].append(item.head or 0)
         self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are now running
         self._selectors: dict[int, Tensor] = {}
+        self._unproved = set(self._layers)
 
     def projections(self) -> Tensor:
         """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a pass with `tokens`.
@@ -83,6 +86,8 @@ class HeadCapture(LayerHooks):
         at_tokens = read.dim() == 3
         added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
         output = original(torch.cat([hidden, added], dim=1), *args, **kw)
+        if index in self._unproved and not in_backward() and not torch.compiler.is_compiling():
+            self._prove(index, projection, original, read, output[:, : hidden.shape[1]])
         # cloned, because a view would keep the output of all tokens alive
         images = output[:, hidden.shape[1] :].clone()
         n = len(self._heads_of[index])
@@ -101,6 +106,30 @@ class HeadCapture(LayerHooks):
         elif not in_backward():
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
+
+    @torch.no_grad()  # checkpointing runs the projection again, but not the proof, and compares what autograd saved
+    def _prove(
+        self, index: int, projection: nn.Module, project: Callable[..., Tensor], read: Tensor, output: Tensor
+    ) -> None:
+        """Raises ``ValueError`` unless the contributions of all heads add up to the projection's output.
+
+        One row of the first pass is enough. The layout was found by structure, so a model with an unusual projection
+        may have slipped through.
+        """
+        dropouts = (module for module in projection.modules() if isinstance(module, nn.Dropout))
+        inputs, layer = read.flatten(0, -2)[:1], self._layout.layers[index]
+        if not inputs.any() or any(module.training and module.p for module in dropouts):
+            return  # a later pass decides
+        self._unproved.discard(index)
+        every = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
+        images = project(nn.functional.pad(inputs * every, (0, 0, 0, 1)).unsqueeze(0))[0].float()
+        contributions, expected = images[:-1] - images[-1], self._read(output).flatten(0, -2)[0].float() - images[-1]
+        error = (contributions.sum(0) - expected).norm() / contributions.norm()
+        if error > _TOLERANCE:
+            raise ValueError(
+                f"model: L{index} is {layer}, but their contributions do not add up to the output of "
+                f"{layer.projection} ({error:.0%} off), so HeRA cannot read them; use another model, or hera_layers."
+            )
 
     def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
         """Expands averaged head outputs ``[B, H*d]`` to inputs ``[B, n, H*d]``, each zero outside its head."""
