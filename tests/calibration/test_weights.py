@@ -18,8 +18,11 @@ from llamafactory_hera.heads.families import attention_module, decoder_layers
 from tests.calibration.tiny import calibration_model, collate, features, random_profile
 from tests.tiny_models import VLMS, vlm, vlm_batch
 
+#: Fused or latent value projections, and layers that differ in their heads.
+UNFIT = {"llava-phi3", "llava-mistral4", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl"}
 
-@pytest.mark.parametrize("name", [name for name in VLMS if "phi3" not in name])
+
+@pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
 def test_the_slices_of_a_head_make_its_output(name: str) -> None:
     """If only one key is visible, a head passes on its value: its output is its value block times the input."""
     model = vlm(name).eval()
@@ -72,6 +75,12 @@ def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> No
     with pytest.raises(KeyError), applied(weights, steps):
         raise KeyError
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", sorted(UNFIT - {"llava-phi3", "llava-mistral4"}))
+def test_layers_that_differ_in_their_heads_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"have different heads .*; use another model"):
+        HeadWeights(vlm(name))
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "quantized", "fused"])

@@ -121,6 +121,7 @@ class HeadCapture(LayerHooks):
         if not inputs.any() or any(module.training and module.p for module in dropouts):
             return  # a later pass decides
         self._unproved.discard(index)
+        assert self._read is not None
         every = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
         images = project(nn.functional.pad(inputs * every, (0, 0, 0, 1)).unsqueeze(0))[0].float()
         contributions, expected = images[:-1] - images[-1], self._read(output).flatten(0, -2)[0].float() - images[-1]
