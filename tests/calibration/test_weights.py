@@ -19,7 +19,7 @@ from tests.calibration.tiny import calibration_model, collate, features, random_
 from tests.tiny_models import VLMS, vlm, vlm_batch
 
 #: Fused or latent value projections, and layers that differ in their heads.
-UNFIT = {"llava-phi3", "llava-mistral4", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl"}
+UNFIT = {"llava-phi3", "llava-mistral4", "qwen3_5", "qwen3_5_moe", "gemma4"}
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
@@ -30,13 +30,14 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
     layout, layer = weights.layout, 1
     attention = attention_module(decoder_layers(model)[layer])
     seen: dict[str, torch.Tensor] = {}
-    attention.v_proj.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-    attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
-    attention.o_proj.register_forward_hook(lambda _, __, output: seen.update(out=output))
+    value, output = weights.projections[layer, "value"], weights.projections[layer, "output"]
+    value.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
+    output.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
+    output.register_forward_hook(lambda _, __, rows: seen.update(out=rows))
     with torch.no_grad():
         if hasattr(attention, "sinks"):  # gpt-oss gives a part of the attention to no key
             attention.sinks.fill_(-1e4)
-        for projection in (attention.v_proj, attention.o_proj):
+        for projection in (value, output):
             if projection.bias is not None:
                 projection.bias.zero_()
         batch = vlm_batch(model)
