@@ -166,7 +166,7 @@ def test_a_run_logs_its_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     caplog.set_level(logging.INFO, "llamafactory_hera")
     trainer_of(tmp_path, max_steps=1).train()
     for part in (
-        "heads: L1H0,L0H2",
+        "heads: L1H0,L0H2 (llama, tested)",
         "objective: contrastive, weight 1.0",
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
         "neighbors: 1 of 3 candidates (3 of the batch, 0 remembered); hera_k: 2 needs 4 candidates",

@@ -110,6 +110,18 @@ def test_layers_are_chosen_by_the_scores_of_layers(tmp_path):
     assert top.items == (Target(scores.index(max(scores))),)
 
 
+@pytest.mark.parametrize(("mixers", "layers"), [("attention", {1}), ("all", {0, 1})])
+def test_heads_of_linear_attention_have_scores_and_are_chosen_only_on_request(tmp_path, mixers, layers):
+    inputs = text_inputs(tmp_path, model=text_model("qwen3_5_text").eval())
+    heads = select_targets(inputs, settings(select_m=4, select_mixers=mixers, select="top"), tmp_path / "heads.json")
+    scores = heads.provenance["scores"]
+    choosable = sorted((-score, layer, head) for layer in layers for head, score in enumerate(scores[layer]) if score)
+        ((-score, layer, head) for layer in layers for head, score in enumerate(scores[layer]) if score)
+    )
+    assert [tuple(head) for head in heads.items] == [place[1:] for place in choosable[:4]]
+    assert [sum(score is not None for score in row) for row in scores] == [6, HEADS]
+
+
 def test_the_file_holds_the_origin_of_the_heads(tmp_path):
     path = tmp_path / "out/heads.json"
     heads = select_targets(text_inputs(tmp_path), settings(), path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import HeraConfig
 from ..distributed import rank, world_size
+from ..heads.families import FAMILIES, head_layout, model_config
 from ..keys import typed
 
 if TYPE_CHECKING:
@@ -122,12 +123,12 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
     if rank() > 0:
         return
-    config, objective = aligner.config, aligner.objective
+    config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
     trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
     lines = {
-        aligner.targets.what: str(aligner.targets),
+        aligner.targets.what: f"{aligner.targets} ({decoder}, {'tested' if decoder in FAMILIES else 'by structure'})",
         "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
         "objective": f"{config.objective}, weight {config.weight}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
