@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
+from llamafactory_hera.alignment import cka_loss, contrastive_loss, nearest_neighbors
 
 N, D, K = 7, 5, 3
 
@@ -77,3 +77,39 @@ def test_neighbors_of_other_samples_are_refused(neighbors):
     for wrong in (neighbors[:-1], neighbors[:1], neighbors.flatten()):
         with pytest.raises(ValueError, match=rf"neighbors: .*\[{N}, k\]"):
             contrastive_loss(torch.randn(2, N, D), wrong, 0.07)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "cka"])
+def test_autocast_changes_neither_the_loss_nor_its_gradient(neighbors, name):
+    z, teacher = torch.randn(N, D, requires_grad=True), torch.randn(N, 4)
+    losses = {
+        "contrastive": lambda: contrastive_loss(z, neighbors, 0.07),
+        "cka": lambda: cka_loss(z, teacher, torch.ones(N, dtype=torch.bool)),
+    }
+    expected = torch.autograd.grad(losses[name](), z)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses[name]()
+    torch.testing.assert_close(torch.autograd.grad(loss, z), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_no_masked_candidate_enters_the_loss_of_large_dot_products():
+    z = 3e4 * torch.randn(N, D).abs()
+    z[3] = -1e5 * z[2]  # its similarities are far below -1e9
+    allowed = ~torch.eye(N, dtype=torch.bool)
+    allowed[3, 2] = False
+    neighbors = nearest_neighbors(torch.randn(N, 4), 2, allowed=allowed)
+    loss = contrastive_loss(z, neighbors, 1.0, normalize=False, allowed=allowed)
+    z, expected = z.double(), 0.0
+    for i, row in enumerate(neighbors.tolist()):
+        log_softmax = (z[i] @ z[allowed[i]].T).log_softmax(0)
+        places = allowed[i].nonzero().flatten().tolist()
+        expected -= sum(log_softmax[places.index(j)] for j in row).item() / len(row) / N
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_zero_vector_gets_a_bounded_gradient(neighbors):
+    z = torch.randn(N, D)
+    z[2] = 0
+    z.requires_grad_()
+    contrastive_loss(z, neighbors, 0.1).backward()
+    assert z.grad[2].norm() < 10 / 0.1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llamafactory_hera.alignment import nearest_neighbors, score_features, score_heads, scoring
-from llamafactory_hera.alignment.scoring import full_precision, nearest_samples
+from llamafactory_hera.alignment.neighbors import full_precision
+from llamafactory_hera.alignment.scoring import nearest_samples
 
 
 def naive_range(vectors, neighbors, normalize, slack):

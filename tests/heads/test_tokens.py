@@ -93,6 +93,14 @@ def test_it_is_the_mean_over_the_masked_tokens():
     torch.testing.assert_close(pool_tokens(double, mask[:1]), naive_mean(double, mask[:1]), rtol=1e-14, atol=1e-15)
 
 
+def test_autocast_does_not_round_the_average_of_an_fp32_residual_stream() -> None:
+    hidden, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pool_tokens(hidden, mask)
+    torch.testing.assert_close(pooled, hidden.mean(1))
+
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["training", "scoring"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, wide):

@@ -116,8 +116,6 @@ def test_heads_of_linear_attention_have_scores_and_are_chosen_only_on_request(tm
     heads = select_targets(inputs, settings(select_m=4, select_mixers=mixers, select="top"), tmp_path / "heads.json")
     scores = heads.provenance["scores"]
     choosable = sorted((-score, layer, head) for layer in layers for head, score in enumerate(scores[layer]) if score)
-        ((-score, layer, head) for layer in layers for head, score in enumerate(scores[layer]) if score)
-    )
     assert [tuple(head) for head in heads.items] == [place[1:] for place in choosable[:4]]
     assert [sum(score is not None for score in row) for row in scores] == [6, HEADS]
 

@@ -5,9 +5,6 @@ from torch import Tensor
 
 from .neighbors import neighbor_mask, similarity
 
-# Replaces masked logits. The value is finite, so that a row of logits stays finite even if all of it is masked.
-MASKED = -1e9
-
 
 def contrastive_loss(
     z: Tensor,
@@ -43,7 +40,9 @@ def contrastive_loss(
         allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
     positives = neighbor_mask(neighbors, m)
     queries = z if n == m else z[..., :n, :]
-    logits = (similarity(queries, z, normalize) / temperature).masked_fill(~allowed, MASKED)
+    logits = similarity(queries, z, normalize) / temperature
+    # finite, so that a row stays finite even if all of it is masked; below all dot products
+    logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
     log_probabilities = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0)
     losses = -log_probabilities.sum(dim=-1) / positives.sum(dim=-1).clamp(min=1)
     enters = positives.any(dim=-1)
@@ -77,7 +76,7 @@ def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor) -> Tensor:
 
 
 def _centered_gram(features: Tensor, enters: Tensor) -> Tensor:
-    rows = enters.unsqueeze(-1)
+    rows, features = enters.unsqueeze(-1), features if features.dtype == torch.float64 else features.float()
     mean = torch.where(rows, features, 0.0).sum(dim=-2, keepdim=True) / enters.sum().clamp(min=1)
     centered = torch.where(rows, features - mean, 0.0)
-    return centered @ centered.transpose(-1, -2)
+    return similarity(centered, centered, normalize=False)

@@ -3,6 +3,8 @@
 Ties are always broken in the same way: neighbors are sorted by decreasing similarity, then by increasing index.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +26,41 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
             vectors are normalized; normalizing them is this project's choice.
 
     Returns:
-        ``[..., N, M]`` in fp32 (fp64 stays fp64), because half precision would create ties.
+        ``[..., N, M]`` in fp32 (fp64 stays fp64), even under autocast or TF32, because less precision would create
+        ties. A zero vector has the similarity 0.
     """
     if queries.dtype != torch.float64:
         queries, candidates = queries.float(), candidates.float()
-    if normalize:
-        queries = torch.nn.functional.normalize(queries, dim=-1)
-        candidates = torch.nn.functional.normalize(candidates, dim=-1)
-    return queries @ candidates.transpose(-1, -2)
+    with full_precision(queries.device.type):
+        if normalize:
+            queries, candidates = _unit(queries), _unit(candidates)
+        return queries @ candidates.transpose(-1, -2)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    # dividing a zero vector by a tiny number would send it an enormous gradient
+    return vectors / torch.where(lengths > 1e-12, lengths, 1.0)
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both APIs must not be mixed
+    backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if not new:
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=False):
+            backend.fp32_precision = precision
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so
 """
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+from .neighbors import full_precision
 
 logger = logging.getLogger("llamafactory_hera")
 
@@ -95,23 +96,3 @@ def _factors(features: Tensor, weight: Tensor | None, normalize: bool) -> tuple[
     queries, keys = queries * inverse, keys * inverse
     # Subtracting the mean shifts all similarities of a sample equally, and keeps small differences within fp32.
     return queries.float(), (keys - keys.mean(0)).float(), squares.isfinite().all()
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both APIs must not be mixed
-    backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        if not new:
-            torch.set_float32_matmul_precision("highest")
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=False):
-            backend.fp32_precision = precision
-        if isinstance(before, str):
-            torch.set_float32_matmul_precision(before)

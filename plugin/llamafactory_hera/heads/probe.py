@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment.scoring import full_precision
+from ..alignment.neighbors import full_precision
 from .families import decoder_layers, head_layout, model_config, output_projection
 from .tokens import pool_tokens
 

@@ -59,7 +59,8 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
+    with torch.autocast(hidden.device.type, enabled=False):  # keep the precision of an fp32 residual stream
+        return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
 
 
 def grid_side(config: Any, objective: str) -> int:
