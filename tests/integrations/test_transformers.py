@@ -174,6 +174,20 @@ def test_a_run_logs_its_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         assert part in caplog.text
 
 
+def test_after_an_interruption_the_model_can_be_used_and_trained_again(tmp_path: Path) -> None:
+    model = vlm("llava-llama")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path, model, max_steps=1).train()
+    hook.remove()
+    assert model(input_ids=torch.tensor([[3, 4]])).logits.isfinite().all()
+    trainer_of(tmp_path, model, max_steps=1).train()  # its folder is no longer locked
+
+
 def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, eval_steps=2, max_steps=2)
     trainer.args.eval_strategy, trainer.eval_dataset = "steps", image_rows(trainer.model, BATCH)

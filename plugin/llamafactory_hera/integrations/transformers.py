@@ -93,6 +93,7 @@ class HeraTrainerMixin(_Base):
         processor = getattr(self.processing_class, "image_processor", None)
         self.aligner = Aligner(self.model, hera, targets, self.args.device, dtype, self.args.seed, processor)
         self._images_of = images_of
+        self._lock = ExitStack()
         self._compute_loss_called = False
         self._to_collect: list[dict[str, Any]] = []
         self._random_states: list[Callable[[], None]] = []
@@ -104,9 +105,13 @@ class HeraTrainerMixin(_Base):
         return translated(in_python)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the trainer does."""
-        with self.named_keys():
-            return super().train(*args, **kwargs)
+        """Trains as the trainer does; after an error or Ctrl-C, too, the model is free of hooks."""
+        try:
+            with self.named_keys():
+                return super().train(*args, **kwargs)
+        finally:
+            self.aligner.release()
+            self._lock.close()
 
     def check_collator(self, hera: HeraConfig) -> None:
         """Raises ``ValueError`` if a collator that the trainer created itself does not fit the settings."""
@@ -281,11 +286,10 @@ class _AlignerCallback(TrainerCallback):
 
     def __init__(self, trainer: HeraTrainerMixin) -> None:
         self._trainer = trainer
-        self._lock = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         aligner = self._trainer.aligner
-        on_first(lambda: self._lock.enter_context(locked(args.output_dir)))
+        on_first(lambda: self._trainer._lock.enter_context(locked(args.output_dir)))
         # An attempt that ran out of memory leaves gradients and statistics behind.
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
@@ -305,4 +309,3 @@ class _AlignerCallback(TrainerCallback):
         log_outcome(self._trainer.aligner, state.log_history, state.global_step)
         if args.should_save:
             self._trainer.aligner.save(args.output_dir)
-        self._lock.close()

@@ -278,7 +278,11 @@ class Aligner:
         """Ends the run: removes the hooks and writes the pending teacher features to the cache."""
         self.cached.check()
         self.watch.close()
+        self.release()
+        self.teacher.flush()
+
+    def release(self) -> None:
+        """Removes the hooks from the model."""
         self.capture.remove()
         if self.reader is not None:
             self.reader.objective.detach()
-        self.teacher.flush()
