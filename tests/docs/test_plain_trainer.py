@@ -34,9 +34,7 @@ def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_the_trainer_the_mixin_and_the_loop_of_the_page_train(
-    names: dict[str, Any], capsys: pytest.CaptureFixture
-) -> None:
+def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     plain, mixin, loop, _ = code_of("docs/plain_trainer.md")
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
