@@ -17,13 +17,13 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def keys_of(first: int, n: int) -> list[bytes]:
-    """Returns the random keys of n images by their numbers."""
+    """Returns the random keys of n images, beginning with image number ``first``."""
     drawn = np.random.default_rng(first // SHARD).bytes(16 * SHARD)
     return [drawn[16 * i : 16 * i + 16] for i in range(first % SHARD, first % SHARD + n)]
 
 
 def write(folder: str, dim: int, images: int) -> None:
-    """Writes full shards, which `put` flushes."""
+    """Writes full shards, because `put` flushes only those."""
     cache = FeatureCache(folder, TEACHER, dim)
     for first in range(0, images, SHARD):
         cache.put(keys_of(first, SHARD), torch.ones(SHARD, dim))

@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def published(outputs: torch.Tensor, weight: torch.Tensor, teacher_mask: torch.Tensor) -> float:
-    """Scores one head as the paper's eq. 2, 3 and 7 read: all similarities, a full ranking, masks."""
+    """Scores one head literally by the paper's eq. 2, 3 and 7: all similarities, a full ranking, masks."""
     contributions = torch.nn.functional.normalize(outputs @ weight.T, dim=-1)
     similarities = contributions @ contributions.T
     similarities.fill_diagonal_(-torch.inf)

@@ -8,7 +8,7 @@
 The host prepares the trainer of the recipe, which then takes three kinds of steps on the same batches in random order:
 SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. Seconds of a step, from collating
 to the optimizer, are medians over the rounds; CPU seconds are those of this process. Peak memory counts all tensors on
-a GPU, and the tensors that the step allocates on a CPU. The output is the end of a row of a Markdown table.
+a GPU, and the tensors that the step allocates on a CPU. The output is the last part of a Markdown table row.
 """
 
 import argparse

@@ -31,7 +31,7 @@ CALIBRATIONS = {"paper": [], "no CAF": ["rah_targets=no_caf", "rah_rank=4"], "pr
 
 
 def run(command: list[str], folder: Path) -> str:
-    """Runs a command in a folder and returns its output; a failure ends the record."""
+    """Runs a command in a folder and returns its output; if it fails, the recording stops."""
     print(" ".join(command)[-150:], flush=True)
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:
@@ -40,7 +40,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def weights(folder: Path) -> str:
-    """Digests the tensors of a folder by their names."""
+    """Returns a digest of the tensors in a folder and their names."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in sorted(load_file(file).items()):

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, no hub, a seed, and one demo of the small size."""
+"""Shared fixtures: one thread, no model hub, a fixed seed, and one small demo."""
 
 import gc
 import logging
@@ -22,8 +22,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def own_messages() -> Iterator[None]:
-    """Undoes what a host, run in this process, changed at the logger of the package."""
+def restored_logger() -> Iterator[None]:
+    """Restores the package's logger, which a host in this process may have changed."""
     ours = logging.getLogger("llamafactory_hera")
     yield
     ours.parent, ours.handlers[:] = logging.getLogger(), []
@@ -31,23 +31,23 @@ def own_messages() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    """Every test draws the same numbers, alone or after others, and leaves the environment as it was."""
+def isolated() -> Iterator[None]:
+    """Seeds the random numbers of every test, and restores the environment after it."""
     torch.manual_seed(0)
-    with patch.dict(os.environ):  # the command sets the host's level of messages, which a fork server would keep
+    with patch.dict(os.environ):  # the command sets the host's log level, which the fork server would keep
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
-def imports_are_no_garbage() -> None:
-    """A ``Trainer`` collects garbage after every run; walking all that is imported takes it a third of a second."""
+def freeze_imports() -> None:
+    """Hides imported objects from the garbage collector: a ``Trainer`` runs it, and walking them takes 0.3 s."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[HostServer]:
-    """The host, imported once."""
+    """The fork server, which imports the host once."""
     server = HostServer()
     yield server
     server.close()
@@ -55,7 +55,7 @@ def server() -> Iterator[HostServer]:
 
 @pytest.fixture(scope="session")
 def copy_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Puts ``hera_demo`` of the small size into a folder; the command builds it once for all workers."""
+    """Copies a small ``hera_demo`` into a folder; the demo is built once for all workers."""
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
@@ -75,5 +75,5 @@ def copy_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Path:
-    """A folder that holds ``hera_demo`` of the small size; runs write beside it."""
+    """A folder with a small ``hera_demo``; runs write their output next to it."""
     return copy_demo(tmp_path_factory.mktemp("world"))

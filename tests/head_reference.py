@@ -1,4 +1,4 @@
-"""What readers of heads and layers must say, read from a model's own blocks without the plugin's hooks."""
+"""Reference values for heads and layers, read from a model's blocks without the plugin's hooks."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,13 @@ Projections = list[tuple[Tensor, Tensor | None]]
 class Block:
     """All tokens ``[B, T, ...]`` of one layer."""
 
-    entered: Tensor  # the output projection
-    attended: Tensor  # what leaves the attention module
-    output: Tensor  # what leaves the layer
+    entered: Tensor  # input of the output projection
+    attended: Tensor  # output of the attention module
+    output: Tensor  # output of the layer
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """One row at a time, by indexing; the test's own pooling."""
+    """Pools one row at a time, by indexing."""
     rows = []
     for row, keep in zip(hidden, mask.bool(), strict=True):
         rows.append(row[keep].mean(0) if keep.any() else row.new_zeros(row.shape[1:]))
@@ -44,7 +44,7 @@ def projection(mixer: nn.Module) -> nn.Linear:
 
 
 def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tuple[list[Block], object]:
-    """The blocks of a forward pass, read by hooks of the test, and the model's output."""
+    """Runs a forward pass, and returns the tokens of every block and the model's output."""
     found = [Block(*[torch.empty(0)] * 3) for _ in decoder_layers(model)]
     handles = []
     for block, layer in zip(found, decoder_layers(model), strict=True):
@@ -78,13 +78,13 @@ def check_heads(
     projections: Projections | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Holds the captured contribution of every head against the attention blocks.
+    """Compares the captured contribution of every head with the attention blocks.
 
     Args:
         model: A tiny model.
         batch: Its inputs.
         mask: Tokens to pool, ``[B, T]``.
-        projections: Of each layer; by default the modules' own weights.
+        projections: Output projections of the layers; by default, those of their modules.
         tolerance: Largest difference, relative to the largest value of the block's output.
     """
     layout = head_layout(model_config(model))
@@ -117,7 +117,7 @@ def check_heads(
 
 
 def check_layers(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
-    """Holds the captured output of every layer against what leaves it."""
+    """Compares the captured output of every layer with the layer's own output."""
     with LayerCapture(model, "L1,L0") as capture:
         capture.pool(mask)
         model(**batch)
@@ -129,7 +129,7 @@ def check_layers(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, toler
 
 
 def check_pooled(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
-    """Holds the outputs of all heads and layers, read at once, against the blocks."""
+    """Compares the pooled outputs of all heads and layers, read in one pass, with the blocks."""
     heads, layers = pooled_heads(model, mask.bool(), partial(model, **batch))
     layout = head_layout(model_config(model))
     assert [of_layer.shape[1:] for of_layer in heads] == [layer[1:3] for layer in layout.layers]

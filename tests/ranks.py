@@ -1,4 +1,4 @@
-"""Other real processes, a gloo group and the holder of a lock, and a disk that is full."""
+"""Real processes that form a gloo group or hold a lock, and a simulated full disk."""
 
 import multiprocessing
 import resource
@@ -31,7 +31,7 @@ def holder(output_dir: Path) -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Lets the kernel refuse files beyond this size, log files among them, as a full disk does."""
+    """Makes writes beyond this file size fail, as on a full disk; this includes log files."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -55,7 +55,7 @@ def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, tim
     """Runs ``function(rank)`` on each rank of a gloo group, and returns the results.
 
     Args:
-        function: A module-level function; returns anything ``torch.load`` can read with weights only.
+        function: A module-level function; ``torch.load`` must read its result with ``weights_only=True``.
         world_size: Number of processes.
         folder: An empty folder.
         timeout: Seconds after which the processes are killed.

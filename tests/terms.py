@@ -1,4 +1,4 @@
-"""Options of objectives, and HeRA's term at a temperature that is given with each batch."""
+"""Options for objectives, and a HeRA term that receives its temperature with each batch."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ def options(
 
 
 class ContrastiveTerm(HeraTerm):
-    """The term of the contrastive objective."""
+    """The contrastive HeRA term; each call sets the temperature."""
 
     def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
         memory = CrossBatchMemory(0) if memory is None else memory
         objective = Contrastive(options())
-        del objective.log_temperature  # a parameter; every batch gives a tensor instead
+        del objective.log_temperature  # each call replaces this parameter with a tensor
         super().__init__(objective, k, normalize, memory)
 
     def __call__(

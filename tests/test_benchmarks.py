@@ -1,4 +1,4 @@
-"""Every bench runs at its smallest size."""
+"""Every benchmark runs at its smallest size."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ BENCHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bench", BENCHES)
-def test_it_runs(server: HostServer, world: Path, bench: str) -> None:
+def test_the_benchmark_runs(server: HostServer, world: Path, bench: str) -> None:
     script, *options = BENCHES[bench].format(root=ROOT).split()
     code, output = server.script(ROOT / "benchmarks" / script, *options, cwd=world)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""Every hera_* key, read from a mapping: types, ranges, and values that contradict each other."""
+"""The ``hera_*`` keys: types, ranges, and values that contradict each other."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ def read(**keys: Any) -> HeraConfig:
 # -- the declarations ------------------------------------------------------------------------------------------------
 
 
-def test_every_key_has_a_help_and_every_list_of_keys_names_known_ones() -> None:
+def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys() -> None:
     assert all(key.startswith("hera_") and declared.metadata["help"].endswith(".") for key, declared in KEYS.items())
     for names in (SELECTION_KEYS, SCORE_KEYS, FIXED_KEYS, RESUMABLE_KEYS, OBJECTIVE_KEYS):
         assert {*names} <= {*KEYS}
@@ -39,11 +39,11 @@ def test_defaults() -> None:
     selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "auto", "hera_select_samples": 1000}
     selection |= {"hera_heads": "auto", "hera_layers": "auto"}
     assert {key: KEYS[key].default for key in paper | ours | selection} == paper | ours | selection
-    # the host's web UI drops False from a command line, so such a key could not be switched off there
+    # the host's web UI never sends False, so it could not switch off a key that defaults to True
     assert not [key for key, declared in KEYS.items() if declared.default is True]
 
 
-def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
+def test_every_key_is_read_from_a_mapping_and_from_an_object() -> None:
     values = {
         **{"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L3,L1", "hera_objective": "contrastive"},
         **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
@@ -62,7 +62,7 @@ def test_every_key_comes_back_from_a_mapping_and_from_an_object() -> None:
     assert (config.select, config.select_m, config.normalize) == ("top", 2, False)
 
 
-def test_an_unknown_key_is_refused_with_the_key_that_was_meant() -> None:
+def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
     for name, said in (("wieght", "did you mean {}weight?"), ("lr", "choose one of {0}heads, .*, {0}select_seed.")):
         said = said.replace("?", r"\?")
         with pytest.raises(ValueError, match=rf"^hera_{name}: no such key; {said.format('hera_')}"):
@@ -90,7 +90,7 @@ def test_an_unknown_key_is_refused_with_the_key_that_was_meant() -> None:
         ("hera_teacher_cache", None, None),
     ],
 )
-def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, meant: object) -> None:
+def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, value: object, meant: object) -> None:
     found = read(**{key: value}).keys()[key]
     assert found == meant
     assert type(found) is type(meant)
@@ -126,14 +126,14 @@ def test_a_value_as_yaml_or_a_command_line_gives_it(key: str, value: object, mea
         *(("hera_heads", value, "is not a head") for value in (3, [3, 4], 0.5)),
     ],
 )
-def test_a_bad_value_names_key_value_and_remedy(key: str, value: object, said: str) -> None:
+def test_the_error_for_a_bad_value_names_key_value_and_remedy(key: str, value: object, said: str) -> None:
     with pytest.raises(ValueError) as error:
         read(**{key: value})
     assert str(error.value).startswith(f"{key}: ")
     assert said in str(error.value)
 
 
-# -- values with one another -----------------------------------------------------------------------------------------
+# -- combinations of values ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", ["L1,L2", "middle", "penultimate", "auto", ["L1", "L2"]])
@@ -159,7 +159,7 @@ def test_layers_and_objectives_are_accepted(layers: object, objective: str) -> N
         ),
     ],
 )
-def test_what_does_not_fit_together_is_named(change: dict[str, Any], message: str) -> None:
+def test_contradictory_values_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         read(**change)
 
@@ -173,18 +173,18 @@ def test_what_does_not_fit_together_is_named(change: dict[str, Any], message: st
         (LAYER | {"hera_objective": "ross", "hera_teacher_cache": "cache"}, "hera_teacher_cache: cache"),
     ],
 )
-def test_a_key_that_the_objective_does_not_read_is_warned_of(change: dict[str, Any], key: str) -> None:
+def test_a_key_that_the_objective_does_not_read_gives_a_warning(change: dict[str, Any], key: str) -> None:
     with pytest.warns(UserWarning, match=f"^{key} has no effect with hera_objective: .*, which does not read it"):
         read(**change)
 
 
-def test_changes_lists_the_named_entries_that_differ_and_were_known_before() -> None:
+def test_changes_lists_the_named_entries_that_existed_before_and_differ() -> None:
     before, now = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}
     assert changes(before, now, ("a", "b", "d")) == ["b was 2, is 5"]
     assert changes(before, now, ("c",)) == ["c was 3, is None"]
 
 
-def test_more_heads_than_the_paper_recommends_are_warned_of() -> None:
+def test_more_heads_than_the_paper_recommends_give_a_warning() -> None:
     heads = "L0H0,L0H1,L0H2,L0H3,L0H4"
     for keys, named in (
         ({"hera_heads": "auto", "hera_select_m": 10}, "_select_m: 10"),
@@ -197,7 +197,7 @@ def test_more_heads_than_the_paper_recommends_are_warned_of() -> None:
         read(hera_heads=heads)
 
 
-def test_an_objective_of_the_users_own_is_loaded_from_the_working_directory(
+def test_a_custom_objective_is_loaded_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_package_of_a_test").mkdir()

@@ -1,4 +1,4 @@
-"""Two real processes against one process with the whole batch; all cases share the two processes."""
+"""Two real processes compared with one process that has the whole batch; all cases share the two processes."""
 
 import math
 
@@ -20,7 +20,7 @@ from tests.waits import Waits
 CPU = torch.device("cpu")
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
 
-#: Case -> which samples each rank holds, and which of all samples are valid.
+#: Case -> the samples of each rank, and for each sample whether it is valid.
 BATCHES: dict[str, tuple[list[range], list[bool]]] = {
     "even": ([range(4), range(4, 8)], [True] * 8),
     "uneven": ([range(2), range(2, 8)], [True] * 8),
@@ -47,14 +47,14 @@ def new_module() -> nn.Module:
 
 
 def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
-    """Loss, statistics and gradients of two steps with a memory, of one rank or of the whole batch."""
+    """Returns loss, statistics and gradients of two steps with a memory, for one rank or for the whole batch."""
     rows, valid = BATCHES[batch]
     mine = [i for part in rows for i in part] if rank is None else list(rows[rank])
     module = new_module()
     wrapped = DistributedDataParallel(module) if wrap else module
     memory = CrossBatchMemory(5)
     term = ContrastiveTerm(k=3, memory=memory)
-    waits, n_rows = Waits(), None if batch == "uneven" else 6  # there the ranks agree on a size
+    waits, n_rows = Waits(), None if batch == "uneven" else 6  # if uneven, the ranks agree on a size
     log_temperature = torch.tensor(-1.0, requires_grad=True)
     results = {}
     for step in range(2):
@@ -80,7 +80,7 @@ def refuse() -> None:
 
 
 def plain_cases(number: int) -> dict[str, Tensor]:
-    """What the functions do on this rank, without the term."""
+    """Returns the results of the communication functions on this rank, without the term."""
     results = {"world size": torch.tensor(world_size())}
     results["rows"] = gather_rows(torch.arange(6.0).view(3, 2) + 100 * number)
     results["non-contiguous rows"] = gather_rows((torch.arange(6.0).view(2, 3) + 100 * number).t())
@@ -95,7 +95,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
         )
 
     rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-    other_side = others * 1  # made before the gather, so that its gradient is passed on after it
+    other_side = others * 1  # made before the gather, so its backward pass runs after that of the gather
     # the sum hands one gradient tensor to both sides: the other side must not see the reduction over ranks
     ((gather_rows(rows * 2) + other_side) * (number + 1)).sum().backward()
     results["gradient"], results["gradient of the other side"] = rows.grad, others.grad
@@ -113,7 +113,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
 
     objective = create("contrastive", options(n_targets=1, dim=1, teacher_dim=1))
     optimizer = ObjectiveOptimizer(objective)
-    for noise in (1e-9, -2e-9, 4e-9):  # all of the gradient, as where a term does not depend on a parameter
+    for noise in (1e-9, -2e-9, 4e-9):  # only rounding, as if the term did not depend on the parameter
         objective.log_temperature.grad = torch.tensor(noise * (1 if number else -0.5))
         optimizer.step(0.05)
     results["temperature of a replica"] = objective.log_temperature.detach()
@@ -124,7 +124,7 @@ def weights_of_transpose() -> Tensor:
     return torch.arange(12.0).view(3, 4)
 
 
-def everything(rank: int) -> dict[str, dict[str, Tensor]]:
+def all_cases(rank: int) -> dict[str, dict[str, Tensor]]:
     results = {"plain": plain_cases(rank)}
     for batch in BATCHES:
         dist.barrier()
@@ -134,7 +134,7 @@ def everything(rank: int) -> dict[str, dict[str, Tensor]]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
-    return run_ranks(everything, RANKS, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(all_cases, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 def test_one_process_gathers_nothing():
@@ -145,7 +145,7 @@ def test_one_process_gathers_nothing():
 
 
 @pytest.mark.slow
-def test_rows_come_in_rank_order_on_every_rank(ranks):
+def test_every_rank_receives_the_rows_in_rank_order(ranks):
     for result in (rank["plain"] for rank in ranks):
         assert result["world size"] == RANKS
         first = torch.arange(6.0).view(3, 2)
@@ -158,14 +158,14 @@ def test_rows_come_in_rank_order_on_every_rank(ranks):
 
 
 @pytest.mark.slow
-def test_the_gradient_is_the_sum_over_ranks_of_this_ranks_slice(ranks):
+def test_the_gradient_of_a_rank_is_its_slice_of_the_sum_over_ranks(ranks):
     for rank, result in enumerate(rank["plain"] for rank in ranks):
         assert torch.equal(result["gradient"], torch.full((2, 3), 2.0 * (1 + 2)))
         assert torch.equal(result["gradient of the other side"], torch.full((4, 3), rank + 1.0))
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_contiguous_is_reduced_rightly(ranks):
+def test_a_noncontiguous_gradient_is_reduced_correctly(ranks):
     for rank, result in enumerate(rank["plain"] for rank in ranks):
         assert not result["was contiguous"].any()
         expected = RANKS * weights_of_transpose().t()[2 * rank : 2 * rank + 2]
@@ -173,19 +173,19 @@ def test_a_gradient_that_is_not_contiguous_is_reduced_rightly(ranks):
 
 
 @pytest.mark.slow
-def test_a_value_that_one_rank_does_not_know_is_the_others(ranks):
+def test_a_mean_ignores_ranks_without_a_value(ranks):
     assert [rank["plain"]["means"].tolist() for rank in ranks] == [[3.0, 0.75]] * 2
 
 
 @pytest.mark.slow
-def test_what_an_objective_trains_stays_equal_where_gradients_differ_in_rounding(ranks):
+def test_objective_parameters_stay_equal_if_gradients_differ_by_rounding(ranks):
     first, second = (rank["plain"]["temperature of a replica"] for rank in ranks)
     assert torch.equal(first, second)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_term_under_data_parallel_is_that_of_one_process_with_the_global_batch(ranks, batch):
+def test_data_parallel_ranks_compute_the_term_of_one_process_with_the_global_batch(ranks, batch):
     expected = term_of(batch, None, wrap=False)
     for result in (rank[batch] for rank in ranks):
         assert result.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from llamafactory_hera.files import locked, read_json, whole_file, write_json, w
 from tests.ranks import full_disk, holder
 
 
-def test_json_comes_back_as_it_was_and_replaces_what_was_there(tmp_path):
+def test_json_round_trips_and_replaces_an_existing_file(tmp_path):
     path, content = tmp_path / "new/a.json", {"heads": ["L0H1"], "name": "頭", "score": 0.25, "none": None}
     for each in ({}, content):
         write_json(path, each)
@@ -19,7 +19,7 @@ def test_json_comes_back_as_it_was_and_replaces_what_was_there(tmp_path):
     assert os.listdir(path.parent) == ["a.json"]
 
 
-def test_a_failed_write_keeps_the_old_file_and_no_rest(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -52,12 +52,12 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_the_links_to_it(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_lock_keeps_another_process_out_until_that_one_ends(tmp_path):
+def test_a_lock_excludes_other_processes_until_its_holder_ends(tmp_path):
     with holder(tmp_path):
         refused = pytest.raises(ValueError, match=f"^output_dir: {re.escape(str(tmp_path))} is in use by another")
         with refused, locked(tmp_path):
             pass
-    with locked(tmp_path), locked(tmp_path):  # a process may enter it again
+    with locked(tmp_path), locked(tmp_path):  # one process may lock twice
         pass
 
 

@@ -1,4 +1,4 @@
-"""Models by hub id: from the client's cache without a network, and named in one line where there is none."""
+"""Models by hub id: found in the cache without a network, and refused in one line if they are missing."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the folder of the model in the hub's cache."""
+    """Goes offline, and returns the folder of the model in the hub's cache."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / f"models--{REPO.replace('/', '--')}"
@@ -34,7 +34,7 @@ def find(name: str) -> Path:
     return local_folder(name, "hera_teacher", "a vision model")
 
 
-def test_a_folder_is_taken_as_it_is(model: Path) -> None:
+def test_a_folder_is_accepted_if_it_contains_a_configuration(model: Path) -> None:
     assert find(str(model)) == model
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match=r"^hera_teacher: .*model contains no config\.json\. Give a vision model\.$"):
@@ -50,7 +50,7 @@ def test_a_cached_model_is_found_without_a_network(model: Path, offline: Path) -
 
 
 @pytest.mark.parametrize("name", [REPO, "models/missing folder", "dinov2"])
-def test_a_model_that_is_nowhere_is_named_in_one_line(name: str, offline: Path) -> None:
+def test_a_missing_model_is_refused_in_one_line(name: str, offline: Path) -> None:
     with pytest.raises(
         ValueError, match=rf"^hera_teacher: {name} is not a folder and cannot be fetched .*Give"
     ) as error:
@@ -58,7 +58,7 @@ def test_a_model_that_is_nowhere_is_named_in_one_line(name: str, offline: Path) 
     assert "\n" not in str(error.value)
 
 
-def test_the_weight_files_are_those_that_transformers_prefers(model: Path) -> None:
+def test_weight_files_are_chosen_in_the_order_of_transformers(model: Path) -> None:
     (model / "pytorch_model.bin").touch()
     (model / "adapter_model.safetensors").touch()
     assert weight_files(model) == [model / "model.safetensors"]

@@ -1,4 +1,4 @@
-"""Names in the package: private ones of others are listed, the method speaks of no host, and one logger is used."""
+"""Private names of other packages are listed, the method names no host, and the library has one logger."""
 
 import ast
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 import llamafactory_hera
 
 PACKAGE = Path(llamafactory_hera.__file__).parent
-#: Owner and version in which they were seen -> the private names that are used or overridden. Look here first if a new
-#: version of a package breaks something.
+#: Owner and tested version -> the private names that the package uses or overrides. Look here first if a new version
+#: of another package breaks something.
 PRIVATE_NAMES = {
     "transformers.Trainer 5.5.4": {
         "_get_learning_rate",
         "_get_output_dir",
-        "_load_best_model",  # overridden, as the next three
+        "_load_best_model",  # the package overrides this name and the next three
         "_load_from_checkpoint",
         "_load_optimizer_and_scheduler",
         "_save_checkpoint",
@@ -72,7 +72,7 @@ HOST_WORDS = re.compile(
 
 
 def lines_with(pattern: re.Pattern, *but: str) -> list[str]:
-    """Lists the lines of the package that match a pattern, outside of some files and folders."""
+    """Lists the lines of the package that match a pattern, except in the given files and folders."""
     files = (path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in but)
     return [
         f"{path.relative_to(PACKAGE)}:{number}: {match[0]}"
@@ -82,10 +82,10 @@ def lines_with(pattern: re.Pattern, *but: str) -> list[str]:
     ]
 
 
-def test_the_method_speaks_of_no_host() -> None:
+def test_the_method_names_no_host() -> None:
     assert lines_with(HOST_WORDS, "integrations", "cli.py", "__init__.py") == []
 
 
 def test_the_library_logs_to_one_logger() -> None:
-    """A host that lets this logger through shows all messages; axolotl drops INFO of every other logger."""
+    """A host that shows this logger shows all messages; axolotl hides INFO messages of every other logger."""
     assert lines_with(re.compile(r"getLogger\((?!\"llamafactory_hera\")"), "integrations") == []

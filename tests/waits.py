@@ -1,4 +1,4 @@
-"""Where the host would wait for the device, were there one: told on a CPU by what is called, and from where."""
+"""Counts, on a CPU, the calls that would make the program wait for a GPU, and finds their callers."""
 
 import sys
 from collections import Counter
@@ -22,13 +22,13 @@ _HOSTS = ("/transformers/trainer.py", "/accelerate/", "/trl/")
 _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "bincount")
 _BY_INDEX = ("index", "index_put", "index_put_")
 _COPIES = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
-# Their tensors are on the CPU: of the loader, features that have arrived, blocks that are drawn there.
+# The tensors of these functions are on the CPU even in a run on a GPU.
 _ON_CPU = {f.__code__ for f in (HeraCollator.__call__, TeacherFeatures.flush, jarvis.draw_blocks)}
 _DRAWS = jarvis.Jarvis.prepare.__code__
 
 
 class Waits(TorchDispatchMode):
-    """Notes what makes the host wait for the device while ``on``, apart for the package and for its host."""
+    """While ``on``, counts calls that would wait for the device: ``ours`` by the package, ``host`` by the Trainer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class Waits(TorchDispatchMode):
                 places.append((code.co_filename, frame.f_lineno, code.co_name))
             frame = frame.f_back
         file, line, name = places[0] if places else ("?", 0, "?")
-        # the first pass of gradient caching runs the student, which waits as in the second
+        # the first pass of gradient caching runs the model, whose waits are not ours
         found = self.ours if file.startswith(_OURS) and name != HeraTrainer._collect.__name__ else self.host
         found[f"{file.removeprefix(_OURS + '/')}:{line} {name}: {what}"] += 1
 
 
 class _Copies(TorchFunctionMode):
-    """What the dispatcher does not see of a tensor that is on the CPU already."""
+    """Counts copies to the CPU, which the dispatcher does not see if the tensor is already there."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class _Copies(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # by name, as the device of these models is the CPU, too
+        # compared as a string, because here the model's device is also the CPU
         to_cpu = function is Tensor.to and any(isinstance(each, str) and each == "cpu" for each in args[1:])
         if function in _COPIES or (to_cpu and not kwargs.get("non_blocking")):
             self._note(getattr(function, "__name__", "to"))

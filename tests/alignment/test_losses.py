@@ -8,7 +8,7 @@ N, D, K = 7, 5, 3
 
 
 def naive_loss(z: Tensor, neighbors: Tensor, temperature: Tensor | float, normalize: bool, allowed=None) -> Tensor:
-    """Equation 4 as it is written, one sample and one neighbor at a time; autograd differentiates it."""
+    """Computes equation 4 literally, one sample and one neighbor at a time; autograd differentiates it."""
     if normalize:
         z = torch.stack([row / row.square().sum().sqrt() for row in z])
     losses = []
@@ -30,8 +30,8 @@ def neighbors() -> Tensor:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(N, D), (4, N, D)], ids=["one head", "several heads"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all others", "allowed candidates"])
-def test_value_and_gradients_are_those_of_equation_4(neighbors, normalize, shape, masked):
-    """With a mask the first 5 samples are asked for; one has a single neighbor and one has no candidate."""
+def test_value_and_gradients_match_equation_4(neighbors, normalize, shape, masked):
+    """With a mask, only the first 5 samples are queries; one has a single neighbor, and one has no candidate."""
     z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     allowed = None
@@ -62,7 +62,7 @@ def test_half_precision_representations_give_a_single_precision_loss_that_does_n
     assert z.grad.isfinite().all()
 
 
-def test_samples_without_any_candidate_give_zero_with_a_gradient_of_zero():
+def test_samples_without_any_candidate_give_a_loss_and_gradient_of_zero():
     z, temperature = torch.randn(2, N, D, requires_grad=True), torch.tensor(0.5, requires_grad=True)
     empty = torch.zeros(N, N, dtype=torch.bool)
     none = nearest_neighbors(torch.randn(N, 3), 2, allowed=empty)
@@ -73,7 +73,7 @@ def test_samples_without_any_candidate_give_zero_with_a_gradient_of_zero():
     assert not temperature.grad
 
 
-def test_neighbors_of_other_samples_are_refused(neighbors):
+def test_neighbors_of_the_wrong_shape_are_refused(neighbors):
     for wrong in (neighbors[:-1], neighbors[:1], neighbors.flatten()):
         with pytest.raises(ValueError, match=rf"neighbors: .*\[{N}, k\]"):
             contrastive_loss(torch.randn(2, N, D), wrong, 0.07)

@@ -9,7 +9,7 @@ from llamafactory_hera.alignment.neighbors import teacher_candidates
 
 
 def naive_neighbors(features: Tensor, k: int, normalize: bool) -> list[list[int]]:
-    """By definition, in float64: all others by falling similarity, ties by rising index."""
+    """Sorts all others in float64, by decreasing similarity, and ties by increasing index."""
     rows = features.double().tolist()
     if normalize:
         rows = [[x / (math.sqrt(sum(y * y for y in row)) or 1.0) for x in row] for row in rows]
@@ -33,7 +33,7 @@ def test_neighbors_are_the_most_similar_others_best_first(k, normalize):
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 30])
-def test_ties_break_by_rising_index(k):
+def test_ties_break_by_increasing_index(k):
     # small integers: their products are exact, so equal similarities are equal in every summation order
     features = torch.randint(-1, 2, (40, 3)).float()
     assert nearest_neighbors(features, k, normalize=False).tolist() == naive_neighbors(features, k, False)
@@ -44,7 +44,7 @@ def test_ties_break_by_rising_index(k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_features_are_ranked_in_single_precision(dtype, normalize):
-    # cosines around 0.92 often differ by less than half precision can tell: it would see ties
+    # many cosines near 0.92 differ by less than half precision resolves, which would make them ties
     features = (1 + 0.3 * torch.randn(60, 16)).to(dtype)
     assert nearest_neighbors(features, 5, normalize).tolist() == naive_neighbors(features, 5, normalize)
     assert nearest_neighbors(features, 5, normalize).dtype == torch.int64
@@ -71,7 +71,7 @@ def naive_among(features: Tensor, allowed: Tensor, k: int, normalize: bool = Tru
 
 @pytest.mark.parametrize("k", [2, 8, 20])
 def test_only_allowed_candidates_are_neighbors_and_minus_one_means_none(k):
-    """The first 6 samples are asked for; the others are candidates alone."""
+    """The first 6 samples are queries; the others are only candidates."""
     allowed = (torch.rand(6, 9) < 0.6).fill_diagonal_(False)
     allowed[3] = False
     student, teacher = torch.randn(2, 9, 4), torch.randn(9, 5)
@@ -89,8 +89,8 @@ def test_only_allowed_candidates_are_neighbors_and_minus_one_means_none(k):
 
 
 def test_candidates_are_other_valid_images_and_remembered_ones():
-    teacher = torch.randint(-9, 10, (7, 9)).float()  # of a batch of 5 and of 2 remembered samples; exact products
-    teacher[3] = 2 * teacher[0]  # one image
+    teacher = torch.randint(-9, 10, (7, 9)).float()  # a batch of 5 and 2 remembered samples; products are exact
+    teacher[3] = 2 * teacher[0]  # the same image
     teacher[6] = teacher[1]
     teacher[4] = torch.nan
     valid = torch.tensor([True, True, True, True, False])
@@ -127,7 +127,7 @@ def test_different_numbers_of_samples_are_refused():
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shape", [(50, 6), (3, 50, 6)])
-def test_neighbors_do_not_depend_on_the_rows_that_are_ranked_at_a_time(normalize, shape, monkeypatch):
+def test_neighbors_do_not_depend_on_the_number_of_rows_ranked_at_once(normalize, shape, monkeypatch):
     features = torch.randn(shape)
     features[..., 10:20, :] = features[..., :10, :]  # exact ties
     at_once = nearest_neighbors(features, 5, normalize)

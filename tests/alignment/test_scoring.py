@@ -14,9 +14,9 @@ from llamafactory_hera.alignment.scoring import nearest_samples
 
 
 def naive_range(vectors, neighbors, normalize, slack):
-    """Computes in fp64 the least and the greatest MKNN if similarities closer than ``slack`` may change places.
+    """Computes in fp64 the lowest and highest MKNN if similarities closer than ``slack`` may swap ranks.
 
-    With ``slack=0`` equal similarities are ordered by rising index, and both values are the score.
+    With ``slack=0``, equal similarities are ordered by increasing index, and both values equal the score.
     """
     vectors = vectors.double()
     if normalize:
@@ -57,7 +57,7 @@ def model(n, n_layers, n_heads, d, dim):
 
 
 def whole_numbers(seed):
-    """Few distinct vectors of whole numbers, with copies, zeros and a null space: many dot products are equal."""
+    """Makes integer vectors with copies, zeros and a null space, so that many dot products are equal."""
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randint(-1, 2, (90, 1, 3, 4), generator=generator).float()
     pooled[::7] *= 3
@@ -90,7 +90,7 @@ def test_scores_equal_the_published_procedure(n, n_heads, d, dim, k, undecided, 
 
 @pytest.mark.parametrize("rows", [1, 50, 1024])
 @pytest.mark.parametrize("seed", range(3))
-def test_equal_similarities_are_ordered_by_rising_index_however_many_rows_are_in_memory(seed, rows, monkeypatch):
+def test_ties_break_by_increasing_index_for_any_number_of_rows_in_memory(seed, rows, monkeypatch):
     monkeypatch.setattr(scoring, "_ROWS", rows)
     pooled, weights, neighbors = whole_numbers(seed)
     scores = score_heads(pooled.unbind(1), weights, neighbors, normalize=False)
@@ -98,7 +98,7 @@ def test_equal_similarities_are_ordered_by_rising_index_however_many_rows_are_in
     outputs, columns = pooled[:, 0, 1], weights[0][:, 4:8]
     expected = nearest_neighbors(outputs @ columns.T, 10, normalize=False)
     assert torch.equal(nearest_samples(outputs, columns, torch.arange(90), 10, normalize=False), expected)
-    # of equal samples, the ten with the lowest index
+    # if all samples are equal, neighbors are the ten with the lowest indices
     lowest = torch.stack([torch.tensor([j for j in range(11) if j != i][:10]) for i in range(90)])
     assert score_heads([torch.zeros(90, 3, 4)], weights, lowest).tolist() == [[1.0] * 3]
 
@@ -163,7 +163,7 @@ def test_the_precision_that_the_caller_chose_is_suspended_and_restored():
         torch.set_float32_matmul_precision(before)
 
 
-def test_inputs_that_do_not_fit_are_refused():
+def test_inconsistent_inputs_are_refused():
     pooled, weights, latent = model(30, 2, 2, 8, 24)
     neighbors = nearest_neighbors(latent, 10)
     with pytest.raises(ValueError, match="teacher_neighbors has 29 samples, but features has 30; use the same"):

@@ -95,7 +95,7 @@ def board(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], 
 
 @pytest.fixture
 def page(browser: Browser, board: Board) -> Iterator[BoardPage]:
-    """A fresh page of the web UI; at the end, none of its scripts may have failed."""
+    """A fresh page of the web UI; the test fails if one of the page's scripts fails."""
     page = BoardPage(browser.new_context(viewport={"width": 1400, "height": 1100}).new_page(), board.address)
     yield page
     page.page.context.close()

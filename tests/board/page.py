@@ -1,4 +1,4 @@
-"""The page of the web UI, operated by the words that a user reads on it."""
+"""Operates the page of the web UI by its visible text."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, TimeoutError, expect
 
-#: Milliseconds until the page must answer, and until a process must have started and done its work. An idle machine
-#: needs less than one second and about ten.
+#: Timeouts in milliseconds, for an answer of the page and for a process that starts and finishes. An idle machine
+#: needs less than one second and about ten seconds.
 QUICK, SLOW = 90_000, 240_000
 expect.set_options(timeout=QUICK)
 
@@ -37,7 +37,7 @@ class BoardPage:
         expect(self.field("Output dir")).not_to_have_value("")
 
     def field(self, label: str) -> Locator:
-        """Returns the input of the block with a label."""
+        """Returns the input that belongs to a label."""
         block = "div[contains(concat(' ', @class, ' '), ' block ')]"
         found = self.page.locator(f'xpath=//span[normalize-space()="{label}"]/ancestor::{block}[1]')
         return found.first.locator("input, textarea").first
@@ -88,7 +88,7 @@ class BoardPage:
             extra: Keys for the field "Extra arguments".
             **fields: Other fields by label, with ``_`` for spaces.
         """
-        path = re.compile("models/qwen3_4b|hera_demo/model")  # from the list, or the one that the host remembers
+        path = re.compile("models/qwen3_4b|hera_demo/model")  # from the list, or remembered by the host
         for timeout in (20_000, 20_000, QUICK):
             self.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
             try:

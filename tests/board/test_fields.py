@@ -23,12 +23,12 @@ LAYER = {"hera_granularity": "layer", "hera_layers": "L1"}
 
 
 def of_page(args: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any]:
-    """The arguments of a run from a page in which only some fields were changed."""
+    """Returns the arguments of a run after only some fields of the page were changed."""
     values = {f"train.{key}": default(key) for key in FIELDS} | {f"train.{key}": changed[key] for key in changed}
     return with_fields(args or {}, values.__getitem__)
 
 
-def test_the_untouched_fields_give_the_default_of_every_key_and_select_heads() -> None:
+def test_untouched_fields_give_the_default_of_every_key() -> None:
     given = {key: value for key, value in of_page().items() if value != ""}
     assert HeraConfig.from_keys(given) == HeraConfig()
     assert all(default(key) in options(key) for key in FIELDS if options(key))
@@ -52,7 +52,7 @@ def test_extra_arguments_win_over_the_fields() -> None:
         ({"hera_k": 0}, "hera_k: 0 is out of range"),
     ],
 )
-def test_the_page_refuses_what_the_keys_refuse(changed: dict[str, Any], problem: str) -> None:
+def test_the_page_refuses_invalid_values_of_keys(changed: dict[str, Any], problem: str) -> None:
     found = problem_with(of_page(**changed))
     assert problem in found if problem else found == ""
 
@@ -73,7 +73,7 @@ def test_the_host_has_the_texts_in_its_languages() -> None:
     from llamafactory.webui.locales import LOCALES
 
     for name, by_language in labels([*texts(), "fr"]).items():
-        assert by_language.pop("fr") == by_language["en"]  # a language that the host may gain
+        assert by_language.pop("fr") == by_language["en"]  # a language that the host may add
         assert set(by_language) == set(LOCALES["training_stage"])
         assert LOCALES[name] == by_language
 

@@ -1,4 +1,4 @@
-"""HeRA in the web UI, in a browser: describing a run, saving it, training, and its results."""
+"""HeRA in the web UI, used in a browser: setting up a run, saving it, training, and looking at results."""
 
 import json
 import shlex
@@ -87,7 +87,7 @@ def test_a_run_from_start_to_report(page: BoardPage, board: Board, monkeypatch: 
     page.open()
     page.choose("Model name", MODEL)
     page.choose("Finetuning method", "full")
-    page.name("Output dir", "trained")  # the host loads the settings of the run, and the page its results
+    page.name("Output dir", "trained")  # the host loads the run's settings, and the page shows its results
     report = page.page.frame_locator("iframe[srcdoc]")
     expect(report.get_by_role("heading").first).to_be_visible()
     page.page.get_by_test_id("toast-close").first.click()  # the host's warning covers the commands
@@ -116,7 +116,7 @@ def test_a_report_fits_a_phone_and_is_light_or_dark(browser: Browser, tmp_path: 
     ],
     ids=["before the start", "in the run"],
 )
-def test_the_reason_of_a_refusal_is_readable(
+def test_the_reason_for_a_refusal_is_shown(
     heads: str, extra: dict, reason: str, timeout: float, page: BoardPage
 ) -> None:
     page.describe_run(f"refused_{heads}", Attention_heads=heads, extra=extra)

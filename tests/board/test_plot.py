@@ -58,4 +58,4 @@ def test_lines_and_logs_without_some_curves_are_plotted() -> None:
     no_mknn = [{key: value for key, value in entry.items() if "mknn" not in key} for entry in log]
     assert [axes.get_ylabel() for axes in gen_loss_plot(no_mknn).axes] == ["LM loss", "HeRA loss"]
     (axes,) = gen_loss_plot([line(step, loss=1.0) for step in range(1, 5)]).axes
-    assert axes.get_ylabel() == "loss"  # the plot of the host
+    assert axes.get_ylabel() == "loss"  # the host's own plot

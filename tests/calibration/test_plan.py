@@ -1,4 +1,4 @@
-"""Chosen heads, anchors and updates, against the paper's formulas written out for single heads (eq. 6 to 13)."""
+"""Chosen heads, anchors and updates, compared with the paper's formulas for single heads (eq. 6 to 13)."""
 
 from dataclasses import replace
 from typing import Literal
@@ -47,7 +47,7 @@ def test_inverse_mirrors_the_first_condition_and_no_caf_omits_the_second(scores:
     assert set(chosen) == {(layer, int(head)) for layer in range(6) for head in saliency[layer].argsort()[:5]}
 
 
-def test_random_heads_are_as_many_in_each_layer_and_depend_on_the_seed_alone(scores: tuple) -> None:
+def test_random_heads_keep_the_number_per_layer_and_depend_only_on_the_seed(scores: tuple) -> None:
     saliency, influence = scores
     paper = choose_heads(saliency, influence, MANY)
     drawn = [choose_heads(saliency, influence, replace(MANY, targets="random", seed=seed)) for seed in (0, 0, 1)]
@@ -59,7 +59,7 @@ def test_random_heads_are_as_many_in_each_layer_and_depend_on_the_seed_alone(sco
 # -- anchors ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_without_candidates_takes_those_of_adjacent_layers_and_then_two_away() -> None:
+def test_a_layer_without_candidates_uses_layers_one_away_and_then_two_away() -> None:
     saliency = torch.zeros(6, 3)
     for added, found in (
         ((5, 0), []),  # three layers away
@@ -82,7 +82,7 @@ def planned(name: str, config: RahConfig = CONFIG) -> tuple[Plan, Profile, HeadW
 
 
 def cut(weights: HeadWeights, head: Target, kind: Slice) -> torch.Tensor:
-    """A head's value rows or output columns, cut by hand."""
+    """Slices a head's value rows or output columns by hand."""
     matrix = weights.projections[head.layer, kind].weight.detach()
     if kind == "value":
         return matrix.unflatten(0, (-1, HEAD_DIM))[head.head // (HEADS // weights.n_kv_heads)]
@@ -131,7 +131,7 @@ def test_low_rank_is_the_nearest_matrix_of_that_rank_without_zero_directions(
     left, right = low_rank(difference, rank)
     assert (left.shape, right.shape) == ((shape[0], kept), (kept, shape[1]))
     assert torch.allclose(left @ right, truncated(difference, kept), atol=1e-5)
-    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-5)  # both factors have the same size
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-5)  # both factors have equal norms
 
 
 def truncated(matrix: torch.Tensor, rank: int) -> torch.Tensor:

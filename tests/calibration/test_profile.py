@@ -1,4 +1,4 @@
-"""I-SAL and CAF: the paper's formulas written out, hooks against the outputs of the model, and the file."""
+"""I-SAL and CAF compared with the paper's formulas, and hooks compared with the model's outputs."""
 
 import copy
 import weakref
@@ -40,7 +40,7 @@ def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) 
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if not name.startswith("qwen3_5")])
-def test_captured_flow_is_that_of_the_attention_that_the_model_returns(name: str) -> None:
+def test_captured_flow_matches_the_attention_that_the_model_returns(name: str) -> None:
     model = vlm(name).eval()
     # gpt-oss has attention sinks, which sdpa does not support
     assert (model.config.get_text_config()._attn_implementation == "sdpa") == (name != "llava-gpt_oss")
@@ -60,7 +60,7 @@ def test_captured_flow_is_that_of_the_attention_that_the_model_returns(name: str
             assert torch.allclose(ours, torch.stack(theirs), atol=1e-7)
 
 
-def test_the_attention_of_one_layer_is_held_at_a_time() -> None:
+def test_only_one_layers_attention_is_in_memory_at_a_time() -> None:
     model = vlm("llava-llama", num_hidden_layers=5).eval()
     alive, counts = weakref.WeakSet(), []
 
@@ -86,7 +86,7 @@ def test_reading_attention_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
-def test_logits_at_the_tokens_that_count(name: str) -> None:
+def test_logits_at_counted_tokens_match_those_of_a_full_pass(name: str) -> None:
     model = vlm(name).eval()
     batch = vlm_batch(model, rows=3)
     all_logits = model(**batch).logits
@@ -122,7 +122,7 @@ def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, ga
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen3", "gemma3"])
-def test_gradients_are_those_of_the_loss_of_each_sample(name: str) -> None:
+def test_gate_gradients_match_finite_differences_of_each_samples_loss(name: str) -> None:
     model = vlm(name).eval().double()
     batch = vlm_batch(model, rows=3)
     batch["pixel_values"] = batch["pixel_values"].double()
@@ -169,7 +169,7 @@ def test_caf_is_the_signed_mean_gradient_and_its_weighted_mean_square(weight: fl
     assert torch.allclose(caf, expected, rtol=1e-5)
 
 
-def test_a_profile_is_the_mean_of_single_samples_whatever_the_batches() -> None:
+def test_a_profile_is_the_mean_over_samples_for_any_batches() -> None:
     samples, forward = features(7), Forward(calibration_model())
     profile = profile_heads(forward, samples, collate, RahConfig(probes=3, batch_size=4))
     batches = [collate([sample]) for sample in samples]

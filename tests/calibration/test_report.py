@@ -1,4 +1,4 @@
-"""The picture of a calibration."""
+"""The plot of a calibration."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ OTHERS = {"calibration.json", "calibration.png", "calibration_profile.safetensor
 
 @pytest.fixture(autouse=True)
 def _quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the picture, which has its own tests and takes longer to draw than the rest."""
+    """Replaces the plot, which has its own tests and takes longer than all the rest."""
     monkeypatch.setattr(running, "draw_calibration", lambda report, path: path.write_bytes(b"picture"))
 
 
@@ -101,7 +101,7 @@ def test_a_profile_of_other_inputs_is_not_used(tmp_path: Path, change: str, monk
     monkeypatch.setattr(running, "profile_heads", _stop)
     with pytest.raises(KeyboardInterrupt):
         calibrate_heads(given, config, tmp_path)
-    calibrate_heads(inputs(calibration_model()), replace(CONFIG, k=1, delta=0.01), tmp_path)  # needs no other profile
+    calibrate_heads(inputs(calibration_model()), replace(CONFIG, k=1, delta=0.01), tmp_path)  # reuses the profile
 
 
 NOTHING = {
@@ -113,7 +113,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("words", NOTHING)
-def test_a_calibration_of_nothing_gives_a_report_and_removes_the_earlier_adapter(tmp_path: Path, words: str) -> None:
+def test_a_calibration_without_changes_gives_a_report_and_removes_the_old_adapter(tmp_path: Path, words: str) -> None:
     calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
     report = calibrate_heads(inputs(calibration_model()), replace(CONFIG, **NOTHING[words]), tmp_path)
     assert names(tmp_path) == OTHERS
@@ -122,7 +122,7 @@ def test_a_calibration_of_nothing_gives_a_report_and_removes_the_earlier_adapter
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
-def test_pruning_removes_the_output_of_the_chosen_heads_alone(tmp_path: Path, name: str) -> None:
+def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path: Path, name: str) -> None:
     model = calibration_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = replace(CONFIG, update="prune", targets="no_caf", p_isal=10, delta=0)
@@ -138,13 +138,13 @@ def test_pruning_removes_the_output_of_the_chosen_heads_alone(tmp_path: Path, na
 
 
 @pytest.mark.parametrize("change", ["trained", "without a report", "after a report without adapter"])
-def test_an_adapter_of_another_origin_is_not_replaced(tmp_path: Path, change: str) -> None:
+def test_an_adapter_that_no_calibration_wrote_is_not_replaced(tmp_path: Path, change: str) -> None:
     nothing = replace(CONFIG, delta=0)
     if change != "without a report":
         calibrate_heads(inputs(calibration_model()), CONFIG if change == "trained" else nothing, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"trained")
-    later = file.stat().st_mtime_ns + 10**7  # clocks of file systems may be coarse
+    later = file.stat().st_mtime_ns + 10**7  # file timestamps may be coarse
     os.utime(file, ns=(later, later))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match=r"output_dir: .*adapter that no calibration wrote, or that has changed"):
@@ -154,6 +154,6 @@ def test_an_adapter_of_another_origin_is_not_replaced(tmp_path: Path, change: st
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     model = calibration_model()
-    with full_disk(8000), pytest.raises(OSError):  # the profile is smaller than the adapter
+    with full_disk(8000), pytest.raises(OSError):  # the profile fits, but the adapter does not
         calibrate_heads(inputs(model), CONFIG, tmp_path)
     assert names(tmp_path) == {"calibration_profile.safetensors"}

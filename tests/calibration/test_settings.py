@@ -37,7 +37,7 @@ LAYERS = {"all": [0, 1, 2, 3, 4], "first_half": [0, 1], "1-3": [1, 2, 3], "4,0-1
 @pytest.mark.parametrize("text", LAYERS)
 def test_layers(text: Any) -> None:
     assert RahConfig.from_keys({"rah_layers": text}).layer_indices(5) == LAYERS[text]
-    assert RahConfig().layer_indices(1) == [0]  # the first half of a single layer
+    assert RahConfig().layer_indices(1) == [0]  # half of one layer is rounded up
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -50,17 +50,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_values_are_named(name: str) -> None:
+def test_bad_values_are_refused(name: str) -> None:
     values, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         RahConfig.from_keys(values).layer_indices(5)
-    RahConfig(w_v=0, w_o=0, rho=1)  # weights without effect may be zero
+    RahConfig(w_v=0, w_o=0, rho=1)  # both may be zero if rho ignores them
 
 
 # -- the command and its overrides, as in all commands that read a recipe ---------------------------------------------
 
 
-def test_overrides_are_told_from_values_of_options_and_from_existing_paths(
+def test_overrides_are_distinguished_from_option_values_and_existing_paths(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls: list[tuple[Any, ...]] = []
@@ -99,7 +99,7 @@ def test_the_seed_decides_the_draw_and_no_image_is_in_both_parts() -> None:
     assert len({sample.key for part in drawn[0] for sample in part}) == 12
 
 
-def test_samples_without_an_image_or_with_one_that_was_drawn_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_without_an_image_or_with_a_repeated_one_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     profiled, held_out = draw_samples(rows_of([*[[]] * 9, *IMAGES[:11], *IMAGES[:11]]), CONFIG)
     assert len({sample.image.tobytes() for sample in (*profiled, *held_out)}) == 11
     assert "rah_samples: only 11 of 12 samples can be drawn (9 have no image" in caplog.text
@@ -108,7 +108,7 @@ def test_samples_without_an_image_or_with_one_that_was_drawn_are_skipped(caplog:
 
 
 @pytest.mark.parametrize("ids", [[3, 4], [IMAGE] * 4])
-def test_a_sample_without_one_kind_of_token_is_named(ids: list[int]) -> None:
+def test_a_sample_without_image_tokens_or_text_tokens_is_refused(ids: list[int]) -> None:
     forward, (samples, _) = Forward(calibration_model()), draw_samples(rows_of(IMAGES), CONFIG)
     check_tokens(forward, samples)
     samples[2].features["input_ids"] = ids

@@ -1,4 +1,4 @@
-"""KL divergence, steps and roll-back (eq. 14 and 15), in arithmetic and on a model."""
+"""KL divergence, step sizes and rollback (eq. 14 and 15), with made-up divergences and on a model."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import calibration_model, collate, features
 from tests.tiny_models import IMAGE
 
-# -- arithmetic ------------------------------------------------------------------------------------------------------
+# -- made-up divergences ---------------------------------------------------------------------------------------------
 
 
 def updates(n: int) -> list[Update]:
@@ -28,7 +28,7 @@ def updates(n: int) -> list[Update]:
     "kl, tried, alpha",
     [
         (lambda steps: 10 * steps[0][1] ** 2, [0.15, 0.075, 0.0375], 0.0375),
-        (lambda steps: 0.05, [0.15], 0.15),  # the largest step first; the bound itself is allowed
+        (lambda steps: 0.05, [0.15], 0.15),  # the largest step is tried first, and the bound itself is allowed
         (lambda steps: 1.0, [0.15, 0.075, 0.0375, 0.01875], 0.0),
     ],
 )

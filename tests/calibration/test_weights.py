@@ -1,4 +1,4 @@
-"""Weights by head, with and without grouped queries: read, changed in place, and changed by an adapter."""
+"""Weights of single heads, with and without grouped queries: reading them, and editing in place or by an adapter."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ UNFIT = {"llava-phi3", "llava-mistral4", "qwen3_5", "qwen3_5_moe", "gemma4"}
 
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
 def test_the_slices_of_a_head_make_its_output(name: str) -> None:
-    """If only one key is visible, a head passes on its value: its output is its value block times the input."""
+    """If a head sees one token, it outputs that token's value: the value block times the token's input."""
     model = vlm(name).eval()
     weights = HeadWeights(model)
     layout, layer = weights.layout, 1
@@ -35,13 +35,13 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
     output.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
     output.register_forward_hook(lambda _, __, rows: seen.update(out=rows))
     with torch.no_grad():
-        if hasattr(attention, "sinks"):  # gpt-oss gives a part of the attention to no key
+        if hasattr(attention, "sinks"):  # the sinks of gpt-oss take a part of the attention
             attention.sinks.fill_(-1e4)
         for projection in (value, output):
             if projection.bias is not None:
                 projection.bias.zero_()
         batch = vlm_batch(model)
-        batch["attention_mask"][:, 1:] = 0  # every token sees the first one alone
+        batch["attention_mask"][:, 1:] = 0  # every token sees only the first one
         batch.pop("token_type_ids", None)
         model.config.get_text_config()._attn_implementation = "eager"
         attention.config._attn_implementation = "eager"
@@ -85,7 +85,7 @@ def test_layers_that_differ_in_their_heads_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "quantized", "fused"])
-def test_projections_that_are_no_plain_matrices_are_refused(kind: str) -> None:
+def test_projections_that_are_not_plain_matrices_are_refused(kind: str) -> None:
     model = vlm("llava-phi3") if kind == "fused" else calibration_model()
     if kind == "wrapped":
         inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], r=2), model.model.language_model)
@@ -103,7 +103,7 @@ CONFIG = RahConfig(p_isal=80, p_caf=10, beta=0.2, k=3, rank=3, layers="0,2")
 
 @pytest.fixture(params=["llava-llama", "llava-qwen2"])
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, list[Scaled], Path]:
-    """A model, updates of it with their steps, and the folder of their adapter."""
+    """A model, updates with their step sizes, and the folder of the adapter that contains them."""
     model = calibration_model(request.param)
     weights = HeadWeights(model)
     plan = make_plan(random_profile(), weights, CONFIG)
@@ -112,7 +112,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, lis
     return model, steps, tmp_path
 
 
-def test_the_base_model_with_the_adapter_is_the_directly_edited_model(made: tuple) -> None:
+def test_the_adapter_equals_direct_edits_of_the_base_model(made: tuple) -> None:
     model, steps, folder = made
     batch = collate(features(3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -129,7 +129,7 @@ def test_the_base_model_with_the_adapter_is_the_directly_edited_model(made: tupl
     for name, value in merged.state_dict().items():
         assert (value - edited[name]).abs().max() <= 1e-6, name
         same = edited[name] == before[name]
-        assert torch.equal(value[same], before[name][same]), name  # all other weights stay bit for bit
+        assert torch.equal(value[same], before[name][same]), name  # all other weights are bit-identical
 
 
 def test_each_projection_has_the_rank_that_its_heads_need(made: tuple) -> None:

@@ -1,4 +1,4 @@
-"""A calibration in miniature: tiny VLMs of real classes, noise images, and random text around the image."""
+"""Inputs of a small calibration: tiny VLMs of real classes, noise images, and random text around each image."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ N_IMAGE = 4
 
 
 def rows_of(images: list[list[Image.Image]]) -> Rows:
-    """A dataset in memory, with a random text for the images of each row."""
+    """Makes a dataset in memory, with random text for the images of each row."""
     generator, features = torch.Generator().manual_seed(0), []
     for row, each in enumerate(images):
         first, *rest = torch.randint(3, 50, (5 + row % 4,), generator=generator).tolist()
@@ -40,14 +40,14 @@ def collate(rows: list[Features]) -> dict[str, Any]:
 
 
 def calibration_model(name: str = "llava-llama") -> nn.Module:
-    """A VLM with enough heads for percentiles; only in ``llava-llama``, two heads do not share a value block."""
+    """Makes a VLM with enough heads for percentiles; except in ``llava-llama``, two heads share each value block."""
     n_kv_heads = HEADS if name == "llava-llama" else HEADS // 2
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": n_kv_heads}
     return vlm(name, **shape, head_dim=HEAD_DIM).eval()
 
 
 def inputs(model: nn.Module) -> CalibrationInputs:
-    """A loaded model, with 24 samples of one image each."""
+    """Combines a loaded model with 24 samples of one image each."""
     return CalibrationInputs(
         source=rows_of([[image] for image in noise_images(24)]),
         load_model=lambda: model,
@@ -58,5 +58,5 @@ def inputs(model: nn.Module) -> CalibrationInputs:
 
 
 def random_profile() -> Profile:
-    """A profile of ``calibration_model`` with random measurements."""
+    """Makes a profile of ``calibration_model`` with random measurements."""
     return Profile(torch.rand(LAYERS, HEADS).double(), torch.rand(LAYERS, HEADS, 5), torch.randn(6, LAYERS, HEADS))

@@ -1,4 +1,4 @@
-"""The loop of docs/minimal.md, as it stands, aligns the heads of a tiny model."""
+"""The loop of docs/minimal.md aligns the heads of a tiny model."""
 
 import re
 from pathlib import Path

@@ -20,7 +20,7 @@ def code_of(page: str) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the pages take for given; their teacher is a tiny one in the working directory."""
+    """Defines the names that the pages assume; their teacher is a tiny one in the working directory."""
     (tmp_path / "facebook").mkdir()
     (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_the_three_ways_of_the_page(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     plain, mixin, loop, _ = code_of("docs/plain_trainer.md")
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
@@ -55,7 +55,7 @@ def test_the_three_ways_of_the_page(names: dict[str, Any], capsys: pytest.Captur
     assert Path("saves/loop/hera/state.safetensors").is_file()
 
 
-def test_what_readme_imports_is_there() -> None:
+def test_the_imports_in_the_readme_work() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^from llamafactory_hera\S* import .+", page, re.MULTILINE)
     assert lines
@@ -63,7 +63,7 @@ def test_what_readme_imports_is_there() -> None:
         exec(line, {})
 
 
-def test_the_mathematics_alone(names: dict[str, Any]) -> None:
+def test_the_functions_alone_give_a_loss_and_gradients(names: dict[str, Any]) -> None:
     *_, functions = code_of("docs/plain_trainer.md")
     rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"]]
     names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(64, 5)}

@@ -1,4 +1,4 @@
-"""The search of the site, in a browser, finds the page that answers."""
+"""The site's search, used in a browser, finds the page with the answer."""
 
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +21,7 @@ ANSWERS = {
 
 
 @pytest.mark.slow
-def test_the_page_that_answers_comes_first(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+def test_the_page_with_the_answer_comes_first(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     pages, site = tmp_path / "pages", tmp_path / "site"
     pages.mkdir()
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "constraints.txt", "docs", "patches", "recipes"):

@@ -32,14 +32,14 @@ def recipe() -> dict[str, Any]:
 
 
 class Train:
-    """Trains the demo in the host, each time into another output folder."""
+    """Trains the demo in the host, each time in a new output folder."""
 
     def __init__(self, server: HostServer, world: Path, recipe: dict[str, Any], name: str) -> None:
         self._server, self._world, self._recipe = server, world, recipe
         self._folders = (f"saves/{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{n}" for n in count())
 
     def __call__(self, *changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
-        """Trains with the recipe after the changes. The value None removes a key.
+        """Trains with the changed recipe. A value of None removes its key.
 
         Args:
             *changes: Keys that replace those of the recipe and of earlier changes.
@@ -59,5 +59,5 @@ class Train:
 
 @pytest.fixture
 def train(server: HostServer, world: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Train:
-    """Runs of one test."""
+    """Starts the runs of one test."""
     return Train(server, world, recipe, request.node.name)

@@ -1,4 +1,4 @@
-"""Starts training runs in real processes: through the fork server, or through a command line."""
+"""Starts training runs in real processes, through the fork server or from a command line."""
 
 import json
 import os
@@ -25,14 +25,14 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Returns the environment of a run: offline, one thread, the commands of this interpreter first."""
+    """Returns the environment variables of a run: offline, one thread, this interpreter's commands first in PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **OFFLINE, "PATH": path, **extra}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its exit codes by rank, and its whole output."""
+    """A finished run: its exit codes by rank, and its complete output."""
 
     codes: list[int]
     output: str
@@ -54,7 +54,7 @@ class Run:
 
 
 class HostServer:
-    """The fork server of ``tests/e2e/server.py``."""
+    """A client of the fork server in ``tests/e2e/server.py``."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -78,7 +78,7 @@ class HostServer:
         call: str = "run_exp",
         kill_when: Path | None = None,
     ) -> Run:
-        """Runs the host's ``run_exp`` or ``export_model``, and kills it after a time or when a file exists."""
+        """Runs the host's ``run_exp`` or ``export_model``, and kills it after a timeout or when a file exists."""
         folder = Path(cwd) / args.get("output_dir", args.get("export_dir"))
         logs = [Path(f"{cwd}/{folder.name}.rank{rank}.log") for rank in range(ranks)]
         codes = self._call(f"llamafactory.train.tuner:{call}", args, cwd, logs, timeout, env or {}, kill_when)
@@ -87,7 +87,7 @@ class HostServer:
     def command(
         self, *arguments: object, cwd: Path, call: str = "llamafactory_hera.cli:main", ranks: int = 1, **env: str
     ) -> Output:
-        """Runs ``llamafactory-hera`` or another function of arguments; returns its exit code and its output."""
+        """Runs ``llamafactory-hera`` or another entry point; returns its exit code and its output."""
         logs = [cwd / f"{call.replace(':', '.')}.rank{rank}.log" for rank in range(ranks)]
         codes = self._call(call, [*map(str, arguments)], cwd, logs, 600, env)
         return max(codes, key=abs), "\n".join(log.read_text(errors="replace") for log in logs)
@@ -121,10 +121,10 @@ class HostServer:
 
 
 def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> Output:
-    """Runs a command without input, and kills its process group after a time.
+    """Runs a command without input, and kills its process group after a timeout.
 
     Returns:
-        The exit code (124 after that time) and the output.
+        The exit code (124 after the timeout) and the output.
     """
     process = subprocess.Popen(
         command,

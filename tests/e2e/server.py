@@ -1,4 +1,4 @@
-"""A process that imports the host once and forks a child for each call of a function: a training run, or a script.
+"""A process that imports the host once and forks a child for each call, such as a training run or a script.
 
 It runs no tensor operation itself, because a fork after OpenMP has started its threads can hang. It reads jobs as JSON
 lines from standard input, and writes answers to standard output.
@@ -88,7 +88,7 @@ def _run(job: dict) -> list[int]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # every child needs these; imported here, they are imported once
+    # every child needs these modules, so they are imported once, before the forks
     import deepspeed  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import timm  # noqa: F401
@@ -99,7 +99,7 @@ def main() -> None:
     import llamafactory_hera.integrations.llamafactory.workflow  # noqa: F401
 
     list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.keys())  # imports the configurations, as the host does for a model
-    gc.freeze()  # or each child would walk all these objects when it collects garbage
+    gc.freeze()  # otherwise, each child's garbage collector would walk all these objects
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), file=answers, flush=True)

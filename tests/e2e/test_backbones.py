@@ -1,4 +1,4 @@
-"""Two steps of a recipe of every family through the real host, with tiny models.
+"""Recipes of every model family, trained for two steps in the real host with tiny models.
 
 The recipes run as they are, except for paths, sizes, and settings that need a GPU.
 """
@@ -87,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage_one(place: Path, server: HostServer) -> dict[str, Run]:
-    """Maps each key to the run of its stage 1, on a model that `build` made."""
+    """Maps each key to its stage 1 run, which trains a model that `build` made."""
     runs = {}
     for key, family in LLMS.items():
         llm = save_paper_llm(family, SIZES[key], place / f"llm_{key}")
@@ -116,23 +116,23 @@ def check(run: Run, hera: bool = True) -> None:
 
 
 def trained(before: Path, after: Path) -> set[str]:
-    """Names the tensors that a run has changed, or those of its adapter."""
+    """Lists the tensors that a run has changed, or those of its adapter."""
     if (after / "adapter_model.safetensors").exists():
         return set(load_file(after / "adapter_model.safetensors"))
-    # Loaded, because the names in the files depend on the version of transformers.
+    # Compares loaded models, because the names in the files depend on the version of transformers.
     old, new = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (before, after))
-    # The run keeps the tower in the type of the model.
+    # The run saves the vision tower in the dtype of the model.
     return {name for name, tensor in new.items() if not torch.equal(old[name].to(tensor.dtype), tensor)}
 
 
 def check_trained(names: set[str], projector: str, lora: bool = False) -> None:
-    """The language model and the projector are trained, and not the vision encoder."""
+    """Checks that the language model and the projector were trained, and the vision encoder was not."""
     parts = (projector, "language_model", "lora_", "vision_tower", "visual.blocks")
     assert {part for part in parts if any(part in name for name in names)} == {*parts[: 2 + lora]}
 
 
 @pytest.mark.parametrize("key", LLMS)
-def test_stage_one_moves_the_projector_alone(key: str, place: Path, stage_one: dict[str, Run]) -> None:
+def test_stage_one_trains_only_the_projector(key: str, place: Path, stage_one: dict[str, Run]) -> None:
     check(stage_one[key])
     projector = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
     moved = trained(place / f"models/{key}", place / f"saves/{key}/pretrain")
@@ -158,7 +158,7 @@ def test_the_baseline_and_lora_run_too(place: Path, stage_one: dict[str, Run], s
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_finished_vlms_choose_their_heads_and_train(name: str, place: Path, server: HostServer) -> None:
+def test_finished_vlms_select_their_heads_and_train(name: str, place: Path, server: HostServer) -> None:
     key = name.split("_hera")[0]
     if not (place / f"native_{key}").is_dir():
         save_native(key, place / f"native_{key}")
@@ -168,7 +168,7 @@ def test_finished_vlms_choose_their_heads_and_train(name: str, place: Path, serv
     check_trained(trained(place / f"native_{key}", run.folder), SIZES[key].projector, lora="lora" in name)
 
 
-def test_qlora_trains_on_one_card(place: Path, server: HostServer) -> None:
+def test_qlora_trains_on_one_gpu(place: Path, server: HostServer) -> None:
     if not (place / "native_qwen2_5_vl_7b").is_dir():
         save_native("qwen2_5_vl_7b", place / "native_qwen2_5_vl_7b")
     run = train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b")

@@ -1,4 +1,4 @@
-"""Bad input that only this adapter sees stops a run before any weight is loaded, and names key, value and remedy."""
+"""Bad input that only the adapter for LLaMA-Factory can detect stops a run before it loads weights."""
 
 import shutil
 from pathlib import Path
@@ -13,14 +13,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def weightless(world: Path) -> str:
-    """The demo model without its weights: a run that loads them fails in another way."""
+    """The demo model without weights: a run that tries to load them fails with a different error."""
     folder = world / "weightless"
     shutil.copytree(world / "hera_demo/model", folder)
     (folder / "model.safetensors").unlink()
     return str(folder)
 
 
-#: Change of the recipe -> parts of the message.
+#: Case -> a change of the recipe, and parts of the message.
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a head outside the model": ({"hera_heads": "L0H1,L9H8"}, ["hera_heads", "L9H8", "L0 to L4", "H0 to H7"]),
     "no teacher": ({"hera_teacher": "./no_teacher"}, ["hera_teacher: ./no_teacher"]),

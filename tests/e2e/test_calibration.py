@@ -26,7 +26,7 @@ UPON = {"model_name_or_path": "hera_demo/model", "adapter_name_or_path": OUTPUT,
 
 @pytest.fixture(scope="module")
 def report(world: Path, command: Command) -> dict[str, Any]:
-    """The report of the demo recipe, which the command calibrates."""
+    """The report of the command on the demo recipe."""
     status, output = command("calibrate", RECIPE)
     assert status == 0, output
     assert f"adapter_name_or_path: {OUTPUT}" in output
@@ -42,7 +42,7 @@ def deltas(world: Path, folder: str = OUTPUT, scaling: float = 1.0) -> dict[str,
 
 
 def documented(file: str) -> set[str]:
-    """The keys of the command that exports a model, from a page or a header."""
+    """Reads the arguments of the export command in a page or in the header of a recipe."""
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
     (keys,) = re.findall(r"^(?:#\s+)?llamafactory-cli export (.*)$", text, re.MULTILINE)
     return set(re.findall(r"--(\w+)", keys))
@@ -105,7 +105,7 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
         assert not all(torch.equal(trained[name], calibrated[name]) for name in trained)
 
 
-# a change of the demo recipe, and parts of its message
+# case -> a change of the demo recipe, and parts of the message
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
     "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
@@ -115,7 +115,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_and_leaves_nothing(world: Path, command: Command, name: str) -> None:
+def test_bad_input_is_refused_and_leaves_no_files(world: Path, command: Command, name: str) -> None:
     change, parts = BAD[name]
     folder = world / "saves/bad_calibration"
     status, output = command("calibrate", RECIPE, f"output_dir={folder}", *change)

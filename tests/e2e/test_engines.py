@@ -1,4 +1,4 @@
-"""DDP, ZeRO-2 and ZeRO-3 through the real host with two processes: one series of losses, and resuming.
+"""DDP, ZeRO-2 and ZeRO-3 through the real host with two processes: equal losses, and resuming.
 
 tests/engines compares the gradients of every parameter, also under FSDP.
 """
@@ -27,7 +27,7 @@ def extensions() -> dict[str, str]:
     """The environment in which DeepSpeed finds its CPU extension; compiling it once takes a minute or two."""
     lock = CACHE / "deepspeed_shm_comm/lock"
     if lock.exists() and time.time() - lock.stat().st_mtime > 900:
-        lock.unlink()  # left by a killed compilation; whatever loads the extension would wait for it forever
+        lock.unlink()  # a killed compilation leaves this lock, and loading the extension would wait for it forever
     code = (
         "from deepspeed.accelerator import get_accelerator; "
         "get_accelerator().create_op_builder('ShareMemCommBuilder').load(verbose=False)"
@@ -56,7 +56,7 @@ def _run(train: Train, env: dict[str, str], *args: dict[str, Any]) -> Run:
 
 
 @pytest.mark.parametrize(("tuning", "engines"), [({}, ("zero2", "zero3")), (LORA, ("zero3",))], ids=["full", "lora"])
-def test_engines_give_one_series_of_losses(
+def test_engines_give_equal_losses(
     train: Train, world: Path, extensions: dict[str, str], tuning: dict[str, Any], engines: tuple[str, ...]
 ) -> None:
     if tuning:  # a new adapter draws other random numbers under ZeRO-3, so all engines load one

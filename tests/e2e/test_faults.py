@@ -21,7 +21,7 @@ from .runner import HostServer, Run
 pytestmark = pytest.mark.slow
 
 HEAD_DIM = 16  # of the demo model
-#: Twelve steps with a memory, saved after every fourth: each has time to act between two saves.
+#: Twelve steps with a memory, saved after every fourth, so that a test can act between two saves.
 SAVING: dict[str, Any] = {
     "save_strategy": "steps",
     "save_steps": 4,
@@ -38,7 +38,7 @@ def _steps_logged(folder: Path) -> int:
 
 
 def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[[], None]) -> Run:
-    """Acts once on a run, as soon as it is ready."""
+    """Starts a run, and acts once as soon as it is ready."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run)
         while not future.done():
@@ -50,7 +50,7 @@ def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[
 
 
 def _ranks(server: HostServer) -> list[int]:
-    """The processes of the run, by rank."""
+    """Returns the process ids of the run, by rank."""
     pid = server._process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refu
     folder = world / args["output_dir"]
 
     def forbid_large_files() -> None:
-        # The kernel then fails writes beyond this size, as on a full disk: logs fit, weights do not.
+        # Writes beyond this size now fail, as on a full disk: logs fit, weights do not.
         resource.prlimit(_ranks(server)[0], resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
 
     saved = (folder / "checkpoint-4/trainer_state.json").exists
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refu
     assert train(args, {"resume_from_checkpoint": f"{args['output_dir']}/checkpoint-4", "max_steps": 5}).ok
 
 
-def test_a_term_that_stays_not_finite_stops_every_rank_and_names_the_head(train: Train, world: Path) -> None:
+def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train: Train, world: Path) -> None:
     folder = world / "overflowing"
     shutil.copytree(world / "hera_demo/model", folder)
     weights = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Data of every kind, loaded in every way: the samples that enter the HeRA term, and that runs finish."""
+"""Mixed data, loaded in every way: the right samples enter the HeRA term, and runs finish."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from .runner import Run
 pytestmark = pytest.mark.slow
 
 K = 2
-#: Images of the samples of one batch. Image a is in three of them (once as the first of two), which are three pairs.
+#: The images of each sample in one batch. Three samples begin with image a, so they form three duplicate pairs.
 IMAGES = [["a"], ["b"], ["a", "b"], ["c"], ["d"], ["a"], [], [], []]
-#: The last two samples have a video; the one before is text.
+#: The videos of each sample: the last two have a video, and the one before them is only text.
 VIDEOS = [[]] * 7 + [["b", "c"], ["c", "d"]]
 
 
@@ -36,7 +36,7 @@ def _sample(images: list[str], videos: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Qwen2.5-VL, a teacher, and one batch of everything."""
+    """A folder with a tiny Qwen2.5-VL, a teacher, and one batch of mixed samples."""
     folder = tmp_path_factory.mktemp("mixed")
     save_native("qwen2_5_vl_7b", folder / "model")
     save_tower("dinov2", folder / "teacher")
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_only_samples_with_an_image_enter_and_copies_are_no_neighbors(train: Train, place: Path) -> None:
+def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, place: Path) -> None:
     args = {
         "model_name_or_path": "model",
         "template": "qwen2_vl",
@@ -85,15 +85,15 @@ def _check(run: Run, n_steps: int) -> None:
         assert line["hera_loss"] > 0
 
 
-def test_a_stream_is_read(train: Train) -> None:
+def test_a_run_reads_a_stream(train: Train) -> None:
     args: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4}
     args |= {"dataloader_num_workers": 1, "streaming": True, "buffer_size": 32}
-    # With dispatch_batches the first process reads all batches, which must then have one length, in any stage.
+    # With dispatch_batches, the first process reads all batches, and they must have equal lengths, in any stage.
     _check(train(args, {"accelerator_config": {"dispatch_batches": False}}, ranks=2), 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_batches_grouped_by_length_have_images_or_are_short_text(train: Train, ranks: int) -> None:
+def test_grouping_by_length_separates_images_from_short_text(train: Train, ranks: int) -> None:
     args = {"dataset": "hera_demo,hera_demo_text", "max_samples": 32, "max_steps": -1, "num_train_epochs": 1.0}
     args |= {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1, "hera_k": 1}
     run = train(args, {"per_device_train_batch_size": 4 // ranks}, ranks=ranks)

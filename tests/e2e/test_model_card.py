@@ -44,7 +44,7 @@ def test_card_and_json_describe_the_run_and_how_to_load_it(
     assert isinstance(names["model"], PeftModel) == bool(tuning)
 
 
-def test_a_card_of_layers_names_them_and_their_objective(train: Train) -> None:
+def test_the_card_of_a_layer_run_names_layers_and_objective(train: Train) -> None:
     keys = {"hera_objective": "cka", "hera_granularity": "layer", "hera_layers": "penultimate", "hera_heads": None}
     run = train(keys, {"max_steps": 1})
     content = json.loads((run.folder / "hera/card.json").read_text())

@@ -30,7 +30,7 @@ class SmallRoss(Ross):
 
 FIVE = "L1H0,L1H3,L2H5,L3H2,L3H7"
 AGREEMENT = {"hera_mknn", "hera_mknn_chance"}
-#: Change of the recipe -> what is aligned, the parameters that are saved, and the values that are logged.
+#: Case -> a change of the recipe, the aligned heads or layers, the saved parameters, and the logged values.
 CASES: dict[str, tuple[dict[str, Any], str, set[str], set[str]]] = {
     "feature": ({"hera_objective": "feature"}, FIVE, {"projectors"}, set()),
     "cka": (LORA | LAYER | {"hera_objective": "cka", "hera_layers": "penultimate"}, "L3", set(), AGREEMENT),
@@ -47,7 +47,7 @@ def _names(file: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_uninterrupted_one_and_its_model_is_plain(train: Train, world: Path, case: str) -> None:
+def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train: Train, world: Path, case: str) -> None:
     change, targets, parameters, logged = CASES[case]
     (world / "small_ross.py").write_text(SMALL_ROSS)
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 6}
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_model_is_plain(train: Tr
     key = "hera_layers" if "hera_layers" in change else "hera_heads"
     assert (run["hera_objective"], run[key]) == (change.get("hera_objective", "contrastive"), targets)
     for line in whole.logs():
-        if "hera_loss" not in line:  # jarvis leaves steps out
+        if "hera_loss" not in line:  # jarvis skips some steps
             continue
         found = {key for key in line if key.startswith("hera_") or key == "lm_loss"}
         assert found == {"lm_loss", "hera_loss", *logged}

@@ -1,4 +1,4 @@
-"""Head selection on the real host: from a recipe to heads, to a run that trains them, to the report afterwards."""
+"""Head selection with the real host: selecting heads for a recipe, training them, and scoring the result."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Path:
-    """A recipe in which no head is chosen yet."""
+    """A recipe without heads."""
     name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
     return write_recipe(here / f"{name}.yaml", recipe | AUTO | {"output_dir": f"saves/{name}"})
 
@@ -63,7 +63,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert select(path, ["hera_select=top"], force=True) == Targets.load(folder / "heads.json") != heads
 
 
-def test_a_llava_is_selected_as_the_language_model_in_it(here: Path, path: Path) -> None:
+def test_a_llava_has_the_selection_of_its_language_model(here: Path, path: Path) -> None:
     llava = select(path)
     llm = select(path, ["output_dir=saves/llm", "model_name_or_path=hera_demo/language_model"])
     assert llava.items == llm.items
@@ -73,7 +73,7 @@ def test_a_llava_is_selected_as_the_language_model_in_it(here: Path, path: Path)
     assert mllm.provenance["samples_digest"] == llava.provenance["samples_digest"] == llm.provenance["samples_digest"]
 
 
-def test_two_processes_select_as_one_does(train: Train, here: Path, path: Path) -> None:
+def test_two_processes_select_the_same_heads_as_one(train: Train, here: Path, path: Path) -> None:
     one = select(path, ["hera_select_mode=mllm"])
     run = train(AUTO, {"hera_select_mode": "mllm", "per_device_train_batch_size": 8, "max_steps": 1}, ranks=2)
     assert run.output.count("selected (worst)") == 1
@@ -81,7 +81,7 @@ def test_two_processes_select_as_one_does(train: Train, here: Path, path: Path) 
     assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
 
 
-def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(train: Train, here: Path) -> None:
+def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train: Train, here: Path) -> None:
     args = AUTO | LORA | {"save_steps": 1, "save_strategy": "steps", "max_steps": 2}
     run = train(args)
     heads = Targets.load(run.folder / "hera/heads.json")
@@ -97,7 +97,7 @@ def test_auto_trains_as_if_the_heads_were_written_out_and_is_kept_on_resume(trai
     assert "hera_select_seed was 0, is 9" in train(args, again, {"hera_select_seed": 9}, ok=False).error
 
 
-def test_another_dataset_selects_for_a_run(train: Train, here: Path, path: Path) -> None:
+def test_heads_can_be_selected_on_another_dataset(train: Train, here: Path, path: Path) -> None:
     data = here / "two_datasets"
     shutil.copytree(here / "hera_demo/data", data)
     (data / "other").mkdir()
@@ -117,7 +117,7 @@ def test_another_dataset_selects_for_a_run(train: Train, here: Path, path: Path)
     for entry in ("scores", "samples_digest", "dataset"):
         assert of_other[entry] == alone[entry]
     assert of_other["dataset"] == "other"
-    # Training reads the cache, so the training data fill it.
+    # Training reads the cache, so it is filled from the training data.
     assert fill_teacher(path, ["hera_select_dataset=other", "hera_teacher_cache=filled_for_training"]) == 96
 
 
@@ -184,13 +184,13 @@ def test_data_that_cannot_be_scored_are_refused(
         (["hera_granularity=layer", "hera_layers=auto", "hera_heads=null"], "hera_granularity: "),
     ],
 )
-def test_bad_settings_are_named(path: Path, overrides: list[str], message: str) -> None:
+def test_bad_settings_are_refused(path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises((ValueError, OSError)) as error:
         select(path, overrides)
     assert message in str(error.value)
 
 
-def test_a_recipe_that_cannot_be_read_is_named(here: Path) -> None:
+def test_a_recipe_that_cannot_be_read_is_refused(here: Path) -> None:
     with pytest.raises((OSError, ValueError), match=r"nothing\.yaml"):
         select("nothing.yaml")
     (here / "broken.yaml").write_text("a: [1")

@@ -1,4 +1,4 @@
-"""Training through the real host: logs, output files, and that nothing else changes."""
+"""Training through the real host: logs, output files, and no side effects."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_gradient_checkpointing_changes_nothing(train: Train) -> None:
 
 @pytest.fixture(scope="module")
 def plain(server: HostServer, world: Path, recipe: dict) -> Path:
-    """The folder of plain fine-tuning with the plugin; the template is one of the host's, to train without it, too."""
+    """The output of plain fine-tuning with the plugin; the host's own template lets it also run without the plugin."""
     keys = {key: value for key, value in recipe.items() if not key.startswith("hera_")}
     keys |= {"stage": "sft", "template": "llava", "max_steps": 3, "output_dir": "saves/plain"}
     write_recipe(world / "sft.yaml", keys | {"output_dir": "saves/sft_without"})
@@ -96,7 +96,7 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
 
 @pytest.fixture(scope="module")
 def even(world: Path) -> dict[str, Any]:
-    """Data with answers of one length, so that the LM loss of a batch is the mean of those of its parts."""
+    """Keys of data with answers of equal length, so that a batch's LM loss is the mean of its parts' LM losses."""
     demo, data = world / "hera_demo/data", world / "even"
     rows = json.loads((demo / "demo_train.json").read_text())
     for row in rows:
@@ -109,7 +109,7 @@ def even(world: Path) -> dict[str, Any]:
     return {"dataset": "even", "dataset_dir": str(data), "media_dir": str(demo), "hera_pooling": "text"}
 
 
-def test_gradient_caching_is_the_large_batch(train: Train, even: dict[str, Any]) -> None:
+def test_gradient_caching_equals_the_large_batch(train: Train, even: dict[str, Any]) -> None:
     args = even | {"max_steps": 3, "hera_weight": 1.0}
     parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "hera_accumulate": "gradcache"}
     large, cached = train(args), train(args, parts, ranks=2)
@@ -143,9 +143,7 @@ def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, worl
 # -- output files ----------------------------------------------------------------------------------------------------
 
 
-def test_without_the_plugin_sft_is_bit_identical_and_what_hera_saved_is_plain(
-    train: Train, plain: Path, world: Path
-) -> None:
+def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train: Train, plain: Path, world: Path) -> None:
     full = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).folder
     base = _names(world / "hera_demo/model/model.safetensors")
     state = {"heads.json", "run.json", "state.safetensors"}

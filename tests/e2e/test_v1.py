@@ -48,7 +48,7 @@ def recipe(world: Path) -> dict[str, Any]:
     return args | {"learning_rate": 1e-3, "enable_activation_checkpointing": False}
 
 
-def test_two_processes_train_as_one_does(world: Path, recipe: dict[str, Any]) -> None:
+def test_two_processes_train_like_one(world: Path, recipe: dict[str, Any]) -> None:
     logs = []
     for ranks in (1, 2):
         output = f"saves/v1_{ranks}"
@@ -86,7 +86,7 @@ def test_the_term_is_averaged_over_micro_batches_and_the_lm_loss_over_tokens(
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     batches = next(iter(trainer.train_batch_generator))
     tokens = [int((batch["labels"] != -100).sum()) for batch in batches]
-    assert len(set(tokens)) == 2  # or both means would be equal
+    assert len(set(tokens)) == 2  # otherwise, both means would be equal
     expected = torch.zeros(())
     for batch, count in zip(batches, tokens, strict=True):
         inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}

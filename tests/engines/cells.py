@@ -1,4 +1,4 @@
-"""What the ranks are asked to do: picklable functions that run on each of them."""
+"""Picklable functions that the tests run on every rank."""
 
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
@@ -22,19 +22,19 @@ from tests.tiny_models import autoencoder_folder, student_processor, teacher_fol
 from .engines import ENGINES
 from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
 
-#: By data, loss and parameter name.
+#: Gradients by data, loss and parameter name.
 Gradients = dict[str, dict[str, dict[str, Tensor]]]
 
 TAU = "log_temperature"
 
 
-#: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP wants every parameter
-#: in the graph.
+#: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP needs every
+#: parameter in the graph.
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
 
 
 class GivenRoss(Ross):
-    """ROSS, smaller and past its zeros, with draws that depend on the sample."""
+    """A small ROSS without zero weights, whose random draws depend on the sample."""
 
     width, depth, heads = 32, 2, 4
 
@@ -51,7 +51,7 @@ class GivenRoss(Ross):
 
 
 class GivenJarvis(Jarvis):
-    """JARVIS with blocks that depend on the sample, in every micro-batch."""
+    """JARVIS that draws blocks in every micro-batch; they depend on the sample."""
 
     def prepare(self, step: Step) -> Plan:
         drawn = []
@@ -64,7 +64,7 @@ class GivenJarvis(Jarvis):
 
 
 def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = HEADS, **keys: object) -> Aligner:
-    """The product's own aligner on a model that no engine has wrapped yet."""
+    """Makes an Aligner for a model that no engine has wrapped yet."""
     given = {"ross": f"{__name__}:GivenRoss", "jarvis": f"{__name__}:GivenJarvis"}
     teacher = autoencoder_folder() if objective == "ross" else teacher_folder()
     objective = given.get(objective, objective)
@@ -75,7 +75,7 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
 
 
 def loss_of(aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:
-    """The weighted sum of a micro-batch, with the forward pass through ``forward``."""
+    """Returns the weighted sum of both losses of a micro-batch; ``forward`` runs the model."""
     micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
     lm_loss = forward(**batch.inputs).loss
     return weights[0] * lm_loss + weights[1] * aligner.loss(micro_batch)
@@ -88,9 +88,9 @@ def cached_losses(
     weights: tuple[float, float],
     repeat: bool = True,
 ) -> Iterator[Tensor]:
-    """The weighted sum under gradient caching, one micro-batch after the other; their sum is the loss.
+    """Yields the weighted loss of each micro-batch under gradient caching; the sum is the loss of the step.
 
-    Without ``repeat`` the second pass draws other random numbers than the first.
+    Without ``repeat``, the second pass draws different random numbers than the first.
     """
     restores = []
     for batch in micro_batches:
@@ -99,7 +99,7 @@ def cached_losses(
         with torch.no_grad():
             forward(**batch.inputs)
         aligner.collect(micro_batch)
-    aligner.solve(weights[1])  # the term's own weight is 1: its gradients in the objective are scaled as the rest is
+    aligner.solve(weights[1])  # the configured weight is 1, so this weight also scales the objective's gradients
     for batch, restore in zip(micro_batches, restores, strict=True):
         if repeat:
             restore()
@@ -107,7 +107,7 @@ def cached_losses(
 
 
 def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
-    """The gradients of what the objective trains, then forgotten; 0 where there is none."""
+    """Returns the gradients of the objective's parameters, 0 where there is none, and clears them."""
     aligner.optimizer.reduce_gradients()
     found = {}
     for name, parameter in aligner.objective.named_parameters():
@@ -119,7 +119,7 @@ def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
 def reference(
     model: nn.Module, batch: Batch, objective: str = "contrastive", targets: str = HEADS
 ) -> dict[str, dict[str, Tensor]]:
-    """Gradients by loss and parameter name, on one process with the global batch."""
+    """Returns gradients by loss and parameter name, on one process with the global batch."""
     aligner = aligner_of(model, objective, targets)
     found = {}
     for name, weights in LOSSES.items():
@@ -137,7 +137,7 @@ def reference(
 
 
 def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Gradients of the HeRA term alone by name, its heads read by slicing the weight of a plain or LoRA ``o_proj``."""
+    """Returns gradients of the HeRA term by name, with heads read by slicing the weight of a (LoRA) ``o_proj``."""
     heads = Targets.parse(HEADS).items
     layers = decoder_layers(model)
     mask = batch.inputs["labels"] != -100
@@ -160,7 +160,7 @@ def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             weight = weight + projection.scaling["default"] * b @ a
         part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         contributions.append(read[layer][:, part] @ weight[:, part].T)
-    aligner = aligner_of(model)  # for its teacher; nothing is hooked before a pass begins
+    aligner = aligner_of(model)  # only its teacher is used; it installs no hooks before a pass begins
     valid = batch.teacher["hera_source"] > 0
     features = aligner.teacher.features(batch.teacher)
     output = ContrastiveTerm(K)(torch.stack(contributions), features, valid, torch.tensor(0.07))
@@ -183,9 +183,9 @@ def gradients(
     objective: str = "contrastive",
     targets: str = HEADS,
 ) -> Gradients:
-    """Whole gradients through an engine; ranks other than the first give those of the objective's parameters alone.
+    """Returns unsharded gradients through an engine; other ranks than the first return only the objective's.
 
-    With several micro-batches a rank, they are accumulated under gradient caching.
+    With several micro-batches per rank, gradients accumulate under gradient caching.
     """
     model = build(tuning, checkpointing)
     aligner = aligner_of(model, objective, targets)
@@ -211,7 +211,7 @@ def gradients(
 
 
 def remembered(size: int) -> dict[str, Tensor]:
-    """What the memory holds after a batch with images, one with text alone on a rank, and one without any image."""
+    """Returns the memory after a batch with images, one with images on one rank, and one without images."""
     model = build("full", "off")
     aligner = aligner_of(model, memory=size)
     for data in ("images", "one rank without", "text only"):

@@ -1,4 +1,4 @@
-"""When two sets of gradients are the same."""
+"""The comparison of two sets of gradients."""
 
 from functools import cache
 
@@ -8,8 +8,8 @@ from .cells import reference
 from .tiny import HEADS, batches, build
 
 BOUND = 1e-5
-#: A reference below this share of the model's largest gradient is zero but for rounding (the HeRA gradient of the bias
-#: of o_proj): it has no relative error, and counts against the largest gradient.
+#: A reference below this share of the model's largest gradient is zero except for rounding, like the HeRA gradient of
+#: o_proj's bias. Its error is relative to the largest gradient of the model.
 ZERO = 1e-6
 
 
@@ -17,12 +17,12 @@ ZERO = 1e-6
 def expected_gradients(
     tuning: str, data: str, objective: str = "contrastive", targets: str = HEADS
 ) -> dict[str, dict[str, Tensor]]:
-    """Those of one process with the global batch and without checkpointing, by loss and parameter name."""
+    """Returns gradients of one process with the global batch, without checkpointing, by loss and parameter name."""
     return reference(build(tuning, "off"), batches(data)[0], objective, targets)
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest over parameters of the largest difference, relative to the parameter's largest gradient."""
+    """Returns the worst parameter's error: its largest difference divided by its largest gradient."""
     assert found.keys() == expected.keys()
     scales = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
     largest = max(scales.values())

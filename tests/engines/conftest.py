@@ -1,4 +1,4 @@
-"""The pair of processes that all cells share, and the table of errors that they leave."""
+"""The two processes that all tests share, and the table of their errors."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ def errors(request: pytest.FixtureRequest) -> dict[tuple[str, str, str, str], fl
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints the table that docs/distributed.md keeps."""
+    """Prints the table of docs/distributed.md."""
     found = config.stash.get(_ERRORS, {})
     if not found:
         return

@@ -1,4 +1,4 @@
-"""The engines by their own APIs: wrap a model, run a backward pass, read whole gradients."""
+"""The engines through their own APIs: wrap a model, run a backward pass, read unsharded gradients."""
 
 from collections.abc import Callable
 
@@ -34,11 +34,11 @@ class Engine:
         loss.backward()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients of the trainable parameters by the model's own names; every rank must call it."""
+        """Returns unsharded gradients of the trainable parameters by the model's names; every rank must call it."""
         raise NotImplementedError
 
     def clear(self) -> None:
-        """Forgets the gradients; the weights stay."""
+        """Clears the gradients and keeps the weights."""
         raise NotImplementedError
 
 

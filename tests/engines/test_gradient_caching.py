@@ -1,4 +1,4 @@
-"""Gradient caching: micro-batches together give the gradients of the large batch, dropout and all."""
+"""Gradient caching gives the gradients of one large batch, and repeats dropout."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_gradient_caching_gives_the_gradients_of_the_large_batch(
 def _with_one_graph(
     aligner: Aligner, model: nn.Module, micro_batches: list[Batch], weights: tuple[float, float]
 ) -> dict[str, Tensor]:
-    """The same loss without caching: the graphs of all micro-batches are kept, for one backward pass."""
+    """Computes the same loss without caching: one backward pass through the graphs of all micro-batches."""
     lm_losses, representations, teacher, valid = [], [], [], []
     for batch in micro_batches:
         micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
@@ -63,7 +63,7 @@ def test_dropout_is_repeated(checkpointing: str) -> None:
         loss.backward()
         aligner.after_backward()
     assert relative_error(_take_gradients(model, aligner), expected) <= BOUND
-    # what is drawn afterwards is what would be drawn without caching
+    # the random state afterwards is the same as without caching
     assert torch.get_rng_state().equal(after)
 
 
@@ -74,7 +74,7 @@ def test_a_pass_that_cannot_be_repeated_is_refused() -> None:
         next(losses)
 
 
-def test_every_part_shows_the_value_of_the_whole() -> None:
+def test_the_parts_report_the_value_of_the_large_batch() -> None:
     model = build("full", "off")
     whole, parts = batches("images", 2)
     weights = LOSSES["hera"]

@@ -1,7 +1,7 @@
 """Every engine, tuning type and kind of checkpointing gives the gradients of one process with the global batch.
 
-In fp32 on a CPU, with two gloo processes, for ``L_LM + weight * L_HeRA`` and for ``L_HeRA`` alone, through the own
-APIs of the engines (accelerate falls back from FSDP to DDP on a CPU).
+The tests run in fp32 on a CPU with two gloo processes, for ``L_LM + weight * L_HeRA`` and for ``L_HeRA`` alone. They
+use the engines' own APIs, because accelerate falls back from FSDP to DDP on a CPU.
 """
 
 import pytest
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 class _Cells:
-    """Answers of the cells: an engine wraps a model once for all kinds of data."""
+    """The gradients of each cell; an engine wraps a model once for all kinds of data."""
 
     def __init__(self, workers: WorkerPair) -> None:
         self._workers = workers
@@ -51,14 +51,14 @@ def test_gradients_equal_those_of_one_process(
     by_loss = {loss: relative_error(found[0][data][loss], expected[loss]) for loss in expected}
     errors[engine, tuning, checkpointing, data] = max(by_loss.values())
     assert max(by_loss.values()) <= BOUND, by_loss
-    for rank in range(1, RANKS):  # no engine reduces the temperature's gradient: it must come out equal
+    for rank in range(1, RANKS):  # no engine reduces the temperature's gradient, so the ranks must agree on it
         for loss in expected:
             here, first = float(found[rank][data][loss][TAU]), float(found[0][data][loss][TAU])
             assert here == pytest.approx(first, rel=1e-6)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_reference_moves_with_hera_where_there_are_images(tuning: str) -> None:
+def test_reference_depends_on_hera_if_there_are_images(tuning: str) -> None:
     for data in DATA:
         hera = expected_gradients(tuning, data)["hera"]
         largest = max(float(tensor.abs().max()) for tensor in hera.values())
@@ -78,7 +78,7 @@ def test_reference_equals_slicing_the_weight(tuning: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_ranks_with_batches_of_different_size(workers: WorkerPair, engine: str) -> None:
-    # the LM losses of the ranks weigh alike whatever their sizes, so only the HeRA term is that of the global batch
+    # each rank's LM loss has equal weight regardless of its size, so only the HeRA term equals the global batch's
     expected = expected_gradients("full", "uneven")
     found = workers.run(gradients, engine, "full", "off", ("uneven",))
     assert relative_error(found[0]["uneven"]["hera"], expected["hera"]) <= BOUND

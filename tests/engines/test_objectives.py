@@ -1,4 +1,4 @@
-"""Every objective, on heads or on layers, gives on every engine the gradients of one process with the whole batch."""
+"""Every objective on heads or layers has, on every engine, the gradients of one process with the whole batch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS = "L1,L2"
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
-#: Objective, targets, kind of checkpointing: each once on layers, whose outputs carry gradient outside of it alone.
+#: Objective, targets, checkpointing. Under checkpointing, the outputs of layers carry gradients only outside of it.
 CASES = {
     "feature, heads": ("feature", HEADS, "reentrant"),
     "feature, heads, no checkpointing": ("feature", HEADS, "off"),
@@ -27,8 +27,8 @@ CASES = {
 }
 
 
-#: Full fine-tuning on every engine; LoRA on the two that differ most. A layer read without checkpointing knows nothing
-#: of adapters inside it.
+#: Full fine-tuning on every engine, and LoRA on the two that differ most. LoRA is omitted for layers without
+#: checkpointing, because reading a layer does not depend on adapters inside it.
 CELLS = [(case, "full", engine) for case in CASES for engine in ENGINES[: 1 if "no checkpointing" in case else 4]]
 ADAPTED = [case for case, (_, targets, kind) in CASES.items() if "H" in targets or kind != "off"]
 CELLS += [(case, "lora", engine) for case in ADAPTED for engine in ("DDP", "ZeRO-3")]
@@ -41,7 +41,7 @@ def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, 
     for data in DATA:
         for loss, expected in expected_gradients(tuning, data, objective, targets).items():
             assert relative_error(found[0][data][loss], expected) <= BOUND, (data, loss)
-            # no engine reduces the gradients of the objective's own parameters: replicas must not drift apart
+            # no engine reduces the gradients of the objective's parameters, so the ranks must agree on them
             for rank in range(1, RANKS):
                 for name, gradient in found[rank][data][loss].items():
                     assert torch.equal(gradient, found[0][data][loss][name])
@@ -53,7 +53,7 @@ def test_in_4_bit(workers: WorkerPair, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_moves_with_the_objective_where_there_are_images(case: str) -> None:
+def test_the_reference_depends_on_the_objective_if_there_are_images(case: str) -> None:
     objective, targets, _ = CASES[case]
     for data in DATA:
         hera = expected_gradients("full", data, objective, targets)["hera"]

@@ -38,7 +38,7 @@ DATA = ("images", "one rank without", "text only")
 
 
 def _new_model() -> LlavaForConditionalGeneration:
-    # attention_bias: the image of a pooled row must lose the bias of o_proj; head_dim is not hidden_size / heads
+    # attention_bias, because the bias of o_proj must be subtracted; head_dim differs from hidden_size / heads
     text = Qwen3Config(
         vocab_size=64,
         hidden_size=HIDDEN,
@@ -117,7 +117,7 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
 
 
 def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
-    """The model of one cell, as the host prepares it; the same weights on every rank. ``dropout`` is the adapter's."""
+    """Prepares a model as the host does, with the same weights on every rank; ``dropout`` is the adapter's."""
     model = _quantized_model() if tuning == "qlora" else _new_model()
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -142,7 +142,7 @@ def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of the model, and what the collator adds for the teacher."""
+    """Inputs of the model, and the inputs that the collator adds for the teacher."""
 
     inputs: dict[str, Tensor]
     teacher: dict[str, Tensor]
@@ -154,12 +154,12 @@ def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[
 
     length = int(torch.randint(0, 4, (), generator=generator))
     prompt = [IMAGE_TOKEN] * (N_PATCHES * with_image) + words(PROMPT + length)
-    answer = words(ANSWER)  # as long everywhere: the mean over ranks of mean losses is then the mean of the batch
+    answer = words(ANSWER)  # equal lengths, so that the mean of the ranks' mean losses is the mean over the batch
     return prompt + answer, [-100] * len(prompt) + answer
 
 
 def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tensor, dummy: Tensor | None) -> Batch:
-    """Pads on the right; like the host, gives a batch without any image a masked dummy at the end of sample 0."""
+    """Pads on the right; like the host, adds a masked dummy image to sample 0 if the batch has no image."""
     attended = [[1] * len(ids) for ids, _ in rows]
     rows = [(list(ids), list(labels)) for ids, labels in rows]
     if dummy is not None:
@@ -190,7 +190,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
 
 
 def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
-    """The global batch, and its parts: ``n_micro`` for each rank, rank after rank.
+    """Returns the global batch and its parts, ``n_micro`` for each rank, ordered by rank.
 
     ``uneven`` gives the first rank 5 samples and the second 3.
     """

@@ -1,4 +1,4 @@
-"""Two gloo processes that are started once and run one function after the other."""
+"""Two gloo processes that start once and run one function after another."""
 
 import gc
 import multiprocessing

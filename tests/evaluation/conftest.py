@@ -13,7 +13,7 @@ from ..backbones.tiny import save_language_model, save_tower
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A built model."""
+    """A model that ``build`` made."""
     root = tmp_path_factory.mktemp("llama3")
     tower = save_tower("siglip", root / "siglip")
     return build_backbone(str(save_language_model("llama3", root / "llm")), str(tower), root / "built").folder

@@ -1,4 +1,4 @@
-"""The command: what it writes, what it reuses, and what it refuses."""
+"""The ``eval`` command: its output, the reuse of results, and refused input."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def answers(data: Path) -> list[dict[str, Any]]:
 
 
 def make_half_right(data: Path) -> None:
-    """Makes the model's answer to every second question the right one."""
+    """Replaces the reference of every second question with the model's answer."""
     given = {line["doc_id"]: line["answer"] for line in answers(data)}
     rows = json.loads((data / "demo_questions.json").read_text())
     for number, row in enumerate(rows):
@@ -43,11 +43,11 @@ def make_half_right(data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scores_are_those_of_the_answers_and_nothing_runs_twice(folder, data, capfd, monkeypatch) -> None:
+def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, capfd, monkeypatch) -> None:
     assert main(command(folder, data)) == 0
     first = answers(data)
     assert sorted(line["doc_id"] for line in first) == list(range(24))
-    make_half_right(data)  # other data, the same prompts
+    make_half_right(data)  # the data change, the prompts stay the same
     assert main(command(folder, data)) == 0
     assert answers(data) == first
     found = result(data)
@@ -65,7 +65,7 @@ def test_scores_are_those_of_the_answers_and_nothing_runs_twice(folder, data, ca
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_a_suite_with_its_name(folder, data) -> None:
+def test_a_file_of_questions_is_a_suite_named_after_it(folder, data) -> None:
     (data / "demo_questions.json").rename(data / "red birds.json")
     run, output = data.parent / "run", data.parent / "eval"
     shutil.copytree(folder, run)
@@ -76,7 +76,7 @@ def test_a_file_of_questions_is_a_suite_with_its_name(folder, data) -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_task_is_named_and_its_answers_stay(folder, data, capfd) -> None:
+def test_a_failed_task_is_reported_and_its_answers_are_kept(folder, data, capfd) -> None:
     rows = json.loads((data / "demo_questions.json").read_text())
     broken = data / min(rows, key=lambda row: len(row["question"]))["image"]  # short questions are asked last
     image = broken.read_bytes()

@@ -1,4 +1,4 @@
-"""Every task as lmms-eval asks and judges it, on local rows with the columns of the real data."""
+"""Prompts and scores of every task in lmms-eval, on local rows with the columns of the real data."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TASKS = {task.name: task for suite in SUITES.values() for task in suite}
 
 
 class Case(NamedTuple):
-    """Rows, the answers of a model, and what follows from them."""
+    """Rows and a model's answers, with the expected prompt and scores."""
 
     rows: list[dict[str, Any]]
     answers: list[str]
@@ -51,13 +51,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judged(config: dict, answers: list[str]) -> tuple[ConfigurableMessagesTask, list[dict]]:
-    """A task of lmms-eval, and what it makes of the answers."""
+    """Builds a task of lmms-eval, and returns it with its results for the answers."""
     task = ConfigurableMessagesTask(config=config)
     return task, [task.process_results(row, [text]) for row, text in zip(task.eval_docs, answers, strict=True)]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prompts_and_scores_are_those_of_the_suite(name: str, folder: Path, monkeypatch) -> None:
+def test_prompts_and_scores_match_the_suite(name: str, folder: Path, monkeypatch) -> None:
     monkeypatch.setenv("AMBER_BASE_DIR", str(folder))
     task, records = judged(TASKS[name].definition(folder), CASES[name].answers)
     [turn] = task.doc_to_messages(task.eval_docs[0])
@@ -83,7 +83,7 @@ def test_every_task_is_defined_and_has_a_case() -> None:
     ("cv_bench", "cv_bench/cv_bench.yaml", "cv_bench_acc", ["(B)", "A", "B", "A"]),
 ])  # fmt: skip
 def test_scores_agree_with_those_of_lmms_eval(name: str, source: str, score: str, answers, folder: Path) -> None:
-    """These tasks are scored alike; of CV-Bench, lmms-eval contains the authors' formula but does not use it."""
+    """lmms-eval scores these tasks in the same way; it contains CV-Bench's formula but does not use it."""
     config = load_yaml_config(str(Path(tasks.__file__).parent / source)) | {"process_docs": None}
     disk = {"dataset_path": str(folder / name), "dataset_name": None, "dataset_kwargs": {"load_from_disk": True}}
     task, theirs = judged(config | disk, answers)
@@ -94,7 +94,7 @@ def test_scores_agree_with_those_of_lmms_eval(name: str, source: str, score: str
     assert 0 < expected < 100
 
 
-def test_captions_are_scored_as_their_authors_do() -> None:
+def test_caption_scores_follow_the_formulas_of_their_authors() -> None:
     """CHAIR: 1 of 4, 0 of 1 and 0 of 0 objects are not in the image. AMBER: two descriptions."""
     names = ("mentioned", "wrong", "with_wrong")
     chair = [dict(zip(names, counts, strict=True)) for counts in [(4, 1, 1), (1, 0, 0), (0, 0, 0)]]
@@ -106,6 +106,6 @@ def test_captions_are_scored_as_their_authors_do() -> None:
     assert TASKS["amber_g"].aggregate(amber) == pytest.approx(scores)
 
 
-def test_no_positive_answer_is_a_score_of_zero() -> None:
+def test_without_a_positive_answer_every_score_is_zero() -> None:
     records = [{"right": 0, "no": 1, "said_no": 0, "both_no": 0}]
     assert set(TASKS["amber_d"].aggregate(records).values()) == {0.0}

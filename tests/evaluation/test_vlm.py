@@ -1,4 +1,4 @@
-"""The model class: its prompts, its answers and how it reuses them."""
+"""The model class: prompts, answers, and the reuse of answers."""
 
 import json
 import shutil
@@ -120,7 +120,7 @@ def test_samples_with_and_without_images_share_a_batch(model: HeraVLM) -> None:
     assert ask(model, documents) == [ask(model, [document])[0] for document in documents]
 
 
-def test_a_task_says_where_an_answer_ends(model: HeraVLM) -> None:
+def test_a_task_defines_the_end_of_an_answer(model: HeraVLM) -> None:
     (whole,) = ask(model, DOCUMENTS[:1], max_new_tokens=12)
     middle = whole[len(whole) // 2]
     for until in (middle, [middle]):

@@ -1,4 +1,4 @@
-"""Helpers of the tests that compare gradients in a Trainer."""
+"""Helpers for tests that compare gradients in a Trainer."""
 
 from typing import Any
 

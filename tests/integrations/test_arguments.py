@@ -20,14 +20,14 @@ def _parse(**values: Any) -> Any:
     return parsed
 
 
-def test_stage_hera_is_sft_inside_and_hera_outside() -> None:
+def test_stage_hera_runs_as_sft_and_is_saved_as_hera() -> None:
     arguments = _parse()
     assert (arguments.stage, arguments.use_hera) == ("sft", True)
     assert arguments.to_dict()["stage"] == "hera"
     assert arguments.to_dict()["hera_heads"] == "L0H1"
 
 
-def test_other_stages_do_not_see_the_keys_and_say_so() -> None:
+def test_other_stages_drop_the_keys_with_a_warning() -> None:
     with pytest.warns(match="stage: dpo does not read hera_heads, hera_k; write stage: hera"):
         (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict(
             {"stage": "dpo", "hera_k": 0, "hera_heads": "L0H1"}
@@ -36,7 +36,7 @@ def test_other_stages_do_not_see_the_keys_and_say_so() -> None:
     assert not [key for key in arguments.to_dict() if key.startswith("hera_")]
 
 
-def test_the_host_parses_the_extended_class_which_has_every_key_and_the_hosts_defaults() -> None:
+def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults() -> None:
     assert FinetuningArguments in _TRAIN_ARGS
     assert issubclass(FinetuningArguments, HeraArguments)
     found = {f.name: f for f in dataclasses.fields(HeraArguments)}
@@ -57,7 +57,7 @@ def test_values_have_their_types_and_are_checked() -> None:
         _parse(hera_layers="L1")
 
 
-def test_arguments_travel_to_other_processes() -> None:
+def test_arguments_can_be_pickled_for_other_processes() -> None:
     assert FinetuningArguments.__qualname__ == "FinetuningArguments"
     copy = pickle.loads(pickle.dumps(_parse(hera_k=4)))
     assert type(copy) is FinetuningArguments

@@ -1,4 +1,4 @@
-"""The plugin in axolotl, whose command trains the demo; its pins exclude ours, so ``make test-axolotl`` runs this."""
+"""The plugin in axolotl; axolotl pins other versions than ours, so ``make test-axolotl`` runs this file."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def no_plugins() -> Iterator[None]:
-    """Forgets the plugins, which axolotl keeps for the life of a process."""
+    """Clears the plugins, which axolotl keeps until the process ends."""
     PluginManager.get_instance().plugins.clear()
     yield
     PluginManager.get_instance().plugins.clear()
@@ -98,7 +98,7 @@ def test_the_command_trains_with_hera(run: Run) -> None:
     first = run.logs()[0]
     assert first["hera_loss"] > 0
     assert first["loss"] == pytest.approx(first["lm_loss"] + 0.01 * first["hera_loss"], abs=1e-3)  # two micro-batches
-    assert run.output.count("HeRA | heads: L1H0,L1H3,L2H5,L3H2,L3H7") == 1  # axolotl does not drop it
+    assert run.output.count("HeRA | heads: L1H0,L1H3,L2H5,L3H2,L3H7") == 1  # axolotl does not hide it
     saves = run.folder.parent
     assert json.loads((saves / "hera/heads.json").read_text())
     assert "HeRA" in (saves / "README.md").read_text().partition("</details>")[2]
@@ -116,7 +116,7 @@ def test_auto_selects_on_the_rows_of_the_run(keys: dict[str, Any], tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_what_the_uninterrupted_one_did(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(run.folder.with_name("checkpoint-2"), tmp_path / "saves/checkpoint-2")
     resumed = _train(tmp_path, keys | {"resume_from_checkpoint": "saves/checkpoint-2"})
     assert resumed.ok, resumed.output
@@ -183,11 +183,11 @@ def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys: dict[
         ({"messages": [{"role": "user", "content": "no image"}]}, []),
     ],
 )
-def test_the_teacher_sees_what_axolotl_shows_the_model(row: dict[str, Any], images: list[str]) -> None:
+def test_the_teacher_sees_the_images_that_axolotl_shows_the_model(row: dict[str, Any], images: list[str]) -> None:
     assert _images_of(("chat",), row) == images
 
 
-def test_the_file_of_the_docs_has_only_known_keys() -> None:
+def test_the_configuration_in_the_docs_has_only_known_keys() -> None:
     page = (ROOT / "docs/axolotl.md").read_text()
     cfg = DictDefault(yaml.safe_load(re.search(r"```yaml\n(base_model.*?)```", page, re.DOTALL)[1]))
     PluginManager.get_instance().register(PLUGIN)

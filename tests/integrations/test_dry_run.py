@@ -53,7 +53,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
         (["dataset_dir=moved"], "problem: media_dir: moved: hera_demo: The image file 'images/"),
     ],
 )
-def test_the_doctor_reads_a_recipe(
+def test_doctor_checks_a_recipe(
     change: list[str], line: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(world)
@@ -70,7 +70,7 @@ def test_the_doctor_reads_a_recipe(
     ] * status
 
 
-def test_a_large_file_is_read_from_its_start(
+def test_doctor_reads_only_the_start_of_a_large_file(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(world)

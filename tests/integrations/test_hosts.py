@@ -1,4 +1,4 @@
-"""Every host makes the same twenty steps from the same model, order of batches and seed.
+"""Every host takes the same twenty steps, given the same model, batch order and seed.
 
 The rows and their collator are those of LLaMA-Factory, so that every host trains on the same tokens.
 """
@@ -37,7 +37,7 @@ SHARED = {
 }
 HERA = {
     "contrastive": {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_weight": 0.5, "hera_memory": 16, "hera_k": 4},
-    # which changes the forward pass
+    # an objective that changes the forward pass
     "jarvis": {"hera_granularity": "layer", "hera_layers": "L1", "hera_objective": "jarvis", "hera_weight": 1.0},
 }
 
@@ -150,8 +150,8 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
         measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in theirs]
         assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in ours]
         for key in measured:
-            # Hosts divide the LM loss in different ways, so rounding grows, until it changes a neighbor of one sample.
+            # Hosts divide the LM loss in different ways, so rounding errors grow until one neighbor changes.
             neighbor = 1 / 160 if key == "hera_mknn" and step else 0.0
             assert ours[key] == pytest.approx(theirs[key], rel=3e-5 if step else 1e-6, abs=1.01 * neighbor), key
-    terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis leaves steps out
+    terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis skips some steps
     assert 0 < terms[-1] != terms[0]

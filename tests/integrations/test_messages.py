@@ -1,4 +1,4 @@
-"""Messages are printed once in every host, in the words of the host."""
+"""Messages are printed once in every host, and they name the host's keys."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ OURS = logging.getLogger("llamafactory_hera")
 
 @pytest.fixture(autouse=True)
 def handlers_of_the_program() -> Iterator[None]:
-    """Leaves the handlers of the root logger as they were; tests/conftest.py does so for the package's logger."""
+    """Restores the handlers of the root logger; tests/conftest.py restores the package's logger."""
     before = logging.getLogger().handlers[:]
     yield
     logging.getLogger().handlers[:] = before
@@ -63,7 +63,7 @@ def test_messages_share_handlers_and_level_of_a_host(capsys: pytest.CaptureFixtu
     assert (out, err) == ("a warning\n", "")
 
 
-def test_the_level_of_the_user_stays(capsys: pytest.CaptureFixture) -> None:
+def test_the_users_log_level_is_kept(capsys: pytest.CaptureFixture) -> None:
     logging.getLogger().handlers.clear()
     OURS.setLevel(logging.ERROR)
     show_messages()
@@ -110,8 +110,8 @@ def test_the_end_of_a_run_says_whether_anything_changed(
     history = [{"loss": 3.0}, *({"hera_loss": 2.0, **chance, f"hera_{key}": value} for value in values)]
     log_outcome(aligner, history, 9)
     monkeypatch.setattr(messages, "rank", lambda: 1)
-    log_outcome(aligner, history, 9)  # says nothing
-    log_share({"lm_loss": 1.0, "hera_loss": 1.0}, 1.0)  # nor does this
+    log_outcome(aligner, history, 9)  # logs nothing
+    log_share({"lm_loss": 1.0, "hera_loss": 1.0}, 1.0)  # also logs nothing
     assert caplog.messages == [f"HeRA | {names[key] * (len(values) > 1)}{expected}"]
 
 
@@ -126,7 +126,7 @@ def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
             raise ValueError(message)
     with pytest.raises(ValueError, match=r'nowhere\.png.* In LLaMA-Factory: media_dir .*{"media_dir": '), host_words():
         load_image("nowhere.png")
-    with pytest.raises(UnicodeDecodeError), host_words():  # whose arguments are no message
+    with pytest.raises(UnicodeDecodeError), host_words():  # its arguments are not a message
         b"\xff".decode()
 
 

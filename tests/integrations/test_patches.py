@@ -1,4 +1,4 @@
-"""The changes to the host: active from the start, fitting the real host, and refused with a reason if it differs."""
+"""The patches: active from the start, applied to the real host, and skipped with a reason if the host differs."""
 
 import importlib
 import inspect
@@ -32,7 +32,7 @@ def _start(hook: Path, code: str, **variables: str) -> subprocess.CompletedProce
     return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **variables)
 
 
-def test_the_hook_is_there_from_the_start_and_under_accelerate(tmp_path: Path) -> None:
+def test_the_hook_is_installed_at_startup_even_under_accelerate(tmp_path: Path) -> None:
     code = "import sys; print([type(finder).__name__ for finder in sys.meta_path].count('HeraStart'))"
     for options in ((), ("-I",)):
         assert _python(code, *options).stdout.split() == ["1"]
@@ -43,7 +43,7 @@ def test_the_hook_is_there_from_the_start_and_under_accelerate(tmp_path: Path) -
     assert (code, output.splitlines()[-1]) == (0, "1"), output
 
 
-def test_the_start_imports_nothing_before_the_host_and_the_hook_then() -> None:
+def test_startup_imports_nothing_and_finding_the_host_imports_the_hook() -> None:
     code = """
         print(*set(sys.modules) - before)
         from importlib.util import find_spec
@@ -59,7 +59,7 @@ def test_the_start_imports_nothing_before_the_host_and_the_hook_then() -> None:
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_says_so_in_one_line_and_lets_the_interpreter_go_on(tmp_path: Path) -> None:
+def test_a_failed_start_prints_one_line_and_python_continues(tmp_path: Path) -> None:
     shutil.copy(PATCHES / "llamafactory_hera.pth", tmp_path)
     (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
     (tmp_path / "llamafactory.py").write_text("")
@@ -147,7 +147,7 @@ def _read_tokenized(model_args, data_args, training_args, *rest):
     ("route", "what"),
     [(_read, "was about to train"), (_read_tokenized, "was about to train"), (lambda *arguments: None, "has trained")],
 )
-def test_another_workflow_than_ours_stops_a_hera_run(
+def test_a_hera_run_stops_if_it_takes_another_workflow(
     route: Callable[..., None], what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from llamafactory.train import tuner as host
@@ -159,7 +159,7 @@ def test_another_workflow_than_ours_stops_a_hera_run(
     with pytest.raises(ValueError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
         host._training_function({"args": {**run, "stage": "hera", "hera_heads": "L0H1"}, "callbacks": []})
     if route is _read:
-        with pytest.raises(ValueError, match="none"):  # a stage of the host is left alone
+        with pytest.raises(ValueError, match="none"):  # the host's own stages run as before
             host._training_function({"args": {**run, "stage": "sft"}, "callbacks": []})
 
 

@@ -1,4 +1,4 @@
-"""Settings, data and models with which HeRA would be wrong or have no effect are refused before the first step."""
+"""Settings, data and models that make HeRA wrong or ineffective are refused before the first step."""
 
 import sys
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_settings_that_this_machine_cannot_have_are_refused(
+def test_settings_that_need_several_devices_are_refused(
     tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))

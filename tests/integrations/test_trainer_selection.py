@@ -1,4 +1,4 @@
-"""``auto`` in a plain Trainer selects with its rows, collator and model; the file is found again and checked."""
+"""``auto`` in a plain Trainer selects with its rows, collator and model, and reuses the file after a check."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def written(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["llm", "mllm"])
 def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: Path, mode: str) -> None:
     model = vlm("llava-llama")
-    model.model.vision_tower.eval()  # a part of the model that is not trained
+    model.model.vision_tower.eval()  # a part of the model that the run does not train
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     trainer = selecting(tmp_path / "auto", model, select_mode=mode)
@@ -62,7 +62,7 @@ def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: P
     assert lines(trainer) == lines(named)
 
 
-def test_a_rerun_finds_the_selection_and_a_file_of_another_run_is_refused(
+def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = selecting(tmp_path / "run")
@@ -89,7 +89,7 @@ def test_a_rerun_finds_the_selection_and_a_file_of_another_run_is_refused(
 
 
 class Stream(IterableDataset):
-    """Rows that can only be read in order, with a known number."""
+    """A stream of rows that knows its length."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = rows
@@ -101,7 +101,7 @@ class Stream(IterableDataset):
         return len(self.rows)
 
 
-def test_a_stream_is_read_from_its_beginning_though_it_knows_its_length(tmp_path: Path) -> None:
+def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path: Path) -> None:
     model = vlm("llava-llama")
     rows = Stream(image_rows(model, 24))
     trainer = HeraTrainer(

@@ -43,7 +43,7 @@ def arguments(folder: Path, **values: object) -> TrainingArguments:
 
 
 def trainer_of(folder: Path, model: nn.Module | None = None, rows: Any = None, **values: Any) -> HeraTrainer:
-    """Makes a Trainer of some rows; ``hera`` and ``given`` are keys of HeRA and further arguments of the Trainer."""
+    """Makes a Trainer; ``hera`` contains keys of HeRA, ``given`` arguments of the Trainer, ``values`` its settings."""
     model = vlm("llava-llama") if model is None else model
     given = {"hera": hera(**values.pop("hera", {})), "data_collator": collate_rows, **values.pop("given", {})}
     given.setdefault("train_dataset", image_rows(model, 3 * BATCH) if rows is None else rows)
@@ -67,7 +67,7 @@ def lora() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
-def test_a_run_logs_its_curves_resumes_to_equal_ones_and_leaves_its_files(
+def test_a_run_logs_its_curves_resumes_exactly_and_leaves_its_files(
     tmp_path: Path, make: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     memory = {"hera": {"memory": 6}}
@@ -136,7 +136,7 @@ def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: P
 
 
 @pytest.mark.parametrize("save_steps", [2, 4])
-def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
+def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
     every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": save_steps}
     model = vlm("llava-llama")
     rows = image_rows(model, 3 * BATCH)
@@ -150,7 +150,7 @@ def test_the_best_model_comes_back_with_its_hera_state_and_the_card_says_so(tmp_
     assert trainer.state.best_global_step == 2
     trainer.create_model_card()
     loaded = "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
-    assert loaded == (save_steps == 2)  # or that step was not saved
+    assert loaded == (save_steps == 2)  # otherwise, that step was not saved
     if not loaded:
         return
     kept = HeraTrainer(type(model).from_pretrained(tmp_path / "checkpoint-2"), settings, hera=hera(), **data)
@@ -188,7 +188,7 @@ def test_after_an_interruption_the_model_can_be_used_and_trained_again(tmp_path:
     trainer_of(tmp_path, model, max_steps=1).train()  # its folder is no longer locked
 
 
-def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None:
+def test_evaluation_uses_neither_the_term_nor_the_images(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, eval_steps=2, max_steps=2)
     trainer.args.eval_strategy, trainer.eval_dataset = "steps", image_rows(trainer.model, BATCH)
     trainer.train()
@@ -198,7 +198,7 @@ def test_evaluation_sees_neither_the_term_nor_the_images(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("remove_unused_columns", [True, False])
-def test_the_mixin_goes_in_front_of_a_custom_trainer(tmp_path: Path, remove_unused_columns: bool) -> None:
+def test_the_mixin_adds_hera_to_a_custom_trainer(tmp_path: Path, remove_unused_columns: bool) -> None:
     seen = []
 
     class Custom(Trainer):
@@ -282,7 +282,7 @@ def test_a_trainer_whose_step_bypasses_the_term_is_stopped(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("keys", [{}, {"accumulate": "gradcache"}, VIRAL], ids=["heads", "gradcache", "tokens"])
-def test_terms_that_are_not_finite_leave_plain_fine_tuning(
+def test_steps_with_a_non_finite_term_train_only_on_the_lm_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict, side: str
 ) -> None:
     settings = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": 3}
@@ -322,7 +322,7 @@ class FailOnce(TrainerCallback):
             raise RuntimeError("CUDA out of memory.")
 
 
-def test_gradient_caching_begins_anew_after_an_attempt_that_failed(tmp_path: Path) -> None:
+def test_gradient_caching_restarts_after_a_failed_attempt(tmp_path: Path) -> None:
     two = {"gradient_accumulation_steps": STEPS, "hera": {"accumulate": "gradcache"}, "max_steps": 2}
     trainer = trainer_of(tmp_path, **two)
     trainer.add_callback(FailOnce())
@@ -370,7 +370,7 @@ def no_loss_kwargs() -> nn.Module:
     ],
     ids=["LLaVA", "LLaVA without kwargs", "Qwen2.5-VL", "LLaVA, own loss", "LLaVA without kwargs, own loss"],
 )
-def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
+def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
     tmp_path: Path, make: Callable[[], nn.Module], loss_function: Callable | None, accepts: bool, accumulate: str
 ) -> None:
     rows = image_rows(make(), STEPS * BATCH)
@@ -399,8 +399,8 @@ def test_the_term_is_the_mean_over_micro_batches_whatever_divides_the_lm_loss(
     assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
 
 
-def test_gradients_of_the_objective_are_free_of_the_loss_scale_of_deepspeed(tmp_path: Path) -> None:
-    # With DeepSpeed's loss scaler alone, because its engine refuses fp16 on most CPUs.
+def test_deepspeeds_loss_scale_is_removed_from_the_objectives_gradients(tmp_path: Path) -> None:
+    # Uses only DeepSpeed's loss scaler, because its engine refuses fp16 on most CPUs.
     module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
     scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # it grows after each step
 

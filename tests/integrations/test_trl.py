@@ -1,6 +1,6 @@
 """HeRA in TRL's SFTTrainer: the options that work, with the right gradient, and those that are refused.
 
-The tests run with TRL 0.18 or newer, and skip what a version cannot do by itself.
+The tests run with TRL 0.18 or newer, and skip features that a version does not have.
 """
 
 import json
@@ -131,12 +131,12 @@ def trainer_of(folder: Path, case: "Case", weight: float = 0.5, **values: Any) -
     )
 
 
-# -- one table: what works, and the words of what does not -----------------------------------------------------------
+# -- options that work, and options that are refused -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """Options of TRL, and the words of the refusal, which are empty if the options work."""
+    """Options of TRL, and a part of the refusal's message (empty if the options work)."""
 
     name: str
     words: str = ""
@@ -284,7 +284,7 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
 
 
-def test_a_run_resumes_to_equal_lines_and_leaves_its_files_and_card(tmp_path: Path) -> None:
+def test_a_run_resumes_exactly_and_leaves_its_files_and_card(tmp_path: Path) -> None:
     case = Case("", hera={"memory": 6}, steps=3)
     case.skip()
     saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}

@@ -1,4 +1,4 @@
-"""After the first steps the host never waits for the device because of the alignment."""
+"""After the first steps, HeRA never makes the program wait for the device."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +38,8 @@ def config_of(mode: str, **keys: Any) -> HeraConfig:
     )
 
 
-class CountFromThen(TrainerCallback):
-    """Counts only in steps after everything was checked once."""
+class CountLaterSteps(TrainerCallback):
+    """Counts only in later steps, because HeRA checks everything once in the first steps."""
 
     def __init__(self, waits: Waits) -> None:
         self.waits = waits
@@ -53,7 +53,7 @@ class CountFromThen(TrainerCallback):
 
 
 def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
-    """Trains on samples with and without an image."""
+    """Trains on samples with and without an image, and counts the waits."""
     steps = 2 if mode == "gradient caching" else 1
     model = vlm("llava-llama")
     rows = image_rows(model, STEPS * BATCH * steps)
@@ -67,7 +67,7 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
     options: dict[str, Any] = {"train_dataset": rows, "data_collator": collate_rows}
     options["processing_class"] = SimpleNamespace(image_processor=student_processor())
     waits = Waits()
-    callbacks = [CountFromThen(waits)]  # stops before HeRA's own callback ends the run
+    callbacks = [CountLaterSteps(waits)]  # stops before HeRA's own callback ends the run
     trainer = HeraTrainer(model, args, hera=config_of(mode, **keys), callbacks=callbacks, **options)
     with waits:
         trainer.train()
@@ -75,13 +75,13 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_host_never_waits(tmp_path: Path, mode: str) -> None:
+def test_hera_never_waits(tmp_path: Path, mode: str) -> None:
     waits = waits_of(tmp_path, mode)
     assert waits.host  # the counter sees the waits of the Trainer itself
     assert not waits.ours
 
 
-def test_the_host_never_waits_for_the_cache(tmp_path: Path) -> None:
+def test_hera_never_waits_for_the_cache(tmp_path: Path) -> None:
     for _ in ("misses", "hits"):
         assert not waits_of(tmp_path / "run", "contrastive", teacher_cache=str(tmp_path / "cache")).ours
 
@@ -89,7 +89,7 @@ def test_the_host_never_waits_for_the_cache(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cached", [False, True], ids=["on the fly", "cache"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gradient caching"])
-def test_a_gpu_is_never_waited_for(tmp_path: Path, mode: str, cached: bool) -> None:
+def test_hera_never_waits_for_a_gpu(tmp_path: Path, mode: str, cached: bool) -> None:
     model = vlm("llava-llama").cuda()
     config = config_of(mode, teacher_cache=str(tmp_path) if cached else None)
     aligner = Aligner(model, config, image_processor=student_processor())

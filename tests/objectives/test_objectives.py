@@ -42,7 +42,7 @@ VALID = [torch.ones(N, dtype=torch.bool), torch.tensor([True, False, True, True,
 
 
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
-def test_cka_is_its_definition(valid: Tensor) -> None:
+def test_cka_matches_its_definition(valid: Tensor) -> None:
     z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
     expected = torch.stack([1 - naive_cka(z[s][valid], teacher[valid]) for s in range(TARGETS)])
     torch.testing.assert_close(create("cka", OPTIONS)(pooled(z, teacher, valid)), expected)
@@ -91,7 +91,7 @@ def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projecto
             torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
-def test_the_seed_alone_decides_the_initial_values_and_the_random_state_stays() -> None:
+def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -> None:
     before = torch.get_rng_state()
     first = create("feature", OPTIONS, seed=3)
     assert torch.get_rng_state().equal(before)
@@ -110,7 +110,7 @@ def test_cka_has_no_parameters_and_a_fixed_temperature_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # ross is random: rivals/test_ross.py
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name: str) -> None:
     objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
     parameters = dict(objective.named_parameters())
     if issubclass(find(name), TokenObjective):

@@ -1,4 +1,4 @@
-"""A new objective is one class; that of CONTRIBUTING.md is registered, accepted as a key, and trained."""
+"""The example objectives of CONTRIBUTING.md are registered, accepted as values of the key, and trained."""
 
 import re
 from collections.abc import Iterator
@@ -67,13 +67,13 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
     assert aligner.objective.get_parameter("projector.bias").abs().max() > 0
 
 
-def test_its_name_is_a_value_of_the_key(example: str) -> None:
+def test_the_key_accepts_the_name_of_the_example(example: str) -> None:
     HeraConfig(heads="L0H1", objective=example)
     with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):
         HeraConfig(heads="L0H1", objective="nothing")
 
 
-def test_the_objectives_are_there() -> None:
+def test_all_objectives_are_registered() -> None:
     ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis"}
     assert ours <= set(names())
     on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
@@ -82,6 +82,6 @@ def test_the_objectives_are_there() -> None:
     assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
 
 
-def test_a_name_is_taken_once() -> None:
+def test_a_registered_name_cannot_be_used_again() -> None:
     with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
         register("cka")(find("feature"))

@@ -1,4 +1,4 @@
-"""The wheel: what it holds, that installing it is enough, changes nothing else, and is undone by uninstalling it."""
+"""The wheel: its content, and that installing and uninstalling it changes nothing else."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _environment(folder: Path) -> tuple[Path, Path]:
-    """An empty environment: its Python, and its folder for packages."""
+    """Makes an empty environment, and returns its Python and its site-packages folder."""
     _run(sys.executable, "-m", "venv", "--without-pip", folder)
     (site,) = folder.glob("lib/python*/site-packages")
     return folder / "bin/python", site
@@ -43,16 +43,16 @@ def _environment(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, and the dependencies of this one on its path."""
+    """The Python of an environment with the wheel, and with this environment's dependencies on its path."""
     python, site = _environment(tmp_path_factory.mktemp("environment") / "venv")
-    # a path that a .pth adds has its own .pth files ignored: the plugin comes from the wheel alone
+    # Python ignores .pth files in folders that a .pth file adds, so the hook can only come from the wheel
     paths = [path for path in sys.path if path.endswith("site-packages")]
     (site / "zz_dependencies.pth").write_text("\n".join(paths) + "\n")
     _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     return python
 
 
-def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
+def test_the_wheel_contains_packages_hooks_and_recipes(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"llamafactory_hera.pth", "llamafactory_hera.start"} <= set(names)
     assert {"llamafactory_hera/cli.py", "hera_patches/registry.py"} <= set(names)
@@ -64,7 +64,7 @@ def test_it_holds_packages_hooks_and_recipes(wheel: Path) -> None:
     assert not [name for name in names if re.search("/recipes/(demo|notebook|study|real|rah_lora|generate)", name)]
 
 
-def test_installing_it_registers_the_stage_and_the_doctor_is_content(python: Path) -> None:
+def test_installing_registers_the_stage_and_doctor_finds_no_problem(python: Path) -> None:
     code = (
         "from llamafactory.hparams import FinetuningArguments; import llamafactory_hera.cli; "
         "print(FinetuningArguments(stage='hera', hera_heads='L0H1').use_hera, llamafactory_hera.__file__); "
@@ -77,12 +77,12 @@ def test_installing_it_registers_the_stage_and_the_doctor_is_content(python: Pat
 
 
 @pytest.mark.parametrize("extras", ["", "[llamafactory,deepspeed]"])
-def test_installing_it_changes_no_version_beside_it(python: Path, wheel: Path, extras: str) -> None:
+def test_installing_changes_no_version_of_another_package(python: Path, wheel: Path, extras: str) -> None:
     command = (*PIP, python, "install", "--dry-run", "--quiet", "--no-index", "--report", "-", f"{wheel}{extras}")
     assert {each["metadata"]["name"] for each in json.loads(_run(*command))["install"]} <= {"llamafactory-hera"}
 
 
-def test_the_core_asks_for_no_version(wheel: Path) -> None:
+def test_the_core_requires_no_specific_versions(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     asked = re.findall(r"^Requires-Dist: (.+)$", archive.read(metadata).decode(), re.MULTILINE)
@@ -91,7 +91,7 @@ def test_the_core_asks_for_no_version(wheel: Path) -> None:
     assert all(re.fullmatch(r"[\w.-]+", line) for line in core), core
 
 
-def test_uninstalling_it_takes_the_start_up_hook_away(wheel: Path, tmp_path: Path) -> None:
+def test_uninstalling_removes_the_startup_hook(wheel: Path, tmp_path: Path) -> None:
     python, site = _environment(tmp_path / "venv")
     _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
     assert _run(python, "-c", STARTS) == "1\n"
@@ -101,7 +101,7 @@ def test_uninstalling_it_takes_the_start_up_hook_away(wheel: Path, tmp_path: Pat
 
 
 def _needed(*names: str) -> set[str]:
-    """The distributions that these need without extras, with all that they need in turn, and they themselves."""
+    """Returns the given distributions and all their direct and indirect dependencies, without extras."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -116,7 +116,7 @@ def _needed(*names: str) -> set[str]:
 def test_heads_are_read_and_trained_without_any_host(wheel: Path, tmp_path: Path) -> None:
     python, site = _environment(tmp_path / "venv")
     _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
-    # transformers reads images with torchvision, which it does not ask for: whoever has a VLM running has it
+    # transformers needs torchvision to read images but does not declare it; users of a VLM have installed it
     for name in _needed("llamafactory-hera", "torchvision", "pytest") - {"llamafactory-hera"}:
         files = distribution(name)
         for top in {file.parts[0] for file in files.files or []} - {"..", "__pycache__"}:

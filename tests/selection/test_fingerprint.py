@@ -1,4 +1,4 @@
-"""The fingerprint is that of the language model, in whatever checkpoint it is."""
+"""The fingerprint identifies a language model in any checkpoint that contains it."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def plain(llm, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["shards", "pickled", "half precision"])
-def test_a_copy_has_the_same(llm, plain, tmp_path, how):
+def test_a_copy_has_the_same_fingerprint(llm, plain, tmp_path, how):
     copy = tmp_path / "copy"
     save = {"max_shard_size": "20KB"} if how == "shards" else {}
     (llm.bfloat16() if how == "half precision" else llm).save_pretrained(copy, **save)
@@ -40,7 +40,7 @@ def test_a_copy_has_the_same(llm, plain, tmp_path, how):
 
 
 @pytest.mark.parametrize("name", ["llava-qwen3", "gemma3", "qwen3_vl", "internvl-qwen2"])
-def test_a_vlm_has_that_of_its_language_model_whatever_its_vision_tower_is(name, tmp_path):
+def test_a_vlm_has_its_language_models_fingerprint_with_any_vision_tower(name, tmp_path):
     model = vlm(name)
     decoder = model.get_decoder()
     state = {f"model.{key}": value.contiguous() for key, value in decoder.state_dict().items()}
@@ -56,20 +56,20 @@ def test_a_vlm_has_that_of_its_language_model_whatever_its_vision_tower_is(name,
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"])
-def test_training_any_weight_changes_it(plain, tmp_path, name):
+def test_training_any_weight_changes_the_fingerprint(plain, tmp_path, name):
     model = text_model("qwen3")
-    with torch.no_grad():  # in the case of o_proj, that of the last head only
+    with torch.no_grad():  # for o_proj, only the weights of the last head
         decoder_layers(model)[1].get_submodule(name).weight[..., -head_layout(model.config).head_dim :].mul_(1.02)
     assert fingerprint(model, tmp_path / "trained") != plain
 
 
-def test_another_layout_changes_it(llm, plain, tmp_path):
+def test_another_layout_changes_the_fingerprint(llm, plain, tmp_path):
     llm.config.num_attention_heads *= 2
     llm.config.head_dim //= 2
     assert fingerprint(llm, tmp_path / "layout") != plain
 
 
-def test_an_adapter_changes_it_and_so_does_training_the_adapter(llm, plain, tmp_path):
+def test_an_adapter_and_its_training_change_the_fingerprint(llm, plain, tmp_path):
     lora, layout = tmp_path / "lora", head_layout(llm.config)
     get_peft_model(text_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(lora)
     new = model_fingerprint(tmp_path / "plain", layout, [lora])
@@ -79,7 +79,7 @@ def test_an_adapter_changes_it_and_so_does_training_the_adapter(llm, plain, tmp_
 
 
 @pytest.mark.parametrize("name", ["llava-qwen3", "qwen3_vl"])
-def test_a_model_in_memory_has_that_of_its_checkpoint_until_an_adapter_is_trained(name, tmp_path):
+def test_a_loaded_model_has_its_checkpoints_fingerprint_until_an_adapter_trains(name, tmp_path):
     model = vlm(name)
     layout = head_layout(model.config)
     saved = fingerprint(model, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""The pictures of nearest images: frames, shares, images of each file, and input that cannot be drawn."""
+"""The gallery of nearest images: frames, shares, images of each file, and input that cannot be drawn."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def neighbors_file(scores: Path) -> Path:
 
 
 def write_seen(scores: Path, images: Path, seed: int, heads: int = 2, layers: int = 3) -> Path:
-    """Writes neighbors as a selection does; those of the teacher are the same for every seed."""
+    """Writes the neighbors file of a selection; the teacher's neighbors are the same for every seed."""
 
     def drawn(count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -76,7 +76,7 @@ def test_an_image_has_a_frame_exactly_if_teacher_and_head_agree(files, head):
     assert shares == [f"{count / K:.2f}" for count in counts]
 
 
-def test_each_file_brings_the_images_of_its_neighbors(files):
+def test_the_images_of_each_file_are_drawn(files):
     path, held = neighbors_file(files[1]), Neighbors.load(files[1])
     tensors = load_file(path)
     tensors["heads"][0, 1, 0, 0] = N
@@ -108,11 +108,11 @@ def test_captions_of_five_files_do_not_overlap(files):
     assert all(right - left > widest for starts in rows.values() for left, right in itertools.pairwise(starts))
 
 
-def test_the_folder_of_a_run_is_enough(files, tmp_path):
+def test_a_run_can_be_given_as_its_folder(files, tmp_path):
     assert [path.name for path in write_gallery([tmp_path / "run"], tmp_path / "x", heads="L2H0")] == ["x_L2H0.png"]
 
 
-def test_images_and_neighbors_that_are_missing_are_named(files, tmp_path):
+def test_missing_images_and_neighbors_are_refused(files, tmp_path):
     (tmp_path / "images/0.png").unlink()
     with pytest.raises(ValueError, match=r"The image file .*0\.png' cannot be read"):
         write_gallery(files, tmp_path / "seen", heads="L0H1")

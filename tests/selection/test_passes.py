@@ -13,7 +13,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def collate(features):
-    features = [feature.pop("input_ids") for feature in features]  # as collators of hosts do
+    features = [feature.pop("input_ids") for feature in features]  # as collators of the hosts do
     return {"rows": [ids[0] for ids in features]}
 
 
@@ -58,7 +58,7 @@ def test_a_single_sample_that_does_not_fit_and_any_other_error_are_raised(error,
 
 
 @pytest.mark.parametrize("skips", [True, False], ids=["logits_to_keep", "without"])
-def test_logits_are_those_of_the_positions(skips):
+def test_logits_match_those_of_a_full_pass_at_the_positions(skips):
     model = text_model("qwen3").eval()
     batch = {"input_ids": torch.randint(3, 50, (2, 9)), "labels": torch.zeros(2, 9, dtype=torch.long)}
     forward, positions = Forward(model), torch.tensor([1, 4, 8])

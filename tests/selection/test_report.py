@@ -1,4 +1,4 @@
-"""Reports: the numbers are those of the files in every format, foreign text is only text, and pictures are legible."""
+"""Reports: numbers match the files in every format, foreign text is escaped, and plots are legible."""
 
 import itertools
 import json
@@ -184,7 +184,7 @@ def test_a_name_has_the_same_color_in_every_picture():
 HOSTILE = r"<script>alert(1)</script>|$\frac$"
 
 
-def test_foreign_text_is_only_text_in_every_format(run, tmp_path):
+def test_foreign_text_is_escaped_in_every_format(run, tmp_path):
     for name in ("heads", "scores"):
         path = run / f"hera/{name}.json"
         content = json.loads(path.read_text())
@@ -200,7 +200,7 @@ def test_foreign_text_is_only_text_in_every_format(run, tmp_path):
     assert (run / "hera/heads.png").stat().st_size > 10_000
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- plots -----------------------------------------------------------------------------------------------------------
 
 
 def scored(path: Path, n_layers: int, n_heads: int, **provenance) -> ScoreFile:
@@ -215,7 +215,7 @@ def boxes(labels, renderer):
 
 
 def ticks(axis):
-    """The labels of an axis that are drawn; more exist beyond its ends."""
+    """Returns the visible labels of an axis; others exist beyond its ends."""
     low, high = sorted(axis.get_view_interval())
     drawn = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     return [label for tick in drawn for label in (tick.label1, tick.label2)]
@@ -241,14 +241,14 @@ def test_no_labels_overlap_and_none_is_cut_off(tmp_path, n_layers, n_heads, laye
         assert figure.bbox.min[1] <= box.y0 <= box.y1 <= figure.bbox.max[1], name
 
 
-def test_marked_heads_have_frames_and_heads_without_a_score_crosses(tmp_path):
+def test_marked_heads_have_frames_and_heads_without_a_score_have_crosses(tmp_path):
     axes = draw_scores(scored(tmp_path, 6, 8), Targets.parse("L4H2,L5H0").items).axes[0]
     frames = {(patch.get_y() + 0.5, patch.get_x() + 0.5) for patch in axes.patches}
     assert frames == {(4, 2), (5, 0)}
     assert [(text.get_text(), text.get_position()) for text in axes.texts] == [("×", (1, 0))]
 
 
-def test_the_curves_are_best_layer_and_worst_and_marked_layers_have_rings(tmp_path):
+def test_curves_show_the_best_head_the_layer_and_the_worst_head_and_rings_mark_layers(tmp_path):
     file = scored(tmp_path, 6, 8)
     axes = draw_scores(file, Targets.parse("L4,L1", "layer").items).axes[1]
     curves = {line.get_label(): line.get_ydata() for line in axes.lines}
@@ -260,7 +260,7 @@ def test_the_curves_are_best_layer_and_worst_and_marked_layers_have_rings(tmp_pa
     assert [line.get_xdata()[0] for line in rings] == [4, 1]
 
 
-def test_a_layer_without_any_score_is_drawn_and_printed_with_the_run_before(run, capsys):
+def test_a_layer_without_any_score_is_drawn_and_printed(run, capsys):
     path = write_scores(run / "hera/scores.json", [[NAN] * 4, *AFTER[1:]])
     show(path)
     assert Image.open(path.with_suffix(".png")).size[0] > 500

@@ -43,7 +43,7 @@ def test_only_the_key_changes(before, after):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
-def test_one_line_of_a_recipe_of_ours_changes(path):
+def test_one_line_of_a_shipped_recipe_changes(path):
     before = RecipeFile.read(path)
     lines = set(before.with_keys(HEADS).splitlines())
     kept = [line for line in before.text.splitlines() if line in lines]
@@ -61,7 +61,7 @@ def test_a_text_that_is_not_a_mapping_is_refused(text):
         changed(text)
 
 
-def test_in_place_keeps_a_link_and_a_mode(path, tmp_path):
+def test_in_place_keeps_symbolic_links_and_the_file_mode(path, tmp_path):
     link = tmp_path / "link.yaml"
     path.chmod(0o600)
     link.symlink_to(path.name)
@@ -80,14 +80,14 @@ def test_in_place_keeps_a_link_and_a_mode(path, tmp_path):
         (lambda path: path.unlink(), "is not a file that can be written"),
     ],
 )
-def test_a_recipe_that_has_changed_is_left_alone(path, harm, problem):
+def test_a_recipe_that_was_edited_meanwhile_is_not_changed(path, harm, problem):
     read = RecipeFile.read(path)
     harm(path)
     left = path.read_text() if path.exists() else None
     with pytest.raises(ValueError, match=rf"^--in-place: .*recipe\.yaml {problem}; set hera_heads in it by hand"):
         read.set_in_place(HEADS)
     assert left == (path.read_text() if path.exists() else None)
-    # the text that was read gives the same recipe for a new file
+    # a new recipe can still be made from the text that was read
     assert read.with_keys(HEADS) == f"a: 1\n{NEW}\n"
 
 

@@ -1,4 +1,4 @@
-"""The choice among scores, the table in the terminal, and which files may be compared."""
+"""The choice among scores, the printed table, and the check that two files are comparable."""
 
 import math
 import sys
@@ -65,7 +65,7 @@ def test_a_random_choice_depends_only_on_the_seed(scores):
     ("scores", "strategy", "m", "number"),
     [(SCORES, "worst", 12, "11 heads"), (SCORES, "middle", 4, "3 heads"), (LAYERS, "worst", 5, "4 layers")],
 )
-def test_a_choice_of_more_than_have_a_score_is_refused(scores, strategy, m, number):
+def test_choosing_more_heads_than_have_a_score_is_refused(scores, strategy, m, number):
     with pytest.raises(ValueError, match=f"hera_select_m: {m} is more than the {number} among which .*{strategy}"):
         choose_targets(scores, strategy, m)
 
@@ -106,7 +106,7 @@ def origin(**changed):
         ({"samples_digest": OTHER}, (SAME_SCORES,), "samples was 40 (fingerprint cccccccc), is 40 (fingerprint 9"),
     ],
 )
-def test_each_entry_decides_what_it_is_listed_for(changed, decides, difference):
+def test_each_entry_counts_only_in_its_comparisons(changed, decides, difference):
     for names in (SAME_SELECTION, SAME_RUN, SAME_SCORES):
         found = differences(origin(), origin(**changed), names)
         assert len(found) == (names in decides)

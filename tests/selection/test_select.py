@@ -1,4 +1,4 @@
-"""A selection against the formulas written out, over processes, and with input that it cannot use."""
+"""A selection compared with the formulas, on two processes, and with bad input."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def teacher_features(inputs, samples):
 
 
 def naive_contributions(inputs, chosen):
-    """Contributions of size D of every head, ``[L * H, N, D]``, from each sample alone and without padding."""
+    """Computes the contribution of every head, ``[L * H, N, D]``, one sample at a time and without padding."""
     model = inputs.load_model()
     collate = inputs.collator(model)
     rows = []
@@ -59,7 +59,7 @@ def naive_scores(inputs, chosen):
     [(text_inputs, {}), (text_inputs, {"similarity": "dot"}), (vlm_inputs, {"select_mode": "mllm", "select_k": 3})],
     ids=["captions", "dot product", "images and text"],
 )
-def test_scores_are_those_of_the_formula(tmp_path, make, keys):
+def test_scores_match_the_formula(tmp_path, make, keys):
     inputs, chosen = make(tmp_path), settings(**keys)
     heads = select_targets(inputs, chosen, tmp_path / "heads.json")
     expected = naive_scores(inputs, chosen)
@@ -71,7 +71,7 @@ def test_scores_are_those_of_the_formula(tmp_path, make, keys):
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_the_neighbors_in_the_file_are_those_of_the_formula(tmp_path, similarity):
+def test_the_neighbors_in_the_file_match_the_formula(tmp_path, similarity):
     inputs, chosen = text_inputs(tmp_path), settings(similarity=similarity)
     select_targets(inputs, chosen, tmp_path / "heads.json")
     kept = Neighbors.load(tmp_path / "heads.json")
@@ -83,7 +83,7 @@ def test_the_neighbors_in_the_file_are_those_of_the_formula(tmp_path, similarity
     assert torch.equal(kept.teacher, teacher[kept.queries])
 
 
-def test_layer_scores_are_those_of_the_layers_output(tmp_path):
+def test_layer_scores_match_the_outputs_of_layers(tmp_path):
     inputs, chosen = text_inputs(tmp_path), settings()
     heads = select_targets(inputs, chosen, tmp_path / "heads.json")
     model = inputs.load_model()
@@ -99,7 +99,7 @@ def test_layer_scores_are_those_of_the_layers_output(tmp_path):
     assert heads.provenance["layer_scores"][0] == round(expected.item(), 7)
 
 
-def test_layers_are_chosen_by_the_scores_of_layers(tmp_path):
+def test_layers_are_selected_by_layer_scores(tmp_path):
     inputs, path = text_inputs(tmp_path), tmp_path / "layers.json"
     layers = select_targets(inputs, layer_settings(select_m=1), path)
     assert Targets.load(path) == layers
@@ -158,7 +158,7 @@ def _select_on_a_rank(rank: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_two_processes_select_what_one_selects_and_share_the_work(tmp_path, monkeypatch):
+def test_two_processes_share_the_work_and_select_like_one(tmp_path, monkeypatch):
     inputs = text_inputs(tmp_path)
     one = select_targets(inputs, settings(), tmp_path / "one/heads.json")
     few = select_targets(inputs, settings(select_samples=8), tmp_path / "one/few.json")
@@ -203,7 +203,7 @@ def test_teacher_only_fills_the_cache_for_the_complete_dataset(tmp_path):
 def test_a_head_with_nan_has_no_score_and_is_never_chosen(tmp_path, caplog):
     model = text_model("qwen3").eval()
     with torch.no_grad():
-        # head 1 of the last layer, after which no other head follows
+        # head 1 of the last layer, so that no head comes after it
         decoder_layers(model)[1].self_attn.o_proj.weight[0, 16] = math.nan
     inputs = text_inputs(tmp_path, model=model)
     with caplog.at_level(logging.WARNING):
@@ -231,7 +231,7 @@ def test_a_second_selection_for_the_same_run_is_refused_before_anything_is_loade
 
 
 @pytest.mark.parametrize(("strategy", "m"), [("worst", 9), ("middle", 5)])
-def test_a_choice_of_more_heads_than_the_model_has_is_refused_before_the_passes(tmp_path, monkeypatch, strategy, m):
+def test_choosing_more_heads_than_the_model_has_is_refused_before_the_passes(tmp_path, monkeypatch, strategy, m):
     monkeypatch.setattr(Forward, "run", None)
     with pytest.raises(ValueError, match=f"hera_select_m: {m} is more than"):
         select_targets(text_inputs(tmp_path), settings(select=strategy, select_m=m), tmp_path / "heads.json")

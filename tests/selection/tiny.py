@@ -1,4 +1,4 @@
-"""A small selection: real models and a real teacher, noise images, captions of random tokens; and files of scores."""
+"""Inputs of a small selection: real models, a real teacher, noise images and random captions; and score files."""
 
 import json
 import math
@@ -21,13 +21,13 @@ _SIDE = 16
 
 
 def settings(**keys: Any) -> HeraConfig:
-    """The keys of a selection of 3 heads on 40 samples; ``select_m=5`` sets ``hera_select_m``."""
+    """Makes the keys for selecting 3 heads on 40 samples; for example, ``select_m=5`` sets ``hera_select_m``."""
     keys = {"select_samples": 40, "select_k": 4, "select_m": 3, "select_batch_size": 8, "heads": "auto", **keys}
     return HeraConfig.from_keys({"hera_teacher": "tiny/teacher"} | {f"hera_{key}": keys[key] for key in keys})
 
 
 def layer_settings(**keys: Any) -> HeraConfig:
-    """The same for layers."""
+    """Makes the keys for selecting layers."""
     return settings(granularity="layer", heads=None, layers="auto", **keys)
 
 

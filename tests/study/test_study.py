@@ -19,7 +19,7 @@ def combinations(samples: list[Sample]) -> set[tuple]:
     return {(item.shape, item.color, item.row, item.column) for sample in samples for item in sample.scene.objects}
 
 
-def test_a_new_scene_holds_a_combination_of_its_split_only_and_text_alone_fails_on_traps() -> None:
+def test_splits_share_no_held_out_combination_and_text_alone_fails_on_traps() -> None:
     world = make_world(replace(SIZES["smoke"], scenes=1500, questions=60, asked=4))
     trained = combinations(world.captions)
     unseen = [combinations(questions["new"]) - trained for questions in (world.validation, world.test)]
@@ -32,7 +32,7 @@ def test_a_new_scene_holds_a_combination_of_its_split_only_and_text_alone_fails_
 
 
 def test_intervals_are_paired_by_seed() -> None:
-    # The seeds differ much and the methods little; an unpaired interval would be wide.
+    # Seeds differ more than methods do, so an unpaired interval would be wide.
     found = paired_interval({2: 0.92, 0: 0.12, 1: 0.51}, {0: 0.1, 1: 0.5, 2: 0.9, 3: 0.2})
     expected = stats.ttest_rel([0.12, 0.51, 0.92], [0.1, 0.5, 0.9]).confidence_interval(0.95)
     assert found == pytest.approx((0.05 / 3, *expected))

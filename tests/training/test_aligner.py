@@ -1,4 +1,4 @@
-"""A training loop with the Aligner alone: it aligns, resumes to the last bit, and is never silently idle."""
+"""A custom loop with the Aligner: it aligns, resumes bit for bit, and never has no effect silently."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ def make(model: nn.Module, **keys: object) -> Aligner:
 
 
 class Run:
-    """A model with its optimizer, an aligner and a dataset of two batches, as a custom loop has them."""
+    """A custom loop: a model with its optimizer, an aligner, and a dataset of two batches."""
 
     def __init__(self, rows: int = 2 * BATCH, shown: bool = True, freeze: bool = False, **keys: object) -> None:
         self.model = vlm("llava-llama")
@@ -42,7 +42,7 @@ class Run:
         self.seen = 0
 
     def step(self) -> float:
-        """The term's value."""
+        """Takes a training step, and returns the value of the term."""
         start = BATCH * self.seen % len(self.rows)
         batch = self.collate(self.rows[start : start + BATCH])
         self.seen += 1
@@ -87,7 +87,7 @@ def without_the_term(run: Run) -> None:
     ],
     ids=["contrastive", "cka", "layers", "feature", "viral"],
 )
-def test_a_bare_loop_aligns(keys: dict) -> None:
+def test_a_custom_loop_aligns(keys: dict) -> None:
     def losses(weight: float, n_steps: int = 16) -> tuple[float, float, dict[str, Tensor]]:
         run = Run(weight=weight, **keys)
         logs = []
@@ -108,7 +108,7 @@ def test_a_bare_loop_aligns(keys: dict) -> None:
     assert all(not torch.equal(trained[name], untrained[name]) for name in trained)
 
 
-def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path) -> None:
     straight, resumed = Run(memory=5), Run(memory=5)
     for _ in range(3):
         straight.step()
@@ -132,24 +132,24 @@ def test_a_resumed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
         make(straight.model, heads="L0H2").load(tmp_path)
 
 
-def test_cached_features_are_those_that_were_computed(tmp_path: Path) -> None:
+def test_cached_features_equal_computed_ones(tmp_path: Path) -> None:
     first = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = first.collate(first.rows)
     assert batch["hera_source"].tolist() == [PIXELS] * BATCH
     computed = first.aligner.teacher.features(first.aligner.prepare(batch).inputs)
     exact = make(vlm("llava-llama")).teacher.features(first.collate(first.rows))
     torch.testing.assert_close(computed, exact, rtol=1e-3, atol=1e-3)
-    first.aligner.close()  # writes what waits in memory
+    first.aligner.close()  # writes the features that are still in memory
     second = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = second.collate(second.rows)
     assert batch["hera_source"].tolist() == [CACHED] * BATCH
-    assert second.aligner.teacher.features({"hera_source": batch["hera_source"]}).isnan().all()  # lost on the way
-    # as transformers' Trainer casts under DeepSpeed
+    assert second.aligner.teacher.features({"hera_source": batch["hera_source"]}).isnan().all()  # no features
+    # the cast that transformers' Trainer makes under DeepSpeed
     batch = {name: values.bfloat16() if values.is_floating_point() else values for name, values in batch.items()}
     assert torch.equal(second.aligner.teacher.features(second.aligner.prepare(batch).inputs), computed)
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
+def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
@@ -163,7 +163,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(
     assert "cannot be written (No space left on device); the run continues" in caplog.text
 
 
-def test_a_batch_of_another_loader_is_left_alone() -> None:
+def test_a_batch_of_another_loader_is_not_changed() -> None:
     run = Run()
     run.step()
     batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in run.rows])
@@ -176,7 +176,7 @@ def test_a_batch_of_another_loader_is_left_alone() -> None:
     assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
 
 
-def test_which_targets_a_configuration_means() -> None:
+def test_a_configuration_names_its_targets_and_auto_needs_a_trainer() -> None:
     model = vlm("llava-llama", num_hidden_layers=5)
     for named, layers in (("middle", (2,)), ("penultimate", (3,)), ("L4,L0", (0, 4))):
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
@@ -203,14 +203,14 @@ def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
             RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train parameters before them"
         ):
             loop(Run())
-    without_the_term(Run(weight=0.0))  # nothing is expected of it
+    without_the_term(Run(weight=0.0))  # a weight of 0 may have no effect
 
 
 @pytest.mark.parametrize(
     ("keys", "why"),
     [({}, "no sample with an image .* hera_memory: 8"), ({"objective": "cka"}, "no batch had 3 samples")],
 )
-def test_a_run_whose_samples_never_enter_is_warned_of_once(
+def test_a_run_whose_samples_never_enter_gives_one_warning(
     keys: dict, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(rows=BATCH, shown=False, **keys)
@@ -222,7 +222,7 @@ def test_a_run_whose_samples_never_enter_is_warned_of_once(
     assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
     short = Run(rows=BATCH, shown=False, **keys)
     short.step()
-    short.aligner.close()  # a run that is shorter is told at its end
+    short.aligner.close()  # a shorter run gives the warning at its end
     assert "was 0 in all 1 steps so far" in caplog.text
     good = Run()
     good.step()
@@ -232,7 +232,7 @@ def test_a_run_whose_samples_never_enter_is_warned_of_once(
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_consecutive_non_finite_terms_stop_the_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(max_nan=3)
     run.step()
     source = run.aligner.capture if side == "student" else run.aligner.teacher
@@ -256,7 +256,7 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
     steps(1)  # the count starts again
     assert run.aligner.logs()["hera_nan_steps"] == 2
     monkeypatch.setattr(source, name, broken)
-    steps(3)  # the host does not wait to be told
+    steps(3)  # the error comes later, because a step does not wait for the device
     where = (
         "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. Check the teacher's weights"
     )
@@ -264,7 +264,7 @@ def test_too_many_terms_in_a_row_that_are_not_finite_stop_the_run(side: str, mon
         run.aligner.logs()
 
 
-def test_a_model_that_is_nan_from_the_start_is_said_to_be() -> None:
+def test_the_error_says_that_a_model_was_nan_from_the_start() -> None:
     run = Run(max_nan=2)
     with torch.no_grad():
         run.model.get_input_embeddings().weight.fill_(math.nan)
@@ -276,7 +276,7 @@ def test_a_model_that_is_nan_from_the_start_is_said_to_be() -> None:
 # -- running means ---------------------------------------------------------------------------------------------------
 
 
-def test_means_and_counts_since_the_last_time() -> None:
+def test_values_are_means_and_counts_since_they_were_last_taken() -> None:
     statistics = RunningMeans()
     for loss, mknn in ((1.0, 0.5), (2.0, math.nan), (6.0, 0.1)):
         statistics.add(loss=torch.tensor(loss), mknn=torch.tensor(mknn))
@@ -284,9 +284,9 @@ def test_means_and_counts_since_the_last_time() -> None:
         statistics.count(**{name: torch.tensor(n) for name, n in counts.items()})
     assert statistics.take() == pytest.approx({"loss": 3.0, "mknn": 0.3, "duplicates": 3})
     assert statistics.take() == {}
-    for value in (1e8, *([1.0] * 100)):  # added up in double precision
+    for value in (1e8, *([1.0] * 100)):  # the sum is in double precision
         statistics.add(loss=torch.tensor(value), mknn=torch.tensor(math.nan))
     taken = statistics.take()
     assert taken["loss"] == pytest.approx((1e8 + 100) / 101, rel=1e-12)
     assert math.isnan(taken["mknn"])
-    assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # what is never known is not reported
+    assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # a value that is always NaN is not reported

@@ -1,4 +1,4 @@
-"""Which checkpoint is resumed, whether it was saved to its end, and whether it is one of this run."""
+"""Checkpoints: the choice of the one to resume, and refusal of incomplete ones and those of other runs."""
 
 import logging
 import re
@@ -27,7 +27,7 @@ def run(targets: str = str(HEADS), digest: str = "digest", n_trained: int | None
     return RunIdentity(Targets.parse(targets), digest, HeraConfig(heads=str(HEADS), **keys), n_trained)
 
 
-def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
+def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path: Path) -> None:
     for step in (8, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for nothing in (None, False, "false", "False", ""):
@@ -39,7 +39,7 @@ def test_the_last_one_or_the_named_one_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path, folder: str) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, folder: str) -> None:
     for asked in (True, str(tmp_path / "checkpoint-9")):
         with pytest.raises(
             ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; give the path"
@@ -77,10 +77,10 @@ def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[s
             call(tmp_path)
 
 
-def test_what_may_change_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_that_are_allowed_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     run().save(tmp_path, STATE, {})
-    # a learned temperature continues from the checkpoint's, whatever it started from
+    # a learned temperature continues from the checkpoint, so its initial value may change
     run(temperature=0.5, max_nan=3, teacher="moved/teacher").load(tmp_path)
     run(n_trained=None).check(tmp_path)  # before the model is loaded
     assert not [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
@@ -103,11 +103,11 @@ def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path: Path, 
         run().check(tmp_path)
 
 
-def test_weights_that_were_renamed_when_they_were_saved_are_loaded_each_in_its_type(tmp_path: Path) -> None:
+def test_weights_that_were_renamed_on_saving_are_loaded_in_their_dtypes(tmp_path: Path) -> None:
     saved, other = vlm("llava-llama", seed=1), vlm("llava-llama", seed=2)
     for model in (saved, other):
         model.model.vision_tower.to(torch.bfloat16)
-    assert other.dtype == torch.bfloat16  # that of the first parameter
+    assert other.dtype == torch.bfloat16  # the dtype of the first parameter
     saved.save_pretrained(tmp_path)
     assert load_renamed_weights(other, tmp_path)
     loaded = other.state_dict()

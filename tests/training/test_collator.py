@@ -1,4 +1,4 @@
-"""The teacher's view of a batch, beside what the loop's own collator gives."""
+"""The teacher's inputs, which HeRA's collator adds to the batch of the loop's collator."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def images(tmp_path: Path) -> list[str]:
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    # some take the images out of the rows
+    # some collators remove the images from the rows
     for row in rows:
         row.pop("images", None)
     return {"input_ids": torch.zeros(len(rows), 3, dtype=torch.long)}
@@ -48,7 +48,7 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
 
 
 @pytest.mark.parametrize("index, shown", [(1, 1), (-1, 2)])
-def test_another_image_can_be_the_samples_and_it_says_which_of_how_many(
+def test_image_index_selects_an_image_and_the_batch_has_its_index_and_count(
     teacher: VisionTeacher, images: list[str], index: int, shown: int
 ) -> None:
     def rows() -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def test_another_image_can_be_the_samples_and_it_says_which_of_how_many(
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[shown])])[0])
 
 
-def test_images_stand_where_the_loop_says_and_some_columns_stay_out_of_its_collators_sight(
+def test_images_of_finds_the_images_and_drop_hides_columns_from_the_loops_collator(
     teacher: VisionTeacher, images: list[str]
 ) -> None:
     seen: list[set[str]] = []
@@ -77,7 +77,7 @@ def test_images_stand_where_the_loop_says_and_some_columns_stay_out_of_its_colla
     assert batch["hera_source"].tolist() == [PIXELS, NO_IMAGE]
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[1])])[0])
     assert seen == [{"text"}, {"text"}]
-    assert rows[0].keys() == {"text", "pictures", "images"}  # the dataset's own rows are left as they are
+    assert rows[0].keys() == {"text", "pictures", "images"}  # the rows of the dataset are unchanged
 
 
 def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
@@ -96,6 +96,6 @@ def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str]
     assert not batch["hera_pixels"][1].any()
     keys = [bytes(key.tolist()) for key in batch["hera_keys"][:3]]
     assert keys == [image_key(image) for image in images]
-    # what reads a stream for a process cuts batches along the first axis
+    # accelerate splits the batches of a stream along the first axis
     assert {tensor.shape[0] for name, tensor in batch.items() if name != "hera_rows"} == {4}
     assert batch["hera_rows"].tolist() == [0, 2]

@@ -8,7 +8,7 @@ HEADS, D, D_TEACHER = 2, 3, 4
 
 
 def pairs(first: int, n: int) -> tuple[Tensor, Tensor]:
-    """Samples numbered from ``first``; every value of a sample is its number, plus its head in the representations."""
+    """Makes samples numbered from ``first``: values are the number, plus a tenth of the head's for students."""
     numbers = torch.arange(first, first + n).float()
     heads = torch.arange(HEADS).view(HEADS, 1, 1) / 10
     return numbers.view(1, n, 1).expand(HEADS, n, D) + heads, numbers.view(n, 1).expand(n, D_TEACHER).clone()
@@ -19,7 +19,7 @@ def add(memory: CrossBatchMemory, first: int, n: int) -> None:
 
 
 def held(memory: CrossBatchMemory) -> list[int]:
-    """Numbers of the samples that are held, oldest first; representations and teacher must name the same ones."""
+    """Returns the numbers of the held samples, oldest first; both tensors must hold the same samples."""
     if memory.pairs is None:
         return []
     representations, teacher, filled = memory.pairs
@@ -33,7 +33,7 @@ def held(memory: CrossBatchMemory) -> list[int]:
     return [int(number) for number in teacher[filled, 0]]
 
 
-def test_it_keeps_the_last_pairs_first_in_first_out():
+def test_the_memory_keeps_the_newest_pairs():
     memory = CrossBatchMemory(5)
     assert held(memory) == []
     add(memory, 0, 2)
@@ -48,7 +48,7 @@ def test_it_keeps_the_last_pairs_first_in_first_out():
     assert held(memory) == [11, 12, 13, 14, 15]
 
 
-def test_pairs_that_are_not_valid_are_not_kept_whatever_they_hold():
+def test_invalid_pairs_are_not_kept_even_if_they_are_not_finite():
     memory = CrossBatchMemory(5)
     representations, teacher = (tensor.clone() for tensor in pairs(0, 8))
     representations[:, 1], teacher[1], teacher[6] = torch.nan, torch.inf, torch.nan
@@ -59,7 +59,7 @@ def test_pairs_that_are_not_valid_are_not_kept_whatever_they_hold():
     assert held(memory) == [7, 0, 2, 3, 7]
 
 
-def test_the_pairs_it_holds_are_detached_and_keep_no_batch_alive():
+def test_held_pairs_are_detached_and_keep_no_batch_alive():
     representations, teacher = (tensor.clone().requires_grad_() for tensor in pairs(0, 3))
     memory = CrossBatchMemory(2)
     valid = torch.ones(3, dtype=torch.bool)
@@ -69,11 +69,11 @@ def test_the_pairs_it_holds_are_detached_and_keep_no_batch_alive():
         assert values.untyped_storage().nbytes() == values.nbytes
 
 
-def test_state_round_trip():
+def test_the_state_round_trips():
     memory, restored = CrossBatchMemory(4), CrossBatchMemory(4)
     add(memory, 0, 3)
     state = memory.state_dict()
-    add(restored, 50, 4)  # what was held before is forgotten
+    add(restored, 50, 4)  # loading replaces these pairs
     restored.load_state_dict(CrossBatchMemory(4).state_dict())
     assert held(restored) == []
     restored.load_state_dict(state)
@@ -85,7 +85,7 @@ def test_state_round_trip():
 
 
 @pytest.mark.parametrize("size, expected", [(2, [3, 4]), (9, [0, 1, 2, 3, 4]), (0, [])])
-def test_a_memory_of_another_size_takes_the_newest_that_fit(size, expected):
+def test_a_memory_of_another_size_takes_the_newest_pairs_that_fit(size, expected):
     memory = CrossBatchMemory(5)
     add(memory, 0, 5)
     resized = CrossBatchMemory(size)

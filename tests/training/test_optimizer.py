@@ -1,4 +1,4 @@
-"""What an objective trains beside the model, against AdamW written out; resumed and skipped."""
+"""The optimizer of an objective's parameters, compared with AdamW written out; skipped steps and resuming."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.terms import options
 
 
 class Temperature:
-    """The contrastive objective's only parameter, and what trains it."""
+    """The contrastive objective's only parameter, and its optimizer."""
 
     def __init__(self, initial: float, learned: bool = True) -> None:
         chosen = options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, fixed_temperature=not learned)
@@ -31,7 +31,7 @@ class Temperature:
 
 
 def train(temperature: Temperature, targets: list[float], learning_rate: float = 0.05) -> list[float]:
-    """Pulls the temperature towards each target in turn; the value after each step."""
+    """Pulls the temperature toward each target in turn, and returns the value after each step."""
     values = []
     for target in targets:
         (temperature() - target).square().backward()
@@ -41,7 +41,7 @@ def train(temperature: Temperature, targets: list[float], learning_rate: float =
 
 
 def reference(initial: float, targets: list[float], learning_rate: float = 0.05) -> list[float]:
-    """AdamW with its usual betas and no decay, on the logarithm, written out."""
+    """Writes out AdamW on the logarithm, with the default betas and no decay."""
     log_value, first, second = math.log(initial), 0.0, 0.0
     values = []
     for step, target in enumerate(targets, start=1):
@@ -54,7 +54,7 @@ def reference(initial: float, targets: list[float], learning_rate: float = 0.05)
     return values
 
 
-def test_it_is_trained_in_log_scale_by_adamw_without_decay():
+def test_adamw_without_decay_trains_the_temperature_in_log_scale():
     targets = [0.5, 0.5, 0.02, 1.0]
     assert train(Temperature(0.07), targets) == pytest.approx(reference(0.07, targets), rel=1e-5)
 
@@ -67,7 +67,7 @@ def test_each_step_uses_the_learning_rate_of_that_step():
     assert temperature.value == pytest.approx(0.07 * math.exp(0.1), rel=1e-3)
 
 
-def test_gradients_add_up_until_the_step_and_are_then_forgotten():
+def test_gradients_accumulate_until_the_step_and_are_then_cleared():
     temperature = Temperature(0.07)
     for _ in range(2):
         temperature().backward()
@@ -89,15 +89,15 @@ def test_a_gradient_that_is_not_finite_is_skipped(gradient):
     assert train(temperature, [0.5, 0.2]) == train(untouched, [0.5, 0.2])
 
 
-def test_the_factor_of_a_loss_scaler_is_divided_out():
+def test_the_factor_of_a_loss_scaler_is_removed():
     plain, scaled = Temperature(0.07), Temperature(0.07)
     for temperature, scale in ((plain, 1.0), (scaled, 1024.0)):
-        temperature.log_value.grad = torch.tensor(1e-7 * scale)  # as large as the epsilon of AdamW
+        temperature.log_value.grad = torch.tensor(1e-7 * scale)  # close to the epsilon of AdamW
         temperature.step(0.05, scale)
     assert scaled.value == plain.value != pytest.approx(0.07, rel=1e-3)
 
 
-def test_a_fixed_temperature_stays_and_takes_the_saved_value_alone():
+def test_a_fixed_temperature_changes_only_by_loading_a_state():
     learned, fixed = Temperature(0.07), Temperature(0.5, learned=False)
     assert not fixed().requires_grad
     fixed.step(0.1)
@@ -109,17 +109,17 @@ def test_a_fixed_temperature_stays_and_takes_the_saved_value_alone():
 
 
 def saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As it comes back from a file."""
+    """Saves a state to bytes, and loads it again."""
     return load(save(state))
 
 
 @pytest.mark.parametrize("through", [saved, dict], ids=["file", "memory"])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_a_restored_temperature_continues_to_the_last_bit(through, steps):
+def test_a_restored_temperature_continues_bit_for_bit(through, steps):
     before, after = [0.5, 0.02, 1.0][:steps], [0.3, 0.9, 0.1]
     straight, resumed = Temperature(0.07), Temperature(5.0)
     train(straight, before)
-    train(resumed, [2.0] * 2)  # what it was before must not matter
+    train(resumed, [2.0] * 2)  # its earlier state must not matter
     state = straight.state()
     kept = saved(state)
     resumed.load_state(through(state))

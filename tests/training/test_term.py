@@ -1,4 +1,4 @@
-"""The terms against loops over samples: of a global batch of pooled samples, and of the visual tokens of images."""
+"""The terms on pooled samples and on visual tokens, compared with loops over samples."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def naive_term(
     z: Tensor, teacher: Tensor, valid: list[bool], temperature: Tensor, k: int, normalize: bool, n_queries: int
 ) -> Naive:
-    """The first ``n_queries`` rows are the batch, the rest the memory."""
+    """Computes the term by definition; the first ``n_queries`` rows are the batch, the rest are the memory."""
     compare = cosine if normalize else torch.dot
     samples = [i for i in range(z.shape[1]) if valid[i]]
     same = {(i, j) for i in samples for j in samples if i != j and cosine(teacher[i], teacher[j]) > 1 - 1e-5}
@@ -81,8 +81,8 @@ def all_valid(n: int = N) -> Tensor:
 @pytest.mark.parametrize("remembered", [0, 4], ids=["no memory", "memory"])
 @pytest.mark.parametrize("gaps", [(), (0, 5)], ids=["all valid", "invalid rows"])
 @pytest.mark.parametrize("copies", [{}, {7: 2, 8: 2}], ids=["different images", "copies"])
-def test_it_is_the_definition(z, normalize, remembered, gaps, copies):
-    # all different signs of four ones: products and norms are exact, so that copies of an image tie exactly
+def test_the_term_matches_its_definition(z, normalize, remembered, gaps, copies):
+    # all sign patterns of four ones: products and norms are exact, so copies of an image tie exactly
     signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4)))[torch.randperm(16)]
     teacher, memory_teacher = signs[:N].clone(), signs[N : N + remembered].clone()
     for copy, original in copies.items():
@@ -132,16 +132,16 @@ def test_a_batch_of_one_learns_from_the_memory():
         losses.append(output.loss.item())
         output.loss.backward()
         assert z.grad.abs().max() > 0 or len(losses) < 3
-    assert losses[0] == losses[1] == 0  # no candidate, then a single one: nothing to tell apart
+    assert losses[0] == losses[1] == 0  # no candidate, then a single one: there is nothing to compare
     assert min(losses[2:]) > 0
     assert term.memory.pairs[2].all()
 
 
-def test_the_memory_takes_in_a_batch_after_its_loss(z, teacher):
+def test_a_batch_enters_the_memory_after_its_loss(z, teacher):
     term = ContrastiveTerm(3, memory=CrossBatchMemory(N))
     first = term(z, teacher, all_valid(), TAU)
     torch.testing.assert_close(first.loss, ContrastiveTerm(3)(z, teacher, all_valid(), TAU).loss)
-    # the same batch again: every remembered row is a copy of a sample, excluded for that sample alone
+    # the same batch again: every remembered row is a copy of a sample, and excluded only for that sample
     again = term(z, teacher, all_valid(), TAU)
     assert again.n_duplicates == 0  # pairs of the batch only
     everything = torch.cat([z, z.detach()], dim=1), torch.cat([teacher, teacher])
@@ -162,7 +162,7 @@ def test_values_are_comparable_once_the_memory_is_full():
 
 
 @pytest.mark.parametrize("value", [0.0, 1e30, math.inf, math.nan])
-def test_a_row_that_is_not_valid_changes_nothing_and_is_not_remembered(z, teacher, value):
+def test_an_invalid_row_changes_nothing_and_is_not_remembered(z, teacher, value):
     valid = all_valid()
     valid[[3, 7]] = False
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_row_that_is_not_valid_changes_nothing_and_is_not_remembered(z, teache
 
 
 @pytest.mark.parametrize("case", ["none valid", "one alone", "one image only"])
-def test_nothing_to_compare_is_zero_with_a_gradient_of_zero(z, teacher, case):
+def test_without_candidates_the_term_and_its_gradient_are_zero(z, teacher, case):
     valid = all_valid() if case == "one image only" else torch.arange(N) < (case == "one alone")
     if case == "one image only":
         teacher = teacher[:1].expand(N, -1)
@@ -212,11 +212,11 @@ def test_k_is_at_most_half_of_the_candidates(z, teacher):
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "dot"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_value_that_is_not_finite_leaves_the_term_out_and_is_never_remembered(z, teacher, value, normalize, side):
+def test_a_non_finite_value_omits_the_term_and_is_never_remembered(z, teacher, value, normalize, side):
     broken, broken_teacher = z.detach().clone(), teacher.clone()
     (broken[1, 4] if side == "student" else broken_teacher[4])[2] = value
     term = ContrastiveTerm(3, normalize, CrossBatchMemory(20))
-    # alone in its batch a sample has no candidates and gives no loss, but its memory would spoil all later ones
+    # a sample alone in its batch gives no loss, but remembering it would spoil all later losses
     for rows in (slice(None), slice(4, 5)):
         given = broken[:, rows].requires_grad_()
         output = term(given, broken_teacher[rows], all_valid()[rows], TAU)
@@ -253,7 +253,7 @@ def patches() -> Tensor:
 
 
 @pytest.mark.parametrize("valid", [[True] * 4, [True, False, True, False], [False, True, False, False], [False] * 4])
-def test_it_is_the_mean_over_layers_and_images_one_by_one(viral, tokens, patches, valid):
+def test_the_term_is_the_mean_over_layers_and_images(viral, tokens, patches, valid):
     output = token_term(viral, TokenBatch(tokens, None, patches, torch.tensor(valid)))
     one = torch.tensor([True])
     losses = [viral(TokenBatch(tokens[:, i : i + 1], None, patches[i : i + 1], one)) for i in range(B) if valid[i]]
@@ -267,7 +267,7 @@ def test_it_is_the_mean_over_layers_and_images_one_by_one(viral, tokens, patches
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_an_image_that_is_not_valid_changes_nothing(viral, tokens, patches, value):
+def test_an_invalid_image_changes_nothing(viral, tokens, patches, value):
     valid = torch.tensor([True, True, False, True])
     expected = token_term(viral, TokenBatch(tokens, None, patches, valid)).loss
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_an_image_that_is_not_valid_changes_nothing(viral, tokens, patches, valu
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_an_image_that_is_not_finite_leaves_the_term_out(viral, tokens, patches, side):
+def test_a_non_finite_image_omits_the_term(viral, tokens, patches, side):
     with torch.no_grad():
         (tokens[1] if side == "student" else patches)[0] = math.nan
     output = token_term(viral, TokenBatch(tokens, None, patches, all_valid(B)))

@@ -1,4 +1,4 @@
-"""Objectives on visual tokens: what is read, what the teacher sees, and what is planned, on a real model."""
+"""Objectives on visual tokens of a real model: reading tokens, the teacher's view, and plans."""
 
 import math
 from pathlib import Path
@@ -49,7 +49,7 @@ def aligner_of(model: nn.Module, **keys: Any) -> Aligner:
 
 
 def tuned(kind: str) -> nn.Module:
-    """A model whose ``o_proj`` is plain, has a bias, or an adapter around it."""
+    """Makes a model with an ``o_proj`` that is plain, has a bias, or has an adapter."""
     model = vlm(
         "llava-qwen2" if kind != "bias" else "llava-llama", **({"attention_bias": True} if kind == "bias" else {})
     )
@@ -64,7 +64,7 @@ def tuned(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["plain", "bias", "lora", "dora"])
-def test_heads_at_tokens_are_what_slicing_the_weight_gives(kind: str, rows: int) -> None:
+def test_heads_at_tokens_equal_slices_of_the_weight(kind: str, rows: int) -> None:
     model = tuned(kind)
     batch = vlm_batch(model, rows)
     read: dict[int, Tensor] = {}
@@ -103,7 +103,7 @@ def test_heads_at_tokens_are_what_slicing_the_weight_gives(kind: str, rows: int)
     wanted = torch.autograd.grad((formed * upstream).sum(), trained, allow_unused=True)
     for ours, theirs in zip(found, wanted, strict=True):
         assert theirs is None or ours is not None
-        if ours is not None:  # a bias is added and taken off again
+        if ours is not None:  # the bias is added and subtracted again
             wanted_here = torch.zeros_like(ours) if theirs is None else theirs
             torch.testing.assert_close(ours, wanted_here, rtol=1e-3, atol=1e-4)
 
@@ -145,13 +145,13 @@ def test_a_layer_is_the_hidden_state_bit_for_bit(layer: str, index: int) -> None
     assert Targets.parse(layer, "layer").names == (layer,)
 
 
-def test_everything_but_the_output_embeddings_feeds_the_final_norm() -> None:
+def test_all_parameters_except_the_output_embeddings_affect_the_final_norm() -> None:
     model = vlm("llava-qwen3")
     missing = {name for name, _ in model.named_parameters()} - set(trainable_upstream(model, FINAL, True))
     assert missing == {"lm_head.weight"}
 
 
-# -- what the teacher sees -------------------------------------------------------------------------------------------
+# -- the teacher's view ----------------------------------------------------------------------------------------------
 
 
 def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teacher() -> None:
@@ -176,7 +176,7 @@ def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teac
     assert shown.min() == pytest.approx(0, abs=0.02)
 
 
-def test_each_sample_has_its_own_of_the_batchs_images() -> None:
+def test_each_sample_is_matched_with_its_own_image() -> None:
     processor = student_processor()
     values = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2) / 10
     image = torch.tensor([[1, 2], [0, 0], [0, 1], [-0, 0], [1, 2]])
@@ -204,7 +204,7 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path)
     assert second[1] == pytest.approx(first[1], abs=1e-4)
 
 
-def test_an_image_that_was_cut_off_is_refused_where_batches_are_made() -> None:
+def test_the_collator_refuses_an_image_that_was_cut_off() -> None:
     model = vlm("llava-llama")
     collate = aligner_of(model, heads=HEADS, objective="feature").collator(lambda rows: vlm_batch(model, len(rows)))
     rows = image_rows(model, 2)
@@ -272,7 +272,7 @@ def planned_step(model: nn.Module) -> tuple[Aligner, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_plan_changes_attention_embeddings_tokens_and_who_enters(attention: str, tmp_path: Path) -> None:
+def test_a_plan_changes_attention_embeddings_tokens_and_samples(attention: str, tmp_path: Path) -> None:
     model = vlm("llava-qwen3")
     model.set_attn_implementation(attention)
     aligner, logits = planned_step(model)
@@ -303,7 +303,7 @@ def test_a_plan_changes_attention_embeddings_tokens_and_who_enters(attention: st
     expected = model.lm_head(hidden.last_hidden_state)
     torch.testing.assert_close(logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain[mask], expected[mask], atol=1e-3)
-    assert torch.equal(model(**batch).logits, plain)  # the plan is gone
+    assert torch.equal(model(**batch).logits, plain)  # the plan no longer applies
     aligner.save(tmp_path)
     aligner.load(tmp_path)
     assert aligner.reader.n_micro_batches == 2
@@ -313,7 +313,7 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
     model = vlm("llava-qwen3").eval()
     batch = vlm_batch(model, 3)
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "visual_attention": "two_way"}
-    aligner = aligner_of(model, **keys | {"weight": 0.0})  # stage 2: no masks, the attention alone
+    aligner = aligner_of(model, **keys | {"weight": 0.0})  # stage 2: only the attention, without masks
     rows = aligner.collator(lambda rows: vlm_batch(model, len(rows)))(image_rows(model, 3))
     micro_batch = aligner.prepare(rows)
     trained = model(**rows).logits
@@ -332,17 +332,17 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
     assert torch.equal(model(**batch).logits, plain)
 
 
-# -- what the objective trains ---------------------------------------------------------------------------------------
+# -- the objective's parameters --------------------------------------------------------------------------------------
 
 
-def test_a_fixed_temperature_stays_what_the_recipe_says(tmp_path: Path) -> None:
+def test_a_fixed_temperature_keeps_the_value_of_the_recipe(tmp_path: Path) -> None:
     model = vlm("llava-llama")
     aligner_of(model, heads=HEADS, temperature=0.3).save(tmp_path)
     fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, objective_from=str(tmp_path))
     assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)
 
 
-def test_ross_is_not_taken_for_idle_where_the_first_batches_have_no_image() -> None:
+def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image() -> None:
     model = vlm("llava-llama")
     keys = {"granularity": "layer", "layers": "final", "teacher": autoencoder_folder()}
     aligner = aligner_of(model, objective=f"{__name__}:SmallRoss", **keys)
@@ -360,12 +360,12 @@ def test_ross_is_not_taken_for_idle_where_the_first_batches_have_no_image() -> N
 
 
 class SmallRoss(Ross):
-    """Of a size for tests."""
+    """ROSS in a size for tests."""
 
     width, depth, heads = 16, 1, 2
 
 
-def test_it_starts_from_an_earlier_run_with_a_rate_of_its_own(tmp_path: Path) -> None:
+def test_an_objective_starts_from_an_earlier_run_with_its_own_learning_rate(tmp_path: Path) -> None:
     model = vlm("llava-llama")
     first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
     first.save(tmp_path)
