@@ -100,7 +100,6 @@ def test_autocast_does_not_round_the_average_of_an_fp32_residual_stream() -> Non
     torch.testing.assert_close(pooled, hidden.mean(1))
 
 
-
 @pytest.mark.parametrize("wide", [False, True], ids=["training", "scoring"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, wide):
