@@ -1,6 +1,6 @@
-"""``python recipes/generate``: writes the training recipes, their table in recipes/README.md, and docs/keys.md.
+"""``python recipes/generate``: writes the recipes, and the tables and pages that are made from code.
 
-Run it after changing a key or the table of backbones.
+Run it after changing a key, the table of backbones or the layout of heads.
 """
 
 import sys
@@ -9,8 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # the repository, so that this folder is `recipes.generate`
 
-from recipes.generate import recipes, reference  # noqa: E402
+from recipes.generate import coverage, recipes, reference  # noqa: E402
 
 (ROOT / "docs/keys.md").write_text(reference.page(), encoding="utf-8")
+coverage.write_table(ROOT / "docs/backbones.md")
 recipes.write_index(ROOT / "recipes/README.md")
 print(f"{len(recipes.write_recipes(ROOT / 'recipes'))} recipes written")

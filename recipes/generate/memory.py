@@ -52,13 +52,12 @@ class Work:
     def memory(self, gpus: int, per_device: int) -> float:
         """Returns a high estimate of the memory per GPU in GiB, with gradient checkpointing."""
         sizes = self.sizes
-        embeddings = sizes.hidden * sizes.vocabulary * (1 if sizes.tied else 2)
         frozen = 2.0 * self.n_frozen
         if self.four_bit:
-            frozen = 2.0 * embeddings + NF4_BYTES * (self.n_frozen - embeddings)
+            frozen = 2.0 * sizes.embeddings + NF4_BYTES * (self.n_frozen - sizes.embeddings)
         weights = frozen + TRAINED_BYTES * self.n_trained
         if self.zero3:
-            gathered = 2.0 * 2 * embeddings  # the largest parameters, gathered while they are in use
+            gathered = 2.0 * 2 * sizes.embeddings  # the largest parameters, gathered while they are in use
             weights = weights / gpus + gathered
         checkpoints = 2 * sizes.layers * sizes.hidden
         one_layer = 2 * (8 * sizes.hidden + 6 * sizes.intermediate)

@@ -156,13 +156,14 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
         work,
         plans,
         [
-            sections.model(model.checkpoint, **(sections.QUANTIZED if kind.four_bit else {})),
+            sections.model(model.checkpoint, **model.keys, **(sections.QUANTIZED if kind.four_bit else {})),
             sections.method(keys),
             sections.hera("auto", batches, hera_select_mode="mllm"),
             sections.data(dataset, model.template, cutoff),
             sections.output(f"{model.key}/{full_name}"),
             sections.train(batches, kind.rate),
         ],
+        model.notes,
     )
 
 

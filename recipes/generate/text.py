@@ -18,6 +18,9 @@ _COMMENTS = {
     "gradient_accumulation_steps": "see the table above",
     "train_sampling_strategy": "samples of similar length share a batch; in transformers 4, group_by_length: true",
     "media_dir": "image paths in the data are relative to this folder",
+    "enable_thinking": "the data have no thoughts: an empty one is part of the prompt",
+    "default_system": "the template's own system message turns thinking on",
+    "use_reentrant_gc": "the default loses the gradients of keys and values that layers share",
 }
 
 
@@ -75,9 +78,7 @@ def render(recipe: Recipe) -> str:
     for section, keys in recipe.sections:
         lines += ["", f"### {section}"]
         for key, value in keys.items():
-            comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS and value else ""
-            if value is False and key == "freeze_multi_modal_projector":
-                comment = f"  # {_COMMENTS[key]}"
+            comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS and (key, value) != ("hera_memory", 0) else ""
             lines.append(f"{key}: {_scalar(value)}{comment}")
     return "\n".join(lines) + "\n"
 
@@ -120,4 +121,4 @@ def _wrap(text: str, first: str = "# ", others: str = "# ") -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'

@@ -48,6 +48,23 @@ _NATIVE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llava_next_7b": ("llava_next", "mistral", {"sliding_window": None}, {}),
     "internvl3_8b": ("internvl", "qwen2", {}, {"attention_bias": True}),
     "gemma3_4b": ("gemma3", "gemma3_text", {}, VISION | {"image_size": 896}),
+    "qwen3_5_4b": ("qwen3_5", "qwen3_5_text", {}, _qwen_vision(24, 1024, 4096, 2560)),
+    "qwen3_5_9b": ("qwen3_5", "qwen3_5_text", {}, _qwen_vision(27, 1152, 4304, 4096)),
+    "qwen3_vl_8b": (
+        "qwen3_vl",
+        "qwen3_vl_text",
+        {"rope_parameters": _ROPE | {"mrope_section": [24, 20, 20]}},
+        _qwen_vision(27, 1152, 4304, 4096, deepstack_visual_indexes=[8, 16, 24]),
+    ),
+    "qwen3_vl_30b_a3b": (
+        "qwen3_vl_moe",
+        "qwen3_vl_moe_text",
+        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        _qwen_vision(27, 1152, 4304, 2048, deepstack_visual_indexes=[8, 16, 24]),
+    ),
+    "gemma4_e4b": ("gemma4", "gemma4_text", {"num_kv_shared_layers": 18}, {"use_clipped_linears": True}),
+    "internvl3_5_8b": ("internvl", "qwen3", {}, {"attention_bias": True}),
+    "glm4_1v_9b": ("glm4v", "glm4v_text", {}, {}),
 }
 
 
@@ -68,7 +85,8 @@ def vlm_config(key: str) -> dict[str, Any]:
     both = {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
     if key in _NATIVE:
         model_type, _, _, vision = _NATIVE[key]
-        return {"model_type": model_type, **both, **({"vision_config": vision} if vision else {})}
+        audio = {"audio_config": {"model_type": "gemma4_audio"}} if model_type == "gemma4" else {}
+        return {"model_type": model_type, **both, **({"vision_config": vision} if vision else {}), **audio}
     tokens = _LANGUAGE[LANGUAGE_MODELS[key].template][1]
     text["vocab_size"] = padded_vocabulary(text["vocab_size"], tokens + 1)
     return {

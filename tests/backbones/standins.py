@@ -3,6 +3,7 @@
 The sizes are small. Special tokens, templates and image processing are those of the real models.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,21 @@ def _save(name: str, config: Any, processor: Any, folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], **text: Any) -> None:
+def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], processor: str = "", **text: Any) -> None:
     marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks]
     tokenizer = byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     config = getattr(tf, f"{name}Config")(
-        text_config=text_sizes(tokenizer, rope_parameters=rope, **text),
+        text_config=text_sizes(tokenizer, **{"rope_parameters": rope} | text),
         vision_config=vision | {"depth": 2, "num_heads": 2, "patch_size": patch},
         **dict(zip(names, tokenizer.convert_tokens_to_ids(marks), strict=True)),
     )
     pixels = {"patch_size": patch, "size": {"shortest_edge": 4 * patch * patch, "longest_edge": 64 * patch * patch}}
-    videos = getattr(tf, f"{name.replace('2_5_', '2')}VideoProcessor")(**pixels)
-    processor = getattr(tf, f"{name}Processor")(tf.Qwen2VLImageProcessor(**pixels), tokenizer, videos)
-    _save(name, config, processor, folder)
+    kind = processor or name
+    videos = getattr(tf, f"{kind.replace('2_5_', '2')}VideoProcessor")(**pixels)
+    _save(name, config, getattr(tf, f"{kind}Processor")(tf.Qwen2VLImageProcessor(**pixels), tokenizer, videos), folder)
 
 
 def _qwen2_5_vl(folder: Path) -> None:
@@ -42,9 +43,42 @@ def _qwen2_5_vl(folder: Path) -> None:
     _qwen_vl(folder, "Qwen2_5_VL", 14, vision | {"fullatt_block_indexes": [1], "window_size": 28}, hidden_size=64)
 
 
+_HALF_ROPE: dict[str, Any] = {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+_HALF_ROPE["rope_parameters"] |= {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+_QWEN3_VISION = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48, "num_position_embeddings": 16}
+
+
 def _qwen3_vl(folder: Path) -> None:
-    vision = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48, "num_position_embeddings": 16}
-    _qwen_vl(folder, "Qwen3VL", 16, vision | {"deepstack_visual_indexes": [0]}, head_dim=16)
+    _qwen_vl(folder, "Qwen3VL", 16, _QWEN3_VISION | {"deepstack_visual_indexes": [0]}, head_dim=16)
+
+
+def _qwen3_vl_moe(folder: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    vision = _QWEN3_VISION | {"deepstack_visual_indexes": [0]}
+    _qwen_vl(folder, "Qwen3VLMoe", 16, vision, "Qwen3VL", head_dim=16, **experts)
+
+
+def _qwen3_5(folder: Path) -> None:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    linear |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    _qwen_vl(folder, "Qwen3_5", 16, _QWEN3_VISION, "Qwen3VL", num_hidden_layers=4, **linear, **_HALF_ROPE)
+
+
+def _glm4v(folder: Path) -> None:
+    marks = ["<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>"]
+    specials = ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
+    specials += ["<think>", "</think>", "</answer>", *marks, "<|end_of_video|>"]
+    tokenizer = byte_level(specials, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    names = ("image_token_id", "video_token_id", "image_start_token_id", "image_end_token_id")
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+    config = tf.Glm4vConfig(
+        text_config=text_sizes(tokenizer, **_HALF_ROPE),
+        vision_config=vision | {"image_size": 56},
+        **dict(zip(names, tokenizer.convert_tokens_to_ids(marks[:4]), strict=True)),
+    )
+    pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}}
+    processor = tf.Glm4vProcessor(tf.Glm4vImageProcessor(**pixels), tokenizer, tf.Glm4vVideoProcessor(**pixels))
+    _save("Glm4v", config, processor, folder)
 
 
 def _llava_1_5(folder: Path) -> None:
@@ -68,14 +102,14 @@ def _llava_next(folder: Path) -> None:
     _save("LlavaNext", config, tf.LlavaNextProcessor(tf.LlavaNextImageProcessor(**sizes), tokenizer, **layout), folder)
 
 
-def _internvl3(folder: Path) -> None:
+def _internvl3(folder: Path, text: Any = tf.Qwen2Config) -> None:
     marks = {"start_image_token": "<img>", "end_image_token": "</img>"}
     marks |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks.values()]
     tokenizer = byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=marks)
     config = tf.InternVLConfig(
         vision_config=tf.InternVLVisionConfig(**VISION | {"image_size": [32, 32], "patch_size": [8, 8]}),
-        text_config=tf.Qwen2Config(**text_sizes(tokenizer)),
+        text_config=text(**text_sizes(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,
@@ -99,9 +133,36 @@ def _gemma3(folder: Path) -> None:
     _save("Gemma3", config, processor, folder)
 
 
+def _gemma4(folder: Path) -> None:
+    marks = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    marks |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    specials = ["<pad>", "<eos>", "<bos>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>", "<|video|>"]
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = byte_level([*specials, *marks.values()], **named, extra_special_tokens=marks)
+    # the last two layers use the keys and values of the first two, as in E2B and E4B
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    shared |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 32}
+    shared["vocab_size_per_layer_input"] = len(tokenizer)
+    vision = VISION | {"head_dim": 16, "num_key_value_heads": 2, "position_embedding_size": 256}
+    ids = {f"{name.replace('token', 'token_id')}": tokenizer.convert_tokens_to_ids(m) for name, m in marks.items()}
+    config = tf.Gemma4Config(
+        text_config=tf.Gemma4TextConfig(**text_sizes(tokenizer, head_dim=16, **shared)),
+        vision_config=tf.Gemma4VisionConfig(**vision),
+        audio_config=None,
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        **ids,
+    )
+    images = {"patch_size": 8, "max_soft_tokens": 70}
+    parts = tf.Gemma4AudioFeatureExtractor(), tf.Gemma4ImageProcessor(**images), tokenizer
+    _save("Gemma4", config, tf.Gemma4Processor(*parts, tf.Gemma4VideoProcessor(**images)), folder)
+
+
 #: Key of a native model in the table -> writes the stand-in into a folder.
 NATIVE = {"qwen2_5_vl_7b": _qwen2_5_vl, "qwen3_vl_4b": _qwen3_vl, "llava_1_5_7b": _llava_1_5}
 NATIVE |= {"llava_next_7b": _llava_next, "internvl3_8b": _internvl3, "gemma3_4b": _gemma3}
+NATIVE |= {"qwen3_5_4b": _qwen3_5, "qwen3_5_9b": _qwen3_5, "qwen3_vl_8b": _qwen3_vl, "gemma4_e4b": _gemma4}
+NATIVE |= {"qwen3_vl_30b_a3b": _qwen3_vl_moe, "glm4_1v_9b": _glm4v}
+NATIVE["internvl3_5_8b"] = partial(_internvl3, text=tf.Qwen3Config)
 
 
 def save_native(key: str, folder: Path) -> Path:

@@ -8,7 +8,8 @@ from torch import nn
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import decoder_layers, head_layout
+from llamafactory_hera.heads.families import decoder_layers, head_layout, text_decoder
+from recipes.generate import coverage
 from recipes.generate.sizes import SIZES
 
 from .full_size import on_meta, text_config, vlm_config
@@ -21,10 +22,16 @@ def count(model: nn.Module) -> int:
 def check_layers(model: nn.Module, key: str) -> None:
     layers, layout, sizes = decoder_layers(model), head_layout(model.config), SIZES[key]
     assert len(layers) == layout.n_layers == sizes.layers
-    assert (layout.n_heads, layout.head_dim) == (sizes.heads, sizes.head_dim)
-    for layer in layers:
-        assert layer.self_attn.o_proj.weight.shape == (sizes.hidden, sizes.heads * sizes.head_dim)
-        assert layer.self_attn.v_proj.weight.shape == (sizes.kv_heads * sizes.head_dim, sizes.hidden)
+    for layer, heads in zip(layers, layout.layers, strict=True):
+        if heads.mixer == "attention":
+            # the global layers of Gemma 4 have wider heads
+            width = sizes.head_dim * (2 if heads.head_dim == 512 else 1)
+            assert (heads.n_heads, heads.head_dim) == (sizes.heads, width)
+            assert layer.self_attn.o_proj.weight.shape == (sizes.hidden, sizes.heads * width)
+        if heads.mixer == "attention" and hasattr(layer.self_attn, "v_proj"):
+            assert layer.self_attn.v_proj.weight.shape == (sizes.kv_heads * width, sizes.hidden)
+    linear = [module for module in text_decoder(model).modules() if isinstance(module, nn.Linear)]
+    assert sum(module.in_features + module.out_features for module in linear) == sizes.lora(1)
 
 
 @pytest.mark.parametrize("key", LANGUAGE_MODELS)
@@ -60,3 +67,10 @@ def test_the_page_contains_the_table() -> None:
         cells = [f"`{key}`", model.checkpoint, sizes.layers, sizes.heads, sizes.kv_heads, sizes.head_dim]
         cells += [f"`{model.template}`", model.heads.replace(",", " ")]
         assert f"| {' | '.join(map(str, cells))} |" in page
+
+
+def test_the_page_lists_the_models_of_the_installed_transformers() -> None:
+    page = (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
+    assert len(coverage.read_types()[0]) >= 55  # may only grow
+    if f"\ntransformers {tf.__version__} has" in page:
+        assert f"{coverage.MARKS[0]}\n{coverage.table()}\n{coverage.MARKS[1]}" in page

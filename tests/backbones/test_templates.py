@@ -54,7 +54,7 @@ def host(template_name: str, folder: Path) -> Any:
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
 
-    data_args = DataArguments(template=template_name, cutoff_len=2048)
+    data_args = DataArguments(template=template_name, cutoff_len=2048, enable_thinking=False)
     processor = tf.AutoProcessor.from_pretrained(folder)
     rows = len(processor.tokenizer)
     template = get_template_and_fix_tokenizer(processor.tokenizer, data_args)

@@ -68,6 +68,7 @@ def model(folder: Path) -> HeraVLM:
 # For these models, LLaMA-Factory's template differs from the official chat template in more than the line break after
 # the image (docs/evaluation.md).
 DIFFERENT = ("llava_1_5_7b", "llava_next_7b", "internvl3_8b", "gemma3_4b")
+DIFFERENT += ("internvl3_5_8b", "gemma4_e4b", "glm4_1v_9b")
 
 
 @pytest.mark.parametrize("key", NATIVE)

@@ -1,9 +1,11 @@
 """The backbones of ``models.yaml``, the source of recipes and model lists, and the shipped recipes."""
 
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +18,8 @@ class Backbone(NamedTuple):
     checkpoint: str  #: Its hub id.
     template: str  #: The training template; for a LLaVA-style model, the template of stage 2.
     heads: str = ""  #: A value of ``hera_heads``; empty for models that the paper does not use.
+    keys: Mapping[str, Any] = MappingProxyType({})  #: Further keys that its recipes set.
+    notes: str = ""  #: A paragraph for the headers of its recipes.
 
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
