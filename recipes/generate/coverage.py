@@ -1,5 +1,6 @@
 """The table of docs/backbones.md: the image-text-to-text models of transformers whose heads HeRA reads."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _REASONS = {
     "is an encoder-decoder": "an encoder-decoder",
     "encoder-decoder cannot be instantiated": "an encoder-decoder",
     "must contain one text decoder": "its decoder has no list of layers named `layers`",
-    "no attribute 'vocab_size'": "its configuration describes no language model",
+    "is no language model": "its configuration describes no language model",
     "cannot be built": "transformers cannot build it with its default configuration",
 }
 
@@ -30,7 +31,7 @@ def read_types() -> tuple[dict[str, str], dict[str, str]]:
         try:
             layout = head_layout(_complete(config_class()))
             read[config_class.model_type] = layout.model_type
-        except (AttributeError, ValueError) as error:
+        except ValueError as error:
             refused[config_class.model_type] = _reason(str(error))
     return read, refused
 
@@ -42,9 +43,7 @@ def _reason(message: str) -> str:
 def _complete(config: Any) -> Any:
     """Changes the values of a default configuration with which transformers cannot build the model."""
     text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        return config
-    if (getattr(text, "pad_token_id", None) or 0) >= text.vocab_size:
+    if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
         text.pad_token_id = None
     for part in (config, text):
         if getattr(part, "vocabulary_map", {}) is None:

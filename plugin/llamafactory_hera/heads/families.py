@@ -103,11 +103,9 @@ def head_layout(config: Any) -> HeadLayout:
 
 def _read_layout(config: Any) -> HeadLayout:
     text = config.get_text_config()
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model: {config.model_type!r} is an encoder-decoder, whose heads HeRA does not read; use a decoder-only "
-            "model."
-        )
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(text, "vocab_size"):
+        kind = "an encoder-decoder" if hasattr(text, "vocab_size") else "no language model"
+        raise ValueError(f"model: {config.model_type!r} is {kind}, and HeRA reads decoders; use a decoder-only model.")
     layers = tuple(_layer_heads(layer, text, index) for index, layer in enumerate(_empty_decoder(config).layers))
     if not any(layer.n_heads for layer in layers):
         raise ValueError(
