@@ -158,7 +158,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
         [
             sections.model(model.checkpoint, **model.keys, **(sections.QUANTIZED if kind.four_bit else {})),
             sections.method(keys),
-            sections.hera("auto", batches, hera_select_mode="mllm"),
+            sections.hera("auto", batches),
             sections.data(dataset, model.template, cutoff),
             sections.output(f"{model.key}/{full_name}"),
             sections.train(batches, kind.rate),

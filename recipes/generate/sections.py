@@ -45,13 +45,12 @@ def method(keys: dict[str, Any]) -> Section:
     return ("method", {"stage": "hera", "do_train": True, **keys})
 
 
-def hera(heads: str, batches: Batches, **keys: Any) -> Section:
+def hera(heads: str, batches: Batches) -> Section:
     """Returns the section with the paper's settings, and the ``hera_memory`` for this batch."""
     return (
         "hera",
         {
             "hera_heads": heads,
-            **keys,
             "hera_teacher": TEACHER,
             "hera_weight": 0.01,
             "hera_k": 10,

@@ -14,7 +14,7 @@ WIDTH = 118
 _COMMENTS = {
     "freeze_multi_modal_projector": "LLaMA-Factory freezes it by default",
     "additional_target": "the projector, which lora_target: all does not include",
-    "hera_memory": "recent samples serve as more candidates; see the table above",
+    "hera_memory": "see the table above",
     "gradient_accumulation_steps": "see the table above",
     "train_sampling_strategy": "samples of similar length share a batch; in transformers 4, group_by_length: true",
     "media_dir": "image paths in the data are relative to this folder",

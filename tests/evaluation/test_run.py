@@ -65,14 +65,16 @@ def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, cap
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_a_suite_named_after_it(folder, data) -> None:
-    (data / "demo_questions.json").rename(data / "red birds.json")
+def test_a_file_of_questions_is_a_suite_of_its_own_whatever_its_name(folder, data) -> None:
+    (data / "demo_questions.json").rename(data / "paper.json")
     run, output = data.parent / "run", data.parent / "eval"
     shutil.copytree(folder, run)
     (run / "trainer_log.jsonl").touch()
-    assert main(["eval", str(run), "--suite", str(data / "red birds.json"), "--output", str(output)]) == 0
-    assert "\n| red birds: accuracy | 24 |" in (output / "red birds.md").read_text()
-    assert result(data, "red birds")["settings"]["image_newline"] is True  # LLaMA-Factory wrote the log
+    assert main(["eval", str(run), "--suite", str(data / "paper.json"), "--output", str(output)]) == 0
+    table = (output / "own_paper.md").read_text()
+    assert "\n| paper: accuracy | 24 |" in table
+    assert "average" not in table  # which the suite of the paper has
+    assert result(data, "paper")["settings"]["image_newline"] is True  # LLaMA-Factory wrote the log
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
         ([], "ok  memory    computed: "),
         (["hera_wieght=1"], "problem: hera_wieght: no such key; did you mean hera_weight?"),
         (["stage=sft"], "problem: stage: sft trains without HeRA; set stage: hera."),
-        (["per_device_train_batch_size=1", "hera_memory=0"], "problem: per_device_train_batch_size: 1 per device"),
+        (["per_device_train_batch_size=1", "hera_memory=0"], "problem: per_device_train_batch_size: 1 gives a g"),
         (
             ["model_name_or_path=hera_demo/language_model"],
             "problem: model_name_or_path: hera_demo/language_model is a t",

@@ -142,7 +142,7 @@ def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
         "41.0",
         "+11.0 [−2.0, +25.0]",
     ]
-    assert cells[10:14] == ["head", "before", "after", "after - before"]
+    assert cells[10:14] == ["head", "before", "after", "after − before"]
     assert write_report(compare([run]), tmp_path / "new/page") == written  # replaces an earlier report
     assert page.count('src="data:image/webp;base64,') == 4  # two queries, both maps, all queries
     assert not re.search("[0-9a-f]{64}", page)

@@ -33,7 +33,8 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     suite, data, file = args.suite, args.data and Path(args.data).absolute(), Path(args.suite).absolute()
     members: Sequence[Task] = SUITES.get(suite, ())
     if file.suffix == ".json" and file.is_file():  # the user's questions
-        members, data = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)], file.parent
+        members = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)]
+        suite, data = f"own_{file.stem}", file.parent  # no file shares its name with another suite
     elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():
@@ -66,7 +67,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     if os.environ.get("RANK", "0") != "0":
         return int(bool(failed))  # the first process reports
     if any(results[name][task].is_file() for name, task in ready):
-        path = Path(args.output, Path(suite).stem + (f"-limit{args.limit}" if args.limit else ""))
+        path = Path(args.output, suite + (f"-limit{args.limit}" if args.limit else ""))
         page, *others = write_table(path, members, results, args.paper)
         print(page.read_text(encoding="utf-8"), *others, sep="\n")
     if failed:

@@ -80,8 +80,8 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
         )
         if sign * (last - first) <= noise and weight > 0:
             text += (
-                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Try hera_weight: "
-                f"{10 * weight:g}, ten times the present one (docs/method.md#which-weight)."
+                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Train longer, or try "
+                f"hera_weight: {10 * weight:g}, ten times the present one (docs/method.md#which-weight)."
             )
     elif n_held < (memory.size or 0):
         text = (
@@ -136,11 +136,7 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     }
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
-        in_batch, remembered = micro_batch * (steps if config.gradcache else 1) - 1, aligner.memory.size or 0
-        candidates = in_batch + remembered
-        taken = min(config.k, candidates // 2)
-        counted = f"{taken} of {candidates} candidates ({in_batch} of the batch, {remembered} remembered)"
-        counted += f"; hera_k: {config.k} needs {2 * config.k} candidates" * (taken < config.k)
-        lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * (remembered > 0)
+        counted = aligner.memory.describe(config.k, micro_batch * (steps if config.gradcache else 1))
+        lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * bool(aligner.memory.size)
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")

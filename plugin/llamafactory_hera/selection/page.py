@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -59,11 +60,9 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
 def _noise(comparison: Comparison) -> float:
     """Estimates the 95% interval of the change of the mean from the stored queries; 0 if none are stored."""
     with suppress(OSError, IndexError):
-        held = [Neighbors.load(comparison.files[place].path) for place in (0, -1)]
-        before, after = (
-            torch.stack([each.shares(head) for head in comparison.targets.items]).mean(0) for each in held
-        )
-        return 2.2 * (after - before).std().item() / math.sqrt(comparison.files[0].provenance["samples"])
+        before, after = (Neighbors.load(comparison.files[place].path) for place in (0, -1))
+        changes = torch.stack([after.shares(head) - before.shares(head) for head in comparison.targets.items])
+        return 2.2 * changes.mean(0).std().item() / math.sqrt(comparison.files[0].provenance["samples"])
     return 0.0
 
 
@@ -121,7 +120,7 @@ def _evaluation(folder: Path) -> str:
             cells = [f"{row['values'].get(name, math.nan):.1f}" for name in models]
             ends = (row["differences"].get(name, [math.nan] * 3) for name in models[1:])
             cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) for three in ends]
-            table.append([row["title"], str(row["n"] or ""), *(cell.replace("-", "−") for cell in cells)])
+            table.append([row["title"], str(row["n"] or ""), *cells])
         page += f"<h2>Accuracy</h2><div class=scroll>{_table(table)}</div>"
     if not page:
         raise ValueError(f"--eval: {folder} contains no table; give the output folder of llamafactory-hera eval.")
@@ -129,7 +128,8 @@ def _evaluation(folder: Path) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    return f"<table>{''.join('<tr>' + ''.join(f'<td>{escape(cell)}' for cell in row) for row in rows)}</table>"
+    page = f"<table>{''.join('<tr>' + ''.join(f'<td>{escape(cell)}' for cell in row) for row in rows)}</table>"
+    return re.sub(r"(?<!\w)-(?=\d)", "−", page)
 
 
 def _image(figure: Figure) -> str:

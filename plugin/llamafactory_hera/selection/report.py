@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
             [name, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"]
             for name, values in self.rows.items()
         ]
-        return [[self.targets.granularity, *self.names, f"{self.names[-1]} - {self.names[0]}"], *cells]
+        return [[self.targets.granularity, *self.names, f"{self.names[-1]} − {self.names[0]}"], *cells]
 
 
 def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None) -> Comparison:

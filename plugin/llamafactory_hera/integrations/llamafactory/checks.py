@@ -9,6 +9,7 @@ from llamafactory.extras.constants import IMAGE_PLACEHOLDER
 from llamafactory.model import load_config
 
 from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.distributed import world_size
 from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.heads.tokens import grid_side
@@ -40,7 +41,8 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     """Checks a training run as far as this needs no weights, and returns the layout of the model's decoder."""
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
-    check_batch(config, host.training)
+    size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
+    check_batch(config, size, steps, world_size())
     check_folders(host.training.output_dir, host, config)
     model_config = multimodal_config(host.model)
     if config.objective_from is not None:

@@ -3,7 +3,6 @@
 They do not import LLaMA-Factory either, because that alone takes longer than all of them.
 """
 
-import ast
 import json
 import re
 import warnings
@@ -24,10 +23,13 @@ from llamafactory_hera.files import read_json
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.targets import AUTO, Targets
 from llamafactory_hera.hub import weight_files
+from llamafactory_hera.integrations.messages import translated
 from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
+from llamafactory_hera.training.checks import check_batch
+from llamafactory_hera.training.memory import CrossBatchMemory
 
 _N_IMAGES = 8  # images that are opened in each dataset
 _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
@@ -80,18 +82,12 @@ class _Recipe:
         return "; ".join([text, *(str(each.message) for each in caught)])
 
     def batch(self) -> str:
-        config, size = self.config, self.get("per_device_train_batch_size", 8)
-        steps = self.get("gradient_accumulation_steps", 1) if config.gradcache else 1
-        compared, least = size * self.processes * steps, config.objective_class().least_samples
-        memory = config.remembered
-        memory = max(0, 4 * config.k - compared + 1) if memory is None else memory  # hera_memory: auto
-        if compared + memory < least:
-            problem = f"{size} per device leaves {compared + memory} samples to compare, and {least} are needed"
-            raise ValueError(f"per_device_train_batch_size: {problem}; raise it, or set hera_memory: auto.")
-        candidates = compared - 1 + memory
-        counted = f"{candidates} candidates ({compared - 1} of the batch, {memory} remembered)"
-        neighbors = f"neighbors: {min(config.k, candidates // 2)} of {counted}"
-        return f"{compared} samples at once{f', {neighbors}' if config.reads('hera_k') else ''}"
+        config, memory = self.config, CrossBatchMemory(self.config.remembered, 4 * self.config.k)
+        size, steps = self.get("per_device_train_batch_size", 8), self.get("gradient_accumulation_steps", 1)
+        compared = check_batch(config, size, steps, self.processes)
+        memory.settle(compared)
+        neighbors = f", neighbors: {memory.describe(config.k, compared)}" if config.reads("hera_k") else ""
+        return f"{compared} samples at once{neighbors}"
 
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)
@@ -132,12 +128,9 @@ class _Recipe:
                 notes.append(f"{name} has {'no images' if column is None else 'no JSON file, and was not opened'}")
                 continue
             images = [image for row in _first_rows(file) for image in row.get(column) or ()][:_N_IMAGES]
-            for image in images:
-                inside = Path(media, image)
-                try:
-                    load_image(inside if inside.is_file() else image)
-                except ValueError as error:
-                    raise ValueError(f"media_dir: {media}: {name}: {error}") from error
+            with translated(f"media_dir: {media}: {name}: {{}}".format):
+                for image in images:
+                    load_image(inside if (inside := Path(media, image)).is_file() else image)
             notes.append(f"opened the first {len(images)} of {name}")
         return "; ".join(notes)
 
@@ -192,9 +185,8 @@ def _image_tokens() -> dict[str | None, str | None]:
     built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
     tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
     (host,) = find_spec("llamafactory").submodule_search_locations  # type: ignore[union-attr, misc]
-    for call in ast.walk(ast.parse(Path(host, "data", "template.py").read_text(encoding="utf-8"))):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register_template":
-            given: dict[str | None, Any] = {each.arg: each.value for each in call.keywords}
-            plugin = {each.arg: each.value for each in getattr(given.get("mm_plugin"), "keywords", ())}
-            tokens[given["name"].value] = getattr(plugin.get("image_token"), "value", None)
+    source = Path(host, "data", "template.py").read_text(encoding="utf-8")
+    for call in re.findall(r"^register_template\((.*?)^\)", source, re.DOTALL | re.MULTILINE):
+        name, image = (re.search(rf'\b{key}="(.+?)"', call) for key in ("name", "image_token"))
+        tokens[name and name[1]] = image and image[1]
     return tokens
