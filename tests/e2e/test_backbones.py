@@ -48,6 +48,15 @@ SHORT = {
 }
 
 
+#: The settings of LLaMA-Factory's examples/train_lora/qwen2_5vl_lora_sft.yaml and qwen3vl_lora_sft.yaml.
+EXAMPLE = {
+    **{"image_max_pixels": 262144, "video_max_pixels": 16384, "trust_remote_code": True, "do_train": True},
+    **{"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "cutoff_len": 2048, "max_samples": 1000},
+    **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "learning_rate": 1e-4, "bf16": True},
+    **{"lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "ddp_timeout": 180000000, "report_to": "none"},
+}
+
+
 def write_data(folder: Path) -> None:
     """Writes captions and instructions in LLaVA's formats, with different pictures, and a text-only conversation."""
     draw = random.Random(0)
@@ -166,6 +175,24 @@ def test_finished_vlms_select_their_heads_and_train(name: str, place: Path, serv
     check(run)
     assert len(json.loads((run.folder / "hera/heads.json").read_text())["heads"]) == 5
     check_trained(trained(place / f"native_{key}", run.folder), SIZES[key].projector, lora="lora" in name)
+
+
+@pytest.mark.parametrize(("key", "template"), [("qwen2_5_vl_7b", "qwen2_vl"), ("qwen3_vl_4b", "qwen3_vl_nothink")])
+def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, place: Path, server: HostServer) -> None:
+    if not (place / f"native_{key}").is_dir():
+        save_native(key, place / f"native_{key}")
+    data = {"dataset_dir": "recipes/data", "dataset": "llava_instruct", "template": template}
+    data |= {"media_dir": "recipes/data/llava_instruct/images", "model_name_or_path": f"native_{key}"}
+    short = {"max_steps": 7, "logging_steps": 1, "use_cpu": True, "output_dir": f"saves/example_{key}"}
+    run = server.run(EXAMPLE | data | short | {"stage": "hera", "hera_teacher": "teacher"}, place)
+    assert run.ok, run.output[-4000:]
+    assert "neighbors: 10 of 40 candidates (0 of the batch, 40 remembered)" in run.output
+    assert "hera_select_mode: mllm" in run.output
+    first, *_, last = run.logs()
+    assert "hera_loss" not in first
+    assert last["loss"] == pytest.approx(last["lm_loss"] + 0.01 * last["hera_loss"], rel=1e-3)
+    weights = load_file(run.folder / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
 def test_qlora_trains_on_one_gpu(place: Path, server: HostServer) -> None:

@@ -135,6 +135,18 @@ def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: P
     assert metadata.base_model is None  # a local folder names no model of the hub
 
 
+def test_scores_are_added_to_a_card_without_code(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, max_steps=1)
+    trainer.create_model_card()
+    card = tmp_path / "hera/card.json"
+    card.write_text(
+        json.dumps({name: value for name, value in json.loads(card.read_text()).items() if name != "usage"})
+    )
+    files = [write_scores(tmp_path / f"hera/{name}.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]) for name in ("a", "b")]
+    add_scores(tmp_path, compare(files, ["before", "after"], aligned="L1H0,L0H2"))
+    assert "| L1H0 | 0.3000 | 0.3000 |" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize("save_steps", [2, 4])
 def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
     every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": save_steps}
@@ -172,6 +184,21 @@ def test_a_run_logs_its_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         "neighbors: 1 of 3 candidates (3 of the batch, 0 remembered); hera_k: 2 needs 4 candidates",
     ):
         assert part in caplog.text
+
+
+def test_a_batch_of_one_needs_no_key_but_the_teacher(tmp_path: Path) -> None:
+    gradients = []
+    for weight in (0.0, 0.01):
+        given = {"hera": HeraConfig(teacher=teacher_folder(), weight=weight), "data_collator": collate_rows}
+        model, steps = vlm("llava-llama"), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+        trainer = HeraTrainer(model, arguments(tmp_path, **steps), train_dataset=image_rows(model, 48), **given)
+        gradients.append(run(trainer)[0])
+    assert trainer.aligner.memory.size == 40
+    assert [("hera_loss" in line, "hera_mknn" in line) for line in lines(trainer)] == [(False, False)] * 5 + [
+        (True, True)
+    ]
+    without, trained = (torch.cat([g[name].flatten() for name in g if "layers.0" in name]) for g in gradients)
+    assert (trained - without).norm() > 1e-3 * without.norm()
 
 
 def test_after_an_interruption_the_model_can_be_used_and_trained_again(tmp_path: Path) -> None:

@@ -322,6 +322,20 @@ def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all("lm_loss" in line for line in lines(names["trainer"]))
 
 
+def test_a_batch_of_one_needs_no_key_but_the_teacher(tmp_path: Path) -> None:
+    case = Case("", steps=12)
+    case.skip()
+    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 6}
+    settings = trl.SFTConfig(str(tmp_path), max_length=None, logging_steps=1, report_to="none", use_cpu=True, **values)
+    data = {"processing_class": processor(), "train_dataset": case.data()}
+    trainer = HeraSFTTrainer(llava(), settings, hera=HeraConfig(teacher=teacher_folder()), **data)
+    trainer.train()
+    *_, before, last = lines(trainer)
+    assert trainer.aligner.memory.size == 40
+    assert "hera_loss" not in before
+    assert last["loss"] == pytest.approx(last["lm_loss"] + 0.01 * last["hera_loss"], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_shipped_script_trains_the_demo(tmp_path: Path, copy_demo: Callable[[Path], Path]) -> None:
     NAMED["prompt and completion"].skip()

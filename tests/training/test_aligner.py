@@ -108,8 +108,9 @@ def test_a_custom_loop_aligns(keys: dict) -> None:
     assert all(not torch.equal(trained[name], untrained[name]) for name in trained)
 
 
-def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path) -> None:
-    straight, resumed = Run(memory=5), Run(memory=5)
+@pytest.mark.parametrize("memory", [5, "auto"])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, memory: int | str) -> None:
+    straight, resumed = Run(memory=memory), Run(memory=memory)
     for _ in range(3):
         straight.step()
     straight.aligner.save(tmp_path)

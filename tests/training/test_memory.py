@@ -84,6 +84,17 @@ def test_the_state_round_trips():
     assert state["memory.teacher"][:, 0].tolist() == [0, 1, 2]  # a later step does not change a saved state
 
 
+def test_an_automatic_size_is_that_of_the_checkpoint():
+    memory, resumed = CrossBatchMemory(None, 8), CrossBatchMemory(None, 8)
+    memory.settle(4)
+    add(memory, 0, 3)
+    resumed.load_state_dict(memory.state_dict())
+    resumed.settle(2)
+    assert (memory.size, resumed.size) == (5, 5)
+    add(resumed, 3, 3)
+    assert held(resumed) == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("size, expected", [(2, [3, 4]), (9, [0, 1, 2, 3, 4]), (0, [])])
 def test_a_memory_of_another_size_takes_the_newest_pairs_that_fit(size, expected):
     memory = CrossBatchMemory(5)
