@@ -72,7 +72,10 @@ def test_the_users_log_level_is_kept(capsys: pytest.CaptureFixture) -> None:
 
 
 OF_4 = "(means of the first and the last 2 of 4 log lines; noise"
-TRY = "by more than its noise. Train longer, or try hera_weight: 0.1, ten times the present one"
+TRY = (
+    "by more than its noise. Train longer, or try hera_weight: 0.1, ten times the present one "
+    "(docs/method.md#which-weight)."
+)
 FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
 UNFILLED = (
     "the memory of 128 samples never filled in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "

@@ -139,9 +139,9 @@ def test_scores_are_added_to_a_card_without_code(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, max_steps=1)
     trainer.create_model_card()
     card = tmp_path / "hera/card.json"
-    card.write_text(
-        json.dumps({name: value for name, value in json.loads(card.read_text()).items() if name != "usage"})
-    )
+    content = json.loads(card.read_text())
+    del content["usage"]
+    card.write_text(json.dumps(content))
     files = [write_scores(tmp_path / f"hera/{name}.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]) for name in ("a", "b")]
     add_scores(tmp_path, compare(files, ["before", "after"], aligned="L1H0,L0H2"))
     assert "| L1H0 | 0.3000 | 0.3000 |" in (tmp_path / "README.md").read_text()
@@ -194,9 +194,7 @@ def test_a_batch_of_one_needs_no_key_but_the_teacher(tmp_path: Path) -> None:
         trainer = HeraTrainer(model, arguments(tmp_path, **steps), train_dataset=image_rows(model, 48), **given)
         gradients.append(run(trainer)[0])
     assert trainer.aligner.memory.size == 40
-    assert [("hera_loss" in line, "hera_mknn" in line) for line in lines(trainer)] == [(False, False)] * 5 + [
-        (True, True)
-    ]
+    assert [{"hera_loss", "hera_mknn"} <= line.keys() for line in lines(trainer)] == [False] * 5 + [True]
     without, trained = (torch.cat([g[name].flatten() for name in g if "layers.0" in name]) for g in gradients)
     assert (trained - without).norm() > 1e-3 * without.norm()
 

@@ -50,7 +50,7 @@ def test_the_least_aligned_heads_of_the_first_file_are_compared_with_all_others(
     comparison = compare(files)
     assert comparison.title == compare(files[::-1]).title == "least aligned"
     assert " ".join(comparison.rows) == "L2H0 L0H0 L1H0 L0H3 L1H2 mean others"
-    assert comparison.table[:2] == [["head", "base", "run", "run - base"], ["L2H0", "0.0500", "0.2500", "+0.2000"]]
+    assert comparison.table[:2] == [["head", "base", "run", "run − base"], ["L2H0", "0.0500", "0.2500", "+0.2000"]]
     assert comparison.table[6] == ["mean", "0.1500", "0.3500", "+0.2000"]
     others = [[0.50, 0.30, 0.60, 0.40, 0.35, 0.45, 0.55], [0.51, 0.31, 0.59, 0.41, 0.36, 0.44, 0.56]]
     assert comparison.rows["others"] == pytest.approx(np.mean(others, axis=1))
@@ -86,7 +86,7 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
     scores = ([0.3, 0.1, None], [0.35, 0.4, 0.2])
     files = [write_scores(tmp_path / f"{n}.json", BEFORE, layers=["L1"], layer_scores=s) for n, s in enumerate(scores)]
     assert compare(files, ["a", "b"]).table[:3] == [
-        ["layer", "a", "b", "b - a"],
+        ["layer", "a", "b", "b − a"],
         ["L1", "0.1000", "0.4000", "+0.3000"],
         ["L0", "0.3000", "0.3500", "+0.0500"],
     ]
