@@ -2,7 +2,7 @@
 """Declares every ``hera_*`` key of a run."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
@@ -205,10 +205,20 @@ class HeraConfig(KeyedConfig):
             return 0
         return self.memory if isinstance(self.memory, int) else None
 
-    def with_mode(self, mode: Mode) -> "HeraConfig":
-        """Returns the same settings with another ``hera_select_mode``."""
-        with warnings.catch_warnings(action="ignore"):  # the settings have been checked before
-            return replace(self, select_mode=mode)
+    def check_batch(self, size: int, steps: int, processes: int) -> int:
+        """Returns the number of samples that are compared at once.
+
+        Raises ``ValueError`` if these and the memory together are too few for the objective.
+        """
+        least, together = self.objective_class().least_samples, size * processes * (steps if self.gradcache else 1)
+        if self.remembered is not None and together + self.remembered < least:
+            memory = "set hera_memory: auto, " if self.reads("hera_memory") else ""
+            raise ValueError(
+                f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "
+                f"{self.objective} needs {least} samples; raise the value, use more processes, {memory}or, under "
+                "gradient accumulation, set hera_accumulate: gradcache."
+            )
+        return together
 
     def objective_class(self) -> "type[Objective]":
         """Returns the class of the objective."""

@@ -21,7 +21,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
             ["hera_memory=0", "per_device_train_batch_size=3"],
             "ok  batch     3 samples at once, neighbors: 1 of 2 candi",
         ),
-        ([], "ok  heads     auto selects 5, llava has 5 layers with 8 heads each"),
+        ([], "ok  heads     auto selects 5, llava has 5 layers of up to 8 heads"),
         ([], "ok  template  llava_qwen3 writes an image as <image>"),
         ([], "ok  teacher   hera_demo/teacher in hera_demo/teacher"),
         ([], "ok  images    opened the first 8 of hera_demo"),

@@ -119,6 +119,14 @@ def in_python(message: str) -> str:
     return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
 
 
+def describe_candidates(k: int, n_compared: int, remembered: int) -> str:
+    """Describes the neighbors and candidates of a sample among the samples that are compared at once."""
+    candidates = n_compared - 1 + remembered
+    taken = min(k, candidates // 2)
+    counted = f"{taken} of {candidates} candidates ({n_compared - 1} of the batch, {remembered} remembered)"
+    return counted + f"; hera_k: {k} needs {2 * k} candidates" * (taken < k)
+
+
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:
     """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
     if rank() > 0:
@@ -136,7 +144,8 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     }
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
-        counted = aligner.memory.describe(config.k, micro_batch * (steps if config.gradcache else 1))
+        n_compared = micro_batch * (steps if config.gradcache else 1)
+        counted = describe_candidates(config.k, n_compared, aligner.memory.size or 0)
         lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * bool(aligner.memory.size)
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")

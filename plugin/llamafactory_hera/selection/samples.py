@@ -2,8 +2,9 @@
 
 import logging
 import random
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..alignment.neighbors import chance_level
-from ..config import HeraConfig
+from ..config import HeraConfig, Mode
 from ..distributed import rank
 from ..files import BUILT
 from ..heads.families import media_token_ids
@@ -74,17 +75,19 @@ def with_mode(config: HeraConfig, model_configuration: Any, language_model_froze
     """
     if config.select_mode != AUTO:
         return config
+    mode: Mode = "llm"
     if not media_token_ids(model_configuration):
-        config, why = config.with_mode("llm"), "the model reads no images"
+        why = "the model reads no images"
     elif language_model_frozen:
-        config, why = config.with_mode("llm"), "the run trains the projector, and the language model is frozen"
+        why = "the run trains the projector, and the language model is frozen"
     elif getattr(model_configuration, BUILT, False):
-        config, why = config.with_mode("llm"), "`llamafactory-hera build` made the model"
+        why = "`llamafactory-hera build` made the model"
     else:
-        config, why = config.with_mode("mllm"), "the model is a finished vision-language model"
+        mode, why = "mllm", "the model is a finished vision-language model"
     if rank() == 0:
-        logger.info(f"HeRA | hera_select_mode: {config.select_mode}, because {why}")
-    return config
+        logger.info(f"HeRA | hera_select_mode: {mode}, because {why}")
+    with warnings.catch_warnings(action="ignore"):  # the settings have been checked before
+        return replace(config, select_mode=mode)
 
 
 def draw(

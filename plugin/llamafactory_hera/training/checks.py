@@ -41,22 +41,6 @@ def check_trainable(model: nn.Module, targets: Targets) -> None:
         raise ValueError(idle_message(targets, f"no parameter that influences them is trained (only {trained} …)"))
 
 
-def check_batch(config: HeraConfig, size: int, steps: int, processes: int) -> int:
-    """Returns the number of samples that are compared at once.
-
-    Raises ``ValueError`` if these and the memory together are too few for the objective.
-    """
-    least, together = config.objective_class().least_samples, size * processes * (steps if config.gradcache else 1)
-    if config.remembered is not None and together + config.remembered < least:
-        memory = "set hera_memory: auto, " if config.reads("hera_memory") else ""
-        raise ValueError(
-            f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "
-            f"{config.objective} needs {least} samples; raise the value, use more processes, {memory}or, under "
-            "gradient accumulation, set hera_accumulate: gradcache."
-        )
-    return together
-
-
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
     """Raises ``ValueError`` if the run also reads the output folder; ``inputs`` maps keys to their paths."""
     for key, value in inputs.items():
@@ -81,7 +65,7 @@ def check_parallelism(training_args: Any) -> None:
 def check_settings(config: HeraConfig, trainer: Any) -> None:
     """Raises ``ValueError`` if HeRA cannot work with the arguments or the model of a Trainer."""
     args = trainer.args
-    check_batch(config, args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size())
+    config.check_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size())
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     inputs = {"hera_teacher_cache": config.teacher_cache, "hera_teacher": config.teacher, "model": model}
     check_output(args.output_dir, inputs)

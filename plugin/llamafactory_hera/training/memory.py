@@ -34,14 +34,6 @@ class CrossBatchMemory:
         if self.size is None:
             self.size = max(0, self._needed - (n_compared - 1))
 
-    def describe(self, k: int, n_compared: int) -> str:
-        """Describes the neighbors and candidates of a sample among ``n_compared`` that are compared at once."""
-        remembered = self.size or 0
-        candidates = n_compared - 1 + remembered
-        taken = min(k, candidates // 2)
-        counted = f"{taken} of {candidates} candidates ({n_compared - 1} of the batch, {remembered} remembered)"
-        return counted + f"; hera_k: {k} needs {2 * k} candidates" * (taken < k)
-
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
         """Adds the valid pairs and drops the oldest; shapes ``[n_targets, n, D]``, ``[n, D_teacher]`` and ``[n]``."""
         if not self.size:

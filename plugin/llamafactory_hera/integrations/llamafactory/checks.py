@@ -17,7 +17,7 @@ from llamafactory_hera.objectives import Objective, TokenObjective
 from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_batch, check_output, check_parallelism
+from llamafactory_hera.training.checks import check_output, check_parallelism
 
 from .recipe import HostArguments
 
@@ -42,7 +42,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
-    check_batch(config, size, steps, world_size())
+    config.check_batch(size, steps, world_size())
     check_folders(host.training.output_dir, host, config)
     model_config = multimodal_config(host.model)
     if config.objective_from is not None:

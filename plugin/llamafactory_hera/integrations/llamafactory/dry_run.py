@@ -20,16 +20,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import read_json
-from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.heads.families import head_layout, media_token_ids
 from llamafactory_hera.heads.targets import AUTO, Targets
 from llamafactory_hera.hub import weight_files
-from llamafactory_hera.integrations.messages import translated
+from llamafactory_hera.integrations.messages import describe_candidates, translated
 from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
-from llamafactory_hera.training.checks import check_batch
-from llamafactory_hera.training.memory import CrossBatchMemory
 
 _N_IMAGES = 8  # images that are opened in each dataset
 _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
@@ -82,11 +80,11 @@ class _Recipe:
         return "; ".join([text, *(str(each.message) for each in caught)])
 
     def batch(self) -> str:
-        config, memory = self.config, CrossBatchMemory(self.config.remembered, 4 * self.config.k)
+        config, k = self.config, self.config.k
         size, steps = self.get("per_device_train_batch_size", 8), self.get("gradient_accumulation_steps", 1)
-        compared = check_batch(config, size, steps, self.processes)
-        memory.settle(compared)
-        neighbors = f", neighbors: {memory.describe(config.k, compared)}" if config.reads("hera_k") else ""
+        compared = config.check_batch(size, steps, self.processes)
+        remembered = max(0, 4 * k - compared + 1) if config.remembered is None else config.remembered
+        neighbors = f", neighbors: {describe_candidates(k, compared, remembered)}" if config.reads("hera_k") else ""
         return f"{compared} samples at once{neighbors}"
 
     def heads(self) -> str:
@@ -94,16 +92,13 @@ class _Recipe:
         chosen = f"auto selects {config.select_m}"
         if config.named_targets != AUTO:
             chosen = str(Targets.parse(config.named_targets, config.granularity, layout))
-        kinds = [layer.n_heads for layer in layout.layers]
-        heads = kinds[0] if len(set(kinds)) == 1 else f"{min(kinds)} to {max(kinds)}"
-        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers with {heads} heads each"
+        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers of up to {layout.n_heads} heads"
 
     def template(self) -> str:
         name, tokens, file = self.get("template"), _image_tokens(), self.folder / "tokenizer.json"
-        image = getattr(self.model, "image_token_id", getattr(self.model, "image_token_index", None))
         added = read_json(file)["added_tokens"] if file.is_file() else []
-        expected = next((token["content"] for token in added if token["id"] == image), None)
-        fitting = [str(other) for other, token in tokens.items() if token and token == expected]
+        expected = {token["content"] for token in added if token["id"] in media_token_ids(self.model)}
+        fitting = [str(other) for other, token in tokens.items() if token in expected]
         if tokens.get(name) is None or (fitting and name not in fitting):
             choice = f"for this model: {', '.join(fitting[:8])}" if fitting else "that the model's authors name"
             has = f"writes an image as {tokens[name]}" if tokens.get(name) else "has no images"
