@@ -53,7 +53,7 @@ def test_every_key_is_read_from_a_mapping_and_from_an_object() -> None:
         **{"hera_visual_attention": "causal"},
         **{"hera_heads_force": True, "hera_select": "top", "hera_select_m": 2, "hera_select_mode": "mllm"},
         **{"hera_select_samples": 77, "hera_select_k": 4, "hera_select_batch_size": 8, "hera_select_seed": 9},
-        **{"hera_select_dataset": "captions"},
+        **{"hera_select_dataset": "captions", "hera_select_mixers": "all"},
     }
     assert values.keys() == KEYS.keys()
     config = HeraConfig.from_keys(values)
