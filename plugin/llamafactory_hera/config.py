@@ -169,7 +169,9 @@ class HeraConfig(KeyedConfig):
         None, "Name of the dataset on which heads are scored; the default is the training dataset."
     )
     select_samples: int = knob(1000, "Number of image-caption pairs for scoring the heads.", at_least=1, at_most=10**7)
-    select_k: int = knob(10, "Number of nearest neighbors per sample when heads are scored.", at_least=1)
+    select_k: int = knob(
+        10, "Nearest neighbors per sample when heads are scored; at most half of the other samples.", at_least=1
+    )
     select_batch_size: int = knob(
         16,
         "Samples per device in each forward pass of the selection; the number is halved if memory runs out.",

@@ -55,7 +55,7 @@ UNLABELED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
 @pytest.mark.parametrize(
     ("images", "features", "problem"),
     [
-        (IMAGES[:4] + [[]] * 26, captions(30), r"dataset: 4 of its 30 .*26 have no image.* hera_select_k: 3 needs 5"),
+        (IMAGES[:2] + [[]] * 28, captions(30), r"dataset: 2 of its 30 .*28 have no image.*a selection needs 3"),
         (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 have no text"),
         (IMAGES, [UNLABELED] * 30, "dataset: 0 of its 30 .* 30 have no text"),
         ([["gone.png"], *IMAGES[1:]], captions(30), r"gone\.png"),

@@ -20,6 +20,7 @@ from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.samples import draw_samples
+from llamafactory_hera.selection.scores import ScoreFile
 from tests.ranks import holder, run_ranks
 from tests.tiny_models import HEADS, LAYERS, text_model
 
@@ -108,6 +109,15 @@ def test_layers_are_selected_by_layer_scores(tmp_path):
     assert layers.items == (Target(scores.index(min(scores))),)
     top = select_targets(inputs, layer_settings(select_m=1, select="top"), path)
     assert top.items == (Target(scores.index(max(scores))),)
+
+
+def test_six_samples_are_scored_with_the_two_neighbors_that_they_allow(tmp_path):
+    inputs, chosen = text_inputs(tmp_path, n=6), settings(select_k=10)
+    select_targets(inputs, chosen, tmp_path / "heads.json")
+    scored = ScoreFile.load(tmp_path / "heads.json")
+    assert (scored.k, scored.chance) == (2, 2 / 5)
+    expected = naive_scores(inputs, dataclasses.replace(chosen, select_k=2))
+    assert scored.scores.tolist() == [[round(score, 7) for score in row] for row in expected.tolist()]
 
 
 @pytest.mark.parametrize(("mixers", "layers"), [("attention", {1}), ("all", {0, 1})])

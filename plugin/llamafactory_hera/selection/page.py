@@ -43,7 +43,7 @@ def write_report(
 def verdict(comparison: Comparison) -> tuple[str, str]:
     """Returns two sentences: the agreement with the teacher in the first and the last file, and what it means."""
     first, names, targets, rows = comparison.files[0], comparison.names, comparison.targets, comparison.rows
-    (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.provenance["keys"]["hera_select_k"]
+    (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.k
     change, others = after - before, rows["others"][-1] - rows["others"][0]
     found = (
         f"Of the {k} images that the teacher considers most similar to an image, the {len(targets.items)} "

@@ -32,7 +32,7 @@ from .fingerprint import model_fingerprint
 from .gallery import write_neighbors
 from .passes import fill_cache, pooled_outputs
 from .report import show
-from .samples import Sample, SelectionInputs, draw_samples
+from .samples import Sample, SelectionInputs, draw_samples, neighbor_count
 from .scores import SAME_RUN, SAME_SELECTION, choose_targets, differences, package_versions
 
 logger = logging.getLogger("llamafactory_hera")
@@ -199,7 +199,7 @@ def _teacher_neighbors(
     digest = teacher.fingerprint
     del teacher
     clear_device_cache(garbage_collection=True)
-    return nearest_neighbors(features, config.select_k, config.normalize), digest
+    return nearest_neighbors(features, neighbor_count(config, len(samples)), config.normalize), digest
 
 
 def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:

@@ -124,6 +124,11 @@ def draw(
     return list(drawn.values()), without_image, without_text
 
 
+def neighbor_count(config: HeraConfig, n: int) -> int:
+    """Returns the neighbors per sample: ``hera_select_k``, but at most half of the other samples."""
+    return min(config.select_k, (n - 1) // 2)
+
+
 def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
     """Draws ``hera_select_samples`` samples.
 
@@ -135,20 +140,20 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
         tokens = features["labels" if config.pooling == "answer" else "input_ids"]
         return any(token != IGNORE_INDEX for token in tokens)
 
-    asked, k = config.select_samples, config.select_k
+    asked = config.select_samples
     samples, without_image, without_text = draw(source, asked, config.select_seed, config.image_index, has_tokens)
     n, skipped = len(samples), f"{without_image} have no image, {without_text} have no text to average"
-    if n < k + 2:
+    if n < 3:
         raise ValueError(
-            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), and "
-            f"hera_select_k: {k} needs {k + 2} or more; use more data, or lower hera_select_k."
+            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), and a "
+            "selection needs 3 or more; use more data, or name the heads in hera_heads."
         )
     if n < asked:
         logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", asked, n, skipped)
-    if (chance := chance_level(n, k)) > _HIGH_CHANCE:
+    if (chance := chance_level(n, k := neighbor_count(config, n))) > _HIGH_CHANCE:
         logger.warning(
-            f"hera_select_samples: {n} with hera_select_k: {k} lets unrelated features reach an MKNN of {chance:.2f}, "
-            "so the ranking of heads is mostly noise; use more samples (the paper uses 1,000)."
+            f"hera_select_samples: {n} samples (hera_select_k: {config.select_k}, {k} taken) let unrelated features "
+            f"reach an MKNN of {chance:.2f}, so the ranking of heads is mostly noise; use more samples (the paper: 1,000)."
         )
     return samples
 

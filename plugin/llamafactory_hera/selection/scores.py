@@ -101,12 +101,17 @@ class ScoreFile:
         return self.path.absolute().parents[self.path.parent.name == RUN_FOLDER]
 
     @property
+    def k(self) -> int:
+        """The neighbors per sample: ``hera_select_k``, or fewer if there were few samples."""
+        return round(self.chance * (self.provenance["samples"] - 1))
+
+    @property
     def setting(self) -> str:
         """The samples, the teacher and the settings in words."""
         origin, keys = self.provenance, self.provenance["keys"]
         return (
             f"{origin['samples']} samples of {origin['dataset']}, teacher {origin['teacher']}, mode "
-            f"{keys.get('hera_select_mode')}, k={keys.get('hera_select_k')}, chance level {self.chance:.4f}"
+            f"{keys.get('hera_select_mode')}, k={self.k}, chance level {self.chance:.4f}"
         )
 
     def ranked(self, granularity: Granularity | None = None) -> dict[Target, float]:
