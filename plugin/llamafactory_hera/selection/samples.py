@@ -153,7 +153,7 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
     if (chance := chance_level(n, k := neighbor_count(config, n))) > _HIGH_CHANCE:
         logger.warning(
             f"hera_select_samples: {n} samples (hera_select_k: {config.select_k}, {k} taken) let unrelated features "
-            f"reach an MKNN of {chance:.2f}, so the ranking of heads is mostly noise; use more samples (the paper: 1,000)."
+            f"reach an MKNN of {chance:.2f}, so the ranking of heads is mostly noise; the paper uses 1,000 samples."
         )
     return samples
 
