@@ -9,7 +9,7 @@
 #   make test-axolotl  the plugin in axolotl, whose pins exclude ours
 #   make lint        ruff, import-linter, deptry, mypy
 #   make docs        the site of the documentation, in artifacts/site
-#   make release     wheel and sdist, in dist, checked as a package index would
+#   make release     wheels and sdists of both distributions, in dist, checked as a package index would
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,9 +52,9 @@ test_in = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python $(TESTS) $(2)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt patches/llamafactory_hera.pth patches/llamafactory_hera.start
+$(STAMP): constraints.txt pyproject.toml patches/pyproject.toml $(addprefix patches/llamafactory_hera_patches,.pth .start)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable ./patches
 	touch $@
 
 demo: $(STAMP)
@@ -107,10 +107,10 @@ lint: $(STAMP)
 	$(BIN)/deptry .
 	$(BIN)/mypy
 
-# the site reads the package but does not import it, so it needs none of its dependencies
+# the site reads the package but does not import it, so it needs none of its dependencies, and a release needs none
 $(DOCS)/.installed: constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff build hatchling twine
 	touch $@
 
 # of the files that git knows or would take; a link that leads nowhere is an error
@@ -121,10 +121,10 @@ docs: $(DOCS)/.installed
 	  NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml
 	@echo "artifacts/site/index.html; to search in it, too: $(PYTHON) -m http.server --directory artifacts/site"
 
-release: $(STAMP)
+release: $(DOCS)/.installed
 	rm -rf dist
-	$(BIN)/python -m build --no-isolation --outdir dist
-	$(BIN)/python -m twine check --strict dist/*
+	for project in . patches; do $(DOCS)/bin/python -m build --no-isolation --outdir dist $$project || exit 1; done
+	$(DOCS)/bin/python -m twine check --strict dist/*
 
 # lines and files of each room
 lines:

@@ -26,7 +26,7 @@ def environment(folder: Path, plugin: bool) -> Path:
         if other.suffix != ".pth" and not other.name.startswith("hera_patches"):
             (site / other.name).mkdir(exist_ok=True)
     if plugin:
-        shutil.copy(PATCHES / "llamafactory_hera.pth", site)
+        shutil.copy(PATCHES / "llamafactory_hera_patches.pth", site)
         shutil.copytree(PATCHES / "hera_patches", site / "hera_patches")
         compileall.compile_dir(site / "hera_patches", quiet=1)  # as pip does
     return folder / "bin/python"

@@ -4,14 +4,19 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
-#: The release of LLaMA-Factory that the patches are tested with.
-TESTED_HOST = "0.9.5"
-#: The remedy for versions that do not work together.
-PINNED_INSTALL = '`pip install ".[pinned]"` in a clone of llamafactory-hera'
+#: Whether the package is installed that the patches connect with the host; they do nothing without it.
+_USABLE = find_spec("llamafactory_hera") is not None
+if not _USABLE:
+    print(
+        "llamafactory-hera-patches is installed without llamafactory-hera, so `stage: hera` is missing. Install the "
+        "latter, or run `pip uninstall llamafactory-hera-patches`.",
+        file=sys.stderr,
+    )
 
 
 class Patch(NamedTuple):
@@ -38,7 +43,8 @@ def patch(
 
     def register(apply: Callable[[Any], None]) -> Callable[[Any], None]:
         summary, for_training = (apply.__doc__ or "").partition("\n")[0], apply.__module__.endswith(".training")
-        PATCHES[host] = Patch(apply.__name__, summary, for_training, apply, functions or {}, used or {})
+        if _USABLE:
+            PATCHES[host] = Patch(apply.__name__, summary, for_training, apply, functions or {}, used or {})
         return apply
 
     return register
@@ -93,6 +99,8 @@ def _check(module: ModuleType, patch: Patch) -> None:
 
 def require() -> None:
     """Raises ``ValueError`` if a patch that training needs does not fit this host."""
+    from llamafactory_hera.integrations.llamafactory import PINNED_INSTALL, TESTED_HOST
+
     training = [patch.name for patch in PATCHES.values() if patch.for_training]
     if reasons := [f"{name} ({MISFITS[name]})" for name in training if MISFITS.get(name)]:
         raise ValueError(

@@ -7,7 +7,10 @@ package::
 """
 
 from importlib import import_module
-from typing import Any
+
+TYPE_CHECKING = False  # importing `typing` would take longer than the rest of this module
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.3.0"
 
@@ -22,7 +25,7 @@ _MODULES = {
 __all__ = [*_MODULES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -120,6 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
     try:
         _check_paths(parsed)
+        if parsed.run in (_select, _score, _calibrate):
+            from .integrations.llamafactory import require_host
+
+            require_host(patches=parsed.run is not _calibrate)
         if several and (status := _relaunched()) is not None:
             return status
         status = parsed.run(parsed)
@@ -155,7 +159,7 @@ def _doctor(args: argparse.Namespace) -> int:
         from .integrations.llamafactory.dry_run import check_recipe
 
         return check_recipe(args.recipe, args.overrides, args.processes)
-    from hera_patches.doctor import run_doctor
+    from .doctor import run_doctor
 
     return run_doctor()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,27 @@ def test_doctor_reads_only_the_start_of_a_large_file(
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     assert main(["doctor", RECIPE, "dataset=large", f"dataset_dir={tmp_path}"]) == 0
     assert "ok  images    opened the first 3 of large" in capsys.readouterr().out
+
+
+def test_without_the_patches_every_command_for_a_recipe_names_them(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "hera_patches", None)  # as if it were not installed
+    problem = "stage: hera needs llamafactory-hera-patches, which is not installed; run `pip install . ./patches` in"
+    assert main(["doctor", RECIPE]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("problem"))
+    assert line.startswith(f"problem: {problem}")
+    for command in ("select", "score"):
+        assert main([command, RECIPE]) == 2
+        assert capsys.readouterr().err.startswith(f"llamafactory-hera: {problem}")
+
+
+def test_without_the_host_doctor_names_it_once(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(world)
+    monkeypatch.setitem(sys.modules, "llamafactory", None)
+    assert main(["doctor", RECIPE]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("problem"))
+    assert line.startswith("problem: llamafactory is not installed; run")

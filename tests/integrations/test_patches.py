@@ -60,7 +60,7 @@ def test_startup_imports_nothing_and_finding_the_host_imports_the_hook() -> None
 
 @pytest.mark.slow
 def test_a_failed_start_prints_one_line_and_python_continues(tmp_path: Path) -> None:
-    shutil.copy(PATCHES / "llamafactory_hera.pth", tmp_path)
+    shutil.copy(PATCHES / "llamafactory_hera_patches.pth", tmp_path)
     (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
     (tmp_path / "llamafactory.py").write_text("")
     done = _start(tmp_path / "hera_patches.py", "import llamafactory; print(1)")

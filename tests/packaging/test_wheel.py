@@ -1,4 +1,4 @@
-"""The wheel: its content, and that installing and uninstalling it changes nothing else."""
+"""Both wheels: their content, and that installing and uninstalling them changes nothing else."""
 
 import json
 import os
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from llamafactory_hera import __version__
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -27,11 +29,13 @@ def _run(*command: object, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder)
-    (built,) = folder.glob("*.whl")
-    return built
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheels of the core and of the patches."""
+    folder = tmp_path_factory.mktemp("wheels")
+    for project in (ROOT, ROOT / "patches"):
+        _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project)
+    (core,), (patches,) = folder.glob("llamafactory_hera-*"), folder.glob("llamafactory_hera_patches-*")
+    return core, patches
 
 
 def _environment(folder: Path) -> tuple[Path, Path]:
@@ -41,22 +45,29 @@ def _environment(folder: Path) -> tuple[Path, Path]:
     return folder / "bin/python", site
 
 
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with the wheel, and with this environment's dependencies on its path."""
-    python, site = _environment(tmp_path_factory.mktemp("environment") / "venv")
-    # Python ignores .pth files in folders that a .pth file adds, so the hook can only come from the wheel
+def _install(python: Path, *wheels: Path) -> None:
+    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", *wheels)
+
+
+def _complete(folder: Path, *wheels: Path) -> Path:
+    """Makes an environment with wheels, and with this environment's dependencies on its path; returns its Python."""
+    python, site = _environment(folder)
+    # Python ignores .pth files in folders that a .pth file adds, so the hook can only come from the wheels
     paths = [path for path in sys.path if path.endswith("site-packages")]
     (site / "zz_dependencies.pth").write_text("\n".join(paths) + "\n")
-    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    _install(python, *wheels)
     return python
 
 
-def test_the_wheel_contains_packages_hooks_and_recipes(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"llamafactory_hera.pth", "llamafactory_hera.start"} <= set(names)
-    assert {"llamafactory_hera/cli.py", "hera_patches/registry.py"} <= set(names)
-    assert "llamafactory_hera/integrations/llamaboard/texts.yaml" in names
+@pytest.fixture(scope="module")
+def python(wheels: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with both wheels."""
+    return _complete(tmp_path_factory.mktemp("environment") / "venv", *wheels)
+
+
+def test_the_core_contains_packages_and_recipes(wheels: tuple[Path, Path]) -> None:
+    names = zipfile.ZipFile(wheels[0]).namelist()
+    assert {"llamafactory_hera/cli.py", "llamafactory_hera/integrations/llamaboard/texts.yaml"} <= set(names)
     recipes = {name.split("share/llamafactory-hera/recipes/")[1] for name in names if "/share/" in name}
     files = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     repository_only = {"demo", "notebook", "study", "real", "rah_lora", "generate", "__pycache__"}
@@ -64,7 +75,17 @@ def test_the_wheel_contains_packages_hooks_and_recipes(wheel: Path) -> None:
     assert not [name for name in names if re.search("/recipes/(demo|notebook|study|real|rah_lora|generate)", name)]
 
 
-def test_installing_registers_the_stage_and_doctor_finds_no_problem(python: Path) -> None:
+def test_the_core_runs_nothing_when_python_starts(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+    python, site = _environment(tmp_path / "venv")
+    _install(python, wheels[0])
+    assert {path.name for path in site.iterdir()} == {
+        "llamafactory_hera",
+        f"llamafactory_hera-{__version__}.dist-info",
+    }
+    assert _run(python, "-c", STARTS) == "0\n"
+
+
+def test_installing_both_registers_the_stage_and_doctor_finds_no_problem(python: Path) -> None:
     code = (
         "from llamafactory.hparams import FinetuningArguments; import llamafactory_hera.cli; "
         "print(FinetuningArguments(stage='hera', hera_heads='L0H1').use_hera, llamafactory_hera.__file__); "
@@ -72,18 +93,44 @@ def test_installing_registers_the_stage_and_doctor_finds_no_problem(python: Path
     )
     printed = _run(python, "-c", code)
     assert re.search(rf"^True {python.parents[1]}", printed, re.MULTILINE)
+    for name in ("llamafactory-hera", "llamafactory-hera-patches"):
+        assert re.search(rf"^ok  {name} +{__version__}\b", printed, re.MULTILINE)
     assert "No problem found." in printed
     assert python.with_name("llamafactory-hera").is_file()
 
 
+def test_doctor_reports_missing_patches_as_the_only_problem(wheels: tuple[Path, Path], tmp_path: Path) -> None:
+    python = _complete(tmp_path / "venv", wheels[0])
+    done = subprocess.run(
+        [python.with_name("llamafactory-hera"), "doctor"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert re.search(r"^OFF llamafactory-hera-patches +not installed.*\n +-> .*\./patches`", done.stdout, re.MULTILINE)
+    assert (done.returncode, done.stdout.splitlines()[-1][:10]) == (1, "1 problem(")
+
+
+def test_the_patches_without_the_core_print_one_line_and_change_nothing(
+    wheels: tuple[Path, Path], tmp_path: Path
+) -> None:
+    python = _complete(tmp_path / "venv", wheels[1])
+    code = "import llamafactory.extras.packages, hera_patches; print(hera_patches.patches())"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "{}\n", done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "hera" in line)
+    assert line.endswith("run `pip uninstall llamafactory-hera-patches`.")
+
+
 @pytest.mark.parametrize("extras", ["", "[llamafactory,deepspeed]"])
-def test_installing_changes_no_version_of_another_package(python: Path, wheel: Path, extras: str) -> None:
-    command = (*PIP, python, "install", "--dry-run", "--quiet", "--no-index", "--report", "-", f"{wheel}{extras}")
-    assert {each["metadata"]["name"] for each in json.loads(_run(*command))["install"]} <= {"llamafactory-hera"}
+def test_installing_changes_no_version_of_another_package(
+    python: Path, wheels: tuple[Path, Path], extras: str
+) -> None:
+    given = (f"{wheels[0]}{extras}", wheels[1])
+    command = (*PIP, python, "install", "--dry-run", "--quiet", "--no-index", "--report", "-", *given)
+    ours = {"llamafactory-hera", "llamafactory-hera-patches"}
+    assert {each["metadata"]["name"] for each in json.loads(_run(*command))["install"]} <= ours
 
 
-def test_the_core_requires_no_specific_versions(wheel: Path) -> None:
-    archive = zipfile.ZipFile(wheel)
+def test_the_core_requires_no_specific_versions(wheels: tuple[Path, Path]) -> None:
+    archive = zipfile.ZipFile(wheels[0])
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     asked = re.findall(r"^Requires-Dist: (.+)$", archive.read(metadata).decode(), re.MULTILINE)
     core = [line for line in asked if "extra ==" not in line]
@@ -91,13 +138,14 @@ def test_the_core_requires_no_specific_versions(wheel: Path) -> None:
     assert all(re.fullmatch(r"[\w.-]+", line) for line in core), core
 
 
-def test_uninstalling_removes_the_startup_hook(wheel: Path, tmp_path: Path) -> None:
+def test_uninstalling_removes_the_startup_hook_and_every_file(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     python, site = _environment(tmp_path / "venv")
-    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    _install(python, *wheels)
     assert _run(python, "-c", STARTS) == "1\n"
+    _run(*PIP, python, "uninstall", "--quiet", "--yes", "llamafactory-hera-patches")
+    assert _run(python, "-c", STARTS) == "0\n"
     _run(*PIP, python, "uninstall", "--quiet", "--yes", "llamafactory-hera")
     assert list(site.rglob("*hera*")) == []
-    assert _run(python, "-c", STARTS) == "0\n"
 
 
 def _needed(*names: str) -> set[str]:
@@ -113,9 +161,9 @@ def _needed(*names: str) -> set[str]:
     return found
 
 
-def test_heads_are_read_and_trained_without_any_host(wheel: Path, tmp_path: Path) -> None:
+def test_heads_are_read_and_trained_without_any_host(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     python, site = _environment(tmp_path / "venv")
-    _run(*PIP, python, "install", "--quiet", "--no-deps", "--no-index", wheel)
+    _install(python, wheels[0])
     # transformers needs torchvision to read images but does not declare it; users of a VLM have installed it
     for name in _needed("llamafactory-hera", "torchvision", "pytest") - {"llamafactory-hera"}:
         files = distribution(name)

@@ -1,0 +1,20 @@
+"""The adapter for LLaMA-Factory (the host), without the patches: those are a distribution of their own."""
+
+from importlib.util import find_spec
+
+#: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
+PATCHES = "llamafactory-hera-patches"
+#: The release of LLaMA-Factory that everything is tested with.
+TESTED_HOST = "0.9.5"
+#: The remedy for a host that is missing, or for versions that do not work together.
+PINNED_INSTALL = '`pip install ".[pinned]" ./patches` in a clone of llamafactory-hera'
+#: The remedy for missing patches.
+PATCHES_INSTALL = "`pip install . ./patches` in a clone of llamafactory-hera"
+
+
+def require_host(patches: bool = True) -> None:
+    """Raises ``ValueError`` if LLaMA-Factory or, unless ``patches`` is false, its patches are not installed."""
+    if find_spec("llamafactory") is None:
+        raise ValueError(f"llamafactory is not installed; run {PINNED_INSTALL}.")
+    if patches and find_spec("hera_patches") is None:
+        raise ValueError(f"stage: hera needs {PATCHES}, which is not installed; run {PATCHES_INSTALL}.")

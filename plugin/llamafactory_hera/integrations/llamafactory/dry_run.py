@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 
+from . import PATCHES, require_host
+
 _N_IMAGES = 8  # images that are opened in each dataset
 _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
 
@@ -36,7 +39,7 @@ _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameter
 def check_recipe(path: str, overrides: Sequence[str] = (), processes: int = 1) -> int:
     """Prints the result of each check of a recipe; returns 1 if one found a problem, otherwise 0."""
     recipe, problems = _Recipe(path, overrides, processes), []
-    for name in ("keys", "batch", "heads", "template", "teacher", "images", "memory"):
+    for name in ("host", "keys", "batch", "heads", "template", "teacher", "images", "memory"):
         try:
             print(f"ok  {name:<8}  {getattr(recipe, name)()}", flush=True)
         except (ValueError, OSError) as error:
@@ -71,6 +74,10 @@ class _Recipe:
         if getattr(config, "vision_config", None) is None:
             raise ValueError(f"model_name_or_path: {self.folder} is a text-only model; give a multimodal model.")
         return config
+
+    def host(self) -> str:
+        require_host()
+        return f"llamafactory {version('llamafactory')}, {PATCHES}"
 
     def keys(self) -> str:
         with warnings.catch_warnings(record=True) as caught:
@@ -179,6 +186,7 @@ def _image_tokens() -> dict[str | None, str | None]:
     """Maps templates to their image tokens, None without images; reads the source of the host."""
     built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
     tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
+    require_host(patches=False)
     (host,) = find_spec("llamafactory").submodule_search_locations  # type: ignore[union-attr, misc]
     source = Path(host, "data", "template.py").read_text(encoding="utf-8")
     for call in re.findall(r"^register_template\((.*?)^\)", source, re.DOTALL | re.MULTILINE):

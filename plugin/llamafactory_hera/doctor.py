@@ -1,20 +1,18 @@
-"""The checks of ``llamafactory-hera doctor``, which find problems with ``stage: hera`` and print remedies."""
+"""The checks of ``llamafactory-hera doctor``, which find problems with an installation and print remedies."""
 
 import importlib
 import logging
 import platform
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import NamedTuple
 
-import llamafactory_hera
+from . import __version__
+from .integrations.llamafactory import PATCHES, PATCHES_INSTALL, PINNED_INSTALL, TESTED_HOST
 
-from . import disabled, installed, patches
-from .registry import MISFITS, PINNED_INSTALL, TESTED_HOST
-
+_NEEDED = ("torch", "torchvision", "transformers", "peft", "accelerate")
 _OPTIONAL = ("torchaudio", "deepspeed")
-_PACKAGES = ("llamafactory", "torch", "torchvision", "transformers", "peft", "accelerate", *_OPTIONAL)
 _VERSION_ONLY = ("trl", "axolotl", "lmms-eval", "bitsandbytes")  # listed if installed; importing them takes long
 
 
@@ -41,21 +39,43 @@ def run_doctor() -> int:
 
 
 def _packages() -> Iterator[_Finding]:
-    yield _Finding("llamafactory-hera", f"{llamafactory_hera.__version__}, Python {platform.python_version()}")
-    for name in _PACKAGES:
-        try:
-            text, remedy = version(name), None
-        except PackageNotFoundError:
-            yield _Finding(name, "not installed", None if name in _OPTIONAL else PINNED_INSTALL)
-            continue
-        if name == "llamafactory" and text != TESTED_HOST:
-            text += f" (tested: {TESTED_HOST}; see the patches below)"
-        if error := _import_error(name):
-            text, remedy = f"{text}, {error}", f"install versions that work together: {PINNED_INSTALL}"
-        yield _Finding(name, text, remedy)
-    for name in _VERSION_ONLY:
-        with suppress(PackageNotFoundError):
-            yield _Finding(name, version(name))
+    yield _Finding("llamafactory-hera", f"{__version__}, Python {platform.python_version()}")
+    yield from _host()
+    for name in (*_NEEDED, *_OPTIONAL):
+        if found := _version(name):
+            yield _imported(name, found)
+        else:
+            yield _Finding(name, "not installed", PINNED_INSTALL if name in _NEEDED else None)
+    yield from (_Finding(name, found) for name in _VERSION_ONLY if (found := _version(name)))
+
+
+def _host() -> Iterator[_Finding]:
+    """Reports LLaMA-Factory and its patches. Each needs the other, and the other hosts need neither."""
+    patches = _version(PATCHES) if find_spec("hera_patches") else None
+    host = _version("llamafactory")
+    if patches is None:
+        yield _Finding(PATCHES, "not installed; stage: hera needs it", PATCHES_INSTALL if host else None)
+    else:
+        yield _Finding(
+            PATCHES, patches, None if patches == __version__ else f"install {__version__}: {PATCHES_INSTALL}"
+        )
+    if host is None:
+        yield _Finding("llamafactory", "not installed", PINNED_INSTALL if patches else None)
+    else:
+        yield _imported("llamafactory", host, "" if host == TESTED_HOST else f" (tested: {TESTED_HOST})")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _imported(name: str, found: str, note: str = "") -> _Finding:
+    error = _import_error(name)
+    remedy = f"install versions that work together: {PINNED_INSTALL}" if error else None
+    return _Finding(name, f"{found}{note}{f', {error}' if error else ''}", remedy)
 
 
 def _import_error(module: str) -> str | None:
@@ -81,12 +101,17 @@ def _accelerator() -> Iterator[_Finding]:
 
 
 def _patches() -> Iterator[_Finding]:
+    if not all(map(find_spec, ("llamafactory", "hera_patches"))):
+        return  # already in the report
+    from hera_patches import disabled, installed, patches
+    from hera_patches.registry import MISFITS
+
     if disabled():
         yield _Finding("patches", "disabled by HERA_DISABLE", "unset HERA_DISABLE to train with stage: hera")
         return
     if not installed():
-        text = "not active: this Python has no llamafactory_hera.pth in a site-packages folder, or ignores it"
-        yield _Finding("patches", text, "install the plugin again, and run Python without -S")
+        text = "not active: this Python has no llamafactory_hera_patches.pth in a site-packages folder, or ignores it"
+        yield _Finding("patches", text, f"run Python without -S, or install {PATCHES} again: {PATCHES_INSTALL}")
         return
     for host, patch in patches().items():
         name = f"patch {patch.name}"
