@@ -74,10 +74,10 @@ def test_its_name_is_a_value_of_the_key(example: str) -> None:
 
 
 def test_the_objectives_are_there() -> None:
-    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis"}
+    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis", "gram"}
     assert ours <= set(names())
     on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
-    assert on_tokens == {"feature", "viral", "ross", "jarvis"}
+    assert on_tokens == {"feature", "viral", "ross", "jarvis", "gram"}
     assert {name for name in ours if "hera_memory" in find(name).reads} == {"contrastive"}
     assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
 
