@@ -78,8 +78,9 @@ class HeraConfig(KeyedConfig):
     objective: str = knob(
         "contrastive",
         "The alignment loss: HeRA's loss over neighbors (contrastive); matching visual tokens to the teacher's "
-        "patches (feature, viral); predicting hidden patches (jarvis) or noise in an autoencoder's latents (ross); "
-        "1 - CKA over the batch (cka); or your own class, written as my_package.my_module:MyObjective.",
+        "patches (feature, viral), or similarities of visual tokens to those of patches (gram); predicting hidden "
+        "patches (jarvis) or noise in an autoencoder's latents (ross); 1 - CKA over the batch (cka); or your own "
+        "class, written as my_package.my_module:MyObjective.",
     )
     granularity: Granularity = knob(
         "head", "Align attention heads (head, with hera_heads) or decoder layers (layer, with hera_layers)."

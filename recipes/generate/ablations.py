@@ -69,6 +69,17 @@ _ROSS = (
 )
 _JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way uses JARVIS's attention; see docs/rivals.md."
 _JARVIS_TWO = "JARVIS is only part of stage 1."
+_GRAM = (
+    "LaVer compares the student with a moving average of itself and adds a loss on masked tokens; here, the teacher "
+    "is a frozen vision encoder, and no token is masked (docs/rivals.md). The layer and the weight are LaVer's."
+)
+#: The linear layers of a decoder layer.
+_LINEAR = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+_MIDDLE = (
+    "arXiv 2606.03871 trains only intermediate layers; the middle third is this project's choice. LLaMA-Factory's "
+    "finetuning_type: freeze trains only the first or the last layers, so this recipe trains adapters on the middle "
+    "layers."
+)
 _VAE_NEED = (
     "an AutoencoderKL. ROSS uses FLUX.1-dev's autoencoder, whose license you must accept: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
@@ -143,6 +154,8 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
     """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources and with LoRA as in VIRAL.
 
+    Two rows are not in the paper: LaVer's Gram loss, and fine-tuning of the middle layers.
+
     Args:
         model: The LLM.
         pretrain: Its stage 1 with HeRA.
@@ -166,6 +179,8 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
         second = {**ross, "hera_objective_from": f"{saves}/ross_pretrain"}
         stages[f"ross{suffix}"] = (recipe, "ROSS", f"{saves}/ross_pretrain", second, _ROSS)
         stages[f"viral{suffix}"] = (recipe, "VIRAL", f"{saves}/pretrain_sft", viral, f"{plain} {_VIRAL}")
+    gram = {"hera_objective": "gram", **_LAYER, "hera_layers": "final", "hera_weight": 1.0}
+    stages["gram"] = (hera, "the Gram loss of LaVer", f"{saves}/pretrain_sft", gram, f"{plain} {_GRAM}")
     stages["cmar"] = (hera, "CMAR", f"{saves}/pretrain_cmar", cmar, _CMAR)
     for name, (recipe, title, start, keys, notes) in stages.items():
         stage = "stage 1" if recipe is pretrain else "stage 2 (LoRA)" if recipe is lora else "stage 2"
@@ -178,15 +193,28 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
         title = f"{model.title}, LLaVA {stage} without an alignment loss, after stage 1 with JARVIS."
         after = recipe.without_hera(f"{FOLDER}/{model.key}_{name}", title, f"{saves}/{name}", _JARVIS_TWO)
         yield _starting(after, start)
+    yield _starting(_middle_layers(model, lora, plain), f"{saves}/pretrain_sft")
+
+
+def _middle_layers(model: Backbone, lora: Recipe, stage_one: str) -> Recipe:
+    """Makes the LoRA baseline that trains only the middle third of the layers (arXiv 2606.03871)."""
+    first, end = SIZES[model.key].layers // 3, 2 * SIZES[model.key].layers // 3
+    title = (
+        f"{model.title}, LLaVA stage 2 (LoRA) without an alignment loss, on layers {first} to {end - 1} only (arXiv "
+    )
+    title += "2606.03871)."
+    name = "sft_middle_lora"
+    recipe = lora.without_hera(
+        f"{FOLDER}/{model.key}_{name}", title, f"saves/{model.key}/{name}", f"{stage_one} {_MIDDLE}"
+    )
+    targets = ", ".join(f"layers.{layer}.{part}" for layer in range(first, end) for part in _LINEAR)
+    return recipe.changed(lora_target=targets)
 
 
 def _starting(recipe: Recipe, start: str) -> Recipe:
     """Replaces the model that the recipe starts from."""
-    sections = [
-        (name, {k: start if k == "model_name_or_path" else v for k, v in keys.items()})
-        for name, keys in recipe.sections
-    ]
-    return replace(recipe, sections=sections, needs=[(f"{start}/", "the output of its stage 1"), *recipe.needs[1:]])
+    needs = [(f"{start}/", "the output of its stage 1"), *recipe.needs[1:]]
+    return replace(recipe.changed(model_name_or_path=start), needs=needs)
 
 
 def _changed(
@@ -254,6 +282,10 @@ def index() -> str:
     none, hera = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
     lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {hera} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
     lines.append(f"| none | command in the header of stage 2 | {none} | – | 55.9 |")
+    gram, middle = _link(f"{FOLDER}/{RIVALRY}_gram"), _link(f"{FOLDER}/{RIVALRY}_sft_middle_lora")
+    lines += ["", "Two more rows to compare with are not in the paper; stage 1 is the command in their headers:", ""]
+    lines += ["| Method | Stage 2 |", "| --- | --- |", f"| the Gram loss of LaVer | {gram} |"]
+    lines += [f"| no alignment loss, LoRA adapters on the middle third of the layers | {middle} |"]
     return "\n".join(lines)
 
 

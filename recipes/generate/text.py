@@ -53,14 +53,15 @@ class Recipe:
 
     def without_hera(self, name: str, title: str, output_dir: str, notes: str) -> "Recipe":
         """Returns the same run as plain supervised fine-tuning, with a different output folder."""
-        changed = {"stage": "sft", "output_dir": output_dir}
-        sections = [
-            (section, {key: changed.get(key, value) for key, value in keys.items()})
-            for section, keys in self.sections
-            if section != "hera"
-        ]
+        changed = self.changed(stage="sft", output_dir=output_dir)
+        sections = [section for section in changed.sections if section[0] != "hera"]
         needs = [need for need in self.needs if need[0] != self.keys["hera_teacher"]]
         return replace(self, name=name, title=title, needs=needs, sections=sections, notes=notes)
+
+    def changed(self, **values: Any) -> "Recipe":
+        """Returns the recipe with other values of keys that it has."""
+        sections = [(name, {k: values.get(k, v) for k, v in keys.items()}) for name, keys in self.sections]
+        return replace(self, sections=sections)
 
 
 def render(recipe: Recipe) -> str:
@@ -79,7 +80,7 @@ def render(recipe: Recipe) -> str:
         lines += ["", f"### {section}"]
         for key, value in keys.items():
             comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS and (key, value) != ("hera_memory", 0) else ""
-            lines.append(f"{key}: {_scalar(value)}{comment}")
+            lines.append(f"{key}: {_scalar(value)}{comment}".replace(": \n", ":\n"))
     return "\n".join(lines) + "\n"
 
 
@@ -121,4 +122,7 @@ def _wrap(text: str, first: str = "# ", others: str = "# ") -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
+    text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
+    return (
+        text if len(text) <= WIDTH else "\n" + textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+    )

@@ -6,6 +6,7 @@ The recipes run as they are, except for paths, sizes, and settings that need a G
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,22 @@ def test_the_baseline_and_lora_run_too(place: Path, stage_one: dict[str, Run], s
     lora = train("qwen3_8b_hera_lora", place, server)
     check(lora)
     check_trained(trained(place, lora.folder), SIZES["qwen3_8b"].projector, lora=True)
+
+
+def test_the_recipes_of_baselines_outside_the_paper_run_too(
+    place: Path, stage_one: dict[str, Run], server: HostServer
+) -> None:
+    assert stage_one["qwen3_8b"].ok
+    start = {"model_name_or_path": "saves/qwen3_8b/pretrain"}
+    middle = train("ablations/qwen3_8b_sft_middle_lora", place, server, **start)
+    check(middle, hera=False)
+    names = trained(place, middle.folder)
+    check_trained(names, SIZES["qwen3_8b"].projector, lora=True)
+    assert {int(number) for name in names for number in re.findall(r"layers\.(\d+)\.", name)} == {*range(12, 24)}
+    assert sum("lora_A" in name for name in names) == 84
+    gram = train("ablations/qwen3_8b_gram", place, server, **start)
+    assert gram.ok, gram.output[-4000:]
+    assert all(line["hera_loss"] > 0 for line in gram.logs())
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -21,6 +21,7 @@ CASES = {
     "cka, layers": ("cka", LAYERS, "reentrant"),
     "viral, layers": ("viral", LAYERS, "reentrant"),
     "viral, one layer": ("viral", "L1", "off"),
+    "gram, layers": ("gram", LAYERS, "non-reentrant"),
     "ross": ("ross", "final", "reentrant"),
     "jarvis": ("jarvis", "L1", "reentrant"),
     "jarvis, no checkpointing": ("jarvis", "L1", "off"),

@@ -74,10 +74,10 @@ def test_the_key_accepts_the_name_of_the_example(example: str) -> None:
 
 
 def test_all_objectives_are_registered() -> None:
-    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis"}
+    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis", "gram"}
     assert ours <= set(names())
     on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
-    assert on_tokens == {"feature", "viral", "ross", "jarvis"}
+    assert on_tokens == {"feature", "viral", "ross", "jarvis", "gram"}
     assert {name for name in ours if "hera_memory" in find(name).reads} == {"contrastive"}
     assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
 

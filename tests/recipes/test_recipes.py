@@ -161,6 +161,8 @@ TABLE_4 = {
     "cmar": (("cka", "layer", "penultimate", 0.1), (1, 2)),
     "ross": (("ross", "layer", "final", 1.0), (1, 2)),
     "jarvis": (("jarvis", "layer", "L8", 1.0), (1,)),
+    # not in the paper
+    "gram": (("gram", "layer", "final", 1.0), (2,)),
 }
 
 
@@ -173,11 +175,21 @@ def test_a_row_of_table_4_is_trained_as_in_its_source(name: str, values: dict, f
     assert (first["freeze_language_model"], second["freeze_language_model"]) == (True, False)
     assert tuple(n for n, keys in enumerate((first, second), start=1) if keys["stage"] == "hera") == used_in
     assert all(alignment(keys) == aligned for keys in (first, second) if keys["stage"] == "hera")
-    if name != "cmar":
+    if name not in ("cmar", "gram"):
         lora = values[f"ablations/qwen3_8b_{name}_lora"]
         assert (lora["lora_rank"], lora["lora_alpha"], float(lora["learning_rate"])) == (128, 256, 2e-4)
         hera = [{k: v for k, v in keys.items() if k.startswith("hera_")} for keys in (second, lora)]
         assert hera[0] == hera[1]
+
+
+def test_the_middle_third_of_the_layers_is_trained_by_lora_alone(values: dict, folder: Path) -> None:
+    keys, lora = values["ablations/qwen3_8b_sft_middle_lora"], values["qwen3_8b_hera_lora"]
+    changed = ("stage", "model_name_or_path", "lora_target", "output_dir")
+    assert without_hera(keys, *changed) == without_hera(lora, *changed)
+    assert stage_one("ablations/qwen3_8b_sft_middle_lora", values, folder)["output_dir"] == keys["model_name_or_path"]
+    targets = [name.strip().split(".", 2)[1:] for name in keys["lora_target"].split(",")]
+    assert {int(layer) for layer, _ in targets} == set(range(12, 24))
+    assert len({module for _, module in targets}) * 12 == len(targets) == 84
 
 
 # -- the command ``llamafactory-hera recipes`` ------------------------------------------------------------------------

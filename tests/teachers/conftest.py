@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers as tf
 from PIL import Image
@@ -25,11 +26,38 @@ MODELS = {
         tf.Dinov2WithRegistersConfig(**_VIT, mlp_ratio=2, num_register_tokens=3)
     ),
     "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**_MLP, num_register_tokens=3)),
+    "dinov3_convnext": lambda: tf.DINOv3ConvNextModel(
+        tf.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1], image_size=SIDE)
+    ),
     "vit": lambda: tf.ViTModel(tf.ViTConfig(**_MLP)),
+    "vit_msn": lambda: tf.ViTMSNModel(tf.ViTMSNConfig(**_MLP)),
+    "pixio": lambda: tf.PixioModel(tf.PixioConfig(**_VIT, mlp_ratio=2, n_cls_tokens=3)),
+    "metaclip_2": lambda: tf.MetaClip2Model(tf.MetaClip2Config(vision_config=_MLP, text_config=_TEXT)),
+    "mlcd": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**_MLP, num_key_value_groups=1)),
+    "mlcd_vision_model": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**_MLP, num_key_value_groups=1)),
+    "aimv2_vision_model": lambda: tf.Aimv2VisionModel(tf.Aimv2VisionConfig(**_MLP)),
+    "ijepa": lambda: tf.IJepaModel(tf.IJepaConfig(**_MLP)),
     "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=_MLP, text_config=_TEXT)),
     "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_MLP)),
     "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=_MLP, text_config=_TEXT)),
     "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**_MLP)),
+}
+
+_TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+#: Architectures of timm, with the sizes that make them tiny and the pixels along each side of an image.
+TIMM_MODELS = {
+    "vit_small_patch14_reg4_dinov2": (_TIMM_VIT, 28),
+    "vit_small_patch16_dinov3": (_TIMM_VIT, 32),
+    "vit_pe_core_tiny_patch16_384": (_TIMM_VIT, 32),
+    "vit_base_patch16_siglip_224": (_TIMM_VIT, 32),
+    "aimv2_large_patch14_224": (_TIMM_VIT, 28),
+    "beit_base_patch16_224": (_TIMM_VIT, 32),
+    "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 32)}, 64),
+    "swin_tiny_patch4_window7_224": (
+        {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 2},
+        64,
+    ),
+    "tf_efficientnet_lite0": ({}, 64),
 }
 
 
@@ -38,7 +66,7 @@ def _processor(kind: str):
         return tf.BitImageProcessor(size={"shortest_edge": 36}, crop_size=_SQUARE)
     if kind.startswith("dinov3"):
         return tf.DINOv3ViTImageProcessor(size=_SQUARE)
-    if kind.startswith("clip"):
+    if "clip" in kind or kind.startswith("mlcd"):
         return tf.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=_SQUARE)
     if kind.startswith("siglip"):
         return tf.SiglipImageProcessor(size=_SQUARE)
@@ -63,7 +91,31 @@ def save_teacher(tmp_path):
         _randomize(model)
         model.save_pretrained(folder)
         _processor(kind).save_pretrained(folder)
+        if kind == "mlcd":  # the name of the type on its authors' pages
+            config = (folder / "config.json").read_text()
+            (folder / "config.json").write_text(config.replace("mlcd_vision_model", kind))
         return folder
+
+    return save
+
+
+@pytest.fixture
+def save_timm(tmp_path):
+    """save_timm(name) saves a tiny random model as timm does for the hub, and returns the model and the folder."""
+
+    def save(name: str) -> tuple[torch.nn.Module, Path]:
+        args, pixels = TIMM_MODELS[name]
+        if pixels < 64 or name.startswith("swin"):
+            args = args | {"img_size": pixels}
+        torch.manual_seed(0)
+        model = timm.create_model(
+            name, num_classes=0, pretrained_cfg_overlay={"input_size": (3, pixels, pixels)}, **args
+        )
+        _randomize(model)
+        for buffer in (buffer for key, buffer in model.named_buffers() if "running" in key):
+            buffer.add_(torch.rand_like(buffer))
+        timm.models.save_for_hf(model, str(tmp_path / name), safe_serialization=True)
+        return model.eval(), tmp_path / name
 
     return save
 

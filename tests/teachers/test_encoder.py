@@ -1,7 +1,11 @@
 import json
+import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
@@ -9,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from llamafactory_hera.teachers import encoder
 from llamafactory_hera.teachers.encoder import FAMILIES, TeacherProcessor, VisionTeacher, teacher_fingerprint
 
-KINDS = [*FAMILIES, "dinov2_classifier"]
+from .conftest import TIMM_MODELS
+
+KINDS = [*(kind for kind in FAMILIES if kind != "timm_wrapper"), "dinov2_classifier"]
+#: The feature of each kind without a CLS token before its patches.
+MEAN = ("siglip", "siglip_vision_model", "aimv2_vision_model", "ijepa")
+POOLED = ("clip", "clip_vision_model", "metaclip_2", "mlcd", "mlcd_vision_model", "pixio", "dinov3_convnext")
 
 
 def load(folder, **options):
@@ -119,27 +128,105 @@ def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, sav
     images = make_images(3, size=(32, 32))
     model = tf.AutoModel.from_pretrained(folder).eval()
     inputs = tf.AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")
-    forward = model
-    if hasattr(model, "text_model"):  # CLIP's `get_image_features` returns projected features
-        forward = model.vision_model if kind == "clip" else model.get_image_features
+    if hasattr(model, "text_model"):  # `get_image_features` of CLIP returns projected features
+        model = model.vision_model
     with torch.no_grad():
-        output = forward(**inputs)
+        output = model(**inputs)
     tokens = output.last_hidden_state
-    before_patches = {"dinov2_with_registers": 4, "dinov3_vit": 4}.get(kind, 0 if "siglip" in kind else 1)
-    expected = output.pooler_output if "clip" in kind else tokens.mean(1) if "siglip" in kind else tokens[:, 0]
+    before_patches = {"dinov2_with_registers": 4, "dinov3_vit": 4, "pixio": 3}.get(kind, 0 if kind in MEAN else 1)
+    expected = output.pooler_output if kind in POOLED else tokens.mean(1) if kind in MEAN else tokens[:, 0]
 
     teacher = load(folder)
     pixels = teacher.processor.batch(images)
     features = teacher.encode(pixels)
-    student = (pixels * teacher.processor.std + teacher.processor.mean).clamp(0, 1)
-    patches = teacher.patch_features(student, 4).unflatten(1, (4, 4))
     assert features.shape == (3, teacher.dim) == (3, 32)
-    assert patches.shape == (3, 4, 4, teacher.dim)
-    assert features.dtype == patches.dtype == torch.float32
+    assert features.dtype == torch.float32
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(patches.flatten(1, 2), tokens[:, before_patches:], rtol=1e-5, atol=1e-5)
     assert (features[0] - features[1]).abs().max() > 1e-3
+    check_patches(teacher, pixels, tokens[:, before_patches:])
+
+
+def check_patches(teacher, pixels, expected):
+    """Compares the patch features at the teacher's own size with the model's tokens, and asks for a larger grid."""
+    if not teacher.info.family.patches:
+        with pytest.raises(ValueError, match=r"^hera_teacher: .* has no square grid of patch tokens, .* 4 x 4 visual"):
+            VisionTeacher.check(teacher.info.name, 4)
+        return
+    student = (pixels * teacher.processor.std + teacher.processor.mean).clamp(0, 1)
+    side = pixels.shape[-1] // teacher.info.config.patch_size
+    patches = teacher.patch_features(student, side)
+    assert patches.shape == (3, side**2, teacher.dim)
+    assert patches.dtype == torch.float32
+    torch.testing.assert_close(patches, expected, rtol=1e-5, atol=1e-5)
+    patches = patches.unflatten(1, (side, side))
     assert not torch.allclose(patches[:, 0, 1], patches[:, 1, 0])
+    if teacher.info.family.any_size:
+        assert teacher.patch_features(student, side + 1).shape == (3, (side + 1) ** 2, teacher.dim)
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_a_timm_model_is_a_teacher_with_its_own_pooled_output_patches_and_pixels(name, save_timm, make_images):
+    model, folder = save_timm(name)
+    images = make_images(3)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    expected_pixels = torch.stack([transform(image) for image in images])
+    with torch.no_grad():
+        expected, tokens = model(expected_pixels), model.forward_features(expected_pixels)
+
+    teacher = load(folder)
+    pixels = pickle.loads(pickle.dumps(teacher.processor)).batch(images)
+    assert torch.equal(pixels, expected_pixels)
+    assert teacher.processor.pixel_size == pixels.shape[2:]
+    features = teacher.encode(pixels)
+    assert features.shape == (3, teacher.dim)
+    assert (features[0] - features[1]).abs().max() > 1e-4
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    plain = not name.startswith(("convnext", "swin", "tf_"))
+    assert teacher.info.family.patches == plain
+    check_patches(teacher, pixels, tokens[:, model.num_prefix_tokens :] if plain else None)
+
+
+def test_the_pooling_of_a_timm_model_can_be_set_in_its_config(save_timm, make_images, edit_json):
+    model, folder = save_timm("vit_small_patch16_dinov3")
+    assert model.global_pool == "avg"
+    settings = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", model_args=settings["model_args"] | {"global_pool": "token"})
+    teacher = load(folder)
+    pixels = teacher.processor.batch(make_images(2))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.encode(pixels), model.forward_features(pixels)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "available", "message"),
+    [
+        ({}, False, "needs timm, which is not installed; pip install timm"),
+        ({"architecture": "vit_nothing"}, True, r"timm cannot pool the features of .*'vit_nothing' is not supported"),
+        ({"architecture": "qwen3_vit_416m_enc", "model_args": {}}, True, "timm cannot pool .* use another model"),
+    ],
+)
+def test_a_timm_model_that_cannot_be_a_teacher_is_refused(
+    change, available, message, save_timm, edit_json, monkeypatch
+):
+    _, folder = save_timm("convnext_atto")
+    edit_json(folder / "config.json", **change)
+    monkeypatch.setattr(tf.utils, "is_timm_available", lambda: available)
+    with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}") as caught:
+        VisionTeacher.check(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+def test_the_page_lists_every_kind_of_teacher():
+    page = (Path(__file__).parents[2] / "docs/method.md").read_text(encoding="utf-8")
+    table = page.partition("| `model_type` |")[2].partition("\n\n")[0]
+    rows = {kind: row for row in table.splitlines() for kind in re.findall(r"`(\w+)`", row.split("|")[1:][0:1][0])}
+    assert set(rows) == set(FAMILIES)
+    for kind, row in rows.items():
+        feature, grid = row.split("|")[3:5]
+        family = FAMILIES[kind]
+        assert {"cls": "CLS", "pooled": "pooled", "mean": "mean of the patches"}[family.output] in feature
+        if kind != "timm_wrapper":
+            assert grid.strip() == ("any" if family.any_size else "its own" if family.patches else "–")
 
 
 def test_the_teacher_is_frozen_and_independent_of_the_training_step_around_it(save_teacher, make_images, edit_json):

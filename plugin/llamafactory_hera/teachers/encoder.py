@@ -1,10 +1,12 @@
 """The teacher, a frozen vision encoder: its files, its image processor and its features.
 
 The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3). For encoders without a CLS token,
-this project uses the mean of the patch tokens. Register tokens are never included.
+this project uses the mean of the patch tokens. Register tokens are never included. A timm model has the pooled output
+that timm defines for it.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +32,17 @@ class TeacherFamily(NamedTuple):
 
     ``cls`` is the first token of ``last_hidden_state``. ``pooled`` is ``pooler_output``, because CLIP applies its
     final norm only there. ``mean`` is the mean of ``last_hidden_state`` in models without a CLS token. Models with
-    ``any_size`` accept images whose size differs from ``config.image_size``.
+    ``any_size`` accept images whose size differs from ``config.image_size``. In models with ``patches``,
+    ``last_hidden_state`` ends with the patch tokens, row by row.
     """
 
     model_class: str
     output: Literal["cls", "pooled", "mean"]
     any_size: bool = False
+    patches: bool = True
+
+
+TIMM = "timm_wrapper"
 
 
 # "siglip" includes SigLIP2 of fixed resolution. The type "siglip2" is NaFlex, which expects lists of patches instead.
@@ -43,11 +50,20 @@ FAMILIES: dict[str, TeacherFamily] = {
     "dinov2": TeacherFamily("Dinov2Model", "cls", any_size=True),
     "dinov2_with_registers": TeacherFamily("Dinov2WithRegistersModel", "cls", any_size=True),
     "dinov3_vit": TeacherFamily("DINOv3ViTModel", "cls", any_size=True),
+    "dinov3_convnext": TeacherFamily("DINOv3ConvNextModel", "pooled", patches=False),
     "vit": TeacherFamily("ViTModel", "cls"),
+    "vit_msn": TeacherFamily("ViTMSNModel", "cls"),
+    "pixio": TeacherFamily("PixioModel", "pooled"),
     "clip": TeacherFamily("CLIPVisionModel", "pooled"),
     "clip_vision_model": TeacherFamily("CLIPVisionModel", "pooled"),
+    "metaclip_2": TeacherFamily("MetaClip2VisionModel", "pooled"),
+    "mlcd": TeacherFamily("MLCDVisionModel", "pooled", any_size=True),
+    "mlcd_vision_model": TeacherFamily("MLCDVisionModel", "pooled", any_size=True),
     "siglip": TeacherFamily("SiglipVisionModel", "mean"),
     "siglip_vision_model": TeacherFamily("SiglipVisionModel", "mean"),
+    "aimv2_vision_model": TeacherFamily("Aimv2VisionModel", "mean"),
+    "ijepa": TeacherFamily("IJepaModel", "mean"),
+    TIMM: TeacherFamily("TimmWrapperModel", "pooled"),
 }
 
 
@@ -90,12 +106,16 @@ class TeacherProcessor:
         import transformers
 
         processor = self._processor = transformers.AutoImageProcessor.from_pretrained(info.path)
+        self.pixel_size: tuple[int, int]  #: Height and width of the result.
+        self.mean, self.std = normalization(processor)
+        if hasattr(processor, "data_config"):
+            self.pixel_size = processor.data_config["input_size"][1:]
+            return
         size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
         if not (size and size.height and size.width):
             problem = f"the image processor of {info.name} produces images of different sizes"
             raise ValueError(f'{KEY}: {problem}; set "do_center_crop": true and "crop_size" in its JSON file.')
-        self.pixel_size: tuple[int, int] = (size.height, size.width)  #: Height and width of the result.
-        self.mean, self.std = normalization(processor)
+        self.pixel_size = (size.height, size.width)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Converts one image of any mode into ``[3, h, w]`` in float32."""
@@ -114,7 +134,8 @@ class VisionTeacher:
         self.processor, self.info = processor, info
         self.fingerprint = teacher_fingerprint(info.path)
         self.device: torch.device = model.device
-        self.dim: int = info.config.hidden_size  #: The length D of a feature.
+        #: The length D of a feature.
+        self.dim: int = getattr(info.config, "hidden_size", None) or info.config.hidden_sizes[-1]
         # Copied once, because a copy in each step would wait for the device.
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
@@ -128,16 +149,27 @@ class VisionTeacher:
 
         value = str(name_or_path)
         folder = teacher_folder(value, weights=False)
-        model_type = read_json(folder / CONFIG_FILE).get("model_type")
+        settings = read_json(folder / CONFIG_FILE)
+        # the config of a model on timm's pages names no type, and contains the settings of its image processor
+        model_type = settings.get("model_type", TIMM if "pretrained_cfg" in settings else None)
         if model_type not in FAMILIES:
             problem = f"{value} has model_type {model_type!r}"
             raise ValueError(f"{KEY}: {problem}; give a vision model of one of the types {', '.join(FAMILIES)}.")
-        if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        if model_type != TIMM and not any((folder / name).is_file() for name in PROCESSOR_FILES):
             problem = f"{value} contains no image processor ({' or '.join(PROCESSOR_FILES)})"
             raise ValueError(f"{KEY}: {problem}; add that file from the same model.")
         family = FAMILIES[model_type]
+        if model_type == TIMM and not transformers.utils.is_timm_available():
+            raise ValueError(f"{KEY}: {value} needs timm, which is not installed; pip install timm.")
         # The config class adds defaults that config files on the hub omit, and extracts the vision part of CLIP.
         config = getattr(transformers, family.model_class).config_class.from_pretrained(folder)
+        if model_type == TIMM:
+            family = _timm_family(family, config, value)
+        if side is not None and not family.patches:
+            problem = (
+                f"{value} has no square grid of patch tokens, which {side} x {side} visual tokens are compared with"
+            )
+            raise ValueError(f"{KEY}: {problem}; use facebook/dinov2-large.")
         if side is not None and not family.any_size and config.image_size // config.patch_size != side:
             fixed = f"{value} accepts only images of {config.image_size} pixels in patches of {config.patch_size}"
             grid = f"the student's images are {side} x {side} tokens"
@@ -157,8 +189,11 @@ class VisionTeacher:
 
         info = cls.check(name_or_path)
         processor = TeacherProcessor(info)
-        options: dict[str, Any] = {"add_pooling_layer": False} if info.config.model_type == "vit" else {}
-        info.config.vision_use_head = False  # SigLIP's pooling module, which no feature uses
+        options: dict[str, Any] = {}
+        if info.config.model_type in ("vit", "ijepa"):
+            options["add_pooling_layer"] = False
+        # the pooling modules of SigLIP and AIMv2, which no feature uses
+        info.config.vision_use_head = info.config.use_head = False
         with whole_model_on_every_rank():
             model, loading = getattr(transformers, info.family.model_class).from_pretrained(
                 info.path, config=info.config, dtype=dtype, output_loading_info=True, **options
@@ -200,10 +235,38 @@ class VisionTeacher:
             return self._model(pixel_values.to(self.device, self._model.dtype))
 
 
+def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily:
+    """Reads the sizes of a timm model, which its config lacks, from a pass without weights, and adds them to it."""
+    from transformers import TimmWrapperModel
+
+    config.do_pooling = True
+    # timm stores all arguments; transformers gives it the number of classes a second time
+    config.model_args = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
+    try:
+        with torch.device("meta"), torch.no_grad():
+            wrapper = TimmWrapperModel(config).eval()
+            model, (_, *image) = wrapper.timm_model, config.pretrained_cfg["input_size"]
+            output = wrapper(torch.empty(1, 3, *image))
+        tokens, config.hidden_size = output.last_hidden_state, output.pooler_output.shape[-1]
+    except Exception as error:  # timm raises a different one for each model
+        raise ValueError(f"{KEY}: timm cannot pool the features of {name} ({error}); use another model.") from error
+    n_prefix, config.image_size = getattr(model, "num_prefix_tokens", None), image[0]
+    if n_prefix is None or getattr(tokens, "ndim", 0) != 3 or tokens.shape[2] != config.hidden_size:
+        return family._replace(patches=False)
+    side = math.isqrt(tokens.shape[1] - n_prefix)
+    config.patch_size = image[0] // max(side, 1)
+    any_size = hasattr(model, "dynamic_img_size")
+    if any_size:
+        config.model_args["dynamic_img_size"] = True
+    return family._replace(any_size=any_size, patches=image[0] == image[1] and n_prefix + side**2 == tokens.shape[1])
+
+
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
     """Returns the mean and standard deviation, ``[3, 1, 1]``, with which a processor normalizes pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
-    if image_processor.do_normalize:
+    if data := getattr(image_processor, "data_config", None):  # of a timm model
+        mean, std = data["mean"], data["std"]
+    elif image_processor.do_normalize:
         mean, std = image_processor.image_mean, image_processor.image_std
     return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 

@@ -1,0 +1,72 @@
+"""The Gram objective compared with sums over pairs of tokens, and its training of a real model."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.objectives import TokenBatch, create
+from llamafactory_hera.training import Aligner
+from tests.terms import options
+from tests.tiny_models import image_rows, student_processor, teacher_folder, vlm, vlm_batch
+
+SHOWN = torch.tensor([True, True, False])
+
+
+def dot(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+
+def loss_of(tokens: Tensor, teacher: Tensor) -> Tensor:
+    return create("gram", options(2, 5, 3))(TokenBatch(tokens, None, teacher, SHOWN))
+
+
+def test_the_loss_is_the_mean_over_pairs_of_tokens_of_an_image() -> None:
+    tokens, teacher = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 3)
+    found = loss_of(tokens, teacher)
+    for target in range(2):
+        for image in range(3):
+            ours, theirs = tokens[target, image].tolist(), teacher[image].tolist()
+            errors = [
+                (cosine(ours[i], ours[j]) - cosine(theirs[i], theirs[j])) ** 2 for i in range(4) for j in range(4)
+            ]
+            assert math.isclose(found[target, image].item(), sum(errors) / 16, rel_tol=1e-4)
+
+
+def test_it_is_0_for_a_rotation_of_the_teachers_patches_at_any_length() -> None:
+    teacher = torch.randn(3, 4, 3)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 3))
+    lengths = torch.rand(2, 3, 4, 1) + 0.5
+    assert loss_of(lengths * (teacher @ rotation.T), teacher).abs().max() < 1e-10
+
+
+def test_rows_of_zeros_have_finite_gradients() -> None:
+    tokens = torch.where(SHOWN.view(-1, 1, 1), torch.randn(2, 3, 4, 5), 0.0).requires_grad_()
+    loss_of(tokens, torch.where(SHOWN.view(-1, 1, 1), torch.randn(3, 4, 3), 0.0)).sum().backward()
+    assert tokens.grad.isfinite().all()
+    assert ((tokens.grad != 0).flatten(2).any(2) == SHOWN).all()
+
+
+def test_it_trains_through_the_model() -> None:
+    model = vlm("llava-qwen3")
+    config = HeraConfig(granularity="layer", layers="final", objective="gram", weight=1.0, teacher=teacher_folder())
+    aligner = Aligner(model, config, image_processor=student_processor())
+    collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
+    optimizer, terms = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for _ in range(12):
+        batch = collate(image_rows(model, 4))
+        micro_batch = aligner.prepare(batch)
+        model(**batch)
+        term = aligner.loss(micro_batch)
+        term.backward()
+        aligner.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        aligner.optimizer_step(3e-3)
+        terms.append(term.item())
+    assert sum(terms[-3:]) < 0.8 * sum(terms[:3])
