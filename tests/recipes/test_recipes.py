@@ -202,7 +202,7 @@ def test_the_list_has_every_recipe_with_its_title(values: dict, capsys: pytest.C
     assert {line.split()[0] for line in lines} == set(values) | calibrated
     assert all(len(line.split()) > 4 for line in lines)
     main(["recipes", "qwen3_8b", "gemma"])
-    assert len(capsys.readouterr().out.splitlines()) == 17
+    assert len(capsys.readouterr().out.splitlines()) == 19
     assert main(["recipes", "llama9"]) == 2
 
 
