@@ -208,13 +208,22 @@ class HeraConfig(KeyedConfig):
             return 0
         return self.memory if isinstance(self.memory, int) else None
 
-    def check_batch(self, size: int, steps: int, processes: int) -> int:
-        """Returns the number of samples that are compared at once.
+    def check_batch(self, size: int, steps: int, processes: int, packed: bool = False) -> int:
+        """Returns the number of samples that are compared at once; with ``packed`` rows, the number of rows.
 
-        Raises ``ValueError`` if these and the memory together are too few for the objective.
+        Raises ``ValueError`` if these and the memory together are too few for the objective. Packed rows may hold any
+        number of samples, but an objective on tokens reads one sample per row.
         """
-        least, together = self.objective_class().least_samples, size * processes * (steps if self.gradcache else 1)
-        if self.remembered is not None and together + self.remembered < least:
+        from .objectives import TokenObjective
+
+        objective, together = self.objective_class(), size * processes * (steps if self.gradcache else 1)
+        least = objective.least_samples
+        if packed and issubclass(objective, TokenObjective):
+            raise ValueError(
+                f"hera_objective: {self.objective} reads the visual tokens of one sample per row, but packed rows "
+                "hold several; choose an objective on averages (contrastive, cka), or do not pack."
+            )
+        if not packed and self.remembered is not None and together + self.remembered < least:
             memory = "set hera_memory: auto, " if self.reads("hera_memory") else ""
             raise ValueError(
                 f"per_device_train_batch_size: {size} gives a global batch of {together}, but hera_objective: "

@@ -22,6 +22,10 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
             ["hera_memory=0", "per_device_train_batch_size=3"],
             "ok  batch     3 samples at once, neighbors: 1 of 2 candi",
         ),
+        (
+            ["neat_packing=true", "per_device_train_batch_size=1", "hera_memory=0"],
+            "ok  batch     1 packed rows at once, neighbors: 0 of 0 candidates (0 of the batch, 0 remembered), or m",
+        ),
         ([], "ok  heads     auto selects 5, llava has 5 layers of up to 8 heads"),
         ([], "ok  template  llava_qwen3 writes an image as <image>"),
         ([], "ok  teacher   hera_demo/teacher in hera_demo/teacher"),

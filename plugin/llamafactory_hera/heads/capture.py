@@ -84,23 +84,24 @@ class HeadCapture(LayerHooks):
         # yields only the bias, which is then subtracted.
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
         at_tokens = read.dim() == 3
-        added = self._unit_rows(index, hidden, biased) if at_tokens else self._head_rows(index, read, biased)
+        added = self._unit_rows(index, hidden) if at_tokens else self._head_rows(index, read)
+        # The rows of all samples are distributed over the batch, because packed rows hold different numbers of them.
+        size, batch = len(added), len(hidden)
+        added = nn.functional.pad(added, (0, 0, 0, -(size + biased) % batch + biased)).unflatten(0, (batch, -1))
         output = original(torch.cat([hidden, added], dim=1), *args, **kw)
         if index in self._unproved and not in_backward() and not torch.compiler.is_compiling():
             self._prove(index, projection, original, read, output[:, : hidden.shape[1]])
         # cloned, because a view would keep the output of all tokens alive
-        images = output[:, hidden.shape[1] :].clone()
+        images = output[:, hidden.shape[1] :].clone().flatten(0, 1)
+        images = images[:size] - images[size : size + 1] if biased else images[:size]
         n = len(self._heads_of[index])
         if at_tokens:
             width = self._layout.layers[index].head_dim
-            size = n * width
-            images = images.flatten(0, 1)
-            images = images[:size] - images[size : size + 1] if biased else images[:size]
             heads = read.unflatten(-1, (-1, width))  # [B, t, H, d]
             outputs = torch.stack([heads[:, :, head] for head in self._heads_of[index]])
             rows: tuple[Tensor, ...] = (outputs, images.unflatten(0, (n, -1)))
         else:
-            rows = ((images[:, :n] - images[:, n:] if biased else images).transpose(0, 1),)
+            rows = (images.unflatten(0, (-1, n)).transpose(0, 1),)
         if index in self._frames:
             self._frames[index].append(rows)
         elif not in_backward():
@@ -132,18 +133,15 @@ class HeadCapture(LayerHooks):
                 f"{layer.projection} ({error:.0%} off), so HeRA cannot read them; use another model, or hera_layers."
             )
 
-    def _head_rows(self, index: int, pooled: Tensor, biased: bool) -> Tensor:
-        """Expands averaged head outputs ``[B, H*d]`` to inputs ``[B, n, H*d]``, each zero outside its head."""
-        rows = pooled.unsqueeze(1) * self._selector(index, pooled)
-        return nn.functional.pad(rows, (0, 0, 0, 1)) if biased else rows
+    def _head_rows(self, index: int, pooled: Tensor) -> Tensor:
+        """Expands averaged head outputs ``[N, H*d]`` to inputs ``[N*n, H*d]``, each zero outside its head."""
+        return (pooled.unsqueeze(1) * self._selector(index, pooled)).flatten(0, 1)
 
-    def _unit_rows(self, index: int, hidden: Tensor, biased: bool) -> Tensor:
-        """Distributes the unit vectors of the chosen heads over the batch, as inputs ``[B, r, H*d]``."""
-        layer, batch = self._layout.layers[index], hidden.shape[0]
+    def _unit_rows(self, index: int, hidden: Tensor) -> Tensor:
+        """Returns the unit vectors of the chosen heads, as inputs ``[n*d, H*d]``."""
+        layer = self._layout.layers[index]
         units = torch.eye(layer.head_dim, dtype=hidden.dtype, device=hidden.device).repeat(1, layer.n_heads)
-        rows = (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)  # [n*d, H*d]
-        missing = -(len(rows) + biased) % batch + biased
-        return nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(0, (batch, -1))
+        return (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)
 
     def _selector(self, index: int, like: Tensor) -> Tensor:
         """Returns a mask ``[n, H*d]`` that is one at the values of the respective head."""

@@ -95,7 +95,10 @@ class LayerHooks(Hooks):
         """Calls ``original``, the checkpointing function of a layer, and captures the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
-        """Sets the token mask ``[B, T]`` for averages in the next forward pass; with None, nothing is captured."""
+        """Sets the token mask for averages in the next forward pass; with None, nothing is captured.
+
+        Its shape is ``[B, T]``, or ``[N, B * T]`` for the N samples of B packed rows.
+        """
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
 
     def tokens(self, positions: Tensor) -> None:

@@ -49,18 +49,35 @@ def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[i
     return attended
 
 
+def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any]:
+    """Views a batch of packed rows as one sample per piece.
+
+    Each of the ``count`` samples has the tokens of all rows, and attends those of its piece alone. The arguments of
+    :func:`token_mask` then have the shape ``[count, B * T]``. ``pieces`` ``[B, T]`` contains the number of the piece
+    of each token, from 1, and 0 outside of the pieces.
+    """
+    held = [name for name in ("input_ids", "labels") if name in batch]
+    tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in held}
+    numbers = torch.arange(1, count + 1, device=pieces.device).unsqueeze(1)
+    return {**batch, **tokens, "attention_mask": pieces.view(1, -1) == numbers}
+
+
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]`` in the same dtype; 0 for a sample without any."""
-    if hidden.shape[:-1] != mask.shape:
+    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]`` in the same dtype; 0 for a sample without any.
+
+    The samples of packed rows have masks over the tokens of all rows, ``[N, B * T]``; see :func:`by_piece`.
+    """
+    packed = hidden.shape[:-1] != mask.shape
+    if packed and (hidden.dim() < 3 or mask.shape[1:] != (hidden.shape[:2].numel(),)):
         raise ValueError(
             f"mask: its shape {list(mask.shape)} does not fit a layer that returns {list(hidden.shape)}; give a "
             "boolean with the shape of input_ids, and use a model whose layers return [batch, tokens, size]."
         )
     # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
-    weights = wide / wide.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = (wide / wide.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):  # keep the precision of an fp32 residual stream
-        return torch.bmm(weights.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
+        return weights @ hidden.flatten(0, 1) if packed else torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
 
 
 def grid_side(config: Any, objective: str) -> int:

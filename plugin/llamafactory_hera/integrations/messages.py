@@ -119,11 +119,12 @@ def in_python(message: str) -> str:
     return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
 
 
-def describe_candidates(k: int, n_compared: int, remembered: int) -> str:
+def describe_candidates(k: int, n_compared: int, remembered: int, packed: bool = False) -> str:
     """Describes the neighbors and candidates of a sample among the samples that are compared at once."""
     candidates = n_compared - 1 + remembered
     taken = min(k, candidates // 2)
     counted = f"{taken} of {candidates} candidates ({n_compared - 1} of the batch, {remembered} remembered)"
+    counted += ", or more, if packed rows hold several samples" * packed
     return counted + f"; hera_k: {k} needs {2 * k} candidates" * (taken < k)
 
 
@@ -142,10 +143,12 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
         "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
         "trainable parameters": "{:,} of the model, {:,} of the objective".format(*trained),
     }
+    if aligner.packed:
+        lines["global batch"] += ", in packed rows"
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
         n_compared = micro_batch * (steps if config.gradcache else 1)
-        counted = describe_candidates(config.k, n_compared, aligner.memory.size or 0)
+        counted = describe_candidates(config.k, n_compared, aligner.memory.size or 0, aligner.packed)
         lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * bool(aligner.memory.size)
     for name, value in lines.items():
         logger.info(f"HeRA | {name}: {value}")

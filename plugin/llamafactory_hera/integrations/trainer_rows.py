@@ -108,6 +108,8 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
         return resolve_targets(config, run)
     if trainer.train_dataset is None:
         raise ValueError(f"{config.targets_key}: auto selects on the training data; pass train_dataset.")
+    if trainer.pieces_of is not None:
+        raise ValueError(f"{config.targets_key}: auto cannot score packed rows; select on unpacked rows before.")
     _check_whole(model, config)
     with evaluating(model, args.device):
         return resolve_targets(config, run)

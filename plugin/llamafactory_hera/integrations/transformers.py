@@ -23,6 +23,7 @@ from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
 from ..training import Aligner
 from ..training.checkpoint import load_renamed_weights
 from ..training.checks import check_settings
+from ..training.collator import PiecesOf
 from ..training.gradcache import keep_random_state
 from .messages import in_python, log_outcome, log_setup, log_share, show_messages, translated
 from .model_card import write_card
@@ -45,6 +46,8 @@ class HeraTrainerMixin(_Base):
             writes them into ``output_dir/hera``, where the next run with the same settings finds them.
         images_of: Maps a row of the training data to its images. The default reads the columns ``images`` and
             ``image``, and the image parts of chat messages.
+        pieces_of: Maps a packed row of the training data to its samples, whose tokens must not attend to each other.
+            By default, every row is one sample.
         **kwargs: As for that trainer.
 
     Raises:
@@ -72,11 +75,13 @@ class HeraTrainerMixin(_Base):
         hera: HeraConfig,
         targets: Targets | None = None,
         images_of: Callable[[Any], list[ImageLike]] = sample_images,
+        pieces_of: PiecesOf | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(hera, HeraConfig):
             raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys makes one of hera_* keys.")
         super().__init__(*args, **kwargs)
+        self.pieces_of = pieces_of
         show_messages()
         with self.named_keys():
             self._prepare_hera(hera, targets, images_of)
@@ -129,7 +134,7 @@ class HeraTrainerMixin(_Base):
             hidden = tuple(name for name in IMAGE_COLUMNS if name not in columns)
             self._signature_columns = [*columns, *hidden]
         self.train_dataset, decode = undecoded_rows(dataset, self._images_of)
-        self.data_collator = self.aligner.collator(collate, self._images_of, drop=hidden, decode=decode)
+        self.data_collator = self.aligner.collator(collate, self._images_of, hidden, decode, self.pieces_of)
         try:
             return super().get_train_dataloader()
         finally:  # evaluation keeps the trainer's collator

@@ -25,12 +25,12 @@ from ..config import HeraConfig
 from ..heads import Targets
 from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.families import head_layout, media_token_ids, model_config
-from ..heads.tokens import token_mask
+from ..heads.tokens import by_piece, token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import RunIdentity, earlier_values
 from .checks import check_trainable, named_targets
-from .collator import NO_IMAGE, PREFIX, HeraCollator
+from .collator import NO_IMAGE, PREFIX, HeraCollator, PiecesOf
 from .gradcache import GradientCache
 from .memory import CrossBatchMemory
 from .optimizer import ObjectiveOptimizer
@@ -103,6 +103,8 @@ class Aligner:
         self.watch = Watch(config, self.targets, self.objective, device)
         #: The largest micro-batch of any process, in samples; if None, the processes agree on it for each micro-batch.
         self.batch_size: int | None = None
+        #: True if rows are packed: they hold several samples, and the processes agree on the number of these.
+        self.packed = False
         self._media_token_ids = media_token_ids(model_configuration)
         self._n_steps = 0  # the optimizer steps that changed the objective's parameters
         n_trained = sum(parameter.requires_grad for parameter in model.parameters())
@@ -114,6 +116,7 @@ class Aligner:
         images_of: Callable[[Any], list[ImageLike]] = sample_images,
         drop: tuple[str, ...] = (),
         decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        pieces_of: PiecesOf | None = None,
     ) -> HeraCollator:
         """Creates a collator that adds the teacher's inputs to training batches.
 
@@ -122,8 +125,10 @@ class Aligner:
             images_of: Maps a row of the dataset to its images.
             drop: Columns to remove before ``collate`` is called.
             decode: Decodes the images in a dataset row that :func:`~..teachers.images.undecoded` left as files.
+            pieces_of: Maps a packed row to its samples, whose tokens must not attend to each other. None if every row
+                is one sample.
         """
-        reader = self.reader
+        reader, self.packed = self.reader, pieces_of is not None
         return HeraCollator(
             collate,
             processor=getattr(self.teacher.encoder, "processor", None) if reader is None else None,
@@ -133,6 +138,7 @@ class Aligner:
             drop=drop,
             decode=decode,
             tokens=None if reader is None else (reader.image_token, reader.student.side**2),
+            pieces_of=pieces_of,
         )
 
     # -- one micro-batch -------------------------------------------------------------------------------------------
@@ -152,6 +158,8 @@ class Aligner:
         self.capture.install()
         self.capture.watch_gradients = not self.watch.gradient_checked
         has_image = inputs["hera_source"] != NO_IMAGE
+        if "hera_pieces" in inputs:
+            batch = by_piece(batch, inputs["hera_pieces"], len(has_image))
         self.watch.check_batch(batch, has_image, self._media_token_ids)
         if self.reader is not None:
             return self.reader.prepare(batch, inputs, has_image, self.capture)
@@ -181,10 +189,14 @@ class Aligner:
         self.watch.before_backward(representations, prepared.valid)
         return term
 
+    @property
+    def _n_rows(self) -> int | None:
+        return None if self.packed else self.batch_size
+
     def _term(self, representations: Tensor, prepared: Prepared) -> TermOutput:
         features = self.teacher.features(prepared.inputs, prepared.pixels)
         if self.reader is None:
-            return self.term(representations, features, prepared.valid, self.batch_size)
+            return self.term(representations, features, prepared.valid, self._n_rows)
         projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
         batch = TokenBatch(representations, projections, features, prepared.valid, prepared.context)
         return token_term(self.reader.objective, batch)
@@ -237,7 +249,7 @@ class Aligner:
         Args:
             scale: The same factor as in :meth:`optimizer_step`.
         """
-        self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self.batch_size))
+        self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self._n_rows))
 
     # -- the run ---------------------------------------------------------------------------------------------------
 

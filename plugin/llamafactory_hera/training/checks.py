@@ -65,7 +65,8 @@ def check_parallelism(training_args: Any) -> None:
 def check_settings(config: HeraConfig, trainer: Any) -> None:
     """Raises ``ValueError`` if HeRA cannot work with the arguments or the model of a Trainer."""
     args = trainer.args
-    config.check_batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size())
+    size, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    config.check_batch(size, steps, world_size(), trainer.pieces_of is not None)
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     inputs = {"hera_teacher_cache": config.teacher_cache, "hera_teacher": config.teacher, "model": model}
     check_output(args.output_dir, inputs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,21 @@ NO_IMAGE, CACHED, PIXELS = 0, 1, 2
 PREFIX = "hera_"
 
 
+class Piece(NamedTuple):
+    """A sample in a packed row."""
+
+    start: int  #: Its first token in the row.
+    stop: int  #: The token after its last one.
+    images: list[int]  #: The indices of its images among those of the row.
+
+
+#: Maps a packed row to its samples.
+PiecesOf = Callable[[Any], list[Piece]]
+
+
 @dataclass(eq=False)
 class HeraCollator:
-    """Wraps a collator, and adds these tensors to the batch:
+    """Wraps a collator, and adds these tensors to the batch. B counts samples, of which packed rows hold several.
 
     - ``hera_source [B]``: :data:`NO_IMAGE`, :data:`CACHED` or :data:`PIXELS`.
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
@@ -32,8 +44,11 @@ class HeraCollator:
     - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
     - ``hera_image [B, 2]``: the image's index and the number of images. It replaces ``hera_pixels`` if the teacher
       sees the student's pixels.
+    - ``hera_pieces``, with the shape of ``input_ids``: for packed rows, the number of each token's sample, from 1; 0
+      for padding.
 
-    :meth:`.Aligner.collator` creates the collator, and describes ``collate``, ``images_of``, ``drop`` and ``decode``.
+    :meth:`.Aligner.collator` creates the collator, and describes ``collate``, ``images_of``, ``drop``, ``decode`` and
+    ``pieces_of``.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -48,17 +63,19 @@ class HeraCollator:
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     #: The image placeholder and the number of placeholders per image; batches with other numbers are refused.
     tokens: tuple[int, int] | None = None
+    pieces_of: PiecesOf | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
         # Read the images before collating: a host's collator may pop them out of the rows, and give a batch without
         # any image a white dummy image.
-        stored = [images_by(self.images_of, row) for row in rows]
+        pieces = None if self.pieces_of is None else [self.pieces_of(row) for row in rows]
+        stored = self._images(rows, pieces)
         chosen = [(chosen_image(len(images), self.image_index), len(images)) for images in stored]
         decoded = stored
         if self.decode is not None:
             rows = [self.decode(row) for row in rows]
-            decoded = [images_by(self.images_of, row) for row in rows]
+            decoded = self._images(rows, pieces)
         pairs = [
             (images[index], files[index]) if count else None
             for images, files, (index, count) in zip(decoded, stored, chosen, strict=True)
@@ -71,7 +88,20 @@ class HeraCollator:
         batch = self.collate(rows)
         if self.tokens is not None:
             check_image_tokens(batch["input_ids"], batch.get("attention_mask"), teacher["hera_image"], *self.tokens)
+        if pieces is not None:
+            teacher["hera_pieces"] = numbers = torch.zeros_like(batch["input_ids"])
+            placed = [(row, piece) for row, held in zip(numbers, pieces, strict=True) for piece in held]
+            for number, (row, piece) in enumerate(placed, start=1):
+                row[piece.start : piece.stop] = number
         return {**batch, **teacher}
+
+    def _images(self, rows: list[dict[str, Any]], pieces: list[list[Piece]] | None) -> list[list[ImageLike]]:
+        """Returns the images of each sample."""
+        found = [images_by(self.images_of, row) for row in rows]
+        if pieces is None:
+            return found
+        placed = [(images, piece) for images, held in zip(found, pieces, strict=True) for piece in held]
+        return [[images[index] for index in piece.images] for images, piece in placed]
 
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
         """Creates the tensors from each sample's image, decoded and as stored; None for a sample without an image."""

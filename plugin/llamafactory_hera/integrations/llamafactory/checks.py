@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from llamafactory.extras.constants import IMAGE_PLACEHOLDER
@@ -18,6 +18,7 @@ from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import check_output, check_parallelism
+from llamafactory_hera.training.collator import Piece
 
 from .recipe import HostArguments
 
@@ -28,21 +29,19 @@ UNREADABLE = {
     "use_kt": "KTransformers runs layers outside of PyTorch",
     "mixture_of_depths": "tokens skip layers, so the average of a head over tokens is undefined",
 }
-_PACKED = "a packed row contains several samples, and HeRA compares rows"
 _REFUSED = UNREADABLE | {
     "use_unsloth_gc": "its checkpointing cannot carry the outputs of heads",
     "shift_attn": "it moves tokens between heads",
-    "neat_packing": _PACKED,  # comes before packing, because the host then sets both
-    "packing": _PACKED,
 }
+_PACKING = {"packing": "the samples of a row attend to each other unless neat_packing is true"}
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     """Checks a training run as far as this needs no weights, and returns the layout of the model's decoder."""
-    refuse_keys(host, _REFUSED, "stage: hera")
+    refuse_keys(host, _REFUSED if host.data.neat_packing else _REFUSED | _PACKING, "stage: hera")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
-    config.check_batch(size, steps, world_size())
+    config.check_batch(size, steps, world_size(), host.data.neat_packing)
     check_folders(host.training.output_dir, host, config)
     model_config = multimodal_config(host.model)
     if config.objective_from is not None:
@@ -54,7 +53,20 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
         objective.check_model(model_config, str(host.model.flash_attn))
     else:
         VisionTeacher.check(config.teacher)
-    return head_layout(model_config)
+    layout = head_layout(model_config)
+    if host.data.neat_packing:
+        _check_borders(layout, host.model.flash_attn)
+    return layout
+
+
+def _check_borders(layout: HeadLayout, attention: str) -> None:
+    """Refuses packed rows if layers without an attention mask carry values from one sample to the next."""
+    others = [f"L{index}" for index, layer in enumerate(layout.layers) if layer.mixer != "attention"]
+    if others and not (attention == "fa2" and layout.model_type.startswith("qwen3_5")):
+        raise ValueError(
+            f"neat_packing: True does not work with stage: hera, because {', '.join(others)} of {layout.model_type} "
+            "ignore the borders of samples in a row; remove the key, or, for Qwen3.5, set flash_attn: fa2."
+        )
 
 
 def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
@@ -112,13 +124,34 @@ def checked_dataset(
     return get_checked
 
 
+def packed_pieces(row: dict[str, Any]) -> list[Piece]:
+    """Returns the samples in a row of ``neat_packing``; padding is none of them."""
+    if (packed := row.get("packing_params")) is None:
+        raise ValueError(
+            "neat_packing: True needs the column packing_params, which says where the samples of a row begin, but a "
+            "row lacks it; if tokenized_path names data of an older LLaMA-Factory, tokenize them again."
+        )
+    ends, of_images = packed["sequence_boundaries"], packed["image_subseq_ids"]
+    if packed["right_padding_length"]:
+        ends = ends[:-1]
+    return [
+        Piece(start, stop, [image for image, piece in enumerate(of_images) if piece == number])
+        for number, (start, stop) in enumerate(pairwise(ends))
+    ]
+
+
 def _check_images(dataset: Any, data_args: Any, least: int) -> None:
     rows: Iterable[dict[str, Any]] = dataset
+    column = "packing_params" if data_args.neat_packing else "images"
     if not hasattr(dataset, "__len__"):
         rows = islice(dataset, _N_CHECKED**2)
-    elif "images" in dataset.column_names:
-        rows = dataset.select_columns(["images"])  # reading the tokens would take long
-    found = len(list(islice((row for row in rows if row.get("images")), least)))
+    elif column in dataset.column_names:
+        rows = dataset.select_columns([column])  # reading the tokens would take long
+    samples = chain.from_iterable(
+        [piece.images for piece in packed_pieces(row)] if data_args.neat_packing else [row.get("images")]
+        for row in rows
+    )
+    found = len(list(islice(filter(None, samples), least)))
     if found < least:
         raise ValueError(
             f"dataset: {', '.join(data_args.dataset or [])} has {found} samples with an image, and HeRA compares "
@@ -140,8 +173,8 @@ def check_image_tokens(
     needed = tokenizer.encode(expanded, add_special_tokens=False).count(image_token_id)
     kept = sample["input_ids"].count(image_token_id)
     if kept < needed:
-        length = len(sample["input_ids"]) + needed - kept
+        length = len(sample["input_ids"]) + needed - kept  # a packed sample that was cut has a row for itself
         raise ValueError(
-            f"cutoff_len: {data_args.cutoff_len} cuts {needed - kept} of {needed} image tokens off sample {row} "
-            f"(counted from 0); set cutoff_len to {length} or more, plus room for its text."
+            f"cutoff_len: {data_args.cutoff_len + data_args.packing} cuts {needed - kept} of {needed} image tokens "
+            f"off sample {row} (counted from 0); set cutoff_len to {length} or more, plus room for its text."
         )

@@ -89,10 +89,12 @@ class _Recipe:
     def batch(self) -> str:
         config, k = self.config, self.config.k
         size, steps = self.get("per_device_train_batch_size", 8), self.get("gradient_accumulation_steps", 1)
-        compared = config.check_batch(size, steps, self.processes)
+        packed = bool(self.get("neat_packing"))
+        compared = config.check_batch(size, steps, self.processes, packed)
         remembered = max(0, 4 * k - compared + 1) if config.remembered is None else config.remembered
-        neighbors = f", neighbors: {describe_candidates(k, compared, remembered)}" if config.reads("hera_k") else ""
-        return f"{compared} samples at once{neighbors}"
+        described = describe_candidates(k, compared, remembered, packed)
+        neighbors = f", neighbors: {described}" if config.reads("hera_k") else ""
+        return f"{compared} {'packed rows' if packed else 'samples'} at once{neighbors}"
 
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)

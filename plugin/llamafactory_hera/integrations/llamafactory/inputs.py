@@ -42,6 +42,8 @@ def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """Returns the model, teacher and data of a selection; only the dataset is read immediately."""
     host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes them
+    host.data.cutoff_len += host.data.packing  # packing shortens rows by one token
+    host.data.packing = host.data.neat_packing = False  # samples are scored one by one
     if (name := config.select_dataset) is not None:
         host.data.dataset, images = [name], Path(str(host.data.dataset_dir), name, "images")
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir

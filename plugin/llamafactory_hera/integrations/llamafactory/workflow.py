@@ -21,7 +21,7 @@ from llamafactory_hera.selection.resolve import resolve_targets
 from llamafactory_hera.teachers.encoder import teacher_fingerprint, teacher_folder
 from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of
 
-from .checks import check_run, checked_dataset, resolved_mode
+from .checks import check_run, checked_dataset, packed_pieces, resolved_mode
 from .inputs import selecting_run
 from .recipe import HostArguments, host_words
 
@@ -62,7 +62,8 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         plot_loss, create_card = workflow.plot_loss, workflow.create_modelcard_and_push
 
         def make_trainer(*args: Any, **kwargs: Any) -> HeraSftTrainer:
-            proof.trainer = HeraSftTrainer(*args, hera=config, targets=targets, **kwargs)
+            pieces_of = packed_pieces if host.data.neat_packing else None
+            proof.trainer = HeraSftTrainer(*args, hera=config, targets=targets, pieces_of=pieces_of, **kwargs)
             proof.trainer.hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
             return proof.trainer
 

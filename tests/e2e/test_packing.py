@@ -1,0 +1,296 @@
+"""Samples that LLaMA-Factory packs into rows (``neat_packing``) are aligned as if each had a row for itself."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, get_template_and_fix_tokenizer
+from llamafactory.hparams import get_train_args
+from llamafactory.model import load_tokenizer
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
+
+from llamafactory_hera.config import HeraConfig
+from llamafactory_hera.heads import Targets
+from llamafactory_hera.heads.tokens import by_piece, token_mask
+from llamafactory_hera.integrations.llamafactory.checks import check_run, checked_dataset, packed_pieces
+from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
+from llamafactory_hera.objectives.contrastive import Contrastive
+from llamafactory_hera.training import Aligner
+
+from ..backbones.standins import save_native
+from ..backbones.tiny import save_tower
+from ..ranks import run_ranks
+from ..tiny_models import vlm
+from .conftest import LORA, Train
+
+pytestmark = pytest.mark.slow
+
+#: Folder of a model -> its template.
+MODELS = {"llava_1_5_7b": "llava", "qwen2_5_vl_7b": "qwen2_vl"}
+CUTOFF = 560
+Row = dict[str, Any]
+
+
+def _sample(number: int) -> Row:
+    """One image, two, or none, with an answer that no other sample has. Their lengths mix."""
+    images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
+    length = number if images else number + 6
+    asked = "<image>" * len(images) + "What is it?"
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
+    return {"conversations": turns, "images": [f"{image}.png" for image in images]}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models, a teacher and the data."""
+    folder = tmp_path_factory.mktemp("packed")
+    for key in MODELS:
+        save_native(key, folder / key)
+    save_tower("dinov2", folder / "teacher")
+    for number in range(12):
+        pixels = torch.randint(0, 255, (56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    (folder / "rows.json").write_text(json.dumps([_sample(number) for number in range(12)]))
+    columns = {"messages": "conversations", "images": "images"}
+    entry = {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    return folder
+
+
+class Host:
+    """The rows and the collators of LLaMA-Factory for a model."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        self.folder, self.teacher = place / name, place / "teacher"
+        keys = {"model_name_or_path": str(self.folder), "template": MODELS[name], "cutoff_len": CUTOFF, "stage": "sft"}
+        keys |= {"dataset": "rows", "dataset_dir": str(place), "media_dir": str(place), "overwrite_cache": True}
+        keys |= {"do_train": True, "output_dir": str(place / "out"), "report_to": "none", "use_cpu": True}
+        self.rows: dict[bool, Any] = {}
+        for packed in (False, True):
+            model, self.data, training, *_ = get_train_args(keys | {"neat_packing": packed})
+            self.tokens = load_tokenizer(model)
+            self.template = get_template_and_fix_tokenizer(self.tokens["tokenizer"], self.data)
+            dataset = get_dataset(self.template, model, self.data, training, stage="sft", **self.tokens)
+            self.rows[packed] = dataset["train_dataset"]
+
+    def packed(self, *rows: int) -> list[Row]:
+        return [self.rows[True][row] for row in rows]
+
+    def unpacked(self, *rows: int) -> list[Row]:
+        """The samples of packed rows, each in a row for itself."""
+        alone = {tuple(row["input_ids"]): row for row in self.rows[False]}
+        return [
+            alone[tuple(row["input_ids"][piece.start : piece.stop])]
+            for row in self.packed(*rows)
+            for piece in packed_pieces(row)
+        ]
+
+    def model(self) -> nn.Module:
+        return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).train()
+
+    def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
+        """The host's collator with HeRA's, for packed rows if an attention is given."""
+        packed = attention is not None
+        kinds = {"block_diag_attn": packed, "neat_packing": packed, "attn_implementation": attention or "sdpa"}
+        common = {"template": self.template, "pad_to_multiple_of": 8, "label_pad_token_id": -100}
+        collate = SFTDataCollatorWith4DAttentionMask(model=model, **common, **kinds, **self.tokens)
+        wrapped = aligner.collator(collate, pieces_of=packed_pieces if packed else None)
+        return lambda rows: wrapped([dict(row) for row in rows])  # the host's collator empties rows
+
+
+class Step(NamedTuple):
+    """What a step of one micro-batch gives."""
+
+    valid: list[bool]
+    representations: Tensor
+    term: Tensor
+    gradients: dict[str, Tensor]
+
+
+def aligner_of(host: Host, model: nn.Module, **keys: Any) -> Aligner:
+    config = {"heads": "L1H0,L0H2,L1H3", "teacher": str(host.teacher), "k": 2, "memory": 0, "weight": 1.0}
+    return Aligner(model, HeraConfig(**config | keys))
+
+
+def as_flash_attention_reads(positions: Tensor) -> Tensor:
+    """The mask by which FlashAttention separates samples in a row without mask, whose positions start anew at each."""
+    (borders, _), _ = prepare_fa_kwargs_from_position_ids(positions[0] if positions.dim() == 3 else positions)
+    tokens = torch.arange(positions.shape[-1])
+    number = torch.searchsorted(borders.long(), tokens, right=True)
+    seen = (number == number.unsqueeze(1)) & (tokens <= tokens.unsqueeze(1))
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(host: Host, model: nn.Module, rows: list[Row], attention: str | None, lm: bool = True, **keys: Any) -> Step:
+    aligner = aligner_of(host, model, **keys)
+    batch = host.collator(model, aligner, attention)(rows)
+    prepared = aligner.prepare(batch)
+    if batch["attention_mask"] is None:
+        batch["attention_mask"] = as_flash_attention_reads(batch["position_ids"])
+    loss = model(**batch).loss
+    term = aligner.loss(prepared)
+    (loss + term if lm else term).backward()
+    z = aligner.capture.representations().detach()
+    found = Step(prepared.valid.tolist(), z, term.detach(), gradients_of(model))
+    aligner.after_backward()
+    aligner.close()
+    model.zero_grad()
+    return found
+
+
+def check_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    assert largest > 0
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def host(request: pytest.FixtureRequest, place: Path) -> Host:
+    return Host(place, request.param)
+
+
+# -- one step --------------------------------------------------------------------------------------------------------
+
+LAYER = {"granularity": "layer", "layers": "L1", "heads": None}
+FLASH = "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("attention", "lora", "reentrant", "keys"),
+    [
+        ("sdpa", False, None, {}),
+        ("sdpa", False, True, {}),
+        ("sdpa", True, False, {}),
+        ("sdpa", False, False, LAYER),
+        (FLASH, False, None, {}),
+        (FLASH, True, True, LAYER),
+    ],
+)
+def test_packed_samples_give_what_they_give_alone(
+    host: Host, attention: str, lora: bool, reentrant: bool | None, keys: dict[str, Any]
+) -> None:
+    model: Any = host.model()
+    if lora:
+        targets = r".*language_model.*\.(q|v|o)_proj"
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
+        model.enable_input_require_grads()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    numbers = (0, 1) if attention == "sdpa" else (0,)  # with FlashAttention, the host packs a batch into one row
+    ours = step(host, model, host.packed(*numbers), attention, **keys)
+    theirs = step(host, model, host.unpacked(*numbers), None, **keys)
+    assert ours.valid == theirs.valid
+    assert 3 <= sum(ours.valid) < len(ours.valid)
+    valid = torch.tensor(ours.valid)
+    torch.testing.assert_close(ours.representations[:, valid], theirs.representations[:, valid], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.term, theirs.term, rtol=1e-5, atol=1e-6)
+    check_gradients(ours.gradients, theirs.gradients)
+
+
+def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host: Host) -> None:
+    model = host.model()
+    aligner = aligner_of(host, model, accumulate="gradcache")
+    collate = host.collator(model, aligner, "sdpa")
+    for collecting in (True, False):
+        for row in range(2):
+            batch = collate(host.packed(row))
+            prepared = aligner.prepare(batch)
+            with torch.set_grad_enabled(not collecting):
+                model(**batch)
+            if collecting:
+                aligner.collect(prepared)
+            else:
+                (aligner.loss(prepared) / 2).backward()
+        if collecting:
+            aligner.solve()
+    together = step(host, host.model(), host.unpacked(0, 1), None, lm=False)
+    check_gradients(gradients_of(model), together.gradients)
+
+
+def _on_rank(place: Path, rank: int) -> list[Any]:
+    host = Host(place, "llava_1_5_7b")
+    found = step(host, host.model(), host.packed(rank), "sdpa", lm=False)
+    return [len(found.valid), found.term, found.gradients]
+
+
+def test_processes_with_different_numbers_of_samples_share_one_term(place: Path, tmp_path: Path) -> None:
+    ranks = run_ranks(partial(_on_rank, place), 2, tmp_path)
+    host = Host(place, "llava_1_5_7b")
+    together = step(host, host.model(), host.packed(0, 1), "sdpa", lm=False)
+    (n, term, ours), (m, other, theirs) = ranks
+    assert n != m
+    for value in (term, other):
+        torch.testing.assert_close(value, together.term, rtol=1e-5, atol=1e-6)
+    check_gradients({name: (ours[name] + theirs[name]) / 2 for name in ours}, together.gradients)
+
+
+@pytest.mark.parametrize("pooling", ["answer", "text", "mean", "last"])
+def test_every_pooling_marks_the_tokens_of_one_sample(host: Host, pooling: Any) -> None:
+    row, media = host.packed(0)[0], [host.model().config.image_token_id]
+    pieces = packed_pieces(row)
+    numbers = torch.tensor([row["attention_mask"]])  # in these rows the host numbers samples, too
+    batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+    view = by_piece(batch, numbers, len(pieces))
+    found = token_mask(pooling, view["input_ids"], view["attention_mask"], view["labels"], media)
+    for piece, mask in zip(pieces, found, strict=True):
+        place = slice(piece.start, piece.stop)
+        alone = token_mask(pooling, batch["input_ids"][:, place], None, batch["labels"][:, place], media)[0]
+        assert mask[place].tolist() == alone.tolist()
+        assert mask.sum() == alone.sum()
+
+
+def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:
+    lacking = host.rows[True].remove_columns("packing_params")
+    get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking}, Contrastive)
+    with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
+        get_checked(host.template, None, host.data, **host.tokens)
+
+
+def test_layers_that_ignore_the_borders_of_samples_are_refused(place: Path, tmp_path: Path) -> None:
+    vlm("qwen3_5").config.save_pretrained(tmp_path)
+    keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
+    keys |= {"dataset": "rows", "dataset_dir": str(place), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    host = host_arguments(keys | {"hera_teacher": str(place / "teacher"), "neat_packing": True})
+    with pytest.raises(ValueError, match=r"^neat_packing: True .* L0 of qwen3_5_text .* flash_attn: fa2"):
+        check_run(HeraConfig.from_keys(host.finetuning), host)
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+PACKED = {"neat_packing": True, "cutoff_len": 640, "max_steps": 2}
+AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
+
+
+def test_a_packed_run_chooses_the_heads_of_an_unpacked_run_and_processes_do_not_matter(train: Train) -> None:
+    alone = train(AUTO, {"max_steps": 1})
+    one = train(PACKED, AUTO, {"per_device_train_batch_size": 2})
+    two = train(PACKED, AUTO, {"per_device_train_batch_size": 1}, ranks=2)
+    heads = [Targets.load(run.folder / "hera/heads.json") for run in (alone, one, two)]
+    assert heads[0].items == heads[1].items == heads[2].items
+    assert "in packed rows" in one.output
+    ours, theirs = one.logs(), two.logs()
+    assert ours[0]["hera_loss"] == pytest.approx(theirs[0]["hera_loss"], rel=1e-5)
+    assert ours[0]["hera_loss"] > 0
+
+
+@pytest.mark.parametrize("accumulate", ["none", "gradcache"])
+def test_a_packed_run_accumulates_and_remembers_samples(train: Train, accumulate: str) -> None:
+    keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "hera_accumulate": accumulate}
+    run = train(PACKED, LORA, keys, {"hera_memory": 8})
+    assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows
+    assert run.logs()[1]["hera_loss"] > 0
