@@ -50,19 +50,19 @@ def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tu
     for block, layer in zip(found, decoder_layers(model), strict=True):
         attention = mixer(layer)
 
-        def entering(_, args, block=block):
+        def keep_input(_, args, block=block):
             block.entered = args[0]
 
-        def attended(_, args, output, block=block):
+        def keep_attention(_, args, output, block=block):
             block.attended = output[0] if isinstance(output, tuple) else output
 
-        def leaving(_, args, output, block=block):
+        def keep_output(_, args, output, block=block):
             block.output = output[0] if isinstance(output, tuple) else output
 
         handles += [
-            projection(attention).register_forward_pre_hook(entering),
-            attention.register_forward_hook(attended),
-            layer.register_forward_hook(leaving),
+            projection(attention).register_forward_pre_hook(keep_input),
+            attention.register_forward_hook(keep_attention),
+            layer.register_forward_hook(keep_output),
         ]
     with torch.set_grad_enabled(grad):
         output = model(**batch)

@@ -63,11 +63,11 @@ def test_every_key_is_read_from_a_mapping_and_from_an_object() -> None:
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
-    for name, said in (("wieght", "did you mean {}weight?"), ("lr", "choose one of {0}heads, .*, {0}select_seed.")):
-        said = said.replace("?", r"\?")
-        with pytest.raises(ValueError, match=rf"^hera_{name}: no such key; {said.format('hera_')}"):
+    for name, part in (("wieght", "did you mean {}weight?"), ("lr", "choose one of {0}heads, .*, {0}select_seed.")):
+        part = part.replace("?", r"\?")
+        with pytest.raises(ValueError, match=rf"^hera_{name}: no such key; {part.format('hera_')}"):
             read(**{f"hera_{name}": 1})
-        with pytest.raises(ValueError, match=rf"^{name}: no such key; {said.format('')}"):
+        with pytest.raises(ValueError, match=rf"^{name}: no such key; {part.format('')}"):
             HeraConfig(**{name: 1})
 
 
@@ -75,7 +75,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "meant"),
+    ("key", "value", "expected"),
     [
         ("hera_fixed_temperature", "false", False),
         ("hera_fixed_temperature", "True", True),
@@ -90,14 +90,14 @@ def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
         ("hera_teacher_cache", None, None),
     ],
 )
-def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, value: object, meant: object) -> None:
+def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, value: object, expected: object) -> None:
     found = read(**{key: value}).keys()[key]
-    assert found == meant
-    assert type(found) is type(meant)
+    assert found == expected
+    assert type(found) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "part"),
     [
         ("hera_weight", -0.1, "-0.1 is out of range; choose 0 to 1000 (the default is 0.01)"),
         ("hera_weight", math.inf, "inf is out of range; choose 0 to 1000"),
@@ -126,11 +126,11 @@ def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, valu
         *(("hera_heads", value, "is not a head") for value in (3, [3, 4], 0.5)),
     ],
 )
-def test_the_error_for_a_bad_value_names_key_value_and_remedy(key: str, value: object, said: str) -> None:
+def test_the_error_for_a_bad_value_names_key_value_and_remedy(key: str, value: object, part: str) -> None:
     with pytest.raises(ValueError) as error:
         read(**{key: value})
     assert str(error.value).startswith(f"{key}: ")
-    assert said in str(error.value)
+    assert part in str(error.value)
 
 
 # -- combinations of values ------------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ def test_steps_that_a_resumed_run_repeats_replace_the_first() -> None:
 def test_lines_and_logs_without_some_curves_are_plotted() -> None:
     filling = line(1, loss=2.0, lm_loss=2.0)  # the memory is not full
     log = [filling, hera_line(2), line(3, loss=2.0), line(3, eval_loss=1.0), hera_line(4)]
-    for shown, steps in ((log, [2, 4]), (log[:1], [])):
-        figure = gen_loss_plot(shown)
+    for entries, steps in ((log, [2, 4]), (log[:1], [])):
+        figure = gen_loss_plot(entries)
         assert list(raw_curve(figure.axes[0])) == [1, *steps]
         assert figure.axes[0].get_ylabel() == "LM loss"
         assert all(list(raw_curve(axes)) == steps for axes in figure.axes[1:])

@@ -73,8 +73,8 @@ def write_data(folder: Path) -> None:
             (folder / name / "images").mkdir(parents=True, exist_ok=True)
             image.save(folder / name / "images" / f"{number}.png")
         caption = f"A box of {side} pixels on a ground of color {color[0]}."
-        asked = [("<image>\nWhat is shown in this image?", caption), ("How wide is it?", f"{side} pixels.")]
-        for name, turns in (("llava_pretrain", asked[:1]), ("llava_instruct", asked)):
+        exchanges = [("<image>\nWhat is shown in this image?", caption), ("How wide is it?", f"{side} pixels.")]
+        for name, turns in (("llava_pretrain", exchanges[:1]), ("llava_instruct", exchanges)):
             messages = [{"from": r, "value": v} for turn in turns for r, v in zip(("human", "gpt"), turn, strict=True)]
             rows[name].append({"id": str(number), "image": f"{number}.png", "conversations": messages})
     text = [{"from": "human", "value": "How many wheels does it have?"}, {"from": "gpt", "value": "Four."}]

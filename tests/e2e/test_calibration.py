@@ -127,8 +127,8 @@ def test_answers_are_not_needed_and_may_be_ignored(world: Path, command: Command
     data = world / "unlabeled"
     data.mkdir()
     rows = json.loads((world / "hera_demo/data/demo_train.json").read_text())
-    asked = [{"instruction": row["messages"][0]["content"], "images": row["images"]} for row in rows]
-    (data / "rows.json").write_text(json.dumps(asked))
+    questions = [{"instruction": row["messages"][0]["content"], "images": row["images"]} for row in rows]
+    (data / "rows.json").write_text(json.dumps(questions))
     columns = {"prompt": "instruction", "images": "images"}
     info = {"questions": {"file_name": "rows.json", "columns": columns}}
     (data / "dataset_info.json").write_text(json.dumps(info))

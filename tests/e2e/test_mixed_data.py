@@ -24,9 +24,9 @@ VIDEOS = [[]] * 7 + [["b", "c"], ["c", "d"]]
 
 
 def _sample(images: list[str], videos: list[str]) -> dict[str, Any]:
-    asked = "<image>" * len(images) + "<video>" * bool(videos) + "What is it?"
+    question = "<image>" * len(images) + "<video>" * bool(videos) + "What is it?"
     answer = f"It is {' and '.join(images or videos) or 'nothing'}."
-    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {
         "messages": messages,
         "images": [f"{name}.png" for name in images],

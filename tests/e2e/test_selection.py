@@ -113,9 +113,9 @@ def test_heads_can_be_selected_on_another_dataset(train: Train, here: Path, path
     run = train(AUTO, {"dataset_dir": str(data), "max_steps": 1, "hera_select_dataset": "other"})
     of_other = Targets.load(run.folder / "hera/heads.json").provenance
     overrides = [f"dataset_dir={data}", "dataset=other", f"media_dir={data}/other/images"]
-    alone = select(path, overrides).provenance
+    separate = select(path, overrides).provenance
     for entry in ("scores", "samples_digest", "dataset"):
-        assert of_other[entry] == alone[entry]
+        assert of_other[entry] == separate[entry]
     assert of_other["dataset"] == "other"
     # Training reads the cache, so it is filled from the training data.
     assert fill_teacher(path, ["hera_select_dataset=other", "hera_teacher_cache=filled_for_training"]) == 96

@@ -135,9 +135,9 @@ def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, worl
     assert output.count("global batch: 16 (2 processes x 8 x 1 accumulation steps)") == 1
     # The host averages the LM loss per process, so only the term is comparable, and only in the first steps.
     two = Run([code], output, world / "saves/torchrun")
-    for alone, together in zip(train({"max_steps": 2}).logs(), two.logs(), strict=True):
+    for one, together in zip(train({"max_steps": 2}).logs(), two.logs(), strict=True):
         for key in ("hera_loss", "hera_mknn", "hera_temperature"):
-            assert together[key] == pytest.approx(alone[key], rel=1e-5)
+            assert together[key] == pytest.approx(one[key], rel=1e-5)
 
 
 # -- output files ----------------------------------------------------------------------------------------------------

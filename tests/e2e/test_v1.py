@@ -37,8 +37,8 @@ def recipe(world: Path) -> dict[str, Any]:
     for row in json.loads((world / "hera_demo/data/demo_train.json").read_text()):
         question, answer = (message["content"] for message in row["messages"][:2])
         image = {"type": "image_url", "value": f"hera_demo/data/{row['images'][0]}"}
-        asked = [image, {"type": "text", "value": question.removeprefix("<image>\n")}]
-        turns = [asked, [{"type": "text", "value": answer}]]
+        user_turn = [image, {"type": "text", "value": question.removeprefix("<image>\n")}]
+        turns = [user_turn, [{"type": "text", "value": answer}]]
         rows.append(
             {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turns, strict=True)]}
         )

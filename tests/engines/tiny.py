@@ -179,13 +179,13 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
     }
     if len(images):
         inputs["pixel_values"] = images
-    shown = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
+    has_image = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
     teacher = {
-        "hera_source": torch.where(shown, PIXELS, NO_IMAGE),
-        "hera_image": torch.stack([torch.zeros_like(shown), shown], dim=1).long(),
+        "hera_source": torch.where(has_image, PIXELS, NO_IMAGE),
+        "hera_image": torch.stack([torch.zeros_like(has_image), has_image], dim=1).long(),
     }
-    if shown.any():
-        teacher |= {"hera_pixels": pixels, "hera_rows": shown.nonzero()[:, 0]}
+    if has_image.any():
+        teacher |= {"hera_pixels": pixels, "hera_rows": has_image.nonzero()[:, 0]}
     return Batch(inputs, teacher)
 
 
@@ -196,15 +196,15 @@ def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     """
     generator = torch.Generator().manual_seed(3)
     n = RANKS * PER_RANK
-    shown = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n}[data]
+    n_images = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n}[data]
     bounds = [0, PER_RANK + 1, n] if data == "uneven" else range(0, n + 1, PER_RANK // n_micro)
-    rows = [_row(generator, with_image=i < shown) for i in range(n)]
-    images = torch.randn(shown, 3, 16, 16, generator=generator)
+    rows = [_row(generator, with_image=i < n_images) for i in range(n)]
+    images = torch.randn(n_images, 3, 16, 16, generator=generator)
     dummy = torch.ones(1, 3, 16, 16)
     pixels = torch.randn(n, 3, TEACHER_SIZE, TEACHER_SIZE, generator=generator)
     parts = []
     for start, stop in pairwise(bounds):
         part = slice(start, stop)
-        needs_dummy = start >= shown
+        needs_dummy = start >= n_images
         parts.append(_batch(rows[part], images[part], pixels[part], dummy if needs_dummy else None))
-    return _batch(rows, images, pixels, dummy if shown == 0 else None), parts
+    return _batch(rows, images, pixels, dummy if n_images == 0 else None), parts

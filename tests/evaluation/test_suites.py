@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         split = TASKS[name].definition()["test_split"]
         datasets.DatasetDict({split: datasets.Dataset.from_list(case.rows)}).save_to_disk(folder / name)
     (folder / "metadata").mkdir()
-    truth = [{"id": 1005 + i, "truth": said} for i, said in enumerate(["no", "no", "no", "yes", "yes"])]
+    truth = [{"id": 1005 + i, "truth": answer} for i, answer in enumerate(["no", "no", "no", "yes", "yes"])]
     (folder / "metadata/annotations.json").write_text(json.dumps(truth))
     return folder
 

@@ -104,9 +104,9 @@ def dataset(form: str, n: int = BATCH, column: str = "images") -> Any:
 
 def custom_collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A custom collator: it applies the chat template and labels the answer and the end of its turn."""
-    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    user_turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
     answers = [row["completion"][0]["content"] for row in rows]
-    texts = [processor().apply_chat_template([asked, turn("assistant", answer)]) for answer in answers]
+    texts = [processor().apply_chat_template([user_turn, turn("assistant", answer)]) for answer in answers]
     batch = processor()(images=[row["images"] for row in rows], text=texts, padding=True, return_tensors="pt")
     labels = torch.full_like(batch["input_ids"], -100)
     for row, answer in enumerate(answers):

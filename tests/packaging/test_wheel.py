@@ -132,8 +132,8 @@ def test_installing_changes_no_version_of_another_package(
 def test_the_core_requires_no_specific_versions(wheels: tuple[Path, Path]) -> None:
     archive = zipfile.ZipFile(wheels[0])
     (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-    asked = re.findall(r"^Requires-Dist: (.+)$", archive.read(metadata).decode(), re.MULTILINE)
-    core = [line for line in asked if "extra ==" not in line]
+    required = re.findall(r"^Requires-Dist: (.+)$", archive.read(metadata).decode(), re.MULTILINE)
+    core = [line for line in required if "extra ==" not in line]
     assert core
     assert all(re.fullmatch(r"[\w.-]+", line) for line in core), core
 
@@ -156,8 +156,8 @@ def _needed(*names: str) -> set[str]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            asked = [Requirement(line) for line in requires(name) or []]
-            waiting += [r.name for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+            required = [Requirement(line) for line in requires(name) or []]
+            waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
     return found
 
 

@@ -30,12 +30,12 @@ def make(model: nn.Module, **keys: object) -> Aligner:
 class Run:
     """A custom loop: a model with its optimizer, an aligner, and a dataset of two batches."""
 
-    def __init__(self, rows: int = 2 * BATCH, shown: bool = True, freeze: bool = False, **keys: object) -> None:
+    def __init__(self, rows: int = 2 * BATCH, with_images: bool = True, freeze: bool = False, **keys: object) -> None:
         self.model = vlm("llava-llama")
         if freeze:
             self.model.requires_grad_(False)
             self.model.lm_head.requires_grad_(True)
-        self.rows = image_rows(self.model, rows, shown)
+        self.rows = image_rows(self.model, rows, with_images)
         self.aligner = make(self.model, **{"weight": 1.0, **keys})
         self.collate = self.aligner.collator(collate_rows, drop=("images",))
         self.optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=3e-3)
@@ -214,14 +214,14 @@ def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
 def test_a_run_whose_samples_never_enter_gives_one_warning(
     keys: dict, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = Run(rows=BATCH, shown=False, **keys)
+    run = Run(rows=BATCH, with_images=False, **keys)
     for _ in range(12):
         assert run.step() == 0
     assert run.aligner.logs()["hera_empty_steps"] == 12
     ours = [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
     assert [record.levelno for record in ours] == [logging.WARNING]
     assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
-    short = Run(rows=BATCH, shown=False, **keys)
+    short = Run(rows=BATCH, with_images=False, **keys)
     short.step()
     short.aligner.close()  # a shorter run gives the warning at its end
     assert "was 0 in all 1 steps so far" in caplog.text

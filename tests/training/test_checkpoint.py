@@ -19,8 +19,8 @@ HEADS = Targets.parse("L0H1,L2H3")
 STATE = {"objective.log_temperature": torch.tensor(0.5)}
 
 
-def arguments(asked: object, folder: Path) -> SimpleNamespace:
-    return SimpleNamespace(resume_from_checkpoint=asked, output_dir=str(folder))
+def arguments(resume: object, folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(folder))
 
 
 def run(targets: str = str(HEADS), digest: str = "digest", n_trained: int | None = 8, **keys: Any) -> RunIdentity:
@@ -40,11 +40,11 @@ def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["", "missing"])
 def test_a_missing_checkpoint_is_refused(tmp_path: Path, folder: str) -> None:
-    for asked in (True, str(tmp_path / "checkpoint-9")):
+    for resume in (True, str(tmp_path / "checkpoint-9")):
         with pytest.raises(
             ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; give the path"
         ):
-            checkpoint_of(arguments(asked, tmp_path / folder))
+            checkpoint_of(arguments(resume, tmp_path / folder))
 
 
 def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
+    ("now", "entry"),
     [
         ({"objective": "cka"}, "hera_objective was contrastive, is cka"),
         ({"pooling": "text"}, "hera_pooling was answer, is text"),
@@ -67,12 +67,12 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -
         ({"n_trained": 3}, "trained_tensors was 8, is 3"),
     ],
 )
-def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], said: str) -> None:
+def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], entry: str) -> None:
     run().save(tmp_path, STATE, {})
     assert run().load(tmp_path).keys() == STATE.keys()
     for call in (run(**now).load, run(**now).check):
         with pytest.raises(
-            ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{said}.* Restore these"
+            ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{entry}.* Restore these"
         ):
             call(tmp_path)
 

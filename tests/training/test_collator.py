@@ -47,18 +47,18 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
     assert batch["input_ids"].shape == (4, 3)
 
 
-@pytest.mark.parametrize("index, shown", [(1, 1), (-1, 2)])
+@pytest.mark.parametrize("index, selected", [(1, 1), (-1, 2)])
 def test_image_index_selects_an_image_and_the_batch_has_its_index_and_count(
-    teacher: VisionTeacher, images: list[str], index: int, shown: int
+    teacher: VisionTeacher, images: list[str], index: int, selected: int
 ) -> None:
     def rows() -> list[dict[str, Any]]:
         return [{"images": images}, {}, {"images": images[:1]}]
 
     named = HeraCollator(_collate, None, image_index=index)(rows())
-    assert named["hera_image"].tolist() == [[shown, 3], [0, 0], [0, 1]]
+    assert named["hera_image"].tolist() == [[selected, 3], [0, 0], [0, 1]]
     assert "hera_pixels" not in named
     batch = HeraCollator(_collate, teacher.processor, image_index=index)(rows())
-    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[shown])])[0])
+    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[selected])])[0])
 
 
 def test_images_of_finds_the_images_and_drop_hides_columns_from_the_loops_collator(

@@ -18,9 +18,9 @@ class Temperature:
     def __init__(self, initial: float, learned: bool = True) -> None:
         chosen = options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, fixed_temperature=not learned)
         self.objective = Contrastive(chosen)
-        own = ObjectiveOptimizer(self.objective)
+        optimizer = ObjectiveOptimizer(self.objective)
         self.log_value = self.objective.log_temperature
-        self.step, self.state, self.load_state = own.step, own.state, own.load_state
+        self.step, self.state, self.load_state = optimizer.step, optimizer.state, optimizer.load_state
 
     def __call__(self) -> Tensor:
         return self.objective.log_temperature.exp()

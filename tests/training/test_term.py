@@ -97,8 +97,8 @@ def test_the_term_matches_its_definition(z, normalize, remembered, gaps, copies)
     temperature = TAU.clone().requires_grad_()
 
     output = ContrastiveTerm(3, normalize, memory)(z, teacher, valid, temperature)
-    everything = torch.cat([z, memory_z], dim=1), torch.cat([teacher, memory_teacher])
-    expected = naive_term(*everything, valid.tolist() + [True] * remembered, temperature, 3, normalize, N)
+    samples = torch.cat([z, memory_z], dim=1), torch.cat([teacher, memory_teacher])
+    expected = naive_term(*samples, valid.tolist() + [True] * remembered, temperature, 3, normalize, N)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=1e-6)
     got = torch.autograd.grad(output.loss, (z, temperature))
     wanted = torch.autograd.grad(expected.loss, (z, temperature))
@@ -144,8 +144,8 @@ def test_a_batch_enters_the_memory_after_its_loss(z, teacher):
     # the same batch again: every remembered row is a copy of a sample, and excluded only for that sample
     again = term(z, teacher, all_valid(), TAU)
     assert again.n_duplicates == 0  # pairs of the batch only
-    everything = torch.cat([z, z.detach()], dim=1), torch.cat([teacher, teacher])
-    torch.testing.assert_close(again.loss, naive_term(*everything, [True] * 2 * N, TAU, 3, True, N).loss)
+    samples = torch.cat([z, z.detach()], dim=1), torch.cat([teacher, teacher])
+    torch.testing.assert_close(again.loss, naive_term(*samples, [True] * 2 * N, TAU, 3, True, N).loss)
 
 
 def test_values_are_comparable_once_the_memory_is_full():
@@ -170,14 +170,14 @@ def test_an_invalid_row_changes_nothing_and_is_not_remembered(z, teacher, value)
         teacher[~valid] = value
     term = ContrastiveTerm(3, memory=CrossBatchMemory(20))
     output = term(z, teacher, valid, TAU)
-    alone = z.detach()[:, valid].requires_grad_()
-    expected = ContrastiveTerm(3)(alone, teacher[valid], all_valid(7), TAU)
+    valid_z = z.detach()[:, valid].requires_grad_()
+    expected = ContrastiveTerm(3)(valid_z, teacher[valid], all_valid(7), TAU)
     assert (output.sound.item(), output.n_samples.item()) == (True, 7)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(ContrastiveTerm(3)(z, teacher, valid, TAU).mknn, expected.mknn)
     output.loss.backward()
     expected.loss.backward()
-    torch.testing.assert_close(z.grad[:, valid], alone.grad)
+    torch.testing.assert_close(z.grad[:, valid], valid_z.grad)
     assert (z.grad[:, ~valid] == 0).all()
     remembered = term.memory.state_dict()
     assert torch.equal(remembered["memory.teacher"], teacher[valid])
@@ -218,12 +218,12 @@ def test_a_non_finite_value_omits_the_term_and_is_never_remembered(z, teacher, v
     term = ContrastiveTerm(3, normalize, CrossBatchMemory(20))
     # a sample alone in its batch gives no loss, but remembering it would spoil all later losses
     for rows in (slice(None), slice(4, 5)):
-        given = broken[:, rows].requires_grad_()
-        output = term(given, broken_teacher[rows], all_valid()[rows], TAU)
+        selected = broken[:, rows].requires_grad_()
+        output = term(selected, broken_teacher[rows], all_valid()[rows], TAU)
         assert output.broken.tolist() == [False, side == "student", False]
         assert output.loss.item() == 0
         output.loss.backward()
-        assert not given.grad.any()
+        assert not selected.grad.any()
         assert (output.sound.item(), output.gradient_expected.item()) == (False, False)
         assert output.mknn.shape == (HEADS,)
         assert output.mknn.isnan().all()

@@ -171,9 +171,9 @@ def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teac
     for values in (batch["pixel_values"], seen["pixels"]):
         cells = nn.functional.adaptive_avg_pool2d(values.mean(1), side)[0]
         assert divmod(int(cells.argmax()), side) == cell
-    shown = seen["pixels"] * teacher.processor.std + teacher.processor.mean
-    assert shown.max() == pytest.approx(1, abs=0.02)
-    assert shown.min() == pytest.approx(0, abs=0.02)
+    restored = seen["pixels"] * teacher.processor.std + teacher.processor.mean
+    assert restored.max() == pytest.approx(1, abs=0.02)
+    assert restored.min() == pytest.approx(0, abs=0.02)
 
 
 def test_each_sample_is_matched_with_its_own_image() -> None:
@@ -347,12 +347,12 @@ def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image() -> None:
     keys = {"granularity": "layer", "layers": "final", "teacher": autoencoder_folder()}
     aligner = aligner_of(model, objective=f"{__name__}:SmallRoss", **keys)
     collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
-    for shown in (False, False, True, True, True, True):
-        batch = collate(image_rows(model, 2, shown))
-        if not shown:
+    for with_images in (False, False, True, True, True, True):
+        batch = collate(image_rows(model, 2, with_images))
+        if not with_images:
             batch["input_ids"][batch["input_ids"] == IMAGE] = 5
         micro_batch = aligner.prepare(batch)
-        hidden = model.model.language_model(input_ids=batch["input_ids"]) if not shown else model(**batch)
+        hidden = model.model.language_model(input_ids=batch["input_ids"]) if not with_images else model(**batch)
         (aligner.loss(micro_batch) + 0 * hidden[0].sum()).backward()
         aligner.after_backward()
         aligner.optimizer_step(1e-3)
