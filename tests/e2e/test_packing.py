@@ -1,4 +1,4 @@
-"""Samples that LLaMA-Factory packs into rows (``neat_packing``) are aligned as if each had a row for itself."""
+"""Samples that LLaMA-Factory packs into rows (``neat_packing``) are aligned as if each had its own row."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +41,7 @@ Row = dict[str, Any]
 
 
 def _sample(number: int) -> Row:
-    """One image, two, or none, with an answer that no other sample has. Their lengths mix."""
+    """Makes a sample with one image, two, or none, and a unique answer; lengths vary."""
     images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
     length = number if images else number + 6
     asked = "<image>" * len(images) + "What is it?"
@@ -86,7 +86,7 @@ class Host:
         return [self.rows[True][row] for row in rows]
 
     def unpacked(self, *rows: int) -> list[Row]:
-        """The samples of packed rows, each in a row for itself."""
+        """Returns the samples of packed rows, each in its own row."""
         alone = {tuple(row["input_ids"]): row for row in self.rows[False]}
         return [
             alone[tuple(row["input_ids"][piece.start : piece.stop])]
@@ -98,7 +98,7 @@ class Host:
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).train()
 
     def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
-        """The host's collator with HeRA's, for packed rows if an attention is given."""
+        """Wraps the host's collator, which packs rows if an attention is given, in HeRA's."""
         packed = attention is not None
         kinds = {"block_diag_attn": packed, "neat_packing": packed, "attn_implementation": attention or "sdpa"}
         common = {"template": self.template, "pad_to_multiple_of": 8, "label_pad_token_id": -100}
@@ -108,7 +108,7 @@ class Host:
 
 
 class Step(NamedTuple):
-    """What a step of one micro-batch gives."""
+    """The results of a step of one micro-batch."""
 
     valid: list[bool]
     representations: Tensor
@@ -122,7 +122,7 @@ def aligner_of(host: Host, model: nn.Module, **keys: Any) -> Aligner:
 
 
 def as_flash_attention_reads(positions: Tensor) -> Tensor:
-    """The mask by which FlashAttention separates samples in a row without mask, whose positions start anew at each."""
+    """Returns the mask that FlashAttention derives from the positions, which restart at each sample of a row."""
     (borders, _), _ = prepare_fa_kwargs_from_position_ids(positions[0] if positions.dim() == 3 else positions)
     tokens = torch.arange(positions.shape[-1])
     number = torch.searchsorted(borders.long(), tokens, right=True)
@@ -181,7 +181,7 @@ FLASH = "flash_attention_2"
         (FLASH, True, True, LAYER),
     ],
 )
-def test_packed_samples_give_what_they_give_alone(
+def test_packed_samples_have_the_values_of_unpacked_ones(
     host: Host, attention: str, lora: bool, reentrant: bool | None, keys: dict[str, Any]
 ) -> None:
     model: Any = host.model()
@@ -243,7 +243,7 @@ def test_processes_with_different_numbers_of_samples_share_one_term(place: Path,
 def test_every_pooling_marks_the_tokens_of_one_sample(host: Host, pooling: Any) -> None:
     row, media = host.packed(0)[0], [host.model().config.image_token_id]
     pieces = packed_pieces(row)
-    numbers = torch.tensor([row["attention_mask"]])  # in these rows the host numbers samples, too
+    numbers = torch.tensor([row["attention_mask"]])  # in these rows, the host's mask contains the number of the sample
     batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
     view = by_piece(batch, numbers, len(pieces))
     found = token_mask(pooling, view["input_ids"], view["attention_mask"], view["labels"], media)
@@ -276,7 +276,7 @@ PACKED = {"neat_packing": True, "cutoff_len": 640, "max_steps": 2}
 AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 
-def test_a_packed_run_chooses_the_heads_of_an_unpacked_run_and_processes_do_not_matter(train: Train) -> None:
+def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train: Train) -> None:
     alone = train(AUTO, {"max_steps": 1})
     one = train(PACKED, AUTO, {"per_device_train_batch_size": 2})
     two = train(PACKED, AUTO, {"per_device_train_batch_size": 1}, ranks=2)

@@ -65,7 +65,7 @@ def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, cap
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_a_suite_of_its_own_whatever_its_name(folder, data) -> None:
+def test_a_file_of_questions_is_a_separate_suite_with_any_name(folder, data) -> None:
     (data / "demo_questions.json").rename(data / "paper.json")
     run, output = data.parent / "run", data.parent / "eval"
     shutil.copytree(folder, run)
@@ -73,7 +73,7 @@ def test_a_file_of_questions_is_a_suite_of_its_own_whatever_its_name(folder, dat
     assert main(["eval", str(run), "--suite", str(data / "paper.json"), "--output", str(output)]) == 0
     table = (output / "own_paper.md").read_text()
     assert "\n| paper: accuracy | 24 |" in table
-    assert "average" not in table  # which the suite of the paper has
+    assert "average" not in table  # only the paper's suite has an average
     assert result(data, "paper")["settings"]["image_newline"] is True  # LLaMA-Factory wrote the log
 
 
