@@ -88,6 +88,15 @@ def test_only_allowed_candidates_are_neighbors_and_minus_one_means_none(k):
     assert mutual_knn(student, teacher, k, allowed=allowed[3:4]).isnan().all()
 
 
+def test_copies_of_a_file_are_no_candidates_even_if_their_features_differ():
+    teacher, numbers = torch.randn(6, 9), torch.tensor([[5, 1], [5, 2], [5, 1], [0, 0], [0, 0], [5, 2]]).float()
+    valid, filled = torch.ones(5, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+    candidates = teacher_candidates(teacher, valid, 3, True, filled, numbers)
+    missing = [sorted(set(range(6)) - set(row.nonzero().flatten().tolist())) for row in candidates.allowed]
+    assert missing == [[0, 2], [1, 5], [0, 2], [3], [4]]
+    assert candidates.duplicates == 1
+
+
 def test_candidates_are_other_valid_images_and_remembered_ones():
     teacher = torch.randint(-9, 10, (7, 9)).float()  # a batch of 5 and 2 remembered samples; products are exact
     teacher[3] = 2 * teacher[0]  # the same image

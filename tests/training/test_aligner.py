@@ -291,3 +291,26 @@ def test_values_are_means_and_counts_since_they_were_last_taken() -> None:
     assert taken["loss"] == pytest.approx((1e8 + 100) / 101, rel=1e-12)
     assert math.isnan(taken["mknn"])
     assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # a value that is always NaN is not reported
+
+
+def test_a_batch_without_a_row_for_each_sample_is_refused() -> None:
+    run = Run()
+    collate = run.aligner.collator(lambda rows: collate_rows(rows[1:]), drop=("images",))
+    with pytest.raises(ValueError, match=r"^data_collator: it makes 3 rows of 4 samples; let it keep one row"):
+        run.aligner.prepare(collate(run.rows[:BATCH]))
+
+
+@pytest.mark.parametrize("gradcache", [False, True])
+def test_copies_of_a_file_are_found_although_the_teacher_is_imprecise(gradcache: bool) -> None:
+    run = Run()
+    rows = [{**row, "images": run.rows[image]["images"]} for row, image in zip(run.rows, (0, 0, 1, 2), strict=False)]
+    batch = run.collate(rows)
+    batch["hera_pixels"] += torch.randn_like(batch["hera_pixels"])
+    prepared = run.aligner.prepare(batch)
+    run.model(**batch)
+    if gradcache:
+        run.aligner.collect(prepared)
+        run.aligner.solve()
+    else:
+        run.aligner.loss(prepared)
+    assert run.aligner.logs()["hera_duplicates"] == 1

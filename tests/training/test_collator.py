@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
@@ -82,8 +83,22 @@ def test_images_of_finds_the_images_and_drop_hides_columns_from_the_loops_collat
 
 def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
     batch = HeraCollator(_collate, teacher.processor)([{"images": None}, {"videos": ["a.mp4"]}])
-    assert {name for name in batch if name.startswith("hera_")} == {"hera_source"}
+    assert {name for name in batch if name.startswith("hera_")} == {"hera_source", "hera_keys"}
     assert not batch["hera_source"].any()
+    assert not batch["hera_keys"].any()
+
+
+def test_a_collator_that_sorts_its_rows_is_refused(teacher: VisionTeacher) -> None:
+    def by_length(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+        tokens = [torch.tensor(row["input_ids"]) for row in rows]
+        mask = [torch.ones_like(row) for row in tokens]
+        return {"input_ids": pad_sequence(tokens, True), "attention_mask": pad_sequence(mask, True)}
+
+    collator = HeraCollator(by_length, teacher.processor)
+    collator([{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6]}])  # they stay where they are
+    with pytest.raises(ValueError, match=r"^data_collator: sample 0 of a batch leaves it as number 1; keep the order"):
+        collator([{"input_ids": [5, 6]}, {"input_ids": [5, 6, 7]}])
 
 
 def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def held(memory: CrossBatchMemory) -> list[int]:
     """Returns the numbers of the held samples, oldest first; both tensors must hold the same samples."""
     if memory.pairs is None:
         return []
-    representations, teacher, filled = memory.pairs
+    representations, teacher, filled, _ = memory.pairs
     assert representations.shape == (HEADS, memory.size, D)
     assert teacher.shape == (memory.size, D_TEACHER)
     for values in (representations.transpose(0, 1), teacher):

@@ -154,11 +154,18 @@ class Candidates:
 
 
 def teacher_candidates(
-    teacher: Tensor, valid: Tensor, k: int, normalize: bool, filled: Tensor | None = None
+    teacher: Tensor,
+    valid: Tensor,
+    k: int,
+    normalize: bool,
+    filled: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate.
+    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate. Copies have equal
+    numbers or almost equal features. Both count: a teacher in half precision may compute different features for one
+    file on two devices, and two files may contain one picture.
 
     Args:
         teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
@@ -167,10 +174,13 @@ def teacher_candidates(
         k: Neighbors per sample, at most half of its candidates.
         normalize: True for cosine similarity, false for the dot product.
         filled: Boolean ``[M - N]``, the places of the memory that contain a sample; None without a memory.
+        numbers: ``[M, 2]``, equal for copies of one image file and 0 if unknown.
     """
     n, m = len(valid), len(teacher)
     usable = valid if filled is None else torch.cat([valid, filled])
     same_image = similarity(teacher[:n], teacher) > SAME_IMAGE
+    if numbers is not None:
+        same_image |= (numbers[:n, None] == numbers).all(dim=-1) & numbers[:n, None].any(dim=-1)
     others = ~torch.eye(n, m, dtype=torch.bool, device=teacher.device)
     pairs = valid[:, None] & usable & others
     allowed = pairs & ~same_image

@@ -150,7 +150,8 @@ class Aligner:
             The argument of :meth:`loss`; None for a batch from a different collator, such as an evaluation batch.
 
         Raises:
-            ValueError: The first batch with images lacks the model's image inputs, or labels all text as the answer.
+            ValueError: The batch does not have a row for each sample; or the first batch with images lacks the model's
+                image inputs, or labels all text as the answer.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
@@ -160,6 +161,11 @@ class Aligner:
         has_image = inputs["hera_source"] != NO_IMAGE
         if "hera_pieces" in inputs:
             batch = by_piece(batch, inputs["hera_pieces"], len(has_image))
+        if len(batch["input_ids"]) != len(has_image):
+            raise ValueError(
+                f"data_collator: it makes {len(batch['input_ids'])} rows of {len(has_image)} samples; let it keep one "
+                "row for each sample, in the same order (packed rows need pieces_of)."
+            )
         self.watch.check_batch(batch, has_image, self._media_token_ids)
         if self.reader is not None:
             return self.reader.prepare(batch, inputs, has_image, self.capture)
@@ -196,7 +202,7 @@ class Aligner:
     def _term(self, representations: Tensor, prepared: Prepared) -> TermOutput:
         features = self.teacher.features(prepared.inputs, prepared.pixels)
         if self.reader is None:
-            return self.term(representations, features, prepared.valid, self._n_rows)
+            return self.term(representations, features, prepared.valid, self._n_rows, prepared.inputs["hera_keys"])
         projections = self.capture.projections() if isinstance(self.capture, HeadCapture) else None
         batch = TokenBatch(representations, projections, features, prepared.valid, prepared.context)
         return token_term(self.reader.objective, batch)
@@ -240,7 +246,8 @@ class Aligner:
 
     def collect(self, prepared: Prepared) -> None:
         """Stores the latest forward pass, which ran without a graph, for :meth:`solve`."""
-        self.cached.add(self.capture.representations(), self.teacher.features(prepared.inputs), prepared.valid)
+        inputs, rows = prepared.inputs, self.capture.representations()
+        self.cached.add(rows, self.teacher.features(inputs), prepared.valid, inputs["hera_keys"])
         self.capture.pool(None)
 
     def solve(self, scale: float | Tensor = 1.0) -> None:

@@ -18,6 +18,8 @@ NO_IMAGE, CACHED, PIXELS = 0, 1, 2
 #: The prefix of every added tensor; ``Aligner.prepare`` removes these tensors before the model sees the batch.
 PREFIX = "hera_"
 
+_TAIL = 16  # tokens by which a row is recognized; a collator may change its start
+
 
 class Piece(NamedTuple):
     """A sample in a packed row."""
@@ -38,7 +40,7 @@ class HeraCollator:
     - ``hera_source [B]``: :data:`NO_IMAGE`, :data:`CACHED` or :data:`PIXELS`.
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
       every floating-point input to the model's dtype.
-    - ``hera_keys [B, 16]``: the cache keys of the images, if the run has a cache.
+    - ``hera_keys [B, 16]``: the keys of the images, by which copies and cached features are found; 0 without an image.
     - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`. They are listed because a search on the device
       would make the CPU wait.
     - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
@@ -86,6 +88,8 @@ class HeraCollator:
         if self.drop:
             rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
         batch = self.collate(rows)
+        if pieces is None:
+            _check_order(rows, batch)
         if self.tokens is not None:
             check_image_tokens(batch["input_ids"], batch.get("attention_mask"), teacher["hera_image"], *self.tokens)
         if pieces is not None:
@@ -108,11 +112,11 @@ class HeraCollator:
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
         pending = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(pending)] = PIXELS
-        batch = {"hera_source": source}
+        batch = {"hera_source": source, "hera_keys": torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)}
+        keys = [decoded_key(image, file) for image, file in pending.values()]
+        for row, key in zip(pending, keys, strict=True):
+            batch["hera_keys"][row] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
         if self.cache is not None and pending:
-            keys = [decoded_key(image, file) for image, file in pending.values()]
-            batch["hera_keys"] = torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)
-            batch["hera_keys"][list(pending)] = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
             known = {row: f for row, f in zip(pending, self.cache.get(keys), strict=True) if f is not None}
             if known:
                 batch["hera_features"] = torch.zeros(len(images), self.cache.dim, dtype=torch.int16)
@@ -126,3 +130,19 @@ class HeraCollator:
             for row, (image, _) in pending.items():
                 batch["hera_pixels"][row] = self.processor(load_image(image))
         return batch
+
+
+def _check_order(rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
+    """Raises ``ValueError`` if tokenized rows stand elsewhere in the batch, because they would get other images."""
+    ids, tails = batch["input_ids"], [row.get("input_ids") for row in rows]
+    if None in tails or len(ids) != len(tails):
+        return
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    tails = [torch.as_tensor(row)[-_TAIL:].tolist() for row in tails]
+    found = [row[kept][-_TAIL:].tolist() for row, kept in zip(ids, mask, strict=True)]
+    for number, (tail, own) in enumerate(zip(tails, found, strict=True)):
+        if tail != own and tail in found:
+            raise ValueError(
+                f"data_collator: sample {number} of a batch leaves it as number {found.index(tail)}; keep the order "
+                "of the samples, because HeRA adds the teacher's features in that order."
+            )

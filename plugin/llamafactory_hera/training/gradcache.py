@@ -37,12 +37,14 @@ class GradientCache:
         self._waiting: list[Tensor] = []
         self._teacher: list[Tensor] = []
         self._valid: list[Tensor] = []
+        self._keys: list[Tensor] = []
 
-    def add(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
+    def add(self, representations: Tensor, teacher: Tensor, valid: Tensor, keys: Tensor) -> None:
         """Adds a micro-batch of this process, with the arguments of :class:`~.term.HeraTerm`."""
         self._waiting.append(representations.detach().float().requires_grad_())
         self._teacher.append(teacher)
         self._valid.append(valid)
+        self._keys.append(keys)
 
     def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
         """Computes ``weight * L_HeRA`` over the micro-batches of all processes; every process must call it.
@@ -52,14 +54,14 @@ class GradientCache:
         teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
         self._n_batches = len(self._waiting)
         n_rows = batch_size and batch_size * self._n_batches
-        output = term(torch.cat(self._waiting, dim=1), teacher, valid, n_rows)
+        output = term(torch.cat(self._waiting, dim=1), teacher, valid, n_rows, torch.cat(self._keys))
         loss = weight * output.loss
         loss.backward()
         for parameter in term.objective.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
         self._value, self._sound = loss.detach(), output.sound
-        self._teacher = []
+        self._teacher, self._keys = [], []
         return output
 
     def take(self, representations: Tensor) -> Tensor:

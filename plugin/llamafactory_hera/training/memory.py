@@ -26,40 +26,43 @@ class CrossBatchMemory:
     def clear(self) -> None:
         """Forgets all pairs, and the size if :meth:`settle` chose it."""
         self.size = self._given
-        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, and filled places, bool ``[size]``.
-        self.pairs: tuple[Tensor, Tensor, Tensor] | None = None
+        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, filled places, bool ``[size]``, and
+        #: the numbers of the images ``[size, 2]``.
+        self.pairs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def settle(self, n_compared: int) -> None:
         """Chooses the size for ``n_compared`` samples that are compared at once, unless the size is known."""
         if self.size is None:
             self.size = max(0, self._needed - (n_compared - 1))
 
-    def append(self, representations: Tensor, teacher: Tensor, valid: Tensor) -> None:
-        """Adds the valid pairs and drops the oldest; shapes ``[n_targets, n, D]``, ``[n, D_teacher]`` and ``[n]``."""
+    def append(self, representations: Tensor, teacher: Tensor, valid: Tensor, numbers: Tensor | None = None) -> None:
+        """Adds the valid pairs of n samples and drops the oldest; for the shapes see :attr:`pairs`."""
         if not self.size:
             return
         z, teacher = representations.detach(), teacher.detach()
-        old_z, old_teacher, filled = self.pairs or (
+        numbers = valid.new_zeros(len(valid), 2, dtype=torch.float32) if numbers is None else numbers
+        old_z, old_teacher, filled, old_numbers = self.pairs or (
             z.new_zeros(len(z), self.size, z.shape[-1]),
             teacher.new_zeros(self.size, teacher.shape[-1]),
             valid.new_zeros(self.size),
+            numbers.new_zeros(self.size, 2),
         )
         z, teacher = torch.cat([old_z.to(z), z], dim=1), torch.cat([old_teacher.to(teacher), teacher])
-        filled = torch.cat([filled.to(valid), valid])
+        filled, numbers = torch.cat([filled.to(valid), valid]), torch.cat([old_numbers.to(numbers), numbers])
         # a stable sort puts empty places first and keeps the order of the others
         last = filled.byte().argsort(stable=True)[-self.size :]
         filled = filled[last]
         rows = filled.unsqueeze(1)
         # torch.where instead of a product with the mask, which would keep a non-finite value
-        self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled
+        self.pairs = torch.where(rows, z[:, last], 0.0), torch.where(rows, teacher[last], 0.0), filled, numbers[last]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the stored pairs as tensors, with the size of the queue; empty if no pair is stored."""
         if self.pairs is None or not self.pairs[2].any():
             return {}
-        z, teacher, filled = self.pairs
-        size = torch.tensor(self.size)
-        return {"memory.representations": z[:, filled], "memory.teacher": teacher[filled], "memory.size": size}
+        z, teacher, filled, numbers = self.pairs
+        kept = {"representations": z[:, filled], "teacher": teacher[filled], "numbers": numbers[filled]}
+        return {f"memory.{name}": each for name, each in {**kept, "size": torch.tensor(self.size)}.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the result of :meth:`state_dict`, and drops the oldest pairs that exceed the size of this queue.
@@ -68,6 +71,7 @@ class CrossBatchMemory:
         """
         self.clear()
         if "memory.teacher" in state:
-            teacher = state["memory.teacher"]
+            teacher, numbers = state["memory.teacher"], state["memory.numbers"]
             self.size = int(state["memory.size"]) if self.size is None else self.size
-            self.append(state["memory.representations"], teacher, torch.ones(len(teacher), dtype=torch.bool))
+            filled = torch.ones(len(teacher), dtype=torch.bool)
+            self.append(state["memory.representations"], teacher, filled, numbers)

@@ -75,7 +75,12 @@ class HeraTerm:
     memory: CrossBatchMemory
 
     def __call__(
-        self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None = None
+        self,
+        representations: Tensor,
+        teacher: Tensor,
+        valid: Tensor,
+        n_rows: int | None = None,
+        keys: Tensor | None = None,
     ) -> TermOutput:
         """Computes the term from the samples of this process; those that are not valid may contain arbitrary values.
 
@@ -84,10 +89,12 @@ class HeraTerm:
             teacher: Teacher features of the same samples, ``[B, D_teacher]``.
             valid: Boolean ``[B]``.
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
+            keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
-        gathered = _gather(representations, teacher, valid, n_rows)
-        self.memory.settle(len(gathered[-1]))
-        batch, all_teacher = self._batch(*gathered)
+        numbers = valid.new_zeros(len(valid), 2, dtype=torch.float32) if keys is None else _numbers(keys)
+        *gathered, numbers = _gather(representations, teacher, valid, numbers, n_rows)
+        self.memory.settle(len(numbers))
+        batch, all_teacher = self._batch(*gathered, numbers)
         z, candidates = batch.z, batch.candidates
         by_target = self.objective(batch)
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
@@ -96,7 +103,7 @@ class HeraTerm:
         if self.memory.size:  # until the memory is full, fewer candidates lower the loss and raise chance agreement
             comparable = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
         mknn = mutual_knn(batch.z_all, all_teacher, self.k, self.normalize, candidates.allowed)
-        self.memory.append(z, batch.teacher, batch.valid & sound)
+        self.memory.append(z, batch.teacher, batch.valid & sound, numbers)
         return TermOutput(
             loss=zero_unless(sound, by_target.mean(), z),
             n_samples=self.objective.entering(batch).sum(),
@@ -109,19 +116,26 @@ class HeraTerm:
             chance=torch.where(comparable, candidates.chance, math.nan),
         )
 
-    def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor) -> tuple[PooledBatch, Tensor]:
+    def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor, numbers: Tensor) -> tuple[PooledBatch, Tensor]:
         """Builds the global batch, and its teacher features followed by those of the remembered samples."""
         z_all, all_teacher, filled = z, teacher, None
         if self.memory.pairs is not None:
-            older, older_teacher, filled = self.memory.pairs
+            older, older_teacher, filled, older_numbers = self.memory.pairs
             z_all, filled = torch.cat([z, older.to(z)], dim=1), filled.to(valid)
             all_teacher = torch.cat([teacher, older_teacher.to(teacher)])
-        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled)
+            numbers = torch.cat([numbers, older_numbers.to(numbers)])
+        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled, numbers)
         return PooledBatch(z, z_all, teacher, valid, candidates, self.normalize), all_teacher
 
 
-def _gather(z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads the samples of this process to a common number and gathers the arguments across processes."""
+def _numbers(keys: Tensor) -> Tensor:
+    """Turns the first six bytes of keys ``[B, 16]`` into two numbers that float32 represents exactly, ``[B, 2]``."""
+    first = keys[:, :6].float()
+    return (first[:, :2] * 256 + first[:, 2:4]) * 256 + first[:, 4:]
+
+
+def _gather(z: Tensor, teacher: Tensor, valid: Tensor, numbers: Tensor, n_rows: int | None) -> list[Tensor]:
+    """Pads the samples of this process to a common number and gathers the first four arguments across processes."""
     missing = 0
     if world_size() > 1:
         n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
@@ -135,12 +149,12 @@ def _gather(z: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None) -> tu
     # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
     rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
     teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
+    facts = torch.cat([teacher, valid.view(-1, 1).float(), numbers], dim=1)  # one collective instead of three
     if missing:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
-        teacher = torch.nn.functional.pad(teacher, (0, 0, 0, missing))
-        valid = torch.nn.functional.pad(valid, (0, missing))
-    gathered_valid = gather_rows(valid.to(torch.uint8)).bool()
-    return gather_rows(rows).transpose(0, 1), gather_rows(teacher), gathered_valid
+        facts = torch.nn.functional.pad(facts, (0, 0, 0, missing))
+    teacher, valid, numbers = gather_rows(facts).split([teacher.shape[1], 1, 2], dim=1)
+    return [gather_rows(rows).transpose(0, 1), teacher, valid.squeeze(1) > 0, numbers]
 
 
 def finite_parts(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
