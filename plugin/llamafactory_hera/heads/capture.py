@@ -16,7 +16,6 @@ the head's ``head_dim`` values per token, and reads the head's projection matrix
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -68,6 +67,10 @@ class HeadCapture(LayerHooks):
         return self._stacked(1)
 
     def _hook(self) -> None:
+        # In compiled code, checkpointed layers may write to Python objects, such as the frames, only with this setting.
+        writing = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+        writing.__enter__()
+        self._undo.append(partial(writing.__exit__, None, None, None))
         for index, layer in self._layers.items():
             projection = output_projection(layer, self._layout.layers[index])
             # a partial instead of a closure, because deepcopy copies the parts of a partial
@@ -149,9 +152,10 @@ class HeadCapture(LayerHooks):
         if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
             with torch.inference_mode(False):
                 layer = self._layout.layers[index]
-                chosen = nn.functional.one_hot(torch.tensor(self._heads_of[index]), layer.n_heads)
-                selector = chosen.repeat_interleave(layer.head_dim, dim=1).to(like)
-            self._selectors[index] = selector
+                head = torch.arange(layer.n_heads * layer.head_dim, device=like.device) // layer.head_dim
+                selector = torch.stack([head == each for each in self._heads_of[index]]).to(like.dtype)
+            if not torch.compiler.is_compiling():  # a changed cache would be a reason to compile again
+                self._selectors[index] = selector
         return selector
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
@@ -159,7 +163,7 @@ class HeadCapture(LayerHooks):
         if read is None:
             return original(function, *rest, **kw)
 
-        def run(_: nn.Module, *run_args: Any, **run_kwargs: Any) -> tuple:
+        def run(*run_args: Any, **run_kwargs: Any) -> tuple:
             # This runs again in the backward pass, and by then other tokens may have been set.
             outer, self._read, self._frames[index] = self._read, read, []
             try:
@@ -175,8 +179,8 @@ class HeadCapture(LayerHooks):
             n_rows = len(rows[0])
             return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-        # a bound method, because a host's checkpointing function reads the layer from `__self__`
-        together = original(MethodType(run, layer), *rest, **kw)
+        run.__self__ = layer  # type: ignore[attr-defined]  # which a host's checkpointing function reads
+        together = original(run, *rest, **kw)
         output, rows = together[:-n_rows], together[-n_rows:]
         self._keep(index, *rows)
         return output[0] if len(output) == 1 else tuple(output)
@@ -196,11 +200,14 @@ class LayerCapture(LayerHooks):
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():
-            self._undo.append(layer.register_forward_hook(partial(self._after, index)).remove)
+            # no forward hook, because a model that is already compiled would ignore it
+            self._replace(layer, "forward", partial(self._run, index, layer.forward))
 
-    def _after(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+    def _run(self, index: int, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        output = original(*args, **kw)
         if index not in self._inside and not in_backward():
             self._read_output(index, output)
+        return output
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         self._inside.add(index)

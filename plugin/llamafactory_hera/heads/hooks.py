@@ -77,6 +77,7 @@ class LayerHooks(Hooks):
         #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
+        self._unwatched: set[int] = set()  # layers that compiled code has read
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns an inert copy: hooks in a copied model (EMA, SWA) must call only the modules of that copy."""
@@ -134,6 +135,9 @@ class LayerHooks(Hooks):
             raise RuntimeError(
                 f"No pass through layers {missing} was captured; call pool(mask), then the model, inside the context."
             )
+        while self._unwatched:
+            index = self._unwatched.pop()
+            self._watch(index, self._rows[index][0])
         rows = {index: iter(kept[part]) for index, kept in self._rows.items()}
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
@@ -147,10 +151,13 @@ class LayerHooks(Hooks):
             if bool((gradient != 0).any()):
                 self.gradient_seen.add(index)
 
-        if self.watch_gradients and rows.requires_grad:
+        if torch.compiler.is_compiling():
+            self._unwatched.add(index)  # a compiled graph cannot register the hook
+        elif self.watch_gradients and rows.requires_grad:
             rows.register_hook(note)
 
 
 def in_backward() -> bool:
     """Returns whether a backward pass is running; a forward call then recomputes an earlier call."""
-    return torch._C._current_graph_task_id() != -1  # a private name of torch (2.11)
+    # a private name of torch (2.11), which torch.compile cannot trace
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
