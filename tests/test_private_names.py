@@ -29,7 +29,7 @@ PRIVATE_NAMES = {
     },
     "transformers.integrations.deepspeed 5.5.4": {"_hf_deepspeed_config_weak_ref"},
     "datasets 4.0.0": {"_formatting", "_info"},
-    "torch 2.11.0": {"_C", "_current_graph_task_id"},
+    "torch 2.11.0": {"_C", "_current_graph_task_id", "_dynamo"},
     "llamafactory.data.loader 0.9.5": {"_get_dataset_processor", "_get_merged_dataset"},
     "llamafactory.webui 0.9.5": {"_parse_train_args"},
 }

@@ -67,10 +67,11 @@ class HeadCapture(LayerHooks):
         return self._stacked(1)
 
     def _hook(self) -> None:
-        # In compiled code, checkpointed layers may write to Python objects, such as the frames, only with this setting.
-        writing = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
-        writing.__enter__()
-        self._undo.append(partial(writing.__exit__, None, None, None))
+        # Compiled checkpointing breaks the graph at a layer that fills the frames, unless it need not fill them again.
+        if hasattr(torch._dynamo.config, setting := "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+            patched = torch._dynamo.config.patch({setting: True})
+            patched.__enter__()
+            self._undo.append(partial(patched.__exit__, None, None, None))
         for index, layer in self._layers.items():
             projection = output_projection(layer, self._layout.layers[index])
             # a partial instead of a closure, because deepcopy copies the parts of a partial

@@ -29,10 +29,8 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
     outputs: list[Tensor] = []  # layers run in order
 
     def mean(hidden: Tensor) -> Tensor:
-        # values outside the mask do not count, not even NaN
-        kept = hidden.detach().masked_fill(~mask.unsqueeze(-1), 0).float()
-        with full_precision(kept.device.type):
-            return pool_tokens(kept, mask)
+        with full_precision(hidden.device.type):
+            return pool_tokens(hidden.detach().float(), mask)
 
     def before_projection(index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heads[index] = mean(inputs[0]).unflatten(-1, (layout[index].n_heads, layout[index].head_dim))

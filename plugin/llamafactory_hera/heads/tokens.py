@@ -76,6 +76,8 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = (wide / wide.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden.dtype)
+    read = (mask.any(dim=0) if packed else mask.bool()).view(hidden.shape[:-1])
+    hidden = hidden.masked_fill(~read.unsqueeze(-1), 0)  # 0 times NaN is NaN
     with torch.autocast(hidden.device.type, enabled=False):  # keep the precision of an fp32 residual stream
         return weights @ hidden.flatten(0, 1) if packed else torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
 

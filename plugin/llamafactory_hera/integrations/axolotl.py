@@ -16,6 +16,7 @@ from pydantic import Field, create_model
 
 from ..config import HeraConfig
 from ..teachers.images import ImageLike, sample_images
+from ..training.checks import NO_FP8
 from .transformers import HeraTrainerMixin
 
 #: A pydantic model of the keys, which axolotl merges into its schema.
@@ -41,6 +42,7 @@ _REFUSED = {
     "context_parallel_size": _UNDIVIDED,
     "sequence_parallel_degree": _UNDIVIDED,
     "tensor_parallel_size": _UNDIVIDED,
+    "fp8": NO_FP8,
     "sample_packing": "packed samples share a row and lose their images",
     "batch_flattening": "flattened samples share a row",
     "pretraining_dataset": "it contains only text; use datasets of chat messages with images",

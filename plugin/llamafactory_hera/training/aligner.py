@@ -29,7 +29,7 @@ from ..heads.tokens import by_piece, token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import RunIdentity, earlier_values
-from .checks import check_trainable, named_targets
+from .checks import check_parallelism, check_trainable, named_targets
 from .collator import NO_IMAGE, PREFIX, HeraCollator, PiecesOf
 from .gradcache import GradientCache
 from .memory import CrossBatchMemory
@@ -74,6 +74,7 @@ class Aligner:
         self.targets = named_targets(config, model_configuration) if targets is None else targets
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
+        check_parallelism(None, model)
         check_trainable(model, self.targets)
         student = student_images(config, model_configuration, image_processor)
         self.teacher = TeacherFeatures(config, device, dtype, student)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,9 @@ from ..heads import Targets
 from ..heads.families import head_layout, trainable_upstream
 from ..heads.targets import AUTO
 from ..teachers.images import is_stream
+
+#: The reason why 8-bit floating-point training is refused (https://github.com/pytorch/ao/issues/3111).
+NO_FP8 = "its products take multiples of 16 tokens, and HeRA appends a row for each head"
 
 
 def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
@@ -48,18 +52,25 @@ def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
             raise ValueError(f"output_dir: {output_dir} is also {key}, which the run reads; choose another folder.")
 
 
-def check_parallelism(training_args: Any) -> None:
-    """Refuses sequence, context and tensor parallelism, which split a sample or a head across processes."""
-    parallelism = getattr(training_args, "parallelism_config", None)
-    sizes = {name: getattr(parallelism, name, 1) or 1 for name in ("sp_size", "cp_size", "tp_size")}
-    deepspeed = getattr(getattr(training_args, "hf_deepspeed_config", None), "config", None) or {}
-    sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size", 1)
-    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    if split:
-        raise ValueError(
-            f"parallelism_config: {', '.join(split)} splits a sample or its heads across processes, but HeRA needs "
-            "whole samples on each process; use data parallelism (DDP, ZeRO or FSDP)."
-        )
+def check_parallelism(training_args: Any, model: Any = None) -> None:
+    """Refuses sequence, context, pipeline and tensor parallelism, which split a sample or a head across processes."""
+    plugin = getattr(training_args, "deepspeed_plugin", None)
+    deepspeed = getattr(plugin, "deepspeed_config", None) or {}
+    settings: dict[str, Any] = {
+        "parallelism_config": getattr(training_args, "parallelism_config", None),
+        "deepspeed": SimpleNamespace(**{**deepspeed, **deepspeed.get("tensor_parallel", {})}),
+        "distributed_config": getattr(getattr(model, "config", None), "distributed_config", None),
+        "from_pretrained": model,
+    }
+    names = ("sp_size", "cp_size", "tp_size", "pp_size", "sequence_parallel_size", "autotp_size")
+    for key, owner in settings.items():
+        sizes = {name: getattr(owner, name, None) for name in names}
+        split = [f"{name}={size}" for name, size in sizes.items() if isinstance(size, int) and size > 1]
+        if split:
+            raise ValueError(
+                f"{key}: {', '.join(split)} splits a sample or its heads across processes, but HeRA needs whole "
+                "samples on each process; use data parallelism (DDP, ZeRO or FSDP)."
+            )
 
 
 def check_settings(config: HeraConfig, trainer: Any) -> None:
@@ -70,7 +81,9 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     model = getattr(getattr(trainer.model, "config", None), "_name_or_path", None)
     inputs = {"hera_teacher_cache": config.teacher_cache, "hera_teacher": config.teacher, "model": model}
     check_output(args.output_dir, inputs)
-    check_parallelism(args)
+    check_parallelism(args, trainer.model)
+    if trainer.accelerator.mixed_precision == "fp8":
+        raise ValueError(f"mixed_precision: fp8 does not work with HeRA, because {NO_FP8}; use bf16.")
     if trainer.model_init is not None:
         raise ValueError("model_init: train() would build a new model, which HeRA does not read; pass a model.")
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})

@@ -17,7 +17,7 @@ from llamafactory_hera.objectives import Objective, TokenObjective
 from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.training.checkpoint import earlier_values
-from llamafactory_hera.training.checks import check_output, check_parallelism
+from llamafactory_hera.training.checks import NO_FP8, check_output, check_parallelism
 from llamafactory_hera.training.collator import Piece
 
 from .recipe import HostArguments
@@ -32,6 +32,7 @@ UNREADABLE = {
 _REFUSED = UNREADABLE | {
     "use_unsloth_gc": "its checkpointing cannot carry the outputs of heads",
     "shift_attn": "it moves tokens between heads",
+    "fp8": NO_FP8,
 }
 _PACKING = {"packing": "the samples of a row attend to each other unless neat_packing is true"}
 
@@ -83,7 +84,7 @@ def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | Non
 def refuse_keys(host: HostArguments, keys: dict[str, str], purpose: str) -> None:
     """Refuses keys that are set; ``keys`` maps each of them to the reason."""
     for key, why in keys.items():
-        if value := getattr(host.model, key, None) or getattr(host.data, key, None):
+        if value := next(filter(None, (getattr(part, key, None) for part in host)), None):
             raise ValueError(f"{key}: {value} does not work with {purpose}, because {why}; remove the key.")
 
 
