@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "packed image tokens cut off": ({"neat_packing": True, "cutoff_len": 12}, ["cutoff_len: 12 cuts", "image tokens"]),
     "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc: True", "remove"]),
+    "fp8": ({"fp8": True}, ["fp8: True", "multiples of 16", "remove"]),
     "a small batch": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint", "does not exist"]),
     "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless", "model_name_or_path"]),

@@ -43,15 +43,21 @@ class Engine:
 
 
 class DDP(Engine):
+    static_graph = False
+
     def __init__(self, model: nn.Module, n_micro: int) -> None:
         self.model = model
-        self.forward = DistributedDataParallel(model)
+        self.forward = DistributedDataParallel(model, static_graph=self.static_graph)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=True)
+
+
+class StaticDDP(DDP):
+    static_graph = True
 
 
 class FSDP1(Engine):
@@ -128,4 +134,11 @@ class ZeRO3(ZeRO):
     stage = 3
 
 
-ENGINES: dict[str, type[Engine]] = {"DDP": DDP, "ZeRO-2": ZeRO2, "ZeRO-3": ZeRO3, "FSDP1": FSDP1, "FSDP2": FSDP2}
+ENGINES: dict[str, type[Engine]] = {
+    "DDP": DDP,
+    "DDP, static": StaticDDP,
+    "ZeRO-2": ZeRO2,
+    "ZeRO-3": ZeRO3,
+    "FSDP1": FSDP1,
+    "FSDP2": FSDP2,
+}

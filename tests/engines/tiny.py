@@ -33,7 +33,7 @@ N_PATCHES, ANSWER, PROMPT = 4, 4, 3
 
 TUNINGS = ("full", "lora", "dora", "qlora", "freeze", "projector")
 CHECKPOINTING = ("off", "reentrant", "non-reentrant")
-ENGINE_NAMES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2")
+ENGINE_NAMES = ("DDP", "DDP, static", "ZeRO-2", "ZeRO-3", "FSDP1", "FSDP2")
 DATA = ("images", "one rank without", "text only")
 
 

@@ -132,7 +132,7 @@ def test_keys_that_hera_needs_are_set(keys: dict[str, Any]) -> None:
 
 
 REFUSED = {
-    **dict.fromkeys(("sample_packing", "reward_model", "process_reward_model", "lora_o_kernel"), True),
+    **dict.fromkeys(("sample_packing", "reward_model", "process_reward_model", "lora_o_kernel", "fp8"), True),
     **dict.fromkeys(("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size"), 2),
     **{"remove_unused_columns": True, "skip_prepare_dataset": False, "batch_flattening": "auto", "rl": "dpo"},
     **{"pretraining_dataset": "text.jsonl", "trainer_cls": "my.Trainer", "hera_select_dataset": "captions"},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin
 from datasets import Dataset
 from torch import nn
 
@@ -67,6 +68,12 @@ def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> N
         make(tmp_path, rows, **given)
 
 
+def _deepspeed(keys: dict[str, Any]) -> DeepSpeedPlugin:
+    return DeepSpeedPlugin(
+        hf_ds_config={"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, **keys}
+    )
+
+
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
 def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
     rows = [{"images": [], "text": "a"} for _ in range(2 * N_SEARCHED)]
@@ -80,6 +87,15 @@ def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
     [
         ("_n_gpu", 2, r"^n_gpu: 2 devices in one process .*torchrun"),
         ("parallelism_config", SimpleNamespace(cp_size=2), "^parallelism_config: cp_size=2 splits .*; use data paral"),
+        (
+            "deepspeed_plugin",
+            _deepspeed({"sequence_parallel_size": 2}),
+            "^deepspeed: sequence_parallel_size=2 splits ",
+        ),
+        ("deepspeed_plugin", _deepspeed({"tensor_parallel": {"autotp_size": 2}}), "^deepspeed: autotp_size=2 splits "),
+        ("_tp_size", 2, "^from_pretrained: tp_size=2 splits .*; use data parallelism"),
+        ("distributed_config", SimpleNamespace(tp_size=2), "^distributed_config: tp_size=2 splits .*; use data paral"),
+        ("_mixed_precision", "fp8", "^mixed_precision: fp8 does not work with HeRA, .*; use bf16"),
         ("model_init", vlm, "^model_init: "),
         ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: the model is on 0, cpu, "),
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
@@ -89,8 +105,11 @@ def test_settings_that_need_several_devices_are_refused(
     tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
-    owner = trainer.model if name == "hf_device_map" else trainer if hasattr(trainer, name) else trainer.args
-    setattr(owner, name, value)
+    model, state = trainer.model, trainer.accelerator.state
+    owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
+    monkeypatch.setattr(
+        owners.get(name, trainer if hasattr(trainer, name) else trainer.args), name, value, raising=False
+    )
     monkeypatch.setattr(checks, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
         check_settings(hera(), trainer)

@@ -66,6 +66,21 @@ def lora() -> nn.Module:
     return get_peft_model(vlm("llava-llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
 
 
+@pytest.mark.parametrize("keys", [{}, VIRAL], ids=["heads", "layers"])
+def test_a_compiled_run_logs_the_values_of_a_plain_run(
+    tmp_path: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the Trainer overwrites it for the whole process
+    shared: dict[str, Any] = {"hera": keys, "max_steps": 3, "gradient_checkpointing": True}
+    plain = trainer_of(tmp_path / "plain", **shared)
+    plain.train()
+    compiled = trainer_of(tmp_path / "compiled", **shared, torch_compile=True, torch_compile_backend="eager")
+    compiled.train()
+    assert compiled.aligner.watch.gradient_checked
+    for ours, theirs in zip(lines(compiled), lines(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
 def test_a_run_logs_its_curves_resumes_exactly_and_leaves_its_files(
     tmp_path: Path, make: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture

@@ -33,6 +33,7 @@ _REFUSED = UNREADABLE | {
     "use_unsloth_gc": "its checkpointing cannot carry the outputs of heads",
     "shift_attn": "it moves tokens between heads",
     "fp8": NO_FP8,
+    "use_ray": "it was not tested in Ray's workers (USE_RAY=1 sets it)",
 }
 _PACKING = {"packing": "the samples of a row attend to each other unless neat_packing is true"}
 
