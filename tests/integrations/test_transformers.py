@@ -66,7 +66,7 @@ def lora() -> nn.Module:
     return get_peft_model(vlm("llava-llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"]))
 
 
-@pytest.mark.parametrize("keys", [{}, VIRAL], ids=["heads", "layers"])
+@pytest.mark.parametrize("keys", [{}, VIRAL | {"objective": "contrastive"}], ids=["heads", "layers"])
 def test_a_compiled_run_logs_the_values_of_a_plain_run(
     tmp_path: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
