@@ -19,6 +19,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from llamafactory_hera.teachers.images import KEY_BYTES
 from llamafactory_hera.training.collator import NO_IMAGE, PIXELS
 from tests.tiny_models import TEACHER_SIZE
 
@@ -182,6 +183,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
     has_image = torch.tensor([bool(ids.count(IMAGE_TOKEN)) and dummy is None for ids, _ in rows])
     teacher = {
         "hera_source": torch.where(has_image, PIXELS, NO_IMAGE),
+        "hera_keys": torch.zeros(len(rows), KEY_BYTES, dtype=torch.uint8),
         "hera_image": torch.stack([torch.zeros_like(has_image), has_image], dim=1).long(),
     }
     if has_image.any():
