@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -19,6 +20,8 @@ RUN_FOLDER = "hera"
 CARD = "card.json"
 #: The entry of ``config.json`` by which a model of ``llamafactory-hera build`` is known, also after it was trained.
 BUILT = "hera_built"
+#: The mark by which :func:`check_replaceable` knows a picture of this package.
+PICTURE = "llamafactory-hera"
 
 
 @contextmanager
@@ -53,6 +56,29 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
+    """Refuses, before a computation, to replace a folder, or a file that lacks the mark of its kind.
+
+    Raises ``ValueError``, or ``OSError`` if a folder is not writable. ``marks`` maps each output to its mark.
+    """
+    for path, mark in marks.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=Path(path).parent).close()
+        if os.path.isdir(path) or (os.path.isfile(path) and mark.encode() not in Path(path).read_bytes()[:4096]):
+            raise ValueError(f"{path} exists and is not a file that this command writes; give another path.")
+
+
+@contextmanager
+def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Turns every error of reading a file, which others may have written, into a ``ValueError`` with its path."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
+    except Exception as error:
+        raise ValueError(f"{path} is not {what} ({type(error).__name__}: {error})") from error
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes text as UTF-8 and creates the folder if needed."""
     with whole_file(path) as temporary:
@@ -61,12 +87,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def read_json(path: str | os.PathLike) -> Any:
     """Reads a JSON file; raises ``ValueError`` if the file cannot be read or is not JSON."""
-    try:
+    with reading(path, "JSON"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:

@@ -37,9 +37,17 @@ def local_folder(
     return folder
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Lists the weight files that transformers or diffusers would load; raises ``ValueError`` if none exist."""
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder contains an adapter; raises ``ValueError`` if it also contains whole weights."""
+    held = (folder / "adapter_config.json").is_file()
+    if held and weight_files(folder, required=False):
+        raise ValueError(f"{folder} contains an adapter and whole weights, so it is unclear which to load; move one.")
+    return held
+
+
+def weight_files(folder: Path, required: bool = True) -> list[Path]:
+    """Lists the weight files that transformers or diffusers would load; without any, raises ``ValueError``."""
     found = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
-    if not found:
+    if required and not found:
         raise ValueError(f"{folder} contains no weights (looked for {', '.join(_WEIGHTS)})")
     return found

@@ -114,7 +114,7 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    if value is None:
+    if value is None or (kind is str and isinstance(value, bool | Mapping)):
         raise ValueError
     if get_origin(kind) is Literal:
         return {option: option for option in get_args(kind)}[value]

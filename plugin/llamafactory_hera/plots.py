@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from .files import whole_file
+from .files import PICTURE, whole_file
 
 # The palette of Okabe and Ito, which stays distinguishable under every common kind of color blindness.
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -63,7 +63,7 @@ def render(figure: Figure, file_type: str = "png") -> bytes:
     for text in figure.findobj(Text):  # dollar signs in a model's name would start a formula
         text.set_parse_math(False)
     image = BytesIO()
-    figure.savefig(image, dpi=150, format=file_type)
+    figure.savefig(image, dpi=150, format=file_type, metadata={"Software": PICTURE})
     return image.getvalue()
 
 

@@ -16,7 +16,7 @@ from llamafactory_hera.calibration.plan import held_out_divergence
 from llamafactory_hera.calibration.report import REPORT_FILE, render_summary
 from llamafactory_hera.calibration.run import calibrate_heads, draw_samples
 from llamafactory_hera.calibration.weights import ADAPTER_FILE, HeadWeights
-from llamafactory_hera.files import read_json, write_json
+from llamafactory_hera.files import PICTURE, check_replaceable, read_json, write_json
 from llamafactory_hera.heads import Target
 from llamafactory_hera.plots import new_figure, save_figure
 from llamafactory_hera.selection.passes import Forward
@@ -103,6 +103,7 @@ def rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[
 
 def gap(measured: Sequence[str], output: Path) -> str:
     """Plots gain against gap for calibrations given as ``FOLDER=GAIN``, and returns a table with Pearson's r."""
+    check_replaceable({output: PICTURE})
     points = []
     for point in measured:
         folder, _, gain = point.rpartition("=")

@@ -3,18 +3,20 @@
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..files import write_json, write_safetensors
+from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked, write_json, write_safetensors
+from ..hub import weight_files
 from ..selection.passes import Forward
 from ..selection.samples import Collate, Sample, Source, draw
 from .plan import Outcome, held_out_divergence, make_plan, try_updates
@@ -26,6 +28,8 @@ from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, save_adapter
 logger = logging.getLogger("llamafactory_hera")
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
+# The folder in which a calibration writes before it moves its files, and files that only a training run writes.
+_WORK, _OF_RUNS = ".calibration.", ("checkpoint-*", f"{RUN_FOLDER}/run.json", "trainer_state.json")
 #: The samples to profile, starting with the probes, and the held-out samples of the trust region.
 Samples = tuple[list[Sample], list[Sample]]
 
@@ -51,34 +55,36 @@ def calibrate_heads(
 
     Raises ``ValueError`` for bad input; in this case, the files of an earlier calibration remain unchanged.
     """
-    _check_folder(folder)
-    profiled, held_out = samples or draw_samples(inputs.source, config)
-    model = inputs.load_model()
-    weights, forward, collate = HeadWeights(model), Forward(model, autocast=inputs.autocast), inputs.collator(model)
-    config.layer_indices(weights.layout.n_layers)  # fails now if the model lacks one of the layers
-    check_tokens(forward, [*profiled, *held_out])
-    profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
-    plan, outcome = make_plan(profile, weights, config), Outcome()
-    if plan.updates and (config.delta > 0 or config.update == "prune"):
-        features = [sample.features for sample in held_out]
-        divergence = held_out_divergence(forward, weights, features, collate, config)
-        outcome = try_updates(plan.updates, divergence, config)
-    names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
-    provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
-    report = describe(profile, plan, outcome, config, provenance)
-    with TemporaryDirectory(prefix=".calibration.", dir=folder) as name:
-        work = Path(name)
-        if outcome.accepted:
-            save_adapter(work, weights, outcome.accepted, inputs.model_name)
-        draw_calibration(report, work / PICTURE_FILE)
-        write_json(work / REPORT_FILE, report)
-        # The report is deleted first and written last, so a folder that contains a report is complete.
-        for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
-            (folder / old).unlink(missing_ok=True)
-        for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
-            if (work / file).exists():
-                os.replace(work / file, folder / file)
-    return report
+    with locked(folder):
+        _check_folder(folder)
+        profiled, held_out = samples or draw_samples(inputs.source, config)
+        model = inputs.load_model()
+        weights, forward = HeadWeights(model), Forward(model, autocast=inputs.autocast)
+        collate = inputs.collator(model)
+        config.layer_indices(weights.layout.n_layers)  # fails now if the model lacks one of the layers
+        check_tokens(forward, [*profiled, *held_out])
+        profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
+        plan, outcome = make_plan(profile, weights, config), Outcome()
+        if plan.updates and (config.delta > 0 or config.update == "prune"):
+            features = [sample.features for sample in held_out]
+            divergence = held_out_divergence(forward, weights, features, collate, config)
+            outcome = try_updates(plan.updates, divergence, config)
+        names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
+        provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
+        report = describe(profile, plan, outcome, config, provenance)
+        with TemporaryDirectory(prefix=_WORK, dir=folder) as name:
+            work = Path(name)
+            if outcome.accepted:
+                save_adapter(work, weights, outcome.accepted, inputs.model_name)
+            draw_calibration(report, work / PICTURE_FILE)
+            write_json(work / REPORT_FILE, report)
+            # The report is deleted first and written last, so a folder that contains a report is complete.
+            for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
+                (folder / old).unlink(missing_ok=True)
+            for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
+                if (work / file).exists():
+                    os.replace(work / file, folder / file)
+        return report
 
 
 def draw_samples(source: Source, config: RahConfig) -> Samples:
@@ -125,14 +131,17 @@ def _profile(
 
 
 def _check_folder(folder: Path) -> None:
-    """Creates the output folder, and checks that it is writable and contains no other adapter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    TemporaryFile(dir=folder).close()  # fails now instead of after profiling
+    """Checks that the output folder is writable, and contains no model, run, or adapter of another program."""
     report = folder / REPORT_FILE
+    check_replaceable({report: '"calibrated"', folder / PICTURE_FILE: PICTURE})
     written = report.stat().st_mtime_ns if report.exists() else 0
-    # A calibration writes its report last, so an adapter that is newer has been trained or replaced since.
-    if any(path.stat().st_mtime_ns > written for path in folder.glob("adapter_*")):
-        raise ValueError(
-            f"output_dir: {folder} contains an adapter that no calibration wrote, or that has changed since the last "
-            "calibration; choose another folder, or move the adapter."
-        )
+    # The report is written last, so an adapter that is newer has been trained or replaced since.
+    held = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written]
+    left = list(folder.glob(f"{_WORK}*"))
+    if any(not (work / ADAPTER_FILE).exists() for work in left):  # killed while it moved the adapter
+        held = []
+    held += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
+    if held:
+        raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote; choose another.")
+    for work in left:
+        shutil.rmtree(work)

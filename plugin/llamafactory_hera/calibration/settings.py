@@ -11,7 +11,7 @@ Text = Literal["conversation", "prompt"]
 Positions = Literal["text", "all", "last"]
 
 _LAYERS = "first_half, all, or zero-based layers such as 0-15 or 3,5,8-11"
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 
 @dataclass(frozen=True)

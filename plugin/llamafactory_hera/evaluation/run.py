@@ -16,7 +16,7 @@ from typing import Any
 
 from huggingface_hub import get_token
 
-from ..files import read_json, write_json
+from ..files import check_replaceable, read_json, write_json
 from .suites import SUITES, Task
 from .table import write_table
 
@@ -59,6 +59,8 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         place = Path(args.output, f"{Path(pretrained).name}-{asked['key'][:8]}")
         results[name] = {task: place / _folder(task, data, [asked, args.limit]) / "result.json" for task in members}
         options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
+    path = Path(args.output, suite + (f"-limit{args.limit}" if args.limit else ""))
+    check_replaceable({f"{path}.json": '"suite"', f"{path}.md": "| benchmark"})
     # All processes agree on this list, because it is made before the first result is written.
     ready = [(name, task) for name in names for task, lacks in lacking.items() if not lacks]
     due = [(name, task) for name, task in ready if not results[name][task].is_file()]
@@ -67,7 +69,6 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     if os.environ.get("RANK", "0") != "0":
         return int(bool(failed))  # the first process reports
     if any(results[name][task].is_file() for name, task in ready):
-        path = Path(args.output, suite + (f"-limit{args.limit}" if args.limit else ""))
         page, *others = write_table(path, members, results, args.paper)
         print(page.read_text(encoding="utf-8"), *others, sep="\n")
     if failed:

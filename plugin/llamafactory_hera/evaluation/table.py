@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import read_json, write_json, write_text
+from ..files import read_json, reading, write_json, write_text
 from .suites import Task
 
 #: The file of the averages that the paper reports, by backbone.
@@ -53,7 +53,8 @@ def write_table(
     known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []
     for category in dict.fromkeys(task.category for task in tasks):
-        members = [_lines(task, results, generator) for task in tasks if task.category == category]
+        with reading(path.parent, "a folder of results of llamafactory-hera eval"):
+            members = [_lines(task, results, generator) for task in tasks if task.category == category]
         lines += [line for member in members for line in member]
         if path.name == "paper":
             lines.append(_average(category, [member[0] for member in members], models))

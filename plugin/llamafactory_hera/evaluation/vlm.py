@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from ..files import read_json
-from ..hub import local_folder, weight_files
+from ..files import read_json, reading
+from ..hub import is_adapter, local_folder, weight_files
 
 # Files that affect an answer, in addition to the weights.
 _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|chat_template|vocab|merges|adapter_)")
@@ -73,8 +74,9 @@ class HeraVLM(lmms):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             for file in self._file.parent.glob(f"{self._file.stem}*.jsonl"):
                 for text in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-                    with suppress(ValueError):  # skips the incomplete line of a killed process
-                        self._answers[json.loads(text)["key"]] = json.loads(text)
+                    with suppress(KeyError, TypeError, ValueError):  # skips the incomplete line of a killed process
+                        line = json.loads(text)
+                        self._answers[line["key"]] = line | {"answer": str(line["answer"])}
             self._file = self._file.with_stem(f"{self._file.stem}.{self.rank}") if self.rank else self._file
 
     def clean(self) -> None:
@@ -113,6 +115,8 @@ class HeraVLM(lmms):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked: a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
+        # They return tensors in shared memory, and would wait for ever where it is short, as in Docker's 64 MB.
+        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30
         options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
         answers: dict[int, str] = {}
@@ -180,9 +184,10 @@ class HeraVLM(lmms):
 def model_folders(name: str) -> list[Path]:
     """Finds the folder of a model (by path or hub id), or the folders of an adapter and of its base model."""
     folder, key = Path(name).expanduser(), "base_model_name_or_path"
-    if not (folder / "adapter_config.json").is_file():
+    if not is_adapter(folder):
         return [local_folder(name, "MODEL", "a multimodal model, or the folder of an adapter")]
-    base = read_json(folder / "adapter_config.json").get(key) or ""
+    with reading(folder / "adapter_config.json", "the configuration of an adapter"):
+        base = read_json(folder / "adapter_config.json").get(key) or ""
     what = "the model that the adapter was trained on, as a hub id or a path from the working directory"
     return [folder, local_folder(base, f"{key} of the adapter {folder}", what)]
 
@@ -217,4 +222,6 @@ def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
         with warnings.catch_warnings():  # PEFT would only warn, and keep random numbers
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"MODEL: {name} has weights that are NaN or infinity, such as {broken[0]}; copy it again.")
     return model.eval(), processor

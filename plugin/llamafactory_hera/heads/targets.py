@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
-from ..files import read_json, write_json
+from ..files import read_json, reading, write_json
 from .families import FINAL, HeadLayout
 
 Granularity = Literal["head", "layer"]
@@ -18,6 +18,9 @@ AUTO = "auto"
 #: Values of ``hera_layers`` that denote a layer by its place in any model.
 NAMED_LAYERS = ("middle", "penultimate")
 
+# The types of the entries of a provenance.
+_TYPES: dict[str, Any] = {"model": str, "teacher": str, "dataset": str, "keys": dict, "adapters": list, "scores": list}
+_TYPES |= {"samples": int, "chance_level": (float, int)}
 _NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?", re.IGNORECASE)
 _SYNTAX = {
     "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
@@ -142,7 +145,12 @@ class Targets:
             raise ValueError(f"{key}: {error}; {remedy}.") from error
         for kind in kinds:
             if isinstance(content, dict) and isinstance(names := content.get(f"{kind}s"), list):
-                return cls(_parse_names(names, kind, key), content.get("provenance") or {})
+                with reading(f"{key}: {path}", "a file that a selection wrote"):
+                    origin = {**(content.get("provenance") or {})}
+                    for name in _TYPES.keys() & origin:
+                        if not isinstance(origin[name], _TYPES[name]):
+                            raise ValueError(f"{name}: {str(origin[name])[:40]}")
+                return cls(_parse_names(names, kind, key), origin)
         raise ValueError(f'{key}: {path} has no list "{kinds[0]}s"; {remedy}.')
 
     def save(self, path: str | os.PathLike) -> None:

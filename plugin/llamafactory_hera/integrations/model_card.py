@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..files import CARD, RUN_FOLDER, read_json, write_json, write_text
+from ..files import CARD, RUN_FOLDER, read_json, reading, write_json, write_text
 from ..heads.families import model_config
 from ..heads.targets import file_name
 from ..selection.report import Comparison
@@ -54,7 +54,8 @@ def add_scores(folder: Path, scores: Comparison) -> None:
     """Adds the scores of a finished run to its ``hera/card.json`` and to the section in its ``README.md``."""
     path = folder / RUN_FOLDER / CARD
     if path.is_file():
-        write_text(folder / _PAGE, str(_with_section(folder, read_json(path) | _values(scores))))
+        with reading(path, "the card of a run"):
+            write_text(folder / _PAGE, str(_with_section(folder, read_json(path) | _values(scores))))
 
 
 def _values(scores: Comparison) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..alignment.scoring import nearest_samples
-from ..files import write_safetensors
+from ..files import PICTURE, check_replaceable, reading, write_safetensors
 from ..heads.targets import Target, Targets
 from ..heads.tokens import IGNORE_INDEX
 from ..plots import GRAY, GREEN, new_figure, save_figure
@@ -89,10 +89,15 @@ class Neighbors(NamedTuple):
 
     @classmethod
     def load(cls, scores: Path) -> "Neighbors":
-        """Reads the neighbors next to a file of scores; raises ``OSError`` if they are missing."""
-        with safe_open(scores.with_suffix(_SUFFIX), "pt") as file:
-            tensors = {name: file.get_tensor(name).long() for name in cls._fields[:-1]}
-            return cls(**tensors, samples=json.loads(file.metadata()["samples"]))
+        """Reads the neighbors next to a file of scores; raises ``ValueError`` if this fails."""
+        path = scores.with_suffix(_SUFFIX)
+        with reading(path, "a file of neighbors that a selection wrote"), safe_open(path, "pt") as file:
+            held = cls(**{name: file.get_tensor(name).long() for name in cls._fields[:-1]}, samples={})
+            held.samples.update({i: (str(x), str(y)) for i, (x, y) in json.loads(file.metadata()["samples"]).items()})
+            numbers = {str(i) for tensor in held[:-1] for i in tensor.unique().tolist()}
+            if held.heads.shape[2:] != held.teacher.shape or not numbers <= {*held.samples, "-1"}:
+                raise ValueError("its tensors do not fit together")
+            return held
 
     def shares(self, head: Target, n: int | None = None) -> Tensor:
         """Returns the share of a head's ``n`` nearest samples that are neighbors for the teacher, for each query."""
@@ -110,19 +115,17 @@ def write_gallery(
     """Draws ``OUTPUT_L3H4.png`` for each head, or one ``small`` picture of the first head, and returns the paths.
 
     ``heads`` are names or the path of a file, by default the least aligned, the median and the most aligned head of
-    the first file. Raises ``OSError`` if the neighbors of a file are missing.
+    the first file. Raises ``ValueError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
     known = list(files[0].ranked("head"))
     chosen = Targets.parse(heads).items if heads else (known[0], known[len(known) // 2], known[-1])
     if unknown := [str(head) for head in chosen if head not in known]:
         raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose others.")
-    if small:
-        save_figure(draw_gallery(files, names, chosen[0], small=True), Path(f"{output}.png"))
-        return [Path(f"{output}.png")]
-    pictures = [Path(f"{output}_{head}.png") for head in chosen]
-    for head, picture in zip(chosen, pictures, strict=True):
-        save_figure(draw_gallery(files, names, head), picture)
+    pictures = [Path(f"{output}.png")] if small else [Path(f"{output}_{head}.png") for head in chosen]
+    check_replaceable(dict.fromkeys(pictures, PICTURE))
+    for head, picture in zip(chosen, pictures, strict=False):
+        save_figure(draw_gallery(files, names, head, small), picture)
     return pictures
 
 

@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 
 from .. import plots
-from ..files import CARD, RUN_FOLDER, read_json, write_text
+from ..files import CARD, RUN_FOLDER, check_replaceable, read_json, reading, write_text
 from .gallery import Neighbors, draw_gallery
 from .report import Comparison, draw_scores
 from .scores import command_line
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
-_HEAD = 99  # characters by which a report is recognized
+_MARK = '<meta name="generator" content="llamafactory-hera">'
 
 
 def write_report(
@@ -32,11 +32,10 @@ def write_report(
     ``evaluation`` is an output folder of ``llamafactory-hera eval``. Raises ``ValueError`` if the folder contains no
     table, or if the report would replace another page.
     """
-    page, template = Path(f"{output}.html"), _TEMPLATE.read_text(encoding="utf-8")
-    if page.is_file() and template[:_HEAD] != page.read_text(encoding="utf-8")[:_HEAD]:
-        raise ValueError(f"report: {page} exists and is not a report; give another path.")
+    page = Path(f"{output}.html")
+    check_replaceable({page: _MARK})
     parts = _parts(comparison) | {"accuracy": _evaluation(Path(evaluation)) if evaluation else ""}
-    write_text(page, Template(template).substitute(parts))
+    write_text(page, Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
     return page
 
 
@@ -59,7 +58,7 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
 
 def _noise(comparison: Comparison) -> float:
     """Estimates the 95% interval of the change of the mean from the stored queries; 0 if none are stored."""
-    with suppress(OSError, IndexError):
+    with suppress(ValueError, IndexError):
         before, after = (Neighbors.load(comparison.files[place].path) for place in (0, -1))
         changes = torch.stack([after.shares(head) - before.shares(head) for head in comparison.targets.items])
         return 2.2 * changes.mean(0).std().item() / math.sqrt(comparison.files[0].provenance["samples"])
@@ -70,14 +69,16 @@ def _parts(comparison: Comparison) -> dict[str, str]:
     """Returns the parts of the page by their names in ``page.html``."""
     files, names, last, targets = comparison.files, comparison.names, comparison.files[-1], comparison.targets
     path, (found, meaning) = last.folder / RUN_FOLDER / CARD, verdict(comparison)
-    card = read_json(path) if path.is_file() else {}
     facts = f"teacher {last.provenance['teacher']}"
-    facts += "; {steps} steps, objective {objective}, weight {weight}, {date:.10}".format(**card) if card else ""
+    with reading(path, "the card of a run"):
+        card = read_json(path) if path.is_file() else {}
+        facts += "; {steps} steps, objective {objective}, weight {weight}, {date:.10}".format(**card) if card else ""
+        training = str(card.get("command", "unknown"))
     limits = [function([file.scores for file in files]) for function in (np.nanmin, np.nanmax)]
     maps = [_image(draw_scores(file, targets.items, limits)) for file in files]
     try:
         small, gallery = (_image(draw_gallery(files, names, targets.items[0], size)) for size in (True, False))
-    except (IndexError, OSError, ValueError) as error:  # no neighbors of layers are stored
+    except (IndexError, ValueError) as error:  # no neighbors of layers are stored
         small, gallery = escape(str(error)), ""
     texts = {
         "title": last.folder.name,
@@ -86,7 +87,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         "meaning": meaning,
         "head": targets.names[0],
         "setting": files[0].setting,
-        "training": card.get("command", "unknown"),
+        "training": training,
         "files": "\n".join(f"{name}: {file.path}" for name, file in zip(names, files, strict=True)),
         "command": command_line(),
     }
@@ -111,17 +112,18 @@ def _bars(values: dict[str, float]) -> str:
 def _evaluation(folder: Path) -> str:
     """Renders the tables of an evaluation: scores, and differences from the first model with their intervals."""
     page = ""
-    for content in map(read_json, sorted(folder.glob("*.json"))):
-        models, rows = content["models"], content["rows"]
-        table = [[content["suite"], "n", *models, *(f"{name} − {models[0]} [95%]" for name in models[1:])]]
-        # averages, or the first score of each task
-        firsts = {row["key"].partition("/")[0]: row for row in rows[::-1]}.values()
-        for row in [row for row in rows if row["n"] is None] or list(firsts)[::-1]:
-            cells = [f"{row['values'].get(name, math.nan):.1f}" for name in models]
-            ends = (row["differences"].get(name, [math.nan] * 3) for name in models[1:])
-            cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) for three in ends]
-            table.append([row["title"], str(row["n"] or ""), *cells])
-        page += f"<h2>Accuracy</h2><div class=scroll>{_table(table)}</div>"
+    with reading(folder, "the output folder of llamafactory-hera eval"):
+        for content in map(read_json, sorted(folder.glob("*.json"))):
+            models, rows = content["models"], content["rows"]
+            table = [[content["suite"], "n", *models, *(f"{name} − {models[0]} [95%]" for name in models[1:])]]
+            # averages, or the first score of each task
+            firsts = {row["key"].partition("/")[0]: row for row in rows[::-1]}.values()
+            for row in [row for row in rows if row["n"] is None] or list(firsts)[::-1]:
+                cells = [f"{row['values'].get(name, math.nan):.1f}" for name in models]
+                ends = (row["differences"].get(name, [math.nan] * 3) for name in models[1:])
+                cells += ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*three) for three in ends]
+                table.append([row["title"], str(row["n"] or ""), *cells])
+            page += f"<h2>Accuracy</h2><div class=scroll>{_table(table)}</div>"
     if not page:
         raise ValueError(f"--eval: {folder} contains no table; give the output folder of llamafactory-hera eval.")
     return page

@@ -21,7 +21,7 @@ from ..alignment.neighbors import chance_level, nearest_neighbors
 from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
 from ..distributed import on_first, rank, world_size
-from ..files import RUN_FOLDER, locked
+from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked
 from ..heads.families import HeadLayout, head_layout, model_config
 from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
@@ -128,6 +128,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))
+        on_first(lambda: check_replaceable({path: '"provenance"', path.with_suffix(".png"): PICTURE}))
         samples = draw_samples(inputs.source, config)
         neighbors, digest_of_teacher = _teacher_neighbors(samples, inputs, config, path.parent)
         model = inputs.load_model()

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..config import SCORE_KEYS, SELECTION_KEYS, Strategy
-from ..files import RUN_FOLDER
+from ..files import RUN_FOLDER, reading
 from ..heads.targets import Granularity, Target, Targets
 from ..keys import changes
 
@@ -84,8 +84,12 @@ class ScoreFile:
         origin = chosen.provenance
         if not origin.get("scores"):
             raise ValueError(f"scores: {path} has no scores; write a file with `llamafactory-hera score`.")
-        heads, layers = (np.array(origin[name], dtype=float) for name in ("scores", "layer_scores"))
-        return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
+        with reading(path, "a file of scores that a selection or `llamafactory-hera score` wrote"):
+            heads, layers = (np.array(origin[name], dtype=float) for name in ("scores", "layer_scores"))
+            lacking = {"model", "teacher", "dataset", "keys", "samples"} - origin.keys()
+            if lacking or heads.ndim != 2 or layers.shape != heads.shape[:1] or np.isnan(heads).all():
+                raise ValueError(f"it lacks {', '.join(lacking) or 'scores that fit together'}")
+            return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
 
     @property
     def marked(self) -> Targets | None:

@@ -4,13 +4,13 @@ import copy
 import hashlib
 import os
 from base64 import b64decode
-from binascii import Error as Base64Error
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image
 from torch.utils.data import IterableDataset
 
@@ -105,7 +105,12 @@ def load_image(image: ImageLike) -> Image.Image:
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
-        return (opened if isinstance(opened, Image.Image) else Image.open(opened)).convert("RGB")
+        decoded = opened if isinstance(opened, Image.Image) else Image.open(opened)
+        if decoded.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255
+            values = np.asarray(decoded)
+            white = next((w for w in (1, 255) if decoded.mode in "IF" and values.max() <= w), 65535)
+            decoded = Image.fromarray((values * (255 / white)).clip(0, 255).astype("uint8"))
+        return decoded.convert("RGB")
     except Exception as error:  # PIL's plugins raise many types of errors on broken files
         problem = f"The image {_name(image)} cannot be decoded ({error})"
         raise ValueError(f"{problem}. It is corrupt or not an image; remove its sample from the dataset.") from error
@@ -160,6 +165,6 @@ def _encoded(image: ImageLike) -> bytes:
         if str(image).startswith("data:"):
             return b64decode(str(image).partition(",")[2], validate=True)
         return Path(image).read_bytes()
-    except (OSError, Base64Error) as error:
+    except (OSError, ValueError) as error:
         problem = f"The image file {_name(image)} cannot be read ({getattr(error, 'strerror', error)})"
         raise ValueError(f"{problem}. Check the path in the dataset.") from error

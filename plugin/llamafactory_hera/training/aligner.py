@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import HeraConfig
+from ..files import reading
 from ..heads import Targets
 from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.families import head_layout, media_token_ids, model_config
@@ -283,16 +284,13 @@ class Aligner:
         self._identity.check(folder)
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Restores the state that :meth:`save` wrote.
-
-        Raises:
-            ValueError: The checkpoint belongs to a run without HeRA, or to a run with different targets or settings.
-        """
+        """Restores the state that :meth:`save` wrote; raises ``ValueError`` if a different run did."""
         state = self._identity.load(folder)
-        self.optimizer.load_state(state)
-        self.memory.load_state_dict(state)
-        if self.reader is not None:
-            self.reader.n_micro_batches = int(state["micro_batches"])
+        with reading(folder, "a checkpoint of this run"):
+            self.optimizer.load_state(state)
+            self.memory.load_state_dict(state)
+            if self.reader is not None:
+                self.reader.n_micro_batches = int(state["micro_batches"])
 
     def close(self) -> None:
         """Ends the run: removes the hooks and writes the pending teacher features to the cache."""

@@ -9,6 +9,7 @@ from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.targets import file_name
+from llamafactory_hera.hub import is_adapter
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.integrations.model_card import add_scores
 from llamafactory_hera.selection.report import show
@@ -100,7 +101,7 @@ def score_checkpoint(
     """
     forced: dict[str, Any] = {}
     folder = None if checkpoint is None else Path(checkpoint)
-    if folder is not None and (folder / "adapter_config.json").is_file():
+    if folder is not None and is_adapter(folder):
         forced = {"adapter_name_or_path": str(checkpoint), "finetuning_type": "lora"}
     elif folder is not None:
         forced = {"model_name_or_path": str(checkpoint), "adapter_name_or_path": None}
@@ -115,8 +116,6 @@ def score_checkpoint(
     path = Path(output)
     if path.name in (file_name("head"), file_name("layer")):
         _keep_trained(path, f"--output: {path.parent}", "give another name")
-    elif path.is_file():
-        Targets.load(path, key="--output")  # refuses to replace a file of another kind
     select_targets(selection_inputs(config, read.host), config, path)
     if rank() == 0:
         compared = show(path)

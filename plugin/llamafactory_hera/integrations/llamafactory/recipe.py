@@ -62,9 +62,9 @@ def read_values(
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override} is neither a recipe nor key=value; write for instance output_dir=saves/run.")
-    changes = OmegaConf.from_cli(list(overrides))
     file = RecipeFile.read(path) if isinstance(path, str | os.PathLike) else path
     try:
+        changes = OmegaConf.from_cli(list(overrides))
         written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
@@ -78,14 +78,17 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     if values.get("dataset") is None:
         raise ValueError("dataset: the value is empty; give a dataset with images and text.")
     HeraConfig.check_names(values)
-    return HostArguments(*get_train_args(dict(values))[:4])
+    try:
+        return HostArguments(*get_train_args(dict(values))[:4])
+    except (AssertionError, AttributeError, OverflowError, TypeError) as error:  # the parser does not check all types
+        raise ValueError(f"A value of the recipe has the wrong type ({error}); put texts in quotes.") from error
 
 
 def named_output(values: Mapping[str, Any], example: str) -> Path:
     """Returns the output folder, which a recipe must set, because the host's default is in the working directory."""
     if not values.get("output_dir"):
         raise ValueError(f"output_dir: the value is empty; give a folder for the result, such as {example}.")
-    return Path(values["output_dir"])
+    return Path(str(values["output_dir"])).expanduser()
 
 
 def model_folder(model_args: Any) -> Path:
