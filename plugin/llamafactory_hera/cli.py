@@ -242,10 +242,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
     from .calibration.run import calibrate_heads
+    from .files import locked
     from .integrations.llamafactory.calibration import read_calibration
 
     inputs, config, folder = read_calibration(args.recipe, args.overrides)
-    report = calibrate_heads(inputs, config, folder)
+    with locked(folder):
+        report = calibrate_heads(inputs, config, folder)
     print(render_summary(report), "wrote:", f"  {folder}/calibration.json", f"  {folder}/calibration.png", sep="\n")
     if report["calibrated"]:
         print(f"  {folder}/adapter_model.safetensors\nto use the adapter:\n  adapter_name_or_path: {folder}")

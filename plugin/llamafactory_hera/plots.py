@@ -63,7 +63,8 @@ def render(figure: Figure, file_type: str = "png") -> bytes:
     for text in figure.findobj(Text):  # dollar signs in a model's name would start a formula
         text.set_parse_math(False)
     image = BytesIO()
-    figure.savefig(image, dpi=150, format=file_type, metadata={"Software": PICTURE})
+    metadata = {"Software": PICTURE} if file_type == "png" else None  # check_replaceable() looks for it
+    figure.savefig(image, dpi=150, format=file_type, metadata=metadata)
     return image.getvalue()
 
 

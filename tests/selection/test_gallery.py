@@ -117,7 +117,7 @@ def test_missing_images_and_neighbors_are_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"The image file .*0\.png' cannot be read"):
         write_gallery(files, tmp_path / "seen", heads="L0H1")
     neighbors_file(files[1]).unlink()
-    with pytest.raises(OSError, match=r"scores\.neighbors\.safetensors"):
+    with pytest.raises(ValueError, match=r"scores\.neighbors\.safetensors cannot be read"):
         write_gallery(files, tmp_path / "seen", heads="L0H1")
 
 

@@ -97,7 +97,7 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
     [
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
-        (["{run}", "--output", "{run}/index"], "report: .*index.html exists and is not a report"),
+        (["{run}", "--output", "{run}/index"], "index.html exists and is not a file that this command writes"),
         (["{run}/images"], "scores: .*images/hera/scores.json cannot be read .*; give a file that a selection or"),
         (["{run}", "--eval", "{run}/images"], "--eval: .*images contains no table"),
     ],

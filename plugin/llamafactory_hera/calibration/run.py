@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked, write_json, write_safetensors
+from ..files import PICTURE, RUN_FOLDER, check_replaceable, write_json, write_safetensors
 from ..hub import weight_files
 from ..selection.passes import Forward
 from ..selection.samples import Collate, Sample, Source, draw
@@ -55,36 +55,34 @@ def calibrate_heads(
 
     Raises ``ValueError`` for bad input; in this case, the files of an earlier calibration remain unchanged.
     """
-    with locked(folder):
-        _check_folder(folder)
-        profiled, held_out = samples or draw_samples(inputs.source, config)
-        model = inputs.load_model()
-        weights, forward = HeadWeights(model), Forward(model, autocast=inputs.autocast)
-        collate = inputs.collator(model)
-        config.layer_indices(weights.layout.n_layers)  # fails now if the model lacks one of the layers
-        check_tokens(forward, [*profiled, *held_out])
-        profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
-        plan, outcome = make_plan(profile, weights, config), Outcome()
-        if plan.updates and (config.delta > 0 or config.update == "prune"):
-            features = [sample.features for sample in held_out]
-            divergence = held_out_divergence(forward, weights, features, collate, config)
-            outcome = try_updates(plan.updates, divergence, config)
-        names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
-        provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
-        report = describe(profile, plan, outcome, config, provenance)
-        with TemporaryDirectory(prefix=_WORK, dir=folder) as name:
-            work = Path(name)
-            if outcome.accepted:
-                save_adapter(work, weights, outcome.accepted, inputs.model_name)
-            draw_calibration(report, work / PICTURE_FILE)
-            write_json(work / REPORT_FILE, report)
-            # The report is deleted first and written last, so a folder that contains a report is complete.
-            for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
-                (folder / old).unlink(missing_ok=True)
-            for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
-                if (work / file).exists():
-                    os.replace(work / file, folder / file)
-        return report
+    _check_folder(folder)
+    profiled, held_out = samples or draw_samples(inputs.source, config)
+    model = inputs.load_model()
+    weights, forward, collate = HeadWeights(model), Forward(model, autocast=inputs.autocast), inputs.collator(model)
+    config.layer_indices(weights.layout.n_layers)  # fails now if the model lacks one of the layers
+    check_tokens(forward, [*profiled, *held_out])
+    profile = _profile(forward, profiled, collate, inputs, config, folder / PROFILE_FILE)
+    plan, outcome = make_plan(profile, weights, config), Outcome()
+    if plan.updates and (config.delta > 0 or config.update == "prune"):
+        features = [sample.features for sample in held_out]
+        divergence = held_out_divergence(forward, weights, features, collate, config)
+        outcome = try_updates(plan.updates, divergence, config)
+    names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
+    provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
+    report = describe(profile, plan, outcome, config, provenance)
+    with TemporaryDirectory(prefix=_WORK, dir=folder) as name:
+        work = Path(name)
+        if outcome.accepted:
+            save_adapter(work, weights, outcome.accepted, inputs.model_name)
+        draw_calibration(report, work / PICTURE_FILE)
+        write_json(work / REPORT_FILE, report)
+        # The report is deleted first and written last, so a folder that contains a report is complete.
+        for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
+            (folder / old).unlink(missing_ok=True)
+        for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
+            if (work / file).exists():
+                os.replace(work / file, folder / file)
+    return report
 
 
 def draw_samples(source: Source, config: RahConfig) -> Samples:
@@ -142,6 +140,6 @@ def _check_folder(folder: Path) -> None:
         held = []
     held += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
     if held:
-        raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote; choose another.")
+        raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote last; move it.")
     for work in left:
         shutil.rmtree(work)
