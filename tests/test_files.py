@@ -7,16 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamafactory_hera.files import locked, read_json, whole_file, write_json, write_safetensors, write_text
+from llamafactory_hera.files import check_replaceable, locked, whole_file, write_safetensors, write_text
 from tests.ranks import full_disk, holder
-
-
-def test_json_round_trips_and_replaces_an_existing_file(tmp_path):
-    path, content = tmp_path / "new/a.json", {"heads": ["L0H1"], "name": "頭", "score": 0.25, "none": None}
-    for each in ({}, content):
-        write_json(path, each)
-        assert read_json(path) == each
-    assert os.listdir(path.parent) == ["a.json"]
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
@@ -68,3 +60,16 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path):
         write_safetensors(path, {"a": torch.ones(4096)})
     assert torch.equal(load_file(path)["a"], torch.zeros(4))
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_only_a_file_with_the_mark_may_be_replaced(tmp_path):
+    for name, content in {"own": "a mark of this kind", "other": "notes"}.items():
+        (tmp_path / name).write_text(content)
+    check_replaceable({tmp_path / "own": "mark", tmp_path / "new/file": "mark"})
+    for path in (tmp_path / "other", tmp_path):
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(str(path))} exists and is not a file that this command writes"
+        ):
+            check_replaceable({path: "mark"})
+    with pytest.raises(OSError, match="/proc"):
+        check_replaceable({"/proc/nothing/file": "mark"})

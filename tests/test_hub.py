@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from llamafactory_hera.hub import local_folder, weight_files
+from llamafactory_hera.hub import is_adapter, local_folder, weight_files
 
 COMMIT, REPO = "c" * 40, "some-org/tiny-model"
 
@@ -58,9 +58,12 @@ def test_a_missing_model_is_refused_in_one_line(name: str, offline: Path) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_weight_files_are_chosen_in_the_order_of_transformers(model: Path) -> None:
+def test_weight_files_are_chosen_in_the_order_of_transformers_and_not_beside_an_adapter(model: Path) -> None:
     (model / "pytorch_model.bin").touch()
     (model / "adapter_model.safetensors").touch()
+    (model / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="model contains an adapter and whole weights"):
+        is_adapter(model)
     assert weight_files(model) == [model / "model.safetensors"]
     (model / "model.safetensors").unlink()
     assert weight_files(model) == [model / "pytorch_model.bin"]

@@ -22,7 +22,6 @@ def weightless(world: Path) -> str:
 
 #: Case -> a change of the recipe, and parts of the message.
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "a head outside the model": ({"hera_heads": "L0H1,L9H8"}, ["hera_heads", "L9H8", "L0 to L4"]),
     "no teacher": ({"hera_teacher": "./no_teacher"}, ["hera_teacher: ./no_teacher"]),
     "a text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),
     "text-only data": ({"dataset": "hera_demo_text"}, ["dataset: hera_demo_text has 0 samples with an image"]),
@@ -36,7 +35,6 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "packed image tokens cut off": ({"neat_packing": True, "cutoff_len": 12}, ["cutoff_len: 12 cuts", "image tokens"]),
     "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc: True", "remove"]),
     "fp8": ({"fp8": True}, ["fp8: True", "multiples of 16", "remove"]),
-    "a small batch": ({"per_device_train_batch_size": 2}, ["per_device_train_batch_size: 2", "needs 3 samples"]),
     "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint", "does not exist"]),
     "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless", "model_name_or_path"]),
     "output over the data": ({"output_dir": "hera_demo/data"}, ["output_dir: hera_demo/data", "dataset_dir"]),

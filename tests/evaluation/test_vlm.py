@@ -170,7 +170,7 @@ def test_answers_are_reused_if_nothing_has_changed(folder: Path, tmp_path: Path)
     expected = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS)
     complete = lines_of(path)
     text = path.read_text()
-    path.write_text(text[: text.rindex('"answer"')])  # killed while it wrote the last line
+    path.write_text('1\n[]\n{"key": 1} \n' + text[: text.rindex('"answer"')])  # killed while it wrote the last line
     resumed = HeraVLM(str(folder), answers=str(path))
     assert ask(resumed, DOCUMENTS) == expected
     assert lines_of(path) == complete
@@ -203,6 +203,10 @@ def test_incomplete_models_are_refused(folder: Path, tmp_path: Path) -> None:
     torn = {name: value for name, value in weights.items() if "v_proj.w" not in name}
     save_file(torn, tmp_path / "torn/model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"torn lacks {len(weights) - len(torn)} weights, such as .*v_proj.weight"):
+        HeraVLM(str(tmp_path / "torn"))
+    name = next(name for name in weights if "v_proj.w" in name)
+    save_file(weights | {name: weights[name] * torch.nan}, tmp_path / "torn/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"torn has weights that are NaN or infinity, such as .*v_proj.weight"):
         HeraVLM(str(tmp_path / "torn"))
 
 

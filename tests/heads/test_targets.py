@@ -112,6 +112,7 @@ def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
     ("granularity", "content", "message"),
     [
         ("head", b"L1H2", "is not JSON"),
+        ("head", b"[" * 100_000, "is not JSON"),
         ("head", b"\xff\xfe\x00", "is not JSON"),
         ("head", b'["L1H2"]', 'has no list "heads"'),
         ("head", b'{"heads": "L1H2"}', 'has no list "heads"'),

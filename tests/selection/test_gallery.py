@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from llamafactory_hera.files import write_safetensors
@@ -108,10 +109,6 @@ def test_captions_of_five_files_do_not_overlap(files):
     assert all(right - left > widest for starts in rows.values() for left, right in itertools.pairwise(starts))
 
 
-def test_a_run_can_be_given_as_its_folder(files, tmp_path):
-    assert [path.name for path in write_gallery([tmp_path / "run"], tmp_path / "x", heads="L2H0")] == ["x_L2H0.png"]
-
-
 def test_missing_images_and_neighbors_are_refused(files, tmp_path):
     (tmp_path / "images/0.png").unlink()
     with pytest.raises(ValueError, match=r"The image file .*0\.png' cannot be read"):
@@ -119,6 +116,24 @@ def test_missing_images_and_neighbors_are_refused(files, tmp_path):
     neighbors_file(files[1]).unlink()
     with pytest.raises(ValueError, match=r"scores\.neighbors\.safetensors cannot be read"):
         write_gallery(files, tmp_path / "seen", heads="L0H1")
+
+
+@pytest.mark.parametrize(
+    "harm", [{"teacher": None}, {"heads": torch.zeros(3, 2, 9, 9)}, {"queries": torch.tensor([99])}]
+)
+def test_a_file_of_neighbors_with_other_content_is_refused(files, harm):
+    path, held = neighbors_file(files[0]), Neighbors.load(files[0])
+    tensors = {name: tensor for name, tensor in (load_file(path) | harm).items() if tensor is not None}
+    write_safetensors(path, tensors, {"samples": json.dumps(held.samples)})
+    with pytest.raises(ValueError, match=r"neighbors\.safetensors is not a file of neighbors that a selection wrote"):
+        Neighbors.load(files[0])
+
+
+def test_a_picture_of_another_program_is_not_replaced(files, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    with pytest.raises(ValueError, match=r"mine\.png exists and is not"):
+        write_gallery(files, tmp_path / "mine", small=True)
+    assert write_gallery(files, tmp_path / "own", small=True) == write_gallery(files, tmp_path / "own", small=True)
 
 
 @pytest.mark.parametrize("head", ["L3H0", "L0H2", "L1H0"])

@@ -195,6 +195,7 @@ def test_foreign_text_is_escaped_in_every_format(run, tmp_path):
     page = write_report(compare([run], [HOSTILE, f"{HOSTILE}2"]), tmp_path / "r")
     text = page.read_text()
     assert "<script" not in text
+    assert all(rule in text for rule in ("default-src 'none'", "form-action 'none'", "base-uri 'none'"))
     assert "&lt;script&gt;" in text
     show(run / "hera/heads.json")
     assert (run / "hera/heads.png").stat().st_size > 10_000

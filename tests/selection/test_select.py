@@ -146,15 +146,6 @@ def test_the_file_holds_the_origin_of_the_heads(tmp_path):
     assert {file.name for file in path.parent.iterdir()} == {"heads.json", "heads.neighbors.safetensors"}
 
 
-def test_the_batch_size_does_not_change_the_scores(tmp_path):
-    inputs = text_inputs(tmp_path)
-    one, many = (
-        select_targets(inputs, settings(select_batch_size=size), tmp_path / "heads.json").provenance["scores"]
-        for size in (1, 40)
-    )
-    assert one == many
-
-
 def _select_on_a_rank(rank: int) -> tuple:
     folder, read, ran = Path(os.environ["SELECTION_TEST_FOLDER"]), [], []
     fingerprint, run = resolve.model_fingerprint, Forward.run
@@ -179,21 +170,6 @@ def test_two_processes_share_the_work_and_select_like_one(tmp_path, monkeypatch)
     assert first[:4] == second[:4] == expected
     assert (first[4], second[4]) == (2, 0)  # only the first process reads the weights for the fingerprint
     assert (first[5], second[5]) == (24, 16)
-
-
-def test_a_selection_with_a_teacher_cache_encodes_each_image_once(tmp_path):
-    inputs, cached = text_inputs(tmp_path), settings(teacher_cache=str(tmp_path / "cache"))
-    select_targets(inputs, cached, tmp_path / "heads.json")
-    teacher = inputs.load_teacher()
-
-    def encode(pixels):
-        raise NotImplementedError
-
-    teacher.encode = encode
-    again = dataclasses.replace(inputs, load_teacher=lambda: teacher)
-    select_targets(again, cached, tmp_path / "heads.json")
-    with pytest.raises(NotImplementedError):
-        select_targets(again, settings(), tmp_path / "heads.json")
 
 
 def test_teacher_only_fills_the_cache_for_the_complete_dataset(tmp_path):

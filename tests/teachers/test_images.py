@@ -101,6 +101,14 @@ def test_other_color_modes_become_rgb(mode, make_images):
     assert load_image(make_images(1)[0].convert(mode)).mode == "RGB"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "white"), [("uint16", 65535), ("int32", 65535), ("int32", 255), ("float32", 1), ("float32", 255)]
+)
+def test_values_of_more_than_eight_bits_are_scaled(dtype, white):
+    image = Image.fromarray(np.linspace(0, white, 256).reshape(16, 16).astype(dtype))
+    assert np.abs(np.asarray(load_image(image))[..., 0].flatten() - np.arange(256.0)).max() <= 1
+
+
 @pytest.mark.parametrize("content", [b"hello", b""])
 def test_a_corrupt_file_is_named(content, picture):
     picture.write_bytes(content)
@@ -119,6 +127,7 @@ def test_a_corrupt_file_is_named(content, picture):
             r"'gone\.png' cannot be read \(No such file.*Check the path in the data",
         ),
         ("x" * 9999, r"The image file 'x{40}…' cannot be read \(File name too long"),
+        ("a\0b", "cannot be read .embedded null"),
         (3, "has the type int; give a path, bytes, a dict with"),
         ({"path": None, "bytes": None}, "has the type NoneType; give a path"),
         ("https://example.org/a.png", r"The image 'https://example.org/a.png' is a URL.*download it"),
