@@ -57,10 +57,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
-    """Refuses, before a computation, to replace a folder, or a file that lacks the mark of its kind.
-
-    Raises ``ValueError``, or ``OSError`` if a folder is not writable. ``marks`` maps each output to its mark.
-    """
+    """Raises an error if an output (a key of ``marks``) is not writable, or is a file without the mark of its kind."""
     for path, mark in marks.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=Path(path).parent).close()

@@ -20,7 +20,7 @@ def local_folder(
     """
     from huggingface_hub import snapshot_download
 
-    folder = Path(name_or_path).expanduser()
+    folder = Path(str(name_or_path)).expanduser()
     if not folder.is_dir():
         patterns = [*_TEXT, "*.safetensors"] if weights else _TEXT
         try:

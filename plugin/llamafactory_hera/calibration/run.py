@@ -133,11 +133,10 @@ def _check_folder(folder: Path) -> None:
     report = folder / REPORT_FILE
     check_replaceable({report: '"calibrated"', folder / PICTURE_FILE: PICTURE})
     written = report.stat().st_mtime_ns if report.exists() else 0
-    # The report is written last, so an adapter that is newer has been trained or replaced since.
-    held = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written]
     left = list(folder.glob(f"{_WORK}*"))
-    if any(not (work / ADAPTER_FILE).exists() for work in left):  # killed while it moved the adapter
-        held = []
+    killed = any(not (work / ADAPTER_FILE).exists() for work in left)  # while it moved its files
+    # The report is written last, so an adapter that is newer has been trained or replaced since.
+    held = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
     held += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
     if held:
         raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote last; move it.")

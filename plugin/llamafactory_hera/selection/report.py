@@ -53,16 +53,13 @@ class Comparison(NamedTuple):
 
 
 def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
-    """Compares the heads or layers that a run aligned in several score files.
+    """Compares the heads or layers that a run aligned in score files; ``ValueError`` if they cannot be compared.
 
     Args:
         paths: Score files or run folders, starting before training; or one run folder with scores of both times.
         names: A name for each file; the default is the name of its folder.
         aligned: Names or a ``heads.json``. The default is what the run of the last file aligned, or, if that is not
             known, the five least aligned heads or layers of the first file.
-
-    Raises:
-        ValueError: Files are missing or cannot be compared.
     """
     if len(paths) == 1 and os.path.isdir(paths[0]):
         after = ScoreFile.load(Path(paths[0], RUN_FOLDER, SCORE_FILES[0]))

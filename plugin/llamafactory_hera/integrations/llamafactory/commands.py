@@ -33,9 +33,6 @@ def select(
         overrides: ``key=value`` pairs that replace keys of the recipe.
         in_place: Also writes the heads into the recipe.
         force: Replaces the heads of a run that has trained in the same folder.
-
-    Raises:
-        ValueError: Bad input; names the key, the value and the remedy.
     """
     file = RecipeFile.read(recipe)
     read = read_recipe(file, overrides)
@@ -95,9 +92,6 @@ def score_checkpoint(
         output: The file; the default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's model, which
             its run starts from, it is ``hera/before.json`` in ``output_dir``.
         overrides: ``key=value`` pairs that replace keys of the recipe.
-
-    Raises:
-        ValueError: Bad input; names the key, the value and the remedy.
     """
     forced: dict[str, Any] = {}
     folder = None if checkpoint is None else Path(checkpoint)

@@ -68,7 +68,7 @@ def read_values(
         written = OmegaConf.load(StringIO(file.text)) if file is not None else OmegaConf.create({})
         values = OmegaConf.to_container(OmegaConf.merge(written, changes), resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        name = file.path if file is not None else " ".join(overrides)
+        name = " ".join([*([str(file.path)] if file is not None else []), *overrides])
         raise ValueError(f"{name} is not a YAML recipe: {' '.join(str(error).split())}") from error
     return values, {key: values[key] for key in changes}
 
