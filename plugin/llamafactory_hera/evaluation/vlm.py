@@ -115,8 +115,7 @@ class HeraVLM(lmms):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked: a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        # They return tensors in shared memory, and would wait for ever where it is short, as in Docker's 64 MB.
-        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30
+        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30  # with Docker's 64 MB, they could wait for ever
         options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
         answers: dict[int, str] = {}
