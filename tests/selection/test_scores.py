@@ -116,9 +116,7 @@ def test_each_entry_counts_only_in_its_comparisons(changed, decides, difference)
 
 def test_scores_of_another_model_are_refused(tmp_path):
     files = [write_scores(tmp_path / "one.json", SCORES), write_scores(tmp_path / "two.json", SCORES[:2])]
-    with pytest.raises(
-        ValueError, match=r"report: .*one.json and .*two.json cannot be compared: they differ in"
-    ):
+    with pytest.raises(ValueError, match=r"report: .*one.json and .*two.json cannot be compared: they differ in"):
         load_files(files, (), "report")
 
 
