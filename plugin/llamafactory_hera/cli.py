@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     gallery.add_argument("--small", action="store_true", help="write only OUTPUT.png: two queries and one head")
     gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png and so on (%(default)s)")
 
+    heads = command("heads", _heads, "share selected heads on the hub (push), or fetch them (pull)")
+    heads.add_argument("action", choices=("push", "pull"))
+    heads.add_argument("source", help="push: a run, or a heads.json; pull: the id of a repository, OWNER/NAME")
+    heads.add_argument("target", help="push: OWNER/NAME, new or existing; pull: a folder")
+    heads.add_argument("--private", action="store_true", help="push: only you can read a new repository")
+
     evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
     evaluate.add_argument("--suite", default="demo", help="demo, paper, hallucination, or a .json file of questions")
@@ -201,6 +207,16 @@ def _gallery(args: argparse.Namespace) -> int:
     from .selection.gallery import write_gallery
 
     print(*write_gallery(args.files, args.output, args.names, args.heads, args.small), sep="\n")
+    return 0
+
+
+def _heads(args: argparse.Namespace) -> int:
+    from .selection import share
+
+    if args.action == "push":
+        print(f"pushed to {share.push(args.source, args.target, args.private)}; use hera_heads: hf:{args.target}")
+    else:
+        print(f"wrote {share.pull(args.source, args.target)}")
     return 0
 
 

@@ -5,7 +5,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets
+from .heads.paper import PAPER
+from .heads.targets import AUTO, NAMED_LAYERS, Granularity, Pooling, Targets, hub_id
 from .keys import KeyedConfig, knob
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class HeraConfig(KeyedConfig):
     heads: str | None = knob(
         AUTO,
         "Attention heads to align: auto selects them before training; or give names such as L13H12,L7H6 (layer and "
-        "head, zero-based), or the path of a heads.json file.",
+        "head, zero-based), the path of a heads.json file or a hub id such as hf:owner/name, or paper (table 5).",
     )
     objective: str = knob(
         "contrastive",
@@ -262,14 +263,14 @@ class HeraConfig(KeyedConfig):
                 f"or remove {other} ({other}=auto on a command line)."
             )
         named = self.named_targets
-        auto = named == AUTO
+        auto = named == AUTO or hub_id(named, self.targets_key) is not None
         if self.granularity == "layer":
             if auto and self.select == "middle":
                 raise ValueError("hera_select: middle selects only heads; for the layer, set hera_layers: middle.")
             if not auto and named not in NAMED_LAYERS:
                 Targets.parse(named, "layer")
             return
-        chosen = self.select_m if auto else len(Targets.parse(named).items)
+        chosen = self.select_m if auto or named == PAPER else len(Targets.parse(named).items)
         if chosen > _MOST_HEADS:
             key = "hera_select_m" if auto else "hera_heads"
             advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, a model of the paper collapsed"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 RUN_FOLDER = "hera"
 #: The file in that folder that summarizes a finished run.
 CARD = "card.json"
-#: The entry of ``config.json`` by which a model of ``llamafactory-hera build`` is known, also after it was trained.
+#: The entry of ``config.json`` by which a model of ``llamafactory-hera build`` is known, also after training: its LLM.
 BUILT = "hera_built"
 #: The mark by which :func:`check_replaceable` knows a picture of this package.
 PICTURE = "llamafactory-hera"

@@ -1,8 +1,13 @@
 """Finds the files of a model in a local folder or fetches them with huggingface_hub."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files import RUN_FOLDER
+
+#: The prefix of a value that names a repository of the hub.
+HUB = "hf:"
 CONFIG_FILE = "config.json"
 # The files that a checkpoint needs besides its weights, and the formats of weights in order of preference.
 _TEXT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -35,6 +40,22 @@ def local_folder(
     if not (folder / needs).is_file():
         raise ValueError(f"{key}: {name_or_path} contains no {needs}. Give {what}.")
     return folder
+
+
+def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
+    """Fetches the first file that a repository has, at its top or as a run stores it; otherwise an error."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    for path in (folder + name for name in names for folder in ("", f"{RUN_FOLDER}/")):
+        try:
+            return Path(hf_hub_download(repository.removeprefix(HUB), path))
+        except RemoteEntryNotFoundError:
+            continue
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"{key}: {repository} cannot be fetched from the hub ({why}).") from error
+    raise ValueError(f"{key}: {repository} contains no {' or '.join(names)}; give a repository with such a file.")
 
 
 def is_adapter(folder: Path) -> bool:

@@ -102,6 +102,7 @@ def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
     for name in ("mine.json", "those_of_mine"):
         targets.save(name)
         assert Targets.parse(name, targets.granularity) == targets
+    Path("folder").mkdir()
     for missing in ("missing.json", "folder/missing"):
         message = rf"^{targets.key}: {missing} cannot be read .No such file.*; give a file that a selection or "
         with pytest.raises(ValueError, match=message):

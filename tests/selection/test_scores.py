@@ -102,7 +102,8 @@ def origin(**changed):
         ({"similarity": "dot"}, (SAME_SELECTION, SAME_SCORES), "hera_similarity was cosine, is dot"),
         ({"select_batch_size": 2}, (), ""),
         ({"model_fingerprint": OTHER}, (SAME_SELECTION, SAME_RUN), "model was m (fingerprint aaaaaaaa), is m (finger"),
-        ({"teacher": "u"}, (SAME_SELECTION, SAME_RUN, SAME_SCORES), "teacher was t (fingerprint bbbbbbbb), is u (fin"),
+        ({"teacher": "u"}, (), ""),  # another name of the same weights
+        ({"teacher_fingerprint": OTHER}, (SAME_SELECTION, SAME_RUN, SAME_SCORES), "teacher was t (fingerprint bbb"),
         ({"dataset": "e"}, (SAME_SELECTION,), "dataset was d, is e"),
         ({"samples_digest": OTHER}, (SAME_SCORES,), "samples was 40 (fingerprint cccccccc), is 40 (fingerprint 9"),
     ],

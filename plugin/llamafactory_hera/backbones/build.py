@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..files import BUILT, read_json, write_json
+from ..heads.paper import without_folder
 from .processor import chat_end, make_processor
 from .sources import EMBEDDING, HEAD, Source, language_weights, open_language, open_vision, vision_weights
 
@@ -52,6 +53,7 @@ def build_backbone(
         weights |= vision_weights(vision)
         weights |= _projector(vision.config.hidden_size, language.config.hidden_size, dtype, seed)
         config = _config(language.config, vision.config, processor, n_tokens, rows, dtype)
+        setattr(config, BUILT, without_folder(language_model))
         _check(weights, config)
         folder = Path(temporary) / "model"  # a folder with the usual permissions, which `temporary` lacks
         folder.mkdir()
@@ -80,7 +82,7 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
     values |= {"image_token_index": processor.image_token_id, "image_seq_length": n_tokens}
     values |= {"vision_feature_select_strategy": processor.vision_feature_select_strategy, "vision_feature_layer": -1}
     values |= {"tie_word_embeddings": text.tie_word_embeddings, "architectures": ["LlavaForConditionalGeneration"]}
-    return LlavaConfig(**values | {BUILT: True})
+    return LlavaConfig(**values)
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:

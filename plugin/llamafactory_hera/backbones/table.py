@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..heads.paper import PAPER_HEADS
+
 
 class Backbone(NamedTuple):
     """A finished VLM, or the LLM that a LLaVA-style model is built on."""
@@ -26,7 +28,10 @@ _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
 #: The vision encoder and the teacher of all LLaVA-style models of the paper.
 VISION_MODEL, TEACHER = _TABLE["vision_model"], _TABLE["teacher"]
 #: The LLMs of the paper, by key; `build` combines each with :data:`VISION_MODEL`.
-LANGUAGE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["language_models"].items()}
+LANGUAGE_MODELS = {
+    key: Backbone(key, heads=PAPER_HEADS[fields["checkpoint"]], **fields)
+    for key, fields in _TABLE["language_models"].items()
+}
 #: Finished VLMs, by key, which are trained without `build`.
 NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_models"].items()}
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
 from ..files import read_json, reading, write_json
-from .families import FINAL, HeadLayout
+from ..hub import HUB, fetch_first
+from .families import FINAL, HeadLayout, head_layout
+from .paper import PAPER, paper_heads
 
 Granularity = Literal["head", "layer"]
 #: The tokens over which a representation is averaged.
@@ -22,6 +24,7 @@ NAMED_LAYERS = ("middle", "penultimate")
 _TYPES: dict[str, Any] = {"model": str, "teacher": str, "dataset": str, "keys": dict, "adapters": list, "scores": list}
 _TYPES |= {"samples": int, "chance_level": (float, int)}
 _NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SYNTAX = {
     "head": "write heads as L<layer>H<head>, zero-based and separated by commas, for instance L13H12,L7H6",
     "layer": "write layers as L<layer>, zero-based and separated by commas, for instance L14,L15, or final",
@@ -99,26 +102,35 @@ class Targets:
         cls,
         value: "Targets | str | Iterable[Any]",
         granularity: Granularity = "head",
-        layout: HeadLayout | None = None,
+        configuration: Any = None,
         key: str | None = None,
     ) -> "Targets":
         """Reads the value of a setting.
 
         Args:
-            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, or existing ``Targets``.
+            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, a repository of the hub
+                (``hf:owner/name``), :data:`PAPER`, or existing ``Targets``.
             granularity: The kind that the names denote.
-            layout: The sizes of the model, in which every target must exist; needed to resolve :data:`NAMED_LAYERS`.
+            configuration: The model's configuration. Every target must exist in this model. It is needed to resolve
+                :data:`PAPER` and :data:`NAMED_LAYERS`.
             key: The setting to put into error messages; by default that of the granularity.
 
         Raises:
             ValueError: A name is missing, malformed, repeated or outside the model, or the file is invalid.
         """
         key = key or f"hera_{granularity}s"
+        layout = None if configuration is None else head_layout(configuration)
         if isinstance(value, str):
             text = value.strip()
             if layout is not None and granularity == "layer" and text in NAMED_LAYERS:
                 return cls((Target(layout.n_layers // 2 if text == "middle" else max(layout.n_layers - 2, 0)),))
-            if text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
+            if configuration is not None and granularity == "head" and text == PAPER:
+                text = paper_heads(configuration)
+            if (repository := hub_id(text, key)) is not None:
+                value = cls.load(fetch_first(repository, [file_name(granularity)], key), granularity, key)
+                if "model_fingerprint" not in value.provenance:
+                    raise ValueError(f"{key}: {text} does not name its model, so it may not fit; write {value}.")
+            elif text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
                 value = cls.load(text, granularity, key)
             else:
                 value = re.split(r"[,\s]+", text)
@@ -178,6 +190,16 @@ def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tu
     if twice := sorted({item for item in items if items.count(item) > 1}):
         raise ValueError(f"{key}: {', '.join(map(str, twice))} is repeated; remove the repetition.")
     return items
+
+
+def hub_id(value: str, key: str) -> str | None:
+    """Returns the repository of the hub that a value names, or None; inside a folder that exists, it names a file."""
+    text = value.strip()
+    if not text.startswith(HUB) and os.path.isdir(text) and _HUB_ID.fullmatch(text):
+        choice = f"write {HUB}{text} for a repository of the hub, or the path of the file in the folder"
+        raise ValueError(f"{key}: {text} is a folder here, and could be a hub id; {choice}.")
+    is_id = _HUB_ID.fullmatch(text) and not text.endswith(".json") and not os.path.isdir(os.path.dirname(text))
+    return text if text.startswith(HUB) or is_id else None
 
 
 def file_name(granularity: Granularity) -> str:

@@ -12,9 +12,8 @@ from torch import nn
 from ..config import HeraConfig
 from ..distributed import gather_objects, world_size
 from ..heads.families import head_layout, model_config
+from ..heads.fingerprint import is_sharded, model_fingerprint, weights_of
 from ..heads.targets import AUTO, Targets
-from ..hub import local_folder
-from ..selection.fingerprint import model_fingerprint
 from ..selection.resolve import Run, resolve_targets
 from ..selection.samples import STREAM_ROWS, SelectionInputs, with_mode
 from ..selection.select import N_SEARCHED, CollatedRows, ImagesOf, evaluating, is_frozen, spread
@@ -80,9 +79,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     if config.named_targets == AUTO:
         config = with_mode(config, configuration, is_frozen(model))
     name = getattr(configuration, "_name_or_path", "") or type(model).__name__
-    # Quantized or sharded parameters are identified by the files that they were loaded from.
-    in_memory = not _is_sharded(model) and all(p.is_floating_point() for p in model.parameters())
-    weights = cache(lambda: model if in_memory else local_folder(name, "model", "a model"))
+    weights = cache(lambda: weights_of(model))
     rows = cache(lambda: _rows_of(trainer, images_of, config))  # once, because it reads the start of a stream
 
     def facts() -> dict[str, str]:
@@ -103,7 +100,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
             tokenizer=rows().tokenizer,
         )
 
-    run = Run(Path(args.output_dir), layout, facts, inputs, checkpoint_of(args))
+    run = Run(Path(args.output_dir), configuration, facts, inputs, checkpoint_of(args))
     if config.named_targets != AUTO:
         return resolve_targets(config, run)
     if trainer.train_dataset is None:
@@ -144,14 +141,9 @@ def teacher_dtype(training_args: Any) -> torch.dtype:
     return (None if training_args.device.type == "cpu" else autocast_dtype(training_args)) or torch.float32
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """Returns whether parameters are missing, because ZeRO-3 sharded them or they are on no device."""
-    return any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
-
-
 def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     """Checks that every process has the same complete model."""
-    sharded = _is_sharded(model)
+    sharded = is_sharded(model)
     compared = not sharded and world_size() > 1
     fingerprints = gather_objects(model_fingerprint(model, head_layout(model_config(model))) if compared else None)
     if sharded or len(set(fingerprints)) > 1:

@@ -22,13 +22,13 @@ from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
 from ..distributed import on_first, rank, world_size
 from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked
-from ..heads.families import HeadLayout, head_layout, model_config
+from ..heads.families import head_layout, model_config
+from ..heads.fingerprint import model_fingerprint
 from ..heads.probe import projection_weights
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.cache import FeatureCache
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
 from ..teachers.images import chosen_image, image_key
-from .fingerprint import model_fingerprint
 from .gallery import write_neighbors
 from .passes import fill_cache, pooled_outputs
 from .report import show
@@ -45,7 +45,7 @@ class Run:
     """A training run that needs its heads or layers, as an integration describes it."""
 
     output_dir: Path
-    layout: HeadLayout
+    configuration: Any  #: The configuration of the model.
     origin: Callable[[], dict[str, str]]  #: Returns ``model``, ``model_fingerprint`` and ``dataset``.
     inputs: Callable[[], SelectionInputs]
     checkpoint: str | None = None  #: The checkpoint that the run resumes.
@@ -69,7 +69,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
     """Returns the targets in the key, with their scores if a selection for this run chose the same targets."""
-    targets = Targets.parse(config.named_targets, config.granularity, run.layout)
+    targets = Targets.parse(config.named_targets, config.granularity, run.configuration)
     if targets.provenance:
         _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)
         return targets

@@ -161,6 +161,8 @@ def render_table(scored: ScoreFile) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack entries."""
+    # with an equal digest, a model is the same under any name and in any place
+    same = {name for name, digest in _DIGESTS.items() if digest in before and before[digest] == now.get(digest)}
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:
         entries = {name: value for name, value in provenance.items() if name not in _DIGESTS}
@@ -169,7 +171,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequen
                 entries[name] = f"{provenance.get(name)} (fingerprint {str(provenance[digest])[:8]})"
         return entries | provenance.get("keys", {})
 
-    return changes(compared(before), compared(now), names)
+    return changes(compared(before), compared(now), [name for name in names if name not in same])
 
 
 def package_versions() -> dict[str, str]:

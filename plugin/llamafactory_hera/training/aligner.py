@@ -72,7 +72,7 @@ class Aligner:
     ) -> None:
         device = next(model.parameters()).device if device is None else device
         self.config, model_configuration = config, model_config(model)
-        self.targets = named_targets(config, model_configuration) if targets is None else targets
+        self.targets = named_targets(config, model) if targets is None else targets
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         check_parallelism(None, model)

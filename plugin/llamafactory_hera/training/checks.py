@@ -11,22 +11,30 @@ from torch import nn
 from ..config import HeraConfig
 from ..distributed import world_size
 from ..heads import Targets
-from ..heads.families import head_layout, trainable_upstream
-from ..heads.targets import AUTO
+from ..heads.families import head_layout, model_config, trainable_upstream
+from ..heads.fingerprint import model_fingerprint, weights_of
+from ..heads.targets import AUTO, hub_id
 from ..teachers.images import is_stream
 
 #: The reason why 8-bit floating-point training is refused (https://github.com/pytorch/ao/issues/3111).
 NO_FP8 = "its products take multiples of 16 tokens, and HeRA appends a row for each head"
 
 
-def named_targets(config: HeraConfig, model_configuration: Any) -> Targets:
-    """Reads the heads or layers in a configuration; raises ``ValueError`` if they must be selected first."""
+def named_targets(config: HeraConfig, model: nn.Module) -> Targets:
+    """Reads the heads or layers in the settings; those of a hub id must be this model's, and ``auto`` is refused."""
     if config.named_targets == AUTO:
         raise ValueError(
             f"{config.targets_key}: auto works only in a Trainer with HeRA. In your own training loop, call "
             "llamafactory_hera.select_heads, and pass its result as targets."
         )
-    return Targets.parse(config.named_targets, config.granularity, head_layout(model_configuration))
+    configuration, value = model_config(model), config.named_targets
+    targets = Targets.parse(value, config.granularity, configuration)
+    if hub_id(value, targets.key) is None or config.heads_force:
+        return targets
+    if model_fingerprint(weights_of(model), head_layout(configuration)) != targets.provenance["model_fingerprint"]:
+        model_of = f"{value} was selected for another model ({targets.provenance.get('model')})"
+        raise ValueError(f"{targets.key}: {model_of}; select again, or set hera_heads_force: true.")
+    return targets
 
 
 def idle_message(targets: Targets, why: str) -> str:

@@ -38,8 +38,8 @@ _REFUSED = UNREADABLE | {
 _PACKING = {"packing": "the samples of a row attend to each other unless neat_packing is true"}
 
 
-def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
-    """Checks a training run as far as this needs no weights, and returns the layout of the model's decoder."""
+def check_run(config: HeraConfig, host: HostArguments) -> Any:
+    """Checks a training run as far as this needs no weights, and returns the configuration of the model."""
     refuse_keys(host, _REFUSED if host.data.neat_packing else _REFUSED | _PACKING, "stage: hera")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
@@ -58,7 +58,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> HeadLayout:
     layout = head_layout(model_config)
     if host.data.neat_packing:
         _check_borders(layout, host.model.flash_attn)
-    return layout
+    return model_config
 
 
 def _check_borders(layout: HeadLayout, attention: str) -> None:

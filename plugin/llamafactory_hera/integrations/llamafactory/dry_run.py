@@ -22,7 +22,7 @@ from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import read_json
 from llamafactory_hera.heads.families import head_layout, media_token_ids
-from llamafactory_hera.heads.targets import AUTO, Targets
+from llamafactory_hera.heads.targets import AUTO, Targets, hub_id
 from llamafactory_hera.hub import weight_files
 from llamafactory_hera.integrations.messages import describe_candidates, translated
 from llamafactory_hera.objectives import TokenObjective
@@ -99,8 +99,10 @@ class _Recipe:
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)
         chosen = f"auto selects {config.select_m}"
-        if config.named_targets != AUTO:
-            chosen = str(Targets.parse(config.named_targets, config.granularity, layout))
+        if hub_id(config.named_targets, config.targets_key) is not None:
+            chosen = f"the run fetches {config.named_targets} and compares its model"
+        elif config.named_targets != AUTO:
+            chosen = str(Targets.parse(config.named_targets, config.granularity, self.model))
         return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers of up to {layout.n_heads} heads"
 
     def template(self) -> str:

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads.families import HeadLayout
+from llamafactory_hera.heads.families import head_layout
+from llamafactory_hera.heads.fingerprint import model_fingerprint
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.integrations.trainer_rows import autocast_dtype, teacher_dtype
-from llamafactory_hera.selection.fingerprint import model_fingerprint
 from llamafactory_hera.selection.resolve import Run
 from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, SelectionInputs, encode_caption
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
@@ -27,16 +27,17 @@ from .checks import check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
 
-def selecting_run(config: HeraConfig, host: HostArguments, layout: HeadLayout) -> Run:
+def selecting_run(config: HeraConfig, host: HostArguments, configuration: Any) -> Run:
     """Describes a training run for the selection, or the check, of its heads or layers."""
 
     def facts() -> dict[str, str]:
+        layout = head_layout(configuration)
         fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
         model, dataset = host.model.model_name_or_path, config.select_dataset or ", ".join(host.data.dataset)
         return {"model": model, "dataset": dataset, "model_fingerprint": fingerprint}
 
     inputs = partial(selection_inputs, config, host)
-    return Run(Path(host.training.output_dir), layout, facts, inputs, host.training.resume_from_checkpoint)
+    return Run(Path(host.training.output_dir), configuration, facts, inputs, host.training.resume_from_checkpoint)
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:

@@ -44,14 +44,14 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
         return run_sft(*arguments)
     show_messages(logging.getLogger("llamafactory"))  # its handlers include the web UI's
     config = HeraConfig.from_keys(host.finetuning)
-    layout = check_run(config, host)
+    configuration = check_run(config, host)
     if config.named_targets == AUTO:
         config = resolved_mode(config, host)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(locked(host.training.output_dir)))
         checkpoint = checkpoint_of(host.training)
         host.training.resume_from_checkpoint = checkpoint  # the host would read the word `false` as a path
-        targets = resolve_targets(config, selecting_run(config, host, layout))
+        targets = resolve_targets(config, selecting_run(config, host, configuration))
         if config.named_targets == AUTO:
             setattr(host.finetuning, config.targets_key, str(targets))
         if checkpoint is not None:

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..heads.families import HeadLayout
-from ..hub import weight_files
+from ..hub import local_folder, weight_files
+from .families import HeadLayout, model_config
 
 # The name of a decoder weight, from "layers" on, because the prefix differs between architectures.
 _DECODER_WEIGHT = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
@@ -38,6 +38,18 @@ def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: S
     for path in (path for folder in adapters for path in sorted(folder.glob("adapter_model.*"))[-1:]):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def weights_of(model: nn.Module) -> Path | nn.Module:
+    """Returns a model, or, if its parameters are quantized or sharded, the folder that it was loaded from."""
+    if not is_sharded(model) and all(parameter.is_floating_point() for parameter in model.parameters()):
+        return model
+    return local_folder(getattr(model_config(model), "_name_or_path", ""), "model", "a model")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether parameters are missing, because ZeRO-3 sharded them or they are on no device."""
+    return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _in_memory(model: nn.Module) -> Iterator[tuple[str, Any]]:
