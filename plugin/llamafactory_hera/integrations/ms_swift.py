@@ -142,7 +142,9 @@ def register() -> None:
     if "swift.megatron" in sys.modules:
         raise ValueError("megatron: its trainers are not transformers' Trainer, so HeRA does not work; use swift sft.")
     for name in TrainerFactory.TRAINING_ARGS_MAPPING:
-        TrainerFactory.TRAINING_ARGS_MAPPING[name] = f"{_MODULE}.{'HeraArguments' if name == 'causal_lm' else 'refuse'}"
+        TrainerFactory.TRAINING_ARGS_MAPPING[name] = (
+            f"{_MODULE}.{'HeraArguments' if name == 'causal_lm' else 'refuse'}"
+        )
     TrainerFactory.TRAINER_MAPPING["causal_lm"] = f"{_MODULE}.HeraSwiftTrainer"
     # ms-swift adds a plugin's folder to the path, and this one has modules named like the hosts.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
