@@ -7,6 +7,7 @@
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
 #   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
 #   make test-axolotl  the plugin in axolotl, whose pins exclude ours
+#   make test-swift  the plugin in ms-swift, which needs newer datasets than LLaMA-Factory allows
 #   make lint        ruff, import-linter, deptry, mypy
 #   make docs        the site of the documentation, in artifacts/site
 #   make release     wheels and sdists of both distributions, in dist, checked as a package index would
@@ -48,7 +49,7 @@ endef
 # $(call test_in,folder,tests)
 test_in = PATH="$(CURDIR)/$(1)/bin:$$PATH" $(1)/bin/python $(TESTS) $(2)
 
-.PHONY: demo study real test test-fast test-host test-latest test-axolotl lint docs release lines setup clean
+.PHONY: demo study real test test-fast test-host test-latest test-axolotl test-swift lint docs release lines setup clean
 
 setup: $(STAMP)
 
@@ -100,6 +101,12 @@ test-axolotl: $(STAMP)
 	$(call layer,.venv-axolotl,axolotl==0.19.0)
 	$(call test_in,.venv-axolotl,tests/integrations/test_axolotl.py)
 
+# LLaMA-Factory, with which the hosts' test compares ms-swift, would refuse the newer datasets
+test-swift: export DISABLE_VERSION_CHECK := 1
+test-swift: $(STAMP)
+	$(call layer,.venv-swift,ms-swift==4.6.0 qwen_vl_utils datasets==4.8.4)
+	$(call test_in,.venv-swift,$(addprefix tests/integrations/test_,ms_swift.py hosts.py))
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -134,4 +141,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .venv-swift $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist

@@ -31,6 +31,7 @@ PRIVATE_NAMES = {
     "datasets 4.0.0": {"_formatting", "_info"},
     "torch 2.11.0": {"_C", "_current_graph_task_id", "_dynamo"},
     "llamafactory.data.loader 0.9.5": {"_get_dataset_processor", "_get_merged_dataset"},
+    "swift.template.Template 4.6.0": {"_replace_image_tags"},
     "llamafactory.webui 0.9.5": {"_parse_train_args"},
 }
 _PRIVATE = re.compile(r"_(?!_)[A-Za-z]\w*")

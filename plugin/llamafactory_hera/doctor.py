@@ -13,7 +13,13 @@ from .integrations.llamafactory import PATCHES, PATCHES_INSTALL, PINNED_INSTALL,
 
 _NEEDED = ("torch", "torchvision", "transformers", "peft", "accelerate")
 _OPTIONAL = ("torchaudio", "deepspeed")
-_VERSION_ONLY = ("trl", "axolotl", "lmms-eval", "bitsandbytes")  # listed if installed; importing them takes long
+_VERSION_ONLY = (
+    "trl",
+    "axolotl",
+    "ms-swift",
+    "lmms-eval",
+    "bitsandbytes",
+)  # listed if installed; importing them takes long
 
 
 class _Finding(NamedTuple):

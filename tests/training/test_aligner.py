@@ -177,6 +177,20 @@ def test_a_batch_of_another_loader_is_not_changed() -> None:
     assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
 
 
+def test_labels_of_the_last_tokens_alone_do_not_change_the_term() -> None:
+    run = Run()
+    terms = []
+    for shortened in (False, True):
+        batch = run.collate(run.rows[:BATCH])
+        if shortened:
+            batch |= {"hera_labels": batch["labels"], "labels": batch["labels"][:, -3:]}
+        prepared = run.aligner.prepare(batch)
+        assert batch.pop("labels").shape[1] == (3 if shortened else batch["input_ids"].shape[1])
+        run.model(**batch)
+        terms.append(run.aligner.loss(prepared))
+    assert terms[0] == terms[1] > 0
+
+
 def test_a_configuration_names_its_targets_and_auto_needs_a_trainer() -> None:
     model = vlm("llava-llama", num_hidden_layers=5)
     for named, layers in (("middle", (2,)), ("penultimate", (3,)), ("L4,L0", (0, 4))):

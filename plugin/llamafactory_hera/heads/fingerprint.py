@@ -19,13 +19,16 @@ _DECODER_WEIGHT = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")  # PEFT inserts these into the name of a weight
 
 
-def model_fingerprint(weights: Path | nn.Module, layout: HeadLayout, adapters: Sequence[Path] = ()) -> str:
+def model_fingerprint(
+    weights: Path | nn.Module, layout: HeadLayout, adapters: Sequence[Path] = (), resumed: bool = False
+) -> str:
     """Digests the head layout, the decoder layers in a checkpoint or a model, and the adapters on top of them.
 
-    A model in memory needs complete, unquantized parameters; its LoRA adapters count once they have been trained.
+    A model in memory needs complete, unquantized parameters; its LoRA adapters count once they have been trained,
+    unless a ``resumed`` run may have loaded them from its own checkpoint.
     """
     rows = {}
-    for name, tensor in _in_memory(weights) if isinstance(weights, nn.Module) else _in_files(weights):
+    for name, tensor in _in_memory(weights, resumed) if isinstance(weights, nn.Module) else _in_files(weights):
         if match := _DECODER_WEIGHT.search(name):
             shape = tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape()
             row = tensor[(0,) * (len(shape) - 1)].detach().to(torch.bfloat16)  # equal for copies in any precision
@@ -52,9 +55,9 @@ def is_sharded(model: nn.Module) -> bool:
     return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def _in_memory(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _in_memory(model: nn.Module, resumed: bool) -> Iterator[tuple[str, Any]]:
     state = {_WRAPPED.sub("", name): tensor for name, tensor in model.state_dict().items()}
-    trained = any(tensor.any() for name, tensor in state.items() if ".lora_B." in name)
+    trained = not resumed and any(tensor.any() for name, tensor in state.items() if ".lora_B." in name)
     yield from ((name, tensor) for name, tensor in state.items() if trained or ".lora_" not in name)
 
 

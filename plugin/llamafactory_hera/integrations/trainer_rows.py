@@ -75,7 +75,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
         )
     model, args = trainer.model, trainer.args
     configuration = model_config(model)
-    layout = head_layout(configuration)
+    layout, checkpoint = head_layout(configuration), checkpoint_of(args)
     if config.named_targets == AUTO:
         config = with_mode(config, configuration, is_frozen(model))
     name = getattr(configuration, "_name_or_path", "") or type(model).__name__
@@ -84,7 +84,8 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 
     def facts() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else rows().name
-        return {"model": name, "dataset": dataset, "model_fingerprint": model_fingerprint(weights(), layout)}
+        fingerprint = model_fingerprint(weights(), layout, resumed=checkpoint is not None)
+        return {"model": name, "dataset": dataset, "model_fingerprint": fingerprint}
 
     def inputs() -> SelectionInputs:
         return SelectionInputs(
@@ -100,7 +101,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
             tokenizer=rows().tokenizer,
         )
 
-    run = Run(Path(args.output_dir), configuration, facts, inputs, checkpoint_of(args))
+    run = Run(Path(args.output_dir), configuration, facts, inputs, checkpoint)
     if config.named_targets != AUTO:
         return resolve_targets(config, run)
     if trainer.train_dataset is None:

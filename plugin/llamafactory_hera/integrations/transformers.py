@@ -123,7 +123,7 @@ class HeraTrainerMixin(_Base):
 
     # -- the training data -----------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Returns the trainer's loader, whose batches also hold the teacher's view of each sample."""
         dataset, collate, columns = self.train_dataset, self.data_collator, self._signature_columns
         hidden: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class HeraTrainerMixin(_Base):
         self.train_dataset, decode = undecoded_rows(dataset, self._images_of)
         self.data_collator = self.aligner.collator(collate, self._images_of, hidden, decode, self.pieces_of)
         try:
-            return super().get_train_dataloader()
+            return super().get_train_dataloader(*args, **kwargs)
         finally:  # evaluation keeps the trainer's collator
             self.train_dataset, self.data_collator, self._signature_columns = dataset, collate, columns
 

@@ -161,6 +161,8 @@ class Aligner:
         self.capture.install()
         self.capture.watch_gradients = not self.watch.gradient_checked
         has_image = inputs["hera_source"] != NO_IMAGE
+        if "hera_labels" in inputs:  # a trainer may pass the model only the labels of the last tokens
+            batch = {**batch, "labels": inputs.pop("hera_labels")}
         if "hera_pieces" in inputs:
             batch = by_piece(batch, inputs["hera_pieces"], len(has_image))
         if len(batch["input_ids"]) != len(has_image):
