@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamafactory_hera.files import locked, read_json, whole_file, write_json, write_safetensors, write_text
-from tests.ranks import full_disk, holder
+from llamafactory_hera.files import locked, read_json, whole_file, write_json, write_safetensors
+from tests.ranks import holder
 
 
 def test_json_round_trips_and_replaces_an_existing_file(tmp_path):
@@ -41,17 +41,6 @@ def test_tensors_of_any_layout_are_written(tmp_path):
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor.detach())
 
 
-def test_a_file_that_is_replaced_keeps_its_mode_and_the_links_to_it(tmp_path):
-    path, link = tmp_path / "a.txt", tmp_path / "link"
-    path.write_text("old")
-    path.chmod(0o600)
-    link.symlink_to("a.txt")
-    write_text(link, "new")
-    assert link.is_symlink()
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
 def test_a_lock_excludes_other_processes_until_its_holder_ends(tmp_path):
     with holder(tmp_path):
         refused = pytest.raises(ValueError, match=f"^output_dir: {re.escape(str(tmp_path))} is in use by another")
@@ -59,12 +48,3 @@ def test_a_lock_excludes_other_processes_until_its_holder_ends(tmp_path):
             pass
     with locked(tmp_path), locked(tmp_path):  # one process may lock twice
         pass
-
-
-def test_a_full_disk_is_an_os_error_and_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"a": torch.zeros(4)})
-    with full_disk(256), pytest.raises(OSError):
-        write_safetensors(path, {"a": torch.ones(4096)})
-    assert torch.equal(load_file(path)["a"], torch.zeros(4))
-    assert os.listdir(tmp_path) == ["a.safetensors"]
