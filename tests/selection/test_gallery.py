@@ -1,6 +1,5 @@
 """The gallery of nearest images: frames, shares, images of each file, and input that cannot be drawn."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 
 from llamafactory_hera.files import write_safetensors
 from llamafactory_hera.heads import Target
-from llamafactory_hera.plots import render
 from llamafactory_hera.selection.gallery import Neighbors, draw_gallery, write_gallery
 from llamafactory_hera.selection.scores import load_files
 
@@ -96,16 +94,6 @@ def test_a_small_picture_shows_two_queries_before_and_after(files, tmp_path):
     assert [text.get_text() for text in axes.texts if text.get_text()] == ["query", "teacher", "a", "c"]
     assert len(axes.images) == 2 * (1 + 3 * 4)
     assert write_gallery(files, tmp_path / "small", small=True) == [tmp_path / "small.png"]
-
-
-def test_captions_of_five_files_do_not_overlap(files):
-    figure = draw_gallery(*load_files([files[0], *files, *files], (), "gallery"), Target(0, 1))
-    render(figure)
-    (axes,) = figure.axes
-    captions = [text.get_window_extent() for text in axes.texts if text.get_fontsize() == 5]
-    rows = {row: sorted(box.x0 for box in captions if box.y0 == row) for row in {box.y0 for box in captions}}
-    widest = max(box.width for box in captions)
-    assert all(right - left > widest for starts in rows.values() for left, right in itertools.pairwise(starts))
 
 
 def test_a_run_can_be_given_as_its_folder(files, tmp_path):
