@@ -115,6 +115,32 @@ def test_every_kind_of_decoder_layer(name):
         check_layers(model, *inputs(model))
 
 
+@both
+@in_both_modes
+@pytest.mark.parametrize("before", [True, False], ids=["anew", "first"])
+def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, names):
+    model = vlm("llava-qwen3")
+    batch, mask = inputs(model)
+    plain = step(model, names)
+    if before:
+        transformers(model, not reentrant)
+    with CAPTURES[names](model, names) as capture:
+        capture.pool(mask)
+        model(**batch)
+        transformers(model, reentrant)
+        functions = [layer._gradient_checkpointing_func for layer in decoder_layers(model)]
+        for _ in range(2):
+            model.zero_grad()
+            capture.pool(mask)
+            lm_loss = model(**batch).loss
+            z = capture.representations()
+            (lm_loss + 0.5 * term(z)).backward()
+            # recomputation must not be captured instead of the pass
+            assert torch.equal(capture.representations(), z)
+            compare(gradients(model), {name: plain[name] for name, _ in model.named_parameters()})
+    assert [layer._gradient_checkpointing_func for layer in decoder_layers(model)] == functions
+
+
 @in_both_modes
 def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
     model = vlm("llava-qwen3")
