@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamafactory_hera.files import check_replaceable, locked, whole_file, write_safetensors, write_text
+from llamafactory_hera.files import check_replaceable, locked, whole_file, write_safetensors
 from tests.ranks import full_disk, holder
 
 
@@ -31,17 +31,6 @@ def test_tensors_of_any_layout_are_written(tmp_path):
     tensor = torch.arange(6.0).view(2, 3).t().requires_grad_()
     write_safetensors(tmp_path / "a.safetensors", {"a": tensor})
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], tensor.detach())
-
-
-def test_a_file_that_is_replaced_keeps_its_mode_and_the_links_to_it(tmp_path):
-    path, link = tmp_path / "a.txt", tmp_path / "link"
-    path.write_text("old")
-    path.chmod(0o600)
-    link.symlink_to("a.txt")
-    write_text(link, "new")
-    assert link.is_symlink()
-    assert path.read_text() == "new"
-    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_lock_excludes_other_processes_until_its_holder_ends(tmp_path):

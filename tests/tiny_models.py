@@ -77,30 +77,20 @@ def _of(name: str, **fixed: Any) -> Callable[..., tf.PretrainedConfig]:
     return lambda **kw: kind(**_DECODER_WITH_HEAD_DIM | fixed | kw)
 
 
+#: Families that need no more than the sizes.
+_PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gemma", "glm4", "smollm3", "cohere2")
+_PLAIN += ("ministral", "ministral3", "olmo2")
 #: ``model_type`` -> configuration of a tiny text decoder. Qwen2-VL and Qwen2.5-VL derive head_dim from hidden_size.
 TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
-    "llama": lambda **kw: tf.LlamaConfig(**_DECODER_WITH_HEAD_DIM | kw),
-    "mistral": lambda **kw: tf.MistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
-    "qwen2": lambda **kw: tf.Qwen2Config(**_DECODER_WITH_HEAD_DIM | kw),
+    **{name: _of(name) for name in _PLAIN},
     "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
     "qwen2_5_vl_text": lambda **kw: tf.Qwen2_5_VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
-    "qwen3": lambda **kw: tf.Qwen3Config(**_DECODER_WITH_HEAD_DIM | kw),
     "qwen3_vl_text": lambda **kw: tf.Qwen3VLTextConfig(**_DECODER_WITH_HEAD_DIM | {"rope_parameters": _mrope(8)} | kw),
-    "gemma2": lambda **kw: tf.Gemma2Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "gemma3_text": lambda **kw: tf.Gemma3TextConfig(**_DECODER_WITH_HEAD_DIM | kw),
-    "phi3": lambda **kw: tf.Phi3Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "gemma": lambda **kw: tf.GemmaConfig(**_DECODER_WITH_HEAD_DIM | kw),
-    "glm4": lambda **kw: tf.Glm4Config(**_DECODER_WITH_HEAD_DIM | kw),
     "granite": lambda **kw: tf.GraniteConfig(**_DECODER_WITH_HEAD_DIM | {"residual_multiplier": 0.5} | kw),
-    "smollm3": lambda **kw: tf.SmolLM3Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "cohere2": lambda **kw: tf.Cohere2Config(**_DECODER_WITH_HEAD_DIM | kw),
-    "ministral": lambda **kw: tf.MinistralConfig(**_DECODER_WITH_HEAD_DIM | kw),
-    "ministral3": lambda **kw: tf.Ministral3Config(**_DECODER_WITH_HEAD_DIM | kw),
     "mixtral": lambda **kw: tf.MixtralConfig(**_EXPERTS | kw),
     "qwen3_moe": lambda **kw: tf.Qwen3MoeConfig(**_EXPERTS | {"num_experts": 2, "moe_intermediate_size": 32} | kw),
     "llama4_text": lambda **kw: tf.Llama4TextConfig(**_EXPERTS | kw),
     "gpt_oss": lambda **kw: tf.GptOssConfig(**_EXPERTS | kw),
-    "olmo2": lambda **kw: tf.Olmo2Config(**_DECODER_WITH_HEAD_DIM | kw),
     "olmo3": _of("olmo3", **_LOCAL),
     "exaone4": _of("exaone4", sliding_window=64, **_LOCAL),
     "glm4_moe": _of("glm4_moe", **_ROUTED),

@@ -1,7 +1,4 @@
-"""Full-size configurations of the models in the table, for models on the meta device.
-
-Also re-exports the modules that generate the recipes.
-"""
+"""Full-size configurations of the models in the table, for models on the meta device."""
 
 from typing import Any
 

@@ -91,14 +91,3 @@ def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path
     (tmp_path / "work/thesis.txt").touch()
     with pytest.raises(ValueError, match=r"work exists and contains no demo; choose another folder"):
         build.build_demo(tmp_path / "work", size="test", force=True)
-
-
-def test_a_failed_build_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setitem(build.SIZES, "test", FEW)
-    monkeypatch.setattr(build.models, "train_teacher", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        build.build_demo(tmp_path / "hera_demo", size="test")
-    assert not list(tmp_path.iterdir())

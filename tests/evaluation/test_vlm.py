@@ -28,7 +28,6 @@ TEXTS = [
     "A dog?",
     "Who sits in it?\nYes or no.",
 ]
-SETTINGS = {"max_new_tokens": 6, "temperature": 0, "do_sample": False, "num_beams": 1}
 Parts = list[dict[str, Any]]
 
 

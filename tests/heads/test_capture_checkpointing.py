@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.head_reference import check_layers
-from tests.tiny_models import VLMS, answer_labels, text_batch, text_model, vlm, vlm_batch
+from tests.tiny_models import VLMS, answer_labels, vlm, vlm_batch
 from torch import Tensor, nn
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
@@ -102,27 +102,6 @@ def test_gradients_equal_those_without_checkpointing(enable, reentrant, training
     compare(step(model, names), step(training(vlm("llava-qwen3")), names))
 
 
-@both
-@in_both_modes
-def test_chosen_tokens_of_each_row(reentrant, names):
-    model = vlm("llava-qwen3")
-    batch, _ = inputs(model)
-    positions = torch.tensor([[1, 2, 3], [4, 4, 0], [2, 1, 0], [0, 5, 1]])
-
-    def read() -> Tensor:
-        with CAPTURES[names](model, names) as capture:
-            capture.tokens(positions)
-            model(**batch)
-            return capture.representations()
-
-    plain = read()
-    transformers(model, reentrant)
-    z = read()
-    assert z.shape == (len(names.split(",")), ROWS, 3, 16 if names == HEADS else 48)
-    assert z.requires_grad
-    torch.testing.assert_close(z, plain, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", VLMS)
 def test_every_kind_of_decoder_layer(name):
     model = vlm(name)
@@ -172,30 +151,6 @@ def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
         loss = model(**batch).loss + term(capture.representations())
     with pytest.raises(RuntimeError, match=r"left before the backward pass, .*; stay inside the context until `loss"):
         loss.backward()
-
-
-@both
-@in_both_modes
-def test_two_passes_with_different_tokens_before_one_backward_pass(reentrant, names):
-    def both_passes(model: nn.Module) -> dict[str, Tensor]:
-        model.zero_grad()
-        loss = 0.0
-        with CAPTURES[names](model, names) as capture:
-            for seed, first in ((1, 2), (2, 5)):
-                batch = text_batch(seed=seed)
-                mask = batch["attention_mask"].bool()
-                mask[:, :first] = False
-                capture.pool(mask)
-                loss = loss + model(**batch, labels=batch["input_ids"]).loss
-                loss = loss + capture.representations().square().mean() * seed
-            capture.pool(None)
-            loss.backward()
-        return gradients(model)
-
-    model = text_model("llama", attention_bias=True)
-    plain = both_passes(model)
-    transformers(model, reentrant)
-    compare(both_passes(model), plain)
 
 
 @pytest.mark.parametrize("names", ["L0H1,L1H2", "L0,L1"], ids=["heads", "layers"])

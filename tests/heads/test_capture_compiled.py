@@ -69,18 +69,3 @@ def test_representations_and_gradients_without_a_graph_break(checkpointing: bool
                 torch.testing.assert_close(got[name], values, rtol=0, atol=1e-6 * scale)
     assert sum(counters["graph_break"].values()) == 0
     assert len(graphs) == 2  # a new mask is no reason to compile again
-
-
-@each
-@checkpointed
-def test_the_layers_that_got_a_gradient_are_listed(checkpointing: bool | None, names: str) -> None:
-    model = build(checkpointing)
-    compiled = torch.compile(model, backend="eager")
-    batch = text_batch()
-    with CAPTURES[names](model, names) as capture:
-        capture.watch_gradients = True
-        for factor, expected in ((1.0, set(capture._layers)), (0.0, set())):
-            capture.pool(batch["attention_mask"].bool())
-            compiled(**batch)
-            (capture.representations() * factor).sum().backward()
-            assert capture.gradient_seen == expected

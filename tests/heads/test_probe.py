@@ -35,20 +35,6 @@ def test_each_head_has_its_slice():
     assert before[1][:, 2:].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_tokens_outside_of_the_mask_have_no_influence_even_as_nan(autocast):
-    model = text_model("llama", num_hidden_layers=1).eval()
-    projection = decoder_layers(model)[0].self_attn.o_proj
-    hidden = torch.randn(2, 5, 64)
-    mask = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    expected = torch.stack([row[keep].double().mean(0) for row, keep in zip(hidden, mask, strict=True)])
-    hidden[~mask] = torch.nan
-    projection.register_forward_pre_hook(lambda *_: hidden)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        heads, _ = pooled_heads(model, mask, partial(model, torch.zeros(2, 5, dtype=torch.long)))
-    torch.testing.assert_close(heads[0].flatten(1).double(), expected, rtol=0, atol=1e-6)
-
-
 def test_no_tokens_are_kept():
     model = text_model("llama").eval()
     batch, entered = text_batch(), []

@@ -79,10 +79,11 @@ def naive_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([row[keep].mean(0) if keep.any() else torch.zeros_like(row[0]) for row, keep in rows])
 
 
-def test_it_is_the_mean_over_the_masked_tokens():
-    hidden = torch.randn(4, 7, 3, requires_grad=True)
+@pytest.mark.parametrize("elsewhere", [1.0, torch.nan])
+def test_it_is_the_mean_over_the_masked_tokens_whatever_is_elsewhere(elsewhere):
     mask = torch.rand(4, 7) < 0.5
     mask[2], mask[0, 0] = False, True
+    hidden = torch.randn(4, 7, 3).masked_fill(~mask.unsqueeze(-1), elsewhere).requires_grad_()
     for given in (mask, mask.long(), mask.float()):
         pooled = pool_tokens(hidden, given)
         torch.testing.assert_close(pooled.double(), naive_mean(hidden, mask), atol=1e-6, rtol=1e-5)

@@ -53,16 +53,6 @@ def test_only_the_first_process_prints_messages_and_every_one_prints_warnings(
     assert "a warning" in printed
 
 
-def test_messages_share_handlers_and_level_of_a_host(capsys: pytest.CaptureFixture) -> None:
-    host = logging.Logger("host", logging.WARNING)
-    host.addHandler(logging.StreamHandler(sys.stdout))
-    show_messages(host)
-    OURS.info("an info")
-    OURS.warning("a warning")
-    out, err = capsys.readouterr()
-    assert (out, err) == ("a warning\n", "")
-
-
 def test_the_users_log_level_is_kept(capsys: pytest.CaptureFixture) -> None:
     logging.getLogger().handlers.clear()
     OURS.setLevel(logging.ERROR)

@@ -150,18 +150,6 @@ def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: P
     assert metadata.base_model is None  # a local folder names no model of the hub
 
 
-def test_scores_are_added_to_a_card_without_code(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, max_steps=1)
-    trainer.create_model_card()
-    card = tmp_path / "hera/card.json"
-    content = json.loads(card.read_text())
-    del content["usage"]
-    card.write_text(json.dumps(content))
-    files = [write_scores(tmp_path / f"hera/{name}.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]]) for name in ("a", "b")]
-    add_scores(tmp_path, compare(files, ["before", "after"], aligned="L1H0,L0H2"))
-    assert "| L1H0 | 0.3000 | 0.3000 |" in (tmp_path / "README.md").read_text()
-
-
 @pytest.mark.parametrize("save_steps", [2, 4])
 def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
     every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": save_steps}

@@ -284,7 +284,7 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
 
 
-def test_a_run_resumes_exactly_and_leaves_its_files_and_card(tmp_path: Path) -> None:
+def test_a_run_resumes_exactly_and_leaves_its_files(tmp_path: Path) -> None:
     case = Case("", hera={"memory": 6}, steps=3)
     case.skip()
     saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -297,15 +297,8 @@ def test_a_run_resumes_exactly_and_leaves_its_files_and_card(tmp_path: Path) -> 
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert lines(resumed) == logged
 
-    straight.save_model()
-    straight.create_model_card()
-    page = (tmp_path / "README.md").read_text()
-    assert "trl" in page
-    assert "aligned heads L1H0, L3H2" in page
-    assert page.count("## Alignment with a vision encoder") == 1
     for folder in ("hera", "checkpoint-3/hera"):
         assert {"state.safetensors", "heads.json", "run.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
-    assert (tmp_path / "model.safetensors").exists()
 
 
 def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,20 +313,6 @@ def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     names = {"model": "model", "dataset": dataset("prompt and completion", 16)}
     exec(code, names)
     assert all("lm_loss" in line for line in lines(names["trainer"]))
-
-
-def test_a_batch_of_one_needs_no_key_but_the_teacher(tmp_path: Path) -> None:
-    case = Case("", steps=12)
-    case.skip()
-    values = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 6}
-    settings = trl.SFTConfig(str(tmp_path), max_length=None, logging_steps=1, report_to="none", use_cpu=True, **values)
-    data = {"processing_class": processor(), "train_dataset": case.data()}
-    trainer = HeraSFTTrainer(llava(), settings, hera=HeraConfig(teacher=teacher_folder()), **data)
-    trainer.train()
-    *_, before, last = lines(trainer)
-    assert trainer.aligner.memory.size == 40
-    assert "hera_loss" not in before
-    assert last["loss"] == pytest.approx(last["lm_loss"] + 0.01 * last["hera_loss"], rel=1e-3)
 
 
 @pytest.mark.slow

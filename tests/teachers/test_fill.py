@@ -1,13 +1,8 @@
-import os
-import signal
-from multiprocessing import get_context
-
 import pytest
 import torch
 from PIL import Image
 
 from llamafactory_hera.selection.passes import fill_cache
-from llamafactory_hera.teachers import cache as cache_module
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
@@ -88,22 +83,3 @@ def test_a_broken_image_is_named_and_the_features_before_it_are_kept(num_workers
     with pytest.raises(ValueError, match=r"5\.png"):
         fill_cache(teacher, cache, by_key(paths), batch_size=2, num_workers=num_workers)
     assert len(FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)) == 4
-
-
-def test_a_killed_run_continues_after_its_last_shard(teacher, cache, paths, monkeypatch):
-    monkeypatch.setattr(cache_module, "_SHARD_ROWS", 2)
-
-    def child():
-        torch.set_num_threads(1)
-        teacher.encode = lambda pixels: (
-            os.kill(os.getpid(), signal.SIGKILL) if len(cache) == 4 else VisionTeacher.encode(teacher, pixels)
-        )
-        fill_cache(teacher, cache, by_key(paths), batch_size=2)
-
-    process = get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    fill_cache(teacher, cache, by_key(paths), batch_size=10)
-    assert teacher.batches == (3,)
-    assert len(cache) == 7

@@ -62,25 +62,6 @@ def test_image_index_selects_an_image_and_the_batch_has_its_index_and_count(
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[selected])])[0])
 
 
-def test_images_of_finds_the_images_and_drop_hides_columns_from_the_loops_collator(
-    teacher: VisionTeacher, images: list[str]
-) -> None:
-    seen: list[set[str]] = []
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        seen.extend(map(set, rows))
-        return _collate(rows)
-
-    rows = [{"text": "a", "pictures": {"front": images[1]}, "images": images}, {"text": "b", "pictures": {}}]
-    batch = HeraCollator(
-        collate, teacher.processor, images_of=lambda row: list(row["pictures"].values()), drop=("pictures", "images")
-    )(rows)
-    assert batch["hera_source"].tolist() == [PIXELS, NO_IMAGE]
-    assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[1])])[0])
-    assert seen == [{"text"}, {"text"}]
-    assert rows[0].keys() == {"text", "pictures", "images"}  # the rows of the dataset are unchanged
-
-
 def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
     batch = HeraCollator(_collate, teacher.processor)([{"images": None}, {"videos": ["a.mp4"]}])
     assert {name for name in batch if name.startswith("hera_")} == {"hera_source", "hera_keys"}

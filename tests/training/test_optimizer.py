@@ -40,25 +40,6 @@ def train(temperature: Temperature, targets: list[float], learning_rate: float =
     return values
 
 
-def reference(initial: float, targets: list[float], learning_rate: float = 0.05) -> list[float]:
-    """Writes out AdamW on the logarithm, with the default betas and no decay."""
-    log_value, first, second = math.log(initial), 0.0, 0.0
-    values = []
-    for step, target in enumerate(targets, start=1):
-        value = math.exp(log_value)
-        gradient = 2 * (value - target) * value
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        corrected = (second / (1 - 0.999**step)) ** 0.5
-        log_value -= learning_rate * first / (1 - 0.9**step) / (corrected + 1e-8)
-        values.append(math.exp(log_value))
-    return values
-
-
-def test_adamw_without_decay_trains_the_temperature_in_log_scale():
-    targets = [0.5, 0.5, 0.02, 1.0]
-    assert train(Temperature(0.07), targets) == pytest.approx(reference(0.07, targets), rel=1e-5)
-
-
 def test_each_step_uses_the_learning_rate_of_that_step():
     temperature = Temperature(0.07)
     train(temperature, [1.0], learning_rate=0.0)
@@ -87,14 +68,6 @@ def test_a_gradient_that_is_not_finite_is_skipped(gradient):
     temperature.step(0.05)
     assert temperature.log_value.grad is None
     assert train(temperature, [0.5, 0.2]) == train(untouched, [0.5, 0.2])
-
-
-def test_the_factor_of_a_loss_scaler_is_removed():
-    plain, scaled = Temperature(0.07), Temperature(0.07)
-    for temperature, scale in ((plain, 1.0), (scaled, 1024.0)):
-        temperature.log_value.grad = torch.tensor(1e-7 * scale)  # close to the epsilon of AdamW
-        temperature.step(0.05, scale)
-    assert scaled.value == plain.value != pytest.approx(0.07, rel=1e-3)
 
 
 def test_a_fixed_temperature_changes_only_by_loading_a_state():

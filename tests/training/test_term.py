@@ -111,30 +111,7 @@ def test_the_term_matches_its_definition(z, normalize, remembered, gaps, copies)
     assert output.sound
 
 
-def test_half_precision_representations_are_compared_in_single_precision(z, teacher):
-    half = z.detach().bfloat16().requires_grad_()
-    output = ContrastiveTerm(3)(half, teacher, all_valid(), TAU)
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, ContrastiveTerm(3)(half.float(), teacher, all_valid(), TAU).loss)
-    output.loss.backward()
-    assert half.grad.dtype == torch.bfloat16
-
-
 # -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_batch_of_one_learns_from_the_memory():
-    term = ContrastiveTerm(2, memory=CrossBatchMemory(3))
-    losses = []
-    for _ in range(4):
-        z = torch.randn(HEADS, 1, D, requires_grad=True)
-        output = term(z, torch.randn(1, D_TEACHER), all_valid(1), TAU)
-        losses.append(output.loss.item())
-        output.loss.backward()
-        assert z.grad.abs().max() > 0 or len(losses) < 3
-    assert losses[0] == losses[1] == 0  # no candidate, then a single one: there is nothing to compare
-    assert min(losses[2:]) > 0
-    assert term.memory.pairs[2].all()
 
 
 def test_a_batch_enters_the_memory_after_its_loss(z, teacher):

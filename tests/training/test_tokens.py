@@ -16,7 +16,6 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import FINAL, decoder_layers, trainable_upstream
-from llamafactory_hera.objectives import Plan, Step, TokenBatch, TokenObjective
 from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
 from llamafactory_hera.rivals.ross import Ross
 from llamafactory_hera.training import Aligner
@@ -33,7 +32,7 @@ from tests.tiny_models import (
     vlm_batch,
 )
 
-HEADS, LAYERS = "L1H2,L0H1,L1H0", "L0,L1"
+HEADS = "L1H2,L0H1,L1H0"
 
 
 def positions(batch: dict[str, Tensor]) -> Tensor:
@@ -213,100 +212,7 @@ def test_the_collator_refuses_an_image_that_was_cut_off() -> None:
         collate([rows[0], {**rows[1], "images": 2 * rows[1]["images"]}])
 
 
-def test_a_teacher_with_another_grid_is_refused(tmp_path: Path) -> None:
-    tf.ViTModel(
-        tf.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=24, patch_size=8)
-    ).save_pretrained(tmp_path)
-    tf.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^hera_teacher: .* only images of 24 pixels .* but the student's images are 2 x 2 tokens"
-    ):
-        aligner_of(vlm("llava-llama"), heads=HEADS, objective="feature", teacher=str(tmp_path))
-
-
-# -- plans -----------------------------------------------------------------------------------------------------------
-
-
-class Planned(TokenObjective):
-    """Reads the second token of an image, replaces it by a learned vector, and hides the last token."""
-
-    granularities = ("layer",)
-    seen: Step | None = None
-
-    def __init__(self, options: Any) -> None:
-        super().__init__(options)
-        self.vector = nn.Parameter(torch.ones(options.dim))
-
-    def attach(self, model: nn.Module) -> None:
-        self.inputs = DecoderInputs(model)
-        self.inputs.install()
-
-    def detach(self) -> None:
-        self.inputs.remove()
-
-    def prepare(self, step: Step) -> Plan:
-        Planned.seen = step
-        length = step.input_ids.shape[1]
-        sees = torch.ones(length, length, dtype=torch.bool).tril() & step.attention_mask.unsqueeze(1)
-        sees[:, :, step.positions[0, 3]] = False
-        self.inputs.set(sees, (torch.where(step.valid[:, None], step.positions[:, 1:2], -1), self.vector))
-        valid = step.valid & (torch.arange(len(step.valid)) != 1)
-        return Plan(step.positions[:, 1:2], valid, {"number": torch.tensor(step.number)})
-
-    def forward(self, batch: TokenBatch) -> Tensor:
-        assert batch.tokens.shape[2] == 1
-        return batch.tokens.square().mean(dim=(2, 3)) + 0 * batch.teacher.sum()
-
-
-def planned_step(model: nn.Module) -> tuple[Aligner, Tensor]:
-    aligner = aligner_of(model, granularity="layer", layers="L1", objective=f"{__name__}:Planned")
-    collate = aligner.collator(lambda rows: vlm_batch(model, len(rows)))
-    for _ in range(2):
-        batch = collate(image_rows(model, 3))
-        micro_batch = aligner.prepare(batch)
-        logits = model(**batch).logits
-        term = aligner.loss(micro_batch)
-        (logits.sum() * 0 + term).backward()
-        aligner.after_backward()
-    return aligner, logits.detach()
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_plan_changes_attention_embeddings_tokens_and_samples(attention: str, tmp_path: Path) -> None:
-    model = vlm("llava-qwen3")
-    model.set_attn_implementation(attention)
-    aligner, logits = planned_step(model)
-    assert Planned.seen is not None
-    assert (Planned.seen.number, Planned.seen.side, Planned.seen.valid.tolist()) == (1, 2, [True] * 3)
-    assert aligner.objective.get_parameter("vector").grad.abs().max() > 0
-    # the same by hand: embeddings replaced, and an additive mask
-    batch = vlm_batch(model, 3)
-    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    read: dict[str, Tensor] = {}
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: read.update(embeds=kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    plain = model(**batch).logits
-    hook.remove()
-    embeds = read["embeds"].clone()
-    at = positions(batch)
-    for row in range(3):
-        embeds[row, at[row, 1]] = 1.0
-    length = ids.shape[1]
-    closed = torch.zeros(3, 1, length, length)
-    for row in range(3):
-        for i in range(length):
-            for j in range(length):
-                if j > i or not mask[row, j] or j == at[0, 3]:
-                    closed[row, 0, i, j] = torch.finfo(torch.float32).min
-    hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=closed, output_hidden_states=True)
-    expected = model.lm_head(hidden.last_hidden_state)
-    torch.testing.assert_close(logits[mask], expected[mask], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(plain[mask], expected[mask], atol=1e-3)
-    assert torch.equal(model(**batch).logits, plain)  # the plan no longer applies
-    aligner.save(tmp_path)
-    aligner.load(tmp_path)
-    assert aligner.reader.n_micro_batches == 2
+# -- two-way attention -----------------------------------------------------------------------------------------------
 
 
 def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:

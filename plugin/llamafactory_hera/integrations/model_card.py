@@ -143,8 +143,7 @@ def _section(content: dict[str, Any]) -> str:
         parts += ["\n".join(rows), f"Measured on {scores['setting']}."]
         if scores["names"] == ["before"]:
             parts.append("`llamafactory-hera score` measures the trained model.")
-    if "usage" in content:
-        parts.append(f"```python\n{content['usage']}\n```")
+    parts.append(f"```python\n{content['usage']}\n```")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")
     parts.append(f"Method: Head-Wise Representation Alignment (HeRA), [arXiv 2606.23885]({_PAPER}).")
