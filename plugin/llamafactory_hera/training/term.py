@@ -92,9 +92,9 @@ class HeraTerm:
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
         numbers = valid.new_zeros(len(valid), 2, dtype=torch.float32) if keys is None else _numbers(keys)
-        *gathered, numbers = _gather(representations, teacher, valid, numbers, n_rows)
+        rows, features, known, numbers = _gather(representations, teacher, valid, numbers, n_rows)
         self.memory.settle(len(numbers))
-        batch, all_teacher = self._batch(*gathered, numbers)
+        batch, all_teacher = self._batch(rows, features, known, numbers)
         z, candidates = batch.z, batch.candidates
         by_target = self.objective(batch)
         finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
