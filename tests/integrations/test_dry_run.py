@@ -30,7 +30,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
         ([], "ok  template  llava_qwen3 writes an image as <image>"),
         ([], "ok  teacher   hera_demo/teacher in hera_demo/teacher"),
         ([], "ok  images    opened the first 8 of hera_demo"),
-        (["dataset=hera_demo_text"], "ok  images    hera_demo_text has no images"),
+        (["dataset=hera_demo_text"], "problem: dataset: hera_demo_text has no images"),
         ([], "ok  memory    computed: "),
         (["hera_wieght=1"], "problem: hera_wieght: no such key; did you mean hera_weight?"),
         (["stage=sft"], "problem: stage: sft trains without HeRA; set stage: hera."),

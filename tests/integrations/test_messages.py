@@ -66,6 +66,10 @@ TRY = (
     "by more than its noise. Train longer, or try hera_weight: 0.1, ten times the present one "
     "(docs/method.md#which-weight)."
 )
+RAISE = (
+    "It did not rise by more than its noise. Train longer, or raise the learning rate (the term is 50% of the loss, so "
+    "hera_weight matters less) (docs/method.md#which-weight)."
+)
 FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
 UNFILLED = (
     "the memory of 128 samples never filled in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "
@@ -82,6 +86,7 @@ UNFILLED = (
         ("mknn", [0.4, 0.3, 0.2, 0.1], {"weight": 0.0}, f"0.350 to 0.150 {OF_4} 0.141, chance 0.050)."),
         ("loss", [0.4, 0.3, 0.2, 0.1], {}, f"0.350 to 0.150 {OF_4} 0.141)."),
         ("loss", [0.1, 0.2, 0.3, 0.4], {}, f"0.150 to 0.350 {OF_4} 0.141). It did not fall {TRY}"),
+        ("mknn", [0.4, 0.3, 0.2, 0.1], {"weight": 1.0}, f"0.350 to 0.150 {OF_4} 0.141, chance 0.050). {RAISE}"),
         ("mknn", [], {"memory": 128}, UNFILLED),
         ("mknn", [0.2], {"memory": 3}, FEW),
     ],
@@ -100,7 +105,10 @@ def test_the_end_of_a_run_says_whether_anything_changed(
     aligner = SimpleNamespace(config=HeraConfig(heads="L0H0", **keys), targets=Targets.parse("L0H0"), memory=memory)
     names = {"mknn": "MKNN of the aligned heads went from ", "loss": "the alignment loss went from "}
     chance = {"hera_mknn_chance": 0.05} if key == "mknn" else {}
-    history = [{"loss": 3.0}, *({"hera_loss": 2.0, **chance, f"hera_{key}": value} for value in values)]
+    history = [
+        {"loss": 3.0},
+        *({"hera_loss": 2.0, "lm_loss": 2.0, **chance, f"hera_{key}": value} for value in values),
+    ]
     log_outcome(aligner, history, 9)
     monkeypatch.setattr(messages, "rank", lambda: 1)
     log_outcome(aligner, history, 9)  # logs nothing

@@ -4,6 +4,7 @@ The library logs to one logger, ``llamafactory_hera``, and configures nothing wh
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..training import Aligner
 
 logger = logging.getLogger("llamafactory_hera")
+
+_LARGE_SHARE = 0.4  # of the loss; ten times the weight could then only double the term's part of the gradient
 
 
 def show_messages(host: logging.Logger | None = None) -> None:
@@ -79,9 +82,14 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
             f"lines; noise {noise:.3f}{chance})."
         )
         if sign * (last - first) <= noise and weight > 0:
+            term = weight * lines[-1]["hera_loss"]
+            share = term / (term + lines[-1].get("lm_loss", math.inf))
+            remedy = f"try hera_weight: {10 * weight:g}, ten times the present one"
+            if share > _LARGE_SHARE:
+                remedy = f"raise the learning rate (the term is {share:.0%} of the loss, so hera_weight matters less)"
             text += (
-                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Train longer, or try "
-                f"hera_weight: {10 * weight:g}, ten times the present one (docs/method.md#which-weight)."
+                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Train longer, or {remedy} "
+                "(docs/method.md#which-weight)."
             )
     elif n_held < (memory.size or 0):
         text = (

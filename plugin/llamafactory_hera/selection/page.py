@@ -53,7 +53,12 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     if not abs(change) > noise:
         return found, f"They did not measurably move ({size}): train longer, or raise hera_weight."
     toward = "toward" if change > 0 else "away from"
-    return found, f"They moved {toward} the teacher ({size}); the other {targets.what} changed by {others:+.3f}."
+    meaning = f"They moved {toward} the teacher ({size}); the other {targets.what} changed by {others:+.3f}."
+    if abs(after - first.chance) <= noise:
+        meaning += " They are still at chance."
+    if len(names) == 2:
+        meaning += " Plain fine-tuning has a part in this: to see it, also score and give a run without HeRA."
+    return found, meaning
 
 
 def _noise(comparison: Comparison) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ class _Recipe:
 
     def images(self) -> str:
         folder, named, notes = Path(self.get("dataset_dir", "data")), self.get("dataset") or "", []
+        n_opened, n_unknown = 0, 0
         media = self.get("media_dir") or folder
         known = read_json(folder / "dataset_info.json")
         for name in named.replace(" ", "").split(",") if isinstance(named, str) else named:
@@ -132,12 +134,18 @@ class _Recipe:
             file, column = folder / known[name].get("file_name", ""), known[name].get("columns", {}).get("images")
             if column is None or file.suffix not in (".json", ".jsonl"):
                 notes.append(f"{name} has {'no images' if column is None else 'no JSON file, and was not opened'}")
+                n_unknown += column is not None
                 continue
-            images = [image for row in _first_rows(file) for image in row.get(column) or ()][:_N_IMAGES]
+            found = (row.get(column) or [] for row in _first_rows(file))
+            listed = ([images] if isinstance(images, str) else images for images in found)
+            images = list(islice(chain.from_iterable(listed), _N_IMAGES))
+            n_opened += len(images)
             with translated(f"media_dir: {media}: {name}: {{}}".format):
                 for image in images:
                     load_image(inside if (inside := Path(media, image)).is_file() else image)
             notes.append(f"opened the first {len(images)} of {name}")
+        if not n_opened and not n_unknown:
+            raise ValueError(f"dataset: {named} has no images, and HeRA compares images; add a dataset with images.")
         return "; ".join(notes)
 
     def memory(self) -> str:
