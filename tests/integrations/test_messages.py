@@ -67,8 +67,8 @@ TRY = (
     "(docs/method.md#which-weight)."
 )
 RAISE = (
-    "It did not rise by more than its noise. Train longer, or raise the learning rate (the term is 50% of the loss, so "
-    "hera_weight matters less) (docs/method.md#which-weight)."
+    "It did not rise by more than its noise. Train longer, or raise the learning rate (the term is 50% of the loss, "
+    "so hera_weight matters less) (docs/method.md#which-weight)."
 )
 FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
 UNFILLED = (
