@@ -35,7 +35,7 @@ def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
 
 
 def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
-    plain, mixin, loop, _ = code_of("docs/plain_trainer.md")
+    plain, mixin, _, loop, _ = code_of("docs/plain_trainer.md")
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
     exec(plain, names)
@@ -53,6 +53,35 @@ def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys:
     assert "'hera_loss': " in capsys.readouterr().out.splitlines()[-1]
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
     assert Path("saves/loop/hera/state.safetensors").is_file()
+
+
+def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names: dict[str, Any]) -> None:
+    class LazySupervisedDataset(torch.utils.data.Dataset):
+        """A stand-in with the methods of QwenLM's dataset, whose rows are encoded and have no images."""
+
+        def __init__(self, processor: list, data_args: str) -> None:
+            self.rows = [{**row, "image": f"{n}.png", "data_path": data_args} for n, row in enumerate(processor)]
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            return self._get_item([self.rows[number]])
+
+        def _get_item(self, sources: list[dict]) -> dict[str, Any]:
+            return {name: value for name, value in sources[0].items() if isinstance(value, torch.Tensor)}
+
+    rows = names["dataset"]
+    for number, row in enumerate(rows):
+        row["images"][0].save(f"{number}.png")
+    names |= {"LazySupervisedDataset": LazySupervisedDataset, "Path": Path, "data_module": {}}
+    names |= {"processor": rows, "data_args": str(Path.cwd())}
+    plain, _, kept, *_ = code_of("docs/plain_trainer.md")
+    exec(kept, names)
+    assert names["data_module"]["train_dataset"][3]["images"] == [str(Path("3.png").resolve())]
+    names["dataset"] = names["data_module"]["train_dataset"]
+    exec(plain, names)
+    assert any("hera_loss" in line for line in names["trainer"].state.log_history)
 
 
 def test_the_imports_in_the_readme_work() -> None:

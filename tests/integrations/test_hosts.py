@@ -98,6 +98,7 @@ def llamafactory(request: pytest.FixtureRequest, world: Path, tmp_path_factory: 
     rows = get_dataset(template, model, data, training, stage="sft", **tokenizer_module)["train_dataset"]
     collate = SFTDataCollatorWith4DAttentionMask(template=template, label_pad_token_id=-100, **tokenizer_module)
     observed = Observed()
+    TrainingArguments.max_epochs = None  # if ms-swift is imported, its callback reads it in every Trainer
     run_exp(dict(recipe), callbacks=[observed])
     processor = tokenizer_module["processor"]
     return Host(observed, model.model_name_or_path, HeraConfig.from_keys(finetuning), rows, collate, processor)
@@ -143,7 +144,6 @@ def swift_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> A
 
     as_text = {key: str(value) for key, value in host.config.keys().items() if value is not None}
     os.environ.update({key.upper(): value for key, value in as_text.items()})
-    TrainingArguments.max_epochs = None  # ms-swift's callback reads it in every Trainer of the process
     # ms-swift's own fields of the model
     loaded, processor = get_model_processor(host.model, model_type="llava1_5_hf", torch_dtype=torch.float32)
     model.model_info, model.model_meta, model.model_dir = loaded.model_info, loaded.model_meta, loaded.model_dir
