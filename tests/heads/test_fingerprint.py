@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.tiny_models import teacher_folder, text_model, vlm
 
 from llamafactory_hera.heads.families import decoder_layers, head_layout
 from llamafactory_hera.heads.fingerprint import model_fingerprint
-from tests.tiny_models import teacher_folder, text_model, vlm
 
 
 def fingerprint(model, folder, adapters=()):
