@@ -6,7 +6,7 @@
 #   make test-fast   the tests of the method, in this process and without a host
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
 #   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
-#   make test-axolotl  the plugin in axolotl, whose pins exclude ours
+#   make test-axolotl  the plugin in axolotl, which needs Python 3.12: PYTHON312=<path> where PATH has no python3.12
 #   make test-swift  the plugin in ms-swift, which needs newer datasets than LLaMA-Factory allows
 #   make lint        ruff, import-linter, deptry, mypy
 #   make docs        the site of the documentation, in artifacts/site
@@ -25,6 +25,8 @@ WORKERS ?= 2
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
 LATEST ?= transformers peft accelerate trl
+AXOLOTL ?= 0.21.0
+PYTHON312 ?= python3.12
 METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection)
 
 # caches stay inside the project; nothing here needs a hub
@@ -97,9 +99,14 @@ test-latest: $(STAMP)
 	$(call layer,.venv-latest,$(LATEST))
 	$(call test_in,.venv-latest,$(METHOD_TESTS) $(wildcard tests/integrations/test_tr*.py))
 
-test-axolotl: $(STAMP)
-	$(call layer,.venv-axolotl,axolotl==0.19.0)
-	$(call test_in,.venv-axolotl,tests/integrations/test_axolotl.py)
+# axolotl pins every version, torch's too, so its environment shares nothing with that of `make setup` (8 GB)
+test-axolotl:
+	@$(PYTHON312) -c "import sys; sys.exit(sys.version_info < (3, 12))" 2> /dev/null \
+	  || { echo "test-axolotl: $(PYTHON312) is no Python 3.12, which axolotl needs; add PYTHON312=<path of one>" >&2; exit 2; }
+	test -x .venv-axolotl-$(AXOLOTL)/bin/python || $(PYTHON312) -m venv .venv-axolotl-$(AXOLOTL)
+	.venv-axolotl-$(AXOLOTL)/bin/python -m pip install --quiet axolotl==$(AXOLOTL) torchvision pytest pytest-timeout \
+	  pytest-xdist --editable ".[demo]"
+	$(call test_in,.venv-axolotl-$(AXOLOTL),tests/integrations/test_axolotl.py)
 
 # LLaMA-Factory, with which the hosts' test compares ms-swift, would refuse the newer datasets
 test-swift: export DISABLE_VERSION_CHECK := 1
@@ -141,4 +148,4 @@ lines:
 	@git ls-files plugin patches | grep '\.py$$' | xargs wc -l | tail -1
 
 clean:
-	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl .venv-swift $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist
+	rm -rf $(VENV) .venv-host .venv-latest .venv-axolotl-* .venv-swift $(DOCS) .cache hera_demo hera_study hera_real saves artifacts dist

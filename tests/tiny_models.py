@@ -14,9 +14,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
@@ -244,6 +246,8 @@ def _aria(**kw: Any) -> nn.Module:
 
 
 def _llama4(**kw: Any) -> nn.Module:
+    if tf.__version__ == "5.24.0":
+        pytest.skip("transformers 5.24.0: no forward pass of Llama4ForConditionalGeneration works (image_outputs)")
     vision = _VISION | {"patch_size": 4, "intermediate_size": 128, "rope_parameters": {"rope_theta": 10000.0}}
     vision |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
     text = TEXT_CONFIGS["llama4_text"](**kw)
@@ -375,7 +379,9 @@ def teacher_folder() -> str:
     with torch.no_grad():  # the usual initialization gives every image almost the same feature
         for parameter in model.parameters():
             parameter.normal_(0, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
-    model.save_pretrained(folder)
+    # in a process group, transformers 5.24's save_pretrained writes nothing on ranks other than 0
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
     size = {"height": TEACHER_SIZE, "width": TEACHER_SIZE}
     processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": size, "do_center_crop": False}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

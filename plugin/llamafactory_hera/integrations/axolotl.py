@@ -15,6 +15,7 @@ from axolotl.logging_config import AxolotlOrWarnErrorFilter
 from pydantic import Field, create_model
 
 from ..config import HeraConfig
+from ..distributed import rank
 from ..teachers.images import ImageLike, sample_images
 from ..training.checks import NO_FP8
 from .transformers import HeraTrainerMixin
@@ -39,6 +40,7 @@ _NEEDED = {
 _UNDIVIDED = "each process needs whole samples and heads"
 # Key -> the reason why HeRA refuses it: it bypasses trainer, collator or hooks, or divides samples or heads.
 _REFUSED = {
+    "context_parallel": _UNDIVIDED,
     "context_parallel_size": _UNDIVIDED,
     "sequence_parallel_degree": _UNDIVIDED,
     "tensor_parallel_size": _UNDIVIDED,
@@ -46,6 +48,7 @@ _REFUSED = {
     "sample_packing": "packed samples share a row and lose their images",
     "batch_flattening": "flattened samples share a row",
     "pretraining_dataset": "it contains only text; use datasets of chat messages with images",
+    "diffusion_lm": "axolotl trains diffusion models with a trainer of its own",
     "rl": "HeRA is for supervised fine-tuning",
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
@@ -54,14 +57,20 @@ _REFUSED = {
 }
 
 
+class _OrHera(AxolotlOrWarnErrorFilter):
+    """axolotl's filter drops INFO messages of other packages; this one lets HeRA's through on the first process."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return (record.name.startswith("llamafactory_hera") and rank() == 0) or super().filter(record)
+
+
 class HeraPlugin(BasePlugin):
     """Adds HeRA to a supervised fine-tuning run of a vision-language model."""
 
     def register(self, cfg: dict) -> None:
         """Checks the file before anything is loaded, and sets the keys that HeRA needs."""
-        # axolotl adds a filter that drops INFO to the loggers of other packages.
-        logger = logging.getLogger("llamafactory_hera")
-        logger.filters = [each for each in logger.filters if not isinstance(each, AxolotlOrWarnErrorFilter)]
+        for place in (logging.getLogger("llamafactory_hera"), *logging.getLogger().handlers):
+            place.filters = [_OrHera() if isinstance(f, AxolotlOrWarnErrorFilter) else f for f in place.filters]
         hera = HeraConfig.from_keys({key: cfg[key] for key in list(cfg) if key.startswith(HeraConfig.PREFIX)})
         cfg.update(hera.keys())
         for key, (needed, why) in _NEEDED.items():
@@ -70,7 +79,7 @@ class HeraPlugin(BasePlugin):
             cfg[key] = needed
         for key, why in _REFUSED.items():
             value = cfg.get(key)
-            if value and value != "none" and not (why is _UNDIVIDED and value == 1):
+            if value and value != "none" and not (why is _UNDIVIDED and value in (1, {"size": 1})):
                 raise ValueError(f"{key}: {value} does not work with HeRA ({why}); remove the key.")
         if not cfg.get("processor_type"):
             raise ValueError("processor_type: it is not set, so axolotl trains on text only; write AutoProcessor.")
@@ -90,13 +99,11 @@ class HeraPlugin(BasePlugin):
         return f"{__name__}.HeraArguments"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuses a run with the trainer of another plugin, before the model is loaded."""
-        trainer = PluginManager.get_instance().get_trainer_cls(cfg)
-        if trainer is None or not issubclass(trainer, HeraTrainerMixin):
-            raise ValueError(
-                f"plugins: another plugin supplies the trainer ({trainer.__name__ if trainer else None}), and axolotl "
-                "uses the first one; put HeraPlugin first, or remove the other plugin."
-            )
+        """Refuses a run in which another plugin supplies a trainer, too, before the model is loaded."""
+        for name, plugin in PluginManager.get_instance().plugins.items():
+            trainer = plugin.get_trainer_cls(cfg)
+            if trainer is not None and not issubclass(trainer, HeraTrainerMixin):
+                raise ValueError(f"plugins: {name} supplies a trainer, too, and axolotl uses only one; remove {name}.")
         if cfg.role_boundaries:
             # axolotl 0.19 mistakes its own dictionary class, which has every attribute, for a pydantic model.
             cfg["role_boundaries"] = [dict(boundary) for boundary in cfg.role_boundaries]
