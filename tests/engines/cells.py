@@ -8,19 +8,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.objectives import Options, Plan, Step, TokenBatch
 from llamafactory_hera.rivals import jarvis
 from llamafactory_hera.rivals.jarvis import Jarvis, draw_blocks
 from llamafactory_hera.rivals.ross import DRAWS, Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.gradcache import keep_random_state
-from tests.terms import ContrastiveTerm
 from tests.tiny_models import autoencoder_folder, student_processor, teacher_folder
 
 from .engines import ENGINES
-from .tiny import HEAD_DIM, HEADS, Batch, K, batches, build
+from .tiny import HEADS, Batch, K, batches, build
 
 #: Gradients by data, loss and parameter name.
 Gradients = dict[str, dict[str, dict[str, Tensor]]]
@@ -136,44 +133,6 @@ def reference(
     return found
 
 
-def sliced_reference(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Returns gradients of the HeRA term by name, with heads read by slicing the weight of a (LoRA) ``o_proj``."""
-    heads = Targets.parse(HEADS).items
-    layers = decoder_layers(model)
-    mask = batch.inputs["labels"] != -100
-    read: dict[int, Tensor] = {}
-    hooks = []
-    for index in {head.layer for head in heads}:
-        projection = layers[index].self_attn.o_proj
-
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], index: int = index) -> None:
-            read[index] = (inputs[0] * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
-
-        hooks.append(projection.register_forward_pre_hook(keep))
-    model(**batch.inputs)
-    contributions = []
-    for layer, head in heads:
-        projection = layers[layer].self_attn.o_proj
-        weight = projection.weight
-        if hasattr(projection, "lora_A"):
-            a, b = projection.lora_A["default"].weight, projection.lora_B["default"].weight
-            weight = weight + projection.scaling["default"] * b @ a
-        part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        contributions.append(read[layer][:, part] @ weight[:, part].T)
-    aligner = aligner_of(model)  # only its teacher is used; it installs no hooks before a pass begins
-    valid = batch.teacher["hera_source"] > 0
-    features = aligner.teacher.features(batch.teacher)
-    output = ContrastiveTerm(K)(torch.stack(contributions), features, valid, torch.tensor(0.07))
-    output.loss.backward()
-    for hook in hooks:
-        hook.remove()
-    return {
-        name: p.new_zeros(p.shape) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
-
-
 def gradients(
     engine_name: str,
     tuning: str,
@@ -208,15 +167,3 @@ def gradients(
             found[case][name] |= take_objective_gradients(aligner)
             engine.clear()
     return found
-
-
-def remembered(size: int) -> dict[str, Tensor]:
-    """Returns the memory after a batch with images, one with images on one rank, and one without images."""
-    model = build("full", "off")
-    aligner = aligner_of(model, memory=size)
-    for data in ("images", "one rank without", "text only"):
-        whole, parts = batches(data)
-        batch = parts[dist.get_rank()] if dist.is_initialized() else whole
-        loss_of(aligner, model, batch, LOSSES["hera"]).backward()
-        aligner.after_backward()
-    return aligner.memory.state_dict()
