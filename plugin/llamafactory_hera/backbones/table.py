@@ -19,19 +19,20 @@ class Backbone(NamedTuple):
     title: str
     checkpoint: str  #: Its hub id.
     template: str  #: The training template; for a LLaVA-style model, the template of stage 2.
-    heads: str = ""  #: A value of ``hera_heads``; empty for models that the paper does not use.
     keys: Mapping[str, Any] = MappingProxyType({})  #: Further keys that its recipes set.
     notes: str = ""  #: A paragraph for the headers of its recipes.
+
+    @property
+    def heads(self) -> str:
+        """A value of ``hera_heads``; empty for models that the paper does not use."""
+        return PAPER_HEADS.get(self.checkpoint, "")
 
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
 #: The vision encoder and the teacher of all LLaVA-style models of the paper.
 VISION_MODEL, TEACHER = _TABLE["vision_model"], _TABLE["teacher"]
 #: The LLMs of the paper, by key; `build` combines each with :data:`VISION_MODEL`.
-LANGUAGE_MODELS = {
-    key: Backbone(key, heads=PAPER_HEADS[fields["checkpoint"]], **fields)
-    for key, fields in _TABLE["language_models"].items()
-}
+LANGUAGE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["language_models"].items()}
 #: Finished VLMs, by key, which are trained without `build`.
 NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_models"].items()}
 

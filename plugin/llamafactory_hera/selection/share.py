@@ -13,7 +13,7 @@ from .scores import ScoreFile
 
 _FILES, _PAGE = (file_name("head"), file_name("layer")), "README.md"
 _CARD = """---
-tags: [hera, hera-heads]
+tags: [hera, hera-heads]{base}
 ---
 # The {what} of {model} for HeRA
 
@@ -74,7 +74,8 @@ def _public(value: Any) -> Any:
 def _card(file: ScoreFile, chosen: Targets, repository: str) -> str:
     origin, ranked = chosen.provenance, file.ranked()
     scores = [f"| {t} | {ranked[t]:.4f} | {ranked[t] / file.chance:.2f} |" for t in chosen.items]
-    facts = {"k": file.k} | {name: value for name, value in origin.items() if "scores" not in name}
-    values = {"repository": repository, "what": chosen.what, "scores": "\n".join(scores)}
+    facts = {"k": file.k} | {name: value for name, value in origin.items() if value and "scores" not in name}
+    values = {**origin, "repository": repository, "what": chosen.what, "scores": "\n".join(scores)}
+    values["base"] = f"\nbase_model: {origin['model']}" if "/" in origin["model"] else ""
     values["provenance"] = "\n".join(f"| {name} | {str(fact).replace('|', ' ')} |" for name, fact in facts.items())
-    return _CARD.format(**values, model=origin["model"], teacher=origin["teacher"])
+    return _CARD.format(**values)
