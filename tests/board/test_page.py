@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from llamafactory_hera import cli
-from llamafactory_hera.integrations.llamaboard.fields import FIELDS, default, texts
+from llamafactory_hera.integrations.llamaboard.fields import FIELDS, texts
 from llamafactory_hera.selection.page import write_report
 from llamafactory_hera.selection.report import compare
 from tests.selection.test_gallery import write_seen
@@ -24,17 +24,6 @@ MODEL = "LLaVA-Qwen3-4B-HeRA"
 
 def label(key: str) -> str:
     return texts()["en"][key]["label"]
-
-
-def test_choosing_hera_opens_fields_with_the_defaults_of_their_keys(page: BoardPage) -> None:
-    expect(page.field(label("hera_weight"))).not_to_be_visible()
-    page.choose("Stage", "HeRA")
-    for key in FIELDS:
-        field = page.field(label(key))
-        if isinstance(default(key), bool):
-            expect(field).to_be_checked(checked=default(key))
-        else:
-            expect(field).to_have_value(str(default(key)))
 
 
 def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:

@@ -112,6 +112,11 @@ def train(name: str, place: Path, server: HostServer, **paths: str) -> Run:
     return server.run(keys | overrides, place)
 
 
+def save_once(key: str, place: Path) -> None:
+    if not (place / f"native_{key}").is_dir():
+        save_native(key, place / f"native_{key}")
+
+
 def check(run: Run, hera: bool = True) -> None:
     assert run.ok, run.output[-4000:]
     logs = run.logs()
@@ -186,8 +191,7 @@ def test_the_recipes_of_baselines_outside_the_paper_run_too(
 @pytest.mark.parametrize("name", NATIVE)
 def test_finished_vlms_select_their_heads_and_train(name: str, place: Path, server: HostServer) -> None:
     key = name.split("_hera")[0]
-    if not (place / f"native_{key}").is_dir():
-        save_native(key, place / f"native_{key}")
+    save_once(key, place)
     run = train(name, place, server, model_name_or_path=f"native_{key}")
     check(run)
     assert len(json.loads((run.folder / "hera/heads.json").read_text())["heads"]) == 5
@@ -196,8 +200,7 @@ def test_finished_vlms_select_their_heads_and_train(name: str, place: Path, serv
 
 @pytest.mark.parametrize(("key", "template"), [("qwen2_5_vl_7b", "qwen2_vl"), ("qwen3_vl_4b", "qwen3_vl_nothink")])
 def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, place: Path, server: HostServer) -> None:
-    if not (place / f"native_{key}").is_dir():
-        save_native(key, place / f"native_{key}")
+    save_once(key, place)
     data = {"dataset_dir": "recipes/data", "dataset": "llava_instruct", "template": template}
     data |= {"media_dir": "recipes/data/llava_instruct/images", "model_name_or_path": f"native_{key}"}
     short = {"max_steps": 7, "logging_steps": 1, "use_cpu": True, "output_dir": f"saves/example_{key}"}
@@ -213,8 +216,7 @@ def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, pl
 
 
 def test_qlora_trains_on_one_gpu(place: Path, server: HostServer) -> None:
-    if not (place / "native_qwen2_5_vl_7b").is_dir():
-        save_native("qwen2_5_vl_7b", place / "native_qwen2_5_vl_7b")
+    save_once("qwen2_5_vl_7b", place)
     run = train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b")
     check(run)
     assert all("lora_" in name for name in trained(place, run.folder))

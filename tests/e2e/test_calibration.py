@@ -33,12 +33,12 @@ def report(world: Path, command: Command) -> dict[str, Any]:
     return json.loads((world / OUTPUT / "calibration.json").read_text())
 
 
-def deltas(world: Path, folder: str = OUTPUT, scaling: float = 1.0) -> dict[str, torch.Tensor]:
-    """The update of each weight that an adapter changes."""
-    tensors = load_file(world / folder / "adapter_model.safetensors")
+def deltas(world: Path) -> dict[str, torch.Tensor]:
+    """The update of each weight that the adapter changes."""
+    tensors = load_file(world / OUTPUT / "adapter_model.safetensors")
     modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
     a, b = ({m: tensors[f"base_model.model.{m}.lora_{side}.weight"] for m in modules} for side in "AB")
-    return {f"{module}.weight": scaling * b[module] @ a[module] for module in modules}
+    return {f"{module}.weight": b[module] @ a[module] for module in modules}
 
 
 def documented(file: str) -> set[str]:
@@ -84,15 +84,6 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
     calibrated = load_file(world / OUTPUT / "adapter_model.safetensors")
     if new:
         assert {tensor.shape[0] for name, tensor in trained.items() if "lora_A" in name} == {4}
-        both = UPON | {"adapter_name_or_path": f"{OUTPUT},{run.folder}", "export_dir": "saves/both"}
-        assert server.run(both, world, call="export_model").ok
-        config = json.loads((run.folder / "adapter_config.json").read_text())
-        top = deltas(world, str(run.folder), config["lora_alpha"] / config["r"])
-        merged, base = (load_file(world / f / "model.safetensors") for f in ("saves/both", "hera_demo/model"))
-        tails = {name.split("layers.", 1)[1]: name for name in base if "language_model" in name and "layers." in name}
-        for name, delta in deltas(world).items():
-            stored = tails[name.split("layers.", 1)[1]]
-            assert (merged[stored] - (base[stored] + delta + top[name])).abs().max() <= 1e-6
     else:
         assert trained.keys() == calibrated.keys()
         assert all(trained[name].shape == calibrated[name].shape for name in trained)

@@ -1,10 +1,8 @@
 """Faults of a run: killed, a rank lost, a full disk, values that are not finite, a checkpoint of another run."""
 
-import os
 import random
 import resource
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -75,16 +73,6 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_
         assert all(torch.equal(left[name], right[name]) for name in right), file
 
 
-def test_the_other_ranks_end_when_one_dies(train: Train, server: HostServer, world: Path) -> None:
-    args = SAVING | {"output_dir": "saves/lost", "max_steps": 500, "save_strategy": "no"}
-    run = _meanwhile(
-        lambda: train(args, ok=False, ranks=2, timeout=120),
-        lambda: _steps_logged(world / args["output_dir"]) >= 2,
-        lambda: os.kill(_ranks(server)[1], signal.SIGKILL),
-    )
-    assert run.codes == [1, -signal.SIGKILL], run.output
-
-
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(
     train: Train, server: HostServer, world: Path
 ) -> None:
@@ -117,11 +105,3 @@ def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train:
     assert run.codes == [1, 1]
     assert run.output.count("not finite in 2 consecutive steps (hera_max_nan), because of L1H0.") >= 2
     assert _steps_logged(run.folder) == 1
-
-
-def test_a_checkpoint_of_another_run_is_refused_before_weights_are_loaded(train: Train) -> None:
-    saved = train({"max_steps": 1, "save_strategy": "steps", "save_steps": 1}).folder / "checkpoint-1"
-    run = train({"hera_heads": "L1H1", "resume_from_checkpoint": str(saved)}, ok=False)
-    assert run.error.startswith(f"resume_from_checkpoint: this run differs from the one that wrote {saved}")
-    assert "hera_heads was L1H0,L1H3,L2H5,L3H2,L3H7, is L1H1" in run.error
-    assert "loading weights file" not in run.output

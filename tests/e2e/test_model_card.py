@@ -27,7 +27,6 @@ def test_card_and_json_describe_the_run_and_how_to_load_it(
     assert content["heads"] == selected["heads"]
     assert list(content["scores"]["mknn"]) == [*selected["heads"], "mean", "others"]
     assert (content["objective"], content["teacher"], content["steps"]) == ("contrastive", recipe["hera_teacher"], 2)
-    assert train(keys, {"output_dir": str(run.folder)}).folder == run.folder  # its section replaces the earlier one
     page = (run.folder / "README.md").read_text()
     metadata = ModelCard(page).data
     tuned = tuning.get("finetuning_type", "full")

@@ -9,11 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
 from tests.tiny_models import autoencoder_folder
 
 from .conftest import LORA, Train
-from .runner import write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -83,27 +81,3 @@ def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train: Tra
         assert found == {"lm_loss", "hera_loss", *logged}
         weight = change.get("hera_weight", 0.1)
         assert line["loss"] == pytest.approx(line["lm_loss"] + weight * line["hera_loss"], rel=1e-5)
-
-
-def test_two_way_attention_trains_in_both_stages(train: Train) -> None:
-    two_way = JARVIS | {"hera_visual_attention": "two_way", "max_steps": 1}
-    first = train(two_way)
-    second = train(two_way, {"model_name_or_path": str(first.folder), "hera_weight": 0.0})
-    assert all("hera_loss" not in line for line in second.logs())
-
-
-def test_layers_are_selected_and_scored(
-    train: Train, world: Path, recipe: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    auto = {**LAYER, "hera_layers": "auto", "hera_select_samples": 48, "hera_select_m": 2, "max_steps": 1}
-    run = train(auto)
-    chosen = json.loads((run.folder / "hera/layers.json").read_text())
-    scores = chosen["provenance"]["layer_scores"]
-    ranked = sorted(range(len(scores)), key=lambda layer: (scores[layer], layer))
-    assert chosen["layers"] == [f"L{layer}" for layer in ranked[:2]]
-    assert f"HeRA | layers: {','.join(chosen['layers'])}" in run.output
-    assert (run.folder / "hera/layers.png").is_file()
-    monkeypatch.chdir(world)
-    keys = {key: value for key, value in (recipe | auto).items() if value is not None}
-    scored = score_checkpoint(None, write_recipe(world / "layers.yaml", keys), "saves/layer_scores.json")
-    assert json.loads(scored.read_text())["provenance"]["layer_scores"] == scores

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from llamafactory_hera.training import Aligner
 
 from ..backbones.standins import save_native
 from ..backbones.tiny import save_tower
-from ..ranks import run_ranks
 from ..tiny_models import vlm
 from .conftest import LORA, Train
 
@@ -220,23 +218,6 @@ def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host:
             aligner.solve()
     together = step(host, host.model(), host.unpacked(0, 1), None, lm=False)
     check_gradients(gradients_of(model), together.gradients)
-
-
-def _on_rank(place: Path, rank: int) -> list[Any]:
-    host = Host(place, "llava_1_5_7b")
-    found = step(host, host.model(), host.packed(rank), "sdpa", lm=False)
-    return [len(found.valid), found.term, found.gradients]
-
-
-def test_processes_with_different_numbers_of_samples_share_one_term(place: Path, tmp_path: Path) -> None:
-    ranks = run_ranks(partial(_on_rank, place), 2, tmp_path)
-    host = Host(place, "llava_1_5_7b")
-    together = step(host, host.model(), host.packed(0, 1), "sdpa", lm=False)
-    (n, term, ours), (m, other, theirs) = ranks
-    assert n != m
-    for value in (term, other):
-        torch.testing.assert_close(value, together.term, rtol=1e-5, atol=1e-6)
-    check_gradients({name: (ours[name] + theirs[name]) / 2 for name in ours}, together.gradients)
 
 
 @pytest.mark.parametrize("pooling", ["answer", "text", "mean", "last"])

@@ -151,26 +151,6 @@ def test_teacher_only_fills_the_cache_of_training(train: Train, here: Path, path
     assert sorted((here / "filled").rglob("*.safetensors")) == files  # nothing was left to compute
 
 
-@pytest.mark.parametrize(("mode", "lacking"), [("llm", "text"), ("mllm", "text"), ("llm", "image")])
-def test_data_that_cannot_be_scored_are_refused(
-    tmp_path: Path, here: Path, path: Path, mode: str, lacking: str
-) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(here / "hera_demo/data", data)
-    file = data / json.loads((data / "dataset_info.json").read_text())["hera_demo"]["file_name"]
-    rows = json.loads(file.read_text())
-    for row in rows:
-        if lacking == "text":
-            for message in row["messages"][1::2]:
-                message["content"] = " "
-        else:
-            row["messages"][0]["content"] = row["messages"][0]["content"].replace("<image>", "")
-            row["images"] = []
-    file.write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=f"^dataset: .*[1-9][0-9]* have no {lacking}"):
-        select(path, [f"dataset_dir={data}", f"hera_select_mode={mode}"])
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -102,13 +102,6 @@ def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -
         assert name.endswith("bias") or not parameter.equal(other.get_parameter(name))
 
 
-def test_cka_has_no_parameters_and_a_fixed_temperature_is_not_trained() -> None:
-    assert not list(create("cka", OPTIONS).parameters())
-    fixed = create("contrastive", options(1, 1, 1, temperature=0.2, fixed_temperature=True))
-    assert fixed.values() == {"hera_temperature": pytest.approx(0.2)}
-    assert not fixed.log_temperature.requires_grad
-
-
 @pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # ross is random: rivals/test_ross.py
 def test_gradients_match_finite_differences(name: str) -> None:
     objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
