@@ -35,7 +35,7 @@ def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
 
 
 def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
-    plain, mixin, _, loop, _ = code_of("docs/plain_trainer.md")
+    plain, mixin, _, loop, *_ = code_of("docs/plain_trainer.md")
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
     exec(plain, names)
