@@ -80,7 +80,7 @@ def render(recipe: Recipe) -> str:
         lines += ["", f"### {section}"]
         for key, value in keys.items():
             comment = f"  # {_COMMENTS[key]}" if key in _COMMENTS and (key, value) != ("hera_memory", 0) else ""
-            lines.append(f"{key}: {_scalar(value)}{comment}".replace(": \n", ":\n"))
+            lines.append(f"{key}: {_scalar(value)}{comment}")
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +122,4 @@ def _wrap(text: str, first: str = "# ", others: str = "# ") -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    text = str(value).lower() if isinstance(value, bool) else str(value) or '""'
-    return (
-        text if len(text) <= WIDTH else "\n" + textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
-    )
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
