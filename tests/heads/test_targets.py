@@ -118,9 +118,6 @@ def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
         ("head", b'["L1H2"]', 'has no list "heads"'),
         ("head", b'{"heads": "L1H2"}', 'has no list "heads"'),
         ("head", b'{"layers": ["L1"]}', 'has no list "heads"'),
-        ("head", b'{"heads": []}', "no head is given"),
-        ("head", b'{"heads": [[1, 2]]}', "is not a head"),
-        ("head", b'{"heads": ["L1H2", "L1H2"]}', "L1H2 is repeated"),
         ("layer", b'{"heads": ["L0H1"]}', 'has no list "layers"'),
     ],
 )
