@@ -140,7 +140,7 @@ def test_neighbors_do_not_depend_on_the_number_of_rows_ranked_at_once(normalize,
     features = torch.randn(shape)
     features[..., 10:20, :] = features[..., :10, :]  # exact ties
     at_once = nearest_neighbors(features, 5, normalize)
-    monkeypatch.setattr("llamafactory_hera.alignment.neighbors._ROWS", 7)
+    monkeypatch.setattr("llamafactory_hera.alignment.neighbors.ROWS", 7)
     assert torch.equal(nearest_neighbors(features, 5, normalize), at_once)
     sets = features.view(-1, 50, 6)
     assert torch.equal(at_once.view(-1, 50, 5), torch.stack([nearest_neighbors(each, 5, normalize) for each in sets]))

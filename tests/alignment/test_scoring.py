@@ -91,7 +91,7 @@ def test_scores_equal_the_published_procedure(n, n_heads, d, dim, k, undecided, 
 @pytest.mark.parametrize("rows", [1, 50, 1024])
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_break_by_increasing_index_for_any_number_of_rows_in_memory(seed, rows, monkeypatch):
-    monkeypatch.setattr(scoring, "_ROWS", rows)
+    monkeypatch.setattr(scoring, "ROWS", rows)
     pooled, weights, neighbors = whole_numbers(seed)
     scores = score_heads(pooled.unbind(1), weights, neighbors, normalize=False)
     assert_scores(scores, pooled, weights, neighbors, normalize=False, slack=0, undecided=0)

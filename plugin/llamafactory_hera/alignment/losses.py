@@ -21,12 +21,10 @@ def contrastive_loss(
 
     Args:
         z: Student representations ``[M, D]`` or ``[H, M, D]``.
-        neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors` of the teacher's features; -1
-            for none.
+        neighbors: ``[N, k]``, those of the teacher's features by ``nearest_neighbors``; -1 for none.
         temperature: The softmax temperature, above 0; a tensor receives gradients if it requires them.
         normalize: True for cosine similarity, false for the dot product.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples, as for ``nearest_neighbors``. By
-            default N is M, and all other samples are candidates.
+        allowed: The candidates, as for ``nearest_neighbors``.
         per_head: True to return the loss of each head instead of their mean.
 
     Returns:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 # Two samples whose teacher features have a higher cosine similarity than this show the same image.
 SAME_IMAGE = 1 - 1e-5
-# Rows of similarities to compute at once; computing all at once would take memory quadratic in the sample count.
-_ROWS = 1024
+ROWS = 1024  # similarities to compute at once; all of them would take memory quadratic in the sample count
 
 
 def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> Tensor:
@@ -22,8 +21,7 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     Args:
         queries: ``[..., N, D]``.
         candidates: ``[..., M, D]``.
-        normalize: True to normalize both sides first (cosine). The paper writes a dot product and does not say whether
-            vectors are normalized; normalizing them is this project's choice.
+        normalize: True for cosine, this project's choice; the paper does not say whether vectors are normalized.
 
     Returns:
         ``[..., N, M]`` in fp32 (fp64 stays fp64), even under autocast or TF32, because less precision would create
@@ -83,8 +81,8 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
         raise ValueError(f"k={k} does not fit {m} samples; choose 1 <= k <= {m - 1}, or give more samples.")
     n = m if allowed is None else allowed.shape[0]
     parts = []
-    for start in range(0, n, _ROWS):
-        rows = slice(start, min(start + _ROWS, n))
+    for start in range(0, n, ROWS):
+        rows = slice(start, min(start + ROWS, n))
         similarities = similarity(features[..., rows, :], features, normalize)
         if allowed is None:
             similarities.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)
@@ -143,12 +141,12 @@ class Candidates:
 
     @property
     def known(self) -> Tensor:
-        """Marks the samples that have a neighbor, boolean ``[N]``."""
+        """The samples that have a neighbor, boolean ``[N]``."""
         return (self.neighbors >= 0).any(dim=-1)
 
     @property
     def chance(self) -> Tensor:
-        """Computes the MKNN that unrelated features reach on average; NaN if no sample has a candidate."""
+        """The MKNN that unrelated features reach on average; NaN if no sample has a candidate."""
         counts = (self.neighbors >= 0).sum(dim=-1)
         return (counts / self.allowed.sum(dim=-1).clamp(min=1)).sum() / self.known.sum()
 
@@ -163,9 +161,8 @@ def teacher_candidates(
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    Neither a sample itself nor a copy of its image, in the batch or in the memory, is a candidate. Copies have equal
-    numbers or almost equal features. Both count: a teacher in half precision may compute different features for one
-    file on two devices, and two files may contain one picture.
+    Neither a sample itself nor a copy of its image is a candidate. Copies have equal numbers or almost equal features:
+    a teacher in half precision may differ on one file, and two files may contain one picture.
 
     Args:
         teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.

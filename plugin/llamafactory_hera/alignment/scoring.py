@@ -1,7 +1,6 @@
 """Computes the MKNN of every head of a model against a teacher, without computing the contributions of the heads.
 
-The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so ``<c_i, c_j> = o_iᵀ (WᵀW) o_j``. The
-``[d, d]`` Gram matrix of the projection is therefore enough, and no vector of size ``D`` is needed.
+The contribution of a head to sample ``i`` is ``c_i = W o_i`` (paper, eq. 7), so ``<c_i, c_j> = o_iᵀ (WᵀW) o_j``.
 """
 
 import logging
@@ -11,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .neighbors import full_precision
+from .neighbors import ROWS, full_precision
 
 logger = logging.getLogger("llamafactory_hera")
-
-_ROWS = 1024  # rows of similarities to compute at once, as in neighbors.py
 
 
 def score_heads(
@@ -23,8 +20,8 @@ def score_heads(
 ) -> Tensor:
     """Computes the MKNN (paper, eq. 2-3) of every head's contribution to the residual stream (eq. 7).
 
-    The result equals that of the direct procedure in fp32 (compute each contribution, sort all similarities, intersect
-    with the teacher's neighbors), except that similarities within fp32 rounding of each other may change places.
+    The result equals that of the direct procedure in fp32, except that similarities within rounding of each other may
+    change places.
 
     Args:
         pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``; sizes may differ between layers.
@@ -68,7 +65,7 @@ def nearest_samples(features: Tensor, weight: Tensor | None, rows: Tensor, k: in
     parts = []
     with full_precision(features.device.type):
         queries, keys, finite = _factors(features, weight, normalize)
-        for chunk in rows.to(features.device).split(_ROWS):
+        for chunk in rows.to(features.device).split(ROWS):
             similarities = (queries[chunk] @ keys.T).scatter_(1, chunk[:, None], -torch.inf)
             best, nearest = similarities.topk(k + 1)
             tied = (best[:, 1:] == best[:, :-1]).any(1)  # topk orders equal values arbitrarily
