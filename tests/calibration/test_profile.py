@@ -18,7 +18,7 @@ from llamafactory_hera.calibration.profile import (
     read_attention,
 )
 from llamafactory_hera.calibration.settings import RahConfig
-from llamafactory_hera.heads.families import attention_module, decoder_layers, head_layout
+from llamafactory_hera.heads.families import decoder_layers, head_layout
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import N_IMAGE, calibration_model, collate, features
 from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
@@ -69,7 +69,7 @@ def test_only_one_layers_attention_is_in_memory_at_a_time() -> None:
         counts.append(len(alive))
 
     for layer in decoder_layers(model):
-        attention_module(layer).register_forward_hook(count)
+        layer.self_attn.register_forward_hook(count)
     read_attention(Forward(model), 4, vlm_batch(model))
     assert counts == [1] * 5
 
@@ -77,7 +77,7 @@ def test_only_one_layers_attention_is_in_memory_at_a_time() -> None:
 def test_reading_attention_leaves_the_model_as_it_was() -> None:
     model = vlm("llava-qwen3").eval()
     read_attention(Forward(model), 4, vlm_batch(model))
-    for attention in (attention_module(layer) for layer in decoder_layers(model)):
+    for attention in (layer.self_attn for layer in decoder_layers(model)):
         assert (attention.config._attn_implementation, len(attention._forward_hooks)) == ("sdpa", 0)
 
 

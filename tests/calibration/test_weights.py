@@ -14,7 +14,7 @@ from llamafactory_hera.calibration.plan import make_plan
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Update, applied, save_adapter
 from llamafactory_hera.heads import Target
-from llamafactory_hera.heads.families import attention_module, decoder_layers
+from llamafactory_hera.heads.families import decoder_layers
 from tests.calibration.tiny import calibration_model, collate, features, random_profile
 from tests.tiny_models import VLMS, vlm, vlm_batch
 
@@ -28,7 +28,7 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
     model = vlm(name).eval()
     weights = HeadWeights(model)
     layout, layer = weights.layout, 1
-    attention = attention_module(decoder_layers(model)[layer])
+    attention = decoder_layers(model)[layer].self_attn
     seen: dict[str, torch.Tensor] = {}
     value, output = weights.projections[layer, "value"], weights.projections[layer, "output"]
     value.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))

@@ -1,17 +1,15 @@
 """Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradients.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
-projection is linear, so it is enough to project the average. The model's output projection does this: the averages,
-one row per head and zero outside that head, are appended to the token axis of its input and split off its output.
-The result is therefore correct for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. Slicing the
-weight would fail, or be wrong, for most of these.
+projection is linear, so the model's output projection projects the averages: one row per head, zero outside that head,
+is appended to the token axis of its input and split off its output. This is correct for LoRA, DoRA, 4-bit weights, and
+parameters sharded by ZeRO-3 or FSDP; slicing the weight would fail, or be wrong, for most of these.
 
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
-the checkpointing function of the chosen layers is wrapped. The output of a layer is taken from the result of that
-function; without checkpointing, a forward hook reads it.
+the checkpointing function of the chosen layers is wrapped.
 
-When single tokens are read, projecting each of them would take D values per token and head. Instead, the capture keeps
-the head's ``head_dim`` values per token, and reads the head's projection matrix once, by projecting unit vectors.
+Of single tokens, the capture keeps a head's ``head_dim`` values per token instead of D, and reads the head's
+projection matrix once, by projecting unit vectors.
 """
 
 from collections.abc import Callable, Iterable
@@ -43,10 +41,8 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
-
-    Raises:
-        ValueError: The architecture is unknown, or a head is outside the model.
+        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json;
+            ``ValueError`` if the model lacks one.
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
@@ -59,11 +55,7 @@ class HeadCapture(LayerHooks):
         self._unproved = set(self._layers)
 
     def projections(self) -> Tensor:
-        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a pass with `tokens`.
-
-        It maps a token's ``head_dim`` values into the residual stream, and receives gradients. The module computes
-        it, so adapters are included and sharded parameters are handled.
-        """
+        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a `tokens` pass."""
         return self._stacked(1)
 
     def _hook(self) -> None:
@@ -116,11 +108,7 @@ class HeadCapture(LayerHooks):
     def _prove(
         self, index: int, projection: nn.Module, project: Callable[..., Tensor], read: Tensor, output: Tensor
     ) -> None:
-        """Raises ``ValueError`` unless the contributions of all heads add up to the projection's output.
-
-        One row of the first pass is enough. The layout was found by structure, so a model with an unusual projection
-        may have slipped through.
-        """
+        """Raises ``ValueError`` unless the contributions of all heads add up to one row of the projection's output."""
         dropouts = (module for module in projection.modules() if isinstance(module, nn.Dropout))
         inputs, layer = read.flatten(0, -2)[:1], self._layout.layers[index]
         if not inputs.any() or any(module.training and module.p for module in dropouts):
@@ -188,12 +176,7 @@ class HeadCapture(LayerHooks):
 
 
 class LayerCapture(LayerHooks):
-    """Captures the outputs of chosen decoder layers in the same way as :class:`HeadCapture`.
-
-    Args:
-        model: A transformers model, bare or wrapped.
-        layers: ``Targets`` of layers, their names in a string (``"L14,L15"``) or a list, or the path of a layers.json.
-    """
+    """Captures the outputs of decoder layers, such as ``"L14,L15"``, in the same way as :class:`HeadCapture`."""
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))

@@ -1,9 +1,8 @@
 """The heads of a transformers model: its text decoder, the token mixer of each layer, and its output projection.
 
 The layout is found by structure: the heads of a decoder layer lie side by side in the input of its mixer's output
-projection. Some models change the attention's output before adding it to the residual stream: Gemma 2 and 3, GLM-4
-and OLMo 2 normalize the output, and Granite scales it. A head's contribution is read before that change, at the
-projection. Qwen3.5 multiplies the heads by a gate before the projection, so the gate is part of the contribution.
+projection. A head's contribution is read at the projection: before Gemma 2 and 3, GLM-4 and OLMo 2 normalize the
+attention's output and Granite scales it, and after Qwen3.5 multiplies the heads by a gate.
 """
 
 from __future__ import annotations
@@ -90,11 +89,7 @@ _LAYOUTS: dict[str, HeadLayout] = {}
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the layout of the model that a configuration describes, without weights; the result is cached.
-
-    Raises:
-        ValueError: The model is an encoder-decoder, has no layers with heads, or has a class outside transformers.
-    """
+    """Reads the layout of a configuration, without weights; raises ``ValueError`` for a model without heads."""
     key = config.to_json_string(use_diff=False)
     if key not in _LAYOUTS:
         _LAYOUTS[key] = _read_layout(config)
@@ -212,11 +207,6 @@ def model_config(model: nn.Module) -> Any:
     raise ValueError(f"model: {type(model).__name__} contains no transformers model; pass one.")
 
 
-def attention_module(layer: nn.Module) -> nn.Module:
-    """Returns the attention module of a decoder layer."""
-    return layer.self_attn  # type: ignore[return-value]
-
-
 def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
     """Returns the output projection of a decoder layer's heads; under PEFT, the adapter layer around it."""
     return reduce(getattr, heads.projection.split("."), layer)
@@ -225,9 +215,8 @@ def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
-    These are all parameters before the layer (vision tower, projector, embeddings, earlier layers) and, inside the
-    layer, those of the input norm and the mixer, or all. ``layer`` may be :data:`FINAL`. Call this function before
-    a sharding engine renames or flattens parameters.
+    Inside the layer, which may be :data:`FINAL`, these are those of the input norm and the mixer, or all. Call this
+    function before a sharding engine renames or flattens parameters.
     """
     layers, norm = decoder_layers(model), final_norm(text_decoder(model))
     feeding: list[Any] = [norm]

@@ -59,11 +59,7 @@ class Hooks(ABC):
 
 
 class LayerHooks(Hooks):
-    """Captures rows (one per sample or token) of chosen decoder layers in the next forward pass, with gradients.
-
-    A trainer may run the model a second time in a step, without a graph, to compute metrics. The rows of such a pass
-    never replace rows with gradients.
-    """
+    """Captures rows (one per sample or token) of chosen decoder layers in the next forward pass, with gradients."""
 
     def __init__(self, model: nn.Module, targets: Targets) -> None:
         super().__init__()
@@ -96,10 +92,7 @@ class LayerHooks(Hooks):
         """Calls ``original``, the checkpointing function of a layer, and captures the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
-        """Sets the token mask for averages in the next forward pass; with None, nothing is captured.
-
-        Its shape is ``[B, T]``, or ``[N, B * T]`` for the N samples of B packed rows.
-        """
+        """Sets the mask of averages in the next pass, ``[B, T]`` or packed ``[N, B * T]``; None ends capturing."""
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
 
     def tokens(self, positions: Tensor) -> None:
@@ -108,11 +101,10 @@ class LayerHooks(Hooks):
         self._start_pass(lambda hidden: hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
 
     def representations(self) -> Tensor:
-        """Returns the rows of the last forward pass, by target; raises ``RuntimeError`` if no pass was captured.
+        """Returns the averages ``[n_targets, B, D]`` of the last forward pass, or raises ``RuntimeError`` without one.
 
-        Returns:
-            Averages ``[n_targets, B, D]``. After :meth:`tokens`, ``[n_targets, B, n, X]``: outputs of layers (X = D),
-            or of heads before their output projection (X = ``head_dim``).
+        After :meth:`tokens`, these are rows ``[n_targets, B, n, X]``: outputs of layers (X = D), or of heads before
+        their output projection (X = ``head_dim``).
         """
         return self._stacked(0)
 
@@ -142,7 +134,7 @@ class LayerHooks(Hooks):
         return torch.stack([next(rows[item.layer]) for item in self._targets])
 
     def _keep(self, index: int, *rows: Tensor) -> None:
-        kept = self._rows.get(index)
+        kept = self._rows.get(index)  # a trainer may run the model again, without a graph, to compute metrics
         if kept is None or rows[0].requires_grad or not kept[0].requires_grad:
             self._rows[index] = rows
 

@@ -17,12 +17,11 @@ from .tokens import pool_tokens
 def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[list[Tensor], Tensor]:
     """Averages the outputs of heads and layers over the tokens of ``mask`` ``[B, T]``.
 
-    ``run`` runs the model, or only its text decoder. A head's output is its slice of the output projection's input,
-    averaged as soon as the layer has run, so that no tokens are kept. The averages are in fp32 on the model's device.
-    The model may be under PEFT, but must be complete on this process.
+    ``run`` runs the model, or only its text decoder. The model may be under PEFT, but must be complete here.
 
     Returns:
-        The outputs of each layer's heads, ``[B, H, d]`` with that layer's sizes, and of the layers, ``[B, L, D]``.
+        The outputs of each layer's heads, ``[B, H, d]`` with that layer's sizes (their slices of the output
+        projection's input), and of the layers, ``[B, L, D]``; all in fp32 on the model's device.
     """
     size, layout = head_layout(model_config(model)).hidden_size, head_layout(model_config(model)).layers
     heads = [mask.new_zeros(len(mask), 0, 0, dtype=torch.float32) for _ in layout]
@@ -52,11 +51,7 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
 
 @torch.no_grad()
 def projection_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the effective output projection ``[D, H * d]`` of each decoder layer, ``[D, 0]`` for one without heads.
-
-    Unless the module is a plain linear layer, the weight is computed by projecting the unit vectors, which is correct
-    for LoRA, DoRA and 4-bit weights.
-    """
+    """Yields the effective output projection ``[D, H * d]`` of each layer, ``[D, 0]`` for one without heads."""
     layout = head_layout(model_config(model))
     for layer, heads in zip(decoder_layers(model), layout.layers, strict=True):
         width = heads.n_heads * heads.head_dim
@@ -69,7 +64,7 @@ def projection_weights(model: nn.Module) -> Iterator[Tensor]:
             continue
         # packed 4-bit weights are integers; in that case, the layer's norm determines the dtype
         like = next(p for p in (*projection.parameters(), *layer.parameters()) if p.is_floating_point())
-        # the last row is zero, so its image is the bias
+        # correct for LoRA, DoRA and 4-bit weights; the last row is zero, so its image is the bias
         unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
         with full_precision(like.device.type):
             image = projection(unit.unsqueeze(0))[0]

@@ -23,10 +23,10 @@ def token_mask(
 ) -> Tensor:
     """Marks the tokens that enter the average, boolean ``[B, T]``, from tensors of that shape.
 
-    ``answer`` is the paper's choice (app. A): the tokens that enter the LM loss, that is, the caption in stage 1 and
-    the assistant's turns in stage 2; it needs labels. The other options are this project's: ``text`` is all text,
-    ``mean`` is all tokens except padding, and ``last`` is the last token. Only ``mean`` and ``last`` may include
-    ``media_token_ids``, the placeholders of images and videos. Without an attention mask, no token is padding.
+    ``answer`` is the paper's choice (app. A): the labeled tokens, that is, the caption in stage 1 and the assistant's
+    turns in stage 2. The other options are this project's: ``text`` is all text, ``mean`` is all tokens except
+    padding, and ``last`` is the last token. Only these two may include ``media_token_ids``, the placeholders of images
+    and videos. Without an attention mask, no token is padding.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling == "answer":
@@ -50,11 +50,10 @@ def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[i
 
 
 def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any]:
-    """Views a batch of packed rows as one sample per piece.
+    """Views a batch of packed rows as ``count`` samples, one per piece, with tensors ``[count, B * T]``.
 
-    Each of the ``count`` samples has the tokens of all rows, and attends those of its piece alone. The arguments of
-    :func:`token_mask` then have the shape ``[count, B * T]``. ``pieces`` ``[B, T]`` contains the number of the piece
-    of each token, from 1, and 0 outside of the pieces.
+    Each sample has the tokens of all rows, and attends those of its piece alone. ``pieces`` ``[B, T]`` contains the
+    number of each token's piece, from 1, and 0 outside of the pieces.
     """
     held = [name for name in ("input_ids", "labels") if name in batch]
     tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in held}
@@ -63,10 +62,7 @@ def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages ``[B, T, X]`` over the tokens of ``mask`` ``[B, T]`` in the same dtype; 0 for a sample without any.
-
-    The samples of packed rows have masks over the tokens of all rows, ``[N, B * T]``; see :func:`by_piece`.
-    """
+    """Averages ``[B, T, X]`` over a mask ``[B, T]``, or ``[N, B * T]`` of packed rows; 0 without any token."""
     packed = hidden.shape[:-1] != mask.shape
     if packed and (hidden.dim() < 3 or mask.shape[1:] != (hidden.shape[:2].numel(),)):
         raise ValueError(
@@ -105,9 +101,8 @@ def token_positions(
 ) -> Tensor:
     """Finds the token positions of one image per sample, ``[B, per_image]``; arbitrary for a sample without images.
 
-    ``input_ids`` and the attention mask are ``[B, L]``; the mask is 0 for padding and for the dummy image that a host
-    may add. ``image`` ``[B, 2]`` contains the image's index and the number of images, ``(0, 0)`` without images. Every
-    image has ``per_image`` placeholders ``token_id``.
+    ``input_ids`` and the attention mask are ``[B, L]``; the mask is 0 for padding and for a host's dummy image.
+    ``image`` ``[B, 2]`` is the image's index and the number of images, each with ``per_image`` tokens ``token_id``.
     """
     visual = _visual(input_ids, attention_mask, token_id)
     length = input_ids.shape[1]
