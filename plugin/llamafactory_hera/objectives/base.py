@@ -44,10 +44,7 @@ class PooledBatch:
 
 
 class Objective(nn.Module, ABC):
-    """A loss between the student's representations and the teacher's features, with its trainable parameters.
-
-    These parameters are not part of the model: they have a separate optimizer, and are saved only for resuming.
-    """
+    """A loss between the student's representations and the teacher's features, with its own parameters."""
 
     #: The supported values of ``hera_granularity``.
     granularities: ClassVar[tuple[str, ...]] = ("head", "layer")
@@ -73,10 +70,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:
-        """Computes the loss of each target, ``[n_targets]``, from a :class:`PooledBatch`.
-
-        A :class:`~.tokens.TokenObjective` receives a :class:`~.tokens.TokenBatch` and returns ``[n_targets, B]``.
-        """
+        """Computes ``[n_targets]`` from a :class:`PooledBatch`, or ``[n_targets, B]`` from a :class:`~.TokenBatch`."""
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Returns which samples of a pooled batch enter the loss, boolean ``[N]``."""
@@ -114,12 +108,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> type[Objective]:
-    """Finds the class of an objective, or raises ``ValueError``.
-
-    Args:
-        name: A registered name, or ``my_package.my_module:MyObjective``, whose module must be installed, on
-            ``PYTHONPATH``, or below the working directory.
-    """
+    """Finds the class of an objective by its name or as ``module:Class``, or raises ``ValueError``."""
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in _REGISTRY and name not in (known := names()):

@@ -33,7 +33,7 @@ class Contrastive(Objective):
         return batch.candidates.known
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Expects gradients if a valid sample exists and every valid sample has a neighbor."""
+        """Expects gradients if every valid sample has a neighbor."""
         enters = self.entering(batch)
         return enters.any() & (enters | ~batch.valid).all()
 

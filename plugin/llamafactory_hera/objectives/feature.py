@@ -1,8 +1,4 @@
-"""Feature matching: a projector, trained with the model, maps visual tokens to the teacher's patch features.
-
-``feature`` is feature matching in the paper's ablation (sec. 4.2, table 1). ``viral`` is VIRAL (arXiv 2509.07979), the
-same loss at a decoder layer.
-"""
+"""Feature matching: a projector, trained with the model, maps visual tokens to the teacher's patch features."""
 
 from functools import partial
 from typing import cast
@@ -20,10 +16,7 @@ _WIDTH = 2048  # the width of VIRAL's official projector (cvlab-kaist/VIRAL, lla
 
 @register("feature")
 class Feature(TokenObjective):
-    """One minus the cosine of each projected visual token and the teacher's patch at the same place, averaged.
-
-    The paper matches features "as VIRAL and REPA do" and does not specify the projector; ``hera_projector`` sets it.
-    """
+    """One minus the cosine of projected visual tokens and the teacher's patches (the paper's ablation, sec. 4.2)."""
 
     reads = (*TokenObjective.reads, "hera_projector")
 
@@ -46,7 +39,7 @@ class Feature(TokenObjective):
 
 @register("viral")
 class Viral(Feature):
-    """VIRAL: feature matching at a decoder layer; its authors use it only in stage 2, with weight 0.5."""
+    """VIRAL (arXiv 2509.07979) at a decoder layer; its authors use it only in stage 2, with weight 0.5."""
 
     granularities = ("layer",)
 

@@ -12,13 +12,11 @@ from .base import Objective
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The visual tokens of the samples on one process; zeros where a sample is not valid.
+    """The visual tokens of the samples on one process; zeros where a sample is not valid."""
 
-    The tokens are all tokens of an image, row by row, or those of a :class:`Plan`. Their values are outputs of layers
-    (X = D), or of heads before their output projection (X = ``head_dim``).
-    """
-
-    tokens: Tensor  #: ``[n_targets, B, t, X]`` in fp32, with gradients
+    #: ``[n_targets, B, t, X]`` in fp32, with gradients: all tokens of an image, row by row, or those of a
+    #: :class:`Plan`, as outputs of layers (X = D), or of heads before their output projection (X = ``head_dim``)
+    tokens: Tensor
     projections: Tensor | None  #: ``[n_targets, head_dim, D]``, each head's part of the output projection, for heads
     teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places
     valid: Tensor  #: boolean ``[B]``, true if the sample enters the loss
@@ -71,10 +69,7 @@ class TokenObjective(Objective):
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
-        """Raises ``ValueError`` if the objective cannot run on a model with this configuration.
-
-        ``attention`` is transformers' name of the attention implementation; None if it is not known yet.
-        """
+        """Raises ``ValueError`` if a model with this configuration and attention (None if unknown) does not fit."""
 
     def attach(self, model: nn.Module) -> None:
         """Receives the model before an engine wraps it; override this to install hooks that change forward passes."""

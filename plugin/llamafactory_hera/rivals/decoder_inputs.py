@@ -11,9 +11,8 @@ from ..heads.hooks import Hooks
 
 
 class DecoderInputs(Hooks):
-    """Changes the attention mask and the token embeddings of the next forward pass.
+    """Changes the inputs of the next forward pass, outside the checkpointed layers and inside every wrapper.
 
-    The hook is outside the checkpointed layers and inside every wrapper, so that recomputation sees the same inputs.
     With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless :meth:`set`
     gave the pass a mask. Use this context for ``generate`` and evaluation of a model trained in this way.
     """

@@ -114,11 +114,7 @@ def draw_blocks(side: int, n_samples: int, generator: torch.Generator) -> tuple[
 
 
 def visible(step: Step, valid: Tensor, targets: Tensor, context: Tensor, two_way: bool) -> Tensor:
-    """Computes which tokens (last axis) each token sees, ``[B, L, L]``, as in the authors' modeling_mllm_jepa.py.
-
-    Targets ``[B, blocks, n]`` and context ``[B, T]`` come from :func:`draw_blocks`. Samples that are not valid keep
-    causal attention, and no token sees padding.
-    """
+    """Computes which tokens (last axis) each token sees, ``[B, L, L]``, as the authors' modeling_mllm_jepa.py does."""
 
     def of_text(grid: Tensor) -> Tensor:
         """Converts a mask over the grid, ``[B, T]``, to a mask over the sequence, ``[B, L]``."""
@@ -158,10 +154,7 @@ def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples a block and removes the targets from it.
-
-    If this leaves too few tokens, the last target is not removed, then the last two, and so on.
-    """
+    """Samples a block and removes the targets from it, or fewer of the targets if this leaves too few tokens."""
     context = torch.zeros(side * side, dtype=torch.bool)
     for n_left_out in range(len(targets), -1, -1):
         for _ in range(_TRIES):

@@ -53,10 +53,7 @@ class LatentTeacher:
     def from_pretrained(
         cls, name_or_path: str, device: torch.device | str, dtype: torch.dtype = torch.float32
     ) -> "LatentTeacher":
-        """Loads the autoencoder on every process, or raises ``ValueError``.
-
-        ``dtype`` is ignored, because the latents are computed in fp32, as in the authors' code.
-        """
+        """Loads the autoencoder in fp32, as in the authors' code, or raises ``ValueError``; ``dtype`` is ignored."""
         folder = cls.check(name_or_path, 0)
         from diffusers import AutoencoderKL
 
@@ -84,10 +81,7 @@ class LatentTeacher:
 
 
 def alpha_bar() -> Tensor:
-    """Returns the fraction of the latents' variance that remains at each diffusion step, ``[STEPS]`` in float64.
-
-    The cosine schedule is that of Nichol and Dhariwal (arXiv 2102.09672, eq. 17), with betas of at most 0.999.
-    """
+    """Returns the variance left at each step, ``[STEPS]`` in float64 (arXiv 2102.09672, eq. 17, betas up to 0.999)."""
     level = ((torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (level[1:] / level[:-1]).clamp(min=1 - 0.999).cumprod(0)
 
@@ -131,11 +125,7 @@ class Block(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the noise in an image's latents, given a language-model vector of size ``dim`` at each place.
-
-    Blocks are recomputed in the backward pass, because storing their activations for the four noise samples of a
-    729-token image would take 1 GB.
-    """
+    """Predicts the noise in an image's latents, given a language-model vector of size ``dim`` at each place."""
 
     positions: Tensor
 
@@ -166,25 +156,21 @@ class Denoiser(nn.Module):
         condition = (time[:, :, None] + token).flatten(0, 1)
         x = self.embed(noisy.flatten(0, 1)) + self.positions
         for block in self.blocks:
-            x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)  # no randomness
+            # recomputed, because the four noise samples of a 729-token image would hold 1 GB; nothing is random
+            x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.last((1 + scale) * self.norm(x) + shift).unflatten(0, times.shape)
 
 
 @register("ross")
 class Ross(TokenObjective):
-    """The mean squared error of the noise predicted from the visual tokens, over four samples of noise per image.
-
-    A new denoiser predicts 0 for any input, so the loss begins at 1, the mean square of the noise.
-    """
+    """The mean squared error of the noise predicted from the visual tokens, over four samples of noise per image."""
 
     teacher_class = LatentTeacher
     # no teacher cache, because every step samples new latents from the posterior
     reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
-    # The first step at a rate above 0 changes only the last layer. The layers that set norms and gates start to change
-    # in the second step.
-    silent_steps = 2
+    silent_steps = 2  # the first changes only the last layer, the second those that set norms and gates
     width, depth, heads = 1024, 3, 16
     levels: Tensor
 
