@@ -149,7 +149,7 @@ def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, sav
 def check_patches(teacher, pixels, expected):
     """Compares the patch features at the teacher's own size with the model's tokens, and asks for a larger grid."""
     if not teacher.info.family.patches:
-        with pytest.raises(ValueError, match=r"^hera_teacher: .* has no square grid of patch tokens, .* 4 x 4 visual"):
+        with pytest.raises(ValueError, match=r"^hera_teacher: .* has no square grid of patch tokens"):
             VisionTeacher.check(teacher.info.name, 4)
         return
     student = (pixels * teacher.processor.std + teacher.processor.mean).clamp(0, 1)

@@ -28,9 +28,8 @@ _KEY = np.dtype(f"S{KEY_BYTES}")  # NumPy orders byte strings by their bytes, so
 class FeatureCache:
     """A map from image keys to features that many processes can read and extend at the same time.
 
-    A process sees the shards that existed when it last opened, flushed or refreshed the cache. A pickled copy opens
-    the folder again; pending features, which are not yet written, stay with the original. ``folder`` has a subfolder
-    for each teacher, and ``dim`` is the length D of a feature.
+    A process sees the shards that existed when it last opened, flushed or refreshed the cache. A pickled copy lacks
+    pending features. ``folder`` has a subfolder for each teacher, and ``dim`` is the length D of a feature.
     """
 
     def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int) -> None:
@@ -68,11 +67,7 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> None:
-        """Adds the features ``[n, D]`` of n images; a key that is already in the cache keeps its feature.
-
-        From then on, use the features that :meth:`get` returns: a second run will read them, and the neighbors of
-        unrounded features may differ.
-        """
+        """Adds the features ``[n, D]`` of n images, rounded to float16; a key in the cache keeps its feature."""
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():
             raise ValueError(

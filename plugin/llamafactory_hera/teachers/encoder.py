@@ -1,8 +1,7 @@
 """The teacher, a frozen vision encoder: its files, its image processor and its features.
 
-The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3). For encoders without a CLS token,
-this project uses the mean of the patch tokens. Register tokens are never included. A timm model has the pooled output
-that timm defines for it.
+The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3), the mean of the patch tokens of an
+encoder without one, or the pooled output of a timm model.
 """
 
 import hashlib
@@ -28,22 +27,16 @@ _UNUSED_WEIGHTS = ("mask_token", "head.", "pooler.")
 
 
 class TeacherFamily(NamedTuple):
-    """The transformers class for models of one ``model_type``, and the output that serves as the feature.
-
-    ``cls`` is the first token of ``last_hidden_state``. ``pooled`` is ``pooler_output``, because CLIP applies its
-    final norm only there. ``mean`` is the mean of ``last_hidden_state`` in models without a CLS token. Models with
-    ``any_size`` accept images whose size differs from ``config.image_size``. In models with ``patches``,
-    ``last_hidden_state`` ends with the patch tokens, row by row.
-    """
+    """The transformers class for models of one ``model_type``, and the output that serves as the feature."""
 
     model_class: str
+    #: The first token of ``last_hidden_state``, ``pooler_output`` (only there CLIP has its final norm), or the mean.
     output: Literal["cls", "pooled", "mean"]
-    any_size: bool = False
-    patches: bool = True
+    any_size: bool = False  #: Images may have another size than ``config.image_size``.
+    patches: bool = True  #: ``last_hidden_state`` ends with the patch tokens, row by row.
 
 
 TIMM = "timm_wrapper"
-
 
 # "siglip" includes SigLIP2 of fixed resolution. The type "siglip2" is NaFlex, which expects lists of patches instead.
 FAMILIES: dict[str, TeacherFamily] = {
@@ -141,10 +134,7 @@ class VisionTeacher:
 
     @staticmethod
     def check(name_or_path: str, side: int | None = None) -> TeacherInfo:
-        """Checks for a supported vision model, its image processor and weights in a folder or hub id; loads nothing.
-
-        ``side`` is the number of tokens along each side of the student's grid, for an objective on visual tokens.
-        """
+        """Checks a teacher's files without loading weights; patches must fit a grid with ``side`` tokens per side."""
         import transformers
 
         value = str(name_or_path)
@@ -166,10 +156,7 @@ class VisionTeacher:
         if model_type == TIMM:
             family = _timm_family(family, config, value)
         if side is not None and not family.patches:
-            problem = (
-                f"{value} has no square grid of patch tokens, which {side} x {side} visual tokens are compared with"
-            )
-            raise ValueError(f"{KEY}: {problem}; use facebook/dinov2-large.")
+            raise ValueError(f"{KEY}: {value} has no square grid of patch tokens; use facebook/dinov2-large.")
         if side is not None and not family.any_size and config.image_size // config.patch_size != side:
             fixed = f"{value} accepts only images of {config.image_size} pixels in patches of {config.patch_size}"
             grid = f"the student's images are {side} x {side} tokens"
@@ -182,8 +169,8 @@ class VisionTeacher:
     ) -> "VisionTeacher":
         """Loads a teacher from a folder or hub id; every process has a complete copy, even under ZeRO-3 and FSDP.
 
-        The default device is the current CUDA device, or else the CPU. ``dtype`` applies to weights and computation;
-        bfloat16 halves the memory and changes a few nearly tied neighbors.
+        The default device is the current CUDA device, or else the CPU. A teacher in bfloat16 changes a few nearly tied
+        neighbors.
         """
         import transformers
 
@@ -218,10 +205,9 @@ class VisionTeacher:
 
     @torch.no_grad()
     def patch_features(self, images: Tensor, side: int) -> Tensor:
-        """Computes the output's patch tokens on the student's grid (for CLIP, before its final norm).
+        """Computes the output's patch tokens (for CLIP, before its final norm) on a grid of ``side * side`` tokens.
 
-        ``images`` are ``[B, 3, S, S]`` in [0, 1]; for the student, each image has ``side * side`` tokens. Returns
-        ``[B, side * side, D]`` in float32, row by row.
+        ``images`` are ``[B, 3, S, S]`` in [0, 1]; the result is ``[B, side * side, D]`` in float32, row by row.
         """
         size = side * self._model.config.patch_size
         images = nn.functional.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
