@@ -35,10 +35,8 @@ def build_backbone(
 ) -> BuiltModel:
     """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
-    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. The entire model
-    must fit in memory. The folder appears only after all files are written. ``pad`` pads images to squares with the
-    mean color of the encoder's image processor; ``square`` leaves that processor unchanged. LLaVA uses the same two
-    names.
+    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. As in LLaVA,
+    ``pad`` pads images to squares with the mean color of the encoder's image processor, which ``square`` keeps.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
@@ -86,10 +84,7 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Copies the generation settings, and adds the end-of-turn token to the tokens that stop generation.
-
-    Without it, base models would continue after the end of their turn.
-    """
+    """Copies the generation settings, and lets the end-of-turn token stop generation, also that of base models."""
     settings = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (file := language.folder / "generation_config.json").is_file():
         settings |= read_json(file)

@@ -1,7 +1,4 @@
-"""The processor of a built model: a tokenizer with ``<image>``, a chat template and an image processor.
-
-If the model has a training template, the chat template renders exactly the text that training uses.
-"""
+"""The processor of a built model: a tokenizer with ``<image>``, a chat template and an image processor."""
 
 from pathlib import Path
 from typing import Any
@@ -62,11 +59,7 @@ def chat_end(tokenizer: Any) -> int | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """Chooses the chat template of the built model: that of the language model, with two exceptions.
-
-    Hybrid Qwen3 models get plain ChatML, without thinking. Models without a chat template, such as Vicuna and the base
-    models of Llama 3, get the format of their training template.
-    """
+    """Chooses the language model's chat template, that of training, or, for hybrid Qwen3, ChatML without thinking."""
     chat = tokenizer.chat_template or _CHAT.get(template)
     if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
         chat = _CHAT["chatml"]

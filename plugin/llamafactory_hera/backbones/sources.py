@@ -70,10 +70,7 @@ def open_vision(name: str) -> Source:
 
 
 def language_weights(source: Source) -> dict[str, Tensor]:
-    """Reads the tensors of a language model, under their names in a LLaVA checkpoint.
-
-    Like transformers, unties the embeddings if the checkpoint stores an output layer that differs from them.
-    """
+    """Reads a language model under its LLaVA names; an output layer that differs unties the embeddings."""
     weights = {f"language_model.{name}": tensor for name, tensor in _read(source).items()}
     if EMBEDDING not in weights:
         raise ValueError(f"{source.key}: {source.name} has no model.embed_tokens; give a causal language model.")

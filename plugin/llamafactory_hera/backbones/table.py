@@ -57,7 +57,7 @@ def shipped_recipes() -> dict[str, str]:
 
 
 def copy_recipes(folder: str | Path) -> Path:
-    """Copies the recipes with the folders that they refer to, without downloaded data, into ``folder/recipes``."""
+    """Copies the recipes and the folders that they refer to into ``folder/recipes``."""
     target = Path(folder, "recipes")
     if target.exists():
         raise ValueError(f"--copy-to: {target} exists; give another folder.")

@@ -24,9 +24,8 @@ from .table import write_table
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
-    If a task fails, the others still run; with several processes, however, the command stops at the first failure.
     ``image_newline`` returns whether the model in a folder was trained with a line break after the images. The exit
-    status is 1 if a task failed or a requirement is missing.
+    status is 1 if a task failed or a requirement is missing; in one process, the other tasks still run.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")

@@ -1,9 +1,8 @@
 """The functions that ``suites.yaml`` names: they prepare rows, judge answers, and compute scores from sums.
 
-A judge returns a truth value (right or wrong), a score, or counts. The judges follow Cambrian-1's evaluation code
-(github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper cites in appendix B. They keep the oddities of
-that code, because these affect scores: it does not find the letter in "answer is: A", and for MathVista's
-multiple-choice questions it accepts only the letter. The judges of the hallucination suites follow their authors.
+The judges follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper
+cites in appendix B, with its oddities: it does not find the letter in "answer is: A", for instance. The judges of the
+hallucination suites follow their authors.
 """
 
 import os
@@ -222,10 +221,7 @@ def by_category(sums: Sums) -> dict[str, Any]:
 
 
 def mme_score(sums: Sums) -> dict[str, Any]:
-    """Computes MME's perception score.
-
-    It is the sum, over the perception categories, of the accuracy and of the share of images with two right answers.
-    """
+    """Sums, over the perception categories, the accuracy and the share of images with two right answers."""
     kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
     both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
     return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}

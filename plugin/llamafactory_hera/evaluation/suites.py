@@ -1,7 +1,7 @@
 """The tasks of the suites in ``suites.yaml``, and the computation of their scores from records.
 
-The record of a sample is a flat dict. Samples that depend on each other, such as the questions about an image, share a
-``group``. Confidence intervals resample groups, so every score is a function of sums over groups.
+Samples that depend on each other, such as the questions about an image, share a ``group``. Confidence intervals
+resample groups, so every score is a function of sums over groups.
 """
 
 from collections import Counter
@@ -20,12 +20,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def _sum(records: Records) -> Sums:
-    """Sums the numbers of a group's records.
-
-    The sums also count samples (``n``), correctly answered samples (``right``), groups, and groups in which every
-    sample was answered correctly (``all``). If records have a category, the same counts exist by category, as in
-    ``color/right``.
-    """
+    """Sums the records of a group, in all and by category; ``all`` counts groups in which every answer is right."""
     sums: Sums = Counter()
     for record in records:
         sums.update({name: value for name, value in record.items() if name not in ("group", "category", "right")})

@@ -45,10 +45,8 @@ def write_table(
 ) -> list[Path]:
     """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
-    Each line contains the differences from the first model, with intervals from a paired bootstrap: both models are
-    scored on the same resamples of sample groups. The table of the suite named "paper" also contains averages of
-    complete results. The argument ``paper`` is a backbone such as ``qwen3_8b``, whose scores in the paper fill
-    additional columns.
+    Each line contains the differences from the first model, with intervals from a paired bootstrap over sample groups.
+    The table of the suite "paper" has averages of complete results; ``paper`` is the backbone of additional columns.
     """
     known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []

@@ -31,10 +31,7 @@ _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|cha
 
 
 class HeraVLM(lmms):
-    """Answers greedily and in batches, with prompts from the processor's chat template.
-
-    Several processes share the samples. Errors are raised; they do not count as wrong answers.
-    """
+    """Answers greedily and in batches, with prompts from the chat template; processes share the samples."""
 
     is_simple = False
 
