@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
-from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
+from ..heads.families import decoder_layers, head_layout, model_config, output_projection
 from ..heads.targets import Pooling
 from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
@@ -48,7 +48,7 @@ def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[t
         samples = zip(output[1], tokens, strict=True)
         layers.append([attention_flow(sample, *of_sample, bins) for sample, of_sample in samples])
 
-    attentions = [attention_module(layer) for layer in decoder_layers(forward.model)]
+    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(forward.model)]
     # The model builds its masks for the attention implementation in its configuration.
     text_config = model_config(forward.model).get_text_config()
     with ExitStack() as undo:

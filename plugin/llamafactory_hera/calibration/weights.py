@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_json, write_safetensors
-from ..heads.families import attention_module, decoder_layers, head_layout, model_config, output_projection
+from ..heads.families import decoder_layers, head_layout, model_config, output_projection
 from ..heads.targets import Target
 
 #: The value rows of a key-value head, or the output columns of a query head.
@@ -54,7 +54,7 @@ class HeadWeights:
         self.group_size = self.layout.n_heads // self.n_kv_heads
         self.projections: dict[tuple[int, Slice], nn.Linear] = {}
         for layer, module in enumerate(decoder_layers(model)):
-            value = getattr(attention_module(module), "v_proj", None)
+            value = getattr(module.self_attn, "v_proj", None)
             self.projections[layer, "value"] = self._checked(value, "value")
             output = output_projection(module, self.layout.layers[layer])
             self.projections[layer, "output"] = self._checked(output, "output")
