@@ -1,4 +1,4 @@
-"""Private names of other packages are listed, the method names no host, and the library has one logger."""
+"""Private names of other packages are listed, the core package mentions no host, and the library has one logger."""
 
 import ast
 import re

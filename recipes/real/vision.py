@@ -17,7 +17,7 @@ from recipes.demo import models
 
 _SIDE, _HELD_OUT, _HALF = 64, 344, 600
 _FONT = Path("usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-_PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the only size of the pictures in the font
+_PACKAGE, _SIZE = "fonts-noto-color-emoji", 109  # the font's only bitmap size
 _LEAST, _NEIGHBORS = 4, 10  # see `write_knowledge`; the number of nearest neighbors that vote
 
 
@@ -99,8 +99,8 @@ def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
     """Measures how well the nearest training images predict the last word of a held-out name (face, symbol, heart, …).
 
     Only usual last words count: those in which at least ``_LEAST`` training names end. ``knowledge.json`` holds,
-    for each encoder, its accuracy, the accuracy of the most frequent word, and the number of held-out images with a
-    usual word.
+    for each encoder, its accuracy, the accuracy of always guessing the most frequent word, and the number of
+    held-out images with a usual word.
     """
     (images, words), (others, truth) = (_load(data, dataset) for dataset in ("emoji", "heldout"))
     usual, found = [i for i, word in enumerate(truth) if words.count(word) >= _LEAST], {}

@@ -158,7 +158,7 @@ class Trial(NamedTuple):
     update: Update
     state: str
     alpha: float = 0.0  #: The step size; 0 if the update was rolled back.
-    tried: Sequence[tuple[float, float]] = ()  #: Step sizes tried without other updates, with KL in nats.
+    tried: Sequence[tuple[float, float]] = ()  #: Step sizes tried with this update alone, each with its KL in nats.
 
 
 class Outcome(NamedTuple):

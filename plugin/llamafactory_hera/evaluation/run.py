@@ -25,7 +25,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
     ``image_newline`` returns whether the model in a folder was trained with a line break after the images. The exit
-    status is 1 if a task failed or a requirement is missing; in one process, the other tasks still run.
+    status is 1 if a task failed or a requirement is missing; in a single-process run, the other tasks still run.
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
@@ -100,7 +100,7 @@ def missing(task: Task, data: Path | None) -> list[str]:
                 (found.parent / row["image"]).stat()  # fails if the file is missing
                 if task.rows is None:
                     task.record(row, [""])
-        except Exception as error:  # a judge may raise any error
+        except Exception as error:  # the task's judge may raise any error
             lacks.append(f"valid rows ({found}: {error!r} in {row})")
     return lacks
 

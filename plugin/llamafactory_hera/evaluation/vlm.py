@@ -31,7 +31,7 @@ _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|cha
 
 
 class HeraVLM(lmms):
-    """Answers greedily and in batches, with prompts from the chat template; processes share the samples."""
+    """Answers greedily and in batches, with prompts from the chat template; each process answers its samples."""
 
     is_simple = False
 
@@ -106,13 +106,13 @@ class HeraVLM(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Returns the answers in the order of the requests."""
-        # Texts of similar length need little padding. The longest come first, so a lack of memory shows early.
+        # Texts of similar length need little padding. The longest come first, so an out-of-memory error shows early.
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[2]), -len(requests[i].args[0])))
         batches: Any = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked: a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30  # with Docker's 64 MB, they could wait for ever
+        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30  # with Docker's 64 MB, they could wait forever
         options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
         answers: dict[int, str] = {}
@@ -124,7 +124,8 @@ class HeraVLM(lmms):
                         text = text.split(stop)[0]
                     lines[row] |= {"answer": text.strip(), "ids": ids}
                 if self._file:
-                    with self._file.open("a", encoding="utf-8") as file:  # the line break ends an incomplete line
+                    # the leading line break ends a line that a killed process left incomplete
+                    with self._file.open("a", encoding="utf-8") as file:
                         file.writelines("\n" + json.dumps(lines[row], ensure_ascii=False) for row in rows)
             answers |= {row: line["answer"] for row, line in lines.items()}
         return [answers[row] for row in range(len(requests))]

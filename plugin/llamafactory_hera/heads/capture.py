@@ -8,7 +8,7 @@ parameters sharded by ZeRO-3 or FSDP; slicing the weight would fail, or be wrong
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
 the checkpointing function of the chosen layers is wrapped.
 
-Of single tokens, the capture keeps a head's ``head_dim`` values per token instead of D, and reads the head's
+For single tokens, the capture keeps a head's ``head_dim`` values per token instead of D, and reads the head's
 projection matrix once, by projecting unit vectors.
 """
 
@@ -23,7 +23,8 @@ from .families import output_projection
 from .hooks import LayerHooks, in_backward
 from .targets import Target, Targets
 
-_TOLERANCE = 0.1  # of the proof that heads add up; 8-bit weights and activations are off by a few percent
+# of the check that all heads add up to the output; 8-bit weights and activations are off by a few percent
+_TOLERANCE = 0.1
 
 
 class HeadCapture(LayerHooks):
@@ -52,7 +53,7 @@ class HeadCapture(LayerHooks):
             self._heads_of[item.layer].append(item.head or 0)
         self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are now running
         self._selectors: dict[int, Tensor] = {}
-        self._unproved = set(self._layers)
+        self._unverified = set(self._layers)
 
     def projections(self) -> Tensor:
         """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a `tokens` pass."""
@@ -81,12 +82,12 @@ class HeadCapture(LayerHooks):
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
         at_tokens = read.dim() == 3
         added = self._unit_rows(index, hidden) if at_tokens else self._head_rows(index, read)
-        # The rows of all samples are distributed over the batch, because packed rows hold different numbers of them.
+        # The rows of all samples are distributed over the batch, because packed rows hold more or fewer samples.
         size, batch = len(added), len(hidden)
         added = nn.functional.pad(added, (0, 0, 0, -(size + biased) % batch + biased)).unflatten(0, (batch, -1))
         output = original(torch.cat([hidden, added], dim=1), *args, **kw)
-        if index in self._unproved and not in_backward() and not torch.compiler.is_compiling():
-            self._prove(index, projection, original, read, output[:, : hidden.shape[1]])
+        if index in self._unverified and not in_backward() and not torch.compiler.is_compiling():
+            self._verify(index, projection, original, read, output[:, : hidden.shape[1]])
         # cloned, because a view would keep the output of all tokens alive
         images = output[:, hidden.shape[1] :].clone().flatten(0, 1)
         images = images[:size] - images[size : size + 1] if biased else images[:size]
@@ -104,8 +105,8 @@ class HeadCapture(LayerHooks):
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
 
-    @torch.no_grad()  # checkpointing runs the projection again, but not the proof, and compares what autograd saved
-    def _prove(
+    @torch.no_grad()  # checkpointing repeats the projection without this check, and would miss saved tensors
+    def _verify(
         self, index: int, projection: nn.Module, project: Callable[..., Tensor], read: Tensor, output: Tensor
     ) -> None:
         """Raises ``ValueError`` unless the contributions of all heads add up to one row of the projection's output."""
@@ -113,7 +114,7 @@ class HeadCapture(LayerHooks):
         inputs, layer = read.flatten(0, -2)[:1], self._layout.layers[index]
         if not inputs.any() or any(module.training and module.p for module in dropouts):
             return  # a later pass decides
-        self._unproved.discard(index)
+        self._unverified.discard(index)
         assert self._read is not None
         every = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
         images = project(nn.functional.pad(inputs * every, (0, 0, 0, 1)).unsqueeze(0))[0].float()

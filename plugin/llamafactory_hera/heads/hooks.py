@@ -69,7 +69,7 @@ class LayerHooks(Hooks):
         modules, decoder = decoder_layers(model), text_decoder(model)
         self._layers: dict[int, Any] = {i: final_norm(decoder) if i == FINAL else modules[i] for i in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # maps tokens to rows; None captures nothing
-        self._rows: dict[int, tuple[Tensor, ...]] = {}  # their first axis is the targets of the layer
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # by layer; axis 0 is the targets of that layer
         #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
@@ -92,7 +92,7 @@ class LayerHooks(Hooks):
         """Calls ``original``, the checkpointing function of a layer, and captures the layer's rows."""
 
     def pool(self, mask: Tensor | None) -> None:
-        """Sets the mask of averages in the next pass, ``[B, T]`` or packed ``[N, B * T]``; None ends capturing."""
+        """Sets the tokens to average in the next pass, ``[B, T]`` or packed ``[N, B * T]``; None ends capturing."""
         self._start_pass(None if mask is None else lambda hidden: pool_tokens(hidden, mask))
 
     def tokens(self, positions: Tensor) -> None:
@@ -150,6 +150,6 @@ class LayerHooks(Hooks):
 
 
 def in_backward() -> bool:
-    """Returns whether a backward pass is running; a forward call then recomputes an earlier call."""
+    """Returns whether a backward pass is running; a forward call during it is a recomputation."""
     # a private name of torch (2.11), which torch.compile cannot trace
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
