@@ -106,7 +106,7 @@ def test_a_run_logs_its_curves_resumes_exactly_and_leaves_its_files(
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert lines(resumed) == logged
     total, term = logged[2]["lm_loss"] + logged[2]["hera_loss"], logged[2]["hera_loss"]
-    (share,) = (text for text in caplog.messages if "of the loss" in text)  # once, in the first run
+    (share,) = (text for text in caplog.messages if text.startswith("HeRA | the term is"))  # once, in the first run
     assert share == f"HeRA | the term is {term / total:.1%} of the loss (1 x {term:.3g} of {total:.3g})"
     (first, again) = (text for text in caplog.messages if "MKNN of the aligned heads went" in text)
     assert first == again  # the resumed run knows the lines before it
