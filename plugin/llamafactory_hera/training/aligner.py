@@ -1,17 +1,6 @@
 """The alignment of one run (paper, eq. 9): selects the tokens to read and computes the weighted term.
 
-Any training loop can use the aligner; integrations/transformers.py does so for every Trainer::
-
-    aligner = Aligner(model, HeraConfig(heads="L13H12,L7H6", teacher="facebook/dinov2-large"))
-    loader = DataLoader(dataset, batch_size, collate_fn=aligner.collator(collate))
-    for batch in loader:
-        prepared = aligner.prepare(batch)        # takes the teacher's inputs out of the batch
-        loss = model(**batch).loss
-        loss = loss + aligner.loss(prepared)     # the weighted term
-        loss.backward()
-        aligner.after_backward()
-        aligner.optimizer_step(learning_rate)    # trains the objective's own parameters
-    aligner.close()
+Any training loop can use it, as docs/plain_trainer.md shows; integrations/transformers.py does so for every Trainer.
 """
 
 import os
@@ -53,8 +42,7 @@ class Aligner:
         device: The device of the step; by default that of the model's first parameter.
         dtype: The teacher's compute dtype.
         seed: The seed for initializing the objective and for its random numbers.
-        image_processor: The student's image processor, for an objective on visual tokens; by default the one in the
-            model's folder.
+        image_processor: The student's, for an objective on visual tokens; by default that of the model's folder.
 
     Raises:
         ValueError: A target is outside the model, nothing before the targets is trained, or the teacher does not fit.
@@ -120,16 +108,7 @@ class Aligner:
         decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         pieces_of: PiecesOf | None = None,
     ) -> HeraCollator:
-        """Creates a collator that adds the teacher's inputs to training batches.
-
-        Args:
-            collate: The collator of the training loop, which must keep the order of the samples.
-            images_of: Maps a row of the dataset to its images.
-            drop: Columns to remove before ``collate`` is called.
-            decode: Decodes the images in a dataset row that :func:`~..teachers.images.undecoded` left as files.
-            pieces_of: Maps a packed row to its samples, whose tokens must not attend to each other. None if every row
-                is one sample.
-        """
+        """Creates the collator of the training batches, which adds the teacher's inputs; see :class:`HeraCollator`."""
         reader, self.packed = self.reader, pieces_of is not None
         return HeraCollator(
             collate,
@@ -148,12 +127,9 @@ class Aligner:
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
         """Takes the teacher's inputs out of a batch and sets the tokens to read, before the forward pass.
 
-        Returns:
-            The argument of :meth:`loss`; None for a batch from a different collator, such as an evaluation batch.
-
-        Raises:
-            ValueError: The batch does not have a row for each sample; or the first batch with images lacks the model's
-                image inputs, or labels all text as the answer.
+        Returns the argument of :meth:`loss`, or None for a batch from a different collator, such as an evaluation
+        batch. Raises ``ValueError`` if the batch does not have a row for each sample, or if the first batch with
+        images lacks the model's image inputs or labels all text as the answer.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
@@ -179,12 +155,7 @@ class Aligner:
         return Prepared(has_image & mask.any(dim=1), inputs)
 
     def loss(self, prepared: Prepared | None) -> Tensor:
-        """Computes the weighted term of the latest forward pass; every process must call it.
-
-        Raises:
-            ValueError: ``prepared`` is None, because the batch does not come from :meth:`collator`.
-            RuntimeError: The targets carry no gradient; or, in the first steps, for the reasons given in :meth:`logs`.
-        """
+        """Computes the weighted term of the latest forward pass; every process must call it."""
         if prepared is None:
             raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
         representations = self.capture.representations()
@@ -212,26 +183,19 @@ class Aligner:
         return token_term(self.reader.objective, batch)
 
     def after_backward(self) -> None:
-        """Stops reading tokens, and checks once that a gradient has reached the targets.
-
-        Raises:
-            RuntimeError: In the first backward pass with comparable samples, the targets received no gradient.
-        """
+        """Stops reading tokens; raises ``RuntimeError`` if the first backward pass sent the targets no gradient."""
         self.watch.after_backward(bool(self.capture.gradient_seen), self._n_steps)
         self.capture.pool(None)
 
     def optimizer_step(self, learning_rate: float, scale: float | Tensor = 1.0, peak: float | None = None) -> None:
-        """Updates the objective's parameters, then clears their gradients; every process must call it.
+        """Updates the objective's parameters unless a term was not finite, then clears their gradients.
 
-        The update is skipped if a term since the last call was not finite.
+        Every process must call this method.
 
         Args:
             learning_rate: The run's learning rate at this step.
             scale: The loss scaler's factor that the gradients still contain; 1 without a scaler.
-            peak: The peak of the run's learning rate schedule, needed with ``hera_objective_lr``.
-
-        Raises:
-            ValueError: ``hera_objective_lr`` is set, and the peak is missing or 0.
+            peak: The peak of the run's learning rate schedule; ``hera_objective_lr`` needs one above 0.
         """
         if self.config.objective_lr is not None:
             if not peak:
@@ -255,11 +219,7 @@ class Aligner:
         self.capture.pool(None)
 
     def solve(self, scale: float | Tensor = 1.0) -> None:
-        """Computes the term of all collected passes; :meth:`loss` then returns its parts one by one.
-
-        Args:
-            scale: The same factor as in :meth:`optimizer_step`.
-        """
+        """Computes the term of all collected passes, for :meth:`loss`; ``scale`` is that of :meth:`optimizer_step`."""
         self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self._n_rows))
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -267,9 +227,8 @@ class Aligner:
     def logs(self) -> dict[str, float]:
         """Returns the statistics since the last call; for pooled objectives they agree on all processes.
 
-        Raises:
-            RuntimeError: ``hera_max_nan`` consecutive terms were not finite, or the outputs of the two passes of
-                gradient caching differ.
+        Raises ``RuntimeError`` if ``hera_max_nan`` consecutive terms were not finite, or if the outputs of the two
+        passes of gradient caching differ.
         """
         self.cached.check()
         self.watch.sync()

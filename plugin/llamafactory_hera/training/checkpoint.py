@@ -36,10 +36,7 @@ class RunIdentity:
     n_trained: int | None = None
 
     def save(self, folder: str | os.PathLike, state: dict[str, Tensor], values: dict[str, float]) -> None:
-        """Writes ``folder/hera``: the tensors, the targets, and the run's keys and identity.
-
-        ``values`` are numbers such as the temperature; they are written only for human readers.
-        """
+        """Writes ``folder/hera``: tensors, targets, keys, identity and, for human readers, ``values`` to show."""
         path = Path(folder) / RUN_FOLDER
         write_safetensors(path / _STATE_FILE, state)
         self.targets.save(path / file_name(self.targets.granularity))
@@ -131,8 +128,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     """Loads a full checkpoint through ``from_pretrained`` if its tensor names differ from the model's.
 
     When transformers 5 saves some multimodal models, it renames their tensors (LLaVA: ``model.language_model.…``
-    becomes ``language_model.model.…``). The Trainer does not undo this when it loads a checkpoint: it loads nothing,
-    warns, and continues from the initial weights (seen with 5.6.0, even in plain SFT).
+    becomes ``language_model.model.…``). The Trainer loads none of them and only warns (seen with 5.6.0, in plain SFT).
     Returns False if the Trainer can load the checkpoint: no ``model.safetensors`` exists, or the names agree.
     """
     names: set[str] = set()

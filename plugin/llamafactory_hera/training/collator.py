@@ -49,10 +49,10 @@ class HeraCollator:
     - ``hera_pieces``, with the shape of ``input_ids``: for packed rows, the number of each token's sample, from 1; 0
       for padding.
 
-    :meth:`.Aligner.collator` creates the collator, and describes ``collate``, ``images_of``, ``drop``, ``decode`` and
-    ``pieces_of``.
+    :meth:`.Aligner.collator` creates it.
     """
 
+    #: The collator of the training loop, which must keep the order of the samples.
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     #: The teacher's image processor; None if the teacher sees the student's pixels.
     processor: TeacherProcessor | None
@@ -60,11 +60,15 @@ class HeraCollator:
     cache: FeatureCache | None = None
     #: The index of the image to use from a sample with several; clamped to their number.
     image_index: int = 0
+    #: Maps a row of the dataset to its images.
     images_of: Callable[[Any], list[ImageLike]] = sample_images
+    #: Columns to remove before ``collate`` is called.
     drop: tuple[str, ...] = ()
+    #: Decodes the images in a row that :func:`~..teachers.images.undecoded` left as files.
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     #: The image placeholder and the number of placeholders per image; batches with other numbers are refused.
     tokens: tuple[int, int] | None = None
+    #: Maps a packed row to its samples, whose tokens must not attend to each other; None if a row is one sample.
     pieces_of: PiecesOf | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

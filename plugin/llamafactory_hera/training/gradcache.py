@@ -1,9 +1,8 @@
 """Gradient caching: the term over all micro-batches of an optimizer step (Gao et al. 2021, arXiv 2101.06983).
 
-Under gradient accumulation, a contrastive loss compares only the samples of one micro-batch. Gradient caching (sec. 3
-of that paper) compares all of them. A first pass without a graph collects the representations of every micro-batch.
-The loss over all of them yields a gradient for each representation. Then every micro-batch runs again, with a graph,
-and receives its part of that gradient. The cost is a second forward pass, but no memory beyond one micro-batch.
+A first pass without a graph collects the representations of every micro-batch. The loss over all of them yields a
+gradient for each representation. Then every micro-batch runs again, with a graph, and receives its part of that
+gradient (sec. 3 of that paper). The cost is a second forward pass, but no memory beyond one micro-batch.
 """
 
 from collections.abc import Callable
@@ -18,11 +17,7 @@ _TOLERANCE = 0.05
 
 
 class GradientCache:
-    """The micro-batches of one optimizer step.
-
-    :meth:`add` collects them, :meth:`solve` computes the loss of all of them, and :meth:`take` returns one term at a
-    time, in the order of collection.
-    """
+    """The micro-batches of one optimizer step, collected, solved together, and taken one by one."""
 
     def __init__(self) -> None:
         self.clear()
@@ -34,34 +29,24 @@ class GradientCache:
 
     def clear(self) -> None:
         """Drops the micro-batches, for instance those of an interrupted step."""
-        self._waiting: list[Tensor] = []
-        self._teacher: list[Tensor] = []
-        self._valid: list[Tensor] = []
-        self._keys: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor, keys: Tensor) -> None:
         """Adds a micro-batch of this process, with the arguments of :class:`~.term.HeraTerm`."""
-        self._waiting.append(representations.detach().float().requires_grad_())
-        self._teacher.append(teacher)
-        self._valid.append(valid)
-        self._keys.append(keys)
+        self._waiting.append((representations.detach().float().requires_grad_(), teacher, valid, keys))
 
     def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over the micro-batches of all processes; every process must call it.
-
-        ``scale`` multiplies the gradients of the objective's parameters, as a gradient scaler does for the model's.
-        """
-        teacher, valid = torch.cat(self._teacher), torch.cat(self._valid)
+        """Computes ``weight * L_HeRA`` over all micro-batches of all processes; ``scale`` is that of a loss scaler."""
         self._n_batches = len(self._waiting)
+        representations, teacher, valid, keys = zip(*self._waiting, strict=True)
         n_rows = batch_size and batch_size * self._n_batches
-        output = term(torch.cat(self._waiting, dim=1), teacher, valid, n_rows, torch.cat(self._keys))
+        output = term(torch.cat(representations, dim=1), torch.cat(teacher), torch.cat(valid), n_rows, torch.cat(keys))
         loss = weight * output.loss
         loss.backward()
         for parameter in term.objective.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
         self._value, self._sound = loss.detach(), output.sound
-        self._teacher, self._keys = [], []
         return output
 
     def take(self, representations: Tensor) -> Tensor:
@@ -70,8 +55,9 @@ class GradientCache:
         The result is a surrogate, whose mean over the micro-batches has the value and the gradient of the step's term.
         The gradient is computed from the first pass; :meth:`check` refuses a second pass with other representations.
         """
-        first, valid = self._waiting.pop(0), (self._valid.pop(0) & self._sound).view(1, -1, 1)
+        first, _, valid, _ = self._waiting.pop(0)
         assert first.grad is not None
+        valid = (valid & self._sound).view(1, -1, 1)
         # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
         rows = torch.where(valid, representations.float(), 0.0)
         expected = torch.where(valid, first.detach(), 0.0)

@@ -1,7 +1,7 @@
 """A memory of the latest pairs of representation and teacher feature, which serve as additional candidates.
 
-A small global batch has too few candidates. Remembering recent detached pairs follows cross-batch memory for embedding
-learning (Wang et al., CVPR 2020, arXiv 1912.06798). HeRA's paper has no such memory; it is this project's addition.
+It follows cross-batch memory for embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). HeRA's paper has no
+such memory; it is this project's addition for small global batches.
 """
 
 import torch
@@ -11,12 +11,8 @@ from torch import Tensor
 class CrossBatchMemory:
     """A first-in-first-out queue of detached pairs, equal on all processes because each adds the gathered batch.
 
-    The queue has its full size from the first batch on; empty places come first and are zero. The number of filled
-    places is kept on the device, so the CPU never waits for it.
-
-    Args:
-        size: The number of places. If None, :meth:`settle` chooses it.
-        needed: The number of candidates that each sample then has, in the batch and the memory together.
+    It has ``size`` places, empty ones first, so the CPU never waits to know how many are filled. Without a size,
+    :meth:`settle` chooses one by which each sample has the ``needed`` candidates.
     """
 
     def __init__(self, size: int | None, needed: int = 0) -> None:
@@ -65,10 +61,7 @@ class CrossBatchMemory:
         return {f"memory.{name}": each for name, each in {**kept, "size": torch.tensor(self.size)}.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`, and drops the oldest pairs that exceed the size of this queue.
-
-        A queue whose size is not given gets the stored size.
-        """
+        """Restores the result of :meth:`state_dict`; a queue of a smaller given size drops the oldest pairs."""
         self.clear()
         if "memory.teacher" in state:
             teacher, numbers = state["memory.teacher"], state["memory.numbers"]

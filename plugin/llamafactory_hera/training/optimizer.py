@@ -13,11 +13,9 @@ _VALUES, _OPTIMIZER = "objective.", "optimizer."
 class ObjectiveOptimizer:
     """Trains the objective's parameters with a separate AdamW optimizer, without weight decay.
 
-    The parameters are not part of the model, so they are neither saved with it nor sharded by an engine. Every process
-    updates its replica with the average of all gradients. If each process computes the loss of its own samples, the
-    average is the gradient of the global batch. If all processes compute the loss of the global batch, their gradients
-    differ only by rounding. Without the average, AdamW would turn these differences into different full steps where a
-    gradient is almost zero.
+    Every process updates its replica with the average of all gradients. If each process computes the loss of its own
+    samples, the average is the gradient of the global batch. If all compute the loss of the global batch, their
+    gradients differ by rounding, from which AdamW would make different full steps where a gradient is almost zero.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -28,10 +26,7 @@ class ObjectiveOptimizer:
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
-        """Updates the parameters if all gradients are finite, then clears them; every process must call it.
-
-        Gradients are divided by ``scale`` first. If ``skip``, a boolean scalar on the device, is true, it only clears.
-        """
+        """Divides the gradients by ``scale``, updates if all are finite and ``skip`` is not true, and clears them."""
         if self._optimizer is None:
             return
         self.reduce_gradients()

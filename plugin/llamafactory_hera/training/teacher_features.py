@@ -16,11 +16,10 @@ logger = logging.getLogger("llamafactory_hera")
 
 
 class TeacherFeatures:
-    """Looks up or computes the teacher's features of a batch.
+    """Looks up or computes the teacher's features of a batch; for tokens, ``student`` describes the shared pixels.
 
     No step waits for the device: ``torch.where`` selects the cached samples on the device, and computed features are
-    copied asynchronously, so that a later step adds them to the cache. For an objective on visual tokens, ``student``
-    describes the pixels that both models see.
+    copied asynchronously, so that a later step adds them to the cache.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class TeacherFeatures:
         """Returns the features of a batch's samples, ``[B, D_teacher]``, or of their tokens, ``[B, T, D_teacher]``.
 
         Features are 0 for a sample without an image, and NaN for a sample whose tensors were lost on the way here.
-        ``pixels`` are the student's images, for an objective on tokens.
         """
         source, rows = inputs["hera_source"], inputs.get("hera_rows")
         if pixels is None:
@@ -78,10 +76,7 @@ class TeacherFeatures:
         return rounded.to(computed)
 
     def flush(self, wait: bool = True) -> None:
-        """Writes the pending features to the cache; a failure only disables the cache.
-
-        Without ``wait``, it adds only features whose copy to the CPU has ended, and writes only full shards.
-        """
+        """Writes the pending features, without ``wait`` only full shards; a failure only disables the cache."""
         if self.cache is None:
             return
         try:

@@ -14,58 +14,34 @@ from .memory import CrossBatchMemory
 
 @dataclass(frozen=True)
 class TermOutput:
-    """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them.
+    """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them."""
 
-    Attributes:
-        loss: A scalar with gradients; 0 if no sample entered or a value was not finite.
-        n_samples: The number of samples of the global batch that entered the loss.
-        n_duplicates: The number of pairs of samples that were not compared because both show the same image.
-        sound: True if every value was finite; if false, loss and gradient are 0. Equal on every process.
-        broken: The targets that produced a non-finite value, ``[n_targets]``; all false if the teacher produced one.
-        gradient_expected: True if the backward pass must reach every sample in the loss; otherwise a missing
-            gradient is no error.
-        comparable: True if the loss can be compared with the loss of other steps, and is therefore logged.
-        mknn: The MKNN of student and teacher within the batch, ``[n_targets]``; NaN if it was not measured, None for
-            an objective on tokens.
-        chance: The MKNN of unrelated features in this batch, a scalar; NaN or None whenever ``mknn`` is.
-    """
-
-    loss: Tensor
-    n_samples: Tensor
-    n_duplicates: Tensor
-    sound: Tensor
-    broken: Tensor
-    gradient_expected: Tensor
-    comparable: Tensor
+    loss: Tensor  #: A scalar with gradients; 0 if no sample entered or a value was not finite.
+    n_samples: Tensor  #: The number of samples of the global batch that entered the loss.
+    n_duplicates: Tensor  #: The number of pairs of samples that were not compared because both show the same image.
+    sound: Tensor  #: True if every value was finite; if false, loss and gradient are 0. Equal on every process.
+    broken: Tensor  #: ``[n_targets]``, those with a non-finite value; all false if the teacher produced one.
+    gradient_expected: Tensor  #: True if the backward pass must reach every sample in the loss.
+    comparable: Tensor  #: True if the loss can be compared with the loss of other steps, and is therefore logged.
+    #: The MKNN of student and teacher in the batch, ``[n_targets]``; NaN if not measured, None for tokens.
     mknn: Tensor | None = None
-    chance: Tensor | None = None
+    chance: Tensor | None = None  #: The MKNN of unrelated features in this batch; NaN or None whenever ``mknn`` is.
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A micro-batch between ``Aligner.prepare`` and ``Aligner.loss``.
+    """A micro-batch between ``Aligner.prepare`` and ``Aligner.loss``."""
 
-    Attributes:
-        valid: Boolean ``[B]``, true if the sample has an image and tokens to read.
-        inputs: The tensors that :class:`~.collator.HeraCollator` added to the batch.
-        planned: True if the objective chose the samples that enter; choosing none is then no error.
-        pixels: The images as the student sees them, for an objective on tokens.
-        context: The tensors of the objective's plan.
-    """
-
-    valid: Tensor
-    inputs: dict[str, Tensor]
-    planned: bool = False
-    pixels: Tensor | None = None
-    context: dict[str, Tensor] = field(default_factory=dict)
+    valid: Tensor  #: Boolean ``[B]``, true if the sample has an image and tokens to read.
+    inputs: dict[str, Tensor]  #: The tensors that :class:`~.collator.HeraCollator` added to the batch.
+    planned: bool = False  #: True if the objective chose the samples that enter; choosing none is then no error.
+    pixels: Tensor | None = None  #: The images as the student sees them, for an objective on tokens.
+    context: dict[str, Tensor] = field(default_factory=dict)  #: The tensors of the objective's plan.
 
 
 @dataclass(eq=False)
 class HeraTerm:
-    """Computes the term over the global batch, for an objective on pooled vectors.
-
-    Every process must call this for every micro-batch, even without images, because it gathers across processes.
-    """
+    """Computes the term over the global batch, for an objective on pooled vectors."""
 
     objective: Objective
     #: Teacher neighbors per sample; at most half of a sample's candidates become its neighbors.
@@ -82,12 +58,12 @@ class HeraTerm:
         n_rows: int | None = None,
         keys: Tensor | None = None,
     ) -> TermOutput:
-        """Computes the term from the samples of this process; those that are not valid may contain arbitrary values.
+        """Computes the term from the samples of this process; every process must call it, even without images.
 
         Args:
             representations: Student representations, ``[n_targets, B, D]``.
             teacher: Teacher features of the same samples, ``[B, D_teacher]``.
-            valid: Boolean ``[B]``.
+            valid: Boolean ``[B]``; the values of the other samples are arbitrary.
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """

@@ -22,20 +22,14 @@ from .term import Prepared, TermOutput, finite_parts, zero_unless
 class StudentImages:
     """Gives the teacher the pixels that the student sees, so each visual token and its patch show the same place."""
 
-    #: Number of tokens along each side of an image's grid.
-    side: int
-    #: The student's image processor.
-    processor: Any
+    side: int  #: Number of tokens along each side of an image's grid.
+    processor: Any  #: The student's image processor.
     #: Pixels along each side that the vision tower's patches cover (378 of 384 at patch size 14); 0 means all.
     covered: int = 0
     _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
-        """Selects each sample's image from ``pixel_values`` and undoes the student's normalization.
-
-        ``image`` is ``hera_image`` from :class:`.HeraCollator`. Returns ``[B, 3, S, S]`` in [0, 1]; the pixels of a
-        sample without an image are arbitrary.
-        """
+        """Selects each sample's image by ``hera_image``, without the student's normalization: ``[B, 3, S, S]``."""
         values = batch.get("pixel_values")
         if values is None:  # a batch without images
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
@@ -57,16 +51,13 @@ class StudentImages:
 
 
 def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
-    """Describes the student's images for an objective on tokens; returns None if the objective is on pooled vectors.
-
-    If ``image_processor`` is None, the image processor in the model's folder is loaded.
-    """
+    """Describes the student's images for an objective on tokens; returns None for one on pooled vectors."""
     objective = config.objective_class()
     if not issubclass(objective, TokenObjective):
         return None
     objective.check_model(model_configuration, model_configuration._attn_implementation)
     side, name = grid_side(model_configuration, config.objective), model_configuration._name_or_path
-    if image_processor is None:
+    if image_processor is None:  # that of the model's folder
         try:
             image_processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
@@ -85,8 +76,7 @@ class TokenReader:
 
     objective: TokenObjective
     student: StudentImages
-    #: The id of the image placeholder.
-    image_token: int
+    image_token: int  #: The id of the image placeholder.
     seed: int
     #: Micro-batches since the start of the run; saved in checkpoints, so a resumed run draws the same random numbers.
     n_micro_batches: int = 0
@@ -109,11 +99,10 @@ class TokenReader:
 
 
 def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
-    """Computes this process's part of the term from its own samples, because gathering all tokens is too expensive.
+    """Computes this process's part of the term from its own samples; every process must call it, even without images.
 
     Each process scales its loss by (processes / samples on all of them), so averaging the gradients yields the
-    gradient of the mean over the global batch. Every process must call this function for every micro-batch, even if
-    its samples have no images. Samples that are not valid may contain arbitrary values.
+    gradient of the mean over the global batch. Gathering all tokens would be too expensive.
     """
     valid = batch.valid
     tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)

@@ -43,10 +43,7 @@ class Watch:
     # -- before the first forward pass -----------------------------------------------------------------------------
 
     def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
-        """Raises ``ValueError`` if the collator drops images, or labels do not separate the answer from the prompt.
-
-        Only the first batch with images is checked, because neither settings nor the dataset reveal these faults.
-        """
+        """Raises ``ValueError`` if, in the first batch with images, the collator drops them or labels the prompt."""
         if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
         self._batch_checked = True
@@ -77,10 +74,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics.
-
-        If the objective chose the samples (``planned``), a micro-batch in which none enters is not counted as empty.
-        """
+        """Adds a term to the statistics; a batch is not empty if the objective ``planned`` to use none of it."""
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
@@ -113,10 +107,7 @@ class Watch:
         self._gradient_due = self._gradient_expected and bool(valid.any())
 
     def after_backward(self, gradient_seen: bool, n_steps: int) -> None:
-        """Raises ``RuntimeError`` if the first backward pass should have reached the targets but did not.
-
-        Some objectives send no gradient before ``n_steps`` optimizer steps have moved their own parameters.
-        """
+        """Raises ``RuntimeError`` if the first backward pass after ``silent_steps`` did not reach the targets."""
         if self.gradient_checked or not self._gradient_due:
             return
         if gradient_seen:
