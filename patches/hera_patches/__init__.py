@@ -1,11 +1,8 @@
 """Changes to LLaMA-Factory (the host) in memory; its files on disk stay as they are.
 
-``llamafactory_hera_patches.pth`` runs at every start of Python. It does not import this package, because even an empty
-package would slow down every start. Instead, it adds a small import hook, which imports this package and calls
+``llamafactory_hera_patches.pth`` runs at every start of Python, and adds a small import hook, which calls
 :func:`install` as soon as a program imports the host. From Python 3.15 on, ``llamafactory_hera_patches.start`` calls
-:func:`install` directly.
-:func:`install` adds :class:`PatchFinder`, an import hook that changes each module of the host right after its import.
-With ``HERA_DISABLE=1``, :func:`install` does nothing.
+it directly. :func:`install` adds :class:`PatchFinder`, which changes each module of the host right after its import.
 """
 
 import os

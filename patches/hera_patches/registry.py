@@ -51,10 +51,7 @@ def patch(
 
 
 def around(owner: Any) -> Callable[[Callable], None]:
-    """Returns a decorator that replaces the function of the same name in a module or class.
-
-    The replacement receives the original function as its first argument.
-    """
+    """Returns a decorator that replaces the owner's function of the same name, and passes the original to it."""
 
     def replace(function: Callable) -> None:
         host = getattr(owner, function.__name__)

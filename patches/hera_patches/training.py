@@ -34,10 +34,7 @@ def finetuning_args(module: Any) -> None:
     used={"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_and_push"},
 )
 def sft_workflow(module: Any) -> None:
-    """Runs SFT with the HeRA trainer when the arguments ask for it.
-
-    The host chooses its trainer inside ``run_sft``. Every other run calls the original function, unchanged.
-    """
+    """Runs SFT with the HeRA trainer when the arguments ask for it; every other run calls the original function."""
 
     @around(module)
     def run_sft(host, model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
@@ -60,9 +57,8 @@ def sft_workflow(module: Any) -> None:
 def tuner(module: Any) -> None:
     """Stops a HeRA run that trained without HeRA, and prints refusals as one line.
 
-    The host chooses a workflow by arguments and environment variables, and each release adds more. A workflow that
-    does not know HeRA would silently train plain SFT. The patch therefore does not list such workflows, but checks
-    that the HeRA workflow starts before the host reads data (:func:`data_loader`), or at least before the host ends.
+    The host chooses a workflow by arguments and environment variables, and each release adds more. The patch therefore
+    checks that the HeRA workflow starts before the host reads data (:func:`data_loader`), or before the host ends.
     """
 
     @around(module)
@@ -105,10 +101,7 @@ def tuner(module: Any) -> None:
     used={"_get_merged_dataset": "get_dataset_list", "get_dataset": "_get_merged_dataset has_tokenized_data"},
 )
 def data_loader(module: Any) -> None:
-    """Stops a HeRA run that is about to train without HeRA.
-
-    Every workflow reads its data, raw or tokenized, through one of these two functions before it loads weights.
-    """
+    """Stops a HeRA run that is about to train without HeRA; every workflow reads its data through these functions."""
 
     @around(module)
     def get_dataset_list(host: Any, *args: Any) -> Any:

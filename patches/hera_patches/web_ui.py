@@ -1,7 +1,7 @@
 """The changes that show HeRA in the host's web UI; training works without them.
 
-The host builds its page in one function and hard-codes the lists, the labels and the values that it sends, so a plugin
-cannot add a stage or fields without such changes. Imports of the plugin wait until a patch is applied.
+The host hard-codes its lists, its labels and the values that it sends. Imports of the plugin wait until a patch is
+applied.
 """
 
 from typing import Any
@@ -11,10 +11,7 @@ from .registry import around, patch
 
 @patch("llamafactory.extras.constants", functions={"register_model_group": "models template multimodal"})
 def constants(module: Any) -> None:
-    """Adds HeRA to the list of stages and the plugin's models to the list of models.
-
-    The models are listed as multimodal, because for others the web UI sends no options for freezing and image sizes.
-    """
+    """Adds HeRA to the list of stages and the plugin's models to the list of models."""
     from llamafactory_hera.integrations.llamaboard.fields import STAGE, STAGE_TITLE, register_models
 
     register_models(module)

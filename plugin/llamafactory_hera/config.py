@@ -63,11 +63,7 @@ OBJECTIVE_KEYS = (
 
 @dataclass(frozen=True)
 class HeraConfig(KeyedConfig):
-    """The settings of a HeRA run: the field ``x`` is the key ``hera_x``. Defaults are the paper's where it has one.
-
-    Raises:
-        ValueError: A value is invalid or contradicts another key; the message contains key, value and remedy.
-    """
+    """The settings of a HeRA run: the field ``x`` is the key ``hera_x``. Defaults are the paper's where it has one."""
 
     PREFIX: ClassVar[str] = "hera_"
 
@@ -210,11 +206,7 @@ class HeraConfig(KeyedConfig):
         return self.memory if isinstance(self.memory, int) else None
 
     def check_batch(self, size: int, steps: int, processes: int, packed: bool = False) -> int:
-        """Returns the number of samples that are compared at once; with ``packed`` rows, the number of rows.
-
-        Raises ``ValueError`` if these and the memory together are too few for the objective. Packed rows may hold any
-        number of samples, but an objective on tokens reads one sample per row.
-        """
+        """Returns how many samples (if ``packed``, rows) are compared at once; refuses too few for the objective."""
         from .objectives import TokenObjective
 
         objective, together = self.objective_class(), size * processes * (steps if self.gradcache else 1)

@@ -14,8 +14,7 @@ Result = TypeVar("Result")
 
 class _AllGather(torch.autograd.Function):
     # torch.distributed.nn.functional.all_gather is not used, because on gloo its backward is wrong for non-contiguous
-    # gradients. Every rank computes the loss of the global batch. The backward sums the gradients of this rank's slice
-    # over all ranks. If the engine then averages the results over ranks, it obtains the gradient of that loss.
+    # gradients.
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
@@ -47,9 +46,8 @@ def rank() -> int:
 def end_launch() -> None:
     """Destroys the default group, if any, before the process ends.
 
-    A process that ends with a live group may abort (https://github.com/pytorch/pytorch/issues/190489): gloo's threads
-    release the tensors of an operation after the operation has returned, and abort if Python has ended by then.
-    DistributedDataParallel keeps these threads alive longer than the group, so the only remedy is to wait a moment.
+    Otherwise the process may abort (https://github.com/pytorch/pytorch/issues/190489): gloo's threads release tensors
+    after their operation has returned, even after Python has ended. DDP keeps these threads alive a moment longer.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -89,19 +87,15 @@ def common_row_count(n_rows: int, device: torch.device) -> int:
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenates the rows (samples) of all processes in rank order.
 
-    The backward sums the gradients of each slice over processes. If each process computes the loss of all gathered
-    rows, and the engine averages gradients across processes (DDP, ZeRO, FSDP), each parameter receives the gradient
-    that a single process with the global batch would compute, without a correction factor. Every process must pass
-    the same shape ``[B, ...]``; the result is ``[world_size * B, ...]``.
+    Every process passes the same shape ``[B, ...]``. The backward sums the gradients of each slice over processes. If
+    each process computes the loss of all gathered rows, and the engine averages gradients (DDP, ZeRO, FSDP), each
+    parameter receives the gradient of a single process with the global batch.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Averages each value over the processes that know the value, and drops a value that no process knows.
-
-    NaN marks an unknown value. Every process must pass the same names, because all values are reduced at once.
-    """
+    """Averages each value, by the same names, over the processes that know it; NaN marks an unknown value."""
     if world_size() == 1:
         return {name: value for name, value in values.items() if not math.isnan(value)}
     names = sorted(values)

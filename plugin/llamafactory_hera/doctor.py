@@ -11,15 +11,9 @@ from typing import NamedTuple
 from . import __version__
 from .integrations.llamafactory import PATCHES, PATCHES_INSTALL, PINNED_INSTALL, TESTED_HOST
 
-_NEEDED = ("torch", "torchvision", "transformers", "peft", "accelerate")
-_OPTIONAL = ("torchaudio", "deepspeed")
-_VERSION_ONLY = (
-    "trl",
-    "axolotl",
-    "ms-swift",
-    "lmms-eval",
-    "bitsandbytes",
-)  # listed if installed; importing them takes long
+_NEEDED, _OPTIONAL = ("torch", "torchvision", "transformers", "peft", "accelerate"), ("torchaudio", "deepspeed")
+# listed if installed; importing them takes long
+_VERSION_ONLY = ("trl", "axolotl", "ms-swift", "lmms-eval", "bitsandbytes")
 
 
 class _Finding(NamedTuple):
@@ -62,9 +56,7 @@ def _host() -> Iterator[_Finding]:
     if patches is None:
         yield _Finding(PATCHES, "not installed; stage: hera needs it", PATCHES_INSTALL if host else None)
     else:
-        yield _Finding(
-            PATCHES, patches, None if patches == __version__ else f"install {__version__}: {PATCHES_INSTALL}"
-        )
+        yield _Finding(PATCHES, patches, None if patches == __version__ else PATCHES_INSTALL)
     if host is None:
         yield _Finding("llamafactory", "not installed", PINNED_INSTALL if patches else None)
     else:

@@ -1,9 +1,5 @@
 # No `from __future__ import annotations` here: the annotations are read as types.
-"""Settings classes that declare each key once: its type, range, default and help.
-
-A host's argument class, the web form, the reference page and the checks of a resumed run all read the keys from the
-class that declares them.
-"""
+"""Settings classes that declare each key once: its type, range, default and help."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -20,11 +16,7 @@ def knob(default: Any, help: str, *, at_least: float | None = None, at_most: flo
 
 
 class KeyedConfig:
-    """The base class of the settings classes, which reads, checks and lists their keys.
-
-    Subclasses are frozen dataclasses whose fields are declared with :func:`knob`. The name of a key is the class's
-    prefix followed by the name of the field.
-    """
+    """The base class of settings: frozen dataclasses of :func:`knob` fields; a key is the prefix plus a name."""
 
     PREFIX: ClassVar[str] = ""
 
@@ -48,11 +40,7 @@ class KeyedConfig:
 
     @classmethod
     def from_keys(cls, source: Mapping[str, Any] | object) -> Self:
-        """Reads the keys from a mapping, or from the attributes of an object.
-
-        Raises:
-            ValueError: A value is invalid, or a mapping contains an unknown key with the prefix of this class.
-        """
+        """Reads the keys from a mapping, or from the attributes of an object; raises ``ValueError`` for bad ones."""
         known, values = cls.knobs(), source if isinstance(source, Mapping) else vars(source)
         if isinstance(source, Mapping):
             cls.check_names(source)
@@ -91,11 +79,7 @@ def choices(declared: Field) -> tuple[Any, ...]:
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """Converts a value from YAML, a command line or Python to the type of its key.
-
-    Numbers and booleans may be strings, and a list of names becomes one comma-separated string. ``kind`` is
-    ``bool``, ``int``, ``float``, ``str``, a ``Literal``, or a union of these and ``None``.
-    """
+    """Converts a value, which may be text, to the type of its key; a list of names becomes one text."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and NoneType in kinds:
         return None
