@@ -169,7 +169,7 @@ class HeadCapture(LayerHooks):
             n_rows = len(rows[0])
             return (*output, *rows[0]) if isinstance(output, tuple) else (output, *rows[0])
 
-        run.__self__ = layer  # type: ignore[attr-defined]  # which a host's checkpointing function reads
+        run.__self__ = layer  # type: ignore[attr-defined]  # some hosts' checkpointing functions read it
         together = original(run, *rest, **kw)
         output, rows = together[:-n_rows], together[-n_rows:]
         self._keep(index, *rows)

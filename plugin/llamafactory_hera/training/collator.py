@@ -117,9 +117,11 @@ class HeraCollator:
         pending = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(pending)] = PIXELS
         batch = {"hera_source": source, "hera_keys": torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)}
-        keys = [decoded_key(image, file) for image, file in pending.values()]
-        for row, key in zip(pending, keys, strict=True):
-            batch["hera_keys"][row] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
+        keys: list[bytes] = []
+        if self.cache is not None or self.processor is not None:  # an objective on tokens compares no images
+            keys = [decoded_key(image, file) for image, file in pending.values()]
+            for row, key in zip(pending, keys, strict=True):
+                batch["hera_keys"][row] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
         if self.cache is not None and pending:
             known = {row: f for row, f in zip(pending, self.cache.get(keys), strict=True) if f is not None}
             if known:
