@@ -55,6 +55,13 @@ def test_no_name_and_a_repetition_are_refused(targets: Targets) -> None:
             Targets.parse(text, targets.granularity)
 
 
+@both
+def test_targets_of_the_other_kind_are_refused(targets: Targets) -> None:
+    other = "layer" if targets == HEADS else "head"
+    with pytest.raises(ValueError, match=f"^hera_{other}s: {targets} is not a {other}; write {other}s as"):
+        Targets.parse(targets, other)
+
+
 def test_errors_name_the_key_of_the_caller() -> None:
     for call in (Targets.parse, Target.parse):
         with pytest.raises(ValueError, match=r"^--heads: "):

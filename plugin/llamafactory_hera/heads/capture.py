@@ -23,7 +23,7 @@ from .families import output_projection
 from .hooks import LayerHooks, in_backward
 from .targets import Target, Targets
 
-# of the check that all heads add up to the output; 8-bit weights and activations are off by a few percent
+# The relative error that `_verify` tolerates; 8-bit weights and activations cause a few percent.
 _TOLERANCE = 0.1
 
 
@@ -52,7 +52,6 @@ class HeadCapture(LayerHooks):
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
         self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are now running
-        self._selectors: dict[int, Tensor] = {}
         self._unverified = set(self._layers)
 
     def projections(self) -> Tensor:
@@ -60,7 +59,7 @@ class HeadCapture(LayerHooks):
         return self._stacked(1)
 
     def _hook(self) -> None:
-        # Compiled checkpointing breaks the graph at a layer that fills the frames, unless it need not fill them again.
+        # A checkpointed layer changes `_frames`. Without this setting, torch.compile would break its graph there.
         if hasattr(torch._dynamo.config, setting := "skip_fwd_side_effects_in_bwd_under_checkpoint"):
             patched = torch._dynamo.config.patch({setting: True})
             patched.__enter__()
@@ -77,28 +76,26 @@ class HeadCapture(LayerHooks):
             return original(hidden, *args, **kw)
         read = self._read(hidden)
         self._watch(index, read)
-        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. Projecting a zero row
-        # yields only the bias, which is then subtracted.
+        # The bias may belong to the module, to the layer inside an adapter, or to the adapter. A row of zeros is
+        # projected to this bias, which is then subtracted from the other rows.
         biased = any(getattr(module, "bias", None) is not None for module in projection.modules())
-        at_tokens = read.dim() == 3
-        added = self._unit_rows(index, hidden) if at_tokens else self._head_rows(index, read)
-        # The rows of all samples are distributed over the batch, because packed rows hold more or fewer samples.
+        added = self._head_rows(index, read)
+        # The added rows are spread evenly over the batch, because packing changes the number of samples per row.
         size, batch = len(added), len(hidden)
         added = nn.functional.pad(added, (0, 0, 0, -(size + biased) % batch + biased)).unflatten(0, (batch, -1))
         output = original(torch.cat([hidden, added], dim=1), *args, **kw)
         if index in self._unverified and not in_backward() and not torch.compiler.is_compiling():
             self._verify(index, projection, original, read, output[:, : hidden.shape[1]])
         # cloned, because a view would keep the output of all tokens alive
-        images = output[:, hidden.shape[1] :].clone().flatten(0, 1)
-        images = images[:size] - images[size : size + 1] if biased else images[:size]
-        n = len(self._heads_of[index])
-        if at_tokens:
-            width = self._layout.layers[index].head_dim
-            heads = read.unflatten(-1, (-1, width))  # [B, t, H, d]
-            outputs = torch.stack([heads[:, :, head] for head in self._heads_of[index]])
-            rows: tuple[Tensor, ...] = (outputs, images.unflatten(0, (n, -1)))
+        projected = output[:, hidden.shape[1] :].clone().flatten(0, 1)
+        projected = projected[:size] - projected[size : size + 1] if biased else projected[:size]
+        chosen = self._heads_of[index]
+        if read.dim() == 3:
+            heads = read.unflatten(-1, (-1, self._layout.layers[index].head_dim))  # [B, t, H, d]
+            outputs = torch.stack([heads[:, :, head] for head in chosen])
+            rows: tuple[Tensor, ...] = (outputs, projected.unflatten(0, (len(chosen), -1)))
         else:
-            rows = (images.unflatten(0, (-1, n)).transpose(0, 1),)
+            rows = (projected.unflatten(0, (-1, len(chosen))).transpose(0, 1),)
         if index in self._frames:
             self._frames[index].append(rows)
         elif not in_backward():
@@ -116,9 +113,10 @@ class HeadCapture(LayerHooks):
             return  # a later pass decides
         self._unverified.discard(index)
         assert self._read is not None
-        every = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
-        images = project(nn.functional.pad(inputs * every, (0, 0, 0, 1)).unsqueeze(0))[0].float()
-        contributions, expected = images[:-1] - images[-1], self._read(output).flatten(0, -2)[0].float() - images[-1]
+        masks = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
+        *heads, bias = project(nn.functional.pad(inputs * masks, (0, 0, 0, 1)).unsqueeze(0))[0].float()
+        contributions = torch.stack(heads) - bias
+        expected = self._read(output).flatten(0, -2)[0].float() - bias
         error = (contributions.sum(0) - expected).norm() / contributions.norm()
         if error > _TOLERANCE:
             raise ValueError(
@@ -126,27 +124,18 @@ class HeadCapture(LayerHooks):
                 f"{layer.projection} ({error:.0%} off), so HeRA cannot read them; use another model, or hera_layers."
             )
 
-    def _head_rows(self, index: int, pooled: Tensor) -> Tensor:
-        """Expands averaged head outputs ``[N, H*d]`` to inputs ``[N*n, H*d]``, each zero outside its head."""
-        return (pooled.unsqueeze(1) * self._selector(index, pooled)).flatten(0, 1)
+    def _head_rows(self, index: int, read: Tensor) -> Tensor:
+        """Returns the rows to project, which are zero outside the columns of their head.
 
-    def _unit_rows(self, index: int, hidden: Tensor) -> Tensor:
-        """Returns the unit vectors of the chosen heads, as inputs ``[n*d, H*d]``."""
-        layer = self._layout.layers[index]
-        units = torch.eye(layer.head_dim, dtype=hidden.dtype, device=hidden.device).repeat(1, layer.n_heads)
-        return (self._selector(index, hidden).unsqueeze(1) * units).flatten(0, 1)
-
-    def _selector(self, index: int, like: Tensor) -> Tensor:
-        """Returns a mask ``[n, H*d]`` that is one at the values of the respective head."""
-        selector = self._selectors.get(index)  # cached, because a new one would copy indices to the device
-        if selector is None or (selector.device, selector.dtype) != (like.device, like.dtype):
-            with torch.inference_mode(False):
-                layer = self._layout.layers[index]
-                head = torch.arange(layer.n_heads * layer.head_dim, device=like.device) // layer.head_dim
-                selector = torch.stack([head == each for each in self._heads_of[index]]).to(like.dtype)
-            if not torch.compiler.is_compiling():  # a changed cache would be a reason to compile again
-                self._selectors[index] = selector
-        return selector
+        These are the averages, ``[N*n, H*d]``, or, for single tokens, the unit vectors of the heads, ``[n*d, H*d]``.
+        """
+        width, rows = self._layout.layers[index].head_dim, []
+        for head in self._heads_of[index]:
+            first, end = head * width, (head + 1) * width
+            unit = torch.eye(width, dtype=read.dtype, device=read.device)
+            values = unit if read.dim() == 3 else read[:, first:end]
+            rows.append(nn.functional.pad(values, (first, read.shape[-1] - end)))
+        return torch.cat(rows) if read.dim() == 3 else torch.stack(rows, dim=1).flatten(0, 1)
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         function, rest, read, n_rows = args[0], args[1:], self._read, 1

@@ -30,8 +30,8 @@ FINAL = sys.maxsize
 
 Mixer = Literal["attention", "linear_attention", "none"]
 
-# Names of a mixer's output projection, of the width of its heads (with latent attention, that of the values), of the
-# number of its heads, of what comes before the mixer, and of the norm after the last layer.
+# Possible names of a mixer's output projection, of the width of its heads (with latent attention, the width of the
+# values), of the number of its heads, of the modules before the mixer, and of the norm after the last layer.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 _WIDTHS = ("v_head_dim", "head_v_dim", "head_dim")
 _COUNTS = ("num_heads", "num_attention_heads", "num_v_heads")
@@ -120,13 +120,13 @@ def _empty_decoder(config: Any) -> Any:
         if type(part) not in classes:
             continue
         part = copy.deepcopy(part)
-        part._attn_implementation = "eager"  # others check for packages that need not be here
+        part._attn_implementation = "eager"  # other implementations may need packages that are not installed
         try:
             with torch.device("meta"):
                 # not from_config, which would shard the model under ZeRO-3
                 build: Any = classes[type(part)]
                 return find_decoder(build(part), text.model_type, text.num_hidden_layers)
-        except Exception as error:  # a model may need values on its device
+        except Exception as error:  # a model may need real values to be built
             problems.append(f" ({error})")
     raise ValueError(
         f"model: the text model type {text.model_type!r} cannot be built from its configuration"
@@ -148,7 +148,7 @@ def _layer_heads(layer: nn.Module, text: Any, index: int) -> LayerHeads:
         if not rest and n_heads in (counts or (n_heads,)):
             kind: Mixer = "linear_attention" if linear or "Attention" not in type(mixer).__name__ else "attention"
             found.append(LayerHeads(kind, n_heads, width, f"{name}.{projection}"))
-    # a layer may have a second mixer beside its attention
+    # A layer may have a second mixer. Its attention is preferred.
     return min(found, key=lambda heads: heads.mixer, default=LayerHeads())
 
 
@@ -169,8 +169,8 @@ def find_decoder(model: nn.Module, model_type: str, n_layers: int) -> nn.Module:
     """Finds the one module of a type with so many layers; raises ``ValueError`` if there is none, or several."""
     from torch.nn import ModuleList
 
-    # Wrappers such as FSDP and PEFT forward attribute access, so several modules may expose the same layers; the dict
-    # keeps the innermost of these modules.
+    # Wrappers such as FSDP and PEFT forward attribute access, so several modules may expose the same layers. The
+    # dictionary keeps the innermost one.
     found: dict[nn.ModuleList, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         layers, kind = getattr(module, "layers", None), getattr(getattr(module, "config", None), "model_type", None)
@@ -215,8 +215,8 @@ def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
-    Inside the layer, which may be :data:`FINAL`, these are those of the input norm and the mixer, or all. Call this
-    function before a sharding engine renames or flattens parameters.
+    Inside the layer, these are the parameters of the input norm and the mixer, or, with ``whole_layer``, all of them.
+    ``layer`` may be :data:`FINAL`. Call this function before a sharding engine renames or flattens parameters.
     """
     layers, norm = decoder_layers(model), final_norm(text_decoder(model))
     feeding: list[Any] = [norm]

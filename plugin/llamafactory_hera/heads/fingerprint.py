@@ -1,4 +1,4 @@
-"""The fingerprint of a language model: a digest of the first row of each weight, which takes seconds."""
+"""The fingerprint of a language model: a digest of the first row of each weight. It takes seconds to compute."""
 
 import hashlib
 import re

@@ -73,7 +73,7 @@ class LayerHooks(Hooks):
         #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
-        self._unwatched: set[int] = set()  # layers that compiled code has read
+        self._unwatched: set[int] = set()  # layers that compiled code has read; `_stacked` watches them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns an inert copy: hooks in a copied model (EMA, SWA) must call only the modules of that copy."""

@@ -1,4 +1,4 @@
-"""The heads that the paper aligned, for the models that they belong to (``hera_heads: paper``)."""
+"""The heads that the paper aligned in each of its models (``hera_heads: paper``)."""
 
 import os
 from typing import Any
@@ -23,12 +23,12 @@ PAPER_HEADS = {
 
 
 def without_folder(name: str) -> str:
-    """Returns a hub id as it is, and only the last part of a local path, which says nothing about the machine."""
+    """Returns a hub id unchanged, and only the last part of a local path, to keep the machine's folders private."""
     return os.path.basename(os.path.abspath(name)) if os.path.isabs(name) or os.path.isdir(name) else name
 
 
 def paper_heads(configuration: Any) -> str:
-    """Returns the paper's heads of a model, which is known by its name; raises ``ValueError`` for other models.
+    """Returns the heads that the paper aligned in a model, or raises ``ValueError`` for a model of another name.
 
     ``llamafactory-hera build`` writes the name of the language model into the configuration.
     """

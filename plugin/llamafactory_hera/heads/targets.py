@@ -71,7 +71,7 @@ class Targets:
 
     @property
     def granularity(self) -> Granularity:
-        """Returns ``head`` or ``layer``."""
+        """The kind of the targets: ``head`` or ``layer``."""
         return "layer" if self.items[0].head is None else "head"
 
     @property
@@ -116,7 +116,8 @@ class Targets:
             key: The setting to put into error messages; by default that of the granularity.
 
         Raises:
-            ValueError: A name is missing, malformed, repeated or outside the model, or the file is invalid.
+            ValueError: A name is missing, malformed, repeated, outside the model or of the other kind, or the file is
+                invalid.
         """
         key = key or f"hera_{granularity}s"
         layout = None if configuration is None else head_layout(configuration)
@@ -136,6 +137,8 @@ class Targets:
                 value = re.split(r"[,\s]+", text)
         if not isinstance(value, Targets):
             value = cls(_parse_names(value, granularity, key))
+        if value.granularity != granularity:
+            raise ValueError(f"{key}: {value} is not a {granularity}; {_SYNTAX[granularity]}.")
         if layout is not None:
             value.check(layout)
         return value
@@ -193,7 +196,7 @@ def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tu
 
 
 def hub_id(value: str, key: str) -> str | None:
-    """Returns the repository of the hub that a value names, or None; inside a folder that exists, it names a file."""
+    """Returns the repository of the hub that a value names, or None if it names a file in an existing folder."""
     text = value.strip()
     if not text.startswith(HUB) and os.path.isdir(text) and _HUB_ID.fullmatch(text):
         choice = f"write {HUB}{text} for a repository of the hub, or the path of the file in the folder"

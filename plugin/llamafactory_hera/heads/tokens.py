@@ -25,35 +25,29 @@ def token_mask(
 
     ``answer`` is the paper's choice (app. A): the labeled tokens, that is, the caption in stage 1 and the assistant's
     turns in stage 2. The other options are this project's: ``text`` is all text, ``mean`` is all tokens except
-    padding, and ``last`` is the last token. Only these two may include ``media_token_ids``, the placeholders of images
-    and videos. Without an attention mask, no token is padding.
+    padding, and ``last`` is the last token. ``mean`` and ``last`` include ``media_token_ids``, the placeholders of
+    images and videos. Without an attention mask, no token is padding.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if pooling in ("answer", "text"):
+        for token in media_token_ids:  # a loop, because a tensor of the few ids would be copied to the device
+            attended = attended & (input_ids != token)
     if pooling == "answer":
         if labels is None:
             raise ValueError("hera_pooling: answer averages over labeled tokens, and the batch has none; set text.")
-        return (labels != IGNORE_INDEX) & text_mask(input_ids, attended, media_token_ids)
-    if pooling == "text":
-        return text_mask(input_ids, attended, media_token_ids)
-    if pooling == "mean":
+        return attended & (labels != IGNORE_INDEX)
+    if pooling != "last":
         return attended
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = torch.where(attended, positions, -1).amax(dim=1, keepdim=True)
     return attended & (positions == last)
 
 
-def text_mask(input_ids: Tensor, attended: Tensor, media_token_ids: Collection[int]) -> Tensor:
-    """Marks the attended tokens that are not placeholders of an image or a video, boolean ``[B, T]``."""
-    for token in media_token_ids:  # a loop, because a tensor of the few ids would be copied to the device
-        attended = attended & (input_ids != token)
-    return attended
-
-
 def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any]:
     """Views a batch of packed rows as ``count`` samples, one per piece, with tensors ``[count, B * T]``.
 
-    Each sample has the tokens of all rows, and attends those of its piece alone. ``pieces`` ``[B, T]`` contains the
-    number of each token's piece, from 1, and 0 outside of the pieces.
+    Each sample has the tokens of all rows, but attends only to those of its piece. ``pieces`` ``[B, T]`` contains the
+    number of each token's piece, counted from 1, and 0 for tokens outside of all pieces.
     """
     held = [name for name in ("input_ids", "labels") if name in batch]
     tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in held}
@@ -62,7 +56,7 @@ def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Averages ``[B, T, X]`` over a mask ``[B, T]``, or ``[N, B * T]`` of packed rows; 0 without any token."""
+    """Averages ``[B, T, X]`` over a mask ``[B, T]``, or ``[N, B * T]`` for packed rows; 0 if the mask is empty."""
     packed = hidden.shape[:-1] != mask.shape
     if packed and (hidden.dim() < 3 or mask.shape[1:] != (hidden.shape[:2].numel(),)):
         raise ValueError(
@@ -72,14 +66,14 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
     weights = (wide / wide.sum(dim=1, keepdim=True).clamp(min=1)).to(hidden.dtype)
-    read = (mask.any(dim=0) if packed else mask.bool()).view(hidden.shape[:-1])
-    hidden = hidden.masked_fill(~read.unsqueeze(-1), 0)  # 0 times NaN is NaN
+    used = (mask.any(dim=0) if packed else mask.bool()).view(hidden.shape[:-1])
+    hidden = hidden.masked_fill(~used.unsqueeze(-1), 0)  # a weight of 0 would not remove a NaN
     with torch.autocast(hidden.device.type, enabled=False):  # keep the precision of an fp32 residual stream
         return weights @ hidden.flatten(0, 1) if packed else torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
 
 
 def grid_side(config: Any, objective: str) -> int:
-    """Returns the number of tokens along each side of an image's grid; raises ``ValueError`` without a square grid."""
+    """Returns the number of tokens per side of an image's grid; raises ``ValueError`` if there is no square grid."""
     tower: Any = getattr(config, "vision_config", None)
     problem = ""
     if config.model_type not in _FIXED_GRID:
