@@ -40,7 +40,7 @@ class FeatureCache:
         self._waiting: dict[bytes, Tensor] = {}
         self._known: set[Path] = set()
         self._shards: list[Any] = []  # memory maps of the features
-        # The index, 24 bytes per image: the sorted keys and, for each key, its shard and its row in the shard.
+        # The index takes 24 bytes per image: the sorted keys and, for each key, its shard and its row in the shard.
         self._keys: NDArray[np.bytes_] = np.empty(0, _KEY)
         self._places: NDArray[np.int32] = np.empty((0, 2), np.int32)
         self.refresh()

@@ -1,7 +1,7 @@
 """The teacher, a frozen vision encoder: its files, its image processor and its features.
 
-The feature of an image is the CLS token of the output (arXiv 2606.23885, sec. 3), the mean of the patch tokens of an
-encoder without one, or the pooled output of a timm model.
+The feature of an image is the CLS token of the encoder's output (arXiv 2606.23885, sec. 3). For an encoder without a
+CLS token, it is the mean of the patch tokens; for a timm model, it is the pooled output.
 """
 
 import hashlib
@@ -30,9 +30,10 @@ class TeacherFamily(NamedTuple):
     """The transformers class for models of one ``model_type``, and the output that serves as the feature."""
 
     model_class: str
-    #: The first token of ``last_hidden_state``, ``pooler_output`` (only there CLIP has its final norm), or the mean.
+    #: The first token of ``last_hidden_state``, ``pooler_output``, or the mean of all tokens. CLIP applies its final
+    #: norm only to ``pooler_output``.
     output: Literal["cls", "pooled", "mean"]
-    any_size: bool = False  #: Images may have another size than ``config.image_size``.
+    any_size: bool = False  #: The model accepts images of other sizes than ``config.image_size``.
     patches: bool = True  #: ``last_hidden_state`` ends with the patch tokens, row by row.
 
 
@@ -129,7 +130,7 @@ class VisionTeacher:
         self.device: torch.device = model.device
         #: The length D of a feature.
         self.dim: int = getattr(info.config, "hidden_size", None) or info.config.hidden_sizes[-1]
-        # Copied once, because a copy in each step would wait for the device.
+        # copied once, because the CPU would wait for a copy in each step
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
@@ -140,7 +141,7 @@ class VisionTeacher:
         value = str(name_or_path)
         folder = teacher_folder(value, weights=False)
         settings = read_json(folder / CONFIG_FILE)
-        # the config of a model on timm's pages names no type, and contains the settings of its image processor
+        # A config that timm wrote names no type, and contains the settings of the image processor.
         model_type = settings.get("model_type", TIMM if "pretrained_cfg" in settings else None)
         if model_type not in FAMILIES:
             problem = f"{value} has model_type {model_type!r}"
@@ -169,8 +170,8 @@ class VisionTeacher:
     ) -> "VisionTeacher":
         """Loads a teacher from a folder or hub id; every process has a complete copy, even under ZeRO-3 and FSDP.
 
-        The default device is the current CUDA device, or else the CPU. A teacher in bfloat16 changes a few nearly tied
-        neighbors.
+        The default device is the current CUDA device, or else the CPU. In bfloat16, a few neighbors with nearly equal
+        similarities change places.
         """
         import transformers
 
@@ -222,7 +223,7 @@ class VisionTeacher:
 
 
 def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily:
-    """Reads the sizes of a timm model, which its config lacks, from a pass without weights, and adds them to it."""
+    """Runs a timm model without weights, and adds the sizes that the config lacks to it."""
     from transformers import TimmWrapperModel
 
     config.do_pooling = True
@@ -234,7 +235,7 @@ def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily
             model, (_, *image) = wrapper.timm_model, config.pretrained_cfg["input_size"]
             output = wrapper(torch.empty(1, 3, *image))
         tokens, config.hidden_size = output.last_hidden_state, output.pooler_output.shape[-1]
-    except Exception as error:  # timm raises a different one for each model
+    except Exception as error:  # timm's models raise errors of many types
         raise ValueError(f"{KEY}: timm cannot pool the features of {name} ({error}); use another model.") from error
     n_prefix, config.image_size = getattr(model, "num_prefix_tokens", None), image[0]
     if n_prefix is None or getattr(tokens, "ndim", 0) != 3 or tokens.shape[2] != config.hidden_size:
@@ -250,7 +251,7 @@ def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
     """Returns the mean and standard deviation, ``[3, 1, 1]``, with which a processor normalizes pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
-    if data := getattr(image_processor, "data_config", None):  # of a timm model
+    if data := getattr(image_processor, "data_config", None):  # the processor of a timm model
         mean, std = data["mean"], data["std"]
     elif image_processor.do_normalize:
         mean, std = image_processor.image_mean, image_processor.image_std

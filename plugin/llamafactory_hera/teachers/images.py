@@ -5,7 +5,6 @@ import hashlib
 import os
 from base64 import b64decode
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ ImageLike = str | os.PathLike | bytes | dict[str, Any] | Image.Image
 
 KEY_BYTES = 16
 
-#: The dataset columns in which `sample_images` searches.
+#: The columns of a dataset that `sample_images` searches for images.
 IMAGE_COLUMNS = ("images", "image", "messages", "prompt", "completion")
 # The keys that may contain the image in an image part of a chat message, in order of precedence.
 _PART_KEYS = ("image", "path", "url", "image_url")
@@ -69,27 +68,17 @@ def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, A
         return dataset, None
     streamed = is_stream(dataset)
     # `_formatting` and, below, `_info` are private names of datasets 4.0.0.
-    formatted = dataset._formatting if streamed else dataset.format["type"]
-    stored = _undecoded(features)
-    if formatted is not None or stored == features:
+    if (dataset._formatting if streamed else dataset.format["type"]) is not None:
+        return dataset, None
+    stored = (dataset if streamed else dataset.to_iterable_dataset()).decode(False)
+    if stored.features == features:
         return dataset, None
     if streamed:
-        return dataset.cast(stored), features.decode_example
+        return stored, features.decode_example
     view = copy.copy(dataset)  # `cast` would write a copy of the dataset if its images are nested
     view._info = dataset._info.copy()
-    view._info.features = stored
+    view._info.features = stored.features
     return view, features.decode_example
-
-
-def _undecoded(feature: Any) -> Any:
-    """Returns a feature of ``datasets`` with ``decode=False`` in each image, video, sound and PDF at any depth."""
-    if isinstance(feature, Mapping):
-        return type(feature)({name: _undecoded(inner) for name, inner in feature.items()})  # type: ignore[call-arg]
-    if isinstance(feature, list):
-        return [_undecoded(inner) for inner in feature]
-    if getattr(feature, "decode", False):
-        return replace(feature, decode=False)
-    return replace(feature, feature=_undecoded(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 def chosen_image(count: int, index: int) -> int:
@@ -100,18 +89,18 @@ def chosen_image(count: int, index: int) -> int:
 def load_image(image: ImageLike) -> Image.Image:
     """Decodes an image to RGB; it may be a path, a data URI, encoded bytes, ``{"path", "bytes"}`` or a PIL image.
 
-    Orientation tags are ignored, because the model's image loaders ignore them. Raises ``ValueError`` if the file is
-    missing, corrupt or not an image.
+    Orientation tags are ignored, as they are by the loaders of the model's images. Raises ``ValueError`` if the file
+    is missing, corrupt or not an image.
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
     try:
         decoded = opened if isinstance(opened, Image.Image) else Image.open(opened)
-        if decoded.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255
+        if decoded.mode.startswith(("I", "F")):  # Pillow would clip the values of these modes at 255
             values = np.asarray(decoded)
             white = next((w for w in (1, 255) if decoded.mode in "IF" and values.max() <= w), 65535)
             decoded = Image.fromarray((values * (255 / white)).clip(0, 255).astype("uint8"))
         return decoded.convert("RGB")
-    except Exception as error:  # PIL's plugins raise many types of errors on broken files
+    except Exception as error:  # PIL's plugins raise errors of many types for broken files
         problem = f"The image {_name(image)} cannot be decoded ({error})"
         raise ValueError(f"{problem}. It is corrupt or not an image; remove its sample from the dataset.") from error
 
