@@ -104,16 +104,17 @@ def make_update(
     """Computes the joint update of the heads of a unit.
 
     The output slice of each head moves toward the trimmed mean of its anchors' slices (eq. 12). A value block moves
-    toward the mean of its heads' trimmed means (ours), but only if all of its heads belong to the unit.
+    only if all of its heads belong to the unit. It moves toward the mean of their trimmed means; the paper does not
+    describe this case.
     """
 
-    def edit(served: Sequence[Target], kind: Slice) -> Edit:
+    def edit(sharing: Sequence[Target], kind: Slice) -> Edit:
         means = []
-        for head in served:
+        for head in sharing:
             stack = torch.stack([weights.of_head(anchor.head, kind) for anchor in anchors[head]])
             means.append(trimmed_mean(stack, config.trim))
-        difference = torch.stack(means).mean(dim=0) - weights.of_head(served[0], kind).float()
-        return Edit(served[0], kind, *low_rank(difference, config.rank))
+        difference = torch.stack(means).mean(dim=0) - weights.of_head(sharing[0], kind).float()
+        return Edit(sharing[0], kind, *low_rank(difference, config.rank))
 
     edits = [edit([head], "output") for head in heads]
     if len(heads) == weights.group_size:
@@ -187,7 +188,7 @@ def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) ->
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
     kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
     totals = [kl(Outcome(trials).accepted) if kept else 0.0]
-    while not totals[-1] <= config.delta:  # true even if the changed model computes NaN
+    while not totals[-1] <= config.delta:  # unlike `>`, this also holds if the changed model computes NaN
         last = kept.pop()
         trials[last] = trials[last]._replace(state="rolled back: total too large", alpha=0.0)
         totals.append(kl(Outcome(trials).accepted) if kept else 0.0)

@@ -81,7 +81,7 @@ def gate_gradients(forward: Forward, positions: Positions, batch: dict[str, Any]
     """Differentiates each sample's margin loss with respect to a gate at each head, ``[B, L, H]`` in fp32 on the CPU.
 
     A gate multiplies a head's output, which is a slice of the output projection's input. Each sample has separate
-    gates, all 1, so the gradient of a batch's summed loss contains the gradient of each sample's loss.
+    gates, all equal to 1, so the gradient of a batch's summed loss contains the gradient of each sample's loss.
     """
     layout = head_layout(model_config(forward.model))
     pairs = zip(decoder_layers(forward.model), layout.layers, strict=True)

@@ -2,13 +2,10 @@
 
 import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,8 +25,10 @@ from .weights import ADAPTER_CONFIG, ADAPTER_FILE, HeadWeights, save_adapter
 logger = logging.getLogger("llamafactory_hera")
 
 PICTURE_FILE, PROFILE_FILE = "calibration.png", "calibration_profile.safetensors"
-# The folder in which a calibration writes before it moves its files, and files that only a training run writes.
-_WORK, _OF_RUNS = ".calibration.", ("checkpoint-*", f"{RUN_FOLDER}/run.json", "trainer_state.json")
+# While this file exists, the adapter and the report in the folder may belong to different calibrations.
+_UNFINISHED = ".calibration.unfinished"
+# Files that only a training run writes.
+_OF_RUNS = ("checkpoint-*", f"{RUN_FOLDER}/run.json", "trainer_state.json")
 #: The samples to profile, starting with the probes, and the held-out samples of the trust region.
 Samples = tuple[list[Sample], list[Sample]]
 
@@ -53,7 +52,7 @@ def calibrate_heads(
 ) -> dict[str, Any]:
     """Calibrates the heads of a model, writes the adapter, the report and the picture, and returns the report.
 
-    Raises ``ValueError`` for bad input; in this case, the files of an earlier calibration remain unchanged.
+    Raises ``ValueError`` for bad input, and then leaves the files of an earlier calibration unchanged.
     """
     _check_folder(folder)
     profiled, held_out = samples or draw_samples(inputs.source, config)
@@ -70,18 +69,15 @@ def calibrate_heads(
     names = {"model": inputs.model_name, "adapters": list(inputs.adapter_names), "dataset": inputs.dataset_name}
     provenance = names | {"samples": {"profiled": len(profiled), "held_out": len(held_out)}}
     report = describe(profile, plan, outcome, config, provenance)
-    with TemporaryDirectory(prefix=_WORK, dir=folder) as name:
-        work = Path(name)
-        if outcome.accepted:
-            save_adapter(work, weights, outcome.accepted, inputs.model_name)
-        draw_calibration(report, work / PICTURE_FILE)
-        write_json(work / REPORT_FILE, report)
-        # The report is deleted first and written last, so a folder that contains a report is complete.
-        for old in (REPORT_FILE, ADAPTER_CONFIG, ADAPTER_FILE):
+    (folder / _UNFINISHED).touch()
+    if outcome.accepted:
+        save_adapter(folder, weights, outcome.accepted, inputs.model_name)
+    else:
+        for old in (ADAPTER_FILE, ADAPTER_CONFIG):
             (folder / old).unlink(missing_ok=True)
-        for file in (ADAPTER_FILE, ADAPTER_CONFIG, PICTURE_FILE, REPORT_FILE):
-            if (work / file).exists():
-                os.replace(work / file, folder / file)
+    draw_calibration(report, folder / PICTURE_FILE)
+    write_json(folder / REPORT_FILE, report)
+    (folder / _UNFINISHED).unlink()
     return report
 
 
@@ -133,12 +129,9 @@ def _check_folder(folder: Path) -> None:
     report = folder / REPORT_FILE
     check_replaceable({report: '"calibrated"', folder / PICTURE_FILE: PICTURE})
     written = report.stat().st_mtime_ns if report.exists() else 0
-    left = list(folder.glob(f"{_WORK}*"))
-    killed = any(not (work / ADAPTER_FILE).exists() for work in left)  # while it moved its files
-    # The report is written last, so an adapter that is newer has been trained or replaced since.
+    # A calibration writes its report last. An adapter that is newer has been trained or replaced since.
+    killed = (folder / _UNFINISHED).exists()  # so the report is missing or older
     held = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
     held += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
     if held:
         raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote last; move it.")
-    for work in left:
-        shutil.rmtree(work)

@@ -1,5 +1,5 @@
-# No `from __future__ import annotations` here: the annotations are read as types.
-"""The ``rah_*`` keys of a calibration. Defaults are the paper's unless the help text says "ours"."""
+# Do not import `annotations` from `__future__` here: KeyedConfig reads the annotations as types.
+"""The ``rah_*`` keys of a calibration. A default is the paper's unless the help text of its key says "ours"."""
 
 import re
 from dataclasses import dataclass

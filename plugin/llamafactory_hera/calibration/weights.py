@@ -81,8 +81,8 @@ class HeadWeights:
         if isinstance(module, nn.Linear) and module.weight.dtype in _FLOATS and len(module.weight) == rows:
             return module
         raise ValueError(
-            f"model: the {kind} projections of type {self.layout.model_type!r} are quantized, wrapped or fused; use "
-            "an unquantized model with separate projections (the adapter also fits the quantized model)."
+            f"model: the {kind} projections of this {self.layout.model_type!r} model are quantized, wrapped or fused; "
+            "use an unquantized model with separate projections (the adapter also fits the quantized model)."
         )
 
 
