@@ -10,6 +10,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     """
     if importlib.util.find_spec("lmms_eval") is None:
         raise ValueError("eval: lmms-eval is not installed; run pip install lmms-eval==0.7.3.")
-    suite, data, file = args.suite, args.data and Path(args.data).absolute(), Path(args.suite).absolute()
+    suite, file = args.suite, Path(args.suite).absolute()
+    data = args.data and Path(args.data).absolute()
     members: Sequence[Task] = SUITES.get(suite, ())
     if file.suffix == ".json" and file.is_file():  # the user's questions
         members = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)]
-        suite, data = f"own_{file.stem}", file.parent  # no file shares its name with another suite
+        suite, data = f"own_{file.stem}", file.parent  # the prefix keeps the name apart from those of the suites
     elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():
@@ -53,11 +55,11 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     options, results = {}, {}
     for name, pretrained in zip(names, args.models, strict=True):
         folders = model_folders(pretrained)
-        asked = {"image_aspect_ratio": args.image_aspect_ratio, "image_newline": any(map(image_newline, folders))}
-        asked |= {"key": weights_digest(folders)}
-        place = Path(args.output, f"{Path(pretrained).name}-{asked['key'][:8]}")
-        results[name] = {task: place / _folder(task, data, [asked, args.limit]) / "result.json" for task in members}
-        options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **asked}
+        settings = {"image_aspect_ratio": args.image_aspect_ratio, "image_newline": any(map(image_newline, folders))}
+        settings |= {"key": weights_digest(folders)}
+        place = Path(args.output, f"{Path(pretrained).name}-{settings['key'][:8]}")
+        results[name] = {task: place / _folder(task, data, [settings, args.limit]) / "result.json" for task in members}
+        options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **settings}
     path = Path(args.output, suite + (f"-limit{args.limit}" if args.limit else ""))
     check_replaceable({f"{path}.json": '"suite"', f"{path}.md": "| benchmark"})
     # All processes agree on this list, because it is made before the first result is written.
@@ -127,8 +129,8 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval sets it to True, which hides broken files
     disable_progress_bars()
-    how: dict[str, Any] = {"cli_args": Namespace(process_with_media=False), "limit": args.limit, "bootstrap_iters": 0}
-    how["task_manager"] = TaskManager(include_defaults=False)
+    run = partial(simple_evaluate, limit=args.limit, bootstrap_iters=0, cli_args=Namespace(process_with_media=False))
+    manager = TaskManager(include_defaults=False)
     versions = package_versions() | {name: version(name) for name in ("lmms-eval", "datasets")}
     failed, current, model = [], "", None
     for name, task in due:
@@ -139,8 +141,8 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
                 model = HeraVLM(**options[name], batch_size=args.batch_size)
             if model is None:
                 continue  # the model could not be loaded
-            asked = ConfigurableMessagesTask(config=task.definition(data), model_name="hera_vlm")
-            found = simple_evaluate(model=model, tasks=[asked], **how)
+            lmms_task = ConfigurableMessagesTask(config=task.definition(data), model_name="hera_vlm")
+            found = run(model=model, tasks=[lmms_task], task_manager=manager)
             if found is None:
                 continue  # only the first process gets the result
             samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])

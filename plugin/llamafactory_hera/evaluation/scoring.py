@@ -25,9 +25,9 @@ _MMVP_LABELS = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
 
 
 def image(row: Row) -> list[Any]:
-    """Returns the first image of a row, the only one that Cambrian's code shows to the model."""
-    found = next(row[name] for name in ("decoded_image", "image_1", "image") if name in row)
-    return [(found[0] if isinstance(found, list) else found).convert("RGB")]
+    """Returns the first image of a row; Cambrian's code shows only this image to the model."""
+    images = next(row[name] for name in ("decoded_image", "image_1", "image") if name in row)
+    return [(images[0] if isinstance(images, list) else images).convert("RGB")]
 
 
 def mmmu_prompt(row: Row) -> str:
@@ -120,7 +120,7 @@ def mmmu(row: Row, answer: str) -> bool:
 def mathvista(row: Row, answer: str) -> bool:
     """Compares the entire answer with the option's letter or, for an open question, with the text or number."""
     target = row["answer"]
-    if row["question_type"] == "multi_choice":
+    if row.get("question_type") == "multi_choice":
         target = string.ascii_uppercase[row["choices"].index(target)]
     return equal(answer.lower(), target.lower())
 
@@ -128,11 +128,6 @@ def mathvista(row: Row, answer: str) -> bool:
 def ai2d(row: Row, answer: str) -> bool:
     """Accepts the letter or the number of the option."""
     return last(answer).lstrip("(")[:1] in (str(row["answer"]), "abcd"[int(row["answer"])])
-
-
-def chartqa(row: Row, answer: str) -> bool:
-    """Compares the entire answer with the text or number."""
-    return equal(answer.lower(), row["answer"].lower())
 
 
 def ocrbench(row: Row, answer: str) -> bool:
@@ -172,7 +167,7 @@ def blink(row: Row, answer: str) -> bool:
 
 
 def chair(row: Row, answer: str) -> dict[str, int]:
-    """Counts the COCO objects in a caption, and those of them that the image does not show (CHAIR)."""
+    """Counts the COCO objects that a caption mentions, and how many of them the image does not show (CHAIR)."""
     from lmms_eval.tasks.coco_cap_chair.utils import caption_to_words
 
     mentioned = caption_to_words(answer)[1]
@@ -187,15 +182,15 @@ def amber_g(row: Row, answer: str) -> dict[str, int]:
     counts = amber_g_process_result(row, [answer])["amber_chair"]
     kinds = ("chair", "safe_cover", "hallu_cover", "non_hallu")
     # int() removes the 0.001 with which AMBER starts its denominators
-    record = {f"{kind}_{what}": int(counts[f"{kind}_{what}"]) for kind in kinds for what in ("score", "num")}
+    record = {name: int(counts[name]) for kind in kinds for name in (f"{kind}_score", f"{kind}_num")}
     return record | {"hallu_score": record["non_hallu_num"] - record["non_hallu_score"]}
 
 
 def amber_d(row: Row, answer: str) -> dict[str, int]:
     """Reads yes or no from the start of the answer; "no" is the positive class (AMBER, ``inference.py``)."""
-    said = next((word for word in ("yes", "no") if re.match(rf"{word}\b", answer.lower())), "")
-    no, said_no = int(row["truth"] == "no"), int(said == "no")
-    return {"right": int(said == row["truth"]), "no": no, "said_no": said_no, "both_no": no * said_no}
+    given = next((word for word in ("yes", "no") if re.match(rf"{word}\b", answer.lower())), "")
+    no, said_no = int(row["truth"] == "no"), int(given == "no")
+    return {"right": int(given == row["truth"]), "no": no, "said_no": said_no, "both_no": no * said_no}
 
 
 def hallusionbench(row: Row, answer: str) -> bool:
@@ -223,8 +218,8 @@ def by_category(sums: Sums) -> dict[str, Any]:
 def mme_score(sums: Sums) -> dict[str, Any]:
     """Sums, over the perception categories, the accuracy and the share of images with two right answers."""
     kinds = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
-    both = sum(_ratio(sums, f"{kind}/all", f"{kind}/groups") for kind in kinds)
-    return {"perception": sum(_ratio(sums, f"{kind}/right", f"{kind}/n") for kind in kinds) + both}
+    parts = [(f"{kind}/right", f"{kind}/n") for kind in kinds] + [(f"{kind}/all", f"{kind}/groups") for kind in kinds]
+    return {"perception": sum(_ratio(sums, *names) for names in parts)}
 
 
 def cv_bench_score(sums: Sums) -> dict[str, Any]:

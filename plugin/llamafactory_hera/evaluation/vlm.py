@@ -101,8 +101,8 @@ class HeraVLM(lmms):
 
     def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
         """Creates the model's inputs from conversations that either all have images or all have none."""
-        how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
-        return dict(self.processor.apply_chat_template(list(conversations), add_generation_prompt=True, **how))
+        form = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+        return dict(self.processor.apply_chat_template(list(conversations), add_generation_prompt=True, **form))
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Returns the answers in the order of the requests."""
@@ -131,18 +131,21 @@ class HeraVLM(lmms):
         return [answers[row] for row in range(len(requests))]
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
-        """Returns a line for each sample, and the rows, settings and inputs of each group of unanswered samples."""
+        """Returns a line of the answers file for each sample, and rows, settings and inputs of unanswered samples.
+
+        The unanswered samples are grouped by their settings, and by whether they have images.
+        """
         lines: dict[int, dict[str, Any]] = {}
         groups = defaultdict(list)
         for row in batch:
-            _, messages_of, asked, doc_id, task, split = requests[row].args
+            _, messages_of, generation, doc_id, task, split = requests[row].args
             try:
                 conversation = self.conversation(messages_of(self.task_dict[task][split][doc_id]))
             except OSError as error:
                 raise ValueError(f"sample {doc_id} (from 0) of {task}: replace its image ({error}).") from error
-            if asked.get("do_sample") and asked.get("temperature", 1.0):
+            if generation.get("do_sample") and generation.get("temperature", 1.0):
                 raise ValueError("do_sample: true is not supported by hera_vlm; set it to false, or temperature to 0.")
-            n_tokens, until = int(asked.get("max_new_tokens") or 1024), asked.get("until") or []
+            n_tokens, until = int(generation.get("max_new_tokens") or 1024), generation.get("until") or []
             settings = {"max_new_tokens": n_tokens, "until": [until] if isinstance(until, str) else list(until)}
             prompt = self.prompt(conversation)
             digest = hashlib.sha256(repr([self._key, prompt, settings]).encode())
@@ -216,7 +219,7 @@ def _load(name: str, dtype: str, device: Any) -> tuple[Any, Any]:
     for folder in adapters:
         from peft import PeftModel
 
-        with warnings.catch_warnings():  # PEFT would only warn, and keep random numbers
+        with warnings.catch_warnings():  # PEFT would only warn, and fill the missing weights with random numbers
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
     if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
