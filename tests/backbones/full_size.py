@@ -19,61 +19,47 @@ _LANGUAGE = {"llava_qwen2_5": ("qwen2", 151665), "llava_qwen3": ("qwen3", 151669
 _LANGUAGE |= {"llava_vicuna": ("llama", 32000), "llava_llama3": ("llama", 128256)}
 
 
-_ROPE = {"rope_type": "default", "rope_theta": 1e6}
-
-
-def _qwen_vision(depth: int, hidden: int, intermediate: int, output: int, **special: list[int]) -> dict[str, Any]:
+def _qwen_vision(depth: int, hidden: int, intermediate: int, output: int, **layers: list[int]) -> dict[str, Any]:
     sizes = {"depth": depth, "hidden_size": hidden, "intermediate_size": intermediate, "out_hidden_size": output}
-    return sizes | {"num_heads": 16, **special}
+    return sizes | {"num_heads": 16, **layers}
 
 
-# Key -> model type of the VLM, model type of its text decoder, more entries of the text config, the vision config.
-_NATIVE: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    "qwen2_5_vl_7b": (
-        "qwen2_5_vl",
-        "qwen2_5_vl_text",
-        {"rope_parameters": _ROPE | {"mrope_section": [16, 24, 24]}},
-        _qwen_vision(32, 1280, 3420, 3584, fullatt_block_indexes=[7, 15, 23, 31]),
-    ),
+def _rope(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}}
+
+
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_DEEPSTACK = {"deepstack_visual_indexes": [8, 16, 24]}
+#: Key -> model type of the VLM, entries of its text config (by default, the type of the VLM's own decoder), and the
+#: vision config.
+_NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "qwen2_5_vl_7b": ("qwen2_5_vl", _rope(16, 24, 24), _qwen_vision(32, 1280, 3420, 3584)),
     "qwen3_vl_4b": (
-        "qwen3_vl",
-        "qwen3_vl_text",
-        {"rope_parameters": _ROPE | {"mrope_section": [24, 20, 20]}},
-        _qwen_vision(24, 1024, 4096, 2560, deepstack_visual_indexes=[5, 11, 17]),
+        "qwen3_vl", _rope(24, 20, 20), _qwen_vision(24, 1024, 4096, 2560, deepstack_visual_indexes=[5, 11, 17])
     ),
-    "llava_1_5_7b": ("llava", "llama", {}, {}),
-    "llava_next_7b": ("llava_next", "mistral", {"sliding_window": None}, {}),
-    "internvl3_8b": ("internvl", "qwen2", {}, {"attention_bias": True}),
-    "gemma3_4b": ("gemma3", "gemma3_text", {}, VISION | {"image_size": 896}),
-    "qwen3_5_4b": ("qwen3_5", "qwen3_5_text", {}, _qwen_vision(24, 1024, 4096, 2560)),
-    "qwen3_5_9b": ("qwen3_5", "qwen3_5_text", {}, _qwen_vision(27, 1152, 4304, 4096)),
-    "qwen3_vl_8b": (
-        "qwen3_vl",
-        "qwen3_vl_text",
-        {"rope_parameters": _ROPE | {"mrope_section": [24, 20, 20]}},
-        _qwen_vision(27, 1152, 4304, 4096, deepstack_visual_indexes=[8, 16, 24]),
-    ),
-    "qwen3_vl_30b_a3b": (
-        "qwen3_vl_moe",
-        "qwen3_vl_moe_text",
-        {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-        _qwen_vision(27, 1152, 4304, 2048, deepstack_visual_indexes=[8, 16, 24]),
-    ),
-    "gemma4_e4b": ("gemma4", "gemma4_text", {"num_kv_shared_layers": 18}, {"use_clipped_linears": True}),
-    "internvl3_5_8b": ("internvl", "qwen3", {}, {"attention_bias": True}),
-    "glm4_1v_9b": ("glm4v", "glm4v_text", {}, {}),
-}
+    "qwen3_vl_8b": ("qwen3_vl", _rope(24, 20, 20), _qwen_vision(27, 1152, 4304, 4096, **_DEEPSTACK)),
+    "qwen3_vl_30b_a3b": ("qwen3_vl_moe", _EXPERTS, _qwen_vision(27, 1152, 4304, 2048, **_DEEPSTACK)),
+    "qwen3_5_4b": ("qwen3_5", {}, _qwen_vision(24, 1024, 4096, 2560)),
+    "qwen3_5_9b": ("qwen3_5", {}, _qwen_vision(27, 1152, 4304, 4096)),
+    "llava_1_5_7b": ("llava", {"model_type": "llama"}, {}),
+    "llava_next_7b": ("llava_next", {"model_type": "mistral", "sliding_window": None}, {}),
+    "internvl3_8b": ("internvl", {"model_type": "qwen2"}, {"attention_bias": True}),
+    "internvl3_5_8b": ("internvl", {"model_type": "qwen3"}, {"attention_bias": True}),
+    "gemma3_4b": ("gemma3", {}, VISION | {"image_size": 896}),
+    "gemma4_e4b": ("gemma4", {"num_kv_shared_layers": 18}, {"use_clipped_linears": True}),
+    "glm4_1v_9b": ("glm4v", {}, {}),
+}  # fmt: skip
 
 
 def text_config(key: str) -> dict[str, Any]:
     """Returns the entries of a model's text configuration."""
     sizes = SIZES[key]
     llm = LANGUAGE_MODELS.get(key)
-    model_type, extra = (_LANGUAGE[llm.template][0], {}) if llm else _NATIVE[key][1:3]
+    kind = {"model_type": _LANGUAGE[llm.template][0] if llm else f"{_NATIVE[key][0]}_text"}
+    special = {} if llm else _NATIVE[key][1]
     attention = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": sizes.head_dim}
     widths = {"hidden_size": sizes.hidden, "intermediate_size": sizes.intermediate, "vocab_size": sizes.vocabulary}
-    rest = {"model_type": model_type, "num_hidden_layers": sizes.layers, "tie_word_embeddings": sizes.tied}
-    return attention | widths | rest | extra
+    return attention | widths | {"num_hidden_layers": sizes.layers, "tie_word_embeddings": sizes.tied} | kind | special
 
 
 def vlm_config(key: str) -> dict[str, Any]:
@@ -81,7 +67,7 @@ def vlm_config(key: str) -> dict[str, Any]:
     text = text_config(key)
     both = {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
     if key in _NATIVE:
-        model_type, _, _, vision = _NATIVE[key]
+        model_type, _, vision = _NATIVE[key]
         audio = {"audio_config": {"model_type": "gemma4_audio"}} if model_type == "gemma4" else {}
         return {"model_type": model_type, **both, **({"vision_config": vision} if vision else {}), **audio}
     tokens = _LANGUAGE[LANGUAGE_MODELS[key].template][1]

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
+from safetensors.torch import save_file
 
 from ..ranks import full_disk
 from .conftest import Build
-from .test_build import edit, load
+from .test_build import edit, load, stored
 from .tiny import save_language_model
 
 OTHER_LLMS = [tf.SiglipConfig(), tf.LlavaConfig(), tf.GPT2Config(), tf.Gemma2Config()]
@@ -62,6 +64,15 @@ def test_weights_that_are_cut_short_are_refused(llm: Path, build: Build, tmp_pat
     weights = llm / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refuse(build, tmp_path, r"^--language-model: .*model\.safetensors cannot be read .*; download it again", llm=llm)
+
+
+def test_weights_that_are_nan_are_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+    weights = stored(llm)
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    refuse(
+        build, tmp_path, r"^--language-model: .*llm has weights that are NaN .* such as model\.norm\.weight", llm=llm
+    )
 
 
 def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build: Build, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _config(text: Any, tower: Any, processor: Any, n_tokens: int, rows: int, dty
 
 
 def _generation(language: Source, config: Any, tokenizer: Any) -> dict[str, Any]:
-    """Copies the generation settings, and lets the end-of-turn token stop generation, also that of base models."""
+    """Copies the generation settings, and adds the end-of-turn token, which base models lack, to the end tokens."""
     settings = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if (file := language.folder / "generation_config.json").is_file():
         settings |= read_json(file)
@@ -108,7 +108,7 @@ def _projector(width: int, hidden: int, dtype: torch.dtype, seed: int) -> dict[s
     for layer, inputs in ((1, width), (2, hidden)):
         for kind, shape in (("weight", (hidden, inputs)), ("bias", (hidden,))):
             # A generator per tensor makes each tensor independent of the shapes of the others.
-            generator = torch.Generator().manual_seed(4 * seed + len(projector))
+            generator = torch.Generator().manual_seed((4 * seed + len(projector)) % 2**64)
             drawn = torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
             projector[f"multi_modal_projector.linear_{layer}.{kind}"] = drawn.to(dtype)
     return projector

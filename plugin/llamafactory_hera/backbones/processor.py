@@ -59,7 +59,7 @@ def chat_end(tokenizer: Any) -> int | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """Chooses the language model's chat template, that of training, or, for hybrid Qwen3, ChatML without thinking."""
+    """Returns the language model's chat template or, without one, that of training; for hybrid Qwen3, plain ChatML."""
     chat = tokenizer.chat_template or _CHAT.get(template)
     if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
         chat = _CHAT["chatml"]

@@ -34,9 +34,9 @@ class Source(NamedTuple):
 class Tower(NamedTuple):
     """The layout of a vision encoder."""
 
-    prefix: str  #: Precedes the names of the vision half if the checkpoint contains more than that half.
-    llava_prefix: str  #: Precedes the same names in a LLaVA checkpoint.
-    has_cls: bool  #: The first output token is a CLS token, which LLaVA leaves out.
+    prefix: str  #: The prefix of the encoder's names in a checkpoint that also contains other parts.
+    llava_prefix: str  #: The prefix of the same names in a LLaVA checkpoint.
+    has_cls: bool  #: The first output token is a CLS token, which LLaVA omits.
 
 
 #: ``model_type`` of the vision configuration -> layout. SigLIP2 of fixed resolution has SigLIP's type.
@@ -117,4 +117,7 @@ def _read(source: Source) -> dict[str, Tensor]:
             raise ValueError(f"{source.key}: {file} cannot be read ({error}); download it again.") from error
         # Tensors in a pickle may share memory, and safetensors would store only one of them.
         weights |= {name: tensor.clone() if pickled else tensor for name, tensor in stored.items()}
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        problem = f"{source.name} has weights that are NaN or infinity, such as {broken[0]}"
+        raise ValueError(f"{source.key}: {problem}; download it again.")
     return {name: tensor for name, tensor in weights.items() if not name.endswith(_COMPUTED)}

@@ -24,7 +24,7 @@ class Backbone(NamedTuple):
 
     @property
     def heads(self) -> str:
-        """A value of ``hera_heads``; empty for models that the paper does not use."""
+        """The heads that the paper aligned, as a value of ``hera_heads``; empty for models that it does not use."""
         return PAPER_HEADS.get(self.checkpoint, "")
 
 
@@ -38,7 +38,7 @@ NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_
 
 
 def recipes_folder() -> Path:
-    """Finds the folder of the recipes in the repository or in the installed wheel."""
+    """Finds the folder of the recipes, in the repository or in the installed wheel."""
     repository = Path(__file__).parents[3] / "recipes"
     if (repository / "README.md").is_file():
         return repository
