@@ -1,3 +1,3 @@
-"""Fixtures shared with the teachers' tests."""
+"""A fixture shared with the tests of the teachers."""
 
-from tests.teachers.conftest import edit_json, fsdp, zero3  # noqa: F401
+from tests.teachers.conftest import edit_json  # noqa: F401

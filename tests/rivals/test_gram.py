@@ -1,4 +1,4 @@
-"""The Gram objective compared with sums over pairs of tokens, and its training of a real model."""
+"""The Gram objective compared with sums over pairs of tokens."""
 
 import math
 
@@ -23,7 +23,7 @@ def loss_of(tokens: Tensor, teacher: Tensor) -> Tensor:
     return create("gram", options(2, 5, 3))(TokenBatch(tokens, None, teacher, SHOWN))
 
 
-def test_the_loss_is_the_mean_over_pairs_of_tokens_of_an_image() -> None:
+def test_the_loss_is_the_mean_squared_difference_over_pairs_of_tokens_of_an_image() -> None:
     tokens, teacher = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 3)
     found = loss_of(tokens, teacher)
     for target in range(2):
@@ -35,7 +35,7 @@ def test_the_loss_is_the_mean_over_pairs_of_tokens_of_an_image() -> None:
             assert math.isclose(found[target, image].item(), sum(errors) / 16, rel_tol=1e-4)
 
 
-def test_it_is_0_for_a_rotation_of_the_teachers_patches_at_any_length() -> None:
+def test_the_loss_is_0_for_rotated_and_scaled_patches_of_the_teacher() -> None:
     teacher = torch.randn(3, 4, 3)
     rotation, _ = torch.linalg.qr(torch.randn(5, 3))
     lengths = torch.rand(2, 3, 4, 1) + 0.5

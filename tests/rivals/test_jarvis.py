@@ -1,4 +1,4 @@
-"""JARVIS: its blocks, its mask compared with the steps of the source, and the training of a real model."""
+"""JARVIS: the sampling of blocks, the mask compared with the steps of the authors' code, and a training."""
 
 from itertools import count, product
 from typing import Any
@@ -19,7 +19,7 @@ from tests.terms import options
 from tests.tiny_models import IMAGE, PAD, TEXT_CONFIGS, image_rows, teacher_folder
 
 SIDE, T, D, D_TEACHER = 8, 64, 48, 6
-#: Padding, text, image, text, padding of each sample.
+#: The numbers of tokens of each sample: padding, text, image, text, padding.
 ROWS = [(0, 3, T, 6, 0), (2, 2, T, 5, 0), (0, 0, T, 4, 5), (0, T + 4, 0, 0, 5)]
 SHOWN = torch.tensor([True, True, True, False])
 both_ways = pytest.mark.parametrize("two_way", [False, True], ids=["causal", "two-way"])
@@ -45,7 +45,7 @@ def inputs() -> dict[str, Tensor]:
 def step(number: int = 0, rank: int = 0, seed: int = 0) -> Step:
     batch, image = inputs(), torch.tensor([[0, 1]] * 3 + [[0, 0]])
     positions = token_positions(batch["input_ids"], batch["attention_mask"], image, IMAGE, T)
-    positions[~SHOWN] = torch.arange(T)  # they may be anything
+    positions[~SHOWN] = torch.arange(T)  # positions of a sample without an image may be anything
     return Step(
         batch["input_ids"], batch["attention_mask"].bool(), positions, SHOWN, image[:, 1], SIDE, seed, rank, number
     )
@@ -59,29 +59,18 @@ def first_step(jarvis: Any, plain: bool) -> Step:
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def extent(places: Tensor) -> tuple[int, int]:
-    """Returns height and width of places in a grid of 27 x 27, none of which is in the last row and column."""
-    rows, columns = places // 27, places % 27
-    assert max(rows.max(), columns.max()) <= 25
-    return int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-
-
-def test_blocks_of_the_grid_of_729_tokens() -> None:
-    sizes, heights = set(), set()
+def test_block_sizes_follow_the_formula_and_no_block_reaches_the_last_row_or_column() -> None:
+    sizes = set()
     for seed in range(60):
         targets, context = draw_blocks(27, 3, torch.Generator().manual_seed(seed))
-        assert targets.shape[:2] == (3, 4)
-        of_targets = {extent(block) for block in targets.flatten(0, 1)}
-        ((height, width),) = of_targets
+        rows, columns = (targets // 27).flatten(0, 1), (targets % 27).flatten(0, 1)
+        assert max(rows.max(), columns.max()) <= 25
+        height, width = ((x.amax(1) - x.amin(1) + 1).unique().item() for x in (rows, columns))
         assert all(len(set(block)) == height * width for block in targets.flatten(0, 1).tolist())
-        sizes |= of_targets
-        for of_sample, kept in zip(targets, context, strict=True):
-            assert not kept[of_sample.flatten()].any()
-            assert kept.sum() > 10
-            heights.add(extent(kept.nonzero()[:, 0])[0])
+        assert context.any(dim=0).nonzero().max() < 26 * 27
+        sizes.add((height, width))
     # the formula allows 9 x 12 to 15 x 10
     assert {(9, 12), (15, 10)} <= sizes <= {(h, w) for h in range(9, 16) for w in (10, 11, 12)}
-    assert heights == {25, 26}
 
 
 @pytest.mark.parametrize("side", [2, 3, 5, 6])
@@ -95,7 +84,7 @@ def test_the_context_of_a_small_grid_keeps_the_last_targets(side: int) -> None:
         assert set(kept.nonzero()[:, 0].tolist()) == expected
 
 
-def test_draws_repeat_and_processes_share_only_the_choice_of_plain_micro_batches() -> None:
+def test_draws_can_be_repeated_and_processes_share_only_the_choice_of_plain_micro_batches() -> None:
     jarvis = objective(llava())
     plans = [[jarvis.prepare(step(n, rank)) for n in range(200)] for rank in (0, 1)]
     plain = [[not plan.valid.any() for plan in of_rank] for of_rank in plans]
@@ -111,7 +100,7 @@ def test_draws_repeat_and_processes_share_only_the_choice_of_plain_micro_batches
 
 
 def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Tensor, two_way: bool) -> Tensor:
-    """Follows the steps of the source for one sample, token by token."""
+    """Follows the steps of the authors' code for one sample, token by token."""
     length = len(attended)
     start = ROWS[row][0] + ROWS[row][1]
     end = start + ROWS[row][2]
@@ -131,7 +120,7 @@ def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Te
 
 
 @both_ways
-def test_the_mask_is_that_of_the_source(two_way: bool) -> None:
+def test_the_mask_equals_that_of_the_authors_code(two_way: bool) -> None:
     jarvis = objective(llava(), two_way)
     now = first_step(jarvis, plain=False)
     drawn = draw_blocks(SIDE, 4, now.generator())
@@ -181,7 +170,7 @@ def test_the_loss_is_the_mean_over_blocks_of_one_minus_the_cosine_at_each_place(
         torch.testing.assert_close(loss[0, row], 1 - torch.stack(of_blocks).mean())
 
 
-def test_its_parameters_start_as_in_the_source() -> None:
+def test_parameters_are_initialized_as_in_the_authors_code() -> None:
     jarvis = create("jarvis", options(1, 4096, 64, initializer_range=0.3))
     shapes = {name: list(p.shape) for name, p in jarvis.named_parameters()}
     assert shapes == {"z": [4096], "head.0.weight": [64, 4096], "head.2.weight": [64, 64]}
@@ -218,7 +207,7 @@ def forward(model: nn.Module, jarvis: Any, now: Step) -> tuple[Tensor, Tensor]:
 
 @both_ways
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_embeddings_matter_in_the_context_alone(attention: str, two_way: bool) -> None:
+def test_only_image_embeddings_in_the_context_influence_text_and_targets(attention: str, two_way: bool) -> None:
     model = llava(attention)
     jarvis = objective(model, two_way)
     now = first_step(jarvis, plain=False)
@@ -240,7 +229,7 @@ def test_embeddings_matter_in_the_context_alone(attention: str, two_way: bool) -
     assert torch.equal((of_targets != 0).any(-1), before[:3])
 
 
-def test_samples_without_an_image_and_plain_micro_batches_are_those_of_plain_training() -> None:
+def test_samples_without_an_image_and_plain_micro_batches_have_the_logits_of_plain_training() -> None:
     model = llava()
     attended, logits = inputs()["attention_mask"].bool(), model(**batch()).logits
     jarvis = objective(model)
@@ -269,6 +258,6 @@ def test_an_aligner_trains_it_and_logs_no_plain_micro_batch() -> None:
     masked = [term.item() for term in terms if term > 0]
     logs = aligner.logs()
     assert 0 < len(masked) < 20 == len(terms)
-    assert "hera_empty_steps" not in logs  # as planned
+    assert "hera_empty_steps" not in logs  # plain micro-batches are not counted
     assert logs["hera_loss"] == pytest.approx(sum(masked) / len(masked))
     assert masked[-1] < 0.8 * masked[0]
