@@ -67,17 +67,19 @@ def cache(folder):
 
 
 def test_features_are_found_in_the_order_of_the_keys_before_and_after_flushing_and_by_a_new_reader(folder, cache):
+    def check(reader):
+        assert holds(reader, [3, 40, 1, 3, *range(50)])
+        assert [feature is None for feature in reader.get(keys_of([1, 99, 2]))] == [False, True, False]
+        assert [key in reader for key in keys_of([1, 99, 2])] == [True, False, True]
+        assert reader.get([]) == []
+        assert len(reader) == 50
+
     store(cache, range(3))
     put(cache, range(50))
-    for flushed in (False, True):
-        for reader in (cache, opened(folder)) if flushed else (cache,):
-            assert holds(reader, [3, 40, 1, 3, *range(50)])
-            found = reader.get(keys_of([1, 99, 2]))
-            assert [feature is None for feature in found] == [False, True, False]
-            assert [key in reader for key in keys_of([1, 99, 2])] == [True, False, True]
-            assert reader.get([]) == []
-            assert len(reader) == 50
-        cache.flush()
+    check(cache)
+    cache.flush()
+    check(cache)
+    check(opened(folder))
 
 
 def test_keys_with_zero_bytes_are_distinguished(cache, folder):

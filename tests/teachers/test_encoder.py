@@ -16,7 +16,7 @@ from llamafactory_hera.teachers.encoder import FAMILIES, TeacherProcessor, Visio
 from .conftest import TIMM_MODELS
 
 KINDS = [*(kind for kind in FAMILIES if kind != "timm_wrapper"), "dinov2_classifier"]
-#: The feature of each kind without a CLS token before its patches.
+#: Kinds whose feature is the mean of the patches, and kinds whose feature is the pooled output.
 MEAN = ("siglip", "siglip_vision_model", "aimv2_vision_model", "ijepa")
 POOLED = ("clip", "clip_vision_model", "metaclip_2", "mlcd", "mlcd_vision_model", "pixio", "dinov3_convnext")
 
@@ -32,28 +32,19 @@ def processor_of(folder):
 # files
 
 
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def write_config(text):
-    return lambda folder: (folder / "config.json").write_text(text)
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "content", "message"),
     [
-        (write_config('{"model_type": "qwen2"}'), r"has model_type 'qwen2'; give a vision model .*dinov2"),
-        (write_config("{}"), "has model_type None"),
-        (remove("preprocessor_config.json"), r"contains no image processor \(preprocessor_config\.json or"),
+        ("config.json", '{"model_type": "qwen2"}', r"has model_type 'qwen2'; give a vision model .*dinov2"),
+        ("config.json", "{}", "has model_type None"),
+        ("preprocessor_config.json", None, r"contains no image processor \(preprocessor_config\.json or"),
     ],
 )
-def test_a_folder_that_cannot_be_a_teacher_is_refused_with_key_value_and_remedy(damage, message, save_teacher):
+def test_a_folder_that_cannot_be_a_teacher_is_refused(file, content, message, save_teacher):
     folder = save_teacher("dinov2")
-    damage(folder)
-    with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}") as caught:
+    (folder / file).write_text(content) if content else (folder / file).unlink()
+    with pytest.raises(ValueError, match=f"^hera_teacher: {re.escape(str(folder))} {message}"):
         VisionTeacher.check(str(folder))
-    assert str(folder) in str(caught.value)
 
 
 def test_weights_of_a_hub_model_are_fetched_after_the_checks(save_teacher, monkeypatch):
@@ -93,15 +84,13 @@ def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_but_not_on
 # the image processor
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit", "vit", "clip", "siglip"])
-def test_pixels_are_those_of_the_models_processor(kind, save_teacher, make_images):
-    folder = save_teacher(kind)
-    if kind == "siglip":  # a processor for text and images stores these settings in its own file
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
-        (folder / "preprocessor_config.json").unlink()
-        (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    processor = processor_of(folder)
-    images = make_images(2) + make_images(1, size=(70, 30), seed=1)
+def test_pixels_are_those_of_the_models_processor_for_images_of_any_mode(save_teacher, make_images):
+    folder = save_teacher("siglip")
+    # a processor for text and images stores these settings in its own file
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    images, processor = make_images(1) + make_images(1, size=(70, 30), seed=1), processor_of(folder)
     reference = tf.AutoImageProcessor.from_pretrained(folder)
     expected = torch.cat([reference(images=image, return_tensors="pt")["pixel_values"] for image in images])
     assert torch.equal(processor.batch(images), expected)
@@ -110,7 +99,7 @@ def test_pixels_are_those_of_the_models_processor(kind, save_teacher, make_image
         assert torch.equal(processor(image), processor(image.convert("RGB")))
 
 
-def test_a_processor_that_gives_images_of_different_sizes_is_refused(save_teacher, edit_json):
+def test_a_processor_that_produces_images_of_different_sizes_is_refused(save_teacher, edit_json):
     folder = save_teacher("dinov2")
     edit_json(folder / "preprocessor_config.json", do_center_crop=False)
     with pytest.raises(
@@ -147,7 +136,7 @@ def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, sav
 
 
 def check_patches(teacher, pixels, expected):
-    """Compares the patch features at the teacher's own size with the model's tokens, and asks for a larger grid."""
+    """Compares the patch features at the teacher's own size with the model's tokens, and computes a larger grid."""
     if not teacher.info.family.patches:
         with pytest.raises(ValueError, match=r"^hera_teacher: .* has no square grid of patch tokens"):
             VisionTeacher.check(teacher.info.name, 4)
@@ -165,7 +154,7 @@ def check_patches(teacher, pixels, expected):
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
-def test_a_timm_model_is_a_teacher_with_its_own_pooled_output_patches_and_pixels(name, save_timm, make_images):
+def test_features_patches_and_pixels_of_a_timm_model_are_those_of_timm(name, save_timm, make_images):
     model, folder = save_timm(name)
     images = make_images(3)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -186,17 +175,6 @@ def test_a_timm_model_is_a_teacher_with_its_own_pooled_output_patches_and_pixels
     check_patches(teacher, pixels, tokens[:, model.num_prefix_tokens :] if plain else None)
 
 
-def test_the_pooling_of_a_timm_model_can_be_set_in_its_config(save_timm, make_images, edit_json):
-    model, folder = save_timm("vit_small_patch16_dinov3")
-    assert model.global_pool == "avg"
-    settings = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", model_args=settings["model_args"] | {"global_pool": "token"})
-    teacher = load(folder)
-    pixels = teacher.processor.batch(make_images(2))
-    with torch.no_grad():
-        torch.testing.assert_close(teacher.encode(pixels), model.forward_features(pixels)[:, 0])
-
-
 @pytest.mark.parametrize(
     ("change", "available", "message"),
     [
@@ -211,9 +189,8 @@ def test_a_timm_model_that_cannot_be_a_teacher_is_refused(
     _, folder = save_timm("convnext_atto")
     edit_json(folder / "config.json", **change)
     monkeypatch.setattr(tf.utils, "is_timm_available", lambda: available)
-    with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"^hera_teacher: .*{message}"):
         VisionTeacher.check(str(folder))
-    assert str(folder) in str(caught.value)
 
 
 def test_the_page_lists_every_kind_of_teacher():
@@ -229,7 +206,7 @@ def test_the_page_lists_every_kind_of_teacher():
             assert grid.strip() == ("any" if family.any_size else "its own" if family.patches else "–")
 
 
-def test_the_teacher_is_frozen_and_independent_of_the_training_step_around_it(save_teacher, make_images, edit_json):
+def test_the_teacher_is_frozen_and_independent_of_the_training_step(save_teacher, make_images, edit_json):
     folder = save_teacher("dinov2")
     # Dropout reveals a pass in training mode.
     edit_json(folder / "config.json", hidden_dropout_prob=0.5, drop_path_rate=0.5)
@@ -290,7 +267,7 @@ def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, sid
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-def test_the_teacher_is_whole_on_every_rank(engine, save_teacher, make_images, request):
+def test_every_rank_has_a_complete_teacher(engine, save_teacher, make_images, request):
     folder = save_teacher("dinov2")
     expected = load(folder)
     pixels = expected.processor.batch(make_images(1))

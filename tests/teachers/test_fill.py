@@ -1,3 +1,5 @@
+"""The filling of a feature cache by a teacher."""
+
 import pytest
 import torch
 from PIL import Image
@@ -6,6 +8,14 @@ from llamafactory_hera.selection.passes import fill_cache
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
+
+
+class CountingTeacher(VisionTeacher):
+    batches = ()
+
+    def encode(self, pixel_values):
+        self.batches = (*self.batches, len(pixel_values))
+        return super().encode(pixel_values)
 
 
 @pytest.fixture
@@ -20,58 +30,35 @@ def cache(tmp_path, teacher):
 
 @pytest.fixture
 def paths(tmp_path, make_images):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, image in enumerate(make_images(7)):
-        image.save(folder / f"{i}.png")
-    return [str(folder / f"{i}.png") for i in range(7)]
+    paths = [str(tmp_path / f"{i}.png") for i in range(7)]
+    for image, path in zip(make_images(7), paths, strict=True):
+        image.save(path)
+    return paths
 
 
-class CountingTeacher(VisionTeacher):
-    batches = ()
-
-    def encode(self, pixel_values):
-        self.batches = (*self.batches, len(pixel_values))
-        return super().encode(pixel_values)
-
-
-def by_key(images):
-    return {image_key(image): image for image in images}
-
-
-def encode_images(teacher, cache, images):
-    """The features that `fill_cache` has written, read back for each image."""
-    fill_cache(teacher, cache, by_key(images), batch_size=32)
-    return torch.stack(cache.get(list(map(image_key, images)))).float()
-
-
-def direct(teacher, paths):
-    pixels = teacher.processor.batch([Image.open(path) for path in paths])
-    return VisionTeacher.encode(teacher, pixels).half().float()
+def fill(teacher, cache, images, **options):
+    fill_cache(teacher, cache, {image_key(image): image for image in images}, **{"batch_size": 32} | options)
+    return torch.stack(cache.get(list(map(image_key, images))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_features_are_computed_in_order_rounded_and_the_same_in_a_repetition(num_workers, teacher, cache, paths):
-    fill_cache(teacher, cache, by_key(paths), batch_size=3, num_workers=num_workers)
+def test_features_are_computed_in_batches_and_rounded(num_workers, teacher, cache, paths):
+    features = fill(teacher, cache, paths, batch_size=3, num_workers=num_workers)
     assert teacher.batches == (3, 3, 1)
-    features = encode_images(teacher, cache, paths)
-    torch.testing.assert_close(features, direct(teacher, paths), rtol=1e-3, atol=1e-3)
-    assert torch.equal(encode_images(teacher, cache, paths), features)
-    assert torch.equal(features, features.half().float())
+    expected = VisionTeacher.encode(teacher, teacher.processor.batch([Image.open(path) for path in paths]))
+    torch.testing.assert_close(features, expected.half(), rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_is_computed_twice(teacher, cache, paths, tmp_path):
     with open(paths[0], "rb") as file:
         content = file.read()
     images = [paths[0], paths[1], {"path": None, "bytes": content}, content, paths[1]]
-    first = encode_images(teacher, cache, images)
+    first = fill(teacher, cache, images)
     assert teacher.batches == (2,)
-    assert torch.equal(first[0], first[2])
-    assert torch.equal(first[1], first[4])
-    assert not torch.equal(first[0], first[1])
-    assert encode_images(teacher, cache, paths).shape == (7, teacher.dim)
+    assert [torch.equal(first[0], other) for other in first] == [True, False, True, True, False]
+    fill(teacher, cache, paths)
     again = FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)
-    assert torch.equal(encode_images(teacher, again, images), first)
+    assert torch.equal(fill(teacher, again, images), first)
     assert teacher.batches == (2, 5)
 
 
@@ -81,5 +68,5 @@ def test_a_broken_image_is_named_and_the_features_before_it_are_kept(num_workers
     with open(paths[5], "wb") as file:
         file.write(b"broken")
     with pytest.raises(ValueError, match=r"5\.png"):
-        fill_cache(teacher, cache, by_key(paths), batch_size=2, num_workers=num_workers)
+        fill(teacher, cache, paths, batch_size=2, num_workers=num_workers)
     assert len(FeatureCache(tmp_path / "features", teacher.fingerprint, teacher.dim)) == 4
