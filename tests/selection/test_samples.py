@@ -4,6 +4,7 @@ import copy
 import logging
 
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -58,12 +59,27 @@ UNLABELED = {"input_ids": [5], "labels": [-100], "attention_mask": [1]}
         (IMAGES[:2] + [[]] * 28, captions(30), r"dataset: 2 of its 30 .*28 have no image.*a selection needs 3"),
         (IMAGES, [None] * 30, "dataset: 0 of its 30 .* 30 have no text"),
         (IMAGES, [UNLABELED] * 30, "dataset: 0 of its 30 .* 30 have no text"),
-        ([["gone.png"], *IMAGES[1:]], captions(30), r"gone\.png"),
+        ([["gone.png"], *IMAGES[1:]], captions(30), r"^dataset: sample 0 .*gone\.png"),
+        ([[None], *IMAGES[1:]], captions(30), r"^dataset: sample 0 .* has the type NoneType; give a path"),
     ],
 )
 def test_a_dataset_that_cannot_be_scored_is_refused(images, features, problem):
     with pytest.raises(ValueError, match=problem):
         draw_samples(Rows(images, features), some(select_samples=30))
+
+
+def test_an_image_that_pil_takes_for_a_decompression_bomb_is_refused_with_its_sample(monkeypatch, tmp_path):
+    class Opening(Rows):
+        def encode(self, row):
+            Image.open(self.images(row)[0]).load()
+
+    path = tmp_path / "large.png"
+    Image.new("L", (50, 50)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(
+        ValueError, match=r"^dataset: sample 0 .*Image size \(2500 pixels\) exceeds .*; reduce its image"
+    ):
+        draw(Opening([[str(path)]], []), 1, seed=0)
 
 
 @pytest.mark.parametrize(("n_samples", "warns"), [(12, True), (20, False)])

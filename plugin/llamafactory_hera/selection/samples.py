@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ..alignment.neighbors import chance_level
@@ -113,10 +114,16 @@ def draw(
             without_image += 1
             continue
         image = images[chosen_image(len(images), image_index)]
-        key = image_key(image)
+        try:
+            key = image_key(image)
+        except ValueError as error:
+            raise ValueError(f"dataset: sample {row} (counted from 0): {error}") from error
         if key in drawn:
             continue
-        features = source.encode(row)
+        try:
+            features = source.encode(row)
+        except Image.DecompressionBombError as error:  # an integration may open images with PIL
+            raise ValueError(f"dataset: sample {row} (counted from 0): {error}; reduce its image.") from error
         if features is None or not usable(features):
             without_text += 1
         else:
