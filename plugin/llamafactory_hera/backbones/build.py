@@ -35,8 +35,8 @@ def build_backbone(
 ) -> BuiltModel:
     """Assembles a ``LlavaForConditionalGeneration`` with a random projector in a new or empty folder.
 
-    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. As in LLaVA,
-    ``pad`` pads images to squares with the mean color of the encoder's image processor, which ``square`` keeps.
+    The weights are copied bit for bit in their stored dtype, under the names of llava-hf checkpoints. ``square`` keeps
+    the encoder's image processor. As in LLaVA, ``pad`` pads images to squares with the mean color of that processor.
     """
     output = Path(output).expanduser().resolve()
     if output.exists() and (output.is_file() or any(output.iterdir())):
@@ -53,7 +53,7 @@ def build_backbone(
         config = _config(language.config, vision.config, processor, n_tokens, rows, dtype)
         setattr(config, BUILT, without_folder(language_model))
         _check(weights, config)
-        folder = Path(temporary) / "model"  # a folder with the usual permissions, which `temporary` lacks
+        folder = Path(temporary) / "model"  # `temporary` itself is not readable by other users
         folder.mkdir()
         try:
             save_torch_state_dict(weights, folder)

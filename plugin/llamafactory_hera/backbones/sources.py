@@ -18,7 +18,7 @@ EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm
 
 # Buffers that old checkpoints contain, and that transformers now computes.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-# Configuration keys of models that scale or cap their logits (Gemma 2, Granite, Cohere 2), which LLaVA does not do.
+# Configuration keys by which models scale or cap their logits (Gemma 2, Granite, Cohere 2). LLaVA does neither.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 

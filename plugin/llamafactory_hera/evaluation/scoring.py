@@ -1,8 +1,8 @@
 """The functions that ``suites.yaml`` names: they prepare rows, judge answers, and compute scores from sums.
 
 The judges follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper
-cites in appendix B, with its oddities: it does not find the letter in "answer is: A", for instance. The judges of the
-hallucination suites follow their authors.
+cites in appendix B, including its oddities. For instance, it does not find the letter in "answer is: A". The judges of
+the hallucination suite follow the code of each benchmark's authors.
 """
 
 import os

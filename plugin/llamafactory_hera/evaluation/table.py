@@ -46,7 +46,8 @@ def write_table(
     """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
     Each line contains the differences from the first model, with intervals from a paired bootstrap over sample groups.
-    The table of the suite "paper" has averages of complete results; ``paper`` is the backbone of additional columns.
+    The table of the suite "paper" also has averages of complete results. ``paper`` names a backbone, and the paper's
+    scores for it become additional columns.
     """
     known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []

@@ -106,7 +106,7 @@ class HeraVLM(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Returns the answers in the order of the requests."""
-        # Texts of similar length need little padding. The longest come first, so an out-of-memory error shows early.
+        # Texts of similar length need little padding. The longest come first, so that memory runs out early or never.
         order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].args[2]), -len(requests[i].args[0])))
         batches: Any = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
@@ -124,7 +124,7 @@ class HeraVLM(lmms):
                         text = text.split(stop)[0]
                     lines[row] |= {"answer": text.strip(), "ids": ids}
                 if self._file:
-                    # the leading line break ends a line that a killed process left incomplete
+                    # a killed process may have left its last line incomplete; the first line break ends it
                     with self._file.open("a", encoding="utf-8") as file:
                         file.writelines("\n" + json.dumps(lines[row], ensure_ascii=False) for row in rows)
             answers |= {row: line["answer"] for row, line in lines.items()}
@@ -175,7 +175,7 @@ class HeraVLM(lmms):
         return ImageOps.pad(image, (max(image.size),) * 2, color=color) if self._pad else image
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
-        """Refuses tasks that need something other than one generated answer."""
+        """Refuses tasks that need more than one generated answer."""
         raise NotImplementedError("hera_vlm only runs tasks with output_type: generate_until.")
 
     generate_until_multi_round = loglikelihood

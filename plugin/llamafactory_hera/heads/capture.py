@@ -1,9 +1,10 @@
 """Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradients.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
-projection is linear, so the model's output projection projects the averages: one row per head, zero outside that head,
-is appended to the token axis of its input and split off its output. This is correct for LoRA, DoRA, 4-bit weights, and
-parameters sharded by ZeRO-3 or FSDP; slicing the weight would fail, or be wrong, for most of these.
+projection is linear, so the averages can be computed first and projected by the model's own module. One row per head,
+zero outside that head, is appended to the token axis of the module's input and split off its output. This is correct
+for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. Slicing the weight would fail, or give wrong
+results, for most of these.
 
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
 the checkpointing function of the chosen layers is wrapped.
@@ -125,9 +126,9 @@ class HeadCapture(LayerHooks):
             )
 
     def _head_rows(self, index: int, read: Tensor) -> Tensor:
-        """Returns the rows to project, which are zero outside the columns of their head.
+        """Returns the rows to append, each zero outside the columns of its head.
 
-        These are the averages, ``[N*n, H*d]``, or, for single tokens, the unit vectors of the heads, ``[n*d, H*d]``.
+        They contain the averages, ``[N*n, H*d]``, or, for single tokens, unit vectors of the heads, ``[n*d, H*d]``.
         """
         width, rows = self._layout.layers[index].head_dim, []
         for head in self._heads_of[index]:
@@ -143,7 +144,7 @@ class HeadCapture(LayerHooks):
             return original(function, *rest, **kw)
 
         def run(*run_args: Any, **run_kwargs: Any) -> tuple:
-            # This runs again in the backward pass, and by then other tokens may have been set.
+            # This function runs again in the backward pass. By then, other tokens may have been set.
             outer, self._read, self._frames[index] = self._read, read, []
             try:
                 output = function(*run_args, **run_kwargs)

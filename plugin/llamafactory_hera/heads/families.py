@@ -1,8 +1,8 @@
 """The heads of a transformers model: its text decoder, the token mixer of each layer, and its output projection.
 
 The layout is found by structure: the heads of a decoder layer lie side by side in the input of its mixer's output
-projection. A head's contribution is read at the projection: before Gemma 2 and 3, GLM-4 and OLMo 2 normalize the
-attention's output and Granite scales it, and after Qwen3.5 multiplies the heads by a gate.
+projection. A head's contribution is read at the projection. At that point, Qwen3.5 has multiplied the heads by a gate,
+but Gemma 2 and 3, GLM-4 and OLMo 2 have not yet normalized the attention's output, nor has Granite scaled it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _read_layout(config: Any) -> HeadLayout:
     if not any(layer.n_heads for layer in layers):
         raise ValueError(
             f"model: no layer of the text model type {text.model_type!r} has an output projection whose input is the "
-            f"concatenation of its heads ({', '.join(_PROJECTIONS)} behind {', '.join(_WIDTHS)}); use another model."
+            f"concatenation of its heads ({', '.join(_PROJECTIONS)}, with {' or '.join(_WIDTHS)}); use another model."
         )
     return HeadLayout(text.model_type, text.hidden_size, layers)
 

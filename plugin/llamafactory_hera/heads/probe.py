@@ -36,7 +36,7 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
 
     def after_layer(_: nn.Module, __: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        # a layer of Gemma 3n returns several streams, of which none is the residual stream
+        # a layer of Gemma 3n returns several streams, and none of them is the residual stream
         outputs.append(mean(hidden) if hidden.dim() == 3 else hidden.new_full((len(mask), size), torch.nan).float())
 
     with ExitStack() as undo:
@@ -62,7 +62,7 @@ def projection_weights(model: nn.Module) -> Iterator[Tensor]:
         if type(projection) is nn.Linear:
             yield projection.weight.detach()
             continue
-        # packed 4-bit weights are integers; in that case, the layer's norm determines the dtype
+        # packed 4-bit weights are integers, so the layer's norm determines the dtype
         like = next(p for p in (*projection.parameters(), *layer.parameters()) if p.is_floating_point())
         # correct for LoRA, DoRA and 4-bit weights; the last row is zero, so its image is the bias
         unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)

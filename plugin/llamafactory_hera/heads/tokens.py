@@ -1,4 +1,4 @@
-"""Selects tokens of a sample: those over which a representation is averaged, and those of an image."""
+"""Selects tokens of a sample: the tokens over which a representation is averaged, and the tokens of an image."""
 
 from collections.abc import Collection
 from typing import Any

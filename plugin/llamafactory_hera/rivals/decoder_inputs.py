@@ -11,10 +11,10 @@ from ..heads.hooks import Hooks
 
 
 class DecoderInputs(Hooks):
-    """Changes the inputs of the next forward pass, outside the checkpointed layers and inside every wrapper.
+    """Changes the inputs of the text decoder, outside the checkpointed layers and inside every wrapper.
 
     With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless :meth:`set`
-    gave the pass a mask. Use this context for ``generate`` and evaluation of a model trained in this way.
+    gave the pass a mask. A model that was trained in this way must generate and be evaluated inside this context.
     """
 
     def __init__(self, model: nn.Module, two_way: bool = False) -> None:
@@ -37,16 +37,16 @@ class DecoderInputs(Hooks):
     def _hook(self) -> None:
         self._undo.append(self._decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         if self._model is not None:
-            self._undo.append(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+            self._undo.append(self._model.register_forward_pre_hook(self._read_ids, with_kwargs=True).remove)
 
-    def _look(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _read_ids(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Derives the two-way mask from the token ids, which the decoder does not receive."""
         ids, mask = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._two_way = None
         if ids is None or ids.shape[1] == 1:  # a generated token sees all earlier tokens anyway
             return
-        visual, at = ids == self._image_token, torch.arange(ids.shape[1], device=ids.device)
-        sees = (at.unsqueeze(1) >= at) | (visual.unsqueeze(2) & visual.unsqueeze(1))
+        visual, places = ids == self._image_token, torch.arange(ids.shape[1], device=ids.device)
+        sees = (places.unsqueeze(1) >= places) | (visual.unsqueeze(2) & visual.unsqueeze(1))
         self._two_way = sees if mask is None else sees & mask.bool().unsqueeze(1)
 
     def _before(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -58,13 +58,13 @@ class DecoderInputs(Hooks):
         if embeddings is not None:
             positions, vector = embeddings
             # An extra column receives the positions of -1, so that shapes do not depend on values. A mask is scattered
-            # instead of the vector, because the vector's gradient would count repeated positions several times.
+            # and not the vector, because the gradient of a scattered vector counts a repeated position several times.
             hidden = torch.zeros(len(embeds), embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
             hidden = hidden.scatter(1, torch.where(positions < 0, embeds.shape[1], positions), True)[:, :-1]
             embeds = torch.where(hidden.unsqueeze(-1), vector.to(embeds), embeds)
             kwargs = kwargs | {"inputs_embeds": embeds}
         if attention is not None:
-            # the lowest finite number instead of -inf, so that a padding token that sees nothing stays finite
+            # not -inf, because a padding token that sees nothing would become NaN
             closed = torch.zeros_like(attention, dtype=embeds.dtype)
             closed.masked_fill_(~attention, torch.finfo(embeds.dtype).min)
             kwargs = kwargs | {"attention_mask": closed.unsqueeze(1)}

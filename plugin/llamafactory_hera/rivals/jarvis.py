@@ -30,9 +30,9 @@ _PLAIN = 0.2  # the probability that a micro-batch has no masks and no JARVIS lo
 class Jarvis(TokenObjective):
     """One minus the cosine of prediction and teacher features in four target blocks, averaged over their tokens.
 
-    A learned vector replaces every token of a target block. A target sees itself and the context, which is a large
-    block without the targets. Text after the image sees context and targets. No token sees the rest of the image. One
-    in five micro-batches is plain: it has no masks, and only its LM loss counts. With
+    A learned vector replaces every token of a target block. The context is a large block without the targets. A target
+    sees itself and the context. Text after the image sees context and targets. No token sees the rest of the image.
+    One in five micro-batches is plain: it has no masks, and only its LM loss counts. With
     ``hera_visual_attention: two_way``, visual tokens see each other in both directions, as in the authors' code.
     Samples with several images enter only the LM loss.
     """
@@ -80,11 +80,11 @@ class Jarvis(TokenObjective):
     def prepare(self, step: Step) -> Plan:
         """Samples the blocks of each image, and hides the targets in the next pass; a plain pass is unchanged."""
         self._inputs.install()
-        # equal on all processes, because z has no gradient in a plain micro-batch and processes average gradients
+        # All processes choose alike: they average gradients, and z has no gradient in a plain micro-batch.
         plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
         targets, context = draw_blocks(step.side, len(step.positions), step.generator())
         device = step.input_ids.device
-        if device.type != "cpu":  # copies from pinned memory do not make the CPU wait
+        if device.type != "cpu":  # the CPU does not wait for copies from pinned memory
             targets, context = (drawn.pin_memory().to(device, non_blocking=True) for drawn in (targets, context))
         places = targets.flatten(1)
         positions, valid = step.positions.gather(1, places), step.valid & (step.n_images == 1)

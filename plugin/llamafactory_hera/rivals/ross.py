@@ -30,7 +30,7 @@ class LatentTeacher:
     """The encoder of a frozen AutoencoderKL, with the attributes and methods of ``VisionTeacher``."""
 
     def __init__(self, model: Any, fingerprint: str) -> None:
-        model.decoder = model.post_quant_conv = None  # not needed, and more than half of the model
+        model.decoder = model.post_quant_conv = None  # unused, and more than half of the model
         self._model, self.fingerprint = model.eval().requires_grad_(False), fingerprint
         self.device: torch.device = model.device
         self.dim: int = 4 * model.config.latent_channels  # each token corresponds to 2 x 2 latents
@@ -81,7 +81,7 @@ class LatentTeacher:
 
 
 def alpha_bar() -> Tensor:
-    """Returns the variance left at each step, ``[STEPS]`` in float64 (arXiv 2102.09672, eq. 17, betas up to 0.999)."""
+    """Returns the latents' share of the variance at each step, ``[STEPS]`` in float64 (arXiv 2102.09672, eq. 17)."""
     level = ((torch.linspace(0, 1, STEPS + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (level[1:] / level[:-1]).clamp(min=1 - 0.999).cumprod(0)
 
@@ -170,7 +170,7 @@ class Ross(TokenObjective):
     # no teacher cache, because every step samples new latents from the posterior
     reads = ("hera_objective_lr", "hera_objective_from")
     granularities = ("layer",)
-    silent_steps = 2  # the first changes only the last layer, the second those that set norms and gates
+    silent_steps = 2  # the first step changes only the last layer, the second the layers that set norms and gates
     width, depth, heads = 1024, 3, 16
     levels: Tensor
 
