@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 from tqdm import tqdm
 
-from ..heads.families import decoder_layers, head_layout, model_config, output_projection
+from ..heads.families import decoder_layers, head_layout, model_config, output_projection, text_decoder
 from ..heads.targets import Pooling
 from ..selection.passes import Forward, plan_batches, run_batches
 from ..selection.samples import Collate, Features
@@ -24,8 +24,8 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
     """Reduces one sample's attention ``[H, T, T]`` (heads, queries, keys) to its flow between text and image.
 
     ``text`` and ``image`` are token positions. The flow consists of ``r`` of eq. 3 ``[H]`` and the text-to-image map
-    of eq. 10 ``[H, bins]``, in fp32. Neighboring image tokens share a bin, because maps are averaged over samples and
-    images differ in their number of tokens.
+    of eq. 10 ``[H, bins]``, in fp32. Neighboring image tokens share a bin, so that maps of images with different
+    numbers of tokens can be averaged.
     """
     to_image = attention[:, text][:, :, image].float()
     to_text = attention[:, image][:, :, text].float()
@@ -48,15 +48,12 @@ def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[t
         samples = zip(output[1], tokens, strict=True)
         layers.append([attention_flow(sample, *of_sample, bins) for sample, of_sample in samples])
 
-    attentions: list[Any] = [layer.self_attn for layer in decoder_layers(forward.model)]
-    # The model builds its masks for the attention implementation in its configuration.
-    text_config = model_config(forward.model).get_text_config()
+    decoder: Any = text_decoder(forward.model)
     with ExitStack() as undo:
-        for config in {id(c): c for c in (text_config, *(a.config for a in attentions))}.values():
-            undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-            config._attn_implementation = "eager"
-        for attention in attentions:
-            undo.callback(attention.register_forward_hook(reduce).remove)
+        undo.callback(decoder.set_attn_implementation, decoder.config._attn_implementation)
+        decoder.set_attn_implementation("eager")
+        for layer in decoder.layers:
+            undo.callback(layer.self_attn.register_forward_hook(reduce).remove)
         forward.run(batch)
     samples = zip(*layers, strict=True)
     return [tuple(torch.stack(kind).cpu() for kind in zip(*of_sample, strict=True)) for of_sample in samples]
@@ -127,14 +124,14 @@ def profile_heads(
 ) -> Profile:
     """Measures every head on samples with image and text tokens; CAF uses the first ``rah_probes`` samples."""
 
-    def each(what: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
-        found: dict[int, Any] = {}
+    def each(name: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
+        by_row: dict[int, Any] = {}
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
         done = run_batches(batches, samples, collate, read, num_workers)
-        for batch, results in tqdm(done, f"RAH-LoRA | {what}", len(batches), unit="batch"):
-            found.update(zip(batch, results, strict=True))
-        # Results return to the order of the samples, so the means round the same way for every batch size.
-        return [found[row] for row in range(len(samples))]
+        for batch, results in tqdm(done, f"RAH-LoRA | {name}", len(batches), unit="batch"):
+            by_row.update(zip(batch, results, strict=True))
+        # in the order of the samples, so that the rounding of the means does not depend on the batch size
+        return [by_row[row] for row in range(len(samples))]
 
     def mean(values: Sequence[Tensor]) -> Tensor:
         return sum((value.double() for value in values), start=torch.zeros(())) / len(values)
