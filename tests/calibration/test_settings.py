@@ -25,12 +25,6 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     assert config.layer_indices(32) == list(range(16))
 
 
-def test_the_help_marks_the_defaults_that_are_ours() -> None:
-    ours = {"held_out", "batch_size", "text", "positions", "caf_lambda", "beta", "halvings"}
-    knobs = RahConfig.knobs().values()
-    assert {declared.name for declared in knobs if "ours)" in declared.metadata["help"]} == ours
-
-
 LAYERS = {"all": [0, 1, 2, 3, 4], "first_half": [0, 1], "1-3": [1, 2, 3], "4,0-1": [0, 1, 4], 2: [2], (0, 3): [0, 3]}
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, silu
 
 from llamafactory_hera.objectives import TokenBatch, create
 from llamafactory_hera.rivals.ross import DRAWS, STEPS, Ross, alpha_bar
@@ -54,11 +55,7 @@ def test_the_schedule_is_the_cosine_schedule_with_bounded_steps(t: int, small: S
 
 
 def norm(x: Tensor, eps: float) -> Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
-
-
-def silu(x: Tensor) -> Tensor:
-    return x / (1 + (-x).exp())
+    return layer_norm(x, x.shape[-1:], eps=eps)
 
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -91,8 +88,7 @@ def naive_denoiser(ross: Small, noisy: Tensor, t: int, z: Tensor) -> Tensor:
             mixed[:, head * size : (head + 1) * size] = (q @ k.T / math.sqrt(size)).softmax(-1) @ v
         x = x + gate * linear(block.out, mixed)
         hidden = linear(block.mlp[0], norm(x, 1e-6) * (1 + scale2) + shift2)
-        hidden = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-        x = x + gate2 * linear(block.mlp[2], hidden)
+        x = x + gate2 * linear(block.mlp[2], gelu(hidden, approximate="tanh"))
     shift, scale = linear(net.modulation[1], condition).chunk(2, dim=-1)
     return linear(net.last, norm(x, 1e-6) * (1 + scale) + shift)
 
