@@ -22,7 +22,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def build(checkpoints: dict[str, Path], tmp_path: Path) -> Build:
-    """Builds into ``built``. A model is the name of a checkpoint or a folder."""
+    """Returns a function that builds into ``built``; it accepts names of checkpoints, and folders."""
 
     def run(llm: str | Path = "qwen3", tower: str | Path = "siglip", output: str | Path = "built", **options):
         folders = [str(checkpoints.get(name, name)) for name in (llm, tower)]

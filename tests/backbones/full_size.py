@@ -84,7 +84,7 @@ def vlm_config(key: str) -> dict[str, Any]:
 
 
 def on_meta(auto_class: Any, values: dict[str, Any]) -> nn.Module:
-    """Makes a model without values."""
+    """Makes a model whose parameters have shapes but no values."""
     config = tf.AutoConfig.for_model(**values)
     with torch.device("meta"):
         return auto_class.from_config(config, dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ OTHERS = {"calibration.json", "calibration.png", "calibration_profile.safetensor
 
 @pytest.fixture(autouse=True)
 def _quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the plot, which has its own tests and takes longer than all the rest."""
+    """Replaces the plot, which takes longer than everything else; test_report.py tests it."""
     monkeypatch.setattr(running, "draw_calibration", lambda report, path: path.write_bytes(b"llamafactory-hera"))
 
 
@@ -38,7 +38,7 @@ def names(folder: Path) -> set[str]:
 
 
 def divergence_of(model: torch.nn.Module, config: RahConfig, folder: Path) -> float:
-    """The KL divergence of an adapter on the held-out samples; merges it into the model."""
+    """Merges an adapter into the model, and returns the KL divergence on the held-out samples."""
     samples = [sample.features for sample in draw_samples(inputs(model).source, config)[1]]
     divergence = held_out_divergence(Forward(model), HeadWeights(model), samples, collate, config)
     PeftModel.from_pretrained(model, folder).merge_and_unload()

@@ -1,4 +1,4 @@
-"""Before a calibration: the ``rah_*`` keys, the command, and the draw of samples."""
+"""The preparation of a calibration: the ``rah_*`` keys, the command, and the draw of samples."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ LAYERS = {"all": [0, 1, 2, 3, 4], "first_half": [0, 1], "1-3": [1, 2, 3], "4,0-1
 
 
 @pytest.mark.parametrize("text", LAYERS)
-def test_layers(text: Any) -> None:
+def test_layers_are_read_from_words_numbers_and_ranges(text: Any) -> None:
     assert RahConfig.from_keys({"rah_layers": text}).layer_indices(5) == LAYERS[text]
     assert RahConfig().layer_indices(1) == [0]  # half of one layer is rounded up
 

@@ -1,4 +1,4 @@
-"""Weights of single heads, with and without grouped queries: reading them, and editing in place or by an adapter."""
+"""Weights of single heads, with and without grouped queries: reading, editing in place, and saving an adapter."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ UNFIT = {"llava-phi3", "llava-mistral4", "qwen3_5", "qwen3_5_moe", "gemma4"}
 
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
 def test_the_slices_of_a_head_make_its_output(name: str) -> None:
-    """If a head sees one token, it outputs that token's value: the value block times the token's input."""
+    """A head that sees a single token outputs the value of this token: the value block times the token's input."""
     model = vlm(name).eval()
     weights = HeadWeights(model)
     layout, layer = weights.layout, 1

@@ -88,8 +88,8 @@ def test_answers_equal_direct_generation_with_the_makers_prompts(key: str, tmp_p
     assert found == [[token for token in row if token != ends] for row in direct]
 
     trained, labels = encoded(NATIVE_MODELS[key].template, folder, [(f"<image>\n{TEXTS[0]}", "A.")], image=picture(0))
-    asked = HeraVLM(str(folder), image_newline=True)
-    (ids,) = asked.inputs([asked.conversation([{"role": "user", "content": DOCUMENTS[0]}])])["input_ids"]
+    model = HeraVLM(str(folder), image_newline=True)
+    (ids,) = model.inputs([model.conversation([{"role": "user", "content": DOCUMENTS[0]}])])["input_ids"]
     assert (ids.tolist() == trained[: labels.count(-100)]) == (key not in DIFFERENT)
 
 

@@ -48,13 +48,13 @@ def merged_projections(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
     [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}, {"lora_bias": True}],
     ids=["LoRA", "DoRA", "rsLoRA", "LoRA with a bias"],
 )
-def test_under_an_adapter(config, bias):
+def test_heads_under_an_adapter(config, bias):
     model = adapt(text_model("llama", attention_bias=bias), lora_dropout=0.0, **config)
     batch = text_batch()
     check_heads(model, batch, batch["attention_mask"], merged_projections(model))
 
 
-def test_the_active_adapter_counts():
+def test_only_the_active_adapter_counts():
     model = adapt(text_model("llama"))
     model.add_adapter("other", LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False))
     batch = text_batch()

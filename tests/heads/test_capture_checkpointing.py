@@ -103,7 +103,7 @@ def test_gradients_equal_those_without_checkpointing(enable, reentrant, training
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_every_kind_of_decoder_layer(name):
+def test_checkpointing_changes_nothing_in_any_kind_of_decoder_layer(name):
     model = vlm(name)
     if name == "llama4":  # reentrant checkpointing does not support the keywords of its vision layers
         model.vision_model.requires_grad_(False)
@@ -155,7 +155,7 @@ def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
 
 @pytest.mark.parametrize("names", ["L0H1,L1H2", "L0,L1"], ids=["heads", "layers"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_it_lists_the_layers_that_got_a_gradient(checkpointing, names):
+def test_gradient_seen_lists_the_layers_that_received_a_gradient(checkpointing, names):
     model = vlm("llava-qwen3")
     if checkpointing is not None:
         transformers(model, checkpointing)

@@ -15,7 +15,7 @@ every_reader = pytest.mark.parametrize("check", READERS, ids=lambda c: c.__name_
 
 
 @pytest.mark.parametrize("model_type", BARE)
-def test_bare_decoder(model_type: str) -> None:
+def test_a_bare_decoder(model_type: str) -> None:
     model, batch = text_model(model_type), text_batch()
     layout = head_layout(model.config)
     assert (layout.model_type, layout.n_layers) == (model_type, LAYERS)
@@ -28,7 +28,7 @@ def test_bare_decoder(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_inside_a_vlm(name: str) -> None:
+def test_a_decoder_inside_a_vlm(name: str) -> None:
     model = vlm(name)
     batch = vlm_batch(model)
     mask = batch["attention_mask"].bool()

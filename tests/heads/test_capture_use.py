@@ -1,4 +1,4 @@
-"""Captures of heads and layers: the order of targets, the passes that are captured, and the hooks that go again."""
+"""Captures of heads and layers: the order of targets, the captured passes, and the removal of hooks."""
 
 import copy
 import gc
@@ -64,7 +64,7 @@ def state_of(model: nn.Module) -> dict[str, tuple]:
 
 
 @both
-def test_representations_come_in_the_order_of_the_targets_however_they_are_given(model, batch, mask, names):
+def test_representations_have_the_order_of_the_targets_in_every_notation(model, batch, mask, names):
     capture, listed = CAPTURES[names], names.split(",")
     by_name = {name: captured(model, batch, mask, name, capture)[0] for name in listed}
     for order in (listed, sorted(listed), listed[::-1]):
@@ -79,7 +79,7 @@ def test_representations_come_in_the_order_of_the_targets_however_they_are_given
 
 @both
 def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
-    """Against slices of the plain model's weights and hidden states, which autograd differentiates."""
+    """Compares with slices of the plain model's weights and hidden states, which autograd differentiates."""
     read, output = blocks(model, {**batch, "output_hidden_states": True}, grad=True)
     if names == HEADS:
         names = "L1H3,L1H0"
@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
         expected = torch.stack([pooled[:, part] @ weight[:, part].T for part in parts])
         capture = HeadCapture
     else:
-        names, capture = "L0", LayerCapture  # a decoder's last hidden state has gone through the final norm
+        names, capture = "L0", LayerCapture  # the last hidden state of a decoder has passed the final norm
         expected = mean_over(output.hidden_states[1], mask).unsqueeze(0)
     got = captured(model, batch, mask, names, capture)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -98,9 +98,7 @@ def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
 @both
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 @pytest.mark.parametrize("order", ["graph first", "graph last"])
-def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
-    model, batch, mask, names, checkpointing, order
-):
+def test_a_pass_without_a_graph_does_not_replace_a_pass_with_a_graph(model, batch, mask, names, checkpointing, order):
     """A trainer may run the model twice in a step, for metrics or for gradient caching."""
     capture = CAPTURES[names]
     expected = gradients_of(captured(model, batch, mask, names, capture), model)
@@ -125,7 +123,7 @@ def test_a_pass_without_a_graph_never_takes_the_place_of_one_that_has_it(
 
 
 @both
-def test_representations_need_a_pass_since_the_tokens_were_named(model, batch, mask, names):
+def test_representations_need_a_forward_pass_after_pool(model, batch, mask, names):
     capture = CAPTURES[names](model, names)
 
     def refused() -> None:
@@ -165,7 +163,7 @@ def test_the_models_output_and_gradients_do_not_change(kind, names, batch, mask)
 
 @both
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
-def test_hooks_go_after_a_pass_and_after_an_exception(model, batch, mask, names, checkpointing):
+def test_hooks_are_removed_after_a_pass_and_after_an_exception(model, batch, mask, names, checkpointing):
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     before, output = state_of(model), model(**batch).logits

@@ -27,13 +27,13 @@ def plain(llm, tmp_path):
     return fingerprint(llm, tmp_path / "plain")
 
 
-@pytest.mark.parametrize("how", ["shards", "pickled", "half precision"])
-def test_a_copy_has_the_same_fingerprint(llm, plain, tmp_path, how):
+@pytest.mark.parametrize("kind", ["shards", "pickled", "half precision"])
+def test_a_copy_has_the_same_fingerprint(llm, plain, tmp_path, kind):
     copy = tmp_path / "copy"
-    save = {"max_shard_size": "20KB"} if how == "shards" else {}
-    (llm.bfloat16() if how == "half precision" else llm).save_pretrained(copy, **save)
-    assert (len(list(copy.glob("*.safetensors"))) > 1) == (how == "shards")
-    if how == "pickled":
+    save = {"max_shard_size": "20KB"} if kind == "shards" else {}
+    (llm.bfloat16() if kind == "half precision" else llm).save_pretrained(copy, **save)
+    assert (len(list(copy.glob("*.safetensors"))) > 1) == (kind == "shards")
+    if kind == "pickled":
         torch.save(llm.state_dict(), copy / "pytorch_model.bin")
         (copy / "model.safetensors").unlink()
     assert model_fingerprint(copy, head_layout(llm.config)) == plain

@@ -1,4 +1,4 @@
-"""The places of heads in a model, and the parameters that feed a head, compared with the gradients that arrive."""
+"""The layout of the heads in a model, and the parameters that influence a head, compared with real gradients."""
 
 from itertools import product
 
@@ -106,19 +106,19 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
         return set()
     direction = torch.linspace(-1, 1, z.numel()).view_as(z)
     gradients = torch.autograd.grad((z * direction).sum(), list(trainable.values()), allow_unused=True)
-    # less than 1e-6 is rounding: the bias of the projection, which is added and subtracted again
+    # A gradient below 1e-6 is rounding: the bias of the projection is added and subtracted again.
     return {n for n, g in zip(trainable, gradients, strict=True) if g is not None and g.abs().max() > 1e-6}
 
 
-#: Parts that may have no influence: of a vision tower (a class token, layers after the chosen one), and the inputs of
-#: the layers of Gemma 3n and 4, which the first layer reads after its attention.
+#: Parts that may have no influence: parts of a vision tower (its class token, layers after the chosen one), and the
+#: inputs of the layers of Gemma 3n and 4, which the first layer reads after its attention.
 UNUSED = ("vision", "visual", "per_layer", "altup.correct", "altup_unembed")
-#: Biases without a gradient: that of the keys cancels out in the softmax, that of the projection belongs to no head.
+#: Biases without a gradient: the bias of the keys cancels out in the softmax, and that of the projection is no head's.
 BIASES = ("k_proj.bias", "o_proj.bias")
 
 
 @pytest.mark.parametrize("name", [*BARE, *VLMS])
-def test_upstream_of_heads_and_layers(name):
+def test_upstream_parameters_are_those_that_receive_a_gradient(name):
     model = text_model(name) if name in BARE else vlm(name)
     batch = text_batch() if name in BARE else vlm_batch(model)
     layers = head_layout(model.config).layers
@@ -159,7 +159,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("trained", TRAINED)
-def test_trainable_parameters_upstream(trained):
+def test_only_trainable_parameters_are_listed(trained):
     for layer in (0, 1):
         model = TRAINED[trained]()
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""The notation of heads and layers, and their file."""
+"""The names of heads and layers, and the file that lists them."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, names: tupl
 
 
 @both
-def test_no_name_and_a_repetition_are_refused(targets: Targets) -> None:
+def test_empty_and_repeated_names_are_refused(targets: Targets) -> None:
     first, second, third = targets.names
     message = f"^{targets.key}: no {targets.granularity} is given; write {targets.what}"
     for text in ("", "  ", ",", " , \n"):

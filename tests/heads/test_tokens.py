@@ -29,7 +29,7 @@ LABELS = torch.tensor(
 
 
 def naive_mask(pooling: str) -> Tensor:
-    """Decides about one token at a time."""
+    """Marks the tokens one by one."""
     rows = []
     for ids, attention, labels in zip(IDS.tolist(), ATTENTION.tolist(), LABELS.tolist(), strict=True):
         kept = [t for t, attended in enumerate(attention) if attended]
@@ -53,7 +53,7 @@ def test_each_pooling_by_definition(pooling, dtype):
     assert not token_mask(pooling, IDS, padding_alone, LABELS).any()
 
 
-def test_labels_on_padding_and_on_placeholders_do_not_enter():
+def test_labels_on_padding_and_on_placeholders_are_ignored():
     labels, text = torch.full_like(IDS, 5), token_mask("text", IDS, ATTENTION, None, [IMAGE])
     assert torch.equal(token_mask("answer", IDS, ATTENTION, labels, [IMAGE]), text)
 
@@ -80,7 +80,7 @@ def naive_mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("elsewhere", [1.0, torch.nan])
-def test_it_is_the_mean_over_the_masked_tokens_whatever_is_elsewhere(elsewhere):
+def test_the_average_covers_only_the_marked_tokens(elsewhere):
     mask = torch.rand(4, 7) < 0.5
     mask[2], mask[0, 0] = False, True
     hidden = torch.randn(4, 7, 3).masked_fill(~mask.unsqueeze(-1), elsewhere).requires_grad_()
@@ -120,11 +120,11 @@ MARK, PER_IMAGE = 9, 4
 
 
 def sequence(*parts: object) -> list[int]:
-    """Makes token ids of numbers, which are text, and of ``"image"``."""
+    """Makes token ids: a number is a text token, and ``"image"`` stands for the tokens of an image."""
     return [token for part in parts for token in ([MARK] * PER_IMAGE if part == "image" else [part])]
 
 
-def test_the_tokens_of_the_image_that_the_teacher_sees() -> None:
+def test_positions_are_those_of_the_image_that_the_teacher_sees() -> None:
     texts = [(1, "image", 2, 3), ("image", 4, "image", 5), (1, 2, "image", "image"), (1, 2, 3)]
     rows = [sequence(*parts) for parts in texts]
     images = [(0, 1), (1, 2), (0, 2), (0, 0)]
@@ -146,14 +146,14 @@ def test_the_dummy_image_of_the_host_is_not_counted() -> None:
     check_image_tokens(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
 
 
-def test_tokens_that_were_cut_off_are_named() -> None:
+def test_image_tokens_that_were_cut_off_are_refused() -> None:
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
     with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 7 image tokens instead of 8"):
         check_image_tokens(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 
 @pytest.mark.parametrize("name", ["llava-llama", *(name for name in VLMS if not name.startswith("llava-"))])
-def test_only_models_with_a_fixed_square_grid(name: str) -> None:
+def test_models_without_a_fixed_square_grid_are_refused(name: str) -> None:
     config = vlm(name).config
     if config.model_type == "llava":
         assert grid_side(config, "viral") ** 2 == PER_IMAGE

@@ -211,7 +211,7 @@ def test_a_killed_writer_loses_only_what_it_had_not_flushed(when, folder, cache)
     assert holds(opened(folder), [1, 2, 3])
 
 
-def test_a_read_only_cache_can_be_read(folder, cache, monkeypatch):
+def test_a_read_only_cache_can_be_read_but_not_extended(folder, cache, monkeypatch):
     store(cache, [1])
 
     def refuse(*args, **kwargs):  # permissions would not stop root
