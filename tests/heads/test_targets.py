@@ -46,7 +46,7 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, names: tupl
 @both
 def test_empty_and_repeated_names_are_refused(targets: Targets) -> None:
     first, second, third = targets.names
-    message = f"^{targets.key}: no {targets.granularity} is given; write {targets.what}"
+    message = f"^{targets.key}: no {targets.granularity} is given; write {targets.plural}"
     for text in ("", "  ", ",", " , \n"):
         with pytest.raises(ValueError, match=message):
             Targets.parse(text, targets.granularity)
@@ -97,7 +97,7 @@ def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
     for read in (Targets.load(path), Targets.parse(str(path), targets.granularity)):
         assert read == chosen
         assert read.provenance == chosen.provenance
-    path.write_text(json.dumps({targets.what: list(targets.names)}))
+    path.write_text(json.dumps({targets.plural: list(targets.names)}))
     assert Targets.load(path) == targets
 
 

@@ -79,10 +79,10 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
 
 def missing(task: Task, data: Path | None) -> list[str]:
     """Lists the missing requirements of a task, with remedies."""
-    found, lacks = task.find(data), []
-    if found is None and ("data" in task.needs or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
+    local, lacks = task.find(data), []
+    if local is None and ("data" in task.needs or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
         lacks.append(f"its data (give --data, a folder that contains {task.name} or {task.name}.json)")
-    elif found is None and "token" in task.needs and get_token() is None:
+    elif local is None and "token" in task.needs and get_token() is None:
         lacks.append(f"a hub token (run hf auth login, or give --data, a folder that contains {task.name})")
     for kind, _, name in (need.partition(":") for need in task.needs):
         if kind == "nltk":
@@ -95,22 +95,22 @@ def missing(task: Task, data: Path | None) -> list[str]:
             lacks.append(f"spaCy's {name} (run python -m spacy download {name})")
         elif kind == "env" and not Path(os.environ.get(name, "\0")).is_dir():
             lacks.append(f"AMBER's data (set {name} to the folder `data` of AMBER's repository)")
-    if found is not None and found.is_file():
+    if local is not None and local.is_file():
         row = None
         try:
-            for row in read_json(found):
-                (found.parent / row["image"]).stat()  # fails if the file is missing
+            for row in read_json(local):
+                (local.parent / row["image"]).stat()  # fails if the file is missing
                 if task.rows is None:
                     task.record(row, [""])
         except Exception as error:  # the task's judge may raise any error
-            lacks.append(f"valid rows ({found}: {error!r} in {row})")
+            lacks.append(f"valid rows ({local}: {error!r} in {row})")
     return lacks
 
 
 def _folder(task: Task, data: Path | None, settings: Sequence[Any]) -> str:
     """Returns the name of a result's folder: the task, and a digest of the settings, the scoring and the data."""
-    digest, found = hashlib.sha256(json.dumps(settings).encode()), task.find(data)
-    files = [] if found is None else [found] if found.is_file() else sorted(found.rglob("*.json"))
+    digest, local = hashlib.sha256(json.dumps(settings).encode()), task.find(data)
+    files = [] if local is None else [local] if local.is_file() else sorted(local.rglob("*.json"))
     for path in (*(Path(__file__).with_name(name) for name in ("suites.yaml", "suites.py", "scoring.py")), *files):
         digest.update(path.read_bytes())
     return f"{task.name}-{digest.hexdigest()[:8]}"
@@ -142,10 +142,10 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
             if model is None:
                 continue  # the model could not be loaded
             lmms_task = ConfigurableMessagesTask(config=task.definition(data), model_name="hera_vlm")
-            found = run(model=model, tasks=[lmms_task], task_manager=manager)
-            if found is None:
+            output = run(model=model, tasks=[lmms_task], task_manager=manager)
+            if output is None:
                 continue  # only the first process gets the result
-            samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
+            samples = sorted(output["samples"][task.name], key=lambda sample: sample["doc_id"])
             records = [sample["hera"] for sample in samples]
             result = {"task": task.name, "n": len(records), "scores": task.aggregate(records), "limit": args.limit}
             result |= {"settings": options[name], "versions": versions, "records": records}

@@ -20,12 +20,13 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def _sum(records: Records) -> Sums:
-    """Sums the records of a group, in all and by category; ``all`` counts groups in which every answer is right."""
+    """Sums the records of a group, in total and by category; ``all`` is 1 if every answer is right."""
     sums: Sums = Counter()
     for record in records:
         sums.update({name: value for name, value in record.items() if name not in ("group", "category", "right")})
     for category in {"", *(f"{record['category']}/" for record in records if "category" in record)}:
-        right = [one.get("right", 0) for one in records if category in ("", f"{one.get('category')}/")]
+        members = [record for record in records if category in ("", f"{record.get('category')}/")]
+        right = [record.get("right", 0) for record in members]
         counts = {"n": len(right), "right": sum(right), "groups": 1, "all": int(all(right))}
         sums.update({category + name: count for name, count in counts.items()})
     return sums
@@ -84,8 +85,9 @@ class Task:
         if "data" not in self.needs:
             source = Path(str(tasks.__file__)).parent / (self.source or f"{self.name}/{self.name}.yaml")
             # mode "simple" skips the functions of the definition, and the packages that they import
-            theirs = load_yaml_config(str(source), mode="simple")
-            config = {key: theirs.get(key) for key in ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")}
+            original = load_yaml_config(str(source), mode="simple")
+            keys = ("dataset_path", "dataset_name", "dataset_kwargs", "test_split")
+            config = {key: original.get(key) for key in keys}
         rows, local = self.rows, self.find(data)
         if local is not None:
             disk, files = {"load_from_disk": True}, {"data_files": {config["test_split"]: str(local)}}

@@ -43,8 +43,10 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json;
-            ``ValueError`` if the model lacks one.
+        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
+
+    Raises:
+        ValueError: The model lacks one of the heads.
     """
 
     def __init__(self, model: nn.Module, heads: Targets | str | Iterable[Target | str]) -> None:
@@ -103,7 +105,7 @@ class HeadCapture(LayerHooks):
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
 
-    @torch.no_grad()  # checkpointing repeats the projection without this check, and would miss saved tensors
+    @torch.no_grad()  # a recomputation skips this check, so autograd must not save tensors here
     def _verify(
         self, index: int, projection: nn.Module, project: Callable[..., Tensor], read: Tensor, output: Tensor
     ) -> None:
@@ -114,9 +116,9 @@ class HeadCapture(LayerHooks):
             return  # a later pass decides
         self._unverified.discard(index)
         assert self._read is not None
-        masks = torch.eye(layer.n_heads).repeat_interleave(layer.head_dim, dim=1).to(inputs)
-        *heads, bias = project(nn.functional.pad(inputs * masks, (0, 0, 0, 1)).unsqueeze(0))[0].float()
-        contributions = torch.stack(heads) - bias
+        heads = torch.block_diag(*inputs[0].split(layer.head_dim))  # one row per head
+        *outputs, bias = project(nn.functional.pad(heads, (0, 0, 0, 1)).unsqueeze(0))[0].float()
+        contributions = torch.stack(outputs) - bias
         expected = self._read(output).flatten(0, -2)[0].float() - bias
         error = (contributions.sum(0) - expected).norm() / contributions.norm()
         if error > _TOLERANCE:
@@ -130,13 +132,12 @@ class HeadCapture(LayerHooks):
 
         They contain the averages, ``[N*n, H*d]``, or, for single tokens, unit vectors of the heads, ``[n*d, H*d]``.
         """
-        width, rows = self._layout.layers[index].head_dim, []
-        for head in self._heads_of[index]:
-            first, end = head * width, (head + 1) * width
-            unit = torch.eye(width, dtype=read.dtype, device=read.device)
-            values = unit if read.dim() == 3 else read[:, first:end]
+        width, single, rows = self._layout.layers[index].head_dim, read.dim() == 3, []
+        for first in (head * width for head in self._heads_of[index]):
+            end = first + width
+            values = torch.eye(width, dtype=read.dtype, device=read.device) if single else read[:, first:end]
             rows.append(nn.functional.pad(values, (first, read.shape[-1] - end)))
-        return torch.cat(rows) if read.dim() == 3 else torch.stack(rows, dim=1).flatten(0, 1)
+        return torch.cat(rows) if single else torch.stack(rows, dim=1).flatten(0, 1)
 
     def _checkpointed(self, index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         function, rest, read, n_rows = args[0], args[1:], self._read, 1

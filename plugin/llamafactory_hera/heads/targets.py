@@ -77,10 +77,10 @@ class Targets:
     @property
     def key(self) -> str:
         """The setting that lists the targets: ``hera_heads`` or ``hera_layers``."""
-        return f"hera_{self.what}"
+        return f"hera_{self.plural}"
 
     @property
-    def what(self) -> str:
+    def plural(self) -> str:
         """The plural ``heads`` or ``layers``, also used for the list in the file."""
         return f"{self.granularity}s"
 
@@ -170,7 +170,7 @@ class Targets:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the targets to a JSON file atomically."""
-        write_json(path, {self.what: list(self.names), "provenance": self.provenance})
+        write_json(path, {self.plural: list(self.names), "provenance": self.provenance})
 
     def check(self, layout: HeadLayout) -> None:
         """Raises ``ValueError`` if a head or layer is outside a model."""
@@ -183,7 +183,7 @@ class Targets:
                 sizes = f"in this model, L{target.layer} is {layer}"
             elif target.layer == FINAL:
                 continue
-            raise ValueError(f"{self.key}: {target} does not exist: {sizes}. Choose other {self.what}.")
+            raise ValueError(f"{self.key}: {target} does not exist: {sizes}. Choose other {self.plural}.")
 
 
 def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tuple[Target, ...]:

@@ -68,7 +68,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     lines = [line for line in history if line.get("hera_loss")]  # 0 if no sample could be compared
     key, name, sign, chance = "hera_loss", "the alignment loss", -1, ""
     if chances := [line["hera_mknn_chance"] for line in lines if "hera_mknn" in line]:
-        key, name, sign = "hera_mknn", f"MKNN of the aligned {aligner.targets.what}", 1
+        key, name, sign = "hera_mknn", f"MKNN of the aligned {aligner.targets.plural}", 1
         chance = f", chance {sum(chances) / len(chances):.3f}"
     values = [line[key] for line in lines if key in line]
     n_held = 0 if memory.pairs is None else int(memory.pairs[2].sum())
@@ -144,8 +144,9 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
     trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
+    family = f"{decoder}, {'tested' if decoder in FAMILIES else 'by structure'}"
     lines = {
-        aligner.targets.what: f"{aligner.targets} ({decoder}, {'tested' if decoder in FAMILIES else 'by structure'})",
+        aligner.targets.plural: f"{aligner.targets} ({family})",
         "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
         "objective": f"{config.objective}, weight {config.weight}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",

@@ -81,7 +81,7 @@ def _content(trainer: Any) -> dict[str, Any]:
     # hera_loss is 0 if no sample could be compared, and missing while the memory fills
     lines = (line for line in state.log_history if "lm_loss" in line and line.get("hera_loss") != 0)
     content: dict[str, Any] = {
-        targets.what: list(targets.names),
+        targets.plural: list(targets.names),
         "objective": config.objective,
         "weight": config.weight,
         "teacher": config.teacher,

@@ -46,14 +46,14 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     change, others = after - before, rows["others"][-1] - rows["others"][0]
     found = (
         f"Of the {k} images that the teacher considers most similar to an image, the {len(targets.items)} "
-        f"{comparison.title} {targets.what} find {k * before:.1f} ({names[0]}) and {k * after:.1f} ({names[-1]}); "
+        f"{comparison.title} {targets.plural} find {k * before:.1f} ({names[0]}) and {k * after:.1f} ({names[-1]}); "
         f"unrelated features find {k * first.chance:.1f}."
     )
     size = f"MKNN {before:.3f} → {after:.3f}, {change:+.3f}" + (f" ± {noise:.3f}" if noise else "")
     if not abs(change) > noise:
         return found, f"They did not measurably move ({size}): train longer, or raise hera_weight."
     toward = "toward" if change > 0 else "away from"
-    meaning = f"They moved {toward} the teacher ({size}); the other {targets.what} changed by {others:+.3f}."
+    meaning = f"They moved {toward} the teacher ({size}); the other {targets.plural} changed by {others:+.3f}."
     if abs(after - first.chance) <= noise:
         meaning += " They are still at chance."
     if len(names) == 2:
@@ -87,7 +87,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         small, gallery = escape(str(error)), ""
     texts = {
         "title": last.folder.name,
-        "facts": f"{comparison.title} {targets.what} {', '.join(targets.names)}; {facts}",
+        "facts": f"{comparison.title} {targets.plural} {', '.join(targets.names)}; {facts}",
         "found": found,
         "meaning": meaning,
         "head": targets.names[0],

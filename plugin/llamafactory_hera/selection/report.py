@@ -114,7 +114,7 @@ def show(path: Path) -> Comparison | None:
         except ValueError as error:
             compared, note = Comparison([scored], ["after"], targets, "aligned"), f"\nnot compared: {error}"
         rows = (f"{name} {' -> '.join(f'{value:.3f}' for value in values)}" for name, values in compared.rows.items())
-        print(f"aligned {targets.what}: {', '.join(rows)} (chance {scored.chance:.3f}){note}")
+        print(f"aligned {targets.plural}: {', '.join(rows)} (chance {scored.chance:.3f}){note}")
     return compared
 
 

@@ -103,7 +103,7 @@ def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | No
 
 
 def _check(chosen: Targets, differing: list[str], config: HeraConfig) -> None:
-    problem = f"{chosen.key}: the {chosen.what} {chosen} were selected for another run: {'; '.join(differing)}"
+    problem = f"{chosen.key}: the {chosen.plural} {chosen} were selected for another run: {'; '.join(differing)}"
     if differing and not config.heads_force:
         raise ValueError(f"{problem}. Select again in a new output folder, or set hera_heads_force: true.")
     if differing:

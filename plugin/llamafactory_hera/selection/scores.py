@@ -148,7 +148,7 @@ def render_table(scored: ScoreFile) -> str:
         for target, score in ranked.items()
     ]
     head = f"{scored.chosen.granularity:>7}    MKNN  /chance"
-    lines = [f"{len(ranked)} {scored.chosen.what} on {scored.setting}"]
+    lines = [f"{len(ranked)} {scored.chosen.plural} on {scored.setting}"]
     lines += [f"     {'least aligned':<24}  most aligned", f"     {head:<24}  {head}"]
     lines += [f"{n:3}  {worst:<24}  {top}" for n, worst, top in zip(range(1, 11), cells, cells[::-1], strict=False)]
     values = scored.scores if scored.chosen.granularity == "head" else scored.layer_scores

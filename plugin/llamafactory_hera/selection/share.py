@@ -39,7 +39,7 @@ def push(source: str | os.PathLike, repository: str, private: bool = False) -> s
     if not path.is_file() or "model_fingerprint" not in (file := ScoreFile.load(path)).provenance:
         raise ValueError(f"heads: {source} contains no {_FILES[0]} of a selection; give a run that selected heads.")
     chosen = Targets(file.chosen.items, {name: _public(value) for name, value in file.provenance.items()})
-    content = {chosen.what: chosen.names, "provenance": chosen.provenance}
+    content = {chosen.plural: chosen.names, "provenance": chosen.provenance}
     files = {file_name(chosen.granularity): json.dumps(content, indent=2), _PAGE: _card(file, chosen, repository)}
     try:
         api = HfApi()
@@ -75,7 +75,7 @@ def _card(file: ScoreFile, chosen: Targets, repository: str) -> str:
     origin, ranked = chosen.provenance, file.ranked()
     scores = [f"| {t} | {ranked[t]:.4f} | {ranked[t] / file.chance:.2f} |" for t in chosen.items]
     facts = {"k": file.k} | {name: value for name, value in origin.items() if value and "scores" not in name}
-    values = {**origin, "repository": repository, "what": chosen.what, "scores": "\n".join(scores)}
+    values = {**origin, "repository": repository, "what": chosen.plural, "scores": "\n".join(scores)}
     values["base"] = f"\nbase_model: {origin['model']}" if "/" in origin["model"] else ""
     values["provenance"] = "\n".join(f"| {name} | {str(fact).replace('|', ' ')} |" for name, fact in facts.items())
     return _CARD.format(**values)

@@ -26,8 +26,8 @@ _PART_KEYS = ("image", "path", "url", "image_url")
 def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
     """Returns the images of a dataset row in order, from an image column or else from its chat messages."""
     for column in ("images", "image"):
-        held = row.get(column)
-        if found := [image for image in (held if isinstance(held, list | tuple) else [held]) if image is not None]:
+        cell = row.get(column)
+        if found := [image for image in (cell if isinstance(cell, list | tuple) else [cell]) if image is not None]:
             return found
     return _message_images("messages", row) or _message_images("prompt", row) + _message_images("completion", row)
 
@@ -46,22 +46,22 @@ def _message_images(column: str, row: Mapping[str, Any]) -> list[ImageLike]:
     found: list[Any] = []
     for part in (part for content in contents if isinstance(content, list) for part in content):
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
-            held = [part[key] for key in _PART_KEYS if part.get(key) is not None]
+            images = [part[key] for key in _PART_KEYS if part.get(key) is not None]
             # OpenAI's chat format nests the URL in a mapping.
-            found += [image["url"] if isinstance(image, Mapping) and "url" in image else image for image in held[:1]]
+            found += [image["url"] if isinstance(image, Mapping) and "url" in image else image for image in images[:1]]
     return found
 
 
 def is_stream(dataset: Any) -> bool:
-    """Returns whether a dataset is a stream, which can only be read in order."""
+    """Returns whether a dataset is a stream, which has no random access."""
     return isinstance(dataset, IterableDataset)
 
 
 def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
     """Returns a view of a ``datasets`` dataset that does not decode media, and a function that decodes a row.
 
-    Rows of the view contain the encoded image files, from which `image_key` is computed; each image is decoded only
-    once. Other datasets, those without media and those with a format or transform are returned unchanged, with None.
+    Rows of the view contain encoded image files. `image_key` needs only these, so each image is decoded only once. A
+    dataset without media, with a format or transform, or of another library is returned unchanged, with None.
     """
     features = getattr(dataset, "features", None)
     if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
