@@ -13,35 +13,24 @@ from PIL import Image
 torch.set_num_threads(1)
 
 SIDE = 32
-_VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
-_MLP = _VIT | {"intermediate_size": 48}
+#: The sizes of a tiny encoder, under all names that the configurations have for them.
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+_SIZES |= {"intermediate_size": 48, "mlp_ratio": 2, "num_key_value_groups": 1}
+_SIZES |= {"num_register_tokens": 3, "n_cls_tokens": 3}
 _TEXT = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _TEXT |= {"vocab_size": 50, "max_position_embeddings": 8}
 _SQUARE = {"height": SIDE, "width": SIDE}
+#: The sizes of kinds that need others.
+_SPECIAL = {key: {"vision_config": _SIZES, "text_config": _TEXT} for key in ("clip", "siglip", "metaclip_2")}
+_SPECIAL["dinov3_convnext"] = {"hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1], "image_size": SIDE}
 
-MODELS = {
-    "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**_VIT, mlp_ratio=2)),
-    "dinov2_classifier": lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**_VIT, mlp_ratio=2)),
-    "dinov2_with_registers": lambda: tf.Dinov2WithRegistersModel(
-        tf.Dinov2WithRegistersConfig(**_VIT, mlp_ratio=2, num_register_tokens=3)
-    ),
-    "dinov3_vit": lambda: tf.DINOv3ViTModel(tf.DINOv3ViTConfig(**_MLP, num_register_tokens=3)),
-    "dinov3_convnext": lambda: tf.DINOv3ConvNextModel(
-        tf.DINOv3ConvNextConfig(hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1], image_size=SIDE)
-    ),
-    "vit": lambda: tf.ViTModel(tf.ViTConfig(**_MLP)),
-    "vit_msn": lambda: tf.ViTMSNModel(tf.ViTMSNConfig(**_MLP)),
-    "pixio": lambda: tf.PixioModel(tf.PixioConfig(**_VIT, mlp_ratio=2, n_cls_tokens=3)),
-    "metaclip_2": lambda: tf.MetaClip2Model(tf.MetaClip2Config(vision_config=_MLP, text_config=_TEXT)),
-    "mlcd": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**_MLP, num_key_value_groups=1)),
-    "mlcd_vision_model": lambda: tf.MLCDVisionModel(tf.MLCDVisionConfig(**_MLP, num_key_value_groups=1)),
-    "aimv2_vision_model": lambda: tf.Aimv2VisionModel(tf.Aimv2VisionConfig(**_MLP)),
-    "ijepa": lambda: tf.IJepaModel(tf.IJepaConfig(**_MLP)),
-    "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=_MLP, text_config=_TEXT)),
-    "clip_vision_model": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_MLP)),
-    "siglip": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=_MLP, text_config=_TEXT)),
-    "siglip_vision_model": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**_MLP)),
-}
+
+def _model(kind: str) -> tf.PreTrainedModel:
+    if kind == "dinov2_classifier":
+        return tf.Dinov2ForImageClassification(tf.Dinov2Config(**_SIZES))
+    model_type = "mlcd_vision_model" if kind == "mlcd" else kind
+    return tf.AutoModel.from_config(tf.AutoConfig.for_model(model_type, **_SPECIAL.get(kind, _SIZES)))
+
 
 _TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 #: Architectures of timm, with the sizes that make them tiny and the pixels along each side of an image.
@@ -87,7 +76,7 @@ def save_teacher(tmp_path):
     def save(kind: str, name: str | None = None, seed: int = 0) -> Path:
         folder = tmp_path / (name or kind)
         torch.manual_seed(seed)
-        model = MODELS[kind]()
+        model = _model(kind)
         _randomize(model)
         model.save_pretrained(folder)
         _processor(kind).save_pretrained(folder)
