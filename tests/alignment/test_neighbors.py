@@ -129,6 +129,15 @@ def test_a_k_that_does_not_fit_is_refused_with_the_range(k):
         nearest_neighbors(torch.randn(5, 3), k)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    features = torch.randn(5, 3)
+    features[2, 1] = value
+    for student, teacher in ((features, torch.randn(5, 3)), (torch.randn(5, 3), features)):
+        with pytest.raises(ValueError, match="features contain NaN or infinity"):
+            mutual_knn(student, teacher, 2)
+
+
 def test_different_numbers_of_samples_are_refused():
     with pytest.raises(ValueError, match="student has 6 samples and teacher 5; give the same samples to both"):
         mutual_knn(torch.randn(6, 3), torch.randn(5, 3), 2)

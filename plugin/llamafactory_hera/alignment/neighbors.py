@@ -79,6 +79,9 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
         raise ValueError(f"k={k} does not fit {m} samples; choose 1 <= k <= {m - 1}, or give more samples.")
+    # not checked with `allowed`, because a training step does not wait for the device
+    if allowed is None and not features.isfinite().all():
+        raise ValueError("features contain NaN or infinity, and such samples have no neighbors; leave them out.")
     n = m if allowed is None else allowed.shape[0]
     parts = []
     for start in range(0, n, ROWS):
