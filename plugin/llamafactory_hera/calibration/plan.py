@@ -53,19 +53,19 @@ def choose_heads(saliency: Tensor, influence: Tensor, config: RahConfig) -> list
     ``no_caf`` omits the second condition, and ``inverse`` mirrors the first. ``random`` samples as many heads from
     each layer as ``paper`` would choose.
     """
-    sought = -saliency if config.targets == "inverse" else saliency
-    chosen = sought < torch.quantile(sought, config.p_isal / 100, dim=1, keepdim=True)
+    scores = -saliency if config.targets == "inverse" else saliency
+    chosen = scores < torch.quantile(scores, config.p_isal / 100, dim=1, keepdim=True)
     if config.targets != "no_caf":
         chosen &= influence > torch.quantile(influence, config.p_caf / 100, dim=1, keepdim=True)
     generator = random.Random(config.seed)
     n_layers, n_heads = saliency.shape
-    found: list[Target] = []
+    targets: list[Target] = []
     for layer in config.layer_indices(n_layers):
         heads = chosen[layer].nonzero().flatten().tolist()
         if config.targets == "random":
             heads = generator.sample(range(n_heads), len(heads))
-        found += [Target(layer, head) for head in heads]
-    return sorted(found, key=lambda head: (-influence[head].item(), head))
+        targets += [Target(layer, head) for head in heads]
+    return sorted(targets, key=lambda head: (-influence[head].item(), head))
 
 
 def candidates(saliency: Tensor, head: Target, beta: float) -> list[Target]:
@@ -141,8 +141,8 @@ def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, T
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]
-    kept = int((sigma > noise).sum())
-    r = kept if rank == "full" else min(rank, kept)
+    nonzero = int((sigma > noise).sum())
+    r = nonzero if rank == "full" else min(rank, nonzero)
     root = sigma[:r].sqrt()
     return u[:, :r] * root, root[:, None] * v[:r]
 
@@ -186,12 +186,12 @@ def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) ->
         trials = [Trial(update, "pruned", 1.0) for update in updates]
         return Outcome(trials, *[kl(Outcome(trials).accepted)] * 2)
     trials = [_try(update, kl, config) for update in tqdm(updates, desc="RAH-LoRA | trust region", unit="update")]
-    kept = [index for index, trial in enumerate(trials) if trial.alpha > 0]
-    totals = [kl(Outcome(trials).accepted) if kept else 0.0]
+    accepted = [index for index, trial in enumerate(trials) if trial.alpha > 0]
+    totals = [kl(Outcome(trials).accepted) if accepted else 0.0]
     while not totals[-1] <= config.delta:  # unlike `>`, this also holds if the changed model computes NaN
-        last = kept.pop()
+        last = accepted.pop()
         trials[last] = trials[last]._replace(state="rolled back: total too large", alpha=0.0)
-        totals.append(kl(Outcome(trials).accepted) if kept else 0.0)
+        totals.append(kl(Outcome(trials).accepted) if accepted else 0.0)
     return Outcome(trials, totals[0], totals[-1])
 
 
@@ -229,11 +229,11 @@ def held_out_divergence(
         values: list[Tensor] = []
         with applied(weights, steps):
             for batch, before in unchanged:
-                now, counted = counted_logits(forward, batch, config.positions)
+                after, counted = counted_logits(forward, batch, config.positions)
                 # One sample at a time, because two fp32 distributions over the vocabulary take much memory.
-                for base, changed, kept in zip(before, now, counted, strict=True):
-                    log_p = torch.log_softmax(base[kept.cpu()].to(now.device).float(), dim=-1)
-                    log_q = torch.log_softmax(changed[kept].float(), dim=-1)
+                for base, changed, mask in zip(before, after, counted, strict=True):
+                    log_p = torch.log_softmax(base[mask.cpu()].to(after.device).float(), dim=-1)
+                    log_q = torch.log_softmax(changed[mask].float(), dim=-1)
                     values.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).double().mean())  # eq. 15
         return torch.stack(values).mean().item()
 

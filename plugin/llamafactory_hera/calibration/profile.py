@@ -62,8 +62,8 @@ def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[t
 def counted_logits(forward: Forward, batch: dict[str, Any], positions: Positions) -> tuple[Tensor, Tensor]:
     """Computes logits ``[B, P, V]``, and a mask ``[B, P]`` of the positions that count in each sample."""
     counted = forward.tokens(_POOLINGS[positions], batch)
-    kept = counted.any(dim=0).nonzero().flatten()
-    return forward.logits(batch, kept), counted[:, kept]
+    columns = counted.any(dim=0).nonzero().flatten()
+    return forward.logits(batch, columns), counted[:, columns]
 
 
 def margin_loss(logits: Tensor, counted: Tensor) -> Tensor:
@@ -127,8 +127,8 @@ def profile_heads(
     def each(name: str, samples: Sequence[Features], read: Callable[[dict[str, Any]], Iterable[Any]]) -> list[Any]:
         by_row: dict[int, Any] = {}
         batches = plan_batches([len(sample["input_ids"]) for sample in samples], config.batch_size)
-        done = run_batches(batches, samples, collate, read, num_workers)
-        for batch, results in tqdm(done, f"RAH-LoRA | {name}", len(batches), unit="batch"):
+        outputs = run_batches(batches, samples, collate, read, num_workers)
+        for batch, results in tqdm(outputs, f"RAH-LoRA | {name}", len(batches), unit="batch"):
             by_row.update(zip(batch, results, strict=True))
         # in the order of the samples, so that the rounding of the means does not depend on the batch size
         return [by_row[row] for row in range(len(samples))]

@@ -66,8 +66,9 @@ def _rows(values: Tensor) -> list[list[float]]:
 
 def render_summary(report: dict[str, Any]) -> str:
     """Renders the content of ``calibration.json`` in a few lines."""
-    heads, kl, done = report["heads"], report["kl"], f"{len(report['calibrated'])} {report['settings']['rah_update']}d"
-    lines = [f"RAH-LoRA: {len(heads)} of {np.size(report['caf'])} heads chosen, {done}"]
+    heads, kl = report["heads"], report["kl"]
+    changed = f"{len(report['calibrated'])} {report['settings']['rah_update']}d"
+    lines = [f"RAH-LoRA: {len(heads)} of {np.size(report['caf'])} heads chosen, {changed}"]
     lines.append(f"{'head':>7} {'I-SAL':>7} {'CAF':>9} {'alpha':>8} {'KL alone':>9}  state, anchors")
     for head in heads:
         alone = "" if head["kl"] is None else f"{head['kl']:.6f}"

@@ -111,8 +111,8 @@ def _profile(
 ) -> Profile:
     """Reads the profile that an earlier run stored for the same inputs, or measures and stores it."""
     sums = [parameter.sum(dtype=torch.float64).item() for parameter in forward.model.parameters()]
-    seen = [(sample.key, sample.features["input_ids"]) for sample in samples]
-    content = sums, seen, forward.model.dtype, inputs.autocast, config.probes, config.positions
+    inputs_of_samples = [(sample.key, sample.features["input_ids"]) for sample in samples]
+    content = sums, inputs_of_samples, forward.model.dtype, inputs.autocast, config.probes, config.positions
     key = hashlib.sha256(repr(content).encode()).hexdigest()
     with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("key") == key:
@@ -131,7 +131,7 @@ def _check_folder(folder: Path) -> None:
     written = report.stat().st_mtime_ns if report.exists() else 0
     # A calibration writes its report last. An adapter that is newer has been trained or replaced since.
     killed = (folder / _UNFINISHED).exists()  # so the report is missing or older
-    held = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
-    held += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
-    if held:
-        raise ValueError(f"output_dir: {folder} contains {held[0].name}, which no calibration wrote last; move it.")
+    foreign = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
+    foreign += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
+    if foreign:
+        raise ValueError(f"output_dir: {folder} contains {foreign[0].name}, which no calibration wrote last; move it.")

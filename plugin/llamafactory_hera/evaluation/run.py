@@ -40,10 +40,10 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():
         raise ValueError(f"--data: {data} is not a folder; give the folder that contains {members[0].name}.")
-    known = [task.name for task in members]
-    if unknown := set(args.tasks) - set(known):
-        raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(known)}.")
-    lacking = {task: "; ".join(missing(task, data)) for task in members if task.name in (args.tasks or known)}
+    task_names = [task.name for task in members]
+    if unknown := set(args.tasks) - set(task_names):
+        raise ValueError(f"--tasks: {min(unknown)} is not in the suite {suite}; choose from {', '.join(task_names)}.")
+    lacking = {task: "; ".join(missing(task, data)) for task in members if task.name in (args.tasks or task_names)}
     if args.check:
         print(*(f"{task.name}: {f'lacks {lacks}' if lacks else 'ready'}" for task, lacks in lacking.items()), sep="\n")
         return int(any(lacking.values()))
@@ -57,9 +57,9 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         folders = model_folders(pretrained)
         settings = {"image_aspect_ratio": args.image_aspect_ratio, "image_newline": any(map(image_newline, folders))}
         settings |= {"key": weights_digest(folders)}
-        place = Path(args.output, f"{Path(pretrained).name}-{settings['key'][:8]}")
-        results[name] = {task: place / _folder(task, data, [settings, args.limit]) / "result.json" for task in members}
-        options[name] = {"pretrained": pretrained, "answers": f"{place}/answers.jsonl", **settings}
+        root = Path(args.output, f"{Path(pretrained).name}-{settings['key'][:8]}")
+        results[name] = {task: root / _folder(task, data, [settings, args.limit]) / "result.json" for task in members}
+        options[name] = {"pretrained": pretrained, "answers": f"{root}/answers.jsonl", **settings}
     path = Path(args.output, suite + (f"-limit{args.limit}" if args.limit else ""))
     check_replaceable({f"{path}.json": '"suite"', f"{path}.md": "| benchmark"})
     # All processes agree on this list, because it is made before the first result is written.

@@ -35,7 +35,7 @@ class Line:
     @property
     def differences(self) -> dict[str, tuple[float, ...]]:
         """The difference of each model from the first, with the 2.5th and 97.5th percentiles over resamples."""
-        ends = {model: np.percentile(found, [2.5, 97.5]).tolist() for model, found in self.resampled.items()}
+        ends = {model: np.percentile(values, [2.5, 97.5]).tolist() for model, values in self.resampled.items()}
         first = next(iter(self.values.values()), 0.0)
         return {model: (self.values[model] - first, low, high) for model, (low, high) in ends.items()}
 
@@ -49,7 +49,7 @@ def write_table(
     The table of the suite "paper" also has averages of complete results. ``paper`` names a backbone, and the paper's
     scores for it become additional columns.
     """
-    known, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
+    paper_scores, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []
     for category in dict.fromkeys(task.category for task in tasks):
         with reading(path.parent, "a folder of results of llamafactory-hera eval"):
@@ -59,16 +59,16 @@ def write_table(
             lines.append(_average(category, [member[0] for member in members], models))
     if path.name == "paper":
         lines.append(_average("All", [line for line in lines if not line.average], models))
-    reported = known["backbones"].get(paper, {})
+    reported = paper_scores["backbones"].get(paper, {})
     for line in lines:
         line.paper = {run: reported[run][line.key] for run in ("LLaVA", "HeRA") if line.key in reported.get(run, ())}
         if len(line.paper) == 2:
             line.paper["gain"] = round(line.paper["HeRA"] - line.paper["LLaVA"], 1)
     page, data = (path.with_name(f"{path.name}.{kind}") for kind in ("md", "json"))
-    kept = ("key", "title", "n", "values", "differences", "paper", "comparable", "why")
-    rows = [{name: getattr(line, name) for name in kept} for line in lines]
+    fields = ("key", "title", "n", "values", "differences", "paper", "comparable", "why")
+    rows = [{name: getattr(line, name) for name in fields} for line in lines]
     write_json(data, {"suite": path.name, "models": models, "paper": reported.get("title"), "rows": rows})
-    write_text(page, _markdown(lines, models, f"{reported['title']}: {known['source']}" if reported else ""))
+    write_text(page, _markdown(lines, models, f"{reported['title']}: {paper_scores['source']}" if reported else ""))
     return [page, data]
 
 

@@ -33,9 +33,9 @@ def paper_heads(configuration: Any) -> str:
     ``llamafactory-hera build`` writes the name of the language model into the configuration.
     """
     name = getattr(configuration, "_name_or_path", "")
-    known = {without_folder(str(each)) for each in (name, getattr(configuration, BUILT, ""))}
+    names = {without_folder(str(each)) for each in (name, getattr(configuration, BUILT, ""))}
     for checkpoint, heads in PAPER_HEADS.items():
-        if known & {checkpoint, checkpoint.partition("/")[2]}:
+        if names & {checkpoint, checkpoint.partition("/")[2]}:
             return heads
     why = f"is for {', '.join(PAPER_HEADS)}, and models built from them, not for {name or 'this model'}"
     raise ValueError(f"hera_heads: {PAPER} {why}; use auto.")

@@ -49,8 +49,8 @@ def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any
     Each sample has the tokens of all rows, but attends only to those of its piece. ``pieces`` ``[B, T]`` contains the
     number of each token's piece, counted from 1, and 0 for tokens outside of all pieces.
     """
-    held = [name for name in ("input_ids", "labels") if name in batch]
-    tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in held}
+    names = [name for name in ("input_ids", "labels") if name in batch]
+    tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in names}
     numbers = torch.arange(1, count + 1, device=pieces.device).unsqueeze(1)
     return {**batch, **tokens, "attention_mask": pieces.view(1, -1) == numbers}
 

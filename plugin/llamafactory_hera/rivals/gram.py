@@ -18,5 +18,5 @@ class Gram(TokenObjective):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Computes the loss of each target and sample; the objective has no parameters."""
-        ours, theirs = (similarity(tokens, tokens) for tokens in (batch.tokens, batch.teacher))
-        return (ours - theirs).square().mean(dim=(-2, -1))
+        student, teacher = (similarity(tokens, tokens) for tokens in (batch.tokens, batch.teacher))
+        return (student - teacher).square().mean(dim=(-2, -1))

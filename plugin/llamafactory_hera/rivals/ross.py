@@ -180,9 +180,9 @@ class Ross(TokenObjective):
             raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; set it to final.")
         sizes = (options.side, options.teacher_dim, options.dim)
         self.denoiser = Denoiser(*sizes, self.width, self.depth, self.heads)
-        left = alpha_bar()
+        share = alpha_bar()
         # the factors of latents and noise at each diffusion step, [2, STEPS]
-        self.register_buffer("levels", torch.stack([left, 1 - left]).sqrt().float(), persistent=False)
+        self.register_buffer("levels", torch.stack([share, 1 - share]).sqrt().float(), persistent=False)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Computes the loss of each sample, with diffusion steps and noise from the device's default generator."""
@@ -195,5 +195,5 @@ class Ross(TokenObjective):
         """Averages the squared error over noise samples, places and channels to ``[B]``, in fp32 despite autocast."""
         latents_level, noise_level = self.levels[:, times, None, None]
         with torch.autocast(z.device.type, enabled=False):
-            found = self.denoiser(latents_level * latents + noise_level * noise, times, z)
-        return (found - noise).square().mean(dim=(0, 2, 3))
+            predicted = self.denoiser(latents_level * latents + noise_level * noise, times, z)
+        return (predicted - noise).square().mean(dim=(0, 2, 3))

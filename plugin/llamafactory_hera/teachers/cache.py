@@ -74,8 +74,8 @@ class FeatureCache:
                 f"hera_teacher: the feature of the image with key {keys[broken[0]].hex()} is not finite in float16. "
                 "Replace the image or the weights; if both are fine, unset hera_teacher_cache, which stores float16."
             )
-        for key, feature, held in zip(keys, features, self.get(keys), strict=True):
-            if held is None:
+        for key, feature, cached in zip(keys, features, self.get(keys), strict=True):
+            if cached is None:
                 self._waiting.setdefault(key, feature)
         if len(self._waiting) >= _SHARD_ROWS:
             self.flush()
@@ -96,14 +96,14 @@ class FeatureCache:
             self._known.add(path)
             try:
                 with safe_open(path, "np") as shard:
-                    held, features = shard.get_tensor("keys").reshape(-1).view(_KEY), shard.get_slice("features")
-                if (features.get_dtype(), features.get_shape()) != ("F16", [len(held), self.dim]):
-                    raise ValueError(f"its features are not {len(held)} x {self.dim} in float16")
+                    added, features = shard.get_tensor("keys").reshape(-1).view(_KEY), shard.get_slice("features")
+                if (features.get_dtype(), features.get_shape()) != ("F16", [len(added), self.dim]):
+                    raise ValueError(f"its features are not {len(added)} x {self.dim} in float16")
             except (OSError, ValueError, SafetensorError) as error:
                 logger.warning(f"Ignored the cache file {path} ({error}); delete it. Its features will be recomputed.")
                 continue
-            keys.append(held)
-            places.append(np.stack([np.full(len(held), len(self._shards)), np.arange(len(held))], 1, dtype=np.int32))
+            keys.append(added)
+            places.append(np.stack([np.full(len(added), len(self._shards)), np.arange(len(added))], 1, dtype=np.int32))
             self._shards.append(features)
         self._keys, first = np.unique(np.concatenate(keys), return_index=True)  # the first of equal keys
         self._places = np.concatenate(places)[first]

@@ -189,8 +189,8 @@ class VisionTeacher:
         # transformers only warns about missing weights and initializes them randomly.
         missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in _UNUSED_WEIGHTS))
         if missing:
-            lost = f"{len(missing)} tensors of a {info.family.model_class}, the first being {missing[0]}"
-            raise ValueError(f"{KEY}: the weights of {info.name} lack {lost}; copy or download the model again.")
+            lack = f"{len(missing)} tensors of a {info.family.model_class}, the first being {missing[0]}"
+            raise ValueError(f"{KEY}: the weights of {info.name} lack {lack}; copy or download the model again.")
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor, info)

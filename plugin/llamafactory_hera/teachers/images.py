@@ -146,8 +146,8 @@ def _encoded(image: ImageLike) -> bytes:
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str | os.PathLike):
-        given = type(image).__name__
-        raise ValueError(f"An image has the type {given}; give a path, bytes, a dict with either, or a PIL image.")
+        kind = type(image).__name__
+        raise ValueError(f"An image has the type {kind}; give a path, bytes, a dict with either, or a PIL image.")
     if str(image).startswith(("http://", "https://")):
         raise ValueError(f"The image {image!r} is a URL, and each step would fetch it; download it and give its path.")
     try:
