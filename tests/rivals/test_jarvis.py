@@ -60,17 +60,19 @@ def first_step(jarvis: Any, plain: bool) -> Step:
 
 
 def test_block_sizes_follow_the_formula_and_no_block_reaches_the_last_row_or_column() -> None:
-    sizes = set()
+    sizes, heights = set(), set()
     for seed in range(60):
         targets, context = draw_blocks(27, 3, torch.Generator().manual_seed(seed))
         rows, columns = (targets // 27).flatten(0, 1), (targets % 27).flatten(0, 1)
         assert max(rows.max(), columns.max()) <= 25
         height, width = ((x.amax(1) - x.amin(1) + 1).unique().item() for x in (rows, columns))
         assert all(len(set(block)) == height * width for block in targets.flatten(0, 1).tolist())
-        assert context.any(dim=0).nonzero().max() < 26 * 27
         sizes.add((height, width))
+        for kept in context.view(3, 27, 27).any(dim=2):
+            heights.add(int(kept.nonzero().max() - kept.nonzero().min()) + 1)
     # the formula allows 9 x 12 to 15 x 10
     assert {(9, 12), (15, 10)} <= sizes <= {(h, w) for h in range(9, 16) for w in (10, 11, 12)}
+    assert heights == {25, 26}  # of the contexts
 
 
 @pytest.mark.parametrize("side", [2, 3, 5, 6])
