@@ -65,7 +65,7 @@ def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict
 @pytest.mark.parametrize("tower, side", [*((tower, 32) for tower in TOWERS), ("dinov2", 64)])
 def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict, build: Build, tmp_path: Path) -> None:
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
-    if side == 64:  # Processor and config may differ in size: those of DINOv2 on the hub have 224 and 518 pixels.
+    if side == 64:  # The sizes in the processor and the config may differ: 224 and 518 pixels for DINOv2 on the hub.
         edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     built = build(tower=folder)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
@@ -151,7 +151,7 @@ def test_old_pickled_checkpoints_are_read(build: Build, tmp_path: Path) -> None:
     save_file(weights, llm / "model.safetensors", {"format": "pt"})
     expected = stored(build(llm, output="expected").folder)
     (llm / "model.safetensors").unlink()
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # Both share memory in the pickle.
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # The two tensors share memory in the pickle.
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)  # Old versions stored this buffer.
     for i, names in enumerate((list(weights)[:9], list(weights)[9:]), 1):
         torch.save({name: weights[name] for name in names}, llm / f"pytorch_model-0000{i}-of-00002.bin")

@@ -85,7 +85,7 @@ def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build:
 
 
 def test_a_full_disk_leaves_nothing(build: Build, tmp_path: Path) -> None:
-    tf.logging.set_verbosity_error()  # The limit also applies to a log file.
+    tf.logging.set_verbosity_error()  # The size limit also applies to log files.
     with full_disk(100_000), pytest.raises(OSError, match=r"--output: .*built cannot be written"):
         build()
     assert not list(tmp_path.iterdir())

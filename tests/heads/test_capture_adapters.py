@@ -33,7 +33,7 @@ def merged_projections(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
         merged = copy.deepcopy(layer.self_attn.o_proj)
         base = merged.get_base_layer()
         plain = base.weight.clone()
-        if any(merged.lora_bias.values()) and base.bias is None:  # PEFT merges a bias only into another
+        if any(merged.lora_bias.values()) and base.bias is None:  # PEFT merges a bias only if the base layer has one
             base.bias = nn.Parameter(torch.zeros(base.out_features))
         merged.merge()
         assert (base.weight - plain).abs().max() > 0.05

@@ -135,7 +135,7 @@ def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, name
             lm_loss = model(**batch).loss
             z = capture.representations()
             (lm_loss + 0.5 * term(z)).backward()
-            # recomputation must not be captured instead of the pass
+            # the recomputation must not replace the captured pass
             assert torch.equal(capture.representations(), z)
             compare(gradients(model), {name: plain[name] for name, _ in model.named_parameters()})
     assert [layer._gradient_checkpointing_func for layer in decoder_layers(model)] == functions

@@ -68,4 +68,4 @@ def test_representations_and_gradients_without_a_graph_break(checkpointing: bool
                 scale = max(1.0, values.abs().max().item())
                 torch.testing.assert_close(got[name], values, rtol=0, atol=1e-6 * scale)
     assert sum(counters["graph_break"].values()) == 0
-    assert len(graphs) == 2  # a new mask is no reason to compile again
+    assert len(graphs) == 2  # a new mask does not cause a recompilation

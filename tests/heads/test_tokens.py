@@ -13,7 +13,7 @@ IDS = torch.tensor(
     [
         [IMAGE, IMAGE, 5, 6, 7, 8, PAD, PAD],  # right padding
         [PAD, PAD, PAD, IMAGE, 5, 6, 7, 8],  # left padding
-        [5, 6, VIDEO, VIDEO, 7, PAD, 8, 9],  # no padding: here 0 is a word like any other
+        [5, 6, VIDEO, VIDEO, 7, PAD, 8, 9],  # no padding: here, 0 is an ordinary token
         [IMAGE, IMAGE, 5, 6, PAD, PAD, PAD, PAD],  # no answer
     ]
 )
@@ -137,7 +137,7 @@ def test_positions_are_those_of_the_image_that_the_teacher_sees() -> None:
         places = [place for place, token in enumerate(row) if token == MARK]
         if count:
             assert positions == places[index * PER_IMAGE : (index + 1) * PER_IMAGE]
-    assert found.max() < width  # a sample without an image gives some position
+    assert found.max() < width  # a sample without an image gets arbitrary positions
 
 
 def test_the_dummy_image_of_the_host_is_not_counted() -> None:
@@ -157,7 +157,7 @@ def test_models_without_a_fixed_square_grid_are_refused(name: str) -> None:
     config = vlm(name).config
     if config.model_type == "llava":
         assert grid_side(config, "viral") ** 2 == PER_IMAGE
-        config.vision_config = Dinov2Config(image_size=[16, 32])  # CLIP's takes one number
+        config.vision_config = Dinov2Config(image_size=[16, 32])  # CLIP's config accepts only one number
         problem = r"vision tower is \[16, 32\], not one number"
     else:
         problem = f"{config.model_type!r} models do not create one"

@@ -110,7 +110,7 @@ def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Te
     if start < end:
         for i, j in product(range(length), range(start, end)):  # close all visual columns
             sees[i][j] = False
-        for i, j in product(range(start, length), range(start, end)):  # from the image on, the context
+        for i, j in product(range(start, length), range(start, end)):  # from the image on, open the context
             sees[i][j] = bool(context[j - start])
         for block in targets:  # each target block sees itself
             for i, j in product(block, block):

@@ -14,7 +14,7 @@ from tests.tiny_models import autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 
-SIDE, CHANNELS, PIXELS = 4, 3, 16  # each place has 2 x 2 latents, of 2 x 2 pixels
+SIDE, CHANNELS, PIXELS = 4, 3, 16  # each place has 2 x 2 latents, and each latent has 2 x 2 pixels
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -40,7 +40,7 @@ def latents_of(teacher: LatentTeacher, images: Tensor, seed: int = 1) -> Tensor:
 
 def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder: Path) -> None:
     images = torch.rand(2, 3, 2 * PIXELS, 2 * PIXELS)
-    # without antialiasing, half the size is the mean of two by two
+    # without antialiasing, halving the size averages two by two pixels
     pixels = torch.nn.functional.avg_pool2d(images, 2) * 2 - 1
     posterior = diffusers.AutoencoderKL.from_pretrained(folder).encode(pixels).latent_dist
     torch.manual_seed(1)

@@ -80,7 +80,7 @@ def save_teacher(tmp_path):
         _randomize(model)
         model.save_pretrained(folder)
         _processor(kind).save_pretrained(folder)
-        if kind == "mlcd":  # the name of the type on its authors' pages
+        if kind == "mlcd":  # the authors' checkpoints contain this name
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(config.replace("mlcd_vision_model", kind))
         return folder

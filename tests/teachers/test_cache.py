@@ -166,7 +166,7 @@ def test_pickled_copies_are_small_and_see_after_refresh_what_others_have_written
     assert len(pickle.dumps(cache)) < 500
     copy = pickle.loads(pickle.dumps(cache))
     assert holds(copy, range(2000))
-    assert copy.get(keys_of([5000])) == [None]  # the waiting feature stays with the process that computed it
+    assert copy.get(keys_of([5000])) == [None]  # a pending feature stays in the process that computed it
     cache.flush()
     assert copy.get(keys_of([5000])) == [None]
     copy.refresh()
@@ -183,7 +183,7 @@ def test_processes_that_fill_it_at_the_same_time_lose_nothing(folder):
             store(cache, range(first, first + 6))
             assert holds(cache, range(start, first + 6))
 
-    # The images 30 to 59 are computed by both.
+    # Both processes compute the images 30 to 59.
     run([fork.Process(target=child, args=(start,), daemon=True) for start in (0, 30)])
     cache = opened(folder)
     assert holds(cache, range(90))
@@ -214,7 +214,7 @@ def test_a_killed_writer_loses_only_what_it_had_not_flushed(when, folder, cache)
 def test_a_read_only_cache_can_be_read_but_not_extended(folder, cache, monkeypatch):
     store(cache, [1])
 
-    def refuse(*args, **kwargs):  # permissions would not stop root
+    def refuse(*args, **kwargs):  # root may write despite permissions
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "mkdir", refuse)

@@ -39,7 +39,7 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
     template = templates.get(language.config.model_type)
     tokenizer.chat_template = _chat_template(tokenizer, template)
     if "bos_token" in (tokenizer.chat_template or ""):
-        tokenizer.add_bos_token = False  # the chat template writes it
+        tokenizer.add_bos_token = False  # the chat template adds it
 
     has_cls, patch = TOWERS[vision.config.model_type].has_cls, vision.config.patch_size
     layout = {"patch_size": patch, "num_additional_image_tokens": int(has_cls)}

@@ -130,7 +130,7 @@ def _check_folder(folder: Path) -> None:
     check_replaceable({report: '"calibrated"', folder / PICTURE_FILE: PICTURE})
     written = report.stat().st_mtime_ns if report.exists() else 0
     # A calibration writes its report last. An adapter that is newer has been trained or replaced since.
-    killed = (folder / _UNFINISHED).exists()  # so the report is missing or older
+    killed = (folder / _UNFINISHED).exists()  # before it wrote the report
     foreign = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
     foreign += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
     if foreign:

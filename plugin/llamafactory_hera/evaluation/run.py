@@ -35,7 +35,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
     members: Sequence[Task] = SUITES.get(suite, ())
     if file.suffix == ".json" and file.is_file():  # the user's questions
         members = [replace(SUITES["demo"][0], name=file.stem, title=file.stem)]
-        suite, data = f"own_{file.stem}", file.parent  # the prefix keeps the name apart from those of the suites
+        suite, data = f"own_{file.stem}", file.parent  # the prefix prevents a clash with the name of a suite
     elif not members:
         raise ValueError(f"--suite: {suite} is unknown; choose {', '.join(SUITES)}, or a .json file of questions.")
     if data and not data.is_dir():

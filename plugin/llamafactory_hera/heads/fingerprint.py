@@ -35,7 +35,7 @@ def model_fingerprint(
             rows[match[1]] = row.cpu().view(torch.int16).numpy().tobytes()
     if not rows:
         raise ValueError(f"model: the weights of {str(weights)[:99]} contain no decoder layer; give a language model.")
-    digest = hashlib.sha256(str(astuple(layout)[1:]).encode())  # without model_type, which is another in a VLM
+    digest = hashlib.sha256(str(astuple(layout)[1:]).encode())  # without the model_type, which differs in VLMs
     for name in sorted(rows):
         digest.update(name.encode() + rows[name])
     for path in (path for folder in adapters for path in sorted(folder.glob("adapter_model.*"))[-1:]):

@@ -64,7 +64,7 @@ def projection_weights(model: nn.Module) -> Iterator[Tensor]:
             continue
         # packed 4-bit weights are integers, so the layer's norm determines the dtype
         like = next(p for p in (*projection.parameters(), *layer.parameters()) if p.is_floating_point())
-        # correct for LoRA, DoRA and 4-bit weights; the last row is zero, so its image is the bias
+        # correct for LoRA, DoRA and 4-bit weights; a row of zeros is projected to the bias
         unit = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
         with full_precision(like.device.type):
             image = projection(unit.unsqueeze(0))[0]
