@@ -32,8 +32,8 @@ def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:
     assert (command["hera_heads"], command["hera_max_nan"]) == ("auto", "3")
     assert command["template"] == "llava_qwen3"
     assert command["freeze_vision_tower"] == "True"  # sent for multimodal models only
-    # the host sends nothing that is false or empty
-    sent = FIELDS.keys() - {"hera_teacher_cache", "hera_fixed_temperature"}
+    # the host sends nothing that is empty
+    sent = FIELDS.keys() - {"hera_teacher_cache"}
     assert {key for key in command if key.startswith("hera_")} == sent | {"hera_max_nan"}
     page.name("Config path", "saved.yaml")
     page.press("Save arguments")

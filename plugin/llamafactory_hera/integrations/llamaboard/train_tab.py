@@ -96,10 +96,7 @@ def _create_accordion() -> Elements:
 def _field(key: str) -> Component:
     if options(key):
         return gr.Dropdown(choices=options(key), value=default(key))
-    kind = FIELDS[key].type
-    if kind is bool:
-        return gr.Checkbox(value=default(key))
-    if kind in (int, float):
+    if (kind := FIELDS[key].type) in (int, float):
         precision, step = (0, 1) if kind is int else (None, 0.01)
         return gr.Number(value=default(key), precision=precision, step=step)
     return gr.Textbox(value=default(key), max_lines=1)
