@@ -22,7 +22,6 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.heads.tokens import by_piece, token_mask
 from llamafactory_hera.integrations.llamafactory.checks import check_run, checked_dataset, packed_pieces
 from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
-from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training import Aligner
 
 from ..backbones.standins import save_native
@@ -237,7 +236,7 @@ def test_every_pooling_marks_the_tokens_of_one_sample(host: Host, pooling: Any) 
 
 def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:
     lacking = host.rows[True].remove_columns("packing_params")
-    get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking}, Contrastive)
+    get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking})
     with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
         get_checked(host.template, None, host.data, **host.tokens)
 

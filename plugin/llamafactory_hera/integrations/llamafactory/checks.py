@@ -1,8 +1,8 @@
 """Refuses settings, models and data with which HeRA would be wrong or have no effect, before weights are loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from llamafactory.extras.constants import IMAGE_PLACEHOLDER
@@ -13,9 +13,11 @@ from llamafactory_hera.distributed import world_size
 from llamafactory_hera.heads.families import HeadLayout, head_layout
 from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.heads.tokens import grid_side
-from llamafactory_hera.objectives import Objective, TokenObjective
+from llamafactory_hera.integrations.trainer_rows import row_with_image
+from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import NO_FP8, check_output, check_parallelism
 from llamafactory_hera.training.collator import Piece
@@ -108,16 +110,16 @@ def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
     return with_mode(config, load_config(host.model), projector_only)
 
 
-def checked_dataset(
-    get_dataset: Callable[..., dict[str, Any]], objective: type[Objective]
-) -> Callable[..., dict[str, Any]]:
-    """Wraps the host's ``get_dataset``, and refuses data with too few images or with truncated image tokens."""
+def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Wraps the host's ``get_dataset``, and refuses data without images or with truncated image tokens."""
 
     @wraps(get_dataset)
     def get_checked(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         module = get_dataset(template, model_args, data_args, *args, **kwargs)
         if (train := module.get("train_dataset")) is not None:
-            _check_images(train, data_args, max(2, objective.least_samples))
+            row_with_image(train, sample_images)
+            if data_args.neat_packing:
+                packed_pieces(next(iter(train)))
             first = enumerate(islice(train, _N_CHECKED**2))
             for row, sample in islice((each for each in first if each[1].get("images")), _N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, kwargs["tokenizer"], kwargs.get("processor"))
@@ -140,25 +142,6 @@ def packed_pieces(row: dict[str, Any]) -> list[Piece]:
         Piece(start, stop, [image for image, piece in enumerate(of_images) if piece == number])
         for number, (start, stop) in enumerate(pairwise(ends))
     ]
-
-
-def _check_images(dataset: Any, data_args: Any, least: int) -> None:
-    rows: Iterable[dict[str, Any]] = dataset
-    column = "packing_params" if data_args.neat_packing else "images"
-    if not hasattr(dataset, "__len__"):
-        rows = islice(dataset, _N_CHECKED**2)
-    elif column in dataset.column_names:
-        rows = dataset.select_columns([column])  # reading the tokens would take long
-    samples = chain.from_iterable(
-        [piece.images for piece in packed_pieces(row)] if data_args.neat_packing else [row.get("images")]
-        for row in rows
-    )
-    found = len(list(islice(filter(None, samples), least)))
-    if found < least:
-        raise ValueError(
-            f"dataset: {', '.join(data_args.dataset or [])} has {found} samples with an image, and HeRA compares "
-            f"{least} or more; use a dataset with an `images` column, raise max_samples, or use stage: sft."
-        )
 
 
 def check_image_tokens(
