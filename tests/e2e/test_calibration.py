@@ -94,7 +94,6 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
     "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
-    "no template": (["template="], ["template: the value is empty"]),
 }
 
 

@@ -41,7 +41,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
         ),
         (
             ["model_name_or_path=nowhere/vlm"],
-            "problem: model_name_or_path: nowhere/vlm is neither a folder with a mod",
+            "problem: model_name_or_path: nowhere/vlm is not a folder and cannot be f",
         ),
         (["hera_heads=L99H0"], "problem: hera_heads: L99H0 does not exist: the model has layers L0 to L4"),
         (
@@ -51,7 +51,7 @@ RECIPE = str(ROOT / "recipes/demo/hera.yaml")
         (["template=qwen3"], "problem: template: qwen3 has no images; choose one for this model: llava_plain"),
         (
             ["hera_teacher=nowhere/dino"],
-            "problem: hera_teacher: nowhere/dino is neither a folder with a model nor in the",
+            "problem: hera_teacher: nowhere/dino is not a folder and cannot be fetched from",
         ),
         (["hera_teacher=hera_demo/model"], "problem: hera_teacher: hera_demo/model has model_type 'llava'"),
         (["dataset=nothing"], "problem: dataset: nothing is not in hera_demo/data/dataset_info.json"),

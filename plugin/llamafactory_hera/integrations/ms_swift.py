@@ -74,13 +74,11 @@ class HeraArguments(Seq2SeqTrainingArguments):
     truncation_strategy: str | None = None
 
     def __post_init__(self) -> None:
-        hera = read_keys()
+        read_keys()
         for name, (value, why) in _REFUSED.items():
             given = getattr(self, name)
             if (given == value) if isinstance(value, str) else given != value:
                 raise ValueError(f"{name}: {given} does not work with HeRA ({why}); remove the argument.")
-        if hera.select_dataset is not None:
-            raise ValueError("hera_select_dataset: selection reads the run's dataset; remove the key.")
         super().__post_init__()
 
 

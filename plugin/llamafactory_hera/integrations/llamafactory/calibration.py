@@ -29,8 +29,6 @@ def read_calibration(
     config = RahConfig.from_keys(keys)
     # the host does not know the keys of calibration, and calibration does not read those of HeRA
     values = {key: value for key, value in values.items() if not key.startswith((RahConfig.PREFIX, HeraConfig.PREFIX))}
-    if values.get("template") is None:
-        raise ValueError("template: the value is empty, so the host would read no image; give the model's template.")
     output_dir = named_output(values, "saves/calibration")
     # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
