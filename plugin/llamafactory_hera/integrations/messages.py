@@ -143,13 +143,11 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
-    trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
     lines = {
         aligner.targets.what: f"{aligner.targets} ({decoder}, {'tested' if decoder in FAMILIES else 'by structure'})",
         "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
         "objective": f"{config.objective}, weight {config.weight}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
-        "trainable parameters": "{:,} of the model, {:,} of the objective".format(*trained),
     }
     if aligner.packed:
         lines["global batch"] += ", in packed rows"

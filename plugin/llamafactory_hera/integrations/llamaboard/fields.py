@@ -16,38 +16,20 @@ import yaml
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.keys import choices
-from llamafactory_hera.objectives import names
 
 #: The entry in the list of stages, and the value of ``stage`` that it selects.
 STAGE_TITLE, STAGE = "HeRA", "hera"
 
-#: The accordion: the element of each title, and the rows of keys below this title. Keys that are rarely needed have no
-#: field.
-GROUPS = {
-    "hera_title_targets": (["hera_heads"], ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"]),
-    "hera_title_teacher": (["hera_teacher", "hera_teacher_cache"],),
-    "hera_title_loss": (["hera_weight", "hera_k", "hera_memory", "hera_accumulate"],),
-    "hera_title_selection": (
-        ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "batch_size"))],
-    ),
-}
-
+#: The rows of fields in the accordion. Keys that are rarely needed have no field.
+ROWS = (
+    ["hera_heads"],
+    ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"],
+    ["hera_teacher", "hera_teacher_cache"],
+    ["hera_weight", "hera_k", "hera_memory", "hera_accumulate"],
+    ["hera_select", "hera_select_m", "hera_select_mode", "hera_select_samples", "hera_select_batch_size"],
+)
 #: The declaration of each key with a field. The element of a key has the id ``train.<key>``.
-FIELDS: dict[str, dataclasses.Field] = {
-    key: HeraConfig.knobs()[key] for rows in GROUPS.values() for row in rows for key in row
-}
-
-
-def options(key: str) -> list[str]:
-    """Returns the values to choose from; an empty list for a field with free input."""
-    return list(names() if key == "hera_objective" else choices(FIELDS[key]))
-
-
-def default(key: str) -> Any:
-    """Returns the initial value of a field: the default of its key."""
-    value = FIELDS[key].default
-    return "" if value is None else value
+FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
 
 
 def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:

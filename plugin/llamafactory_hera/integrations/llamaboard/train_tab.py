@@ -13,8 +13,10 @@ from llamafactory.webui.common import get_save_dir
 from PIL import Image
 
 from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.keys import choices
+from llamafactory_hera.objectives import names
 
-from .fields import FIELDS, GROUPS, STAGE, default, options
+from .fields import FIELDS, ROWS, STAGE
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -82,11 +84,9 @@ llamafactory-hera eval {model} {run} --suite paper"""
 def _create_accordion() -> Elements:
     elements: Elements = {}
     with gr.Accordion(open=False) as tab:
-        for title, rows in GROUPS.items():
-            elements[title] = gr.Markdown()
-            for row in rows:
-                with gr.Row():
-                    elements |= {key: _field(key) for key in row}
+        for row in ROWS:
+            with gr.Row():
+                elements |= {key: _field(key) for key in row}
         elements["hera_commands"] = gr.Code(language="shell", interactive=False, visible=False)
         elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False)
         elements["hera_report"] = gr.HTML(visible=False)
@@ -94,9 +94,10 @@ def _create_accordion() -> Elements:
 
 
 def _field(key: str) -> Component:
-    if options(key):
-        return gr.Dropdown(choices=options(key), value=default(key))
-    if (kind := FIELDS[key].type) in (int, float):
-        precision, step = (0, 1) if kind is int else (None, 0.01)
-        return gr.Number(value=default(key), precision=precision, step=step)
-    return gr.Textbox(value=default(key), max_lines=1)
+    declared = FIELDS[key]
+    if options := list(names() if key == "hera_objective" else choices(declared)):
+        return gr.Dropdown(choices=options, value=declared.default)
+    if declared.type in (int, float):
+        precision, step = (0, 1) if declared.type is int else (None, 0.01)
+        return gr.Number(value=declared.default, precision=precision, step=step)
+    return gr.Textbox(value=declared.default, max_lines=1)
