@@ -43,7 +43,7 @@ def local_folder(
 
 
 def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
-    """Fetches the first file that a repository has, at its top or as a run stores it; otherwise an error."""
+    """Fetches the first file of ``names`` that a repository has, at its top or in the folder of a run's files."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -60,10 +60,10 @@ def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
 
 def is_adapter(folder: Path) -> bool:
     """Returns whether a folder contains an adapter; raises ``ValueError`` if it also contains whole weights."""
-    held = (folder / "adapter_config.json").is_file()
-    if held and weight_files(folder, required=False):
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if has_adapter and weight_files(folder, required=False):
         raise ValueError(f"{folder} contains an adapter and whole weights, so it is unclear which to load; move one.")
-    return held
+    return has_adapter
 
 
 def weight_files(folder: Path, required: bool = True) -> list[Path]:

@@ -129,8 +129,8 @@ def _check(hera: HeraConfig, args: Any) -> None:
             f"hera_objective: {hera.objective} needs {least} samples from all processes and hera_memory together",
         ),
     )
-    for key, value, found, why in checks:
-        if found:
+    for key, value, refused, why in checks:
+        if refused:
             raise ValueError(f"{key}: {value} does not work with HeRA in the v1 engine: {why}; change or remove it.")
 
 

@@ -31,19 +31,19 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     # the host sends these elements with every button of the tab
     sent = engine.manager.get_base_elems() | {elements[key] for key in FIELDS}
     engine.manager.get_base_elems = lambda: set(sent)
-    theirs = host(engine)
+    created = host(engine)
     del engine.manager.get_base_elems
-    siblings = theirs["mm_tab"].parent.children
-    stage, tab = theirs["training_stage"], elements["hera_tab"]
+    siblings = created["mm_tab"].parent.children
+    stage, tab = created["training_stage"], elements["hera_tab"]
     siblings.remove(tab)
-    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, tab)
+    siblings.insert(siblings.index(created["mm_tab"]) + 1, tab)
     stage.change(lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, tab, queue=False)
     top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
     results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
     # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen
-    events = [theirs["output_box"].change, theirs["output_dir"].change]
-    gr.on(events, show_run, [*top, theirs["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
-    return theirs | elements
+    events = [created["output_box"].change, created["output_dir"].change]
+    gr.on(events, show_run, [*top, created["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
+    return created | elements
 
 
 def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:

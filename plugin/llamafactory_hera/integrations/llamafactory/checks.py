@@ -24,7 +24,7 @@ from llamafactory_hera.training.collator import Piece
 
 from .recipe import HostArguments
 
-_N_CHECKED = 32  # samples, because checking all of them would take long
+_N_CHECKED = 32  # the number of samples with images whose tokens are counted
 #: Key -> why heads cannot be read with it.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from",
@@ -129,7 +129,7 @@ def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[...,
 
 
 def packed_pieces(row: dict[str, Any]) -> list[Piece]:
-    """Returns the samples in a row of ``neat_packing``; padding is none of them."""
+    """Returns the samples in a row of ``neat_packing``, without the padding at its end."""
     if (packed := row.get("packing_params")) is None:
         raise ValueError(
             "neat_packing: True needs the column packing_params, which says where the samples of a row begin, but a "

@@ -28,7 +28,7 @@ from .recipe import HostArguments, adapter_folders, model_folder
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, configuration: Any) -> Run:
-    """Describes a training run for the selection, or the check, of its heads or layers."""
+    """Describes a training run to the functions that select its heads or layers, or check given ones."""
 
     def facts() -> dict[str, str]:
         layout = head_layout(configuration)
@@ -61,7 +61,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
 
 
 class _Rows:
-    """The training rows of a run, with its tokenizer and template; of a stream, the rows for ``n_samples``."""
+    """The training rows of a run, with its tokenizer and template; for a stream, enough rows for ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host
