@@ -60,7 +60,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     """Logs at the end of a run whether MKNN rose or, if the run did not measure MKNN, whether the loss fell.
 
     The change is the difference between the means of the first and of the last log lines (at most five each). The
-    noise is two standard errors, computed from the differences of consecutive lines, so a slow trend hardly adds to it.
+    noise is two standard errors of the differences of consecutive lines, so a slow trend hardly adds to it.
     """
     if rank() > 0:
         return
