@@ -31,12 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"neat_packing": True, "hera_objective": "feature"},
         ["hera_objective: feature", "one sample per row", "contrastive"],
     ),
-    "packed image tokens cut off": ({"neat_packing": True, "cutoff_len": 12}, ["cutoff_len: 12 cuts", "image tokens"]),
-    "unsloth checkpointing": ({"use_unsloth_gc": True}, ["use_unsloth_gc: True", "remove"]),
     "fp8": ({"fp8": True}, ["fp8: True", "multiples of 16", "remove"]),
-    "no checkpoint": ({"resume_from_checkpoint": True}, ["resume_from_checkpoint", "does not exist"]),
     "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless", "model_name_or_path"]),
-    "output over the data": ({"output_dir": "hera_demo/data"}, ["output_dir: hera_demo/data", "dataset_dir"]),
 }
 
 

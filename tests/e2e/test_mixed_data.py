@@ -84,16 +84,3 @@ def test_a_run_reads_a_stream(train: Train) -> None:
     run = train(args, {"accelerator_config": {"dispatch_batches": False}}, ranks=2)
     assert len(run.logs()) == 3
     assert all(math.isfinite(line["loss"]) and line["hera_loss"] > 0 for line in run.logs())
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_grouping_by_length_separates_images_from_short_text(train: Train, ranks: int) -> None:
-    args = {"dataset": "hera_demo,hera_demo_text", "max_samples": 32, "max_steps": -1, "num_train_epochs": 1.0}
-    args |= {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1, "hera_k": 1}
-    run = train(args, {"per_device_train_batch_size": 4 // ranks}, ranks=ranks)
-    of_images = [line for line in run.logs() if line.get("hera_mknn_chance") == pytest.approx(1 / 3)]
-    of_text = [line for line in run.logs() if line.get("hera_empty_steps")]
-    assert all(line["hera_loss"] == 0 for line in of_text)
-    # transformers sorts four groups of four batches, so at most one batch of a group mixes both kinds.
-    assert len(of_images) + len(of_text) >= 12
-    assert min(len(of_images), len(of_text)) > 3

@@ -166,11 +166,3 @@ def test_bad_settings_are_refused(path: Path, overrides: list[str], message: str
     with pytest.raises((ValueError, OSError)) as error:
         select(path, overrides)
     assert message in str(error.value)
-
-
-def test_a_recipe_that_cannot_be_read_is_refused(here: Path) -> None:
-    with pytest.raises((OSError, ValueError), match=r"nothing\.yaml"):
-        select("nothing.yaml")
-    (here / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken\.yaml is not a YAML recipe"):
-        select("broken.yaml")

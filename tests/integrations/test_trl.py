@@ -284,23 +284,6 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
 
 
-def test_a_run_resumes_exactly_and_leaves_its_files(tmp_path: Path) -> None:
-    case = Case("", hera={"memory": 6}, steps=3)
-    case.skip()
-    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    straight = trainer_of(tmp_path, case, **saving)
-    straight.train()
-    logged = lines(straight)
-    assert len(logged) == 6
-    assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
-    resumed = trainer_of(tmp_path, case, **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert lines(resumed) == logged
-
-    for folder in ("hera", "checkpoint-3/hera"):
-        assert {"state.safetensors", "heads.json", "run.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
-
-
 def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NAMED["prompt and completion"].skip()
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(encoding="utf-8"), re.DOTALL)
