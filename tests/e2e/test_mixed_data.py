@@ -52,20 +52,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, place: Path) -> None:
-    args = {
-        "model_name_or_path": "model",
-        "template": "qwen2_vl",
-        "hera_heads": "L0H1,L1H0",
-        "hera_teacher": "teacher",
-        "hera_teacher_cache": None,
-        "hera_k": K,
-        "dataset_dir": ".",
-        "media_dir": ".",
-        "dataset": "mixed",
-        "cutoff_len": 512,
-        "per_device_train_batch_size": len(IMAGES),
-        "max_steps": 2,
-    }
+    args = {"model_name_or_path": "model", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
+    args |= {"dataset": "mixed", "dataset_dir": ".", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
+    args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": K}
     run = train(args, cwd=place)
     first = [images[0] for images in IMAGES if images]
     candidates = [sum(other != image for other in first) for image in first]

@@ -19,7 +19,6 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.tokens import by_piece, token_mask
 from llamafactory_hera.integrations.llamafactory.checks import check_run, checked_dataset, packed_pieces
 from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
 from llamafactory_hera.training import Aligner
@@ -171,10 +170,10 @@ FLASH = "flash_attention_2"
     ("attention", "lora", "reentrant", "keys"),
     [
         ("sdpa", False, None, {}),
-        ("sdpa", False, True, {}),
-        ("sdpa", True, False, {}),
+        ("sdpa", False, True, {"pooling": "text"}),
+        ("sdpa", True, False, {"pooling": "mean"}),
         ("sdpa", False, False, LAYER),
-        (FLASH, False, None, {}),
+        (FLASH, False, None, {"pooling": "last"}),
         (FLASH, True, True, LAYER),
     ],
 )
@@ -217,21 +216,6 @@ def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host:
             aligner.solve()
     together = step(host, host.model(), host.unpacked(0, 1), None, lm=False)
     check_gradients(gradients_of(model), together.gradients)
-
-
-@pytest.mark.parametrize("pooling", ["answer", "text", "mean", "last"])
-def test_every_pooling_marks_the_tokens_of_one_sample(host: Host, pooling: Any) -> None:
-    row, media = host.packed(0)[0], [host.model().config.image_token_id]
-    pieces = packed_pieces(row)
-    numbers = torch.tensor([row["attention_mask"]])  # in these rows, the host's mask contains the number of the sample
-    batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
-    view = by_piece(batch, numbers, len(pieces))
-    found = token_mask(pooling, view["input_ids"], view["attention_mask"], view["labels"], media)
-    for piece, mask in zip(pieces, found, strict=True):
-        place = slice(piece.start, piece.stop)
-        alone = token_mask(pooling, batch["input_ids"][:, place], None, batch["labels"][:, place], media)[0]
-        assert mask[place].tolist() == alone.tolist()
-        assert mask.sum() == alone.sum()
 
 
 def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:

@@ -73,14 +73,6 @@ def test_a_llava_has_the_selection_of_its_language_model(here: Path, path: Path)
     assert mllm.provenance["samples_digest"] == llava.provenance["samples_digest"] == llm.provenance["samples_digest"]
 
 
-def test_two_processes_select_the_same_heads_as_one(train: Train, here: Path, path: Path) -> None:
-    one = select(path, ["hera_select_mode=mllm"])
-    run = train(AUTO, {"hera_select_mode": "mllm", "per_device_train_batch_size": 8, "max_steps": 1}, ranks=2)
-    assert run.output.count("selected (worst)") == 1
-    two = Targets.load(run.folder / "hera/heads.json")
-    assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
-
-
 def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train: Train, here: Path) -> None:
     args = AUTO | LORA | {"save_steps": 1, "save_strategy": "steps", "max_steps": 2}
     run = train(args)

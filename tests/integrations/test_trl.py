@@ -37,15 +37,7 @@ TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
 ROOT = Path(__file__).parents[2]
 BATCH = 4
 QUESTION = "What does it show?"
-ANSWERS = [
-    "a red disc",
-    "two blue rings and a star",
-    "nothing",
-    "a photograph of a cat",
-    "five",
-    "a green square",
-    "6",
-]
+ANSWERS = ["a red disc", "two blue rings and a star", "nothing", "a photograph of a cat", "five", "6"]
 #: The template of the demo with marks around the assistant's turns.
 _CONTENT = models.CHAT_TEMPLATE[
     models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")
