@@ -7,7 +7,6 @@ host's field "Extra arguments".
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import cache
-from html import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,16 +38,6 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
     """
     values = {key: value_of(f"train.{key}") for key in FIELDS}
     return {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | args
-
-
-def problem_with(args: dict[str, Any]) -> str:
-    """Returns, as HTML, the reason why HeRA refuses the arguments of a run; empty if it accepts them."""
-    given = {key: value for key, value in args.items() if key.startswith(HeraConfig.PREFIX)}
-    try:
-        HeraConfig.from_keys({key: value for key, value in given.items() if value not in (None, "")})
-    except ValueError as error:
-        return escape(str(error), quote=False)  # the page would read L<layer>H<head> as tags
-    return ""
 
 
 @cache
