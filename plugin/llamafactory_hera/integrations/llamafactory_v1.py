@@ -34,7 +34,6 @@ class HeraV1Trainer(SFTTrainer):
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
-        _check(hera, args)
         show_messages()
         # The aligner needs the model before the engine wraps it.
         self.aligner = Aligner(kwargs["model"], hera, device=DistributedInterface().current_device, seed=args.seed)

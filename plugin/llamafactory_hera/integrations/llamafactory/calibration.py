@@ -7,7 +7,6 @@ from pathlib import Path
 from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.selection.samples import Features
 from llamafactory_hera.teachers.images import ImageLike
@@ -35,14 +34,7 @@ def read_calibration(
     host = host_arguments(values)
     check_folders(str(output_dir), host)
     refuse_keys(host, UNREADABLE, "calibration")
-    model_config = multimodal_config(host.model)
-    head_layout(model_config)
-    if host.model.quantization_bit is not None or getattr(model_config, "quantization_config", None):
-        raise ValueError(
-            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
-            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
-            "quantization. The adapter also loads on the quantized model."
-        )
+    multimodal_config(host.model)
     rows, adapters = _UnlabeledSamples(host, config.samples, config.text), host.model.adapter_name_or_path
     return CalibrationInputs(adapter_names=tuple(adapters or ()), **rows.common()), config, output_dir
 

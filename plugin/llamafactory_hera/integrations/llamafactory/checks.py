@@ -11,7 +11,6 @@ from llamafactory.model import load_config
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import world_size
 from llamafactory_hera.heads.families import HeadLayout, head_layout
-from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.heads.tokens import grid_side
 from llamafactory_hera.integrations.trainer_rows import row_with_image
 from llamafactory_hera.objectives import TokenObjective
@@ -46,7 +45,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> Any:
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
     config.check_batch(size, steps, world_size(), host.data.neat_packing)
-    check_folders(host.training.output_dir, host, config)
+    check_folders(host.training.output_dir, host)
     model_config = multimodal_config(host.model)
     if config.objective_from is not None:
         earlier_values(config)
@@ -73,14 +72,12 @@ def _check_borders(layout: HeadLayout, attention: str) -> None:
         )
 
 
-def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
-    """Checks that the output folder is not a folder of the model, an adapter, the data, the teacher or the cache."""
+def check_folders(output_dir: str, host: HostArguments) -> None:
+    """Checks that the output folder is not the folder of the model, of an adapter or of the data."""
     model, data = host.model, host.data
     inputs = {"model_name_or_path": model.model_name_or_path}
     inputs |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
     inputs |= {key: getattr(data, key) for key in ("dataset_dir", "media_dir") if isinstance(getattr(data, key), str)}
-    if config is not None:
-        inputs |= {"hera_teacher": config.teacher, "hera_teacher_cache": config.teacher_cache}
     check_output(output_dir, inputs)
 
 
@@ -104,8 +101,6 @@ def multimodal_config(model_args: Any) -> Any:
 
 def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
     """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run."""
-    if config.select_mode != AUTO:
-        return config
     projector_only = host.finetuning.freeze_language_model and not host.finetuning.freeze_multi_modal_projector
     return with_mode(config, load_config(host.model), projector_only)
 

@@ -42,7 +42,7 @@ def select(
             "layers before training."
         )
     output_dir = named_output(read.values, "saves/selection")
-    check_folders(str(output_dir), read.host, read.config)
+    check_folders(str(output_dir), read.host)
     path = output_dir / RUN_FOLDER / file_name("head")
     if not force:
         _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
