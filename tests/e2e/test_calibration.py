@@ -130,7 +130,7 @@ def test_the_control_script_calibrates_on_corrupted_images(world: Path, server: 
     assert status == 0, output
     folder = world / "saves/control"
     normal, corrupted = (
-        json.loads((place / "calibration.json").read_text()) for place in (folder, folder / "control_shuffled")
+        json.loads((path / "calibration.json").read_text()) for path in (folder, folder / "control_shuffled")
     )
     compared = json.loads((folder / "control_shuffled/control.json").read_text())
     assert normal == report

@@ -34,7 +34,7 @@ def _sample(images: list[str], videos: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Qwen2.5-VL, a teacher, and one batch of mixed samples."""
     folder = tmp_path_factory.mktemp("mixed")
     save_native("qwen2_5_vl_7b", folder / "model")
@@ -51,11 +51,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, place: Path) -> None:
+def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, root: Path) -> None:
     args = {"model_name_or_path": "model", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
     args |= {"dataset": "mixed", "dataset_dir": ".", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
     args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": K}
-    run = train(args, cwd=place)
+    run = train(args, cwd=root)
     first = [images[0] for images in IMAGES if images]
     candidates = [sum(other != image for other in first) for image in first]
     chance = sum(min(K, n // 2) / n for n in candidates) / len(first)  # at most half of them are neighbors

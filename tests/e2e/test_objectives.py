@@ -50,9 +50,9 @@ def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train: Tra
     lora = "lora_target" in change
     weights = "adapter_model.safetensors" if lora else "model.safetensors"
     for file in (weights, "hera/state.safetensors"):
-        ours, theirs = load_file(resumed.folder / file), load_file(whole.folder / file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
+        found, expected = load_file(resumed.folder / file), load_file(whole.folder / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), file
 
     saved = set(load_file(whole.folder / weights))
     assert (

@@ -40,13 +40,13 @@ def _sample(number: int) -> Row:
     """Makes a sample with one image, two, or none, and a unique answer; lengths vary."""
     images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
     length = number if images else number + 6
-    asked = "<image>" * len(images) + "What is it?"
-    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
+    question = "<image>" * len(images) + "What is it?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
     return {"conversations": turns, "images": [f"{image}.png" for image in images]}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models, a teacher and the data."""
     folder = tmp_path_factory.mktemp("packed")
     for key in MODELS:
@@ -65,11 +65,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Host:
     """The rows and the collators of LLaMA-Factory for a model."""
 
-    def __init__(self, place: Path, name: str) -> None:
-        self.folder, self.teacher = place / name, place / "teacher"
+    def __init__(self, root: Path, name: str) -> None:
+        self.folder, self.teacher = root / name, root / "teacher"
         keys = {"model_name_or_path": str(self.folder), "template": MODELS[name], "cutoff_len": CUTOFF, "stage": "sft"}
-        keys |= {"dataset": "rows", "dataset_dir": str(place), "media_dir": str(place), "overwrite_cache": True}
-        keys |= {"do_train": True, "output_dir": str(place / "out"), "report_to": "none", "use_cpu": True}
+        keys |= {"dataset": "rows", "dataset_dir": str(root), "media_dir": str(root), "overwrite_cache": True}
+        keys |= {"do_train": True, "output_dir": str(root / "out"), "report_to": "none", "use_cpu": True}
         self.rows: dict[bool, Any] = {}
         for packed in (False, True):
             model, self.data, training, *_ = get_train_args(keys | {"neat_packing": packed})
@@ -147,17 +147,17 @@ def step(host: Host, model: nn.Module, rows: list[Row], attention: str | None, l
     return found
 
 
-def check_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert largest > 0
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def host(request: pytest.FixtureRequest, place: Path) -> Host:
-    return Host(place, request.param)
+def host(request: pytest.FixtureRequest, root: Path) -> Host:
+    return Host(root, request.param)
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -188,14 +188,16 @@ def test_packed_samples_have_the_values_of_unpacked_ones(
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     numbers = (0, 1) if attention == "sdpa" else (0,)  # with FlashAttention, the host packs a batch into one row
-    ours = step(host, model, host.packed(*numbers), attention, **keys)
-    theirs = step(host, model, host.unpacked(*numbers), None, **keys)
-    assert ours.valid == theirs.valid
-    assert 3 <= sum(ours.valid) < len(ours.valid)
-    valid = torch.tensor(ours.valid)
-    torch.testing.assert_close(ours.representations[:, valid], theirs.representations[:, valid], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.term, theirs.term, rtol=1e-5, atol=1e-6)
-    check_gradients(ours.gradients, theirs.gradients)
+    found = step(host, model, host.packed(*numbers), attention, **keys)
+    expected = step(host, model, host.unpacked(*numbers), None, **keys)
+    assert found.valid == expected.valid
+    assert 3 <= sum(found.valid) < len(found.valid)
+    valid = torch.tensor(found.valid)
+    torch.testing.assert_close(
+        found.representations[:, valid], expected.representations[:, valid], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(found.term, expected.term, rtol=1e-5, atol=1e-6)
+    check_gradients(found.gradients, expected.gradients)
 
 
 def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host: Host) -> None:
@@ -225,11 +227,11 @@ def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(
         get_checked(host.template, None, host.data, **host.tokens)
 
 
-def test_layers_that_ignore_the_borders_of_samples_are_refused(place: Path, tmp_path: Path) -> None:
+def test_layers_that_ignore_the_borders_of_samples_are_refused(root: Path, tmp_path: Path) -> None:
     vlm("qwen3_5").config.save_pretrained(tmp_path)
     keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
-    keys |= {"dataset": "rows", "dataset_dir": str(place), "output_dir": str(tmp_path / "out"), "use_cpu": True}
-    host = host_arguments(keys | {"hera_teacher": str(place / "teacher"), "neat_packing": True})
+    keys |= {"dataset": "rows", "dataset_dir": str(root), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    host = host_arguments(keys | {"hera_teacher": str(root / "teacher"), "neat_packing": True})
     with pytest.raises(ValueError, match=r"^neat_packing: True .* L0 of qwen3_5_text .* flash_attn: fa2"):
         check_run(HeraConfig.from_keys(host.finetuning), host)
 
@@ -247,9 +249,9 @@ def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_proc
     heads = [Targets.load(run.folder / "hera/heads.json") for run in (alone, one, two)]
     assert heads[0].items == heads[1].items == heads[2].items
     assert "in packed rows" in one.output
-    ours, theirs = one.logs(), two.logs()
-    assert ours[0]["hera_loss"] == pytest.approx(theirs[0]["hera_loss"], rel=1e-5)
-    assert ours[0]["hera_loss"] > 0
+    found, expected = one.logs(), two.logs()
+    assert found[0]["hera_loss"] == pytest.approx(expected[0]["hera_loss"], rel=1e-5)
+    assert found[0]["hera_loss"] > 0
 
 
 @pytest.mark.parametrize("accumulate", ["none", "gradcache"])

@@ -154,12 +154,12 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
     for name, gradient in expected.found.items():
         assert float((observed.found[name] - gradient).abs().max()) <= 1e-6 * largest, name
     assert len(observed.lines) == len(expected.lines) == STEPS
-    for step, (ours, theirs) in enumerate(zip(observed.lines, expected.lines, strict=True)):
-        measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in theirs]
-        assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in ours]
+    for step, (line, expected_line) in enumerate(zip(observed.lines, expected.lines, strict=True)):
+        measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in expected_line]
+        assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in line]
         for key in measured:
             # Hosts divide the LM loss in different ways, so rounding errors grow until one neighbor changes.
             neighbor = 1 / 160 if key == "hera_mknn" and step else 0.0
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if step else 1e-6, abs=1.01 * neighbor), key
+            assert line[key] == pytest.approx(expected_line[key], rel=1e-4 if step else 1e-6, abs=1.01 * neighbor), key
     terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis skips some steps
     assert 0 < terms[-1] != terms[0]

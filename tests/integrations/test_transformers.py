@@ -76,8 +76,8 @@ def test_a_compiled_run_logs_the_values_of_a_plain_run(
     compiled = trainer_of(tmp_path / "compiled", **shared, torch_compile=True, torch_compile_backend="eager")
     compiled.train()
     assert compiled.aligner.watch.gradient_checked
-    for ours, theirs in zip(lines(compiled), lines(plain), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    for found, expected in zip(lines(compiled), lines(plain), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])

@@ -84,8 +84,8 @@ class HeraArguments(Seq2SeqTrainingArguments):
 
 def refuse(rlhf_type: str | None = None, task_type: str | None = None) -> None:
     """Takes the place of the training arguments of other tasks, whose trainers would ignore HeRA."""
-    given = f"rlhf_type: {rlhf_type}" if rlhf_type else f"task_type: {task_type}"
-    raise ValueError(f"{given} does not work with HeRA, which is for supervised fine-tuning; remove the plugin.")
+    argument = f"rlhf_type: {rlhf_type}" if rlhf_type else f"task_type: {task_type}"
+    raise ValueError(f"{argument} does not work with HeRA, which is for supervised fine-tuning; remove the plugin.")
 
 
 class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):

@@ -85,7 +85,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     weights = cache(lambda: weights_of(model))
     rows = cache(lambda: _rows_of(trainer, images_of, config))  # once, because it reads the start of a stream
 
-    def facts() -> dict[str, str]:
+    def origin() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else rows().name
         fingerprint = model_fingerprint(weights(), layout, resumed=checkpoint is not None)
         return {"model": name, "dataset": dataset, "model_fingerprint": fingerprint}
@@ -104,7 +104,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
             tokenizer=rows().tokenizer,
         )
 
-    run = Run(Path(args.output_dir), configuration, facts, inputs, checkpoint)
+    run = Run(Path(args.output_dir), configuration, origin, inputs, checkpoint)
     if config.named_targets != AUTO:
         return resolve_targets(config, run)
     if trainer.train_dataset is None:

@@ -25,7 +25,7 @@ ROWS = (
     ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"],
     ["hera_teacher", "hera_teacher_cache"],
     ["hera_weight", "hera_k", "hera_memory", "hera_accumulate"],
-    ["hera_select", "hera_select_m", "hera_select_mode", "hera_select_samples", "hera_select_batch_size"],
+    ["hera_select", "hera_select_m", "hera_select_mode", "hera_select_samples"],
 )
 #: The declaration of each key with a field. The element of a key has the id ``train.<key>``.
 FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}

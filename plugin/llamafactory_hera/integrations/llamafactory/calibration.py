@@ -40,7 +40,7 @@ def read_calibration(
 
 
 class _UnlabeledSamples(Samples):
-    """Samples without labels: whole conversations, or the text before the answer; other images may replace theirs."""
+    """Samples without labels: complete conversations, or only their prompts. ``encode`` can replace images."""
 
     def __init__(self, host: HostArguments, n_samples: int, text: Text) -> None:
         super().__init__(host, n_samples)
@@ -51,8 +51,8 @@ class _UnlabeledSamples(Samples):
         example = dict(self.rows[row])
         if images is not None:
             example["_images"] = list(images)
-        whole = self._text == "conversation" and has_answer(example)
-        features = self.encode_with(example, self.processor if whole else self._prompt_processor)
+        complete = self._text == "conversation" and has_answer(example)
+        features = self.encode_with(example, self.processor if complete else self._prompt_processor)
         if features is None:
             return None
         self.check(row, features)

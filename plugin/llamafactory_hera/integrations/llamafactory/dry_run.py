@@ -187,7 +187,7 @@ def _first_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _image_tokens() -> dict[str | None, str | None]:
-    """Maps templates to their image tokens, None without images; reads the source of the host."""
+    """Maps each template to its image token, or to None; reads the source code, because the host imports slowly."""
     built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
     tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
     require_host(patches=False)
