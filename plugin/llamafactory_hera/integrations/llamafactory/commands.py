@@ -28,7 +28,11 @@ def select(
 ) -> Targets:
     """Selects heads for a recipe and writes ``heads.json``, ``run.yaml`` and ``heads.png`` into ``output_dir/hera``.
 
-    ``in_place`` also writes the heads into the recipe; ``force`` replaces the heads of a run that has trained.
+    Args:
+        recipe: The recipe of a training run.
+        overrides: ``key=value`` pairs that replace keys of the recipe.
+        in_place: Also writes the heads into the recipe.
+        force: Replaces the heads of a run that has trained in the same folder.
     """
     file = RecipeFile.read(recipe)
     read = read_recipe(file, overrides)
@@ -79,10 +83,15 @@ def score_checkpoint(
     output: str | os.PathLike | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Scores all heads of a model or an adapter, and returns the path of the file that it writes.
+    """Scores all heads of a checkpoint or an adapter, and returns the path of the file that it writes.
 
-    Without a ``checkpoint``, it scores the model of the recipe, from which a run starts. The default ``output`` is
-    ``hera/scores.json`` in the checkpoint's folder or, without a checkpoint, ``hera/before.json`` in ``output_dir``.
+    Args:
+        checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
+            the recipe's model.
+        recipe: The recipe with the dataset, the template, the teacher and the settings.
+        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's model, which
+            its run starts from, it is ``hera/before.json`` in ``output_dir``.
+        overrides: ``key=value`` pairs that replace keys of the recipe.
     """
     forced: dict[str, Any] = {}
     folder = None if checkpoint is None else Path(checkpoint)
