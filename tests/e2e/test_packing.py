@@ -94,7 +94,7 @@ class Host:
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).train()
 
     def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
-        """Wraps the host's collator, which packs rows if an attention is given, in HeRA's."""
+        """Wraps the host's collator in HeRA's; if an attention is given, the host's collator packs rows."""
         packed = attention is not None
         kinds = {"block_diag_attn": packed, "neat_packing": packed, "attn_implementation": attention or "sdpa"}
         common = {"template": self.template, "pad_to_multiple_of": 8, "label_pad_token_id": -100}

@@ -54,7 +54,7 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
         for row in rows[1 :: BATCH + 1]:
             row["images"] = []
     waits = Waits()
-    given: dict[str, Any] = {"callbacks": [CountLaterSteps(waits)]}  # stops before HeRA's own callback ends the run
+    given: dict[str, Any] = {"callbacks": [CountLaterSteps(waits)]}  # called before HeRA's callback ends the run
     given["processing_class"] = SimpleNamespace(image_processor=student_processor())
     settings = {"max_steps": STEPS, "logging_steps": 1000, "gradient_accumulation_steps": steps, "given": given}
     trainer = trainer_of(folder, model, rows, hera=MODES[mode] | keys, **settings)

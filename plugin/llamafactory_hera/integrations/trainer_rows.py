@@ -110,7 +110,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     if trainer.train_dataset is None:
         raise ValueError(f"{config.targets_key}: auto selects on the training data; pass train_dataset.")
     if trainer.pieces_of is not None:
-        raise ValueError(f"{config.targets_key}: auto cannot score packed rows; select on unpacked rows before.")
+        raise ValueError(f"{config.targets_key}: auto cannot score packed rows; first select on unpacked rows.")
     _check_whole(model, config)
     with evaluating(model, args.device):
         return resolve_targets(config, run)

@@ -95,9 +95,10 @@ def _create_accordion() -> Elements:
 
 def _field(key: str) -> Component:
     declared = FIELDS[key]
+    default: Any = declared.default
     if options := list(names() if key == "hera_objective" else choices(declared)):
-        return gr.Dropdown(choices=options, value=declared.default)
+        return gr.Dropdown(choices=options, value=default)
     if declared.type in (int, float):
         precision, step = (0, 1) if declared.type is int else (None, 0.01)
-        return gr.Number(value=declared.default, precision=precision, step=step)
-    return gr.Textbox(value=declared.default, max_lines=1)
+        return gr.Number(value=default, precision=precision, step=step)
+    return gr.Textbox(value=default, max_lines=1)
