@@ -109,7 +109,7 @@ def test_the_term_is_averaged_over_micro_batches_and_the_lm_loss_over_tokens(
             torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
 
 
-REFUSED: dict[str, Any] = {"micro_batch_size": 1, "cp_size": 2, "batching_strategy": "padding_free"}
+REFUSED: dict[str, Any] = {"cp_size": 2, "batching_strategy": "padding_free"}
 REFUSED |= {"dist_config": {"name": "deepspeed"}, "resume_from_checkpoint": "saves/x"}
 REFUSED |= {"hera_select_dataset": "captions", "hera_accumulate": "gradcache"}
 
