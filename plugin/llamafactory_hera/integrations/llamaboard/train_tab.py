@@ -88,7 +88,8 @@ def _create_accordion() -> Elements:
             with gr.Row():
                 elements |= {key: _field(key) for key in row}
         elements["hera_commands"] = gr.Code(language="shell", interactive=False, visible=False)
-        elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False)
+        # a label would cover the title in the picture
+        elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False, show_label=False)
         elements["hera_report"] = gr.HTML(visible=False)
     return {"hera_tab": tab, **elements}
 
