@@ -52,13 +52,10 @@ def train_tab(module: Any) -> None:
     around(module)(train_tab.change_stage)
 
 
-@patch(
-    "llamafactory.webui.runner",
-    functions={"Runner._parse_train_args": "self data", "Runner._initialize": "self data do_train from_preview"},
-)
+@patch("llamafactory.webui.runner", functions={"Runner._parse_train_args": "self data"})
 def runner(module: Any) -> None:
-    """Sends HeRA's fields with a run, and refuses bad values before it starts."""
-    from llamafactory_hera.integrations.llamaboard.fields import problem_with, with_fields
+    """Sends HeRA's fields with a run."""
+    from llamafactory_hera.integrations.llamaboard.fields import with_fields
 
     @around(module.Runner)
     def _parse_train_args(host: Any, self: Any, data: dict[Any, Any]) -> dict[str, Any]:
@@ -66,11 +63,3 @@ def runner(module: Any) -> None:
         if args["stage"] != "hera":
             return args
         return with_fields(args, lambda element: data[self.manager.get_elem_by_id(element)])
-
-    @around(module.Runner)
-    def _initialize(host: Any, self: Any, data: dict[Any, Any], do_train: bool, from_preview: bool) -> str:
-        error = host(self, data, do_train, from_preview)
-        if error or from_preview or not do_train:
-            return error
-        args = self._parse_train_args(data)
-        return problem_with(args) if args["stage"] == "hera" else ""

@@ -12,8 +12,6 @@ from . import __version__
 from .integrations.llamafactory import PATCHES, PATCHES_INSTALL, PINNED_INSTALL, TESTED_HOST
 
 _NEEDED, _OPTIONAL = ("torch", "torchvision", "transformers", "peft", "accelerate"), ("torchaudio", "deepspeed")
-# listed if installed; importing them takes long
-_VERSION_ONLY = ("trl", "axolotl", "ms-swift", "lmms-eval", "bitsandbytes")
 
 
 class _Finding(NamedTuple):
@@ -27,7 +25,7 @@ class _Finding(NamedTuple):
 def run_doctor() -> int:
     """Prints the report and returns the exit status: 0 if it lists no problem, 1 otherwise."""
     logging.disable(logging.WARNING)  # DeepSpeed warns about a machine without a GPU when it is imported
-    findings = [*_packages(), *_accelerator(), *_patches()]
+    findings = [*_packages(), *_patches()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         print(f"{'ok ' if finding.remedy is None else 'OFF'} {finding.name:<{width}}  {finding.text}")
@@ -46,7 +44,6 @@ def _packages() -> Iterator[_Finding]:
             yield _imported(name, found)
         else:
             yield _Finding(name, "not installed", PINNED_INSTALL if name in _NEEDED else None)
-    yield from (_Finding(name, found) for name in _VERSION_ONLY if (found := _version(name)))
 
 
 def _host() -> Iterator[_Finding]:
@@ -83,19 +80,6 @@ def _import_error(module: str) -> str | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"import fails: {lines[0]}"
     return None
-
-
-def _accelerator() -> Iterator[_Finding]:
-    try:
-        import torch
-    except Exception:  # already in the report
-        return
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        yield _Finding("accelerator", "none, CPU only (enough for the demo)")
-    else:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-        yield _Finding("accelerator", f"{torch.accelerator.device_count()} x {name}")
 
 
 def _patches() -> Iterator[_Finding]:

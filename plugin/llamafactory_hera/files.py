@@ -57,7 +57,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
-    """Raises an error if an output (a key of ``marks``) is not writable, or is a file without the mark of its kind."""
+    """Checks that each output path (a key of ``marks``) is writable, and that a file there contains its mark."""
     for path, mark in marks.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=Path(path).parent).close()
@@ -66,14 +66,14 @@ def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
 
 
 @contextmanager
-def reading(path: str | os.PathLike, what: str) -> Iterator[None]:
+def reading(path: str | os.PathLike, description: str) -> Iterator[None]:
     """Turns every error of reading a file, which others may have written, into a ``ValueError`` with its path."""
     try:
         yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        raise ValueError(f"{path} is not {what} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path} is not {description} ({type(error).__name__}: {error})") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -15,13 +15,13 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model
 
 
 def local_folder(
-    name_or_path: str, key: str, what: str, weights: bool = True, needs: str = CONFIG_FILE, **hub: Any
+    name_or_path: str, key: str, example: str, weights: bool = True, needs: str = CONFIG_FILE, **hub: Any
 ) -> Path:
     """Returns the local folder of a model, and fetches the model from the hub if the name is not a folder.
 
     Without ``weights``, only small files are fetched; ``hub`` contains arguments for ``snapshot_download``. Raises
-    ``ValueError`` if the model does not exist or lacks the file ``needs``; the message contains the ``key`` and says
-    ``what`` to give, for instance "a vision model such as facebook/dinov2-large".
+    ``ValueError`` if the model does not exist or lacks the file ``needs``; the message contains the ``key`` and an
+    ``example`` of a right value, such as "a vision model such as facebook/dinov2-large".
     """
     from huggingface_hub import snapshot_download
 
@@ -35,15 +35,15 @@ def local_folder(
         except Exception as error:  # errors of the client and of its HTTP library have no common base
             why = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{key}: {name_or_path} is not a folder and cannot be fetched from the hub ({why}). Give {what}."
+                f"{key}: {name_or_path} is not a folder and cannot be fetched from the hub ({why}). Give {example}."
             ) from error
     if not (folder / needs).is_file():
-        raise ValueError(f"{key}: {name_or_path} contains no {needs}. Give {what}.")
+        raise ValueError(f"{key}: {name_or_path} contains no {needs}. Give {example}.")
     return folder
 
 
 def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
-    """Fetches the first file that a repository has, at its top or as a run stores it; otherwise an error."""
+    """Fetches the first file of ``names`` that a repository has, at its top or in the folder of a run's files."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -60,10 +60,10 @@ def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
 
 def is_adapter(folder: Path) -> bool:
     """Returns whether a folder contains an adapter; raises ``ValueError`` if it also contains whole weights."""
-    held = (folder / "adapter_config.json").is_file()
-    if held and weight_files(folder, required=False):
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if has_adapter and weight_files(folder, required=False):
         raise ValueError(f"{folder} contains an adapter and whole weights, so it is unclear which to load; move one.")
-    return held
+    return has_adapter
 
 
 def weight_files(folder: Path, required: bool = True) -> list[Path]:

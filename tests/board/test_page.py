@@ -32,8 +32,8 @@ def test_the_keys_of_a_run_are_sent_and_saved(page: BoardPage) -> None:
     assert (command["hera_heads"], command["hera_max_nan"]) == ("auto", "3")
     assert command["template"] == "llava_qwen3"
     assert command["freeze_vision_tower"] == "True"  # sent for multimodal models only
-    # the host sends nothing that is false or empty
-    sent = FIELDS.keys() - {"hera_teacher_cache", "hera_fixed_temperature"}
+    # the host sends nothing that is empty
+    sent = FIELDS.keys() - {"hera_teacher_cache"}
     assert {key for key in command if key.startswith("hera_")} == sent | {"hera_max_nan"}
     page.name("Config path", "saved.yaml")
     page.press("Save arguments")
@@ -98,17 +98,14 @@ def test_a_report_fits_a_phone_and_is_light_or_dark(browser: Browser, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("heads", "extra", "reason", "timeout"),
+    ("heads", "reason"),
     [
-        ("banana", {}, "'banana' is not a head; write heads as L<layer>H<head>", 5_000),
-        ("L99H0", {}, "L99H0 does not exist: the model has layers L0 to L4", SLOW),
+        ("banana", "'banana' is not a head; write heads as L<layer>H<head>"),
+        ("L99H0", "L99H0 does not exist: the model has layers L0 to L4"),
     ],
-    ids=["before the start", "in the run"],
 )
-def test_the_reason_for_a_refusal_is_shown(
-    heads: str, extra: dict, reason: str, timeout: float, page: BoardPage
-) -> None:
-    page.describe_run(f"refused_{heads}", Attention_heads=heads, extra=extra)
+def test_the_reason_for_a_refusal_is_shown(heads: str, reason: str, page: BoardPage) -> None:
+    page.describe_run(f"refused_{heads}", Attention_heads=heads)
     page.press("Start")
-    page.see(reason, timeout=timeout)
+    page.see(reason, timeout=SLOW)
     expect(page.page.get_by_text("Traceback")).to_have_count(0)

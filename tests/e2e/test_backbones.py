@@ -86,9 +86,9 @@ def write_data(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which recipes run, with data, a teacher and a vision tower."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("root")
     write_data(folder / "recipes/data")
     save_tower("dinov2", folder / "teacher")
     save_tower("siglip", folder / "tower")
@@ -96,25 +96,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage_one(place: Path, server: HostServer) -> dict[str, Run]:
+def stage_one(root: Path, server: HostServer) -> dict[str, Run]:
     """Maps each key to its stage 1 run, which trains a model that `build` made."""
     runs = {}
     for key, family in LLMS.items():
-        llm = save_paper_llm(family, SIZES[key], place / f"llm_{key}")
-        build_backbone(str(llm), str(place / "tower"), place / f"models/{key}", image_aspect_ratio="pad")
-        runs[key] = train(f"{key}_pretrain", place, server)
+        llm = save_paper_llm(family, SIZES[key], root / f"llm_{key}")
+        build_backbone(str(llm), str(root / "tower"), root / f"models/{key}", image_aspect_ratio="pad")
+        runs[key] = train(f"{key}_pretrain", root, server)
     return runs
 
 
-def train(name: str, place: Path, server: HostServer, **paths: str) -> Run:
+def train(name: str, root: Path, server: HostServer, **paths: str) -> Run:
     keys = yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text(encoding="utf-8"))
     overrides = SHORT | paths | ({"hera_teacher": "teacher", "hera_memory": 0} if keys["stage"] == "hera" else {})
-    return server.run(keys | overrides, place)
+    return server.run(keys | overrides, root)
 
 
-def save_once(key: str, place: Path) -> None:
-    if not (place / f"native_{key}").is_dir():
-        save_native(key, place / f"native_{key}")
+def save_once(key: str, root: Path) -> None:
+    if not (root / f"native_{key}").is_dir():
+        save_native(key, root / f"native_{key}")
 
 
 def check(run: Run, hera: bool = True) -> None:
@@ -147,64 +147,64 @@ def check_trained(names: set[str], projector: str, lora: bool = False) -> None:
 
 
 @pytest.mark.parametrize("key", LLMS)
-def test_stage_one_trains_only_the_projector(key: str, place: Path, stage_one: dict[str, Run]) -> None:
+def test_stage_one_trains_only_the_projector(key: str, root: Path, stage_one: dict[str, Run]) -> None:
     check(stage_one[key])
     projector = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
-    moved = trained(place / f"models/{key}", place / f"saves/{key}/pretrain")
+    moved = trained(root / f"models/{key}", root / f"saves/{key}/pretrain")
     assert {name.removeprefix("model.") for name in moved} == projector
     assert f"HeRA | heads: {LANGUAGE_MODELS[key].heads}" in stage_one[key].output
 
 
 @pytest.mark.parametrize("key", LLMS)
-def test_stage_two_starts_from_stage_one(key: str, place: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+def test_stage_two_starts_from_stage_one(key: str, root: Path, stage_one: dict[str, Run], server: HostServer) -> None:
     assert stage_one[key].ok
-    run = train(f"{key}_hera", place, server)
+    run = train(f"{key}_hera", root, server)
     check(run)
-    check_trained(trained(place / f"saves/{key}/pretrain", run.folder), SIZES[key].projector)
+    check_trained(trained(root / f"saves/{key}/pretrain", run.folder), SIZES[key].projector)
     assert AutoProcessor.from_pretrained(run.folder).image_processor.do_pad
 
 
-def test_the_baseline_and_lora_run_too(place: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+def test_the_baseline_and_lora_run_too(root: Path, stage_one: dict[str, Run], server: HostServer) -> None:
     assert stage_one["qwen3_8b"].ok
-    check(train("qwen3_8b_sft", place, server), hera=False)
-    lora = train("qwen3_8b_hera_lora", place, server)
+    check(train("qwen3_8b_sft", root, server), hera=False)
+    lora = train("qwen3_8b_hera_lora", root, server)
     check(lora)
-    check_trained(trained(place, lora.folder), SIZES["qwen3_8b"].projector, lora=True)
+    check_trained(trained(root, lora.folder), SIZES["qwen3_8b"].projector, lora=True)
 
 
 def test_the_recipes_of_baselines_outside_the_paper_run_too(
-    place: Path, stage_one: dict[str, Run], server: HostServer
+    root: Path, stage_one: dict[str, Run], server: HostServer
 ) -> None:
     assert stage_one["qwen3_8b"].ok
     start = {"model_name_or_path": "saves/qwen3_8b/pretrain"}
-    middle = train("ablations/qwen3_8b_sft_middle_lora", place, server, **start)
+    middle = train("ablations/qwen3_8b_sft_middle_lora", root, server, **start)
     check(middle, hera=False)
-    names = trained(place, middle.folder)
+    names = trained(root, middle.folder)
     check_trained(names, SIZES["qwen3_8b"].projector, lora=True)
     assert {int(number) for name in names for number in re.findall(r"layers\.(\d+)\.", name)} == {*range(12, 24)}
     assert sum("lora_A" in name for name in names) == 84
-    gram = train("ablations/qwen3_8b_gram", place, server, **start)
+    gram = train("ablations/qwen3_8b_gram", root, server, **start)
     assert gram.ok, gram.output[-4000:]
     assert all(line["hera_loss"] > 0 for line in gram.logs())
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_finished_vlms_select_their_heads_and_train(name: str, place: Path, server: HostServer) -> None:
+def test_finished_vlms_select_their_heads_and_train(name: str, root: Path, server: HostServer) -> None:
     key = name.split("_hera")[0]
-    save_once(key, place)
-    run = train(name, place, server, model_name_or_path=f"native_{key}")
+    save_once(key, root)
+    run = train(name, root, server, model_name_or_path=f"native_{key}")
     check(run)
     assert len(json.loads((run.folder / "hera/heads.json").read_text())["heads"]) == 5
-    check_trained(trained(place / f"native_{key}", run.folder), SIZES[key].projector, lora="lora" in name)
+    check_trained(trained(root / f"native_{key}", run.folder), SIZES[key].projector, lora="lora" in name)
 
 
 @pytest.mark.parametrize(("key", "template"), [("qwen2_5_vl_7b", "qwen2_vl"), ("qwen3_vl_4b", "qwen3_vl_nothink")])
-def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, place: Path, server: HostServer) -> None:
-    save_once(key, place)
+def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, root: Path, server: HostServer) -> None:
+    save_once(key, root)
     data = {"dataset_dir": "recipes/data", "dataset": "llava_instruct", "template": template}
     data |= {"media_dir": "recipes/data/llava_instruct/images", "model_name_or_path": f"native_{key}"}
     short = {"max_steps": 7, "logging_steps": 1, "use_cpu": True, "output_dir": f"saves/example_{key}"}
-    run = server.run(EXAMPLE | data | short | {"stage": "hera", "hera_teacher": "teacher"}, place)
+    run = server.run(EXAMPLE | data | short | {"stage": "hera", "hera_teacher": "teacher"}, root)
     assert run.ok, run.output[-4000:]
     assert "neighbors: 10 of 40 candidates (0 of the batch, 40 remembered)" in run.output
     assert "hera_select_mode: mllm" in run.output
@@ -215,8 +215,8 @@ def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, pl
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_qlora_trains_on_one_gpu(place: Path, server: HostServer) -> None:
-    save_once("qwen2_5_vl_7b", place)
-    run = train("qwen2_5_vl_7b_hera_qlora", place, server, model_name_or_path="native_qwen2_5_vl_7b")
+def test_qlora_trains_on_one_gpu(root: Path, server: HostServer) -> None:
+    save_once("qwen2_5_vl_7b", root)
+    run = train("qwen2_5_vl_7b_hera_qlora", root, server, model_name_or_path="native_qwen2_5_vl_7b")
     check(run)
-    assert all("lora_" in name for name in trained(place, run.folder))
+    assert all("lora_" in name for name in trained(root, run.folder))

@@ -90,20 +90,10 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
         assert not all(torch.equal(trained[name], calibrated[name]) for name in trained)
 
 
-# case -> a change of the demo recipe, and parts of the message
-BAD: dict[str, tuple[list[str], list[str]]] = {
-    "cutoff": (["cutoff_len=12"], ["cutoff_len", "12", "image tokens"]),
-    "quantized": (["quantization_bit=4"], ["quantization_bit: 4", "without quantization"]),
-    "no template": (["template="], ["template: the value is empty"]),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_and_leaves_no_files(world: Path, command: Command, name: str) -> None:
-    change, parts = BAD[name]
+def test_truncated_image_tokens_are_refused_and_leave_no_files(world: Path, command: Command) -> None:
     folder = world / "saves/bad_calibration"
-    status, output = command("calibrate", RECIPE, f"output_dir={folder}", *change)
-    assert (status, all(part in output for part in parts)) == (2, True), output
+    status, output = command("calibrate", RECIPE, f"output_dir={folder}", "cutoff_len=12")
+    assert (status, "cutoff_len: 12 cuts" in output) == (2, True), output
     assert not folder.exists() or not {path.name for path in folder.iterdir()} & FILES
 
 
@@ -140,7 +130,7 @@ def test_the_control_script_calibrates_on_corrupted_images(world: Path, server: 
     assert status == 0, output
     folder = world / "saves/control"
     normal, corrupted = (
-        json.loads((place / "calibration.json").read_text()) for place in (folder, folder / "control_shuffled")
+        json.loads((path / "calibration.json").read_text()) for path in (folder, folder / "control_shuffled")
     )
     compared = json.loads((folder / "control_shuffled/control.json").read_text())
     assert normal == report

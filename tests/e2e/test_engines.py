@@ -65,11 +65,11 @@ def test_engines_give_equal_losses(
         _run(train, extensions, tuning, _engine(name, world), {"max_steps": 3}).logs() for name in ("DDP", *engines)
     )
     for other in others:
-        for step, (ours, theirs) in enumerate(zip(other, ddp, strict=True)):
+        for step, (found, expected) in enumerate(zip(other, ddp, strict=True)):
             comparable = ["hera_loss", "hera_mknn"] if step else []  # the first step fills the memory
             for key in ("loss", "lm_loss", *comparable, "hera_temperature"):
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+                assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 # Not DDP: on a CPU torch.load refuses the Trainer's map_location ("tagged with cpu:0"), with and without HeRA.
@@ -78,10 +78,10 @@ def test_zero3_resumes_weights_temperature_and_memory(train: Train, world: Path,
     whole = _run(train, extensions, args)
     resumed = _run(train, extensions, args, {"resume_from_checkpoint": str(whole.folder / "checkpoint-2")})
     for file in ("model.safetensors", "hera/state.safetensors"):
-        ours, theirs = load_file(resumed.folder / file), load_file(whole.folder / file)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
+        found, expected = load_file(resumed.folder / file), load_file(whole.folder / file)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected), file
     before = load_file(whole.folder / "checkpoint-2/hera/state.safetensors")
-    assert (before["optimizer.log_temperature.step"], theirs["optimizer.log_temperature.step"]) == (2, 4)
-    assert theirs["memory.teacher"].shape[0] == TWO["hera_memory"]
-    assert theirs["objective.log_temperature"] != before["objective.log_temperature"]
+    assert (before["optimizer.log_temperature.step"], expected["optimizer.log_temperature.step"]) == (2, 4)
+    assert expected["memory.teacher"].shape[0] == TWO["hera_memory"]
+    assert expected["objective.log_temperature"] != before["objective.log_temperature"]

@@ -20,14 +20,8 @@ pytestmark = pytest.mark.slow
 
 HEAD_DIM = 16  # of the demo model
 #: Twelve steps with a memory, saved after every fourth, so that a test can act between two saves.
-SAVING: dict[str, Any] = {
-    "save_strategy": "steps",
-    "save_steps": 4,
-    "max_steps": 12,
-    "overwrite_output_dir": False,
-    "per_device_train_batch_size": 4,
-    "hera_memory": 16,
-}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12, "overwrite_output_dir": False}
+SAVING |= {"per_device_train_batch_size": 4, "hera_memory": 16}
 
 
 def _steps_logged(folder: Path) -> int:
@@ -45,12 +39,6 @@ def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[
                 break
             time.sleep(0.01)
         return future.result()
-
-
-def _ranks(server: HostServer) -> list[int]:
-    """Returns the process ids of the run, by rank."""
-    pid = server._process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train: Train, world: Path) -> None:
@@ -81,7 +69,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refu
 
     def forbid_large_files() -> None:
         # Writes beyond this size now fail, as on a full disk: logs fit, weights do not.
-        resource.prlimit(_ranks(server)[0], resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
+        pid = server._process.pid
+        (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        resource.prlimit(int(child), resource.RLIMIT_FSIZE, (1 << 18, 1 << 18))
 
     saved = (folder / "checkpoint-4/trainer_state.json").exists
     failed = _meanwhile(lambda: train(args, ok=False), saved, forbid_large_files)

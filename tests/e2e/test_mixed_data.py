@@ -34,7 +34,7 @@ def _sample(images: list[str], videos: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Qwen2.5-VL, a teacher, and one batch of mixed samples."""
     folder = tmp_path_factory.mktemp("mixed")
     save_native("qwen2_5_vl_7b", folder / "model")
@@ -51,22 +51,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, place: Path) -> None:
-    args = {
-        "model_name_or_path": "model",
-        "template": "qwen2_vl",
-        "hera_heads": "L0H1,L1H0",
-        "hera_teacher": "teacher",
-        "hera_teacher_cache": None,
-        "hera_k": K,
-        "dataset_dir": ".",
-        "media_dir": ".",
-        "dataset": "mixed",
-        "cutoff_len": 512,
-        "per_device_train_batch_size": len(IMAGES),
-        "max_steps": 2,
-    }
-    run = train(args, cwd=place)
+def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, root: Path) -> None:
+    args = {"model_name_or_path": "model", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
+    args |= {"dataset": "mixed", "dataset_dir": ".", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
+    args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": K}
+    run = train(args, cwd=root)
     first = [images[0] for images in IMAGES if images]
     candidates = [sum(other != image for other in first) for image in first]
     chance = sum(min(K, n // 2) / n for n in candidates) / len(first)  # at most half of them are neighbors
@@ -84,16 +73,3 @@ def test_a_run_reads_a_stream(train: Train) -> None:
     run = train(args, {"accelerator_config": {"dispatch_batches": False}}, ranks=2)
     assert len(run.logs()) == 3
     assert all(math.isfinite(line["loss"]) and line["hera_loss"] > 0 for line in run.logs())
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_grouping_by_length_separates_images_from_short_text(train: Train, ranks: int) -> None:
-    args = {"dataset": "hera_demo,hera_demo_text", "max_samples": 32, "max_steps": -1, "num_train_epochs": 1.0}
-    args |= {"train_sampling_strategy": "group_by_length", "dataloader_num_workers": 1, "hera_k": 1}
-    run = train(args, {"per_device_train_batch_size": 4 // ranks}, ranks=ranks)
-    of_images = [line for line in run.logs() if line.get("hera_mknn_chance") == pytest.approx(1 / 3)]
-    of_text = [line for line in run.logs() if line.get("hera_empty_steps")]
-    assert all(line["hera_loss"] == 0 for line in of_text)
-    # transformers sorts four groups of four batches, so at most one batch of a group mixes both kinds.
-    assert len(of_images) + len(of_text) >= 12
-    assert min(len(of_images), len(of_text)) > 3

@@ -19,10 +19,8 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
-from llamafactory_hera.heads.tokens import by_piece, token_mask
 from llamafactory_hera.integrations.llamafactory.checks import check_run, checked_dataset, packed_pieces
 from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
-from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training import Aligner
 
 from ..backbones.standins import save_native
@@ -42,13 +40,13 @@ def _sample(number: int) -> Row:
     """Makes a sample with one image, two, or none, and a unique answer; lengths vary."""
     images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
     length = number if images else number + 6
-    asked = "<image>" * len(images) + "What is it?"
-    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
+    question = "<image>" * len(images) + "What is it?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
     return {"conversations": turns, "images": [f"{image}.png" for image in images]}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models, a teacher and the data."""
     folder = tmp_path_factory.mktemp("packed")
     for key in MODELS:
@@ -67,11 +65,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Host:
     """The rows and the collators of LLaMA-Factory for a model."""
 
-    def __init__(self, place: Path, name: str) -> None:
-        self.folder, self.teacher = place / name, place / "teacher"
+    def __init__(self, root: Path, name: str) -> None:
+        self.folder, self.teacher = root / name, root / "teacher"
         keys = {"model_name_or_path": str(self.folder), "template": MODELS[name], "cutoff_len": CUTOFF, "stage": "sft"}
-        keys |= {"dataset": "rows", "dataset_dir": str(place), "media_dir": str(place), "overwrite_cache": True}
-        keys |= {"do_train": True, "output_dir": str(place / "out"), "report_to": "none", "use_cpu": True}
+        keys |= {"dataset": "rows", "dataset_dir": str(root), "media_dir": str(root), "overwrite_cache": True}
+        keys |= {"do_train": True, "output_dir": str(root / "out"), "report_to": "none", "use_cpu": True}
         self.rows: dict[bool, Any] = {}
         for packed in (False, True):
             model, self.data, training, *_ = get_train_args(keys | {"neat_packing": packed})
@@ -96,7 +94,7 @@ class Host:
         return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).train()
 
     def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
-        """Wraps the host's collator, which packs rows if an attention is given, in HeRA's."""
+        """Wraps the host's collator in HeRA's; if an attention is given, the host's collator packs rows."""
         packed = attention is not None
         kinds = {"block_diag_attn": packed, "neat_packing": packed, "attn_implementation": attention or "sdpa"}
         common = {"template": self.template, "pad_to_multiple_of": 8, "label_pad_token_id": -100}
@@ -149,17 +147,17 @@ def step(host: Host, model: nn.Module, rows: list[Row], attention: str | None, l
     return found
 
 
-def check_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert largest > 0
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def host(request: pytest.FixtureRequest, place: Path) -> Host:
-    return Host(place, request.param)
+def host(request: pytest.FixtureRequest, root: Path) -> Host:
+    return Host(root, request.param)
 
 
 # -- one step --------------------------------------------------------------------------------------------------------
@@ -172,10 +170,10 @@ FLASH = "flash_attention_2"
     ("attention", "lora", "reentrant", "keys"),
     [
         ("sdpa", False, None, {}),
-        ("sdpa", False, True, {}),
-        ("sdpa", True, False, {}),
+        ("sdpa", False, True, {"pooling": "text"}),
+        ("sdpa", True, False, {"pooling": "mean"}),
         ("sdpa", False, False, LAYER),
-        (FLASH, False, None, {}),
+        (FLASH, False, None, {"pooling": "last"}),
         (FLASH, True, True, LAYER),
     ],
 )
@@ -190,14 +188,16 @@ def test_packed_samples_have_the_values_of_unpacked_ones(
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     numbers = (0, 1) if attention == "sdpa" else (0,)  # with FlashAttention, the host packs a batch into one row
-    ours = step(host, model, host.packed(*numbers), attention, **keys)
-    theirs = step(host, model, host.unpacked(*numbers), None, **keys)
-    assert ours.valid == theirs.valid
-    assert 3 <= sum(ours.valid) < len(ours.valid)
-    valid = torch.tensor(ours.valid)
-    torch.testing.assert_close(ours.representations[:, valid], theirs.representations[:, valid], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.term, theirs.term, rtol=1e-5, atol=1e-6)
-    check_gradients(ours.gradients, theirs.gradients)
+    found = step(host, model, host.packed(*numbers), attention, **keys)
+    expected = step(host, model, host.unpacked(*numbers), None, **keys)
+    assert found.valid == expected.valid
+    assert 3 <= sum(found.valid) < len(found.valid)
+    valid = torch.tensor(found.valid)
+    torch.testing.assert_close(
+        found.representations[:, valid], expected.representations[:, valid], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(found.term, expected.term, rtol=1e-5, atol=1e-6)
+    check_gradients(found.gradients, expected.gradients)
 
 
 def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host: Host) -> None:
@@ -220,33 +220,18 @@ def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host:
     check_gradients(gradients_of(model), together.gradients)
 
 
-@pytest.mark.parametrize("pooling", ["answer", "text", "mean", "last"])
-def test_every_pooling_marks_the_tokens_of_one_sample(host: Host, pooling: Any) -> None:
-    row, media = host.packed(0)[0], [host.model().config.image_token_id]
-    pieces = packed_pieces(row)
-    numbers = torch.tensor([row["attention_mask"]])  # in these rows, the host's mask contains the number of the sample
-    batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
-    view = by_piece(batch, numbers, len(pieces))
-    found = token_mask(pooling, view["input_ids"], view["attention_mask"], view["labels"], media)
-    for piece, mask in zip(pieces, found, strict=True):
-        place = slice(piece.start, piece.stop)
-        alone = token_mask(pooling, batch["input_ids"][:, place], None, batch["labels"][:, place], media)[0]
-        assert mask[place].tolist() == alone.tolist()
-        assert mask.sum() == alone.sum()
-
-
 def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:
     lacking = host.rows[True].remove_columns("packing_params")
-    get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking}, Contrastive)
+    get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking})
     with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
         get_checked(host.template, None, host.data, **host.tokens)
 
 
-def test_layers_that_ignore_the_borders_of_samples_are_refused(place: Path, tmp_path: Path) -> None:
+def test_layers_that_ignore_the_borders_of_samples_are_refused(root: Path, tmp_path: Path) -> None:
     vlm("qwen3_5").config.save_pretrained(tmp_path)
     keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
-    keys |= {"dataset": "rows", "dataset_dir": str(place), "output_dir": str(tmp_path / "out"), "use_cpu": True}
-    host = host_arguments(keys | {"hera_teacher": str(place / "teacher"), "neat_packing": True})
+    keys |= {"dataset": "rows", "dataset_dir": str(root), "output_dir": str(tmp_path / "out"), "use_cpu": True}
+    host = host_arguments(keys | {"hera_teacher": str(root / "teacher"), "neat_packing": True})
     with pytest.raises(ValueError, match=r"^neat_packing: True .* L0 of qwen3_5_text .* flash_attn: fa2"):
         check_run(HeraConfig.from_keys(host.finetuning), host)
 
@@ -264,9 +249,9 @@ def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_proc
     heads = [Targets.load(run.folder / "hera/heads.json") for run in (alone, one, two)]
     assert heads[0].items == heads[1].items == heads[2].items
     assert "in packed rows" in one.output
-    ours, theirs = one.logs(), two.logs()
-    assert ours[0]["hera_loss"] == pytest.approx(theirs[0]["hera_loss"], rel=1e-5)
-    assert ours[0]["hera_loss"] > 0
+    found, expected = one.logs(), two.logs()
+    assert found[0]["hera_loss"] == pytest.approx(expected[0]["hera_loss"], rel=1e-5)
+    assert found[0]["hera_loss"] > 0
 
 
 @pytest.mark.parametrize("accumulate", ["none", "gradcache"])

@@ -73,14 +73,6 @@ def test_a_llava_has_the_selection_of_its_language_model(here: Path, path: Path)
     assert mllm.provenance["samples_digest"] == llava.provenance["samples_digest"] == llm.provenance["samples_digest"]
 
 
-def test_two_processes_select_the_same_heads_as_one(train: Train, here: Path, path: Path) -> None:
-    one = select(path, ["hera_select_mode=mllm"])
-    run = train(AUTO, {"hera_select_mode": "mllm", "per_device_train_batch_size": 8, "max_steps": 1}, ranks=2)
-    assert run.output.count("selected (worst)") == 1
-    two = Targets.load(run.folder / "hera/heads.json")
-    assert (two.items, two.provenance["scores"]) == (one.items, one.provenance["scores"])
-
-
 def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train: Train, here: Path) -> None:
     args = AUTO | LORA | {"save_steps": 1, "save_strategy": "steps", "max_steps": 2}
     run = train(args)
@@ -166,11 +158,3 @@ def test_bad_settings_are_refused(path: Path, overrides: list[str], message: str
     with pytest.raises((ValueError, OSError)) as error:
         select(path, overrides)
     assert message in str(error.value)
-
-
-def test_a_recipe_that_cannot_be_read_is_refused(here: Path) -> None:
-    with pytest.raises((OSError, ValueError), match=r"nothing\.yaml"):
-        select("nothing.yaml")
-    (here / "broken.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"broken\.yaml is not a YAML recipe"):
-        select("broken.yaml")

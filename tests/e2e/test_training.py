@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llamafactory_hera.heads import Targets
@@ -18,11 +16,6 @@ from .runner import HostServer, Run, run_command, write_recipe
 pytestmark = pytest.mark.slow
 
 HERA_KEYS = {"lm_loss", "hera_loss", "hera_mknn", "hera_mknn_chance", "hera_temperature"}
-
-
-def _names(file: Path) -> set[str]:
-    with safe_open(file, "pt") as opened:
-        return set(opened.keys())
 
 
 def _sft(recipe: dict) -> dict:
@@ -85,35 +78,6 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
     assert means[1] > means[0] + 0.04, means  # 0.105 is chance
 
 
-@pytest.fixture(scope="module")
-def even(world: Path) -> dict[str, Any]:
-    """Keys of data with answers of equal length, so that a batch's LM loss is the mean of its parts' LM losses."""
-    demo, data = world / "hera_demo/data", world / "even"
-    rows = json.loads((demo / "demo_train.json").read_text())
-    for row in rows:
-        row["messages"] = [row["messages"][0], {"role": "assistant", "content": "a circle"}]
-    data.mkdir()
-    (data / "even.json").write_text(json.dumps(rows))
-    entry = json.loads((demo / "dataset_info.json").read_text())["hera_demo"] | {"file_name": "even.json"}
-    (data / "dataset_info.json").write_text(json.dumps({"even": entry}))
-    # Equal answers would give equal representations.
-    return {"dataset": "even", "dataset_dir": str(data), "media_dir": str(demo), "hera_pooling": "text"}
-
-
-def test_gradient_caching_equals_the_large_batch(train: Train, even: dict[str, Any]) -> None:
-    args = even | {"max_steps": 3, "hera_weight": 1.0}
-    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "hera_accumulate": "gradcache"}
-    large, cached = train(args), train(args, parts, ranks=2)
-    assert "of 15 candidates (15 of the batch, 0 remembered)" in cached.output
-    for ours, theirs in zip(cached.logs(), large.logs(), strict=True):
-        for key in ("loss", "lm_loss", "hera_loss", "hera_mknn", "hera_temperature"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    weights, expected = (load_file(run.folder / "model.safetensors") for run in (cached, large))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-5)
-
-
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -136,13 +100,13 @@ def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, worl
 
 def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train: Train, plain: Path, world: Path) -> None:
     full = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).folder
-    base = _names(world / "hera_demo/model/model.safetensors")
+    base = set(load_file(world / "hera_demo/model/model.safetensors"))
     state = {"heads.json", "run.json", "state.safetensors"}
     for folder, expected in ((full, state | {"card.json"}), (full / "checkpoint-1", state)):
-        assert _names(folder / "model.safetensors") == base
+        assert set(load_file(folder / "model.safetensors")) == base
         assert {path.name for path in (folder / "hera").iterdir()} - {".lock"} == expected
     adapter = train(LORA, {"max_steps": 1}).folder
-    saved = _names(adapter / "adapter_model.safetensors")
+    saved = set(load_file(adapter / "adapter_model.safetensors"))
     assert all("lora_" in name or "multi_modal_projector" in name for name in saved)
     settings = {
         "model_name_or_path": "hera_demo/model",
@@ -170,4 +134,4 @@ assert "llamafactory_hera" not in sys.modules
     assert "ANSWER" in output
     one, two = ((folder / "model.safetensors").read_bytes() for folder in (plain, world / "saves/sft_without"))
     assert one == two
-    assert _names(world / "saves/exported/model.safetensors") == base
+    assert set(load_file(world / "saves/exported/model.safetensors")) == base

@@ -44,10 +44,10 @@ def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults() -> N
     assert all(f.metadata["help"] for f in found.values())
     host = FinetuningArguments.__mro__[2]
     assert host.__name__ == "FinetuningArguments"
-    theirs = {f.name: f for f in dataclasses.fields(host)}
-    ours = {f.name: f for f in dataclasses.fields(extend(host))}
-    assert theirs.keys() <= ours.keys()
-    assert all(ours[name].default == theirs[name].default for name in theirs)
+    original = {f.name: f for f in dataclasses.fields(host)}
+    extended = {f.name: f for f in dataclasses.fields(extend(host))}
+    assert original.keys() <= extended.keys()
+    assert all(extended[name].default == original[name].default for name in original)
 
 
 def test_values_have_their_types_and_are_checked() -> None:

@@ -22,20 +22,9 @@ from tests.integrations.gradients import KeepGradients
 pytestmark = pytest.mark.slow
 
 STEPS = 20
-SHARED = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "seed": 0,
-    "bf16": False,
-}
+SHARED = {"max_steps": STEPS, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "max_grad_norm": 0.0}
+SHARED |= {"lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "report_to": "none", "seed": 0}
+SHARED |= {"use_cpu": True, "bf16": False, "disable_tqdm": True}
 HERA = {
     "contrastive": {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_weight": 0.5, "hera_memory": 16, "hera_k": 4},
     # an objective that changes the forward pass
@@ -75,23 +64,11 @@ class Host(NamedTuple):
 @pytest.fixture(scope="module", params=HERA)
 def llamafactory(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
     demo = world / "hera_demo"
-    recipe = {
-        "model_name_or_path": str(demo / "model"),
-        "stage": "hera",
-        "do_train": True,
-        "finetuning_type": "full",
-        "freeze_multi_modal_projector": False,
-        "dataset_dir": str(demo / "data"),
-        "dataset": "hera_demo",
-        "template": "llava_qwen3",
-        "cutoff_len": 256,
-        "disable_shuffling": True,
-        "hera_teacher": str(demo / "teacher"),
-        "output_dir": str(tmp_path_factory.mktemp("llamafactory")),
-        "overwrite_output_dir": True,
-        **SHARED,
-        **HERA[request.param],
-    }
+    recipe = {"stage": "hera", "do_train": True, "finetuning_type": "full", "freeze_multi_modal_projector": False}
+    recipe |= {"model_name_or_path": str(demo / "model"), "template": "llava_qwen3", "cutoff_len": 256}
+    recipe |= {"dataset_dir": str(demo / "data"), "dataset": "hera_demo", "disable_shuffling": True}
+    recipe |= {"hera_teacher": str(demo / "teacher"), "overwrite_output_dir": True, **SHARED, **HERA[request.param]}
+    recipe["output_dir"] = str(tmp_path_factory.mktemp("llamafactory"))
     model, data, training, finetuning, _ = get_train_args(dict(recipe))
     tokenizer_module = load_tokenizer(model)
     template = get_template_and_fix_tokenizer(tokenizer_module["tokenizer"], data)
@@ -177,12 +154,12 @@ def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: A
     for name, gradient in expected.found.items():
         assert float((observed.found[name] - gradient).abs().max()) <= 1e-6 * largest, name
     assert len(observed.lines) == len(expected.lines) == STEPS
-    for step, (ours, theirs) in enumerate(zip(observed.lines, expected.lines, strict=True)):
-        measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in theirs]
-        assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in ours]
+    for step, (line, expected_line) in enumerate(zip(observed.lines, expected.lines, strict=True)):
+        measured = [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in expected_line]
+        assert measured == [key for key in ("lm_loss", "hera_loss", "hera_mknn") if key in line]
         for key in measured:
             # Hosts divide the LM loss in different ways, so rounding errors grow until one neighbor changes.
             neighbor = 1 / 160 if key == "hera_mknn" and step else 0.0
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4 if step else 1e-6, abs=1.01 * neighbor), key
+            assert line[key] == pytest.approx(expected_line[key], rel=1e-4 if step else 1e-6, abs=1.01 * neighbor), key
     terms = [line["hera_loss"] for line in expected.lines if "hera_loss" in line]  # jarvis skips some steps
     assert 0 < terms[-1] != terms[0]

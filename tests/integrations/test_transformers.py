@@ -1,6 +1,5 @@
 """HeRA in a plain transformers Trainer: it trains, resumes, writes its files, and weights its term correctly."""
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -77,8 +76,8 @@ def test_a_compiled_run_logs_the_values_of_a_plain_run(
     compiled = trainer_of(tmp_path / "compiled", **shared, torch_compile=True, torch_compile_backend="eager")
     compiled.train()
     assert compiled.aligner.watch.gradient_checked
-    for ours, theirs in zip(lines(compiled), lines(plain), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+    for found, expected in zip(lines(compiled), lines(plain), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: vlm("llava-llama"), lora], ids=["full", "LoRA"])
@@ -114,29 +113,12 @@ def test_a_run_logs_its_curves_resumes_exactly_and_leaves_its_files(
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], tensor)
 
-    straight.hub_datasets = ["owner/images"]
-    straight.create_model_card()
-    straight.create_model_card(finetuned_from="owner/model")  # replaces the earlier section
-    page = (tmp_path / "run/README.md").read_text()
-    metadata = ModelCard(page).data
-    assert "hera" in metadata.tags
-    assert metadata.pipeline_tag == "image-text-to-text"
-    assert (metadata.datasets, metadata.base_model) == (["owner/images"], "owner/model")
-    assert page.count("## Alignment with a vision encoder") == 1
-    assert "aligned heads L1H0, L0H2" in page
-    assert f"| language-modeling loss | {logged[0]['lm_loss']:.4g} | {logged[-1]['lm_loss']:.4g} |" in page
-    content = json.loads((tmp_path / "run/hera/card.json").read_text())
-    assert (content["heads"], content["steps"], content["k"]) == (["L1H0", "L0H2"], 6, 2)
-    assert [line["step"] for line in content["log"]] == [1, 2, 3, 4, 5, 6]
-    assert f"| alignment loss, unweighted | {logged[2]['hera_loss']:.4g} | {logged[-1]['hera_loss']:.4g} |" in page
-
 
 def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     before = write_scores(folder / "hera/heads.json", [[0.9, 0.9, 0.1], [0.3, 0.9, 0.9]])
-    model = vlm("llava-llama")
-    data: dict[str, Any] = {"train_dataset": image_rows(model, BATCH), "data_collator": collate_rows}
-    trainer = HeraTrainer(model, arguments(folder), hera=hera(), targets=Targets.parse("L1H0,L0H2"), **data)
+    trainer = trainer_of(folder, given={"targets": Targets.parse("L1H0,L0H2")})
+    trainer.hub_datasets = ["owner/images"]
     trainer.create_model_card(finetuned_from=str(tmp_path))
     page = (folder / "README.md").read_text()
     assert "| MKNN with the teacher | before |\n|---|--:|\n| L1H0 | 0.3000 |\n| L0H2 | 0.1000 |" in page
@@ -146,21 +128,19 @@ def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path: P
     assert "| L1H0 | 0.3000 | 0.5000 |\n| L0H2 | 0.1000 | 0.4000 |\n| mean | 0.2000 | 0.4500 |" in page
     assert page.count("| MKNN with the teacher |") == 1
     metadata = ModelCard(page).data
+    assert metadata.datasets == ["owner/images"]
     assert not metadata.eval_results  # the model before training is not this model
     assert metadata.base_model is None  # a local folder names no model of the hub
 
 
 @pytest.mark.parametrize("save_steps", [2, 4])
 def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_path: Path, save_steps: int) -> None:
-    every = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": save_steps}
+    settings: dict[str, Any] = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    # The largest loss is the best one here, so that the best step is not the last.
+    settings |= {"eval_steps": 2, "save_steps": save_steps, "metric_for_best_model": "loss", "greater_is_better": True}
     model = vlm("llava-llama")
-    rows = image_rows(model, 3 * BATCH)
-    settings = arguments(
-        # The largest loss is the best one here, so that the best step is not the last.
-        tmp_path, **every, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True
-    )  # fmt: skip
-    data: dict[str, Any] = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate_rows}
-    trainer = HeraTrainer(model, settings, hera=hera(), **data)
+    settings["given"] = {"eval_dataset": image_rows(model, 3 * BATCH)}
+    trainer = trainer_of(tmp_path, model, **settings)
     trainer.train()
     assert trainer.state.best_global_step == 2
     trainer.create_model_card()
@@ -168,7 +148,7 @@ def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_p
     assert loaded == (save_steps == 2)  # otherwise, that step was not saved
     if not loaded:
         return
-    kept = HeraTrainer(type(model).from_pretrained(tmp_path / "checkpoint-2"), settings, hera=hera(), **data)
+    kept = trainer_of(tmp_path, type(model).from_pretrained(tmp_path / "checkpoint-2"), **settings)
     kept.aligner.load(tmp_path / "checkpoint-2")
     for name, tensor in kept.model.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name])
@@ -225,8 +205,8 @@ def test_evaluation_uses_neither_the_term_nor_the_images(tmp_path: Path) -> None
     assert during == trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("remove_unused_columns", [True, False])
-def test_the_mixin_adds_hera_to_a_custom_trainer(tmp_path: Path, remove_unused_columns: bool) -> None:
+@pytest.mark.parametrize("column", ["images", "picture"])
+def test_the_mixin_adds_hera_to_a_custom_trainer_whose_collator_sees_no_images(tmp_path: Path, column: str) -> None:
     seen = []
 
     class Custom(Trainer):
@@ -237,25 +217,16 @@ def test_the_mixin_adds_hera_to_a_custom_trainer(tmp_path: Path, remove_unused_c
     class CustomHera(HeraTrainerMixin, Custom):
         pass
 
-    def images_of(row: dict) -> list:
-        return row["picture"]
+    def collate(rows: list[dict]) -> dict[str, Tensor]:
+        tensors = [{name: value for name, value in row.items() if isinstance(value, Tensor)} for row in rows]
+        assert column == "picture" or tensors == rows  # the Trainer drops its unused columns
+        return collate_rows(tensors)
 
     model = vlm("llava-llama")
-    rows = [{**row, "images": row["images"], "picture": row["images"]} for row in image_rows(model, BATCH)]
-
-    def collate(rows: list[dict]) -> dict[str, Tensor]:
-        kept = [{name: v for name, v in row.items() if isinstance(v, Tensor)} for row in rows]
-        assert not remove_unused_columns or kept == rows
-        return collate_rows(kept)
-
-    trainer = CustomHera(
-        model,
-        arguments(tmp_path, max_steps=1, remove_unused_columns=remove_unused_columns),
-        hera=hera(),
-        images_of=images_of if not remove_unused_columns else lambda row: row["images"],
-        train_dataset=rows,
-        data_collator=collate,
-    )
+    rows = [{**row, column: row["images"]} for row in image_rows(model, BATCH)]
+    settings = arguments(tmp_path, max_steps=1, remove_unused_columns=column == "images")
+    data: dict[str, Any] = {"train_dataset": rows, "data_collator": collate, "images_of": lambda row: row[column]}
+    trainer = CustomHera(model, settings, hera=hera(), **data)
     trainer.train()
     assert lines(trainer)[0]["hera_loss"] > 0
     assert seen == [{"input_ids", "attention_mask", "labels", "pixel_values"}]

@@ -37,15 +37,7 @@ TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
 ROOT = Path(__file__).parents[2]
 BATCH = 4
 QUESTION = "What does it show?"
-ANSWERS = [
-    "a red disc",
-    "two blue rings and a star",
-    "nothing",
-    "a photograph of a cat",
-    "five",
-    "a green square",
-    "6",
-]
+ANSWERS = ["a red disc", "two blue rings and a star", "nothing", "a photograph of a cat", "five", "6"]
 #: The template of the demo with marks around the assistant's turns.
 _CONTENT = models.CHAT_TEMPLATE[
     models.CHAT_TEMPLATE.index("{%- if message") : models.CHAT_TEMPLATE.index("{%- endfor -%}{%- if add_")
@@ -282,23 +274,6 @@ def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
     """Returns the training log lines without the number of tokens, which TRL restarts when it resumes."""
     logged = [line for line in trainer.state.log_history if "loss" in line]
     return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
-
-
-def test_a_run_resumes_exactly_and_leaves_its_files(tmp_path: Path) -> None:
-    case = Case("", hera={"memory": 6}, steps=3)
-    case.skip()
-    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    straight = trainer_of(tmp_path, case, **saving)
-    straight.train()
-    logged = lines(straight)
-    assert len(logged) == 6
-    assert logged[-1]["hera_loss"] < logged[2]["hera_loss"]
-    resumed = trainer_of(tmp_path, case, **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert lines(resumed) == logged
-
-    for folder in ("hera", "checkpoint-3/hera"):
-        assert {"state.safetensors", "heads.json", "run.json"} <= {path.name for path in (tmp_path / folder).iterdir()}
 
 
 def test_the_code_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

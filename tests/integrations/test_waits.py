@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.training import Aligner
-from tests.tiny_models import autoencoder_folder, collate_rows, image_rows, student_processor, teacher_folder, vlm
+from tests.integrations.test_transformers import BATCH, hera, trainer_of
+from tests.tiny_models import autoencoder_folder, collate_rows, image_rows, student_processor, vlm
 from tests.training.test_tokens import SmallRoss
 from tests.waits import Waits
 
-STEPS, FIRST, BATCH = 6, 3, 4
+STEPS, FIRST = 6, 3
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
+ROSS = {"layers": "final", "objective": f"{SmallRoss.__module__}:SmallRoss", "teacher": autoencoder_folder()}
 MODES: dict[str, dict[str, Any]] = {
     "contrastive": {"memory": 6},
     "a layer, dot product": {**LAYER, "similarity": "dot"},
@@ -27,15 +27,8 @@ MODES: dict[str, dict[str, Any]] = {
     "feature": {"objective": "feature"},
     "viral": {**LAYER, "objective": "viral"},
     "jarvis": {**LAYER, "objective": "jarvis"},
-    "ross": {**LAYER, "layers": "final", "objective": f"{SmallRoss.__module__}:SmallRoss"},
+    "ross": {**LAYER, **ROSS},
 }
-
-
-def config_of(mode: str, **keys: Any) -> HeraConfig:
-    teacher = autoencoder_folder() if mode == "ross" else teacher_folder()
-    return HeraConfig(
-        **{"heads": "L1H0,L0H2", "teacher": teacher, "k": 2, "weight": 1.0, "memory": 0, **MODES[mode], **keys}
-    )
 
 
 class CountLaterSteps(TrainerCallback):
@@ -60,15 +53,11 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
     if mode not in ("feature", "viral", "jarvis"):
         for row in rows[1 :: BATCH + 1]:
             row["images"] = []
-    args = TrainingArguments(
-        str(folder), per_device_train_batch_size=BATCH, max_steps=STEPS, logging_steps=1000, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, gradient_accumulation_steps=steps,
-    )  # fmt: skip
-    options: dict[str, Any] = {"train_dataset": rows, "data_collator": collate_rows}
-    options["processing_class"] = SimpleNamespace(image_processor=student_processor())
     waits = Waits()
-    callbacks = [CountLaterSteps(waits)]  # stops before HeRA's own callback ends the run
-    trainer = HeraTrainer(model, args, hera=config_of(mode, **keys), callbacks=callbacks, **options)
+    given: dict[str, Any] = {"callbacks": [CountLaterSteps(waits)]}  # called before HeRA's callback ends the run
+    given["processing_class"] = SimpleNamespace(image_processor=student_processor())
+    settings = {"max_steps": STEPS, "logging_steps": 1000, "gradient_accumulation_steps": steps, "given": given}
+    trainer = trainer_of(folder, model, rows, hera=MODES[mode] | keys, **settings)
     with waits:
         trainer.train()
     return waits
@@ -91,7 +80,7 @@ def test_hera_never_waits_for_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gradient caching"])
 def test_hera_never_waits_for_a_gpu(tmp_path: Path, mode: str, cached: bool) -> None:
     model = vlm("llava-llama").cuda()
-    config = config_of(mode, teacher_cache=str(tmp_path) if cached else None)
+    config = hera(**MODES[mode], teacher_cache=str(tmp_path) if cached else None)
     aligner = Aligner(model, config, image_processor=student_processor())
     collate = aligner.collator(collate_rows, drop=("images",))
     rows = image_rows(model, STEPS * BATCH)

@@ -69,8 +69,8 @@ class HeraPlugin(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Checks the file before anything is loaded, and sets the keys that HeRA needs."""
-        for place in (logging.getLogger("llamafactory_hera"), *logging.getLogger().handlers):
-            place.filters = [_OrHera() if isinstance(f, AxolotlOrWarnErrorFilter) else f for f in place.filters]
+        for filterer in (logging.getLogger("llamafactory_hera"), *logging.getLogger().handlers):
+            filterer.filters = [_OrHera() if isinstance(f, AxolotlOrWarnErrorFilter) else f for f in filterer.filters]
         hera = HeraConfig.from_keys({key: cfg[key] for key in list(cfg) if key.startswith(HeraConfig.PREFIX)})
         cfg.update(hera.keys())
         for key, (needed, why) in _NEEDED.items():

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..config import HeraConfig
 from ..distributed import mean_over_ranks
-from ..objectives import find
 from ..training import Aligner
-from .messages import show_messages
+from .messages import show_messages, translated
 
 _IMAGES = "extra_info"  # the only field (a string) that the engine copies from a row into a batch unchanged
 
@@ -34,7 +33,6 @@ class HeraV1Trainer(SFTTrainer):
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
-        _check(hera, args)
         show_messages()
         # The aligner needs the model before the engine wraps it.
         self.aligner = Aligner(kwargs["model"], hera, device=DistributedInterface().current_device, seed=args.seed)
@@ -113,8 +111,7 @@ class _AlignerCallback(TrainerCallback):
 
 def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
-    strategy, resumed, size = args.batching_strategy, args.resume_from_checkpoint, args.micro_batch_size
-    least, processes = find(hera.objective).least_samples, int(os.environ.get("WORLD_SIZE", 1))
+    strategy, resumed = args.batching_strategy, args.resume_from_checkpoint
     checks = (
         ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the loss of the trainer"),
         ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` supports images"),
@@ -122,16 +119,12 @@ def _check(hera: HeraConfig, args: Any) -> None:
         ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints contain no HeRA state"),
         ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "heads are not selected here"),
         ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine runs only one forward pass"),
-        (
-            "micro_batch_size",
-            size,
-            hera.remembered is not None and size * processes + hera.remembered < least,
-            f"hera_objective: {hera.objective} needs {least} samples from all processes and hera_memory together",
-        ),
     )
-    for key, value, found, why in checks:
-        if found:
+    for key, value, refused, why in checks:
+        if refused:
             raise ValueError(f"{key}: {value} does not work with HeRA in the v1 engine: {why}; change or remove it.")
+    with translated(lambda message: message.replace("per_device_train_batch_size", "micro_batch_size")):
+        hera.check_batch(args.micro_batch_size, 1, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def run(keys: dict[str, Any]) -> None:

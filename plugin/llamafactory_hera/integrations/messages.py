@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llamafactory_hera")
 
-_LARGE_SHARE = 0.4  # of the loss; ten times the weight could then only double the term's part of the gradient
+# The term's share of the loss above which ten times the weight would at most double that share.
+_LARGE_SHARE = 0.4
 
 
 def show_messages(host: logging.Logger | None = None) -> None:
@@ -47,7 +48,7 @@ def show_messages(host: logging.Logger | None = None) -> None:
 
 
 def log_share(values: dict[str, float], weight: float) -> None:
-    """Logs the weighted term's share of the loss of a log line on the first process, unless it is unknown or 0."""
+    """Logs which share of the loss in a log line is the weighted term; logs nothing if the share is unknown or 0."""
     term = weight * values.get("hera_loss", 0.0)
     total = values.get("lm_loss", 0.0) + term
     if rank() == 0 and 0 < term <= total:
@@ -56,11 +57,10 @@ def log_share(values: dict[str, float], weight: float) -> None:
 
 
 def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps: int) -> None:
-    """Logs at the end of a run, on the first process, whether MKNN rose, or the loss fell if MKNN is not measured.
+    """Logs at the end of a run whether MKNN rose or, if the run did not measure MKNN, whether the loss fell.
 
-    The change is that between the means of the first and of the last log lines, at most five each. Its noise is two
-    standard errors, computed from the differences of consecutive lines, so that a slow trend hardly adds to it. Lines
-    count as independent of each other.
+    The change is the difference between the means of the first and of the last log lines (at most five each). The
+    noise is two standard errors of the differences of consecutive lines, so a slow trend hardly adds to it.
     """
     if rank() > 0:
         return
@@ -73,12 +73,12 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     values = [line[key] for line in lines if key in line]
     n_held = 0 if memory.pairs is None else int(memory.pairs[2].sum())
     if len(values) >= 2:
-        few = min(5, len(values) // 2)
-        first, last = sum(values[:few]) / few, sum(values[-few:]) / few
+        n = min(5, len(values) // 2)
+        first, last = sum(values[:n]) / n, sum(values[-n:]) / n
         squares = [(after - before) ** 2 for before, after in pairwise(values)]
-        noise = 2 * (sum(squares) / len(squares) / few) ** 0.5
+        noise = 2 * (sum(squares) / len(squares) / n) ** 0.5
         text = (
-            f"{name} went from {first:.3f} to {last:.3f} (means of the first and the last {few} of {len(values)} log "
+            f"{name} went from {first:.3f} to {last:.3f} (means of the first and the last {n} of {len(values)} log "
             f"lines; noise {noise:.3f}{chance})."
         )
         if sign * (last - first) <= noise and weight > 0:
@@ -103,7 +103,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
 
 @contextmanager
 def translated(translate: Callable[[str], str]) -> Iterator[None]:
-    """Changes the messages of errors."""
+    """Applies ``translate`` to the message of an error that the block raises."""
     try:
         yield
     except (ValueError, RuntimeError) as error:
@@ -119,7 +119,7 @@ def in_python(message: str) -> str:
         declared = HeraConfig.knobs().get(match[1])
         if declared is None:
             return match[0]
-        with suppress(ValueError):  # a text may be the first of several words
+        with suppress(ValueError):  # the match may be only the first word of a text
             if match[2] and declared.type not in (str, str | None):
                 return f"{declared.name}={typed(match[1], match[2], declared.type)!r}"
         return declared.name + match[0].removeprefix(match[1])
@@ -143,14 +143,12 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
     config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
-    trained = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, objective)]
     family = f"{decoder}, {'tested' if decoder in FAMILIES else 'by structure'}"
     lines = {
         aligner.targets.plural: f"{aligner.targets} ({family})",
         "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",
         "objective": f"{config.objective}, weight {config.weight}",
         "global batch": f"{micro_batch * steps} ({world_size()} processes x {size} x {steps} accumulation steps)",
-        "trainable parameters": "{:,} of the model, {:,} of the objective".format(*trained),
     }
     if aligner.packed:
         lines["global batch"] += ", in packed rows"

@@ -120,9 +120,9 @@ def _usage(trainer: Any, multimodal: bool) -> str:
 
 def _section(content: dict[str, Any]) -> str:
     """Renders the section as Markdown."""
-    what = "heads" if "heads" in content else "layers"
+    kind = "heads" if "heads" in content else "layers"
     aligned = (
-        f"HeRA aligned {what} {', '.join(content[what])} with {content['teacher']} in {content['steps']} steps "
+        f"HeRA aligned {kind} {', '.join(content[kind])} with {content['teacher']} in {content['steps']} steps "
         f"(objective {content['objective']}, weight {content['weight']})."
     )
     if "weights_of_step" in content:

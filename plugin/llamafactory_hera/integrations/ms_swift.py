@@ -31,14 +31,14 @@ _OTHERS = (_FILE, "HERA_DISABLE", "HERA_DEBUG")  # variables that are not keys
 _IMAGES = "hera_images"  # the entry of an encoded row with its images
 
 _ONE_ROW = "it puts several samples into one row, and HeRA compares rows"
-# Argument -> its value without effect, and the reason why HeRA refuses every other value.
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "packing": (False, _ONE_ROW),
-    "padding_free": (False, _ONE_ROW),
-    "sequence_parallel_size": (1, "each process needs whole samples and heads"),
-    "streaming": (False, "a stream is encoded without its images"),
-    "truncation_strategy": ("split", "it makes several rows of a sample"),
-    "tuner_backend": ("unsloth", "it replaces the attention from which HeRA reads heads"),
+# Argument -> whether HeRA refuses a value of it, and the reason.
+_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "packing": (bool, _ONE_ROW),
+    "padding_free": (bool, _ONE_ROW),
+    "sequence_parallel_size": (lambda size: size > 1, "each process needs whole samples and heads"),
+    "streaming": (bool, "a stream is encoded without its images"),
+    "truncation_strategy": (lambda name: name == "split", "it makes several rows of a sample"),
+    "tuner_backend": (lambda name: name == "unsloth", "it replaces the attention from which HeRA reads heads"),
 }
 
 
@@ -74,20 +74,18 @@ class HeraArguments(Seq2SeqTrainingArguments):
     truncation_strategy: str | None = None
 
     def __post_init__(self) -> None:
-        hera = read_keys()
-        for name, (value, why) in _REFUSED.items():
-            given = getattr(self, name)
-            if (given == value) if isinstance(value, str) else given != value:
-                raise ValueError(f"{name}: {given} does not work with HeRA ({why}); remove the argument.")
-        if hera.select_dataset is not None:
-            raise ValueError("hera_select_dataset: selection reads the run's dataset; remove the key.")
+        read_keys()
+        for name, (refuses, why) in _REFUSED.items():
+            value = getattr(self, name)
+            if refuses(value):
+                raise ValueError(f"{name}: {value} does not work with HeRA ({why}); remove the argument.")
         super().__post_init__()
 
 
 def refuse(rlhf_type: str | None = None, task_type: str | None = None) -> None:
     """Takes the place of the training arguments of other tasks, whose trainers would ignore HeRA."""
-    given = f"rlhf_type: {rlhf_type}" if rlhf_type else f"task_type: {task_type}"
-    raise ValueError(f"{given} does not work with HeRA, which is for supervised fine-tuning; remove the plugin.")
+    argument = f"rlhf_type: {rlhf_type}" if rlhf_type else f"task_type: {task_type}"
+    raise ValueError(f"{argument} does not work with HeRA, which is for supervised fine-tuning; remove the plugin.")
 
 
 class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):

@@ -30,35 +30,38 @@ def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
     return undecoded(dataset) if images_of is sample_images else (dataset, None)
 
 
-def check_rows(trainer: Any, images_of: ImagesOf) -> None:
-    """Checks that training rows have images, and that the columns with images and text reach the collator."""
-    rows, _ = undecoded_rows(trainer.train_dataset, images_of)
+def row_with_image(dataset: Any, images_of: ImagesOf) -> Any:
+    """Returns the first row with an image that a search finds; raises ``ValueError`` if it finds none."""
+    rows, _ = undecoded_rows(dataset, images_of)
     searched: Any = islice(rows, N_SEARCHED)
     count = f"first {N_SEARCHED}"
     if not is_stream(rows):
         searched, count = (rows[row] for row in chain(spread(len(rows)), range(len(rows)))), str(len(rows))
     columns: list[str] = []
-    for found in searched:
-        columns = list(found) if isinstance(found, Mapping) else []
-        if images_by(images_of, found):
-            break
-    else:
-        raise ValueError(
-            f"images_of: no image was found in the {count} rows of train_dataset ({', '.join(columns) or 'no columns'}"
-            "), and HeRA compares samples by their images. It searches the columns images and image, and the image "
-            "parts of messages, prompt and completion; pass images_of, a function from a row to a list of images."
-        )
-    if not (trainer.args.remove_unused_columns and isinstance(found, dict)):
+    for row in searched:
+        columns = list(row) if isinstance(row, Mapping) else []
+        if images_by(images_of, row):
+            return row
+    raise ValueError(
+        f"images_of: no image was found in the {count} rows of train_dataset ({', '.join(columns) or 'no columns'}), "
+        "and HeRA compares samples by their images. It searches the columns images and image, and the image parts of "
+        "messages, prompt and completion; pass images_of, a function from a row to a list of images."
+    )
+
+
+def check_rows(trainer: Any, images_of: ImagesOf) -> None:
+    """Checks that training rows have images, and that the columns with images and text reach the collator."""
+    row = row_with_image(trainer.train_dataset, images_of)
+    if not (trainer.args.remove_unused_columns and isinstance(row, dict)):
         return
     trainer._set_signature_columns_if_needed()
-    lost = [name for name in columns if name not in trainer._signature_columns]
+    lost = [name for name in row if name not in trainer._signature_columns]
+    kept = {name: value for name, value in row.items() if name not in lost or name in IMAGE_COLUMNS}
     try:
-        seen = images_by(
-            images_of, {name: found[name] for name in columns if name not in lost or name in IMAGE_COLUMNS}
-        )
+        seen = images_by(images_of, kept)
     except KeyError:  # a custom function reads a column that is dropped
         seen = []
-    raw = "input_ids" not in columns and any(name in IMAGE_COLUMNS for name in lost)
+    raw = "input_ids" not in row and any(name in IMAGE_COLUMNS for name in lost)
     if not seen or raw:
         raise ValueError(
             f"remove_unused_columns: True drops the columns {', '.join(lost)} before the collator, which needs "
@@ -82,7 +85,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     weights = cache(lambda: weights_of(model))
     rows = cache(lambda: _rows_of(trainer, images_of, config))  # once, because it reads the start of a stream
 
-    def facts() -> dict[str, str]:
+    def origin() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else rows().name
         fingerprint = model_fingerprint(weights(), layout, resumed=checkpoint is not None)
         return {"model": name, "dataset": dataset, "model_fingerprint": fingerprint}
@@ -101,13 +104,13 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
             tokenizer=rows().tokenizer,
         )
 
-    run = Run(Path(args.output_dir), configuration, facts, inputs, checkpoint)
+    run = Run(Path(args.output_dir), configuration, origin, inputs, checkpoint)
     if config.named_targets != AUTO:
         return resolve_targets(config, run)
     if trainer.train_dataset is None:
         raise ValueError(f"{config.targets_key}: auto selects on the training data; pass train_dataset.")
     if trainer.pieces_of is not None:
-        raise ValueError(f"{config.targets_key}: auto cannot score packed rows; select on unpacked rows before.")
+        raise ValueError(f"{config.targets_key}: auto cannot score packed rows; first select on unpacked rows.")
     _check_whole(model, config)
     with evaluating(model, args.device):
         return resolve_targets(config, run)

@@ -7,50 +7,28 @@ host's field "Extra arguments".
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import cache
-from html import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
-from llamafactory_hera.backbones.table import LANGUAGE_MODELS, NATIVE_MODELS
+from llamafactory_hera.backbones.table import LANGUAGE_MODELS
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.keys import choices
-from llamafactory_hera.objectives import names
 
 #: The entry in the list of stages, and the value of ``stage`` that it selects.
 STAGE_TITLE, STAGE = "HeRA", "hera"
 
-#: The accordion: the element of each title, followed by the rows of keys below it. The host drops false and empty
-#: values from a command, so a key that is true by default cannot have a field.
-GROUPS = {
-    "hera_title_targets": (["hera_heads"], ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"]),
-    "hera_title_teacher": (["hera_teacher", "hera_teacher_cache", "hera_similarity"],),
-    "hera_title_loss": (
-        ["hera_weight", "hera_k", "hera_temperature", "hera_fixed_temperature"],
-        ["hera_memory", "hera_accumulate"],
-    ),
-    "hera_title_selection": (
-        ["hera_select", *(f"hera_select_{name}" for name in ("m", "mode", "samples", "k", "batch_size"))],
-    ),
-}
-
+#: The rows of fields in the accordion. Keys that are rarely needed have no field.
+ROWS = (
+    ["hera_heads"],
+    ["hera_objective", "hera_granularity", "hera_layers", "hera_pooling"],
+    ["hera_teacher", "hera_teacher_cache"],
+    ["hera_weight", "hera_k", "hera_memory", "hera_accumulate"],
+    ["hera_select", "hera_select_m", "hera_select_mode", "hera_select_samples"],
+)
 #: The declaration of each key with a field. The element of a key has the id ``train.<key>``.
-FIELDS: dict[str, dataclasses.Field] = {
-    key: HeraConfig.knobs()[key] for rows in GROUPS.values() for row in rows for key in row
-}
-
-
-def options(key: str) -> list[str]:
-    """Returns the values to choose from; an empty list for a field with free input."""
-    return list(names() if key == "hera_objective" else choices(FIELDS[key]))
-
-
-def default(key: str) -> Any:
-    """Returns the initial value of a field: the default of its key."""
-    value = FIELDS[key].default
-    return "" if value is None else value
+FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
 
 
 def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[str, Any]:
@@ -60,16 +38,6 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
     """
     values = {key: value_of(f"train.{key}") for key in FIELDS}
     return {key: value.strip() if isinstance(value, str) else value for key, value in values.items()} | args
-
-
-def problem_with(args: dict[str, Any]) -> str:
-    """Returns, as HTML, the reason why HeRA refuses the arguments of a run; empty if it accepts them."""
-    given = {key: value for key, value in args.items() if key.startswith(HeraConfig.PREFIX)}
-    try:
-        HeraConfig.from_keys({key: value for key, value in given.items() if value not in (None, "")})
-    except ValueError as error:
-        return escape(str(error), quote=False)  # the page would read L<layer>H<head> as tags
-    return ""
 
 
 @cache
@@ -88,20 +56,11 @@ def labels(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def register_models(constants: ModuleType) -> None:
-    """Adds the models of :mod:`~llamafactory_hera.backbones.table` to the list in the host's ``extras.constants``.
+    """Adds the LLaVA-style models of the recipes to the list in the host's ``extras.constants``.
 
-    A LLaVA-style model is listed with the folder in which the recipes build it. A finished model is added unless the
-    host lists it with the same template. All names end with ``-HeRA``.
+    Each is listed with the folder in which its recipe builds it, under a name that ends with ``-HeRA``.
     """
-    hub = constants.DownloadSource.DEFAULT
-    offered = {
-        (path.get(hub), constants.DEFAULT_TEMPLATE.get(name))
-        for name, path in constants.SUPPORTED_MODELS.items()
-        if name in constants.MULTIMODAL_SUPPORTED_MODELS
-    }
-    built = [(f"LLaVA-{model.title}", f"models/{model.key}", model.template) for model in LANGUAGE_MODELS.values()]
-    finished = [(model.title, model.checkpoint, model.template) for model in NATIVE_MODELS.values()]
-    for title, path, template in built + finished:
-        if (path, template) not in offered:
-            name = f"{title}-{STAGE_TITLE}"
-            constants.register_model_group({name: {hub: path}}, template=template, multimodal=True)
+    for model in LANGUAGE_MODELS.values():
+        path = {constants.DownloadSource.DEFAULT: f"models/{model.key}"}
+        name = f"LLaVA-{model.title}-{STAGE_TITLE}"
+        constants.register_model_group({name: path}, template=model.template, multimodal=True)

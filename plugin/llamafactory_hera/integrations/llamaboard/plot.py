@@ -34,7 +34,7 @@ def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
         # the chance level varies with the number of images in a batch
         chance = {line["current_steps"]: line["hera_mknn_chance"] for line in lines if "hera_mknn_chance" in line}
         if chance:
-            style = {"color": GRAY, "linestyle": "--", "linewidth": 1, "marker": "_" if len(chance) == 1 else None}
+            style = {"color": GRAY, "linestyle": "--", "linewidth": 1}
             below.plot(list(chance), list(chance.values()), label="chance", **style)
             below.legend(frameon=False, fontsize=8)
     below.set_xlabel("step")

@@ -13,8 +13,10 @@ from llamafactory.webui.common import get_save_dir
 from PIL import Image
 
 from llamafactory_hera.files import RUN_FOLDER
+from llamafactory_hera.keys import choices
+from llamafactory_hera.objectives import names
 
-from .fields import FIELDS, GROUPS, STAGE, default, options
+from .fields import FIELDS, ROWS, STAGE
 
 if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
@@ -29,19 +31,19 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     # the host sends these elements with every button of the tab
     sent = engine.manager.get_base_elems() | {elements[key] for key in FIELDS}
     engine.manager.get_base_elems = lambda: set(sent)
-    theirs = host(engine)
+    created = host(engine)
     del engine.manager.get_base_elems
-    siblings = theirs["mm_tab"].parent.children
-    stage, tab = theirs["training_stage"], elements["hera_tab"]
+    siblings = created["mm_tab"].parent.children
+    stage, tab = created["training_stage"], elements["hera_tab"]
     siblings.remove(tab)
-    siblings.insert(siblings.index(theirs["mm_tab"]) + 1, tab)
+    siblings.insert(siblings.index(created["mm_tab"]) + 1, tab)
     stage.change(lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, tab, queue=False)
     top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
     results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
     # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen
-    events = [theirs["output_box"].change, theirs["output_dir"].change]
-    gr.on(events, show_run, [*top, theirs["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
-    return theirs | elements
+    events = [created["output_box"].change, created["output_dir"].change]
+    gr.on(events, show_run, [*top, created["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
+    return created | elements
 
 
 def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:
@@ -82,24 +84,22 @@ llamafactory-hera eval {model} {run} --suite paper"""
 def _create_accordion() -> Elements:
     elements: Elements = {}
     with gr.Accordion(open=False) as tab:
-        for title, rows in GROUPS.items():
-            elements[title] = gr.Markdown()
-            for row in rows:
-                with gr.Row():
-                    elements |= {key: _field(key) for key in row}
+        for row in ROWS:
+            with gr.Row():
+                elements |= {key: _field(key) for key in row}
         elements["hera_commands"] = gr.Code(language="shell", interactive=False, visible=False)
-        elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False)
+        # a label would cover the title in the picture
+        elements["hera_picture"] = gr.Image(format="png", interactive=False, visible=False, show_label=False)
         elements["hera_report"] = gr.HTML(visible=False)
     return {"hera_tab": tab, **elements}
 
 
 def _field(key: str) -> Component:
-    if options(key):
-        return gr.Dropdown(choices=options(key), value=default(key))
-    kind = FIELDS[key].type
-    if kind is bool:
-        return gr.Checkbox(value=default(key))
-    if kind in (int, float):
-        precision, step = (0, 1) if kind is int else (None, 0.01)
-        return gr.Number(value=default(key), precision=precision, step=step)
-    return gr.Textbox(value=default(key), max_lines=1)
+    declared = FIELDS[key]
+    default: Any = declared.default
+    if options := list(names() if key == "hera_objective" else choices(declared)):
+        return gr.Dropdown(choices=options, value=default)
+    if declared.type in (int, float):
+        precision, step = (0, 1) if declared.type is int else (None, 0.01)
+        return gr.Number(value=default, precision=precision, step=step)
+    return gr.Textbox(value=default, max_lines=1)

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 #: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
 PATCHES = "llamafactory-hera-patches"
-#: The release of LLaMA-Factory that everything is tested with.
+#: The release of LLaMA-Factory that all tests use.
 TESTED_HOST = "0.9.5"
 #: The remedy for a host that is missing, or for versions that do not work together.
 PINNED_INSTALL = '`pip install ".[pinned]" ./patches` in a clone of llamafactory-hera'

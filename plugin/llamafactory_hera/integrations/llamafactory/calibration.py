@@ -7,7 +7,6 @@ from pathlib import Path
 from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig, Text
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 from llamafactory_hera.selection.samples import Features
 from llamafactory_hera.teachers.images import ImageLike
@@ -29,28 +28,19 @@ def read_calibration(
     config = RahConfig.from_keys(keys)
     # the host does not know the keys of calibration, and calibration does not read those of HeRA
     values = {key: value for key, value in values.items() if not key.startswith((RahConfig.PREFIX, HeraConfig.PREFIX))}
-    if values.get("template") is None:
-        raise ValueError("template: the value is empty, so the host would read no image; give the model's template.")
     output_dir = named_output(values, "saves/calibration")
     # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
     values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
     host = host_arguments(values)
     check_folders(str(output_dir), host)
     refuse_keys(host, UNREADABLE, "calibration")
-    model_config = multimodal_config(host.model)
-    head_layout(model_config)
-    if host.model.quantization_bit is not None or getattr(model_config, "quantization_config", None):
-        raise ValueError(
-            f"model_name_or_path: {host.model.model_name_or_path} is quantized (quantization_bit: "
-            f"{host.model.quantization_bit}), and calibration changes plain weights; calibrate the model without "
-            "quantization. The adapter also loads on the quantized model."
-        )
+    multimodal_config(host.model)
     rows, adapters = _UnlabeledSamples(host, config.samples, config.text), host.model.adapter_name_or_path
     return CalibrationInputs(adapter_names=tuple(adapters or ()), **rows.common()), config, output_dir
 
 
 class _UnlabeledSamples(Samples):
-    """Samples without labels: whole conversations, or the text before the answer; other images may replace theirs."""
+    """Samples without labels: complete conversations, or only their prompts. ``encode`` can replace images."""
 
     def __init__(self, host: HostArguments, n_samples: int, text: Text) -> None:
         super().__init__(host, n_samples)
@@ -61,8 +51,8 @@ class _UnlabeledSamples(Samples):
         example = dict(self.rows[row])
         if images is not None:
             example["_images"] = list(images)
-        whole = self._text == "conversation" and has_answer(example)
-        features = self.encode_with(example, self.processor if whole else self._prompt_processor)
+        complete = self._text == "conversation" and has_answer(example)
+        features = self.encode_with(example, self.processor if complete else self._prompt_processor)
         if features is None:
             return None
         self.check(row, features)

@@ -1,8 +1,8 @@
 """Refuses settings, models and data with which HeRA would be wrong or have no effect, before weights are loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from llamafactory.extras.constants import IMAGE_PLACEHOLDER
@@ -11,18 +11,19 @@ from llamafactory.model import load_config
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import world_size
 from llamafactory_hera.heads.families import HeadLayout, head_layout
-from llamafactory_hera.heads.targets import AUTO
 from llamafactory_hera.heads.tokens import grid_side
-from llamafactory_hera.objectives import Objective, TokenObjective
+from llamafactory_hera.integrations.trainer_rows import row_with_image
+from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.samples import with_mode
 from llamafactory_hera.teachers.encoder import VisionTeacher
+from llamafactory_hera.teachers.images import sample_images
 from llamafactory_hera.training.checkpoint import earlier_values
 from llamafactory_hera.training.checks import NO_FP8, check_output, check_parallelism
 from llamafactory_hera.training.collator import Piece
 
 from .recipe import HostArguments
 
-_N_CHECKED = 32  # samples, because checking all of them would take long
+_N_CHECKED = 32  # the number of samples with images whose tokens are counted
 #: Key -> why heads cannot be read with it.
 UNREADABLE = {
     "use_unsloth": "Unsloth replaces the attention that heads are read from",
@@ -44,7 +45,7 @@ def check_run(config: HeraConfig, host: HostArguments) -> Any:
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
     config.check_batch(size, steps, world_size(), host.data.neat_packing)
-    check_folders(host.training.output_dir, host, config)
+    check_folders(host.training.output_dir, host)
     model_config = multimodal_config(host.model)
     if config.objective_from is not None:
         earlier_values(config)
@@ -71,14 +72,12 @@ def _check_borders(layout: HeadLayout, attention: str) -> None:
         )
 
 
-def check_folders(output_dir: str, host: HostArguments, config: HeraConfig | None = None) -> None:
-    """Checks that the output folder is not a folder of the model, an adapter, the data, the teacher or the cache."""
+def check_folders(output_dir: str, host: HostArguments) -> None:
+    """Checks that the output folder is not the folder of the model, of an adapter or of the data."""
     model, data = host.model, host.data
     inputs = {"model_name_or_path": model.model_name_or_path}
     inputs |= {f"adapter_name_or_path[{n}]": name for n, name in enumerate(model.adapter_name_or_path or [])}
     inputs |= {key: getattr(data, key) for key in ("dataset_dir", "media_dir") if isinstance(getattr(data, key), str)}
-    if config is not None:
-        inputs |= {"hera_teacher": config.teacher, "hera_teacher_cache": config.teacher_cache}
     check_output(output_dir, inputs)
 
 
@@ -102,22 +101,20 @@ def multimodal_config(model_args: Any) -> Any:
 
 def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
     """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run."""
-    if config.select_mode != AUTO:
-        return config
     projector_only = host.finetuning.freeze_language_model and not host.finetuning.freeze_multi_modal_projector
     return with_mode(config, load_config(host.model), projector_only)
 
 
-def checked_dataset(
-    get_dataset: Callable[..., dict[str, Any]], objective: type[Objective]
-) -> Callable[..., dict[str, Any]]:
-    """Wraps the host's ``get_dataset``, and refuses data with too few images or with truncated image tokens."""
+def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Wraps the host's ``get_dataset``, and refuses data without images or with truncated image tokens."""
 
     @wraps(get_dataset)
     def get_checked(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         module = get_dataset(template, model_args, data_args, *args, **kwargs)
         if (train := module.get("train_dataset")) is not None:
-            _check_images(train, data_args, max(2, objective.least_samples))
+            row_with_image(train, sample_images)
+            if data_args.neat_packing:
+                packed_pieces(next(iter(train)))
             first = enumerate(islice(train, _N_CHECKED**2))
             for row, sample in islice((each for each in first if each[1].get("images")), _N_CHECKED):
                 check_image_tokens(row, sample, template, data_args, kwargs["tokenizer"], kwargs.get("processor"))
@@ -127,7 +124,7 @@ def checked_dataset(
 
 
 def packed_pieces(row: dict[str, Any]) -> list[Piece]:
-    """Returns the samples in a row of ``neat_packing``; padding is none of them."""
+    """Returns the samples in a row of ``neat_packing``, without the padding at its end."""
     if (packed := row.get("packing_params")) is None:
         raise ValueError(
             "neat_packing: True needs the column packing_params, which says where the samples of a row begin, but a "
@@ -140,25 +137,6 @@ def packed_pieces(row: dict[str, Any]) -> list[Piece]:
         Piece(start, stop, [image for image, piece in enumerate(of_images) if piece == number])
         for number, (start, stop) in enumerate(pairwise(ends))
     ]
-
-
-def _check_images(dataset: Any, data_args: Any, least: int) -> None:
-    rows: Iterable[dict[str, Any]] = dataset
-    column = "packing_params" if data_args.neat_packing else "images"
-    if not hasattr(dataset, "__len__"):
-        rows = islice(dataset, _N_CHECKED**2)
-    elif column in dataset.column_names:
-        rows = dataset.select_columns([column])  # reading the tokens would take long
-    samples = chain.from_iterable(
-        [piece.images for piece in packed_pieces(row)] if data_args.neat_packing else [row.get("images")]
-        for row in rows
-    )
-    found = len(list(islice(filter(None, samples), least)))
-    if found < least:
-        raise ValueError(
-            f"dataset: {', '.join(data_args.dataset or [])} has {found} samples with an image, and HeRA compares "
-            f"{least} or more; use a dataset with an `images` column, raise max_samples, or use stage: sft."
-        )
 
 
 def check_image_tokens(

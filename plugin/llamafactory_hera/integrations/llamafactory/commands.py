@@ -42,7 +42,7 @@ def select(
             "layers before training."
         )
     output_dir = named_output(read.values, "saves/selection")
-    check_folders(str(output_dir), read.host, read.config)
+    check_folders(str(output_dir), read.host)
     path = output_dir / RUN_FOLDER / file_name("head")
     if not force:
         _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
@@ -70,10 +70,10 @@ def select(
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
     """Fills the ``hera_teacher_cache`` of a recipe with its dataset, and returns the number of images in it."""
     read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
-    held = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
+    n_images = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
-        print(f"{read.config.teacher_cache}: features of {held} images")
-    return held
+        print(f"{read.config.teacher_cache}: features of {n_images} images")
+    return n_images
 
 
 @host_words()

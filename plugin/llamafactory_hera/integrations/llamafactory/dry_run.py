@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llamafactory_hera.backbones.table import LANGUAGE_MODELS
@@ -24,7 +23,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.files import read_json
 from llamafactory_hera.heads.families import head_layout, media_token_ids
 from llamafactory_hera.heads.targets import AUTO, Targets, hub_id
-from llamafactory_hera.hub import weight_files
+from llamafactory_hera.hub import local_folder, weight_files
 from llamafactory_hera.integrations.messages import describe_candidates, translated
 from llamafactory_hera.objectives import TokenObjective
 from llamafactory_hera.selection.run_yaml import RecipeFile
@@ -170,15 +169,8 @@ class _Recipe:
 
 
 def _local(name: str, key: str) -> Path:
-    """Returns the folder of a model with its weights, or raises ``ValueError``."""
-    folder = Path(name).expanduser()
-    try:
-        folder = folder if folder.is_dir() else Path(snapshot_download(name, local_files_only=True))
-        weight_files(folder)
-    except (OSError, ValueError) as error:
-        problem = f"{name} is neither a folder with a model nor in the cache of the hub"
-        raise ValueError(f"{key}: {problem}; run hf download {name} while online, or give a folder.") from error
-    return folder
+    """Returns the folder of a model, which may be in the cache of the hub, or raises ``ValueError``."""
+    return local_folder(name, key, f"a folder, or run hf download {name} while online", local_files_only=True)
 
 
 def _first_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -195,7 +187,7 @@ def _first_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _image_tokens() -> dict[str | None, str | None]:
-    """Maps templates to their image tokens, None without images; reads the source of the host."""
+    """Maps each template to its image token, or to None; reads the source code, because the host imports slowly."""
     built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
     tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
     require_host(patches=False)

@@ -28,16 +28,16 @@ from .recipe import HostArguments, adapter_folders, model_folder
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, configuration: Any) -> Run:
-    """Describes a training run for the selection, or the check, of its heads or layers."""
+    """Describes a training run to the functions that select its heads or layers, or check given ones."""
 
-    def facts() -> dict[str, str]:
+    def origin() -> dict[str, str]:
         layout = head_layout(configuration)
         fingerprint = model_fingerprint(model_folder(host.model), layout, adapter_folders(host.model))
         model, dataset = host.model.model_name_or_path, config.select_dataset or ", ".join(host.data.dataset)
         return {"model": model, "dataset": dataset, "model_fingerprint": fingerprint}
 
     inputs = partial(selection_inputs, config, host)
-    return Run(Path(host.training.output_dir), configuration, facts, inputs, host.training.resume_from_checkpoint)
+    return Run(Path(host.training.output_dir), configuration, origin, inputs, host.training.resume_from_checkpoint)
 
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
@@ -61,7 +61,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
 
 
 class _Rows:
-    """The training rows of a run, with its tokenizer and template; of a stream, the rows for ``n_samples``."""
+    """The training rows of a run, with its tokenizer and template; for a stream, enough rows for ``n_samples``."""
 
     def __init__(self, host: HostArguments, n_samples: int) -> None:
         model, data, training, _ = self.host = host

@@ -111,11 +111,12 @@ def _hub(args: Any) -> dict[str, Any]:
 # -- errors ---------------------------------------------------------------------------------------------------------
 
 # Setting in a message of the core -> the host's key.
-_HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:"}
+_HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:", "images_of:": "dataset:"}
 # Part of a message -> the host's keys that help.
 _HINTS = {
     "Train parameters before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
     "lora_target: all",
+    "no image was found": "a dataset with an `images` column, or stage: sft",
     "raise the maximum length of a sample": "cutoff_len",
     "Check the path in the dataset": 'media_dir (in LLaMA Board, put {"media_dir": "FOLDER"} into "Extra arguments")',
 }

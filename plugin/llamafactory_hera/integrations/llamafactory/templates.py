@@ -11,7 +11,7 @@ from typing import Any
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import Template
 
-#: Name -> the host's template that it starts from, and the fields that differ.
+#: Name of a template -> the host's template from which it is made, and the fields that differ.
 #:
 #: - ``llava_qwen3`` has no thinking: it is plain ChatML, as for Qwen3's Instruct-2507 models. The hybrid models put an
 #:   empty thought before an answer; training leaves it out, and `build` removes it from the model's own template.

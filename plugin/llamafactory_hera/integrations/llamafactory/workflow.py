@@ -76,7 +76,7 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
             trainer.write_hera_card()  # the host calls the trainer's own method only if it pushes to a hub
 
         replacements: dict[str, Any] = {
-            "get_dataset": checked_dataset(workflow.get_dataset, objective),
+            "get_dataset": checked_dataset(workflow.get_dataset),
             "CustomSeq2SeqTrainer": make_trainer,
             "plot_loss": plot_curves,
             "create_modelcard_and_push": create_card_and_push,
