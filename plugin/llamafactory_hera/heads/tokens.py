@@ -26,10 +26,7 @@ def token_mask(
     ``answer`` is the paper's choice (app. A): the labeled tokens, that is, the caption in stage 1 and the assistant's
     turns in stage 2. The other options are this project's: ``text`` is all text, ``mean`` is all tokens except
     padding, and ``last`` is the last token. Only these two may include ``media_token_ids``, the placeholders of images
-    and videos. Without an attention mask, no token is padding.
-
-    Raises:
-        ValueError: The attention mask does not mark tokens, or labels are missing.
+    and videos. Without an attention mask, no token is padding. Raises ``ValueError`` if the mask has another shape.
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
