@@ -74,9 +74,20 @@ _MOE_QWEN = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size"
 
 def _of(name: str, **fixed: Any) -> Callable[..., tf.PretrainedConfig]:
     """The tiny configuration of a text decoder, by its ``model_type``."""
-    owner = name.removesuffix("_text")
-    kind = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else CONFIG_MAPPING[owner].sub_configs["text_config"]
-    return lambda **kw: kind(**_DECODER_WITH_HEAD_DIM | fixed | kw)
+
+    def build(**kw: Any) -> tf.PretrainedConfig:
+        known = name in CONFIG_MAPPING
+        kind = CONFIG_MAPPING[name] if known else _config(name.removesuffix("_text")).sub_configs["text_config"]
+        return kind(**_DECODER_WITH_HEAD_DIM | fixed | kw)
+
+    return build
+
+
+def _config(name: str) -> type[tf.PretrainedConfig]:
+    """The class of a configuration; skips the test if the installed transformers does not know it."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {tf.__version__} has no {name}")
+    return CONFIG_MAPPING[name]
 
 
 #: Families that need no more than the sizes.
@@ -121,6 +132,8 @@ TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
     ),
     "paddleocr_vl_text": _of("paddleocr_vl_text", rope_parameters=_mrope(8)),
     "aria_text": _of("aria_text", moe_num_experts=2, moe_topk=2, moe_num_shared_experts=1),
+    "deepseek_v3": _of("deepseek_v3", **_ROUTED | _LATENT | {"head_dim": 8}),
+    "molmo2_text": _of("molmo2_text", additional_vocab_size=0),
 }
 
 
@@ -234,6 +247,44 @@ def _gemma4(**kw: Any) -> nn.Module:
     return tf.Gemma4ForConditionalGeneration(config)
 
 
+def _kimi_k25(**kw: Any) -> nn.Module:
+    vision = {name: _VISION[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    vision |= {"num_hidden_layers": 1, "patch_size": _PATCH, "pos_emb_height": 4, "pos_emb_width": 4}
+    config = _config("kimi_k25")(
+        text_config=TEXT_CONFIGS["deepseek_v3"](**kw), vision_config=vision, projection_hidden_size=32, **_QWEN_TOKENS
+    )
+    return tf.AutoModelForImageTextToText.from_config(config)
+
+
+def _minicpmv(**kw: Any) -> nn.Module:
+    config = _config("minicpmv4_6")(
+        text_config=TEXT_CONFIGS["qwen3_5_text"](**kw),
+        vision_config=_VISION | {"image_size": 2 * _SIDE},
+        insert_layer_id=0,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    return tf.AutoModelForImageTextToText.from_config(config)
+
+
+def _mistral3(**kw: Any) -> nn.Module:
+    vision = {**_VISION, "model_type": "pixtral", "head_dim": 16, "image_size": 2 * _SIDE}
+    text = TEXT_CONFIGS["ministral3"](**kw)
+    config = tf.Mistral3Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    return tf.Mistral3ForConditionalGeneration(config)
+
+
+def _molmo2(**kw: Any) -> nn.Module:
+    sizes = {"num_key_value_heads": 2, "head_dim": 16}
+    config = _config("molmo2")(
+        text_config=TEXT_CONFIGS["molmo2_text"](**kw),
+        vision_config=_VISION | sizes | {"image_size": [_SIDE, 2 * _SIDE]},
+        adapter_config=_VISION | sizes | {"vision_feature_layer": [1, 0], "text_hidden_size": 48},
+        image_patch_id=IMAGE,
+    )
+    return tf.AutoModelForImageTextToText.from_config(config)
+
+
 def _aria(**kw: Any) -> nn.Module:
     vision = {"model_type": "idefics3_vision", **_VISION}
     config = tf.AriaConfig(
@@ -259,7 +310,7 @@ def _llama4(**kw: Any) -> nn.Module:
 #: Families that take the common LLaVA as it is.
 _IN_LLAVA = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "glm4", "granite", "smollm3", "cohere2")
 _IN_LLAVA += ("ministral", "ministral3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "exaone4", "glm4_moe")
-_IN_LLAVA += ("mistral4",)
+_IN_LLAVA += ("mistral4", "deepseek_v3")
 
 #: Text decoders that transformers builds alone; the others need their VLM.
 BARE = sorted(set(TEXT_CONFIGS) - {"ernie4_5_vl_moe_text", "paddleocr_vl_text"})
@@ -275,7 +326,13 @@ VLMS: dict[str, Callable[..., nn.Module]] = {
     "lfm2_vl": _lfm2_vl,
     "gemma4": _gemma4,
     "aria": _aria,
+    "kimi_k25": _kimi_k25,
+    "minicpmv4_6": _minicpmv,
+    "mistral3-ministral3": _mistral3,
+    "molmo2": _molmo2,
 }
+#: Types of VLMs that only newer releases of transformers have.
+UNKNOWN = {name for name in ("kimi_k25", "minicpmv4_6", "molmo2") if name not in CONFIG_MAPPING}
 
 
 def _randomize(model: nn.Module, seed: int) -> nn.Module:
@@ -324,7 +381,7 @@ def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -
     if kind in ("gemma3", "paligemma"):
         # PaliGemma's prefix (image and prompt) is type 0, its suffix type 1; for Gemma 3 type 1 is the image
         batch["token_type_ids"] = (ids == IMAGE).long() if kind == "gemma3" else (ids < 50).long()
-    if kind in _QWEN_LIKE or kind == "gemma4":
+    if kind in _QWEN_LIKE or kind in ("gemma4", "molmo2"):
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
     return batch
 
@@ -349,6 +406,21 @@ def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str,
         # a base view and two tiles; 2 x 4 patches with a newline a row, and the base view's 2 x 2
         values = torch.randn(rows, 3, 3, _SIDE, _SIDE, generator=generator)
         return {"pixel_values": values}, 4 + 2 * (4 + 1), {"image_sizes": torch.tensor([[_SIDE, 2 * _SIDE]] * rows)}
+    if kind == "kimi_k25":
+        values = torch.randn(rows * 16, 3, _PATCH, _PATCH, generator=generator)
+        return {"pixel_values": values}, 4, {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+    if kind == "minicpmv4_6":
+        # 8 x 8 patches one behind the other, merged 2 x 2 twice
+        values = torch.randn(1, 3, _PATCH, rows * 64 * _PATCH, generator=generator)
+        return {"pixel_values": values}, 4, {"target_sizes": torch.full((rows, 2), 8)}
+    if kind == "molmo2":
+        # 2 x 4 patches, merged in pairs
+        values = torch.randn(rows, 8, 3 * _PATCH * _PATCH, generator=generator)
+        grid = {"image_token_pooling": torch.arange(rows * 8).view(-1, 2)}
+        return {"pixel_values": values}, 4, grid | {"image_grids": torch.tensor([[2, 2, 0, 0]] * rows)}
+    if kind == "mistral3":
+        values = torch.randn(rows, 3, 2 * _SIDE, 2 * _SIDE, generator=generator)
+        return {"pixel_values": values}, 4, {"image_sizes": torch.full((rows, 2), 2 * _SIDE)}
     return {"pixel_values": torch.randn(rows, 3, _SIDE, _SIDE, generator=generator)}, 4, {}
 
 

@@ -33,7 +33,7 @@ def local_folder(
             if weights and not any(folder.glob("*.safetensors")):
                 folder = Path(snapshot_download(str(name_or_path), allow_patterns=[needs, *_TEXT, "*.bin"], **hub))
         except Exception as error:  # errors of the client and of its HTTP library have no common base
-            why = " ".join(str(error).split())[:200]
+            why = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"{key}: {name_or_path} is not a folder and cannot be fetched from the hub ({why}). Give {example}."
             ) from error
@@ -53,7 +53,7 @@ def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
         except RemoteEntryNotFoundError:
             continue
         except Exception as error:
-            why = " ".join(str(error).split())[:200]
+            why = " ".join(str(error).split())[:300]
             raise ValueError(f"{key}: {repository} cannot be fetched from the hub ({why}).") from error
     raise ValueError(f"{key}: {repository} contains no {' or '.join(names)}; give a repository with such a file.")
 

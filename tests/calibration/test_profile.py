@@ -39,7 +39,7 @@ def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) 
         assert (to_text == 0) == (min(text) > max(image))  # image tokens do not see the text after them
 
 
-@pytest.mark.parametrize("name", [name for name in VLMS if not name.startswith("qwen3_5")])
+@pytest.mark.parametrize("name", [name for name in VLMS if not name.startswith(("qwen3_5", "minicpmv"))])
 def test_captured_flow_matches_the_attention_that_the_model_returns(name: str) -> None:
     model = vlm(name).eval()
     # gpt-oss has attention sinks, which sdpa does not support

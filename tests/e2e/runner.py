@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,3 +151,35 @@ def write_recipe(path: Path, args: dict[str, Any]) -> Path:
     """Writes ``args`` as a YAML recipe."""
     path.write_text(yaml.safe_dump(args), encoding="utf-8")
     return path
+
+
+class FileRuns:
+    """Runs of a host's command that reads ``config.yaml``; ``keys`` train for 4 steps and save two checkpoints."""
+
+    def __init__(self, keys: dict[str, Any], module: str, *arguments: str) -> None:
+        self._keys, self._command = keys, [sys.executable, "-m", module, *arguments]
+
+    def __call__(self, folder: Path, **changes: Any) -> Run:
+        """Trains in a folder, with changed keys; fails if the command fails."""
+        folder.mkdir(exist_ok=True)
+        write_recipe(folder / "config.yaml", self._keys | changes)
+        code, output = run_command(self._command, folder, timeout=400)
+        assert not code, output
+        return Run([code], output, folder / "saves/checkpoint-4")
+
+    def check_resumed(self, run: Run, folder: Path, tolerance: float = 0, **changes: Any) -> None:
+        """Resumes a run after its second step, and compares its values with those of the uninterrupted run."""
+        shutil.copytree(run.folder.with_name("checkpoint-2"), folder / "saves/checkpoint-2")
+        resumed = self(folder, resume_from_checkpoint="saves/checkpoint-2", **changes).logs()
+        assert [line["step"] for line in resumed] == [1, 2, 3, 4]
+        for line, uninterrupted in zip(resumed, run.logs(), strict=True):
+            for key in {"loss", "hera_loss", "hera_mknn", "hera_temperature"} & uninterrupted.keys():
+                assert abs(line[key] - uninterrupted[key]) <= tolerance * abs(uninterrupted[key])
+
+
+def check_selected(run: Run, count: int, samples: int) -> None:
+    """Checks that a run selected so many heads, on so many samples, and aligned these heads."""
+    chosen = json.loads((run.folder.parent / "hera/heads.json").read_text())
+    assert len(chosen["heads"]) == count
+    assert chosen["provenance"]["samples"] == samples
+    assert f"HeRA | heads: {','.join(chosen['heads'])}" in run.output

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,7 +27,7 @@ from transformers import AutoProcessor
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.axolotl import HeraPlugin, _images_of
 from recipes.demo.build import build_demo
-from tests.e2e.runner import ROOT, Run, run_command, write_recipe
+from tests.e2e.runner import ROOT, FileRuns, Run, check_selected
 
 PLUGIN = "llamafactory_hera.integrations.axolotl.HeraPlugin"
 MARKS = [{"role": role, "start": f"<|im_start|>{role}\n", "end": "<|im_end|>"} for role in ("user", "assistant")]
@@ -79,22 +77,18 @@ def no_plugins() -> Iterator[None]:
     PluginManager.get_instance().plugins.clear()
 
 
-def _train(folder: Path, keys: dict[str, Any]) -> Run:
-    config = write_recipe(folder / "config.yaml", keys)
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"]
-    code, output = run_command(command, folder, timeout=400)
-    return Run([code], output, folder / "saves/checkpoint-4")
+@pytest.fixture(scope="module")
+def train(keys: dict[str, Any]) -> FileRuns:
+    return FileRuns(keys, "axolotl.cli.main", "train", "config.yaml", "--launcher", "python")
 
 
 @pytest.fixture(scope="module")
-def run(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The demo, trained by ``axolotl train``."""
-    return _train(tmp_path_factory.mktemp("run"), keys)
+def run(train: FileRuns, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.slow
 def test_the_command_trains_with_hera(run: Run) -> None:
-    assert run.ok, run.output
     second = run.logs()[1]  # the first line's hera_loss leaves out the micro-batch before which the memory was empty
     assert second["hera_loss"] > 0
     assert second["loss"] == pytest.approx(second["lm_loss"] + 0.01 * second["hera_loss"], abs=1e-4)
@@ -105,24 +99,14 @@ def test_the_command_trains_with_hera(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_auto_selects_on_the_rows_of_the_run(keys: dict[str, Any], tmp_path: Path) -> None:
-    auto = {"hera_heads": "auto", "hera_select_m": 2, "hera_select_k": 5, "hera_select_samples": 48, "max_steps": 1}
-    run = _train(tmp_path, keys | auto)
-    assert run.ok, run.output
-    chosen = json.loads((tmp_path / "saves/hera/heads.json").read_text())
-    assert len(chosen["heads"]) == 2
-    assert chosen["provenance"]["samples"] == 48
-    assert f"HeRA | heads: {','.join(chosen['heads'])}" in run.output
+def test_auto_selects_on_the_rows_of_the_run(train: FileRuns, tmp_path: Path) -> None:
+    auto = {"hera_heads": "auto", "hera_select_m": 2, "hera_select_k": 5, "hera_select_samples": 48}
+    check_selected(train(tmp_path, **auto, max_steps=1), 2, 48)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
-    shutil.copytree(run.folder.with_name("checkpoint-2"), tmp_path / "saves/checkpoint-2")
-    resumed = _train(tmp_path, keys | {"resume_from_checkpoint": "saves/checkpoint-2"})
-    assert resumed.ok, resumed.output
-    for ours, theirs in zip(resumed.logs(), run.logs(), strict=True):
-        for key in ("loss", "hera_loss", "hera_temperature"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
+def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run: Run, train: FileRuns, tmp_path: Path) -> None:
+    train.check_resumed(run, tmp_path, tolerance=1e-4)
 
 
 def test_keys_that_hera_needs_are_set(keys: dict[str, Any]) -> None:

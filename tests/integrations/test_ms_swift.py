@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from base64 import b64encode
 from dataclasses import fields
@@ -25,7 +24,7 @@ from swift.utils import import_external_file
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations import ms_swift
-from tests.e2e.runner import ROOT, Run, run_command
+from tests.e2e.runner import ROOT, FileRuns, Run, check_selected
 from tests.tiny_models import teacher_folder
 
 WORDS = ["[UNK]", "What", "color", "?", "A", "dark", "light", "one", "system", "user", "assistant"]
@@ -106,23 +105,18 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def _train(folder: Path, keys: dict[str, Any]) -> Run:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(keys))
-    command = [sys.executable, "-m", "swift.cli.main", "sft", "config.yaml"]
-    code, output = run_command(command, folder, timeout=400)
-    return Run([code], output, folder / "saves/checkpoint-4")
+@pytest.fixture(scope="module")
+def train(keys: dict[str, Any]) -> FileRuns:
+    return FileRuns(keys, "swift.cli.main", "sft", "config.yaml")
 
 
 @pytest.fixture(scope="module")
-def run(keys: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The tiny model, trained by ``swift sft``."""
-    return _train(tmp_path_factory.mktemp("run"), keys)
+def run(train: FileRuns, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return train(tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.slow
 def test_the_command_trains_with_hera(run: Run) -> None:
-    assert run.ok, run.output
     assert "hera_loss" not in run.logs()[0]  # the memory fills
     line = run.logs()[2]
     assert line["hera_loss"] > 0
@@ -133,34 +127,17 @@ def test_the_command_trains_with_hera(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run: Run, keys: dict[str, Any], tmp_path: Path) -> None:
-    _check_resumed(run, keys, tmp_path)
-
-
-def _check_resumed(run: Run, keys: dict[str, Any], folder: Path) -> None:
-    shutil.copytree(run.folder.with_name("checkpoint-2"), folder / "saves/checkpoint-2")
-    resumed = _train(folder, keys | {"resume_from_checkpoint": "saves/checkpoint-2"})
-    assert resumed.ok, resumed.output
-    assert [line["step"] for line in resumed.logs()] == [1, 2, 3, 4]
-    for ours, theirs in zip(resumed.logs(), run.logs(), strict=True):
-        for key in {"loss", "hera_loss", "hera_mknn", "hera_temperature"} & theirs.keys():
-            assert ours[key] == theirs[key]
-
-
-@pytest.mark.slow
-def test_auto_selects_on_the_rows_of_a_lora_run_which_resumes(keys: dict[str, Any], tmp_path: Path) -> None:
-    auto = {"HERA_HEADS": "auto", "HERA_SELECT_M": 2, "HERA_SELECT_K": 5, "HERA_SELECT_SAMPLES": 20}
-    cache = {"HERA_ACCUMULATE": "gradcache", "HERA_TEACHER_CACHE": str(tmp_path / "cache")}
-    keys = keys | {"ENV": keys["ENV"] | auto | cache, "tuner_type": "lora", "dataloader_num_workers": 1}
-    keys["dataloader_persistent_workers"] = False  # with them, ms-swift's own resumed runs draw other dropout
-    run = _train(tmp_path / "run", keys)
-    assert run.ok, run.output
-    chosen = json.loads((run.folder.parent / "hera/heads.json").read_text())
-    assert len(chosen["heads"]) == 2
-    assert chosen["provenance"]["samples"] == 20
-    assert f"HeRA | heads: {','.join(chosen['heads'])}" in run.output
+def test_auto_selects_on_the_rows_of_a_lora_run_which_resumes(
+    keys: dict[str, Any], train: FileRuns, tmp_path: Path
+) -> None:
+    env = {"HERA_HEADS": "auto", "HERA_SELECT_M": 2, "HERA_SELECT_K": 5, "HERA_SELECT_SAMPLES": 20}
+    env |= {"HERA_ACCUMULATE": "gradcache", "HERA_TEACHER_CACHE": str(tmp_path / "cache")}
+    changes = {"ENV": keys["ENV"] | env, "tuner_type": "lora", "dataloader_num_workers": 1}
+    changes["dataloader_persistent_workers"] = False  # with them, ms-swift's own resumed runs draw other dropout
+    run = train(tmp_path / "run", **changes)
+    check_selected(run, 2, 20)
     assert {"hera_loss", "hera_mknn"} <= run.logs()[-1].keys()
-    _check_resumed(run, keys, tmp_path / "resumed")
+    train.check_resumed(run, tmp_path / "resumed", **changes)
 
 
 def _arguments(keys: dict[str, Any], folder: Path, **changes: Any) -> SftArguments:

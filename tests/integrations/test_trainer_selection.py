@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,21 @@ def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
         HeraTrainer(model, arguments(tmp_path / "new", max_steps=1), hera=config(heads=heads), **options)
         states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
     assert states[0] == states[1]
+
+
+def flatten(rows: list[dict], mask: bool) -> dict[str, Any]:
+    """Joins rows as the ``data_flatten`` of QwenLM's scripts does, or as padding-free collators do."""
+    joined = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "labels")}
+    ends = torch.tensor([0, *(row["input_ids"].numel() for row in rows)]).cumsum(0)
+    return joined | ({"attention_mask": ends} if mask else {})
+
+
+@pytest.mark.parametrize("mask, words", [(True, "its attention_mask has the shape"), (False, "it makes 1 rows of 8")])
+def test_a_collator_that_joins_samples_is_refused_before_training(tmp_path: Path, mask: bool, words: str) -> None:
+    model = vlm("llava-llama")
+    options = {"train_dataset": image_rows(model, 24), "data_collator": partial(flatten, mask=mask)}
+    with pytest.raises(ValueError, match=f"^data_collator: {words}"):
+        HeraTrainer(model, arguments(tmp_path), hera=config(select_mode="mllm"), **options)
 
 
 def test_a_dataset_of_llama_factory_is_refused(tmp_path: Path) -> None:

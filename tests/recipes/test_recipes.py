@@ -209,4 +209,5 @@ def test_a_copy_holds_the_files_that_its_recipes_name(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / keys["deepspeed"]).is_file()
     datasets = json.loads((tmp_path / "mine" / keys["dataset_dir"] / "dataset_info.json").read_text())
     assert keys["dataset"] in datasets
+    assert (tmp_path / "mine/recipes/trl/sft_vlm_hera.py").is_file()
     assert main(["recipes", "--copy-to", str(tmp_path / "mine")]) == 2

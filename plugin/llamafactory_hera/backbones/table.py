@@ -63,7 +63,7 @@ def copy_recipes(folder: str | Path) -> Path:
         raise ValueError(f"--copy-to: {target} exists; give another folder.")
 
     def ignored(parent: str, names: list[str]) -> list[str]:
-        kept = ("ablations", "data", "deepspeed")
+        kept = ("ablations", "data", "deepspeed", "ms_swift", "transformers", "trl")
         return [name for name in names if Path(parent, name).is_dir() and name not in kept]
 
     return shutil.copytree(recipes_folder(), target, ignore=ignored, copy_function=shutil.copyfile)

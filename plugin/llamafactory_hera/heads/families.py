@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 #: The ``model_type`` of the text decoders that the tests build; other decoders are accepted by structure.
 FAMILIES = frozenset({
-    "aria_text", "cohere2", "ernie4_5_vl_moe_text", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma3n_text",
-    "gemma4_text", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "gpt_oss", "granite", "lfm2",
-    "llama", "llama4_text", "ministral", "ministral3", "mistral", "mistral4", "mixtral", "olmo2", "olmo3",
-    "paddleocr_vl_text", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "qwen3_5_moe_text",
-    "qwen3_5_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3",
+    "aria_text", "cohere2", "deepseek_v3", "ernie4_5_vl_moe_text", "exaone4", "gemma", "gemma2", "gemma3_text",
+    "gemma3n_text", "gemma4_text", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "gpt_oss",
+    "granite", "lfm2", "llama", "llama4_text", "ministral", "ministral3", "mistral", "mistral4", "mixtral",
+    "molmo2_text", "olmo2", "olmo3", "paddleocr_vl_text", "phi3", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text",
+    "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_vl_moe_text", "qwen3_vl_text", "smollm3",
 })  # fmt: skip
 
 #: The layer number that denotes the output of the norm after the last layer.

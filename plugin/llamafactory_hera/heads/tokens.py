@@ -27,7 +27,13 @@ def token_mask(
     turns in stage 2. The other options are this project's: ``text`` is all text, ``mean`` is all tokens except
     padding, and ``last`` is the last token. ``mean`` and ``last`` include ``media_token_ids``, the placeholders of
     images and videos. Without an attention mask, no token is padding.
+    Raises ``ValueError`` if the mask has another shape.
     """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"data_collator: its attention_mask has the shape {list(attention_mask.shape)}, and its input_ids "
+            f"{list(input_ids.shape)}; let it keep one padded row for each sample (data_flatten and packing off)."
+        )
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling in ("answer", "text"):
         for token in media_token_ids:  # a loop, because a tensor of the few ids would be copied to the device
@@ -41,6 +47,15 @@ def token_mask(
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = torch.where(attended, positions, -1).amax(dim=1, keepdim=True)
     return attended & (positions == last)
+
+
+def check_row_count(batch: dict[str, Any], samples: int) -> None:
+    """Raises ``ValueError`` unless a collator made one row of each sample."""
+    if (rows := len(batch["input_ids"])) != samples:
+        raise ValueError(
+            f"data_collator: it makes {rows} rows of {samples} samples; let it keep one row for each sample, in the "
+            "same order (packed rows need pieces_of)."
+        )
 
 
 def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any]:

@@ -51,7 +51,10 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     )
     size = f"MKNN {before:.3f} → {after:.3f}, {change:+.3f}" + (f" ± {noise:.3f}" if noise else "")
     if not abs(change) > noise:
-        return found, f"They did not measurably move ({size}): train longer, or raise hera_weight."
+        meaning = f"They did not measurably move ({size}): train longer, or raise hera_weight."
+        if first.provenance["keys"].get("hera_select_mode") == "llm":
+            meaning += " These scores are of captions alone; hera_select_mode=mllm scores both with images."
+        return found, meaning
     toward = "toward" if change > 0 else "away from"
     meaning = f"They moved {toward} the teacher ({size}); the other {targets.plural} changed by {others:+.3f}."
     if abs(after - first.chance) <= noise:

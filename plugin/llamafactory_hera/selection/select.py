@@ -19,7 +19,7 @@ from ..config import HeraConfig
 from ..distributed import on_first, rank
 from ..heads.families import media_token_ids, model_config, text_decoder
 from ..heads.targets import Targets, file_name
-from ..heads.tokens import IGNORE_INDEX, token_mask
+from ..heads.tokens import IGNORE_INDEX, check_row_count, token_mask
 from ..teachers.encoder import VisionTeacher
 from ..teachers.images import ImageLike, image_key, images_by, load_image, sample_images
 from .report import show
@@ -165,7 +165,9 @@ class CollatedRows:
 
     def _of_numbers(self, features: list[Features]) -> dict[str, Any]:
         """Collates rows, given by their numbers."""
-        return self._collate([self._rows[feature["row"]] for feature in features])
+        batch = self._collate([self._rows[feature["row"]] for feature in features])
+        check_row_count(batch, len(features))
+        return batch
 
     @cached_property
     def name(self) -> str:

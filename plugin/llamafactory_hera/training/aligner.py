@@ -15,7 +15,7 @@ from ..files import reading
 from ..heads import Targets
 from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.families import head_layout, media_token_ids, model_config
-from ..heads.tokens import by_piece, token_mask
+from ..heads.tokens import by_piece, check_row_count, token_mask
 from ..objectives import Options, TokenBatch, TokenObjective, create
 from ..teachers.images import ImageLike, sample_images
 from .checkpoint import RunIdentity, earlier_values
@@ -141,11 +141,7 @@ class Aligner:
             batch = {**batch, "labels": inputs.pop("hera_labels")}
         if "hera_pieces" in inputs:
             batch = by_piece(batch, inputs["hera_pieces"], len(has_image))
-        if len(batch["input_ids"]) != len(has_image):
-            raise ValueError(
-                f"data_collator: it makes {len(batch['input_ids'])} rows of {len(has_image)} samples; let it keep one "
-                "row for each sample, in the same order (packed rows need pieces_of)."
-            )
+        check_row_count(batch, len(has_image))
         self.watch.check_batch(batch, has_image, self._media_token_ids)
         if self.reader is not None:
             return self.reader.prepare(batch, inputs, has_image, self.capture)
