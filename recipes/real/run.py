@@ -19,7 +19,7 @@ _RECIPE, _HOST, _PLUGIN = (
     "from llamafactory.cli import main; main()",
     "llamafactory_hera.cli",
 )
-_STAGE1 = "stage=sft finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false"
+_STAGE1 = "stage=sft finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false max_steps=60"
 _LAYER = "hera_heads=null hera_granularity=layer"
 #: Stage 2 of each method: keys that differ from the recipe's.
 METHODS = {
