@@ -47,7 +47,7 @@ DOWNLOADS = {
 _HELD_OUT, _SMALL, _LONGEST = 344, (100, 300, 1000), 40  # the last in characters of a caption
 _PIXELS, _FONT_SIZE = 224, 109  # the largest side of a picture, and the font's only size
 _TOWER = models.Encoder(side=128, patch=32, width=192, layers=4, rate=1e-3)
-_VIEWS, _BATCH, _STEPS = 4, 64, 700  # views of each picture, and the steps of the tower's training
+_VIEWS, _BATCH, TOWER_STEPS = 4, 64, 700  # views of each picture, and the steps of the tower's training
 
 
 def fetch(folder: Path) -> None:
@@ -162,7 +162,7 @@ def draw_emoji(root: Path) -> dict[str, tuple[str, Image.Image]]:
     return drawn
 
 
-def train_tower(data: Path, folder: Path, source: Path) -> None:
+def train_tower(data: Path, folder: Path, source: Path, steps: Path) -> None:
     """Trains a small SigLIP tower, whose tokens a linear layer maps to the grid of features of a timm model.
 
     Both see the same random views of the training pictures. The linear layer is discarded afterwards.
@@ -199,7 +199,7 @@ def train_tower(data: Path, folder: Path, source: Path) -> None:
         tokens = tower(view[chosen].float(), output_hidden_states=True).hidden_states[-1]
         return F.mse_loss(read_out(tokens), (target[chosen].float() - mean) / deviation)
 
-    losses = models._optimize([tower, read_out], loss, _STEPS, _TOWER.rate)
+    losses = models._optimize([tower, read_out], loss, int(str(steps)), _TOWER.rate)
     print(f"{grid} tokens; share of the features' variance left: {losses[0]:.3f} to {sum(losses[-50:]) / 50:.3f}")
     tower.save_pretrained(folder)
     processor.save_pretrained(folder)

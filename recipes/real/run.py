@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import parts
@@ -33,8 +34,12 @@ METHODS = {
     "middle": f"{_LAYER} hera_layers=middle",
     "cmar": f"{_LAYER} hera_layers=penultimate hera_objective=cka hera_weight=0.1 hera_memory=0",
 }
-#: The number of seeds and the methods of each size.
-SIZES = {"default": (1, ("sft", "worst5")), "full": (5, tuple(METHODS))}
+#: The number of seeds, the methods, and further keys of each size.
+SIZES: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "smoke": (1, ("sft", "worst5"), "max_steps=2 hera_select_samples=64"),  # its numbers mean nothing
+    "default": (1, ("sft", "worst5"), ""),
+    "full": (5, tuple(METHODS), ""),
+}
 #: Scorings of the model of stage 1: dataset, mode, teacher.
 SCORINGS = {
     "before": ("heldout", "mllm", "lite0"),
@@ -73,41 +78,42 @@ def step(name: str, *commands: tuple[str, ...]) -> Path:
     return folder
 
 
-def prepare() -> None:
+def prepare(changes: Sequence[str]) -> None:
     """Makes the model of stage 1 and everything that all methods share, and scores its heads."""
     parts.fetch(downloads := ROOT / "downloads")
     language_model = step("language_model", _call("parts.make_language_model", downloads, OUT))
     data = step("data", _call("parts.write_data", downloads, OUT))
     teachers = [step(f"lite{n}", _call("parts.make_teacher", downloads, OUT, n)) for n in "02"]
-    tower = step("tower", _call("parts.train_tower", data, OUT, teachers[1]))
+    steps = parts.TOWER_STEPS if not changes else 2
+    tower = step("tower", _call("parts.train_tower", data, OUT, teachers[1], str(steps)))
     step("knowledge", _call("parts.write_knowledge", data, OUT, *teachers, tower))
     of_model = ("--language-model", str(language_model), "--vision-model", str(tower), "--output", OUT)
     model = step("model", ("-m", _PLUGIN, "build", *of_model))
     keys = (f"model_name_or_path={model}", f"output_dir={OUT}", "learning_rate=1e-3")
-    stage1 = step("stage1", ("-c", _HOST, "train", _RECIPE, *_STAGE1.split(), *keys))
+    stage1 = step("stage1", ("-c", _HOST, "train", _RECIPE, *_STAGE1.split(), *keys, *changes))
     for name, scoring in SCORINGS.items():
-        score(name, stage1, *scoring)
+        score(name, stage1, changes, *scoring)
     step("choices/before", _call("page.write_choices", ROOT, OUT))
 
 
-def score(name: str, model: Path, dataset: str, mode: str, teacher: str) -> None:
+def score(name: str, model: Path, changes: Sequence[str], dataset: str, mode: str, teacher: str) -> None:
     """Scores all heads of a model."""
-    keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
+    keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}", *changes)
     checkpoint = (str(model), "--recipe", _RECIPE, "--output", f"{OUT}/heads.json")
     step(f"scores/{name}", ("-m", _PLUGIN, "score", *checkpoint, *keys))
 
 
-def run(seeds: int, methods: tuple[str, ...]) -> None:
+def run(seeds: int, methods: Sequence[str], changes: Sequence[str]) -> None:
     """Runs every step in order, with all methods of a seed before the next seed."""
-    prepare()
+    prepare(changes)
     for seed in range(seeds):
         for method in methods:
             if (strategy := method.partition("5")[0]) in ("worst", "top", "random"):
-                how = ("hera_heads=auto", f"hera_select={strategy}", f"output_dir={OUT}")
+                how = ("hera_heads=auto", f"hera_select={strategy}", f"output_dir={OUT}", *changes)
                 step(f"selection/{strategy}", ("-m", _PLUGIN, "select", _RECIPE, *how))
-            keys = (*METHODS[method].split(), f"seed={seed}", f"output_dir={OUT}")
+            keys = (*METHODS[method].split(), f"seed={seed}", f"output_dir={OUT}", *changes)
             trained = step(f"runs/{method}-s{seed}", ("-c", _HOST, "train", _RECIPE, *keys))
-            score(f"{method}-s{seed}", trained, *SCORINGS["before"])
+            score(f"{method}-s{seed}", trained, changes, *SCORINGS["before"])
             step(f"choices/{method}-s{seed}", _call("page.write_choices", ROOT, OUT, trained))
     if {"sft", "worst5"} <= set(methods):
         adapter = ("--adapter_name_or_path", f"{ROOT}/runs/worst5-s0", "--finetuning_type", "lora")
@@ -133,10 +139,9 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of those of the size")
     parser.add_argument("--seeds", type=int, help="the number of seeds, instead of that of the size")
     options = parser.parse_args()
-    seeds, methods = SIZES[options.size]
-    seeds, methods = options.seeds or seeds, tuple(options.methods or methods)
+    seeds, methods, changes = SIZES[options.size]
     try:
-        run(seeds, methods)
+        run(options.seeds or seeds, options.methods or methods, changes.split())
     except ValueError as error:
         print(f"real: {error}", file=sys.stderr)
         return 2
