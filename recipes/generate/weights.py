@@ -1,16 +1,20 @@
-"""Draws ``docs/weights.png``: the effect of ``hera_weight`` in the study, the real model and the demo."""
+"""Draws ``docs/weights.png``: the effect of ``hera_weight`` in the study, the demo and two real models."""
 
 from pathlib import Path
 
 import numpy as np
 
-from llamafactory_hera.plots import BLUE, GREEN, ORANGE, new_figure, plain, save_figure
+from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure, plain, save_figure
 
 #: HeRA minus plain fine-tuning: weight -> MKNN of the aligned heads, and right answers with their interval in points.
 WORLDS = {
     "study, 1,500 steps": (BLUE, {0.01: (0.018, 0.15, -0.77, 1.06), 0.1: (0.180, 1.19, 0.07, 2.32)}),
     "demo, 320 steps": (ORANGE, {0.01: (0.105, 1.5, -0.8, 3.8), 0.03: (0.164, 0.0, -2.4, 2.5)}),
-    "real model, 60 steps": (GREEN, {}),
+    "Gemma 3 270M, 150 steps": (
+        GRAY,
+        {0.01: (0.005, 0.3, -1.9, 2.5), 0.1: (0.044, 0.4, 0.0, 0.8), 1: (0.086, 1.5, 0.2, 2.8)},
+    ),
+    "SmolLM2-135M, 60 steps": (GREEN, {0.3: SMOL}),
 }
 
 

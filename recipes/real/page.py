@@ -52,7 +52,8 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
         part = rows[start : start + _CHOICES]
         count, images = len(part), [Image.open(root / "data" / row["images"][0]) for row in part]
         # LLaMA-Factory's llava_plain template encodes the BOS token, the image, the caption and a line break.
-        prompt = processor([f"{processor.tokenizer.bos_token}<image>"] * count, images, return_tensors="pt")
+        starts = [f"{processor.tokenizer.bos_token}<image>"] * count
+        prompt = processor(text=starts, images=images, return_tensors="pt")
         texts = [f"{row['response']}\n" for row in part]
         names = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         with torch.inference_mode():

@@ -15,11 +15,8 @@ from pathlib import Path
 from . import parts
 
 ROOT, OUT = Path("hera_real"), "OUT"  # OUT is replaced in a command by the folder that it fills
-_RECIPE, _HOST, _PLUGIN = (
-    "recipes/real/hera.yaml",
-    "from llamafactory.cli import main; main()",
-    "llamafactory_hera.cli",
-)
+_RECIPE, _PLUGIN = str(Path(__file__).with_name("hera.yaml")), "llamafactory_hera.cli"
+_HOST = "from llamafactory.cli import main; main()"
 _STAGE1 = "stage=sft finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false max_steps=60"
 _LAYER = "hera_heads=null hera_granularity=layer"
 #: Stage 2 of each method: keys that differ from the recipe's.
