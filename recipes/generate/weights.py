@@ -14,7 +14,7 @@ WORLDS = {
         GRAY,
         {0.01: (0.005, 0.3, -1.9, 2.5), 0.1: (0.044, 0.4, 0.0, 0.8), 1: (0.086, 1.5, 0.2, 2.8)},
     ),
-    "SmolLM2-135M, 60 steps": (GREEN, {0.3: SMOL}),
+    "SmolLM2-135M, 60 steps": (GREEN, {0.3: (0.013, -0.7, -2.4, 1.0)}),
 }
 
 
@@ -30,9 +30,11 @@ def draw(path: Path) -> None:
         right.errorbar(apart, answers, yerr=errors, fmt="o", color=color, capsize=3)
     for axes, label in ((left, "gain in MKNN of the aligned heads"), (right, "gain in right answers (points)")):
         axes.set(xscale="log", xlabel="hera_weight", ylabel=label)
+        axes.set_xticks((0.01, 0.03, 0.1, 0.3, 1), ("0.01", "0.03", "0.1", "0.3", "1"))
+        axes.minorticks_off()
         axes.axhline(0, color="black", linestyle="--", linewidth=1)
         plain(axes)
-    left.legend(fontsize=8, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
