@@ -144,5 +144,5 @@ def _interval(runs: Sequence[Any], sign: str = "") -> str:
     mean = f"{np.mean(values):{sign}.3f}"
     if len(values) == 1:
         return mean
-    low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
-    return f"{mean} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    half = t.ppf(0.975, len(values) - 1) * sem(values)
+    return f"{mean} [{np.mean(values) - half:{sign}.3f}, {np.mean(values) + half:{sign}.3f}]"
