@@ -1,7 +1,7 @@
 # Everything a fresh clone needs; each target sets up what it uses.
 #   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
 #   make study       compare the objectives in a rendered world, STUDY=smoke|default (CPU: docs/study.md)
-#   make real        HeRA on Gemma 3 270M, for ACCEPT_GEMMA_TERMS=1; REAL=full takes hours (CPU: docs/real_model.md)
+#   make real        HeRA on SmolLM2-135M, REAL=smoke|default|full (CPU: docs/real_model.md)
 #   make test        every test, those in a browser too
 #   make test-fast   the tests of the method, in this process and without a host
 #   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory

@@ -1,4 +1,4 @@
-"""``python recipes/real``: runs HeRA on Gemma 3 270M, and writes the results as a page (docs/real_model.md)."""
+"""``python recipes/real``: runs HeRA on SmolLM2-135M, and writes the results as a page (docs/real_model.md)."""
 
 import sys
 from pathlib import Path

@@ -8,28 +8,33 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import binomtest, sem, spearmanr, t
+from scipy.stats import sem, spearmanr, t
 
 from llamafactory_hera.files import read_json, write_json, write_text
 from llamafactory_hera.plots import new_figure, save_figure
 from llamafactory_hera.selection.scores import ScoreFile
 
-_CHOICES, _MEASURED = 8, ("own name", "own image")
+from .run import METHODS
+
+_CHOICES, _MOST_SEEDS = 8, 100
+#: What `write_choices` measures of each held-out picture, and what each method gets a column of.
+_MEASURED = {"loss": "loss", "own_name": "own name", "own_picture": "own picture"}
 _ORDERS = {
-    "two disjoint sets of 600 names": ("half_a", "half_b"),
-    "two teachers": ("half_a", "tower"),
-    "names alone, and names after their images": ("half_a", "mllm"),
+    "two disjoint halves of the training captions": ("half_a", "half_b"),
+    "teachers Lite0 and Lite2": ("half_a", "lite2"),
+    "teachers Lite0 and the tower": ("half_a", "tower"),
+    "captions alone, and captions after their pictures": ("half_a", "mllm"),
 }
 _NOTE = """\
-MKNN is measured on {} held-out emoji with their names (chance {:.3f}). The loss is the language-modeling loss of the
-last twenty steps. Own name is the share of images after which the right name is the most likely of eight names. Own
-image is the share of names that their own image makes more likely than seven other images do (chance 0.125 each).
-Brackets are 95 % intervals over seeds or, with one seed, over emoji.
+MKNN is measured on {} held-out pictures with their captions (chance {:.3f}). The loss is the language-modeling loss of
+their captions, in nats per token. Own name is the share of pictures after which the right caption is the most likely
+of eight. Own picture is the share of captions that their own picture makes more likely than seven other pictures do
+(chance 0.125 each). Brackets are 95 % intervals (Student's t): over seeds or, for one seed, over pictures.
 """
 
 
 def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None:
-    """Writes, for each held-out emoji, whether its own name and its own image are the most likely of eight.
+    """Writes, for each held-out picture, its caption's loss, and whether both choose each other out of eight.
 
     Without an adapter, the model of stage 1 is measured.
     """
@@ -40,29 +45,34 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     processor = AutoProcessor.from_pretrained(root / "stage1")
-    rows, found = read_json(root / "data/heldout.json"), {name: [] for name in _MEASURED}
+    found: dict[str, list[Any]] = {name: [] for name in _MEASURED}
+    # The eight captions of a choice have about the same length, so that the length does not decide.
+    rows = sorted(read_json(root / "data/heldout.json"), key=lambda row: len(processor.tokenizer(row["response"])[0]))
     for start in range(0, len(rows), _CHOICES):
         part = rows[start : start + _CHOICES]
-        images = [Image.open(root / "data" / row["images"][0]) for row in part]
-        # LLaMA-Factory's llava_plain template encodes the image, the caption and a line break.
-        texts = [f"<image>{row['response']}\n" for row in part]
-        batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
-        pixels = batch.pop("pixel_values").to(torch.bfloat16).repeat_interleave(len(part), dim=0)
-        batch = {name: tokens.repeat(len(part), 1) for name, tokens in batch.items()}
-        ids, attended = batch["input_ids"], batch["attention_mask"]
-        first = int((ids[0] == model.config.image_token_id).nonzero()[-1]) + 1
+        count, images = len(part), [Image.open(root / "data" / row["images"][0]) for row in part]
+        # LLaMA-Factory's llava_plain template encodes the BOS token, the image, the caption and a line break.
+        starts = [f"{processor.tokenizer.bos_token}<image>"] * count
+        prompt = processor(text=starts, images=images, return_tensors="pt")
+        texts = [f"{row['response']}\n" for row in part]
+        names = processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         with torch.inference_mode():
-            kept = torch.arange(first - 1, ids.shape[1] - 1)
-            logits = model(**batch, pixel_values=pixels, logits_to_keep=kept, use_cache=False).logits
-            known = logits.float().log_softmax(-1).gather(-1, ids[:, first:, None])[..., 0]
-        likely = (known * attended[:, first:]).sum(-1).view(len(part), len(part))  # [image, name], in nats
-        for axis, name in zip((1, 0), _MEASURED, strict=True):
-            found[name] += (likely.argmax(axis) == torch.arange(len(part))).tolist()
+            seen = model(**prompt.to(torch.bfloat16), use_cache=True)
+            seen.past_key_values.batch_repeat_interleave(count)
+            ids = names["input_ids"].repeat(count, 1)  # every caption after every picture
+            read = model(input_ids=ids, past_key_values=seen.past_key_values).logits[:, :-1]
+            logits = torch.cat([seen.logits[:, -1:].repeat_interleave(count, dim=0), read], dim=1)
+            known = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0].view(count, count, -1)
+        lengths = names["attention_mask"].sum(-1)
+        likely = (known * names["attention_mask"]).sum(-1)  # [picture, caption], in nats
+        found["loss"] += (-likely.diagonal() / lengths).tolist()
+        for axis, name in ((1, "own_name"), (0, "own_picture")):
+            found[name] += (likely.argmax(axis) == torch.arange(count)).tolist()
     write_json(folder / "choices.json", found)
 
 
 def draw_chat(root: Path, exported: Path) -> None:
-    """Names held-out images with the exported model in LLaMA-Factory's chat, and draws them in ``chat.png``."""
+    """Names held-out pictures with the exported model in LLaMA-Factory's chat, and draws them in ``chat.png``."""
     from llamafactory.chat import ChatModel
 
     talk = ChatModel({"model_name_or_path": str(exported), "template": "llava_plain", "infer_dtype": "float32"})
@@ -73,43 +83,53 @@ def draw_chat(root: Path, exported: Path) -> None:
         response = talk.chat(turn, images=[image], do_sample=False, max_new_tokens=12)[0].response_text
         axes.imshow(Image.open(image))
         axes.set_axis_off()
-        axes.set_title(
-            "\n".join(fill(text, 24) for text in (row["response"], f"→ {response.partition(chr(10))[0]}")), fontsize=6
-        )
+        captions = (row["response"], f"→ {response.partition(chr(10))[0]}")
+        axes.set_title("\n".join(fill(text, 24) for text in captions), fontsize=6)
     save_figure(figure, exported / "chat.png")
 
 
-def write_page(root: Path, seeds: Sequence[int], methods: Sequence[str]) -> Path:
-    """Writes ``real.md`` from the finished steps, and returns it."""
-    scores = {path.parent.name: ScoreFile.load(path).ranked("head") for path in root.glob("scores/*/heads.json")}
-    order = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head"))
+def write_page(root: Path) -> Path:
+    """Writes ``real.md`` from all finished runs, and returns it."""
+    scores = {path.parent.name: ScoreFile.load(path) for path in root.glob("scores/*/heads.json")}
+    heads = {name: score.ranked("head") for name, score in scores.items()}
+    order, before = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head")), scores["before"]
     groups = worst, top, _ = order[:5], order[::-1][:5], order
-    lines = ["# HeRA on Gemma 3 270M", "", "![All heads](selection/worst/hera/heads.png)", ""]
+    lines = ["# HeRA on SmolLM2-135M-Instruct", "", "![All heads](selection/worst/hera/heads.png)", ""]
     lines += [f"Worst: {' '.join(map(str, worst))}. Top: {' '.join(map(str, top))}.", ""]
     known = read_json(root / "knowledge/knowledge.json")
-    titles = "last word of held-out names, by the nearest images", "right", "most frequent word", "images"
-    lines += _table(*titles, rows=[(name, *(f"{value:.3g}" for value in values)) for name, values in known.items()])
-    rows: list[Any] = []
+    rows: list[Any] = [(name, f"{share:.2f}") for name, share in known.items()]
+    lines += _table("nearest stamps", "share from the same folder", rows=rows)
+    rows = []
     for title, names in _ORDERS.items():
-        one, other = (scores[name] for name in names)
+        one, other = (heads[name] for name in names)
         same = [len({*list(one)[end]} & {*list(other)[end]}) for end in (slice(5), slice(-5, None))]
         rho = spearmanr([one[head] for head in order], [other[head] for head in order]).statistic
         rows.append((title, f"{rho:.2f}", *map(str, same)))
     lines += _table("order of the heads over", "rank correlation", "worst five in common", "top five", rows=rows)
-    before, rows = ScoreFile.load(root / "scores/before/heads.json"), []
-    for method in ("before", *methods):
-        runs = ["before"] if method == "before" else [f"{method}-s{seed}" for seed in seeds]
-        runs = [run for run in runs if (root / "choices" / run).is_dir()]
+    measured: dict[str, list[Any]] = {}
+    for path in root.glob("choices/*/choices.json"):
+        of_run, choices = heads.get(name := path.parent.name, {}), read_json(path)
+        if of_run:
+            of_groups = [[of_run[head] for head in group] for group in groups]
+            measured[name] = [*map(np.mean, of_groups), *(np.array(choices[kind], float) for kind in _MEASURED)]
+    rows, differences = [("before", "", *(_interval([value]) for value in measured["before"]))], []
+    for method in METHODS:
+        runs = {seed: run for seed in range(_MOST_SEEDS) if (run := measured.get(f"{method}-s{seed}"))}
         if runs:
-            cells = [_interval([np.mean([scores[run][head] for head in heads]) for run in runs]) for heads in groups]
-            cells.append("" if method == "before" else _interval([_loss(root / "runs" / run) for run in runs]))
-            right = [read_json(root / "choices" / run / "choices.json") for run in runs]
-            cells += [_interval([np.mean(it[kind]) for it in right], right[0][kind]) for kind in _MEASURED]
-            rows.append((method, str(len(runs)), *cells))
+            rows.append((method, str(len(runs)), *map(_interval, zip(*runs.values(), strict=True))))
+        _, few, n = method.partition("_few")
+        baselines = {seed: measured.get(f"sft{few}{n}-s{seed}") for seed in runs}
+        pairs = [map(np.subtract, runs[seed], baseline) for seed, baseline in baselines.items() if baseline]
+        if pairs and not method.startswith("sft"):
+            cells = [_interval(column, "+") for column in zip(*pairs, strict=True)]
+            differences.append((method, str(len(pairs)), *cells))
+    titles = ("seeds", "worst-5", "top-5", "all", *_MEASURED.values())
     lines.append(_NOTE.format(before.provenance["samples"], before.chance))
-    lines += _table("", "seeds", "worst-5", "top-5", "all", "loss", *_MEASURED, rows=rows)
-    lines += ["![Held-out emoji, and what the exported model calls them](exported/chat.png)", ""]
-    write_text(root / "real.md", "\n".join([*lines, "![Worst and top heads](report/report.png)"]) + "\n")
+    lines += [*_table("", *titles, rows=rows), *_table("minus SFT on the same pictures", *titles, rows=differences)]
+    if (root / "exported").is_dir():
+        lines += ["![Held-out pictures, and what the exported model calls them](exported/chat.png)", ""]
+        lines += ["[The heads before and after, with their nearest pictures](report/report.html)"]
+    write_text(root / "real.md", "\n".join(lines) + "\n")
     return root / "real.md"
 
 
@@ -118,16 +138,11 @@ def _table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [*(f"| {' | '.join(row)} |" for row in (titles, rule, *rows)), ""]
 
 
-def _interval(values: Sequence[Any], answers: Sequence[bool] = ()) -> str:
-    """Formats a mean with its 95 % interval: Student's t over seeds or, for one seed, Wilson's over its answers."""
-    mean = f"{np.mean(values):.3f}"
-    if len(values) > 1:
-        low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
-    elif answers:
-        low, high = binomtest(sum(answers), len(answers)).proportion_ci(method="wilson")
-    return f"{mean} [{low:.3f}, {high:.3f}]" if len(values) > 1 or answers else mean
-
-
-def _loss(run: Path) -> float:
-    logged = [entry for entry in read_json(run / "trainer_state.json")["log_history"] if "loss" in entry]
-    return float(np.mean([entry.get("lm_loss", entry["loss"]) for entry in logged[-2:]]))
+def _interval(runs: Sequence[Any], sign: str = "") -> str:
+    """Formats a mean with its 95 % interval by Student's t: over the runs or, of one run, over the pictures."""
+    values = np.ravel(runs[0]) if len(runs) == 1 else [np.mean(run) for run in runs]
+    mean = f"{np.mean(values):{sign}.3f}"
+    if len(values) == 1:
+        return mean
+    half = t.ppf(0.975, len(values) - 1) * sem(values)
+    return f"{mean} [{np.mean(values) - half:{sign}.3f}, {np.mean(values) + half:{sign}.3f}]"

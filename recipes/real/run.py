@@ -9,23 +9,42 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import language_model
+from . import parts
 
 ROOT, OUT = Path("hera_real"), "OUT"  # OUT is replaced in a command by the folder that it fills
-_HERA, _HOST, _PLUGIN = "recipes/real/hera.yaml", "from llamafactory.cli import main; main()", "llamafactory_hera.cli"
-#: Plain fine-tuning, and HeRA, named by the strategy that selects its five heads and by its weight.
-METHODS = ("sft", "worst5_1", "top5_1", "random5_1", "worst5_0.1", "worst5_0.01")
-#: Seeds and methods of each size.
-SIZES = {"default": ((0,), METHODS[:2]), "full": ((0, 1, 2), METHODS)}
-#: Scorings before stage 2: dataset, mode, teacher. The tower is a second teacher, because its training differs.
+_RECIPE, _PLUGIN = str(Path(__file__).with_name("hera.yaml")), "llamafactory_hera.cli"
+_HOST = "from llamafactory.cli import main; main()"
+_STAGE1 = "stage=sft finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false max_steps=60"
+_LAYER = "hera_heads=null hera_granularity=layer"
+#: Stage 2 of each method: keys that differ from the recipe's.
+METHODS = {
+    "sft": "stage=sft",
+    "worst5": "",
+    **{f"worst5_{weight}": f"hera_weight={weight}" for weight in (0.03, 0.1, 1)},
+    "top5": f"hera_heads={ROOT}/selection/top/hera/heads.json",
+    "random5": f"hera_heads={ROOT}/selection/random/hera/heads.json",
+    **{f"sft_few{n}": f"stage=sft dataset=few{n}" for n in (100, 300, 1000)},
+    **{f"worst5_few{n}": f"dataset=few{n}" for n in (100, 300, 1000)},
+    "middle": f"{_LAYER} hera_layers=middle",
+    "cmar": f"{_LAYER} hera_layers=penultimate hera_objective=cka hera_weight=0.1 hera_memory=0",
+}
+#: The number of seeds, the methods, and further keys of each size.
+SIZES: dict[str, tuple[int, tuple[str, ...], str]] = {
+    "smoke": (1, ("sft", "worst5"), "max_steps=2 hera_select_samples=64"),  # its numbers mean nothing
+    "default": (1, ("sft", "worst5"), ""),
+    "full": (5, tuple(METHODS), ""),
+}
+#: Scorings of the model of stage 1: dataset, mode, teacher.
 SCORINGS = {
-    "before": ("heldout", "mllm", "teacher"),
-    "half_a": ("half_a", "llm", "teacher"),
-    "half_b": ("half_b", "llm", "teacher"),
+    "before": ("heldout", "mllm", "lite0"),
+    "half_a": ("half_a", "llm", "lite0"),
+    "half_b": ("half_b", "llm", "lite0"),
+    "lite2": ("half_a", "llm", "lite2"),
     "tower": ("half_a", "llm", "tower"),
-    "mllm": ("half_a", "mllm", "teacher"),
+    "mllm": ("half_a", "mllm", "lite0"),
 }
 
 
@@ -35,7 +54,7 @@ def step(name: str, *commands: tuple[str, ...]) -> Path:
     Raises:
         ValueError: A command failed; the message contains the last line of its output.
     """
-    folder, part, log = ROOT / name, ROOT / "unfinished", ROOT / "logs" / f"{name.replace('/', '_')}.log"
+    folder, part, log = ROOT / name, ROOT / "unfinished" / name, ROOT / "logs" / f"{name.replace('/', '_')}.log"
     if folder.exists():
         return folder
     shutil.rmtree(part, ignore_errors=True)
@@ -56,43 +75,51 @@ def step(name: str, *commands: tuple[str, ...]) -> Path:
     return folder
 
 
-def run(seeds: tuple[int, ...], methods: tuple[str, ...]) -> None:
-    """Runs every step in order, with all methods of a seed before the next seed."""
-
-    def score(name: str, model: Path, dataset: str, mode: str, teacher: str) -> None:
-        keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}")
-        checkpoint = (str(model), "--recipe", _HERA, "--output", f"{OUT}/heads.json")
-        step(f"scores/{name}", ("-m", _PLUGIN, "score", *checkpoint, *keys))
-
-    step("language_model", _call("language_model.make_language_model", OUT))
-    data = step("data", _call("vision.write_data", OUT))
-    encoders = [step(name, _call("vision.train", data, OUT, name)) for name in ("tower", "teacher")]
-    step("knowledge", _call("vision.write_knowledge", data, OUT, *encoders))
-    parts = ("--language-model", f"{ROOT}/language_model", "--vision-model", f"{ROOT}/tower", "--output", OUT)
-    step("model", ("-m", _PLUGIN, "build", *parts))
-    stage1 = step("stage1", ("-c", _HOST, "train", "recipes/real/stage1.yaml", f"output_dir={OUT}"))
+def prepare(changes: Sequence[str]) -> None:
+    """Makes the model of stage 1 and everything that all methods share, and scores its heads."""
+    parts.fetch(downloads := ROOT / "downloads")
+    language_model = step("language_model", _call("parts.make_language_model", downloads, OUT))
+    data = step("data", _call("parts.write_data", downloads, OUT))
+    teachers = [step(f"lite{n}", _call("parts.make_teacher", downloads, OUT, n)) for n in "02"]
+    steps = parts.TOWER_STEPS if not changes else 2
+    tower = step("tower", _call("parts.train_tower", data, OUT, teachers[1], str(steps)))
+    step("knowledge", _call("parts.write_knowledge", data, OUT, *teachers, tower))
+    of_model = ("--language-model", str(language_model), "--vision-model", str(tower), "--output", OUT)
+    model = step("model", ("-m", _PLUGIN, "build", *of_model))
+    keys = (f"model_name_or_path={model}", f"output_dir={OUT}", "learning_rate=1e-3")
+    stage1 = step("stage1", ("-c", _HOST, "train", _RECIPE, *_STAGE1.split(), *keys, *changes))
     for name, scoring in SCORINGS.items():
-        score(name, stage1, *scoring)
+        score(name, stage1, changes, *scoring)
     step("choices/before", _call("page.write_choices", ROOT, OUT))
-    for seed in seeds:
+
+
+def score(name: str, model: Path, changes: Sequence[str], dataset: str, mode: str, teacher: str) -> None:
+    """Scores all heads of a model."""
+    keys = (f"hera_select_dataset={dataset}", f"hera_select_mode={mode}", f"hera_teacher={ROOT}/{teacher}", *changes)
+    checkpoint = (str(model), "--recipe", _RECIPE, "--output", f"{OUT}/heads.json")
+    step(f"scores/{name}", ("-m", _PLUGIN, "score", *checkpoint, *keys))
+
+
+def run(seeds: int, methods: Sequence[str], changes: Sequence[str]) -> None:
+    """Runs every step in order, with all methods of a seed before the next seed."""
+    prepare(changes)
+    for seed in range(seeds):
         for method in methods:
-            name, recipe, keys = f"{method}-s{seed}", "recipes/real/sft.yaml", [f"seed={seed}", f"output_dir={OUT}"]
-            strategy, _, weight = method.partition("5_")
-            if weight:
-                how = ("hera_heads=auto", f"hera_select={strategy}", f"hera_select_seed={seed}", f"output_dir={OUT}")
-                selection = f"selection/{strategy}{f'-{seed}' * (strategy == 'random')}"
-                selected = step(selection, ("-m", _PLUGIN, "select", _HERA, *how))
-                recipe, keys = _HERA, [*keys, f"hera_heads={selected}/hera/heads.json", f"hera_weight={weight}"]
-            trained = step(f"runs/{name}", ("-c", _HOST, "train", recipe, *keys))
-            score(name, trained, *SCORINGS["before"])
-            step(f"choices/{name}", _call("page.write_choices", ROOT, OUT, trained))
-    adapter = ("--adapter_name_or_path", f"{ROOT}/runs/worst5_1-s0", "--finetuning_type", "lora")
-    merge = ("--model_name_or_path", str(stage1), *adapter, "--template", "llava_plain", "--export_dir", OUT)
-    export = ("-c", _HOST, "export", *merge, "--export_device", "cpu")
-    step("exported", export, _call("page.draw_chat", ROOT, OUT))
-    files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5_1-s0")]
-    aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")
-    step("report", ("-m", _PLUGIN, "report", *files, "--names", "before", "SFT", "HeRA", *aligned))
+            if (strategy := method.partition("5")[0]) in ("worst", "top", "random"):
+                how = ("hera_heads=auto", f"hera_select={strategy}", f"output_dir={OUT}", *changes)
+                step(f"selection/{strategy}", ("-m", _PLUGIN, "select", _RECIPE, *how))
+            keys = (*METHODS[method].split(), f"seed={seed}", f"output_dir={OUT}", *changes)
+            trained = step(f"runs/{method}-s{seed}", ("-c", _HOST, "train", _RECIPE, *keys))
+            score(f"{method}-s{seed}", trained, changes, *SCORINGS["before"])
+            step(f"choices/{method}-s{seed}", _call("page.write_choices", ROOT, OUT, trained))
+    if {"sft", "worst5"} <= set(methods):
+        adapter = ("--adapter_name_or_path", f"{ROOT}/runs/worst5-s0", "--finetuning_type", "lora")
+        merge = ("--model_name_or_path", f"{ROOT}/stage1", *adapter, "--template", "llava_plain", "--export_dir", OUT)
+        export = ("-c", _HOST, "export", *merge, "--export_device", "cpu")
+        step("exported", export, _call("page.draw_chat", ROOT, OUT))
+        files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5-s0")]
+        aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")
+        step("report", ("-m", _PLUGIN, "report", *files, "--names", "before", "SFT", "HeRA", *aligned))
 
 
 def _call(function: str, *paths: Path | str) -> tuple[str, ...]:
@@ -106,10 +133,12 @@ def main() -> int:
     """Runs the command; the exit status is 0, 2 for bad input or a failed step, or 130 if it was interrupted."""
     parser = argparse.ArgumentParser(prog="python recipes/real", description=__doc__)
     parser.add_argument("size", nargs="?", choices=SIZES, default="default")
-    size = SIZES[parser.parse_args().size]
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of those of the size")
+    parser.add_argument("--seeds", type=int, help="the number of seeds, instead of that of the size")
+    options = parser.parse_args()
+    seeds, methods, changes = SIZES[options.size]
     try:
-        language_model.require_acceptance()
-        run(*size)
+        run(options.seeds or seeds, options.methods or methods, changes.split())
     except ValueError as error:
         print(f"real: {error}", file=sys.stderr)
         return 2
@@ -118,5 +147,5 @@ def main() -> int:
         return 130
     from . import page  # its imports take seconds
 
-    print(page.write_page(ROOT, *size).read_text(encoding="utf-8"))
+    print(page.write_page(ROOT).read_text(encoding="utf-8"))
     return 0

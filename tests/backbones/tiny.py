@@ -26,7 +26,7 @@ _CHAT = CHAT_TEMPLATES["language_models"]
 
 #: Name of a tiny language model -> training template of stage 2.
 FAMILIES = {"qwen2_5": "llava_qwen2_5", "qwen3": "llava_qwen3", "qwen3_hybrid": "llava_qwen3"}
-FAMILIES |= {"llama3": "llava_llama3", "llama3_base": "llava_llama3"}
+FAMILIES |= {"llama3": "llava_llama3", "llama3_base": "llava_llama3", "smollm2": "llava_smollm2"}
 FAMILIES |= {"vicuna": "llava_vicuna", "vicuna_legacy": "llava_vicuna"}
 TOWERS = ("siglip", "siglip_alone", "clip", "dinov2")
 #: The sizes of a tiny vision encoder of 4 x 4 patches.

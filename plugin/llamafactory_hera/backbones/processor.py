@@ -33,7 +33,8 @@ def make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, in
         raise ValueError(f"{language.key}: {language.name} has no tokenizer, or that of a different model; {remedy}")
     # A tokenizer that already has the token keeps its id.
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    vicuna = "llava_vicuna" if tokenizer.chat_template is None else None
+    smollm = "llava_smollm2" if "named SmolLM" in (tokenizer.chat_template or "") else None
+    vicuna = "llava_vicuna" if tokenizer.chat_template is None else smollm
     llama = "llava_llama3" if "<|eot_id|>" in tokenizer.get_vocab() else vicuna
     templates = {"qwen2": "llava_qwen2_5", "qwen3": "llava_qwen3", "llama": llama}
     template = templates.get(language.config.model_type)

@@ -16,11 +16,16 @@ from llamafactory.data.template import Template
 #: - ``llava_qwen3`` has no thinking: it is plain ChatML, as for Qwen3's Instruct-2507 models. The hybrid models put an
 #:   empty thought before an answer; training leaves it out, and `build` removes it from the model's own template.
 #: - ``llava_llama3``: the host's second stop word belongs to Llama 3.1 and would add a token to the vocabulary.
+#: - ``llava_smollm2``: the host's default system message ends with a period that the model's own lacks.
 #: - ``llava_vicuna`` is the format of LLaVA-1.5. The host's ``vicuna`` and ``llava`` lack the BOS token.
 _BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llava_qwen2_5": ("qwen", {}),
     "llava_qwen3": ("qwen3_nothink", {}),
     "llava_llama3": ("llama3", {"stop_words": ["<|eot_id|>"]}),
+    "llava_smollm2": (
+        "smollm2",
+        {"default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"},
+    ),
     "llava_vicuna": ("vicuna", {"replace_jinja_template": False}),
 }
 
