@@ -126,10 +126,14 @@ def test_weights_without_a_tensor_of_the_model_are_refused(tmp_path: Path, kind:
     if kind == "adapter":
         model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
     model.save_pretrained(tmp_path)
-    assert load_renamed_weights(model, tmp_path) == (kind == "renamed")  # complete, although tied weights are saved once
+    assert load_renamed_weights(model, tmp_path) == (
+        kind == "renamed"
+    )  # complete, although tied weights are saved once
     (path,) = tmp_path.glob("*.safetensors")
     weights = load_file(path)
     del weights[removed := next(name for name in weights if "layers.1.self_attn.k_proj" in name)]
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"^resume_from_checkpoint: .* lack 1 tensors, such as .*{removed[-20:]}; res"):
+    with pytest.raises(
+        ValueError, match=rf"^resume_from_checkpoint: .* lack 1 tensors, such as .*{removed[-20:]}; res"
+    ):
         load_renamed_weights(model, tmp_path)
