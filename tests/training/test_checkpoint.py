@@ -134,6 +134,6 @@ def test_weights_without_a_tensor_of_the_model_are_refused(tmp_path: Path, kind:
     del weights[removed := next(name for name in weights if "layers.1.self_attn.k_proj" in name)]
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"^resume_from_checkpoint: .* lack 1 tensors, such as .*{removed[-20:]}; res"
+        ValueError, match=rf"^resume_from_checkpoint: .* lacks 1 tensors of the model, such as .*{removed[-20:]}; res"
     ):
         load_renamed_weights(model, tmp_path)

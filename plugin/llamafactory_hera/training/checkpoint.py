@@ -154,7 +154,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
         missing = {name for name, value in state.items() if name not in held_by_name and value.data_ptr() not in held}
     if missing:
         raise ValueError(
-            f"resume_from_checkpoint: the weights in {checkpoint} lack {len(missing)} tensors, such as {min(missing)}; "
+            f"resume_from_checkpoint: {checkpoint} lacks {len(missing)} tensors of the model, such as {min(missing)}; "
             "resume an undamaged checkpoint, or start a new run."
         )
     if renamed:
